@@ -1,0 +1,207 @@
+"""A recipe's settings: one frozen dataclass whose field names are the flags and the names in YAML files.
+
+    config = parse(ProbeConfig, description=__doc__)      # --config FILE.yaml, then flags on top of it
+
+Nothing heavy is imported here: `--help` pays for this module only.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+EMBEDDED_CHECKPOINT = "embedded"
+EMBEDDED_DATASET = "sklearn/digits"
+NO_SPLIT = "none"  # as the name of a split: do without it
+
+T = TypeVar("T")
+
+
+def flag(default: Any, help: str) -> Any:  # noqa: A002 - argparse's own word
+    """A field of a config: its default, and what `--help` says of it."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, which labels, which splits."""
+
+    dataset: str = flag(
+        EMBEDDED_DATASET,
+        "Hub id[:config][@revision]; a folder of images in one folder a class (with train/ validation/ test/ or "
+        "without); a parquet or arrow file, or a folder of them; `sklearn/digits` comes with scikit-learn",
+    )
+    image_column: str | None = flag(None, "column of the images, where types and names leave it open")
+    label_column: str | None = flag(None, "column of the labels, likewise")
+    train_split: str | None = flag(None, "stored name of the split to train on, where it is not a usual one")
+    validation_split: str | None = flag(None, "likewise; `none`: split validation off train even if there is one")
+    test_split: str | None = flag(None, "likewise; `none`: do without a test")
+    validation_fraction: float = flag(0.2, "share of each class of train held out where no validation split is given")
+    images_per_class: int | None = flag(None, "few-shot: draw train and validation from only so many images a class")
+    on_bad_image: Literal["error", "skip"] = flag(
+        "error", "an unreadable image stops the run, or is left out and listed (every image is then read first)"
+    )
+    seed: int = flag(0, "seed of every random choice: splits, subsets, resampling")
+
+    def __post_init__(self) -> None:
+        if not self.dataset.strip():
+            raise ValueError(f"dataset='': give a Hub id, a folder, a parquet or arrow file, or {EMBEDDED_DATASET}")
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ValueError(
+                f"validation_fraction={self.validation_fraction}: it is a share of the images to train on; "
+                "choose 0 < validation_fraction < 1"
+            )
+        if self.images_per_class is not None and self.images_per_class < 1:
+            raise ValueError(f"images_per_class={self.images_per_class}: choose 1 or more")
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image={self.on_bad_image!r}: choose 'error' or 'skip'")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed}: choose 0 or more")
+        if self.train_split == NO_SPLIT:
+            raise ValueError(f"train_split={NO_SPLIT!r}: something must be trained on; name a split")
+        named = list(self.named_splits().values())
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"{max(named, key=named.count)!r} is named for two splits: images to train on, to choose by and to "
+                "test on must not be the same"
+            )
+
+    def named_splits(self) -> dict[str, str]:
+        """The stored splits that the user names, by what they are for."""
+        flags = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
+        return {role: name for role, name in flags.items() if name is not None and name != NO_SPLIT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig(DataConfig):
+    """What every recipe takes: the data, the checkpoint, where the run is written, what it may use of the machine."""
+
+    checkpoint: str = flag(
+        EMBEDDED_CHECKPOINT,
+        "Hub id (owner/name, optionally @revision), a local folder in Hub layout, or `embedded`: a tiny network that "
+        "comes with the package",
+    )
+    output_dir: str = flag("runs/{recipe}", "folder for the config, results, model and report of this run")
+    base_model: str | None = flag(None, "upstream Hub id to record where a local checkpoint folder does not say it")
+    trust_remote_code: bool = flag(False, "run Python code that comes with the checkpoint")
+    class_balance: Literal["none", "loss"] = flag("none", "loss: weigh classes inversely to their number of images")
+    batch_size: int = flag(32, "images a step on each process")
+    num_threads: int = flag(0, "threads that decode images on each process; 0: as many as cores, at most 16")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "arithmetic of the frozen prefix")
+    cache: Literal["auto", "disk", "memory", "none"] = flag(
+        "auto", "where the frozen prefix's output is kept; auto: by its size against what is free; none: recomputed"
+    )
+    cache_gb: float | None = flag(None, "most disk that all caches may take, in GB; default 50 or a fifth of the disk")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: choose 1 or more")
+        if self.num_threads < 0:
+            raise ValueError(f"num_threads={self.num_threads}: choose 0 (by cores) or more")
+        if self.cache_gb is not None and self.cache_gb <= 0:
+            raise ValueError(f"cache_gb={self.cache_gb}: choose more than 0")
+
+
+def parse(kind: type[T], *, recipe: str, description: str | None, arguments: Sequence[str] | None = None) -> T:
+    """A `kind` from the command line: defaults, then the file of `--config`, then flags.
+
+    A mistake (unknown flag or name, wrong type, a broken relation) ends the program with status 2 and one line that
+    says what is allowed.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{recipe}.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file; flags given here win")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name, item in fields.items():
+        _add_flag(parser, name, item, typing.get_type_hints(kind)[name])
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        word = next((u for u in unknown if u.startswith("-")), unknown[0])
+        parser.error(f"unknown argument {word}{_nearest(word.lstrip('-').partition('=')[0], fields, '--')}")
+    settings: dict[str, Any] = {}
+    try:
+        if given.config is not None:
+            settings |= read_yaml(given.config, kind)
+        settings |= {k: v for k, v in vars(given).items() if k != "config" and v is not None}
+        config = kind(**settings)
+        output_dir = getattr(config, "output_dir", "")
+        if "{recipe}" in output_dir:
+            config = dataclasses.replace(config, output_dir=output_dir.format(recipe=recipe))  # type: ignore[type-var]
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return config
+
+
+def read_yaml(path: str, kind: type) -> dict[str, Any]:
+    """The settings in a YAML file, names and types checked against the fields of `kind`.
+
+    Raises ValueError for a missing file, a name that is no field (with the nearest one), a value of another type.
+    """
+    import yaml  # here: `--help` does not pay for it
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    loaded = yaml.safe_load(file.read_text()) or {}
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: expected `name: value` lines, found {type(loaded).__name__}")
+    hints = typing.get_type_hints(kind)
+    for name, value in loaded.items():
+        if name not in hints:
+            raise ValueError(f"--config {path}: unknown name {name!r}{_nearest(str(name), hints, '')}")
+        _check_type(f"--config {path}: {name}", value, hints[name])
+    # YAML reads 1 as an int where a float is meant.
+    return {n: float(v) if hints[n] in (float, float | None) and v is not None else v for n, v in loaded.items()}
+
+
+def to_settings(config: Any) -> dict[str, Any]:
+    """Every field of a config, resolved: what config.yaml holds."""
+    return dataclasses.asdict(config)
+
+
+def _nearest(word: str, names: Mapping[str, Any], prefix: str) -> str:
+    close = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(prefix + n for n in names)}"
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, item: dataclasses.Field[Any], hint: Any) -> None:
+    text = item.metadata["help"].replace("%", "%%")
+    shown = "none" if item.default is None else str(item.default).replace("%", "%%")
+    options: dict[str, Any] = {"default": None, "help": f"{text} (default: {shown})"}
+    choices, scalar = _scalar(hint)
+    if scalar is bool:
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **options)
+    elif choices:
+        parser.add_argument(f"--{name}", choices=choices, **options)
+    else:
+        parser.add_argument(f"--{name}", type=scalar, metavar=scalar.__name__.upper(), **options)
+
+
+def _scalar(hint: Any) -> tuple[tuple[str, ...], type]:
+    """(choices, type) of `int`, `str | None`, `Literal["a", "b"]`."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint), str
+    if isinstance(hint, types.UnionType):
+        return _scalar(next(a for a in typing.get_args(hint) if a is not type(None)))
+    return (), hint
+
+
+def _check_type(where: str, value: Any, hint: Any) -> None:
+    choices, scalar = _scalar(hint)
+    if value is None and isinstance(hint, types.UnionType):
+        return
+    allowed: tuple[type, ...] = (int, float) if scalar is float else (scalar,)
+    wrong = not isinstance(value, allowed) or (isinstance(value, bool) and scalar is not bool)
+    if wrong or (choices and value not in choices):
+        expected = " or ".join(choices) if choices else scalar.__name__
+        raise ValueError(f"{where}: {value!r} is not {expected}")
