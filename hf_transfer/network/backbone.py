@@ -1,0 +1,130 @@
+"""A pretrained checkpoint, ready for a new task: the plain timm or transformers model, its preprocessing and its labels."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+
+from hf_transfer.network.chain import Chain, build_chain
+from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing
+from hf_transfer.network.source import Source, find_source
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """`model` is the upstream class itself, in float32 and eval mode; nothing of ours is inside it."""
+
+    model: nn.Module
+    library: Literal["timm", "transformers"]
+    preprocessing: Preprocessing
+    label_names: tuple[str, ...]
+    source: Source
+    new_head: bool  # whether the classifier was made for these labels and is untrained
+
+    def chain(self, *, cache_dir: Path | None = None) -> Chain:
+        """The model's chain (see `build_chain`)."""
+        return build_chain(self.model, self.preprocessing.image_shape, cache_dir=cache_dir)
+
+
+def load(
+    checkpoint: str,
+    labels: Sequence[str] | None = None,
+    *,
+    base_model: str | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """The checkpoint's model, with a head for `labels`: its own head where the labels are the same, else a new one.
+
+    `checkpoint`: a Hub id (`timm/resnet18.a1_in1k`, `google/vit-base-patch16-224@main`), a folder in Hub layout, or
+    "embedded". Raises ValueError for what find_source refuses, duplicate labels, weights that are missing or do not fit,
+    and a checkpoint that is no image classifier.
+    """
+    if labels is not None:
+        repeated = sorted({name for name in labels if list(labels).count(name) > 1})
+        if repeated or len(labels) < 2:
+            raise ValueError(f"labels must be two or more different names; repeated: {repeated}, count: {len(labels)}")
+    source = find_source(checkpoint, base_model=base_model, trust_remote_code=trust_remote_code)
+    config = source.read_config()
+    is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
+    if not is_timm and "model_type" not in config:
+        raise ValueError(f"{source.name}: config.json names neither a timm architecture nor a transformers model_type")
+    preprocessing = load_preprocessing(source.folder, trust_remote_code=trust_remote_code)
+    if is_timm:
+        model, own_labels = _load_timm(source, config)
+        new_head = labels is not None and tuple(labels) != own_labels
+        if new_head:
+            assert labels is not None
+            model.reset_classifier(len(labels))  # type: ignore[operator]
+    else:
+        model, own_labels = _load_transformers(source, labels, trust_remote_code)
+        new_head = labels is not None and tuple(labels) != own_labels
+    return Backbone(
+        model=model.float().eval(),
+        library="timm" if is_timm else "transformers",
+        preprocessing=preprocessing,
+        label_names=tuple(labels) if labels is not None else own_labels,
+        source=source,
+        new_head=new_head,
+    )
+
+
+def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model with its own head, strictly loaded, so that a missing weight cannot pass for a new head."""
+    pretrained_cfg = dict(config.get("pretrained_cfg") or {})
+    num_classes = int(config.get("num_classes") or pretrained_cfg.get("num_classes") or 0)
+    weights = {k.removeprefix("timm_model."): v for k, v in load_file(source.folder / "model.safetensors").items()}
+    # Where timm itself wrote num_classes into model_args, it would arrive twice.
+    model_args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
+    pretrained_cfg |= {"architecture": config["architecture"], "num_classes": num_classes, "state_dict": weights}
+    try:
+        model: nn.Module = timm.create_model(
+            config["architecture"], pretrained=True, pretrained_cfg=pretrained_cfg, num_classes=num_classes, **model_args
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{source.name}: the weights do not fit {config['architecture']}: {error}") from error
+    model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
+    names = AutoConfig.from_pretrained(source.folder).id2label
+    return model, tuple(str(names.get(i, f"LABEL_{i}")) for i in range(num_classes))
+
+
+def _load_transformers(
+    source: Source, labels: Sequence[str] | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    own_labels = tuple(str(config.id2label[i]) for i in sorted(config.id2label))
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: i for i, name in enumerate(labels)}
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            source.folder,
+            config=config,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{source.name} cannot be loaded as an image classifier: {error}") from error
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    lacking = sorted(name for name in absent if shapes.get(name, (0,))[0] != config.num_labels)
+    if lacking:
+        raise ValueError(f"{source.name} lacks weights that are not the head's: {', '.join(lacking[:5])}")
+    if labels is None and absent:
+        raise ValueError(f"{source.name} has no trained head: give labels for a new one")
+    if labels is not None and tuple(labels) != own_labels and not absent:
+        # As many classes as upstream, but others: its head must not pass for ours.
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == config.num_labels]
+        linear[-1].reset_parameters()
+    return model, own_labels

@@ -1,0 +1,344 @@
+"""The chain: an ordered, complete list of named layers, between verified cuts, in which every parameter lies exactly once.
+
+The same list serves freezing, caching, layer-wise learning rates, greedy growth and the table that `inspect` prints.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import transformers
+from torch import nn
+
+from hf_transfer.network.cut import Cut, Site, Suffix, make_cut, possible_sites, run_prefix
+from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.layers import find_classifier, find_layers
+from hf_transfer.network.trace import Call, Trace, trace
+
+log = logging.getLogger(__name__)
+
+FEATURES = "features"  # the cut before the classifier: one vector an image
+VERIFIED_RELATIVE = 1e-5  # float32: largest difference of logits, relative to the largest logit
+CHAIN_FORMAT = 1  # raise when the same network could get other cuts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A run of the network between two cuts. `parameters` and `buffers` are names in the model."""
+
+    name: str
+    aliases: tuple[str, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    cut: Cut | None  # the cut at its end; None at the end of the head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """Layers from stem to head, each ending at a verified cut; the head also holds the cut before its classifier."""
+
+    model: nn.Module
+    image_shape: tuple[int, int, int]
+    layers: tuple[Layer, ...]
+    classifier: str | None  # module name; None where the logits don't come from one linear map
+    features: Cut | None
+    orphans: tuple[str, ...]  # parameters that never reach the logits: frozen, and saved as they came
+    notes: tuple[str, ...]  # what a user should know: cuts that were dropped, and why
+
+    def __len__(self) -> int:
+        """Number of layers between stem and head, which is what `last(k)` counts."""
+        return len(self.layers) - 2
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Every cut from the image to the logits."""
+        inner = [layer.cut for layer in self.layers if layer.cut is not None]
+        return (*inner, self.features) if self.features is not None else tuple(inner)
+
+    def layer(self, name: str) -> Layer:
+        """The layer called `name`; ValueError lists them where there is none."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise ValueError(f"{name!r} is no layer of this chain; its layers are {', '.join(x.name for x in self.layers)}")
+
+    def cut(self, name: str) -> Cut:
+        """The cut at the end of the layer called `name`, or "features"."""
+        for cut in self.cuts:
+            if cut.name == name:
+                return cut
+        raise ValueError(f"{name!r} is no cut of this chain; its cuts are {', '.join(c.name for c in self.cuts)}")
+
+    @property
+    def classifier_parameters(self) -> tuple[str, ...]:
+        """The classifier's; where no single linear map makes the logits, all of the head's."""
+        head = self.layers[-1].parameters
+        if self.classifier is None:
+            return head
+        return tuple(n for n in head if n.startswith(self.classifier + "."))
+
+    def lowest_cut(self, trainable: Collection[str]) -> Cut | None:
+        """The deepest cut before which nothing trains; None where the first layer trains (the cut is at the pixels)."""
+        unknown = set(trainable) - {n for layer in self.layers for n in layer.parameters}
+        if unknown:
+            raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
+        if self.features is not None and set(trainable) <= set(self.classifier_parameters):
+            return self.features
+        below: Cut | None = None
+        for layer in self.layers:
+            if not set(trainable).isdisjoint(layer.parameters):
+                return below
+            below = layer.cut
+        return below
+
+    def before(self, cut: Cut | None) -> tuple[list[str], list[str]]:
+        """Names of the parameters and of the buffers before `cut`: the frozen prefix."""
+        if cut is None:
+            return [], []
+        if cut == self.features:
+            own = set(self.classifier_parameters)
+            names = [n for layer in self.layers for n in layer.parameters if n not in own]
+            return names, [n for layer in self.layers for n in layer.buffers]
+        end = next(i for i, layer in enumerate(self.layers) if layer.cut == cut) + 1
+        prefix = self.layers[:end]
+        return [n for x in prefix for n in x.parameters], [n for x in prefix for n in x.buffers]
+
+    def run_prefix(self, cuts: Sequence[Cut], pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Activations (B, *cut.shape) at `cuts`, from one forward in eval mode, without gradients.
+
+        `pixels` (B, 3, H, W) normalised float, on the model's device. no_grad, not inference_mode: the activations may
+        enter a backward.
+        """
+        with eval_mode(self.model), torch.no_grad():
+            return run_prefix(self.model, cuts, pixels)
+
+    def suffix(self, cut: Cut) -> Suffix:
+        """The network after `cut`, to be used as a context manager."""
+        return Suffix(self.model, cut, self.image_shape)
+
+
+def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_dir: Path | None = None) -> Chain:
+    """The chain of `model` for images of `image_shape` (3, H, W).
+
+    Every cut is verified against the whole network, with perturbed weights (fresh layer scales near zero would hide a
+    wrong cut); which sites passed is kept under `cache_dir`. Without interior cuts the chain is stem, head and the cut
+    before the classifier, or no cut at all: `notes` says so.
+    """
+    notes: list[str] = []
+    try:
+        seen = trace(model, image_shape)
+    except ValueError as error:
+        everything = tuple(n for n, _ in model.named_parameters())
+        layers = (_empty("stem"), Layer(**{**_empty("head").__dict__, "parameters": everything}))
+        return Chain(
+            model=model, image_shape=image_shape, layers=layers, classifier=None, features=None, orphans=(),
+            notes=(f"no cuts, so nothing can be cached: {error}",),
+        )
+    classifier = find_classifier(model, seen)
+    ends = _layer_ends(model, seen, classifier)
+    verified = _verified(model, image_shape, seen, ends, cache_dir)
+    dropped = [name for name, _ in ends if name not in verified]
+    if dropped:
+        notes.append(f"no verified cut after {', '.join(dropped)}: merged into what follows")
+    kept = [(name, node) for name, node in ends if name in verified]
+    owners, shared = _partition(seen, [node for _, node in kept])
+    if shared:
+        notes.append(
+            f"{len(shared)} parameters are used on both sides of a cut ({min(shared)}, ...): such cuts are not legal, "
+            "their layers are one"
+        )
+    illegal = {i for low, high in shared.values() for i in range(low, high)}
+    # A parameter's place is a segment between kept cuts; after dropping illegal cuts, segments merge upwards.
+    legal = [i for i in range(len(kept)) if i not in illegal]
+    segment_of = {name: sum(i < place for i in legal) for name, place in owners.items()}
+    cuts = [verified[kept[i][0]] for i in legal]
+    return _assemble(model, image_shape, seen, classifier, cuts, segment_of, notes)
+
+
+def _empty(name: str) -> Layer:
+    return Layer(name=name, aliases=(), parameters=(), buffers=(), cut=None)
+
+
+def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[tuple[str, int]]:
+    """(name, node) of the end of the stem, of every layer, and of the features, in order.
+
+    The last layer may end where the features do: one tensor with two names.
+    """
+    layers = find_layers(model, seen, classifier)
+    # A layer that is called again ends with its last call: its weights stand on both sides of an earlier end.
+    last_end = {call.module: end for call, (_, end) in layers}
+    ends = [(call.module, seen.spine[end]) for call, (_, end) in layers if end == last_end[call.module]]
+    if layers and layers[0][1][0] > 0:
+        ends.insert(0, ("stem", seen.spine[layers[0][1][0]]))
+    if classifier is not None:
+        ends += [(FEATURES, leaf.node) for leaf in classifier.inputs if leaf.node in seen.spine]  # its one input
+    return ends
+
+
+def _partition(seen: Trace, nodes: Sequence[int]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Where each parameter that reaches the logits lies: (its segment, and those that lie in several).
+
+    Segment i ends at nodes[i]; the last one ends at the logits. A parameter used in several counts to the highest.
+    """
+    places: dict[str, set[int]] = {}
+    boundaries = [*nodes, 0]
+    for i, end in enumerate(boundaries):
+        for name in seen.parameters_between(boundaries[i - 1] if i else None, end):
+            places.setdefault(name, set()).add(i)
+    owners = {name: max(found) for name, found in places.items()}
+    return owners, {name: (min(found), max(found)) for name, found in places.items() if len(found) > 1}
+
+
+def _assemble(
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    seen: Trace,
+    classifier: Call | None,
+    cuts: list[Cut],
+    segment_of: dict[str, int],
+    notes: list[str],
+) -> Chain:
+    features = cuts[-1] if cuts and cuts[-1].name == FEATURES else None
+    inner = cuts[:-1] if features else cuts
+    if not inner:
+        fallback = "the cut before the classifier" if features else "no cut: nothing can be cached"
+        notes.append(f"no interior cuts in this network; what remains is {fallback}")
+    head = len(inner)  # the features cut splits the head, so its two segments are one layer
+    names = [*(c.name for c in inner), "head"]
+    parameters: list[list[str]] = [[] for _ in names]
+    orphans = []
+    for name, _ in model.named_parameters():
+        if name in segment_of:
+            parameters[min(segment_of[name], head)].append(name)
+        else:
+            orphans.append(name)
+    buffers = _buffer_places(model, seen, inner)
+    layers = [
+        Layer(
+            name=name,
+            aliases=_aliases(name, names),
+            parameters=tuple(parameters[i]),
+            buffers=tuple(n for n, place in buffers.items() if place == i),
+            cut=inner[i] if i < head else None,
+        )
+        for i, name in enumerate(names)
+    ]
+    if layers[0].name != "stem":
+        layers.insert(0, _empty("stem"))
+    return Chain(
+        model=model, image_shape=image_shape, layers=tuple(layers),
+        classifier=classifier.module if classifier else None, features=features, orphans=tuple(orphans),
+        notes=tuple(notes),
+    )
+
+
+def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
+    """The enclosing modules that hold a run of layers but not all of them: stages."""
+    parts = name.split(".")
+    found = []
+    for i in range(1, len(parts)):
+        alias = ".".join(parts[:i])
+        inside = sum(n.startswith(alias + ".") for n in names)
+        if inside < sum("." in n for n in names):
+            found.append(alias)
+    return tuple(found)
+
+
+def _buffer_places(model: nn.Module, seen: Trace, cuts: list[Cut]) -> dict[str, int]:
+    """The layer of each buffer: the one in which the last call of its module ends."""
+    ticks = []
+    for cut in cuts:
+        call = next(c for c in seen.calls if (c.module, c.index) == (cut.site.module, cut.site.index))
+        ticks.append(call.end if cut.site.side == "after" else call.start)
+    last_end: dict[str, int] = {}
+    for call in seen.calls:
+        last_end[call.module] = max(call.end, last_end.get(call.module, 0))
+    places = {}
+    for name, _ in model.named_buffers():
+        end = last_end.get(name.rpartition(".")[0], 0)
+        places[name] = sum(tick < end for tick in ticks)
+    return places
+
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+def _verified(
+    model: nn.Module, image_shape: tuple[int, int, int], seen: Trace, ends: list[tuple[str, int]], cache_dir: Path | None
+) -> dict[str, Cut]:
+    """The cuts that hold, by name. The sites that passed are remembered by the network's structure."""
+    remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
+    if remembered is not None and remembered.is_file():
+        sites = {name: Site(**site) for name, site in json.loads(remembered.read_text()).items()}
+        cuts = {name: make_cut(seen, name, site) for name, site in sites.items()}
+        return {name: cut for name, cut in cuts.items() if cut is not None}
+    candidates = {
+        name: [c for s in possible_sites(seen, node, prefer=name) if (c := make_cut(seen, name, s)) is not None]
+        for name, node in ends
+    }
+    found = _verify(model, image_shape, candidates)
+    if remembered is not None:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({name: cut.site.__dict__ for name, cut in found.items()})
+        partial = remembered.with_suffix(f".{id(found):x}.tmp")
+        partial.write_text(text)
+        partial.replace(remembered)
+    return found
+
+
+def _structure_key(model: nn.Module, image_shape: tuple[int, int, int], ends: list[tuple[str, int]]) -> str:
+    structure = {
+        "format": CHAIN_FORMAT,
+        "versions": [torch.__version__, timm.__version__, transformers.__version__],
+        "image_shape": image_shape,
+        "modules": [(n, type(m).__qualname__, m.extra_repr()) for n, m in model.named_modules()],
+        "parameters": [(n, list(p.shape)) for n, p in model.named_parameters()],
+        "ends": ends,
+    }
+    return hashlib.sha256(json.dumps(structure).encode()).hexdigest()[:32]
+
+
+def _verify(
+    model: nn.Module, image_shape: tuple[int, int, int], candidates: dict[str, list[Cut]]
+) -> dict[str, Cut]:
+    """Of each name's candidates the first for which suffix(prefix(x)) equals the whole network."""
+    # A copy: functional_call does not restore the weights of modules that are registered under two names (CoaT).
+    model = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+    found: dict[str, Cut] = {}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # At least 0.02: zero-initialised weights, too, must let through what lies before them.
+            spread = max(float(parameter.std()), 0.02) if parameter.numel() > 1 and parameter.ndim > 1 else 1.0
+            parameter.add_(0.1 * spread * noise(parameter))
+        pixels = noise(next(model.parameters()).new_empty(2, *image_shape))
+        whole = compute_logits(model, pixels)
+        scale = whole.abs().max().clamp(min=1.0)
+        likeliest = {name: options[0] for name, options in candidates.items() if options}
+        at_likeliest = dict(zip(likeliest, run_prefix(model, list(likeliest.values()), pixels), strict=True))
+        for name, options in candidates.items():
+            for cut in options:
+                activation = at_likeliest.pop(name, None)
+                if activation is None:
+                    activation = run_prefix(model, [cut], pixels)[0]
+                try:
+                    with Suffix(model, cut, image_shape) as suffix:
+                        difference = (suffix(activation) - whole).abs().max() / scale
+                except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+                    # A placeholder met code that needs the real value: this site is no cut.
+                    log.debug("cut %s at %s: %s", name, cut.site, error)
+                    continue
+                if difference <= VERIFIED_RELATIVE:
+                    found[name] = cut
+                    break
+    return found

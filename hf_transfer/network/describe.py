@@ -1,0 +1,122 @@
+"""What `inspect` prints: the chain as a table, and what each strategy would train and store."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_transfer.network.chain import Chain, Layer
+from hf_transfer.network.cut import Cut
+from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.policies import Policy, biases, full, head, last, norms
+
+BYTES_OF_A_PIXEL = 1  # uint8: what a cut at the pixels stores
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyCost:
+    """What a policy would train, where its cut would be, and what the cache would hold."""
+
+    policy: str
+    trainable: int
+    share: float  # of all parameters
+    cut: str
+    bytes_per_image: int
+    flops_share: float  # of one forward: what remains to be computed each time
+
+
+def count_flops(chain: Chain) -> tuple[int, dict[str, int]]:
+    """(FLOPs of one image's forward, FLOPs before each cut by name). Matrix products and convolutions only."""
+    pixels = torch.zeros(1, *chain.image_shape, device=next(chain.model.parameters()).device)
+    before: dict[str, int] = {}
+    handles = []
+    with FlopCounterMode(display=False) as counter:
+
+        def note(name: str) -> None:
+            before.setdefault(name, counter.get_total_flops())
+
+        for cut in chain.cuts:
+            module = chain.model.get_submodule(cut.site.module)
+            if cut.site.side == "after":
+                handles.append(module.register_forward_hook(lambda *_, name=cut.name: note(name)))
+            else:
+                handles.append(module.register_forward_pre_hook(lambda *_, name=cut.name: note(name)))
+        try:
+            with eval_mode(chain.model), torch.no_grad():
+                compute_logits(chain.model, pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return counter.get_total_flops(), before
+
+
+def price_strategies(chain: Chain, policies: list[Policy] | None = None) -> list[StrategyCost]:
+    """What each policy would cost; by default the ones that every chain has."""
+    if policies is None:
+        policies = [head(), *(last(k) for k in (1, 2, 4) if k < len(chain)), norms(), biases(), full()]
+    total_flops, before = count_flops(chain)
+    sizes = {name: p.numel() for name, p in chain.model.named_parameters()}
+    found = []
+    for policy in policies:
+        names = policy.select(chain)
+        cut = chain.lowest_cut(names)
+        trainable = sum(sizes[n] for n in names)
+        found.append(
+            StrategyCost(
+                policy=policy.name,
+                trainable=trainable,
+                share=trainable / max(1, sum(sizes.values())),
+                cut=f"after {cut.name}" if cut is not None and cut != chain.features else _place(cut),
+                bytes_per_image=cut.bytes_per_image if cut is not None else _pixel_bytes(chain),
+                flops_share=1 - (before[cut.name] / total_flops if cut is not None and total_flops else 0.0),
+            )
+        )
+    return found
+
+
+def _place(cut: Cut | None) -> str:
+    return "at the pixels" if cut is None else "before the classifier"
+
+
+def _pixel_bytes(chain: Chain) -> int:
+    return int(torch.Size(chain.image_shape).numel()) * BYTES_OF_A_PIXEL
+
+
+def format_chain(chain: Chain) -> str:
+    """The table of layers, then the table of strategies, as text for a terminal."""
+    total, before = count_flops(chain)
+    sizes = {name: p.numel() for name, p in chain.model.named_parameters()}
+    rows: list[tuple[str, ...]] = [("", "layer", "parameters", "activation", "bytes/image", "FLOPs", "aliases")]
+    reached = 0
+    for i, layer in enumerate(chain.layers):
+        until = before.get(layer.cut.name, total) if layer.cut is not None else (total if i else 0)
+        share = (until - reached) / total if total else 0.0
+        reached = until
+        rows.append(_row(i, layer, sum(sizes[n] for n in layer.parameters), share))
+    strategies: list[tuple[str, ...]] = [("strategy", "trains", "share", "cut", "cache, bytes/image", "FLOPs left")]
+    strategies += [
+        (s.policy, f"{s.trainable:,}", f"{100 * s.share:.2f} %", s.cut, f"{s.bytes_per_image:,}",
+         f"{100 * s.flops_share:.1f} %")
+        for s in price_strategies(chain)
+    ]  # fmt: skip
+    lines = [*_align(rows), "", *_align(strategies)]
+    if chain.orphans:
+        lines += ["", f"orphans (never reach the logits; frozen): {', '.join(chain.orphans)}"]
+    lines += ["", *chain.notes] if chain.notes else []
+    return "\n".join(lines)
+
+
+def _row(index: int, layer: Layer, parameters: int, share: float) -> tuple[str, ...]:
+    cut = layer.cut
+    shape = "x".join(map(str, cut.shape)) if cut is not None else ""
+    stored = f"{cut.bytes_per_image:,}" if cut is not None else ""
+    return str(index), layer.name, f"{parameters:,}", shape, stored, f"{100 * share:.1f} %", ", ".join(layer.aliases)
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [all(not c or c[0].isdigit() for c in (row[i] for row in rows[1:])) for i in range(len(rows[0]))]
+    return [
+        "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True)).rstrip()
+        for row in rows
+    ]

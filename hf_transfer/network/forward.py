@@ -1,0 +1,34 @@
+"""One way to call any image classifier: timm's take a tensor, transformers' a `pixel_values` and return an output object."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def compute_logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Logits (B, K) of `pixels` (B, 3, H, W), normalised float."""
+    if isinstance(model, PreTrainedModel):
+        return cast(torch.Tensor, model(pixel_values=pixels).logits)
+    output = model(pixels)
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(
+            f"{type(model).__name__} returns {type(output).__name__} in eval mode, not one tensor of logits"
+        )
+    return output
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module of `model` in eval mode inside; each module's own mode is restored after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        # Not model.train(): a frozen part may have been in eval already.
+        for module in training:
+            module.training = True

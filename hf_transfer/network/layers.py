@@ -1,0 +1,155 @@
+"""Which calls of a traced network are its layers: the smallest repeated blocks bounded by two possible cuts.
+
+A block is a called module with at least two weights (tensors of two dimensions or more) whose input and output both lie on
+the spine. Residual blocks, transformer blocks and inverted residuals are such modules; so are the stages that hold them,
+hence "smallest": a block is opened while smaller blocks lie inside it, but never where its class is the smallest elsewhere
+(an inverted residual without its skip connection has cuts inside, and is still one layer).
+"""
+
+import math
+from collections import Counter
+
+from torch import nn
+
+from hf_transfer.network.trace import Call, Trace
+
+FEW_LAYERS = 3  # with fewer, single weights count as blocks: a plain stack of convolutions (VGG) has no others
+
+
+def find_classifier(model: nn.Module, trace: Trace) -> Call | None:
+    """The call of the linear map that makes the logits of one vector an image; None where the logits come otherwise."""
+    modules = dict(model.named_modules())
+    linear = [c for c in trace.calls if isinstance(modules[c.module], nn.Linear | nn.Conv2d)]
+    for call in reversed(linear):
+        (taken, *others), made = call.inputs, call.outputs[0].node
+        weight = modules[call.module].weight
+        if (
+            not others
+            and taken.node in trace.spine
+            and made in trace.spine
+            and weight.shape[0] == trace.logits_shape[-1]
+            and weight[0].numel() == math.prod(taken.shape[1:])
+            and not trace.parameters_between(made, 0)
+        ):
+            return call
+    return None
+
+
+def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list[tuple[Call, tuple[int, int]]]:
+    """The layers between stem and head, in order, each with the positions on the spine of its input and its output."""
+    modules = dict(model.named_modules())
+    blocks = _find_blocks(modules, trace, min_weights=2)
+    if len(blocks) < FEW_LAYERS:
+        blocks = _find_blocks(modules, trace, min_weights=1) or blocks
+    if not blocks:
+        return []
+    last_end = blocks[-1][0].end
+    stop = classifier.start if classifier else last_end
+    # A weight of its own between the last block and the classifier (MobileNet's conv_head) is one more layer.
+    singles = [
+        (call, span)
+        for call, span in _bounded_calls(modules, trace, min_weights=1)
+        if last_end < call.start < stop and not _is_wrapper(modules[call.module])
+    ]
+    outer = {call for call, _ in singles}
+    norms = {
+        start: end
+        for call, (start, end) in _bounded_calls(modules, trace, min_weights=0)
+        if call.start > last_end and _is_norm(modules[call.module]) and _keeps_shape(trace, call, (start, end))
+    }
+    # ... together with the normalisation that is called after it.
+    blocks += [(c, (s, norms.get(e, e))) for c, (s, e) in singles if not any(a in outer for a in c.ancestors())]
+    return blocks
+
+
+def _bounded_calls(
+    modules: dict[str, nn.Module], trace: Trace, *, min_weights: int
+) -> list[tuple[Call, tuple[int, int]]]:
+    """Calls with enough weights that take one spine tensor and return another; with both positions on the spine."""
+    position = {node: i for i, node in enumerate(trace.spine)}
+    # A call behind which no parameter follows makes the logits: it is the head's.
+    behind = (i for i in reversed(position.values()) if trace.parameters_between(trace.spine[i], 0))
+    last = next(behind, 0)
+    found = []
+    for call in trace.calls:
+        if not call.module:
+            continue
+        taken = {i.node for i in call.inputs if i.node is not None and trace.depends_on_image(i)}
+        made = [position[o.node] for o in call.outputs if o.node in position]
+        if len(taken) != 1 or not made or max(made) > last:
+            continue
+        start = position.get(taken.pop())
+        if start is None or max(made) <= start or _num_weights(modules[call.module]) < min_weights:
+            continue
+        found.append((call, (start, max(made))))
+    return found
+
+
+def _find_blocks(
+    modules: dict[str, nn.Module], trace: Trace, *, min_weights: int
+) -> list[tuple[Call, tuple[int, int]]]:
+    spans = dict(_bounded_calls(modules, trace, min_weights=min_weights))
+    inner: dict[Call | None, list[Call]] = {}
+    for call in spans:
+        outer = next((a for a in call.ancestors() if a in spans), None)
+        inner.setdefault(outer, []).append(call)
+
+    def kind(call: Call) -> type[nn.Module] | None:
+        found = type(modules[call.module])
+        return None if found in (nn.Sequential, nn.ModuleList) else found  # a container has no kind of its own
+
+    smallest = {kind(c) for c in spans if c not in inner} - {None}
+
+    def open_up(call: Call) -> list[Call]:
+        parts = [] if kind(call) in smallest else inner.get(call, [])
+        smaller = [block for part in parts for block in open_up(part)]
+        if len(smaller) == 1 and 2 * _size(modules[smaller[0].module]) < _size(modules[call.module]):
+            return [call]  # a small part of it alone is bounded: a squeeze-excite, say
+        return smaller or [call]
+
+    leaves = [block for call in inner.get(None, []) for block in open_up(call)]
+    kinds = Counter(kind(c) for c in leaves)
+    repeated = [c for c in leaves if kind(c) is not None and kinds[kind(c)] > 1]
+    if not repeated:
+        return [(c, spans[c]) for c in leaves]
+    home = _common_parent([c.module for c in repeated])
+    first = min(c.start for c in repeated)
+    # What comes before the first repeated block is a layer only where it lives among them (EfficientNet's blocks.0.0).
+    leaves = [c for c in leaves if c.start >= first or (home and c.module.startswith(home + "."))]
+    keeping = {kind(c) for c in repeated if _keeps_shape(trace, c, spans[c])}
+    # A repeated kind that changes the shape at every call, among kinds that keep it, is a downsampling: it belongs to
+    # the block after it, so it makes no layer of its own.
+    blocks = [c for c in leaves if not keeping or kinds[kind(c)] == 1 or kind(c) is None or kind(c) in keeping]
+    return [(c, spans[c]) for c in blocks]
+
+
+def _keeps_shape(trace: Trace, call: Call, span: tuple[int, int]) -> bool:
+    before = {i.shape for i in call.inputs if i.node == trace.spine[span[0]]}
+    after = {o.shape for o in call.outputs if o.node == trace.spine[span[1]]}
+    return bool(before & after)
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(p.ndim >= 2 for p in module.parameters())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return _size(module) > 0 and _num_weights(module) == 0
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and len(module) == 1
+
+
+def _common_parent(names: list[str]) -> str:
+    parents = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for parts in zip(*parents, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)

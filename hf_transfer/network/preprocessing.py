@@ -1,0 +1,145 @@
+"""One preprocessing object a checkpoint: training-time evaluation, the cache, the saved model and inference all use it.
+
+It is not a re-implementation: the geometry (resize, crop) is done by the checkpoint's own timm transform or transformers
+image processor, so the pixels are those that plain `AutoImageProcessor` makes. Only rescaling and normalisation, which
+are arithmetic, are done here, on the device and in the upstream's order of operations.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoImageProcessor
+
+PARITY = 1e-5  # largest difference from the checkpoint's own processor, in normalised units (pixels are within +-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Image -> uint8 pixels (H, W, 3), then a batch of pixels -> normalised float (B, 3, H, W)."""
+
+    height_px: int
+    width_px: int
+    interpolation: str
+    crop_pct: float | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale: float  # a pixel value times this, before mean and std
+    spec: Mapping[str, Any]  # everything that decides the pixels, JSON-able: part of cache keys
+    processor: Any = field(repr=False)  # the upstream object; transformers saves it beside the weights
+    resize: Callable[[Image.Image], NDArray[np.uint8]] = field(repr=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(3, H, W)."""
+        return 3, self.height_px, self.width_px
+
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Pixels (H, W, 3) uint8 of an RGB image: resized and cropped for evaluation as the checkpoint says."""
+        return self.resize(image)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, H, W, 3) uint8 -> (B, 3, H, W) float32, channels last in memory, on the pixels' device."""
+        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
+        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+        # Division where upstream divides (torchvision's ToTensor): x / 255 is not x * (1 / 255) to the last bit.
+        images = images.div_(255.0) if self.rescale == 1 / 255 else images.mul_(self.rescale)
+        return images.sub_(mean).div_(std)
+
+
+def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Preprocessing:
+    """The preprocessing of the checkpoint in `folder` (Hub layout).
+
+    Raises ValueError where the checkpoint names none, or does more than resize, crop, rescale and normalise.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the checkpoint {folder.name} names no image preprocessing that transformers can read ({error}). "
+            "Remedy: add its preprocessor_config.json (or timm's `pretrained_cfg` in config.json)"
+        ) from error
+    found = _from_timm(processor) if hasattr(processor, "val_transforms") else _from_transformers(processor)
+    _check_parity(found)
+    return found
+
+
+def _from_timm(processor: Any) -> Preprocessing:
+    config = processor.data_config
+    *geometry, to_tensor, normalize = processor.val_transforms.transforms
+    if not (hasattr(normalize, "mean") and "ToTensor" in type(to_tensor).__name__):
+        raise ValueError(f"this checkpoint's transform does not end in ToTensor, Normalize: {processor.val_transforms}")
+
+    def resize(image: Image.Image) -> NDArray[np.uint8]:
+        for transform in geometry:
+            image = transform(image)
+        return np.asarray(image)
+
+    _, height, width = config["input_size"]
+    return Preprocessing(
+        height_px=height,
+        width_px=width,
+        interpolation=str(config["interpolation"]),
+        crop_pct=config["crop_pct"],
+        mean=_three(config["mean"]),
+        std=_three(config["std"]),
+        rescale=1 / 255,
+        spec={"library": "timm", "version": timm.__version__, **{k: str(v) for k, v in config.items()}},
+        processor=processor,
+        resize=resize,
+    )
+
+
+def _from_transformers(processor: Any) -> Preprocessing:
+    def resize(image: Image.Image) -> NDArray[np.uint8]:
+        output = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")
+        pixels: torch.Tensor = output["pixel_values"][0]
+        return pixels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+
+    spec = {k: v for k, v in processor.to_dict().items() if not k.startswith("_")}
+    height, width, _ = resize(Image.new("RGB", (96, 64))).shape
+    normalizes = getattr(processor, "do_normalize", True)
+    resample = Image.Resampling(getattr(processor, "resample", None) or Image.Resampling.BILINEAR)
+    return Preprocessing(
+        height_px=height,
+        width_px=width,
+        interpolation=resample.name.lower(),
+        crop_pct=getattr(processor, "crop_pct", None),
+        mean=_three(processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
+        std=_three(processor.image_std) if normalizes else (1.0, 1.0, 1.0),
+        rescale=float(processor.rescale_factor) if getattr(processor, "do_rescale", True) else 1.0,
+        spec={"library": "transformers", "class": type(processor).__name__, **_jsonable(spec)},
+        processor=processor,
+        resize=resize,
+    )
+
+
+def _three(values: Any) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise ValueError(f"this checkpoint takes {len(values)} channels; images here have 3")
+    return float(values[0]), float(values[1]), float(values[2])
+
+
+def _jsonable(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in spec.items()}
+
+
+def _check_parity(preprocessing: Preprocessing) -> None:
+    """Our pixels, normalised, against the upstream processor's output, on one image of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (113, 149, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    theirs = preprocessing.processor(images=image, return_tensors="pt")["pixel_values"]
+    ours = preprocessing.normalize(torch.from_numpy(preprocessing.pixels(image).copy())[None])
+    difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
+    if not difference <= PARITY:
+        raise ValueError(
+            f"{type(preprocessing.processor).__name__} does more than resize, crop, rescale and normalise "
+            f"(difference {difference:.2g}); such preprocessing is not supported"
+        )

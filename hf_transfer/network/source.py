@@ -1,0 +1,159 @@
+"""Where a checkpoint comes from: a Hub id with an optional revision, or a local folder in Hub layout, as files on disk.
+
+Only what loading needs is fetched: config, preprocessing, card and safetensors; never a pickle.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from hf_transfer.config import EMBEDDED_CHECKPOINT
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+OPTIONAL = ("preprocessor_config.json", "README.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint's files and its public name. `folder` never leaves this machine; `id` and `revision` may."""
+
+    folder: Path
+    id: str | None  # Hub id of the upstream checkpoint, where one is known
+    revision: str | None  # commit hash, where the files came from the Hub
+    license: str | None
+
+    @property
+    def name(self) -> str:
+        """What logs and cards call it: the Hub id, else the folder's own name."""
+        return self.id or self.folder.name
+
+    def read_config(self) -> dict[str, Any]:
+        """The checkpoint's config.json."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return config
+
+
+def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_code: bool = False) -> Source:
+    """The files of `checkpoint`: a Hub id (`owner/name` or `owner/name@revision`), a folder, or "embedded".
+
+    `base_model` names the upstream id where a folder does not record it. Raises ValueError for an unknown id or
+    revision, a gated or private repository, no network, or a checkpoint without safetensors weights, each with what to do.
+    """
+    if checkpoint == EMBEDDED_CHECKPOINT:
+        with resources.as_file(resources.files("hf_transfer") / "assets" / EMBEDDED_CHECKPOINT) as folder:
+            return _from_folder(folder, base_model)
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        return _from_folder(path.resolve(), base_model)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", checkpoint) or checkpoint.startswith("."):
+        raise ValueError(f"{checkpoint!r} is neither a folder here nor a Hub id (owner/name, owner/name@revision)")
+    return _from_hub(checkpoint, base_model, trust_remote_code)
+
+
+def _from_folder(folder: Path, base_model: str | None) -> Source:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"the folder {folder.name!r} has no config.json: a checkpoint folder has Hub layout")
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ValueError(_no_safetensors(folder.name, sorted(p.name for p in folder.glob("*.bin")) or ["no weights"]))
+    card = _card_data(folder)
+    recorded = card.get("base_model")
+    if isinstance(recorded, list):
+        recorded = recorded[0] if recorded else None
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})$", folder.as_posix())
+    own_id = f"{cached[1]}/{cached[2]}" if cached else None
+    return Source(
+        folder=folder,
+        id=base_model or own_id or recorded,
+        revision=cached[3] if cached else None,
+        license=_license(folder, card),
+    )
+
+
+def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) -> Source:
+    repo, _, revision = checkpoint.partition("@")
+
+    def fetch(name: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision or None))
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+            raise  # a subclass of EntryNotFoundError, but it means: no network
+        except EntryNotFoundError:
+            return None
+
+    try:
+        config = fetch("config.json")
+        if config is None:
+            raise ValueError(f"{repo} has no config.json: it is not a timm or transformers checkpoint")
+        weights = next((name for name in WEIGHTS if fetch(name)), None)
+        if weights is None:
+            raise ValueError(_no_safetensors(repo, ["other formats only"]))
+        if weights.endswith(".index.json"):
+            snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors"])
+        for name in OPTIONAL:
+            try:
+                fetch(name)
+            except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+                continue  # offline, and not among the cached files: it is optional
+        if trust_remote_code:
+            snapshot_download(repo, revision=revision or None, allow_patterns=["*.py"])
+    except GatedRepoError as error:
+        raise ValueError(f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`") from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{repo} has no revision {revision!r}: name a branch, a tag or a commit of it") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"the Hub has no model {repo!r} that you may read: check the id; for a private one run `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ValueError(
+            f"{repo} is not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE=1). "
+            f"Remedy: run `hf download {repo}` where there is a network, or name a local folder"
+        ) from error
+    except HFValidationError as error:
+        raise ValueError(f"{repo!r} is not a Hub id: {error}") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"the Hub failed while sending {repo} ({error}): try again") from error
+    card = _card_data(config.parent)
+    return Source(
+        folder=config.parent,
+        id=base_model or repo,
+        revision=config.parent.name,  # snapshots/<commit>
+        license=_license(config.parent, card),
+    )
+
+
+def _no_safetensors(name: str, found: list[str]) -> str:
+    return (
+        f"{name} has no model.safetensors (found: {', '.join(found)}). Pickled weights can run code, so they are not "
+        "loaded. Remedy: ask its author for safetensors, or convert it on a machine where you trust it with "
+        "model.save_pretrained"
+    )
+
+
+def _card_data(folder: Path) -> dict[str, Any]:
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    found = ModelCard(card.read_text(), ignore_metadata_errors=True).data
+    return {key: found.get(key) for key in ("base_model", "license")}
+
+
+def _license(folder: Path, card: dict[str, Any]) -> str | None:
+    config = json.loads((folder / "config.json").read_text())
+    found = card.get("license") or config.get("license") or config.get("pretrained_cfg", {}).get("license")
+    return str(found) if found else None

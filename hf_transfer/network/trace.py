@@ -1,0 +1,232 @@
+"""One forward of a network, recorded: which modules were called, and the tensors that everything flows through.
+
+The legal cuts of a network are the dominators of its autograd graph: the nodes that every path from the logits back to
+the image goes through (Lengauer and Tarjan, 1979, by way of networkx). Tracing needs no table of architectures. Two
+forwards at two batch sizes tell which dimensions are the batch.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from hf_transfer.network.forward import compute_logits, eval_mode
+
+TRACE_BATCHES = (2, 3)
+
+
+@dataclass(kw_only=True, slots=True)
+class Leaf:
+    """One leaf of a call's inputs or outputs: a tensor's description, or the value itself."""
+
+    value: Any = None
+    is_tensor: bool = False
+    shape: tuple[int, ...] = ()
+    per_image: tuple[int | None, ...] = ()  # size per image of the dimensions that scale with the batch, else None
+    dtype: torch.dtype | None = None
+    node: int | None = None  # the autograd node that made the tensor
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Call:
+    """One call of a module. `start` and `end` are ticks of one clock: calls nest as their intervals do."""
+
+    module: str
+    index: int  # the how-manieth call of this module in the forward, from 0
+    parent: "Call | None"
+    start: int
+    end: int = 0
+    inputs: list[Leaf] = field(default_factory=list)  # leaves of (args, kwargs), flattened
+    outputs: list[Leaf] = field(default_factory=list)
+    output_spec: TreeSpec | None = None
+
+    def ancestors(self) -> Iterator["Call"]:
+        """The calls around this one, innermost first."""
+        call = self.parent
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What one forward showed. Nodes are integers; nothing here holds an activation."""
+
+    calls: list[Call]
+    graph: "nx.DiGraph[int]"  # edges from a node to the nodes whose results it used
+    spine: list[int]  # dominators in order from the image to the logits; the last made the logits
+    from_image: frozenset[int]  # nodes whose result depends on the image
+    parameters: dict[int, str]  # leaf node -> parameter name
+    logits_shape: tuple[int, ...]
+
+    def depends_on_image(self, leaf: Leaf) -> bool:
+        """Whether the leaf is a tensor that would be another for another image."""
+        return leaf.node is not None and leaf.node in self.from_image
+
+    def parameters_between(self, start: int | None, end: int) -> set[str]:
+        """Names of the parameters that `end` is made with, without those used only up to `start`, a node of the spine."""
+        reached: set[int] = set()
+        todo = [end]
+        while todo:
+            node = todo.pop()
+            if node in reached or node == start:
+                continue
+            reached.add(node)
+            todo += self.graph.successors(node)
+        return {self.parameters[n] for n in reached if n in self.parameters}
+
+
+def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
+    """The recorded forward of `model` on random images (B, *image_shape), in eval mode.
+
+    The model's weights, buffers, modes and requires_grad flags are as before afterwards. Raises ValueError where the
+    forward cannot be recorded: its calls differ between two batch sizes, or no gradient reaches the image.
+    """
+    first, graph = _record(model, image_shape, TRACE_BATCHES[0])
+    second, _ = _record(model, image_shape, TRACE_BATCHES[1])
+    if [(c.module, c.index) for c in first] != [(c.module, c.index) for c in second]:
+        raise ValueError(f"{type(model).__name__} calls other modules at another batch size: it cannot be traced")
+    for a, b in zip(first, second, strict=True):
+        for leaf, other in zip(a.outputs + a.inputs, b.outputs + b.inputs, strict=True):
+            leaf.per_image = _sizes_per_image(leaf.shape, other.shape)
+    return Trace(calls=first, **graph)
+
+
+def _sizes_per_image(at_first: tuple[int, ...], at_second: tuple[int, ...]) -> tuple[int | None, ...]:
+    return tuple(
+        a // TRACE_BATCHES[0] if a != b else None for a, b in zip(at_first, at_second, strict=True)
+    )
+
+
+def _record(
+    model: nn.Module, image_shape: tuple[int, int, int], batch: int
+) -> tuple[list[Call], dict[str, Any]]:
+    """The calls of one forward, and the graph as plain integers (no tensor survives)."""
+    reference = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(batch, *image_shape, generator=generator).to(reference.device, reference.dtype)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    # Some networks (timm's LeViT, EfficientFormer) keep derived attention biases while in eval. Passing through train()
+    # drops them, before, so that the graph reaches their parameters, and after, so that they hold no graph.
+    model.train()
+    recorder = _Recorder(model)
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(True)
+        with eval_mode(model), torch.enable_grad(), recorder:
+            leaf = image.requires_grad_(True)
+            # * 1.0: the image then has a node of its own, and no in-place operation meets a leaf.
+            logits = compute_logits(model, leaf * 1.0)
+        graph = _read_graph(model, logits, leaf)
+        ids: dict[Any, int] = graph.pop("ids")
+        for call in recorder.calls:
+            for item in call.inputs + call.outputs:
+                item.node = ids.get(recorder.nodes[id(item)]) if id(item) in recorder.nodes else None
+    finally:
+        model.train()
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return recorder.calls, graph
+
+
+class _Recorder:
+    """Forward hooks on every module, for the length of one forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.calls: list[Call] = []
+        self.nodes: dict[int, Any] = {}  # id(leaf) -> autograd node; holding the node keeps its identity
+        self._model = model
+        self._stack: list[Call] = []
+        self._clock = 0
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "_Recorder":
+        for name, module in self._model.named_modules():
+            counter = iter(range(1 << 30))
+            self._handles += [
+                module.register_forward_pre_hook(self._before(name, counter), with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True),
+            ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _tick(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def _before(self, name: str, counter: Iterator[int]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            parent = self._stack[-1] if self._stack else None
+            call = Call(module=name, index=next(counter), parent=parent, start=self._tick())
+            call.inputs = [self._describe(leaf) for leaf in tree_flatten((args, kwargs))[0]]
+            self.calls.append(call)
+            self._stack.append(call)
+
+        return hook
+
+    def _after(self, _: nn.Module, __: Any, ___: Any, output: Any) -> None:
+        call = self._stack.pop()
+        call.end = self._tick()
+        leaves, call.output_spec = tree_flatten(output)
+        call.outputs = [self._describe(leaf) for leaf in leaves]
+
+    def _describe(self, value: Any) -> Leaf:
+        if not isinstance(value, torch.Tensor):
+            return Leaf(value=value)
+        leaf = Leaf(is_tensor=True, shape=tuple(value.shape), dtype=value.dtype)
+        if value.grad_fn is not None:
+            self.nodes[id(leaf)] = value.grad_fn
+        return leaf
+
+
+def _read_graph(model: nn.Module, logits: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
+    """The autograd graph behind `logits` as integers, its dominators, and which leaf is which parameter."""
+    if logits.grad_fn is None:
+        raise ValueError(f"{type(model).__name__}: no gradient reaches the logits, so the network cannot be traced")
+    names = {id(p): n for n, p in model.named_parameters()}  # a tied parameter under its first name only
+    ids: dict[Any, int] = {logits.grad_fn: 0}
+    graph: nx.DiGraph[int] = nx.DiGraph()
+    graph.add_node(0)
+    parameters: dict[int, str] = {}
+    source: int | None = None
+    todo = [logits.grad_fn]
+    while todo:
+        node = todo.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is image:
+            source = ids[node]
+        elif leaf is not None and id(leaf) in names:
+            parameters[ids[node]] = names[id(leaf)]
+        for used, _ in node.next_functions:
+            if used is None:
+                continue
+            if used not in ids:
+                ids[used] = len(ids)
+                todo.append(used)
+            graph.add_edge(ids[node], ids[used])
+    if source is None:
+        raise ValueError(f"{type(model).__name__}: no gradient reaches the image, so the network cannot be traced")
+    dominator_of = nx.immediate_dominators(graph, 0)
+    spine: list[int] = []
+    at = source
+    while at != 0:
+        at = dominator_of[at]
+        spine.append(at)
+    return {
+        "ids": ids,
+        "graph": graph,
+        "spine": spine,
+        "from_image": frozenset(nx.ancestors(graph, source) | {source}),
+        "parameters": parameters,
+        "logits_shape": tuple(logits.shape),
+    }
