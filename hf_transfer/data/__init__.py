@@ -1,0 +1,1 @@
+"""From labelled images, wherever they lie, to checked splits of RGB pictures."""

@@ -1,0 +1,773 @@
+"""load_data: the right images with the right labels in the right split, or an error that says what to do."""
+
+import gc
+import io
+import json
+import os
+import pickle
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_transfer.config import DataConfig
+from hf_transfer.data.dataset import Data, Split, load_data
+from hf_transfer.data.images import BadImageError
+from hf_transfer.data.splits import draw, role_of
+
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(autouse=True)
+def _no_progress_bars() -> None:
+    datasets.disable_progress_bars()
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    return (number % 251, number // 251, 7)
+
+
+def png(number: int) -> bytes:
+    """A tiny image of a colour of its own, by which a test knows it again."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), colour(number)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(root: Path, *paths: str, first: int = 0) -> Path:
+    """Distinct images at these paths below `root`; "cat/*5" means five of them."""
+    number = first
+    for path in paths:
+        folder, _, count = path.partition("*")
+        names = [f"{folder}{i}.png" for i in range(int(count))] if count else [path]
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(png(number))
+            number += 1
+    return root
+
+
+def load(dataset: Path | str, **fields: Any) -> Data:
+    return load_data(DataConfig(dataset=str(dataset), **fields))
+
+
+def names(split: Split) -> list[str]:
+    return [split.image_name(i) for i in range(len(split))]
+
+
+def labels_by_image(split: Split) -> dict[str, str]:
+    return {split.image_name(i): split.label_names[split.labels[i]] for i in range(len(split))}
+
+
+def table(labels: list[Any], feature: Any = None, first: int = 0, **columns: Any) -> datasets.Dataset:
+    """A table with an Image column and these labels."""
+    images = [{"bytes": png(first + i), "path": None} for i in range(len(labels))]
+    built = datasets.Dataset.from_dict({"image": images, "label": labels, **columns})
+    built = built.cast_column("image", datasets.Image())
+    return built if feature is None else built.cast_column("label", feature)
+
+
+def parquet(root: Path, **splits: datasets.Dataset) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for name, split in splits.items():
+        split.to_parquet(root / f"{name}-00000-of-00001.parquet")
+    return root
+
+
+# Image folders
+
+
+def test_class_folders_without_splits_become_train_and_validation(tmp_path: Path) -> None:
+    data = load(write(tmp_path / "pets", "cat/*10", "ant/*10", "bee/*10"))
+    assert data.label_names == CLASSES
+    assert data.name == "pets"
+    assert data.test is None
+    assert (len(data.train), len(data.validation)) == (24, 6)
+    for split in (data.train, data.validation):
+        assert all(name.split("/")[0] == label for name, label in labels_by_image(split).items())
+
+
+def test_images_keep_their_labels_and_names_through_every_step(tmp_path: Path) -> None:
+    data = load(write(tmp_path, "train/ant/*9", "train/bee/*9", "test/ant/*2", "test/bee/*2"))
+    assert data.test is not None
+    for split in (data.train, data.validation, data.test):
+        for i in range(len(split)):
+            picture, label = split[i]
+            assert f"/{data.label_names[label]}/" in split.image_name(i)
+            stored = Image.open(tmp_path / split.image_name(i))
+            assert picture.getpixel((0, 0)) == stored.getpixel((0, 0))
+    assert len(list(data.train)) == len(data.train)
+
+
+@pytest.mark.parametrize("train", ["train", "Training", "TRAIN", "train_set", "trn"])
+@pytest.mark.parametrize(
+    ("validation", "test"), [("val", "test"), ("Valid", "Testing"), ("validation", "test_images"), ("dev", "EVAL")]
+)
+def test_split_folders_are_known_by_usual_names(tmp_path: Path, train: str, validation: str, test: str) -> None:
+    write(tmp_path, *(f"{split}/{name}/*{n}" for n, split in ((3, train), (2, validation), (1, test)) for name in "ab"))
+    data = load(tmp_path)
+    assert data.test is not None
+    assert (len(data.train), len(data.validation), len(data.test)) == (6, 4, 2)
+    assert (data.train.name, data.validation.name, data.test.name) == ("train", "validation", "test")
+
+
+def test_role_is_none_where_a_name_says_more_or_less() -> None:
+    assert role_of("test2017") == "test"
+    assert [role_of(name) for name in ("full", "train_and_val", "test_matched", "images", "")] == [None] * 5
+
+
+@pytest.mark.parametrize("wrapper", ["data/", "archive/pets/images/"])
+def test_folders_that_hold_one_folder_are_passed_through(tmp_path: Path, wrapper: str) -> None:
+    with_splits = load(write(tmp_path / "s", *(f"{wrapper}{s}/{s}/{c}/*3" for s in ("train", "test") for c in "ab")))
+    assert with_splits.label_names == ("a", "b")
+    assert with_splits.test is not None
+    assert len(with_splits.test) == 6
+    without = load(write(tmp_path / "w", f"{wrapper}a/*3", f"{wrapper}b/*3"))
+    assert without.label_names == ("a", "b")
+
+
+def test_litter_is_ignored(tmp_path: Path) -> None:
+    clean = load(write(tmp_path / "clean", "ant/*5", "bee/*5"))
+    write(tmp_path / "dirty", "ant/*5", "bee/*5")
+    for litter in (".DS_Store", "ant/.hidden.png", "ant/._0.png", "bee/Thumbs.db", "bee/desktop.ini"):
+        (tmp_path / "dirty" / litter).write_bytes(b"x")
+    write(tmp_path / "dirty", "__MACOSX/ant/._0.png", ".ipynb_checkpoints/0.png", ".cache/c/0.png", "@eaDir/0.png")
+    dirty = load(tmp_path / "dirty")
+    assert dirty.label_names == ("ant", "bee")
+    assert dirty.train.fingerprint == clean.train.fingerprint
+    assert dirty.notes == clean.notes
+
+
+def test_files_that_are_left_out_are_noted(tmp_path: Path) -> None:
+    write(tmp_path, "train/a/*3", "train/b/*3", "train/example.png", "extra/a/*1", "test/a/*1", "test/b/*1")
+    (tmp_path / "train/a/0.xml").write_text("<annotation/>")
+    (tmp_path / "README.md").write_text("not noted: it is where such a file belongs")
+    notes = "\n".join(load(tmp_path).notes)
+    assert "train/example.png" in notes
+    assert ".xml (1)" in notes
+    assert "Splits not used: 'extra'" in notes
+    assert ".md" not in notes
+
+
+def test_images_in_folders_of_a_class_belong_to_the_class(tmp_path: Path) -> None:
+    data = load(write(tmp_path, "ant/0.png", "ant/queens/*2", "bee/*3"))
+    assert data.label_names == ("ant", "bee")
+    assert (data.train.counts() + data.validation.counts()).tolist() == [3, 3]
+
+
+def test_one_folder_of_the_same_name_in_each_class_does_not_matter(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "ant/images/*3", "bee/images/*3")).label_names == ("ant", "bee")
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    assert load(write(tmp_path, "bus/*3", "car/*3", "train/*3")).label_names == ("bus", "car", "train")
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["train/a/*3", "train/b/*3", "c/a/*3"], "'train' may be a split or a class"),
+        (["a/*3", "b/*3", "test/*3"], "'test' may be a split or a class"),
+        (["a/*3", "b/*3", "val/a/*1", "val/b/*1"], "'val' may be a split or a class"),
+        (["day1/a/*3", "day1/b/*3", "day2/a/*3", "day2/b/*3"], "'day1', 'day2' or 'a', 'b'"),
+        (["train/*3", "test/*3"], "no class folders"),
+        (["train/a/*3", "train/b/*3", "val/a/*1", "valid/a/*1"], "'val', 'valid' may each be the validation split"),
+        (["test/a/*3", "test/b/*3"], "no split to train on among 'test'"),
+        (["*3"], "3 of 3 images have no label"),
+    ],
+)
+def test_layouts_that_can_be_read_in_two_ways_are_refused(tmp_path: Path, paths: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(write(tmp_path, *paths))
+
+
+def test_a_split_given_as_the_data_set_is_named_after_the_folder_above(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "pets", "train/a/*3", "train/b/*3") / "train").name == "pets"
+
+
+def test_splits_can_be_named_by_flag(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{split}/{c}/*{n}" for n, split in ((3, "fold1"), (2, "fold2"), (1, "test")) for c in "ab"))
+    data = load(tmp_path, train_split="fold2", test_split="fold1", validation_split="test")
+    assert data.test is not None
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [4, 2, 6]
+    without = load(tmp_path, train_split="fold1", test_split="none")
+    assert without.test is None
+    assert "'test'" in "".join(without.notes)
+    with pytest.raises(ValueError, match="no split folder 'fold9'; folders with images: 'fold1', 'fold2', 'test'"):
+        load(tmp_path, train_split="fold9")
+
+
+def test_names_are_compared_without_blanks_and_in_one_unicode_form(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    data = load(
+        write(tmp_path / "a", f"train/{composed}/*3", "train/日本/*3", f"test/{decomposed}/*1", "test/日本 /*1")
+    )
+    assert data.test is not None
+    assert data.label_names == (composed, "日本")
+    assert data.test.labels.tolist() == [0, 1]
+    for twin in ("ant ", f"{composed}", f"{decomposed}"):
+        pair = ["ant", twin] if twin == "ant " else [composed, decomposed]
+        with pytest.raises(ValueError, match="duplicate class names"):
+            load(write(tmp_path / "b" / twin.strip(), *(f"{name}/*3" for name in pair), "bee/*3"))
+    assert "differ in upper and lower case only" in "".join(load(write(tmp_path / "c", "Ant/*3", "ant/*3")).notes)
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["ant/*3", "bee/*3", "wasp/notes.txt"], "1 of 3 classes have no image to train on, 'wasp'"),
+        (["ant/*3"], "one class only, 'ant'"),
+        (["train/ant/*3", "train/bee/*3", "test/wasp/*2"], r"classes that train does not have, 'wasp \(2 images\)'"),
+        (["notes.txt"], "no image in this folder"),
+    ],
+)
+def test_unusable_classes_are_errors_that_name_them(tmp_path: Path, paths: list[str], message: str) -> None:
+    for path in paths:
+        if path.endswith(".txt"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text("x")
+        else:
+            write(tmp_path, path)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_an_empty_folder_is_an_empty_class(tmp_path: Path) -> None:
+    write(tmp_path, "ant/*3", "bee/*3")
+    (tmp_path / "wasp").mkdir()
+    with pytest.raises(ValueError, match="'wasp'"):
+        load(tmp_path)
+
+
+def test_test_images_without_labels_are_no_test_split(tmp_path: Path) -> None:
+    write(tmp_path, "train/a/*4", "train/b/*4", "test/*5")
+    data = load(tmp_path)
+    assert data.test is None
+    assert "None of the 5 images of split 'test' has a label" in "".join(data.notes)
+    with pytest.raises(ValueError, match="5 of 5 images have no label"):
+        load(tmp_path, test_split="test")
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", "bees/*4")
+    write(tmp_path / "pets", "ant/*4")
+    (tmp_path / "pets/bee").symlink_to(tmp_path / "elsewhere/bees")
+    (tmp_path / "pets/ant/back").symlink_to(tmp_path / "pets")
+    data = load(tmp_path / "pets")
+    assert (data.train.counts() + data.validation.counts()).tolist() == [4, 4]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the csv open
+def test_metadata_beside_images_gives_the_labels(tmp_path: Path) -> None:
+    for split, n in (("train", 6), ("test", 2)):
+        write(tmp_path / split, f"pictures/*{n}")
+        rows = [f"pictures/{i}.png,{CLASSES[i % 2]}" for i in range(n)]
+        (tmp_path / split / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    data = load(tmp_path)
+    assert data.test is not None
+    assert data.label_names == ("ant", "bee")
+    assert labels_by_image(data.test) == {"test/pictures/0.png": "ant", "test/pictures/1.png": "bee"}
+    (tmp_path / "train/metadata.csv").write_text("name,label\nx,y\n")
+    with pytest.raises(ValueError, match=r"cannot be read.*file_name"):
+        load(tmp_path)
+    gc.collect()  # here, not in a later test
+
+
+def test_a_mixture_of_images_and_tables_is_refused(tmp_path: Path) -> None:
+    parquet(write(tmp_path, "a/*3", "b/*3"), train=table(["a", "b"]))
+    with pytest.raises(ValueError, match=r"image files and tables.*train-00000"):
+        load(tmp_path)
+
+
+def test_column_flags_are_refused_where_there_are_no_columns(tmp_path: Path) -> None:
+    write(tmp_path, "a/*3", "b/*3")
+    for field in ("image_column", "label_column"):
+        with pytest.raises(ValueError, match=f"{field}='x'.*leave --{field} out"):
+            load(tmp_path, **{field: "x"})
+        with pytest.raises(ValueError, match=f"{field}='x'"):
+            load("sklearn/digits", **{field: "x"})
+
+
+# Drawing splits
+
+
+def integers(counts: list[int]) -> Split:
+    """A split of nothing but labels: drawing looks at no image."""
+    labels = np.random.default_rng(9).permutation(np.repeat(np.arange(len(counts)), counts))
+    names = tuple(f"class {k}" for k in range(len(counts)))
+    return Split(name="train", source=None, rows=np.arange(len(labels)), labels=labels, label_names=names)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 0.9])
+def test_validation_is_stratified_disjoint_and_complete(fraction: float) -> None:
+    counts = [2, 3, 7, 50, 333]
+    train, validation = draw(integers(counts), images_per_class=None, validation_fraction=fraction, seed=3)
+    assert validation is not None
+    assert sorted([*train.rows, *validation.rows]) == list(range(sum(counts)))
+    assert (np.diff(train.rows) > 0).all(), "images keep their order"
+    for n, kept, held_out in zip(counts, train.counts(), validation.counts(), strict=True):
+        assert kept >= 1
+        assert held_out >= 1
+        assert abs(held_out - n * fraction) <= 1
+
+
+def test_draws_depend_on_the_seed_alone() -> None:
+    def rows(seed: int) -> list[int]:
+        _, validation = draw(integers([50, 50]), images_per_class=20, validation_fraction=0.2, seed=seed)
+        assert validation is not None
+        return validation.rows.tolist()
+
+    assert rows(0) == rows(0)
+    assert rows(0) != rows(1)
+
+
+def test_few_shot_subsets_are_nested_for_train_and_for_validation() -> None:
+    everything = integers([30, 40])
+    drawn = [draw(everything, images_per_class=k, validation_fraction=0.2, seed=0) for k in (2, 5, 6, 13, 30)]
+    for k, (train, validation) in zip((2, 5, 6, 13, 30), drawn, strict=True):
+        assert validation is not None
+        assert (train.counts() + validation.counts()).tolist() == [k, k]
+    for (small, small_validation), (large, large_validation) in pairwise(drawn):
+        assert small_validation is not None
+        assert large_validation is not None
+        assert set(small.rows) <= set(large.rows)
+        assert set(small_validation.rows) <= set(large_validation.rows)
+
+
+def test_few_shot_leaves_given_splits_whole_and_says_so(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{split}/{c}/*{n}" for n, split in ((9, "train"), (3, "val"), (2, "test")) for c in "ab"))
+    data = load(tmp_path, images_per_class=1)
+    assert data.test is not None
+    assert [len(split) for split in (data.train, data.validation, data.test)] == [2, 6, 4]
+    assert "2 of 18 train images are used, 1 a class" in "".join(data.notes)
+    assert "validation split is used whole" in "".join(data.notes)
+    split_off = load(tmp_path, images_per_class=5, validation_split="none")
+    assert (len(split_off.train), len(split_off.validation)) == (8, 2)
+
+
+def test_too_few_images_are_errors_that_count(tmp_path: Path) -> None:
+    write(tmp_path, "ant/*9", "bee/*4", "cat/*1")
+    with pytest.raises(ValueError, match=r"images_per_class=5: class 'cat' has only 1 .*--images_per_class 1"):
+        load(tmp_path, images_per_class=5)
+    with pytest.raises(ValueError, match=r"one image to train on of 'cat'.*--validation_split"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="one image to train on of 'ant', 'bee', 'cat'"):
+        load(tmp_path, images_per_class=1)
+
+
+def test_validation_never_stands_in_for_test(tmp_path: Path) -> None:
+    data = load(write(tmp_path, "train/a/*4", "train/b/*4", "val/a/*2", "val/b/*2"))
+    assert data.test is None
+    assert len(data.validation) == 4
+    assert any("no test split, so no test result" in note for note in data.notes)
+
+
+def test_strong_imbalance_is_noted_with_its_flag(tmp_path: Path) -> None:
+    notes = "".join(load(write(tmp_path / "a", "ant/*40", "bee/*5")).notes)
+    assert "32 images of 'ant', 4 of 'bee'" in notes
+    assert "--class_balance loss" in notes
+    assert "imbalanced" not in "".join(load(write(tmp_path / "b", "ant/*25", "bee/*5")).notes)
+
+
+def test_classes_missing_from_the_test_split_are_noted(tmp_path: Path) -> None:
+    data = load(write(tmp_path, "train/a/*4", "train/b/*4", "test/a/*2"))
+    assert any("test split has no image of 'b'" in note for note in data.notes)
+
+
+# Fingerprints and pickling
+
+
+def test_fingerprint_knows_content_not_place_or_time(tmp_path: Path) -> None:
+    here = write(tmp_path / "here", "ant/*6", "bee/*6")
+    there = tmp_path / "some" / "where else"
+    shutil.copytree(here, there)
+    os.utime(there / "ant/0.png", (1, 1))
+    first, second = load(here), load(there)
+    assert first.train.fingerprint == second.train.fingerprint
+    assert first.validation.fingerprint != first.train.fingerprint
+    (there / "ant/0.png").write_bytes(png(99))
+    (there / "ant/1.png").write_bytes(png(98))
+    third = load(there)
+    changed = {first.train.fingerprint, first.validation.fingerprint} ^ {
+        third.train.fingerprint,
+        third.validation.fingerprint,
+    }
+    assert changed
+
+
+def test_fingerprint_knows_order_labels_and_their_names(tmp_path: Path) -> None:
+    train = load(write(tmp_path / "a", "train/ant/*4", "train/bee/*4", "val/ant/*1", "val/bee/*1")).train
+    forward = np.arange(len(train))
+    assert train.select(forward).fingerprint == train.fingerprint
+    assert train.select(forward[::-1]).fingerprint != train.fingerprint
+    assert train.select(forward[:-1]).fingerprint != train.fingerprint
+    assert train.select([0, 0, 1]).fingerprint != train.select([0, 1, 1]).fingerprint
+    moved = load(write(tmp_path / "b", "train/ant/*3", "train/bee/*5", "val/ant/*1", "val/bee/*1")).train
+    assert moved.source.content(3) == train.source.content(3), "same images in the same order, one label differs"
+    assert moved.fingerprint != train.fingerprint
+    renamed = load(write(tmp_path / "c", "train/ant/*4", "train/wasp/*4", "val/ant/*1", "val/wasp/*1")).train
+    assert renamed.fingerprint != train.fingerprint
+
+
+def test_fingerprint_is_the_same_for_files_and_for_a_table_of_them(tmp_path: Path) -> None:
+    write(tmp_path / "files", "train/ant/*4", "train/bee/*4", "val/ant/*1", "val/bee/*1")
+    rows = table([0] * 4 + [1] * 4, datasets.ClassLabel(names=["ant", "bee"]))
+    parquet(tmp_path / "rows", train=rows, validation=rows)
+    assert load(tmp_path / "files").train.fingerprint == load(tmp_path / "rows").train.fingerprint
+
+
+def test_splits_survive_pickling_and_hold_no_open_file(tmp_path: Path) -> None:
+    folder = load(write(tmp_path / "files", "ant/*4", "bee/*4")).train
+    rows = load(parquet(tmp_path / "rows", train=table(["ant", "bee"] * 4))).train
+    for split in (folder, rows, load("sklearn/digits").train):
+        copy = pickle.loads(pickle.dumps(split))
+        assert names(copy) == names(split)
+        assert (np.asarray(copy.image(1)) == np.asarray(split.image(1))).all()
+        assert copy.fingerprint == split.fingerprint
+    folder.image(0)
+    open_files = Path("/proc/self/fd")
+    if open_files.is_dir():
+        targets = [str(link.readlink()) for link in open_files.iterdir() if link.is_symlink()]
+        assert not [target for target in targets if target.startswith(str(tmp_path / "files"))]
+
+
+def test_select_takes_positions_and_refuses_anything_else(tmp_path: Path) -> None:
+    train = load(write(tmp_path, "ant/*5", "bee/*5")).train
+    picked = train.select([7, 0])
+    assert names(picked) == [train.image_name(7), train.image_name(0)]
+    assert picked.labels.tolist() == [1, 0]
+    assert len(train.select([])) == 0
+    for wrong in ([True] * len(train), [0.5], [[0]]):
+        with pytest.raises(TypeError, match="integer positions"):
+            train.select(wrong)
+    with pytest.raises(IndexError):
+        train.select([len(train)])
+
+
+# Unreadable images
+
+
+def damaged(root: Path) -> Path:
+    write(root, "train/ant/*6", "train/bee/*6", "test/ant/*2", "test/bee/*2")
+    (root / "train/ant/2.png").write_bytes(png(2)[:45])
+    (root / "train/bee/4.png").write_bytes(b"")
+    (root / "train/bee/5.png").unlink()
+    (root / "train/bee/5.png").symlink_to(root / "gone.png")
+    (root / "test/ant/1.png").write_text("not an image")
+    return root
+
+
+def test_an_unreadable_image_is_an_error_when_it_is_met(tmp_path: Path) -> None:
+    data = load(damaged(tmp_path))
+    assert data.test is not None
+    with pytest.raises(BadImageError, match=r"test/ant/1\.png: not an image.*--on_bad_image skip"):
+        [data.test.image(i) for i in range(len(data.test))]
+    with pytest.raises(BadImageError, match=r"train/bee/5\.png: the file cannot be opened.*--on_bad_image skip"):
+        assert data.train.fingerprint != data.validation.fingerprint
+
+
+def test_unreadable_images_can_be_skipped_and_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = load(damaged(tmp_path), on_bad_image="skip")
+    assert data.test is not None
+    assert len(data.train) + len(data.validation) == 9
+    assert len(data.test) == 3
+    for split in (data.train, data.validation, data.test):
+        for i in range(len(split)):
+            assert split.image(i).getpixel((0, 0)) == Image.open(tmp_path / split.image_name(i)).getpixel((0, 0))
+    notes = "\n".join(data.notes)
+    assert "3 of 12 train images cannot be read" in notes
+    for bad in ("train/ant/2.png", "train/bee/4.png", "train/bee/5.png", "test/ant/1.png"):
+        assert bad in notes
+        assert bad in caplog.text
+
+
+def test_skipping_does_not_empty_a_class_or_a_split_silently(tmp_path: Path) -> None:
+    write(tmp_path, "train/ant/*3", "train/bee/*3", "test/ant/*1", "test/bee/*1")
+    for file in ("test/ant/0.png", "test/bee/0.png"):
+        (tmp_path / file).write_bytes(b"")
+    with pytest.raises(ValueError, match="none of 2 images can be read"):
+        load(tmp_path, on_bad_image="skip")
+    for i in range(3):
+        (tmp_path / f"train/bee/{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"unreadable images left out: 1 of 2 classes have no image.*'bee'"):
+        load(tmp_path, on_bad_image="skip")
+
+
+def test_an_unreadable_row_is_named_by_row_and_split(tmp_path: Path) -> None:
+    rows = table(["ant", "bee"] * 3)
+    images = [{"bytes": png(i) if i != 3 else b"junk", "path": None} for i in range(6)]
+    rows = rows.remove_columns("image").add_column("image", images).cast_column("image", datasets.Image(decode=False))
+    root = parquet(tmp_path, train=rows, validation=table(["ant", "bee"]))
+    with pytest.raises(BadImageError, match="row 3 of split 'train': not an image"):
+        load(root).train.image(3)
+    data = load(root, on_bad_image="skip")
+    assert len(data.train) == 5
+    assert "row 3" in "".join(data.notes)
+
+
+# Tables
+
+
+def test_parquet_folder_with_class_labels(tmp_path: Path) -> None:
+    feature = datasets.ClassLabel(names=["ant", "bee"])
+    root = parquet(
+        tmp_path / "insects" / "data",
+        train=table([0, 1, 1, 0], feature),
+        validation=table([0, 1], feature, first=10),
+        test=table([1, 0], feature, first=20),
+    ).parent
+    data = load(root)
+    assert data.test is not None
+    assert data.name == "insects"
+    assert data.label_names == ("ant", "bee")
+    assert data.train.labels.tolist() == [0, 1, 1, 0]
+    assert data.test.labels.tolist() == [1, 0]
+    assert data.test.image(1).getpixel((0, 0)) == colour(21)
+    assert data.test.image_name(1) == "row 1"
+
+
+def test_one_file_is_train_and_is_named_after_its_folder(tmp_path: Path) -> None:
+    parquet(tmp_path / "insects", train=table(["ant", "bee"] * 5)).joinpath("train-00000-of-00001.parquet").rename(
+        tmp_path / "insects" / "train.parquet"
+    )
+    data = load(tmp_path / "insects" / "train.parquet")
+    assert data.name == "insects"
+    assert len(data.train) + len(data.validation) == 10
+
+
+def test_folders_written_by_save_to_disk(tmp_path: Path) -> None:
+    both = datasets.DatasetDict(train=table(["ant", "bee"] * 3), test=table(["ant", "bee"]))
+    both.save_to_disk(tmp_path / "both")
+    assert len(load(tmp_path / "both").test or ()) == 2
+    both["train"].select([1, 0, 3, 2]).save_to_disk(tmp_path / "one")
+    assert load(tmp_path / "one").label_names == ("ant", "bee")
+
+
+def test_encoded_images_without_feature_types_are_found(tmp_path: Path) -> None:
+    plain = datasets.Dataset.from_dict({"img": [png(i) for i in range(4)], "blob": [b"x"] * 4, "label": [3, 7, 3, 7]})
+    data = load(parquet(tmp_path, train=plain, validation=plain))
+    assert data.label_names == ("3", "7")
+    assert data.train.image(2).getpixel((0, 0)) == colour(2)
+
+
+@pytest.mark.parametrize(
+    ("values", "class_names", "indices"),
+    [
+        ([10, 9, 10, 9], ("9", "10"), [1, 0, 1, 0]),
+        (["b", "a ", "b", "a "], ("a", "b"), [1, 0, 1, 0]),
+        ([2.0, 1.0, 2.0, 1.0], ("1", "2"), [1, 0, 1, 0]),
+        ([True, False, True, False], ("False", "True"), [1, 0, 1, 0]),
+    ],
+    ids=["integers", "text", "whole floats", "truth values"],
+)
+def test_labels_may_be_of_several_types(
+    tmp_path: Path, values: list[Any], class_names: tuple[str, ...], indices: list[int]
+) -> None:
+    data = load(parquet(tmp_path, train=table(values), validation=table(values)))
+    assert data.label_names == class_names
+    assert data.train.labels.tolist() == indices
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (table([0.5, 1.0, 2.25, 1.0]), r"2 of 4 labels are fractions \(0.5, 2.25\)"),
+        (table(["a", None, "b", " "]), "2 of 4 images have no label.*'row 1', 'row 3'"),
+        (table([0, 1, -1, 1]), "1 of 4 images have no label.*'row 2'"),
+        (table([0.0, 1.0, float("nan"), None]), "2 of 4 images have no label"),
+        (table(["a", "b", "a ", "b"]), "duplicate class names 'a', 'a '"),
+        (table([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "b "])), "duplicate class names 'b', 'b '"),
+        (table([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "c"])), "1 of 3 classes have no image.*'c'"),
+        (table([5, 5, 5, 5]), "one class only, '5'"),
+        (table([[0], [1], [0, 1], []]), "several values a row"),
+        (table([0, 1], mask=[{"bytes": png(0), "path": None}] * 2).cast_column("mask", datasets.Image()),
+         r"several columns may hold the image, 'image', 'mask'; name it with --image_column"),
+        (table([0, 1], target=[0, 1]), r"several columns may hold the label, 'label', 'target'.*--label_column"),
+        (table([0, 1]).rename_column("label", "species"), "no column looks like the label.*'species'.*int64"),
+        (table([0, 1]).remove_columns("image"), "no column looks like the image"),
+    ],
+    ids=[
+        "fractions", "blank text", "minus one", "nan", "twin text", "twin names", "empty class", "one class",
+        "several labels", "two images", "two labels", "no label", "no image",
+    ],
+)  # fmt: skip
+def test_unusable_columns_are_errors_with_names_and_counts(
+    tmp_path: Path, rows: datasets.Dataset, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(parquet(tmp_path, train=rows))
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    rows = table([0, 1, 0, 1], kind=["a", "b", "b", "a"], other=[png(9)] * 4)
+    root = parquet(tmp_path, train=rows, validation=rows)
+    data = load(root, label_column="kind", image_column="other")
+    assert data.label_names == ("a", "b")
+    assert data.train.image(0).getpixel((0, 0)) == colour(9)
+    with pytest.raises(ValueError, match="no column label_column='nope'; it has columns 'image'"):
+        load(root, label_column="nope")
+    with pytest.raises(ValueError, match="'kind' does not hold encoded images"):
+        load(root, image_column="kind")
+
+
+def test_labels_of_later_splits_are_matched_by_name(tmp_path: Path) -> None:
+    train = table([0, 1, 1], datasets.ClassLabel(names=["ant", "bee"]))
+    test = table([0, 0, 1], datasets.ClassLabel(names=["bee", "ant"]))
+    datasets.DatasetDict(train=train, validation=train, test=test).save_to_disk(tmp_path / "d")
+    data = load(tmp_path / "d")
+    assert data.test is not None
+    assert data.test.labels.tolist() == [1, 1, 0]
+
+
+def test_hidden_test_labels_are_no_test_split(tmp_path: Path) -> None:
+    feature = datasets.ClassLabel(names=["ant", "bee"])
+    root = parquet(tmp_path, train=table([0, 1] * 3, feature), test=table([-1, -1, -1], feature))
+    data = load(root)
+    assert data.test is None
+    assert "None of the 3 images of split 'test' has a label" in "".join(data.notes)
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "insects.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match=r"insects\.parquet cannot be read: .*[Pp]arquet"):
+        load(tmp_path / "insects.parquet")
+
+
+# The Hub, and names that lead nowhere
+
+
+@pytest.mark.parametrize("dataset", ["AI-Lab-Makerere/beans", "beans:default@main"])
+def test_hub_id_without_network_is_an_error_with_the_remedy(dataset: str) -> None:
+    with pytest.raises(ConnectionError, match=rf"{dataset}.*is not in the local cache.*Give the path of a folder"):
+        load(dataset)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("./no/such/folder", "no such folder or file"),
+        ("/no/such/folder", "no such folder or file"),
+        ("a/b/c", "no such folder or file"),
+        ("train.parquet", "no such folder or file"),
+        ("not an id", "neither a folder .* nor a Hub id"),
+        ("a/b:c:d", "neither a folder .* nor a Hub id"),
+        ("imagefolder", "file format of `datasets`"),
+    ],
+)
+def test_names_that_lead_nowhere(dataset: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write(tmp_path, "a/*2", "b/*2"))
+    with pytest.raises(ValueError, match=message):
+        load(dataset)
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="must be unpacked"):
+        load(tmp_path / "images.zip")
+
+
+@pytest.fixture
+def cached_hub_dataset(tmp_path: Path) -> str:
+    """`owner/insects` in the local cache as `datasets` leaves it there; gives its commit."""
+    commit = "0123456789" * 4
+    root = parquet(tmp_path / "source", train=table(["ant", "bee"] * 5), test=table(["ant", "bee"]))
+    builder = datasets.load_dataset_builder(str(root))
+    builder.download_and_prepare()
+    target = Path(datasets.config.HF_DATASETS_CACHE) / "owner___insects" / "default" / "0.0.0" / commit
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for split in ("train", "test"):
+        shutil.copy(f"{builder.cache_dir}/{builder.dataset_name}-{split}.arrow", target / f"insects-{split}.arrow")
+    info = json.loads(Path(builder.cache_dir, "dataset_info.json").read_text())
+    info.update(config_name="default", dataset_name="insects")
+    for split in info["splits"].values():
+        split["dataset_name"] = "insects"
+    (target / "dataset_info.json").write_text(json.dumps(info))
+    return commit
+
+
+def test_without_network_the_cached_revision_is_read_and_said(cached_hub_dataset: str) -> None:
+    data = load("owner/insects")
+    assert (data.name, data.revision) == ("owner/insects", cached_hub_dataset)
+    assert data.test is not None
+    assert any(cached_hub_dataset in note and "local cache" in note for note in data.notes)
+    assert load(f"owner/insects@{cached_hub_dataset}").revision == cached_hub_dataset
+
+
+def test_without_network_another_revision_is_refused(cached_hub_dataset: str) -> None:
+    for revision in ("main", "v2", "f" * 40):
+        with pytest.raises(ConnectionError, match=f"revision '{revision}'.*owner/insects@{cached_hub_dataset}"):
+            load(f"owner/insects@{revision}")
+
+
+# The config, and the embedded data
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"validation_fraction": 1.0}, r"validation_fraction=1\.0"),
+        ({"validation_fraction": 0.0}, r"0 < validation_fraction < 1"),
+        ({"images_per_class": 0}, "images_per_class=0: choose 1 or more"),
+        ({"on_bad_image": "ignore"}, "on_bad_image='ignore': choose 'error' or 'skip'"),
+        ({"seed": -1}, "seed=-1"),
+        ({"dataset": " "}, "give a Hub id, a folder"),
+        ({"train_split": "none"}, "something must be trained on"),
+        ({"validation_split": "x", "test_split": "x"}, "'x' is named for two splits"),
+    ],
+)
+def test_config_refuses_values_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)
+
+
+def test_embedded_digits_have_a_fixed_stratified_test_split() -> None:
+    data, other_seed = load_data(DataConfig()), load_data(DataConfig(seed=5))
+    assert data.test is not None
+    assert other_seed.test is not None
+    assert data.name == "sklearn/digits"
+    assert data.label_names == tuple("0123456789")
+    assert len(data.train) + len(data.validation) + len(data.test) == 1797
+    assert abs(len(data.test) - 0.3 * 1797) <= 5
+    assert data.test.fingerprint == other_seed.test.fingerprint
+    assert data.test.rows[:8].tolist() == [0, 3, 6, 9, 10, 13, 15, 16], (
+        "other test images: published results no longer compare"
+    )
+    assert data.validation.fingerprint != other_seed.validation.fingerprint
+    rows = [set(split.rows.tolist()) for split in (data.train, data.validation, data.test)]
+    assert sum(map(len, rows)) == len(set().union(*rows))
+    picture = np.asarray(data.train.image(0))
+    assert picture.shape == (8, 8, 3)
+    assert np.asarray([data.train.image(i) for i in range(50)]).max() == 255
+
+
+# Real data
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test", "num_classes"),
+    [
+        ("hymenoptera", 244, 153, 2),
+        ("trashnet", 2043, 473, 6),
+        ("sign_digits", 1653, 409, 10),
+        ("cifar10", 50000, 10000, 10),
+    ],
+)
+def test_real_data_sets_load_whole(shared_data: Path, name: str, train: int, test: int, num_classes: int) -> None:
+    data = load(shared_data / "datasets" / name)
+    assert data.test is not None
+    assert data.name == name
+    assert (len(data.train) + len(data.validation), len(data.test)) == (train, test)
+    assert len(data.label_names) == num_classes
+    assert abs(len(data.validation) - 0.2 * train) <= num_classes / 2
+    assert len(data.notes) == 1
+
+
+def test_every_real_photo_is_readable(shared_data: Path) -> None:
+    data = load(shared_data / "datasets" / "hymenoptera", on_bad_image="skip")
+    assert not any("cannot be read" in note for note in data.notes)
