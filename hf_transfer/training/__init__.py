@@ -1,0 +1,1 @@
+"""What trains: the probe's convex solver and the metrics that judge every strategy."""

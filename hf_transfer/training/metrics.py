@@ -1,0 +1,271 @@
+"""Scores of a classifier on one split, with intervals: what results.json says about quality.
+
+The logits are reduced once to a few columns (one number an image), which feed two readers: the
+`evaluate` modules of `metric_modules`, and a percentile bootstrap over images (Efron & Tibshirani
+1993, chapter 13) for the intervals. The resamples depend on the number of images and the seed
+alone, so two models scored on the same images can be compared in pairs: `mean_interval` of the
+differences of a column.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CONFIDENCE_LEVEL = 0.95
+TOP_K = 5
+_BLOCK_ELEMENTS = 2**21  # of a temporary array: 16 MB in float64
+_MAX_NAMED = 10  # classes spelled out in a note
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """What the metrics need of the logits: columns of N numbers, in the order of the images."""
+
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    label_ranks: NDArray[np.int64]  # classes preferred to the true one
+    label_log_probabilities: NDArray[np.float64]
+    confidences: NDArray[np.float64]  # probability of the predicted class
+
+    @property
+    def hits(self) -> NDArray[np.bool_]:
+        """Whether each prediction is right."""
+        return np.asarray(self.predictions == self.labels)
+
+
+def score(
+    logits: NDArray[np.floating[Any]] | Tensor,
+    labels: NDArray[np.integer[Any]] | Tensor,
+    label_names: Sequence[str],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> dict[str, Any]:
+    """All metrics of one split, as Python scalars and lists that go into JSON as they are.
+
+    logits (N, K) of any float type; labels (N,) int, in 0..K-1. Keys: accuracy, top5_accuracy (only
+    where K > 5), balanced_accuracy, macro_f1, nll (nats), ece, num_samples, per_class (label,
+    precision, recall, f1, support), confusion_matrix (rows true, columns predicted), notes
+    (sentences), and, unless `resamples` is 0, accuracy_interval, balanced_accuracy_interval,
+    macro_f1_interval, nll_interval: [low, high], 95 %.
+
+    A class without an image in the split has precision, recall and F1 None, and a note says so;
+    balanced accuracy and macro-F1 are averages over the classes present (within each resample, over
+    those present in it). Equal logits count in favour of the lower class index. A percentile
+    interval says nothing about errors that never occurred: at 100 % accuracy it is [1, 1].
+
+    Raises ValueError for a split without images, shapes that do not agree, labels outside the
+    classes, and logits that are not finite (with the number of images).
+    """
+    outcomes = read_outcomes(logits, labels)
+    num_classes = int(logits.shape[1])
+    if len(label_names) != num_classes:
+        raise ValueError(f"{len(label_names)} label names for logits of {num_classes} classes: give one a class")
+    if resamples < 0:
+        raise ValueError(f"resamples={resamples}: give a number >= 0 (0 leaves the intervals out)")
+
+    import evaluate  # takes seconds: after the checks
+
+    from hf_transfer.training import metric_modules as modules
+
+    used = [modules.Accuracy, modules.BalancedAccuracy, modules.MacroF1, modules.PerClass]
+    used += [modules.ConfusionMatrix, modules.NegativeLogLikelihood, modules.CalibrationError]
+    if num_classes > TOP_K:
+        used.append(modules.TopKAccuracy)
+    # In memory, and with a folder that goes: evaluate would leave empty ones in the user's cache.
+    with tempfile.TemporaryDirectory(prefix="hf_transfer-") as folder:
+        combined = evaluate.combine([module(keep_in_memory=True, cache_dir=folder, seed=seed) for module in used])
+        combined.add_batch(
+            predictions=outcomes.predictions,
+            references=outcomes.labels,
+            label_ranks=outcomes.label_ranks,
+            label_log_probabilities=outcomes.label_log_probabilities,
+            confidences=outcomes.confidences,
+            hits=outcomes.hits,
+        )
+        result: dict[str, Any] = combined.compute(num_classes=num_classes)
+
+    result["per_class"] = [{"label": name, **row} for name, row in zip(label_names, result["per_class"], strict=True)]
+    if resamples:
+        result |= _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples)
+    result["num_samples"] = len(outcomes.labels)
+    result["notes"] = _notes(result["per_class"])
+    return result
+
+
+def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np.integer[Any]] | Tensor) -> Outcomes:
+    """The columns of (N, K) logits and (N,) labels, computed in float64 a block of rows at a time.
+
+    Raises ValueError as `score` does.
+    """
+    logits, truth = _to_numpy(logits), _to_numpy(labels)
+    if logits.ndim != 2 or truth.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits of shape {logits.shape} and labels of shape {truth.shape}: "
+            "give logits (images, classes) and one label an image"
+        )
+    num_samples, num_classes = logits.shape
+    if num_samples == 0:
+        raise ValueError("the split holds no image, so there is nothing to score: choose another split")
+    if truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= num_classes:
+        raise ValueError(
+            f"labels of type {truth.dtype} from {truth.min()} to {truth.max()} for logits of "
+            f"{num_classes} classes: give whole numbers from 0 to {num_classes - 1}"
+        )
+    truth = truth.astype(np.int64)
+    predictions, ranks = np.empty(num_samples, np.int64), np.empty(num_samples, np.int64)
+    log_probabilities, confidences = np.empty(num_samples), np.empty(num_samples)
+    num_broken = 0
+    columns = np.arange(num_classes)
+    rows_per_block = max(1, _BLOCK_ELEMENTS // num_classes)
+    for start in range(0, num_samples, rows_per_block):
+        rows = slice(start, start + rows_per_block)
+        block = logits[rows].astype(np.float64)
+        broken = ~np.isfinite(block).all(axis=1)
+        num_broken += int(broken.sum())
+        if num_broken:
+            continue  # only counting now
+        true = truth[rows, None]
+        true_logit = np.take_along_axis(block, true, axis=1)
+        preferred = (block > true_logit) | ((block == true_logit) & (columns < true))
+        largest = block.max(axis=1)
+        log_normalizer = largest + np.log(np.exp(block - largest[:, None]).sum(axis=1))
+        predictions[rows] = block.argmax(axis=1)
+        ranks[rows] = preferred.sum(axis=1)
+        log_probabilities[rows] = true_logit[:, 0] - log_normalizer
+        confidences[rows] = np.exp(largest - log_normalizer)
+    if num_broken:
+        raise ValueError(
+            f"the logits of {num_broken} of {num_samples} images are nan or infinite: "
+            "check the weights, lower the learning rate, or compute in float32"
+        )
+    return Outcomes(
+        labels=truth,
+        predictions=predictions,
+        label_ranks=ranks,
+        label_log_probabilities=log_probabilities,
+        confidences=confidences,
+    )
+
+
+def resample_indices(num_samples: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
+    """Blocks (R, num_samples) of indices drawn with replacement, `resamples` rows in all.
+
+    Equal arguments give equal indices.
+    """
+    generator = np.random.default_rng(seed)
+    rows_per_block = max(1, _BLOCK_ELEMENTS // num_samples)
+    for start in range(0, resamples, rows_per_block):
+        num_rows = min(rows_per_block, resamples - start)
+        yield generator.integers(num_samples, size=(num_rows, num_samples))
+
+
+def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of values (N,), one an image.
+
+    Given differences of two models on the same images (of their `Outcomes.hits` as 0 and 1, say),
+    it is the interval of the paired difference.
+    """
+    blocks = resample_indices(len(values), seed=seed, resamples=resamples)
+    low, high = _interval(np.concatenate([values[indices].mean(axis=1) for indices in blocks]))
+    return low, high
+
+
+def gather_logits(
+    accelerator: Accelerator, logits: NDArray[Any] | Tensor, labels: NDArray[Any] | Tensor
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Logits (N, K) and labels (N,) of all ranks, on every rank, in rank order, each image once.
+
+    Each rank gives the rows that it computed, (n_r, K) and (n_r,): any number of them, none included
+    (K may then be 0, for a rank that never saw logits), and no padding or repeated rows. Returned as
+    float32 and int64, whatever the ranks gave. All ranks must call this.
+
+    Raises ValueError, on all ranks, where a rank's labels are not one a row, or the ranks differ in K;
+    TypeError for labels that are not whole numbers.
+    """
+    # One type on all ranks: a rank without rows may not know the others'.
+    logits = _to_numpy(logits).astype(np.float32)
+    labels = _to_numpy(labels).astype(np.int64, casting="same_kind")
+    shape = torch.tensor([[*logits.shape, len(labels)]], device=accelerator.device)
+    shapes = accelerator.gather(shape).tolist()
+    num_classes = max(shapes)[1]  # of the rank with most rows
+    for rank, (num_rows, width, num_labels) in enumerate(shapes):
+        if num_rows != num_labels or (num_rows and width != num_classes):
+            raise ValueError(
+                f"rank {rank} holds logits ({num_rows}, {width}) and {num_labels} labels, another rank logits of "
+                f"{num_classes} classes: give one label a row, and the same classes on every rank"
+            )
+    longest = max(1, *(num_rows for num_rows, _, _ in shapes))
+
+    def gathered(rows: NDArray[Any]) -> NDArray[Any]:
+        padded = np.zeros((longest, *rows.shape[1:]), rows.dtype)
+        padded[: len(rows)] = rows
+        everyone = accelerator.gather(torch.from_numpy(padded).to(accelerator.device)).cpu().numpy()
+        parts = np.split(everyone, len(shapes))
+        return np.concatenate([part[:num_rows] for part, (num_rows, _, _) in zip(parts, shapes, strict=True)])
+
+    return gathered(logits.reshape(len(logits), num_classes)), gathered(labels)
+
+
+def _to_numpy(values: NDArray[Any] | Tensor) -> NDArray[Any]:
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    # numpy has no bfloat16
+    return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+
+
+def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, list[float]]:
+    """Intervals of accuracy, balanced accuracy, macro-F1 and NLL, all from the same resamples."""
+    from hf_transfer.training.metric_modules import ClassCounts
+
+    hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # misses: one class more
+    drawn: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+    for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):
+        counts = ClassCounts(
+            hits=_count_rows(hit_classes[indices], num_classes + 1)[:, :num_classes],
+            support=_count_rows(outcomes.labels[indices], num_classes),
+            predicted=_count_rows(outcomes.predictions[indices], num_classes),
+        )
+        drawn["accuracy"].append(counts.accuracy())
+        drawn["balanced_accuracy"].append(counts.balanced_accuracy())
+        drawn["macro_f1"].append(counts.macro_f1())
+        drawn["nll"].append(0.0 - outcomes.label_log_probabilities[indices].mean(axis=1))
+    return {f"{name}_interval": _interval(np.concatenate(parts)) for name, parts in drawn.items()}
+
+
+def _count_rows(classes: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """How often each of `width` values stands in each row of (R, N): (R, width)."""
+    num_rows = len(classes)
+    flat = (classes + np.arange(num_rows)[:, None] * width).ravel()
+    return np.bincount(flat, minlength=num_rows * width).reshape(num_rows, width)
+
+
+def _interval(values: NDArray[np.float64]) -> list[float]:
+    tail = (1 - CONFIDENCE_LEVEL) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return [float(low), float(high)]
+
+
+def _notes(per_class: list[dict[str, Any]]) -> list[str]:
+    absent = [row["label"] for row in per_class if row["support"] == 0]
+    if not absent:
+        return []
+    named = ", ".join(absent[:_MAX_NAMED]) + (", ..." if len(absent) > _MAX_NAMED else "")
+    return [
+        f"{len(absent)} of {len(per_class)} classes have no image in this split ({named}): they "
+        "have no recall, precision or F1, and balanced accuracy and macro-F1 are averages over the "
+        "other classes."
+    ]
