@@ -1,0 +1,306 @@
+"""The report is one well-formed, self-contained page that shows every number it was given."""
+
+import copy
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hf_transfer.reporting.report import (
+    NO_TEST_SPLIT,
+    format_bytes,
+    format_number,
+    format_percent,
+    format_seconds,
+    render_report,
+    write_report,
+)
+from hf_transfer.training.metrics import score
+
+_VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+class _Page(HTMLParser):
+    """The elements of a page: raises where they do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.rows: list[tuple[str, list[str]]] = []  # class of the table, cells
+        self._table = ""
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self._table = dict(attrs).get("class") or ""
+        if tag == "tr":
+            self.rows.append((self._table, []))
+        if tag in {"td", "th"}:
+            self.rows[-1][1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in {"style", "title"}:
+            self.text.append(data)
+            if "tr" in self.open:
+                self.rows[-1][1][-1] += data
+
+    def table(self, name: str) -> list[list[str]]:
+        return [cells for table, cells in self.rows if name in table.split()]
+
+
+def _scores(names: list[str], num_samples: int, seed: int, absent: int = 0) -> dict[str, Any]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(len(names) - absent, size=num_samples)
+    logits = generator.normal(size=(num_samples, len(names)))
+    logits[np.arange(num_samples), labels] += 2
+    return score(logits, labels, names, resamples=50)
+
+
+def _results(names: list[str], *, test: bool = True, curves: bool = True) -> dict[str, Any]:
+    metrics = {"validation": _scores(names, 8 * len(names), seed=1)}
+    if test:
+        metrics["test"] = _scores(names, 10 * len(names), seed=0)
+    results: dict[str, Any] = {
+        "strategy": "linear_probe",
+        "plan": ["probe"],
+        "metrics": metrics,
+        "label_names": names,
+        "cost": {
+            "seconds": {"features": 74.2, "solve": 3.5},
+            "images_per_second": 241.3,
+            "peak_memory_bytes": 912_000_000,
+        },
+        "versions": {"torch": "2.13.0"},
+        "data": {
+            "name": "someone/beans",
+            "fingerprint": "9f3c1ab2",
+            "num_images": {"train": 100, "validation": 20},
+            "notes": ["Validation was split off <train>."],
+        },
+        "checkpoint": {"id": "timm/vit_tiny", "revision": "a5b9be0"},
+        "config": {"seed": 0, "dataset": "someone/beans"},
+    }
+    if curves:
+        grid = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+        results["curves"] = [
+            {
+                "title": "Regularisation",
+                "x_label": "C",
+                "y_label": "log loss & more",
+                "x_log": True,
+                "series": [
+                    {"name": "mean", "x": grid, "y": [2.0, 1.5, 1.0, 0.9, 1.1]},
+                    {"name": "class <token>", "x": grid, "y": [2.0, None, 1.0, float("nan"), 1.2]},
+                ],
+            },
+            {
+                "title": "Loss",
+                "x_label": "step",
+                "y_label": "loss",
+                "x_log": False,
+                "series": [{"name": "train", "x": [0, 1000, 2000], "y": [1.0, 1.0, 1.0]}],
+            },
+        ]
+    return results
+
+
+def _names(num_classes: int) -> list[str]:
+    return [f"class {index}" for index in range(num_classes)]
+
+
+@pytest.mark.parametrize("curves", [True, False], ids=["curves", "no curves"])
+@pytest.mark.parametrize("test", [True, False], ids=["test", "no test"])
+@pytest.mark.parametrize("num_classes", [2, 30, 120])
+def test_page_is_balanced_and_complete(num_classes: int, test: bool, curves: bool) -> None:
+    names = _names(num_classes)
+    results = _results(names, test=test, curves=curves)
+    page = _Page(render_report(results))
+    shown = results["metrics"]["test" if test else "validation"]
+
+    per_class = page.table("per-class")[1:]
+    assert sorted(row[0] for row in per_class) == sorted(names)
+    recalls = [float(row[1]) for row in per_class]
+    assert recalls == sorted(recalls)
+    assert {row[0]: int(row[-1]) for row in per_class} == {row["label"]: row["support"] for row in shown["per_class"]}
+
+    matrix = page.table("matrix")
+    if num_classes <= 30:
+        assert [[int(cell) for cell in row[1:]] for row in matrix[1:]] == shown["confusion_matrix"]
+    else:
+        assert matrix == []
+        counts = [int(row[2]) for row in page.table("list") if row[1].startswith("class ")]
+        assert len(counts) == 30
+        assert counts == sorted(counts, reverse=True)
+        off_diagonal = np.array(shown["confusion_matrix"]) * (1 - np.eye(num_classes, dtype=int))
+        assert counts == sorted(off_diagonal.ravel().tolist(), reverse=True)[:30]
+    assert ("svg" in dict(page.tags)) is curves
+
+    text = " ".join(page.text)
+    low, high = shown["accuracy_interval"]
+    assert f"{100 * low:.1f} to {100 * high:.1f}" in text
+    assert "Validation was split off <train>." in text
+    assert "timm/vit_tiny, revision a5b9be0" in text
+    assert "1 min 14 s" in text
+    assert ("Top-5" in text) is (num_classes > 5)
+
+
+def test_without_a_test_split_the_page_says_so() -> None:
+    with_test, without = (render_report(_results(_names(3), test=test, curves=False)) for test in (True, False))
+    assert NO_TEST_SPLIT in without
+    assert "Result on validation" in without
+    assert NO_TEST_SPLIT not in with_test
+    assert "Result on test" in with_test
+
+
+def test_nothing_is_loaded_from_elsewhere() -> None:
+    html = render_report(_results(_names(3)))
+    page = _Page(html)
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not {"src", "href", "srcset", "action"} & {name for _, a in page.tags for name in a}
+    for reference in ("http", "src=", "url(", "@import", "//"):
+        assert reference not in html
+
+
+def test_names_and_notes_are_escaped() -> None:
+    names = ["<script>alert(1)</script>", "\"quoted\" & 'more'", "a</td>"]
+    results = _results(names)
+    results["data"]["name"] = "<b>bold</b>"
+    results["config"]["dataset"] = "</pre><script>"
+    html = render_report(results)
+    page = _Page(html)  # raises where a name closed an element
+    assert not {"script", "b"} & {tag for tag, _ in page.tags}
+    assert {row[0] for row in page.table("per-class")[1:]} == set(names)
+    assert "&lt;script&gt;alert(1)" in html
+
+
+def test_absent_classes_come_last_with_dashes() -> None:
+    names = _names(4)
+    results = _results(names)
+    results["metrics"]["test"] = _scores(names, 30, seed=0, absent=1)
+    html = render_report(results)
+    last = _Page(html).table("per-class")[-1]
+    assert last == ["class 3", "–", "", "–", "–", "0"]
+    assert "1 of 4 classes have no image in this split (class 3)" in html
+
+
+def test_a_minimal_result_is_enough() -> None:
+    page = _Page(render_report({"metrics": {"test": _scores(["a", "b"], 20, seed=0)}}))
+    assert {"Result on test", "Confusion matrix", "Classes"} <= set(page.text)
+    assert not {"Cost", "Data", "Curves", "How it was run"} & set(page.text)
+
+
+def test_cost_and_fingerprints_may_come_by_name() -> None:
+    results = _results(_names(2))
+    results["cost"]["seconds"]["total"] = 100.0
+    results["cost"] |= {"images_per_second": {"train_features": 241.3, "test": 99.0}, "device": "CPU, 2 threads"}
+    results["data"]["fingerprint"] = {"train": "aa11", "test": "bb22"}
+    page = _Page(render_report(results))
+    text = " ".join(" ".join(page.text).split())
+    assert "241 images a second in train features, 99.0 images a second in test." in text
+    assert "Fingerprint train aa11, test bb22" in text
+    assert "On CPU, 2 threads." in text
+    assert [row[0] for row in page.table("cost")] == ["Part", "features", "solve", "Whole run"]
+    assert page.table("cost")[-1][1] == "1 min 40 s"
+
+
+def test_a_perfect_classifier_of_many_classes_has_no_confused_pairs() -> None:
+    names = _names(40)
+    perfect = score(10 * np.eye(40), np.arange(40), names, resamples=10)
+    assert "No image was taken for another class." in render_report({"metrics": {"test": perfect}})
+
+
+def test_missing_points_are_gaps_and_logarithmic_ticks_are_powers() -> None:
+    html = render_report(_results(_names(3)))
+    paths = re.findall(r'<path class="stroke s\d d\d" d="(M[^"]*)"', html)
+    curves = [path for path in paths if "H" not in path]
+    assert [len(re.findall("M", path)) for path in curves] == [1, 3, 1]
+    assert [len(re.findall("[ML]", path)) for path in curves] == [5, 3, 3]
+    # equal steps on the logarithmic axis
+    xs = [float(x) for x in re.findall(r"[ML]([\d.]+) ", curves[0])]
+    assert np.diff(xs) == pytest.approx(np.diff(xs)[0], abs=0.11)  # rounded to tenths
+    for tick in ("10⁻⁴", "10⁻³", "10⁰"):
+        assert f">{tick}</text>" in html
+    assert ">2\u202f000</text>" in html
+    assert "class &lt;token&gt;" in html
+    assert "nan" not in html
+
+
+@pytest.mark.parametrize("values", [[0.0], [5e-7, 6e-7], [-3e5, 8e5], [1.0, 1.0 + 1e-12]])
+@pytest.mark.parametrize("x_log", [True, False])
+def test_points_lie_inside_the_picture(values: list[float], x_log: bool) -> None:
+    results = _results(_names(2))
+    xs = [3e-5 * 7.0**index for index in range(len(values))]
+    results["curves"] = [
+        {
+            "title": "t",
+            "x_label": "x",
+            "y_label": "y",
+            "x_log": x_log,
+            "series": [{"name": "s", "x": xs, "y": values}],
+        }
+    ]
+    html = render_report(results)
+    marks = re.findall(r'<circle class="s0" cx="([\d.-]+)" cy="([\d.-]+)"', html)
+    assert len(marks) == len(values)
+    assert all(0 <= float(x) <= 440 and 0 <= float(y) <= 260 for x, y in marks)
+    ticks = re.findall(r'text-anchor="end">([^<]+)<', html)
+    assert 2 <= len(set(ticks)) == len(ticks) <= 8
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(ValueError, match="no split"):
+        render_report({"metrics": {}})
+    with pytest.raises(ValueError, match=r"\['train'\]"):
+        render_report({"metrics": {"train": _scores(["a", "b"], 20, seed=0), "test": None}})
+    results = _results(_names(2))
+    broken = copy.deepcopy(results)
+    broken["curves"][0]["series"][0]["x"][0] = 0.0
+    with pytest.raises(ValueError, match="'Regularisation' has x <= 0"):
+        render_report(broken)
+    results["curves"][1]["series"][0]["y"] = [None, None, None]
+    with pytest.raises(ValueError, match="'Loss' has no finite point"):
+        render_report(results)
+
+
+def test_report_is_written_as_utf8(tmp_path: Path) -> None:
+    results = _results(["naïve", "日本"])
+    write_report(results, tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_report(results)
+
+
+def test_numbers_read_well() -> None:
+    assert [format_percent(x) for x in (0.93149, 1.0, None)] == ["93.1", "100.0", "–"]
+    assert [format_number(x) for x in (0.0, 0.01234, 0.291, 1.234, 241.3, 12_345.0, -0.5)] == [
+        "0",
+        "0.0123",
+        "0.291",
+        "1.23",
+        "241",
+        "12\u202f345",
+        "−0.500",
+    ]
+    assert [format_seconds(s) for s in (0.364, 12.34, 59.97, 74.2, 3599.7, 7620)] == [
+        "0.36 s",
+        "12.3 s",
+        "1 min 00 s",
+        "1 min 14 s",
+        "1 h 00 min",
+        "2 h 07 min",
+    ]
+    assert [format_bytes(n) for n in (912_000_000, 1_524_000_000)] == ["912 MB", "1.52 GB"]
