@@ -91,7 +91,9 @@ class RecipeConfig(DataConfig):
     trust_remote_code: bool = flag(False, "run Python code that comes with the checkpoint")
     class_balance: Literal["none", "loss"] = flag("none", "loss: weigh classes inversely to their number of images")
     batch_size: int = flag(32, "images a step on each process")
-    num_threads: int = flag(0, "threads that decode images on each process; 0: as many as cores, at most 16")
+    num_threads: int = flag(
+        0, "threads of each process that decode (and, on a CPU, compute) images; 0: as many as cores"
+    )
     dtype: Literal["float32", "bfloat16"] = flag("float32", "arithmetic of the frozen prefix")
     cache: Literal["auto", "disk", "memory", "none"] = flag(
         "auto", "where the frozen prefix's output is kept; auto: by its size against what is free; none: recomputed"

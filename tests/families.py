@@ -55,7 +55,12 @@ FAMILIES: dict[str, Family] = {
     "timm DINOv2": _timm("vit_small_patch14_reg4_dinov2", 28, img_size=28, **_VIT),
     "timm DINOv3": _timm("vit_small_patch16_dinov3", 32, img_size=32, **_VIT),
     "timm Swin": _timm(
-        "swin_tiny_patch4_window7_224", 32, img_size=32, window_size=2, embed_dim=8, depths=(1, 2, 1, 1),
+        "swin_tiny_patch4_window7_224",
+        32,
+        img_size=32,
+        window_size=2,
+        embed_dim=8,
+        depths=(1, 2, 1, 1),
         num_heads=(1, 1, 2, 2),
     ),
     "timm ConvNeXt": _timm("convnext_atto", 32, **_STAGES),

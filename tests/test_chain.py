@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from families import FAMILIES, assert_same_state, built, make_model, make_pixels, state_of
 from torch import nn
 
 import hf_transfer.network.chain as chain_module
-from families import FAMILIES, assert_same_state, built, make_model, make_pixels, state_of
 from hf_transfer.network.chain import FEATURES, Chain, build_chain
 from hf_transfer.network.forward import compute_logits
 
@@ -99,7 +99,12 @@ def test_layers_of_mobilenet_v2() -> None:
 
 def test_layers_of_swin_tiny() -> None:
     chain = chain_of_timm(
-        "swin_tiny_patch4_window7_224", 32, img_size=32, window_size=2, embed_dim=8, depths=(2, 2, 6, 2),
+        "swin_tiny_patch4_window7_224",
+        32,
+        img_size=32,
+        window_size=2,
+        embed_dim=8,
+        depths=(2, 2, 6, 2),
         num_heads=(1, 1, 2, 2),
     )
     assert layer_names(chain) == ["stem", *numbered("layers.", (2, 2, 6, 2), ".blocks."), "head"]
@@ -141,7 +146,7 @@ def test_lowest_cut_is_the_deepest_before_which_nothing_trains() -> None:
     assert chain.lowest_cut(["layer2.0.bn1.bias"]) is chain.cut("layer1.0")
     assert chain.lowest_cut(["layer1.0.bn1.bias"]) is chain.cut("stem")
     assert chain.lowest_cut(["fc.bias", "conv1.weight"]) is None
-    with pytest.raises(ValueError, match="not parameters of this chain: fc.scale"):
+    with pytest.raises(ValueError, match=r"not parameters of this chain: fc\.scale"):
         chain.lowest_cut(["fc.scale"])
 
 

@@ -68,7 +68,12 @@ def test_an_unknown_name_in_a_file_is_answered_with_the_nearest(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("seed: one\n", "'one' is not int"), ("kind: c\n", "'c' is not a or b"), ("lr: true\n", "not float"), ("- 1\n", "list")],
+    [
+        ("seed: one\n", "'one' is not int"),
+        ("kind: c\n", "'c' is not a or b"),
+        ("lr: true\n", "not float"),
+        ("- 1\n", "list"),
+    ],
 )
 def test_a_wrong_value_in_a_file_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
@@ -110,7 +115,10 @@ HEAVY = ("torch", "numpy", "transformers", "timm", "datasets", "accelerate", "ev
 
 @pytest.mark.parametrize(
     "command",
-    ["from hf_transfer.cli import main; main(['--help'])", "import runpy; runpy.run_path({recipe!r}, run_name='__main__')"],
+    [
+        "from hf_transfer.cli import main; main(['--help'])",
+        "import runpy; runpy.run_path({recipe!r}, run_name='__main__')",
+    ],
     ids=["command", "recipe"],
 )
 def test_help_imports_nothing_heavy(command: str) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES, assert_same_state, built, make_model, make_pixels, state_of
 from torch import nn
 
-from families import FAMILIES, assert_same_state, built, make_model, make_pixels, state_of
 from hf_transfer.network.chain import build_chain
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.policies import last, set_trainable
@@ -233,9 +233,7 @@ class AddedInPlace(nn.Module):
         super().__init__()
         self.embed = nn.Conv2d(3, 6, 4, 4)
         self.position = nn.Parameter(torch.randn(1, 6, 2, 2))
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Conv2d(6, 6, 1)) for _ in range(3)
-        )
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(6, 6, 1), nn.Tanh(), nn.Conv2d(6, 6, 1)) for _ in range(3))
         self.fc = nn.Linear(6, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -346,7 +344,9 @@ def assert_compiles(name: str, backend: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("name", ["timm ViT", "timm DINOv3", "timm Swin", "timm ConvNeXt", "timm ResNet", "ViT", "ResNet"])
+@pytest.mark.parametrize(
+    "name", ["timm ViT", "timm DINOv3", "timm Swin", "timm ConvNeXt", "timm ResNet", "ViT", "ResNet"]
+)
 def test_suffix_compiles_to_one_graph_once(name: str) -> None:
     assert_compiles(name, "aot_eager")
 
@@ -419,7 +419,10 @@ def test_suffix_trains_under_two_processes(tmp_path: Path) -> None:
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", _WORKER, str(tmp_path), *_DISTRIBUTED],
-            env={**environment, "RANK": str(rank)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**environment, "RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for rank in range(2)
     ]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from families import FAMILIES, built, make_model
 from torch import nn
 
-from families import FAMILIES, built, make_model
 from hf_transfer.network.chain import build_chain
 from hf_transfer.network.policies import Policy, biases, full, head, last, norms, set_trainable
 
@@ -70,7 +70,13 @@ def test_full_is_every_parameter_but_orphans(name: str) -> None:
 
 
 def test_policies_have_names_for_people() -> None:
-    assert [p.name for p in (head(), last(3), norms(), biases(), full())] == ["head", "last(3)", "norms", "biases", "full"]
+    assert [p.name for p in (head(), last(3), norms(), biases(), full())] == [
+        "head",
+        "last(3)",
+        "norms",
+        "biases",
+        "full",
+    ]
 
 
 def test_a_policy_of_ones_own_is_a_name_and_a_function() -> None:
@@ -92,7 +98,7 @@ def test_set_trainable_freezes_all_others_and_orphans() -> None:
 def test_set_trainable_refuses_an_unknown_name() -> None:
     model = make_model("timm ViT")
     flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match="not parameters of this model: head.scale"):
+    with pytest.raises(ValueError, match=r"not parameters of this model: head\.scale"):
         set_trainable(model, ["head.weight", "head.scale"])
     assert flags == [p.requires_grad for p in model.parameters()]
 

@@ -5,9 +5,9 @@ import weakref
 
 import pytest
 import torch
+from families import FAMILIES, assert_same_state, make_model, state_of
 from torch import nn
 
-from families import FAMILIES, assert_same_state, make_model, state_of
 from hf_transfer.network.trace import trace
 
 SHAPE = (3, 8, 8)
@@ -134,7 +134,12 @@ def test_a_trace_holds_no_activation() -> None:
 
 def test_in_place_activations_are_traced() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 3)
+        nn.Conv2d(3, 4, 3),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(64, 3),
     )
     seen = trace(model, SHAPE)
     ends = {name: next(c.outputs[0].node for c in seen.calls if c.module == name) for name in ("0", "1", "2")}

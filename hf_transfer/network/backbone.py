@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from hf_transfer.network.chain import Chain, build_chain
-from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing
+from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
 from hf_transfer.network.source import Source, find_source
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ def load(
     preprocessing = load_preprocessing(source.folder, trust_remote_code=trust_remote_code)
     if is_timm:
         model, own_labels = _load_timm(source, config)
+        if labels is None and not own_labels:
+            raise ValueError(f"{source.name} has no trained head: give labels for a new one")
         new_head = labels is not None and tuple(labels) != own_labels
         if new_head:
             assert labels is not None
@@ -87,7 +89,11 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
     pretrained_cfg |= {"architecture": config["architecture"], "num_classes": num_classes, "state_dict": weights}
     try:
         model: nn.Module = timm.create_model(
-            config["architecture"], pretrained=True, pretrained_cfg=pretrained_cfg, num_classes=num_classes, **model_args
+            config["architecture"],
+            pretrained=True,
+            pretrained_cfg=pretrained_cfg,
+            num_classes=num_classes,
+            **model_args,
         )
     except RuntimeError as error:
         raise ValueError(f"{source.name}: the weights do not fit {config['architecture']}: {error}") from error
@@ -105,15 +111,16 @@ def _load_transformers(
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: i for i, name in enumerate(labels)}
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            source.folder,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with quiet_transformers():
+            model, info = AutoModelForImageClassification.from_pretrained(
+                source.folder,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source.name} cannot be loaded as an image classifier: {error}") from error
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}

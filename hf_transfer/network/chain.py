@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -118,6 +118,11 @@ class Chain:
         with eval_mode(self.model), torch.no_grad():
             return run_prefix(self.model, cuts, pixels)
 
+    def replicate(self) -> "Chain":
+        """The same chain over copies of the modules that share every tensor: one thread's own, since hooks are not shared."""
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return replace(self, model=copy.deepcopy(self.model, shared))
+
     def suffix(self, cut: Cut) -> Suffix:
         """The network after `cut`, to be used as a context manager."""
         return Suffix(self.model, cut, self.image_shape)
@@ -137,7 +142,12 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
         everything = tuple(n for n, _ in model.named_parameters())
         layers = (_empty("stem"), Layer(**{**_empty("head").__dict__, "parameters": everything}))
         return Chain(
-            model=model, image_shape=image_shape, layers=layers, classifier=None, features=None, orphans=(),
+            model=model,
+            image_shape=image_shape,
+            layers=layers,
+            classifier=None,
+            features=None,
+            orphans=(),
             notes=(f"no cuts, so nothing can be cached: {error}",),
         )
     classifier = find_classifier(model, seen)
@@ -232,8 +242,12 @@ def _assemble(
     if layers[0].name != "stem":
         layers.insert(0, _empty("stem"))
     return Chain(
-        model=model, image_shape=image_shape, layers=tuple(layers),
-        classifier=classifier.module if classifier else None, features=features, orphans=tuple(orphans),
+        model=model,
+        image_shape=image_shape,
+        layers=tuple(layers),
+        classifier=classifier.module if classifier else None,
+        features=features,
+        orphans=tuple(orphans),
         notes=tuple(notes),
     )
 
@@ -270,7 +284,11 @@ def _buffer_places(model: nn.Module, seen: Trace, cuts: list[Cut]) -> dict[str, 
 
 
 def _verified(
-    model: nn.Module, image_shape: tuple[int, int, int], seen: Trace, ends: list[tuple[str, int]], cache_dir: Path | None
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    seen: Trace,
+    ends: list[tuple[str, int]],
+    cache_dir: Path | None,
 ) -> dict[str, Cut]:
     """The cuts that hold, by name. The sites that passed are remembered by the network's structure."""
     remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
@@ -304,9 +322,7 @@ def _structure_key(model: nn.Module, image_shape: tuple[int, int, int], ends: li
     return hashlib.sha256(json.dumps(structure).encode()).hexdigest()[:32]
 
 
-def _verify(
-    model: nn.Module, image_shape: tuple[int, int, int], candidates: dict[str, list[Cut]]
-) -> dict[str, Cut]:
+def _verify(model: nn.Module, image_shape: tuple[int, int, int], candidates: dict[str, list[Cut]]) -> dict[str, Cut]:
     """Of each name's candidates the first for which suffix(prefix(x)) equals the whole network."""
     # A copy: functional_call does not restore the weights of modules that are registered under two names (CoaT).
     model = copy.deepcopy(model).eval()

@@ -127,7 +127,10 @@ def make_cut(trace: Trace, name: str, site: Site) -> Cut | None:
     done = [
         c
         for c in trace.calls
-        if c.module and c.end <= at and c is not target and c not in enclosing
+        if c.module
+        and c.end <= at
+        and c is not target
+        and c not in enclosing
         and any(trace.depends_on_image(o) for o in c.outputs)
     ]
     answered = {*done, target} if after else set(done)
@@ -219,7 +222,8 @@ class Suffix(nn.Module):
         if self.cut.stubs and not self._patched and self._hook is None:
             raise RuntimeError("Suffix runs inside `with suffix:` only; outside, the model runs from the image")
         placeholder = torch.zeros((), dtype=activation.dtype, device=activation.device)
-        self._activation = activation
+        # A copy: what follows may write into it (an in-place activation), and the caller's may be a view into a cache.
+        self._activation = activation.clone()
         for key in self._turns:
             self._turns[key] = 0
         logits = compute_logits(self.model, placeholder.expand(activation.shape[0], *self.image_shape))

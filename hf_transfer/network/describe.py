@@ -117,6 +117,8 @@ def _align(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numeric = [all(not c or c[0].isdigit() for c in (row[i] for row in rows[1:])) for i in range(len(rows[0]))]
     return [
-        "  ".join(c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True)).rstrip()
+        "  ".join(
+            c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
         for row in rows
     ]

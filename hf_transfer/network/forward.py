@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch import nn
@@ -12,13 +11,13 @@ from transformers import PreTrainedModel
 def compute_logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Logits (B, K) of `pixels` (B, 3, H, W), normalised float."""
     if isinstance(model, PreTrainedModel):
-        return cast(torch.Tensor, model(pixel_values=pixels).logits)
-    output = model(pixels)
-    if not isinstance(output, torch.Tensor):
-        raise TypeError(
-            f"{type(model).__name__} returns {type(output).__name__} in eval mode, not one tensor of logits"
-        )
-    return output
+        output = model(pixel_values=pixels)
+        logits = getattr(output, "logits", None)
+    else:
+        logits = output = model(pixels)
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"{type(model).__name__} returns {type(output).__name__}, not one tensor of logits")
+    return logits
 
 
 @contextmanager

@@ -103,8 +103,12 @@ def _find_blocks(
     def open_up(call: Call) -> list[Call]:
         parts = [] if kind(call) in smallest else inner.get(call, [])
         smaller = [block for part in parts for block in open_up(part)]
-        if len(smaller) == 1 and 2 * _size(modules[smaller[0].module]) < _size(modules[call.module]):
-            return [call]  # a small part of it alone is bounded: a squeeze-excite, say
+        if len(smaller) == 1:
+            whole, part = modules[call.module], modules[smaller[0].module]
+            if kind(call) is not None and _num_weights(whole) == 1:
+                return [call]  # its one weight is in that part: a convolution with its norm
+            if 2 * _size(part) < _size(whole):
+                return [call]  # a small part of it alone is bounded: a squeeze-excite, say
         return smaller or [call]
 
     leaves = [block for call in inner.get(None, []) for block in open_up(call)]

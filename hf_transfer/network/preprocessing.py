@@ -5,7 +5,8 @@ image processor, so the pixels are those that plain `AutoImageProcessor` makes. 
 are arithmetic, are done here, on the device and in the upstream's order of operations.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import timm.data
 import torch
+import transformers
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor
@@ -54,13 +56,25 @@ class Preprocessing:
         return images.sub_(mean).div_(std)
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers logs errors only: what it warns of while loading is checked, and said, here."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
 def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Preprocessing:
     """The preprocessing of the checkpoint in `folder` (Hub layout).
 
     Raises ValueError where the checkpoint names none, or does more than resize, crop, rescale and normalise.
     """
     try:
-        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with quiet_transformers():
+            processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"the checkpoint {folder.name} names no image preprocessing that transformers can read ({error}). "

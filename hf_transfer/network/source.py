@@ -86,29 +86,31 @@ def _from_folder(folder: Path, base_model: str | None) -> Source:
 
 def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) -> Source:
     repo, _, revision = checkpoint.partition("@")
+    unreachable: list[Exception] = []
 
     def fetch(name: str) -> Path | None:
+        """The file; None where the repository has none, or where it is not cached and the Hub cannot be reached."""
         try:
             return Path(hf_hub_download(repo, name, revision=revision or None))
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-            raise  # a subclass of EntryNotFoundError, but it means: no network
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            unreachable.append(error)
         except EntryNotFoundError:
-            return None
+            pass
+        return None
 
     try:
         config = fetch("config.json")
+        weights = next((name for name in WEIGHTS if config and fetch(name)), None)
+        if weights is None and unreachable:
+            raise unreachable[0]
         if config is None:
             raise ValueError(f"{repo} has no config.json: it is not a timm or transformers checkpoint")
-        weights = next((name for name in WEIGHTS if fetch(name)), None)
         if weights is None:
             raise ValueError(_no_safetensors(repo, ["other formats only"]))
         if weights.endswith(".index.json"):
             snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors"])
         for name in OPTIONAL:
-            try:
-                fetch(name)
-            except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-                continue  # offline, and not among the cached files: it is optional
+            fetch(name)
         if trust_remote_code:
             snapshot_download(repo, revision=revision or None, allow_patterns=["*.py"])
     except GatedRepoError as error:

@@ -97,14 +97,10 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
 
 
 def _sizes_per_image(at_first: tuple[int, ...], at_second: tuple[int, ...]) -> tuple[int | None, ...]:
-    return tuple(
-        a // TRACE_BATCHES[0] if a != b else None for a, b in zip(at_first, at_second, strict=True)
-    )
+    return tuple(a // TRACE_BATCHES[0] if a != b else None for a, b in zip(at_first, at_second, strict=True))
 
 
-def _record(
-    model: nn.Module, image_shape: tuple[int, int, int], batch: int
-) -> tuple[list[Call], dict[str, Any]]:
+def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> tuple[list[Call], dict[str, Any]]:
     """The calls of one forward, and the graph as plain integers (no tensor survives)."""
     reference = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
