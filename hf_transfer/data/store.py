@@ -1,0 +1,60 @@
+"""Rows of one array, kept in one or several pieces, read as if they were one."""
+
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+class Store:
+    """Rows of one named array, in order, over one or several shards. Read-only; what it returns are copies."""
+
+    def __init__(self, shards: Sequence[Array], path: Path | None = None) -> None:
+        self._shards = list(shards)
+        self._starts = np.cumsum([0, *(len(s) for s in shards)])
+        self.path = path
+        if path is not None:
+            _open_stores.add(self)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, *shape)."""
+        return len(self), *self._shards[0].shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the stored numbers."""
+        return self._shards[0].dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Of all rows."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def __getitem__(self, rows: slice | Array) -> Array:
+        """Rows by slice or by int array (any order, repeats and negative numbers allowed)."""
+        if len(self._shards) == 1:
+            return np.array(self._shards[0][rows])
+        wanted = np.arange(len(self))[rows]
+        out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
+        shard_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        for i in np.unique(shard_of):
+            here = shard_of == i
+            out[here] = self._shards[i][wanted[here] - self._starts[i]]
+        return out
+
+
+_open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
+
+
+def open_paths() -> set[Path]:
+    """Folders that live stores of this process read: they must not give way to new ones meanwhile."""
+    return {store.path for store in _open_stores if store.path is not None}
