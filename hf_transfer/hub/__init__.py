@@ -1,0 +1,1 @@
+"""What is written for others: the saved model and its card."""

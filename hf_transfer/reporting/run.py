@@ -1,0 +1,98 @@
+"""A run from its first line to its folder: the accelerator, the log, the costs, and what is written at the end."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from hf_transfer.config import RecipeConfig
+from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.hub.save import save_model
+from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.reporting.costs import Costs
+from hf_transfer.reporting.results import describe_run, write_config, write_run
+
+log = logging.getLogger("hf_transfer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a recipe holds while it runs."""
+
+    config: RecipeConfig
+    accelerator: Accelerator
+    costs: Costs
+    output_dir: Path
+
+    def finish(
+        self,
+        *,
+        strategy: str,
+        plan: list[Mapping[str, Any]],
+        data: Data,
+        backbone: Backbone,
+        metrics: Mapping[str, Any],
+        curves: list[Mapping[str, Any]],
+        details: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Writes model/, results.json and report.html from the main process; all processes wait. Returns the results."""
+        results: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            described: dict[str, Any] = {
+                "strategy": strategy,
+                "plan": plan,
+                "config": self.config,
+                "data": data,
+                "backbone": backbone,
+                "metrics": metrics,
+                "curves": curves,
+                "details": details,
+            }
+            with self.costs.part("save"):
+                save_model(backbone, describe_run(**described, cost={}), self.output_dir / "model")
+            results = describe_run(**described, cost=self.costs.to_dict())
+            write_run(self.output_dir, results)
+            for split, scores in metrics.items():
+                low, high = scores["accuracy_interval"]
+                log.info(
+                    "%s: accuracy %.1f %% (95 %% interval %.1f to %.1f, %d images)",
+                    split, 100 * scores["accuracy"], 100 * low, 100 * high, scores["num_samples"],
+                )  # fmt: skip
+            log.info("wrote %s (model/, results.json, report.html)", self.output_dir)
+        self.accelerator.wait_for_everyone()
+        return results
+
+
+def start_run(config: RecipeConfig) -> Run:
+    """Seeds, logging on the main process, and config.yaml in the output folder."""
+    accelerator = Accelerator()
+    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    for chatty in ("httpx", "httpx2", "timm", "datasets", "transformers", "evaluate"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    set_seed(config.seed)
+    output_dir = Path(config.output_dir)
+    if accelerator.is_main_process:
+        write_config(output_dir, config)
+    return Run(config=config, accelerator=accelerator, costs=Costs(), output_dir=output_dir)
+
+
+def load_inputs(run: Run) -> tuple[Data, Backbone]:
+    """The data, then the checkpoint with a head for its labels: the cheap checks come before the download."""
+    config = run.config
+    with run.costs.part("data"), run.accelerator.main_process_first():
+        data = load_data(config)
+    if run.accelerator.is_main_process:
+        for note in data.notes:
+            log.info("%s", note)
+    with run.costs.part("checkpoint"), run.accelerator.main_process_first():
+        backbone = load(
+            config.checkpoint,
+            data.label_names,
+            base_model=config.base_model,
+            trust_remote_code=config.trust_remote_code,
+        )
+    return data, backbone
