@@ -1,0 +1,277 @@
+"""Our whole linear-probe job against transformers' Trainer with a frozen backbone, side by side in one run.
+
+    python benchmarks/vs_trainer.py --checkpoint FOLDER --dataset IMAGE_FOLDER --epochs 10 --repeats 3
+
+Each run is a process of its own, in turn A B C A B C ...; its clock starts after imports and stops when the model is saved,
+every cache built from nothing; its memory is the largest sampled RssAnon of the process and its workers. The peers:
+
+  trainer         as a user would run it: `datasets` image folder, the checkpoint's own processor, random resized crop and
+                  flip, batch 32, --workers data-loader workers, evaluation once at the end. Its learning rate is one that
+                  suits a head (1e-2, cosine; the default, 5e-5, would hardly move it).
+  trainer_layout  the same, given our layout: channels-last weights and images, backbone in eval without gradients.
+
+`bare` is the ceiling of our prefix pass: the same network fed from memory, in the fastest layout that was found.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+BATCH_SIZE = 32
+RUNS = ("ours", "trainer", "trainer_layout", "bare")
+
+
+def sample_memory(process: psutil.Process, found: dict[str, int], stop: threading.Event) -> None:
+    """Keeps the largest anonymous resident memory of a process and its children, in bytes."""
+    while not stop.is_set():
+        total = 0
+        for each in [process, *process.children(recursive=True)]:
+            status = Path(f"/proc/{each.pid}/status")
+            if status.exists():
+                lines = [line for line in status.read_text().splitlines() if line.startswith("RssAnon")]
+                total += int(lines[0].split()[1]) * 1024 if lines else 0
+        found["peak"] = max(found.get("peak", 0), total)
+        stop.wait(0.05)
+
+
+def run_child(kind: str, given: argparse.Namespace) -> dict[str, Any]:
+    """One run in a fresh process with empty caches: what it printed last, as JSON, and its peak memory."""
+    command = [sys.executable, __file__, "--child", kind, "--checkpoint", given.checkpoint, "--dataset", given.dataset]
+    command += ["--epochs", str(given.epochs), "--workers", str(given.workers), "--threads", str(given.threads)]
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = {**os.environ, "HF_TRANSFER_CACHE": f"{scratch}/cache", "HF_DATASETS_CACHE": f"{scratch}/data"}
+        environment["OMP_NUM_THREADS"] = str(given.threads)
+        environment["TOKENIZERS_PARALLELISM"] = "false"
+        child = subprocess.Popen([*command, "--scratch", scratch], env=environment, stdout=subprocess.PIPE, text=True)
+        peak: dict[str, int] = {}
+        stop = threading.Event()
+        watcher = threading.Thread(target=sample_memory, args=(psutil.Process(child.pid), peak, stop))
+        watcher.start()
+        output, _ = child.communicate()
+        stop.set()
+        watcher.join()
+        if child.returncode != 0:
+            raise SystemExit(f"{kind} failed with status {child.returncode}")
+    return {**json.loads(output.strip().splitlines()[-1]), "peak_memory_bytes": peak["peak"]}
+
+
+def run_ours(given: argparse.Namespace) -> dict[str, Any]:
+    """The recipe, as a user runs it."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+    import linear_probe
+
+    # Imported before the clock starts, as the peer's imports are.
+    from hf_transfer.data import dataset, extract
+    from hf_transfer.reporting import run
+    from hf_transfer.training import evaluate, metric_modules, readouts
+
+    assert all((dataset, extract, run, evaluate, metric_modules, readouts))
+    started = time.perf_counter()
+    config = linear_probe.ProbeConfig(
+        checkpoint=given.checkpoint, dataset=given.dataset, output_dir=f"{given.scratch}/run", batch_size=BATCH_SIZE
+    )
+    results = linear_probe.main(config)
+    return {
+        "seconds": time.perf_counter() - started,
+        "images_per_second": results["cost"]["images_per_second"]["features"],
+        "accuracy": results["metrics"]["test"]["accuracy"],
+        "parts": results["cost"]["seconds"],
+    }
+
+
+def run_trainer(given: argparse.Namespace, *, our_layout: bool) -> dict[str, Any]:
+    """The published image-classification example, with the backbone frozen."""
+    import datasets
+    import numpy as np
+    import torch
+    from torchvision import transforms
+    from transformers import (
+        AutoImageProcessor,
+        AutoModelForImageClassification,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    torch.set_num_threads(given.threads)
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    data = datasets.load_dataset("imagefolder", data_dir=given.dataset)
+    names = data["train"].features["label"].names
+    processor = AutoImageProcessor.from_pretrained(given.checkpoint)
+    model = AutoModelForImageClassification.from_pretrained(
+        given.checkpoint, num_labels=len(names), ignore_mismatched_sizes=True
+    )
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    classifier = model.timm_model.get_classifier()
+    for parameter in classifier.parameters():
+        parameter.requires_grad = True
+    if our_layout:
+        model = model.to(memory_format=torch.channels_last)
+        body = model.timm_model
+        train = body.train
+        # Its frozen BatchNorm in eval, and no graph below the head.
+        body.train = lambda mode=True: train(False)
+        features = body.forward_features
+        body.forward_features = lambda *a, **k: torch.no_grad()(features)(*a, **k)
+    config = processor.data_config
+    size = config["input_size"][1:]
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(config["mean"], config["std"]),
+        ]
+    )
+
+    def transform(function: Any) -> Any:
+        return lambda rows: {
+            "pixel_values": [function(image.convert("RGB")) for image in rows["image"]],
+            "labels": rows["label"],
+        }
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        if our_layout:
+            pixels = pixels.to(memory_format=torch.channels_last)
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    class EpochClock(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append(time.perf_counter())
+
+    clock = EpochClock()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=f"{given.scratch}/trainer",
+            num_train_epochs=given.epochs,
+            per_device_train_batch_size=BATCH_SIZE,
+            per_device_eval_batch_size=BATCH_SIZE,
+            learning_rate=1e-2,
+            lr_scheduler_type="cosine",
+            dataloader_num_workers=given.workers,
+            remove_unused_columns=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+        ),
+        train_dataset=data["train"].with_transform(transform(augment)),
+        eval_dataset=data["test"].with_transform(transform(processor.val_transforms)),
+        data_collator=collate,
+        compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, 1) == p.label_ids).mean())},
+        callbacks=[clock],
+    )
+    trainer.train()
+    scores = trainer.evaluate()
+    trainer.save_model(f"{given.scratch}/trainer/model")
+    steady = len(data["train"]) * (given.epochs - 1) / (clock.ends[-1] - clock.ends[0]) if given.epochs > 1 else None
+    return {
+        "seconds": time.perf_counter() - started,
+        "images_per_second": steady,
+        "accuracy": scores["eval_accuracy"],
+    }
+
+
+def run_bare(given: argparse.Namespace) -> dict[str, Any]:
+    """Images a second of the frozen network alone, fed from memory, for layouts and batch sizes; the fastest counts."""
+    import timm
+    import torch
+
+    torch.set_num_threads(given.threads)
+    model = timm.create_model(f"local-dir:{given.checkpoint}", pretrained=True, num_classes=0).eval()
+    height, width = model.pretrained_cfg["input_size"][1:]
+    rates = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = model.to(memory_format=layout)
+        for batch in (8, 16, 32, 64):
+            pixels = torch.randn(batch, 3, height, width).to(memory_format=layout)
+            times = []
+            with torch.no_grad():
+                model(pixels)
+                for _ in range(max(5, 256 // batch)):
+                    started = time.perf_counter()
+                    model(pixels)
+                    times.append(time.perf_counter() - started)
+            rates[f"{str(layout).removeprefix('torch.')} {batch}"] = batch / statistics.median(times)
+    best = max(rates, key=lambda k: rates[k])
+    return {"images_per_second": rates[best], "layout": best, "rates": rates, "seconds": 0.0}
+
+
+def main() -> None:
+    """Runs all in turn and prints medians and ratios; --output keeps them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="timm checkpoint folder in Hub layout")
+    parser.add_argument("--dataset", required=True, help="image folder with train/ and test/")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--workers", type=int, default=2, help="the peer's data-loader workers: take the better of 0 and 2"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of each run")
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=RUNS)
+    parser.add_argument("--output", type=Path, help="JSON file for every figure, with the device's name")
+    parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        functions = {
+            "ours": run_ours,
+            "trainer": lambda g: run_trainer(g, our_layout=False),
+            "trainer_layout": lambda g: run_trainer(g, our_layout=True),
+            "bare": run_bare,
+        }
+        print(json.dumps(functions[given.child](given)))
+        return
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in given.runs}
+    for repeat in range(given.repeats):
+        for name in given.runs:
+            found[name].append(run_child(name, given))
+            print(f"{repeat + 1}/{given.repeats} {name}: {json.dumps(found[name][-1])}", flush=True)
+    middle = {
+        name: {
+            key: statistics.median(run[key] for run in runs)
+            for key in ("seconds", "images_per_second", "peak_memory_bytes", "accuracy")
+            if all(run.get(key) is not None for run in runs)
+        }
+        for name, runs in found.items()
+    }
+    ratios = {
+        f"{name} seconds / ours": middle[name]["seconds"] / middle["ours"]["seconds"]
+        for name in ("trainer", "trainer_layout")
+        if name in middle and "ours" in middle
+    }
+    if "bare" in middle and "ours" in middle:
+        ratios["prefix pass / bare"] = middle["ours"]["images_per_second"] / middle["bare"]["images_per_second"]
+    summary = {"medians": middle, "ratios": ratios}
+    print(json.dumps(summary, indent=1))
+    if given.output:
+        cpu = next(
+            (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+        )
+        machine = {"cpu": cpu or platform.processor(), "threads": given.threads, "date": time.strftime("%Y-%m-%d")}
+        settings = {"epochs": given.epochs, "repeats": given.repeats, "workers": given.workers, "batch": BATCH_SIZE}
+        settings |= {"checkpoint": Path(given.checkpoint).name, "dataset": Path(given.dataset).name}
+        text = json.dumps({"machine": machine, "settings": settings, **summary, "runs": found}, indent=1)
+        given.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
