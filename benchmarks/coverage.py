@@ -18,7 +18,6 @@ import argparse
 import inspect
 import json
 import multiprocessing
-import platform
 import re
 import sys
 import time
@@ -50,6 +49,7 @@ TIMEOUT_S = 600
 
 
 def main() -> None:
+    """Chains every family, prints a line for each, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=["timm", "transformers", "all"], default="all")
     parser.add_argument("--only", metavar="REGEX", help="only families whose name this finds; nothing is written")

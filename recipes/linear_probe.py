@@ -19,16 +19,14 @@ from hf_transfer.config import RecipeConfig, flag, parse
 class ProbeConfig(RecipeConfig):
     """Settings of the linear probe."""
 
-    select_by: Literal["log_loss", "accuracy"] = flag(
-        "log_loss", "what chooses regularisation and readout on validation"
-    )
+    select_by: Literal["log_loss", "accuracy"] = flag("log_loss", "what chooses the regularisation on held-out images")
     folds: int = flag(
         5, "cross-validation folds over train and validation that choose; 1: the validation split chooses"
     )
     readouts: Literal["none", "pooling", "layer", "all"] = flag(
-        "pooling",
+        "all",
         "besides the checkpoint's own features: other poolings of the last layer, earlier layers, or both (all); no "
-        "further pass over the images",
+        "further pass over the images; another than its own is used only where the gain is beyond chance",
     )
 
 

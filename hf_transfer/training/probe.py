@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_transfer.training.folds import balance, draw_folds, find_judged
 from hf_transfer.training.lbfgs import Problems, minimise, pose
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Probe:
     accuracy: float  # likewise
     table: list[dict[str, float]]  # a row for each C that was solved: c, log_loss, accuracy, iterations
     validation_logits: Tensor  # (V, K): each validation row by a fit that has not seen it
+    held_out_losses: Tensor  # (N,) of train then validation rows, weighted to sum to log_loss; 0 where not judged
     refitted: bool  # on train + validation together, with the chosen C
     seconds: float
 
@@ -144,15 +146,15 @@ def fit_probe(
     device = train_x.device
     targets = torch.cat([train_y.to(device), val_y.to(device)])
     in_train = torch.arange(len(targets), device=device) < len(train_y)
-    fold_of = torch.where(in_train, -1, 0) if folds == 1 else _draw_folds(targets, folds, seed)
+    fold_of = torch.where(in_train, -1, 0) if folds == 1 else draw_folds(targets, folds, seed)
 
     def weigh(rows: Tensor) -> Tensor:
-        return _balance(targets, rows, num_classes) if class_balance == "loss" else rows.float()
+        return balance(targets, rows, num_classes) if class_balance == "loss" else rows.float()
 
     with _full_precision(device):
         problems = pose(torch.cat([train_x, val_x.to(device)]), targets, num_classes)
         fit_weights = torch.stack([weigh(fold_of != fold) for fold in range(folds)])
-        score_weights = weigh(_can_be_judged(targets, fold_of, folds))
+        score_weights = weigh(find_judged(targets, fold_of, folds))
         table, best, fits = _follow_path(
             problems, fold_of, fit_weights, score_weights, sorted(c_grid), select_by, max_iterations, memory_bytes
         )
@@ -169,6 +171,7 @@ def fit_probe(
         )
         fits = found[:-1]
         best |= _score(problems, fold_of, score_weights, fits)
+        held_out_losses = _compute_held_out_losses(problems, fold_of, score_weights, fits)
         weight, bias = problems.unstandardise(found[-1])
         validation_logits = _compute_held_out_logits(problems, fold_of, fits)[~in_train]
     return Probe(
@@ -179,9 +182,21 @@ def fit_probe(
         accuracy=best["accuracy"],
         table=table,
         validation_logits=validation_logits,
+        held_out_losses=held_out_losses,
         refitted=refit,
         seconds=time.perf_counter() - started,
     )
+
+
+def choose_probe(probes: Sequence[Probe]) -> int:
+    """The index of the probe with the least held-out log-loss, or 0 where that gain over the first may be chance.
+
+    For probes of several readouts of one network, its own first, solved on the same rows with the same seed. Losses are
+    compared row by row; a gain counts where it is more than two standard errors.
+    """
+    best = min(range(len(probes)), key=lambda i: probes[i].log_loss)
+    gains = probes[0].held_out_losses - probes[best].held_out_losses
+    return best if gains.sum() > 2 * gains.std() * len(gains) ** 0.5 else 0
 
 
 def _follow_path(
@@ -263,12 +278,14 @@ def _rank(row: dict[str, float], select_by: str) -> tuple[float, float]:
 
 
 def _score(problems: Problems, fold_of: Tensor, weights: Tensor, fits: Tensor) -> dict[str, float]:
-    logits = _compute_held_out_logits(problems, fold_of, fits)
-    losses = F.cross_entropy(logits, problems.targets, reduction="none")
-    hits = (logits.argmax(1) == problems.targets).float()
-    # where: rows that are never held out have no logits
-    losses, hits = (torch.where(weights > 0, t, 0.0) * weights / weights.sum() for t in (losses, hits))
-    return {"log_loss": losses.sum().item(), "accuracy": hits.sum().item()}
+    hits = (_compute_held_out_logits(problems, fold_of, fits).argmax(1) == problems.targets).float()
+    losses = _compute_held_out_losses(problems, fold_of, weights, fits)
+    return {"log_loss": losses.sum().item(), "accuracy": ((hits * weights).sum() / weights.sum()).item()}
+
+
+def _compute_held_out_losses(problems: Problems, fold_of: Tensor, weights: Tensor, fits: Tensor) -> Tensor:
+    losses = F.cross_entropy(_compute_held_out_logits(problems, fold_of, fits), problems.targets, reduction="none")
+    return torch.where(weights > 0, losses, 0.0) * weights / weights.sum()  # where: rows never held out have nan
 
 
 def _compute_held_out_logits(problems: Problems, fold_of: Tensor, fits: Tensor) -> Tensor:
@@ -278,32 +295,6 @@ def _compute_held_out_logits(problems: Problems, fold_of: Tensor, fits: Tensor) 
         rows = (fold_of == fold).nonzero()[:, 0]
         logits[rows] = problems.features[rows] @ fit.T
     return logits
-
-
-def _draw_folds(targets: Tensor, folds: int, seed: int) -> Tensor:
-    """(N,) the fold in which each row is held out: every class spread evenly, and sizes as equal as can be."""
-    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
-    by_class = order[targets.cpu()[order].argsort(stable=True)]
-    fold_of = torch.empty(len(targets), dtype=torch.int64)
-    fold_of[by_class] = torch.arange(len(targets)) % folds
-    return fold_of.to(targets.device)
-
-
-def _can_be_judged(targets: Tensor, fold_of: Tensor, folds: int) -> Tensor:
-    """(N,) bool: held-out rows whose class the fit has seen."""
-    fitted = torch.stack([torch.isin(targets, targets[fold_of != fold]) for fold in range(folds)])
-    judged = (fold_of >= 0) & fitted.gather(0, fold_of.clamp_min(0)[None])[0]
-    if not bool(judged.any()):
-        raise ValueError(
-            f"{len(targets)} rows, and no class has both a row to fit and one to choose C by: give at least two rows of a class"
-        )
-    return judged
-
-
-def _balance(targets: Tensor, rows: Tensor, num_classes: int) -> Tensor:
-    """(N,) weights that give each class present in `rows` the same total; 0 outside, and their sum is the number of rows."""
-    counts = torch.bincount(targets[rows], minlength=num_classes)
-    return torch.where(rows, rows.sum() / ((counts > 0).sum() * counts.clamp_min(1)[targets]), 0.0)
 
 
 def _check(features: Tensor, targets: Tensor, num_classes: int, c_grid: Sequence[float]) -> None:

@@ -21,7 +21,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.readout import Readout, build_variant, find_readouts, read_features
-from hf_transfer.training.probe import Probe, fit_probe
+from hf_transfer.training.probe import Probe, choose_probe, fit_probe
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,10 @@ def choose_readout(
     seed: int,
     accelerator: Accelerator,
 ) -> tuple[ProbedReadout, list[ProbedReadout]]:
-    """The readout whose probe does best on held-out images, and all of them. Solved on the main process, known to all."""
+    """The readout to use, and all of them: the network's own, unless another's gain on held-out images is beyond chance.
+
+    `select_by` chooses each readout's C. Solved on the main process, known to all.
+    """
     solved: list[Probe] = []
     if accelerator.is_main_process:
         truth = [torch.from_numpy(split.labels) for split in (data.train, data.validation)]
@@ -131,9 +134,7 @@ def choose_readout(
     message: list[Any] = [solved]
     broadcast_object_list(message)
     probed = [ProbedReadout(features=f, probe=p) for f, p in zip(candidates, message[0], strict=True)]
-    if select_by == "accuracy":
-        return max(probed, key=lambda p: (p.probe.accuracy, -p.probe.log_loss)), probed
-    return min(probed, key=lambda p: p.probe.log_loss), probed
+    return probed[choose_probe([p.probe for p in probed])], probed
 
 
 def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Backbone:
