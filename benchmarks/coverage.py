@@ -24,7 +24,8 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,11 @@ def _small_transformers(name: str) -> Candidate:
 
     own_px = getattr(getattr(default, "vision_config", default), "image_size", 224)
     own_px = own_px if isinstance(own_px, int) else own_px[0]
-    tries: list[tuple[int, Callable[[], nn.Module]]] = []
-    for px in (*(p for p in IMAGE_PX if p < own_px), own_px):
-        tries.append((px, lambda px=px: build(px)))
+    tries = [(px, partial(build, px)) for px in (*(p for p in IMAGE_PX if p < own_px), own_px)]
     return name, *_first_that_runs(tries)
 
 
-def _first_that_runs(tries: list[tuple[int, Callable[[], nn.Module]]]) -> tuple[nn.Module, int]:
+def _first_that_runs(tries: Sequence[tuple[int, Callable[[], nn.Module]]]) -> tuple[nn.Module, int]:
     errors = []
     for px, build in tries:
         try:
