@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 FEATURES = "features"  # the cut before the classifier: one vector an image
 VERIFIED_RELATIVE = 1e-5  # float32: largest difference of logits, relative to the largest logit
-CHAIN_FORMAT = 1  # raise when the same network could get other cuts
+CHAIN_FORMAT = 2  # raise when the same network could get other cuts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,17 +293,25 @@ def _verified(
     """The cuts that hold, by name. The sites that passed are remembered by the network's structure."""
     remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
     if remembered is not None and remembered.is_file():
-        sites = {name: Site(**site) for name, site in json.loads(remembered.read_text()).items()}
-        cuts = {name: make_cut(seen, name, site) for name, site in sites.items()}
-        return {name: cut for name, cut in cuts.items() if cut is not None}
+        kept = {}
+        for name, (site, dense) in json.loads(remembered.read_text()).items():
+            cut = make_cut(seen, name, Site(**site))
+            if cut is not None:
+                kept[name] = replace(cut, dense=dense)
+        return kept
     candidates = {
-        name: [c for s in possible_sites(seen, node, prefer=name) if (c := make_cut(seen, name, s)) is not None]
+        name: [
+            replace(cut, dense=dense)
+            for site in possible_sites(seen, node, prefer=name)
+            if (cut := make_cut(seen, name, site)) is not None
+            for dense in (False, True)
+        ]
         for name, node in ends
     }
     found = _verify(model, image_shape, candidates)
     if remembered is not None:
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({name: cut.site.__dict__ for name, cut in found.items()})
+        text = json.dumps({name: (cut.site.__dict__, cut.dense) for name, cut in found.items()})
         partial = remembered.with_suffix(f".{id(found):x}.tmp")
         partial.write_text(text)
         partial.replace(remembered)

@@ -43,8 +43,8 @@ class Stub:
     spec: TreeSpec
     cut_leaf: int | None = None  # the leaf that is the tensor at the cut itself
 
-    def answer(self, activation: torch.Tensor) -> Any:
-        """What the call returns in a suffix run on `activation` (B, *cut.shape)."""
+    def answer(self, activation: torch.Tensor, *, dense: bool) -> Any:
+        """What the call returns in a suffix run on `activation` (B, *cut.shape); `dense`: writable placeholders."""
         batch = activation.shape[0]
         answers = []
         for i, leaf in enumerate(self.leaves):
@@ -56,7 +56,8 @@ class Stub:
                 sizes = zip(leaf.shape, leaf.per_image, strict=True)
                 shape = [size if each is None else each * batch for size, each in sizes]
                 # Zero-stride: a dense placeholder would cost 15-24 % of a step.
-                answers.append(torch.zeros((), dtype=leaf.dtype, device=activation.device).expand(shape))
+                placeholder = torch.zeros((), dtype=leaf.dtype, device=activation.device).expand(shape)
+                answers.append(placeholder.clone(memory_format=torch.contiguous_format) if dense else placeholder)
         return tree_unflatten(answers, self.spec)
 
 
@@ -69,6 +70,7 @@ class Cut:
     shape: tuple[int, ...]  # of one image
     dtype: torch.dtype
     stubs: tuple[Stub, ...]
+    dense: bool = False  # placeholders of full size, for a network that writes into what the prefix's calls return
     repeated: frozenset[str]  # those modules of the stubs and the site that one forward calls more than once
 
     @property
@@ -270,7 +272,7 @@ class Suffix(nn.Module):
             if stub is None:
                 return forward(*args, **kwargs)
             assert self._activation is not None
-            return stub.answer(self._activation)
+            return stub.answer(self._activation, dense=self.cut.dense)
 
         return answer
 
