@@ -125,6 +125,52 @@ def test_layers_of_vit_and_deit_tiny(architecture: str) -> None:
     assert chain.layer("blocks.3").aliases == ()
 
 
+class PartlyBounded(nn.Module):
+    """A bounded attention, then an MLP whose skip connection hides it: together one block, as in Perceiver or RepViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Block(4, 4)
+        self.mlp = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.attention(x)
+        return x + self.mlp(x).tanh()
+
+
+def test_a_block_of_which_only_a_part_is_bounded_stays_whole() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), *(PartlyBounded() for _ in range(4)))
+    chain = build_chain(nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)).eval(), SHAPE)
+    assert layer_names(chain) == ["stem", "0.1", "0.2", "0.3", "0.4", "head"]
+
+
+def test_a_networks_own_head_is_part_of_the_chains() -> None:
+    """timm's SelecSLS calls its last convolutions `head`, a name that the chain needs itself."""
+
+    class OwnHead(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = Block(4, 4)
+
+        def pooled(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x).mean((2, 3))
+
+    chain = build_chain(OwnHead().eval(), SHAPE)
+    assert layer_names(chain) == ["stem", "layers.0", "layers.1", "layers.2", "head"]
+    assert {"head.0.weight", "fc.weight"} <= set(chain.layers[-1].parameters)
+    assert chain.cut(FEATURES) is chain.features
+
+
+def test_scales_of_shape_1_1_c_are_no_weights() -> None:
+    """timm's ResMLP normalises with `Affine`: behind the last block it is the head's, as any final norm is."""
+    chain = chain_of_timm("resmlp_12_224", 32, img_size=32)
+    assert layer_names(chain) == ["stem", *(f"blocks.{i}" for i in range(12)), "head"]
+    assert {"norm.alpha", "norm.beta"} <= set(chain.layers[-1].parameters)
+
+
 # --- cuts and what lies before them ---------------------------------------------------------------------------------------
 
 

@@ -225,6 +225,30 @@ class ByKeyword(nn.Module):
         return self.fc(state["hidden"].mean(1))
 
 
+class WithPositions(nn.Module):
+    """The embedding returns, beside the activations, positions of another type that every layer reads (timm's Gemma 4)."""
+
+    class Embed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 4, 4)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+            return self.conv(x).flatten(2).transpose(1, 2), torch.arange(4).expand(len(x), -1), None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = WithPositions.Embed()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)) for _ in range(3))
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, positions, _ = self.embed(x)
+        for layer in self.layers:
+            x = layer(x * positions[..., None].cos())
+        return self.fc((x * positions[..., None]).sum(1))
+
+
 class AddedInPlace(nn.Module):
     """What comes before the cut writes into its tensors in place, outside any module: placeholders must bear it."""
 
@@ -244,7 +268,7 @@ class AddedInPlace(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("kind", [InPlace, CalledTwice, ByKeyword, AddedInPlace])
+@pytest.mark.parametrize("kind", [InPlace, CalledTwice, ByKeyword, WithPositions, AddedInPlace])
 def test_split_is_exact_for_networks_with_ways_of_their_own(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = kind().eval()
@@ -351,11 +375,12 @@ def test_suffix_compiles_to_one_graph_once(name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-def test_suffix_compiles_with_modules_that_are_called_twice() -> None:
+@pytest.mark.parametrize("kind", [CalledTwice, WithPositions])
+def test_suffix_compiles_for_networks_with_ways_of_their_own(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
-    model = CalledTwice().eval()
+    model = kind().eval()
     chain = build_chain(model, (3, 8, 8))
-    cut = chain.cut("layers.2")
+    cut = chain.cut("layers.1")
     pixels = make_pixels(chain.image_shape, 4)
     whole = compute_logits(model, pixels)
     activation = chain.run_prefix([cut], pixels)[0]

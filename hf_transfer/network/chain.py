@@ -23,9 +23,10 @@ from hf_transfer.network.trace import Call, Trace, trace
 
 log = logging.getLogger(__name__)
 
+STEM, HEAD = "stem", "head"  # the first and the last layer
 FEATURES = "features"  # the cut before the classifier: one vector an image
 VERIFIED_RELATIVE = 1e-5  # float32: largest difference of logits, relative to the largest logit
-CHAIN_FORMAT = 2  # raise when the same network could get other cuts
+CHAIN_FORMAT = 3  # raise when the same network could get other cuts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
         seen = trace(model, image_shape)
     except ValueError as error:
         everything = tuple(n for n, _ in model.named_parameters())
-        layers = (_empty("stem"), Layer(**{**_empty("head").__dict__, "parameters": everything}))
+        layers = (_empty(STEM), Layer(**{**_empty(HEAD).__dict__, "parameters": everything}))
         return Chain(
             model=model,
             image_shape=image_shape,
@@ -180,12 +181,13 @@ def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[
 
     The last layer may end where the features do: one tensor with two names.
     """
-    layers = find_layers(model, seen, classifier)
+    # The names of the chain's own parts are taken: a network's own "head" (SelecSLS) is part of the chain's.
+    layers = [(c, span) for c, span in find_layers(model, seen, classifier) if c.module not in (STEM, HEAD, FEATURES)]
     # A layer that is called again ends with its last call: its weights stand on both sides of an earlier end.
     last_end = {call.module: end for call, (_, end) in layers}
     ends = [(call.module, seen.spine[end]) for call, (_, end) in layers if end == last_end[call.module]]
     if layers and layers[0][1][0] > 0:
-        ends.insert(0, ("stem", seen.spine[layers[0][1][0]]))
+        ends.insert(0, (STEM, seen.spine[layers[0][1][0]]))
     if classifier is not None:
         ends += [(FEATURES, leaf.node) for leaf in classifier.inputs if leaf.node in seen.spine]  # its one input
     return ends
@@ -220,7 +222,7 @@ def _assemble(
         fallback = "the cut before the classifier" if features else "no cut: nothing can be cached"
         notes.append(f"no interior cuts in this network; what remains is {fallback}")
     head = len(inner)  # the features cut splits the head, so its two segments are one layer
-    names = [*(c.name for c in inner), "head"]
+    names = [*(c.name for c in inner), HEAD]
     parameters: list[list[str]] = [[] for _ in names]
     orphans = []
     for name, _ in model.named_parameters():
@@ -239,8 +241,8 @@ def _assemble(
         )
         for i, name in enumerate(names)
     ]
-    if layers[0].name != "stem":
-        layers.insert(0, _empty("stem"))
+    if layers[0].name != STEM:
+        layers.insert(0, _empty(STEM))
     return Chain(
         model=model,
         image_shape=image_shape,

@@ -56,7 +56,11 @@ class Stub:
                 sizes = zip(leaf.shape, leaf.per_image, strict=True)
                 shape = [size if each is None else each * batch for size, each in sizes]
                 # Zero-stride: a dense placeholder would cost 15-24 % of a step.
-                placeholder = torch.zeros((), dtype=leaf.dtype, device=activation.device).expand(shape)
+                if leaf.constant is None:
+                    value = torch.zeros((), dtype=leaf.dtype, device=activation.device)
+                else:
+                    value = leaf.constant.to(activation.device)
+                placeholder = value.expand(shape)
                 answers.append(placeholder.clone(memory_format=torch.contiguous_format) if dense else placeholder)
         return tree_unflatten(answers, self.spec)
 

@@ -55,7 +55,7 @@ def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list
     norms = {
         start: end
         for call, (start, end) in _bounded_calls(modules, trace, min_weights=0)
-        if call.start > last_end and _is_norm(modules[call.module]) and _keeps_shape(trace, call, (start, end))
+        if call.start > last_end and _is_norm(modules[call.module]) and _keeps_grid(trace, start, end)
     }
     # ... together with the normalisation that is called after it.
     blocks += [(c, (s, norms.get(e, e))) for c, (s, e) in singles if not any(a in outer for a in c.ancestors())]
@@ -103,13 +103,22 @@ def _find_blocks(
     def open_up(call: Call) -> list[Call]:
         parts = [] if kind(call) in smallest else inner.get(call, [])
         smaller = [block for part in parts for block in open_up(part)]
-        if len(smaller) == 1:
-            whole, part = modules[call.module], modules[smaller[0].module]
-            if kind(call) is not None and _num_weights(whole) == 1:
-                return [call]  # its one weight is in that part: a convolution with its norm
-            if 2 * _size(part) < _size(whole):
-                return [call]  # a small part of it alone is bounded: a squeeze-excite, say
-        return smaller or [call]
+        if not smaller:
+            return [call]
+        whole, bounded = modules[call.module], [modules[c.module] for c in smaller]
+        most = 2 * sum(map(_size, bounded)) >= _size(whole)
+        if len(bounded) == 1 and not most:
+            return [call]  # a small part of it alone is bounded: a squeeze-excite, say
+        if kind(call) is None:
+            return smaller
+        if len(bounded) == 1 and (_num_weights(whole) == 1 or kind(smaller[0]) is None):
+            return [call]  # the part is all of it: a convolution with its norm
+        (start, end), first, last = spans[call], spans[smaller[0]][0], spans[smaller[-1]][1]
+        same_grid = _keeps_grid(trace, start, first) and _keeps_grid(trace, last, end)
+        has_more = sum(map(_num_weights, bounded)) < _num_weights(whole)
+        if same_grid and has_more and (len(bounded) == 1 or not most):
+            return [call]  # more of the same block lies around, no downsampling: attention, then a residual MLP
+        return smaller
 
     leaves = [block for call in inner.get(None, []) for block in open_up(call)]
     kinds = Counter(kind(c) for c in leaves)
@@ -120,21 +129,22 @@ def _find_blocks(
     first = min(c.start for c in repeated)
     # What comes before the first repeated block is a layer only where it lives among them (EfficientNet's blocks.0.0).
     leaves = [c for c in leaves if c.start >= first or (home and c.module.startswith(home + "."))]
-    keeping = {kind(c) for c in repeated if _keeps_shape(trace, c, spans[c])}
-    # A repeated kind that changes the shape at every call, among kinds that keep it, is a downsampling: it belongs to
-    # the block after it, so it makes no layer of its own.
+    keeping = {kind(c) for c in repeated if _keeps_grid(trace, *spans[c])}
+    # A repeated kind that changes the grid at every call, among kinds that keep it, is a downsampling: it belongs to the
+    # block after it, so it makes no layer of its own.
     blocks = [c for c in leaves if not keeping or kinds[kind(c)] == 1 or kind(c) is None or kind(c) in keeping]
     return [(c, spans[c]) for c in blocks]
 
 
-def _keeps_shape(trace: Trace, call: Call, span: tuple[int, int]) -> bool:
-    before = {i.shape for i in call.inputs if i.node == trace.spine[span[0]]}
-    after = {o.shape for o in call.outputs if o.node == trace.spine[span[1]]}
-    return bool(before & after)
+def _keeps_grid(trace: Trace, start: int, end: int) -> bool:
+    """Whether two spine tensors differ in one dimension at most, the channels; a downsampling changes the grid as well."""
+    before, after = trace.shapes[trace.spine[start]], trace.shapes[trace.spine[end]]
+    return len(before) == len(after) and sum(a != b for a, b in zip(before, after, strict=True)) <= 1
 
 
 def _num_weights(module: nn.Module) -> int:
-    return sum(p.ndim >= 2 for p in module.parameters())
+    """Kernels and matrices; a scale of shape (1, 1, C) is none."""
+    return sum(p.ndim >= 4 or sum(size > 1 for size in p.shape) >= 2 for p in module.parameters())
 
 
 def _size(module: nn.Module) -> int:

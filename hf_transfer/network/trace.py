@@ -7,6 +7,7 @@ forwards at two batch sizes tell which dimensions are the batch.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import networkx as nx
@@ -29,6 +30,7 @@ class Leaf:
     per_image: tuple[int | None, ...] = ()  # size per image of the dimensions that scale with the batch, else None
     dtype: torch.dtype | None = None
     node: int | None = None  # the autograd node that made the tensor
+    constant: torch.Tensor | None = field(default=None, compare=False, repr=False)  # where no image changes its rows
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -63,6 +65,12 @@ class Trace:
     parameters: dict[int, str]  # leaf node -> parameter name
     logits_shape: tuple[int, ...]
 
+    @cached_property
+    def shapes(self) -> dict[int, tuple[int, ...]]:
+        """Shape of the tensor that each node made, where a module took or returned it."""
+        leaves = (leaf for call in self.calls for leaf in (*call.inputs, *call.outputs))
+        return {leaf.node: leaf.shape for leaf in leaves if leaf.node is not None}
+
     def depends_on_image(self, leaf: Leaf) -> bool:
         """Whether the leaf is a tensor that would be another for another image."""
         return leaf.node is not None and leaf.node in self.from_image
@@ -93,11 +101,23 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
     for a, b in zip(first, second, strict=True):
         for leaf, other in zip(a.outputs + a.inputs, b.outputs + b.inputs, strict=True):
             leaf.per_image = _sizes_per_image(leaf.shape, other.shape)
+            leaf.constant = _constant_rows(leaf.constant, other.constant)
     return Trace(calls=first, **graph)
 
 
 def _sizes_per_image(at_first: tuple[int, ...], at_second: tuple[int, ...]) -> tuple[int | None, ...]:
     return tuple(a // TRACE_BATCHES[0] if a != b else None for a, b in zip(at_first, at_second, strict=True))
+
+
+def _constant_rows(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    """What to expand where a call returns, beside activations, what is the same for all images: positions, say."""
+    if first is None or second is None:
+        return None
+    if first.shape == second.shape:
+        return first if torch.equal(first, second) else None
+    row = first[:1].clone()
+    same = first.shape[1:] == second.shape[1:] and all(bool((t == row).all()) for t in (first, second))
+    return row if same else None
 
 
 def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> tuple[list[Call], dict[str, Any]]:
@@ -175,6 +195,9 @@ class _Recorder:
         call.end = self._tick()
         leaves, call.output_spec = tree_flatten(output)
         call.outputs = [self._describe(leaf) for leaf in leaves]
+        for described, leaf in zip(call.outputs, leaves, strict=True):
+            if described.is_tensor and not leaf.requires_grad:
+                described.constant = leaf.clone()
 
     def _describe(self, value: Any) -> Leaf:
         if not isinstance(value, torch.Tensor):
