@@ -385,7 +385,7 @@ def _work(build: Callable[[], Candidate], pipe: Connection) -> None:
 
 
 def _is_covered(row: dict[str, Any]) -> bool:
-    """Whether the family splits at its block boundaries, exactly."""
+    """Whether the network has layers of its own between stem and head, and all checks held."""
     interior = row.get("num_layers", 0) > 0
     return interior and not row["failures"] and not any("no verified cut" in n for n in row["notes"])
 
@@ -412,10 +412,12 @@ def _totals(rows: list[dict[str, Any]]) -> str:
         good = [r for r in own if "error" not in r]
         blocks = sum(r["num_blocks"] for r in good)
         missed = sum(len(r["missed_blocks"]) for r in good)
+        whole = sum(r["num_blocks"] > 0 and not r["missed_blocks"] for r in good)
         lines.append(
-            f"{library}: {sum(map(_is_covered, good))} of {len(own)} families split at their block boundaries; "
-            f"{sum(r['num_cuts'] for r in good)} cuts; {blocks - missed} of {blocks} blocks end at a cut; "
-            f"{sum(r['classifier'] is not None for r in good)} with one linear classifier"
+            f"{library}: {sum(map(_is_covered, good))} of {len(own)} families are cut between their layers, exactly "
+            f"({sum(r['num_cuts'] for r in good)} cuts); {blocks - missed} of {blocks} independently found blocks end at a "
+            f"cut, in {whole} of {sum(r['num_blocks'] > 0 for r in good)} families all of them; "
+            f"{sum(r['classifier'] is not None for r in good)} families with one linear classifier"
         )
     return "\n".join(lines)
 
@@ -455,6 +457,15 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
             f"| {row['library']} | {row['family']} | {row['architecture']} | {row['num_layers']} | {ends} | "
             f"{row['num_cuts']} | {blocks} | {features} | {note} |"
         )
+    lines += [
+        "",
+        "## Blocks that end at no cut",
+        "",
+        "A downsampling belongs to the layer after it, a small block to the layer around it, what comes before the first",
+        "repeated block to the stem; and no cut may split a shared parameter.",
+        "",
+    ]
+    lines += [f"- {r['family']}: {', '.join(r['missed_blocks'])}" for r in rows if r.get("missed_blocks")]
     return "\n".join(lines) + "\n"
 
 
