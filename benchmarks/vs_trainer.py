@@ -215,6 +215,41 @@ def run_bare(given: argparse.Namespace) -> dict[str, Any]:
     return {"images_per_second": rates[best], "layout": best, "rates": rates, "seconds": 0.0}
 
 
+def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of each kind of run, and the ratios that they give."""
+    middle = {
+        name: {
+            key: statistics.median(run[key] for run in runs)
+            for key in ("seconds", "images_per_second", "peak_memory_bytes", "accuracy")
+            if all(run.get(key) is not None for run in runs)
+        }
+        for name, runs in found.items()
+        if runs
+    }
+    ratios = {
+        f"{name} seconds / ours": middle[name]["seconds"] / middle["ours"]["seconds"]
+        for name in ("trainer", "trainer_layout")
+        if name in middle and "ours" in middle
+    }
+    if "bare" in middle and "ours" in middle:
+        ratios["prefix pass / bare"] = middle["ours"]["images_per_second"] / middle["bare"]["images_per_second"]
+    return {"medians": middle, "ratios": ratios}
+
+
+def write_summary(given: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Every figure so far, with the device's name, as JSON; after each round, so that a run that is stopped leaves some."""
+    if not given.output:
+        return
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    machine = {"cpu": cpu, "threads": given.threads, "date": time.strftime("%Y-%m-%d")}
+    rounds = min(len(runs) for runs in found.values())
+    settings = {"epochs": given.epochs, "rounds": rounds, "workers": given.workers, "batch": BATCH_SIZE}
+    settings |= {"checkpoint": Path(given.checkpoint).name, "dataset": Path(given.dataset).name}
+    text = json.dumps({"machine": machine, "settings": settings, **summarise(found), "runs": found}, indent=1)
+    given.output.write_text(text + "\n")
+
+
 def main() -> None:
     """Runs all in turn and prints medians and ratios; --output keeps them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,32 +280,8 @@ def main() -> None:
         for name in given.runs:
             found[name].append(run_child(name, given))
             print(f"{repeat + 1}/{given.repeats} {name}: {json.dumps(found[name][-1])}", flush=True)
-    middle = {
-        name: {
-            key: statistics.median(run[key] for run in runs)
-            for key in ("seconds", "images_per_second", "peak_memory_bytes", "accuracy")
-            if all(run.get(key) is not None for run in runs)
-        }
-        for name, runs in found.items()
-    }
-    ratios = {
-        f"{name} seconds / ours": middle[name]["seconds"] / middle["ours"]["seconds"]
-        for name in ("trainer", "trainer_layout")
-        if name in middle and "ours" in middle
-    }
-    if "bare" in middle and "ours" in middle:
-        ratios["prefix pass / bare"] = middle["ours"]["images_per_second"] / middle["bare"]["images_per_second"]
-    summary = {"medians": middle, "ratios": ratios}
-    print(json.dumps(summary, indent=1))
-    if given.output:
-        cpu = next(
-            (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
-        )
-        machine = {"cpu": cpu or platform.processor(), "threads": given.threads, "date": time.strftime("%Y-%m-%d")}
-        settings = {"epochs": given.epochs, "repeats": given.repeats, "workers": given.workers, "batch": BATCH_SIZE}
-        settings |= {"checkpoint": Path(given.checkpoint).name, "dataset": Path(given.dataset).name}
-        text = json.dumps({"machine": machine, "settings": settings, **summary, "runs": found}, indent=1)
-        given.output.write_text(text + "\n")
+        write_summary(given, found)
+    print(json.dumps(summarise(found), indent=1))
 
 
 if __name__ == "__main__":
