@@ -32,7 +32,7 @@ class ProbeConfig(RecipeConfig):
 
 def main(config: ProbeConfig) -> dict[str, Any]:
     """Runs the recipe; returns the content of results.json."""
-    from hf_transfer.data.extract import ExtractOptions
+    from hf_transfer.data.options import ExtractOptions
     from hf_transfer.locations import chain_dir
     from hf_transfer.reporting.run import load_inputs, start_run
     from hf_transfer.training import readouts

@@ -14,7 +14,8 @@ from torch import nn
 
 from hf_transfer.network.chain import build_chain
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.policies import last, set_trainable
+from hf_transfer.network.freezing import set_trainable
+from hf_transfer.network.policies import last
 
 BATCH = 5  # tracing ran at 2 and 3
 # float32, the same kernels in the same order: what is left is another memory layout of an activation, a few ulp.
@@ -404,7 +405,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from families import FAMILIES, make_model, make_pixels
 from hf_transfer.network.chain import build_chain
-from hf_transfer.network.policies import last, set_trainable
+from hf_transfer.network.freezing import set_trainable
+from hf_transfer.network.policies import last
 
 folder, *names = sys.argv[1:]
 torch.distributed.init_process_group("gloo")

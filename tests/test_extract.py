@@ -12,8 +12,10 @@ from PIL import Image
 from hf_transfer.config import DataConfig
 from hf_transfer.data.cache import clear_caches, list_caches
 from hf_transfer.data.dataset import load_data
-from hf_transfer.data.extract import ExtractOptions, Tap, extract, hash_prefix, read_pixels, tap_activation
+from hf_transfer.data.extract import Tap, extract, hash_prefix, read_pixels, tap_activation
 from hf_transfer.data.images import BadImageError
+from hf_transfer.data.options import ExtractOptions
+from hf_transfer.data.pixels import EvaluationImages
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
@@ -129,8 +131,9 @@ def test_pixels_come_in_order_whatever_the_threads(network: tuple[Backbone, Chai
     backbone, _ = network
     rows = range(2, len(train))
     expected = np.stack([backbone.preprocessing.pixels(train.image(i)) for i in rows])
+    images = EvaluationImages(split=train, preprocessing=backbone.preprocessing)
     for threads in (1, 5):
-        batches = list(read_pixels(backbone.preprocessing, train, rows, batch_size=3, num_threads=threads))
+        batches = list(read_pixels(images, np.array(rows), batch_size=3, num_threads=threads))
         np.testing.assert_array_equal(np.concatenate(batches), expected)
         assert {len(b) for b in batches[:-1]} == {3}
 

@@ -1,4 +1,4 @@
-"""The prefix, run once: images of a split -> stored activations at a cut, or one pooled vector of it an image.
+"""The prefix, run once: images -> stored activations at a cut, or one pooled vector of it an image.
 
 On a GPU, threads decode and resize ahead of it (Pillow releases the interpreter lock); on a CPU, each thread does all of it
 for batches of its own.
@@ -12,26 +12,27 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from hf_transfer.config import RecipeConfig
-from hf_transfer.data.cache import Ranks, Storage, Store, cached, choose_storage
+from hf_transfer.data.cache import Storage, Store, cached
+from hf_transfer.data.options import ExtractOptions, ranks_of
+from hf_transfer.data.pixels import MAX_THREADS, EvaluationImages, Images
 from hf_transfer.data.splits import Split
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
+from hf_transfer.network.forward import eval_mode
+from hf_transfer.network.freezing import update_hash
 from hf_transfer.network.preprocessing import Preprocessing
 
 log = logging.getLogger(__name__)
 
-MAX_THREADS = 16
 BATCHES_AHEAD = 3
 CPU_BATCH = 4  # activations of few images stay in the core's cache
 
@@ -44,28 +45,6 @@ class Tap:
     pooling: str = "none"
     shape: tuple[int, ...]  # of one image
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda activation: activation
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractOptions:
-    """What the pass may use. Sizes are per process."""
-
-    batch_size: int = 32
-    num_threads: int = 0
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    cache: Literal["auto", "disk", "memory", "none"] = "auto"
-    max_disk_bytes: int | None = None
-
-    @classmethod
-    def from_config(cls, config: RecipeConfig) -> Self:
-        """The options that a recipe's flags say."""
-        return cls(
-            batch_size=config.batch_size,
-            num_threads=config.num_threads,
-            dtype=config.dtype,
-            cache=config.cache,
-            max_disk_bytes=None if config.cache_gb is None else int(config.cache_gb * 1e9),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,24 +61,19 @@ class Recomputed(Store):
     """What `Store` offers, with nothing kept: rows are computed from their images whenever they are asked for."""
 
     def __init__(
-        self,
-        chain: Chain,
-        preprocessing: Preprocessing,
-        split: Split,
-        tap: Tap,
-        accelerator: Accelerator,
-        options: ExtractOptions,
+        self, chain: Chain, images: Images, tap: Tap, accelerator: Accelerator, options: ExtractOptions
     ) -> None:
         # A zero-stride array: shape and dtype without the memory.
-        super().__init__([np.broadcast_to(np.float32(0), (len(split), *tap.shape))])
-        self._make = (chain, preprocessing, split, tap, accelerator, options)
+        super().__init__([np.broadcast_to(np.float32(0), (len(images), *tap.shape))])
+        # Modules of its own: the suffix may hold the network's own ones meanwhile.
+        self._make = (chain.replicate(), images, tap, accelerator, options)
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
         """Rows by slice or int array; one prefix pass over them."""
-        chain, preprocessing, split, tap, accelerator, options = self._make
+        chain, images, tap, accelerator, options = self._make
         wanted = np.arange(len(self))[rows]
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        _fill(chain, preprocessing, split.select(wanted), {"": tap}, {"": out}, 0, accelerator, options)
+        _fill(chain, images, {"": tap}, {"": out}, wanted, accelerator, options, shows_progress=False)
         return out
 
 
@@ -117,59 +91,56 @@ def extract(
     accelerator: Accelerator,
     options: ExtractOptions,
 ) -> Extracted:
-    """Each tap of every image of `split`, in order, float32: read from the cache where it is, else computed once.
+    """Each tap of every image of `split` as it is evaluated (see `extract_images`)."""
+    images = EvaluationImages(split=split, preprocessing=preprocessing)
+    return extract_images(chain, images, taps, accelerator=accelerator, options=options)
+
+
+def extract_images(
+    chain: Chain, images: Images, taps: Mapping[str, Tap], *, accelerator: Accelerator, options: ExtractOptions
+) -> Extracted:
+    """Each tap of every one of `images`, in order, float32: read from the cache where it is, else computed once.
 
     Under several processes each computes its own contiguous rows, and all see all rows. Raises BadImageError, naming
     the image, where one cannot be decoded.
     """
     arrays = {name: (tap.shape, "float32") for name, tap in taps.items()}
-    needed = sum(len(split) * int(np.prod(shape)) * 4 for shape, _ in arrays.values())
-    several = accelerator.num_processes > 1
-    requested = "disk" if several and options.cache == "auto" else options.cache
-    storage = choose_storage(needed, requested, bound_bytes=options.max_disk_bytes)
+    needed = sum(len(images) * int(np.prod(shape)) * 4 for shape, _ in arrays.values())
+    storage = options.choose_storage(needed, accelerator)
     key = {
         "kind": "activations",
         "weights": hash_prefix(chain, [tap.cut for tap in taps.values()]),
-        "preprocessing": dict(preprocessing.spec),
-        "data": split.fingerprint,
+        **images.identity,
         "dtype": options.dtype,
         "device": accelerator.device.type,
-        "views": 1,
         "taps": {name: [tap.cut.name, tap.pooling] for name, tap in taps.items()},
     }
     computed = 0
     started = time.perf_counter()
     if storage.kind == "none":
-        log.info("%s: %s", split.name, storage.reason)
-        recomputed = {
-            name: Recomputed(chain, preprocessing, split, tap, accelerator, options) for name, tap in taps.items()
-        }
+        log.info("%s: %s", images.name, storage.reason)
+        recomputed = {name: Recomputed(chain, images, tap, accelerator, options) for name, tap in taps.items()}
         return Extracted(stores=recomputed, images=0, seconds=0.0, storage=storage)
 
     def fill(rows: Mapping[str, NDArray[Any]], start: int) -> None:
         nonlocal computed
         computed = len(next(iter(rows.values())))
-        _fill(chain, preprocessing, split, taps, rows, start, accelerator, options)
+        _fill(chain, images, taps, rows, np.arange(start, start + computed), accelerator, options)
 
     stores = cached(
         key,
         arrays=arrays,
-        num_rows=len(split),
+        num_rows=len(images),
         fill=fill,
         storage=storage,
-        title=f"{type(chain.model).__name__}, {len(split)} images, {', '.join(taps)}",
-        ranks=Ranks(
-            rank=accelerator.process_index,
-            count=accelerator.num_processes,
-            barrier=accelerator.wait_for_everyone,
-            broadcast=lambda value: broadcast_object_list([value])[0],
-        ),
+        title=f"{type(chain.model).__name__}, {len(images)} images, {', '.join(taps)}",
+        ranks=ranks_of(accelerator),
         bound_bytes=options.max_disk_bytes,
     )
     seconds = time.perf_counter() - started
     if accelerator.is_main_process:
         what = f"{computed / seconds:.0f} images/s" if computed else "found in the cache"
-        log.info("%s: %d images, %s; %s", split.name, len(split), what, storage.reason)
+        log.info("%s: %d images, %s; %s", images.name, len(images), what, storage.reason)
     return Extracted(stores=stores, images=computed, seconds=seconds, storage=storage)
 
 
@@ -180,26 +151,20 @@ def hash_prefix(chain: Chain, cuts: list[Cut]) -> str:
     names = {name for cut in cuts for group in chain.before(cut) for name in group}
     digest = xxhash.xxh3_128()
     for name in sorted(names):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy())
+        update_hash(digest, name, tensors[name])
     return digest.hexdigest()
 
 
 def read_pixels(
-    preprocessing: Preprocessing, split: Split, rows: range, *, batch_size: int, num_threads: int
+    images: Images, rows: NDArray[np.int64], *, batch_size: int, num_threads: int
 ) -> Iterator[NDArray[np.uint8]]:
     """Batches (b, H, W, 3) uint8 of `rows` in order, decoded by threads ahead of their use."""
     threads = num_threads or min(MAX_THREADS, os.cpu_count() or 1)
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-
-    def read(i: int) -> NDArray[np.uint8]:
-        return preprocessing.pixels(split.image(i))
-
     with ThreadPoolExecutor(threads) as pool:
 
-        def submit(batch: range) -> list[Future[NDArray[np.uint8]]]:
-            return [pool.submit(read, i) for i in batch]
+        def submit(batch: NDArray[np.int64]) -> list[Future[NDArray[np.uint8]]]:
+            return [pool.submit(images.read, part) for part in np.array_split(batch, min(threads, len(batch)))]
 
         ahead = deque(submit(batch) for batch in batches[:BATCHES_AHEAD])
         try:
@@ -207,63 +172,88 @@ def read_pixels(
                 current = ahead.popleft()
                 if following is not None:
                     ahead.append(submit(following))
-                yield np.stack([image.result() for image in current])
+                yield np.concatenate([part.result() for part in current])
         finally:
             pool.shutdown(cancel_futures=True)  # a bad image, or a reader that stops early, ends the rest
 
 
-def _fill(
+Compute = Callable[[Chain, torch.Tensor, int], None]
+"""(the chain to run, images (b, 3, H, W) normalised on the device, position of the first among the wanted rows)."""
+
+
+def sweep(
     chain: Chain,
-    preprocessing: Preprocessing,
-    split: Split,
-    taps: Mapping[str, Tap],
-    rows: Mapping[str, NDArray[Any]],
-    start: int,
+    images: Images,
+    rows: NDArray[np.int64],
+    compute: Compute,
+    *,
     accelerator: Accelerator,
     options: ExtractOptions,
+    title: str,
+    shows_progress: bool = True,
 ) -> None:
-    """Writes the images from `start` on into `rows`, in order."""
-    chain.model.to(accelerator.device)
-    # Convolutions are faster so, on CPU too (MobileNetV2: 1.5 to 2 times).
-    chain.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    count = len(next(iter(rows.values())))
-    bar = tqdm(total=count, desc=f"{split.name} features", unit="img", disable=not accelerator.is_main_process)
-    one_tail_at_a_time = threading.Lock()  # a tap may run modules that threads share
+    """Calls `compute` on every one of `rows`, a batch at a time, in any order, without gradients, in eval mode.
 
-    def compute(on: Chain, pixels: NDArray[np.uint8], at: int) -> None:
-        images = preprocessing.normalize(torch.from_numpy(pixels).to(accelerator.device, non_blocking=True))
-        cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
+    On a CPU, from several threads, each with a chain of its own over the same tensors.
+    """
+    chain.model.to(accelerator.device)
+    use_fast_layout(chain.model)
+    hidden = not (shows_progress and accelerator.is_main_process)
+    with tqdm(total=len(rows), desc=title, unit="img", disable=hidden) as bar:
+        if accelerator.device.type == "cpu":
+            _sweep_on_cpu(chain, images, rows, compute, options, bar)
+            return
+        at = 0
+        for pixels in read_pixels(images, rows, batch_size=options.batch_size, num_threads=options.num_threads):
+            batch = rows[at : at + len(pixels)]
+            on_device = torch.from_numpy(pixels).to(accelerator.device, non_blocking=True)
+            with eval_mode(chain.model), torch.no_grad():
+                compute(chain, images.prepare(on_device, batch), at)
+            at += len(pixels)
+            bar.update(len(pixels))
+
+
+def use_fast_layout(model: torch.nn.Module) -> None:
+    """Channels last, in place: convolutions are faster so, on CPU too (MobileNetV2: 1.5 to 2 times)."""
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _fill(
+    chain: Chain,
+    images: Images,
+    taps: Mapping[str, Tap],
+    out: Mapping[str, NDArray[Any]],
+    wanted: NDArray[np.int64],
+    accelerator: Accelerator,
+    options: ExtractOptions,
+    *,
+    shows_progress: bool = True,
+) -> None:
+    """Writes every tap of the images `wanted` into `out`, in order."""
+    one_tail_at_a_time = threading.Lock()  # a tap may run modules that threads share
+    cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
+
+    def compute(on: Chain, batch: torch.Tensor, at: int) -> None:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            activations = dict(zip((c.name for c in cuts), on.run_prefix(cuts, images), strict=True))
+            activations = dict(zip((c.name for c in cuts), on.run_prefix(cuts, batch), strict=True))
         with one_tail_at_a_time:
             for name, tap in taps.items():
                 kept = tap.keep(activations[tap.cut.name].float())
-                rows[name][at : at + len(pixels)] = kept.cpu().numpy()
-            bar.update(len(pixels))
+                out[name][at : at + len(batch)] = kept.cpu().numpy()
 
-    with bar:
-        if accelerator.device.type == "cpu":
-            _run_on_cpu(chain, preprocessing, split, range(start, start + count), compute, options)
-        else:
-            at = 0
-            for pixels in read_pixels(
-                preprocessing,
-                split,
-                range(start, start + count),
-                batch_size=options.batch_size,
-                num_threads=options.num_threads,
-            ):
-                compute(chain, pixels, at)
-                at += len(pixels)
+    sweep(
+        chain, images, wanted, compute, accelerator=accelerator, options=options,
+        title=f"{images.name} features", shows_progress=shows_progress,
+    )  # fmt: skip
 
 
-def _run_on_cpu(
+def _sweep_on_cpu(
     chain: Chain,
-    preprocessing: Preprocessing,
-    split: Split,
-    wanted: range,
-    compute: Callable[[Chain, NDArray[np.uint8], int], None],
+    images: Images,
+    rows: NDArray[np.int64],
+    compute: Compute,
     options: ExtractOptions,
+    bar: "tqdm[Any]",
 ) -> None:
     """Each thread decodes and computes small batches of its own, on its own copy of the modules.
 
@@ -273,19 +263,25 @@ def _run_on_cpu(
     threads = options.num_threads or torch.get_num_threads()
     size = min(options.batch_size, CPU_BATCH)
     own = threading.local()
+    # Made here: the modules' own state (hooks, modes) may not be copied while another thread runs them.
+    replicas = deque(chain.replicate() for _ in range(threads))
 
     def prepare() -> None:
         torch.set_num_threads(1)  # of this thread only
-        own.chain = chain.replicate()
+        own.chain = replicas.popleft()
+        own.chain.model.eval()
 
-    def work(batch: range) -> None:
-        pixels = np.stack([preprocessing.pixels(split.image(i)) for i in batch])
-        compute(own.chain, pixels, batch.start - wanted.start)
+    def work(at: int) -> int:
+        batch = rows[at : at + size]
+        pixels = torch.from_numpy(images.read(batch))
+        with torch.no_grad():
+            compute(own.chain, images.prepare(pixels, batch), at)
+        return len(batch)
 
     with ThreadPoolExecutor(threads, initializer=prepare) as pool:
-        batches = [pool.submit(work, wanted[i : i + size]) for i in range(0, len(wanted), size)]
+        batches = [pool.submit(work, at) for at in range(0, len(rows), size)]
         try:
             for batch in as_completed(batches):
-                batch.result()
+                bar.update(batch.result())
         finally:
             pool.shutdown(cancel_futures=True)  # a bad image ends the rest

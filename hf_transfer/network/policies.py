@@ -1,6 +1,8 @@
 """A policy says which parameters train, and nothing else; the cut follows from it (`Chain.lowest_cut`)."""
 
-from collections.abc import Callable, Collection
+import difflib
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -36,6 +38,25 @@ def last(k: int) -> Policy:
     return Policy(name=f"last({k})", select=select)
 
 
+def from_layer(name: str) -> Policy:
+    """The layer called `name`, or the first of those with that alias (a stage), and all after it, head included.
+
+    Raises ValueError at selection, listing layers and aliases, where the chain has neither.
+    """
+
+    def select(chain: Chain) -> frozenset[str]:
+        names = [layer.name for layer in chain.layers]
+        starts = {alias: i for i in reversed(range(len(names))) for alias in chain.layers[i].aliases}
+        starts |= {layer: i for i, layer in enumerate(names)}
+        if name not in starts:
+            aliases = [alias for alias in starts if alias not in names]
+            known = f"layers are {', '.join(names)}" + (f"; aliases {', '.join(sorted(aliases))}" if aliases else "")
+            raise ValueError(f"from_layer({name!r}): no such layer in this chain; its {known}")
+        return frozenset(n for layer in chain.layers[starts[name] :] for n in layer.parameters)
+
+    return Policy(name=f"from_layer({name})", select=select)
+
+
 def norms() -> Policy:
     """Every normalisation layer's scale and shift, and the classifier (arXiv 2003.00152, 2304.00776)."""
 
@@ -43,7 +64,7 @@ def norms() -> Policy:
         found = {
             f"{name}.{parameter}"
             for name, module in chain.model.named_modules()
-            if "norm" in type(module).__name__.lower()
+            if is_norm(module)
             for parameter, _ in module.named_parameters(recurse=False)
         }
         return frozenset((found & _reaching(chain)) | set(chain.classifier_parameters))
@@ -61,19 +82,54 @@ def biases() -> Policy:
     return Policy(name="biases", select=select)
 
 
+def matching(pattern: str) -> Policy:
+    """Parameters whose name holds a match of the regular expression `pattern`, and the classifier.
+
+    Raises ValueError where it does not compile, and at selection where it matches no parameter that reaches the logits.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"matching({pattern!r}): not a regular expression: {error}") from error
+
+    def select(chain: Chain) -> frozenset[str]:
+        names = [name for layer in chain.layers for name in layer.parameters]
+        found = {name for name in names if expression.search(name)}
+        if not found:
+            orphans = [name for name in chain.orphans if expression.search(name)]
+            why = f" but {orphans[0]}, which never reaches the logits" if orphans else ""
+            word = re.sub(r"\\.|[^\w.]", "", pattern.replace("\\.", ".")) or pattern
+            near = difflib.get_close_matches(word, names, n=3, cutoff=0.0)
+            raise ValueError(f"matching({pattern!r}): matches no parameter{why}; near it are {', '.join(near)}")
+        return frozenset(found | set(chain.classifier_parameters))
+
+    return Policy(name=f"matching({pattern})", select=select)
+
+
 def full() -> Policy:
     """Every parameter that reaches the logits."""
     return Policy(name="full", select=lambda chain: frozenset(_reaching(chain)))
 
 
+def gradual(chain: Chain, phases: int) -> list[Policy]:
+    """Gradual unfreezing, from the top down (arXiv 1801.06146, section 3.3): one policy a phase.
+
+    The first is the classifier, the last everything; between them `last(k)`, k growing evenly. The paper frees one layer at
+    a time, which is the most phases there can be. Raises ValueError for more, and for fewer than two.
+    """
+    # Positions: 0 the classifier, k the last k layers, top everything; the stem makes a step if it holds parameters.
+    top = max(1, len(chain) + bool(chain.layers[0].parameters))
+    if not 2 <= phases <= top + 1:
+        raise ValueError(
+            f"gradual(phases={phases}): this chain has {len(chain)} layers; choose 2 <= phases <= {top + 1}"
+        )
+    return [head(), *(last(i * top // (phases - 1)) for i in range(1, phases - 1)), full()]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a normalisation, of torch or of a library of its own."""
+    return "norm" in type(module).__name__.lower()
+
+
 def _reaching(chain: Chain) -> set[str]:
     return {name for layer in chain.layers for name in layer.parameters}
-
-
-def set_trainable(model: nn.Module, trainable: Collection[str]) -> None:
-    """Makes exactly the named parameters require gradients, in place; orphans and all others do not."""
-    unknown = set(trainable) - {name for name, _ in model.named_parameters()}
-    if unknown:
-        raise ValueError(f"not parameters of this model: {', '.join(sorted(unknown)[:5])}")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable)

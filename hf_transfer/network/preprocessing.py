@@ -48,9 +48,12 @@ class Preprocessing:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, H, W, 3) uint8 -> (B, 3, H, W) float32, channels last in memory, on the pixels' device."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
-        images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
+        return self.normalize_floats(pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last))
+
+    def normalize_floats(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) float32 in 0..255, normalised in place."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
         # Division where upstream divides (torchvision's ToTensor): x / 255 is not x * (1 / 255) to the last bit.
         images = images.div_(255.0) if self.rescale == 1 / 255 else images.mul_(self.rescale)
         return images.sub_(mean).div_(std)

@@ -15,12 +15,15 @@ from torch.nn import functional as F
 
 from hf_transfer.data.cache import Store
 from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import ExtractOptions, Tap, extract
+from hf_transfer.data.extract import Tap, extract
+from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.readout import Readout, build_variant, find_readouts, read_features
+from hf_transfer.training.evaluate import compute_stored_logits
+from hf_transfer.training.metrics import read_outcomes
 from hf_transfer.training.probe import Probe, choose_probe, fit_probe
 
 log = logging.getLogger(__name__)
@@ -96,10 +99,12 @@ def choose_readout(
     folds: int,
     seed: int,
     accelerator: Accelerator,
+    refit: bool = True,
 ) -> tuple[ProbedReadout, list[ProbedReadout]]:
     """The readout to use, and all of them: the network's own, unless another's gain on held-out images is beyond chance.
 
-    `select_by` chooses each readout's C. Solved on the main process, known to all.
+    `select_by` chooses each readout's C. `refit`: the heads are fitted on train and validation, else on train alone.
+    Solved on the main process, known to all.
     """
     solved: list[Probe] = []
     if accelerator.is_main_process:
@@ -118,6 +123,7 @@ def choose_readout(
                 select_by=select_by,
                 class_balance=class_balance,
                 folds=folds,
+                refit=refit,
                 seed=seed,
             )
             log.info(
@@ -151,6 +157,15 @@ def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Back
             raise ValueError(f"{chain.classifier} has no bias, which a probe needs; fine-tune the last layers instead")
         linear.bias.copy_(best.probe.bias)
     return replace(backbone, model=model)
+
+
+def score_probe(probed: ProbedReadout, split: Split, accelerator: Accelerator) -> dict[str, float]:
+    """Accuracy and log-loss of a head on the stored features of `split`."""
+    logits, labels = compute_stored_logits(
+        probed.compute_logits, probed.features.stores[split.name], split.labels, accelerator=accelerator
+    )
+    outcomes = read_outcomes(logits, labels)
+    return {"accuracy": float(outcomes.hits.mean()), "log_loss": -float(outcomes.label_log_probabilities.mean())}
 
 
 def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, *, device: torch.device, dtype: str) -> float:

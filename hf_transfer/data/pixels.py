@@ -1,0 +1,272 @@
+"""Images as a network takes them in, by number: decoded by threads, then prepared on the device.
+
+For evaluation: exactly the pixels of the checkpoint's preprocessing. For training: the whole image, decoded once into a uint8
+square of a larger side, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so an epoch
+costs no decoding and no memory of the process.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm.auto import tqdm
+
+from hf_transfer.data.augment import Augmentation, augment
+from hf_transfer.data.cache import Store, cached
+from hf_transfer.data.options import ExtractOptions, ranks_of
+from hf_transfer.data.splits import Split
+from hf_transfer.network.preprocessing import Preprocessing
+
+log = logging.getLogger(__name__)
+
+MAX_THREADS = 16
+MARGIN = 1.15  # the training square's side, in sides of the network's input: what crop_pct 0.875 resizes to
+ROWS_PER_TASK = 16
+
+
+class Images(Protocol):
+    """Numbered images of one size."""
+
+    @property
+    def name(self) -> str:
+        """For progress bars."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that decides what the network sees, as JSON values: part of cache keys."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Pixels (b, height, width, 3); called from threads."""
+
+    def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+        """What `read` returned, now on the device -> (b, 3, H, W) float32, normalised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationImages:
+    """A split as it is evaluated: from its files, or from `store` (N, H, W, 3) where it was decoded before."""
+
+    split: Split
+    preprocessing: Preprocessing
+    store: Store | None = None
+
+    @property
+    def name(self) -> str:
+        """The split's."""
+        return self.split.name
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The split's content and the preprocessing."""
+        return {"data": self.split.fingerprint, "preprocessing": dict(self.preprocessing.spec), "views": 1}
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Pixels (b, H, W, 3)."""
+        if self.store is not None:
+            return self.store[rows]
+        return np.stack([self.preprocessing.pixels(self.split.image(int(i))) for i in rows])
+
+    def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Normalised (b, 3, H, W)."""
+        return self.preprocessing.normalize(pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingImages:
+    """A split as training sees it: row `epoch * num_images + i` is image i, augmented by the draws of that epoch.
+
+    The draws depend on seed, epoch and i alone, not on the batch. `views` epochs are counted in the length, as what can
+    be stored; higher rows may be read all the same.
+    """
+
+    split: Split
+    preprocessing: Preprocessing
+    squares: Store  # (N, S, S, 3) uint8
+    sizes: Store  # (N, 2) width and height of each picture, in pixels
+    how: Augmentation
+    seed: int
+    views: int = 1
+
+    @property
+    def name(self) -> str:
+        """The split's."""
+        return self.split.name
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The split's content, the squares' side, the augmentation and its seed."""
+        return {
+            "data": self.split.fingerprint,
+            "preprocessing": dict(self.preprocessing.spec),
+            "side": self.squares.shape[1],
+            "views": self.views,
+            "augmentation": repr(self.how),
+            "seed": self.seed,
+        }
+
+    def __len__(self) -> int:
+        return self.views * len(self.split)
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Squares (b, S, S, 3)."""
+        return self.squares[rows % len(self.split)]
+
+    def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Augmented, normalised (b, 3, H, W)."""
+        epochs, indices = np.divmod(rows, len(self.split))
+        parts = [
+            augment(
+                pixels[torch.from_numpy(np.flatnonzero(epochs == epoch)).to(pixels.device)],
+                self.sizes[indices[epochs == epoch]],
+                indices[epochs == epoch],
+                self.how,
+                seed=self.seed,
+                epoch=int(epoch),
+                height_px=self.preprocessing.height_px,
+                width_px=self.preprocessing.width_px,
+            )
+            for epoch in np.unique(epochs)  # in order, as rows are where two epochs meet
+        ]
+        return self.preprocessing.normalize_floats(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+class DecodedWhenRead(Store):
+    """What `Store` offers where pixels fit nowhere: rows are decoded whenever they are asked for."""
+
+    def __init__(self, make: Any, shape: tuple[int, ...], dtype: Any) -> None:
+        # A zero-stride array: shape and dtype without the memory.
+        super().__init__([np.broadcast_to(np.zeros((), dtype), shape)])
+        self._make = make
+
+    def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
+        """Rows by slice or int array."""
+        wanted = np.arange(len(self))[rows]
+        return np.stack([self._make(int(i)) for i in wanted]) if len(wanted) else np.empty((0, *self.shape[1:]))
+
+
+def default_side_px(preprocessing: Preprocessing) -> int:
+    """Of the training squares: MARGIN times the longer side of the network's input, a multiple of 8."""
+    return int(np.ceil(MARGIN * max(preprocessing.height_px, preprocessing.width_px) / 8)) * 8
+
+
+def store_evaluation_pixels(
+    split: Split, preprocessing: Preprocessing, *, accelerator: Accelerator, options: ExtractOptions
+) -> EvaluationImages:
+    """The split decoded once to exactly the pixels that evaluation sees."""
+
+    def read(i: int) -> dict[str, NDArray[Any]]:
+        return {"pixels": preprocessing.pixels(split.image(i))}
+
+    shape = (preprocessing.height_px, preprocessing.width_px, 3)
+    key = {"kind": "evaluation pixels", "preprocessing": dict(preprocessing.spec)}
+    stores = _decode(split, key, {"pixels": (shape, "uint8")}, read, accelerator, options)
+    return EvaluationImages(split=split, preprocessing=preprocessing, store=stores["pixels"])
+
+
+def store_training_squares(
+    split: Split,
+    preprocessing: Preprocessing,
+    *,
+    side_px: int,
+    how: Augmentation,
+    seed: int,
+    views: int = 1,
+    accelerator: Accelerator,
+    options: ExtractOptions,
+) -> TrainingImages:
+    """The split decoded once to whole squares of `side_px`; augmentation undoes the squeeze by the stored sizes.
+
+    Raises ValueError where the side is smaller than the network's: its training images would be blurred.
+    """
+    least = max(preprocessing.height_px, preprocessing.width_px)
+    if side_px < least:
+        raise ValueError(
+            f"train_side_px={side_px}: the network takes {preprocessing.width_px}x{preprocessing.height_px} pixels; choose "
+            f"{least} or more, or 0 for {default_side_px(preprocessing)}"
+        )
+
+    def read(i: int) -> dict[str, NDArray[Any]]:
+        picture = split.image(i)
+        square = picture.resize((side_px, side_px), Image.Resampling.BICUBIC)
+        return {"squares": np.asarray(square), "sizes": np.array(picture.size, np.int32)}
+
+    arrays = {"squares": ((side_px, side_px, 3), "uint8"), "sizes": ((2,), "int32")}
+    stores = _decode(split, {"kind": "training squares"}, arrays, read, accelerator, options)
+    return TrainingImages(
+        split=split,
+        preprocessing=preprocessing,
+        squares=stores["squares"],
+        sizes=stores["sizes"],
+        how=how,
+        seed=seed,
+        views=views,
+    )
+
+
+def _decode(
+    split: Split,
+    key: Mapping[str, Any],
+    arrays: Mapping[str, tuple[tuple[int, ...], str]],
+    read: Any,
+    accelerator: Accelerator,
+    options: ExtractOptions,
+) -> dict[str, Store]:
+    """Stores of what `read` returns for each image, in threads: Pillow releases the interpreter lock."""
+    row_bytes = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in arrays.values())
+    storage = options.choose_storage(len(split) * row_bytes, accelerator)
+    if storage.kind == "none":
+        log.info("%s pixels: %s", split.name, storage.reason)
+        return {
+            name: DecodedWhenRead(lambda i, name=name: read(i)[name], (len(split), *shape), kind)
+            for name, (shape, kind) in arrays.items()
+        }
+    num_decoded = 0
+
+    def fill(rows: Mapping[str, NDArray[Any]], start: int) -> None:
+        nonlocal num_decoded
+        num_decoded = len(next(iter(rows.values())))
+        bar = tqdm(total=num_decoded, desc=f"{split.name} pixels", unit="img", disable=not accelerator.is_main_process)
+
+        def work(first: int) -> int:
+            block = range(first, min(first + ROWS_PER_TASK, num_decoded))
+            for i in block:
+                for name, value in read(start + i).items():
+                    rows[name][i] = value
+            return len(block)
+
+        with bar, ThreadPoolExecutor(options.num_threads or min(MAX_THREADS, os.cpu_count() or 1)) as pool:
+            try:
+                for done in pool.map(work, range(0, num_decoded, ROWS_PER_TASK)):
+                    bar.update(done)
+            finally:
+                pool.shutdown(cancel_futures=True)  # a bad image ends the rest
+
+    started = time.perf_counter()
+    stores = cached(
+        {**key, "data": split.fingerprint},
+        arrays=arrays,
+        num_rows=len(split),
+        fill=fill,
+        storage=storage,
+        title=f"{key['kind']}, {len(split)} images",
+        ranks=ranks_of(accelerator),
+        bound_bytes=options.max_disk_bytes,
+    )
+    if accelerator.is_main_process:
+        rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "found"
+        log.info("%s pixels: %d images, %s; %s", split.name, len(split), rate, storage.reason)
+    return stores

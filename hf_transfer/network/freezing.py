@@ -1,0 +1,131 @@
+"""Frozen is frozen, in weights and in mode: what does not train gets no gradient, runs in eval mode, and is audited.
+
+`requires_grad=False` alone is half of it: a BatchNorm in train mode moves its running statistics at every forward.
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+import xxhash
+from torch import nn
+
+from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
+
+NAMED_IN_ERROR = 5
+
+
+class FrozenChangedError(RuntimeError):
+    """A tensor that should not change did: the run is not what its plan says, and cached activations are stale."""
+
+
+def set_trainable(model: nn.Module, trainable: Collection[str]) -> None:
+    """Makes exactly the named parameters require gradients, in place; orphans and all others do not."""
+    unknown = set(trainable) - {name for name, _ in model.named_parameters()}
+    if unknown:
+        raise ValueError(f"not parameters of this model: {', '.join(sorted(unknown)[:5])}")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trainable)
+
+
+def set_modes(chain: Chain, cut: Cut | None, trainable: Collection[str], *, freeze_batchnorm: bool = False) -> None:
+    """Puts the model in train mode, in place, but for what is frozen: that is in eval.
+
+    Frozen are the modules before `cut`, and every BatchNorm (any module with running statistics) that has parameters of
+    which none trains; with `freeze_batchnorm`, every BatchNorm. Call it at the start of each epoch.
+    """
+    chain.model.train()
+    for module in _modules_before(chain.model, cut) | _frozen_norms(chain.model, trainable, freeze_batchnorm):
+        module.training = False  # not eval(): timm's BatchNorm has a dropout as its child, which may go on
+
+
+class Audit:
+    """Law 3 at run time: hashes what must not change, at construction, and again whenever it is asked.
+
+    Audited are every parameter that does not train, orphans too, every buffer before the cut (non-persistent ones too),
+    and the running statistics behind it that `set_modes` freezes.
+    """
+
+    def __init__(
+        self, chain: Chain, cut: Cut | None, trainable: Collection[str], *, freeze_batchnorm: bool = False
+    ) -> None:
+        self._model = chain.model
+        frozen_norms = _frozen_norms(chain.model, trainable, freeze_batchnorm)
+        parameters = [name for name, _ in chain.model.named_parameters() if name not in trainable]
+        statistics = [
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in chain.model.named_modules()
+            if module in frozen_norms
+            for name, _ in module.named_buffers(recurse=False)
+        ]
+        names = {*parameters, *chain.before(cut)[1], *statistics}
+        tensors = _tensors(chain.model)
+        self._hashes = {name: _hash_tensor(name, tensors[name]) for name in sorted(names)}
+
+    def __len__(self) -> int:
+        """Number of audited tensors."""
+        return len(self._hashes)
+
+    def check(self) -> None:
+        """Raises FrozenChangedError, naming them, where a tensor has other bytes, another shape or type, or is gone."""
+        tensors = _tensors(self._model)
+        changed = [n for n, kept in self._hashes.items() if n not in tensors or _hash_tensor(n, tensors[n]) != kept]
+        if not changed:
+            return
+        more = ", ..." if len(changed) > NAMED_IN_ERROR else ""
+        raise FrozenChangedError(
+            f"{len(changed)} of {len(self)} frozen tensors changed: {', '.join(changed[:NAMED_IN_ERROR])}{more}. What is "
+            "frozen must keep every bit: cached activations no longer belong to this network, and the result is not the "
+            "plan's. Running statistics change where a BatchNorm runs in train mode (see set_modes); weights, where "
+            "something other than this phase's optimizer writes to them"
+        )
+
+
+def update_hash(digest: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None:
+    """Adds a tensor's name, shape, type and bytes to `digest`, in place; device and memory layout don't count."""
+    value = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+    digest.update(value.flatten().view(torch.uint8).numpy().data)
+
+
+def _hash_tensor(name: str, tensor: torch.Tensor) -> str:
+    digest = xxhash.xxh3_128()
+    update_hash(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _modules_before(model: nn.Module, cut: Cut | None) -> set[nn.Module]:
+    """All that runs before `cut` only: what its stubs answer, with all that lies inside."""
+    if cut is None:
+        return set()
+    modules = dict(model.named_modules())
+    # A module without state (a dropout) may be called on both sides of the cut: its mode is then the suffix's, for the
+    # prefix is run in eval mode in any case (Chain.run_prefix). With state it would have made the cut illegal.
+    stubs = {s.module for s in cut.stubs if s.module not in cut.repeated or _has_state(modules[s.module])}
+    before = {inner for name in stubs for inner in modules[name].modules()}
+    elsewhere = {
+        module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not any(name == stub or name.startswith(stub + ".") for stub in stubs)
+    }
+    return {module for module in before if module not in elsewhere or _has_state(module)}
+
+
+def _has_state(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None or next(module.buffers(), None) is not None
+
+
+def _frozen_norms(model: nn.Module, trainable: Collection[str], freeze_batchnorm: bool) -> set[nn.Module]:
+    """Modules with running statistics that have parameters of which none trains; or all with running statistics."""
+    training = {id(parameter) for name, parameter in model.named_parameters() if name in trainable}
+    found = set()
+    for module in model.modules():
+        if isinstance(module._buffers.get("running_mean"), torch.Tensor):
+            own = {id(parameter) for parameter in module.parameters(recurse=False)}
+            if freeze_batchnorm or (own and own.isdisjoint(training)):
+                found.add(module)
+    return found
