@@ -110,6 +110,63 @@ class RecipeConfig(DataConfig):
             raise ValueError(f"cache_gb={self.cache_gb}: choose more than 0")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RecipeConfig):
+    """What every recipe that trains by gradient steps takes: optimizer, augmentation, what is kept, how it resumes."""
+
+    epochs: int = flag(15, "passes over the training images (of the last phase, where there are several)")
+    optimizer: Literal["adamw", "sgd"] = flag("adamw", "sgd has momentum 0.9, Nesterov's")
+    lr: float = flag(2e-4, "peak learning rate of the last layer below the head")
+    head_lr: float | None = flag(None, "peak learning rate of the head; default: lr")
+    layer_decay: float = flag(0.85, "each layer's learning rate is this times that of the layer above it")
+    weight_decay: float = flag(0.05, "of matrices and kernels alone: norms, biases, tokens, positions have none")
+    schedule: Literal["cosine", "linear", "one_cycle", "constant"] = flag("cosine", "after the warm-up")
+    warmup: float = flag(0.1, "share of a phase's steps in which the learning rate rises")
+    clip_norm: float = flag(1.0, "largest norm of a step's gradient; 0: not clipped")
+    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
+    accumulate: int = flag(1, "batches whose gradients are added up for one step")
+    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "arithmetic of the trained part")
+    freeze_batchnorm: bool = flag(False, "keep the running statistics of all BatchNorms as they are upstream")
+    ema_decay: float = flag(0.98, "exponential moving average of the weights, which is what is kept; 0: none")
+    select_by: Literal["accuracy", "log_loss"] = flag("log_loss", "validation score by which the best epoch is kept")
+    patience: int = flag(0, "stop after so many epochs without a better validation score; 0: never")
+    crop_scale: float = flag(0.35, "random crops keep at least this share of the image's area; 1: no crop")
+    flip: float = flag(0.5, "probability of a horizontal flip; set 0 where left and right mean something")
+    colour: float = flag(0.2, "brightness, contrast and saturation are multiplied by 1 plus or minus this")
+    policy: Literal["none", "randaugment", "trivialaugment"] = flag("none", "further random operations")
+    magnitude: int = flag(9, "of RandAugment, 0 to 30")
+    erase: float = flag(0.0, "probability that a random box of the image is erased")
+    mixup: float = flag(0.0, "alpha of the Beta distribution that two images are mixed by; 0: none")
+    cutmix: float = flag(0.0, "alpha of the Beta distribution of the pasted box; 0: none")
+    train_side_px: int = flag(
+        0,
+        "training images are decoded once, whole, into squares of this side, which random crops are taken from; "
+        "0: a little more than the network's own side. Larger keeps more detail of small crops, and takes more disk",
+    )
+    cache_views: int = flag(
+        1,
+        "below a frozen prefix: 1 stores each image as evaluated, V > 1 stores V augmented views, 0 augments anew in every "
+        "epoch and runs the prefix each time",
+    )
+    compile: bool = flag(False, "torch.compile the trained part: minutes at first, then faster steps on a GPU")
+    gradient_checkpointing: bool = flag(False, "compute activations of the trained part twice, to save memory")
+    tracker: str = flag("auto", "auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
+    resume: bool = flag(False, "go on from output_dir/checkpoints, exactly; from the start where there is no state")
+    save_every: int = flag(0, "optimizer steps between saved states, besides the one after each epoch; 0: no more")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, low in (("epochs", 1), ("accumulate", 1), ("patience", 0), ("cache_views", 0), ("save_every", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}={getattr(self, name)}: choose {low} or more")
+        for name in ("clip_norm", "train_side_px"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 or more")
+        for name in ("label_smoothing", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} < 1")
+
+
 def parse(kind: type[T], *, recipe: str, description: str | None, arguments: Sequence[str] | None = None) -> T:
     """A `kind` from the command line: defaults, then the file of `--config`, then flags.
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 
-from hf_transfer.config import RecipeConfig
+from hf_transfer.config import RecipeConfig, TrainConfig, to_settings
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, load
@@ -64,12 +64,13 @@ class Run:
                 )  # fmt: skip
             log.info("wrote %s (model/, results.json, report.html)", self.output_dir)
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
         return results
 
 
 def start_run(config: RecipeConfig) -> Run:
     """Seeds, logging on the main process, and config.yaml in the output folder."""
-    accelerator = Accelerator()
+    accelerator = Accelerator(**_accelerator_options(config))
     logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
     for chatty in ("httpx", "httpx2", "timm", "datasets", "transformers", "evaluate"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -77,6 +78,9 @@ def start_run(config: RecipeConfig) -> Run:
     output_dir = Path(config.output_dir)
     if accelerator.is_main_process:
         write_config(output_dir, config)
+    if accelerator.log_with:
+        plain = {k: v for k, v in to_settings(config).items() if isinstance(v, bool | int | float | str)}
+        accelerator.init_trackers("hf_transfer", config=plain)
     return Run(config=config, accelerator=accelerator, costs=Costs(), output_dir=output_dir)
 
 
@@ -96,3 +100,18 @@ def load_inputs(run: Run) -> tuple[Data, Backbone]:
             trust_remote_code=config.trust_remote_code,
         )
     return data, backbone
+
+
+def _accelerator_options(config: RecipeConfig) -> dict[str, Any]:
+    """What the flags of training say; where they say nothing, what `accelerate launch` or its config file says."""
+    if not isinstance(config, TrainConfig):
+        return {}
+    precision = None if config.mixed_precision == "no" else config.mixed_precision
+    tracker = config.tracker
+    if tracker == "auto":
+        tracker = "tensorboard" if is_tensorboard_available() else "none"
+    known = {kind.value for kind in LoggerType}
+    if tracker not in (known - {"all"}) | {"none"}:
+        raise ValueError(f"tracker={tracker!r}: choose auto, none or one of {', '.join(sorted(known - {'all'}))}")
+    chosen = {} if tracker == "none" else {"log_with": tracker, "project_dir": str(Path(config.output_dir) / "logs")}
+    return {"mixed_precision": precision, **chosen}

@@ -1,0 +1,68 @@
+"""States to resume from: one file, whole or not there, that holds everything the rest of the run depends on.
+
+Tensors are stored by safetensors and the rest as JSON in its header, so reading a state runs no code from it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+STATE = "state.safetensors"
+_TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes `state` (nested dicts and lists of tensors and JSON values), replacing the last one once it is complete."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(_pack(state, tensors))
+    partial = folder / f"{STATE}.partial"
+    save_file(tensors, partial, metadata={"state": text})
+    partial.replace(folder / STATE)
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The state in `folder`, tensors on the CPU; None where there is none."""
+    if not (folder / STATE).is_file():
+        return None
+    with safe_open(folder / STATE, framework="pt") as file:
+        packed = json.loads(file.metadata()["state"])
+        found: dict[str, Any] = _unpack(packed, file)
+    return found
+
+
+def remove_state(folder: Path) -> None:
+    """Removes the state, so that nothing older than this run is resumed."""
+    (folder / STATE).unlink(missing_ok=True)
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        # A copy where memory is shared or laid out otherwise: safetensors stores neither.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        packed = {str(k): _pack(v, tensors) for k, v in value.items()}
+        return {_INT_KEYS: packed} if value and all(isinstance(k, int) for k in value) else packed
+    if isinstance(value, tuple):
+        return {_TUPLE: [_pack(v, tensors) for v in value]}
+    return [_pack(v, tensors) for v in value] if isinstance(value, list) else value
+
+
+def _unpack(value: Any, file: Any) -> Any:
+    if isinstance(value, list):
+        return [_unpack(v, file) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return file.get_tensor(value[_TENSOR])
+    if _TUPLE in value:
+        return tuple(_unpack(v, file) for v in value[_TUPLE])
+    if _INT_KEYS in value:
+        return {int(k): _unpack(v, file) for k, v in value[_INT_KEYS].items()}
+    return {k: _unpack(v, file) for k, v in value.items()}

@@ -1,0 +1,80 @@
+"""An exponential moving average of weights: evaluated and kept in their place, it is flatter and less noisy than the last.
+
+Averaging along the path: arXiv 1803.05407; the moving average as in timm `utils/model_ema.py` (ModelEmaV3), with the
+warm-up of TensorFlow's ExponentialMovingAverage, so that the first weights do not linger.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class Averaged:
+    """Averages of named tensors, in float32 on the device of each; tensors that are no floats are copied, not averaged.
+
+    Give it what trains and the running statistics that move: what is frozen is its own average.
+    """
+
+    def __init__(self, named: Mapping[str, torch.Tensor], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}: choose 0 <= decay < 1, such as 0.999")
+        self.decay = decay
+        self._updates = 0
+        self._averages = {name: _as_average(tensor.detach()).clone() for name, tensor in named.items()}
+
+    @torch.no_grad()
+    def update(self, named: Mapping[str, torch.Tensor]) -> None:
+        """Moves the averages towards the live tensors, once an optimizer step: by 1 - min(decay, (1 + t) / (10 + t))."""
+        self._check(named, "update")
+        decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
+        self._updates += 1
+        floats = [name for name, tensor in named.items() if tensor.is_floating_point()]
+        if floats:
+            live = [_as_average(named[name]) for name in floats]
+            torch._foreach_lerp_([self._averages[name] for name in floats], live, 1 - decay)
+        for name, tensor in named.items():
+            if not tensor.is_floating_point():
+                self._averages[name].copy_(tensor)
+
+    @contextmanager
+    def swapped(self, named: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, the live tensors hold the averages, rounded to their own type; after it, their former bits again."""
+        self._check(named, "swapped")
+        with torch.no_grad():
+            former = {name: tensor.detach().clone() for name, tensor in named.items()}
+        try:
+            _copy(self._averages, named)
+            yield
+        finally:
+            _copy(former, named)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on exactly; the tensors are the averages themselves, not copies."""
+        return {"updates": self._updates, "averages": dict(self._averages)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copies a state in, in place. Raises ValueError where its names or shapes are others."""
+        self._check(state["averages"], "load_state_dict")
+        _copy(state["averages"], self._averages)
+        self._updates = state["updates"]
+
+    def _check(self, named: Mapping[str, torch.Tensor], where: str) -> None:
+        other = set(named) ^ set(self._averages)
+        other |= {n for n in named if n not in other and named[n].shape != self._averages[n].shape}
+        if other:
+            raise ValueError(
+                f"{where}: {len(other)} tensors are not those that are averaged, by name or shape: "
+                f"{', '.join(sorted(other)[:5])}"
+            )
+
+
+def _as_average(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])

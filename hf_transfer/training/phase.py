@@ -1,0 +1,46 @@
+"""A phase is a policy, a length and an optimizer setting; a plan is a list of phases."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hf_transfer.config import TrainConfig
+from hf_transfer.network.policies import Policy, head
+from hf_transfer.training.optim import Optimization
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """Gradient steps on what `policy` says, for `epochs` passes over the training images."""
+
+    policy: Policy
+    epochs: int
+    optimization: Optimization
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"Phase(epochs={self.epochs}): choose 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbePhase:
+    """The head solved as a convex problem on frozen features (see `training.probe`), fitted on the training images alone."""
+
+    policy: Policy = field(default_factory=head)
+    select_by: str = "log_loss"
+    folds: int = 5
+
+
+Plan = Sequence[Phase | ProbePhase]
+
+
+def optimization_of(config: TrainConfig) -> Optimization:
+    """What a recipe's flags say of the optimizer."""
+    return Optimization(
+        optimizer=config.optimizer,
+        lr=config.lr,
+        head_lr=config.head_lr,
+        layer_decay=config.layer_decay,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        warmup=config.warmup,
+    )
