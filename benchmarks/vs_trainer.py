@@ -1,14 +1,15 @@
-"""Our whole linear-probe job against transformers' Trainer with a frozen backbone, side by side in one run.
+"""A whole job of ours against transformers' Trainer with the same parameters frozen, side by side in one run.
 
-    python benchmarks/vs_trainer.py --checkpoint FOLDER --dataset IMAGE_FOLDER --epochs 10 --repeats 3
+    python benchmarks/vs_trainer.py --strategy probe --checkpoint FOLDER --dataset IMAGE_FOLDER --epochs 10 --repeats 3
 
-Each run is a process of its own, in turn A B C A B C ...; its clock starts after imports and stops when the model is saved,
-every cache built from nothing; its memory is the largest sampled RssAnon of the process and its workers. The peers:
+Strategies: `probe` (recipes/linear_probe.py), `last_layers` (recipes/last_layers.py --k 2), `full` (recipes/full.py). Each run
+is a process of its own, in turn A B C A B C ...; its clock starts after imports and stops when the model is saved, every
+cache built from nothing; its memory is the largest sampled RssAnon of the process and its workers. The peers:
 
   trainer         as a user would run it: `datasets` image folder, the checkpoint's own processor, random resized crop and
                   flip, batch 32, --workers data-loader workers, evaluation once at the end. Its learning rate is one that
-                  suits a head (1e-2, cosine; the default, 5e-5, would hardly move it).
-  trainer_layout  the same, given our layout: channels-last weights and images, backbone in eval without gradients.
+                  suits what trains: 1e-2 for a head alone, else 1e-4; cosine.
+  trainer_layout  the same, given our layout: channels-last weights and images, frozen layers in eval without gradients.
 
 `bare` is the ceiling of our prefix pass: the same network fed from memory, in the fastest layout that was found.
 """
@@ -29,6 +30,7 @@ from typing import Any
 import psutil
 
 BATCH_SIZE = 32
+LAST_LAYERS = 2
 RUNS = ("ours", "trainer", "trainer_layout", "bare")
 
 
@@ -48,6 +50,7 @@ def sample_memory(process: psutil.Process, found: dict[str, int], stop: threadin
 def run_child(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     """One run in a fresh process with empty caches: what it printed last, as JSON, and its peak memory."""
     command = [sys.executable, __file__, "--child", kind, "--checkpoint", given.checkpoint, "--dataset", given.dataset]
+    command += ["--strategy", given.strategy, "--trainable", str(given.trainable)]
     command += ["--epochs", str(given.epochs), "--workers", str(given.workers), "--threads", str(given.threads)]
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "HF_TRANSFER_CACHE": f"{scratch}/cache", "HF_DATASETS_CACHE": f"{scratch}/data"}
@@ -66,25 +69,43 @@ def run_child(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     return {**json.loads(output.strip().splitlines()[-1]), "peak_memory_bytes": peak["peak"]}
 
 
+def list_trainable(given: argparse.Namespace) -> list[str]:
+    """Names, in the timm model, of the parameters that the strategy trains."""
+    from hf_transfer import full, head, last, load
+
+    policy = {"probe": head(), "last_layers": last(LAST_LAYERS), "full": full()}[given.strategy]
+    return sorted(policy.select(load(given.checkpoint, ("a", "b")).chain()))
+
+
 def run_ours(given: argparse.Namespace) -> dict[str, Any]:
     """The recipe, as a user runs it."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+    import full
+    import last_layers
     import linear_probe
 
     # Imported before the clock starts, as the peer's imports are.
     from hf_transfer.data import dataset, extract
     from hf_transfer.reporting import run
-    from hf_transfer.training import evaluate, metric_modules, readouts
+    from hf_transfer.training import evaluate, metric_modules, plan, readouts
 
-    assert all((dataset, extract, run, evaluate, metric_modules, readouts))
+    assert all((dataset, extract, run, evaluate, metric_modules, plan, readouts))
     started = time.perf_counter()
-    config = linear_probe.ProbeConfig(
-        checkpoint=given.checkpoint, dataset=given.dataset, output_dir=f"{given.scratch}/run", batch_size=BATCH_SIZE
-    )
-    results = linear_probe.main(config)
+    common = {"checkpoint": given.checkpoint, "dataset": given.dataset, "output_dir": f"{given.scratch}/run"}
+    common |= {"batch_size": BATCH_SIZE}
+    if given.strategy == "probe":
+        results = linear_probe.main(linear_probe.ProbeConfig(**common))
+        rate = results["cost"]["images_per_second"]["features"]
+    else:
+        common |= {"epochs": given.epochs, "tracker": "none"}
+        if given.strategy == "last_layers":
+            results = last_layers.main(last_layers.LastLayersConfig(k=LAST_LAYERS, **common))
+        else:
+            results = full.main(full.FullConfig(**common))
+        rate = results["plan"][-1]["images_per_second"]
     return {
         "seconds": time.perf_counter() - started,
-        "images_per_second": results["cost"]["images_per_second"]["features"],
+        "images_per_second": rate,
         "accuracy": results["metrics"]["test"]["accuracy"],
         "parts": results["cost"]["seconds"],
     }
@@ -113,19 +134,22 @@ def run_trainer(given: argparse.Namespace, *, our_layout: bool) -> dict[str, Any
     model = AutoModelForImageClassification.from_pretrained(
         given.checkpoint, num_labels=len(names), ignore_mismatched_sizes=True
     )
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-    classifier = model.timm_model.get_classifier()
-    for parameter in classifier.parameters():
-        parameter.requires_grad = True
+    trainable = set(json.loads(Path(given.trainable).read_text()))
+    body = model.timm_model
+    for name, parameter in body.named_parameters():
+        parameter.requires_grad = name in trainable
     if our_layout:
         model = model.to(memory_format=torch.channels_last)
-        body = model.timm_model
         train = body.train
-        # Its frozen BatchNorm in eval, and no graph below the head.
-        body.train = lambda mode=True: train(False)
-        features = body.forward_features
-        body.forward_features = lambda *a, **k: torch.no_grad()(features)(*a, **k)
+        frozen = [m for m in body.modules() if not any(p.requires_grad for p in m.parameters())]
+
+        def train_unfrozen(mode: bool = True) -> Any:
+            train(mode)
+            for module in frozen:  # frozen BatchNorm in eval; without gradients autograd keeps no graph of it
+                module.training = False
+            return body
+
+        body.train = train_unfrozen
     config = processor.data_config
     size = config["input_size"][1:]
     augment = transforms.Compose(
@@ -164,7 +188,7 @@ def run_trainer(given: argparse.Namespace, *, our_layout: bool) -> dict[str, Any
             num_train_epochs=given.epochs,
             per_device_train_batch_size=BATCH_SIZE,
             per_device_eval_batch_size=BATCH_SIZE,
-            learning_rate=1e-2,
+            learning_rate=1e-2 if given.strategy == "probe" else 1e-4,
             lr_scheduler_type="cosine",
             dataloader_num_workers=given.workers,
             remove_unused_columns=False,
@@ -215,7 +239,7 @@ def run_bare(given: argparse.Namespace) -> dict[str, Any]:
     return {"images_per_second": rates[best], "layout": best, "rates": rates, "seconds": 0.0}
 
 
-def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarise(given: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians of each kind of run, and the ratios that they give."""
     middle = {
         name: {
@@ -231,7 +255,7 @@ def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for name in ("trainer", "trainer_layout")
         if name in middle and "ours" in middle
     }
-    if "bare" in middle and "ours" in middle:
+    if "bare" in middle and "ours" in middle and given.strategy == "probe":
         ratios["prefix pass / bare"] = middle["ours"]["images_per_second"] / middle["bare"]["images_per_second"]
     return {"medians": middle, "ratios": ratios}
 
@@ -244,9 +268,15 @@ def write_summary(given: argparse.Namespace, found: dict[str, list[dict[str, Any
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
     machine = {"cpu": cpu, "threads": given.threads, "date": time.strftime("%Y-%m-%d")}
     rounds = min(len(runs) for runs in found.values())
-    settings = {"epochs": given.epochs, "rounds": rounds, "workers": given.workers, "batch": BATCH_SIZE}
+    settings = {
+        "strategy": given.strategy,
+        "epochs": given.epochs,
+        "rounds": rounds,
+        "workers": given.workers,
+        "batch": BATCH_SIZE,
+    }
     settings |= {"checkpoint": Path(given.checkpoint).name, "dataset": Path(given.dataset).name}
-    text = json.dumps({"machine": machine, "settings": settings, **summarise(found), "runs": found}, indent=1)
+    text = json.dumps({"machine": machine, "settings": settings, **summarise(given, found), "runs": found}, indent=1)
     given.output.write_text(text + "\n")
 
 
@@ -255,6 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="timm checkpoint folder in Hub layout")
     parser.add_argument("--dataset", required=True, help="image folder with train/ and test/")
+    parser.add_argument("--strategy", choices=("probe", "last_layers", "full"), default="probe")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
@@ -263,7 +294,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads of each run")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=RUNS)
     parser.add_argument("--output", type=Path, help="JSON file for every figure, with the device's name")
-    parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=(*RUNS, "names"), help=argparse.SUPPRESS)
+    parser.add_argument("--trainable", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
@@ -272,16 +304,20 @@ def main() -> None:
             "trainer": lambda g: run_trainer(g, our_layout=False),
             "trainer_layout": lambda g: run_trainer(g, our_layout=True),
             "bare": run_bare,
+            "names": lambda g: {"trainable": list_trainable(g)},
         }
         print(json.dumps(functions[given.child](given)))
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in given.runs}
+    names = Path(tempfile.mkdtemp()) / "trainable.json"
+    names.write_text(json.dumps(run_child("names", given)["trainable"]))
+    given.trainable = str(names)
     for repeat in range(given.repeats):
         for name in given.runs:
             found[name].append(run_child(name, given))
             print(f"{repeat + 1}/{given.repeats} {name}: {json.dumps(found[name][-1])}", flush=True)
         write_summary(given, found)
-    print(json.dumps(summarise(found), indent=1))
+    print(json.dumps(summarise(given, found), indent=1))
 
 
 if __name__ == "__main__":

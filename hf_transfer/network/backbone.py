@@ -1,12 +1,16 @@
 """A pretrained checkpoint, ready for a new task: the plain timm or transformers model, its preprocessing and its labels."""
 
+import difflib
 import logging
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import timm.data
+import timm.models
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -77,6 +81,35 @@ def load(
         source=source,
         new_head=new_head,
     )
+
+
+def create(architecture: str, labels: Sequence[str], *, image_size_px: int | None = None, seed: int = 0) -> Backbone:
+    """A timm architecture with random weights and a head for `labels`, to be pretrained; its own preprocessing.
+
+    `image_size_px`: side of the square it takes, where it should not be the architecture's own. Raises ValueError for an
+    architecture that timm does not have (with near names), and for a size that it cannot take.
+    """
+    if not timm.is_model(architecture):
+        near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
+        raise ValueError(
+            f"architecture={architecture!r}: timm has none of this name" + (f"; near: {near}" if near else "")
+        )
+    torch.manual_seed(seed)
+    size = {} if image_size_px is None else {"input_size": (3, image_size_px, image_size_px)}
+    arguments: dict[str, Any] = {"num_classes": len(labels)}
+    try:
+        model = timm.create_model(architecture, **arguments)
+        if image_size_px is not None and hasattr(model, "set_input_size"):
+            model = timm.create_model(architecture, img_size=image_size_px, **arguments)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{architecture} cannot be made for {image_size_px} px: {error}") from error
+    config = timm.data.resolve_data_config({}, model=model) | size | {"crop_pct": 1.0}
+    model.pretrained_cfg.update({k: config[k] for k in ("input_size", "crop_pct", "interpolation", "mean", "std")})
+    with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
+        # As a checkpoint folder, so that what is trained here is loaded as every other checkpoint is.
+        folder = Path(parent, architecture)
+        timm.models.save_for_hf(model, folder, model_config={"label_names": list(labels)}, safe_serialization=True)
+        return replace(load(str(folder), labels), new_head=True)
 
 
 def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:

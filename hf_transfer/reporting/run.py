@@ -84,14 +84,20 @@ def start_run(config: RecipeConfig) -> Run:
     return Run(config=config, accelerator=accelerator, costs=Costs(), output_dir=output_dir)
 
 
-def load_inputs(run: Run) -> tuple[Data, Backbone]:
-    """The data, then the checkpoint with a head for its labels: the cheap checks come before the download."""
-    config = run.config
+def read_data(run: Run) -> Data:
+    """The data; the main process says what was decided about it."""
     with run.costs.part("data"), run.accelerator.main_process_first():
-        data = load_data(config)
+        data = load_data(run.config)
     if run.accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
+    return data
+
+
+def load_inputs(run: Run) -> tuple[Data, Backbone]:
+    """The data, then the checkpoint with a head for its labels: the cheap checks come before the download."""
+    config = run.config
+    data = read_data(run)
     with run.costs.part("checkpoint"), run.accelerator.main_process_first():
         backbone = load(
             config.checkpoint,

@@ -21,6 +21,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.training import readouts
+from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import load_state, remove_state, save_state
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.feeds import augmentation_of, make_phase_data
@@ -74,6 +75,8 @@ def run_plan(
     """
     selected = [phase.policy.select(chain) for phase in plan]  # a policy that does not fit fails before anything runs
     _check_mixing(plan, chain, config, selected)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     chain.model.to(accelerator.device)
     use_fast_layout(chain.model)
     identity = _identity(plan, data, config)

@@ -1,0 +1,19 @@
+"""How the C library keeps memory between training steps on a CPU."""
+
+import ctypes
+import platform
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # malloc.h
+_NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc reuse large blocks instead of returning them to the system; whether it did.
+
+    Each step's activations would otherwise be given back and faulted in again, page by page: MobileNetV2, batch 32, two
+    cores of an EPYC, forward and backward: 17 images/s, and 26 with this, at 1.15 times the peak memory.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_MMAP_MAX, 0)) and bool(libc.mallopt(_TRIM_THRESHOLD, _NEVER))

@@ -1,0 +1,96 @@
+"""Stored pixels are those of evaluation, and training squares hold the whole picture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from hf_transfer.config import DataConfig
+from hf_transfer.data.augment import Augmentation
+from hf_transfer.data.dataset import load_data
+from hf_transfer.data.options import ExtractOptions
+from hf_transfer.data.pixels import (
+    EvaluationImages,
+    default_side_px,
+    store_evaluation_pixels,
+    store_training_squares,
+)
+from hf_transfer.data.splits import Split
+from hf_transfer.network.backbone import load
+from hf_transfer.network.preprocessing import Preprocessing
+
+PLAIN = Augmentation(crop_scale=1.0, flip=0.0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def preprocessing() -> Preprocessing:
+    return load("embedded").preprocessing
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (root / label).mkdir()
+        for i in range(9):
+            pixels = rng.integers(0, 256, (20 + 5 * i, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / label / f"{i}.png")
+    return load_data(DataConfig(dataset=str(root))).train
+
+
+@pytest.mark.parametrize("cache", ["disk", "memory", "none"])
+def test_evaluation_pixels_are_those_of_the_preprocessing(
+    split: Split, preprocessing: Preprocessing, cache: str
+) -> None:
+    options = ExtractOptions(cache=cache)  # type: ignore[arg-type]
+    stored = store_evaluation_pixels(split, preprocessing, accelerator=Accelerator(), options=options)
+    rows = np.array([3, 0, 3])
+    expected = np.stack([preprocessing.pixels(split.image(int(i))) for i in rows])
+    np.testing.assert_array_equal(stored.read(rows), expected)
+    from_files = EvaluationImages(split=split, preprocessing=preprocessing)
+    np.testing.assert_array_equal(from_files.read(rows), expected)
+    assert stored.identity == from_files.identity
+
+
+@pytest.mark.parametrize("cache", ["disk", "none"])
+def test_squares_hold_the_whole_picture_and_its_size(split: Split, preprocessing: Preprocessing, cache: str) -> None:
+    options = ExtractOptions(cache=cache)  # type: ignore[arg-type]
+    stored = store_training_squares(
+        split, preprocessing, side_px=48, how=PLAIN, seed=0, accelerator=Accelerator(), options=options
+    )
+    for i in (0, len(split) - 1):
+        picture = split.image(i)
+        expected = np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC))
+        np.testing.assert_array_equal(stored.read(np.array([i]))[0], expected)
+        assert stored.sizes[np.array([i])][0].tolist() == list(picture.size)
+
+
+def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preprocessing: Preprocessing) -> None:
+    stored = store_training_squares(
+        split, preprocessing, side_px=48, how=Augmentation(), seed=0, views=2, accelerator=Accelerator(),
+        options=ExtractOptions(),
+    )  # fmt: skip
+    count = len(split)
+    assert len(stored) == 2 * count
+    across = np.array([count - 1, count, 2 * count - 1])  # two epochs meet
+    together = stored.prepare(torch.from_numpy(stored.read(across)), across)
+    for at, row in enumerate(across):
+        alone = np.array([row])
+        assert torch.equal(together[at], stored.prepare(torch.from_numpy(stored.read(alone)), alone)[0])
+    assert not torch.equal(together[0], together[2])  # one image in two epochs
+
+
+def test_a_side_below_the_networks_is_refused(split: Split, preprocessing: Preprocessing) -> None:
+    with pytest.raises(ValueError, match=f"0 for {default_side_px(preprocessing)}"):
+        store_training_squares(
+            split, preprocessing, side_px=16, how=PLAIN, seed=0, accelerator=Accelerator(), options=ExtractOptions()
+        )
