@@ -114,21 +114,23 @@ class RecipeConfig(DataConfig):
 class TrainConfig(RecipeConfig):
     """What every recipe that trains by gradient steps takes: optimizer, augmentation, what is kept, how it resumes."""
 
-    epochs: int = flag(15, "passes over the training images (of the last phase, where there are several)")
+    epochs: int = flag(12, "passes over the training images (of the last phase, where there are several)")
     optimizer: Literal["adamw", "sgd"] = flag("adamw", "sgd has momentum 0.9, Nesterov's")
-    lr: float = flag(3e-4, "peak learning rate of the last layer below the head")
+    lr: float = flag(5e-4, "peak learning rate of the last layer below the head")
     head_lr: float | None = flag(None, "peak learning rate of the head; default: lr")
     layer_decay: float = flag(0.85, "each layer's learning rate is this times that of the layer above it")
     weight_decay: float = flag(0.05, "of matrices and kernels alone: norms, biases, tokens, positions have none")
     schedule: Literal["cosine", "linear", "one_cycle", "constant"] = flag("cosine", "after the warm-up")
     warmup: float = flag(0.1, "share of a phase's steps in which the learning rate rises")
     clip_norm: float = flag(1.0, "largest norm of a step's gradient; 0: not clipped")
-    label_smoothing: float = flag(0.0, "share of each target spread over all classes")
+    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
     accumulate: int = flag(1, "batches whose gradients are added up for one step")
     mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "arithmetic of the trained part")
-    freeze_batchnorm: bool = flag(False, "keep the running statistics of all BatchNorms as they are upstream")
+    freeze_batchnorm: bool = flag(
+        True, "every BatchNorm uses the running statistics of the checkpoint; off: those of each batch, and they move"
+    )
     ema_decay: float = flag(0.98, "exponential moving average of the weights, which is what is kept; 0: none")
-    select_by: Literal["accuracy", "log_loss"] = flag("log_loss", "validation score by which the best epoch is kept")
+    select_by: Literal["accuracy", "log_loss"] = flag("accuracy", "validation score by which the best epoch is kept")
     patience: int = flag(0, "stop after so many epochs without a better validation score; 0: never")
     crop_scale: float = flag(0.35, "random crops keep at least this share of the image's area; 1: no crop")
     flip: float = flag(0.5, "probability of a horizontal flip; set 0 where left and right mean something")

@@ -23,6 +23,7 @@ class PretrainConfig(TrainConfig):
     epochs: int = flag(30, "passes over the training images")
     lr: float = flag(3e-3, "peak learning rate of all layers")
     layer_decay: float = flag(1.0, "as in fine-tuning; 1: all layers learn alike")
+    freeze_batchnorm: bool = flag(False, "there are no running statistics to keep")
     flip: float = flag(0.0, "probability of a horizontal flip")
 
     def __post_init__(self) -> None:

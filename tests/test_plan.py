@@ -92,7 +92,7 @@ def test_the_suffix_trains_as_the_whole_network_does(tmp_path: Path) -> None:
 
 
 def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
-    config = replace(SMALL, freeze_batchnorm=True)  # whose statistics would be those of each batch
+    config = SMALL  # with frozen BatchNorm, whose statistics would else be those of each batch
     _, once = train(config, [full()], tmp_path / "a")
     _, twice = train(replace(config, batch_size=8, accumulate=2), [full()], tmp_path / "b")
     assert_close(twice, once, 1e-4)
@@ -176,7 +176,7 @@ def test_early_stopping_ends_the_phase(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_changes_memory_alone(tmp_path: Path) -> None:
-    config = replace(SMALL, freeze_batchnorm=True)  # recomputing would update running statistics a second time
+    config = SMALL  # with frozen BatchNorm: recomputing would update running statistics a second time
     _, plain = train(config, [full()], tmp_path / "a")
     _, saving = train(replace(config, gradient_checkpointing=True), [full()], tmp_path / "b")
     assert_close(saving, plain, 1e-5)
@@ -220,8 +220,8 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("recipe", "flags"),
-    # BatchNorm in train mode is excepted from the law: its statistics are each process's own.
-    [("last_layers", ("--k", "2", "--freeze_batchnorm")), ("full", ("--freeze_batchnorm",))],
+    # BatchNorm in train mode (--no-freeze_batchnorm) is excepted from the law: its statistics are each process's own.
+    [("last_layers", ("--k", "2")), ("full", ())],
 )
 def test_two_processes_train_as_one(tmp_path: Path, recipe: str, flags: tuple[str, ...]) -> None:
     """Law 6: the same global batch, real processes over gloo."""

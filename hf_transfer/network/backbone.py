@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
-import timm.data
 import timm.models
 import torch
 from safetensors.torch import load_file
+from timm.data.config import resolve_data_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
@@ -98,17 +98,17 @@ def create(architecture: str, labels: Sequence[str], *, image_size_px: int | Non
     size = {} if image_size_px is None else {"input_size": (3, image_size_px, image_size_px)}
     arguments: dict[str, Any] = {"num_classes": len(labels)}
     try:
-        model = timm.create_model(architecture, **arguments)
+        model: Any = timm.create_model(architecture, **arguments)
         if image_size_px is not None and hasattr(model, "set_input_size"):
             model = timm.create_model(architecture, img_size=image_size_px, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
         raise ValueError(f"{architecture} cannot be made for {image_size_px} px: {error}") from error
-    config = timm.data.resolve_data_config({}, model=model) | size | {"crop_pct": 1.0}
+    config = resolve_data_config({}, model=model) | size | {"crop_pct": 1.0}
     model.pretrained_cfg.update({k: config[k] for k in ("input_size", "crop_pct", "interpolation", "mean", "std")})
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         # As a checkpoint folder, so that what is trained here is loaded as every other checkpoint is.
         folder = Path(parent, architecture)
-        timm.models.save_for_hf(model, folder, model_config={"label_names": list(labels)}, safe_serialization=True)
+        timm.models.save_for_hf(model, str(folder), model_config={"label_names": list(labels)}, safe_serialization=True)
         return replace(load(str(folder), labels), new_head=True)
 
 

@@ -39,6 +39,11 @@ def set_modes(chain: Chain, cut: Cut | None, trainable: Collection[str], *, free
         module.training = False  # not eval(): timm's BatchNorm has a dropout as its child, which may go on
 
 
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Whether a module with running statistics is in train mode: what it returns then depends on the whole batch."""
+    return any(m.training and isinstance(m._buffers.get("running_mean"), torch.Tensor) for m in model.modules())
+
+
 class Audit:
     """Law 3 at run time: hashes what must not change, at construction, and again whenever it is asked.
 

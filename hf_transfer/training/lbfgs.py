@@ -47,8 +47,12 @@ class Problems:
         return weight, weights[..., -1] - weight @ self.mean
 
 
-def pose(features: Tensor, targets: Tensor, num_classes: int) -> Problems:
-    """Standardises features (N, D) of any float type, and finds the preconditioner. The input is not changed."""
+def pose(features: Tensor, targets: Tensor, num_classes: int, *, spread_floor: float = 0.0) -> Problems:
+    """Standardises features (N, D) of any float type, and finds the preconditioner. The input is not changed.
+
+    `spread_floor`, a share of the median spread, is added (squared) to each feature's: those that hardly vary are then not
+    blown up to count as much as the others.
+    """
     num_rows, num_features = features.shape
     columns = torch.ones(num_rows, num_features + 1, device=features.device)
     columns[:, :-1] = features  # float32 from here on
@@ -60,7 +64,8 @@ def pose(features: Tensor, targets: Tensor, num_classes: int) -> Problems:
             "a network run in float16 may overflow: extract in float32 or bfloat16"
         )
     # A constant column's std is rounding, not spread.
-    inverse_std = torch.where(std > 1e-6 * mean.abs(), 1 / std.clamp_min(_TINY), 0.0)
+    floored = (std.square() + (spread_floor * std.median()) ** 2).sqrt()
+    inverse_std = torch.where(std > 1e-6 * mean.abs(), 1 / floored.clamp_min(_TINY), 0.0)
     raw.sub_(mean).mul_(inverse_std)
     vectors, values, others = _leading_eigenvectors(raw)
     one = torch.ones(1, device=features.device)

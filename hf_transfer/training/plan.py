@@ -191,6 +191,7 @@ def _run_probe(phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Any)
             class_balance=at.config.class_balance,
             folds=phase.folds,
             refit=False,
+            spread_floor=phase.spread_floor,
             seed=at.config.seed,
             accelerator=at.accelerator,
         )

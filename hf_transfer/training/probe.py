@@ -121,6 +121,7 @@ def fit_probe(
     class_balance: Literal["none", "loss"] = "none",
     folds: int = 5,
     refit: bool = True,
+    spread_floor: float = 0.0,
     seed: int = 0,
     max_iterations: int = 1000,
     memory_bytes: int | None = None,
@@ -130,7 +131,8 @@ def fit_probe(
     folds: 1 chooses on the given validation rows; k >= 2 by stratified k-fold cross-validation over train + validation,
     drawn by `seed`. select_by "accuracy": ties go to the lower log-loss. class_balance "loss": classes count alike, whatever
     their number of rows, in the fit and in the choice. refit False: the head is fitted on train alone. Features are
-    standardised by the mean and spread of train + validation in all fits.
+    standardised by the mean and spread of train + validation in all fits; spread_floor (see `lbfgs.pose`) keeps weights of
+    features that hardly vary small, for a head from which a network is trained on.
 
     Raises ValueError as `solve_path` does, and where no class has a row to fit and another to choose by.
     """
@@ -152,7 +154,7 @@ def fit_probe(
         return balance(targets, rows, num_classes) if class_balance == "loss" else rows.float()
 
     with _full_precision(device):
-        problems = pose(torch.cat([train_x, val_x.to(device)]), targets, num_classes)
+        problems = pose(torch.cat([train_x, val_x.to(device)]), targets, num_classes, spread_floor=spread_floor)
         fit_weights = torch.stack([weigh(fold_of != fold) for fold in range(folds)])
         score_weights = weigh(find_judged(targets, fold_of, folds))
         table, best, fits = _follow_path(
