@@ -123,7 +123,7 @@ def test_what_is_kept_is_the_best_epoch_or_the_start(tmp_path: Path) -> None:
     backbone = load("embedded", data.label_names)
     chain = backbone.chain()
     accelerator = Accelerator(cpu=True)
-    harmful = Optimization(lr=10.0, warmup=0.0)
+    harmful = Optimization(lr=0.1, warmup=0.0)
     weights = []
     for steps in ([], [Phase(policy=full(), epochs=1, optimization=harmful)]):
         backbone = load("embedded", data.label_names)
