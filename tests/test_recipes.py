@@ -1,5 +1,6 @@
 """Every recipe, as a user runs it: with no argument, from a file, and on several processes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_transfer.config import read_yaml
 from hf_transfer.network.backbone import load
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +100,36 @@ def test_a_recipe_is_one_page_and_has_no_loop_of_its_own(name: str) -> None:
     assert len(text.splitlines()) <= 100
     assert "backward(" not in text
     assert "def main(config" in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_settings_beside_a_recipe_are_its_own(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = recipe  # dataclasses look their module up
+    spec.loader.exec_module(recipe)
+    kind = next(v for v in vars(recipe).values() if isinstance(v, type) and v.__module__ == spec.name)
+    settings = read_yaml(str(ROOT / "recipes" / f"{name}.yaml"), kind)
+    assert settings["output_dir"]
+    kind(**settings)
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n != "linear_probe"])
+def test_a_training_recipe_runs_with_no_argument_but_length(name: str, tmp_path: Path) -> None:
+    run_recipe(name, "--epochs", "2", "--output_dir", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["strategy"] == name
+    assert {"config.yaml", "results.json", "model", "report.html", "checkpoints"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert results["details"]["audited_tensors"] >= 0
+    assert results["plan"][-1]["images_per_second"] > 0
+    # From scratch, two epochs hardly begin; all else starts from a probe, or soon learns digits.
+    assert results["metrics"]["test"]["accuracy"] > (0.1 if name == "pretrain" else 0.9)
+    loaded = load(str(tmp_path / "model"))
+    assert loaded.label_names == tuple("0123456789")
 
 
 @pytest.mark.shared_data

@@ -50,7 +50,7 @@ def _text(name: str, backbone: Backbone, results: Mapping[str, Any], split: str)
     for key, title in SCORES.items():
         low, high = scores[f"{key}_interval"]
         rows.append(f"| {title} | {100 * scores[key]:.1f} % | {100 * low:.1f} to {100 * high:.1f} |")
-    caution = "" if split == "test" else " There was no test split: the regularisation was chosen on these same images."
+    caution = "" if split == "test" else " There was no test split: what is kept was chosen by these same images."
     revision = f" (revision `{backbone.source.revision}`)" if backbone.source.revision else ""
     steps = "; ".join(str(phase["description"]) for phase in results["plan"])
     sizes = ", ".join(f"{count} {part}" for part, count in results["data"]["num_images"].items())

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 MAX_MATRIX_CLASSES = 30  # above: the most confused pairs instead of the matrix
 MAX_CONFUSED_PAIRS = 30
-NO_TEST_SPLIT = "No test split was given; these are validation figures, on which the regularisation was chosen."
+NO_TEST_SPLIT = "No test split was given; these are validation figures, by which what is kept was chosen."
 
 # One curve, in units of the SVG's viewBox: small, so that its text stays readable on a phone.
 _WIDTH, _HEIGHT = 440, 260
