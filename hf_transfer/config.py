@@ -116,7 +116,7 @@ class TrainConfig(RecipeConfig):
 
     epochs: int = flag(12, "passes over the training images (of the last phase, where there are several)")
     optimizer: Literal["adamw", "sgd"] = flag("adamw", "sgd has momentum 0.9, Nesterov's")
-    lr: float = flag(5e-4, "peak learning rate of the last layer below the head")
+    lr: float = flag(2e-4, "peak learning rate of the last layer below the head")
     head_lr: float | None = flag(None, "peak learning rate of the head; default: lr")
     layer_decay: float = flag(0.85, "each layer's learning rate is this times that of the layer above it")
     weight_decay: float = flag(0.05, "of matrices and kernels alone: norms, biases, tokens, positions have none")

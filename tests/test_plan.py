@@ -239,3 +239,19 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: str, flags: tuple[st
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two")]
     assert results[0]["metrics"]["test"]["num_samples"] == results[1]["metrics"]["test"]["num_samples"]
     assert results[1]["metrics"]["test"]["nll"] == pytest.approx(results[0]["metrics"]["test"]["nll"], rel=1e-2)
+
+
+def test_arithmetic_in_bfloat16_trains_too(tmp_path: Path) -> None:
+    run_recipe("last_layers", "--mixed_precision", "bf16", "--epochs", "2", "--output_dir", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    history = results["details"]["phases"][-1]["history"]
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+    assert results["metrics"]["test"]["accuracy"] > 0.9
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
+
+
+def test_a_compiled_suffix_trains_alike(tmp_path: Path) -> None:
+    _, plain = train(replace(SMALL, epochs=1), [last(1)], tmp_path / "a")
+    _, compiled = train(replace(SMALL, epochs=1, compile=True), [last(1)], tmp_path / "b")
+    assert_close(compiled, plain, 1e-4)

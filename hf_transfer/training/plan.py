@@ -133,7 +133,9 @@ def run_plan(
         plan=[{k: v for k, v in d.items() if k != "history"} for d in done],
         metrics=metrics,
         curves=_curves(done),
-        details={"phases": done, "augmentation": vars(augmentation_of(config)), "audited_tensors": len(upstream)},
+        details={"phases": done, "augmentation": vars(augmentation_of(config)), "audited_tensors": len(upstream),
+                 # The cost of a resumed run is that of its last process alone.
+                 "resumed": state is not None},
     )
 
 
