@@ -24,10 +24,10 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import FrozenChangedError
 from hf_transfer.network.policies import Policy, full, last
 from hf_transfer.reporting.costs import Costs
-from hf_transfer.training.loop import NonFiniteLossError
 from hf_transfer.training.optim import Optimization
 from hf_transfer.training.phase import Phase, ProbePhase, optimization_of
 from hf_transfer.training.plan import Outcome, run_plan
+from hf_transfer.training.steps import NonFiniteLossError
 from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
 
 SMALL = TrainConfig(images_per_class=8, epochs=2, batch_size=16, tracker="none")

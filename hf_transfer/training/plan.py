@@ -25,9 +25,10 @@ from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import load_state, remove_state, save_state
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.feeds import augmentation_of, make_phase_data
-from hf_transfer.training.loop import Workplace, train_phase
+from hf_transfer.training.loop import train_phase
 from hf_transfer.training.metrics import score
 from hf_transfer.training.phase import Phase, Plan, ProbePhase
+from hf_transfer.training.steps import Workplace
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +134,13 @@ def run_plan(
         plan=[{k: v for k, v in d.items() if k != "history"} for d in done],
         metrics=metrics,
         curves=_curves(done),
-        details={"phases": done, "augmentation": vars(augmentation_of(config)), "audited_tensors": len(upstream),
-                 # The cost of a resumed run is that of its last process alone.
-                 "resumed": state is not None},
+        details={
+            "phases": done,
+            "augmentation": vars(augmentation_of(config)),
+            "audited_tensors": len(upstream),
+            # The cost of a resumed run is that of its last process alone.
+            "resumed": state is not None,
+        },
     )
 
 
