@@ -23,7 +23,7 @@ from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import FrozenChangedError
 from hf_transfer.network.policies import Policy, full, last
-from hf_transfer.reporting.costs import Costs
+from hf_transfer.training.costs import Costs
 from hf_transfer.training.optim import Optimization
 from hf_transfer.training.phase import Phase, ProbePhase, optimization_of
 from hf_transfer.training.plan import Outcome, run_plan

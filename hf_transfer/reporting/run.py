@@ -13,8 +13,8 @@ from hf_transfer.config import RecipeConfig, TrainConfig, to_settings
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, load
-from hf_transfer.reporting.costs import Costs
 from hf_transfer.reporting.results import describe_run, write_config, write_run
+from hf_transfer.training.costs import Costs
 
 log = logging.getLogger("hf_transfer")
 

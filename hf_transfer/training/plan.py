@@ -23,6 +23,7 @@ from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.training import readouts
 from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import load_state, remove_state, save_state
+from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.feeds import augmentation_of, make_phase_data
 from hf_transfer.training.loop import train_phase
@@ -65,15 +66,20 @@ def run_plan(
     data: Data,
     *,
     config: TrainConfig,
-    accelerator: Accelerator,
-    costs: Any,
-    checkpoints: Path,
+    accelerator: Accelerator | None = None,
+    costs: Costs | None = None,
+    checkpoints: Path | None = None,
 ) -> Outcome:
     """Trains the chain's model in place, phase by phase, and scores it on validation and, once, on test.
+
+    Of `config`, phases say their own policy, epochs and optimization; the rest holds for all. Without `checkpoints` no state is
+    saved. `costs` gets the seconds of each part.
 
     With `config.resume`, goes on from the state in `checkpoints`, to the same bits as without the interruption on a CPU.
     Raises ValueError where that state is of another plan, data set or setting, naming them.
     """
+    accelerator = accelerator or Accelerator()
+    costs = costs or Costs()
     selected = [phase.policy.select(chain) for phase in plan]  # a policy that does not fit fails before anything runs
     _check_mixing(plan, chain, config, selected)
     if accelerator.device.type == "cpu":
@@ -81,12 +87,12 @@ def run_plan(
     chain.model.to(accelerator.device)
     use_fast_layout(chain.model)
     identity = _identity(plan, data, config)
-    state = load_state(checkpoints) if config.resume else None
+    state = load_state(checkpoints) if config.resume and checkpoints is not None else None
     if state is not None:
         _check_same(state["identity"], identity)
         _load_model(chain, state["model"])
         log.info("resuming in phase %d of %d", min(len(state["done"]) + 1, len(plan)), len(plan))
-    elif accelerator.is_main_process:
+    elif accelerator.is_main_process and checkpoints is not None:
         if config.resume:
             log.info("no saved state in %s: starting anew", checkpoints.name)
         remove_state(checkpoints)
@@ -96,7 +102,7 @@ def run_plan(
     upstream = Audit(chain, None, frozenset().union(*selected))  # what no phase trains
 
     def save(part: dict[str, Any] | None) -> None:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and checkpoints is not None:
             held = {"identity": identity, "done": done, "part": part, "model": chain.model.state_dict()}
             save_state(checkpoints, held)
 
@@ -145,7 +151,7 @@ def run_plan(
 
 
 def _run_steps(
-    phase: Phase, backbone: Backbone, at: Workplace, costs: Any, start: dict[str, float] | None, part: Any
+    phase: Phase, backbone: Backbone, at: Workplace, costs: Costs, start: dict[str, float] | None, part: Any
 ) -> dict[str, Any]:
     names = phase.policy.select(at.chain)
     cut = at.chain.lowest_cut(names)
@@ -177,7 +183,7 @@ def _run_steps(
     }
 
 
-def _run_probe(phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Any) -> dict[str, Any]:
+def _run_probe(phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Costs) -> dict[str, Any]:
     options = ExtractOptions.from_config(at.config)
     with costs.part("features"):
         # The test split is left alone: it is scored once, at the end.
