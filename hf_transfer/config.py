@@ -135,7 +135,7 @@ class TrainConfig(RecipeConfig):
     crop_scale: float = flag(0.35, "random crops keep at least this share of the image's area; 1: no crop")
     flip: float = flag(0.5, "probability of a horizontal flip; set 0 where left and right mean something")
     colour: float = flag(0.2, "brightness, contrast and saturation are multiplied by 1 plus or minus this")
-    policy: Literal["none", "randaugment", "trivialaugment"] = flag("none", "further random operations")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "further random operations")
     magnitude: int = flag(9, "of RandAugment, 0 to 30")
     erase: float = flag(0.0, "probability that a random box of the image is erased")
     mixup: float = flag(0.0, "alpha of the Beta distribution that two images are mixed by; 0: none")

@@ -190,9 +190,9 @@ def test_flips_are_mirror_images_at_the_rate_asked_for() -> None:
 # Whole batches
 
 
-@pytest.mark.parametrize("policy", ["none", "randaugment", "trivialaugment"])
-def test_a_batch_is_augmented_as_each_of_its_images_alone(policy: Any) -> None:
-    pixels, how = make_pixels(40), Augmentation(policy=policy, **EVERYTHING)
+@pytest.mark.parametrize("auto", ["none", "randaugment", "trivialaugment"])
+def test_a_batch_is_augmented_as_each_of_its_images_alone(auto: Any) -> None:
+    pixels, how = make_pixels(40), Augmentation(auto_augment=auto, **EVERYTHING)
     sizes = np.random.default_rng(0).integers(20, 60, (40, 2))
     together = run(pixels, how, sizes=sizes, epoch=3)
     for i in range(40):
@@ -202,27 +202,27 @@ def test_a_batch_is_augmented_as_each_of_its_images_alone(policy: Any) -> None:
 
 
 def test_epochs_and_seeds_vary_an_image_and_repeat_it() -> None:
-    pixels, how = make_pixels(4), Augmentation(policy="randaugment", **EVERYTHING)
+    pixels, how = make_pixels(4), Augmentation(auto_augment="randaugment", **EVERYTHING)
     views = [run(pixels, how, seed=seed, epoch=epoch) for seed in range(2) for epoch in range(2)]
     for i, view in enumerate(views):
         assert all(not torch.equal(view, other) for other in views[:i])
     assert torch.equal(run(pixels, how, seed=1, epoch=1), views[3])
 
 
-@pytest.mark.parametrize("policy", ["none", "randaugment", "trivialaugment"])
-def test_images_stay_within_grey_levels_and_inputs_as_they_were(policy: Any) -> None:
+@pytest.mark.parametrize("auto", ["none", "randaugment", "trivialaugment"])
+def test_images_stay_within_grey_levels_and_inputs_as_they_were(auto: Any) -> None:
     pixels = make_pixels(120, 16)
     before = pixels.clone()
-    images = run(pixels, Augmentation(policy=policy, colour=1.0, erase=0.3))
+    images = run(pixels, Augmentation(auto_augment=auto, colour=1.0, erase=0.3))
     assert images.min() >= 0
     assert images.max() <= 255
     assert torch.equal(pixels, before)
 
 
-def test_an_even_image_stays_even_under_every_policy() -> None:
+def test_an_even_image_stays_even_under_auto_augmentation() -> None:
     # Sampling leaves 1e-5 of unevenness, which autocontrast, say, would stretch to 255 if it were not rounded away.
     pixels = torch.full((200, 16, 16, 3), 128, dtype=torch.uint8)
-    images = run(pixels, Augmentation(policy="randaugment"))
+    images = run(pixels, Augmentation(auto_augment="randaugment"))
     assert (images.amax((2, 3)) - images.amin((2, 3))).max() < 1e-3
 
 
@@ -306,10 +306,10 @@ def test_a_channel_of_one_value_is_left_by_autocontrast() -> None:
     assert torch.equal(stretched[:, 1], images[:, 1])
 
 
-@pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
-def test_every_operation_of_a_policy_is_drawn_and_changes_the_image(policy: Any) -> None:
-    how = Augmentation(policy=policy, magnitude=15, **PLAIN)
-    count = 2000 if policy == "randaugment" else 300
+@pytest.mark.parametrize("auto", ["randaugment", "trivialaugment"])
+def test_every_operation_is_drawn_and_changes_the_image(auto: Any) -> None:
+    how = Augmentation(auto_augment=auto, magnitude=15, **PLAIN)
+    count = 2000 if auto == "randaugment" else 300
     operations, strengths = draw_operations(draw(count), how, SIZE, SIZE)
     shares = np.bincount(operations.ravel(), minlength=len(OPERATIONS)) / operations.size
     assert np.abs(shares - 1 / len(OPERATIONS)).max() < 5 * (1 / 14 / operations.size) ** 0.5  # five standard errors
@@ -329,7 +329,7 @@ def test_every_operation_of_a_policy_is_drawn_and_changes_the_image(policy: Any)
 
 
 def test_randaugment_strengths_are_its_magnitudes() -> None:
-    operations, strengths = draw_operations(draw(3000), Augmentation(policy="randaugment", magnitude=9), 100, 200)
+    operations, strengths = draw_operations(draw(3000), Augmentation(auto_augment="randaugment", magnitude=9), 100, 200)
     third = 9 / 30
     expected = {
         "shear_x": {0.3 * third}, "shear_y": {0.3 * third}, "rotate": {30 * third},
@@ -346,7 +346,7 @@ def test_randaugment_strengths_are_its_magnitudes() -> None:
 
 
 def test_trivialaugment_strengths_span_torchvisions_ranges() -> None:
-    operations, strengths = draw_operations(draw(9000), Augmentation(policy="trivialaugment"), 100, 200)
+    operations, strengths = draw_operations(draw(9000), Augmentation(auto_augment="trivialaugment"), 100, 200)
     spans = {
         "shear_x": (-0.99, 0.99), "translate_y": (-32, 32), "rotate": (-135, 135), "contrast": (0.01, 1.99),
         "posterize": (2, 8), "solarize": (0, 255),
@@ -444,7 +444,7 @@ def test_without_mixing_inputs_come_back() -> None:
     ("setting", "value"),
     [
         ("crop_scale", 0.0), ("crop_scale", 1.1), ("crop_scale", float("nan")), ("crop_ratio", 0.75), ("flip", -0.1),
-        ("flip", 2), ("colour", 1.5), ("policy", "autoaugment"), ("magnitude", 31), ("magnitude", 2.5), ("erase", 1.5),
+        ("flip", 2), ("colour", 1.5), ("auto_augment", "autoaugment"), ("magnitude", 31), ("magnitude", 2.5), ("erase", 1.5),
         ("mixup", -1.0), ("cutmix", float("inf")),
     ],
 )  # fmt: skip

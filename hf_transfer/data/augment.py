@@ -1,12 +1,12 @@
 """Augmentation of a batch on its device, after the pixel store: whole pictures in, what the network trains on out.
 
 The store holds each picture uncropped, squashed to a square; its original width and height lie beside. Crops are drawn in
-the original's pixels. Crop, undoing of the squash, flip and a policy's geometric operations are one affine map an image, so
+the original's pixels. Crop, undoing of the squash, flip and auto-augmentation's geometric operations are one affine map an image, so
 pixels are resampled once, and a rotation shows what the crop left out. Beyond the picture lies its mirror image.
 
 Every random number is a hash of (seed, epoch, the image's index, what it is for), so neither the batch that an image is in,
 nor the number of processes, nor resuming changes what becomes of it. Deviations from the sources named below: boxes are not
-rounded to whole pixels; a policy's geometric operations precede its colour operations; pixels are not rounded between
+rounded to whole pixels; auto-augmentation's geometric operations precede its colour operations; pixels are not rounded between
 operations, except where an operation works on whole grey levels.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 Floats = NDArray[np.float64]
 
 NUM_TRIES = 10  # boxes drawn until one fits, as torchvision
-MAX_MAGNITUDE = 30  # steps of a policy's magnitude, 0 included: 31
+MAX_MAGNITUDE = 30  # steps of its magnitude, 0 included: 31
 RANDAUGMENT_OPERATIONS = 2
 ERASED_SHARE = (0.02, 0.33)  # of the area; this and the ratio are those of arXiv:1708.04896 and torchvision
 ERASED_RATIO = (0.3, 3.3)
@@ -56,7 +56,7 @@ class Augmentation:
     crop_ratio: float = 4 / 3  # a random crop's width to height lies between 1 / this and this
     flip: float = 0.5  # probability of a mirror image
     colour: float = 0.0  # brightness, contrast and saturation are multiplied by factors in 1 +- this
-    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
     magnitude: int = 9  # of RandAugment's 2 operations, 0 to 30
     erase: float = 0.0  # probability that a box of 2 to 33 % of the area is filled with the image's mean colour
     mixup: float = 0.0  # alpha of the Beta distribution of mixup's weights; 0: none
@@ -70,8 +70,8 @@ class Augmentation:
         for name in ("flip", "colour", "erase"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} <= 1")
-        if self.policy not in ("none", "randaugment", "trivialaugment"):
-            raise ValueError(f"policy={self.policy!r}: choose 'none', 'randaugment' or 'trivialaugment'")
+        if self.auto_augment not in ("none", "randaugment", "trivialaugment"):
+            raise ValueError(f"auto_augment={self.auto_augment!r}: choose 'none', 'randaugment' or 'trivialaugment'")
         if not 0 <= self.magnitude <= MAX_MAGNITUDE or self.magnitude != int(self.magnitude):
             raise ValueError(f"magnitude={self.magnitude}: choose a whole number from 0 to {MAX_MAGNITUDE}")
         for name in ("mixup", "cutmix"):
@@ -199,14 +199,14 @@ def draw_crops(uniform: Floats, sizes: NDArray[Any], how: Augmentation, ratio: f
 def draw_operations(
     uniform: Floats, how: Augmentation, height_px: int, width_px: int
 ) -> tuple[NDArray[np.int64], Floats]:
-    """The policy's operations (B, n), as positions in OPERATIONS, and strengths (B, n), in the units of `_ranges`.
+    """The drawn operations (B, n), as positions in OPERATIONS, and strengths (B, n), in the units of `_ranges`.
 
     n is 2 for RandAugment (arXiv:1909.13719), 1 for TrivialAugment wide (arXiv:2103.10158), 0 for none.
     """
-    count = {"none": 0, "randaugment": RANDAUGMENT_OPERATIONS, "trivialaugment": 1}[how.policy]
+    count = {"none": 0, "randaugment": RANDAUGMENT_OPERATIONS, "trivialaugment": 1}[how.auto_augment]
     which, level, side = uniform[:, _POLICY].reshape(len(uniform), -1, 3)[:, :count].transpose(2, 0, 1)
     operations = (which * len(OPERATIONS)).astype(np.int64)
-    is_wide = how.policy == "trivialaugment"
+    is_wide = how.auto_augment == "trivialaugment"
     level = (np.floor(level * (MAX_MAGNITUDE + 1)) if is_wide else how.magnitude) / MAX_MAGNITUDE
     ranges = _ranges(is_wide, height_px, width_px)
     start, end, signed = np.array([ranges.get(name, (0, 0, 0)) for name in OPERATIONS])[operations].transpose(2, 0, 1)

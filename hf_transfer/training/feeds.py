@@ -51,7 +51,7 @@ def augmentation_of(config: TrainConfig) -> Augmentation:
         crop_scale=config.crop_scale,
         flip=config.flip,
         colour=config.colour,
-        policy=config.policy,
+        auto_augment=config.auto_augment,
         magnitude=config.magnitude,
         erase=config.erase,
         mixup=config.mixup,
