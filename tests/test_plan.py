@@ -24,6 +24,7 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import FrozenChangedError
 from hf_transfer.network.policies import Policy, full, last
 from hf_transfer.training.costs import Costs
+from hf_transfer.training.loop import _is_better
 from hf_transfer.training.optim import Optimization
 from hf_transfer.training.phase import Phase, ProbePhase, optimization_of
 from hf_transfer.training.plan import Outcome, run_plan
@@ -135,6 +136,20 @@ def test_what_is_kept_is_the_best_epoch_or_the_start(tmp_path: Path) -> None:
         weights.append({n: v.clone() for n, v in backbone.model.state_dict().items()})
     assert_equal(weights[1], weights[0])
     assert "no epoch was better" in outcome.plan[1]["kept"]
+
+
+def test_the_start_gives_way_to_more_than_a_standard_error() -> None:
+    start = {"accuracy": 0.8, "log_loss": 0.5}
+    hits = torch.tensor([1.0] * 40 + [0.0] * 10, dtype=torch.float64)
+    one_more, four_more = hits.clone(), hits.clone()
+    one_more[40] = 1.0
+    four_more[40:44] = 1.0
+    assert not _is_better({"accuracy": 0.82, "log_loss": 0.1}, one_more, start, hits, "accuracy")
+    assert _is_better({"accuracy": 0.88, "log_loss": 0.9}, four_more, start, hits, "accuracy")
+    # Two epochs are compared by the figure alone, and by log-loss where it is the same.
+    assert _is_better({"accuracy": 0.82, "log_loss": 0.9}, one_more, {**start, "epoch": 1}, hits, "accuracy")
+    assert _is_better({"accuracy": 0.8, "log_loss": 0.4}, hits, {**start, "epoch": 1}, hits, "accuracy")
+    assert not _is_better({"accuracy": 0.9, "log_loss": 0.6}, hits, {**start, "epoch": 1}, hits, "log_loss")
 
 
 def test_views_are_computed_once_and_taken_in_turn(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Augmentation of a batch on its device, after the pixel store: whole pictures in, what the network trains on out.
 
 The store holds each picture uncropped, squashed to a square; its original width and height lie beside. Crops are drawn in
-the original's pixels. Crop, undoing of the squash, flip and auto-augmentation's geometric operations are one affine map an image, so
-pixels are resampled once, and a rotation shows what the crop left out. Beyond the picture lies its mirror image.
+the original's pixels. Crop, undoing of the squash, flip and auto-augmentation's geometric operations are one affine map an
+image, so pixels are resampled once, and a rotation shows what the crop left out. Beyond the picture lies its mirror image.
 
 Every random number is a hash of (seed, epoch, the image's index, what it is for), so neither the batch that an image is in,
 nor the number of processes, nor resuming changes what becomes of it. Deviations from the sources named below: boxes are not

@@ -49,13 +49,14 @@ def train_phase(
     reads: PhaseData,
     at: Workplace,
     *,
-    start_score: dict[str, float] | None,
+    starts_trained: bool,
     resumed: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Trains the chain's model in place; it ends with the weights of the best epoch by validation.
 
-    `start_score`: validation of the weights that the phase starts from, which are kept where no epoch does better; None
-    where they are untrained. `resumed`: the phase's part of a saved state. Returns history, best, rates, counts.
+    `starts_trained`: the weights that it starts from are kept unless an epoch does better by more than one standard error of
+    the difference on the same validation images (Breiman et al. 1984, section 3.4.3): the best of many epochs on few images is
+    partly luck. `resumed`: the phase's part of a saved state. Returns history, best, rates, counts.
 
     Raises NonFiniteLossError; FrozenChangedError where anything frozen has changed.
     """
@@ -67,8 +68,9 @@ def train_phase(
     moving = _moving_tensors(chain, names)
     groups = group_parameters(chain, names, phase.optimization)
     optimizer = make_optimizer(groups, phase.optimization)
-    progress = Progress(history=[], best=dict(start_score or {}))
-    best_weights = {n: t.detach().clone() for n, t in moving.items()} if start_score else {}
+    progress = Progress(history=[], best={})
+    best_weights: dict[str, torch.Tensor] = {}
+    best_merits: torch.Tensor | None = None
     averaged = Averaged(moving, config.ema_decay) if config.ema_decay else None
     network: nn.Module = WholeNetwork(chain.model) if reads.cut is None else chain.suffix(reads.cut)
     with ExitStack() as contexts:
@@ -81,7 +83,11 @@ def train_phase(
         if resumed is not None:
             progress = Progress(**resumed["progress"])
             best_weights = {n: t.to(moving[n].device) for n, t in resumed["best_weights"].items()}
+            best_merits = resumed["best_merits"]
             _restore(resumed, optimizer, averaged, accelerator)
+        elif starts_trained:
+            progress.best, best_merits = _validate(prepared, reads, at)
+            best_weights = {n: t.detach().clone() for n, t in moving.items()}
         steps = Steps(phase, reads, at, prepared, optimizer, averaged, moving, names, frozen_below)
 
         def save() -> None:
@@ -89,6 +95,7 @@ def train_phase(
                 {
                     "progress": vars(progress),
                     "best_weights": best_weights,
+                    "best_merits": best_merits,
                     "optimizer": optimizer.state_dict(),
                     "averaged": averaged.state_dict() if averaged else None,
                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -98,9 +105,9 @@ def train_phase(
         while progress.epoch < phase.epochs and not progress.stopped:
             steps.run_epoch(progress, save)
             with averaged.swapped(moving) if averaged else nullcontext():
-                score = _validate(prepared, reads, at)
-                if _is_better(score, progress.best, config.select_by):
-                    progress.best = {**score, "epoch": progress.epoch + 1}
+                score, merits = _validate(prepared, reads, at)
+                if _is_better(score, merits, progress.best, best_merits, config.select_by):
+                    progress.best, best_merits = {**score, "epoch": progress.epoch + 1}, merits
                     best_weights = {n: t.detach().clone() for n, t in moving.items()}
             _finish_epoch(progress, score, config, at)
             save()
@@ -144,8 +151,8 @@ def _restore(
         accelerator.scaler.load_state_dict(resumed["scaler"])
 
 
-def _validate(network: nn.Module, reads: PhaseData, at: Workplace) -> dict[str, float]:
-    """Accuracy and log-loss on the validation split, each image once."""
+def _validate(network: nn.Module, reads: PhaseData, at: Workplace) -> tuple[dict[str, float], torch.Tensor]:
+    """Accuracy and log-loss on the validation split, each image once; and each image's part in what selects (N,)."""
     labels = at.data.validation.labels
     if reads.activations is not None:
         with eval_mode(at.chain.model), torch.no_grad():
@@ -159,19 +166,31 @@ def _validate(network: nn.Module, reads: PhaseData, at: Workplace) -> dict[str, 
             at.chain, reads.images, labels, accelerator=at.accelerator, options=options, shows_progress=False
         )
     outcomes = read_outcomes(logits, truth)
-    return {
-        "accuracy": float(outcomes.hits.mean()),
-        "log_loss": -float(outcomes.label_log_probabilities.mean()),
-    }
+    by_accuracy = at.config.select_by == "accuracy"
+    merits = outcomes.hits.astype(np.float64) if by_accuracy else outcomes.label_log_probabilities
+    score = {"accuracy": float(outcomes.hits.mean()), "log_loss": -float(outcomes.label_log_probabilities.mean())}
+    return score, torch.from_numpy(merits)
 
 
-def _is_better(score: dict[str, float], best: dict[str, float], select_by: str) -> bool:
-    """Ties in accuracy are decided by log-loss."""
+def _is_better(
+    score: dict[str, float],
+    merits: torch.Tensor,
+    best: dict[str, float],
+    best_merits: torch.Tensor | None,
+    select_by: str,
+) -> bool:
+    """Against another epoch, any difference, ties in accuracy by log-loss; against the start, more than a standard error."""
+    if best_merits is None:
+        return True
+    if "epoch" not in best:
+        gains = merits - best_merits
+        # One image more is a standard error exactly, and no evidence.
+        return bool(gains.sum() > 1.001 * gains.std() * len(gains) ** 0.5)
 
     def rank(row: dict[str, float]) -> tuple[float, float]:
         return (-row["accuracy"] if select_by == "accuracy" else 0.0, row["log_loss"])
 
-    return not best or rank(score) < rank(best)
+    return rank(score) < rank(best)
 
 
 def _finish_epoch(progress: Progress, score: dict[str, float], config: TrainConfig, at: Workplace) -> None:

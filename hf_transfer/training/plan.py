@@ -119,11 +119,10 @@ def run_plan(
         )
         if accelerator.is_main_process and len(plan) > 1:
             log.info("phase %d of %d: %s", number + 1, len(plan), phase.policy.name)
-        start = done[-1]["score"] if done else None
         if isinstance(phase, ProbePhase):
             done.append(_run_probe(phase, backbone, at, costs))
         else:
-            done.append(_run_steps(phase, backbone, at, costs, start, part))
+            done.append(_run_steps(phase, backbone, at, costs, part, starts_trained=bool(done)))
         part = None
         save(None)  # a run that is resumed from here begins the next phase
         accelerator.wait_for_everyone()
@@ -151,7 +150,7 @@ def run_plan(
 
 
 def _run_steps(
-    phase: Phase, backbone: Backbone, at: Workplace, costs: Costs, start: dict[str, float] | None, part: Any
+    phase: Phase, backbone: Backbone, at: Workplace, costs: Costs, part: Any, *, starts_trained: bool
 ) -> dict[str, Any]:
     names = phase.policy.select(at.chain)
     cut = at.chain.lowest_cut(names)
@@ -159,11 +158,11 @@ def _run_steps(
         reads = make_phase_data(cut, at.chain, backbone, at.data, at.config, at.accelerator)
     costs.count_images("store", reads.num_computed)
     with costs.part("train"):
-        found = train_phase(phase, reads, at, start_score=start, resumed=part)
+        found = train_phase(phase, reads, at, starts_trained=starts_trained, resumed=part)
     costs.count_images("train", found["images"])
     how = phase.optimization
     best = found["best"]
-    kept = f"epoch {best['epoch']}" if "epoch" in best else "the start: no epoch was better"
+    kept = f"epoch {best['epoch']}" if "epoch" in best else "the start: no epoch was better beyond chance"
     where = "the pixels" if cut is None else cut.name
     return {
         "policy": phase.policy.name,
