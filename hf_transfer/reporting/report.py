@@ -97,11 +97,7 @@ def render_report(results: Mapping[str, Any]) -> str:
         cost=_cost(results.get("cost", {})),
         fingerprints=_by_name(data["fingerprint"]),
         notes=[*data["notes"], *scores.get("notes", [])],
-        folded=[
-            (title, json.dumps(results[key], indent=2, ensure_ascii=False))
-            for key, title in _FOLDED
-            if results.get(key)
-        ],
+        folded=[(title, _in_words(results[key])) for key, title in _FOLDED if results.get(key)],
     )
 
 
@@ -223,6 +219,13 @@ def _by_name(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, Mapping):
         return [(name.replace("_", " "), each) for name, each in value.items()]
     return [("", value)] if value else []
+
+
+def _in_words(part: Any) -> str:
+    """A plan as numbered sentences; else what results.json holds, as it is."""
+    if isinstance(part, list) and part and all("description" in item for item in part):
+        return "\n".join(f"{i}. {item['description']}" for i, item in enumerate(part, 1))
+    return json.dumps(part, indent=2, ensure_ascii=False)
 
 
 # --- curves --------------------------------------------------------------------------------------
