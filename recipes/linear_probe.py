@@ -34,6 +34,7 @@ def main(config: ProbeConfig) -> dict[str, Any]:
     """Runs the recipe; returns the content of results.json."""
     from hf_transfer.data.options import ExtractOptions
     from hf_transfer.locations import chain_dir
+    from hf_transfer.network.freezing import Audit
     from hf_transfer.reporting.run import load_inputs, start_run
     from hf_transfer.training import readouts
     from hf_transfer.training.evaluate import compute_stored_logits
@@ -43,6 +44,7 @@ def main(config: ProbeConfig) -> dict[str, Any]:
     data, backbone = load_inputs(run)
     with run.costs.part("chain"):
         chain = backbone.chain(cache_dir=chain_dir())
+    audit = Audit(chain, chain.features, chain.classifier_parameters)
     with run.costs.part("features"):
         candidates, computed = readouts.extract_readouts(
             chain, backbone, data, sweep=config.readouts, accelerator=run.accelerator,
@@ -55,6 +57,7 @@ def main(config: ProbeConfig) -> dict[str, Any]:
             seed=config.seed, accelerator=run.accelerator,
         )  # fmt: skip
         trained = readouts.install_probe(backbone, chain, best)
+    audit.check()  # all but the head is upstream's to the bit
     with run.costs.part("evaluate"):
         difference = readouts.verify_probe(
             trained, best, data.validation, device=run.accelerator.device, dtype=config.dtype

@@ -132,6 +132,19 @@ def test_a_training_recipe_runs_with_no_argument_but_length(name: str, tmp_path:
     assert loaded.label_names == tuple("0123456789")
 
 
+def test_curves_go_to_the_tracker(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra `trackers` is not installed")
+    run_recipe("last_layers", "--epochs", "1", "--tracker", "tensorboard", "--output_dir", str(tmp_path))
+    assert [p for p in (tmp_path / "logs").rglob("events.out.tfevents*") if p.stat().st_size > 100]
+
+
+def test_a_tracker_that_is_none_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "recipes" / "full.py"), "--tracker", "notes", "--output_dir", str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    assert shown.returncode != 0
+    assert "choose auto, none or one of" in shown.stderr
+
+
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("checkpoint", "dataset", "at_least"),

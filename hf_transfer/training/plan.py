@@ -140,7 +140,7 @@ def run_plan(
         metrics=metrics,
         curves=_curves(done),
         details={
-            "phases": done,
+            "phases": [{"policy": d["policy"], "history": d["history"]} for d in done],
             "augmentation": vars(augmentation_of(config)),
             "audited_tensors": len(upstream),
             # The cost of a resumed run is that of its last process alone.
