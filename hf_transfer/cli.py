@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs.
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,11 @@ INSPECT = """Print the chain of a checkpoint: its layers in order, with paramete
 cache and share of the FLOPs; then what each strategy would train, where it cuts, and what it would store."""
 CACHE = """List or remove the stored activations. A cache is never stale: its name is a hash of the weights, the preprocessing
 and the images it was made from. The oldest go first when the bound (--cache_gb of a recipe) is reached."""
+
+PREDICT = """Print the likeliest labels of images: of files, or of all images in folders. The model is any image classifier that
+transformers or timm loads: the model/ folder of a run, or a Hub id."""
+EVALUATE = """Print the scores of a saved model, with its own head, on a labelled data set, each image once: accuracy and more,
+with 95 % intervals. The data set's classes are matched to the model's by name."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,10 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cache = commands.add_parser("cache", help="list or remove stored activations")
     cache.description = CACHE
     cache.add_argument("--clear", nargs="*", metavar="KEY", help="remove these caches, or all of them if none is named")
+    predict = commands.add_parser("predict", help="print the likeliest labels of images")
+    predict.description = PREDICT
+    predict.add_argument("model", help="Hub id[@revision] or folder")
+    predict.add_argument("images", nargs="+", help="image files, or folders of them")
+    predict.add_argument("--top_k", type=int, default=3, help="labels shown for each image (default: 3)")
+    predict.add_argument("--batch_size", type=int, default=32, help="images computed at once (default: 32)")
+    evaluate = commands.add_parser("evaluate", help="print the scores of a saved model on a labelled data set")
+    evaluate.description = EVALUATE
+    evaluate.add_argument("model", help="Hub id[@revision] or folder")
+    evaluate.add_argument("--dataset", required=True, help="as in the recipes: Hub id, folder, parquet or arrow file")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
+    for command in (predict, evaluate):
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        command.add_argument(
+            "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
+        )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        text = _inspect(given) if given.command == "inspect" else _cache(given)
+        text = {"inspect": _inspect, "cache": _cache, "predict": _predict, "evaluate": _evaluate}[given.command](given)
     except ValueError as error:
         parser.exit(2, f"hf-transfer {given.command}: {error}\n")
     sys.stdout.write(text + "\n")
@@ -68,6 +90,49 @@ def _cache(given: argparse.Namespace) -> str:
         return "no caches"
     lines = [f"{e.key}  {e.nbytes / 1e6:10.1f} MB  last used {e.last_used:%Y-%m-%d %H:%M}  {e.title}" for e in entries]
     return "\n".join([*lines, f"{len(entries)} caches, {sum(e.nbytes for e in entries) / 1e6:.1f} MB"])
+
+
+def _predict(given: argparse.Namespace) -> str:
+    from hf_transfer.hub.predict import find_images, predict
+    from hf_transfer.network.backbone import load
+
+    images = find_images(given.images)  # a wrong path fails before the model is loaded
+    backbone = load(given.model, trust_remote_code=given.trust_remote_code)
+    found = predict(backbone, images, top_k=given.top_k, batch_size=given.batch_size)
+    if given.json:
+        rows = [
+            {
+                "image": p.image,
+                "labels": [{"label": n, "score": s} for n, s in zip(p.labels, p.probabilities, strict=True)],
+            }
+            for p in found
+        ]
+        return json.dumps(rows, indent=1)
+    width = max(len(p.image) for p in found)
+    return "\n".join(
+        f"{p.image.ljust(width)}  "
+        + ", ".join(f"{n} {100 * s:.1f} %" for n, s in zip(p.labels, p.probabilities, strict=True))
+        for p in found
+    )
+
+
+def _evaluate(given: argparse.Namespace) -> str:
+    from hf_transfer.config import DataConfig
+    from hf_transfer.hub.predict import evaluate
+
+    scores = evaluate(
+        given.model, DataConfig(dataset=given.dataset), split=given.split, trust_remote_code=given.trust_remote_code
+    )
+    if given.json:
+        return json.dumps(scores, indent=1)
+    lines = [f"{given.split}: {scores['num_samples']:,} images"]
+    for key in ("accuracy", "balanced_accuracy", "macro_f1"):
+        low, high = scores[f"{key}_interval"]
+        lines.append(
+            f"{key.replace('_', ' '):18} {100 * scores[key]:5.1f} %  (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+        )
+    lines.append(f"{'log-loss':18} {scores['nll']:7.4f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

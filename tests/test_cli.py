@@ -1,6 +1,10 @@
 """The command: what it prints, and that a user's mistake is one line."""
 
+import json
+from pathlib import Path
+
 import pytest
+from PIL import Image
 
 from hf_transfer.cli import main
 
@@ -38,3 +42,24 @@ def test_cache_lists_and_clears(
     with pytest.raises(SystemExit):
         main(["cache", "--clear", "abc"])
     assert "no such cache: abc" in capsys.readouterr().err
+
+
+def test_predict_and_evaluate_print_a_table_or_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for split, label in (("train", "0"), ("train", "1"), ("test", "0"), ("test", "1")):
+        (tmp_path / split / label).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (20, 20), (i * 50, 0, 0)).save(tmp_path / split / label / f"{i}.png")
+    image = str(tmp_path / "test" / "0" / "1.png")
+    main(["predict", "embedded", image, "--top_k", "2"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(image)
+    assert shown.count(" %") == 2
+    main(["predict", "embedded", str(tmp_path / "test"), "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 6
+    assert len(rows[0]["labels"]) == 3
+    assert rows[0]["labels"][0]["label"] in shown or rows[0]["image"] != image
+    main(["evaluate", "embedded", "--dataset", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("test: 6 images")
+    main(["evaluate", "embedded", "--dataset", str(tmp_path), "--split", "train", "--json"])
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 4  # validation was split off
