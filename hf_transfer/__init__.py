@@ -12,6 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "Adapter": "network.methods",
     "Backbone": "network.backbone",
     "Chain": "network.chain",
     "Cut": "network.cut",
@@ -23,6 +24,7 @@ _HOME_OF = {
     "Preprocessing": "network.preprocessing",
     "ProbePhase": "training.phase",
     "TrainConfig": "config",
+    "add_adapters": "network.adapters",
     "biases": "network.policies",
     "build_chain": "network.chain",
     "create": "network.backbone",
@@ -36,6 +38,7 @@ _HOME_OF = {
     "load": "network.backbone",
     "load_data": "data.dataset",
     "matching": "network.policies",
+    "merge_adapters": "network.adapters",
     "norms": "network.policies",
     "run_plan": "training.plan",
     "save_model": "hub.save",

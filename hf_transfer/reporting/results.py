@@ -15,7 +15,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.report import write_report
 
 PACKAGES = (
-    "hf-transfer-learning", "torch", "timm", "transformers", "datasets", "accelerate", "evaluate", "huggingface_hub",
+    "hf-transfer-learning", "torch", "timm", "transformers", "datasets", "accelerate", "evaluate", "peft", "huggingface_hub",
 )  # fmt: skip
 
 
