@@ -6,6 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 
 SCORES = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "macro_f1": "Macro F1"}
@@ -19,12 +20,14 @@ def make_card(backbone: Backbone, results: Mapping[str, Any]) -> ModelCard:
     base = backbone.source.id
     name = f"{PurePath(backbone.source.name).name}-{PurePath(data_name).name}"
     on_hub = results["data"]["revision"] is not None
+    is_adapter = isinstance(backbone, Adapted)
     data = ModelCardData(
         model_name=name,
-        library_name=backbone.library,
+        library_name="peft" if is_adapter else backbone.library,
         pipeline_tag="image-classification",
         license=backbone.source.license,
         base_model=base,
+        base_model_relation="adapter" if is_adapter else None,
         datasets=[data_name] if on_hub else None,
         tags=["image-classification", "transfer-learning", results["strategy"]],
         eval_results=[
@@ -54,23 +57,12 @@ def _text(name: str, backbone: Backbone, results: Mapping[str, Any], split: str)
     revision = f" (revision `{backbone.source.revision}`)" if backbone.source.revision else ""
     steps = "; ".join(str(phase["description"]) for phase in results["plan"])
     sizes = ", ".join(f"{count} {part}" for part, count in results["data"]["num_images"].items())
-    timm_lines = (
-        '\nor, in timm, `timm.create_model("local-dir:FOLDER", pretrained=True)`.\n'
-        if backbone.library == "timm"
-        else ""
-    )
     table = "\n".join(rows)
     return f"""# {name}
 
 `{backbone.source.name}`{revision}, adapted to `{data_name}` ({sizes} images) by **{results["strategy"]}**: {steps}.
 
-```python
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="FOLDER")  # this folder, or its id once it is on the Hub
-classify("image.jpg")
-```
-{timm_lines}
+{_adapter_usage(backbone) if isinstance(backbone, Adapted) else _usage(backbone)}
 ## Results
 
 On the {scores["num_samples"]} images of the {split} split, with 95 % bootstrap intervals.{caution}
@@ -80,4 +72,57 @@ On the {scores["num_samples"]} images of the {split} split, with 95 % bootstrap 
 {table}
 
 Labels: {", ".join(backbone.label_names)}.
+"""
+
+
+def _usage(backbone: Backbone) -> str:
+    """How to load a plain checkpoint."""
+    timm_lines = (
+        '\nor, in timm, `timm.create_model("local-dir:FOLDER", pretrained=True)`.\n'
+        if backbone.library == "timm"
+        else ""
+    )
+    return f"""```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="FOLDER")  # this folder, or its id once it is on the Hub
+classify("image.jpg")
+```
+{timm_lines}"""
+
+
+def _adapter_usage(adapted: Adapted) -> str:
+    """How to load the base with a head of the right size, and the adapter into it."""
+    base, revision, names = adapted.source.id, adapted.source.revision, list(adapted.label_names)
+    if adapted.library == "timm":
+        at = f"@{revision}" if revision else ""
+        return f"""```python
+import timm, torch
+from peft import PeftModel
+from PIL import Image
+
+labels = {names}
+base = timm.create_model("hf-hub:{base}{at}", pretrained=True, num_classes={len(names)})
+model = PeftModel.from_pretrained(base, "FOLDER").eval()  # this folder, or its id once it is on the Hub
+transform = timm.data.create_transform(**timm.data.resolve_data_config(base.pretrained_cfg))
+with torch.no_grad():
+    print(labels[int(model(transform(Image.open("image.jpg").convert("RGB"))[None]).argmax())])
+```
+"""
+    at = f', revision="{revision}"' if revision else ""
+    return f"""```python
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+labels = {names}
+base = AutoModelForImageClassification.from_pretrained(
+    "{base}"{at}, num_labels={len(names)}, id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True
+)
+model = PeftModel.from_pretrained(base, "FOLDER").eval()  # this folder, or its id once it is on the Hub
+pixels = AutoImageProcessor.from_pretrained("FOLDER")(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
+with torch.no_grad():
+    print(labels[int(model(**pixels).logits.argmax())])
+```
 """

@@ -1,5 +1,6 @@
-"""A trained model as a folder that plain transformers and plain timm load, with the same logits, labels and pixels."""
+"""A trained model as a folder that plain transformers, timm and peft load, with the same logits, labels and pixels."""
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -8,16 +9,22 @@ from typing import Any
 
 import timm.models
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_transfer.hub.card import make_card
+from hf_transfer.network.adapters import Adapted, check_saved_apart
 from hf_transfer.network.backbone import Backbone
+
+TASK = "task.json"  # of an adapter folder: labels, classifier and preprocessing
 
 
 def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> None:
     """Writes `folder` in Hub layout: config.json, model.safetensors, preprocessing and README.md (the card).
 
-    An older folder is replaced only once the new one is complete. The weights are stored as they are (float32).
+    A backbone with adapters in it is saved as a PEFT adapter folder: see `_save_adapter`. An older folder is replaced only
+    once the new one is complete. The weights are stored as they are (float32). Raises ValueError where an adapter's base
+    has no id.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -25,7 +32,9 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
     backbone.model.cpu()
     # safetensors stores no other layout.
     backbone.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    if isinstance(backbone.model, PreTrainedModel):
+    if isinstance(backbone, Adapted):
+        _save_adapter(backbone, partial)
+    elif isinstance(backbone.model, PreTrainedModel):
         backbone.model.save_pretrained(partial)
         backbone.preprocessing.processor.save_pretrained(partial)
     else:
@@ -50,3 +59,41 @@ def _save_timm(backbone: Backbone, folder: Path) -> None:
     if not config.get("model_args"):
         config.pop("model_args", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _save_adapter(adapted: Adapted, folder: Path) -> None:
+    """adapter_config.json, adapter_model.safetensors and task.json, for `PeftModel.from_pretrained(base, folder)`.
+
+    The head, and every module whose buffers have moved (a BatchNorm in train mode), are in the file as modules_to_save. There
+    is no config.json: with one, transformers would take the folder for a full checkpoint.
+    """
+    from peft import get_peft_model_state_dict
+
+    config = copy.deepcopy(adapted.network.peft_config["default"])
+    config.base_model_name_or_path = check_saved_apart(adapted)
+    config.revision = adapted.source.revision
+    config.inference_mode = True
+    now = dict(adapted.model.named_buffers())
+    moved = {n.rpartition(".")[0] for n, before in adapted.buffers.items() if not torch.equal(before, now[n].cpu())}
+    config.modules_to_save = [adapted.classifier, *sorted(moved)]
+    # peft compares the ends of names, so it will look for these too; they are saved as they are.
+    kept = [n for n, _ in adapted.model.named_modules() if n.endswith(tuple(config.modules_to_save))]
+    weights = get_peft_model_state_dict(adapted.network, save_embedding_layers=False)
+    for name in kept:
+        state = adapted.model.get_submodule(name).state_dict()
+        weights |= {f"base_model.model.{name}.{key}": value for key, value in state.items()}
+    # clone: tensors that share memory are stored once each.
+    stored = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
+    save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    task = {
+        "library": adapted.library,
+        "label_names": list(adapted.label_names),
+        "classifier": adapted.classifier,
+        "preprocessing": dict(adapted.preprocessing.spec),
+    }
+    if isinstance(adapted.model, PreTrainedModel):
+        adapted.preprocessing.processor.save_pretrained(folder)
+    else:
+        task["data_config"] = dict(adapted.preprocessing.processor.data_config)
+    (folder / TASK).write_text(json.dumps(task, indent=2, ensure_ascii=False) + "\n")
