@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from hf_transfer.config import EMBEDDED_CHECKPOINT
 
 INSPECT = """Print the chain of a checkpoint: its layers in order, with parameters, activation shape, bytes an image in the
-cache and share of the FLOPs; then what each strategy would train, where it cuts, and what it would store."""
+cache and share of the FLOPs; then what each strategy would train, where it cuts, and what it would store. With --adapter:
+instead, the maps that the adapters would stand beside, and how many parameters they train."""
 CACHE = """List or remove the stored activations. A cache is never stale: its name is a hash of the weights, the preprocessing
 and the images it was made from. The oldest go first when the bound (--cache_gb of a recipe) is reached."""
 
@@ -36,6 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     inspect.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code that comes with the checkpoint"
     )
+    inspect.add_argument("--adapter", metavar="METHOD", help="lora, dora, loha, ...: as in recipes/lora.py")
+    inspect.add_argument("--rank", type=int, metavar="R", help="of the adapters")
+    inspect.add_argument("--targets", default="auto", help="attention, mlp, all or a regular expression")
+    inspect.add_argument("--adapter_layers", default="all", metavar="LAYERS", help="all or last:K")
     cache = commands.add_parser("cache", help="list or remove stored activations")
     cache.description = CACHE
     cache.add_argument("--clear", nargs="*", metavar="KEY", help="remove these caches, or all of them if none is named")
@@ -67,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _inspect(given: argparse.Namespace) -> str:
     from hf_transfer.locations import chain_dir
     from hf_transfer.network.backbone import load
-    from hf_transfer.network.describe import format_chain
+    from hf_transfer.network.describe import format_adapters, format_chain
+    from hf_transfer.network.methods import Adapter
 
     backbone = load(given.checkpoint, trust_remote_code=given.trust_remote_code)
     found = backbone.preprocessing
@@ -76,7 +82,11 @@ def _inspect(given: argparse.Namespace) -> str:
         f"{backbone.source.name} ({backbone.library} {type(backbone.model).__name__}), {len(backbone.label_names)} classes, "
         f"{found.height_px}x{found.width_px} px {found.interpolation}{crop}"
     )
-    return f"{title}\n\n{format_chain(backbone.chain(cache_dir=chain_dir()))}"
+    chain = backbone.chain(cache_dir=chain_dir())
+    if given.adapter is None:
+        return f"{title}\n\n{format_chain(chain)}"
+    how = Adapter(method=given.adapter, rank=given.rank, targets=given.targets, layers=given.adapter_layers)
+    return f"{title}\n\n{format_adapters(backbone, chain, how)}"
 
 
 def _cache(given: argparse.Namespace) -> str:

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_transfer.network.adapters import add_adapters
+from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain, Layer
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.methods import Adapter
 from hf_transfer.network.policies import Policy, biases, full, head, last, norms
+from hf_transfer.network.targets import find_targets, shorten
 
 BYTES_OF_A_PIXEL = 1  # uint8: what a cut at the pixels stores
 
@@ -104,6 +108,25 @@ def format_chain(chain: Chain) -> str:
         lines += ["", f"orphans (never reach the logits; frozen): {', '.join(chain.orphans)}"]
     lines += ["", *chain.notes] if chain.notes else []
     return "\n".join(lines)
+
+
+def format_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> str:
+    """What `how` adapts and what it would train, kind of target by kind, as text; leaves the model with adapters in it."""
+    targets = find_targets(chain, how)
+    adapted, follows = add_adapters(backbone, chain, how)
+    sizes = {name: p.numel() for name, p in adapted.model.named_parameters()}
+    rows: list[tuple[str, ...]] = [("target", "maps", "trains", "share")]
+    for kind in shorten(targets.modules):
+        names = [name for name in targets.modules if shorten([name]) == [kind]]
+        trained = sum(sizes[n] for n in adapted.trained if n.startswith(tuple(f"{name}." for name in names)))
+        rows.append((kind, str(len(names)), f"{trained:,}", f"{100 * trained / adapted.num_plain:.2f} %"))
+    trained = sum(sizes[n] for n in adapted.trained)
+    rows.append(("adapters", str(len(targets.modules)), f"{trained:,}", f"{100 * trained / adapted.num_plain:.2f} %"))
+    head = sum(sizes[n] for n in chain.classifier_parameters)
+    rows.append((f"{chain.classifier}, the head", "1", f"{head:,}", f"{100 * head / adapted.num_plain:.2f} %"))
+    cut = follows.lowest_cut(adapted.policy().select(follows))
+    place = _place(cut) if cut is None or cut == chain.features else f"after {cut.name}"
+    return "\n".join([how.name, "", *_align(rows), "", f"cut: {place}", *targets.describe_left_out()])
 
 
 def _row(index: int, layer: Layer, parameters: int, share: float) -> tuple[str, ...]:
