@@ -1,0 +1,349 @@
+"""Adapters: identity at the start, in their map's layer, merged = unmerged (law 8), saved = trained (law 7), or refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from hf_transfer.hub.save import save_model
+from hf_transfer.network.adapters import Adapted, add_adapters, check_saved_apart, merge_adapters
+from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.network.chain import Chain
+from hf_transfer.network.freezing import set_trainable
+from hf_transfer.network.methods import METHODS, Adapter, find_kind
+from hf_transfer.network.targets import find_targets
+from tests.families import built, make_pixels
+from tests.test_save import LABELS, answers, results_for, write_upstream
+
+BASE = "someone/upstream"
+ARCHITECTURES = ("timm ViT", "timm ConvNeXt", "timm ResNet", "ViT", "Swin")
+ON_CONVS = {"lora", "dora", "rslora", "loha", "lokr", "ia3", "boft", "hra"}
+# Tiny convnext_atto has 1x1 convolutions for its MLP, so that a method for Linear alone finds nothing in it.
+WORKING = {
+    "timm ViT": set(METHODS),
+    "timm ConvNeXt": ON_CONVS | {"ln_tuning"},
+    "timm ResNet": ON_CONVS,
+    "ViT": set(METHODS),
+    "Swin": set(METHODS),
+}
+PAIRS = [(name, method) for name in ARCHITECTURES for method in METHODS]
+# shira: torch says so of every sparse tensor that is made.
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
+
+LOADER = """
+import sys
+sys.modules["hf_transfer"] = None  # an import of it fails here, as where it is not installed
+import json, timm, torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+root, upstream, library, *folders = sys.argv[1:]
+images = [Image.open(f"{root}/{i}.png") for i in range(2)]
+found = {}
+def base(source=upstream):
+    if library == "timm":
+        return timm.create_model(f"local-dir:{source}", pretrained=True, num_classes=3)
+    return AutoModelForImageClassification.from_pretrained(source, num_labels=3, ignore_mismatched_sizes=True)
+def logits(model):
+    with torch.no_grad():
+        answer = model.eval()(pixels)
+    return (answer if library == "timm" else answer.logits).tolist()
+for folder in folders:
+    model = base()
+    if library == "timm":
+        transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg), is_training=False)
+        pixels = torch.stack([transform(i) for i in images])
+    else:
+        pixels = AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")["pixel_values"]
+    adapted = PeftModel.from_pretrained(model, folder)
+    found[folder] = {"adapter": logits(adapted), "merged": logits(base(folder + "-merged"))}
+both = PeftModel.from_pretrained(base(), f"{root}/lora", adapter_name="lora")
+both.load_adapter(f"{root}/rslora", adapter_name="rslora")
+for name in ("rslora", "lora"):
+    both.set_adapter(name)
+    found[f"switched to {name}"] = logits(both)
+print(json.dumps(found))
+"""
+
+
+def how_for(method: str, **more: Any) -> Adapter:
+    return Adapter(method=method, rank=4 if METHODS[method].has_rank else None, **{"targets": "all", **more})
+
+
+def run(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    output = model(pixels)
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
+def move(adapted: Adapted) -> None:
+    """As training would: every adapter's parameters and the head's are elsewhere."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapted.model.named_parameters():
+            if name in adapted.trained or name.startswith(adapted.classifier):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def upstreams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("upstream")
+    for i, name in enumerate(ARCHITECTURES):
+        write_upstream(name, root / str(i))
+    return {name: root / str(i) for i, name in enumerate(ARCHITECTURES)}
+
+
+def start(upstreams: dict[str, Path], name: str) -> tuple[Backbone, Chain]:
+    backbone = load(str(upstreams[name]), LABELS, base_model=BASE)
+    return backbone, backbone.chain(cache_dir=upstreams[name].parent / "chains")
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def saved(
+    request: pytest.FixtureRequest, upstreams: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Any], Path]:
+    """Of an architecture and every working method: our logits apart and merged, and what a process without us found."""
+    name = request.param
+    root = tmp_path_factory.mktemp("saved")
+    images = [Image.effect_noise((48, 40), 90).convert("RGB"), Image.linear_gradient("L").convert("RGB")]
+    for i, image in enumerate(images):
+        image.save(root / f"{i}.png")
+    ours = {}
+    for method in sorted(WORKING[name]):
+        backbone, chain = start(upstreams, name)
+        adapted, _ = add_adapters(backbone, chain, how_for(method))
+        move(adapted)
+        apart = answers(adapted, images)
+        save_model(adapted, results_for(adapted), root / method)
+        merged = merge_adapters(adapted)
+        ours[method] = (apart, answers(merged, images))
+        save_model(merged, results_for(merged), root / f"{method}-merged")
+    library = "timm" if name.startswith("timm") else "transformers"
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADER, str(root), str(upstreams[name]), library]
+        + [str(root / method) for method in ours],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    return name, ours, json.loads(shown.stdout.splitlines()[-1]), root
+
+
+def test_saved_and_merged_answer_as_trained_where_we_are_not_installed(
+    saved: tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Any], Path],
+) -> None:
+    name, ours, found, root = saved
+    for method, (apart, merged) in ours.items():
+        loaded = {key: torch.tensor(value) for key, value in found[str(root / method)].items()}
+        for key, logits in (("merged here", merged), *loaded.items()):
+            # float32; a merged map rounds once what two rounded, over the few layers of a tiny network.
+            assert torch.allclose(logits, apart, rtol=1e-4, atol=2e-5), (
+                name,
+                method,
+                key,
+                (logits - apart).abs().max(),
+            )
+    for method in ("lora", "rslora"):
+        assert torch.allclose(torch.tensor(found[f"switched to {method}"]), ours[method][0], rtol=1e-4, atol=2e-5), (
+            method
+        )
+
+
+def test_an_adapter_folder_names_its_base_and_no_path(
+    saved: tuple[str, dict[str, tuple[torch.Tensor, torch.Tensor]], dict[str, Any], Path], upstreams: dict[str, Path]
+) -> None:
+    name, ours, _, root = saved
+    for method in ours:
+        config = json.loads((root / method / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == BASE
+        task = json.loads((root / method / "task.json").read_text())
+        assert task["label_names"] == list(LABELS)
+        assert not (root / method / "config.json").exists()
+        for file in (root / method).glob("*.[jm]*"):
+            assert str(upstreams[name].parent) not in file.read_text(), file
+        card = (root / method / "README.md").read_text()
+        assert f"base_model: {BASE}" in card
+        assert "base_model_relation: adapter" in card
+        assert "PeftModel.from_pretrained" in card
+
+
+@pytest.mark.parametrize(("name", "method"), [p for p in PAIRS if p[1] not in WORKING[p[0]]])
+def test_what_does_not_work_is_refused_with_what_does(upstreams: dict[str, Path], name: str, method: str) -> None:
+    backbone, chain = start(upstreams, name)
+    before = dict(backbone.model.state_dict())
+    with pytest.raises(ValueError, match="lora") as refusal:
+        add_adapters(backbone, chain, how_for(method))
+    assert method in str(refusal.value)
+    assert before.keys() == backbone.model.state_dict().keys()
+
+
+@pytest.mark.parametrize(("name", "method"), [p for p in PAIRS if p[1] in WORKING[p[0]]])
+def test_adapters_start_as_the_identity_in_the_layers_of_their_maps(
+    upstreams: dict[str, Path], name: str, method: str
+) -> None:
+    backbone, chain = start(upstreams, name)
+    pixels = make_pixels(chain.image_shape, 2)
+    before = run(backbone.model, pixels)
+    adapted, chain = add_adapters(backbone, chain, how_for(method, layers="last:1"))
+    # pissa takes its adapters out of the map by a decomposition, which rounds.
+    assert torch.allclose(run(adapted.model, pixels), before, atol=1e-4)
+    names = [n for layer in chain.layers for n in layer.parameters]
+    assert sorted([*names, *chain.orphans]) == sorted(n for n, _ in adapted.model.named_parameters())
+    trainable = adapted.policy().select(chain)
+    assert trainable - set(chain.classifier_parameters) == adapted.trained
+    assert adapted.trained <= set(chain.layers[-2].parameters)
+    assert chain.lowest_cut(trainable) == chain.layers[-3].cut
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["lora", "lokr"])
+def test_the_split_stays_exact_and_gradients_reach_every_adapter(
+    upstreams: dict[str, Path], name: str, method: str
+) -> None:
+    backbone, chain = start(upstreams, name)
+    adapted, chain = add_adapters(backbone, chain, how_for(method))
+    move(adapted)
+    pixels = make_pixels(chain.image_shape, 2)
+    set_trainable(adapted.model, adapted.policy().select(chain))
+    whole = run(adapted.model, pixels)
+    for cut, activation in zip(chain.cuts, chain.run_prefix(chain.cuts, pixels), strict=True):
+        with chain.suffix(cut) as suffix:
+            assert torch.allclose(suffix(activation), whole, rtol=1e-5, atol=1e-5), cut.name
+    whole.square().sum().backward()
+    for parameter_name, parameter in adapted.model.named_parameters():
+        assert (parameter.grad is not None) == (parameter_name in adapted.policy().select(chain)), parameter_name
+
+
+@pytest.fixture(scope="module")
+def networks(upstreams: dict[str, Path]) -> dict[str, Chain]:
+    return {name: built(name)[1] for name in ("timm ViT", "timm Swin", "timm ResNet", "timm MobileNetV2", "Swin")}
+
+
+def found(chain: Chain, **how: Any) -> set[str]:
+    return set(find_targets(chain, Adapter(rank=4, **how)).modules)
+
+
+def test_targets_are_found_in_fused_and_split_attention(networks: dict[str, Chain]) -> None:
+    fused = {f"blocks.{i}.attn.{part}" for i in (0, 1) for part in ("qkv", "proj")}
+    maps = {f"blocks.{i}.mlp.{part}" for i in (0, 1) for part in ("fc1", "fc2")}
+    assert found(networks["timm ViT"]) == found(networks["timm ViT"], targets="attention") == fused
+    assert found(networks["timm ViT"], targets="mlp") == maps
+    assert found(networks["timm ViT"], targets="all") == fused | maps
+    assert found(networks["timm ViT"], targets="all", layers="last:1") == {n for n in fused | maps if ".1." in n}
+    assert found(networks["timm ViT"], targets=r"qkv|patch_embed") == {n for n in fused if "qkv" in n} | {
+        "patch_embed.proj"
+    }
+    parts = {n.rpartition(".")[2] for n in found(networks["Swin"])}
+    assert parts == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {n.rpartition(".")[2] for n in found(networks["timm Swin"])} == {"qkv", "proj"}
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "timm Swin", "timm ResNet", "timm MobileNetV2", "Swin"])
+@pytest.mark.parametrize("targets", ["auto", "all", "."])
+def test_the_head_is_never_a_target(networks: dict[str, Chain], name: str, targets: str) -> None:
+    chain = networks[name]
+    how = Adapter(method="ia3", targets=targets)
+    own = {layer.parameters for layer in chain.layers[-1:]}.pop()
+    assert not [n for n in find_targets(chain, how).modules if any(p.startswith(n + ".") for p in own)]
+
+
+def test_a_conv_net_is_adapted_whole_but_for_what_the_method_cannot_take(networks: dict[str, Chain]) -> None:
+    chain = networks["timm MobileNetV2"]
+    targets = find_targets(chain, Adapter(rank=4))
+    assert {n.rpartition(".")[2] for n in targets.modules} == {"conv_pw", "conv_pwl", "conv_head"}
+    assert {n.rpartition(".")[2] for n in targets.left_out} == {"conv_dw"}
+    assert "not divisible by its" in next(iter(targets.left_out.values()))
+    assert not find_targets(chain, Adapter(method="loha", rank=4)).left_out
+    assert "conv_stem" not in targets.modules
+
+
+@pytest.mark.parametrize(
+    ("network", "how", "message"),
+    [
+        ("timm ResNet", {"targets": "attention"}, "has none; possible are mlp, all or a regular expression"),
+        ("timm ResNet", {"targets": "query"}, r"matches no map\..*layerN?"),
+        ("timm ViT", {"targets": "query"}, r"matches no map\. Possible are attention, mlp, all or .*blocks.N.attn.qkv"),
+        ("timm ViT", {"targets": "^head"}, r"but the head's \(head\), which trains in any case"),
+        ("timm ViT", {"targets": "norm1"}, "of the kind that lora adapts, but blocks.0.norm1"),
+        ("timm ViT", {"rank": 32}, r"rank 32 is larger than the layer \(24\).*--rank 1 or 2 or 4 or 8 or 16"),
+        (
+            "timm ViT",
+            {"method": "oft", "rank": 7},
+            "block size 7 does not divide its 24 inputs.*--rank 1 or 2 or 4 or 8",
+        ),
+        ("timm ViT", {"layers": "last:9"}, "this chain has 2 layers; choose last:1 to last:2"),
+        ("timm ViT", {"targets": "blocks.0", "layers": "last:1"}, "none lie in the layers last:1"),
+        (
+            "timm MobileNetV2",
+            {"targets": "conv_dw", "rank": 4},
+            "is not divisible by its .* groups.*--adapter loha or lokr or ia3",
+        ),
+        ("timm ResNet", {"method": "oft"}, "oft takes Linear, not Conv2d.*--adapter lora or dora"),
+        ("timm ResNet", {"method": "ln_tuning"}, "no LayerNorm to adapt; choose one of lora"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_with_what_can(
+    networks: dict[str, Chain], network: str, how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_targets(networks[network], Adapter(**how))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"method": "adalora"}, "moves rank between layers.*choose one of lora"),
+        ({"method": "lorra"}, "choose one of lora"),
+        ({"rank": 0}, "choose 1 or more"),
+        ({"alpha": 0.0}, "choose more than 0"),
+        ({"method": "ia3", "rank": 4}, "ia3 has no rank"),
+        ({"method": "hra", "alpha": 4.0}, "hra has no scale"),
+        ({"targets": "("}, "nor a regular expression"),
+        ({"layers": "first:1"}, "choose all or last:K"),
+    ],
+)
+def test_a_wrong_setting_says_what_is_allowed(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Adapter(**how)
+
+
+class PadsItself(nn.Conv2d):
+    """As timm's Conv2dSame: an adapter beside it would pad otherwise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+def test_a_map_that_does_more_than_its_type_says_is_left_alone() -> None:
+    assert find_kind(nn.Conv2d(3, 4, 3)) == "Conv2d"
+    assert find_kind(PadsItself(3, 4, 3)) is None
+    assert find_kind(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")) is None
+    assert find_kind(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))) is None
+
+
+def test_an_adapter_without_a_base_id_is_refused(upstreams: dict[str, Path]) -> None:
+    backbone = load(str(upstreams["timm ViT"]), LABELS)
+    adapted, _ = add_adapters(backbone, backbone.chain(), how_for("lora"))
+    with pytest.raises(ValueError, match="--base_model owner/name, or save a merged model"):
+        check_saved_apart(adapted)
+
+
+def test_moved_running_statistics_are_saved(upstreams: dict[str, Path], tmp_path: Path) -> None:
+    backbone, chain = start(upstreams, "timm ResNet")
+    adapted, chain = add_adapters(backbone, chain, how_for("lora"))
+    move(adapted)
+    with torch.no_grad():
+        adapted.model.get_buffer("layer2.0.bn1.running_mean").add_(1.0)
+    pixels = make_pixels(chain.image_shape, 2)
+    expected = run(adapted.model, pixels)
+    save_model(adapted, results_for(adapted), tmp_path / "model")
+    fresh, _ = start(upstreams, "timm ResNet")
+    again = peft.PeftModel.from_pretrained(fresh.model, tmp_path / "model").eval()
+    assert torch.allclose(run(again, pixels), expected, rtol=1e-4, atol=2e-5)
