@@ -22,6 +22,9 @@ transformers or timm loads: the model/ folder of a run, or a Hub id."""
 EVALUATE = """Print the scores of a saved model, with its own head, on a labelled data set, each image once: accuracy and more,
 with 95 % intervals. The data set's classes are matched to the model's by name."""
 
+PUBLISH = """Send the model of a finished run to the Hub, in one commit, after fresh processes have loaded it and agreed with
+what was measured. A push that fails loses nothing: repeat the command. The token is the one of `hf auth login`, or HF_TOKEN."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the command. A user's mistake ends with one line on stderr and status 2."""
@@ -60,11 +63,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument(
             "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
         )
+    publish = commands.add_parser("publish", help="send the model of a finished run to the Hub")
+    publish.description = PUBLISH
+    publish.add_argument("run", help="output folder of a recipe")
+    publish.add_argument("--repo_id", required=True, help="OWNER/NAME on the Hub; made where there is none")
+    publish.add_argument("--private", action="store_true", help="a repository that is made is private")
+    publish.add_argument("--revision", help="branch to send to (default: main)")
+    publish.add_argument("--create_pr", action="store_true", help="open a pull request instead of a commit")
+    publish.add_argument("--overwrite", action="store_true", help="also where the card was not written by hf_transfer")
+    publish.add_argument("--dry_run", action="store_true", help="check the model and list what would be sent")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        text = {"inspect": _inspect, "cache": _cache, "predict": _predict, "evaluate": _evaluate}[given.command](given)
-    except ValueError as error:
+        text = _COMMANDS[given.command](given)
+    except (ValueError, RuntimeError) as error:
         parser.exit(2, f"hf-transfer {given.command}: {error}\n")
     sys.stdout.write(text + "\n")
 
@@ -144,6 +156,33 @@ def _evaluate(given: argparse.Namespace) -> str:
     lines.append(f"{'log-loss':18} {scores['nll']:7.4f}")
     return "\n".join(lines)
 
+
+def _publish(given: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from hf_transfer.hub.publish import publish
+
+    logging.getLogger("hf_transfer").setLevel(logging.INFO)
+    found = publish(
+        Path(given.run),
+        given.repo_id,
+        private=given.private,
+        revision=given.revision,
+        create_pr=given.create_pr,
+        overwrite=given.overwrite,
+        dry_run=given.dry_run,
+    )
+    lines = [f"{size:>12,} bytes  {path}" for path, size in found.files.items()]
+    return "\n".join([*lines, "would be sent to " + found.repo_id if found.url is None else f"published: {found.url}"])
+
+
+_COMMANDS = {
+    "inspect": _inspect,
+    "cache": _cache,
+    "predict": _predict,
+    "evaluate": _evaluate,
+    "publish": _publish,
+}
 
 if __name__ == "__main__":
     main()

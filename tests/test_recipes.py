@@ -37,7 +37,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 def test_the_output_folder_is_the_contract(first: tuple[Path, dict[str, Any], str]) -> None:
     folder, results, _ = first
-    assert {p.name for p in folder.iterdir()} == {"config.yaml", "results.json", "model", "report.html"}
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml", "results.json", "model", "report.html", "reference.safetensors"
+    }  # fmt: skip
     assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert results["strategy"] == "linear_probe"
     assert results["plan"][0]["policy"] == "head"

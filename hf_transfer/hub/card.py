@@ -29,7 +29,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any]) -> ModelCard:
         base_model=base,
         base_model_relation="adapter" if is_adapter else None,
         datasets=[data_name] if on_hub else None,
-        tags=["image-classification", "transfer-learning", results["strategy"]],
+        tags=["image-classification", "transfer-learning", "hf_transfer", results["strategy"]],
         eval_results=[
             EvalResult(
                 task_type="image-classification",

@@ -13,10 +13,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_transfer.hub.card import make_card
-from hf_transfer.network.adapters import Adapted, check_saved_apart
+from hf_transfer.network.adapters import TASK, Adapted, check_saved_apart
 from hf_transfer.network.backbone import Backbone
-
-TASK = "task.json"  # of an adapter folder: labels, classifier and preprocessing
 
 
 def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> None:
@@ -90,6 +88,7 @@ def _save_adapter(adapted: Adapted, folder: Path) -> None:
         "library": adapted.library,
         "label_names": list(adapted.label_names),
         "classifier": adapted.classifier,
+        "base_weights": adapted.base_weights,
         "preprocessing": dict(adapted.preprocessing.spec),
     }
     if isinstance(adapted.model, PreTrainedModel):

@@ -12,6 +12,7 @@ from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 from hf_transfer.config import RecipeConfig, TrainConfig, to_settings
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.hub.save import save_model
+from hf_transfer.hub.verify import REFERENCE, write_reference
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.reporting.results import describe_run, write_config, write_run
 from hf_transfer.training.costs import Costs
@@ -54,6 +55,7 @@ class Run:
             }
             with self.costs.part("save"):
                 save_model(backbone, describe_run(**described, cost={}), self.output_dir / "model")
+                write_reference(backbone, data.test or data.validation, self.output_dir / REFERENCE)
             results = describe_run(**described, cost=self.costs.to_dict())
             write_run(self.output_dir, results)
             for split, scores in metrics.items():
