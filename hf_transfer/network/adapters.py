@@ -10,26 +10,32 @@ families. Every method here is the identity before its first step (checked), so 
 stays the right start.
 """
 
+import json
 import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
-from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.freezing import update_hash
 from hf_transfer.network.methods import METHODS, Adapter
 from hf_transfer.network.policies import Policy
 from hf_transfer.network.targets import Targets, find_targets, shorten
 
 log = logging.getLogger(__name__)
 
+ADAPTER_CONFIG = "adapter_config.json"  # peft's
+TASK = "task.json"  # ours, in the same folder: labels, classifier, preprocessing, and a hash of the base's weights
 # Of the largest logit, in float32: adapters at their start against none, merged against apart. What is wrong differs by
 # per cents; fifty layers of random adapters on MobileNetV2 round to 1.3e-4.
 SAME_RELATIVE = 1e-3
@@ -45,6 +51,7 @@ class Adapted(Backbone):
     trained: frozenset[str]  # names of the adapters' parameters
     classifier: str
     num_plain: int  # parameters of the plain model
+    base_weights: str  # hash of the plain model without its classifier
     plain_state: frozenset[str] = field(repr=False)  # names in the plain model's state
     buffers: Mapping[str, torch.Tensor] = field(repr=False)  # the plain model's, as they were
 
@@ -87,6 +94,7 @@ def add_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> tuple[Adapte
     assert chain.classifier is not None
     model = backbone.model
     before = _answer(backbone)
+    base_weights = _hash_base(model, chain.classifier)
     plain_state = frozenset(model.state_dict())
     buffers = {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in plain_state}
     plain = {id(p): p.numel() for p in model.parameters()}
@@ -101,6 +109,7 @@ def add_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> tuple[Adapte
         trained=trained,
         classifier=chain.classifier,
         num_plain=sum(plain.values()),
+        base_weights=base_weights,
         plain_state=plain_state,
         buffers=buffers,
     )
@@ -136,6 +145,39 @@ def merge_adapters(adapted: Adapted) -> Backbone:
         raise RuntimeError(f"merging {adapted.how.method} left another network: {', '.join(sorted(other)[:5])}")
     _check_same(before, _answer(adapted), f"merged {adapted.how.method}", "keep it apart (--no-merge)")
     return Backbone(**{f.name: getattr(adapted, f.name) for f in fields(Backbone)})
+
+
+def is_adapter_folder(checkpoint: str) -> bool:
+    """Whether it is a folder that holds an adapter, and no checkpoint."""
+    folder = Path(checkpoint).expanduser()
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
+
+
+def load_adapted(folder: str | Path, *, checkpoint: str | None = None) -> Backbone:
+    """The plain backbone of an adapter folder that this package saved, with the adapters merged.
+
+    `checkpoint`: a folder or id of its base, where the id that it records cannot be reached. Raises ValueError for a folder
+    of another origin, and for a base whose weights are not those that the adapters were trained on.
+    """
+    from peft import PeftModel
+
+    folder = Path(folder).expanduser()
+    if not is_adapter_folder(str(folder)) or not (folder / TASK).is_file():
+        raise ValueError(f"{folder.name!r} has no {ADAPTER_CONFIG} and {TASK}: it is no adapter folder of this package")
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    task = json.loads((folder / TASK).read_text())
+    base_id, revision = config["base_model_name_or_path"], config.get("revision")
+    recorded = f"{base_id}@{revision}" if revision else base_id
+    base = load(checkpoint or recorded, task["label_names"], base_model=base_id)
+    if _hash_base(base.model, task["classifier"]) != task["base_weights"]:
+        raise ValueError(
+            f"the adapters of {folder.name!r} were trained on other weights than those of {checkpoint or recorded}: name the "
+            "checkpoint that they were trained on"
+        )
+    with _quiet():
+        PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
+    base.model.__dict__.pop("peft_config", None)
+    return replace(base, model=base.model.eval(), new_head=False)
 
 
 def check_saved_apart(adapted: Adapted) -> str:
@@ -210,6 +252,14 @@ def _answer(backbone: Backbone) -> torch.Tensor:
     noise = torch.randn(2, *backbone.preprocessing.image_shape, generator=torch.Generator().manual_seed(0))
     with eval_mode(backbone.model), torch.no_grad():
         return compute_logits(backbone.model, noise.to(next(backbone.model.parameters()).device))
+
+
+def _hash_base(model: nn.Module, classifier: str) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(classifier + "."):
+            update_hash(digest, name, tensor)
+    return digest.hexdigest()
 
 
 def _check_same(before: torch.Tensor, after: torch.Tensor, what: str, remedy: str) -> None:
