@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -28,7 +29,7 @@ from hf_transfer.network.adapters import (
     merge_adapters,
 )
 from hf_transfer.network.backbone import Backbone, load
-from hf_transfer.network.chain import Chain
+from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.methods import METHODS, Adapter, find_kind
 from hf_transfer.network.targets import find_targets
@@ -365,6 +366,31 @@ def test_a_map_that_does_more_than_its_type_says_is_left_alone() -> None:
     assert find_kind(PadsItself(3, 4, 3)) is None
     assert find_kind(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")) is None
     assert find_kind(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))) is None
+
+
+@pytest.fixture(scope="module")
+def direct() -> Chain:
+    """BEiT computes with qkv's weight without calling it: an adapter beside it would never run."""
+    return build_chain(
+        timm.create_model("beit_base_patch16_224", embed_dim=24, depth=2, num_heads=2, img_size=32, num_classes=3),
+        (3, 32, 32),
+    )
+
+
+def test_a_map_that_is_not_called_is_left_alone_and_named(direct: Chain) -> None:
+    targets = find_targets(direct, Adapter(rank=4, targets="attention"))
+    assert set(targets.modules) == {"blocks.0.attn.proj", "blocks.1.attn.proj"}
+    assert targets.describe_left_out() == [
+        "left as they are: blocks.N.attn.qkv (2): the network computes with its weight without calling it"
+    ]
+    with pytest.raises(ValueError, match=r"matches no map of the kind that lora adapts, but blocks\.0\.attn\.qkv"):
+        find_targets(direct, Adapter(rank=4, targets="qkv"))
+
+
+def test_convolutions_that_normalise_their_weight_are_refused() -> None:
+    chain = build_chain(timm.create_model("nf_resnet26", num_classes=3), (3, 64, 64))
+    with pytest.raises(ValueError, match=r"could not be merged\. Fine-tune its last layers"):
+        find_targets(chain, Adapter())
 
 
 def test_an_adapter_without_a_base_id_is_refused(upstreams: dict[str, Path]) -> None:

@@ -64,8 +64,10 @@ def find_targets(chain: Chain, how: Adapter) -> Targets:
         wanted = [name for name in usable.modules if re.search(how.targets, name)]
         if not wanted:
             raise ValueError(_no_match(chain, how, usable.modules, groups))
+    uncalled = usable.uncalled if is_named else []
     if how.layers != "all":
         lowest = len(chain) + 1 - _last_k(how, chain)
+        uncalled = [name for name in uncalled if usable.places[name] >= lowest]
         wanted = [name for name in wanted if usable.places[name] >= lowest]
         if not wanted:
             raise ValueError(
@@ -76,12 +78,14 @@ def find_targets(chain: Chain, how: Adapter) -> Targets:
     fitting = {n: m for n, m in chosen.items() if n not in misfits}
     if not fitting or (misfits and not is_named):
         raise ValueError(_nothing_fits(how, chosen, misfits, any if is_named else all))
-    return Targets(modules=fitting, left_out=misfits)
+    why = "the network computes with its weight without calling it"
+    return Targets(modules=fitting, left_out=misfits | dict.fromkeys(uncalled, why))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Seen:
-    called: frozenset[str]  # modules that were given something of the image
+    called: frozenset[str]
+    fed: frozenset[str]  # those of them that were given something of the image
     mixing: frozenset[str]  # modules inside which activations are multiplied with activations
 
 
@@ -107,12 +111,14 @@ def _observe(chain: Chain) -> _Seen:
     model = chain.model
     stack = [""]
     called: set[str] = set()
+    fed: set[str] = set()
     products = _Products(stack)
 
     def enter(name: str, args: Any, kwargs: Any) -> None:
         stack.append(name)
+        called.add(name)
         if any(isinstance(a, torch.Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
-            called.add(name)
+            fed.add(name)
 
     def leave(*_: Any) -> None:
         stack.pop()
@@ -134,7 +140,7 @@ def _observe(chain: Chain) -> _Seen:
             handle.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return _Seen(called=frozenset(called), mixing=frozenset(products.around))
+    return _Seen(called=frozenset(called), fed=frozenset(fed), mixing=frozenset(products.around))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +148,9 @@ class _Usable:
     modules: Mapping[str, nn.Module]
     places: Mapping[str, int]  # the number of their layer
     groups: Mapping[str, list[str]]  # attention, mlp, all: of the layers between stem and head
+    uncalled: list[
+        str
+    ]  # would be usable, but the network takes their weight and computes with it elsewhere (BEiT's qkv)
 
 
 def _find_usable(chain: Chain, seen: _Seen, kinds: tuple[Kind, ...]) -> _Usable:
@@ -152,13 +161,18 @@ def _find_usable(chain: Chain, seen: _Seen, kinds: tuple[Kind, ...]) -> _Usable:
         name: module
         for name, module in chain.model.named_modules()
         if name in below
-        and name in seen.called
+        and name in seen.fed
         and find_kind(module) in kinds
         and all(uses[id(p)] == 1 for p in module.parameters())  # merged into one user of a weight, it would be in all
     }
     inner = [name for name in modules if below[name] > 0]
+    uncalled = [
+        name
+        for name, module in chain.model.named_modules()
+        if below.get(name, 0) > 0 and name not in seen.called and find_kind(module) in kinds
+    ]
     if kinds == ("LayerNorm",):
-        return _Usable(modules=modules, places=below, groups={"all": inner})
+        return _Usable(modules=modules, places=below, groups={"all": inner}, uncalled=uncalled)
     attention = _find_attention(chain, modules, seen)
     attending = {n for n in inner if any(n.startswith(a + ".") for a in attention)}
     return _Usable(
@@ -169,6 +183,7 @@ def _find_usable(chain: Chain, seen: _Seen, kinds: tuple[Kind, ...]) -> _Usable:
             "mlp": [n for n in inner if n not in attending and _is_pointwise(modules[n])],
             "all": inner,
         },
+        uncalled=uncalled,
     )
 
 
@@ -203,10 +218,13 @@ def _last_k(how: Adapter, chain: Chain) -> int:
 
 def _resolve(how: Adapter, groups: Mapping[str, list[str]]) -> str:
     possible = [name for name, found in groups.items() if found]
+    if not possible and METHODS[how.method].kinds == ("LayerNorm",):
+        others = ", ".join(name for name in METHODS if name != how.method)
+        raise ValueError(f"adapter={how.method!r}: this network has no LayerNorm to adapt; choose one of {others}")
     if not possible:
         raise ValueError(
-            f"adapter={how.method!r}: this network has no {' or '.join(METHODS[how.method].kinds)} to adapt; choose one of "
-            f"{', '.join(name for name, m in METHODS.items() if m.kinds != METHODS[how.method].kinds)}"
+            f"adapter={how.method!r}: this network has no plain Linear or Conv2d in its layers: one that pads or normalises "
+            "its weight by itself could not be merged. Fine-tune its last layers instead"
         )
     if how.targets == "auto":
         return "attention" if groups.get("attention") else "all"
