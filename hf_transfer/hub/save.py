@@ -37,7 +37,10 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
         backbone.preprocessing.processor.save_pretrained(partial)
     else:
         _save_timm(backbone, partial)
-    make_card(backbone, results).save(partial / "README.md")
+    card = partial / "README.md"
+    make_card(backbone, results).save(card)
+    for weights in partial.glob("*.safetensors"):
+        weights.chmod(card.stat().st_mode)  # safetensors writes for its owner alone, whatever the user's umask
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 
