@@ -148,8 +148,8 @@ def _status(error: Exception) -> int | None:
 def _libraries(model: Path) -> list[str]:
     if (model / "adapter_config.json").is_file():
         raise ValueError(
-            f"{model} is an adapter folder: its reload cannot be checked without its base, so it is not sent; train with --merge, or "
-            "push the folder with `hf upload`"
+            f"{model} is an adapter folder: its reload cannot be checked without its base, so it is not sent; train with "
+            "--merge, or push the folder with `hf upload`"
         )
     config = json.loads((model / "config.json").read_text())
     return ["transformers", "timm"] if "architecture" in config else ["transformers"]
