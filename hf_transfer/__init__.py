@@ -36,6 +36,7 @@ _HOME_OF = {
     "head": "network.policies",
     "last": "network.policies",
     "load": "network.backbone",
+    "load_adapted": "network.adapters",
     "load_data": "data.dataset",
     "matching": "network.policies",
     "merge_adapters": "network.adapters",
