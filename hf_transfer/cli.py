@@ -115,11 +115,10 @@ def _cache(given: argparse.Namespace) -> str:
 
 
 def _predict(given: argparse.Namespace) -> str:
-    from hf_transfer.hub.predict import find_images, predict
-    from hf_transfer.network.backbone import load
+    from hf_transfer.hub.predict import find_images, load_saved, predict
 
     images = find_images(given.images)  # a wrong path fails before the model is loaded
-    backbone = load(given.model, trust_remote_code=given.trust_remote_code)
+    backbone = load_saved(given.model, trust_remote_code=given.trust_remote_code)
     found = predict(backbone, images, top_k=given.top_k, batch_size=given.batch_size)
     if given.json:
         rows = [

@@ -16,6 +16,7 @@ from hf_transfer.data.extract import read_pixels, use_fast_layout
 from hf_transfer.data.images import IMAGE_SUFFIXES, read_bytes, read_image
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import EvaluationImages
+from hf_transfer.network.adapters import is_adapter_folder, load_adapted
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
@@ -55,6 +56,13 @@ class _Files:
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
         """Normalised (b, 3, H, W)."""
         return self.preprocessing.normalize(pixels)
+
+
+def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:
+    """A saved classifier with its own head: a plain checkpoint, or an adapter folder merged into its base."""
+    if is_adapter_folder(model):
+        return load_adapted(model)
+    return load(model, trust_remote_code=trust_remote_code)
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
@@ -116,7 +124,7 @@ def evaluate(
     The data set's classes are the model's by name; it may have fewer, in any order. Raises ValueError for a split that is
     not there, and for a class that the model does not know.
     """
-    backbone = load(checkpoint, trust_remote_code=trust_remote_code)
+    backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
     found = load_data(data)
     chosen = {"train": found.train, "validation": found.validation, "test": found.test}.get(split)
     if chosen is None:

@@ -46,6 +46,8 @@ NOT_COMPARED = (
     "save_every",
     "checkpoint",
     "dataset",
+    "base_model",
+    "merge",
 )
 
 
