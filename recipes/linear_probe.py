@@ -7,6 +7,8 @@ Everything before the head is frozen, so each image goes through the network onc
 solved by L-BFGS for a whole path of regularisation strengths at once, for every way the head can read the network
 (`--readouts`), and the one that does best on validation images is refitted on train and validation together. The result
 is a plain timm or transformers checkpoint. With no argument: the embedded checkpoint on scikit-learn's digits.
+
+Measured (seed 0, 2 CPU cores): MobileNetV2 on trashnet 85.0 % in 31 s, on sign-language digits 95.6 %; see README.
 """
 
 from dataclasses import dataclass

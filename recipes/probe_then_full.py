@@ -6,6 +6,9 @@ r"""LP-FT: solve for the head on frozen features, then fine-tune every layer fro
 A head that fits the frozen features keeps the first steps from pulling them apart. Lower layers move less than higher ones
 (`--layer_decay`); what is kept is a moving average of the weights, from the epoch that validates best, or the probe itself
 where no epoch is better.
+
+Measured (seed 0, one CPU thread): sign-language digits, MobileNetV2 100.0 % in 20 minutes (its probe: 95.6 %), DeiT-Tiny
+99.0 % (91.7 %); hymenoptera, too few images to gain from it: the probe was kept; see README.
 """
 
 from dataclasses import dataclass
