@@ -112,106 +112,24 @@ def run_ours(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_trainer(given: argparse.Namespace, *, our_layout: bool) -> dict[str, Any]:
-    """The published image-classification example, with the backbone frozen."""
-    import datasets
-    import numpy as np
+    """The published image-classification example, with the same parameters frozen."""
     import torch
-    from torchvision import transforms
-    from transformers import (
-        AutoImageProcessor,
-        AutoModelForImageClassification,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-    )
+    import trainer_example
 
     torch.set_num_threads(given.threads)
-    started = time.perf_counter()
-    torch.manual_seed(0)
-    data = datasets.load_dataset("imagefolder", data_dir=given.dataset)
-    names = data["train"].features["label"].names
-    processor = AutoImageProcessor.from_pretrained(given.checkpoint)
-    model = AutoModelForImageClassification.from_pretrained(
-        given.checkpoint, num_labels=len(names), ignore_mismatched_sizes=True
-    )
-    trainable = set(json.loads(Path(given.trainable).read_text()))
-    body = model.timm_model
-    for name, parameter in body.named_parameters():
-        parameter.requires_grad = name in trainable
-    if our_layout:
-        model = model.to(memory_format=torch.channels_last)
-        train = body.train
-        frozen = [m for m in body.modules() if not any(p.requires_grad for p in m.parameters())]
-
-        def train_unfrozen(mode: bool = True) -> Any:
-            train(mode)
-            for module in frozen:  # frozen BatchNorm in eval; without gradients autograd keeps no graph of it
-                module.training = False
-            return body
-
-        body.train = train_unfrozen
-    config = processor.data_config
-    size = config["input_size"][1:]
-    augment = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(config["mean"], config["std"]),
-        ]
-    )
-
-    def transform(function: Any) -> Any:
-        return lambda rows: {
-            "pixel_values": [function(image.convert("RGB")) for image in rows["image"]],
-            "labels": rows["label"],
-        }
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        pixels = torch.stack([row["pixel_values"] for row in rows])
-        if our_layout:
-            pixels = pixels.to(memory_format=torch.channels_last)
-        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
-
-    class EpochClock(TrainerCallback):
-        def __init__(self) -> None:
-            self.ends: list[float] = []
-
-        def on_epoch_end(self, *_: Any, **__: Any) -> None:
-            self.ends.append(time.perf_counter())
-
-    clock = EpochClock()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(
-            output_dir=f"{given.scratch}/trainer",
-            num_train_epochs=given.epochs,
-            per_device_train_batch_size=BATCH_SIZE,
-            per_device_eval_batch_size=BATCH_SIZE,
-            learning_rate=1e-2 if given.strategy == "probe" else 1e-4,
-            lr_scheduler_type="cosine",
-            dataloader_num_workers=given.workers,
-            remove_unused_columns=False,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            seed=0,
-        ),
-        train_dataset=data["train"].with_transform(transform(augment)),
-        eval_dataset=data["test"].with_transform(transform(processor.val_transforms)),
-        data_collator=collate,
-        compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, 1) == p.label_ids).mean())},
-        callbacks=[clock],
-    )
-    trainer.train()
-    scores = trainer.evaluate()
-    trainer.save_model(f"{given.scratch}/trainer/model")
-    steady = len(data["train"]) * (given.epochs - 1) / (clock.ends[-1] - clock.ends[0]) if given.epochs > 1 else None
-    return {
-        "seconds": time.perf_counter() - started,
-        "images_per_second": steady,
-        "accuracy": scores["eval_accuracy"],
+    arguments = {
+        "num_train_epochs": given.epochs,
+        "per_device_train_batch_size": BATCH_SIZE,
+        "per_device_eval_batch_size": BATCH_SIZE,
+        "learning_rate": 1e-2 if given.strategy == "probe" else 1e-4,
+        "lr_scheduler_type": "cosine",
+        "dataloader_num_workers": given.workers,
+        "seed": 0,
     }
+    trainable = set(json.loads(Path(given.trainable).read_text()))
+    return trainer_example.train(
+        given.checkpoint, given.dataset, given.scratch, arguments, trainable=trainable, our_layout=our_layout
+    )
 
 
 def run_bare(given: argparse.Namespace) -> dict[str, Any]:

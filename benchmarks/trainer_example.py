@@ -1,0 +1,164 @@
+"""The peer of these benchmarks: transformers' published image-classification example, as a function.
+
+`datasets` image folder, the checkpoint's own processor, random resized crop and flip for training, transformers' Trainer; one
+evaluation at the end. As a script it prints the test accuracy of a whole fine-tune, with the example's own settings or with
+good ones:
+
+    python benchmarks/trainer_example.py --checkpoint FOLDER --dataset IMAGE_FOLDER --settings defaults --seed 0
+
+`defaults`: what TrainingArguments says (AdamW 5e-5, linear, 3 epochs, batch 8). `tuned`: AdamW 1e-4, cosine, 20 epochs, batch
+32, weight decay 0.05.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Collection
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torchvision import transforms
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "tuned": {
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": 20,
+        "per_device_train_batch_size": 32,
+        "weight_decay": 0.05,
+    },
+}
+
+
+class EpochClock(TrainerCallback):
+    """When each epoch ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        """Called by Trainer."""
+        self.ends.append(time.perf_counter())
+
+
+def train(
+    checkpoint: str,
+    dataset: str,
+    scratch: str,
+    arguments: dict[str, Any],
+    *,
+    trainable: Collection[str] | None = None,
+    our_layout: bool = False,
+) -> dict[str, Any]:
+    """Trains and saves under `scratch`: seconds, images a second after the first epoch, test accuracy.
+
+    `trainable`: names in the timm model of what is not frozen; None: everything. `our_layout`: channels-last weights and
+    images, frozen layers in eval mode without gradients.
+    """
+    started = time.perf_counter()
+    data = datasets.load_dataset("imagefolder", data_dir=dataset)
+    names = data["train"].features["label"].names
+    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    torch.manual_seed(arguments.get("seed", 0))  # the new head's weights
+    model = AutoModelForImageClassification.from_pretrained(
+        checkpoint, num_labels=len(names), ignore_mismatched_sizes=True
+    )
+    body = model.timm_model
+    if trainable is not None:
+        for name, parameter in body.named_parameters():
+            parameter.requires_grad = name in trainable
+    if our_layout:
+        model = model.to(memory_format=torch.channels_last)
+        _hold_frozen_in_eval(body)
+    config = processor.data_config
+    augment = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(config["input_size"][1:]),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(config["mean"], config["std"]),
+        ]
+    )
+
+    def transform(function: Any) -> Any:
+        return lambda rows: {
+            "pixel_values": [function(image.convert("RGB")) for image in rows["image"]],
+            "labels": rows["label"],
+        }
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        pixels = torch.stack([row["pixel_values"] for row in rows])
+        if our_layout:
+            pixels = pixels.to(memory_format=torch.channels_last)
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    clock = EpochClock()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=f"{scratch}/trainer",
+            remove_unused_columns=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            **arguments,
+        ),
+        train_dataset=data["train"].with_transform(transform(augment)),
+        eval_dataset=data["test"].with_transform(transform(processor.val_transforms)),
+        data_collator=collate,
+        compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, 1) == p.label_ids).mean())},
+        callbacks=[clock],
+    )
+    trainer.train()
+    scores = trainer.evaluate()
+    trainer.save_model(f"{scratch}/trainer/model")
+    later = len(clock.ends) - 1
+    return {
+        "seconds": time.perf_counter() - started,
+        "images_per_second": len(data["train"]) * later / (clock.ends[-1] - clock.ends[0]) if later else None,
+        "accuracy": scores["eval_accuracy"],
+    }
+
+
+def _hold_frozen_in_eval(body: Any) -> None:
+    """From now on train() leaves the modules in eval that hold nothing trainable, BatchNorm among them."""
+    train = body.train
+    frozen = [m for m in body.modules() if not any(p.requires_grad for p in m.parameters())]
+
+    def train_unfrozen(mode: bool = True) -> Any:
+        train(mode)
+        for module in frozen:
+            module.training = False
+        return body
+
+    body.train = train_unfrozen
+
+
+def main() -> None:
+    """Prints one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="timm checkpoint folder in Hub layout")
+    parser.add_argument("--dataset", required=True, help="image folder with train/ and test/")
+    parser.add_argument("--settings", choices=tuple(SETTINGS), default="defaults")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = train(given.checkpoint, given.dataset, scratch, {**SETTINGS[given.settings], "seed": given.seed})
+    print(json.dumps({"settings": given.settings, "seed": given.seed, **found}))
+
+
+if __name__ == "__main__":
+    main()
