@@ -1,6 +1,7 @@
 """The prefix pass: what is stored is what the network computes, in order, once, and never for another question."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from hf_transfer.config import DataConfig
 from hf_transfer.data.cache import clear_caches, list_caches
 from hf_transfer.data.dataset import load_data
-from hf_transfer.data.extract import Tap, extract, hash_prefix, read_pixels, tap_activation
+from hf_transfer.data.extract import Tap, extract, hash_prefixes, read_pixels, tap_activation
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import EvaluationImages
@@ -93,9 +94,50 @@ def test_the_second_time_no_image_is_computed(network: tuple[Backbone, Chain], t
         for _ in range(2)
     ]
     assert run == [len(train), 0]
-    assert len(list_caches()) == 1
+    assert len(list_caches()) == len(taps(chain))
     assert clear_caches() > 0
     assert list_caches() == []
+
+
+def test_who_needs_some_taps_finds_what_was_made_with_others(network: tuple[Backbone, Chain], train: Split) -> None:
+    backbone, chain = network
+
+    def images(names: dict[str, str]) -> int:
+        chosen = {called: taps(chain)[name] for called, name in names.items()}
+        found = extract(
+            chain, backbone.preprocessing, train, chosen, accelerator=Accelerator(), options=ExtractOptions()
+        )
+        expected = direct(backbone, chain, train)
+        for called, name in names.items():
+            np.testing.assert_allclose(found.stores[called][:], expected[name], rtol=1e-4, atol=1e-5)
+        return found.images
+
+    assert images({"inner": "inner"}) == len(train)
+    assert images({"features": "features", "inner": "inner"}) == len(train)  # for the one that is missing
+    assert images({"by another name": "features"}) == 0
+    assert images({"inner": "inner", "features": "features"}) == 0
+
+
+def test_a_tap_that_runs_later_weights_depends_on_them(network: tuple[Backbone, Chain], train: Split) -> None:
+    backbone, chain = network
+    inner = taps(chain)["inner"]
+    through = replace(inner, through=chain.features)
+    last_norm = dict(chain.model.named_parameters())["layer4.0.bn1.weight"]
+
+    def images(tap: Tap) -> int:
+        return extract(
+            chain, backbone.preprocessing, train, {"it": tap}, accelerator=Accelerator(), options=ExtractOptions()
+        ).images
+
+    assert images(through) == images(inner) == len(train)
+    with torch.no_grad():
+        last_norm += 1
+    try:
+        assert images(inner) == 0
+        assert images(through) == len(train)
+    finally:
+        with torch.no_grad():
+            last_norm -= 1
 
 
 def test_other_weights_images_or_arithmetic_are_another_store(network: tuple[Backbone, Chain], train: Split) -> None:
@@ -121,10 +163,10 @@ def test_other_weights_images_or_arithmetic_are_another_store(network: tuple[Bac
 def test_the_head_is_no_part_of_the_key(network: tuple[Backbone, Chain]) -> None:
     _, chain = network
     assert chain.features is not None
-    before = hash_prefix(chain, [chain.features])
+    before = hash_prefixes(chain, [chain.features])
     with torch.no_grad():
         chain.model.get_submodule("fc").weight += 1.0
-    assert hash_prefix(chain, [chain.features]) == before
+    assert hash_prefixes(chain, [chain.features]) == before
 
 
 def test_pixels_come_in_order_whatever_the_threads(network: tuple[Backbone, Chain], train: Split) -> None:

@@ -135,49 +135,121 @@ def cached(
     ranks: Ranks | None = None,
     bound_bytes: int | None = None,
 ) -> dict[str, Store]:
-    """One store for each of `arrays`: those kept, or new ones.
+    """One store for each of `arrays`, kept together: those found, or new ones.
 
     `fields` say what decides the content. `fill(rows, start)` writes this rank's contiguous rows, which begin at `start`,
     into each array of `rows`. Under several ranks all must call this, and share the disk. Raises ValueError for memory
     storage under several ranks, and whatever `fill` raises; nothing readable is left behind then.
     """
-    ranks = ranks or Ranks()
+    group = _Group(fields=fields, arrays=arrays, title=title)
+    return _find_or_make([group], num_rows, fill, storage, ranks or Ranks(), bound_bytes)
+
+
+def cached_apart(
+    fields: Mapping[str, Mapping[str, Any]],
+    *,
+    arrays: Arrays,
+    num_rows: int,
+    fill: Callable[[Mapping[str, Array], int], None],
+    storage: Storage,
+    titles: Mapping[str, str],
+    ranks: Ranks | None = None,
+    bound_bytes: int | None = None,
+) -> dict[str, Store]:
+    """As `cached`, with a key for each array: whoever needs some of them finds what was made with others.
+
+    `fill` gets the arrays that are missing, and is called once for all of them.
+    """
+    groups = [_Group(fields=fields[n], arrays={n: arrays[n]}, title=titles[n], alias="array") for n in arrays]
+    return _find_or_make(groups, num_rows, fill, storage, ranks or Ranks(), bound_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Arrays that are one folder on disk."""
+
+    fields: Mapping[str, Any]
+    arrays: Arrays
+    title: str
+    alias: str | None = None  # what its one array is called on disk, where its name may differ between readers
+
+    def stored(self) -> Arrays:
+        return {self.alias or name: kind for name, kind in self.arrays.items()}
+
+    def decided_by(self, num_rows: int) -> dict[str, Any]:
+        return {**self.fields, "arrays": {n: [list(s), d] for n, (s, d) in self.stored().items()}, "num_rows": num_rows}
+
+    def named(self, stores: Mapping[str, Any]) -> dict[str, Any]:
+        """What is called by the names on disk, by the names that were asked for."""
+        return {name: stores[self.alias or name] for name in self.arrays}
+
+
+def _find_or_make(
+    groups: Sequence[_Group],
+    num_rows: int,
+    fill: Callable[[Mapping[str, Array], int], None],
+    storage: Storage,
+    ranks: Ranks,
+    bound_bytes: int | None,
+) -> dict[str, Store]:
     if storage.kind == "none":
         raise ValueError("storage 'none' keeps nothing: run the network where its output is needed")
     if storage.kind == "memory":
         if ranks.count > 1:
             raise ValueError("cache='memory' keeps rows in one process; several processes share them on disk: 'disk'")
-        rows = {name: np.empty((num_rows, *shape), dtype) for name, (shape, dtype) in arrays.items()}
+        kinds = {name: kind for group in groups for name, kind in group.arrays.items()}
+        rows = {name: np.empty((num_rows, *shape), dtype) for name, (shape, dtype) in kinds.items()}
         fill(rows, 0)
         return {name: Store([array]) for name, array in rows.items()}
-    decided_by = {**fields, "arrays": {n: [list(s), d] for n, (s, d) in arrays.items()}, "num_rows": num_rows}
-    folder = _root() / key_of(decided_by)
-    # The first rank looks, and all follow it: another job may finish or evict this very store meanwhile.
-    partial = ranks.broadcast(_partial_of(folder) if ranks.rank == 0 and _open(folder) is None else None)
-    if partial is not None:
-        partial.mkdir(parents=True, exist_ok=True)
+    decided_by = [group.decided_by(num_rows) for group in groups]
+    folders = [_root() / key_of(fields) for fields in decided_by]
+    # Held open, so that what is found does not give way to what is missing.
+    found = [_open(folder) for folder in folders] if ranks.rank == 0 else []
+    # The first rank looks, and all follow it: another job may finish or evict these very stores meanwhile.
+    partials: list[Path | None] = ranks.broadcast(
+        [_partial_of(f) if o is None else None for f, o in zip(folders, found, strict=True)]
+        if ranks.rank == 0
+        else None
+    )
+    missing = [(g, p) for g, p in zip(groups, partials, strict=True) if p is not None]
+    if missing:
+        for _, partial in missing:
+            partial.mkdir(parents=True, exist_ok=True)
         if ranks.rank == 0:
             _remove_abandoned()
             bound = default_bound_bytes() if bound_bytes is None else bound_bytes
-            row_bytes = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in arrays.values())
+            row_bytes = sum(
+                int(np.prod(shape)) * np.dtype(dtype).itemsize for g, _ in missing for shape, dtype in g.arrays.values()
+            )
             _make_room(num_rows * row_bytes, bound)
-        _fill_shards(partial, arrays, num_rows, fill, ranks)
+        _fill_shards(missing, num_rows, fill, ranks)
         ranks.barrier()
         if ranks.rank == 0:
-            sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
-            meta = {"title": title, "fields": decided_by, "shards": ranks.count, "sizes": sizes}
-            (partial / META).write_text(json.dumps(meta))
-            try:
-                partial.rename(folder)
-            except OSError:
-                if _open(folder) is None:
-                    raise
-                _delete(partial)  # another job was faster; its content is the same, by the key
+            for group, fields, folder, made in zip(groups, decided_by, folders, partials, strict=True):
+                if made is not None:
+                    _complete(made, folder, {"title": group.title, "fields": fields, "shards": ranks.count})
         ranks.barrier()
-    found = _open(folder)
-    if found is None:
-        raise RuntimeError(f"the store {folder.name} was removed by another job while it was being opened: run again")
-    return found
+    stores: dict[str, Store] = {}
+    for group, folder in zip(groups, folders, strict=True):
+        opened = _open(folder)
+        if opened is None:
+            raise RuntimeError(
+                f"the store {folder.name} was removed by another job while it was being opened: run again"
+            )
+        stores |= group.named(opened)
+    return stores
+
+
+def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """Renames a store that is filled to its place, where readers find it."""
+    sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
+    (partial / META).write_text(json.dumps({**meta, "sizes": sizes}))
+    try:
+        partial.rename(folder)
+    except OSError:
+        if _open(folder) is None:
+            raise
+        _delete(partial)  # another job was faster; its content is the same, by the key
 
 
 def list_caches() -> list[CacheEntry]:
@@ -217,24 +289,31 @@ def clear_caches(keys: Sequence[str] | None = None) -> int:
 
 
 def _fill_shards(
-    partial: Path, arrays: Arrays, num_rows: int, fill: Callable[[Mapping[str, Array], int], None], ranks: Ranks
+    missing: Sequence[tuple[_Group, Path]],
+    num_rows: int,
+    fill: Callable[[Mapping[str, Array], int], None],
+    ranks: Ranks,
 ) -> None:
     start, stop = (num_rows * r // ranks.count for r in (ranks.rank, ranks.rank + 1))
     try:
-        rows = {}
-        for name, (shape, dtype) in arrays.items():
-            file = partial / _shard(name, ranks.rank)
-            rows[name] = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(stop - start, *shape))
-            if hasattr(os, "posix_fallocate"):
-                # A full disk is then an error here; in the middle of a memory map it would kill the process.
-                with file.open("r+b") as opened:
-                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        rows: dict[str, Array] = {}
+        for group, partial in missing:
+            shards = {}
+            for name, (shape, dtype) in group.stored().items():
+                file = partial / _shard(name, ranks.rank)
+                shards[name] = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(stop - start, *shape))
+                if hasattr(os, "posix_fallocate"):
+                    # A full disk is then an error here; in the middle of a memory map it would kill the process.
+                    with file.open("r+b") as opened:
+                        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+            rows |= group.named(shards)
         fill(rows, start)
         for array in rows.values():
             array.flush()
     except BaseException:
         if ranks.count == 1:  # else others may be writing there; it is removed as abandoned, later
-            _delete(partial)
+            for _, partial in missing:
+                _delete(partial)
         raise
 
 

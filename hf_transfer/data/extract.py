@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from hf_transfer.data.cache import Storage, Store, cached
+from hf_transfer.data.cache import Storage, Store, cached_apart
 from hf_transfer.data.options import ExtractOptions, ranks_of
 from hf_transfer.data.pixels import MAX_THREADS, EvaluationImages, Images
 from hf_transfer.data.splits import Split
@@ -44,6 +44,7 @@ class Tap:
     cut: Cut
     pooling: str = "none"
     shape: tuple[int, ...]  # of one image
+    through: Cut | None = None  # a later cut, where `keep` runs weights up to there
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda activation: activation
 
 
@@ -101,19 +102,24 @@ def extract_images(
 ) -> Extracted:
     """Each tap of every one of `images`, in order, float32: read from the cache where it is, else computed once.
 
-    Under several processes each computes its own contiguous rows, and all see all rows. Raises BadImageError, naming
-    the image, where one cannot be decoded.
+    Each tap is a store of its own, and one pass makes all that are missing: a later run finds whichever it needs. Under
+    several processes each computes its own contiguous rows, and all see all rows. Raises BadImageError, naming the image,
+    where one cannot be decoded.
     """
     arrays = {name: (tap.shape, "float32") for name, tap in taps.items()}
     needed = sum(len(images) * int(np.prod(shape)) * 4 for shape, _ in arrays.values())
     storage = options.choose_storage(needed, accelerator)
-    key = {
-        "kind": "activations",
-        "weights": hash_prefix(chain, [tap.cut for tap in taps.values()]),
-        **images.identity,
-        "dtype": options.dtype,
-        "device": accelerator.device.type,
-        "taps": {name: [tap.cut.name, tap.pooling] for name, tap in taps.items()},
+    weights = hash_prefixes(chain, [c for tap in taps.values() for c in (tap.cut, tap.through or tap.cut)])
+    keys = {
+        name: {
+            "kind": "activations",
+            "weights": sorted({weights[tap.cut.name], weights[(tap.through or tap.cut).name]}),
+            **images.identity,
+            "dtype": options.dtype,
+            "device": accelerator.device.type,
+            "tap": [tap.cut.name, tap.pooling],
+        }
+        for name, tap in taps.items()
     }
     computed = 0
     started = time.perf_counter()
@@ -125,15 +131,16 @@ def extract_images(
     def fill(rows: Mapping[str, NDArray[Any]], start: int) -> None:
         nonlocal computed
         computed = len(next(iter(rows.values())))
-        _fill(chain, images, taps, rows, np.arange(start, start + computed), accelerator, options)
+        missing = {name: taps[name] for name in rows}
+        _fill(chain, images, missing, rows, np.arange(start, start + computed), accelerator, options)
 
-    stores = cached(
-        key,
+    stores = cached_apart(
+        keys,
         arrays=arrays,
         num_rows=len(images),
         fill=fill,
         storage=storage,
-        title=f"{type(chain.model).__name__}, {len(images)} images, {', '.join(taps)}",
+        titles={name: f"{type(chain.model).__name__}, {len(images)} images, {name}" for name in taps},
         ranks=ranks_of(accelerator),
         bound_bytes=options.max_disk_bytes,
     )
@@ -144,15 +151,22 @@ def extract_images(
     return Extracted(stores=stores, images=computed, seconds=seconds, storage=storage)
 
 
-def hash_prefix(chain: Chain, cuts: list[Cut]) -> str:
-    """Of every parameter and buffer before the last of `cuts`, by name, shape and bytes: whose activations these are."""
+def hash_prefixes(chain: Chain, cuts: list[Cut]) -> dict[str, str]:
+    """By cut, of every parameter and buffer before it, by name, shape and bytes: whose activations these are."""
     tensors = dict(chain.model.state_dict())
     tensors |= dict(chain.model.named_buffers())  # non-persistent ones decide activations too
-    names = {name for cut in cuts for group in chain.before(cut) for name in group}
-    digest = xxhash.xxh3_128()
-    for name in sorted(names):
-        update_hash(digest, name, tensors[name])
-    return digest.hexdigest()
+    of_tensor: dict[str, bytes] = {}
+    found = {}
+    for cut in cuts:
+        digest = xxhash.xxh3_128()
+        for name in sorted(name for group in chain.before(cut) for name in group):
+            if name not in of_tensor:
+                own = xxhash.xxh3_128()
+                update_hash(own, name, tensors[name])
+                of_tensor[name] = own.digest()
+            digest.update(of_tensor[name])
+        found[cut.name] = digest.hexdigest()
+    return found
 
 
 def read_pixels(

@@ -70,15 +70,7 @@ def extract_readouts(
 ) -> tuple[list[ReadoutFeatures], dict[str, int]]:
     """Features of every split through every readout, and the images that went through the network for each split."""
     readouts = find_readouts(chain, sweep=sweep)
-    for readout in readouts:
-        readout.model.to(accelerator.device)
-    taps = {
-        r.name: Tap(
-            cut=r.cut, pooling=f"{r.pooling} {dict(r.changes)}", shape=(r.num_features,),
-            keep=partial(read_features, r, chain),
-        )
-        for r in readouts
-    }  # fmt: skip
+    taps = tap_readouts(chain, readouts, accelerator)
     stores: dict[str, Mapping[str, Store]] = {}
     computed: dict[str, int] = {}
     for split in (data.train, data.validation, data.test):
@@ -88,6 +80,19 @@ def extract_readouts(
     return [
         ReadoutFeatures(readout=r, stores={split: named[r.name] for split, named in stores.items()}) for r in readouts
     ], computed
+
+
+def tap_readouts(chain: Chain, readouts: Sequence[Readout], accelerator: Accelerator) -> dict[str, Tap]:
+    """What the pass keeps for each readout, by its name."""
+    for readout in readouts:
+        readout.model.to(accelerator.device)
+    return {
+        r.name: Tap(
+            cut=r.cut, pooling=f"{r.pooling} {dict(r.changes)}", shape=(r.num_features,), through=chain.features,
+            keep=partial(read_features, r, chain),
+        )
+        for r in readouts
+    }  # fmt: skip
 
 
 def choose_readout(
