@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_transfer.reporting.report import (
-    NO_TEST_SPLIT,
-    format_bytes,
-    format_number,
-    format_percent,
-    format_seconds,
-    render_report,
-    write_report,
-)
+from hf_transfer.hub.formats import format_bytes, format_number, format_percent, format_seconds
+from hf_transfer.reporting.report import NO_TEST_SPLIT, render_report, write_report
 from hf_transfer.training.metrics import score
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
