@@ -11,7 +11,7 @@ The test split is never made from anything else, nor is anything else made from 
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,6 +20,7 @@ from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, DataConfig
 from hf_transfer.data.embedded import read_digits
 from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, list_folder, read_folder
 from hf_transfer.data.labels import UNLABELLED, LabelledImages, StoredData, listed
+from hf_transfer.data.license import read_license
 from hf_transfer.data.notes import notes_on_classes, notes_on_draws
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 
@@ -44,6 +45,8 @@ class Data:
     """Public name: the Hub id (with its config), or the folder's base name; never a path."""
     revision: str | None
     """Commit on the Hub that was read, where it comes from there."""
+    license: str | None = None
+    """What its own card states; None where there is none."""
     notes: tuple[str, ...]
     """What the log and the report should say about the data, in sentences."""
 
@@ -109,6 +112,7 @@ def load_data(config: DataConfig) -> Data:
         label_names=label_names,
         name=stored.name,
         revision=stored.revision,
+        license=stored.license,
         notes=tuple(notes),
     )
 
@@ -120,7 +124,7 @@ def _stored(config: DataConfig) -> StoredData:
         return read_digits()
     path = Path(config.dataset).expanduser()
     if path.is_dir():
-        return _stored_in_folder(path, config)
+        return replace(_stored_in_folder(path, config), license=read_license(path))
     looks_like_path = config.dataset.startswith((".", "/", "~", "\\")) or (
         config.dataset.split("@")[0].split(":")[0].count("/") > 1
     )

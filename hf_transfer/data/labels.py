@@ -35,6 +35,7 @@ class StoredData:
     name: str
     splits: Mapping[str, Callable[[], LabelledImages]]
     revision: str | None = None
+    license: str | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -7,7 +7,7 @@ cache holds; where that may be another revision than the one asked for, it is re
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from hf_transfer.data.columns import find_columns, read_labels
 from hf_transfer.data.labels import LabelledImages, StoredData
+from hf_transfer.data.license import fetch_license
 from hf_transfer.data.sources import TableSource
 from hf_transfer.data.splits import public_name
 
@@ -81,7 +82,8 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
         ) from error
     commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
     notes = _notes_on_cache(builder, hub_id, revision, commit)
-    return _stored(tables, dataset.split("@")[0], columns, revision=commit, notes=notes)
+    stored = _stored(tables, dataset.split("@")[0], columns, revision=commit, notes=notes)
+    return replace(stored, license=fetch_license(hub_id, commit))
 
 
 def read_table_file(path: Path, columns: Columns) -> StoredData:

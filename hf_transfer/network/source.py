@@ -5,6 +5,8 @@ Only what loading needs is fetched: config, preprocessing, card and safetensors;
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -26,6 +28,8 @@ from hf_transfer.config import EMBEDDED_CHECKPOINT
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 OPTIONAL = ("preprocessor_config.json", "README.md")
+ADAPTER_CONFIG = "adapter_config.json"  # peft's
+HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,7 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         return _from_folder(path.resolve(), base_model)
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", checkpoint) or checkpoint.startswith("."):
+    if not HUB_ID.fullmatch(checkpoint):
         raise ValueError(f"{checkpoint!r} is neither a folder here nor a Hub id (owner/name, owner/name@revision)")
     return _from_hub(checkpoint, base_model, trust_remote_code)
 
@@ -98,7 +102,7 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
             pass
         return None
 
-    try:
+    with _explained(repo, revision):
         config = fetch("config.json")
         weights = next((name for name in WEIGHTS if config and fetch(name)), None)
         if weights is None and unreachable:
@@ -113,6 +117,36 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
             fetch(name)
         if trust_remote_code:
             snapshot_download(repo, revision=revision or None, allow_patterns=["*.py"])
+    card = _card_data(config.parent)
+    return Source(
+        folder=config.parent,
+        id=base_model or repo,
+        revision=config.parent.name,  # snapshots/<commit>
+        license=_license(config.parent, card),
+    )
+
+
+def fetch_adapter(model: str) -> Path | None:
+    """The files of a Hub repository (`owner/name[@revision]`) that holds a PEFT adapter; None where it holds none.
+
+    Raises ValueError as `find_source` does.
+    """
+    if not HUB_ID.fullmatch(model):
+        return None
+    repo, _, revision = model.partition("@")
+    with _explained(repo, revision):
+        try:
+            hf_hub_download(repo, ADAPTER_CONFIG, revision=revision or None)
+        except (EntryNotFoundError, OfflineModeIsEnabled):  # one that is not cached, and no network: among the first
+            return None
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
+
+
+@contextmanager
+def _explained(repo: str, revision: str) -> Iterator[None]:
+    """Inside, what the Hub refuses is a ValueError that says what to do."""
+    try:
+        yield
     except GatedRepoError as error:
         raise ValueError(f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -130,13 +164,6 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
         raise ValueError(f"{repo!r} is not a Hub id: {error}") from error
     except HfHubHTTPError as error:
         raise ValueError(f"the Hub failed while sending {repo} ({error}): try again") from error
-    card = _card_data(config.parent)
-    return Source(
-        folder=config.parent,
-        id=base_model or repo,
-        revision=config.parent.name,  # snapshots/<commit>
-        license=_license(config.parent, card),
-    )
 
 
 def _no_safetensors(name: str, found: list[str]) -> str:
@@ -152,10 +179,15 @@ def _card_data(folder: Path) -> dict[str, Any]:
     if not card.is_file():
         return {}
     found = ModelCard(card.read_text(), ignore_metadata_errors=True).data
-    return {key: found.get(key) for key in ("base_model", "license")}
+    return {key: found.get(key) for key in ("base_model", "license", "license_name")}
 
 
 def _license(folder: Path, card: dict[str, Any]) -> str | None:
     config = json.loads((folder / "config.json").read_text())
-    found = card.get("license") or config.get("license") or config.get("pretrained_cfg", {}).get("license")
+    found = (
+        card.get("license_name")
+        or card.get("license")
+        or config.get("license")
+        or config.get("pretrained_cfg", {}).get("license")
+    )
     return str(found) if found else None
