@@ -8,6 +8,7 @@ Nothing heavy is imported here: `--help` pays for this module only.
 import argparse
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,10 @@ class RecipeConfig(DataConfig):
         "auto", "where the frozen prefix's output is kept; auto: by its size against what is free; none: recomputed"
     )
     cache_gb: float | None = flag(None, "most disk that all caches may take, in GB; default 50 or a fifth of the disk")
+    push_to_hub: str | None = flag(
+        None, "OWNER/NAME[@branch] on the Hub: the model is sent there when all is written; the token is checked first"
+    )
+    private: bool = flag(False, "the repository that push_to_hub makes is private")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,6 +113,10 @@ class RecipeConfig(DataConfig):
             raise ValueError(f"num_threads={self.num_threads}: choose 0 (by cores) or more")
         if self.cache_gb is not None and self.cache_gb <= 0:
             raise ValueError(f"cache_gb={self.cache_gb}: choose more than 0")
+        if self.push_to_hub is not None:
+            split_repo_id(self.push_to_hub)
+        elif self.private:
+            raise ValueError("private=True: nothing is sent without --push_to_hub OWNER/NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +176,14 @@ class TrainConfig(RecipeConfig):
         for name in ("label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} < 1")
+
+
+def split_repo_id(repo_id: str) -> tuple[str, str | None]:
+    """`owner/name` and the branch of `owner/name[@branch]`. Raises ValueError for what is no such thing."""
+    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", repo_id)
+    if found is None or ".." in repo_id or "--" in found[1]:
+        raise ValueError(f"{repo_id!r} is no repository on the Hub: give OWNER/NAME, or OWNER/NAME@branch")
+    return found[1], found[2]
 
 
 def parse(kind: type[T], *, recipe: str, description: str | None, arguments: Sequence[str] | None = None) -> T:

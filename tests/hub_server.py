@@ -5,7 +5,7 @@
 
 It keeps all in memory, speaks plain LFS (no Xet, so HF_HUB_DISABLE_XET=1), and can be told to fail: `hub.faults` maps the
 number of a request to what happens instead of its answer. Endpoints: whoami, create, preupload, LFS batch and PUT, commit,
-resolve, revision, refs, tree, paths-info, branch, validate-yaml.
+resolve, revision, refs, tree, paths-info, branch, validate-yaml (by `card_rules`).
 """
 
 import base64
@@ -20,6 +20,8 @@ from typing import Any, Literal, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from tests.card_rules import find_errors
 
 STORED_APART = re.compile(r"\.(safetensors|bin|png|jpg)$")  # by LFS, as the Hub's .gitattributes have it
 DATE = "2026-01-01T00:00:00.000Z"
@@ -219,7 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _validate_yaml(self, body: bytes, query: str) -> None:
-        self._send(200, {"errors": [], "warnings": []})
+        errors = [{"message": message} for message in find_errors(json.loads(body)["content"])]
+        self._send(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def _create(self, body: bytes, query: str) -> None:
         asked = json.loads(body)

@@ -1,4 +1,4 @@
-"""The push, with the real client against a Hub on loopback: what arrives is what was trained, and no fault loses anything."""
+"""The push, with the real client against a Hub on loopback: what arrives is what was saved, and no fault loses anything."""
 
 import hashlib
 import json
@@ -7,47 +7,80 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+from huggingface_hub import ModelCard, constants
 
+from hf_transfer.cli import main
+from hf_transfer.data.sources import PixelSource
+from hf_transfer.data.splits import Split
+from hf_transfer.hub import publish as module
+from hf_transfer.hub.attempts import PushError
+from hf_transfer.hub.publish import check_push
+from hf_transfer.hub.save import save_model
+from hf_transfer.hub.verify import REFERENCE, VerificationError, find_libraries, verify, write_reference
+from hf_transfer.network.adapters import add_adapters
+from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.network.methods import Adapter
 from tests.hub_server import DROP, HubServer, Repository, Token
-from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
+from tests.test_recipes import TIMEOUT_S
+from tests.test_save import LABELS, results_for, write_upstream
 
 TOKENS = {"hf_alice": Token("alice"), "hf_reader": Token("alice", "read"), "hf_bob": Token("bob")}
-ALICE = {"HF_TOKEN": "hf_alice"}
-# What people downstream have: the plain libraries, and never us.
-PLAIN = """
-import json, sys
-sys.modules["hf_transfer"] = None
-import timm, torch
-from PIL import Image
-from safetensors import safe_open
-from transformers import pipeline
-with safe_open(sys.argv[1], framework="pt") as file:
-    inputs, expected = file.get_tensor("inputs"), file.get_tensor("logits")
-    image = Image.fromarray(file.get_tensor("image_0").numpy())
-    labels = json.loads(file.metadata()["labels"])
-model = timm.create_model("hf-hub:alice/digits", pretrained=True).eval()
-with torch.no_grad():
-    torch.testing.assert_close(model(inputs), expected, rtol=1e-4, atol=1e-4)
-answer = pipeline("image-classification", model="alice/digits")(image)[0]
-assert answer["label"] == labels[int(expected[0].argmax())], answer
-print("the same")
-"""
+CARD = "README.md"
+
+
+def environment(hub: HubServer, folder: Path, token: str | None) -> dict[str, str]:
+    """What a user's processes have: this Hub, caches of their own, a token."""
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
+    return env | ({"HF_TOKEN": token} if token else {})
+
+
+@contextmanager
+def signed_in(hub: HubServer, folder: Path, token: str | None) -> Iterator[None]:
+    """Inside, this process is such a one too: the client reads these once, when it is imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(hub, folder, token).items():
+            patch.setenv(name, value)
+        for name in ("HF_HUB_OFFLINE", *(() if token else ("HF_TOKEN",))):
+            patch.delenv(name, raising=False)
+        patch.setattr(constants, "ENDPOINT", hub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "home" / "hub"))
+        yield
+
+
+def make_run(backbone: Backbone, run: Path) -> Path:
+    """The folder that a recipe would leave of this backbone, without the training."""
+    rng = np.random.default_rng(0)
+    images = PixelSource(rng.integers(0, 256, (3, 40, 52, 3), dtype=np.uint8))
+    names = backbone.label_names
+    split = Split(name="test", source=images, rows=np.arange(3), labels=np.zeros(3, np.int64), label_names=names)
+    results = results_for(backbone)
+    save_model(backbone, results, run / "model")
+    write_reference(backbone, split, run / REFERENCE)
+    (run / "results.json").write_text(json.dumps(results))
+    return run
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    run_recipe("linear_probe", "--readouts", "none", "--output_dir", str(folder))
-    return folder
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(load("embedded"), tmp_path_factory.mktemp("saved") / "run")
 
 
 @pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+def run(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "run"))
 
 
 @pytest.fixture
@@ -56,21 +89,27 @@ def hub() -> Iterator[HubServer]:
         yield server
 
 
-def environment(hub: HubServer, folder: Path, **more: str) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
-    return env | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")} | more
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification is tested for itself; elsewhere it would only take time. Nor is there anything to wait for."""
+    monkeypatch.setattr(module, "verify", lambda *_, **__: ())
+    clock = SimpleNamespace(**vars(time) | {"sleep": lambda _: None})
+    monkeypatch.setattr("hf_transfer.hub.attempts.time", clock)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", clock)
 
 
-def push(hub: HubServer, run: Path, *flags: str, verifies: bool = False, **env: str) -> tuple[int, str]:
-    """Status and all that was printed of `hf-transfer publish`; where it is not what is tested, without the fresh processes."""
-    code = "import sys; from hf_transfer.hub import publish as p; from hf_transfer.cli import main; "
-    code += "" if verifies else "p.verify = lambda *_: []; "
-    code += "main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "publish", str(run), "--repo_id", "alice/digits", *flags]
-    shown = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment(hub, run.parent, **env), timeout=TIMEOUT_S
-    )
-    return shown.returncode, shown.stdout + shown.stderr
+def push(
+    hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str], *flags: str, token: str | None = "hf_alice"
+) -> tuple[int, str]:
+    """Status and all that was printed of `hf-transfer publish`."""
+    status = 0
+    with signed_in(hub, run.parent, token):
+        try:
+            main(["publish", str(run), "--repo_id", "alice/digits", *flags])
+        except SystemExit as end:
+            status = int(end.code or 0)
+    shown = capsys.readouterr()
+    return status, shown.out + shown.err
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -81,152 +120,166 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def is_complete(hub: HubServer, run: Path) -> bool:
-    sent = {name: hashlib.sha256(content).hexdigest() for name, content in hub.files("alice/digits").items()}
-    return contents(run / "model").items() <= sent.items()
+def is_complete(hub: HubServer, model: Path, branch: str = "main") -> bool:
+    """Whether all of it is there, byte for byte; of the card, that it is the one of this repository."""
+    sent = hub.files("alice/digits", branch)
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sent.items() if name != CARD}
+    wanted = {name: digest for name, digest in contents(model).items() if name != CARD}
+    return wanted.items() <= hashes.items() and b'model="alice/digits"' in sent[CARD]
 
 
-def test_what_arrives_is_what_was_trained_for_people_without_us(hub: HubServer, run: Path) -> None:
-    status, shown = push(hub, run, verifies=True, **ALICE)
+@pytest.mark.usefixtures("unverified")
+def test_a_second_push_sends_no_weights_again(hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    assert push(hub, run, capsys)[0] == 0
+    assert is_complete(hub, run / "model")
+    assert contents(run) == before
+    number = len(hub.requests)
+    status, shown = push(hub, run, capsys)
     assert status == 0, shown
-    assert "reloaded by transformers in a fresh process" in shown
-    assert "reloaded by timm in a fresh process" in shown
-    assert is_complete(hub, run)
     assert "hf_alice" not in shown
-    plain = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(run / "reference.safetensors")],
-        capture_output=True, text=True, check=False, env=environment(hub, run.parent), timeout=TIMEOUT_S,
-    )  # fmt: skip
-    assert plain.stdout.strip().endswith("the same"), plain.stderr[-2000:]
-    # It is a checkpoint like any other: train again from it.
-    env = environment(hub, run.parent)
-    run_recipe("linear_probe", "--checkpoint", "alice/digits", "--output_dir", str(run.parent / "again"), env=env)
-    again = json.loads((run.parent / "again" / "results.json").read_text())
-    assert again["checkpoint"]["id"] == "alice/digits"
-    assert again["checkpoint"]["revision"] == hub.repositories["alice/digits"].branches["main"]
+    assert not [r for r in hub.requests[number:] if r.startswith("PUT")]
 
 
-def test_a_second_push_sends_no_weights_again(hub: HubServer, run: Path) -> None:
-    push(hub, run, **ALICE)
-    before = len(hub.requests)
-    status, shown = push(hub, run, **ALICE)
-    assert status == 0, shown
-    assert not [r for r in hub.requests[before:] if r.startswith("PUT")]
-
-
-def test_a_dry_run_sends_nothing(hub: HubServer, run: Path) -> None:
-    status, shown = push(hub, run, "--dry_run")
+@pytest.mark.usefixtures("unverified")
+def test_a_dry_run_sends_nothing(hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, shown = push(hub, run, capsys, "--dry_run", token=None)
     assert status == 0, shown
     assert "model.safetensors" in shown
     assert hub.requests == []
 
 
-def test_a_model_that_is_not_the_measured_one_stays(hub: HubServer, run: Path) -> None:
+def test_a_model_that_is_not_the_measured_one_stays(
+    hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = json.loads((run / "model" / "config.json").read_text())
     config["pretrained_cfg"]["mean"] = [0.0, 0.0, 0.0]
     (run / "model" / "config.json").write_text(json.dumps(config))
-    status, shown = push(hub, run, verifies=True, **ALICE)
+    status, shown = push(hub, run, capsys)
     assert status == 2
     assert "another model than the one that was measured" in shown
     assert hub.requests == []
 
 
+@pytest.mark.usefixtures("unverified")
 @pytest.mark.parametrize(
-    ("env", "words"),
+    ("token", "words"),
     [
-        ({}, "hf auth login"),
-        ({"HF_TOKEN": "hf_wrong"}, "hf auth login"),
-        ({"HF_TOKEN": "hf_reader"}, "take one with write access"),
-        ({"HF_TOKEN": "hf_bob"}, "a --repo_id of your own"),
+        (None, "hf auth login"),
+        ("hf_wrong", "hf auth login"),
+        ("hf_reader", "take one with write access"),
+        ("hf_bob", "a repository of your own"),
     ],
 )
-def test_who_may_not_write_is_told_why(hub: HubServer, run: Path, env: dict[str, str], words: str) -> None:
+def test_who_may_not_write_is_told_why_before_training_and_after(
+    hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str], token: str | None, words: str
+) -> None:
     before = contents(run)
-    status, shown = push(hub, run, **env)
+    status, shown = push(hub, run, capsys, token=token)
     assert status == 2
     assert words in shown
-    assert "Traceback" not in shown
+    assert f"Repeat: hf-transfer publish {run} --repo_id alice/digits" in shown
     assert contents(run) == before
+    with signed_in(hub, run.parent, token), pytest.raises(PushError, match=words) as refusal:
+        check_push("alice/digits")
+    assert "Nothing was trained" in str(refusal.value)
     assert not hub.repositories
 
 
-def test_another_ones_card_is_not_replaced_unasked(hub: HubServer, run: Path) -> None:
+def test_who_may_write_may_train(hub: HubServer, tmp_path: Path) -> None:
+    with signed_in(hub, tmp_path, "hf_alice"):
+        check_push("alice/digits@v2")
+    assert not hub.repositories  # asking makes none
+
+
+@pytest.mark.usefixtures("unverified")
+def test_another_ones_card_is_not_replaced_unasked(
+    hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     theirs = Repository("alice/digits", is_private=False)
-    theirs.commit({"README.md": (b"---\ntags:\n- mine\n---\nby hand", False)}, "main")
+    theirs.commit({CARD: (b"---\ntags:\n- mine\n---\nby hand", False)}, "main")
     hub.repositories["alice/digits"] = theirs
-    status, shown = push(hub, run, **ALICE)
+
+    def fail_once(number: int) -> None:  # a card that was not read is not one that is not there
+        if "resolve" in hub.requests[number] and not hub.faults:
+            hub.faults = {number: 500}
+
+    hub.before_answer = fail_once
+    status, shown = push(hub, run, capsys)
     assert (status, "--overwrite" in shown) == (2, True), shown
-    assert hub.files("alice/digits")["README.md"].endswith(b"by hand")
-    status, shown = push(hub, run, "--overwrite", **ALICE)
+    assert hub.faults
+    with signed_in(hub, run.parent, "hf_alice"), pytest.raises(PushError, match="--overwrite"):
+        check_push("alice/digits")
+    assert hub.files("alice/digits")[CARD].endswith(b"by hand")
+    status, shown = push(hub, run, capsys, "--overwrite")
     assert status == 0, shown
-    assert is_complete(hub, run)
+    assert is_complete(hub, run / "model")
 
 
-def test_a_branch_and_a_pull_request(hub: HubServer, run: Path) -> None:
-    push(hub, run, **ALICE)
-    status, shown = push(hub, run, "--revision", "v2", **ALICE)
+@pytest.mark.usefixtures("unverified")
+def test_a_branch_and_a_pull_request(hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    push(hub, run, capsys)
+    status, shown = push(hub, run, capsys, "--revision", "v2")
     assert status == 0, shown
-    assert "model.safetensors" in hub.files("alice/digits", "v2")
-    status, shown = push(hub, run, "--create_pr", **ALICE)
+    assert b'model="alice/digits", revision="v2"' in hub.files("alice/digits", "v2")[CARD]
+    status, shown = push(hub, run, capsys, "--create_pr")
     assert status == 0, shown
     assert "discussions" in shown
 
 
-# One process for all pushes: importing takes longer than a push.
-FAULTS = """
-import hashlib, os, sys
-from pathlib import Path
-from tests.hub_server import HubServer, Token
-run, fault = Path(sys.argv[1]), int(sys.argv[2])
-with HubServer({"hf_alice": Token("alice")}) as hub:
-    os.environ["HF_ENDPOINT"] = hub.url
-    from hf_transfer.hub import publish as module
-    module.verify = lambda *_: []  # tested for itself; here it would only take time
-    model = {p.name: p.read_bytes() for p in (run / "model").iterdir()}
-
-    def push():
-        module.publish(run, "alice/digits", first_wait_s=0.001)
-
-    push()
-    number_of_requests = len(hub.requests)
-    assert number_of_requests >= 5, hub.requests
-    gave_up = 0
-    for number in range(number_of_requests):
-        for kept in (hub.repositories, hub.blobs, hub.requests):
-            kept.clear()
-        hub.faults = {number: fault}
-        try:
-            push()
-        except module.PushError as error:
-            assert "repeat" in str(error).lower(), error
-            gave_up += 1
-            push()
-        assert {p.name: p.read_bytes() for p in (run / "model").iterdir()} == model
-        assert model.items() <= hub.files("alice/digits").items(), f"request {number}"
-    print(number_of_requests, gave_up)
-"""
+@pytest.mark.usefixtures("unverified")
+def test_private_is_private_or_refused(hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert push(hub, run, capsys, "--private")[0] == 0
+    assert hub.repositories["alice/digits"].is_private
+    hub.repositories["alice/digits"].is_private = False
+    status, shown = push(hub, run, capsys, "--private")
+    assert (status, "make it private in its settings" in shown) == (2, True), shown
 
 
+@pytest.mark.usefixtures("unverified")
+def test_a_card_that_the_hub_refuses_is_said(hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = run / "model" / CARD
+    card.write_text(card.read_text().replace("license: apache-2.0", "license: Apache, the second"))
+    status, shown = push(hub, run, capsys)
+    assert (status, '"license" must be one of' in shown) == (2, True), shown
+
+
+@pytest.mark.usefixtures("unverified")
 @pytest.mark.parametrize(("fault", "may_give_up"), [(500, False), (429, False), (DROP, False), (401, True)])
 def test_a_fault_at_any_request_loses_nothing_and_repeating_completes(
     hub: HubServer, run: Path, fault: int, may_give_up: bool
 ) -> None:
     """The fault comes once, at each request of a push in turn; what passes is waited for; who gave up repeats the command."""
-    env = environment(hub, run.parent, **ALICE)
-    shown = subprocess.run(
-        [sys.executable, "-c", FAULTS, str(run), str(fault)],
-        capture_output=True, text=True, check=False, env=env, cwd=ROOT, timeout=TIMEOUT_S,
-    )  # fmt: skip
-    assert shown.returncode == 0, shown.stderr[-2000:]
-    _, gave_up = map(int, shown.stdout.split())
-    assert bool(gave_up) == may_give_up
-
-
-def test_a_push_that_is_killed_is_completed_by_repeating_it(hub: HubServer, run: Path) -> None:
     before = contents(run)
+    gave_up = []
+    with signed_in(hub, run.parent, "hf_alice"):
+        module.publish(run, "alice/digits")
+        number_of_requests = len(hub.requests)
+        assert number_of_requests >= 8, hub.requests
+        for number in range(number_of_requests):
+            for kept in (hub.repositories, hub.blobs, hub.requests):
+                kept.clear()
+            hub.faults = {number: fault}
+            try:
+                module.publish(run, "alice/digits")
+            except PushError as error:
+                gave_up.append(str(error))
+                module.publish(run, "alice/digits")
+            assert contents(run) == before
+            assert is_complete(hub, run / "model"), f"request {number}"
+    assert bool(gave_up) == may_give_up
+    assert all("Repeat: hf-transfer publish" in message for message in gave_up)
+
+
+def test_a_push_that_is_killed_is_completed_by_repeating_it(
+    hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str], unverified: None
+) -> None:
+    before = contents(run)
+    code = "import sys; from hf_transfer.hub import publish as p; p.verify = lambda *_, **__: ()\n"
+    code += "from hf_transfer.cli import main; main(sys.argv[1:])"
     process = subprocess.Popen(
-        [sys.executable, "-m", "hf_transfer.cli", "publish", str(run), "--repo_id", "alice/digits"],
-        env=environment(hub, run.parent, **ALICE), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", code, "publish", str(run), "--repo_id", "alice/digits"],
+        env=environment(hub, run.parent, "hf_alice"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
     def kill_at_upload(number: int) -> None:
@@ -238,6 +291,110 @@ def test_a_push_that_is_killed_is_completed_by_repeating_it(hub: HubServer, run:
     hub.before_answer = lambda number: None
     assert contents(run) == before
     assert "model.safetensors" not in hub.files("alice/digits")
-    status, shown = push(hub, run, **ALICE)
+    status, shown = push(hub, run, capsys)
     assert status == 0, shown
-    assert is_complete(hub, run)
+    assert is_complete(hub, run / "model")
+
+
+def upload(hub: HubServer, name: str, folder: Path) -> None:
+    """Puts a folder on the Hub, as its owner had once."""
+    repository = Repository(name, is_private=False)
+    repository.commit({p.name: (p.read_bytes(), p.suffix == ".safetensors") for p in folder.iterdir()}, "main")
+    hub.repositories[name] = repository
+
+
+def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_upstream("ViT", tmp_path / "upstream")
+    backbone = load(str(tmp_path / "upstream"), LABELS, base_model="bob/upstream")
+    adapted, _ = add_adapters(backbone, backbone.chain(), Adapter(rank=4))
+    run = make_run(adapted, tmp_path / "run")
+    before = contents(run)
+    for flags, remedy in ((("--adapter",), "--merge"), ((), "--base")):
+        status, shown = push(hub, run, capsys, *flags)
+        assert (status, "bob/upstream, cannot be had" in shown, remedy in shown) == (2, True, True), shown
+    upload(hub, "bob/upstream", tmp_path / "upstream")
+    status, shown = push(hub, run, capsys, "--adapter")
+    assert status == 0, shown
+    assert "reloaded by peft in a fresh process" in shown
+    sent = hub.files("alice/digits")
+    assert sent["adapter_model.safetensors"] == (run / "model" / "adapter_model.safetensors").read_bytes()
+    assert "peft: logits differ by at most" in sent[CARD].decode()
+    assert contents(run) == before
+    # The same repository, now with the plain checkpoint: nothing of the adapter may stay beside it.
+    status, shown = push(hub, run, capsys, "--base", str(tmp_path / "upstream"))
+    assert status == 0, shown
+    assert "reloaded by transformers in a fresh process" in shown
+    sent = hub.files("alice/digits")
+    assert "model.safetensors" in sent
+    assert not {"adapter_config.json", "adapter_model.safetensors", "task.json"} & set(sent)
+    assert ModelCard(sent[CARD].decode()).data.base_model == "bob/upstream"
+    # Another base under the same name is not what the adapter was trained on.
+    write_upstream("Swin", tmp_path / "other")
+    upload(hub, "bob/upstream", tmp_path / "other")
+    shutil.rmtree(tmp_path / "home")
+    status, shown = push(hub, run, capsys)
+    assert (status, "cannot be had" in shown or "other weights" in shown) == (2, True), shown
+
+
+def test_flags_that_do_not_go_together_are_refused(hub: HubServer, run: Path) -> None:
+    with pytest.raises(ValueError, match="plain checkpoint, not an adapter"):
+        module.publish(run, "alice/digits", adapter=True)
+    with pytest.raises(ValueError, match="no finished run"):
+        module.publish(run / "model", "alice/digits")
+    for wrong in ("digits", "a/b/c", "alice/", "alice/../x", "https://hub/alice/x"):
+        with pytest.raises(ValueError, match="OWNER/NAME"):
+            module.publish(run, wrong)
+    assert not hub.requests
+
+
+CODE = """
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+{more}
+
+class TinyConfig(PretrainedConfig):
+    model_type = "tiny-of-its-own"
+
+class TinyForImageClassification(PreTrainedModel):
+    config_class = TinyConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(3, config.num_labels)
+        self.post_init()
+    def forward(self, pixel_values):
+        return ImageClassifierOutput(logits=self.head(pixel_values.mean((2, 3))))
+"""
+
+
+def test_a_model_whose_code_travels_is_checked_on_trust_and_says_so(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_upstream("ViT", tmp_path / "upstream")
+    code = tmp_path / "upstream" / "modeling_tiny.py"
+    code.write_text(CODE.format(more=""))
+    (tmp_path / "upstream" / "model.safetensors").unlink()
+    config: dict[str, Any] = {"model_type": "tiny-of-its-own", "id2label": dict(enumerate(LABELS))}
+    names = {"AutoConfig": "TinyConfig", "AutoModelForImageClassification": "TinyForImageClassification"}
+    config["auto_map"] = {key: f"modeling_tiny.{name}" for key, name in names.items()}
+    (tmp_path / "upstream" / "config.json").write_text(json.dumps(config))
+    from safetensors.torch import save_file
+    from torch import ones, randn
+
+    weights = {"head.weight": randn(3, 3), "head.bias": ones(3)}
+    save_file(weights, tmp_path / "upstream" / "model.safetensors", metadata={"format": "pt"})
+    backbone = load(str(tmp_path / "upstream"), trust_remote_code=True)
+    run = make_run(backbone, tmp_path / "run")
+    assert (run / "model" / "modeling_tiny.py").is_file()
+    status, shown = push(hub, run, capsys)
+    assert status == 0, shown
+    sent = hub.files("alice/digits")
+    assert 'model="alice/digits", trust_remote_code=True)' in sent[CARD].decode()
+    assert "modeling_tiny.py" in sent
+    # Code that needs us loads here, and nowhere else.
+    (run / "model" / "modeling_tiny.py").write_text(CODE.format(more="import hf_transfer"))
+    with pytest.raises(VerificationError, match="transformers does not load"):
+        verify(run / "model", run / REFERENCE, find_libraries(run / "model"))

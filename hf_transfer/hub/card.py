@@ -1,128 +1,109 @@
-"""The model card, filled from the run: what it is, how to load it, what it scored and what it was made from."""
+"""The model card, filled from the run: what it is, how to load it, what it scored, what it was made from, where it ends.
 
-from collections.abc import Mapping
-from pathlib import PurePath
+It is written beside the weights with FOLDER for the place it will be loaded from. `address_card` turns it into the card of a
+repository, and says in it what was checked; all else in it stays, also what its owner wrote into it by hand.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import ModelCard
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hf_transfer.hub.card_data import FROM_SCRATCH, OUR_TAG, SCORES, find_license, find_name, find_split, make_card_data
+from hf_transfer.hub.formats import format_bytes, format_number, format_percent, format_seconds
+from hf_transfer.hub.pictures import draw_pictures
+from hf_transfer.hub.verify import Verified, find_libraries, has_own_code
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 
-SCORES = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy", "macro_f1": "Macro F1"}
+MAX_TABLE_CLASSES = 50  # above: those with the lowest recall
+FEW_TO_LEARN = 20  # training images of a class, below which the card warns
+FEW_TO_MEASURE = 10  # images of a class in the scored split, likewise
+POOR_CALIBRATION = 0.05
+
+__all__ = ["OUR_TAG", "address_card", "make_card"]
 
 
-def make_card(backbone: Backbone, results: Mapping[str, Any]) -> ModelCard:
-    """README.md of the saved model: metadata that the Hub reads, then the same in words."""
-    split = "test" if "test" in results["metrics"] else "validation"
+def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> ModelCard:
+    """README.md of the model saved in `folder`, and its pictures, which are written there."""
+    split = find_split(results)
     scores = results["metrics"][split]
-    data_name = results["data"]["name"]
-    base = backbone.source.id
-    name = f"{PurePath(backbone.source.name).name}-{PurePath(data_name).name}"
-    on_hub = results["data"]["revision"] is not None
-    is_adapter = isinstance(backbone, Adapted)
-    data = ModelCardData(
-        model_name=name,
-        library_name="peft" if is_adapter else backbone.library,
-        pipeline_tag="image-classification",
-        license=backbone.source.license,
-        base_model=base,
-        base_model_relation="adapter" if is_adapter else None,
-        datasets=[data_name] if on_hub else None,
-        tags=["image-classification", "transfer-learning", "hf_transfer", results["strategy"]],
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=data_name,
-                dataset_name=data_name,
-                dataset_split=split,
-                metric_type=key,
-                metric_name=title,
-                metric_value=round(scores[key], 4),
-            )
-            for key, title in SCORES.items()
-        ],
+    environment = Environment(
+        loader=PackageLoader("hf_transfer", "hub"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(name, backbone, results, split)}")
+    environment.filters |= {
+        "percent": format_percent,
+        "number": format_number,
+        "seconds": format_seconds,
+        "bytes": format_bytes,
+        "cell": lambda text: re.sub(r"([|\\`*_<])", r"\\\1", " ".join(str(text).split())),
+    }
+    by_recall = sorted(scores["per_class"], key=lambda row: (row["recall"] is None, row["recall"] or 0.0))
+    text = environment.get_template("card.md.jinja").render(
+        name=find_name(backbone, results),
+        libraries=find_libraries(folder),
+        has_own_code=has_own_code(folder),
+        backbone=backbone,
+        is_from_scratch=results["strategy"] in FROM_SCRATCH,
+        adapter=backbone.describe() if isinstance(backbone, Adapted) else results["details"].get("adapter"),
+        results=results,
+        split=split,
+        scores=scores,
+        metrics=[(title, key) for key, (_, title) in SCORES.items()],
+        classes=by_recall[:MAX_TABLE_CLASSES],
+        pictures=draw_pictures(results, split, folder),
+        license=find_license(backbone, results),
+        limits=_limits(results, split),
+        config=yaml.safe_dump(dict(results["config"]), sort_keys=False).strip(),
+    )
+    return ModelCard(f"---\n{make_card_data(backbone, results).to_yaml()}\n---\n\n{text}")
 
 
-def _text(name: str, backbone: Backbone, results: Mapping[str, Any], split: str) -> str:
+def address_card(text: str, repo_id: str, revision: str | None, verified: Sequence[Verified]) -> str:
+    """The card as it is sent: with the repository for the folder, and with what was checked."""
+    at = f"@{revision}" if revision else ""
+    text = re.sub(r"<!-- local -->.*?<!-- /local -->\n*", "", text, flags=re.DOTALL)
+    text = text.replace("local-dir:FOLDER", f"hf-hub:{repo_id}{at}")
+    text = text.replace('"FOLDER"', f'"{repo_id}", revision="{revision}"' if revision else f'"{repo_id}"')
+    found = "\n".join(
+        f"- {each.library}: logits differ by at most {each.logits:.1g} (relative to the largest), normalised pixels by "
+        f"{each.pixels:.1g}; label names agree"
+        for each in verified
+    )
+    # A function: what is found is no pattern.
+    return re.sub(
+        r"<!-- checked -->.*?<!-- /checked -->",
+        lambda _: (
+            "Before it was sent, a fresh process without hf_transfer loaded it and compared it with the trained network on "
+            f"real images of the scored split:\n\n{found}"
+        ),
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def _limits(results: Mapping[str, Any], split: str) -> list[str]:
+    """What a reader should know before trusting it, in sentences."""
     scores = results["metrics"][split]
-    data_name = results["data"]["name"]
-    rows = []
-    for key, title in SCORES.items():
-        low, high = scores[f"{key}_interval"]
-        rows.append(f"| {title} | {100 * scores[key]:.1f} % | {100 * low:.1f} to {100 * high:.1f} |")
-    caution = "" if split == "test" else " There was no test split: what is kept was chosen by these same images."
-    revision = f" (revision `{backbone.source.revision}`)" if backbone.source.revision else ""
-    steps = "; ".join(str(phase["description"]) for phase in results["plan"])
-    sizes = ", ".join(f"{count} {part}" for part, count in results["data"]["num_images"].items())
-    table = "\n".join(rows)
-    return f"""# {name}
-
-`{backbone.source.name}`{revision}, adapted to `{data_name}` ({sizes} images) by **{results["strategy"]}**: {steps}.
-
-{_adapter_usage(backbone) if isinstance(backbone, Adapted) else _usage(backbone)}
-## Results
-
-On the {scores["num_samples"]} images of the {split} split, with 95 % bootstrap intervals.{caution}
-
-| metric | value | 95 % interval |
-| --- | --- | --- |
-{table}
-
-Labels: {", ".join(backbone.label_names)}.
-"""
-
-
-def _usage(backbone: Backbone) -> str:
-    """How to load a plain checkpoint."""
-    timm_lines = (
-        '\nor, in timm, `timm.create_model("local-dir:FOLDER", pretrained=True)`.\n'
-        if backbone.library == "timm"
-        else ""
-    )
-    return f"""```python
-from transformers import pipeline
-
-classify = pipeline("image-classification", model="FOLDER")  # this folder, or its id once it is on the Hub
-classify("image.jpg")
-```
-{timm_lines}"""
-
-
-def _adapter_usage(adapted: Adapted) -> str:
-    """How to load the base with a head of the right size, and the adapter into it."""
-    base, revision, names = adapted.source.id, adapted.source.revision, list(adapted.label_names)
-    if adapted.library == "timm":
-        at = f"@{revision}" if revision else ""
-        return f"""```python
-import timm, torch
-from peft import PeftModel
-from PIL import Image
-
-labels = {names}
-base = timm.create_model("hf-hub:{base}{at}", pretrained=True, num_classes={len(names)})
-model = PeftModel.from_pretrained(base, "FOLDER").eval()  # this folder, or its id once it is on the Hub
-transform = timm.data.create_transform(**timm.data.resolve_data_config(base.pretrained_cfg))
-with torch.no_grad():
-    print(labels[int(model(transform(Image.open("image.jpg").convert("RGB"))[None]).argmax())])
-```
-"""
-    at = f', revision="{revision}"' if revision else ""
-    return f"""```python
-import torch
-from peft import PeftModel
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-labels = {names}
-base = AutoModelForImageClassification.from_pretrained(
-    "{base}"{at}, num_labels={len(names)}, id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True
-)
-model = PeftModel.from_pretrained(base, "FOLDER").eval()  # this folder, or its id once it is on the Hub
-pixels = AutoImageProcessor.from_pretrained("FOLDER")(Image.open("image.jpg").convert("RGB"), return_tensors="pt")
-with torch.no_grad():
-    print(labels[int(model(**pixels).logits.argmax())])
-```
-"""
+    learnt = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < FEW_TO_LEARN}
+    measured = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < FEW_TO_MEASURE}
+    found = ["The figures are of images from the same source as the training images; others may do worse."]
+    if split != "test":
+        found.append("There was no test split: what is kept was chosen by the very images that it is scored on.")
+    for what, few, least in (("to learn from", learnt, FEW_TO_LEARN), ("to score on", measured, FEW_TO_MEASURE)):
+        if few:
+            named = ", ".join(f"{name} ({n})" for name, n in sorted(few.items(), key=lambda item: item[1])[:10])
+            more = f" and {len(few) - 10} more" if len(few) > 10 else ""
+            found.append(f"Fewer than {least} images {what}: {named}{more}.")
+    error = scores["ece"]
+    verdict = "take its scores for an order, not for probabilities" if error > POOR_CALIBRATION else "they fit"
+    found.append(f"Its probabilities are off by {format_percent(error)} % on average (calibration error): {verdict}.")
+    return [*found, *scores["notes"]]

@@ -1,39 +1,85 @@
-"""Run as a script by `verify`: loads a folder with one library and compares it with a reference. Imports nothing of ours.
+"""Run as a script by `verify`: loads a folder with plain libraries and compares each with a reference. Imports nothing of ours.
 
-python fresh_process.py MODEL_FOLDER REFERENCE transformers|timm   # prints one line of JSON
+python fresh_process.py MODEL_FOLDER REFERENCE transformers timm   # or peft; prints a line of JSON for each, in order
 """
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 
-def compute(folder: str, images: list[Any], library: str) -> tuple[Any, Any, list[str]]:
+def compute(folder: Path, images: list[Any], library: str) -> tuple[Any, Any, list[str]]:
     """Normalised pixels, logits and label names by plain `library`."""
-    import torch
-
     if library == "timm":
         import timm
-        from timm.data.config import resolve_data_config
-        from timm.data.transforms_factory import create_transform
 
-        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        transform: Any = create_transform(**resolve_data_config(model=model))
-        inputs = torch.stack([transform(image) for image in images])
-        with torch.no_grad():
-            return inputs, model(inputs), list(model.pretrained_cfg.get("label_names") or [])
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
+        model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        inputs = _timm_inputs(model, images)
+        labels = list(model.pretrained_cfg.get("label_names") or [])
+    elif library == "transformers":
+        from transformers import AutoModelForImageClassification
 
-    model = AutoModelForImageClassification.from_pretrained(folder).eval()
-    inputs = AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")["pixel_values"]
+        has_code = "auto_map" in json.loads((folder / "config.json").read_text())
+        model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=has_code)
+        inputs = _transformers_inputs(folder, images, has_code)
+        labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    else:
+        model, inputs, labels = _load_peft(folder, images)
+    return inputs, _logits(model, inputs), labels
+
+
+def _load_peft(folder: Path, images: list[Any]) -> tuple[Any, Any, list[str]]:
+    """The base by the id and revision that the adapter records, with a head of the right size, and the adapter in it."""
+    from peft import PeftModel
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    task = json.loads((folder / "task.json").read_text())
+    base_id, revision, num_labels = config["base_model_name_or_path"], config.get("revision"), len(task["label_names"])
+    if task["library"] == "timm":
+        import timm
+
+        at = f"@{revision}" if revision else ""
+        base: Any = timm.create_model(f"hf-hub:{base_id}{at}", pretrained=True, num_classes=num_labels)
+        inputs = _timm_inputs(base, images)
+    else:
+        from transformers import AutoModelForImageClassification
+
+        base = AutoModelForImageClassification.from_pretrained(
+            base_id, revision=revision or "main", num_labels=num_labels, ignore_mismatched_sizes=True
+        )
+        inputs = _transformers_inputs(folder, images, False)
+    return PeftModel.from_pretrained(base, str(folder)), inputs, task["label_names"]
+
+
+def _timm_inputs(model: Any, images: list[Any]) -> Any:
+    import torch
+    from timm.data.config import resolve_data_config
+    from timm.data.transforms_factory import create_transform
+
+    transform: Any = create_transform(**resolve_data_config(model=model))
+    return torch.stack([transform(image) for image in images])
+
+
+def _transformers_inputs(folder: Path, images: list[Any], has_code: bool) -> Any:
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=has_code)
+    return processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+def _logits(model: Any, inputs: Any) -> Any:
+    import torch
+
     with torch.no_grad():
-        logits = model(pixel_values=inputs).logits
-    return inputs, logits, [model.config.id2label[i] for i in range(logits.shape[1])]
+        answer = model.eval()(inputs)
+    return getattr(answer, "logits", answer)
 
 
 def main() -> None:
     """Compares, and prints the differences."""
-    folder, reference, library = sys.argv[1:]
+    sys.modules["hf_transfer"] = None  # type: ignore[assignment]  # code that travels must not lean on us
+    folder, reference, *libraries = sys.argv[1:]
     from PIL import Image
     from safetensors import safe_open
 
@@ -42,16 +88,17 @@ def main() -> None:
         names = sorted((n for n in file.keys() if n.startswith("image_")), key=lambda n: int(n[6:]))  # noqa: SIM118
         images = [Image.fromarray(file.get_tensor(name).numpy()) for name in names]
         expected_inputs, expected = file.get_tensor("inputs"), file.get_tensor("logits")
-    inputs, logits, found_labels = compute(folder, images, library)
-    same_shape = inputs.shape == expected_inputs.shape and logits.shape == expected.shape
     scale = expected.abs().max().clamp(min=1.0)
-    result = {
-        "logits": float((logits - expected).abs().max() / scale) if same_shape else 1e9,
-        "pixels": float((inputs - expected_inputs).abs().max()) if same_shape else 1e9,
-        # timm keeps no names in the model where the checkpoint records none.
-        "labels_agree": found_labels == labels or (library == "timm" and not found_labels),
-    }
-    print(json.dumps(result))  # noqa: T201 - its parent reads this
+    for library in libraries:
+        inputs, logits, found_labels = compute(Path(folder), images, library)
+        same_shape = inputs.shape == expected_inputs.shape and logits.shape == expected.shape
+        result = {
+            "logits": float((logits - expected).abs().max() / scale) if same_shape else 1e9,
+            "pixels": float((inputs - expected_inputs).abs().max()) if same_shape else 1e9,
+            # timm keeps no names in the model where the checkpoint records none.
+            "labels_agree": found_labels == labels or (library == "timm" and not found_labels),
+        }
+        print(json.dumps(result), flush=True)  # noqa: T201 - its parent reads this
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
     else:
         _save_timm(backbone, partial)
     card = partial / "README.md"
-    make_card(backbone, results).save(card)
+    make_card(backbone, results, partial).save(card)
     for weights in partial.glob("*.safetensors"):
         weights.chmod(card.stat().st_mode)  # safetensors writes for its owner alone, whatever the user's umask
     shutil.rmtree(folder, ignore_errors=True)

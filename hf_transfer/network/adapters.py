@@ -24,17 +24,18 @@ import torch
 import xxhash
 from torch import nn
 
-from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.config import EMBEDDED_CHECKPOINT
+from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.freezing import update_hash
 from hf_transfer.network.methods import METHODS, Adapter
 from hf_transfer.network.policies import Policy
+from hf_transfer.network.source import ADAPTER_CONFIG, fetch_adapter
 from hf_transfer.network.targets import Targets, find_targets, shorten
 
 log = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"  # peft's
 TASK = "task.json"  # ours, in the same folder: labels, classifier, preprocessing, and a hash of the base's weights
 # Of the largest logit, in float32: adapters at their start against none, merged against apart. What is wrong differs by
 # per cents; fifty layers of random adapters on MobileNetV2 round to 1.3e-4.
@@ -153,31 +154,60 @@ def is_adapter_folder(checkpoint: str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
 
 
-def load_adapted(folder: str | Path, *, checkpoint: str | None = None) -> Backbone:
+def find_adapter(model: str) -> Path | None:
+    """The folder of an adapter: `model` itself, or the files of a Hub id, which are fetched; None for a checkpoint.
+
+    Raises ValueError for what the Hub refuses, with what to do.
+    """
+    folder: Path | None = Path(model).expanduser()
+    if model != EMBEDDED_CHECKPOINT and not Path(model).expanduser().is_dir():
+        folder = fetch_adapter(model)
+    return folder if folder is not None and is_adapter_folder(str(folder)) else None
+
+
+def read_base(folder: Path) -> str:
+    """The base that an adapter folder records: `owner/name`, with `@revision` where one is known."""
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    base_id, revision = config["base_model_name_or_path"], config.get("revision")
+    return f"{base_id}@{revision}" if revision else str(base_id)
+
+
+def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Backbone | None = None) -> Backbone:
     """The plain backbone of an adapter folder that this package saved, with the adapters merged.
 
-    `checkpoint`: a folder or id of its base, where the id that it records cannot be reached. Raises ValueError for a folder
-    of another origin, and for a base whose weights are not those that the adapters were trained on.
+    `checkpoint`: a folder or id of its base, where the id that it records cannot be reached. `base`: that base, loaded
+    already, which stays as it is: for several adapters beside one. Raises ValueError for a folder of another origin, and for a
+    base whose weights are not those that the adapters were trained on.
     """
     from peft import PeftModel
 
     folder = Path(folder).expanduser()
-    if not is_adapter_folder(str(folder)) or not (folder / TASK).is_file():
-        raise ValueError(f"{folder.name!r} has no {ADAPTER_CONFIG} and {TASK}: it is no adapter folder of this package")
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    task = json.loads((folder / TASK).read_text())
-    base_id, revision = config["base_model_name_or_path"], config.get("revision")
-    recorded = f"{base_id}@{revision}" if revision else base_id
-    base = load(checkpoint or recorded, task["label_names"], base_model=base_id)
+    task = read_task(folder)
+    recorded = read_base(folder)
+    base_id, _, revision = recorded.partition("@")
+    if base is not None:
+        base = with_new_head(base, task["label_names"])
+    else:
+        base = load(checkpoint or recorded, task["label_names"], base_model=base_id)
     if _hash_base(base.model, task["classifier"]) != task["base_weights"]:
         raise ValueError(
-            f"the adapters of {folder.name!r} were trained on other weights than those of {checkpoint or recorded}: name the "
-            "checkpoint that they were trained on"
+            f"the adapters of {folder.name!r} were trained on other weights than those of "
+            f"{checkpoint or base.source.name}: name the checkpoint that they were trained on"
         )
     with _quiet():
         PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
     base.model.__dict__.pop("peft_config", None)
-    return replace(base, model=base.model.eval(), new_head=False)
+    # The same weights, so the recorded origin, wherever they were read from.
+    source = replace(base.source, id=base_id, revision=revision or base.source.revision)
+    return replace(base, model=base.model.eval(), source=source, new_head=False)
+
+
+def read_task(folder: Path) -> dict[str, Any]:
+    """What the adapter folder records of its task: label_names, classifier, library, base_weights and preprocessing."""
+    if not is_adapter_folder(str(folder)) or not (folder / TASK).is_file():
+        raise ValueError(f"{folder.name!r} has no {ADAPTER_CONFIG} and {TASK}: it is no adapter folder of this package")
+    task: dict[str, Any] = json.loads((folder / TASK).read_text())
+    return task
 
 
 def check_saved_apart(adapted: Adapted) -> str:

@@ -1,5 +1,6 @@
 """A pretrained checkpoint, ready for a new task: the plain timm or transformers model, its preprocessing and its labels."""
 
+import copy
 import difflib
 import logging
 import tempfile
@@ -110,6 +111,24 @@ def create(architecture: str, labels: Sequence[str], *, image_size_px: int | Non
         folder = Path(parent, architecture)
         timm.models.save_for_hf(model, str(folder), model_config={"label_names": list(labels)}, safe_serialization=True)
         return replace(load(str(folder), labels), new_head=True)
+
+
+def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
+    """A copy with an untrained head for `labels`; the backbone itself stays as it is."""
+    model: Any = copy.deepcopy(backbone.model)
+    if backbone.library == "timm":
+        model.reset_classifier(len(labels))
+    else:
+        name, head = [
+            (name, m)
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels
+        ][-1]
+        model.set_submodule(name, nn.Linear(head.in_features, len(labels), bias=head.bias is not None))
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+        model.num_labels = len(labels)
+    return replace(backbone, model=model.eval(), label_names=tuple(labels), new_head=True)
 
 
 def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:

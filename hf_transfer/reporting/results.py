@@ -45,8 +45,10 @@ def describe_run(
         "data": {
             "name": data.name,
             "revision": data.revision,
+            "license": data.license,
             "fingerprint": {name: split.fingerprint for name, split in splits.items() if split is not None},
             "num_images": {name: len(split) for name, split in splits.items() if split is not None},
+            "train_images_per_class": dict(zip(data.label_names, data.train.counts().tolist(), strict=True)),
             "notes": list(data.notes),
         },
         "checkpoint": {
@@ -58,15 +60,25 @@ def describe_run(
     }
 
 
-def public_settings(config: RecipeConfig, data: Data, backbone: Backbone) -> dict[str, Any]:
-    """The resolved settings with public names where the user gave local paths."""
+def without_paths(config: RecipeConfig) -> dict[str, Any]:
+    """The resolved settings, without the output folder, and with the last part alone of local paths."""
     settings = to_settings(config)
-    if Path(config.checkpoint).expanduser().exists():
-        settings["checkpoint"] = backbone.source.name
-    if Path(config.dataset).expanduser().exists():
-        settings["dataset"] = data.name
+    for name in ("checkpoint", "dataset"):
+        path = Path(settings[name]).expanduser()
+        if path.exists():
+            settings[name] = path.resolve().name
     del settings["output_dir"]
     return settings
+
+
+def public_settings(config: RecipeConfig, data: Data, backbone: Backbone) -> dict[str, Any]:
+    """The resolved settings with public names where the user gave local paths."""
+    named = {}
+    if Path(config.checkpoint).expanduser().exists():
+        named["checkpoint"] = backbone.source.name
+    if Path(config.dataset).expanduser().exists():
+        named["dataset"] = data.name
+    return without_paths(config) | named
 
 
 def write_run(output_dir: Path, results: Mapping[str, Any]) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 
-from hf_transfer.config import RecipeConfig, TrainConfig, to_settings
+from hf_transfer.config import RecipeConfig, TrainConfig
 from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.hub.publish import check_push, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
+from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone, load
-from hf_transfer.reporting.results import describe_run, write_config, write_run
+from hf_transfer.reporting.results import describe_run, without_paths, write_config, write_run
 from hf_transfer.training.costs import Costs
 
 log = logging.getLogger("hf_transfer")
@@ -40,7 +42,10 @@ class Run:
         curves: list[Mapping[str, Any]],
         details: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Writes model/, results.json and report.html from the main process; all processes wait. Returns the results."""
+        """Writes model/, results.json and report.html from the main process, and pushes them if asked; returns the results.
+
+        All processes wait for the files, none for the push. Raises PushError or VerificationError where that did not succeed.
+        """
         results: dict[str, Any] = {}
         if self.accelerator.is_main_process:
             described: dict[str, Any] = {
@@ -53,8 +58,9 @@ class Run:
                 "curves": curves,
                 "details": details,
             }
+            card = describe_run(**described, cost=self.costs.to_dict())  # of all but the saving
             with self.costs.part("save"):
-                save_model(backbone, describe_run(**described, cost={}), self.output_dir / "model")
+                save_model(backbone, card, self.output_dir / "model")
                 write_reference(backbone, data.test or data.validation, self.output_dir / REFERENCE)
             results = describe_run(**described, cost=self.costs.to_dict())
             write_run(self.output_dir, results)
@@ -67,6 +73,12 @@ class Run:
             log.info("wrote %s (model/, results.json, report.html)", self.output_dir)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        repo_id = self.config.push_to_hub
+        if repo_id is not None and self.accelerator.is_main_process:
+            found = publish(
+                self.output_dir, repo_id, adapter=isinstance(backbone, Adapted), private=self.config.private
+            )
+            log.info("published: %s", found.url)
         return results
 
 
@@ -79,9 +91,12 @@ def start_run(config: RecipeConfig) -> Run:
     set_seed(config.seed)
     output_dir = Path(config.output_dir)
     if accelerator.is_main_process:
+        if config.push_to_hub is not None:
+            check_push(config.push_to_hub)  # not after hours of training
         write_config(output_dir, config)
     if accelerator.log_with:
-        plain = {k: v for k, v in to_settings(config).items() if isinstance(v, bool | int | float | str)}
+        # Trackers send it elsewhere.
+        plain = {k: v for k, v in without_paths(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
     return Run(config=config, accelerator=accelerator, costs=Costs(), output_dir=output_dir)
 

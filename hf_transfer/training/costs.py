@@ -39,7 +39,10 @@ class Costs:
         self._images[part] = self._images.get(part, 0) + images
 
     def to_dict(self) -> dict[str, Any]:
-        """`seconds` by part and in total, `images_per_second` by part, `peak_memory_bytes`, `device`. Stops sampling."""
+        """`seconds` by part and in total, `images_per_second` by part, `peak_memory_bytes`, `device`.
+
+        Memory is sampled until the first call.
+        """
         self._stop.set()
         self._sampler.join()
         on_gpu = torch.cuda.is_available()

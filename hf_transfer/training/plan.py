@@ -48,6 +48,8 @@ NOT_COMPARED = (
     "dataset",
     "base_model",
     "merge",
+    "push_to_hub",
+    "private",
 )
 
 

@@ -1,0 +1,73 @@
+"""The card's metadata: what the Hub reads to list, filter and credit a model, in the names that it accepts."""
+
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from hf_transfer.hub.licenses import Derived, derive_license
+from hf_transfer.network.adapters import Adapted
+from hf_transfer.network.backbone import Backbone
+
+OUR_TAG = "hf_transfer"
+FROM_SCRATCH = ("pretrain",)  # strategies without a base model
+# Key of our scores: the Hub's name of the metric, title.
+SCORES = {
+    "accuracy": ("accuracy", "Accuracy"),
+    "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
+    "macro_f1": ("f1", "Macro F1"),
+}
+
+
+def find_split(results: Mapping[str, Any]) -> str:
+    """The split whose scores lead: test where there is one."""
+    return "test" if "test" in results["metrics"] else "validation"
+
+
+def find_name(backbone: Backbone, results: Mapping[str, Any]) -> str:
+    """What the model is called: its base, and its data."""
+    return f"{PurePath(backbone.source.name).name}-{PurePath(results['data']['name']).name}"
+
+
+def find_license(backbone: Backbone, results: Mapping[str, Any]) -> Derived:
+    """What the base and the data let it carry."""
+    has_base = results["strategy"] not in FROM_SCRATCH
+    return derive_license(backbone.source.license, results["data"]["license"], has_base=has_base)
+
+
+def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardData:
+    """The YAML block of the card."""
+    split = find_split(results)
+    scores, data = results["metrics"][split], results["data"]
+    hub_id = data["name"].partition(":")[0]
+    is_on_hub = data["revision"] is not None
+    terms = find_license(backbone, results)
+    is_adapter = isinstance(backbone, Adapted)
+    has_base = backbone.source.id is not None and results["strategy"] not in FROM_SCRATCH
+    return ModelCardData(
+        model_name=find_name(backbone, results),
+        library_name="peft" if is_adapter else backbone.library,
+        pipeline_tag="image-classification",
+        license=terms.id,
+        license_name=terms.name,
+        base_model=backbone.source.id if has_base else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if has_base else None,
+        datasets=[hub_id] if is_on_hub else None,
+        metrics=[name for name, _ in SCORES.values()],
+        tags=["image-classification", "transfer-learning", backbone.library, OUR_TAG, results["strategy"]],
+        eval_results=[
+            EvalResult(
+                task_type="image-classification",
+                task_name="Image classification",
+                dataset_type=hub_id if is_on_hub else data["name"],
+                dataset_name=data["name"],
+                dataset_revision=data["revision"],
+                dataset_split=split,
+                metric_type=name,
+                metric_name=title,
+                metric_value=round(scores[key], 4),
+            )
+            for key, (name, title) in SCORES.items()
+        ],
+    )

@@ -1,0 +1,156 @@
+"""The card: metadata that the Hub takes, licences that nobody invented, tables and pictures that hold what was measured."""
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from transformers import AutoConfig
+
+from hf_transfer.data.license import read_license
+from hf_transfer.hub.card import address_card
+from hf_transfer.hub.card_data import make_card_data
+from hf_transfer.hub.licenses import BINDING, PERMISSIVE, derive_license
+from hf_transfer.hub.save import save_model
+from hf_transfer.hub.verify import Verified
+from hf_transfer.network.backbone import Backbone, load
+from tests.card_rules import LICENSES, find_errors
+from tests.test_save import results_for
+
+LABELS = ("ant", "bee", "Wespe | <groß>")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load("embedded", LABELS, base_model="someone/upstream")
+
+
+@pytest.fixture(scope="module")
+def folder(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card") / "model"
+    save_model(backbone, results_for(backbone), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("base", "data", "expected"),
+    [
+        ("apache-2.0", "mit", "apache-2.0"),
+        ("apache-2.0", "cc-by-nc-4.0", "cc-by-nc-4.0"),
+        ("cc-by-nc-4.0", "cc-by-4.0", "cc-by-nc-4.0"),
+        ("cc-by-sa-4.0", "cc-by-sa-4.0", "cc-by-sa-4.0"),
+        ("CC-BY-SA-4.0 ", None, "cc-by-sa-4.0"),
+        ("apache-2.0", None, "apache-2.0"),
+        ("apache-2.0", "unknown", "apache-2.0"),
+        (None, "mit", None),
+        (None, "cc-by-nc-4.0", None),
+        (None, None, None),
+        ("gpl-3.0", "cc-by-nc-4.0", None),
+        ("apache-2.0", "cc-by-nc-nd-4.0", None),
+    ],
+)
+def test_a_licence_is_what_both_sides_allow(base: str | None, data: str | None, expected: str | None) -> None:
+    assert derive_license(base, data).id == expected
+
+
+def test_what_is_not_known_or_does_not_fit_is_said() -> None:
+    assert "licence of the data set is not known" in " ".join(derive_license("mit", None).notes)
+    assert "licence of the base model is not known" in " ".join(derive_license(None, "mit").notes)
+    assert "conflict" in " ".join(derive_license("gpl-3.0", "cc-by-nc-4.0").notes)
+    assert "no derivatives" in " ".join(derive_license("mit", "cc-by-nd-4.0").notes)
+    assert not any("**" in note for note in derive_license("mit", "mit").notes)
+    # From random weights there is no base that could state anything.
+    scratch = derive_license(None, "cc-by-sa-4.0", has_base=False)
+    assert (scratch.id, len(scratch.notes)) == ("cc-by-sa-4.0", 1)
+    assert derive_license(None, "mit", has_base=False).id is None
+
+
+def test_a_licence_of_its_own_name_is_other_to_the_hub() -> None:
+    found = derive_license("dinov3-license", "mit")
+    assert (found.id, found.name) == ("other", "dinov3-license")
+    assert PERMISSIVE | BINDING <= LICENSES
+
+
+def test_the_licence_of_a_data_set_is_its_cards(tmp_path: Path) -> None:
+    assert read_license(tmp_path) is None
+    (tmp_path / "README.md").write_text("no header")
+    assert read_license(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense:\n- cc-by-4.0\n---\nBees.")
+    assert read_license(tmp_path) == "cc-by-4.0"
+
+
+def test_the_hub_takes_the_metadata(backbone: Backbone, folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert find_errors(card) == []
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag) == ("timm", "image-classification")
+    assert (data.base_model, data.base_model_relation) == ("someone/upstream", "finetune")
+    assert data.license == "apache-2.0"
+    assert {r.metric_type: r.metric_value for r in data.eval_results}["accuracy"] == 0.75
+    results = results_for(backbone)
+    results["data"] |= {"name": "someone/insects:large", "revision": "0" * 40, "license": "dinov3-license"}
+    hub_data = make_card_data(backbone, results)
+    assert hub_data.datasets == ["someone/insects"]
+    assert (hub_data.license, hub_data.license_name) == ("other", "dinov3-license")
+    assert find_errors(f"---\n{hub_data.to_yaml()}\n---") == []
+    assert find_errors("---\nlicense: Apache\nbase_model: my model\n---")  # the rules can refuse
+
+
+def test_a_model_from_random_weights_has_no_base(backbone: Backbone) -> None:
+    data = make_card_data(backbone, results_for(backbone) | {"strategy": "pretrain"})
+    assert data.base_model is None
+    assert data.license is None
+
+
+def test_it_says_what_was_measured_and_where_it_ends(folder: Path) -> None:
+    card = (folder / "README.md").read_text()
+    assert "| Accuracy | 75.0 % | 25.0 to 100.0 |" in card
+    assert "| ant | 75.0 | 100.0 | 86.0 | 4 |" in card
+    assert r"| Wespe \| \<groß> | – | – | – | 0 |" in card
+    assert "Fewer than 20 images to learn from: ant (4), bee (4)" in card
+    assert "Fewer than 10 images to score on: bee (0)" in card
+    assert "off by 12.0 % on average" in card
+    assert "licence of the data set is not known" in card
+    assert "1. a solved head" in card
+    assert "32x32 pixels, bicubic" in card
+
+
+def test_the_pictures_are_small_and_hold_the_numbers(folder: Path) -> None:
+    for name in ("confusion_matrix.svg", "curve_1.svg"):
+        assert f"]({name})" in (folder / "README.md").read_text()
+        assert (folder / name).stat().st_size < 20_000
+        ElementTree.parse(folder / name)
+    texts = [e.text for e in ElementTree.parse(folder / "confusion_matrix.svg").iter() if e.tag.endswith("text")]
+    assert {"3", "1"} <= set(texts)
+    assert any("Wespe | <groß>" in str(text) for text in texts)
+
+
+def test_the_card_of_a_repository_names_it_and_what_was_checked(folder: Path) -> None:
+    card = (folder / "README.md").read_text() + "\nBy hand: FOLDER is a word.\n"
+    verified = Verified(library="timm", logits=3e-7, pixels=0.0, labels_agree=True)
+    sent = address_card(card, "me/name", None, [verified])
+    assert 'pipeline("image-classification", model="me/name")' in sent
+    assert 'timm.create_model("hf-hub:me/name", pretrained=True)' in sent
+    assert "timm: logits differ by at most 3e-07" in sent
+    assert "Not yet" not in sent
+    assert sent.count("FOLDER") == 1  # what its owner wrote stays
+    branch = address_card(card, "me/name", "v2", [verified])
+    assert 'model="me/name", revision="v2")' in branch
+    assert '"hf-hub:me/name@v2"' in branch
+
+
+def test_a_card_is_written_where_names_need_care(backbone: Backbone, tmp_path: Path) -> None:
+    results = results_for(backbone)
+    results["config"] = {"dataset": "a: b"}
+    results["data"]["notes"] = ["2 images were left out."]
+    odd = replace(backbone, source=replace(backbone.source, license=None))
+    save_model(odd, results, tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert ModelCard(card).data.license is None
+    assert "No licence is stated" in card
+    settings = card.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(settings) == {"dataset": "a: b"}
+    assert "- 2 images were left out." in card
+    assert AutoConfig.from_pretrained(tmp_path / "model").num_labels == 3
