@@ -18,12 +18,14 @@ CACHE = """List or remove the stored activations. A cache is never stale: its na
 and the images it was made from. The oldest go first when the bound (--cache_gb of a recipe) is reached."""
 
 PREDICT = """Print the likeliest labels of images: of files, or of all images in folders. The model is any image classifier that
-transformers or timm loads: the model/ folder of a run, or a Hub id."""
+transformers or timm loads, or an adapter: the model/ folder of a run, or a Hub id. With --adapter, once or more, the model is
+the base of those adapters: it is loaded once, and each adapter answers in turn."""
 EVALUATE = """Print the scores of a saved model, with its own head, on a labelled data set, each image once: accuracy and more,
 with 95 % intervals. The data set's classes are matched to the model's by name."""
 
-PUBLISH = """Send the model of a finished run to the Hub, in one commit, after fresh processes have loaded it and agreed with
-what was measured. A push that fails loses nothing: repeat the command. The token is the one of `hf auth login`, or HF_TOKEN."""
+PUBLISH = """Send the model of a finished run to the Hub, in one commit, after a fresh process has loaded it and agreed with
+what was measured. An adapter is merged into its base first, unless --adapter. A push that fails loses nothing: repeat the
+command. The token is the one of `hf auth login`, or HF_TOKEN."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     predict.description = PREDICT
     predict.add_argument("model", help="Hub id[@revision] or folder")
     predict.add_argument("images", nargs="+", help="image files, or folders of them")
+    predict.add_argument(
+        "--adapter",
+        action="append",
+        metavar="ADAPTER",
+        help="folder or Hub id of an adapter of the model; may be repeated",
+    )
     predict.add_argument("--top_k", type=int, default=3, help="labels shown for each image (default: 3)")
     predict.add_argument("--batch_size", type=int, default=32, help="images computed at once (default: 32)")
     evaluate = commands.add_parser("evaluate", help="print the scores of a saved model on a labelled data set")
@@ -67,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish.description = PUBLISH
     publish.add_argument("run", help="output folder of a recipe")
     publish.add_argument("--repo_id", required=True, help="OWNER/NAME on the Hub; made where there is none")
+    form = publish.add_mutually_exclusive_group()
+    form.add_argument("--adapter", action="store_true", help="send an adapter as it is, for peft")
+    form.add_argument("--merge", action="store_true", help="send an adapter merged into its base (the default)")
+    publish.add_argument("--base", help="folder or id of an adapter's base, where the one it records cannot be reached")
     publish.add_argument("--private", action="store_true", help="a repository that is made is private")
     publish.add_argument("--revision", help="branch to send to (default: main)")
     publish.add_argument("--create_pr", action="store_true", help="open a pull request instead of a commit")
@@ -115,26 +127,25 @@ def _cache(given: argparse.Namespace) -> str:
 
 
 def _predict(given: argparse.Namespace) -> str:
-    from hf_transfer.hub.predict import find_images, load_saved, predict
+    from hf_transfer.hub.predict import find_images, load_saved, predict, switch_adapters
 
     images = find_images(given.images)  # a wrong path fails before the model is loaded
-    backbone = load_saved(given.model, trust_remote_code=given.trust_remote_code)
-    found = predict(backbone, images, top_k=given.top_k, batch_size=given.batch_size)
-    if given.json:
-        rows = [
-            {
-                "image": p.image,
-                "labels": [{"label": n, "score": s} for n, s in zip(p.labels, p.probabilities, strict=True)],
-            }
-            for p in found
-        ]
-        return json.dumps(rows, indent=1)
-    width = max(len(p.image) for p in found)
-    return "\n".join(
-        f"{p.image.ljust(width)}  "
-        + ", ".join(f"{n} {100 * s:.1f} %" for n, s in zip(p.labels, p.probabilities, strict=True))
-        for p in found
-    )
+    trust = given.trust_remote_code
+    if given.adapter:
+        backbones = switch_adapters(given.model, given.adapter, trust_remote_code=trust)
+    else:
+        backbones = iter([load_saved(given.model, trust_remote_code=trust)])
+    rows, lines = [], []
+    width = max(len(str(path)) for path in images)
+    for name, backbone in zip(given.adapter or [None], backbones, strict=True):
+        lines += [f"{name}:"] if name else []
+        for p in predict(backbone, images, top_k=given.top_k, batch_size=given.batch_size):
+            scores = list(zip(p.labels, p.probabilities, strict=True))
+            labels = [{"label": label, "score": score} for label, score in scores]
+            rows.append({"image": p.image} | ({"adapter": name} if name else {}) | {"labels": labels})
+            shown = ", ".join(f"{label} {100 * score:.1f} %" for label, score in scores)
+            lines.append(f"{p.image.ljust(width)}  {shown}")
+    return json.dumps(rows, indent=1) if given.json else "\n".join(lines)
 
 
 def _evaluate(given: argparse.Namespace) -> str:
@@ -157,14 +168,14 @@ def _evaluate(given: argparse.Namespace) -> str:
 
 
 def _publish(given: argparse.Namespace) -> str:
-    from pathlib import Path
-
     from hf_transfer.hub.publish import publish
 
     logging.getLogger("hf_transfer").setLevel(logging.INFO)
     found = publish(
-        Path(given.run),
+        given.run,
         given.repo_id,
+        adapter=given.adapter,
+        base=given.base,
         private=given.private,
         revision=given.revision,
         create_pr=given.create_pr,

@@ -1,16 +1,22 @@
 """Predictions of a saved model are those of plain transformers on the same files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from hf_transfer.cli import main
 from hf_transfer.config import DataConfig
 from hf_transfer.data.images import BadImageError
 from hf_transfer.hub.predict import evaluate, find_images, predict
+from hf_transfer.hub.save import save_model
+from hf_transfer.network.adapters import add_adapters, load_adapted
 from hf_transfer.network.backbone import load
-from tests.test_save import write_upstream
+from hf_transfer.network.methods import Adapter
+from tests.test_save import results_for, write_upstream
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +84,45 @@ def test_a_class_that_the_model_does_not_know_is_named(images: Path, tmp_path: P
                 Image.new("RGB", (20, 20), (i * 50, 0, 0)).save(tmp_path / split / label / f"{i}.png")
     with pytest.raises(ValueError, match="does not know cat"):
         evaluate("embedded", DataConfig(dataset=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["timm ViT", "ViT"])
+def test_adapters_are_switched_on_one_base(
+    name: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base is read once and stays as it is, whatever an adapter's method and classes are."""
+    write_upstream(name, tmp_path / "base")
+    kinds = {
+        "lora": ("lora", ("ant", "bee")),
+        "norms": ("ln_tuning", ("a", "b", "c")),
+        "again": ("lora", ("ant", "bee")),
+    }
+    for adapter, (method, labels) in kinds.items():
+        backbone = load(str(tmp_path / "base"), labels, base_model="someone/upstream")
+        adapted, _ = add_adapters(backbone, backbone.chain(), Adapter(method=method))
+        with torch.no_grad():
+            for parameter_name, parameter in adapted.model.named_parameters():
+                if parameter_name in adapted.trained or parameter_name.startswith(adapted.classifier):
+                    parameter += 0.1 * torch.randn(parameter.shape)
+        save_model(adapted, results_for(adapted), tmp_path / adapter)
+    paths = [str(tmp_path / adapter) for adapter in kinds]
+    flags = [word for path in paths for word in ("--adapter", path)]
+    main(["predict", str(tmp_path / "base"), str(images / "test"), *flags, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    files = find_images([images / "test"])
+    for path in paths:
+        alone = predict(load_adapted(path, checkpoint=str(tmp_path / "base")), files, top_k=3)
+        found = [row for row in rows if row["adapter"] == path]
+        assert [row["image"] for row in found] == [p.image for p in alone]
+        for row, expected in zip(found, alone, strict=True):
+            assert [entry["label"] for entry in row["labels"]] == list(expected.labels)
+            np.testing.assert_allclose([entry["score"] for entry in row["labels"]], expected.probabilities, atol=1e-6)
+    main(["predict", str(tmp_path / "base"), str(files[0]), *flags])
+    assert [line for line in capsys.readouterr().out.splitlines() if line.endswith(":")] == [f"{p}:" for p in paths]
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "base"), str(files[0]), "--adapter", str(tmp_path / "base")])
+    assert "is no adapter" in capsys.readouterr().err
+    write_upstream("timm ResNet", tmp_path / "other")
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "other"), str(files[0]), "--adapter", paths[0]])
+    assert "trained on other weights" in capsys.readouterr().err

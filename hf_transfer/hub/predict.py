@@ -1,6 +1,6 @@
 """What a saved model says of images, through its own preprocessing: of files, or of a labelled data set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from hf_transfer.data.extract import read_pixels, use_fast_layout
 from hf_transfer.data.images import IMAGE_SUFFIXES, read_bytes, read_image
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import EvaluationImages
-from hf_transfer.network.adapters import is_adapter_folder, load_adapted
+from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
@@ -59,10 +59,27 @@ class _Files:
 
 
 def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:
-    """A saved classifier with its own head: a plain checkpoint, or an adapter folder merged into its base."""
-    if is_adapter_folder(model):
-        return load_adapted(model)
+    """A saved classifier with its own head, by folder or Hub id: a checkpoint, or an adapter merged into its base."""
+    adapter = find_adapter(model)
+    if adapter is not None:
+        return load_adapted(adapter)
     return load(model, trust_remote_code=trust_remote_code)
+
+
+def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_code: bool = False) -> Iterator[Backbone]:
+    """The classifier of each adapter (folder or Hub id) beside one base, which is read once; labels may differ.
+
+    Raises ValueError for what is no adapter, and for one that was trained on another base.
+    """
+    base: Backbone | None = None
+    for name in adapters:
+        folder = find_adapter(name)
+        if folder is None:
+            raise ValueError(f"adapter={name!r} is no adapter: a folder saved with --no-merge, or a Hub id of one")
+        if base is None:
+            labels = read_task(folder)["label_names"]
+            base = load(checkpoint, labels, trust_remote_code=trust_remote_code)
+        yield load_adapted(folder, base=base)
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
