@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from hf_transfer.config import DataConfig, RecipeConfig, flag, parse, to_settings
+from hf_transfer.config import DataConfig, RecipeConfig, flag, parse, split_repo_id, to_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +49,14 @@ def test_saved_settings_repeat_the_run(tmp_path: Path) -> None:
 
 def test_the_output_folder_is_named_after_the_recipe() -> None:
     assert parsed().output_dir == "runs/try"
+
+
+def test_where_to_push_is_checked_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--push_to_hub", "me/my-model@v2", "--private").private
+    assert split_repo_id("me/my-model@feature/x") == ("me/my-model", "feature/x")
+    for wrong in ("my-model", "me/my/model", "me/", "https://hub.example/me/model"):
+        assert "give OWNER/NAME" in refused(capsys, "--push_to_hub", wrong)
+    assert "--push_to_hub" in refused(capsys, "--private")
 
 
 def test_an_unknown_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,8 @@ from tests.test_save import LABELS, results_for, write_upstream
 
 TOKENS = {"hf_alice": Token("alice"), "hf_reader": Token("alice", "read"), "hf_bob": Token("bob")}
 CARD = "README.md"
+# huggingface_hub itself, when it sends a file.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
 
 
 def environment(hub: HubServer, folder: Path, token: str | None) -> dict[str, str]:
@@ -317,7 +319,6 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
     upload(hub, "bob/upstream", tmp_path / "upstream")
     status, shown = push(hub, run, capsys, "--adapter")
     assert status == 0, shown
-    assert "reloaded by peft in a fresh process" in shown
     sent = hub.files("alice/digits")
     assert sent["adapter_model.safetensors"] == (run / "model" / "adapter_model.safetensors").read_bytes()
     assert "peft: logits differ by at most" in sent[CARD].decode()
@@ -325,8 +326,8 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
     # The same repository, now with the plain checkpoint: nothing of the adapter may stay beside it.
     status, shown = push(hub, run, capsys, "--base", str(tmp_path / "upstream"))
     assert status == 0, shown
-    assert "reloaded by transformers in a fresh process" in shown
     sent = hub.files("alice/digits")
+    assert "transformers: logits differ by at most" in sent[CARD].decode()
     assert "model.safetensors" in sent
     assert not {"adapter_config.json", "adapter_model.safetensors", "task.json"} & set(sent)
     assert ModelCard(sent[CARD].decode()).data.base_model == "bob/upstream"

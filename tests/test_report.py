@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hf_transfer.config import RecipeConfig
 from hf_transfer.hub.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.reporting.report import NO_TEST_SPLIT, render_report, write_report
+from hf_transfer.reporting.results import without_paths
 from hf_transfer.training.metrics import score
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -297,3 +299,13 @@ def test_numbers_read_well() -> None:
         "2 h 07 min",
     ]
     assert [format_bytes(n) for n in (912_000_000, 1_524_000_000)] == ["912 MB", "1.52 GB"]
+
+
+def test_a_tracker_is_told_no_path(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    config = RecipeConfig(
+        checkpoint=str(tmp_path), dataset=str(tmp_path / "images"), output_dir=str(tmp_path / "run"), seed=3
+    )
+    told = without_paths(config)
+    assert (told["checkpoint"], told["dataset"], told["seed"]) == (tmp_path.name, "images", 3)
+    assert str(tmp_path) not in str(told)

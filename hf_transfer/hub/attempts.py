@@ -35,14 +35,18 @@ class Attempts:
                 return call()
             except OfflineModeIsEnabled as error:
                 raise self.refuse(what, "HF_HUB_OFFLINE=1 is set: unset it") from error
-            except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-                status = _status(error)
+            except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+                # huggingface_hub wraps whatever went wrong with a file in a RuntimeError.
+                cause = error.__cause__ if isinstance(error, RuntimeError) else error
+                if not isinstance(cause, (HfHubHTTPError, httpx2.HTTPError, OSError)):
+                    raise
+                status = _status(cause)
                 if status is not None and status not in RETRIED:
-                    raise self.refuse(what, self._remedy(status, error)) from error
+                    raise self.refuse(what, self._remedy(status, cause)) from error
                 if attempt == ATTEMPTS:
-                    reason = f"the Hub answers {status}" if status else f"the connection fails ({type(error).__name__})"
+                    reason = f"the Hub answers {status}" if status else f"the connection fails ({type(cause).__name__})"
                     raise self.refuse(what, f"{reason}, {ATTEMPTS} times") from error
-                log.info("could not %s (%s); again in %.0f s", what, status or type(error).__name__, wait_s)
+                log.info("could not %s (%s); again in %.0f s", what, status or type(cause).__name__, wait_s)
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         raise AssertionError("not reached")
