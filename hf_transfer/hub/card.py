@@ -96,6 +96,8 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
     learnt = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < FEW_TO_LEARN}
     measured = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < FEW_TO_MEASURE}
     found = ["The figures are of images from the same source as the training images; others may do worse."]
+    if scores["accuracy"] == 1.0:
+        found.append("No mistake was made on so few images: the intervals can't say how rare mistakes are.")
     if split != "test":
         found.append("There was no test split: what is kept was chosen by the very images that it is scored on.")
     for what, few, least in (("to learn from", learnt, FEW_TO_LEARN), ("to score on", measured, FEW_TO_MEASURE)):
