@@ -33,8 +33,11 @@ log = logging.getLogger(__name__)
 
 MERGED = "merged"  # beside model/ where that is an adapter: the plain checkpoint that is sent instead
 CARD = "README.md"
-# What we write: where one of these is on the Hub and not in the new model, it would be loaded with it.
-WRITTEN = ("*.json", "*.safetensors", "*.py", "*.svg")
+# Where one of these is on the Hub and not in the new model, it would be loaded with it; all else there is its owner's.
+LOADED = (
+    "*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "adapter_config.json",
+    "task.json",
+)  # fmt: skip
 
 __all__ = ["Published", "PushError", "check_push", "publish"]
 
@@ -162,7 +165,7 @@ def _commit(
 ) -> str:  # fmt: skip
     """Sends the files, with this card; what an older model left there goes in the same commit. Returns its URL."""
     there = attempt("list its files", lambda: api.list_repo_files(repo_id, revision=revision))
-    old = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in WRITTEN)]
+    old = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in LOADED)]
     operations: list[Any] = [CommitOperationDelete(name) for name in old]
     operations += [CommitOperationAdd(name, card.encode() if name == CARD else path) for name, path in files.items()]
     commit = attempt(
