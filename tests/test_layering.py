@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_transfer"
 # A room may import from itself and from the rooms before it.
-ROOMS = ("config", "locations", "network", "data", "training", "hub", "reporting", "cli")
+ROOMS = ("config", "locations", "network", "data", "training", "choosing", "hub", "reporting", "cli")
 HEAVY = (
     "accelerate",
     "datasets",
