@@ -296,7 +296,7 @@ def _fill_shards(
 ) -> None:
     start, stop = (num_rows * r // ranks.count for r in (ranks.rank, ranks.rank + 1))
     try:
-        rows: dict[str, Array] = {}
+        rows: dict[str, Any] = {}
         for group, partial in missing:
             shards = {}
             for name, (shape, dtype) in group.stored().items():
