@@ -140,6 +140,10 @@ class TrainConfig(RecipeConfig):
     )
     ema_decay: float = flag(0.98, "exponential moving average of the weights, which is what is kept; 0: none")
     select_by: Literal["accuracy", "log_loss"] = flag("accuracy", "validation score by which the best epoch is kept")
+    wise_ft: bool = flag(
+        False,
+        "at the end, keep the weights between the start (with the probe as head) and the fine-tuned ones that validate best",
+    )
     patience: int = flag(0, "stop after so many epochs without a better validation score; 0: never")
     crop_scale: float = flag(0.35, "random crops keep at least this share of the image's area; 1: no crop")
     flip: float = flag(0.5, "probability of a horizontal flip; set 0 where left and right mean something")
@@ -176,6 +180,11 @@ class TrainConfig(RecipeConfig):
         for name in ("label_smoothing", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} < 1")
+        if self.wise_ft and not self.freeze_batchnorm:
+            raise ValueError(
+                "wise_ft=True and freeze_batchnorm=False: running statistics that moved belong to the weights at one end, and "
+                "not to those between; leave one of the two out"
+            )
 
 
 def split_repo_id(repo_id: str) -> tuple[str, str | None]:
@@ -199,9 +208,7 @@ def parse(kind: type[T], *, recipe: str, description: str | None, arguments: Seq
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file; flags given here win")
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for name, item in fields.items():
-        _add_flag(parser, name, item, typing.get_type_hints(kind)[name])
+    fields = add_flags(parser, kind)
     given, unknown = parser.parse_known_args(arguments)
     if unknown:
         word = next((u for u in unknown if u.startswith("-")), unknown[0])
@@ -218,6 +225,15 @@ def parse(kind: type[T], *, recipe: str, description: str | None, arguments: Seq
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     return config
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type) -> dict[str, dataclasses.Field[Any]]:
+    """A flag for each field of `kind`, whose value is None where it is not given; the fields by name."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    for name, item in fields.items():
+        _add_flag(parser, name, item, hints[name])
+    return fields
 
 
 def read_yaml(path: str, kind: type) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def train_phase(
             best_merits = resumed["best_merits"]
             _restore(resumed, optimizer, averaged, accelerator)
         elif starts_trained:
-            progress.best, best_merits = _validate(prepared, reads, at)
+            progress.best, best_merits = validate(prepared, reads, at)
             best_weights = {n: t.detach().clone() for n, t in moving.items()}
         steps = Steps(phase, reads, at, prepared, optimizer, averaged, moving, names, frozen_below)
 
@@ -105,7 +105,7 @@ def train_phase(
         while progress.epoch < phase.epochs and not progress.stopped:
             steps.run_epoch(progress, save)
             with averaged.swapped(moving) if averaged else nullcontext():
-                score, merits = _validate(prepared, reads, at)
+                score, merits = validate(prepared, reads, at)
                 if _is_better(score, merits, progress.best, best_merits, config.select_by):
                     progress.best, best_merits = {**score, "epoch": progress.epoch + 1}, merits
                     best_weights = {n: t.detach().clone() for n, t in moving.items()}
@@ -151,8 +151,8 @@ def _restore(
         accelerator.scaler.load_state_dict(resumed["scaler"])
 
 
-def _validate(network: nn.Module, reads: PhaseData, at: Workplace) -> tuple[dict[str, float], torch.Tensor]:
-    """Accuracy and log-loss on the validation split, each image once; and each image's part in what selects (N,)."""
+def validate(network: nn.Module, reads: PhaseData, at: Workplace) -> tuple[dict[str, float], torch.Tensor]:
+    """`accuracy` and `log_loss` on the validation split, each image once; and each image's part in what selects (N,)."""
     labels = at.data.validation.labels
     if reads.activations is not None:
         with eval_mode(at.chain.model), torch.no_grad():

@@ -5,6 +5,7 @@ outcome = run_plan(plan, chain, backbone, data, run)
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import EvaluationImages
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Suffix
 from hf_transfer.network.freezing import Audit, set_trainable
-from hf_transfer.training import readouts
+from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import load_state, remove_state, save_state
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.feeds import augmentation_of, make_phase_data
-from hf_transfer.training.loop import train_phase
+from hf_transfer.training.loop import WholeNetwork, train_phase, validate
 from hf_transfer.training.metrics import score
 from hf_transfer.training.phase import Phase, Plan, ProbePhase
 from hf_transfer.training.steps import Workplace
@@ -103,16 +105,16 @@ def run_plan(
     accelerator.wait_for_everyone()
     done: list[dict[str, Any]] = state["done"] if state else []
     part: dict[str, Any] | None = state["part"] if state else None  # of the phase that was interrupted
+    start: dict[str, torch.Tensor] | None = state.get("start") if state else None  # of gradient steps, for WiSE-FT
     upstream = Audit(chain, None, frozenset().union(*selected))  # what no phase trains
 
     def save(part: dict[str, Any] | None) -> None:
         if accelerator.is_main_process and checkpoints is not None:
-            held = {"identity": identity, "done": done, "part": part, "model": chain.model.state_dict()}
+            held = {"identity": identity, "done": done, "part": part, "model": chain.model.state_dict(), "start": start}
             save_state(checkpoints, held)
 
-    for number in range(len(done), len(plan)):
-        phase = plan[number]
-        at = Workplace(
+    def place(number: int) -> Workplace:
+        return Workplace(
             chain=chain,
             data=data,
             config=config,
@@ -121,15 +123,27 @@ def run_plan(
             epochs_before=sum(int(d["epochs"]) for d in done),
             steps_before=number << 32,  # seeds of two phases never meet
         )
+
+    for number in range(len(done), len(plan)):
+        phase, at = plan[number], place(number)
         if accelerator.is_main_process and len(plan) > 1:
             log.info("phase %d of %d: %s", number + 1, len(plan), phase.policy.name)
         if isinstance(phase, ProbePhase):
             done.append(_run_probe(phase, backbone, at, costs))
         else:
+            if config.wise_ft and start is None:
+                start = _take_start(plan, number, selected, backbone, at, costs)
             done.append(_run_steps(phase, backbone, at, costs, part, starts_trained=bool(done)))
         part = None
         save(None)  # a run that is resumed from here begins the next phase
         accelerator.wait_for_everyone()
+    details: dict[str, Any] = {}
+    curves = _curves(done)
+    if start is not None:
+        with costs.part("wise_ft"):
+            found = _interpolate(start, backbone, place(len(plan)))
+        done[-1] = _describe_interpolated(done[-1], found)
+        details, curves = {"wise_ft": found}, [*curves, *wise.draw_curves(found)]
     set_trainable(chain.model, selected[-1])
     upstream.check()
     with costs.part("evaluate"):
@@ -142,8 +156,9 @@ def run_plan(
     return Outcome(
         plan=[{k: v for k, v in d.items() if k != "history"} for d in done],
         metrics=metrics,
-        curves=_curves(done),
+        curves=curves,
         details={
+            **details,
             "phases": [{"policy": d["policy"], "history": d["history"]} for d in done],
             "augmentation": vars(augmentation_of(config)),
             "audited_tensors": len(upstream),
@@ -151,6 +166,43 @@ def run_plan(
             "resumed": state is not None,
         },
     )
+
+
+def _take_start(
+    plan: Plan, number: int, selected: list[frozenset[str]], backbone: Backbone, at: Workplace, costs: Costs
+) -> dict[str, torch.Tensor]:
+    """The weights that gradient steps start from; where the head is untrained then, with a probe in its place."""
+    model = at.chain.model
+    names = frozenset().union(*(s for p, s in zip(plan, selected, strict=True) if not isinstance(p, ProbePhase)))
+    if any(isinstance(phase, ProbePhase) for phase in plan[:number]):
+        return wise.copy_weights(model, names)
+    head = wise.copy_weights(model, at.chain.classifier_parameters)
+    _run_probe(ProbePhase(select_by=at.config.select_by), backbone, at, costs)
+    start = wise.copy_weights(model, names)
+    wise.set_weights(model, head)
+    return start
+
+
+def _interpolate(start: dict[str, torch.Tensor], backbone: Backbone, at: Workplace) -> dict[str, Any]:
+    chain = at.chain
+    reads = make_phase_data(chain.lowest_cut(set(start)), chain, backbone, at.data, at.config, at.accelerator)
+    network = WholeNetwork(chain.model) if reads.cut is None else chain.suffix(reads.cut)
+    with network if isinstance(network, Suffix) else nullcontext(), at.accelerator.autocast():
+        return wise.interpolate(
+            chain.model, start, lambda: validate(network, reads, at)[0], select_by=at.config.select_by
+        )
+
+
+def _describe_interpolated(phase: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    row = next(row for row in found["curve"] if row["alpha"] == found["alpha"])
+    return {
+        **phase,
+        "score": {"accuracy": row["accuracy"], "log_loss": row["log_loss"]},
+        "description": (
+            f"{phase['description']}; of the weights between its start (with the probe) and these, {found['alpha']:.0%} of the "
+            "way validated best (WiSE-FT)"
+        ),
+    }
 
 
 def _run_steps(
