@@ -34,53 +34,19 @@ class ProbeConfig(RecipeConfig):
 
 def main(config: ProbeConfig) -> dict[str, Any]:
     """Runs the recipe; returns the content of results.json."""
-    from hf_transfer.data.options import ExtractOptions
     from hf_transfer.locations import chain_dir
-    from hf_transfer.network.freezing import Audit
     from hf_transfer.reporting.run import load_inputs, start_run
-    from hf_transfer.training import readouts
-    from hf_transfer.training.evaluate import compute_stored_logits
-    from hf_transfer.training.metrics import score
+    from hf_transfer.training.solve import solve_head
 
     run = start_run(config)
     data, backbone = load_inputs(run)
     with run.costs.part("chain"):
         chain = backbone.chain(cache_dir=chain_dir())
-    audit = Audit(chain, chain.features, chain.classifier_parameters)
-    with run.costs.part("features"):
-        candidates, computed = readouts.extract_readouts(
-            chain, backbone, data, sweep=config.readouts, accelerator=run.accelerator,
-            options=ExtractOptions.from_config(config),
-        )  # fmt: skip
-    run.costs.count_images("features", sum(computed.values()))
-    with run.costs.part("probe"):
-        best, probed = readouts.choose_readout(
-            candidates, data, select_by=config.select_by, class_balance=config.class_balance, folds=config.folds,
-            seed=config.seed, accelerator=run.accelerator,
-        )  # fmt: skip
-        trained = readouts.install_probe(backbone, chain, best)
-    audit.check()  # all but the head is upstream's to the bit
-    with run.costs.part("evaluate"):
-        difference = readouts.verify_probe(
-            trained, best, data.validation, device=run.accelerator.device, dtype=config.dtype
-        )
-        # Validation images by the fits that have not seen them: the final head has.
-        held_out = best.probe.validation_logits
-        metrics = {"validation": score(held_out, data.validation.labels, data.label_names, seed=config.seed)}
-        if data.test is not None:
-            logits, labels = compute_stored_logits(
-                best.compute_logits, best.features.stores["test"], data.test.labels, accelerator=run.accelerator
-            )
-            metrics["test"] = score(logits, labels, data.label_names, seed=config.seed)
-    return run.finish(
-        strategy="linear_probe",
-        plan=readouts.describe_plan(best),
-        data=data,
-        backbone=trained,
-        metrics=metrics,
-        curves=readouts.regularisation_curves(probed),
-        details=readouts.describe_choice(best, probed) | {"whole_network_differs_by": difference},
-    )
+    outcome, trained = solve_head(
+        chain, backbone, data, config=config, accelerator=run.accelerator, costs=run.costs, sweep=config.readouts,
+        folds=config.folds, select_by=config.select_by,
+    )  # fmt: skip
+    return run.finish(strategy="linear_probe", data=data, backbone=trained, **vars(outcome))
 
 
 if __name__ == "__main__":
