@@ -4,12 +4,14 @@ Nothing heavy is imported before a command runs.
 """
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT
+from hf_transfer.config import EMBEDDED_CHECKPOINT, DataConfig, add_flags
 
 INSPECT = """Print the chain of a checkpoint: its layers in order, with parameters, activation shape, bytes an image in the
 cache and share of the FLOPs; then what each strategy would train, where it cuts, and what it would store. With --adapter:
@@ -26,6 +28,11 @@ with 95 % intervals. The data set's classes are matched to the model's by name."
 PUBLISH = """Send the model of a finished run to the Hub, in one commit, after a fresh process has loaded it and agreed with
 what was measured. An adapter is merged into its base first, unless --adapter. A push that fails loses nothing: repeat the
 command. The token is the one of `hf auth login`, or HF_TOKEN."""
+
+ADVISE = """Say which strategy suits a data set and a checkpoint, before training: one pass of the frozen network over the
+images to learn from, which the run that follows finds in the cache. With --measure: short runs of the leading ones too."""
+RANK = """Compare checkpoints on a data set: one pass of each over (a sample of) the images to learn from, then LogME, H-score,
+LEEP, NLEEP, nearest neighbours and a cross-validated probe, by which the table is sorted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -84,6 +91,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish.add_argument("--create_pr", action="store_true", help="open a pull request instead of a commit")
     publish.add_argument("--overwrite", action="store_true", help="also where the card was not written by hf_transfer")
     publish.add_argument("--dry_run", action="store_true", help="check the model and list what would be sent")
+    advise = commands.add_parser("advise", help="say which strategy suits a data set and a checkpoint")
+    advise.description = ADVISE
+    advise.add_argument("--checkpoint", default=EMBEDDED_CHECKPOINT, help="Hub id[@revision], folder, or embedded")
+    advise.add_argument(
+        "--measure", action="store_true", help="short runs of the leading strategies, on validation images"
+    )
+    advise.add_argument(
+        "--budget_s", type=float, metavar="S", help="seconds for --measure; without it, for the whole run"
+    )
+    advise.add_argument("--epochs", type=int, metavar="N", help="of the runs that are considered, as in the recipes")
+    rank = commands.add_parser("rank", help="compare checkpoints on a data set")
+    rank.description = RANK
+    rank.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="Hub ids[@revision] or folders")
+    rank.add_argument("--sample", type=int, metavar="N", help="most images to look at (default: 2000; 0: all)")
+    rank.add_argument("--plot", metavar="FILE.svg", help="write a picture of the table")
+    for command in (advise, rank):
+        add_flags(command, DataConfig)
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        command.add_argument(
+            "--num_threads", type=int, metavar="N", help="threads for images; default: as many as cores"
+        )
+        command.add_argument(
+            "--trust_remote_code", action="store_true", help="run Python code that comes with a checkpoint"
+        )
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -186,7 +217,45 @@ def _publish(given: argparse.Namespace) -> str:
     return "\n".join([*lines, "would be sent to " + found.repo_id if found.url is None else f"published: {found.url}"])
 
 
+def _advise(given: argparse.Namespace) -> str:
+    from hf_transfer.choosing.advise import advise
+    from hf_transfer.choosing.table import format_advice
+    from hf_transfer.config import TrainConfig
+
+    if given.budget_s is not None and given.budget_s <= 0:
+        raise ValueError(f"budget_s={given.budget_s}: choose more than 0 seconds")
+    config = TrainConfig(**_settings(given, "checkpoint", "epochs"), tracker="none")
+    advice = advise(config, measure=given.measure, budget_s=given.budget_s)
+    return json.dumps(advice.to_dict(), indent=1) if given.json else format_advice(advice)
+
+
+def _rank(given: argparse.Namespace) -> str:
+    from pathlib import Path
+
+    from hf_transfer.choosing.plot import draw_ranking
+    from hf_transfer.choosing.rank import SAMPLE, rank
+    from hf_transfer.choosing.table import format_ranking
+    from hf_transfer.config import TrainConfig
+
+    ranking = rank(
+        given.checkpoints, TrainConfig(**_settings(given)), sample=SAMPLE if given.sample is None else given.sample
+    )
+    if not ranking.rows:
+        raise ValueError("; ".join(f"{name}: {why}" for name, why in ranking.failures.items()))
+    if given.plot is not None:
+        Path(given.plot).write_text(draw_ranking(ranking), encoding="utf-8")
+    return json.dumps(ranking.to_dict(), indent=1) if given.json else format_ranking(ranking)
+
+
+def _settings(given: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """The flags that were given, of those that describe the data and of `more`."""
+    names = (*(f.name for f in dataclasses.fields(DataConfig)), "num_threads", "trust_remote_code", *more)
+    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+
+
 _COMMANDS = {
+    "advise": _advise,
+    "rank": _rank,
     "inspect": _inspect,
     "cache": _cache,
     "predict": _predict,

@@ -1,0 +1,329 @@
+"""The advisor against hindsight: every strategy run on every data set, size and checkpoint, and what each way of choosing lost.
+
+    python benchmarks/advise.py run --data FOLDER --out runs/advise.jsonl     # FOLDER holds checkpoints/ and datasets/
+    python benchmarks/advise.py report --out runs/advise.jsonl                # regrets, leave-one-data-set-out, as a table
+    python benchmarks/advise.py fit --out runs/advise.jsonl                   # the numbers of hf_transfer/choosing/rule.py
+    python benchmarks/advise.py overhead --data FOLDER                        # advise against one bare forward pass
+
+`run` adds a line to --out for each finished run and passes over those that are there: it can be stopped at any time. Test
+images are scored once a run; the advice and the choice never see them. Regret: the test accuracy of the best strategy in
+hindsight less that of the chosen one, so luck of the best counts against every way of choosing. Whatever the rule learns (its
+table) is learnt without the data set that it is judged on.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_transfer.choosing.rule import (
+    CORNERS,
+    STRATEGIES,
+    Place,
+    Run,
+    choose,
+    choose_by_textbook,
+    expect_accuracy,
+    fit_table,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINTS = ("mobilenetv2_100.tflite_quant_in1k", "deit_tiny_patch16_224.fix_in1k")
+SETS = ("hymenoptera", "trashnet", "sign_digits")
+RESAMPLES = 10_000
+Cell = tuple[str, str, int, int]
+"""Data set, checkpoint, images a class (0: all), seed."""
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The finished lines; one that was cut off by a kill is left out."""
+    rows = []
+    for line in out.read_text().splitlines() if out.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"a line of {out} is cut off and will be run again", file=sys.stderr)
+    return rows
+
+
+def cell_of(row: dict[str, Any]) -> Cell:
+    """Which cell of the table a line belongs to."""
+    return row["set"], row["checkpoint"], row["images_per_class"], row["seed"]
+
+
+def run(given: argparse.Namespace) -> None:
+    """Whatever of the table is not in --out yet, sizes from small to large."""
+    from hf_transfer.choosing.advise import advise
+    from hf_transfer.config import TrainConfig
+
+    done = {(*cell_of(row), row["epochs"], row["what"]) for row in read(given.out)}
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    for size, seed, name, checkpoint in itertools.product(given.sizes, given.seeds, given.sets, given.checkpoints):
+        settings: dict[str, Any] = {
+            "dataset": str(given.data / "datasets" / name),
+            "checkpoint": str(given.data / "checkpoints" / checkpoint),
+            "images_per_class": size or None,
+            "seed": seed,
+            "num_threads": given.num_threads,
+        }
+        cell = {"set": name, "checkpoint": checkpoint, "images_per_class": size, "seed": seed, "epochs": given.epochs}
+        for what in ("advice", *given.strategies):
+            if (*cell_of(cell), given.epochs, what) in done:
+                continue
+            started = time.perf_counter()
+            if what == "advice":
+                config = TrainConfig(**settings, epochs=given.epochs, tracker="none")
+                found: dict[str, Any] = advise(config).to_dict()
+                found = {
+                    k: found[k] for k in ("images_per_class", "similarity", "estimates", "cell", "recommended", "cost")
+                }
+                row = {"what": what, **cell, "advice": found}
+            else:
+                row = {"what": what, **cell, **_run_recipe(what, settings, given.epochs)}
+            row["wall_seconds"] = time.perf_counter() - started
+            with given.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                f"{name} {checkpoint[:12]} {size or 'all'} a class, seed {seed}: {what} {row['wall_seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def _run_recipe(name: str, settings: dict[str, Any], epochs: int) -> dict[str, Any]:
+    """A recipe's own main, in this process: the imports are paid once."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = recipe  # dataclasses look their module up
+    spec.loader.exec_module(recipe)
+    kind = next(v for v in vars(recipe).values() if isinstance(v, type) and v.__module__ == spec.name)
+    folder = Path(tempfile.mkdtemp(prefix="hf_transfer-"))
+    steps = {} if name == "linear_probe" else {"epochs": epochs, "tracker": "none"}
+    try:
+        results = recipe.main(kind(**settings, **steps, output_dir=str(folder)))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    test = results["metrics"]["test"]
+    return {
+        "test_accuracy": test["accuracy"],
+        "num_test": test["num_samples"],
+        "validation_accuracy": results["metrics"]["validation"]["accuracy"],
+        "kept": results["plan"][-1].get("kept"),
+        "seconds": results["cost"]["seconds"]["total"],
+    }
+
+
+def gather(rows: list[dict[str, Any]]) -> dict[Cell, dict[str, dict[str, Any]]]:
+    """What is complete: cells with their advice and every strategy that the most complete cell has."""
+    cells: dict[Cell, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(cell_of(row), {})[row["what"]] = row
+    complete = {c: found for c, found in cells.items() if {"advice", *STRATEGIES} <= set(found)}
+    if len(complete) < len(cells):
+        print(f"{len(cells) - len(complete)} of {len(cells)} cells are not complete and left out", file=sys.stderr)
+    return complete
+
+
+def place_of(found: dict[str, dict[str, Any]]) -> Place:
+    """Where the advice puts a cell."""
+    advice = found["advice"]["advice"]
+    return Place(
+        images_per_class=advice["images_per_class"]["median"],
+        similarity=advice["similarity"]["score"],
+        similarity_spread=advice["similarity"]["spread"],
+    )
+
+
+def runs_of(cells: dict[Cell, dict[str, dict[str, Any]]]) -> list[Run]:
+    """Every fine-tuning run beside the probe of its cell."""
+    return [
+        Run(
+            strategy=name,
+            place=place_of(found),
+            error=1 - found[name]["test_accuracy"],
+            probe_error=1 - found["linear_probe"]["test_accuracy"],
+            num_test=found[name]["num_test"],
+        )
+        for found in cells.values()
+        for name in STRATEGIES[1:]
+    ]
+
+
+def choose_without(left_out: str, cells: dict[Cell, dict[str, dict[str, Any]]]) -> dict[Cell, str]:
+    """The advisor's picks on one data set, by a table fitted on the others."""
+    table, residual = fit_table(runs_of({c: f for c, f in cells.items() if c[0] != left_out}))
+    picks = {}
+    for cell, found in cells.items():
+        if cell[0] != left_out:
+            continue
+        estimates = {e["strategy"]: e for e in found["advice"]["advice"]["estimates"]}
+        probe = estimates["linear_probe"]
+        place = place_of(found)
+        accuracy = {
+            name: expect_accuracy(
+                name, place, probe["accuracy"], (probe["low"], probe["high"]), table=table, residual=residual
+            )[0]
+            for name in STRATEGIES
+        }
+        picks[cell] = choose(accuracy, {name: estimates[name]["seconds"] for name in STRATEGIES})
+    return picks
+
+
+def report(given: argparse.Namespace) -> None:
+    """Accuracies, picks, and mean regrets with intervals of a bootstrap over cells (all seeds of one together)."""
+    cells = gather(read(given.out))
+    if not cells:
+        raise SystemExit("no cell is complete yet")
+    sets = sorted({c[0] for c in cells})
+    learnt: dict[Cell, str] = {}
+    for name in sets:
+        learnt |= choose_without(name, cells)
+    ways = {
+        "advisor (leave-one-data-set-out)": learnt,
+        "textbook table": {c: choose_by_textbook(place_of(f)) for c, f in cells.items()},
+        "always probe": dict.fromkeys(cells, "linear_probe"),
+        "always full": dict.fromkeys(cells, "full"),
+        "always probe, then full": dict.fromkeys(cells, "probe_then_full"),
+    }
+    print("| data set | checkpoint | a class | seed | similarity |", " | ".join(STRATEGIES), "| pick |")
+    print("| --- | --- | --- | --- | --- |", " | ".join("---" for _ in STRATEGIES), "| --- |")
+    for cell, found in sorted(cells.items()):
+        name, checkpoint, size, seed = cell
+        shown = " | ".join(f"{100 * found[s]['test_accuracy']:.1f}" for s in STRATEGIES)
+        print(
+            f"| {name} | {checkpoint.split('.')[0]} | {size or 'all'} | {seed} | {place_of(found).similarity:.2f} | {shown} "
+            f"| {learnt[cell]} |"
+        )
+    print()
+    print(
+        "| way of choosing | mean regret, points (95 %) | beyond the advisor's, paired (95 %) | mean time of its picks, s |"
+    )
+    print("| --- | --- | --- | --- |")
+    groups = sorted({cell[:3] for cell in cells})
+    base = _regret_by_group(ways["advisor (leave-one-data-set-out)"], cells, groups)
+    for way, picks in ways.items():
+        regret = _regret_by_group(picks, cells, groups)
+        low, high = _bootstrap(regret)
+        beyond = (
+            ""
+            if picks is learnt
+            else "{:+.2f} ({:+.2f} to {:+.2f})".format((regret - base).mean(), *_bootstrap(regret - base))
+        )
+        seconds = float(np.mean([cells[c][picks[c]]["seconds"] for c in cells]))
+        print(f"| {way} | {regret.mean():.2f} ({low:.2f} to {high:.2f}) | {beyond} | {seconds:.0f} |")
+    print(f"\n{len(cells)} cells, {len(groups)} without their seeds; sets: {', '.join(sets)}")
+
+
+def _regret_by_group(picks: dict[Cell, str], cells: dict[Cell, Any], groups: list[Any]) -> Any:
+    """Points, the mean over seeds, for each of `groups`."""
+    regret = {
+        cell: 100 * (max(found[s]["test_accuracy"] for s in STRATEGIES) - found[picks[cell]]["test_accuracy"])
+        for cell, found in cells.items()
+    }
+    return np.array([np.mean([r for cell, r in regret.items() if cell[:3] == group]) for group in groups])
+
+
+def _bootstrap(values: Any) -> tuple[float, float]:
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def fit(given: argparse.Namespace) -> None:
+    """What stands in rule.py, made of all complete cells."""
+    cells = gather(read(given.out))
+    table, residual = fit_table(runs_of(cells))
+    print(f"# {', '.join(CORNERS)}; {len(cells)} cells: {', '.join(sorted({c[0] for c in cells}))}")
+    print("TABLE: Table = {")
+    for name, row in table.items():
+        print(f'    "{name}": ({", ".join(f"{value:.2f}" for value in row)}),')
+    print("}")
+    print(f"RESIDUAL = {residual:.2f}")
+
+
+def overhead(given: argparse.Namespace) -> None:
+    """Seconds of `advise`, loading left out, over those of a bare forward over the same images from the same files, in turn."""
+    import torch
+    from accelerate import Accelerator
+
+    from hf_transfer.choosing.advise import advise
+    from hf_transfer.config import TrainConfig
+    from hf_transfer.data.cache import clear_caches
+    from hf_transfer.data.dataset import load_data
+    from hf_transfer.data.extract import sweep
+    from hf_transfer.data.options import ExtractOptions
+    from hf_transfer.data.pixels import EvaluationImages
+    from hf_transfer.network.backbone import load
+    from hf_transfer.network.forward import compute_logits
+
+    accelerator = Accelerator()
+    for name, checkpoint in itertools.product(given.sets, given.checkpoints):
+        config = TrainConfig(
+            dataset=str(given.data / "datasets" / name),
+            checkpoint=str(given.data / "checkpoints" / checkpoint),
+            images_per_class=given.sizes[0] or None,
+            num_threads=given.num_threads,
+            tracker="none",
+        )
+        data = load_data(config)
+        backbone = load(config.checkpoint, data.label_names)
+        chain = backbone.chain()
+        options = ExtractOptions.from_config(config)
+        _ = (data.train.fingerprint, data.validation.fingerprint)  # hashing files is part of neither
+        ratios = []
+        for _turn in range(3):
+            started = time.perf_counter()
+            for split in (data.train, data.validation):
+                images = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
+                sweep(
+                    chain, images, np.arange(len(split)), lambda on, batch, at: _ignore(compute_logits(on.model, batch)),
+                    accelerator=accelerator, options=options, title="bare", shows_progress=False,
+                )  # fmt: skip
+            bare = time.perf_counter() - started
+            clear_caches()
+            advice = advise(config, inputs=(data, backbone, chain), accelerator=accelerator)
+            ours = advice.cost["features"] + advice.cost["estimates"]
+            ratios.append(ours / bare)
+            images_seen = len(data.train) + len(data.validation)
+            print(
+                f"{name} {checkpoint.split('.')[0]}, {images_seen} images, {torch.get_num_threads()} threads: "
+                f"bare {bare:.1f} s, advise {ours:.1f} s (pass {advice.cost['features']:.1f}), ratio {ratios[-1]:.2f}",
+                flush=True,
+            )
+        print(f"median {np.median(ratios):.2f}", flush=True)
+
+
+def _ignore(_: Any) -> None:
+    """A bare forward keeps nothing."""
+
+
+def main() -> None:
+    """Runs one of the four parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("run", "report", "fit", "overhead"))
+    parser.add_argument("--data", type=Path, help="folder with checkpoints/ and datasets/")
+    parser.add_argument("--out", type=Path, default=Path("runs/advise.jsonl"))
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--checkpoints", nargs="+", default=CHECKPOINTS)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[10, 50], help="images a class; 0: all")
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--num_threads", type=int, default=0)
+    given = parser.parse_args()
+    if given.part in ("run", "overhead") and given.data is None:
+        parser.error(f"{given.part} needs --data FOLDER")
+    {"run": run, "report": report, "fit": fit, "overhead": overhead}[given.part](given)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Advice and ranking as text for a terminal."""
+
+from collections.abc import Sequence
+
+from hf_transfer.choosing.advise import Advice
+from hf_transfer.choosing.rank import SCORES, Ranking
+from hf_transfer.choosing.rule import STRATEGIES
+
+
+def format_advice(advice: Advice) -> str:
+    """What `hf-transfer advise` prints."""
+    per = advice.images_per_class
+    spread = "" if advice.imbalance < 1.05 else f" (smallest class {per['smallest']:.0f}, largest {per['largest']:.0f})"
+    lines = [
+        f"{advice.data_name} with {advice.checkpoint}: {sum(advice.num_images.values()):,} images to learn from, "
+        f"{per['median']:.0f} a class{spread}",
+        advice.place.describe(),
+        "",
+        "similar to what the checkpoint was pretrained on?",
+    ]
+    for m in advice.similarity.measures:
+        counted = f"counts as {m.score:.2f} of 1" if m.score is not None else "not counted"
+        lines.append(f"  {m.name}: {m.value:.3g} ({m.words}); {counted}")
+    rows = [("features after", "numbers", "probe, %", "95 % interval", "kNN, %")]
+    rows += [
+        (
+            f"{r.layer}{', as the checkpoint reads them' if r.is_native else ', mean'}",
+            f"{r.num_features:,}",
+            _percent(r.probe),
+            _interval(*r.probe_interval),
+            _percent(r.knn),
+        )
+        for r in advice.readings
+    ]
+    lines += ["", *align(rows), ""]
+    rows = [("strategy", "accuracy, %", "95 % interval", "how known", "time, about", "memory, about")]
+    rows += [
+        (
+            e.strategy + (" <-" if e.strategy == advice.recommended else ""),
+            _percent(e.accuracy),
+            _interval(e.low, e.high),
+            e.source,
+            _seconds(e.seconds),
+            f"{e.memory_bytes / 1e9:.1f} GB",
+        )
+        for e in sorted(advice.estimates, key=lambda e: STRATEGIES.index(e.strategy))
+    ]
+    lines += align(rows)
+    if advice.pilots:
+        lines += ["", "short runs (best epoch on validation images):"]
+        lines += [
+            f"  {p.strategy}, {p.epochs} epochs: {_percent(p.accuracy)} %, {_seconds(p.seconds)}" for p in advice.pilots
+        ]
+    if advice.ways:
+        lines += ["", "Few images, unlike what the checkpoint knows: the hardest cell. What may help:"]
+        for way in advice.ways:
+            lines.append(f"  {way.title}: {way.evidence}")
+            if way.command is not None:
+                lines.append(f"      {way.command}")
+    lines += ["", f"recommended: {advice.recommended}: {advice.reason}", "", f"    {advice.command}"]
+    return "\n".join(lines)
+
+
+def format_ranking(ranking: Ranking) -> str:
+    """What `hf-transfer rank` prints."""
+    rows = [("checkpoint", "probe, %", "95 % interval", *SCORES[1:], "images/s", "parameters")]
+    for row in ranking.rows:
+        scores = (_number(row.scores.get(name)) for name in SCORES[1:])
+        rows.append(
+            (
+                row.name,
+                _percent(row.scores["probe"]),
+                _interval(*row.probe_interval),
+                *scores,
+                f"{row.images_per_second:.0f}",
+                f"{row.num_parameters / 1e6:.1f} M",
+            )
+        )
+    lines = [f"{ranking.data_name}: {ranking.num_images:,} images to learn from, {ranking.num_classes} classes"]
+    lines += ["", *align(rows)] if ranking.rows else []
+    if ranking.agreement:
+        lines += ["", f"agreement with the probe over {len(ranking.rows)} checkpoints (Kendall's tau, Spearman's rho):"]
+        lines += [f"  {name}: {a['kendall']:+.2f}, {a['spearman']:+.2f}" for name, a in ranking.agreement.items()]
+    lines += [f"left out: {name}: {why}" for name, why in ranking.failures.items()]
+    return "\n".join(lines)
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns of equal width, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,298 @@
+"""Advice: what it says, that the run after it computes nothing twice, and the recipe that follows it."""
+
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from hf_transfer.choosing.advise import Advice, Estimate, _recommend, _weigh_in, advise
+from hf_transfer.choosing.auto import choose_and_run, compare
+from hf_transfer.choosing.estimates import LearningCurve
+from hf_transfer.choosing.pilots import Pilot, run_pilots
+from hf_transfer.choosing.rule import STRATEGIES, Place
+from hf_transfer.choosing.strategies import (
+    LORA_DEFAULTS,
+    carry_out,
+    count_activation_bytes,
+    make_command,
+    settle,
+    without_test,
+)
+from hf_transfer.choosing.table import format_advice
+from hf_transfer.choosing.trouble import find_ways
+from hf_transfer.cli import main
+from hf_transfer.config import TrainConfig
+from hf_transfer.data.dataset import load_data
+from hf_transfer.network.backbone import load
+from hf_transfer.training.costs import Costs
+from hf_transfer.training.plan import Outcome
+from tests.families import built
+from tests.test_recipes import ROOT, run_recipe
+
+CONFIG = TrainConfig(images_per_class=8, epochs=2, batch_size=16, tracker="none")
+
+
+@pytest.fixture(scope="module")
+def advice() -> Advice:
+    return advise(CONFIG, accelerator=Accelerator(cpu=True))
+
+
+def test_advice_says_what_was_measured_and_what_is_expected(advice: Advice) -> None:
+    assert [e.strategy for e in advice.estimates] == list(STRATEGIES)
+    sources = {e.strategy: e.source for e in advice.estimates}
+    assert sources.pop("linear_probe") == "measured"
+    assert set(sources.values()) == {"expected"}
+    assert all(0 <= e.low <= e.accuracy <= e.high <= 1 for e in advice.estimates)
+    assert all(e.seconds > 0 and e.memory_bytes > 0 for e in advice.estimates)
+    assert advice.place.cell == "little, similar"  # MNIST's network on digits, 8 a class
+    assert advice.images_per_class == {"smallest": 8, "median": 8, "largest": 8}
+    assert advice.readings[-1].is_native
+    shown = format_advice(advice)
+    for part in (advice.reason, advice.command, "95 % interval", "confidence", "batchnorm"):
+        assert part in shown
+    assert json.loads(json.dumps(advice.to_dict(), allow_nan=False))["recommended"] == advice.recommended
+
+
+def test_the_probe_it_promises_is_the_one_that_the_recipe_finds(advice: Advice) -> None:
+    """By other folds and a coarser grid; both within the interval that is given."""
+    data = without_test(load_data(CONFIG))
+    backbone = load("embedded", data.label_names)
+    outcome, _ = carry_out(
+        "linear_probe", backbone.chain(), backbone, data, config=CONFIG, accelerator=Accelerator(cpu=True), costs=Costs()
+    )  # fmt: skip
+    probe = advice.estimates[0]
+    chosen = outcome.details["readouts"][0]["held_out_accuracy"]  # of train and validation, cross-validated
+    assert probe.low <= chosen <= probe.high
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "last_layers", "probe_then_full"])
+def test_the_run_that_follows_makes_no_second_pass(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost table counts images that went through the frozen network for features: none after advice, all without."""
+    data = without_test(load_data(CONFIG))
+    seen = []
+    for first in (False, True):
+        monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / str(first)))
+        backbone = load("embedded", data.label_names)
+        chain = backbone.chain()
+        if first:
+            found = advise(CONFIG, inputs=(data, backbone, chain), accelerator=Accelerator(cpu=True))
+            assert found.cost["images_computed"] == len(data.train) + len(data.validation)
+        costs = Costs()
+        carry_out(
+            name, chain, backbone, data, config=replace(CONFIG, epochs=1), accelerator=Accelerator(cpu=True), costs=costs
+        )  # fmt: skip
+        table = costs.to_dict()
+        assert "features" in table["seconds"]
+        seen.append("features" in table["images_per_second"])
+    assert seen == [True, False]
+
+
+def test_the_command_is_one_that_the_recipe_takes(advice: Advice) -> None:
+    for estimate in advice.estimates:
+        accelerate, launch, recipe, *flags = shlex.split(estimate.command)
+        assert (accelerate, launch) == ("accelerate", "launch")
+        assert (ROOT / recipe).is_file()
+        assert "--images_per_class" in flags
+        assert flags[flags.index("--images_per_class") + 1] == "8"
+    other = make_command("lora", replace(CONFIG, dataset="a b/c", on_bad_image="skip", trust_remote_code=True))
+    assert "'a b/c'" in other
+    assert "--trust_remote_code" in shlex.split(other)
+
+
+def test_lora_runs_with_its_recipes_own_defaults() -> None:
+    spec = importlib.util.spec_from_file_location("recipe_lora_defaults", ROOT / "recipes" / "lora.py")
+    assert spec is not None
+    assert spec.loader is not None
+    recipe = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = recipe
+    spec.loader.exec_module(recipe)
+    own = {f.name: f.default for f in fields(recipe.LoraConfig)}
+    common = {f.name: f.default for f in fields(TrainConfig)}
+    assert {k: own[k] for k in common if own[k] != common[k]} == LORA_DEFAULTS
+    assert settle("lora", CONFIG).lr == own["lr"]
+    assert settle("lora", replace(CONFIG, lr=5e-5)).lr == 5e-5  # what a user says holds
+    assert settle("full", CONFIG) == CONFIG
+
+
+def test_what_a_backward_keeps_falls_with_the_cut_and_leaves_flags_alone() -> None:
+    model, chain = built("timm ResNet")
+    flags = [p.requires_grad for p in model.parameters()]
+    whole = count_activation_bytes(chain, None)
+    upper = count_activation_bytes(chain, chain.layers[-3].cut)
+    assert 0 < upper < whole
+    assert flags == [p.requires_grad for p in model.parameters()]
+
+
+def estimate(name: str, accuracy: float, spread: float = 0.05) -> Estimate:
+    low, high = accuracy - spread, min(1.0, accuracy + spread)
+    return Estimate(
+        strategy=name, accuracy=accuracy, low=low, high=high, source="expected", seconds=10.0, memory_bytes=1, command="c"
+    )  # fmt: skip
+
+
+def pilot(name: str, epochs: int, accuracy: float) -> Pilot:
+    return Pilot(strategy=name, epochs=epochs, accuracy=accuracy, log_loss=0.3, seconds=1.0)
+
+
+def test_a_pilot_moves_the_estimate_by_its_precision() -> None:
+    """What counts is its gain on the probe's pilot, on the same images: from 0.8 to 0.9."""
+    probe, expected = estimate("linear_probe", 0.7, spread=0.01), estimate("full", 0.7)
+    pilots = [pilot("linear_probe", 0, 0.8), pilot("full", 2, 0.9)]
+    few, many = (_weigh_in(expected, probe, pilots, n) for n in (10, 100_000))
+    assert 0.7 < few.accuracy < many.accuracy < 0.8
+    assert many.high - many.low < few.high - few.low < expected.high - expected.low
+    assert few.source == "expected and pilot"
+    easy = [pilot("linear_probe", 0, 1.0), pilot("full", 2, 1.0)]  # images that any network gets right tell nothing
+    assert _weigh_in(expected, probe, easy, 20).accuracy == pytest.approx(0.7)
+    assert _weigh_in(expected, probe, pilots[:1], 10) == expected
+    assert _weigh_in(probe, probe, pilots, 10) == probe
+
+
+def test_pilots_change_the_choice(advice: Advice) -> None:
+    many = replace(
+        advice,
+        pilots=(pilot("linear_probe", 0, 0.8), pilot("probe_then_full", 12, 1.0)),
+        num_images={"train": 4000, "validation": 1000},
+        estimates=tuple(replace(e, accuracy=0.8, low=0.7, high=0.9) for e in advice.estimates),
+    )
+    assert _recommend(many, CONFIG, None).recommended == "probe_then_full"
+    assert _recommend(replace(many, pilots=()), CONFIG, None).recommended == "linear_probe"
+    within = _recommend(many, CONFIG, advice.estimates[0].seconds * 1.0001)
+    assert within.recommended == "linear_probe"
+    assert "does not fit" in within.reason
+
+
+def test_pilots_halve_within_the_budget() -> None:
+    data = load_data(CONFIG)
+    quick = dict.fromkeys(STRATEGIES, 0.0)
+    config = replace(CONFIG, epochs=3)
+    ran = run_pilots(
+        ["last_layers", "full"], quick, data, config=config, accelerator=Accelerator(cpu=True), budget_s=1e6
+    )
+    assert [(p.strategy, p.epochs) for p in ran[:2]] == [("last_layers", 1), ("full", 1)]
+    best = max(ran[:2], key=lambda p: (p.accuracy, -p.log_loss)).strategy
+    assert [(p.strategy, p.epochs) for p in ran[2:]] == [(best, 2)]
+    assert not run_pilots(["full"], {"full": 1e9}, data, config=config, accelerator=Accelerator(cpu=True), budget_s=1.0)
+
+
+CURVE = LearningCurve(
+    images_per_class=(2.0, 4.0),
+    accuracy=(0.4, 0.5),
+    exponent=0.3,
+    ahead=(
+        {"images_per_class": 5.0, "accuracy": 0.5, "low": 0.4, "high": 0.6},
+        {"images_per_class": 10.0, "accuracy": 0.6, "low": 0.45, "high": 0.7},
+    ),
+)
+
+
+def test_trouble_has_a_way_out_and_nothing_else_has() -> None:
+    _, chain = built("timm ViT")
+    depths = [("blocks.0", 0.7, False), ("blocks.1", 0.5, True)]
+    trouble = Place(images_per_class=8, similarity=0.1)
+    ways = {w.title: w for w in find_ways(trouble, depths, CURVE, CONFIG, chain)}
+    assert "10 a class: 60.0 % (45.0 to 70.0)" in ways["more labels"].evidence
+    earlier = ways["features of earlier layers"]
+    assert earlier.command is not None
+    assert "--from_layer blocks.1" in earlier.command
+    assert ways["another checkpoint"].command is not None
+    assert any("--wise_ft" in str(w.command) for w in ways.values())
+    assert any("trivialaugment" in str(w.command) for w in ways.values())
+    assert any("--trains biases" in str(w.command) for w in ways.values())
+    assert find_ways(Place(images_per_class=800, similarity=0.1), depths, CURVE, CONFIG, chain) == ()
+    assert find_ways(Place(images_per_class=8, similarity=0.9), depths, CURVE, CONFIG, chain) == ()
+
+
+def outcome(accuracy: float, kept: str | None, phases: int = 2) -> Outcome:
+    scores = {"validation": {"accuracy": accuracy, "num_samples": 100}}
+    return Outcome(plan=[{"kept": kept}] * phases, metrics=scores, curves=[], details={})
+
+
+def test_auto_keeps_the_probe_unless_the_other_is_better_beyond_chance() -> None:
+    probe = outcome(0.9, None, phases=1)
+    assert compare(probe, outcome(0.92, "epoch 3"), "lora")[0]
+    assert not compare(probe, outcome(0.89, "epoch 3"), "lora")[0]
+    assert not compare(probe, outcome(0.99, "the start: no epoch was better beyond chance"), "lora")[0]
+    assert not compare(probe, outcome(0.92, "epoch 3", phases=1), "full")[0]  # within a standard error
+    assert compare(probe, outcome(0.97, "epoch 3", phases=1), "full")[0]
+
+
+@pytest.mark.parametrize("winner", ["probe_then_full", "lora"])
+def test_auto_runs_the_winner_and_says_why(winner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def advised(*arguments: Any, **options: Any) -> Advice:
+        return replace(advise(*arguments, **options), recommended=winner)
+
+    monkeypatch.setattr("hf_transfer.choosing.auto.advise", advised)
+    data = load_data(CONFIG)
+    backbone = load("embedded", data.label_names)
+    found, trained = choose_and_run(
+        backbone.chain(), backbone, data, config=CONFIG, measure=False, budget_s=None, accelerator=Accelerator(cpu=True),
+        costs=Costs(), checkpoints=tmp_path,
+    )  # fmt: skip
+    auto = found.details["auto"]
+    assert (auto["advised"], auto["ran"]) == (winner, ["linear_probe", winner])
+    assert auto["kept"] in auto["ran"]
+    assert auto["why"]
+    assert found.metrics["test"]["num_samples"] == len(data.test or ())
+    assert trained.label_names == data.label_names
+    json.dumps(found.details, allow_nan=False)
+
+
+def test_the_recipe_needs_no_argument_but_time(tmp_path: Path) -> None:
+    run_recipe("auto", "--epochs", "1", "--budget_s", "60", "--images_per_class", "8", "--output_dir", str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["strategy"] == "auto"
+    assert results["details"]["auto"]["advice"]["estimates"]
+    assert results["metrics"]["test"]["accuracy"] > 0.8
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "linear_probe" in card
+    assert load(str(tmp_path / "model")).label_names == tuple("0123456789")
+
+
+def test_the_command_prints_advice_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["advise", "--images_per_class", "8"])
+    assert "recommended: " in capsys.readouterr().out
+    main(["advise", "--images_per_class", "8", "--json", "--epochs", "3"])
+    assert json.loads(capsys.readouterr().out)["num_images"]["train"] > 0
+    with pytest.raises(SystemExit):
+        main(["advise", "--budget_s", "-1"])
+    assert "choose more than 0 seconds" in capsys.readouterr().err
+
+
+def test_a_report_on_finished_cells_is_drawn_without_the_judged_set(tmp_path: Path) -> None:
+    """The benchmark's arithmetic on made-up runs: two sets on which fine-tuning wins, and the regret of each way."""
+    lines = []
+    for name in ("a", "b"):
+        for seed in (0, 1):
+            cell = {"set": name, "checkpoint": "net.x", "images_per_class": 50, "seed": seed, "epochs": 12}
+            estimates = [
+                {"strategy": s, "accuracy": 0.8, "low": 0.75, "high": 0.85, "seconds": float(i)}
+                for i, s in enumerate(STRATEGIES)
+            ]
+            found = {
+                "images_per_class": {"median": 1000.0},
+                "similarity": {"score": 0.0, "spread": None},
+                "estimates": estimates,
+            }
+            lines.append({"what": "advice", **cell, "advice": found})
+            for s in STRATEGIES:
+                accuracy = {"linear_probe": 0.8, "probe_then_full": 0.95}.get(s, 0.82)
+                lines.append({"what": s, **cell, "test_accuracy": accuracy, "num_test": 100, "seconds": 10.0})
+    out = tmp_path / "runs.jsonl"
+    out.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"cut off')
+    command = [sys.executable, str(ROOT / "benchmarks" / "advise.py"), "report", "--out", str(out)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    rows = {line.split("|")[1].strip(): line for line in shown.stdout.splitlines() if " to " in line}
+    assert rows["advisor (leave-one-data-set-out)"].split("|")[2].strip().startswith("0.00")
+    assert rows["always probe"].split("|")[2].strip().startswith("15.00")
+    assert rows["always full"].split("|")[2].strip().startswith("13.00")
+    assert np.isfinite(float(rows["textbook table"].split("|")[2].split()[0]))

@@ -1,0 +1,170 @@
+"""One pass: what it reads at each depth, what it says of running statistics, and what it leaves as it was."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_transfer.choosing.evidence import (
+    Evidence,
+    _watching,
+    find_channel,
+    gather_evidence,
+    look_at,
+    read_head,
+    spread_depths,
+    tap_mean,
+)
+from hf_transfer.choosing.scores import compute_leep
+from hf_transfer.choosing.similarity import compute_told, measure_similarity
+from hf_transfer.config import TrainConfig
+from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.options import ExtractOptions
+from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.network.chain import Chain
+from tests.families import assert_same_state, built, state_of
+
+CONFIG = TrainConfig(images_per_class=6, tracker="none")
+OPTIONS = ExtractOptions(batch_size=16)
+Inputs = tuple[Data, Backbone, Chain]
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    data = load_data(CONFIG)
+    backbone = load("embedded", data.label_names)
+    return data, backbone, backbone.chain()
+
+
+def gather(inputs: Inputs, options: ExtractOptions = OPTIONS) -> Evidence:
+    data, backbone, chain = inputs
+    head, _ = read_head("embedded")
+    return gather_evidence(chain, backbone, data, head=head, accelerator=Accelerator(cpu=True), options=options)
+
+
+def test_upstreams_answers_are_those_of_the_whole_network(inputs: Inputs) -> None:
+    """From stored features and the classifier's weights, without a second pass."""
+    data, backbone, _ = inputs
+    found = gather(inputs)
+    assert found.upstream_logits is not None
+    pixels = np.stack([backbone.preprocessing.pixels(data.train.image(i)) for i in range(4)])
+    with torch.no_grad():
+        whole = load("embedded").model(backbone.preprocessing.normalize(torch.from_numpy(pixels)))
+    np.testing.assert_allclose(found.upstream_logits[:4], whole.numpy(), rtol=1e-4, atol=1e-4)
+    assert found.labels.tolist() == [*data.train.labels, *data.validation.labels]
+
+
+def test_depths_are_means_over_positions(inputs: Inputs) -> None:
+    data, backbone, chain = inputs
+    found = gather(inputs)
+    assert [d.is_native for d in found.depths] == [False] * (len(found.depths) - 1) + [True]
+    assert [d.position for d in found.depths] == sorted(d.position for d in found.depths)
+    pixels = torch.from_numpy(backbone.preprocessing.pixels(data.train.image(0)).copy())[None]
+    for depth in found.depths[:-1]:
+        (activation,) = chain.run_prefix([chain.cut(depth.layer)], backbone.preprocessing.normalize(pixels))
+        np.testing.assert_allclose(depth.features[0], activation[0].mean((1, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_questions_again_cost_no_pass(inputs: Inputs) -> None:
+    gather(inputs)
+    assert gather(inputs).images_computed == 0
+    # Nothing is kept, so it is computed anew, but once for all readers.
+    data = inputs[0]
+    assert gather(inputs, ExtractOptions(cache="none")).images_computed == len(data.train) + len(data.validation)
+
+
+@pytest.mark.parametrize("name", ["timm ResNet", "timm ViT", "timm Swin", "timm ConvNeXt"])
+def test_channels_are_found_in_any_layout(name: str) -> None:
+    _, chain = built(name)
+    for cut, position in spread_depths(chain):
+        assert 0 < position <= 1
+        pixels = torch.randn(2, *chain.image_shape)
+        (activation,) = chain.run_prefix([cut], pixels)
+        tap = tap_mean(cut, chain.image_shape)
+        kept = tap.keep(activation)
+        assert tuple(kept.shape) == (2, *tap.shape)
+        channel = find_channel(cut.shape, chain.image_shape) + 1
+        others = [i for i in range(1, activation.ndim) if i != channel]
+        torch.testing.assert_close(kept, activation.mean(others))
+
+
+def test_channels_first_and_last() -> None:
+    assert find_channel((64, 7, 7), (3, 224, 224)) == 0
+    assert find_channel((7, 7, 64), (3, 224, 224)) == 2
+    assert find_channel((64, 8, 4), (3, 256, 128)) == 0
+    assert find_channel((8, 4, 64), (3, 256, 128)) == 2
+    assert find_channel((197, 192), (3, 224, 224)) == 1
+    assert find_channel((80,), (3, 224, 224)) == 0
+
+
+def test_statistics_that_are_upstreams_are_at_no_distance() -> None:
+    """Known Gaussians: the stored statistics' own give 0, a shift of one deviation gives half a nat."""
+    norm = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    stored = norm[0]
+    stored.running_mean.copy_(torch.tensor([1.0, -2.0, 0.0]))  # type: ignore[union-attr, operator]
+    stored.running_var.copy_(torch.tensor([4.0, 1.0, 9.0]))  # type: ignore[union-attr, operator]
+    noise = torch.randn(64, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    noise = (noise - noise.mean((0, 2, 3), keepdim=True)) / noise.std((0, 2, 3), keepdim=True, unbiased=False)
+    same = noise * torch.tensor([2.0, 1.0, 3.0])[:, None, None] + torch.tensor([1.0, -2.0, 0.0])[:, None, None]
+    for shift, expected in ((0.0, 0.0), (1.0, 0.5)):
+        with _watching(norm) as statistics:
+            for part in (same[:40], same[40:]):
+                norm(part + shift * torch.tensor([2.0, 1.0, 3.0])[:, None, None])
+        assert statistics.compute_distance() == pytest.approx(expected, abs=1e-4)
+
+
+def test_looking_leaves_the_network_as_it_was(inputs: Inputs) -> None:
+    data, backbone, chain = inputs
+    before = state_of(chain.model)
+    seen = look_at(chain, backbone, data.train, accelerator=Accelerator(cpu=True), options=OPTIONS)
+    assert_same_state(before, state_of(chain.model))
+    assert seen.batchnorm_distance is not None
+    assert seen.images_per_second > 0
+    assert seen.num_images <= max(8, len(data.train) / 8)
+
+
+def test_digits_are_like_digits_and_noise_is_not(inputs: Inputs) -> None:
+    """The embedded checkpoint was pretrained on MNIST: scikit-learn's digits are near, noise is far."""
+    data, backbone, chain = inputs
+    near = measure_similarity(gather(inputs))
+    assert near.score > 0.5
+    assert {m.name for m in near.measures if m.score is not None} == {"confidence", "told", "batchnorm"}
+
+    class Noisy:
+        """The split with noise in the place of its pictures."""
+
+        def __init__(self, split: object) -> None:
+            self.split = split
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.split, name)
+
+        def __len__(self) -> int:
+            return len(self.split)  # type: ignore[arg-type]
+
+        def image(self, i: int) -> object:
+            from PIL import Image
+
+            return Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+    noise = look_at(chain, backbone, Noisy(data.train), accelerator=Accelerator(cpu=True), options=OPTIONS)  # type: ignore[arg-type]
+    digits = look_at(chain, backbone, data.train, accelerator=Accelerator(cpu=True), options=OPTIONS)
+    assert noise.batchnorm_distance is not None
+    assert digits.batchnorm_distance is not None
+    assert noise.batchnorm_distance > 5 * digits.batchnorm_distance
+
+
+def test_what_upstreams_answers_tell_of_the_labels() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 400)
+    exact = np.eye(50)[labels * 3]
+    assert compute_told(exact, labels) > 0.95
+    blind = rng.dirichlet(np.ones(50), 400)
+    assert compute_told(blind, labels) < 0.05
+    half = 0.5 * exact + 0.5 * np.eye(50)[rng.integers(0, 50, 400)]
+    assert compute_told(blind, labels) < compute_told(half, labels) < compute_told(exact, labels)
+    # Few images and a thousand classes: the paper's LEEP, which counts on the images that it scores, is flattered.
+    few, many = labels[:40], rng.dirichlet(np.full(1000, 0.01), 40)
+    assert 1 + compute_leep(many, few) / np.log(4) > 0.5
+    assert compute_told(many, few) < 0.1
