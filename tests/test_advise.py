@@ -177,10 +177,11 @@ def test_pilots_halve_within_the_budget() -> None:
     ran = run_pilots(
         ["last_layers", "full"], quick, data, config=config, accelerator=Accelerator(cpu=True), budget_s=1e6
     )
-    assert [(p.strategy, p.epochs) for p in ran[:2]] == [("last_layers", 1), ("full", 1)]
-    best = max(ran[:2], key=lambda p: (p.accuracy, -p.log_loss)).strategy
-    assert [(p.strategy, p.epochs) for p in ran[2:]] == [(best, 2)]
-    assert not run_pilots(["full"], {"full": 1e9}, data, config=config, accelerator=Accelerator(cpu=True), budget_s=1.0)
+    assert [(p.strategy, p.epochs) for p in ran[:3]] == [("linear_probe", 0), ("last_layers", 1), ("full", 1)]
+    best = max(ran[1:3], key=lambda p: (p.accuracy, -p.log_loss)).strategy
+    assert [(p.strategy, p.epochs) for p in ran[3:]] == [(best, 2)]
+    alone = run_pilots(["full"], {"full": 1e9}, data, config=config, accelerator=Accelerator(cpu=True), budget_s=1.0)
+    assert [p.strategy for p in alone] == ["linear_probe"]
 
 
 CURVE = LearningCurve(

@@ -107,8 +107,9 @@ def choose_and_run(
         **outcome.details,
         "auto": {"advised": winner, "ran": ran, "kept": kept, "why": why, "advice": _travelling(advice, config, data)},
     }
-    described = [{**phase} for phase in outcome.plan]
-    described[0]["description"] = f"{described[0]['description']} ({kept}, of {' and '.join(ran)}; {why})"
+    first, *rest = outcome.plan
+    told = f"{first['description']} ({kept}, of {' and '.join(ran)}; {why})"
+    described: list[Mapping[str, Any]] = [{**first, "description": told}, *rest]
     return replace(outcome, plan=described, metrics=metrics, details=details), trained
 
 

@@ -245,7 +245,7 @@ def _watching(model: nn.Module) -> Iterator[_Statistics]:
         for name, module in model.named_modules()
         if isinstance(module._buffers.get("running_mean"), torch.Tensor)
     }
-    statistics = _Statistics(kept)  # type: ignore[arg-type]
+    statistics = _Statistics(kept)
     handles = []
     for name in kept:
 

@@ -21,8 +21,8 @@ def format_advice(advice: Advice) -> str:
     for m in advice.similarity.measures:
         counted = f"counts as {m.score:.2f} of 1" if m.score is not None else "not counted"
         lines.append(f"  {m.name}: {m.value:.3g} ({m.words}); {counted}")
-    rows = [("features after", "numbers", "probe, %", "95 % interval", "kNN, %")]
-    rows += [
+    depths: list[Sequence[str]] = [("features after", "numbers", "probe, %", "95 % interval", "kNN, %")]
+    depths += [
         (
             f"{r.layer}{', as the checkpoint reads them' if r.is_native else ', mean'}",
             f"{r.num_features:,}",
@@ -32,8 +32,10 @@ def format_advice(advice: Advice) -> str:
         )
         for r in advice.readings
     ]
-    lines += ["", *align(rows), ""]
-    rows = [("strategy", "accuracy, %", "95 % interval", "how known", "time, about", "memory, about")]
+    lines += ["", *align(depths), ""]
+    rows: list[Sequence[str]] = [
+        ("strategy", "accuracy, %", "95 % interval", "how known", "time, about", "memory, about")
+    ]
     rows += [
         (
             e.strategy + (" <-" if e.strategy == advice.recommended else ""),
@@ -63,7 +65,7 @@ def format_advice(advice: Advice) -> str:
 
 def format_ranking(ranking: Ranking) -> str:
     """What `hf-transfer rank` prints."""
-    rows = [("checkpoint", "probe, %", "95 % interval", *SCORES[1:], "images/s", "parameters")]
+    rows: list[Sequence[str]] = [("checkpoint", "probe, %", "95 % interval", *SCORES[1:], "images/s", "parameters")]
     for row in ranking.rows:
         scores = (_number(row.scores.get(name)) for name in SCORES[1:])
         rows.append(
