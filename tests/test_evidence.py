@@ -121,7 +121,7 @@ def test_looking_leaves_the_network_as_it_was(inputs: Inputs) -> None:
     assert_same_state(before, state_of(chain.model))
     assert seen.batchnorm_distance is not None
     assert seen.images_per_second > 0
-    assert seen.num_images <= max(8, len(data.train) / 8)
+    assert seen.num_images <= max(8, len(data.train) / 16)
 
 
 def test_digits_are_like_digits_and_noise_is_not(inputs: Inputs) -> None:

@@ -34,8 +34,8 @@ from hf_transfer.training.readouts import tap_readouts
 log = logging.getLogger(__name__)
 
 NUM_DEPTHS = 4  # evenly spaced between the first layer and the last
-LOOK_IMAGES = 64  # whose activations' statistics are looked at, and on which the network's speed is measured
-LOOK_SHARE = 1 / 8  # of all images, at most: the look is a small part of the pass
+LOOK_IMAGES = 32  # whose activations' statistics are looked at, and on which the network's speed is measured
+LOOK_SHARE = 1 / 16  # of all images, at most: the look is a small part of the pass
 
 Head = tuple[NDArray[np.float32], NDArray[np.float32]]
 """A linear classifier: weight (Z, F), bias (Z,)."""
@@ -212,13 +212,15 @@ class _Statistics:
         self.lock = threading.Lock()
 
     def add(self, name: str, taken: torch.Tensor) -> None:
-        x = taken.detach().transpose(0, 1).flatten(1).double()  # (C, B * positions)
-        mean, square = x.sum(1).cpu(), x.square().sum(1).cpu()
+        over = [i for i in range(taken.ndim) if i != 1]
+        variance, mean = torch.var_mean(taken.detach(), over, correction=0)  # (C,), of this batch
+        count = taken.numel() // taken.shape[1]
+        mean, variance = mean.double().cpu(), variance.double().cpu()
         with self.lock:
             held = self.sums.setdefault(name, [0, 0.0, 0.0])
-            held[0] += x.shape[1]
-            held[1] = held[1] + mean
-            held[2] = held[2] + square
+            held[0] += count
+            held[1] = held[1] + count * mean
+            held[2] = held[2] + count * (variance + mean**2)
 
     def compute_distance(self) -> float:
         """Mean over channels and layers of KL(N(seen) | N(stored)), in nats: 0 where the statistics are upstream's.
