@@ -90,6 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     publish.add_argument("--revision", help="branch to send to (default: main)")
     publish.add_argument("--create_pr", action="store_true", help="open a pull request instead of a commit")
     publish.add_argument("--overwrite", action="store_true", help="also where the card was not written by hf_transfer")
+    publish.add_argument(
+        "--without_fine_tuning",
+        action="store_true",
+        help="also a greedy stack whose layers were never trained together",
+    )
     publish.add_argument("--dry_run", action="store_true", help="check the model and list what would be sent")
     advise = commands.add_parser("advise", help="say which strategy suits a data set and a checkpoint")
     advise.description = ADVISE
@@ -211,6 +216,7 @@ def _publish(given: argparse.Namespace) -> str:
         revision=given.revision,
         create_pr=given.create_pr,
         overwrite=given.overwrite,
+        without_fine_tuning=given.without_fine_tuning,
         dry_run=given.dry_run,
     )
     lines = [f"{size:>12,} bytes  {path}" for path, size in found.files.items()]

@@ -80,6 +80,41 @@ class Recomputed(Store):
         return out
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredActivations:
+    """Images as they are at a cut, from a store: what follows is computed from there (one of `data.pixels.Images`).
+
+    `through`: the cuts that lie on the way, each stored from the one before, `cut` the last. Other ways to the same cut may
+    differ in the last bits, so they have other keys.
+    """
+
+    images: Images
+    store: Store
+    cut: Cut
+    through: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The images' own."""
+        return self.images.name
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The images' own, and the way."""
+        return {**self.images.identity, "through": list(self.through)}
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Activations (b, *cut.shape)."""
+        return self.store[rows]
+
+    def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+        """They, as they are."""
+        return pixels
+
+
 def tap_activation(cut: Cut) -> Tap:
     """Keeps the activation at `cut` as it is."""
     return Tap(cut=cut, shape=cut.shape)
@@ -104,9 +139,9 @@ def extract_images(
 ) -> Extracted:
     """Each tap of every one of `images`, in order, float32: read from the cache where it is, else computed once.
 
-    Each tap is a store of its own, and one pass makes all that are missing: a later run finds whichever it needs. Under
-    several processes each computes its own contiguous rows, and all see all rows. Raises BadImageError, naming the image,
-    where one cannot be decoded.
+    Each tap is a store of its own, and one pass makes all that are missing: a later run finds whichever it needs. From
+    `StoredActivations`, only the layers between their cut and the taps run. Under several processes each computes its own
+    contiguous rows, and all see all rows. Raises BadImageError, naming the image, where one cannot be decoded.
     """
     arrays = {name: (tap.shape, "float32") for name, tap in taps.items()}
     needed = sum(len(images) * int(np.prod(shape)) * 4 for shape, _ in arrays.values())
@@ -250,10 +285,11 @@ def _fill(
     one_tail_at_a_time = threading.Lock()  # a tap may run modules that threads share
     cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
     at_once = CPU_BATCH if accelerator.device.type == "cpu" else options.batch_size
+    start = images.cut if isinstance(images, StoredActivations) else None
 
     def compute(on: Chain, batch: torch.Tensor, at: int) -> None:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            parts = [on.run_prefix(cuts, part) for part in batch.split(at_once)]
+            parts = [on.run_prefix(cuts, part, start=start) for part in batch.split(at_once)]
         activations = {cut.name: torch.cat(found) for cut, found in zip(cuts, zip(*parts, strict=True), strict=True)}
         with one_tail_at_a_time:
             for name, tap in taps.items():

@@ -46,8 +46,8 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pixels (b, height, width, 3); called from threads."""
+    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Pixels (b, height, width, 3) uint8; called from threads."""
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
         """What `read` returned, now on the device -> (b, 3, H, W) float32, normalised."""

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from hf_transfer.network.chain import Chain, build_chain
+from hf_transfer.network.modeling_greedy import GreedyConfig, GreedyForImageClassification
 from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
 from hf_transfer.network.source import Source, find_source
 
@@ -131,6 +132,12 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
     return replace(backbone, model=model.eval(), label_names=tuple(labels), new_head=True)
 
 
+def _know_greedy() -> None:
+    """Tells transformers of the stacks of `network.greedy`: they load here without their own copy of the code."""
+    AutoConfig.register(GreedyConfig.model_type, GreedyConfig, exist_ok=True)
+    AutoModelForImageClassification.register(GreedyConfig, GreedyForImageClassification, exist_ok=True)
+
+
 def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
     """The model with its own head, strictly loaded, so that a missing weight cannot pass for a new head."""
     pretrained_cfg = dict(config.get("pretrained_cfg") or {})
@@ -157,6 +164,7 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
 def _load_transformers(
     source: Source, labels: Sequence[str] | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    _know_greedy()
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     own_labels = tuple(str(config.id2label[i]) for i in sorted(config.id2label))
     if labels is not None:

@@ -110,14 +110,18 @@ class Chain:
         prefix = self.layers[:end]
         return [n for x in prefix for n in x.parameters], [n for x in prefix for n in x.buffers]
 
-    def run_prefix(self, cuts: Sequence[Cut], pixels: torch.Tensor) -> list[torch.Tensor]:
+    def run_prefix(self, cuts: Sequence[Cut], inputs: torch.Tensor, *, start: Cut | None = None) -> list[torch.Tensor]:
         """Activations (B, *cut.shape) at `cuts`, from one forward in eval mode, without gradients.
 
-        `pixels` (B, 3, H, W) normalised float, on the model's device. no_grad, not inference_mode: the activations may
-        enter a backward.
+        `inputs`: pixels (B, 3, H, W) normalised float or, given `start`, activations (B, *start.shape) at that earlier cut,
+        from which only the layers between run; on the model's device. no_grad, not inference_mode: the activations may enter a
+        backward.
         """
         with eval_mode(self.model), torch.no_grad():
-            return run_prefix(self.model, cuts, pixels)
+            if start is None:
+                return run_prefix(self.model, cuts, inputs)
+            with self.suffix(start) as suffix:
+                return run_prefix(self.model, cuts, inputs, forward=suffix)
 
     def replicate(self) -> "Chain":
         """The same chain over copies of the modules that share every tensor: one thread's own, since hooks are not shared."""

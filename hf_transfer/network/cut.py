@@ -7,7 +7,7 @@ calls that would come before the cut return placeholders of the recorded shape (
 the tensor at the cut is replaced by the given one. No layer is moved or copied, so weights, names and hooks stay theirs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -165,23 +165,27 @@ class _CutReachedError(Exception):
     """Ends the prefix's forward at the cut."""
 
 
-def run_prefix(model: nn.Module, cuts: Sequence[Cut], pixels: torch.Tensor) -> list[torch.Tensor]:
+def run_prefix(
+    model: nn.Module, cuts: Sequence[Cut], inputs: torch.Tensor, *, forward: Callable[[torch.Tensor], Any] | None = None
+) -> list[torch.Tensor]:
     """The activations (B, *cut.shape) at each of `cuts`, from one forward that ends when the last of them exists.
 
-    `pixels` (B, 3, H, W), normalised. The caller decides about grad and mode.
+    `inputs`: pixels (B, 3, H, W), normalised; or what `forward` takes, which runs `model` otherwise (the suffix of an earlier
+    cut, say). The caller decides about grad and mode.
     """
     if not cuts:
         return []
     modules = dict(model.named_modules())
     found: dict[int, torch.Tensor] = {}
     counts = [0] * len(cuts)
+    reached = _CutReachedError()
 
     def visit(i: int, tree: Any) -> None:
         counts[i] += 1
         if counts[i] - 1 == cuts[i].site.index:
             found[i] = tree_flatten(tree)[0][cuts[i].site.leaf]
             if len(found) == len(cuts):
-                raise _CutReachedError
+                raise reached
             found[i] = found[i].clone()  # what follows may write into it (an in-place activation)
 
     handles = []
@@ -195,9 +199,13 @@ def run_prefix(model: nn.Module, cuts: Sequence[Cut], pixels: torch.Tensor) -> l
             )
         handles.append(hook)
     try:
-        compute_logits(model, pixels)
-    except _CutReachedError:
-        pass
+        if forward is None:
+            compute_logits(model, inputs)
+        else:
+            forward(inputs)
+    except _CutReachedError as error:
+        if error is not reached:
+            raise  # the model is itself run inside another one's prefix, which ends here
     finally:
         for handle in handles:
             handle.remove()

@@ -38,6 +38,9 @@ def find_classifier(model: nn.Module, trace: Trace) -> Call | None:
 def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list[tuple[Call, tuple[int, int]]]:
     """The layers between stem and head, in order, each with the positions on the spine of its input and its output."""
     modules = dict(model.named_modules())
+    declared = getattr(model, "layer_names", None)
+    if declared is not None:  # a network that was put together from layers knows them
+        return [(c, span) for c, span in _bounded_calls(modules, trace, min_weights=1) if c.module in declared]
     blocks = _find_blocks(modules, trace, min_weights=2)
     if len(blocks) < FEW_LAYERS:
         blocks = _find_blocks(modules, trace, min_weights=1) or blocks

@@ -5,6 +5,7 @@ image processor, so the pixels are those that plain `AutoImageProcessor` makes. 
 are arithmetic, are done here, on the device and in the upstream's order of operations.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, PreTrainedConfig
 
 PARITY = 1e-5  # largest difference from the checkpoint's own processor, in normalised units (pixels are within +-3)
 
@@ -86,6 +87,13 @@ def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Prep
     found = _from_timm(processor) if hasattr(processor, "val_transforms") else _from_transformers(processor)
     _check_parity(found)
     return found
+
+
+def preprocessing_of_config(config: PreTrainedConfig, name: str) -> Preprocessing:
+    """The preprocessing that a model's config will name once it is saved."""
+    with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
+        config.save_pretrained(Path(parent, name))
+        return load_preprocessing(Path(parent, name))
 
 
 def _from_timm(processor: Any) -> Preprocessing:

@@ -168,7 +168,8 @@ class _Recorder:
             counter = iter(range(1 << 30))
             self._handles += [
                 module.register_forward_pre_hook(self._before(name, counter), with_kwargs=True),
-                module.register_forward_hook(self._after, with_kwargs=True),
+                # always_call: a network may leave another one in the middle of its forward (`modeling_greedy.Body`).
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
         return self
 

@@ -27,12 +27,17 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 def load_state(folder: Path) -> dict[str, Any] | None:
     """The state in `folder`, tensors on the CPU; None where there is none."""
-    if not (folder / STATE).is_file():
+    if not has_state(folder):
         return None
     with safe_open(folder / STATE, framework="pt") as file:
         packed = json.loads(file.metadata()["state"])
         found: dict[str, Any] = _unpack(packed, file)
     return found
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is a state in `folder`."""
+    return (folder / STATE).is_file()
 
 
 def remove_state(folder: Path) -> None:

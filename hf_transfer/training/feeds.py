@@ -9,6 +9,7 @@
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -16,10 +17,11 @@ from accelerate import Accelerator
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.augment import Augmentation
 from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import extract_images, tap_activation
+from hf_transfer.data.extract import StoredActivations, extract_images, tap_activation
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import (
     EvaluationImages,
+    Images,
     TrainingImages,
     default_side_px,
     store_evaluation_pixels,
@@ -40,6 +42,7 @@ class PhaseData:
 
     feed: Feed
     cut: Cut | None  # where the trained network begins; None: at the pixels
+    stored: Store | None  # what the feed reads, where it reads activations
     activations: Store | None
     images: EvaluationImages | None
     num_computed: int  # images that went through the prefix for it
@@ -60,15 +63,25 @@ def augmentation_of(config: TrainConfig) -> Augmentation:
 
 
 def make_phase_data(
-    cut: Cut | None, chain: Chain, backbone: Backbone, data: Data, config: TrainConfig, accelerator: Accelerator
+    cut: Cut | None,
+    chain: Chain,
+    backbone: Backbone,
+    data: Data,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    through: Sequence[Cut] = (),
+    before: PhaseData | None = None,
 ) -> PhaseData:
     """The stores for a phase that is cut at `cut`: found in the cache, or made now. Says which, and what it costs.
 
-    Raises ValueError where images are to be mixed but only activations are kept.
+    `through`: earlier cuts at which activations are stored on the way, each from those at the cut before it, so that no layer
+    runs twice. `before`: what the phase before this one read; where that is one of those stores, the way begins there.
     """
     options = ExtractOptions.from_config(config)
     if cut is not None and config.cache_views > 0:
-        return _at_activations(cut, chain, backbone, data, config, accelerator, options)
+        way = [*through, cut]
+        return _at_activations(way, chain, backbone, data, config, accelerator, options, before)
     if cut is not None and accelerator.is_main_process:
         log.info("cache_views 0: the prefix, up to %s, runs on fresh augmentation in every epoch", cut.name)
     squares = _squares(backbone, data, config, accelerator, options)
@@ -78,7 +91,7 @@ def make_phase_data(
     images = store_evaluation_pixels(
         data.validation, backbone.preprocessing, accelerator=accelerator, options=options
     )  # fmt: skip
-    return PhaseData(feed=feed, cut=None, activations=None, images=images, num_computed=0)
+    return PhaseData(feed=feed, cut=None, stored=None, activations=None, images=images, num_computed=0)
 
 
 def _squares(
@@ -97,14 +110,16 @@ def _squares(
 
 
 def _at_activations(
-    cut: Cut,
+    way: Sequence[Cut],
     chain: Chain,
     backbone: Backbone,
     data: Data,
     config: TrainConfig,
     accelerator: Accelerator,
     options: ExtractOptions,
+    before: PhaseData | None,
 ) -> PhaseData:
+    cut = way[-1]
     stored: EvaluationImages | TrainingImages
     if config.cache_views == 1:
         stored = EvaluationImages(split=data.train, preprocessing=backbone.preprocessing)
@@ -115,16 +130,25 @@ def _at_activations(
     if accelerator.is_main_process:
         size = len(stored) * cut.bytes_per_image / 1e6
         log.info("prefix up to %s: %s; %d forwards of it, %.1f MB", cut.name, how, len(stored), size)
-    taps = {"activations": tap_activation(cut)}
-    train = extract_images(chain, stored, taps, accelerator=accelerator, options=options)
-    validation = extract_images(
-        chain,
-        EvaluationImages(split=data.validation, preprocessing=backbone.preprocessing),
-        taps,
-        accelerator=accelerator,
-        options=options,
-    )
-    store = train.stores["activations"]
+    names = [c.name for c in way]
+    held = before if before is not None and before.cut is not None and before.cut.name in names else None
+    first = names.index(held.cut.name) if held is not None and held.cut is not None else 0
+
+    def walk(images: Images, kept: Store | None) -> tuple[Store, int]:
+        """The store at the end of the way, and how many passes of an image through a part of it that took."""
+        passes, store, source = 0, kept, images
+        for i in range(first, len(way)):
+            if i > first or store is None:
+                taps = {"activations": tap_activation(way[i])}
+                found = extract_images(chain, source, taps, accelerator=accelerator, options=options)
+                store, passes = found.stores["activations"], passes + found.images
+            source = StoredActivations(images=images, store=store, cut=way[i], through=tuple(names[: i + 1]))
+        assert store is not None
+        return store, passes
+
+    store, train_passes = walk(stored, held.stored if held else None)
+    evaluated = EvaluationImages(split=data.validation, preprocessing=backbone.preprocessing)
+    validation, validation_passes = walk(evaluated, held.activations if held else None)
     feed = Feed(
         num_images=len(data.train),
         views=config.cache_views,
@@ -135,7 +159,8 @@ def _at_activations(
     return PhaseData(
         feed=feed,
         cut=cut,
-        activations=validation.stores["activations"],
+        stored=store,
+        activations=validation,
         images=None,
-        num_computed=train.images + validation.images,
+        num_computed=train_passes + validation_passes,
     )

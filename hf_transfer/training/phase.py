@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_transfer.config import TrainConfig
+from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
 from hf_transfer.network.policies import Policy, head
 from hf_transfer.training.optim import Optimization
 
@@ -15,6 +17,10 @@ class Phase:
     policy: Policy
     epochs: int
     optimization: Optimization
+    # Of the network that it trains, where that is a part of the plan's with a head of its own; None: the plan's.
+    chain: Chain | None = field(default=None, repr=False)
+    through: tuple[Cut, ...] = field(default=(), repr=False)  # see `training.feeds.make_phase_data`
+    is_trained: bool = False  # the network that it starts from, which is kept unless an epoch does better beyond chance
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
