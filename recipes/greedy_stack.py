@@ -21,7 +21,9 @@ class GreedyStackConfig(TrainConfig):
     """Settings of greedy stacking. `epochs` are those of the fine-tuning at the end."""
 
     checkpoint: str = flag("none", "stack new blocks on the frozen layers of this checkpoint; none: start from nothing")
-    architecture: str | None = flag(None, "grow the layers of this timm architecture; none: new blocks")
+    architecture: str | None = flag(
+        None, "grow the layers of this timm architecture or transformers model type; none: new blocks"
+    )
     image_size_px: int = flag(32, "side of the square that a network without a checkpoint takes")
     layers: int | None = flag(None, "layers to grow; none: all of the architecture's, or three new blocks")
     block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer: on a checkpoint only")

@@ -100,6 +100,8 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
         found.append("No mistake was made on so few images: the intervals can't say how rare mistakes are.")
     if split != "test":
         found.append("There was no test split: what is kept was chosen by the very images that it is scored on.")
+    if results["details"].get("fine_tuned") is False:
+        found.append("Its layers were trained one at a time and never together: no fine-tuning followed.")
     for what, few, least in (("to learn from", learnt, FEW_TO_LEARN), ("to score on", measured, FEW_TO_MEASURE)):
         if few:
             named = ", ".join(f"{name} ({n})" for name, n in sorted(few.items(), key=lambda item: item[1])[:10])

@@ -62,6 +62,7 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
     overwrite: bool = False,
+    without_fine_tuning: bool = False,
     dry_run: bool = False,
     token: str | None = None,
     first_wait_s: float = 1.0,
@@ -71,9 +72,10 @@ def publish(
     `run` is an output folder of a recipe. Where its model is an adapter, that is merged into its base first (`base`: a folder
     or id of it, where the id that is recorded cannot be reached), or sent as it is (`adapter`). `private`: a repository that
     is made is private; `revision`: a branch, made where there is none; `create_pr`: a pull request instead of a commit;
-    `overwrite`: also where the repository's card is not ours. Raises ValueError for what is no run or no id, and for an
-    adapter whose base cannot be had; VerificationError where the saved model is not the one that was measured; PushError for
-    what the Hub refuses, with the remedy.
+    `overwrite`: also where the repository's card is not ours; `without_fine_tuning`: also a greedy stack whose layers were
+    never trained together. Raises ValueError for what is no run or no id, and for an adapter whose base cannot be had;
+    VerificationError where the saved model is not the one that was measured; PushError for what the Hub refuses, with the
+    remedy.
     """
     run = Path(run)
     if not (run / "model" / CARD).is_file() or not (run / "results.json").is_file():
@@ -81,6 +83,11 @@ def publish(
     repo_id, branch = split_repo_id(repo_id)
     revision = revision or branch
     results = json.loads((run / "results.json").read_text())
+    if results["details"].get("fine_tuned") is False and not without_fine_tuning:
+        raise ValueError(
+            f"{run}: this stack was not fine-tuned end to end, which is what makes it good to build on. Run the recipe with "
+            "--fine_tune, or publish it so with --without_fine_tuning"
+        )
     model = _choose_model(run, results, adapter=adapter, base=base)
     tolerance = MERGED_TOLERANCE if model.name == MERGED else TOLERANCE
     verified = verify(model, run / REFERENCE, find_libraries(model), tolerance=tolerance)
@@ -92,6 +99,7 @@ def publish(
     if not dry_run:
         options = {"--base": base, "--revision": revision}
         switches = {"--adapter": adapter, "--private": private, "--create_pr": create_pr, "--overwrite": overwrite}
+        switches |= {"--without_fine_tuning": without_fine_tuning}
         again = ["hf-transfer", "publish", str(run), "--repo_id", repo_id]
         again += [word for flag, value in options.items() if value for word in (flag, value)]
         again += [flag for flag, is_set in switches.items() if is_set]

@@ -12,10 +12,12 @@ from typing import Any, Literal
 import timm
 import timm.models
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from timm.data.config import resolve_data_config
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.modeling_greedy import GreedyConfig, GreedyForImageClassification
@@ -86,15 +88,20 @@ def load(
 
 
 def create(architecture: str, labels: Sequence[str], *, image_size_px: int | None = None, seed: int = 0) -> Backbone:
-    """A timm architecture with random weights and a head for `labels`, to be pretrained; its own preprocessing.
+    """An architecture with random weights and a head for `labels`, to be pretrained; timm's with its own preprocessing.
 
+    `architecture`: a name of timm's, or a transformers model type (`vit`, `convnext`, ...), with its default sizes.
     `image_size_px`: side of the square it takes, where it should not be the architecture's own. Raises ValueError for an
-    architecture that timm does not have (with near names), and for a size that it cannot take.
+    architecture that neither has (with near names), and for a size that it cannot take.
     """
+    if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and architecture != "timm_wrapper":
+        return _create_transformers(architecture, labels, image_size_px, seed)
     if not timm.is_model(architecture):
-        near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=3))
+        known = [*timm.list_models(), *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
+        near = ", ".join(difflib.get_close_matches(architecture, known, n=3))
         raise ValueError(
-            f"architecture={architecture!r}: timm has none of this name" + (f"; near: {near}" if near else "")
+            f"architecture={architecture!r}: neither timm nor transformers has one of this name"
+            + (f"; near: {near}" if near else "")
         )
     torch.manual_seed(seed)
     size = {} if image_size_px is None else {"input_size": (3, image_size_px, image_size_px)}
@@ -130,6 +137,26 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
         model.config.label2id = {label: i for i, label in enumerate(labels)}
         model.num_labels = len(labels)
     return replace(backbone, model=model.eval(), label_names=tuple(labels), new_head=True)
+
+
+def _create_transformers(model_type: str, labels: Sequence[str], image_size_px: int | None, seed: int) -> Backbone:
+    config = AutoConfig.for_model(model_type)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: i for i, name in enumerate(labels)}
+    size_px = image_size_px or getattr(config, "image_size", None) or 224
+    if hasattr(config, "image_size"):
+        config.image_size = size_px
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForImageClassification.from_config(config)
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{model_type} cannot be made for {size_px} px: {error}") from error
+    processor = ViTImageProcessor(size={"height": size_px, "width": size_px}, resample=Image.Resampling.BICUBIC)
+    with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
+        folder = Path(parent, model_type)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return replace(load(str(folder), labels), new_head=True)
 
 
 def _know_greedy() -> None:

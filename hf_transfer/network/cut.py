@@ -77,6 +77,9 @@ class Cut:
     dense: bool = False  # placeholders of full size, for a network that writes into what the prefix's calls return
     repeated: frozenset[str]  # those modules of the stubs and the site that one forward calls more than once
 
+    def __deepcopy__(self, memo: Any) -> "Cut":
+        return self  # nothing in it changes, and copies of modules that know it are made for each thread
+
     @property
     def bytes_per_image(self) -> int:
         """In the cache, at the activation's own dtype."""

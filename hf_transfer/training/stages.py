@@ -32,7 +32,8 @@ from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import read_outcomes
 from hf_transfer.training.phase import Phase, Plan, ProbePhase, optimization_of
-from hf_transfer.training.plan import Outcome, describe_phases, draw_curves, run_phases, run_plan
+from hf_transfer.training.phases import run_phases
+from hf_transfer.training.plan import Outcome, describe_phases, draw_curves, run_plan
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def grow(
         and not (config.resume and has_state(checkpoints / STAGES))
     ):
         remove_state(checkpoints / FINE_TUNING)  # what these stages lead to is another one
-    done, resumed, audited = run_phases(
+    ran = run_phases(
         plan,
         stack.whole,
         stack.backbone,
@@ -102,6 +103,7 @@ def grow(
         checkpoints=checkpoints and checkpoints / STAGES,
         goes_on=goes_on,
     )
+    done = ran.done
     trained = stack.first(len(done))
     with costs.part("evaluate"):
         found = _score_stages(trained, data, config, accelerator)
@@ -114,8 +116,8 @@ def grow(
         stages=stages,
         ensemble=found["ensemble"],
         done=done,
-        resumed=resumed,
-        audited_tensors=audited,
+        resumed=ran.resumed,
+        audited_tensors=ran.num_audited,
     )
 
 
