@@ -44,7 +44,7 @@ class GreedyStackConfig(TrainConfig):
     fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer in fine-tuning")
     freeze_batchnorm: bool = flag(False, "in fine-tuning, every BatchNorm keeps its running statistics")
     cache_views: int = flag(
-        8, "augmented views of each image that are stored; 1: as evaluated; 0: the layers below run again"
+        4, "augmented views of each image that are stored; 1: as evaluated; 0: the layers below run again"
     )
     flip: float = flag(0.0, "probability of a horizontal flip")
 

@@ -10,7 +10,7 @@ other phase. Where the layers come from: new convolutional blocks (`grow_blocks`
 new blocks on the frozen layers of a checkpoint (`grow_on`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +94,7 @@ class GreedyStack:
     def first(self, depth: int) -> "GreedyStack":
         """The stack of the first `depth` stages, over the same network and heads."""
         stages = self.stages[:depth]
-        heads = nn.ModuleDict(list(self.grown.heads.items())[:depth])
+        heads = nn.ModuleDict(dict(list(self.grown.heads.items())[:depth]))
         grown = GrownNetwork(self.grown.network, heads, self.grown.cuts[:depth])
         whole = replace(self.whole, model=grown)
         return replace(self, stages=stages, whole=whole, heads=self.heads[:depth])
@@ -113,7 +113,8 @@ class GreedyStack:
         weights |= {f"head.{n}": t for n, t in last.state_dict().items()}
         own = grown.state_dict()
         grown.load_state_dict({n: t for n, t in weights.items() if n in own})
-        return replace(self.backbone, model=grown.eval())
+        grown.eval()  # type: ignore[no-untyped-call]
+        return replace(self.backbone, model=grown)
 
 
 def grow_blocks(
@@ -348,13 +349,17 @@ def _stack(backbone: Backbone, chain: Chain, names: Sequence[str], hidden: int, 
         low = place if i or is_new else 0
         trained = [*layers[low : place + 1], stage_chain.layers[-1]]
         selected = frozenset(n for layer in trained for n in layer.parameters)
-        policy = Policy(name=f"stage {i + 1} ({name})", select=lambda _, selected=selected: selected)
+        policy = Policy(name=f"stage {i + 1} ({name})", select=_always(selected))
         stages.append(Stage(layer=name, chain=stage_chain, policy=policy, through=tuple(through)))
         before = stage_chain.lowest_cut(selected)
         if before is not None:
             through.append(before)
     whole = replace(stages[-1].chain, model=GrownNetwork(chain.model, heads, cuts))
     return GreedyStack(backbone=backbone, chain=chain, stages=tuple(stages), whole=whole, heads=tuple(specs))
+
+
+def _always(names: frozenset[str]) -> Callable[[Chain], frozenset[str]]:
+    return lambda chain: names
 
 
 def _stage_chain(network: StageNetwork, chain: Chain, layers: Sequence[Layer]) -> Chain:
@@ -398,9 +403,11 @@ def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
     torch.manual_seed(seed)  # the first blocks are the same however many follow
     for module in (*model.blocks.modules(), *model.head.modules()):
         # transformers draws every matrix from N(0, 0.02); torch's scale by the number of inputs suits these.
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    return model.float().eval()
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]:

@@ -108,10 +108,12 @@ class Head(nn.Module):
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """(B, K)."""
         if self.layout == "tokens":
-            return self.linear(self.norm(self.hidden(activation)).mean(1))
-        grid = activation.permute(0, 3, 1, 2) if self.layout == "channels_last" else activation
-        grid = F.adaptive_avg_pool2d(self.hidden(grid), self.side)
-        return self.linear(self.norm(grid).flatten(1))
+            pooled: torch.Tensor = self.norm(self.hidden(activation)).mean(1)
+        else:
+            grid = activation.permute(0, 3, 1, 2) if self.layout == "channels_last" else activation
+            pooled = self.norm(F.adaptive_avg_pool2d(self.hidden(grid), self.side)).flatten(1)
+        logits: torch.Tensor = self.linear(pooled)
+        return logits
 
 
 class Body(nn.Module):
@@ -185,8 +187,8 @@ class GreedyForImageClassification(PreTrainedModel):
         kinds: dict[str, type[nn.Module]] = {"conv": ConvBlock, "transformer": TokenBlock}
         specs = [dict(spec) for spec in config.blocks]
         self.blocks = nn.ModuleList([kinds[spec.pop("kind")](**spec) for spec in specs])
-        self.head = Head(num_classes=config.num_labels, **config.head)
-        self.post_init()
+        self.head = Head(num_classes=int(config.num_labels or 0), **config.head)
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def layer_names(self) -> list[str]:
@@ -195,10 +197,11 @@ class GreedyForImageClassification(PreTrainedModel):
         return before + [f"blocks.{i}" for i in range(len(self.blocks))]
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         # On the meta device timm's computed buffers (relative positions, ...) are lost, and no file holds them.
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        refill: Any = getattr(module, "init_non_persistent_buffers", None)
+        if refill is not None:
+            refill()
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **_: Any
@@ -228,5 +231,5 @@ def as_tokens(activation: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 # save_pretrained then copies this file, and names it in config.json.
-GreedyConfig.register_for_auto_class()
-GreedyForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+GreedyConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
+GreedyForImageClassification.register_for_auto_class("AutoModelForImageClassification")  # type: ignore[no-untyped-call]

@@ -8,7 +8,7 @@ those of every plan. What a stage reads was computed from what the stage before 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Grown:
     """What was grown. `stages` has a row for each trained stage, of which `stack` holds the first `len(stack.stages)`."""
 
     stack: GreedyStack
-    stages: list[Mapping[str, Any]]  # depth, layer, accuracies, cost
+    stages: Sequence[Mapping[str, Any]]  # depth, layer, accuracies, cost
     ensemble: Mapping[str, Any]  # accuracy by split of all stages' predictions together
     done: list[dict[str, Any]] = field(repr=False)  # as `run_phases` returns them
     resumed: bool
@@ -262,7 +262,7 @@ def _describe(
     return {"depth": i + 1, "layer": stage.layer, **accuracies, "cost": {**cost, "flops": total}}
 
 
-def _say(stages: list[Mapping[str, Any]], together: Mapping[str, float]) -> None:
+def _say(stages: Sequence[Mapping[str, Any]], together: Mapping[str, float]) -> None:
     for row in stages:
         cost = row["cost"]
         log.info(
