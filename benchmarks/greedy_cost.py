@@ -4,8 +4,8 @@
 
 For each stage from 2 on: seconds of an optimizer step over (a) stored activations, as `--cache_views` trains, and (b) images,
 with the frozen layers run under no_grad, as `--cache_views 0` does; each divided by the step of the same layer and head as
-modules of their own, on random activations in memory, laid out as stored ones are. All three are timed in turn within one process, round by round; the
-median counts. (a) stays near 1 at every depth, (b) grows. Printed as a table and as JSON.
+modules of their own, on random activations in memory, laid out as stored ones are. All three are timed in turn within one
+process, round by round; the median counts. (a) stays near 1 at every depth, (b) grows. Printed as a table and as JSON.
 """
 
 import argparse

@@ -27,7 +27,7 @@ class GreedyStackConfig(TrainConfig):
     image_size_px: int = flag(32, "side of the square that a network without a checkpoint takes")
     layers: int | None = flag(None, "layers to grow; none: all of the architecture's, or three new blocks")
     block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer: on a checkpoint only")
-    width: int | None = flag(None, "channels of the new blocks; none: 32, or those of the checkpoint's activation")
+    width: int | None = flag(None, "channels of the new blocks; none: 16, or those of the checkpoint's activation")
     downsample: str | None = flag(
         None, "numbers of the blocks that halve the grid, as 2,3; none: 2,3; on a checkpoint no block"
     )
@@ -81,7 +81,8 @@ def main(config: GreedyStackConfig) -> dict[str, Any]:
         stack = grow_architecture(base, layers=config.layers, **how)
     else:
         data = read_data(run)
-        new |= {"width": config.width or 32, "downsample": read_numbers("2,3" if downsample is None else downsample)}
+        halving = tuple(n for n in (2, 3) if n <= new["layers"]) if downsample is None else read_numbers(downsample)
+        new |= {"width": config.width or 16, "downsample": halving}
         stack = grow_blocks(data.label_names, image_size_px=px, **new)
     use: dict[str, Any] = {"config": config, "accelerator": run.accelerator, "costs": run.costs}
     use["checkpoints"] = run.output_dir / "checkpoints"
