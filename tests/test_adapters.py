@@ -484,7 +484,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_transfer.training.plan.save_state", stop_at_the_fourth)
+        patch.setattr("hf_transfer.training.phases.save_state", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             train(config, how, tmp_path / "cut")
     resumed, outcome, _ = train(replace(config, resume=True), how, tmp_path / "cut")

@@ -13,7 +13,15 @@ import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hf_transfer.hub.card_data import FROM_SCRATCH, OUR_TAG, SCORES, find_license, find_name, find_split, make_card_data
+from hf_transfer.hub.card_data import (
+    OUR_TAG,
+    SCORES,
+    find_license,
+    find_name,
+    find_split,
+    is_from_scratch,
+    make_card_data,
+)
 from hf_transfer.hub.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.hub.pictures import draw_pictures
 from hf_transfer.hub.verify import Verified, find_libraries, has_own_code
@@ -52,7 +60,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         libraries=find_libraries(folder),
         has_own_code=has_own_code(folder),
         backbone=backbone,
-        is_from_scratch=results["strategy"] in FROM_SCRATCH,
+        is_from_scratch=is_from_scratch(results),
         adapter=backbone.describe() if isinstance(backbone, Adapted) else results["details"].get("adapter"),
         results=results,
         split=split,

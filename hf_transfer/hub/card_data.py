@@ -6,12 +6,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from hf_transfer.config import NO_CHECKPOINT
 from hf_transfer.hub.licenses import Derived, derive_license
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 
 OUR_TAG = "hf_transfer"
-FROM_SCRATCH = ("pretrain",)  # strategies without a base model
 # Key of our scores: the Hub's name of the metric, title.
 SCORES = {
     "accuracy": ("accuracy", "Accuracy"),
@@ -25,6 +25,11 @@ def find_split(results: Mapping[str, Any]) -> str:
     return "test" if "test" in results["metrics"] else "validation"
 
 
+def is_from_scratch(results: Mapping[str, Any]) -> bool:
+    """Whether there is no base model: nothing was loaded (`pretrain`, and `greedy_stack` without a checkpoint)."""
+    return bool(results["config"]["checkpoint"] == NO_CHECKPOINT)
+
+
 def find_name(backbone: Backbone, results: Mapping[str, Any]) -> str:
     """What the model is called: its base, and its data."""
     return f"{PurePath(backbone.source.name).name}-{PurePath(results['data']['name']).name}"
@@ -32,7 +37,7 @@ def find_name(backbone: Backbone, results: Mapping[str, Any]) -> str:
 
 def find_license(backbone: Backbone, results: Mapping[str, Any]) -> Derived:
     """What the base and the data let it carry."""
-    has_base = results["strategy"] not in FROM_SCRATCH
+    has_base = not is_from_scratch(results)
     return derive_license(backbone.source.license, results["data"]["license"], has_base=has_base)
 
 
@@ -44,7 +49,7 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
     is_on_hub = data["revision"] is not None
     terms = find_license(backbone, results)
     is_adapter = isinstance(backbone, Adapted)
-    has_base = backbone.source.id is not None and results["strategy"] not in FROM_SCRATCH
+    has_base = backbone.source.id is not None and not is_from_scratch(results)
     return ModelCardData(
         model_name=find_name(backbone, results),
         library_name="peft" if is_adapter else backbone.library,

@@ -32,6 +32,8 @@ from hf_transfer.training.steps import Workplace
 
 # Between the last validation of the trained network and that of the whole one from files, in float32.
 VERIFIED_LOG_LOSS = 1e-3
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What `Run.finish` writes of a plan."""
