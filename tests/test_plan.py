@@ -177,6 +177,22 @@ def test_views_are_computed_once_and_taken_in_turn(tmp_path: Path) -> None:
     assert count(0, 4) - count(0, 2) == 2 * (train_images + len(data.validation))
 
 
+def test_the_probes_pass_stores_what_later_phases_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probe, then two phases whose cuts move down: one pass of the network over each image, not three."""
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path))
+    data = data_of(SMALL)
+    backbone = load("embedded", data.label_names)
+    costs = Costs()
+    steps = [Phase(policy=last(k), epochs=1, optimization=Optimization(lr=1e-3)) for k in (1, 3)]
+    run_plan(
+        [ProbePhase(), *steps], backbone.chain(), backbone, data, config=SMALL,
+        accelerator=Accelerator(cpu=True), costs=costs,
+    )  # fmt: skip
+    computed = costs.to_dict()["images_per_second"]  # of the parts that put images through the network
+    assert "features" in computed
+    assert "store" not in computed
+
+
 def test_mixing_needs_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--cache_views 0"):
         train(replace(SMALL, mixup=0.2), [last(1)], tmp_path)

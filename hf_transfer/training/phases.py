@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hf_transfer.data.extract import use_fast_layout
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import Audit
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
@@ -120,7 +121,7 @@ def run_phases(
         if accelerator.is_main_process and len(plan) > 1:
             log.info("phase %d of %d: %s", number + 1, len(plan), phase.policy.name)
         if isinstance(phase, ProbePhase):
-            done.append(_run_probe(phase, backbone, at, costs))
+            done.append(_run_probe(phase, backbone, at, costs, _cuts_to_come(plan, number, selected, at)))
         else:
             if config.wise_ft and phase.chain is None and start is None:
                 start = _take_start(plan, number, selected, backbone, at, costs)
@@ -208,7 +209,28 @@ def _run_steps(
     return described, reads
 
 
-def _run_probe(phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Costs) -> dict[str, Any]:
+def _cuts_to_come(plan: Plan, number: int, selected: list[frozenset[str]], at: Workplace) -> list[Cut]:
+    """The cuts at which later phases read each image as evaluated, for the probe's own pass to store on disk.
+
+    Only those below which nothing trains before: else the activations will be others by then.
+    """
+    if at.config.cache_views != 1:
+        return []
+    found: dict[str, Cut] = {}
+    trained: set[str] = set()
+    for phase, names in zip(plan[number + 1 :], selected[number + 1 :], strict=True):
+        cut = at.chain.lowest_cut(names) if isinstance(phase, Phase) and phase.chain is None else None
+        if cut is not None and cut != at.chain.features and trained.isdisjoint(at.chain.before(cut)[0]):
+            found[cut.name] = cut
+        trained |= names
+    num_bytes = sum(cut.bytes_per_image for cut in found.values()) * (len(at.data.train) + len(at.data.validation))
+    storage = ExtractOptions.from_config(at.config).choose_storage(num_bytes, at.accelerator)
+    return list(found.values()) if storage.kind == "disk" else []
+
+
+def _run_probe(
+    phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Costs, beside: Sequence[Cut] = ()
+) -> dict[str, Any]:
     options = ExtractOptions.from_config(at.config)
     with costs.part("features"):
         # The test split is left alone: it is scored once, at the end.
@@ -219,6 +241,7 @@ def _run_probe(phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Cost
             sweep="none",
             accelerator=at.accelerator,
             options=options,
+            beside=beside,
         )
     costs.count_images("features", sum(computed.values()))
     with costs.part("probe"):

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from hf_transfer.data.cache import Store
 from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import Tap, extract
+from hf_transfer.data.extract import Tap, extract, tap_activation
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.readout import Readout, build_variant, find_readouts, read_features
 from hf_transfer.training.evaluate import compute_stored_logits
@@ -67,10 +68,14 @@ def extract_readouts(
     sweep: Literal["none", "pooling", "layer", "all"],
     accelerator: Accelerator,
     options: ExtractOptions,
+    beside: Sequence[Cut] = (),
 ) -> tuple[list[ReadoutFeatures], dict[str, int]]:
-    """Features of every split through every readout, and the images that went through the network for each split."""
+    """Features of every split through every readout, and the images that went through the network for each split.
+
+    `beside`: cuts whose activations the same pass stores for a later phase to find.
+    """
     readouts = find_readouts(chain, sweep=sweep)
-    taps = tap_readouts(chain, readouts, accelerator)
+    taps = tap_readouts(chain, readouts, accelerator) | {cut.name: tap_activation(cut) for cut in beside}
     stores: dict[str, Mapping[str, Store]] = {}
     computed: dict[str, int] = {}
     for split in (data.train, data.validation, data.test):
