@@ -99,7 +99,7 @@ def test_the_hub_takes_the_metadata(backbone: Backbone, folder: Path) -> None:
 
 
 def test_a_model_from_random_weights_has_no_base(backbone: Backbone) -> None:
-    data = make_card_data(backbone, results_for(backbone) | {"strategy": "pretrain"})
+    data = make_card_data(backbone, results_for(backbone) | {"config": {"checkpoint": "none"}})
     assert data.base_model is None
     assert data.license is None
 
@@ -143,7 +143,7 @@ def test_the_card_of_a_repository_names_it_and_what_was_checked(folder: Path) ->
 
 def test_a_card_is_written_where_names_need_care(backbone: Backbone, tmp_path: Path) -> None:
     results = results_for(backbone)
-    results["config"] = {"dataset": "a: b"}
+    results["config"] |= {"dataset": "a: b"}
     results["data"]["notes"] = ["2 images were left out."]
     odd = replace(backbone, source=replace(backbone.source, license=None))
     save_model(odd, results, tmp_path / "model")
@@ -151,6 +151,6 @@ def test_a_card_is_written_where_names_need_care(backbone: Backbone, tmp_path: P
     assert ModelCard(card).data.license is None
     assert "No licence is stated" in card
     settings = card.split("```yaml\n")[1].split("```")[0]
-    assert yaml.safe_load(settings) == {"dataset": "a: b"}
+    assert yaml.safe_load(settings) == results["config"]
     assert "- 2 images were left out." in card
     assert AutoConfig.from_pretrained(tmp_path / "model").num_labels == 3

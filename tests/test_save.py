@@ -89,7 +89,7 @@ def results_for(backbone: Backbone) -> dict[str, Any]:
             "train_images_per_class": dict.fromkeys(names, 4),
             "notes": [],
         },
-        "config": {"seed": 0},
+        "config": {"seed": 0, "checkpoint": "embedded"},
     }
 
 
