@@ -32,6 +32,7 @@ from hf_transfer.training.costs import Costs
 from hf_transfer.training.plan import Outcome
 from hf_transfer.training.stages import Grown, count_stage_flops, ensemble, find_best_depth, finish, grow
 from tests.families import FAMILIES, make_pixels
+from tests.test_recipes import run_recipe
 from tests.test_save import LABELS, results_for, write_upstream
 
 VIEWS, EPOCHS = 2, 3
@@ -336,3 +337,27 @@ def test_the_upstream_digits_come_from_a_package(monkeypatch: pytest.MonkeyPatch
     assert found.test is not None
     assert (len(found.train) + len(found.validation), len(found.test)) == (3500, 1500)
     assert found.train.image(0).size == (28, 28)
+
+
+def test_two_processes_grow_one_network(tmp_path: Path) -> None:
+    """Each keeps BatchNorm statistics of its own while a layer grows; what is then frozen and stored is one network's."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_TRANSFER_CACHE": str(tmp_path / "cache")}
+    small = (
+        "--images_per_class",
+        "10",
+        "--layers",
+        "2",
+        "--width",
+        "4",
+        "--image_size_px",
+        "16",
+        "--stage_epochs",
+        "2",
+    )
+    rest = ("--epochs", "1", "--batch_size", "8", "--tracker", "none", "--output_dir", str(tmp_path / "run"))
+    run_recipe("greedy_stack", *small, *rest, launcher=launcher, env=env)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["details"]["stages"]) == 2
+    # The network that was saved is the one that validation chose.
+    assert results["metrics"]["validation"]["nll"] == pytest.approx(results["plan"][-1]["score"]["log_loss"], abs=1e-3)

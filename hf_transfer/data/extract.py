@@ -248,7 +248,7 @@ def sweep(
 
     On a CPU, from several threads, each with a chain of its own over the same tensors.
     """
-    chain.model.to(accelerator.device)
+    move_model(chain.model, accelerator)
     use_fast_layout(chain.model)
     hidden = not (shows_progress and accelerator.is_main_process)
     with tqdm(total=len(rows), desc=title, unit="img", disable=hidden) as bar:
@@ -263,6 +263,15 @@ def sweep(
                 compute(chain, images.prepare(on_device, batch), at)
             at += len(pixels)
             bar.update(len(pixels))
+
+
+def move_model(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Moves `model` to the accelerator's device, in place.
+
+    Several processes on a CPU have devices cpu:0, cpu:1, ...: torch takes them for others than cpu, and would give the model
+    new buffers at every call, while those who watch its running statistics hold the old ones.
+    """
+    model.to(torch.device("cpu") if accelerator.device.type == "cpu" else accelerator.device)
 
 
 def use_fast_layout(model: torch.nn.Module) -> None:

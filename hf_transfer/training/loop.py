@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 
 from hf_transfer.config import TrainConfig
@@ -65,13 +66,11 @@ def train_phase(
     frozen_below = chain.lowest_cut(names)
     set_trainable(chain.model, names)
     audit = Audit(chain, frozen_below, names, freeze_batchnorm=config.freeze_batchnorm)
-    moving = _moving_tensors(chain, names)
     groups = group_parameters(chain, names, phase.optimization)
     optimizer = make_optimizer(groups, phase.optimization)
     progress = Progress(history=[], best={})
     best_weights: dict[str, torch.Tensor] = {}
     best_merits: torch.Tensor | None = None
-    averaged = Averaged(moving, config.ema_decay) if config.ema_decay else None
     network: nn.Module = WholeNetwork(chain.model) if reads.cut is None else chain.suffix(reads.cut)
     with ExitStack() as contexts:
         if isinstance(network, Suffix):
@@ -80,6 +79,9 @@ def train_phase(
             contexts.enter_context(_recomputing_activations(chain.model))
         compiled = torch.compile(network) if config.compile else network
         prepared, optimizer = accelerator.prepare(compiled, optimizer)
+        # Only now: under several processes, preparation gives the network other buffers than it had.
+        moving = _moving_tensors(chain, names)
+        averaged = Averaged(moving, config.ema_decay) if config.ema_decay else None
         if resumed is not None:
             progress = Progress(**resumed["progress"])
             best_weights = {n: t.to(moving[n].device) for n, t in resumed["best_weights"].items()}
@@ -105,6 +107,7 @@ def train_phase(
         while progress.epoch < phase.epochs and not progress.stopped:
             steps.run_epoch(progress, save)
             with averaged.swapped(moving) if averaged else nullcontext():
+                _agree_on_statistics(moving, accelerator)
                 score, merits = validate(prepared, reads, at)
                 if _is_better(score, merits, progress.best, best_merits, config.select_by):
                     progress.best, best_merits = {**score, "epoch": progress.epoch + 1}, merits
@@ -134,6 +137,14 @@ def _moving_tensors(chain: Chain, names: frozenset[str]) -> dict[str, torch.Tens
     _, frozen = chain.before(chain.lowest_cut(names))
     buffers = {n: b for n, b in chain.model.named_buffers() if n in kept and n not in frozen}
     return {**parameters, **buffers}
+
+
+def _agree_on_statistics(moving: dict[str, torch.Tensor], accelerator: Accelerator) -> None:
+    """Gives every process the first one's running statistics, in place: each kept its own, and one network is kept."""
+    if accelerator.num_processes > 1:
+        for tensor in moving.values():
+            if not isinstance(tensor, nn.Parameter):
+                broadcast(tensor, from_process=0)
 
 
 def _restore(

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 
 from hf_transfer.config import TrainConfig, to_settings
 from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import use_fast_layout
+from hf_transfer.data.extract import move_model, use_fast_layout
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
@@ -81,7 +80,7 @@ def run_phases(
     _check_mixing(plan, chains, config, selected)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
-    chain.model.to(accelerator.device)
+    move_model(chain.model, accelerator)
     use_fast_layout(chain.model)
     identity = _identity(plan, data, config)
     state = load_state(checkpoints) if config.resume and checkpoints is not None else None
@@ -128,10 +127,6 @@ def run_phases(
             before = reads if phase.through else None
             found, reads = _run_steps(phase, backbone, at, costs, part, before, is_first=not done)
             done.append(found)
-            if accelerator.num_processes > 1:
-                # Running statistics are each process's own: what the next phase freezes and stores must be one network.
-                for buffer in chains[number].model.buffers():
-                    broadcast(buffer, from_process=0)
         part = None
         save(None)  # a run that is resumed from here begins the next phase
         accelerator.wait_for_everyone()
