@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 
 BATCHES_AHEAD = 3
 CPU_BATCH = 4  # activations of few images stay in the core's cache
-# What taps do with an activation (a pooling behind a suffix) is mostly calls of modules, which threads make one at a time.
-CPU_TAP_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +240,6 @@ def sweep(
     options: ExtractOptions,
     title: str,
     shows_progress: bool = True,
-    cpu_batch: int = CPU_BATCH,
 ) -> None:
     """Calls `compute` on every one of `rows`, a batch at a time, in any order, without gradients, in eval mode.
 
@@ -253,7 +250,7 @@ def sweep(
     hidden = not (shows_progress and accelerator.is_main_process)
     with tqdm(total=len(rows), desc=title, unit="img", disable=hidden) as bar:
         if accelerator.device.type == "cpu":
-            _sweep_on_cpu(chain, images, rows, compute, options, min(options.batch_size, cpu_batch), bar)
+            _sweep_on_cpu(chain, images, rows, compute, options, bar)
             return
         at = 0
         for pixels in read_pixels(images, rows, batch_size=options.batch_size, num_threads=options.num_threads):
@@ -293,13 +290,11 @@ def _fill(
     """Writes every tap of the images `wanted` into `out`, in order."""
     one_tail_at_a_time = threading.Lock()  # a tap may run modules that threads share
     cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
-    at_once = CPU_BATCH if accelerator.device.type == "cpu" else options.batch_size
     start = images.cut if isinstance(images, StoredActivations) else None
 
     def compute(on: Chain, batch: torch.Tensor, at: int) -> None:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            parts = [on.run_prefix(cuts, part, start=start) for part in batch.split(at_once)]
-        activations = {cut.name: torch.cat(found) for cut, found in zip(cuts, zip(*parts, strict=True), strict=True)}
+            activations = dict(zip((c.name for c in cuts), on.run_prefix(cuts, batch, start=start), strict=True))
         with one_tail_at_a_time:
             for name, tap in taps.items():
                 kept = tap.keep(activations[tap.cut.name].float())
@@ -307,7 +302,7 @@ def _fill(
 
     sweep(
         chain, images, wanted, compute, accelerator=accelerator, options=options,
-        title=f"{images.name} features", shows_progress=shows_progress, cpu_batch=CPU_TAP_BATCH,
+        title=f"{images.name} features", shows_progress=shows_progress,
     )  # fmt: skip
 
 
@@ -317,7 +312,6 @@ def _sweep_on_cpu(
     rows: NDArray[np.int64],
     compute: Compute,
     options: ExtractOptions,
-    size: int,
     bar: "tqdm[Any]",
 ) -> None:
     """Each thread decodes and computes small batches of its own, on its own copy of the modules.
@@ -326,6 +320,7 @@ def _sweep_on_cpu(
     (MobileNetV2 on 2 cores: 1.1 to 1.3 times faster, and several times where other programs use the cores as well).
     """
     threads = options.num_threads or torch.get_num_threads()
+    size = min(options.batch_size, CPU_BATCH)
     own = threading.local()
     # Made here: the modules' own state (hooks, modes) may not be copied while another thread runs them.
     replicas = deque(chain.replicate() for _ in range(threads))
