@@ -72,6 +72,8 @@ def grow(
     """
     if epochs < 1 or patience_layers < 0:
         raise ValueError(f"stage_epochs={epochs}, patience_layers={patience_layers}: choose 1 or more, and 0 or more")
+    if (config.compile or config.gradient_checkpointing) and accelerator.is_main_process:
+        log.info("stages run without compile and gradient_checkpointing, which hold for fine-tuning")
     optimization = replace(optimization_of(config), layer_decay=1.0)  # there is one layer
     own = replace(config, epochs=epochs, freeze_batchnorm=False, compile=False, gradient_checkpointing=False)
     plan = [
