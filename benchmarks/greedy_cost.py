@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from hf_transfer.data.extract import use_fast_layout
 from hf_transfer.network.freezing import set_modes, set_trainable
-from hf_transfer.network.greedy import GreedyStack, grow_blocks
+from hf_transfer.network.greedy import GreedyStack
+from hf_transfer.network.growing import grow_blocks
 
 NUM_CLASSES = 10
 

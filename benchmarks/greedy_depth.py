@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.greedy import grow_blocks, read_numbers
+from hf_transfer.network.growing import grow_blocks, read_numbers
 from hf_transfer.network.policies import full
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.phase import Phase, optimization_of

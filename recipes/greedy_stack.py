@@ -65,7 +65,7 @@ def main(config: GreedyStackConfig) -> dict[str, Any]:
     """Runs the recipe; returns the content of results.json."""
     from hf_transfer.locations import chain_dir
     from hf_transfer.network.backbone import create
-    from hf_transfer.network.greedy import grow_architecture, grow_blocks, grow_on, read_numbers
+    from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on, read_numbers
     from hf_transfer.reporting.run import load_inputs, read_data, start_run
     from hf_transfer.training.stages import finish, grow
 

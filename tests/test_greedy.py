@@ -19,15 +19,8 @@ from hf_transfer.hub.publish import publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.greedy import (
-    GreedyStack,
-    grow_architecture,
-    grow_blocks,
-    grow_on,
-    layout_of,
-    plan_head,
-    read_numbers,
-)
+from hf_transfer.network.greedy import GreedyStack, layout_of, plan_head
+from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on, read_numbers
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.plan import Outcome
 from hf_transfer.training.stages import Grown, count_stage_flops, ensemble, find_best_depth, finish, grow

@@ -1,0 +1,257 @@
+"""Where the layers of a greedy stack come from, fitted to what they are stacked on.
+
+New convolutional blocks (`grow_blocks`), any architecture (`grow_architecture`), or new blocks on the frozen layers of a
+checkpoint (`grow_on`). What does not compose is refused before anything is trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_transfer.locations import chain_dir
+from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
+from hf_transfer.network.greedy import GreedyStack, layout_of, plan_head, stack_layers
+from hf_transfer.network.modeling_greedy import HEAD_SIDE, GreedyConfig, GreedyForImageClassification, Layout
+from hf_transfer.network.preprocessing import preprocessing_of_config
+from hf_transfer.network.source import Source
+
+BlockKind = Literal["conv", "transformer"]
+NORMALIZATION = (0.5, 0.5, 0.5)  # mean and std of a network that is made here
+
+
+def grow_blocks(
+    labels: Sequence[str],
+    *,
+    layers: int,
+    width: int,
+    downsample: Sequence[int],
+    hidden: int,
+    image_size_px: int,
+    seed: int = 0,
+) -> GreedyStack:
+    """A stack of `layers` convolutional blocks on images of `image_size_px`; width doubles at each downsampling.
+
+    `downsample`: the numbers of the blocks that halve the grid, from 1. `hidden`: k of the auxiliary problems, the growing
+    layer and k - 1 in its head. Raises ValueError where these do not compose.
+    """
+    shape = (3, image_size_px, image_size_px)
+    blocks = _plan_blocks("conv", shape, "channels_first", layers=layers, width=width, downsample=downsample)
+    size = {"input_size": list(shape), "interpolation": "bicubic", "crop_pct": 1.0}
+    config = GreedyConfig(
+        blocks=blocks,
+        head=_head_after(blocks, shape, "channels_first", hidden),
+        pretrained_cfg={**size, "mean": list(NORMALIZATION), "std": list(NORMALIZATION)},
+        **_label_arguments(labels),
+    )
+    model = _make(config, seed)
+    name = f"greedy-conv{layers}x{width}"
+    backbone = Backbone(
+        model=model,
+        library="transformers",
+        preprocessing=preprocessing_of_config(config, name),
+        label_names=tuple(labels),
+        source=Source(folder=Path(name), id=None, revision=None, license=None),
+        new_head=True,
+    )
+    return _stack_of_blocks(backbone, hidden, seed)
+
+
+def grow_architecture(backbone: Backbone, *, layers: int | None, hidden: int, seed: int = 0) -> GreedyStack:
+    """The layers of a plain architecture (see `backbone.create`), the first `layers` of them; None: all.
+
+    Raises ValueError where its chain has no layers to grow one by one, or fewer than `layers`.
+    """
+    chain = backbone.chain(cache_dir=chain_dir())
+    if len(chain) == 0 or any(layer.cut is None for layer in chain.layers[1:-1]):
+        why = chain.notes[0] if chain.notes else "it has no interior cuts"
+        raise ValueError(
+            f"{backbone.source.name} has no chain of layers to grow one by one ({why}): choose another --architecture, or "
+            "train it at once with recipes/pretrain.py"
+        )
+    count = len(chain) if layers is None else layers
+    if not 1 <= count <= len(chain):
+        raise ValueError(
+            f"layers={layers}: {backbone.source.name} has {len(chain)}; choose 1 <= layers <= {len(chain)}"
+        )
+    names = [layer.name for layer in chain.layers[1 : 1 + count]]
+    return stack_layers(backbone, chain, names, hidden=hidden, seed=seed)
+
+
+def grow_on(
+    backbone: Backbone,
+    chain: Chain,
+    *,
+    layers: int,
+    kind: BlockKind,
+    width: int | None = None,
+    downsample: Sequence[int] = (),
+    after: str | None = None,
+    hidden: int = 1,
+    seed: int = 0,
+) -> GreedyStack:
+    """`layers` new blocks on the checkpoint's layers up to the one called `after` (None: its last), which stay frozen.
+
+    `width`: None takes the activation's own. Raises ValueError for a layer that is none, and for blocks that do not fit the
+    activation there: a convolution needs a grid.
+    """
+    names = [layer.name for layer in chain.layers[:-1] if layer.cut is not None]
+    if not names:
+        raise ValueError(
+            f"{backbone.source.name} has no chain of layers to stack on ({'; '.join(chain.notes) or 'no cuts'}): choose "
+            "another --checkpoint"
+        )
+    if after is not None and after not in names:
+        raise ValueError(
+            f"stack_after={after!r} is no layer of {backbone.source.name}; its layers are {', '.join(names)}"
+        )
+    cut = chain.cut(after or names[-1])
+    layout = layout_of(cut.shape, chain.image_shape)
+    channels = cut.shape[0] if layout == "channels_first" else cut.shape[-1]
+    blocks = _plan_blocks(kind, cut.shape, layout, layers=layers, width=width or channels, downsample=downsample)
+    model = backbone.model
+    is_transformers = isinstance(model, PreTrainedModel)
+    config = GreedyConfig(
+        body=_describe_body(backbone, chain, cut),
+        blocks=blocks,
+        head=_head_after(blocks, cut.shape, layout, hidden),
+        pretrained_cfg=None if is_transformers else _timm_preprocessing(backbone),
+        **_label_arguments(backbone.label_names),
+    )
+    grown = _make(config, seed)
+    assert grown.body is not None
+    own = set(grown.body.network.state_dict())
+    grown.body.network.load_state_dict({n: t for n, t in model.state_dict().items() if n in own})
+    base = replace(backbone, model=grown, library="transformers", new_head=True)
+    return _stack_of_blocks(base, hidden, seed)
+
+
+def read_numbers(text: str) -> tuple[int, ...]:
+    """Numbers of blocks from "2,3"; none from "". Raises ValueError for other text."""
+    words = [word.strip() for word in text.split(",")] if text.strip() else []
+    if not all(word.isdigit() for word in words):
+        raise ValueError(f"downsample={text!r}: give numbers of blocks, such as 2,3")
+    return tuple(int(word) for word in words)
+
+
+def _plan_blocks(
+    kind: BlockKind, shape: Sequence[int], layout: Layout, *, layers: int, width: int, downsample: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Arguments of each block on activations of `shape`."""
+    if layers < 1:
+        raise ValueError(f"layers={layers}: a stack has one layer at least; choose 1 or more")
+    if width < 1:
+        raise ValueError(f"width={width}: choose 1 or more")
+    wrong = [n for n in downsample if not 1 <= n <= layers]
+    if wrong:
+        raise ValueError(f"downsample={_listed(downsample)}: block {wrong[0]} is none of 1 to {layers}")
+    if kind == "transformer":
+        if downsample:
+            raise ValueError(f"downsample={_listed(downsample)}: transformer blocks keep their tokens; leave it out")
+        heads = max(1, width // 64)
+        if width % heads:
+            raise ValueError(f"width={width}: {heads} attention heads do not divide it; choose a multiple of 64")
+        channels = shape[0] if layout == "channels_first" else shape[-1]
+        first = {"kind": kind, "channels": channels, "width": width, "layout": layout}
+        return [first, *({**first, "channels": width, "layout": "tokens"} for _ in range(layers - 1))]
+    if layout == "tokens":
+        raise ValueError(
+            f"activations of shape {tuple(shape)} are tokens, which a convolution cannot take: choose --block transformer"
+        )
+    channels, *side = shape if layout == "channels_first" else (shape[2], shape[0], shape[1])
+    blocks: list[dict[str, Any]] = []
+    for number in range(1, layers + 1):
+        halves = number in downsample
+        if halves and any(s % 2 or s < 2 * HEAD_SIDE for s in side):
+            raise ValueError(
+                f"downsample={_listed(downsample)}: block {number} gets a grid of {side[0]}x{side[1]}, which does not halve to "
+                f"{HEAD_SIDE}x{HEAD_SIDE} or more; leave it out, or choose larger images"
+            )
+        if halves:
+            side = [s // 2 for s in side]
+            width = width * 2 if number > 1 else width
+        blocks.append(
+            {
+                "kind": kind,
+                "channels": channels,
+                "width": width,
+                "layout": layout if number == 1 else "channels_first",
+                "downsample": halves,
+            }
+        )
+        channels = width
+    return blocks
+
+
+def _head_after(blocks: Sequence[dict[str, Any]], shape: Sequence[int], layout: Layout, hidden: int) -> dict[str, Any]:
+    """Arguments of the head on what `blocks` make of `shape`."""
+    if blocks[-1]["kind"] == "transformer":
+        return plan_head((1, blocks[-1]["width"]), "tokens", hidden)
+    rows, columns = shape[1:] if layout == "channels_first" else shape[:2]
+    halved = 2 ** sum(block["downsample"] for block in blocks)
+    return plan_head((blocks[-1]["width"], rows // halved, columns // halved), "channels_first", hidden)
+
+
+def _stack_of_blocks(backbone: Backbone, hidden: int, seed: int) -> GreedyStack:
+    chain = backbone.chain(cache_dir=chain_dir())
+    model = backbone.model
+    assert isinstance(model, GreedyForImageClassification)
+    names = [f"blocks.{i}" for i in range(len(model.blocks))]
+    known = {layer.name for layer in chain.layers}
+    if not set(names) <= known:
+        raise ValueError(f"no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
+    return stack_layers(backbone, chain, names, hidden=hidden, seed=seed)
+
+
+def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
+    torch.manual_seed(seed)
+    model = GreedyForImageClassification(config)
+    torch.manual_seed(seed)  # the first blocks are the same however many follow
+    for module in (*model.blocks.modules(), *model.head.modules()):
+        # transformers draws every matrix from N(0, 0.02); torch's scale by the number of inputs suits these.
+        reset: Any = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]:
+    """Arguments of `Body` for the backbone up to `cut`, without what lies behind it."""
+    model: Any = backbone.model
+    kept, buffers = (set(names) for names in chain.before(cut))
+    kept |= buffers
+    used = {name.rpartition(".")[0] for name in kept} | {cut.site.module}
+    dropped: list[str] = []
+    for name, module in model.named_modules():
+        holds = next(module.parameters(), None) is not None
+        is_used = any(u == name or u.startswith(name + ".") for u in used)
+        inside = any(name.startswith(d + ".") for d in dropped)
+        if name and holds and not is_used and not inside and not any(n.startswith(name + ".") for n in chain.orphans):
+            dropped.append(name)
+    names = [layer.name for layer in chain.layers[1:-1]]
+    layers = names[: names.index(cut.name) + 1] if cut.name in names else []
+    site = {**vars(cut.site), "layers": layers}
+    if isinstance(model, PreTrainedModel):
+        return {"library": "transformers", "config": model.config.to_diff_dict(), "dropped": dropped, **site}
+    arguments = {k: v for k, v in dict(getattr(model, "_model_args", {})).items() if k != "num_classes"}
+    architecture = model.pretrained_cfg["architecture"]
+    return {"library": "timm", "architecture": architecture, "model_args": arguments, "dropped": dropped, **site}
+
+
+def _timm_preprocessing(backbone: Backbone) -> dict[str, Any]:
+    config = dict(backbone.preprocessing.processor.data_config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+
+
+def _label_arguments(labels: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers))
