@@ -6,6 +6,8 @@ r"""Adapters: solve for the head on frozen features, then train LoRA or its kin 
 Adapters start as the identity, so the solved head fits from the first step. By default they are merged at the end and what is
 saved is a plain checkpoint; `--no-merge` saves a PEFT adapter folder instead, a few per cent of the size, which names its base
 by id. With `--adapter_layers last:4 --cache_views 8` what lies below those layers runs once and is stored.
+
+Measured (seed 0): DeiT-Tiny, sign-language digits, 98.8 % with 4 % of the weights trained, 24 min on a busy core; see README.
 """
 
 from dataclasses import dataclass
