@@ -426,6 +426,8 @@ for name in names:
             wrapped(activation).square().mean().backward()
     found[name] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 torch.save(found, f"{folder}/{rank}.pt")
+del wrapped
+torch.distributed.barrier()  # who is done first would close connections that the other is still using
 torch.distributed.destroy_process_group()
 """
 
