@@ -5,9 +5,10 @@ r"""The journey: greedy pretraining upstream, fine-tuning, saving, loading it as
 
 Upstream once: `recipes/greedy_stack.py`. Then, for each downstream set, number of images a class (0: all) and seed, the saved
 folder is the `--checkpoint` of LP-FT (`recipes/probe_then_full.py`); against it the same network with newly drawn weights, by
-the same loop, optimizer, augmentation and number of epochs (its learning rate: `--scratch_lr`). Reported: test accuracy after
-equal epochs, and the seconds after which the transferred network's validation accuracy first reaches the best of the network
-from scratch (the probe, and the passes that it needs, counted).
+the same loop, optimizer, augmentation and number of epochs. Each side trains once at each of `--lr` and keeps the run that
+validates best; the test images are scored in that run alone. Reported: test accuracy after equal epochs, and the seconds
+after which the transferred network's validation accuracy first reaches the best of the network from scratch (the probe, and
+the passes that it needs, counted).
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from hf_transfer.config import TrainConfig
+from hf_transfer.config import NO_SPLIT, TrainConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
 from hf_transfer.network.policies import full
@@ -53,7 +54,7 @@ def draw_anew(model: torch.nn.Module, seed: int) -> None:
 
 
 def fine_tune(folder: Path, config: TrainConfig, *, transfers: bool) -> dict[str, Any]:
-    """Test accuracy, and (seconds, validation accuracy) after the start and after every epoch."""
+    """Accuracies, and (seconds, validation accuracy) after the start and after every epoch."""
     data = load_data(config)
     backbone = load(str(folder), data.label_names)
     if not transfers:
@@ -69,7 +70,15 @@ def fine_tune(folder: Path, config: TrainConfig, *, transfers: bool) -> dict[str
     for row in outcome.details["phases"][-1]["history"]:
         at += row["images"] / row["images_per_second"]
         points.append((at, row["validation_accuracy"]))
-    return {"test": outcome.metrics["test"]["accuracy"], "points": points}
+    found = {name: scores["accuracy"] for name, scores in outcome.metrics.items()}
+    return {"lr": config.lr, "points": points, **found}
+
+
+def fine_tune_best(folder: Path, config: TrainConfig, lrs: list[float], *, transfers: bool) -> dict[str, Any]:
+    """The run of the learning rate that validates best; ties go to the first. Test images are scored once, for it."""
+    blind = [fine_tune(folder, replace(config, lr=lr, test_split=NO_SPLIT), transfers=transfers) for lr in lrs]
+    best = max(blind, key=lambda run: run["validation"])
+    return fine_tune(folder, replace(config, lr=best["lr"]), transfers=transfers)
 
 
 def main() -> None:
@@ -86,8 +95,10 @@ def main() -> None:
     parser.add_argument("--stage_epochs", type=int, default=8)
     parser.add_argument("--upstream_epochs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--scratch_lr", type=float, default=3e-3)
+    parser.add_argument(
+        "--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="each side chooses by validation"
+    )
+    parser.add_argument("--flip", type=float, default=0.5, help="0 where left and right mean something, as in digits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, help="where the upstream run is kept; default: a temporary folder")
     given = parser.parse_args()
@@ -110,7 +121,7 @@ def main() -> None:
                     stage_epochs=given.stage_epochs,
                     epochs=given.upstream_epochs,
                     batch_size=64,
-                    flip=0.5,
+                    flip=given.flip,
                     tracker="none",
                     **shape,
                 )
@@ -127,17 +138,17 @@ def main() -> None:
                         images_per_class=images or None,
                         seed=seed,
                         epochs=given.epochs,
-                        lr=given.lr,
                         output_dir=scratch,
                         layer_decay=1.0,
+                        flip=given.flip,
                         freeze_batchnorm=False,
                         tracker="none",
                     )
-                    ours = fine_tune(upstream / "model", config, transfers=True)
-                    theirs = fine_tune(upstream / "model", replace(config, lr=given.scratch_lr), transfers=False)
+                    ours = fine_tune_best(upstream / "model", config, given.lr, transfers=True)
+                    theirs = fine_tune_best(upstream / "model", config, given.lr, transfers=False)
                     best = max(accuracy for _, accuracy in theirs["points"])
-                    first = min(at for at, accuracy in theirs["points"] if accuracy == best)
-                    reached = [at for at, accuracy in ours["points"] if accuracy >= best]
+                    at = next(i for i, (_, accuracy) in enumerate(theirs["points"]) if accuracy == best)
+                    reached = next((i for i, (_, accuracy) in enumerate(ours["points"]) if accuracy >= best), None)
                     rows.append(
                         {
                             "dataset": Path(dataset).name,
@@ -145,8 +156,12 @@ def main() -> None:
                             "seed": seed,
                             "transferred": ours["test"],
                             "from_scratch": theirs["test"],
-                            "seconds_to_scratch_best": reached[0] if reached else None,
-                            "scratch_seconds": first,
+                            "lr": [ours["lr"], theirs["lr"]],
+                            "validation": [ours["validation"], theirs["validation"]],
+                            "epochs_to_scratch_best": reached,  # 0: its probe
+                            "scratch_epochs": at + 1,
+                            "seconds_to_scratch_best": None if reached is None else ours["points"][reached][0],
+                            "scratch_seconds": theirs["points"][at][0],
                         }
                     )
                     print(json.dumps(rows[-1]), flush=True)
