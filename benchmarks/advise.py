@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.state import AcceleratorState
 
 from hf_transfer.choosing.rule import (
     CORNERS,
@@ -74,20 +75,21 @@ def run(given: argparse.Namespace) -> None:
             "seed": seed,
             "num_threads": given.num_threads,
         }
+        steps = {"epochs": given.epochs, "mixed_precision": given.mixed_precision, "tracker": "none"}
         cell = {"set": name, "checkpoint": checkpoint, "images_per_class": size, "seed": seed, "epochs": given.epochs}
         for what in ("advice", *given.strategies):
             if (*cell_of(cell), given.epochs, what) in done:
                 continue
             started = time.perf_counter()
             if what == "advice":
-                config = TrainConfig(**settings, epochs=given.epochs, tracker="none")
+                config = TrainConfig(**settings, **steps)
                 found: dict[str, Any] = advise(config).to_dict()
                 found = {
                     k: found[k] for k in ("images_per_class", "similarity", "estimates", "cell", "recommended", "cost")
                 }
                 row = {"what": what, **cell, "advice": found}
             else:
-                row = {"what": what, **cell, **_run_recipe(what, settings, given.epochs)}
+                row = {"what": what, **cell, **_run_recipe(what, settings, steps)}
             row["wall_seconds"] = time.perf_counter() - started
             with given.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -97,7 +99,7 @@ def run(given: argparse.Namespace) -> None:
             )
 
 
-def _run_recipe(name: str, settings: dict[str, Any], epochs: int) -> dict[str, Any]:
+def _run_recipe(name: str, settings: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
     """A recipe's own main, in this process: the imports are paid once."""
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
     assert spec is not None
@@ -107,9 +109,9 @@ def _run_recipe(name: str, settings: dict[str, Any], epochs: int) -> dict[str, A
     spec.loader.exec_module(recipe)
     kind = next(v for v in vars(recipe).values() if isinstance(v, type) and v.__module__ == spec.name)
     folder = Path(tempfile.mkdtemp(prefix="hf_transfer-"))
-    steps = {} if name == "linear_probe" else {"epochs": epochs, "tracker": "none"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # the probe has no mixed precision, the others may
     try:
-        results = recipe.main(kind(**settings, **steps, output_dir=str(folder)))
+        results = recipe.main(kind(**settings, **({} if name == "linear_probe" else steps), output_dir=str(folder)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     test = results["metrics"]["test"]
@@ -322,6 +324,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--num_threads", type=int, default=0)
+    parser.add_argument(
+        "--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="of all runs in one --out"
+    )
     given = parser.parse_args()
     if given.part in ("run", "overhead") and given.data is None:
         parser.error(f"{given.part} needs --data FOLDER")
