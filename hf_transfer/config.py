@@ -153,6 +153,11 @@ class TrainConfig(RecipeConfig):
     colour: float = flag(0.2, "brightness, contrast and saturation are multiplied by 1 plus or minus this")
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "further random operations")
     magnitude: int = flag(9, "of RandAugment, 0 to 30")
+    least_side_px: int = flag(
+        0,
+        "each training image is shrunk to a random side, down to this, and enlarged again, so that coarse images are no "
+        "surprise; 0: never",
+    )
     erase: float = flag(0.0, "probability that a random box of the image is erased")
     mixup: float = flag(0.0, "alpha of the Beta distribution that two images are mixed by; 0: none")
     cutmix: float = flag(0.0, "alpha of the Beta distribution of the pasted box; 0: none")

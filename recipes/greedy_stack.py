@@ -22,12 +22,11 @@ from hf_transfer.config import NO_CHECKPOINT, TrainConfig, flag, parse
 class GreedyStackConfig(TrainConfig):
     """Settings of greedy stacking. `epochs` are those of the fine-tuning at the end."""
 
-    checkpoint: str = flag(
-        NO_CHECKPOINT, "stack new blocks on the frozen layers of this checkpoint; none: start from nothing"
-    )
+    checkpoint: str = flag(NO_CHECKPOINT, "stack new blocks on this one's frozen layers; none: start from nothing")
     architecture: str | None = flag(
         None, "grow the layers of this timm architecture or transformers model type; none: new blocks"
     )
+    model_args: str | None = flag(None, """JSON object for the architecture's constructor, as '{"stem_width": 8}'""")
     image_size_px: int = flag(32, "side of the square that a network without a checkpoint takes")
     layers: int | None = flag(None, "layers to grow; none: all of the architecture's, or three new blocks")
     block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer: on a checkpoint only")
@@ -41,9 +40,7 @@ class GreedyStackConfig(TrainConfig):
     )
     stage_epochs: int = flag(8, "passes over the training images of each stage")
     lr: float = flag(3e-3, "peak learning rate of the stages")
-    patience_layers: int = flag(
-        0, "grow no further after so many layers without a better validation score; 0: grow all"
-    )
+    patience_layers: int = flag(0, "grow no further after so many layers without better validation; 0: grow all")
     fine_tune: bool = flag(True, "train all layers together at the end; off: publishing then has to be asked for")
     fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer in fine-tuning")
     freeze_batchnorm: bool = flag(False, "in fine-tuning, every BatchNorm keeps its running statistics")
@@ -57,6 +54,8 @@ class GreedyStackConfig(TrainConfig):
         on_checkpoint = self.checkpoint != NO_CHECKPOINT
         if on_checkpoint and self.architecture is not None:
             raise ValueError(f"checkpoint={self.checkpoint!r}, architecture={self.architecture!r}: choose one of them")
+        if self.architecture is None and self.model_args is not None:
+            raise ValueError(f"model_args={self.model_args}: of an --architecture, and none is given")
         if self.architecture is not None and (self.width, self.downsample, self.block) != (None, None, "conv"):
             raise ValueError(f"width, downsample, block: of new blocks; {self.architecture} has layers of its own")
         if not on_checkpoint and (self.stack_after is not None or self.block == "transformer"):
@@ -81,7 +80,8 @@ def main(config: GreedyStackConfig) -> dict[str, Any]:
         stack = grow_on(base, base.chain(cache_dir=chain_dir()), after=config.stack_after, **new)
     elif config.architecture is not None:
         data = read_data(run)
-        base = create(config.architecture, data.label_names, image_size_px=px, seed=config.seed)
+        made: dict[str, Any] = {"image_size_px": px, "model_args": config.model_args, "seed": config.seed}
+        base = create(config.architecture, data.label_names, **made)
         stack = grow_architecture(base, layers=config.layers, **how)
     else:
         data = read_data(run)

@@ -19,6 +19,7 @@ class PretrainConfig(TrainConfig):
 
     architecture: str = flag("test_resnet", "timm architecture; the default is a tiny one, for the embedded data set")
     image_size_px: int | None = flag(32, "side of the square that the network takes; none: the architecture's own")
+    model_args: str | None = flag(None, """JSON object for the architecture's constructor, as '{"stem_width": 8}'""")
     checkpoint: str = flag(NO_CHECKPOINT, "left as it is: the weights are drawn by --seed")
     epochs: int = flag(30, "passes over the training images")
     lr: float = flag(3e-3, "peak learning rate of all layers")
@@ -46,7 +47,10 @@ def main(config: PretrainConfig) -> dict[str, Any]:
     run = start_run(config)
     data = read_data(run)
     with run.costs.part("checkpoint"):
-        backbone = create(config.architecture, data.label_names, image_size_px=config.image_size_px, seed=config.seed)
+        backbone = create(
+            config.architecture, data.label_names, image_size_px=config.image_size_px, model_args=config.model_args,
+            seed=config.seed,
+        )  # fmt: skip
     with run.costs.part("chain"):
         chain = backbone.chain(cache_dir=chain_dir())
     plan = [Phase(policy=full(), epochs=config.epochs, optimization=optimization_of(config))]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as tv
 from numpy.typing import NDArray
 from PIL import Image
@@ -16,6 +17,7 @@ from hf_transfer.data.augment import (
     COLOUR_OPERATIONS,
     ERASED_SHARE,
     GEOMETRIC_OPERATIONS,
+    NUM_SIDES,
     NUM_UNIFORM,
     OPERATIONS,
     Augmentation,
@@ -23,6 +25,7 @@ from hf_transfer.data.augment import (
     draw_crops,
     draw_operations,
     draw_uniform,
+    lower_resolution,
     map_geometry,
     mix,
     recolour,
@@ -30,7 +33,7 @@ from hf_transfer.data.augment import (
 
 SIZE = 24
 PLAIN: dict[str, Any] = {"crop_scale": 1.0, "flip": 0.0}
-EVERYTHING: dict[str, Any] = {"colour": 0.4, "erase": 0.5}
+EVERYTHING: dict[str, Any] = {"colour": 0.4, "erase": 0.5, "least_side_px": 6}
 # Grid coordinates are float32: off by up to 1e-6 of the square's side, times 255 grey levels from pixel to pixel.
 SAMPLING = 0.02
 
@@ -185,6 +188,30 @@ def test_flips_are_mirror_images_at_the_rate_asked_for() -> None:
     assert is_flipped.float().mean().item() == pytest.approx(0.3, abs=0.1)  # four standard errors
     torch.testing.assert_close(run(pixels, Augmentation(crop_scale=1.0, flip=1.0)), mirrored.expand(400, -1, -1, -1),
                                atol=SAMPLING, rtol=0)  # fmt: skip
+
+
+# Resolutions
+
+
+def test_every_resolution_comes_as_often() -> None:
+    images = run(make_pixels(1).expand(800, -1, -1, -1), Augmentation(**PLAIN, least_side_px=8))
+    spreads, counts = images.std((1, 2, 3)).round(decimals=2).unique(return_counts=True)
+    assert len(spreads) == NUM_SIDES  # noise is the smoother the coarser
+    assert (counts / 800).tolist() == pytest.approx([1 / NUM_SIDES] * NUM_SIDES, abs=0.05)  # four standard errors
+
+
+def test_the_lowest_resolution_keeps_what_is_coarser_and_means() -> None:
+    pictures = to_images(make_pictures(SIZE, SIZE))
+    lowest = lower_resolution(pictures, np.zeros(1), 8)
+    blocks = F.avg_pool2d(pictures, 3)
+    torch.testing.assert_close(F.avg_pool2d(lowest, 3)[..., 1:-1, 1:-1], blocks[..., 1:-1, 1:-1], atol=3, rtol=0)
+    assert (lowest - pictures).abs().max() > 1
+    torch.testing.assert_close(lower_resolution(pictures, np.array([0.999]), 8), pictures, atol=0, rtol=0)
+
+
+def test_a_resolution_above_the_networks_own_is_an_error() -> None:
+    with pytest.raises(ValueError, match=rf"least_side_px=25.*{SIZE}x{SIZE}; choose {SIZE} or less"):
+        run(make_pixels(2), Augmentation(least_side_px=SIZE + 1))
 
 
 # Whole batches
@@ -445,7 +472,7 @@ def test_without_mixing_inputs_come_back() -> None:
     [
         ("crop_scale", 0.0), ("crop_scale", 1.1), ("crop_scale", float("nan")), ("crop_ratio", 0.75), ("flip", -0.1),
         ("flip", 2), ("colour", 1.5), ("auto_augment", "autoaugment"), ("magnitude", 31), ("magnitude", 2.5), ("erase", 1.5),
-        ("mixup", -1.0), ("cutmix", float("inf")),
+        ("least_side_px", -1), ("least_side_px", 8.5), ("mixup", -1.0), ("cutmix", float("inf")),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_an_error_that_names_it(setting: str, value: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 
@@ -318,6 +319,33 @@ def test_a_transformers_architecture_grows_too() -> None:
     assert [c.name for c in cuts[1:] if c is not None] == [s.layer for s in stack.stages[:-1]]
     with pytest.raises(ValueError, match="near: mobilenet"):
         create("mobilenet_v9", LABELS)
+
+
+def test_arguments_make_an_architecture_narrower_and_travel_with_it(tmp_path: Path) -> None:
+    backbone = create("resnet18d", LABELS, image_size_px=32, model_args='{"stem_width": 8, "channels": [8, 8, 16, 16]}')
+    stack = grow_architecture(backbone, layers=None, hidden=1)
+    assert [s.layer for s in stack.stages][-1] == "layer4.1"
+    save_model(backbone, {**results_for(backbone)}, tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(images), backbone.model(images))
+    assert plain.num_features == 16
+
+
+@pytest.mark.parametrize(
+    ("architecture", "text", "message"),
+    [
+        ("resnet18d", "{stem_width: 8}", "not JSON"),
+        ("resnet18d", "[8]", "give a JSON object"),
+        ("resnet18d", '{"num_classes": 3}', "num_classes follows from the data"),
+        ("resnet18d", '{"stem_height": 8}', "cannot be made .*stem_height"),
+        ("mobilenet_v2", '{"depth": 8}', "mobilenet_v2 has no depth; known: .*depth_multiplier"),
+    ],
+)
+def test_arguments_that_fit_no_architecture_are_errors(architecture: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create(architecture, LABELS, image_size_px=32, model_args=text)
 
 
 def test_the_upstream_digits_come_from_a_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,10 @@ _POLICY = slice(_COLOUR.stop, _COLOUR.stop + 3 * RANDAUGMENT_OPERATIONS)
 _ERASE = slice(_POLICY.stop, _POLICY.stop + 2 * NUM_TRIES + 2)
 _IS_ERASED = _ERASE.stop
 _MIX = slice(_IS_ERASED + 1, _IS_ERASED + 5)
-NUM_UNIFORM = _MIX.stop
+_SIDE = _MIX.stop
+NUM_UNIFORM = _SIDE + 1
+
+NUM_SIDES = 8  # resolutions between the lowest and the network's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ class Augmentation:
     colour: float = 0.0  # brightness, contrast and saturation are multiplied by factors in 1 +- this
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
     magnitude: int = 9  # of RandAugment's 2 operations, 0 to 30
+    least_side_px: int = 0  # each image is shrunk to a random side, down to this, and enlarged again; 0: never
     erase: float = 0.0  # probability that a box of 2 to 33 % of the area is filled with the image's mean colour
     mixup: float = 0.0  # alpha of the Beta distribution of mixup's weights; 0: none
     cutmix: float = 0.0  # likewise of cutmix's; where both are above 0, each image draws one, with equal chance
@@ -74,6 +78,8 @@ class Augmentation:
             raise ValueError(f"auto_augment={self.auto_augment!r}: choose 'none', 'randaugment' or 'trivialaugment'")
         if not 0 <= self.magnitude <= MAX_MAGNITUDE or self.magnitude != int(self.magnitude):
             raise ValueError(f"magnitude={self.magnitude}: choose a whole number from 0 to {MAX_MAGNITUDE}")
+        if self.least_side_px < 0 or self.least_side_px != int(self.least_side_px):
+            raise ValueError(f"least_side_px={self.least_side_px}: choose a whole number, as 8, or 0 for never")
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: it is a Beta's alpha; choose 0 (none) or more, as 0.2")
@@ -99,7 +105,8 @@ def augment(
 
     `pixels` (B, S, S, 3) uint8 are whole pictures squashed to squares, `sizes` (B, 2) their original widths and heights,
     `indices` (B,) which pictures of the data set they are. Sampling is bilinear, without antialiasing: S well above twice
-    the height or width wanted gives jagged images. Raises ValueError where the shapes or the dtype are others.
+    the height or width wanted gives jagged images. Raises ValueError where the shapes or the dtype are others, and for a
+    `least_side_px` beyond the shorter side wanted.
     """
     sizes = np.asarray(sizes.cpu() if isinstance(sizes, Tensor) else sizes, np.float64)
     given = (pixels.dtype, tuple(pixels.shape[3:]), sizes.shape, len(indices))
@@ -134,6 +141,8 @@ def augment(
             if start < end:
                 some = rows[start:end, step].long()
                 images.index_copy_(0, some, recolour(images[some], operation, strength[some, step]))
+    if how.least_side_px > 0:
+        images = lower_resolution(images, uniform[:, _SIDE], how.least_side_px)
     if how.erase > 0:
         mean = images.mean((2, 3), keepdim=True, dtype=torch.float64).float()
         images = torch.where(_cover(box, height_px, width_px), mean, images)
@@ -281,6 +290,29 @@ def recolour(images: Tensor, operation: str, strength: Tensor) -> Tensor:
         case "equalize":
             images = tv.equalize(images.to(torch.uint8)).float()
     return images.clamp_(0, 255)
+
+
+def lower_resolution(images: Tensor, uniform: Floats, least_side_px: int) -> Tensor:
+    """Images (B, 3, H, W), each as if taken at a lower resolution: `uniform` (B,) says which.
+
+    NUM_SIDES resolutions are equally likely, in equal ratios from a shorter side of `least_side_px` to the image's own. Shrunk
+    by averaging over pixels' areas, enlarged bicubically. Raises ValueError where the image is smaller than that.
+    """
+    height_px, width_px = images.shape[2:]
+    side_px = min(height_px, width_px)
+    if least_side_px > side_px:
+        raise ValueError(
+            f"least_side_px={least_side_px}: the network takes {width_px}x{height_px}; choose {side_px} or less"
+        )
+    shares = np.geomspace(least_side_px / side_px, 1.0, NUM_SIDES)
+    drawn = (uniform * NUM_SIDES).astype(np.int64)
+    result = images.clone()
+    for level in np.unique(drawn[drawn < NUM_SIDES - 1]):
+        rows = torch.from_numpy(np.flatnonzero(drawn == level)).to(images.device)
+        size = [round(height_px * shares[level]), round(width_px * shares[level])]
+        small = F.interpolate(images[rows].contiguous(), size=size, mode="area")
+        result[rows] = F.interpolate(small, size=[height_px, width_px], mode="bicubic").clamp_(0, 255)
+    return result
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -87,15 +88,24 @@ def load(
     )
 
 
-def create(architecture: str, labels: Sequence[str], *, image_size_px: int | None = None, seed: int = 0) -> Backbone:
+def create(
+    architecture: str,
+    labels: Sequence[str],
+    *,
+    image_size_px: int | None = None,
+    model_args: str | None = None,
+    seed: int = 0,
+) -> Backbone:
     """An architecture with random weights and a head for `labels`, to be pretrained; timm's with its own preprocessing.
 
     `architecture`: a name of timm's, or a transformers model type (`vit`, `convnext`, ...), with its default sizes.
-    `image_size_px`: side of the square it takes, where it should not be the architecture's own. Raises ValueError for an
-    architecture that neither has (with near names), and for a size that it cannot take.
+    `image_size_px`: side of the square it takes, where it should not be the architecture's own. `model_args`: a JSON object of
+    arguments to timm's constructor or fields of the transformers config. Raises ValueError for an architecture that neither
+    has (with near names), and for a size or arguments that it cannot take.
     """
+    given = _read_model_args(model_args)
     if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and architecture != "timm_wrapper":
-        return _create_transformers(architecture, labels, image_size_px, seed)
+        return _create_transformers(architecture, labels, image_size_px, given, seed)
     if not timm.is_model(architecture):
         known = [*timm.list_models(), *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
         near = ", ".join(difflib.get_close_matches(architecture, known, n=3))
@@ -105,19 +115,21 @@ def create(architecture: str, labels: Sequence[str], *, image_size_px: int | Non
         )
     torch.manual_seed(seed)
     size = {} if image_size_px is None else {"input_size": (3, image_size_px, image_size_px)}
-    arguments: dict[str, Any] = {"num_classes": len(labels)}
+    arguments: dict[str, Any] = {"num_classes": len(labels), **given}
     try:
         model: Any = timm.create_model(architecture, **arguments)
         if image_size_px is not None and hasattr(model, "set_input_size"):
             model = timm.create_model(architecture, img_size=image_size_px, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{architecture} cannot be made for {image_size_px} px: {error}") from error
+        what = f"{image_size_px} px{f' and model_args={model_args}' if given else ''}"
+        raise ValueError(f"{architecture} cannot be made for {what}: {error}") from error
     config = resolve_data_config({}, model=model) | size | {"crop_pct": 1.0}
     model.pretrained_cfg.update({k: config[k] for k in ("input_size", "crop_pct", "interpolation", "mean", "std")})
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         # As a checkpoint folder, so that what is trained here is loaded as every other checkpoint is.
         folder = Path(parent, architecture)
-        timm.models.save_for_hf(model, str(folder), model_config={"label_names": list(labels)}, safe_serialization=True)
+        described = {"model_config": {"label_names": list(labels)}, "model_args": given or None}
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True, **described)
         return replace(load(str(folder), labels), new_head=True)
 
 
@@ -139,8 +151,28 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
     return replace(backbone, model=model.eval(), label_names=tuple(labels), new_head=True)
 
 
-def _create_transformers(model_type: str, labels: Sequence[str], image_size_px: int | None, seed: int) -> Backbone:
+def _read_model_args(text: str | None) -> dict[str, Any]:
+    """Raises ValueError for what is no JSON object, and for an argument that other settings decide."""
+    try:
+        given = json.loads(text or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model_args={text}: not JSON ({error})") from error
+    if not isinstance(given, dict):
+        raise ValueError(f'model_args={text}: give a JSON object, as {{"depth": 6}}')
+    decided = sorted({"num_classes", "img_size", "image_size", "num_labels", "id2label", "label2id"} & set(given))
+    if decided:
+        raise ValueError(f"model_args={text}: {decided[0]} follows from the data and image_size_px; leave it out")
+    return given
+
+
+def _create_transformers(
+    model_type: str, labels: Sequence[str], image_size_px: int | None, model_args: dict[str, Any], seed: int
+) -> Backbone:
     config = AutoConfig.for_model(model_type)
+    unknown = sorted(set(model_args) - set(config.to_dict()))
+    if unknown:
+        raise ValueError(f"model_args: {model_type} has no {unknown[0]}; known: {', '.join(sorted(config.to_dict()))}")
+    config.update(model_args)
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: i for i, name in enumerate(labels)}
     size_px = image_size_px or getattr(config, "image_size", None) or 224

@@ -56,6 +56,7 @@ def augmentation_of(config: TrainConfig) -> Augmentation:
         colour=config.colour,
         auto_augment=config.auto_augment,
         magnitude=config.magnitude,
+        least_side_px=config.least_side_px,
         erase=config.erase,
         mixup=config.mixup,
         cutmix=config.cutmix,
