@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 NUM_DEPTHS = 4  # evenly spaced between the first layer and the last
 LOOK_IMAGES = 32  # whose activations' statistics are looked at, and on which the network's speed is measured
+SMALLEST = 1e-5  # variance that is told from none
 LOOK_SHARE = 1 / 16  # of all images, at most: the look is a small part of the pass
 
 Head = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -212,8 +213,9 @@ class _Statistics:
         self.lock = threading.Lock()
 
     def add(self, name: str, taken: torch.Tensor) -> None:
-        over = [i for i in range(taken.ndim) if i != 1]
-        variance, mean = torch.var_mean(taken.detach(), over, correction=0)  # (C,), of this batch
+        # Batch normalisation's own kernel: ten times faster than var_mean on channels last, which took a tenth of the pass.
+        _, mean, inverse_std = torch.native_batch_norm(taken.detach(), None, None, None, None, True, 0.0, SMALLEST)
+        variance = inverse_std**-2 - SMALLEST  # (C,), as the mean; of this batch
         count = taken.numel() // taken.shape[1]
         mean, variance = mean.double().cpu(), variance.double().cpu()
         with self.lock:
@@ -231,8 +233,8 @@ class _Statistics:
         for name, (count, total, squares) in self.sums.items():
             stored_mean, stored_var = self.kept[name]
             mean = total / count
-            var = (squares / count - mean**2).clamp_min(1e-5) + 1e-5
-            stored = stored_var.double().cpu().clamp_min(0) + 1e-5
+            var = (squares / count - mean**2).clamp_min(SMALLEST) + SMALLEST
+            stored = stored_var.double().cpu().clamp_min(0) + SMALLEST
             kl = 0.5 * (var / stored + (mean - stored_mean.double().cpu()) ** 2 / stored - 1 - (var / stored).log())
             # Dead channels have no variance at either end, and a ratio of rounding errors: each layer's median.
             distances.append(float(kl.median()))

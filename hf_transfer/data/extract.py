@@ -39,7 +39,10 @@ CPU_BATCH = 4  # activations of few images stay in the core's cache
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """What is kept at a cut: the activation itself, or a function of it (a pooling)."""
+    """What is kept at a cut: the activation itself, or a function of it (a pooling).
+
+    Taps of one batch with the same `keep` object and activations of one shape are read in one call of it.
+    """
 
     cut: Cut
     pooling: str = "none"
@@ -291,14 +294,19 @@ def _fill(
     one_tail_at_a_time = threading.Lock()  # a tap may run modules that threads share
     cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
     start = images.cut if isinstance(images, StoredActivations) else None
+    together: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, tap in taps.items():
+        together.setdefault((id(tap.keep), tap.cut.shape), []).append(name)
 
     def compute(on: Chain, batch: torch.Tensor, at: int) -> None:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
             activations = dict(zip((c.name for c in cuts), on.run_prefix(cuts, batch, start=start), strict=True))
         with one_tail_at_a_time:
-            for name, tap in taps.items():
-                kept = tap.keep(activations[tap.cut.name].float())
-                out[name][at : at + len(batch)] = kept.cpu().numpy()
+            for names in together.values():
+                read = [activations[taps[name].cut.name].float() for name in names]
+                kept = taps[names[0]].keep(read[0] if len(read) == 1 else torch.cat(read)).cpu().numpy()
+                for i, name in enumerate(names):
+                    out[name][at : at + len(batch)] = kept[i * len(batch) : (i + 1) * len(batch)]
 
     sweep(
         chain, images, wanted, compute, accelerator=accelerator, options=options,

@@ -24,7 +24,8 @@ def compute_logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Every module of `model` in eval mode inside; each module's own mode is restored after."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:

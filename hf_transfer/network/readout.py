@@ -17,11 +17,17 @@ from typing import Any, Literal
 import timm
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut, Suffix
 from hf_transfer.network.forward import eval_mode
+
+_FILLING = {
+    *("uniform_", "normal_", "trunc_normal_", "fill_", "zero_", "constant_", "ones_", "zeros_"),
+    *("erfinv_", "mul_", "add_", "sub_", "clamp_"),  # of a truncated normal, step by step
+}
 
 log = logging.getLogger(__name__)
 
@@ -157,10 +163,22 @@ def build_variant(
     return variant.eval()
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what fills tensors with numbers: on the meta device it costs seconds, and there are no numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch's hook for every function call."""
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
+        if getattr(func, "__name__", "") in _FILLING and isinstance(filled, torch.Tensor) and filled.is_meta:
+            return filled
+        return func(*args, **kwargs)
+
+
 def _expresses(chain: Chain, changes: Mapping[str, Any], left_out: Sequence[str]) -> bool:
     """Whether the class takes `changes` and then has exactly the network's parameters, without those left out."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             variant = build_variant(chain, changes, num_classes=2, with_weights=False)
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
         log.debug("%s does not take %s: %s", type(chain.model).__name__, dict(changes), error)

@@ -1,7 +1,7 @@
 """The linear probe over every readout: one pass of the frozen network, one convex problem each, chosen on validation."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from hf_transfer.data.cache import Store
 from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import Tap, extract, tap_activation
+from hf_transfer.data.extract import Tap, extract, move_model, tap_activation
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone
@@ -89,15 +89,20 @@ def extract_readouts(
 
 def tap_readouts(chain: Chain, readouts: Sequence[Readout], accelerator: Accelerator) -> dict[str, Tap]:
     """What the pass keeps for each readout, by its name."""
-    for readout in readouts:
-        readout.model.to(accelerator.device)
-    return {
-        r.name: Tap(
-            cut=r.cut, pooling=f"{r.pooling} {dict(r.changes)}", shape=(r.num_features,), through=chain.features,
-            keep=partial(read_features, r, chain),
+    # Depths that share a tail share a function, and so one call a batch: most of a tail's time goes into setting it up.
+    tails: dict[tuple[int, bool], Callable[[torch.Tensor], torch.Tensor]] = {}
+    taps = {}
+    for r in readouts:
+        move_model(r.model, accelerator)
+        keep = tails.setdefault((id(r.model), r.cut == chain.features), partial(read_features, r, chain))
+        taps[r.name] = Tap(
+            cut=r.cut,
+            pooling=f"{r.pooling} {dict(r.changes)}",
+            shape=(r.num_features,),
+            through=chain.features,
+            keep=keep,
         )
-        for r in readouts
-    }  # fmt: skip
+    return taps
 
 
 def choose_readout(
