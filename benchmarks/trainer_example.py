@@ -159,6 +159,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = {**SETTINGS[given.settings], "seed": given.seed, "bf16": given.bf16}
+        arguments["use_cpu"] = not torch.cuda.is_available()  # bf16 on a CPU has to be asked for
         found = train(given.checkpoint, given.dataset, scratch, arguments, our_layout=given.channels_last)
     print(json.dumps({"settings": given.settings, "seed": given.seed, "bf16": given.bf16, **found}))
 

@@ -28,12 +28,14 @@ def export(model: Path, folder: Path) -> None:
     """A folder in Hub layout that plain timm and plain transformers load, of the recipe's `model` folder."""
     config = json.loads((model / "config.json").read_text())
     config["dtype"] = "float32"  # what the libraries load, and compute in
-    config["pretrained_cfg"] |= {"tag": "mnist_5k", "license": "apache-2.0"}
+    config["pretrained_cfg"] |= {"tag": "mnist_5k", "license": "apache-2.0", "pool_size": None}
+    config["pretrained_cfg"].pop("origin_url", None)  # of the architecture's own weights
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = load_file(model / "model.safetensors")
     tensors = {name: t.half() if t.ndim >= 2 else t for name, t in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def main() -> None:
