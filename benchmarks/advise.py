@@ -19,12 +19,14 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.state import AcceleratorState
 
+from hf_transfer.choosing.auto import compare_scores
 from hf_transfer.choosing.rule import (
     CORNERS,
     STRATEGIES,
@@ -119,6 +121,7 @@ def _run_recipe(name: str, settings: dict[str, Any], steps: dict[str, Any]) -> d
         "test_accuracy": test["accuracy"],
         "num_test": test["num_samples"],
         "validation_accuracy": results["metrics"]["validation"]["accuracy"],
+        "num_validation": results["metrics"]["validation"]["num_samples"],
         "kept": results["plan"][-1].get("kept"),
         "seconds": results["cost"]["seconds"]["total"],
     }
@@ -180,6 +183,18 @@ def choose_without(left_out: str, cells: dict[Cell, dict[str, dict[str, Any]]]) 
     return picks
 
 
+def keep(pick: str, found: dict[str, dict[str, Any]]) -> str:
+    """What `recipes/auto.py` keeps of the probe and the pick, by validation images."""
+    probe, tuned = found["linear_probe"], found[pick]
+    if pick == "linear_probe":
+        return pick
+    is_better, _ = compare_scores(
+        probe["validation_accuracy"], tuned["validation_accuracy"], num_images=tuned["num_validation"],
+        kept=tuned["kept"], from_probe=pick != "full", name=pick,
+    )  # fmt: skip
+    return pick if is_better else "linear_probe"
+
+
 def report(given: argparse.Namespace) -> None:
     """Accuracies, picks, and mean regrets with intervals of a bootstrap over cells (all seeds of one together)."""
     cells = gather(read(given.out))
@@ -191,6 +206,7 @@ def report(given: argparse.Namespace) -> None:
         learnt |= choose_without(name, cells)
     ways = {
         "advisor (leave-one-data-set-out)": learnt,
+        "auto: the advisor's pick or the probe": {c: keep(learnt[c], f) for c, f in cells.items()},
         "textbook table": {c: choose_by_textbook(place_of(f)) for c, f in cells.items()},
         "always probe": dict.fromkeys(cells, "linear_probe"),
         "always full": dict.fromkeys(cells, "full"),
@@ -223,6 +239,23 @@ def report(given: argparse.Namespace) -> None:
         seconds = float(np.mean([cells[c][picks[c]]["seconds"] for c in cells]))
         print(f"| {way} | {regret.mean():.2f} ({low:.2f} to {high:.2f}) | {beyond} | {seconds:.0f} |")
     print(f"\n{len(cells)} cells, {len(groups)} without their seeds; sets: {', '.join(sets)}")
+    print(
+        "seconds taken for each that was reckoned, median (range): "
+        + ", ".join(map(_compare_seconds(cells), STRATEGIES))
+    )
+
+
+def _compare_seconds(cells: dict[Cell, dict[str, dict[str, Any]]]) -> Callable[[str], str]:
+    def describe(strategy: str) -> str:
+        ratios = [
+            found[strategy]["seconds"] / max(1e-9, estimate["seconds"])
+            for found in cells.values()
+            for estimate in found["advice"]["advice"]["estimates"]
+            if estimate["strategy"] == strategy
+        ]
+        return f"{strategy} {np.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+
+    return describe
 
 
 def _regret_by_group(picks: dict[Cell, str], cells: dict[Cell, Any], groups: list[Any]) -> Any:

@@ -293,14 +293,25 @@ def test_a_report_on_finished_cells_is_drawn_without_the_judged_set(tmp_path: Pa
             lines.append({"what": "advice", **cell, "advice": found})
             for s in STRATEGIES:
                 accuracy = {"linear_probe": 0.8, "probe_then_full": 0.95}.get(s, 0.82)
-                lines.append({"what": s, **cell, "test_accuracy": accuracy, "num_test": 100, "seconds": 10.0})
+                # On one set validation images say nothing against the probe.
+                kept = "the start: no epoch was better" if cell["set"] == "a" else "epoch 3"
+                validated = {"validation_accuracy": accuracy, "num_validation": 50, "kept": kept}
+                lines.append(
+                    {"what": s, **cell, "test_accuracy": accuracy, "num_test": 100, "seconds": 10.0, **validated}
+                )
     out = tmp_path / "runs.jsonl"
     out.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"cut off')
     command = [sys.executable, str(ROOT / "benchmarks" / "advise.py"), "report", "--out", str(out)]
     shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr
-    rows = {line.split("|")[1].strip(): line for line in shown.stdout.splitlines() if " to " in line}
+    rows = {
+        line.split("|")[1].strip(): line
+        for line in shown.stdout.splitlines()
+        if line.startswith("| ") and " to " in line
+    }
     assert rows["advisor (leave-one-data-set-out)"].split("|")[2].strip().startswith("0.00")
+    assert rows["auto: the advisor's pick or the probe"].split("|")[2].strip().startswith("7.50")
     assert rows["always probe"].split("|")[2].strip().startswith("15.00")
     assert rows["always full"].split("|")[2].strip().startswith("13.00")
+    assert "last_layers 10.0 (10.0 to 10.0)" in shown.stdout  # 10 s each, where 1 was reckoned
     assert np.isfinite(float(rows["textbook table"].split("|")[2].split()[0]))

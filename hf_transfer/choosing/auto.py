@@ -120,14 +120,28 @@ def compare(probe: Outcome, tuned: Outcome, name: str) -> tuple[bool, str]:
     the start; then it need not fall behind the probe that is fitted on all images. One that started untrained must be better
     by a standard error, since the best of its epochs is partly luck.
     """
-    a, b = probe.metrics["validation"]["accuracy"], tuned.metrics["validation"]["accuracy"]
-    told = f"{name} {100 * b:.1f} % on validation, the probe {100 * a:.1f} %"
-    if len(tuned.plan) > 1:
-        if str(tuned.plan[-1]["kept"]).startswith("the start"):
+    validation = tuned.metrics["validation"]
+    return compare_scores(
+        probe.metrics["validation"]["accuracy"],
+        validation["accuracy"],
+        num_images=validation["num_samples"],
+        kept=str(tuned.plan[-1]["kept"]),
+        from_probe=len(tuned.plan) > 1,
+        name=name,
+    )
+
+
+def compare_scores(
+    probe: float, tuned: float, *, num_images: int, kept: str, from_probe: bool, name: str
+) -> tuple[bool, str]:
+    """`compare`, of accuracies on `num_images`; `kept`: what the last phase of the tuned network kept."""
+    told = f"{name} {100 * tuned:.1f} % on validation, the probe {100 * probe:.1f} %"
+    if from_probe:
+        if kept.startswith("the start"):
             return False, f"no epoch of {name} was better beyond chance than the probe that it began with"
-        return b >= a, told
-    error = math.sqrt((a * (1 - a) + b * (1 - b)) / max(1, tuned.metrics["validation"]["num_samples"]))
-    return b - a > error, f"{told}, standard error {100 * error:.1f} points"
+        return tuned >= probe, told
+    error = math.sqrt((probe * (1 - probe) + tuned * (1 - tuned)) / max(1, num_images))
+    return tuned - probe > error, f"{told}, standard error {100 * error:.1f} points"
 
 
 def _score_test(trained: Backbone, data: Data, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
