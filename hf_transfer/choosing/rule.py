@@ -45,8 +45,8 @@ TABLE: Table = {
     "probe_then_full": (-0.02, -0.25, -0.29, -1.12),
     "full": (0.50, -0.15, -0.33, -1.27),
 }
-"""In use, made by `python benchmarks/advise.py fit --out benchmarks/results/advise.jsonl`: 12 cells of 3 data sets, 2 checkpoints, 10 and
-50 images a class, one seed. At the corners with much data little was run, and PRIOR speaks."""
+"""In use, made by `python benchmarks/advise.py fit --out benchmarks/results/advise.jsonl`: 12 cells of 3 data sets, 2
+checkpoints, 10 and 50 images a class, one seed. At the corners with much data little was run, and PRIOR speaks."""
 RESIDUAL = 0.31  # standard deviation of log error ratios around the table, of one run
 WORTH = 0.005  # accuracy that a costlier strategy must promise beyond a cheaper one
 
