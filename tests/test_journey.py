@@ -168,7 +168,7 @@ def test_people_without_us_get_the_trained_models_answers(journey: Journey) -> N
     assert found["pipeline"] == pytest.approx(probe["nll"], rel=1e-3)
     assert found["timm"] == pytest.approx(probe["nll"], rel=1e-3)
     assert found["peft"] == pytest.approx(lora["nll"], rel=1e-3)
-    assert lora["nll"] != pytest.approx(probe["nll"], rel=0.1)
+    assert lora["nll"] != pytest.approx(probe["nll"], rel=1e-2)  # ten times what the comparisons above allow
     assert {"config.json", "model.safetensors", "README.md"} <= set(found["alice/digits files"])
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(found["alice/digits-lora files"])
 
