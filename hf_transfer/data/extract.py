@@ -37,18 +37,23 @@ BATCHES_AHEAD = 3
 CPU_BATCH = 4  # activations of few images stay in the core's cache
 
 
+def keep_whole(activation: torch.Tensor) -> torch.Tensor:
+    """The activation, as it is."""
+    return activation
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tap:
     """What is kept at a cut: the activation itself, or a function of it (a pooling).
 
-    Taps of one batch with the same `keep` object and activations of one shape are read in one call of it.
+    Taps of one batch that pool by the same `keep` object, and activations of one shape, are read in one call of it.
     """
 
     cut: Cut
     pooling: str = "none"
     shape: tuple[int, ...]  # of one image
     through: Cut | None = None  # a later cut, where `keep` runs weights up to there
-    keep: Callable[[torch.Tensor], torch.Tensor] = lambda activation: activation
+    keep: Callable[[torch.Tensor], torch.Tensor] = keep_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,9 +299,9 @@ def _fill(
     one_tail_at_a_time = threading.Lock()  # a tap may run modules that threads share
     cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
     start = images.cut if isinstance(images, StoredActivations) else None
-    together: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    together: dict[tuple[int | str, tuple[int, ...]], list[str]] = {}
     for name, tap in taps.items():
-        together.setdefault((id(tap.keep), tap.cut.shape), []).append(name)
+        together.setdefault((name if tap.keep is keep_whole else id(tap.keep), tap.cut.shape), []).append(name)
 
     def compute(on: Chain, batch: torch.Tensor, at: int) -> None:
         with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
