@@ -124,7 +124,10 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journey]:
         assert shown.returncode == 0, shown.stderr
         status, again = recipe(
             "lora", "--checkpoint", "alice/digits", "--dataset", str(root / "signs"), "--on_bad_image", "skip",
-            "--epochs", "1", "--rank", "4", "--no-merge", "--output_dir", str(root / "lora"),
+            "--epochs", "3", "--lr", "1e-2", "--rank", "4", "--no-merge", "--output_dir", str(root / "lora"),
+            # So that the adapters learn something that is kept: the probe is nearly right on every image.
+            "--select_by", "log_loss", "--label_smoothing", "0", "--ema_decay", "0", "--crop_scale", "1", "--flip", "0",
+            "--colour", "0", "--images_per_class", "12",
             "--push_to_hub", "alice/digits-lora", "--private",
             env=env | {"ACCELERATE_USE_CPU": "true"},
             launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
@@ -168,7 +171,7 @@ def test_people_without_us_get_the_trained_models_answers(journey: Journey) -> N
     assert found["pipeline"] == pytest.approx(probe["nll"], rel=1e-3)
     assert found["timm"] == pytest.approx(probe["nll"], rel=1e-3)
     assert found["peft"] == pytest.approx(lora["nll"], rel=1e-3)
-    assert lora["nll"] != pytest.approx(probe["nll"], rel=1e-2)  # ten times what the comparisons above allow
+    assert lora["nll"] != pytest.approx(probe["nll"], rel=0.1)
     assert {"config.json", "model.safetensors", "README.md"} <= set(found["alice/digits files"])
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(found["alice/digits-lora files"])
 
