@@ -44,7 +44,7 @@ def main(config: GradualConfig) -> dict[str, Any]:
     how = optimization_of(config)
     *_, final = policies = gradual(chain, config.phases)
     plan = [
-        ProbePhase(select_by=config.select_by),
+        ProbePhase(),
         *(Phase(policy=p, epochs=config.phase_epochs, optimization=how) for p in policies[1:-1]),
         Phase(policy=final, epochs=config.epochs, optimization=how),
     ]

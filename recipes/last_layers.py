@@ -44,7 +44,7 @@ def main(config: LastLayersConfig) -> dict[str, Any]:
         chain = backbone.chain(cache_dir=chain_dir())
     policy = last(config.k) if config.from_layer is None else from_layer(config.from_layer)
     steps = Phase(policy=policy, epochs=config.epochs, optimization=optimization_of(config))
-    plan = [ProbePhase(select_by=config.select_by), steps] if config.probe_first else [steps]
+    plan = [ProbePhase(), steps] if config.probe_first else [steps]
     outcome = run_plan(
         plan, chain, backbone, data, config=config, accelerator=run.accelerator, costs=run.costs,
         checkpoints=run.output_dir / "checkpoints",

@@ -63,7 +63,7 @@ def main(config: LoraConfig) -> dict[str, Any]:
     if not config.merge:
         check_saved_apart(adapted)
     plan = [
-        ProbePhase(select_by=config.select_by),
+        ProbePhase(),
         Phase(policy=adapted.policy(), epochs=config.epochs, optimization=optimization_of(config)),
     ]
     outcome = run_plan(

@@ -213,7 +213,7 @@ def split_four_to_one(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 def test_probe_is_the_refit_of_the_c_that_does_best_on_unseen_rows(device: str, folds: int) -> None:
     features, targets = (t.to(device) for t in make_data(300, 20, 3))
     parts = split_four_to_one(features, targets)
-    probe = fit_probe(*parts, 3, folds=folds, c_grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0))
+    probe = fit_probe(*parts, 3, folds=folds, spread_floor=0.0, c_grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0))
     assert probe.log_loss == min(row["log_loss"] for row in probe.table)
     assert probe.c == min(probe.table, key=lambda row: row["log_loss"])["c"]
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
@@ -227,7 +227,7 @@ def test_held_out_numbers_are_those_of_a_fit_without_the_rows() -> None:
     features, targets = make_data(120, 10, 3)
     parts = split_four_to_one(features, targets)
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
-    probe = fit_probe(*parts, 3, folds=3, c_grid=[0.05], seed=7)
+    probe = fit_probe(*parts, 3, folds=3, c_grid=[0.05], seed=7, spread_floor=0.0)
     fold_of = draw_folds(labels, 3, 7)
     scaled = StandardScaler().fit_transform(both.double().numpy())
     expected = np.zeros((120, 3))
@@ -274,7 +274,7 @@ def test_balanced_loss_gives_each_class_the_same_say() -> None:
     kept = (targets > 0) | (torch.arange(400) < 40)  # class 0: a tenth of the others
     parts = split_four_to_one(features[kept], targets[kept])
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
-    probe = fit_probe(*parts, 4, class_balance="loss", c_grid=[0.1])
+    probe = fit_probe(*parts, 4, class_balance="loss", c_grid=[0.1], spread_floor=0.0)
     scaled = StandardScaler().fit_transform(both.double().numpy())
     model = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-10, max_iter=10_000).fit(scaled, labels.numpy())
     expected = model.predict_proba(scaled)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from hf_transfer.training.folds import draw_folds
-from hf_transfer.training.probe import solve_path
+from hf_transfer.training.probe import SPREAD_FLOOR, solve_path
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS = 5
@@ -148,7 +148,7 @@ def _solve(
 ) -> torch.Tensor:
     """Logits (P, N, K) of all rows by each problem's solution."""
     path = solve_path(
-        x, y, num_classes, cs, row_weights=row_weights, tol=TOLERANCE, max_iterations=MAX_ITERATIONS
+        x, y, num_classes, cs, row_weights=row_weights, spread_floor=SPREAD_FLOOR, tol=TOLERANCE, max_iterations=MAX_ITERATIONS,
     )  # fmt: skip
     return torch.einsum("nd,pkd->pnk", x, path.weight) + path.bias[:, None]
 

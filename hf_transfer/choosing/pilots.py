@@ -85,7 +85,7 @@ def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: A
         config.checkpoint, data.label_names, base_model=config.base_model, trust_remote_code=config.trust_remote_code
     )
     chain = backbone.chain(cache_dir=chain_dir())
-    plan: Plan = [ProbePhase(select_by=config.select_by)]
+    plan: Plan = [ProbePhase()]
     prepared = backbone
     if name != "linear_probe":
         plan, prepared, chain = make_plan(name, short, backbone, chain)

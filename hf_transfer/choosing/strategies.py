@@ -68,7 +68,7 @@ def settle(name: str, config: TrainConfig) -> TrainConfig:
 def make_plan(name: str, config: TrainConfig, backbone: Backbone, chain: Chain) -> tuple[Plan, Backbone, Chain]:
     """The plan of a strategy that takes gradient steps, and what it runs on: adapters are put in, in place."""
     how = optimization_of(config)
-    probe = ProbePhase(select_by=config.select_by)
+    probe = ProbePhase()
     if name == "last_layers":
         return (
             [probe, Phase(policy=last(min(NUM_LAST, len(chain))), epochs=config.epochs, optimization=how)],

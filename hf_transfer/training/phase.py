@@ -32,11 +32,6 @@ class ProbePhase:
     """The head solved as a convex problem on frozen features (see `training.probe`), fitted on the training images alone."""
 
     policy: Policy = field(default_factory=head)
-    select_by: str = "log_loss"
-    folds: int = 5
-    # Features that hardly vary in the training images vary elsewhere: with weights large enough for them, MobileNetV2's loss
-    # on augmented hand signs began at 84 in train mode, and at 4 with this; held-out log-loss is 2 % lower.
-    spread_floor: float = 1.0
 
 
 Plan = Sequence[Phase | ProbePhase]

@@ -29,6 +29,13 @@ DEFAULT_C_GRID: tuple[float, ...] = tuple(float(f"{10 ** (i / 3):.3g}") for i in
 """1e-5 to 10, three values a decade. The path ends early, so its width costs nothing. Above 10 there is hardly a penalty
 left, and a few images a class, all of them easy, would always choose the largest C that there is."""
 
+SPREAD_FLOOR = 1.0
+"""A share of the features' median spread that is added (squared) to each one's before standardising (see `lbfgs.pose`).
+
+A feature that hardly varies among few images varies elsewhere; scaled to the others' spread it gets weights that are large
+for them. On images that were not selected, 10 a class, MobileNetV2's probe gains 1.6 points by it on hymenoptera and 1.9 on
+sign-language digits, and a quarter to a third of the log-loss; DeiT-Tiny's features, from a LayerNorm, are as good without."""
+
 _BLOCK = 2  # values of C solved together, before the path goes on from the last of them
 _PATIENCE = 4.0  # the path ends when it has gone this factor in C beyond the best value
 _PATH_TOL = 1e-5  # of the objective: enough to compare values of C
@@ -69,6 +76,7 @@ def solve_path(
     c_grid: Sequence[float],
     *,
     row_weights: Tensor | None = None,
+    spread_floor: float = 0.0,
     tol: float = 1e-10,
     max_iterations: int = 2000,
     memory_bytes: int | None = None,
@@ -94,7 +102,7 @@ def solve_path(
     if not bool((row_weights >= 0).all() and ((totals > 0) & totals.isfinite()).all()):
         raise ValueError("row_weights must be finite, 0 or more, and not all 0")
     with _full_precision(device):
-        problems = pose(features, targets.to(device), num_classes)
+        problems = pose(features, targets.to(device), num_classes, spread_floor=spread_floor)
         cs = torch.tensor(list(c_grid), dtype=torch.float32, device=device)
         found, iterations = _solve(
             problems, cs, row_weights, tol=tol, max_iterations=max_iterations, memory_bytes=memory_bytes
@@ -121,7 +129,7 @@ def fit_probe(
     class_balance: Literal["none", "loss"] = "none",
     folds: int = 5,
     refit: bool = True,
-    spread_floor: float = 0.0,
+    spread_floor: float = SPREAD_FLOOR,
     seed: int = 0,
     max_iterations: int = 1000,
     memory_bytes: int | None = None,
@@ -131,8 +139,7 @@ def fit_probe(
     folds: 1 chooses on the given validation rows; k >= 2 by stratified k-fold cross-validation over train + validation,
     drawn by `seed`. select_by "accuracy": ties go to the lower log-loss. class_balance "loss": classes count alike, whatever
     their number of rows, in the fit and in the choice. refit False: the head is fitted on train alone. Features are
-    standardised by the mean and spread of train + validation in all fits; spread_floor (see `lbfgs.pose`) keeps weights of
-    features that hardly vary small, for a head from which a network is trained on.
+    standardised by the mean and spread of train + validation in all fits; spread_floor: see SPREAD_FLOOR.
 
     Raises ValueError as `solve_path` does, and where no class has a row to fit and another to choose by.
     """

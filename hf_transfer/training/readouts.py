@@ -115,12 +115,11 @@ def choose_readout(
     seed: int,
     accelerator: Accelerator,
     refit: bool = True,
-    spread_floor: float = 0.0,
 ) -> tuple[ProbedReadout, list[ProbedReadout]]:
     """The readout to use, and all of them: the network's own, unless another's gain on held-out images is beyond chance.
 
-    `select_by` chooses each readout's C. `refit`: the heads are fitted on train and validation, else on train alone;
-    `spread_floor`: see `fit_probe`. Solved on the main process, known to all.
+    `select_by` chooses each readout's C. `refit`: the heads are fitted on train and validation, else on train alone. Solved
+    on the main process, known to all.
     """
     solved: list[Probe] = []
     if accelerator.is_main_process:
@@ -140,7 +139,6 @@ def choose_readout(
                 class_balance=class_balance,
                 folds=folds,
                 refit=refit,
-                spread_floor=spread_floor,
                 seed=seed,
             )
             log.info(

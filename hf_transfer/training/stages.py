@@ -150,7 +150,7 @@ def finish(
     optimization = replace(optimization_of(config), lr=lr)
     phase = Phase(policy=full(), epochs=config.epochs, optimization=optimization, is_trained=not stack.is_plain)
     plan: Plan = [
-        *([ProbePhase(select_by=config.select_by)] if stack.is_plain and chain.classifier else []),
+        *([ProbePhase()] if stack.is_plain and chain.classifier else []),
         *([phase] if fine_tunes else []),
     ]
     if accelerator.is_main_process:
