@@ -142,7 +142,9 @@ class TrainConfig(RecipeConfig):
         True, "every BatchNorm uses the running statistics of the checkpoint; off: those of each batch, and they move"
     )
     ema_decay: float = flag(0.98, "exponential moving average of the weights, which is what is kept; 0: none")
-    select_by: Literal["accuracy", "log_loss"] = flag("accuracy", "validation score by which the best epoch is kept")
+    select_by: Literal["accuracy", "log_loss"] = flag(
+        "accuracy", "validation score; the last epoch not below the best by it, beyond chance, is kept"
+    )
     wise_ft: bool = flag(
         False,
         "at the end, keep the weights between the start (with the probe as head) and the fine-tuned ones that validate best",

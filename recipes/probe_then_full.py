@@ -4,8 +4,8 @@ r"""LP-FT: solve for the head on frozen features, then fine-tune every layer fro
         --checkpoint timm/mobilenetv2_100.ra_in1k --dataset path/to/images --output_dir runs/lpft
 
 A head that fits the frozen features keeps the first steps from pulling them apart. Lower layers move less than higher ones
-(`--layer_decay`); what is kept is a moving average of the weights, from the epoch that validates best, or the probe itself
-where no epoch is better.
+(`--layer_decay`); what is kept is a moving average of the weights, from the last epoch that validates as well as the best
+one, up to chance; or the probe itself where no epoch is better.
 
 Measured (seed 0, one CPU thread): sign-language digits, MobileNetV2 100.0 % in 20 minutes (its probe: 95.6 %), DeiT-Tiny
 99.0 % (91.7 %); hymenoptera, too few images to gain from it: the probe was kept; see README.
@@ -35,7 +35,7 @@ def main(config: ProbeThenFullConfig) -> dict[str, Any]:
     with run.costs.part("chain"):
         chain = backbone.chain(cache_dir=chain_dir())
     plan = [
-        ProbePhase(select_by=config.select_by),
+        ProbePhase(),
         Phase(policy=full(), epochs=config.epochs, optimization=optimization_of(config)),
     ]
     outcome = run_plan(

@@ -24,10 +24,12 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import FrozenChangedError
 from hf_transfer.network.policies import Policy, full, last
 from hf_transfer.training.costs import Costs
-from hf_transfer.training.loop import _is_better
+from hf_transfer.training.loop import is_kept
 from hf_transfer.training.optim import Optimization
 from hf_transfer.training.phase import Phase, ProbePhase, optimization_of
+from hf_transfer.training.phases import KEPT_START, run_phases
 from hf_transfer.training.plan import Outcome, run_plan
+from hf_transfer.training.solve import solve_head
 from hf_transfer.training.steps import NonFiniteLossError
 from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
 
@@ -118,24 +120,32 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_try(tmp_path: Path) -> Non
         train(replace(SMALL, lr=1e30, clip_norm=0.0, warmup=0.0, ema_decay=0.0), [full()], tmp_path)
 
 
-def test_what_is_kept_is_the_best_epoch_or_the_start(tmp_path: Path) -> None:
-    """Steps that only do harm leave the probe's weights, running statistics too."""
+def test_what_is_kept_is_the_best_epoch_or_the_probe_as_its_own_recipe_makes_it(tmp_path: Path) -> None:
+    """Steps that only do harm leave upstream's weights, running statistics too, and the head of all labelled images."""
     data = data_of(SMALL)
-    backbone = load("embedded", data.label_names)
-    chain = backbone.chain()
     accelerator = Accelerator(cpu=True)
-    harmful = Optimization(lr=0.1, warmup=0.0)
-    weights = []
-    for steps in ([], [Phase(policy=full(), epochs=1, optimization=harmful)]):
-        backbone = load("embedded", data.label_names)
-        chain = backbone.chain()
-        outcome = run_plan(
-            [ProbePhase(), *steps], chain, backbone, data, config=SMALL, accelerator=accelerator, costs=Costs(),
-            checkpoints=tmp_path,
-        )  # fmt: skip
-        weights.append({n: v.clone() for n, v in backbone.model.state_dict().items()})
-    assert_equal(weights[1], weights[0])
-    assert "no epoch was better" in outcome.plan[1]["kept"]
+    upstream = load("embedded", data.label_names)
+    kept = {n: v.clone() for n, v in upstream.model.state_dict().items()}
+    chain = upstream.chain()
+    probed, _ = solve_head(
+        chain, upstream, data, config=SMALL, accelerator=accelerator, costs=Costs(), sweep="none"
+    )  # fmt: skip
+    solved = {n: p.detach().clone() for n, p in upstream.model.named_parameters() if n in chain.classifier_parameters}
+    backbone = load("embedded", data.label_names)
+    harmful = Phase(policy=full(), epochs=1, optimization=Optimization(lr=0.1, warmup=0.0))
+    outcome = run_plan(
+        [ProbePhase(), harmful], backbone.chain(), backbone, data, config=SMALL, accelerator=accelerator, costs=Costs(),
+        checkpoints=tmp_path,
+    )  # fmt: skip
+    assert outcome.plan[1]["kept"] == KEPT_START
+    assert "fitted on training and validation images" in outcome.plan[0]["description"]
+    left = backbone.model.state_dict()
+    assert_equal({n: left[n] for n in kept if n not in solved}, {n: kept[n] for n in kept if n not in solved})
+    for name, tensor in solved.items():
+        torch.testing.assert_close(backbone.model.get_parameter(name), tensor)
+        assert not torch.equal(tensor, kept[name])
+    for split in ("validation", "test"):
+        assert outcome.metrics[split]["nll"] == pytest.approx(probed.metrics[split]["nll"], rel=1e-4)
 
 
 def test_the_start_gives_way_to_more_than_a_standard_error() -> None:
@@ -144,12 +154,47 @@ def test_the_start_gives_way_to_more_than_a_standard_error() -> None:
     one_more, four_more = hits.clone(), hits.clone()
     one_more[40] = 1.0
     four_more[40:44] = 1.0
-    assert not _is_better({"accuracy": 0.82, "log_loss": 0.1}, one_more, start, hits, "accuracy")
-    assert _is_better({"accuracy": 0.88, "log_loss": 0.9}, four_more, start, hits, "accuracy")
-    # Two epochs are compared by the figure alone, and by log-loss where it is the same.
-    assert _is_better({"accuracy": 0.82, "log_loss": 0.9}, one_more, {**start, "epoch": 1}, hits, "accuracy")
-    assert _is_better({"accuracy": 0.8, "log_loss": 0.4}, hits, {**start, "epoch": 1}, hits, "accuracy")
-    assert not _is_better({"accuracy": 0.9, "log_loss": 0.6}, hits, {**start, "epoch": 1}, hits, "log_loss")
+    assert not is_kept({"accuracy": 0.82, "log_loss": 0.1}, one_more, start, hits, "accuracy")
+    assert is_kept({"accuracy": 0.88, "log_loss": 0.9}, four_more, start, hits, "accuracy")
+
+
+def test_an_epoch_gives_way_to_a_later_one_that_is_not_worse_beyond_chance() -> None:
+    peak = {"accuracy": 0.8, "log_loss": 0.5, "epoch": 3.0}
+    hits = torch.tensor([1.0] * 40 + [0.0] * 10, dtype=torch.float64)
+    one_more, one_less, four_less, others = (hits.clone() for _ in range(4))
+    one_more[40], one_less[0], four_less[:4] = 1.0, 0.0, 0.0
+    others[:4], others[40:43] = 0.0, 1.0  # one fewer in all, on seven images that differ
+    for score, merits, expected in (
+        ({"accuracy": 0.82, "log_loss": 0.9}, one_more, True),
+        ({"accuracy": 0.8, "log_loss": 0.9}, hits, True),
+        ({"accuracy": 0.78, "log_loss": 0.9}, one_less, True),
+        ({"accuracy": 0.78, "log_loss": 0.9}, others, True),
+        ({"accuracy": 0.72, "log_loss": 0.1}, four_less, False),
+    ):
+        assert is_kept(score, merits, peak, hits, "accuracy") == expected, score
+    losses = torch.linspace(-1.0, 0.0, 50, dtype=torch.float64)
+    assert is_kept({"accuracy": 0.1, "log_loss": 0.4}, losses + 0.1, peak, losses, "log_loss")
+    assert not is_kept({"accuracy": 0.9, "log_loss": 0.6}, losses - 0.1, peak, losses, "log_loss")
+
+
+def test_many_small_losses_do_not_add_up(tmp_path: Path) -> None:
+    """Later epochs are compared with the best one, not with the one before them."""
+    data = data_of(SMALL)
+    backbone = load("embedded", data.label_names)
+    chain = backbone.chain()
+    count = len(data.validation)
+    assert count >= 12
+    falling = [torch.tensor([1.0] * (count - k) + [0.0] * k, dtype=torch.float64) for k in (1, 0, 1, 2, 3, 4)]
+    scores = iter([({"accuracy": float(h.mean()), "log_loss": 1.0}, h) for h in falling])
+    policy = Phase(policy=last(1), epochs=6, optimization=Optimization(lr=1e-4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_transfer.training.loop.validate", lambda *_: next(scores))
+        found = run_phases(
+            [policy], chain, backbone, data, config=SMALL, accelerator=Accelerator(cpu=True), costs=Costs(),
+            checkpoints=tmp_path,
+        )  # fmt: skip
+    # One image fewer is one standard error; two, on two images that differ, are more.
+    assert found.done[0]["kept"] == "epoch 3"
 
 
 def test_views_are_computed_once_and_taken_in_turn(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import score
+from hf_transfer.training.phases import KEPT_START
 from hf_transfer.training.plan import Outcome
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def compare_scores(
     """`compare`, of accuracies on `num_images`; `kept`: what the last phase of the tuned network kept."""
     told = f"{name} {100 * tuned:.1f} % on validation, the probe {100 * probe:.1f} %"
     if from_probe:
-        if kept.startswith("the start"):
+        if kept == KEPT_START:
             return False, f"no epoch of {name} was better beyond chance than the probe that it began with"
         return tuned >= probe, told
     error = math.sqrt((probe * (1 - probe) + tuned * (1 - tuned)) / max(1, num_images))

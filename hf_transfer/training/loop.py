@@ -53,11 +53,10 @@ def train_phase(
     starts_trained: bool,
     resumed: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Trains the chain's model in place; it ends with the weights of the best epoch by validation.
+    """Trains the chain's model in place; it ends with the weights of the epoch that `is_kept` says.
 
-    `starts_trained`: the weights that it starts from are kept unless an epoch does better by more than one standard error of
-    the difference on the same validation images (Breiman et al. 1984, section 3.4.3): the best of many epochs on few images is
-    partly luck. `resumed`: the phase's part of a saved state. Returns history, best, rates, counts.
+    `starts_trained`: the weights that it starts from are kept unless an epoch does better beyond chance. `resumed`: the
+    phase's part of a saved state. Returns history, best (of what is kept), rates, counts.
 
     Raises NonFiniteLossError; FrozenChangedError where anything frozen has changed.
     """
@@ -68,9 +67,9 @@ def train_phase(
     audit = Audit(chain, frozen_below, names, freeze_batchnorm=config.freeze_batchnorm)
     groups = group_parameters(chain, names, phase.optimization)
     optimizer = make_optimizer(groups, phase.optimization)
-    progress = Progress(history=[], best={})
+    progress = Progress(history=[], best={}, peak={})
     best_weights: dict[str, torch.Tensor] = {}
-    best_merits: torch.Tensor | None = None
+    peak_merits: torch.Tensor | None = None
     network: nn.Module = WholeNetwork(chain.model) if reads.cut is None else chain.suffix(reads.cut)
     with ExitStack() as contexts:
         if isinstance(network, Suffix):
@@ -85,10 +84,11 @@ def train_phase(
         if resumed is not None:
             progress = Progress(**resumed["progress"])
             best_weights = {n: t.to(moving[n].device) for n, t in resumed["best_weights"].items()}
-            best_merits = resumed["best_merits"]
+            peak_merits = resumed["peak_merits"]
             _restore(resumed, optimizer, averaged, accelerator)
         elif starts_trained:
-            progress.best, best_merits = validate(prepared, reads, at)
+            progress.best, peak_merits = validate(prepared, reads, at)
+            progress.peak = progress.best
             best_weights = {n: t.detach().clone() for n, t in moving.items()}
         steps = Steps(phase, reads, at, prepared, optimizer, averaged, moving, names, frozen_below)
 
@@ -97,7 +97,7 @@ def train_phase(
                 {
                     "progress": vars(progress),
                     "best_weights": best_weights,
-                    "best_merits": best_merits,
+                    "peak_merits": peak_merits,
                     "optimizer": optimizer.state_dict(),
                     "averaged": averaged.state_dict() if averaged else None,
                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -109,8 +109,11 @@ def train_phase(
             with averaged.swapped(moving) if averaged else nullcontext():
                 _agree_on_statistics(moving, accelerator)
                 score, merits = validate(prepared, reads, at)
-                if _is_better(score, merits, progress.best, best_merits, config.select_by):
-                    progress.best, best_merits = {**score, "epoch": progress.epoch + 1}, merits
+                if is_kept(score, merits, progress.peak, peak_merits, config.select_by):
+                    progress.best = {**score, "epoch": progress.epoch + 1}
+                    by = config.select_by
+                    if "epoch" not in progress.peak or _rank(score, by) < _rank(progress.peak, by):
+                        progress.peak, peak_merits = progress.best, merits
                     best_weights = {n: t.detach().clone() for n, t in moving.items()}
             _finish_epoch(progress, score, config, at)
             save()
@@ -183,25 +186,33 @@ def validate(network: nn.Module, reads: PhaseData, at: Workplace) -> tuple[dict[
     return score, torch.from_numpy(merits)
 
 
-def _is_better(
+def is_kept(
     score: dict[str, float],
     merits: torch.Tensor,
-    best: dict[str, float],
-    best_merits: torch.Tensor | None,
+    peak: dict[str, float],
+    peak_merits: torch.Tensor | None,
     select_by: str,
 ) -> bool:
-    """Against another epoch, any difference, ties in accuracy by log-loss; against the start, more than a standard error."""
-    if best_merits is None:
+    """Whether an epoch replaces what was kept before it: one validation score, and what each image added to it (N,).
+
+    `peak` is the best score so far, of an epoch or of a trained start. A start gives way to an epoch that is better by more
+    than one standard error of the difference on the same images; an epoch gives way to a later one unless that is worse by
+    more: the best of many on few images is partly luck, and the schedule and the moving average settle towards its end. (The
+    one-standard-error rule: Breiman et al. 1984, section 3.4.3.)
+    """
+    if peak_merits is None:
         return True
-    if "epoch" not in best:
-        gains = merits - best_merits
-        # One image more is a standard error exactly, and no evidence.
-        return bool(gains.sum() > 1.001 * gains.std() * len(gains) ** 0.5)
+    gains = merits - peak_merits
+    # One image more is a standard error exactly, and no evidence.
+    chance = 1.001 * gains.std() * len(gains) ** 0.5
+    if "epoch" not in peak:
+        return bool(gains.sum() > chance)
+    return _rank(score, select_by) < _rank(peak, select_by) or bool(gains.sum() >= -chance)
 
-    def rank(row: dict[str, float]) -> tuple[float, float]:
-        return (-row["accuracy"] if select_by == "accuracy" else 0.0, row["log_loss"])
 
-    return rank(score) < rank(best)
+def _rank(score: dict[str, float], select_by: str) -> tuple[float, float]:
+    """Less is better; ties in accuracy go to the lower log-loss."""
+    return (-score["accuracy"] if select_by == "accuracy" else 0.0, score["log_loss"])
 
 
 def _finish_epoch(progress: Progress, score: dict[str, float], config: TrainConfig, at: Workplace) -> None:
@@ -223,12 +234,12 @@ def _finish_epoch(progress: Progress, score: dict[str, float], config: TrainConf
         log.info(
             "epoch %d: loss %.4f, train accuracy %.1f %%, validation accuracy %.1f %%, log-loss %.4f, %.0f images/s%s",
             row["epoch"], row["train_loss"], 100 * row["train_accuracy"], 100 * score["accuracy"], score["log_loss"],
-            row["images_per_second"], " (best so far)" if progress.best.get("epoch") == row["epoch"] else "",
+            row["images_per_second"], " (kept so far)" if progress.best.get("epoch") == row["epoch"] else "",
         )  # fmt: skip
     progress.epoch += 1
     progress.step = progress.images = 0
     progress.loss_sum = progress.hits = progress.seconds = 0.0
-    stale = progress.epoch - int(progress.best.get("epoch", 0))
+    stale = progress.epoch - int(progress.peak.get("epoch", 0))
     if config.patience and stale >= config.patience:
         progress.stopped = True
         log.info("no better validation %s in %d epochs: stopped early", config.select_by, config.patience)

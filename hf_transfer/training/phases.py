@@ -29,6 +29,8 @@ from hf_transfer.training.steps import Workplace
 
 log = logging.getLogger(__name__)
 
+KEPT_START = "the start: no epoch was better beyond chance"
+
 # They may change between the runs: they say where things are, not what is computed.
 NOT_COMPARED = (
     "output_dir",
@@ -144,7 +146,7 @@ def _take_start(
     if any(isinstance(p, ProbePhase) for p in plan[:number]) or (isinstance(phase, Phase) and phase.is_trained):
         return wise.copy_weights(model, names)
     head = wise.copy_weights(model, at.chain.classifier_parameters)
-    _run_probe(ProbePhase(select_by=at.config.select_by), backbone, at, costs)
+    _run_probe(ProbePhase(), backbone, at, costs)
     start = wise.copy_weights(model, names)
     wise.set_weights(model, head)
     return start
@@ -177,7 +179,7 @@ def _run_steps(
     times.append(time.perf_counter())
     how = phase.optimization
     best = found["best"]
-    kept = f"epoch {best['epoch']}" if "epoch" in best else "the start: no epoch was better beyond chance"
+    kept = f"epoch {best['epoch']}" if "epoch" in best else KEPT_START
     where = "the pixels" if cut is None else cut.name
     described = {
         "policy": phase.policy.name,
@@ -226,6 +228,29 @@ def _cuts_to_come(plan: Plan, number: int, selected: list[frozenset[str]], at: W
 def _run_probe(
     phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Costs, beside: Sequence[Cut] = ()
 ) -> dict[str, Any]:
+    best = solve_own_head(backbone, at, costs, refit=False, beside=beside)
+    probe = best.probe
+    found = readouts.score_probe(best, at.data.validation, at.accelerator)
+    log.info("probe: validation accuracy %.1f %%, log-loss %.4f", 100 * found["accuracy"], found["log_loss"])
+    return {
+        "policy": phase.policy.name,
+        "cut": best.readout.cut.name,
+        "optimizer": "L-BFGS",
+        "epochs": 0,
+        "num_trainable": probe.weight.numel() + probe.bias.numel(),
+        "kept": "the solution",
+        "score": found,
+        "history": [],
+        "description": (
+            f"the head alone, a logistic regression on frozen features, C = {probe.c:.3g} chosen on held-out images"
+        ),
+    }
+
+
+def solve_own_head(
+    backbone: Backbone, at: Workplace, costs: Costs, *, refit: bool, beside: Sequence[Cut] = ()
+) -> readouts.ProbedReadout:
+    """The probe on the network's own features, put into its head; `refit`: fitted on validation images, too."""
     options = ExtractOptions.from_config(at.config)
     with costs.part("features"):
         # The test split is left alone: it is scored once, at the end.
@@ -243,31 +268,16 @@ def _run_probe(
         best, _ = readouts.choose_readout(
             candidates,
             at.data,
-            select_by="accuracy" if phase.select_by == "accuracy" else "log_loss",
+            # By accuracy, a few held-out images may choose a head that is nearly 0, from which training has to begin anew.
+            select_by="log_loss",
             class_balance=at.config.class_balance,
-            folds=phase.folds,
-            refit=False,
-            spread_floor=phase.spread_floor,
+            folds=5,
+            refit=refit,
             seed=at.config.seed,
             accelerator=at.accelerator,
         )
         readouts.install_probe(backbone, at.chain, best)
-    probe = best.probe
-    found = readouts.score_probe(best, at.data.validation, at.accelerator)
-    log.info("probe: validation accuracy %.1f %%, log-loss %.4f", 100 * found["accuracy"], found["log_loss"])
-    return {
-        "policy": phase.policy.name,
-        "cut": best.readout.cut.name,
-        "optimizer": "L-BFGS",
-        "epochs": 0,
-        "num_trainable": probe.weight.numel() + probe.bias.numel(),
-        "kept": "the solution",
-        "score": found,
-        "history": [],
-        "description": (
-            f"the head alone, a logistic regression on frozen features, C = {probe.c:.3g} chosen on held-out images"
-        ),
-    }
+    return best
 
 
 def _check_mixing(plan: Plan, chains: list[Chain], config: TrainConfig, selected: list[frozenset[str]]) -> None:

@@ -26,8 +26,9 @@ from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.feeds import augmentation_of, make_phase_data
 from hf_transfer.training.loop import WholeNetwork, validate
 from hf_transfer.training.metrics import score
-from hf_transfer.training.phase import Plan
-from hf_transfer.training.phases import run_phases
+from hf_transfer.training.phase import Plan, ProbePhase
+from hf_transfer.training.phases import KEPT_START, run_phases, solve_own_head
+from hf_transfer.training.readouts import ProbedReadout
 from hf_transfer.training.steps import Workplace
 
 # Between the last validation of the trained network and that of the whole one from files, in float32.
@@ -57,6 +58,9 @@ def run_plan(
 ) -> Outcome:
     """Trains the chain's model in place, phase by phase, and scores it on validation and, once, on test.
 
+    Where a plan began with a probe and no step was better than that, the head is fitted again, on training and validation
+    images together, as a plan of the probe alone would have done; validation is then scored by fits that have not seen it.
+
     Of `config`, phases say their own policy, epochs and optimization; the rest holds for all. Without `checkpoints` no state is
     saved. `costs` gets the seconds of each part.
 
@@ -69,8 +73,13 @@ def run_plan(
         plan, chain, backbone, data, config=config, accelerator=accelerator, costs=costs, checkpoints=checkpoints
     )
     done, details, curves = ran.done, dict[str, Any](), draw_curves(ran.done)
-    if ran.start is not None:
-        at = Workplace(chain=chain, data=data, config=config, accelerator=accelerator, save=lambda part: None)
+    at = Workplace(chain=chain, data=data, config=config, accelerator=accelerator, save=lambda part: None)
+    refitted: ProbedReadout | None = None
+    if _keeps_the_probe(plan, done):
+        refitted = solve_own_head(backbone, at, costs, refit=True)
+        description = f"{done[0]['description']}; fitted on training and validation images, since no step was better"
+        done = [{**done[0], "description": description}, *done[1:]]
+    elif ran.start is not None:
         with costs.part("wise_ft"):
             found = _interpolate(ran.start, backbone, at)
         done = [*done[:-1], _describe_interpolated(done[-1], found)]
@@ -78,11 +87,15 @@ def run_plan(
     set_trainable(chain.model, plan[-1].policy.select(chain) if plan else ())
     with costs.part("evaluate"):
         metrics = score_splits(chain, backbone, data, config, accelerator)
-    difference = abs(metrics["validation"]["nll"] - done[-1]["score"]["log_loss"]) if done else 0.0
-    if accelerator.mixed_precision == "no" and config.dtype == "float32" and difference > VERIFIED_LOG_LOSS:
-        raise RuntimeError(
-            f"the saved network's validation log-loss differs by {difference:.2g} from the one that it was chosen by"
-        )
+    if refitted is not None:
+        held_out = refitted.probe.validation_logits
+        metrics["validation"] = score(held_out, data.validation.labels, data.label_names, seed=config.seed)
+    elif done and accelerator.mixed_precision == "no" and config.dtype == "float32":
+        difference = abs(metrics["validation"]["nll"] - done[-1]["score"]["log_loss"])
+        if difference > VERIFIED_LOG_LOSS:
+            raise RuntimeError(
+                f"the saved network's validation log-loss differs by {difference:.2g} from the one that it was chosen by"
+            )
     return Outcome(
         plan=describe_phases(done),
         metrics=metrics,
@@ -101,6 +114,11 @@ def run_plan(
 def describe_phases(done: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
     """What results.json says of each phase under "plan"; the histories have a place of their own."""
     return [{k: v for k, v in d.items() if k != "history"} for d in done]
+
+
+def _keeps_the_probe(plan: Plan, done: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the first phase's head, on upstream's network, is what all other phases kept."""
+    return len(done) > 1 and isinstance(plan[0], ProbePhase) and all(d["kept"] == KEPT_START for d in done[1:])
 
 
 def _interpolate(start: dict[str, torch.Tensor], backbone: Backbone, at: Workplace) -> dict[str, Any]:
