@@ -19,6 +19,7 @@ from torch import nn
 from hf_transfer.cli import main
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import load_data
+from hf_transfer.data.extract import hash_prefixes
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.adapters import (
     Adapted,
@@ -173,6 +174,23 @@ def test_saved_and_merged_answer_as_trained_where_we_are_not_installed(
         assert torch.allclose(torch.tensor(found[f"switched to {method}"]), ours[method][0], rtol=1e-4, atol=2e-5), (
             method
         )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_at_their_start_read_the_plain_networks_stores(method: str, upstreams: dict[str, Path]) -> None:
+    """The same keys, until they have moved; a method that takes weights out of the plain model (PiSSA) has keys of its own."""
+    backbone, plain = start(upstreams, "timm ViT")
+    cuts = list(plain.cuts)
+    before = hash_prefixes(plain, cuts)
+    adapted, chain = add_adapters(backbone, plain, how_for(method))
+    after = hash_prefixes(chain, cuts)
+    if method == "pissa":
+        assert after["features"] not in before.values()
+    else:
+        assert after == before
+    move(adapted)
+    moved = hash_prefixes(chain, cuts)
+    assert moved[cuts[-1].name] != after[cuts[-1].name]
 
 
 def test_an_adapter_folder_names_its_base_and_no_path(

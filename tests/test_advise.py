@@ -76,7 +76,7 @@ def test_the_probe_it_promises_is_the_one_that_the_recipe_finds(advice: Advice) 
 @pytest.mark.parametrize(
     ("name", "after_advice"),
     # The one pass of last_layers stores activations at its cut beside the features; advice keeps poolings of them alone.
-    [("linear_probe", False), ("last_layers", True), ("probe_then_full", False)],
+    [("linear_probe", False), ("last_layers", True), ("lora", False), ("probe_then_full", False)],
 )
 def test_the_run_that_follows_makes_no_second_pass(
     name: str, after_advice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -99,6 +99,7 @@ def test_the_run_that_follows_makes_no_second_pass(
         assert "features" in table["seconds"]
         seen.append("features" in table["images_per_second"])
         assert "store" not in table["images_per_second"]
+    # Without advice or with it, the one pass of adapters is the plain network's.
     assert seen == [True, after_advice]
 
 

@@ -195,17 +195,23 @@ def extract_images(
 
 
 def hash_prefixes(chain: Chain, cuts: list[Cut]) -> dict[str, str]:
-    """By cut, of every parameter and buffer before it, by name, shape and bytes: whose activations these are."""
+    """By cut, of every parameter and buffer before it, by name, shape and bytes: whose activations these are.
+
+    Names are the chain's `known_as`: adapters at their start change nothing, so the plain network's activations serve.
+    """
     tensors = dict(chain.model.state_dict())
     tensors |= dict(chain.model.named_buffers())  # non-persistent ones decide activations too
+    known_as = chain.known_as()
     of_tensor: dict[str, bytes] = {}
     found = {}
     for cut in cuts:
         digest = xxhash.xxh3_128()
-        for name in sorted(name for group in chain.before(cut) for name in group):
+        named = {known_as.get(name, name): name for group in chain.before(cut) for name in group}
+        named.pop("", None)
+        for public, name in sorted(named.items()):
             if name not in of_tensor:
                 own = xxhash.xxh3_128()
-                update_hash(own, name, tensors[name])
+                update_hash(own, public, tensors[name])
                 of_tensor[name] = own.digest()
             digest.update(of_tensor[name])
         found[cut.name] = digest.hexdigest()

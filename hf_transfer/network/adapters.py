@@ -14,7 +14,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -99,6 +99,7 @@ def add_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> tuple[Adapte
     plain_state = frozenset(model.state_dict())
     buffers = {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in plain_state}
     plain = {id(p): p.numel() for p in model.parameters()}
+    names = {id(t): (n, _hash_tensors({n: t})) for n, t in _tensors(model)}
     network = _inject(model, how, targets.modules)
     trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in plain)
     _check_same(before, _answer(backbone), f"{how.method} at its start", "choose another --adapter")
@@ -115,7 +116,7 @@ def add_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> tuple[Adapte
         buffers=buffers,
     )
     _say(adapted, targets)
-    return adapted, _follow(chain, targets.modules)
+    return adapted, replace(_follow(chain, targets.modules), known_as=_know_plainly(model, names))
 
 
 def _say(adapted: Adapted, targets: Targets) -> None:
@@ -277,6 +278,39 @@ def _follow(chain: Chain, targets: Iterable[str]) -> Chain:
     return replace(chain, layers=layers, orphans=tuple(orphans))
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        update_hash(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def _know_plainly(model: nn.Module, plain: Mapping[int, tuple[str, str]]) -> Callable[[], Mapping[str, str]]:
+    """The plain names of an adapted model's tensors, as long as its adapters are at their start; {} from then on.
+
+    `plain`: name and hash of each tensor before injection, by identity. A method that moves weights of the plain model into its
+    adapters (PiSSA) has no plain network inside: its tensors keep their own names.
+    """
+    now = dict(_tensors(model))
+    names = {name: plain[id(t)][0] if id(t) in plain else "" for name, t in now.items()}
+    found = {plain[id(t)][0]: _hash_tensors({plain[id(t)][0]: t}) for t in now.values() if id(t) in plain}
+    if found != dict(plain.values()):
+        return dict
+    added = [name for name, public in names.items() if not public]
+    start = _hash_tensors({name: now[name] for name in added})
+
+    def know() -> Mapping[str, str]:
+        held = dict(_tensors(model))
+        return names if _hash_tensors({name: held[name] for name in added}) == start else {}
+
+    return know
+
+
 def _answer(backbone: Backbone) -> torch.Tensor:
     """Logits (2, K) of the same two noise images each time."""
     noise = torch.randn(2, *backbone.preprocessing.image_shape, generator=torch.Generator().manual_seed(0))
@@ -285,11 +319,7 @@ def _answer(backbone: Backbone) -> torch.Tensor:
 
 
 def _hash_base(model: nn.Module, classifier: str) -> str:
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(classifier + "."):
-            update_hash(digest, name, tensor)
-    return digest.hexdigest()
+    return _hash_tensors({n: t for n, t in model.state_dict().items() if not n.startswith(classifier + ".")})
 
 
 def _check_same(before: torch.Tensor, after: torch.Tensor, what: str, remedy: str) -> None:

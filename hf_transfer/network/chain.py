@@ -7,8 +7,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import timm
@@ -51,6 +51,8 @@ class Chain:
     features: Cut | None
     orphans: tuple[str, ...]  # parameters that never reach the logits: frozen, and saved as they came
     notes: tuple[str, ...]  # what a user should know: cuts that were dropped, and why
+    # For the keys of stored activations: tensors that have another name, or none ("") since they change nothing as they are.
+    known_as: Callable[[], Mapping[str, str]] = field(default=dict, repr=False)
 
     def __len__(self) -> int:
         """Number of layers between stem and head, which is what `last(k)` counts."""
