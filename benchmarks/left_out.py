@@ -41,12 +41,8 @@ def draw(config: TrainConfig, most: int) -> tuple[Data, Split]:
     """The few images, and up to `most` others of the same training split."""
     few = without_test(load_data(config))
     whole = load_data(replace(config, images_per_class=None))
-    rows = np.concatenate([whole.train.rows, whole.validation.rows])
-    labels = np.concatenate([whole.train.labels, whole.validation.labels])
-    free = np.flatnonzero(~np.isin(rows, np.concatenate([few.train.rows, few.validation.rows])))
-    free = np.sort(np.random.default_rng(0).permutation(free)[:most])
-    others = replace(whole.train, rows=rows[free], labels=labels[free])
-    return few, others
+    free = np.flatnonzero(~np.isin(whole.train.rows, np.concatenate([few.train.rows, few.validation.rows])))
+    return few, whole.train.select(np.sort(np.random.default_rng(0).permutation(free)[:most]))
 
 
 def compare_floors(config: TrainConfig, most: int, accelerator: Accelerator) -> dict[float, tuple[float, float]]:
@@ -111,8 +107,7 @@ def compare_epochs(config: TrainConfig, strategy: str, most: int, accelerator: A
     epochs = seen[-config.epochs :]
     best = kept = epochs[0]
     for epoch in epochs[1:]:
-        peak = {**best["score"], "epoch": 0.0}
-        if loop.is_kept(epoch["score"], epoch["merits"], peak, best["merits"], config.select_by):
+        if loop.is_kept(epoch["merits"], best["merits"], None):
             kept = epoch
         better = (epoch["score"]["accuracy"], -epoch["score"]["log_loss"])
         if better > (best["score"]["accuracy"], -best["score"]["log_loss"]):

@@ -33,6 +33,7 @@ from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
 from hf_transfer.training.costs import Costs
+from hf_transfer.training.phases import KEPT_START
 from hf_transfer.training.plan import Outcome
 from tests.families import built
 from tests.test_recipes import ROOT, run_recipe
@@ -229,7 +230,7 @@ def test_auto_keeps_the_probe_unless_the_other_is_better_beyond_chance() -> None
     probe = outcome(0.9, None, phases=1)
     assert compare(probe, outcome(0.92, "epoch 3"), "lora")[0]
     assert not compare(probe, outcome(0.89, "epoch 3"), "lora")[0]
-    assert not compare(probe, outcome(0.99, "the start: no epoch was better beyond chance"), "lora")[0]
+    assert not compare(probe, outcome(0.99, KEPT_START), "lora")[0]
     assert not compare(probe, outcome(0.92, "epoch 3", phases=1), "full")[0]  # within a standard error
     assert compare(probe, outcome(0.97, "epoch 3", phases=1), "full")[0]
 
@@ -295,7 +296,7 @@ def test_a_report_on_finished_cells_is_drawn_without_the_judged_set(tmp_path: Pa
             for s in STRATEGIES:
                 accuracy = {"linear_probe": 0.8, "probe_then_full": 0.95}.get(s, 0.82)
                 # On one set validation images say nothing against the probe.
-                kept = "the start: no epoch was better" if cell["set"] == "a" else "epoch 3"
+                kept = KEPT_START if cell["set"] == "a" else "epoch 3"
                 validated = {"validation_accuracy": accuracy, "num_validation": 50, "kept": kept}
                 lines.append(
                     {"what": s, **cell, "test_accuracy": accuracy, "num_test": 100, "seconds": 10.0, **validated}

@@ -121,6 +121,13 @@ def test_looking_leaves_the_network_as_it_was(inputs: Inputs) -> None:
     assert_same_state(before, state_of(chain.model))
     assert seen.batchnorm_distance is not None
     assert seen.images_per_second > 0
+    assert seen.training_images_per_second == seen.images_per_second
+    mixed = look_at(
+        chain, backbone, data.train, accelerator=Accelerator(cpu=True), options=OPTIONS, mixed_precision="bf16"
+    )
+    assert_same_state(before, state_of(chain.model))
+    assert mixed.training_images_per_second not in (0.0, mixed.images_per_second)
+    assert mixed.batchnorm_distance == pytest.approx(seen.batchnorm_distance)  # in float32, once
     assert seen.num_images <= max(8, len(data.train) / 16)
 
 

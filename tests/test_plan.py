@@ -148,33 +148,37 @@ def test_what_is_kept_is_the_best_epoch_or_the_probe_as_its_own_recipe_makes_it(
         assert outcome.metrics[split]["nll"] == pytest.approx(probed.metrics[split]["nll"], rel=1e-4)
 
 
+HITS = torch.tensor([1.0] * 40 + [0.0] * 10, dtype=torch.float64)
+
+
+def change(*, lost: int = 0, won: int = 0) -> torch.Tensor:
+    """HITS with some of its hits lost and some of its misses won."""
+    found = HITS.clone()
+    found[:lost], found[40 : 40 + won] = 0.0, 1.0
+    return found
+
+
 def test_the_start_gives_way_to_more_than_a_standard_error() -> None:
-    start = {"accuracy": 0.8, "log_loss": 0.5}
-    hits = torch.tensor([1.0] * 40 + [0.0] * 10, dtype=torch.float64)
-    one_more, four_more = hits.clone(), hits.clone()
-    one_more[40] = 1.0
-    four_more[40:44] = 1.0
-    assert not is_kept({"accuracy": 0.82, "log_loss": 0.1}, one_more, start, hits, "accuracy")
-    assert is_kept({"accuracy": 0.88, "log_loss": 0.9}, four_more, start, hits, "accuracy")
+    assert not is_kept(change(won=1), None, HITS)  # one image more is no evidence
+    assert is_kept(change(won=4), None, HITS)
+    assert not is_kept(change(lost=4, won=6), None, HITS)
+    # One that is as good as the best epoch, up to chance, must be better than the start itself.
+    assert not is_kept(change(won=1), change(won=2), HITS)
+    assert is_kept(change(won=3), change(won=4), HITS)
 
 
 def test_an_epoch_gives_way_to_a_later_one_that_is_not_worse_beyond_chance() -> None:
-    peak = {"accuracy": 0.8, "log_loss": 0.5, "epoch": 3.0}
-    hits = torch.tensor([1.0] * 40 + [0.0] * 10, dtype=torch.float64)
-    one_more, one_less, four_less, others = (hits.clone() for _ in range(4))
-    one_more[40], one_less[0], four_less[:4] = 1.0, 0.0, 0.0
-    others[:4], others[40:43] = 0.0, 1.0  # one fewer in all, on seven images that differ
-    for score, merits, expected in (
-        ({"accuracy": 0.82, "log_loss": 0.9}, one_more, True),
-        ({"accuracy": 0.8, "log_loss": 0.9}, hits, True),
-        ({"accuracy": 0.78, "log_loss": 0.9}, one_less, True),
-        ({"accuracy": 0.78, "log_loss": 0.9}, others, True),
-        ({"accuracy": 0.72, "log_loss": 0.1}, four_less, False),
+    for later, expected in (
+        (change(won=1), True),
+        (HITS, True),
+        (change(lost=1), True),
+        (change(lost=4, won=3), True),  # one fewer, on seven images that differ
+        (change(lost=4), False),
     ):
-        assert is_kept(score, merits, peak, hits, "accuracy") == expected, score
-    losses = torch.linspace(-1.0, 0.0, 50, dtype=torch.float64)
-    assert is_kept({"accuracy": 0.1, "log_loss": 0.4}, losses + 0.1, peak, losses, "log_loss")
-    assert not is_kept({"accuracy": 0.9, "log_loss": 0.6}, losses - 0.1, peak, losses, "log_loss")
+        assert is_kept(later, HITS, None) == expected
+    log_probabilities = torch.linspace(-1.0, 0.0, 50, dtype=torch.float64)
+    assert is_kept(log_probabilities + 0.1, log_probabilities, None)
+    assert not is_kept(log_probabilities - 0.1, log_probabilities, None)
 
 
 def test_many_small_losses_do_not_add_up(tmp_path: Path) -> None:

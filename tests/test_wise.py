@@ -64,7 +64,10 @@ def train(plan: list[Any], config: TrainConfig, folder: Path, adapter: Adapter |
 
 
 @pytest.mark.parametrize("name", ["last", "full", "full without a probe", "lora"])
-def test_a_run_with_the_flag_keeps_a_point_of_the_line(name: str, tmp_path: Path) -> None:
+def test_a_run_with_the_flag_keeps_a_point_of_the_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_transfer.training.loop.is_kept", lambda *_: True)  # one epoch is not better than the probe
     phase = Phase(policy=last(2) if name == "last" else full(), epochs=1, optimization=STEPS)
     plan = [phase] if "without" in name else [ProbePhase(), phase]
     adapter = Adapter(method="lora", rank=2) if name == "lora" else None
@@ -84,8 +87,16 @@ def test_a_run_with_the_flag_keeps_a_point_of_the_line(name: str, tmp_path: Path
         assert all(torch.equal(end[n], kept[n]) for n in end)
 
 
-def test_the_start_survives_an_interruption(tmp_path: Path) -> None:
+def test_where_the_probe_is_kept_there_is_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_transfer.training.loop.is_kept", lambda *_: False)
+    outcome, _ = train([ProbePhase(), Phase(policy=last(2), epochs=1, optimization=STEPS)], CONFIG, tmp_path)
+    assert "wise_ft" not in outcome.details
+    assert "fitted on training and validation images" in outcome.plan[0]["description"]
+
+
+def test_the_start_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed after the last phase: only the interpolation is left, and it needs the start."""
+    monkeypatch.setattr("hf_transfer.training.loop.is_kept", lambda *_: True)
     plan = [ProbePhase(), Phase(policy=last(1), epochs=1, optimization=STEPS)]
     outcome, kept = train(plan, CONFIG, tmp_path)
     again, resumed = train(plan, replace(CONFIG, resume=True), tmp_path)

@@ -157,7 +157,15 @@ def advise(
     head, _ = read_head(config.checkpoint, trust_remote_code=config.trust_remote_code)
     loaded = time.perf_counter()
     options = ExtractOptions.from_config(config)
-    evidence = gather_evidence(chain, backbone, data, head=head, accelerator=accelerator, options=options)
+    evidence = gather_evidence(
+        chain,
+        backbone,
+        data,
+        head=head,
+        accelerator=accelerator,
+        options=options,
+        mixed_precision=accelerator.mixed_precision if config.mixed_precision == "no" else config.mixed_precision,
+    )
     gathered = time.perf_counter()
     found: list[Any] = [None]
     if accelerator.is_main_process:
@@ -222,6 +230,7 @@ def _conclude(
         data,
         config,
         images_per_second=evidence.look.images_per_second,
+        training_images_per_second=evidence.look.training_images_per_second,
         probe_seconds=probe_seconds,
         on_cpu=on_cpu,
     )

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 NUM_DEPTHS = 4  # evenly spaced between the first layer and the last
 LOOK_IMAGES = 32  # whose activations' statistics are looked at, and on which the network's speed is measured
 SMALLEST = 1e-5  # variance that is told from none
+MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LOOK_SHARE = 1 / 16  # of all images, at most: the look is a small part of the pass
 
 Head = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -58,6 +59,7 @@ class Look:
 
     num_images: int
     images_per_second: float
+    training_images_per_second: float  # forward in the arithmetic of training, which may be mixed
     batchnorm_distance: float | None  # None where the network keeps no running statistics
 
 
@@ -87,9 +89,11 @@ def gather_evidence(
     accelerator: Accelerator,
     options: ExtractOptions,
     readouts: bool = True,
+    mixed_precision: str = "no",
 ) -> Evidence:
     """One pass over train and validation, as far as it is not in the cache. `head`: upstream's own, from `read_head`.
 
+    `mixed_precision`: of the training whose speed is measured, as accelerate names it: no, bf16 or fp16.
     `readouts`: keeps every way in which `recipes/linear_probe.py` can read the network as well, for the run that follows.
     Raises ValueError where the network has no single linear classifier.
     """
@@ -122,7 +126,9 @@ def gather_evidence(
         labels=np.concatenate([data.train.labels, data.validation.labels]),
         depths=(*read, native),
         upstream_logits=None if head is None else native.features @ head[0].T + head[1],
-        look=look_at(chain, backbone, data.train, accelerator=accelerator, options=options),
+        look=look_at(
+            chain, backbone, data.train, accelerator=accelerator, options=options, mixed_precision=mixed_precision
+        ),
         images_computed=computed,
         seconds=seconds,
     )
@@ -179,29 +185,41 @@ def _mean(activation: torch.Tensor, over: tuple[int, ...]) -> torch.Tensor:
 
 
 def look_at(
-    chain: Chain, backbone: Backbone, split: Split, *, accelerator: Accelerator, options: ExtractOptions
+    chain: Chain,
+    backbone: Backbone,
+    split: Split,
+    *,
+    accelerator: Accelerator,
+    options: ExtractOptions,
+    mixed_precision: str = "no",
 ) -> Look:
-    """Runs the whole network over a few images, evenly spaced over the classes."""
+    """Runs the whole network over a few images, evenly spaced over the classes; once more in mixed precision, if any."""
     count = min(len(split), LOOK_IMAGES, max(8, round(LOOK_SHARE * len(split))))
     by_class = np.argsort(split.labels, kind="stable")
     rows = np.sort(by_class[np.linspace(0, len(split) - 1, count).round().astype(int)])
     images = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
-    with _watching(chain.model) as statistics:
+
+    def run(dtype: torch.dtype | None) -> float:
+        def forward(on: Chain, batch: torch.Tensor, at: int) -> None:
+            # In here: autocast holds for the thread that it is entered in.
+            with torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None):
+                compute_logits(on.model, batch).sum().item()  # a GPU has then done it
+
         started = time.perf_counter()
         sweep(
-            chain, images, rows.astype(np.int64), lambda on, batch, at: _forward(on.model, batch),
-            accelerator=accelerator, options=options, title="a look", shows_progress=False,
+            chain, images, rows.astype(np.int64), forward, accelerator=accelerator, options=options, title="a look",
+            shows_progress=False,
         )  # fmt: skip
-        seconds = time.perf_counter() - started
+        return count / (time.perf_counter() - started)
+
+    with _watching(chain.model) as statistics:
+        rate = run(None)
     return Look(
         num_images=count,
-        images_per_second=count / seconds,
+        images_per_second=rate,
+        training_images_per_second=run(MIXED[mixed_precision]) if mixed_precision in MIXED else rate,
         batchnorm_distance=statistics.compute_distance() if statistics.sums else None,
     )
-
-
-def _forward(model: nn.Module, batch: torch.Tensor) -> None:
-    compute_logits(model, batch)
 
 
 class _Statistics:

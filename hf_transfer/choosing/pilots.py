@@ -28,7 +28,7 @@ FIRST_SHARE = 1 / 6  # of the epochs of a whole run, in the first round; doubled
 
 @dataclass(frozen=True, kw_only=True)
 class Pilot:
-    """One short run: the best validation accuracy of its epochs. The probe's has none: it is what the others start from."""
+    """One short run: validation accuracy of what it would keep. The probe's has no epochs: it is what the others start from."""
 
     strategy: str
     epochs: int
@@ -92,15 +92,12 @@ def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: A
     costs = Costs()
     outcome = run_plan(plan, chain, prepared, without_test(data), config=short, accelerator=accelerator, costs=costs)
     costs.to_dict()  # its sampler stops
-    validation = outcome.metrics["validation"]
-    start = {"validation_accuracy": validation["accuracy"], "validation_log_loss": validation["nll"]}
-    rows = outcome.details["phases"][-1]["history"] or [start]
-    best = min(rows, key=lambda row: (-row["validation_accuracy"], row["validation_log_loss"]))
+    kept = outcome.plan[-1]["score"]
     pilot = Pilot(
         strategy=name,
         epochs=epochs,
-        accuracy=best["validation_accuracy"],
-        log_loss=best["validation_log_loss"],
+        accuracy=kept["accuracy"],
+        log_loss=kept["log_loss"],
         seconds=_agree(time.perf_counter() - started),
     )
     log.info(

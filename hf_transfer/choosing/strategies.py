@@ -107,7 +107,14 @@ def carry_out(
 
 
 def price(
-    chain: Chain, data: Data, config: TrainConfig, *, images_per_second: float, probe_seconds: float, on_cpu: bool
+    chain: Chain,
+    data: Data,
+    config: TrainConfig,
+    *,
+    images_per_second: float,
+    training_images_per_second: float,
+    probe_seconds: float,
+    on_cpu: bool,
 ) -> Mapping[str, Price]:
     """Seconds and memory of each strategy, from images without their features: what the cache holds comes off."""
     total, before = count_flops(chain)
@@ -130,7 +137,7 @@ def price(
     found = {"linear_probe": Price(seconds=one_pass + probe_seconds, memory_bytes=held)}
     for name, forwards in FORWARDS.items():
         share = above if name == "last_layers" else 1.0
-        epoch = share * (forwards * train + held_out) / images_per_second
+        epoch = share * (forwards * train + held_out) / training_images_per_second
         first = one_pass if name == "full" else 2 * one_pass if name == "last_layers" else one_pass + probe_seconds
         # The saved network is scored once from files.
         seconds = first + config.epochs * epoch + held_out / images_per_second

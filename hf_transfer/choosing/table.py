@@ -49,7 +49,7 @@ def format_advice(advice: Advice) -> str:
     ]
     lines += align(rows)
     if advice.pilots:
-        lines += ["", "short runs (best epoch on validation images):"]
+        lines += ["", "short runs (what they would keep, on validation images):"]
         lines += [
             f"  {p.strategy}, {p.epochs} epochs: {_percent(p.accuracy)} %, {_seconds(p.seconds)}" for p in advice.pilots
         ]

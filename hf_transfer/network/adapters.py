@@ -99,10 +99,11 @@ def add_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> tuple[Adapte
     plain_state = frozenset(model.state_dict())
     buffers = {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in plain_state}
     plain = {id(p): p.numel() for p in model.parameters()}
-    names = {id(t): (n, _hash_tensors({n: t})) for n, t in _tensors(model)}
+    names = {id(t): n for n, t in _tensors(model)}
     network = _inject(model, how, targets.modules)
     trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in plain)
-    _check_same(before, _answer(backbone), f"{how.method} at its start", "choose another --adapter")
+    after = _answer(backbone)
+    _check_same(before, after, f"{how.method} at its start", "choose another --adapter")
     adapted = Adapted(
         **{f.name: getattr(backbone, f.name) for f in fields(Backbone)},
         network=network,
@@ -116,7 +117,9 @@ def add_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> tuple[Adapte
         buffers=buffers,
     )
     _say(adapted, targets)
-    return adapted, replace(_follow(chain, targets.modules), known_as=_know_plainly(model, names))
+    followed = _follow(chain, targets.modules)
+    # Those that are the identity up to rounding (DoRA) have stores of their own.
+    return adapted, replace(followed, known_as=_know_plainly(model, names)) if torch.equal(before, after) else followed
 
 
 def _say(adapted: Adapted, targets: Targets) -> None:
@@ -290,25 +293,18 @@ def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _know_plainly(model: nn.Module, plain: Mapping[int, tuple[str, str]]) -> Callable[[], Mapping[str, str]]:
+def _know_plainly(model: nn.Module, plain: Mapping[int, str]) -> Callable[[], Mapping[str, str]]:
     """The plain names of an adapted model's tensors, as long as its adapters are at their start; {} from then on.
 
-    `plain`: name and hash of each tensor before injection, by identity. A method that moves weights of the plain model into its
-    adapters (PiSSA) has no plain network inside: its tensors keep their own names.
+    `plain`: the name of each tensor before injection, by identity.
     """
-    now = dict(_tensors(model))
-    names = {name: plain[id(t)][0] if id(t) in plain else "" for name, t in now.items()}
-    found = {plain[id(t)][0]: _hash_tensors({plain[id(t)][0]: t}) for t in now.values() if id(t) in plain}
-    if found != dict(plain.values()):
-        return dict
-    added = [name for name, public in names.items() if not public]
-    start = _hash_tensors({name: now[name] for name in added})
+    names = {name: plain.get(id(tensor), "") for name, tensor in _tensors(model)}
 
-    def know() -> Mapping[str, str]:
-        held = dict(_tensors(model))
-        return names if _hash_tensors({name: held[name] for name in added}) == start else {}
+    def hash_added() -> str:
+        return _hash_tensors({name: tensor for name, tensor in _tensors(model) if not names[name]})
 
-    return know
+    start = hash_added()
+    return lambda: names if hash_added() == start else {}
 
 
 def _answer(backbone: Backbone) -> torch.Tensor:

@@ -64,7 +64,10 @@ def pose(features: Tensor, targets: Tensor, num_classes: int, *, spread_floor: f
             "a network run in float16 may overflow: extract in float32 or bfloat16"
         )
     # A constant column's std is rounding, not spread.
-    floored = (std.square() + (spread_floor * std.median()) ** 2).sqrt()
+    typical = std.median()
+    if typical == 0 and bool((std > 0).any()):  # most features are constant, as after a ReLU that few images pass
+        typical = std[std > 0].median()
+    floored = (std.square() + (spread_floor * typical) ** 2).sqrt()
     inverse_std = torch.where(std > 1e-6 * mean.abs(), 1 / floored.clamp_min(_TINY), 0.0)
     raw.sub_(mean).mul_(inverse_std)
     vectors, values, others = _leading_eigenvectors(raw)

@@ -56,7 +56,7 @@ def train_phase(
     """Trains the chain's model in place; it ends with the weights of the epoch that `is_kept` says.
 
     `starts_trained`: the weights that it starts from are kept unless an epoch does better beyond chance. `resumed`: the
-    phase's part of a saved state. Returns history, best (of what is kept), rates, counts.
+    phase's part of a saved state. Returns history, what is kept, rates, counts.
 
     Raises NonFiniteLossError; FrozenChangedError where anything frozen has changed.
     """
@@ -67,9 +67,10 @@ def train_phase(
     audit = Audit(chain, frozen_below, names, freeze_batchnorm=config.freeze_batchnorm)
     groups = group_parameters(chain, names, phase.optimization)
     optimizer = make_optimizer(groups, phase.optimization)
-    progress = Progress(history=[], best={}, peak={})
-    best_weights: dict[str, torch.Tensor] = {}
-    peak_merits: torch.Tensor | None = None
+    progress = Progress(history=[], kept={}, best={})
+    kept_weights: dict[str, torch.Tensor] = {}
+    best_merits: torch.Tensor | None = None
+    start_merits: torch.Tensor | None = None
     network: nn.Module = WholeNetwork(chain.model) if reads.cut is None else chain.suffix(reads.cut)
     with ExitStack() as contexts:
         if isinstance(network, Suffix):
@@ -83,21 +84,21 @@ def train_phase(
         averaged = Averaged(moving, config.ema_decay) if config.ema_decay else None
         if resumed is not None:
             progress = Progress(**resumed["progress"])
-            best_weights = {n: t.to(moving[n].device) for n, t in resumed["best_weights"].items()}
-            peak_merits = resumed["peak_merits"]
+            kept_weights = {n: t.to(moving[n].device) for n, t in resumed["kept_weights"].items()}
+            best_merits, start_merits = resumed["best_merits"], resumed["start_merits"]
             _restore(resumed, optimizer, averaged, accelerator)
         elif starts_trained:
-            progress.best, peak_merits = validate(prepared, reads, at)
-            progress.peak = progress.best
-            best_weights = {n: t.detach().clone() for n, t in moving.items()}
+            progress.kept, start_merits = validate(prepared, reads, at)
+            kept_weights = {n: t.detach().clone() for n, t in moving.items()}
         steps = Steps(phase, reads, at, prepared, optimizer, averaged, moving, names, frozen_below)
 
         def save() -> None:
             at.save(
                 {
                     "progress": vars(progress),
-                    "best_weights": best_weights,
-                    "peak_merits": peak_merits,
+                    "kept_weights": kept_weights,
+                    "best_merits": best_merits,
+                    "start_merits": start_merits,
                     "optimizer": optimizer.state_dict(),
                     "averaged": averaged.state_dict() if averaged else None,
                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -109,23 +110,22 @@ def train_phase(
             with averaged.swapped(moving) if averaged else nullcontext():
                 _agree_on_statistics(moving, accelerator)
                 score, merits = validate(prepared, reads, at)
-                if is_kept(score, merits, progress.peak, peak_merits, config.select_by):
-                    progress.best = {**score, "epoch": progress.epoch + 1}
-                    by = config.select_by
-                    if "epoch" not in progress.peak or _rank(score, by) < _rank(progress.peak, by):
-                        progress.peak, peak_merits = progress.best, merits
-                    best_weights = {n: t.detach().clone() for n, t in moving.items()}
+                if is_kept(merits, best_merits, start_merits):
+                    progress.kept = {**score, "epoch": progress.epoch + 1}
+                    if not progress.best or _rank(score, config.select_by) < _rank(progress.best, config.select_by):
+                        progress.best, best_merits = progress.kept, merits
+                    kept_weights = {n: t.detach().clone() for n, t in moving.items()}
             _finish_epoch(progress, score, config, at)
             save()
         accelerator.free_memory()
     with torch.no_grad():
         for name, tensor in moving.items():
-            tensor.copy_(best_weights[name])
+            tensor.copy_(kept_weights[name])
     audit.check()
     rates = [row["images_per_second"] for row in progress.history]
     return {
         "history": progress.history,
-        "best": progress.best,
+        "kept": progress.kept,
         "num_trainable": sum(p.numel() for group in groups for p in group["params"]),
         "num_audited": len(audit),
         "images_per_second": float(np.median(rates[1:] or rates)),
@@ -186,28 +186,22 @@ def validate(network: nn.Module, reads: PhaseData, at: Workplace) -> tuple[dict[
     return score, torch.from_numpy(merits)
 
 
-def is_kept(
-    score: dict[str, float],
-    merits: torch.Tensor,
-    peak: dict[str, float],
-    peak_merits: torch.Tensor | None,
-    select_by: str,
-) -> bool:
-    """Whether an epoch replaces what was kept before it: one validation score, and what each image added to it (N,).
+def is_kept(merits: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor | None) -> bool:
+    """Whether an epoch replaces what was kept before it, by what each validation image adds to the score: three times (N,).
 
-    `peak` is the best score so far, of an epoch or of a trained start. A start gives way to an epoch that is better by more
-    than one standard error of the difference on the same images; an epoch gives way to a later one unless that is worse by
-    more: the best of many on few images is partly luck, and the schedule and the moving average settle towards its end. (The
-    one-standard-error rule: Breiman et al. 1984, section 3.4.3.)
+    `best`: of the best epoch so far that was kept; `start`: of a trained start. An epoch must be better than the start by more
+    than one standard error of the difference on the same images, and not worse than the best one by more: the best of many on
+    few images is partly luck, and the schedule and the moving average settle towards the end. (The one-standard-error rule:
+    Breiman et al. 1984, section 3.4.3.)
     """
-    if peak_merits is None:
-        return True
-    gains = merits - peak_merits
+    return (start is None or _is_beyond_chance(merits - start)) and (
+        best is None or not _is_beyond_chance(best - merits)
+    )
+
+
+def _is_beyond_chance(gains: torch.Tensor) -> bool:
     # One image more is a standard error exactly, and no evidence.
-    chance = 1.001 * gains.std() * len(gains) ** 0.5
-    if "epoch" not in peak:
-        return bool(gains.sum() > chance)
-    return _rank(score, select_by) < _rank(peak, select_by) or bool(gains.sum() >= -chance)
+    return bool(gains.sum() > 1.001 * gains.std() * len(gains) ** 0.5)
 
 
 def _rank(score: dict[str, float], select_by: str) -> tuple[float, float]:
@@ -234,12 +228,12 @@ def _finish_epoch(progress: Progress, score: dict[str, float], config: TrainConf
         log.info(
             "epoch %d: loss %.4f, train accuracy %.1f %%, validation accuracy %.1f %%, log-loss %.4f, %.0f images/s%s",
             row["epoch"], row["train_loss"], 100 * row["train_accuracy"], 100 * score["accuracy"], score["log_loss"],
-            row["images_per_second"], " (kept so far)" if progress.best.get("epoch") == row["epoch"] else "",
+            row["images_per_second"], " (kept so far)" if progress.kept.get("epoch") == row["epoch"] else "",
         )  # fmt: skip
     progress.epoch += 1
     progress.step = progress.images = 0
     progress.loss_sum = progress.hits = progress.seconds = 0.0
-    stale = progress.epoch - int(progress.peak.get("epoch", 0))
+    stale = progress.epoch - int(progress.best.get("epoch", 0))
     if config.patience and stale >= config.patience:
         progress.stopped = True
         log.info("no better validation %s in %d epochs: stopped early", config.select_by, config.patience)

@@ -29,7 +29,10 @@ class Phase:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbePhase:
-    """The head solved as a convex problem on frozen features (see `training.probe`), fitted on the training images alone."""
+    """The head solved as a convex problem on frozen features (see `training.probe`), fitted on the training images alone.
+
+    Where no later phase does better, `training.plan.run_plan` fits it again, on validation images, too.
+    """
 
     policy: Policy = field(default_factory=head)
 

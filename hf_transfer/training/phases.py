@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 KEPT_START = "the start: no epoch was better beyond chance"
 
+STATE_FORMAT = 2  # raise when a state of before would be gone on from otherwise
+
 # They may change between the runs: they say where things are, not what is computed.
 NOT_COMPARED = (
     "output_dir",
@@ -178,7 +180,7 @@ def _run_steps(
     costs.count_images("train", found["images"])
     times.append(time.perf_counter())
     how = phase.optimization
-    best = found["best"]
+    best = found["kept"]
     kept = f"epoch {best['epoch']}" if "epoch" in best else KEPT_START
     where = "the pixels" if cut is None else cut.name
     described = {
@@ -295,7 +297,7 @@ def _identity(plan: Plan, data: Data, config: TrainConfig) -> dict[str, Any]:
     """What must be the same for a state to be gone on from."""
     settings = {k: v for k, v in to_settings(config).items() if k not in NOT_COMPARED}
     splits = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
-    return {**settings, **splits, "plan": [phase.policy.name for phase in plan]}
+    return {"format": STATE_FORMAT, **settings, **splits, "plan": [phase.policy.name for phase in plan]}
 
 
 def _check_same(kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 outcome = run_plan(plan, chain, backbone, data, config=config)
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ from hf_transfer.training.loop import WholeNetwork, validate
 from hf_transfer.training.metrics import score
 from hf_transfer.training.phase import Plan, ProbePhase
 from hf_transfer.training.phases import KEPT_START, run_phases, solve_own_head
-from hf_transfer.training.readouts import ProbedReadout
+from hf_transfer.training.readouts import ProbedReadout, verify_probe
 from hf_transfer.training.steps import Workplace
+
+log = logging.getLogger(__name__)
 
 # Between the last validation of the trained network and that of the whole one from files, in float32.
 VERIFIED_LOG_LOSS = 1e-3
@@ -59,7 +62,8 @@ def run_plan(
     """Trains the chain's model in place, phase by phase, and scores it on validation and, once, on test.
 
     Where a plan began with a probe and no step was better than that, the head is fitted again, on training and validation
-    images together, as a plan of the probe alone would have done; validation is then scored by fits that have not seen it.
+    images together, as `training.solve.solve_head` does on the checkpoint's own features; validation is then scored by fits
+    that have not seen it.
 
     Of `config`, phases say their own policy, epochs and optimization; the rest holds for all. Without `checkpoints` no state is
     saved. `costs` gets the seconds of each part.
@@ -74,23 +78,29 @@ def run_plan(
     )
     done, details, curves = ran.done, dict[str, Any](), draw_curves(ran.done)
     at = Workplace(chain=chain, data=data, config=config, accelerator=accelerator, save=lambda part: None)
-    refitted: ProbedReadout | None = None
-    if _keeps_the_probe(plan, done):
-        refitted = solve_own_head(backbone, at, costs, refit=True)
-        description = f"{done[0]['description']}; fitted on training and validation images, since no step was better"
-        done = [{**done[0], "description": description}, *done[1:]]
-    elif ran.start is not None:
+    keeps_probe = _keeps_the_probe(plan, done)
+    if ran.start is not None and not keeps_probe:
         with costs.part("wise_ft"):
             found = _interpolate(ran.start, backbone, at)
         done = [*done[:-1], _describe_interpolated(done[-1], found)]
         details, curves = {"wise_ft": found}, [*curves, *wise.draw_curves(found)]
+        keeps_probe = found["alpha"] == 0.0 and isinstance(plan[0], ProbePhase)
+    refitted: ProbedReadout | None = None
+    if keeps_probe:
+        log.info("no step was better than the probe: it is kept, and fitted on training and validation images")
+        refitted = solve_own_head(backbone, at, costs, refit=True)
+        description = f"{done[0]['description']}; fitted on training and validation images, since no step was better"
+        done = [{**done[0], "description": description}, *done[1:]]
     set_trainable(chain.model, plan[-1].policy.select(chain) if plan else ())
     with costs.part("evaluate"):
-        metrics = score_splits(chain, backbone, data, config, accelerator)
-    if refitted is not None:
-        held_out = refitted.probe.validation_logits
-        metrics["validation"] = score(held_out, data.validation.labels, data.label_names, seed=config.seed)
-    elif done and accelerator.mixed_precision == "no" and config.dtype == "float32":
+        if refitted is None:
+            metrics = score_splits(chain, backbone, data, config, accelerator)
+        else:
+            verify_probe(backbone, refitted, data.validation, device=accelerator.device, dtype=config.dtype)
+            held_out = refitted.probe.validation_logits
+            metrics = {"validation": score(held_out, data.validation.labels, data.label_names, seed=config.seed)}
+            metrics |= score_splits(chain, backbone, data, config, accelerator, names=("test",))
+    if refitted is None and done and accelerator.mixed_precision == "no" and config.dtype == "float32":
         difference = abs(metrics["validation"]["nll"] - done[-1]["score"]["log_loss"])
         if difference > VERIFIED_LOG_LOSS:
             raise RuntimeError(
@@ -105,6 +115,7 @@ def run_plan(
             "phases": [{"policy": d["policy"], "history": d["history"]} for d in done],
             "augmentation": vars(augmentation_of(config)),
             "audited_tensors": ran.num_audited,
+            "probe_refitted": refitted is not None,
             # The cost of a resumed run is that of its last process alone.
             "resumed": ran.resumed,
         },
@@ -117,7 +128,7 @@ def describe_phases(done: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _keeps_the_probe(plan: Plan, done: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the first phase's head, on upstream's network, is what all other phases kept."""
+    """Whether the first phase's head, on the network that the plan began with, is what all other phases kept."""
     return len(done) > 1 and isinstance(plan[0], ProbePhase) and all(d["kept"] == KEPT_START for d in done[1:])
 
 
@@ -144,12 +155,18 @@ def _describe_interpolated(phase: Mapping[str, Any], found: Mapping[str, Any]) -
 
 
 def score_splits(
-    chain: Chain, backbone: Backbone, data: Data, config: TrainConfig, accelerator: Accelerator
+    chain: Chain,
+    backbone: Backbone,
+    data: Data,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    names: Collection[str] = ("validation", "test"),
 ) -> dict[str, Any]:
     """The whole network, as it will be saved, on images from their files."""
     metrics: dict[str, Any] = {}
     for split in (data.validation, data.test):
-        if split is not None:
+        if split is not None and split.name in names:
             logits, labels = compute_image_logits(
                 chain,
                 EvaluationImages(split=split, preprocessing=backbone.preprocessing),

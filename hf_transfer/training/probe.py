@@ -5,7 +5,8 @@ All (C, fold) problems share one feature matrix and go to one batched solver (lb
 iterations) to large C (hundreds), a block at a time, each block starting from the last solution, and ends where validation
 has become clearly worse: the costly end is never solved unless it is needed.
 
-The objective is that of scikit-learn's `LogisticRegression` on standardised features, with free biases:
+The objective is that of scikit-learn's `LogisticRegression` on features standardised with a floor (0: as its StandardScaler
+does; `solve_path`'s default), with free biases:
 ||W||^2 / 2 + C * sum_i w_i * CE_i. For two classes scikit-learn has one row of W where this has two: its C is twice this one.
 """
 

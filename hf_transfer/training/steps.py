@@ -60,8 +60,8 @@ class Progress:
     images: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]]
-    best: dict[str, float]  # of what is kept: accuracy, log_loss, and epoch where it is not the start
-    peak: dict[str, float]  # likewise of what scored best; see `loop.is_kept`
+    kept: dict[str, float]  # accuracy, log_loss, and epoch where it is not the start
+    best: dict[str, float]  # likewise, of the epochs that were kept; {} before the first; see `loop.is_kept`
     stopped: bool = False
 
 
