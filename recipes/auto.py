@@ -38,11 +38,11 @@ def main(config: AutoConfig) -> dict[str, Any]:
     data, backbone = load_inputs(run)
     with run.costs.part("chain"):
         chain = backbone.chain(cache_dir=chain_dir())
-    outcome, trained = choose_and_run(
+    outcome = choose_and_run(
         chain, backbone, data, config=config, measure=config.measure, budget_s=config.budget_s,
         accelerator=run.accelerator, costs=run.costs, checkpoints=run.output_dir / "checkpoints",
     )  # fmt: skip
-    return run.finish(strategy="auto", data=data, backbone=trained, **vars(outcome))
+    return run.finish(strategy="auto", data=data, **vars(outcome))
 
 
 if __name__ == "__main__":

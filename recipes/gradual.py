@@ -52,7 +52,7 @@ def main(config: GradualConfig) -> dict[str, Any]:
         plan, chain, backbone, data, config=config, accelerator=run.accelerator, costs=run.costs,
         checkpoints=run.output_dir / "checkpoints",
     )  # fmt: skip
-    return run.finish(strategy="gradual", data=data, backbone=backbone, **vars(outcome))
+    return run.finish(strategy="gradual", data=data, **vars(outcome))
 
 
 if __name__ == "__main__":

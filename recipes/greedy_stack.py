@@ -91,8 +91,8 @@ def main(config: GreedyStackConfig) -> dict[str, Any]:
     use: dict[str, Any] = {"config": config, "accelerator": run.accelerator, "costs": run.costs}
     use["checkpoints"] = run.output_dir / "checkpoints"
     grown = grow(stack, data, epochs=config.stage_epochs, patience_layers=config.patience_layers, **use)
-    outcome, backbone = finish(grown, data, lr=config.fine_tune_lr, fine_tunes=config.fine_tune, **use)
-    return run.finish(strategy="greedy_stack", data=data, backbone=backbone, **vars(outcome))
+    outcome = finish(grown, data, lr=config.fine_tune_lr, fine_tunes=config.fine_tune, **use)
+    return run.finish(strategy="greedy_stack", data=data, **vars(outcome))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main(config: LastLayersConfig) -> dict[str, Any]:
         plan, chain, backbone, data, config=config, accelerator=run.accelerator, costs=run.costs,
         checkpoints=run.output_dir / "checkpoints",
     )  # fmt: skip
-    return run.finish(strategy="last_layers", data=data, backbone=backbone, **vars(outcome))
+    return run.finish(strategy="last_layers", data=data, **vars(outcome))
 
 
 if __name__ == "__main__":

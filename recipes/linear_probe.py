@@ -42,11 +42,11 @@ def main(config: ProbeConfig) -> dict[str, Any]:
     data, backbone = load_inputs(run)
     with run.costs.part("chain"):
         chain = backbone.chain(cache_dir=chain_dir())
-    outcome, trained = solve_head(
+    outcome = solve_head(
         chain, backbone, data, config=config, accelerator=run.accelerator, costs=run.costs, sweep=config.readouts,
         folds=config.folds, select_by=config.select_by,
     )  # fmt: skip
-    return run.finish(strategy="linear_probe", data=data, backbone=trained, **vars(outcome))
+    return run.finish(strategy="linear_probe", data=data, **vars(outcome))
 
 
 if __name__ == "__main__":

@@ -63,16 +63,16 @@ def main(config: LoraConfig) -> dict[str, Any]:
     if not config.merge:
         check_saved_apart(adapted)
     plan = [
-        ProbePhase(),
+        ProbePhase(sweep="none"),
         Phase(policy=adapted.policy(), epochs=config.epochs, optimization=optimization_of(config)),
     ]
     outcome = run_plan(
         plan, chain, adapted, data, config=config, accelerator=run.accelerator, costs=run.costs,
         checkpoints=run.output_dir / "checkpoints",
     )  # fmt: skip
-    described = vars(outcome) | {"details": {**outcome.details, "adapter": adapted.describe()}}
+    details = {**outcome.details, "adapter": adapted.describe()}
     trained = merge_adapters(adapted) if config.merge else adapted
-    return run.finish(strategy="lora", data=data, backbone=trained, **described)
+    return run.finish(strategy="lora", data=data, **vars(outcome) | {"backbone": trained, "details": details})
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main(config: ProbeThenFullConfig) -> dict[str, Any]:
         plan, chain, backbone, data, config=config, accelerator=run.accelerator, costs=run.costs,
         checkpoints=run.output_dir / "checkpoints",
     )  # fmt: skip
-    return run.finish(strategy="probe_then_full", data=data, backbone=backbone, **vars(outcome))
+    return run.finish(strategy="probe_then_full", data=data, **vars(outcome))
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ from hf_transfer.network.methods import METHODS, Adapter, find_kind
 from hf_transfer.network.targets import find_targets
 from hf_transfer.training.checkpoints import save_state
 from hf_transfer.training.costs import Costs
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Phase, optimization_of
-from hf_transfer.training.plan import Outcome, run_plan
+from hf_transfer.training.plan import run_plan
 from tests.families import built, make_pixels
 from tests.test_recipes import ROOT, run_recipe
 from tests.test_save import LABELS, answers, results_for, write_upstream

@@ -33,8 +33,8 @@ from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
 from hf_transfer.training.costs import Costs
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phases import KEPT_START
-from hf_transfer.training.plan import Outcome
 from tests.families import built
 from tests.test_recipes import ROOT, run_recipe
 
@@ -66,7 +66,7 @@ def test_the_probe_it_promises_is_the_one_that_the_recipe_finds(advice: Advice) 
     """By other folds and a coarser grid; both within the interval that is given."""
     data = without_test(load_data(CONFIG))
     backbone = load("embedded", data.label_names)
-    outcome, _ = carry_out(
+    outcome = carry_out(
         "linear_probe", backbone.chain(), backbone, data, config=CONFIG, accelerator=Accelerator(cpu=True), costs=Costs()
     )  # fmt: skip
     probe = advice.estimates[0]
@@ -223,7 +223,8 @@ def test_trouble_has_a_way_out_and_nothing_else_has() -> None:
 
 def outcome(accuracy: float, kept: str | None, phases: int = 2) -> Outcome:
     scores = {"validation": {"accuracy": accuracy, "num_samples": 100}}
-    return Outcome(plan=[{"kept": kept}] * phases, metrics=scores, curves=[], details={})
+    backbone = load("embedded")
+    return Outcome(backbone=backbone, plan=[{"kept": kept}] * phases, metrics=scores, curves=[], details={})
 
 
 def test_auto_keeps_the_probe_unless_the_other_is_better_beyond_chance() -> None:
@@ -243,7 +244,7 @@ def test_auto_runs_the_winner_and_says_why(winner: str, tmp_path: Path, monkeypa
     monkeypatch.setattr("hf_transfer.choosing.auto.advise", advised)
     data = load_data(CONFIG)
     backbone = load("embedded", data.label_names)
-    found, trained = choose_and_run(
+    found = choose_and_run(
         backbone.chain(), backbone, data, config=CONFIG, measure=False, budget_s=None, accelerator=Accelerator(cpu=True),
         costs=Costs(), checkpoints=tmp_path,
     )  # fmt: skip
@@ -252,7 +253,7 @@ def test_auto_runs_the_winner_and_says_why(winner: str, tmp_path: Path, monkeypa
     assert auto["kept"] in auto["ran"]
     assert auto["why"]
     assert found.metrics["test"]["num_samples"] == len(data.test or ())
-    assert trained.label_names == data.label_names
+    assert found.backbone.label_names == data.label_names
     json.dumps(found.details, allow_nan=False)
 
 

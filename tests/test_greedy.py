@@ -23,7 +23,7 @@ from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.greedy import GreedyStack, layout_of, plan_head
 from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on, read_numbers
 from hf_transfer.training.costs import Costs
-from hf_transfer.training.plan import Outcome
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.stages import Grown, count_stage_flops, ensemble, find_best_depth, finish, grow
 from tests.families import FAMILIES, make_pixels
 from tests.test_recipes import run_recipe
@@ -52,9 +52,7 @@ def run_stages(stack: GreedyStack, config: TrainConfig = SMALL, folder: Path | N
     return grow(stack, data(), config=config, epochs=EPOCHS, **parts, **options)
 
 
-def run_all(
-    stack: GreedyStack, config: TrainConfig = SMALL, folder: Path | None = None, **options: Any
-) -> tuple[Outcome, Backbone]:
+def run_all(stack: GreedyStack, config: TrainConfig = SMALL, folder: Path | None = None, **options: Any) -> Outcome:
     parts: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "costs": Costs(), "checkpoints": folder}
     return finish(run_stages(stack, config, folder), data(), config=config, lr=1e-3, **parts, **options)
 
@@ -126,7 +124,7 @@ class StoppedError(Exception):
 def test_resumed_equals_uninterrupted_across_stages(tmp_path: Path, block: int) -> None:
     """Stopped at a random step of a stage, at the last one or in fine-tuning, a fresh stack goes on to the same bits."""
     config = replace(SMALL, save_every=1)
-    outcome, whole = run_all(conv_stack(), config, tmp_path / "whole")
+    outcome = run_all(conv_stack(), config, tmp_path / "whole")
     stack = conv_stack()
     stop_after = random.randint(2, 9)  # of the steps that train this block
     steps = 0
@@ -140,21 +138,21 @@ def test_resumed_equals_uninterrupted_across_stages(tmp_path: Path, block: int) 
     watch(stack, see)
     with pytest.raises(StoppedError):
         run_all(stack, config, tmp_path / "cut")
-    resumed, other = run_all(conv_stack(), replace(config, resume=True), tmp_path / "cut")
-    expected, found = whole.model.state_dict(), other.model.state_dict()
+    resumed = run_all(conv_stack(), replace(config, resume=True), tmp_path / "cut")
+    expected, found = outcome.backbone.model.state_dict(), resumed.backbone.model.state_dict()
     assert [n for n in expected if not torch.equal(found[n], expected[n])] == [], f"stopped after {stop_after} steps"
     assert resumed.metrics == outcome.metrics
     assert resumed.details["resumed"]
 
 
 def test_results_tell_of_each_stage_and_of_the_ensemble() -> None:
-    outcome, backbone = run_all(conv_stack(hidden=2))
+    outcome = run_all(conv_stack(hidden=2))
     details = outcome.details
     assert [row["depth"] for row in details["stages"]] == [1, 2, 3]
     assert all(0 <= row["test_accuracy"] <= 1 and row["cost"]["flops"] > 0 for row in details["stages"])
     assert set(details["ensemble"]) == {"validation", "test"}
     assert details["fine_tuned"]
-    assert backbone.model.config.fine_tuned  # type: ignore[union-attr]
+    assert outcome.backbone.model.config.fine_tuned  # type: ignore[union-attr]
     assert outcome.curves[0]["title"] == "Accuracy against depth"
     assert outcome.curves[0]["series"][0]["x"] == [1, 2, 3]
     assert [p["policy"] for p in outcome.plan][-1] == "full"
@@ -186,8 +184,8 @@ def test_an_architecture_stays_plain(tmp_path: Path) -> None:
     assert [s.layer for s in stack.stages] == [layer.name for layer in stack.chain.layers[1:-1]]
     stem = stack.chain.layers[0].parameters
     assert {f"network.{n}" for n in stem} <= stack.stages[0].policy.select(stack.stages[0].chain)
-    outcome, finished = run_all(stack)
-    assert finished.model is backbone.model
+    outcome = run_all(stack)
+    assert outcome.backbone.model is backbone.model
     assert [p["policy"] for p in outcome.plan[-2:]] == ["head", "full"]
     short = grow_architecture(backbone, layers=2, hidden=1)
     with pytest.raises(ValueError, match="stay untrained"):

@@ -26,9 +26,10 @@ from hf_transfer.network.policies import Policy, full, last
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.loop import is_kept
 from hf_transfer.training.optim import Optimization
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Phase, ProbePhase, optimization_of
 from hf_transfer.training.phases import KEPT_START, run_phases
-from hf_transfer.training.plan import Outcome, run_plan
+from hf_transfer.training.plan import run_plan
 from hf_transfer.training.solve import solve_head
 from hf_transfer.training.steps import NonFiniteLossError
 from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
@@ -120,32 +121,37 @@ def test_a_loss_that_is_not_finite_stops_with_what_to_try(tmp_path: Path) -> Non
         train(replace(SMALL, lr=1e30, clip_norm=0.0, warmup=0.0, ema_decay=0.0), [full()], tmp_path)
 
 
-def test_what_is_kept_is_the_best_epoch_or_the_probe_as_its_own_recipe_makes_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sweep", ["none", "all"])
+def test_what_is_kept_is_an_epoch_or_the_probe_as_its_own_recipe_makes_it(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps that only do harm leave upstream's weights, running statistics too, and the head of all labelled images."""
+    # Another readout than the network's own, where one may be taken: the last of those that were tried.
+    monkeypatch.setattr("hf_transfer.training.readouts.choose_probe", lambda probes: len(probes) - 1)
     data = data_of(SMALL)
     accelerator = Accelerator(cpu=True)
-    upstream = load("embedded", data.label_names)
-    kept = {n: v.clone() for n, v in upstream.model.state_dict().items()}
-    chain = upstream.chain()
-    probed, _ = solve_head(
-        chain, upstream, data, config=SMALL, accelerator=accelerator, costs=Costs(), sweep="none"
-    )  # fmt: skip
-    solved = {n: p.detach().clone() for n, p in upstream.model.named_parameters() if n in chain.classifier_parameters}
     backbone = load("embedded", data.label_names)
+    upstream = {n: v.clone() for n, v in backbone.model.state_dict().items()}
+    chain = backbone.chain()
     harmful = Phase(policy=full(), epochs=1, optimization=Optimization(lr=0.1, warmup=0.0))
     outcome = run_plan(
-        [ProbePhase(), harmful], backbone.chain(), backbone, data, config=SMALL, accelerator=accelerator, costs=Costs(),
+        [ProbePhase(sweep=sweep), harmful], chain, backbone, data, config=SMALL, accelerator=accelerator, costs=Costs(),
         checkpoints=tmp_path,
     )  # fmt: skip
     assert outcome.plan[1]["kept"] == KEPT_START
-    assert "fitted on training and validation images" in outcome.plan[0]["description"]
+    assert outcome.details["is_probe"]
+    assert "fitted on validation images, too" in outcome.plan[0]["description"]
     left = backbone.model.state_dict()
-    assert_equal({n: left[n] for n in kept if n not in solved}, {n: kept[n] for n in kept if n not in solved})
-    for name, tensor in solved.items():
-        torch.testing.assert_close(backbone.model.get_parameter(name), tensor)
-        assert not torch.equal(tensor, kept[name])
-    for split in ("validation", "test"):
-        assert outcome.metrics[split]["nll"] == pytest.approx(probed.metrics[split]["nll"], rel=1e-4)
+    frozen = [n for n in upstream if n not in chain.classifier_parameters]
+    assert_equal({n: left[n] for n in frozen}, {n: upstream[n] for n in frozen})
+    other = load("embedded", data.label_names)
+    probe = solve_head(
+        other.chain(), other, data, config=SMALL, accelerator=accelerator, costs=Costs(), sweep=sweep
+    )  # fmt: skip
+    assert (outcome.backbone.model is backbone.model) == (sweep == "none")
+    assert outcome.details["chosen"] == probe.details["chosen"]
+    assert outcome.metrics == probe.metrics
+    assert_equal(outcome.backbone.model.state_dict(), probe.backbone.model.state_dict())
 
 
 HITS = torch.tensor([1.0] * 40 + [0.0] * 10, dtype=torch.float64)

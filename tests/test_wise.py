@@ -16,8 +16,9 @@ from hf_transfer.network.backbone import load
 from hf_transfer.network.methods import Adapter
 from hf_transfer.network.policies import full, last
 from hf_transfer.training.optim import Optimization
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Phase, ProbePhase
-from hf_transfer.training.plan import Outcome, run_plan
+from hf_transfer.training.plan import run_plan
 from hf_transfer.training.wise import copy_weights, interpolate, mix_weights, set_weights
 
 CONFIG = TrainConfig(images_per_class=8, epochs=1, batch_size=16, tracker="none", wise_ft=True)
@@ -91,7 +92,7 @@ def test_where_the_probe_is_kept_there_is_no_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("hf_transfer.training.loop.is_kept", lambda *_: False)
     outcome, _ = train([ProbePhase(), Phase(policy=last(2), epochs=1, optimization=STEPS)], CONFIG, tmp_path)
     assert "wise_ft" not in outcome.details
-    assert "fitted on training and validation images" in outcome.plan[0]["description"]
+    assert "fitted on validation images, too" in outcome.plan[0]["description"]
 
 
 def test_the_start_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

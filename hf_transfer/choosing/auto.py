@@ -27,8 +27,8 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import score
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phases import KEPT_START
-from hf_transfer.training.plan import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def choose_and_run(
     accelerator: Accelerator,
     costs: Costs,
     checkpoints: Path | None = None,
-) -> tuple[Outcome, Backbone]:
+) -> Outcome:
     """Advises, runs the probe and the winner, and returns what is kept; `details` say what was advised and what ran.
 
     `budget_s` bounds pilots and the winner, by what they are reckoned to take: a run that has begun is not cut short.
@@ -69,10 +69,10 @@ def choose_and_run(
     reckoned = next(e.seconds for e in advice.estimates if e.strategy == winner)
     ran = ["linear_probe"]
     unseen = without_test(data)
-    probe, probed = carry_out(
+    outcome = probe = carry_out(
         "linear_probe", chain, backbone, unseen, config=config, accelerator=accelerator, costs=costs
     )
-    kept, outcome, trained = "linear_probe", probe, probed
+    kept = "linear_probe"
     why = "the probe was advised"
     if winner != "linear_probe" and left is not None and reckoned > left:
         why = f"{winner} was advised and no longer fits into the budget ({reckoned:.0f} s, {left:.0f} s left)"
@@ -85,7 +85,7 @@ def choose_and_run(
             base_model=config.base_model,
             trust_remote_code=config.trust_remote_code,
         )
-        tuned, tuned_model = carry_out(
+        tuned = carry_out(
             winner,
             other.chain(cache_dir=chain_dir()),
             other,
@@ -97,13 +97,13 @@ def choose_and_run(
         )
         is_better, why = compare(probe, tuned, winner)
         if is_better:
-            kept, outcome, trained = winner, tuned, tuned_model
+            kept, outcome = winner, tuned
     if accelerator.is_main_process:
         log.info("kept: %s; %s", kept, why)
     metrics = dict(outcome.metrics)
     if data.test is not None:
         with costs.part("evaluate"):
-            metrics["test"] = _score_test(trained, data, config, accelerator)
+            metrics["test"] = _score_test(outcome.backbone, data, config, accelerator)
     details: Mapping[str, Any] = {
         **outcome.details,
         "auto": {"advised": winner, "ran": ran, "kept": kept, "why": why, "advice": _travelling(advice, config, data)},
@@ -111,7 +111,7 @@ def choose_and_run(
     first, *rest = outcome.plan
     told = f"{first['description']} ({kept}, of {' and '.join(ran)}; {why})"
     described: list[Mapping[str, Any]] = [{**first, "description": told}, *rest]
-    return replace(outcome, plan=described, metrics=metrics, details=details), trained
+    return replace(outcome, plan=described, metrics=metrics, details=details)
 
 
 def compare(probe: Outcome, tuned: Outcome, name: str) -> tuple[bool, str]:

@@ -27,8 +27,9 @@ from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.methods import Adapter
 from hf_transfer.network.policies import full, last
 from hf_transfer.training.costs import Costs, anonymous_memory_bytes
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Phase, Plan, ProbePhase, optimization_of
-from hf_transfer.training.plan import Outcome, run_plan
+from hf_transfer.training.plan import run_plan
 from hf_transfer.training.solve import solve_head
 from hf_transfer.training.steps import CPU_BATCH
 
@@ -68,7 +69,7 @@ def settle(name: str, config: TrainConfig) -> TrainConfig:
 def make_plan(name: str, config: TrainConfig, backbone: Backbone, chain: Chain) -> tuple[Plan, Backbone, Chain]:
     """The plan of a strategy that takes gradient steps, and what it runs on: adapters are put in, in place."""
     how = optimization_of(config)
-    probe = ProbePhase()
+    probe = ProbePhase(sweep="none" if name == "lora" else "all")
     if name == "last_layers":
         return (
             [probe, Phase(policy=last(min(NUM_LAST, len(chain))), epochs=config.epochs, optimization=how)],
@@ -94,8 +95,8 @@ def carry_out(
     accelerator: Accelerator,
     costs: Costs,
     checkpoints: Path | None = None,
-) -> tuple[Outcome, Backbone]:
-    """What the strategy's recipe does between loading and saving: the outcome, and the plain model that is kept."""
+) -> Outcome:
+    """What the strategy's recipe does between loading and saving, adapters merged."""
     if name == "linear_probe":
         return solve_head(chain, backbone, data, config=config, accelerator=accelerator, costs=costs)
     config = settle(name, config)
@@ -103,7 +104,7 @@ def carry_out(
     outcome = run_plan(
         plan, chain, prepared, data, config=config, accelerator=accelerator, costs=costs, checkpoints=checkpoints
     )
-    return outcome, merge_adapters(prepared) if name == "lora" else prepared  # type: ignore[arg-type]
+    return replace(outcome, backbone=merge_adapters(prepared)) if name == "lora" else outcome  # type: ignore[arg-type]
 
 
 def price(

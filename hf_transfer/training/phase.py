@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from hf_transfer.config import TrainConfig
 from hf_transfer.network.chain import Chain
@@ -31,10 +32,12 @@ class Phase:
 class ProbePhase:
     """The head solved as a convex problem on frozen features (see `training.probe`), fitted on the training images alone.
 
-    Where no later phase does better, `training.plan.run_plan` fits it again, on validation images, too.
+    Where no later phase does better, `training.plan.run_plan` solves for it again, on validation images, too.
     """
 
     policy: Policy = field(default_factory=head)
+    # Other ways of reading the network that are tried then (see `training.readouts`).
+    sweep: Literal["none", "pooling", "layer", "all"] = "all"
 
 
 Plan = Sequence[Phase | ProbePhase]

@@ -230,29 +230,6 @@ def _cuts_to_come(plan: Plan, number: int, selected: list[frozenset[str]], at: W
 def _run_probe(
     phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Costs, beside: Sequence[Cut] = ()
 ) -> dict[str, Any]:
-    best = solve_own_head(backbone, at, costs, refit=False, beside=beside)
-    probe = best.probe
-    found = readouts.score_probe(best, at.data.validation, at.accelerator)
-    log.info("probe: validation accuracy %.1f %%, log-loss %.4f", 100 * found["accuracy"], found["log_loss"])
-    return {
-        "policy": phase.policy.name,
-        "cut": best.readout.cut.name,
-        "optimizer": "L-BFGS",
-        "epochs": 0,
-        "num_trainable": probe.weight.numel() + probe.bias.numel(),
-        "kept": "the solution",
-        "score": found,
-        "history": [],
-        "description": (
-            f"the head alone, a logistic regression on frozen features, C = {probe.c:.3g} chosen on held-out images"
-        ),
-    }
-
-
-def solve_own_head(
-    backbone: Backbone, at: Workplace, costs: Costs, *, refit: bool, beside: Sequence[Cut] = ()
-) -> readouts.ProbedReadout:
-    """The probe on the network's own features, put into its head; `refit`: fitted on validation images, too."""
     options = ExtractOptions.from_config(at.config)
     with costs.part("features"):
         # The test split is left alone: it is scored once, at the end.
@@ -274,12 +251,27 @@ def solve_own_head(
             select_by="log_loss",
             class_balance=at.config.class_balance,
             folds=5,
-            refit=refit,
+            refit=False,
             seed=at.config.seed,
             accelerator=at.accelerator,
         )
         readouts.install_probe(backbone, at.chain, best)
-    return best
+    probe = best.probe
+    found = readouts.score_probe(best, at.data.validation, at.accelerator)
+    log.info("probe: validation accuracy %.1f %%, log-loss %.4f", 100 * found["accuracy"], found["log_loss"])
+    return {
+        "policy": phase.policy.name,
+        "cut": best.readout.cut.name,
+        "optimizer": "L-BFGS",
+        "epochs": 0,
+        "num_trainable": probe.weight.numel() + probe.bias.numel(),
+        "kept": "the solution",
+        "score": found,
+        "history": [],
+        "description": (
+            f"the head alone, a logistic regression on frozen features, C = {probe.c:.3g} chosen on held-out images"
+        ),
+    }
 
 
 def _check_mixing(plan: Plan, chains: list[Chain], config: TrainConfig, selected: list[frozenset[str]]) -> None:

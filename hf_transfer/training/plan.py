@@ -4,9 +4,8 @@ outcome = run_plan(plan, chain, backbone, data, config=config)
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +26,16 @@ from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.feeds import augmentation_of, make_phase_data
 from hf_transfer.training.loop import WholeNetwork, validate
 from hf_transfer.training.metrics import score
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Plan, ProbePhase
-from hf_transfer.training.phases import KEPT_START, run_phases, solve_own_head
-from hf_transfer.training.readouts import ProbedReadout, verify_probe
+from hf_transfer.training.phases import KEPT_START, run_phases
+from hf_transfer.training.solve import solve_head
 from hf_transfer.training.steps import Workplace
 
 log = logging.getLogger(__name__)
 
 # Between the last validation of the trained network and that of the whole one from files, in float32.
 VERIFIED_LOG_LOSS = 1e-3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What `Run.finish` writes of a plan."""
-
-    plan: list[Mapping[str, Any]]
-    metrics: Mapping[str, Any]
-    curves: list[Mapping[str, Any]]
-    details: Mapping[str, Any]
 
 
 def run_plan(
@@ -61,9 +51,9 @@ def run_plan(
 ) -> Outcome:
     """Trains the chain's model in place, phase by phase, and scores it on validation and, once, on test.
 
-    Where a plan began with a probe and no step was better than that, the head is fitted again, on training and validation
-    images together, as `training.solve.solve_head` does on the checkpoint's own features; validation is then scored by fits
-    that have not seen it.
+    Where a plan began with a probe and no step was better than that, what comes out is the probe as its own recipe makes it
+    (`training.solve.solve_head`): fitted on validation images, too, which are scored by fits that have not seen them, and of
+    the readout that these choose, for which `outcome.backbone` may hold another model than the chain's.
 
     Of `config`, phases say their own policy, epochs and optimization; the rest holds for all. Without `checkpoints` no state is
     saved. `costs` gets the seconds of each part.
@@ -78,35 +68,34 @@ def run_plan(
     )
     done, details, curves = ran.done, dict[str, Any](), draw_curves(ran.done)
     at = Workplace(chain=chain, data=data, config=config, accelerator=accelerator, save=lambda part: None)
-    keeps_probe = _keeps_the_probe(plan, done)
-    if ran.start is not None and not keeps_probe:
+    first = plan[0] if plan else None
+    is_probe = isinstance(first, ProbePhase) and len(done) > 1 and all(d["kept"] == KEPT_START for d in done[1:])
+    if ran.start is not None and not is_probe:
         with costs.part("wise_ft"):
             found = _interpolate(ran.start, backbone, at)
         done = [*done[:-1], _describe_interpolated(done[-1], found)]
         details, curves = {"wise_ft": found}, [*curves, *wise.draw_curves(found)]
-        keeps_probe = found["alpha"] == 0.0 and isinstance(plan[0], ProbePhase)
-    refitted: ProbedReadout | None = None
-    if keeps_probe:
-        log.info("no step was better than the probe: it is kept, and fitted on training and validation images")
-        refitted = solve_own_head(backbone, at, costs, refit=True)
-        description = f"{done[0]['description']}; fitted on training and validation images, since no step was better"
-        done = [{**done[0], "description": description}, *done[1:]]
+        is_probe = isinstance(first, ProbePhase) and found["alpha"] == 0.0
     set_trainable(chain.model, plan[-1].policy.select(chain) if plan else ())
-    with costs.part("evaluate"):
-        if refitted is None:
+    if is_probe:
+        assert isinstance(first, ProbePhase)
+        log.info("no step was better than the probe: it is kept, and fitted on training and validation images")
+        probe = solve_head(
+            chain, backbone, data, config=config, accelerator=accelerator, costs=costs, sweep=first.sweep
+        )  # fmt: skip
+        backbone, metrics, details = probe.backbone, probe.metrics, {**details, **probe.details}
+        told = f"{probe.plan[0]['description']}; fitted on validation images, too, since no step was better"
+        done = [{**done[0], **probe.plan[0], "description": told}, *done[1:]]
+    else:
+        with costs.part("evaluate"):
             metrics = score_splits(chain, backbone, data, config, accelerator)
-        else:
-            verify_probe(backbone, refitted, data.validation, device=accelerator.device, dtype=config.dtype)
-            held_out = refitted.probe.validation_logits
-            metrics = {"validation": score(held_out, data.validation.labels, data.label_names, seed=config.seed)}
-            metrics |= score_splits(chain, backbone, data, config, accelerator, names=("test",))
-    if refitted is None and done and accelerator.mixed_precision == "no" and config.dtype == "float32":
-        difference = abs(metrics["validation"]["nll"] - done[-1]["score"]["log_loss"])
-        if difference > VERIFIED_LOG_LOSS:
+        difference = abs(metrics["validation"]["nll"] - done[-1]["score"]["log_loss"]) if done else 0.0
+        if accelerator.mixed_precision == "no" and config.dtype == "float32" and difference > VERIFIED_LOG_LOSS:
             raise RuntimeError(
                 f"the saved network's validation log-loss differs by {difference:.2g} from the one that it was chosen by"
             )
     return Outcome(
+        backbone=backbone,
         plan=describe_phases(done),
         metrics=metrics,
         curves=curves,
@@ -115,7 +104,7 @@ def run_plan(
             "phases": [{"policy": d["policy"], "history": d["history"]} for d in done],
             "augmentation": vars(augmentation_of(config)),
             "audited_tensors": ran.num_audited,
-            "probe_refitted": refitted is not None,
+            "is_probe": is_probe,
             # The cost of a resumed run is that of its last process alone.
             "resumed": ran.resumed,
         },
@@ -125,11 +114,6 @@ def run_plan(
 def describe_phases(done: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
     """What results.json says of each phase under "plan"; the histories have a place of their own."""
     return [{k: v for k, v in d.items() if k != "history"} for d in done]
-
-
-def _keeps_the_probe(plan: Plan, done: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the first phase's head, on the network that the plan began with, is what all other phases kept."""
-    return len(done) > 1 and isinstance(plan[0], ProbePhase) and all(d["kept"] == KEPT_START for d in done[1:])
 
 
 def _interpolate(start: dict[str, torch.Tensor], backbone: Backbone, at: Workplace) -> dict[str, Any]:
@@ -160,13 +144,11 @@ def score_splits(
     data: Data,
     config: TrainConfig,
     accelerator: Accelerator,
-    *,
-    names: Collection[str] = ("validation", "test"),
 ) -> dict[str, Any]:
     """The whole network, as it will be saved, on images from their files."""
     metrics: dict[str, Any] = {}
     for split in (data.validation, data.test):
-        if split is not None and split.name in names:
+        if split is not None:
             logits, labels = compute_image_logits(
                 chain,
                 EvaluationImages(split=split, preprocessing=backbone.preprocessing),

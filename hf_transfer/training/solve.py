@@ -1,6 +1,6 @@
 """The linear probe from images to a scored model: one pass, one convex problem for each readout, the best one installed.
 
-outcome, trained = solve_head(chain, backbone, data, config=config, accelerator=accelerator, costs=costs)
+outcome = solve_head(chain, backbone, data, config=config, accelerator=accelerator, costs=costs)
 """
 
 from typing import Literal
@@ -17,7 +17,7 @@ from hf_transfer.training import readouts
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_stored_logits
 from hf_transfer.training.metrics import score
-from hf_transfer.training.plan import Outcome
+from hf_transfer.training.outcome import Outcome
 
 
 def solve_head(
@@ -31,8 +31,8 @@ def solve_head(
     sweep: Literal["none", "pooling", "layer", "all"] = "all",
     folds: int = 5,
     select_by: Literal["log_loss", "accuracy"] = "log_loss",
-) -> tuple[Outcome, Backbone]:
-    """The head for the readout that held-out images choose, refitted on train and validation; and the plain model with it.
+) -> Outcome:
+    """The head for the readout that held-out images choose, refitted on train and validation, in the plain model.
 
     Validation images are scored by the fits that have not seen them, test images once. Raises RuntimeError where the whole
     network differs from the probe on stored features.
@@ -61,10 +61,10 @@ def solve_head(
                 best.compute_logits, best.features.stores["test"], data.test.labels, accelerator=accelerator
             )
             metrics["test"] = score(logits, labels, data.label_names, seed=config.seed)
-    outcome = Outcome(
+    return Outcome(
+        backbone=trained,
         plan=list(readouts.describe_plan(best)),
         metrics=metrics,
         curves=list(readouts.regularisation_curves(probed)),
         details=readouts.describe_choice(best, probed) | {"whole_network_differs_by": difference},
     )
-    return outcome, trained

@@ -23,7 +23,6 @@ from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import Data
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import EvaluationImages
-from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.greedy import GreedyStack, Stage
 from hf_transfer.network.policies import full
@@ -31,9 +30,10 @@ from hf_transfer.training.checkpoints import has_state, remove_state
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import read_outcomes
+from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Phase, Plan, ProbePhase, optimization_of
 from hf_transfer.training.phases import run_phases
-from hf_transfer.training.plan import Outcome, describe_phases, draw_curves, run_plan
+from hf_transfer.training.plan import describe_phases, draw_curves, run_plan
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def finish(
     accelerator: Accelerator,
     costs: Costs,
     checkpoints: Path | None = None,
-) -> tuple[Outcome, Backbone]:
+) -> Outcome:
     """Fine-tunes the grown network end to end for `config.epochs` at peak rate `lr`, scores it, and tells of all phases.
 
     A plain architecture's own head, which no stage trains, is solved for first. Its layers above the kept depth begin as they
@@ -150,7 +150,7 @@ def finish(
     optimization = replace(optimization_of(config), lr=lr)
     phase = Phase(policy=full(), epochs=config.epochs, optimization=optimization, is_trained=not stack.is_plain)
     plan: Plan = [
-        *([ProbePhase()] if stack.is_plain and chain.classifier else []),
+        *([ProbePhase(sweep="none")] if stack.is_plain and chain.classifier else []),
         *([phase] if fine_tunes else []),
     ]
     if accelerator.is_main_process:
@@ -177,11 +177,12 @@ def finish(
         "resumed": grown.resumed or outcome.details["resumed"],
     }
     return Outcome(
+        backbone=outcome.backbone,
         plan=[*describe_phases(grown.done), *outcome.plan],
         metrics=outcome.metrics,
         curves=[*_draw_depth(grown, outcome), *draw_curves(histories)],
         details=details,
-    ), backbone
+    )
 
 
 def find_best_depth(done: list[dict[str, Any]], select_by: str) -> int:
