@@ -189,14 +189,14 @@ def validate(network: nn.Module, reads: PhaseData, at: Workplace) -> tuple[dict[
 def is_kept(merits: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor | None) -> bool:
     """Whether an epoch replaces what was kept before it, by what each validation image adds to the score: three times (N,).
 
-    `best`: of the best epoch so far that was kept; `start`: of a trained start. An epoch must be better than the start by more
-    than one standard error of the difference on the same images, and not worse than the best one by more: the best of many on
-    few images is partly luck, and the schedule and the moving average settle towards the end. (The one-standard-error rule:
-    Breiman et al. 1984, section 3.4.3.)
+    `best`: of the best epoch so far that was kept; `start`: of a trained start. A start gives way to an epoch that is better by
+    more than one standard error of the difference on the same images. That gives way to a later one that is no worse than the
+    start, nor than the best epoch by more: the best of many on few images is partly luck, and the schedule and the moving
+    average settle towards the end. (The one-standard-error rule: Breiman et al. 1984, section 3.4.3.)
     """
-    return (start is None or _is_beyond_chance(merits - start)) and (
-        best is None or not _is_beyond_chance(best - merits)
-    )
+    if best is None:
+        return start is None or _is_beyond_chance(merits - start)
+    return not _is_beyond_chance(best - merits) and (start is None or bool((merits - start).sum() >= 0))
 
 
 def _is_beyond_chance(gains: torch.Tensor) -> bool:
