@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from advise import CHECKPOINTS, SETS  # benchmarks/advise.py
 
 from hf_transfer.choosing.strategies import carry_out, without_test
 from hf_transfer.config import TrainConfig
@@ -30,11 +31,9 @@ from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.training import loop
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
+from hf_transfer.training.metrics import rank_score
 from hf_transfer.training.probe import fit_probe
 from hf_transfer.training.readouts import extract_readouts
-
-CHECKPOINTS = ("mobilenetv2_100.tflite_quant_in1k", "deit_tiny_patch16_224.fix_in1k")
-SETS = ("hymenoptera", "trashnet", "sign_digits")
 
 
 def draw(config: TrainConfig, most: int) -> tuple[Data, Split]:
@@ -84,7 +83,7 @@ def watching(backbone: Backbone, others: Split) -> Iterator[list[dict[str, Any]]
             options=ExtractOptions.from_config(at.config),
             shows_progress=False,
         )
-        judged = 100 * float((np.asarray(logits).argmax(1) == np.asarray(labels)).mean())
+        judged = 100 * float((logits.argmax(1) == labels).mean())
         seen.append({"score": score, "merits": merits, "judged": judged})
         return score, merits
 
@@ -109,9 +108,7 @@ def compare_epochs(config: TrainConfig, strategy: str, most: int, accelerator: A
     for epoch in epochs[1:]:
         if loop.is_kept(epoch["merits"], best["merits"], None):
             kept = epoch
-        better = (epoch["score"]["accuracy"], -epoch["score"]["log_loss"])
-        if better > (best["score"]["accuracy"], -best["score"]["log_loss"]):
-            best = epoch
+        best = min(best, epoch, key=lambda row: rank_score(row["score"], config.select_by))
     return {"best": best["judged"], "last as good": kept["judged"], "last": epochs[-1]["judged"]}
 
 

@@ -7,7 +7,7 @@ The cut moves down with each phase: the first phases run on stored activations o
 cost little. The head is solved for; every later phase has an optimizer of its own, `--phase_epochs` epochs, and the last
 one `--epochs`.
 
-Measured (seed 0, one CPU thread, bf16): MobileNetV2, sign-language digits 100.0 % (its probe: 95.8 %); see README.
+Measured (2026-11-24, seed 0, one CPU thread, bf16): MobileNetV2, sign-language digits 100.0 % (its probe: 95.6 %); see README.
 """
 
 from dataclasses import dataclass

@@ -117,6 +117,21 @@ def test_groups_that_fit_into_memory_change_nothing(memory_bytes: int) -> None:
     torch.testing.assert_close(whole.weight, grouped.weight, atol=1e-4, rtol=1e-3)
 
 
+def test_a_floor_holds_features_down_that_hardly_vary() -> None:
+    """By the median spread; where most features are constant, by that of those that vary."""
+    generator = torch.Generator().manual_seed(0)
+    spreads = torch.tensor([0.01, 1.0, 2.0])
+    varying = spreads * torch.randn(200, 3, generator=generator)
+    targets = torch.arange(200) % 2
+    std = varying.std(0, correction=0)
+    for dead in (0, 5):
+        features = torch.cat([varying, torch.ones(200, dead)], 1)
+        plain = lbfgs.pose(features, targets, 2).inverse_std[:3]
+        torch.testing.assert_close(plain, 1 / std)
+        floored = lbfgs.pose(features, targets, 2, spread_floor=1.0).inverse_std[:3]
+        torch.testing.assert_close(floored, (std.square() + std[1].square()).rsqrt())
+
+
 def test_constant_features_get_no_weight() -> None:
     features, targets = make_data(100, 8, 3)
     features[:, 2], features[:, 5] = 0.0, 1e4 / 3

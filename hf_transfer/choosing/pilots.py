@@ -19,7 +19,7 @@ from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import load
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.phase import Plan, ProbePhase
-from hf_transfer.training.plan import run_plan
+from hf_transfer.training.phases import run_phases
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,9 @@ def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: A
     if name != "linear_probe":
         plan, prepared, chain = make_plan(name, short, backbone, chain)
     costs = Costs()
-    outcome = run_plan(plan, chain, prepared, without_test(data), config=short, accelerator=accelerator, costs=costs)
+    ran = run_phases(plan, chain, prepared, without_test(data), config=short, accelerator=accelerator, costs=costs)
     costs.to_dict()  # its sampler stops
-    kept = outcome.plan[-1]["score"]
+    kept = ran.done[-1]["score"]
     pilot = Pilot(
         strategy=name,
         epochs=epochs,

@@ -23,7 +23,7 @@ from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits
 from hf_transfer.training.feeds import PhaseData
-from hf_transfer.training.metrics import read_outcomes
+from hf_transfer.training.metrics import rank_score, read_outcomes
 from hf_transfer.training.optim import group_parameters, make_optimizer
 from hf_transfer.training.phase import Phase
 from hf_transfer.training.steps import Progress, Steps, Workplace
@@ -112,7 +112,8 @@ def train_phase(
                 score, merits = validate(prepared, reads, at)
                 if is_kept(merits, best_merits, start_merits):
                     progress.kept = {**score, "epoch": progress.epoch + 1}
-                    if not progress.best or _rank(score, config.select_by) < _rank(progress.best, config.select_by):
+                    by = config.select_by
+                    if not progress.best or rank_score(score, by) < rank_score(progress.best, by):
                         progress.best, best_merits = progress.kept, merits
                     kept_weights = {n: t.detach().clone() for n, t in moving.items()}
             _finish_epoch(progress, score, config, at)
@@ -202,11 +203,6 @@ def is_kept(merits: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor
 def _is_beyond_chance(gains: torch.Tensor) -> bool:
     # One image more is a standard error exactly, and no evidence.
     return bool(gains.sum() > 1.001 * gains.std() * len(gains) ** 0.5)
-
-
-def _rank(score: dict[str, float], select_by: str) -> tuple[float, float]:
-    """Less is better; ties in accuracy go to the lower log-loss."""
-    return (-score["accuracy"] if select_by == "accuracy" else 0.0, score["log_loss"])
 
 
 def _finish_epoch(progress: Progress, score: dict[str, float], config: TrainConfig, at: Workplace) -> None:

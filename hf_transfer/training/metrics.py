@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,11 @@ CONFIDENCE_LEVEL = 0.95
 TOP_K = 5
 _BLOCK_ELEMENTS = 2**21  # of a temporary array: 16 MB in float64
 _MAX_NAMED = 10  # classes spelled out in a note
+
+
+def rank_score(score: Mapping[str, float], select_by: str) -> tuple[float, float]:
+    """By accuracy or log_loss, as `select_by` says; less is better. Ties in accuracy go to the lower log-loss."""
+    return (-score["accuracy"] if select_by == "accuracy" else 0.0, score["log_loss"])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,8 +180,8 @@ def _run_steps(
     costs.count_images("train", found["images"])
     times.append(time.perf_counter())
     how = phase.optimization
-    best = found["kept"]
-    kept = f"epoch {best['epoch']}" if "epoch" in best else KEPT_START
+    score = found["kept"]
+    kept = f"epoch {score['epoch']}" if "epoch" in score else KEPT_START
     where = "the pixels" if cut is None else cut.name
     described = {
         "policy": phase.policy.name,
@@ -192,7 +192,7 @@ def _run_steps(
         "num_trainable": found["num_trainable"],
         "images_per_second": found["images_per_second"],
         "kept": kept,
-        "score": {"accuracy": best["accuracy"], "log_loss": best["log_loss"]},
+        "score": {"accuracy": score["accuracy"], "log_loss": score["log_loss"]},
         "cost": {
             "store_seconds": times[1] - times[0],
             "store_images": reads.num_computed,

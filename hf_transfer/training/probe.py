@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from hf_transfer.training.folds import balance, draw_folds, find_judged
 from hf_transfer.training.lbfgs import Problems, minimise, pose
+from hf_transfer.training.metrics import rank_score
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ def _follow_path(
                 "iterations": spent.float().mean().item(),
             }
             table.append(row)
-            if fits is None or _rank(row, select_by) < _rank(best, select_by):
+            if fits is None or rank_score(row, select_by) < rank_score(best, select_by):
                 best, fits = row, of_folds
         last = by_c[-1]
         if table[-1]["c"] >= _PATIENCE * best["c"]:
@@ -280,11 +281,6 @@ def _solve(
             "%d of %d problems stopped at %d iterations, before they converged", stopped, len(cs), max_iterations
         )
     return found, iterations
-
-
-def _rank(row: dict[str, float], select_by: str) -> tuple[float, float]:
-    """Less is better."""
-    return (-row["accuracy"] if select_by == "accuracy" else 0.0, row["log_loss"])
 
 
 def _score(problems: Problems, fold_of: Tensor, weights: Tensor, fits: Tensor) -> dict[str, float]:

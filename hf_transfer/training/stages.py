@@ -29,7 +29,7 @@ from hf_transfer.network.policies import full
 from hf_transfer.training.checkpoints import has_state, remove_state
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
-from hf_transfer.training.metrics import read_outcomes
+from hf_transfer.training.metrics import rank_score, read_outcomes
 from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Phase, Plan, ProbePhase, optimization_of
 from hf_transfer.training.phases import run_phases
@@ -187,12 +187,7 @@ def finish(
 
 def find_best_depth(done: list[dict[str, Any]], select_by: str) -> int:
     """How many stages the best one by validation has; of equal ones the shallowest."""
-
-    def rank(i: int) -> tuple[float, float]:
-        score = done[i]["score"]
-        return (-score["accuracy"] if select_by == "accuracy" else 0.0, score["log_loss"])
-
-    return min(range(len(done)), key=rank) + 1
+    return min(range(len(done)), key=lambda i: rank_score(done[i]["score"], select_by)) + 1
 
 
 def count_stage_flops(stage: Stage, *, stored: bool) -> dict[str, float]:

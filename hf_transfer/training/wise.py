@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_transfer.training.metrics import rank_score
+
 log = logging.getLogger(__name__)
 
 ALPHAS = tuple(i / 10 for i in range(11))
@@ -62,10 +64,7 @@ def interpolate(
         set_weights(model, mix_weights(start, end, alpha))
         curve.append({"alpha": alpha, **score()})
 
-    def rank(row: Mapping[str, float]) -> tuple[float, float, float]:
-        return (-row["accuracy"] if select_by == "accuracy" else 0.0, row["log_loss"], -row["alpha"])
-
-    best = min(curve, key=rank)
+    best = min(curve, key=lambda row: (*rank_score(row, select_by), -row["alpha"]))
     set_weights(model, mix_weights(start, end, best["alpha"]))
     log.info(
         "WiSE-FT: alpha %.1f, validation accuracy %.1f %% (start %.1f %%, fine-tuned %.1f %%)",
