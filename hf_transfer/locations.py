@@ -1,7 +1,9 @@
-"""Where things that can be made again are kept."""
+"""Where caches are kept, and where the package's own recipes are."""
 
 import os
 from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
 
 
 def cache_dir() -> Path:
@@ -15,3 +17,15 @@ def cache_dir() -> Path:
 def chain_dir() -> Path:
     """Where verified cuts are remembered, by the network's structure."""
     return cache_dir() / "chains"
+
+
+def recipes_dir() -> Path:
+    """The recipes' folder: inside an installed package, or beside the package in a clone."""
+    installed = PACKAGE / "recipes"
+    return installed if installed.is_dir() else PACKAGE.parent / "recipes"
+
+
+def find_recipe(name: str) -> Path | None:
+    """The YAML file of one of the package's own recipes, such as `lora` or `lora.yaml`; None if there is none."""
+    file = recipes_dir() / f"{Path(name).name.removesuffix('.yaml')}.yaml"
+    return file if file.is_file() and Path(name).parent == Path() else None

@@ -9,38 +9,34 @@ from typing import Any
 
 import yaml
 
-from hf_transfer.config import RecipeConfig, to_settings
-from hf_transfer.data.dataset import Data
+from hf_transfer.config import GradientConfig, RunConfig, to_settings
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.report import write_report
+from hf_transfer.reporting.sentences import describe_phase
+from hf_transfer.session import Session
+from hf_transfer.strategy import Strategy
+from hf_transfer.training.records import PhaseResult, RunResult, to_json
 
+SCHEMA_VERSION = 1  # raise it when a script that reads results.json would break
 PACKAGES = (
     "hf-transfer-learning", "torch", "timm", "transformers", "datasets", "accelerate", "evaluate", "peft", "huggingface_hub",
 )  # fmt: skip
 
 
-def describe_run(
-    *,
-    strategy: str,
-    plan: list[Mapping[str, Any]],
-    config: RecipeConfig,
-    data: Data,
-    backbone: Backbone,
-    metrics: Mapping[str, Any],
-    cost: Mapping[str, Any],
-    curves: list[Mapping[str, Any]],
-    details: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The content of results.json. No local path, user or host name is in it: it travels."""
+def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
+    """The content of results.json. It holds no local path, user or host name: it travels."""
+    data, strategy = session.data, session.config.strategy
+    assert isinstance(strategy, Strategy)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
     return {
-        "strategy": strategy,
-        "plan": plan,
-        "metrics": dict(metrics),
+        "schema_version": SCHEMA_VERSION,
+        "strategy": strategy.name,
+        "plan": [_describe_phase(phase) for phase in result.phases],
+        "metrics": {split: metrics.to_dict() for split, metrics in result.metrics.items()},
         "label_names": list(data.label_names),
-        "cost": dict(cost),
-        "curves": curves,
-        "details": dict(details),
+        "cost": to_json(session.costs.read()),
+        "curves": to_json(result.curves),
+        "details": _describe_details(session, result),
         "versions": read_versions(),
         "data": {
             "name": data.name,
@@ -51,43 +47,32 @@ def describe_run(
             "train_images_per_class": dict(zip(data.label_names, data.train.counts().tolist(), strict=True)),
             "notes": list(data.notes),
         },
-        "checkpoint": {
-            "id": backbone.source.name,
-            "revision": backbone.source.revision,
-            "preprocessing": dict(backbone.preprocessing.spec),
-        },
-        "config": public_settings(config, data, backbone),
+        "checkpoint": _describe_checkpoint(result.backbone),
+        "config": public_settings(session.config, {"checkpoint": session.backbone.source.name, "dataset": data.name}),
     }
 
 
-def without_paths(config: RecipeConfig) -> dict[str, Any]:
-    """The resolved settings, without the output folder, and with the last part alone of local paths."""
+def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The resolved settings without the output folder, with public names in place of local paths.
+
+    `names`: of checkpoint and dataset; by default the last part of their paths.
+    """
     settings = to_settings(config)
     for name in ("checkpoint", "dataset"):
         path = Path(settings[name]).expanduser()
         if path.exists():
-            settings[name] = path.resolve().name
+            settings[name] = (names or {}).get(name, path.resolve().name)
     del settings["output_dir"]
     return settings
 
 
-def public_settings(config: RecipeConfig, data: Data, backbone: Backbone) -> dict[str, Any]:
-    """The resolved settings with public names where the user gave local paths."""
-    named = {}
-    if Path(config.checkpoint).expanduser().exists():
-        named["checkpoint"] = backbone.source.name
-    if Path(config.dataset).expanduser().exists():
-        named["dataset"] = data.name
-    return without_paths(config) | named
-
-
-def write_run(output_dir: Path, results: Mapping[str, Any]) -> None:
-    """results.json and report.html, each whole or not at all."""
+def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
+    """results.json and report.html, each complete or not at all."""
     _write_whole(output_dir / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_report(results, output_dir / "report.html")
 
 
-def write_config(output_dir: Path, config: RecipeConfig) -> None:
+def write_config(output_dir: Path, config: RunConfig) -> None:
     """config.yaml: the resolved settings, written first, so that a failed run can be repeated too."""
     output_dir.mkdir(parents=True, exist_ok=True)
     _write_whole(output_dir / "config.yaml", yaml.safe_dump(to_settings(config), sort_keys=False))
@@ -95,13 +80,37 @@ def write_config(output_dir: Path, config: RecipeConfig) -> None:
 
 def read_versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide the numbers."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
+
+
+def _describe_phase(phase: PhaseResult) -> dict[str, Any]:
+    """A phase without its history and what it does not have."""
+    values = {name: value for name, value in to_json(phase).items() if value is not None and name != "history"}
+    return {**values, "cut": phase.cut or "pixels", "description": describe_phase(phase)}
+
+
+def _describe_details(session: Session, result: RunResult) -> dict[str, Any]:
+    strategy = session.config.strategy
+    augmentation = to_json(strategy.augmentation) if isinstance(strategy, GradientConfig) else None
+    return {
+        **to_json(result.details),
+        "phases": [{"policy": p.policy, "history": to_json(p.history)} for p in result.phases],
+        "augmentation": augmentation,
+        "audited_tensors": result.num_audited,
+        "kept_probe": result.kept_probe,
+        "resumed": result.resumed,
+    }
+
+
+def _describe_checkpoint(backbone: Backbone) -> dict[str, Any]:
+    source, spec = backbone.source, backbone.preprocessing.spec
+    return {"id": source.name, "revision": source.revision, "preprocessing": dict(spec)}
 
 
 def _write_whole(path: Path, text: str) -> None:

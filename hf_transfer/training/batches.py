@@ -1,8 +1,8 @@
-"""Which images make each optimizer step, for any number of processes; and reading them ahead of their use.
+"""Which images make up each optimizer step, for any number of processes; and reading them before they are needed.
 
-The order of an epoch depends on seed and epoch alone. An epoch is divided into steps of nearly equal size (they differ by
-one image at most), so every image is seen once and no step is a remnant; a step is divided among processes, and each
-process's part into batches whose gradients are added up.
+The order of an epoch depends only on seed and epoch. An epoch is divided into steps whose sizes differ by at most one image,
+so every image is seen once and there is no small last step. A step is divided among processes, and each process's share
+into batches whose gradients are accumulated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,16 +18,16 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """What the network of a phase is fed: rows of a store, made ready on the device."""
+    """Where a phase gets its inputs: rows of a store, prepared on the device."""
 
     num_images: int
-    views: int | None  # stored views of each image, taken in turn; None: another view in every epoch
+    views: int | None  # stored views of each image, taken in turn; None: a new view in every epoch
     read: Callable[[Rows], NDArray[np.generic]]
     prepare: Callable[[torch.Tensor, Rows], torch.Tensor]
-    is_pixels: bool  # whether what `prepare` returns are images, which can be mixed
+    is_pixels: bool  # whether `prepare` returns images, which can be mixed
 
     def rows(self, indices: Rows, epoch: int) -> Rows:
-        """The rows of the images `indices` as `epoch` sees them."""
+        """The rows of the images `indices` in this epoch."""
         view = epoch if self.views is None else epoch % self.views
         return view * self.num_images + indices
 
@@ -44,18 +44,15 @@ def draw_steps(num_images: int, images_a_step: int, *, seed: int, epoch: int) ->
 
 
 def take_share(step: Rows, *, rank: int, num_ranks: int, accumulate: int) -> list[Rows]:
-    """The batches of one process in one step; none is empty.
-
-    Raises ValueError where there are fewer images than processes.
-    """
+    """One process's batches in one step; none is empty. Raises ValueError for fewer images than processes."""
     if len(step) < num_ranks:
-        raise ValueError(f"a step of {len(step)} images cannot be shared by {num_ranks} processes: start fewer")
-    mine = np.array_split(step, num_ranks)[rank]
-    return np.array_split(mine, min(accumulate, len(mine)))
+        raise ValueError(f"a step of {len(step)} images cannot be shared by {num_ranks} processes: start fewer processes")
+    own = np.array_split(step, num_ranks)[rank]
+    return np.array_split(own, min(accumulate, len(own)))
 
 
 def read_ahead(wanted: Iterable[Rows], read: Callable[[Rows], NDArray[np.generic]]) -> Iterator[NDArray[np.generic]]:
-    """`read` of each of `wanted` in order, the next one by a thread while the last one is used."""
+    """`read` of each of `wanted`, in order; a thread reads the next one while the current one is used."""
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for rows in wanted:

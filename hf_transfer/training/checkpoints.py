@@ -1,4 +1,4 @@
-"""States to resume from: one file, whole or not there, that holds everything the rest of the run depends on.
+"""States to resume from: one file, complete or absent, with everything that the rest of the run depends on.
 
 Tensors are stored by safetensors and the rest as JSON in its header, so reading a state runs no code from it.
 """
@@ -16,7 +16,7 @@ _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (nested dicts and lists of tensors and JSON values), replacing the last one once it is complete."""
+    """Writes `state` (nested dicts and lists of tensors and JSON values); it replaces the last one once it is complete."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_pack(state, tensors))
@@ -26,13 +26,13 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
-    """The state in `folder`, tensors on the CPU; None where there is none."""
+    """The state in `folder`, tensors on the CPU; None if there is none."""
     if not has_state(folder):
         return None
     with safe_open(folder / STATE, framework="pt") as file:
         packed = json.loads(file.metadata()["state"])
-        found: dict[str, Any] = _unpack(packed, file)
-    return found
+        state: dict[str, Any] = _unpack(packed, file)
+    return state
 
 
 def has_state(folder: Path) -> bool:
@@ -41,14 +41,14 @@ def has_state(folder: Path) -> bool:
 
 
 def remove_state(folder: Path) -> None:
-    """Removes the state, so that nothing older than this run is resumed."""
+    """Removes the state, so that a later `--resume` cannot pick up an older run."""
     (folder / STATE).unlink(missing_ok=True)
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        # A copy where memory is shared or laid out otherwise: safetensors stores neither.
+        # A copy: safetensors stores neither shared memory nor other memory formats.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""An exponential moving average of weights: evaluated and kept in their place, it is flatter and less noisy than the last.
+"""An exponential moving average (EMA) of the weights, which is evaluated and kept instead of the last weights.
 
-Averaging along the path: arXiv 1803.05407; the moving average as in timm `utils/model_ema.py` (ModelEmaV3), with the
-warm-up of TensorFlow's ExponentialMovingAverage, so that the first weights do not linger.
+Averaging along the path: arXiv 1803.05407. The average is that of timm `utils/model_ema.py` (ModelEmaV3), with the warm-up of
+TensorFlow's ExponentialMovingAverage, so that the first weights fade quickly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ import torch
 
 
 class Averaged:
-    """Averages of named tensors, in float32 on the device of each; tensors that are no floats are copied, not averaged.
+    """Averages of named tensors, in float32 on each tensor's device; integer tensors are copied, not averaged.
 
-    Give it what trains and the running statistics that move: what is frozen is its own average.
+    Give it the parameters that train and the running statistics that change; frozen tensors need no average.
     """
 
     def __init__(self, named: Mapping[str, torch.Tensor], decay: float) -> None:
@@ -26,7 +26,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Moves the averages towards the live tensors, once an optimizer step: by 1 - min(decay, (1 + t) / (10 + t))."""
+        """Moves the averages towards the live tensors by 1 - min(decay, (1 + t) / (10 + t)); call it once per optimizer step."""
         self._check(named, "update")
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
@@ -40,7 +40,7 @@ class Averaged:
 
     @contextmanager
     def swapped(self, named: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Inside, the live tensors hold the averages, rounded to their own type; after it, their former bits again."""
+        """Inside, the live tensors hold the averages, rounded to their own dtype; afterwards they hold their old bits again."""
         self._check(named, "swapped")
         with torch.no_grad():
             former = {name: tensor.detach().clone() for name, tensor in named.items()}
@@ -51,11 +51,11 @@ class Averaged:
             _copy(former, named)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on exactly; the tensors are the averages themselves, not copies."""
+        """What `load_state_dict` needs to continue exactly; the tensors are the averages themselves, not copies."""
         return {"updates": self._updates, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies a state in, in place. Raises ValueError where its names or shapes are others."""
+        """Copies a state in, in place. Raises ValueError if its names or shapes differ."""
         self._check(state["averages"], "load_state_dict")
         _copy(state["averages"], self._averages)
         self._updates = state["updates"]
@@ -65,7 +65,7 @@ class Averaged:
         other |= {n for n in named if n not in other and named[n].shape != self._averages[n].shape}
         if other:
             raise ValueError(
-                f"{where}: {len(other)} tensors are not those that are averaged, by name or shape: "
+                f"{where}: {len(other)} tensors differ from the averaged ones in name or shape: "
                 f"{', '.join(sorted(other)[:5])}"
             )
 

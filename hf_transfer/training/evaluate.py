@@ -1,70 +1,82 @@
-"""Logits of a split, each sample once at any number of processes: over stored activations, or from pixels."""
+"""Logits of a split, each image once at any number of processes: from stored activations, or from pixels."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from hf_transfer.data.cache import Store
-from hf_transfer.data.extract import sweep
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import Images
+from hf_transfer.data.splits import Split
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.training.metrics import gather_logits
+from hf_transfer.network.preprocessing import Preprocessing
+from hf_transfer.prefix.extract import sweep
+from hf_transfer.prefix.pixels import EvaluationImages, Images
+from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.store import Store
+from hf_transfer.session import Session
+from hf_transfer.training.metrics import gather_logits, score
+from hf_transfer.training.records import Metrics
+
+Labels = NDArray[np.int64]
+LogitsAndLabels = tuple[NDArray[np.float32], Labels]
+"""Logits (N, K) and labels (N,) of all processes, on every process."""
 
 
 def compute_stored_logits(
     network: Callable[[torch.Tensor], torch.Tensor],
     store: Store,
-    labels: NDArray[np.int64],
+    labels: Labels,
+    resources: Resources,
     *,
-    accelerator: Accelerator,
     batch_size: int = 1024,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Logits (N, K) and labels (N,), on every process, of `network` over a store of activations (N, ...).
+) -> LogitsAndLabels:
+    """Logits of `network` over a store of activations (N, ...).
 
-    Each process computes a contiguous part; nothing is padded, so nothing is counted twice. `network` maps activations
-    (b, ...) on the accelerator's device to logits (b, K): a head, or the suffix of a cut.
+    Each process computes a contiguous share; nothing is padded, so nothing is counted twice. `network` maps activations
+    (b, ...) on the device to logits (b, K): a head, or the part of the network after a cut.
     """
-    share = _take_share(len(store), accelerator)
+    share = _take_share(len(store), resources)
     parts = []
     with torch.no_grad():
         for i in range(0, len(share), batch_size):
-            activations = torch.from_numpy(store[share[i : i + batch_size]]).to(accelerator.device)
+            activations = torch.from_numpy(store[share[i : i + batch_size]]).to(resources.device)
             parts.append(network(activations).float().cpu().numpy())
-    mine = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
-    return gather_logits(accelerator, mine, labels[share])
+    own = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+    return gather_logits(resources.accelerator, own, labels[share])
 
 
 def compute_image_logits(
-    chain: Chain,
-    images: Images,
-    labels: NDArray[np.int64],
-    *,
-    accelerator: Accelerator,
-    options: ExtractOptions,
-    shows_progress: bool = True,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Logits (N, K) and labels (N,), on every process, of the whole network in eval mode over `images`."""
-    share = _take_share(len(images), accelerator)
+    chain: Chain, images: Images, labels: Labels, resources: Resources, *, shows_progress: bool = True
+) -> LogitsAndLabels:
+    """Logits of the whole network in eval mode over `images`."""
+    share = _take_share(len(images), resources)
     rows: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(share)
 
-    def compute(on: Chain, batch: torch.Tensor, at: int) -> None:
-        with accelerator.autocast():
-            logits = compute_logits(on.model, batch)
-        rows[at : at + len(batch)] = list(logits.float().cpu().numpy())
+    def compute(replica: Chain, batch: torch.Tensor, start: int) -> None:
+        with resources.accelerator.autocast():
+            logits = compute_logits(replica.model, batch)
+        rows[start : start + len(batch)] = list(logits.float().cpu().numpy())
 
-    sweep(
-        chain, images, share, compute, accelerator=accelerator, options=options, title=f"{images.name} images",
-        shows_progress=shows_progress,
-    )  # fmt: skip
-    mine = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
-    return gather_logits(accelerator, mine, labels[share])
+    sweep(chain, images, share, compute, resources, title=f"{images.name} images" if shows_progress else None)
+    own = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
+    return gather_logits(resources.accelerator, own, labels[share])
 
 
-def _take_share(count: int, accelerator: Accelerator) -> NDArray[np.int64]:
-    share: NDArray[np.int64] = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
+def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Metrics:
+    """Metrics of the whole network on a split, read from its files."""
+    images = EvaluationImages(split=split, preprocessing=preprocessing)
+    logits, labels = compute_image_logits(chain, images, split.labels, session.resources)
+    return score(logits, labels, split.label_names, seed=session.config.seed)
+
+
+def score_splits(session: Session) -> dict[str, Metrics]:
+    """Metrics of the session's whole network, as it will be saved, on validation and, if there is one, test images."""
+    splits = [split for split in (session.data.validation, session.data.test) if split is not None]
+    return {s.name: score_images(session.chain, session.backbone.preprocessing, s, session) for s in splits}
+
+
+def _take_share(count: int, resources: Resources) -> Labels:
+    accelerator = resources.accelerator
+    share: Labels = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
     return share

@@ -3,8 +3,8 @@
 | cut | cache_views | training reads | network |
 |---|---|---|---|
 | at the pixels | any | squares, augmented anew in every epoch | all of it |
-| deeper | 1 | activations of each image as evaluated | the suffix |
-| deeper | V > 1 | activations of V augmented views, in turn | the suffix |
+| deeper | 1 | activations of each image as in evaluation | the part after the cut |
+| deeper | V > 1 | activations of V augmented views, in turn | the part after the cut |
 | deeper | 0 | squares, augmented anew | all of it, the prefix without gradients |
 """
 
@@ -12,25 +12,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from accelerate import Accelerator
-
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.augment import Augmentation
-from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import StoredActivations, extract_images, tap_activation
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import (
+from hf_transfer.network.cut import Cut
+from hf_transfer.prefix.extract import StoredActivations, extract_images, tap_activation
+from hf_transfer.prefix.pixels import (
     EvaluationImages,
     Images,
     TrainingImages,
+    TrainingSquares,
     default_side_px,
     store_evaluation_pixels,
     store_training_squares,
 )
-from hf_transfer.data.store import Store
-from hf_transfer.network.backbone import Backbone
-from hf_transfer.network.chain import Chain
-from hf_transfer.network.cut import Cut
+from hf_transfer.prefix.store import Store
+from hf_transfer.session import Session
 from hf_transfer.training.batches import Feed
 
 log = logging.getLogger(__name__)
@@ -38,130 +32,94 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseData:
-    """What a phase trains on and is validated on. One of `activations` and `images` is the validation split."""
+    """What a phase trains on and is validated on. The validation split is one of `activations` and `images`."""
 
     feed: Feed
     cut: Cut | None  # where the trained network begins; None: at the pixels
-    stored: Store | None  # what the feed reads, where it reads activations
-    activations: Store | None
-    images: EvaluationImages | None
-    num_computed: int  # images that went through the prefix for it
-
-
-def augmentation_of(config: TrainConfig) -> Augmentation:
-    """What a recipe's flags say of the augmentation."""
-    return Augmentation(
-        crop_scale=config.crop_scale,
-        flip=config.flip,
-        colour=config.colour,
-        auto_augment=config.auto_augment,
-        magnitude=config.magnitude,
-        least_side_px=config.least_side_px,
-        erase=config.erase,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-    )
+    stored: Store | None = None  # what the feed reads, if it reads activations
+    activations: Store | None = None
+    images: EvaluationImages | None = None
+    num_computed: int = 0  # images that went through the prefix for it
 
 
 def make_phase_data(
-    cut: Cut | None,
-    chain: Chain,
-    backbone: Backbone,
-    data: Data,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    *,
-    through: Sequence[Cut] = (),
-    before: PhaseData | None = None,
+    session: Session, cut: Cut | None, *, through: Sequence[Cut] = (), before: PhaseData | None = None
 ) -> PhaseData:
-    """The stores for a phase that is cut at `cut`: found in the cache, or made now. Says which, and what it costs.
+    """The stores for a phase that is cut at `cut`: found in the cache, or made now. Logs which, and their size.
 
-    `through`: earlier cuts at which activations are stored on the way, each from those at the cut before it, so that no layer
-    runs twice. `before`: what the phase before this one read; where that is one of those stores, the way begins there.
+    `through`: earlier cuts at which activations are stored on the way, each computed from those at the cut before it, so
+    that no layer runs twice. `before`: what the previous phase read; if that is one of those stores, the way begins there.
     """
-    options = ExtractOptions.from_config(config)
-    if cut is not None and config.cache_views > 0:
-        way = [*through, cut]
-        return _at_activations(way, chain, backbone, data, config, accelerator, options, before)
-    if cut is not None and accelerator.is_main_process:
-        log.info("cache_views 0: the prefix, up to %s, runs on fresh augmentation in every epoch", cut.name)
-    squares = _squares(backbone, data, config, accelerator, options)
+    views = session.gradient.training.cache_views
+    if cut is not None and views > 0:
+        return _read_activations(session, [*through, cut], before)
+    if cut is not None and session.is_main:
+        log.info("cache_views 0: the prefix up to %s runs on fresh augmentation in every epoch", cut.name)
+    squares = _store_squares(session)
     feed = Feed(
-        num_images=len(data.train), views=None, read=squares.read, prepare=squares.prepare, is_pixels=True
-    )  # fmt: skip
-    images = store_evaluation_pixels(
-        data.validation, backbone.preprocessing, accelerator=accelerator, options=options
-    )  # fmt: skip
-    return PhaseData(feed=feed, cut=None, stored=None, activations=None, images=images, num_computed=0)
-
-
-def _squares(
-    backbone: Backbone, data: Data, config: TrainConfig, accelerator: Accelerator, options: ExtractOptions
-) -> TrainingImages:
-    return store_training_squares(
-        data.train,
-        backbone.preprocessing,
-        side_px=config.train_side_px or default_side_px(backbone.preprocessing),
-        how=augmentation_of(config),
-        seed=config.seed,
-        views=max(1, config.cache_views),
-        accelerator=accelerator,
-        options=options,
+        num_images=len(session.data.train), views=None, read=squares.read, prepare=squares.prepare, is_pixels=True
     )
+    images = store_evaluation_pixels(session.data.validation, session.backbone.preprocessing, session.resources)
+    return PhaseData(feed=feed, cut=None, images=images)
 
 
-def _at_activations(
-    way: Sequence[Cut],
-    chain: Chain,
-    backbone: Backbone,
-    data: Data,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    options: ExtractOptions,
-    before: PhaseData | None,
-) -> PhaseData:
-    cut = way[-1]
-    stored: EvaluationImages | TrainingImages
-    if config.cache_views == 1:
-        stored = EvaluationImages(split=data.train, preprocessing=backbone.preprocessing)
-        how = "each image as evaluated, without augmentation"
+def _store_squares(session: Session) -> TrainingImages:
+    training, preprocessing = session.gradient.training, session.backbone.preprocessing
+    squares = TrainingSquares(
+        side_px=training.train_side_px or default_side_px(preprocessing),
+        augmentation=session.gradient.augmentation,
+        seed=session.config.seed,
+        views=max(1, training.cache_views),
+    )
+    return store_training_squares(session.data.train, preprocessing, squares, session.resources)
+
+
+def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | None) -> PhaseData:
+    cut, views, data = way[-1], session.gradient.training.cache_views, session.data
+    evaluated = EvaluationImages(split=data.validation, preprocessing=session.backbone.preprocessing)
+    training_images: EvaluationImages | TrainingImages
+    if views == 1:
+        training_images = EvaluationImages(split=data.train, preprocessing=session.backbone.preprocessing)
+        described = "each image as in evaluation, without augmentation"
     else:
-        stored = _squares(backbone, data, config, accelerator, options)
-        how = f"{config.cache_views} augmented views of each image, taken in turn"
-    if accelerator.is_main_process:
-        size = len(stored) * cut.bytes_per_image / 1e6
-        log.info("prefix up to %s: %s; %d forwards of it, %.1f MB", cut.name, how, len(stored), size)
-    names = [c.name for c in way]
-    held = before if before is not None and before.cut is not None and before.cut.name in names else None
-    first = names.index(held.cut.name) if held is not None and held.cut is not None else 0
-
-    def walk(images: Images, kept: Store | None) -> tuple[Store, int]:
-        """The store at the end of the way, and how many passes of an image through a part of it that took."""
-        passes, store, source = 0, kept, images
-        for i in range(first, len(way)):
-            if i > first or store is None:
-                taps = {"activations": tap_activation(way[i])}
-                found = extract_images(chain, source, taps, accelerator=accelerator, options=options)
-                store, passes = found.stores["activations"], passes + found.images
-            source = StoredActivations(images=images, store=store, cut=way[i], through=tuple(names[: i + 1]))
-        assert store is not None
-        return store, passes
-
-    store, train_passes = walk(stored, held.stored if held else None)
-    evaluated = EvaluationImages(split=data.validation, preprocessing=backbone.preprocessing)
-    validation, validation_passes = walk(evaluated, held.activations if held else None)
+        training_images = _store_squares(session)
+        described = f"{views} augmented views of each image, taken in turn"
+    if session.is_main:
+        size_mb = len(training_images) * cut.bytes_per_image / 1e6
+        log.info("prefix up to %s: %s; %d forwards, %.1f MB", cut.name, described, len(training_images), size_mb)
+    first, kept_train, kept_validation = _begin_at(way, before)
+    stored, train_passes = _walk(session, training_images, way, first, kept_train)
+    validation, validation_passes = _walk(session, evaluated, way, first, kept_validation)
     feed = Feed(
         num_images=len(data.train),
-        views=config.cache_views,
-        read=store.__getitem__,
+        views=views,
+        read=stored.__getitem__,
         prepare=lambda activations, rows: activations,
         is_pixels=False,
     )
-    return PhaseData(
-        feed=feed,
-        cut=cut,
-        stored=store,
-        activations=validation,
-        images=None,
-        num_computed=train_passes + validation_passes,
-    )
+    passes = train_passes + validation_passes
+    return PhaseData(feed=feed, cut=cut, stored=stored, activations=validation, num_computed=passes)
+
+
+def _begin_at(way: Sequence[Cut], before: PhaseData | None) -> tuple[int, Store | None, Store | None]:
+    """Where the way begins, and the stores of training and validation activations that are already there."""
+    names = [cut.name for cut in way]
+    if before is None or before.cut is None or before.cut.name not in names:
+        return 0, None, None
+    return names.index(before.cut.name), before.stored, before.activations
+
+
+def _walk(
+    session: Session, images: Images, way: Sequence[Cut], first: int, store: Store | None
+) -> tuple[Store, int]:
+    """The store at the end of the way, and how many images went through a part of the network for it."""
+    passes, source = 0, images
+    for i in range(first, len(way)):
+        if i > first or store is None:
+            taps = {"activations": tap_activation(way[i])}
+            extracted = extract_images(session.chain, source, taps, session.resources)
+            store, passes = extracted.stores["activations"], passes + extracted.images
+        through = tuple(cut.name for cut in way[: i + 1])
+        source = StoredActivations(images=images, store=store, cut=way[i], through=through)
+    assert store is not None
+    return store, passes

@@ -1,19 +1,16 @@
-"""The metrics of image classification as `evaluate.Metric` subclasses that need no network.
+"""The metrics of image classification as `evaluate.Metric` subclasses that need no network access.
 
-`evaluate.load` fetches a script from the Hub; a subclass that lives in a package does not, and
-combines with `evaluate.combine` and `evaluate.evaluator` just the same. Two kinds, by what they
-store for each image:
+`evaluate.load` fetches a script from the Hub; a subclass inside a package does not, and works with `evaluate.combine` and
+`evaluate.evaluator` in the same way. There are two kinds, by what they store for each image:
 
-- label metrics (`predictions`, `references`): accuracy, balanced accuracy, macro-F1, per class,
-  confusion matrix;
-- logit metrics, fed one or two numbers an image that were computed from the logits beforehand (a
-  row of logits in Arrow storage costs a hundred times more): top-k accuracy (`label_ranks`),
-  negative log-likelihood (`label_log_probabilities`), calibration error (`confidences`, `hits`).
+- label metrics (`predictions`, `references`): accuracy, balanced accuracy, macro-F1, per class, confusion matrix;
+- logit metrics, which take one or two numbers per image that were computed from the logits (storing a row of logits in Arrow
+  costs a hundred times more): top-k accuracy (`label_ranks`), negative log-likelihood (`label_log_probabilities`),
+  calibration error (`confidences`, `hits`).
 
-Macro averages are over the classes present in the references, as in scikit-learn's
-`balanced_accuracy_score` and `f1_score(average="macro", labels=present, zero_division=0)`.
-Importing this module imports `evaluate`, which takes seconds: import it inside the function that
-needs it.
+Macro averages are over the classes present in the references, as in scikit-learn's `balanced_accuracy_score` and
+`f1_score(average="macro", labels=present, zero_division=0)`. Importing this module imports `evaluate`, which takes seconds:
+import it inside the function that needs it.
 """
 
 from dataclasses import dataclass
@@ -29,14 +26,14 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCounts:
-    """Images of each class, (..., K) int64: rightly predicted, labelled so, predicted so."""
+    """Images of each class, (..., K) int64: predicted correctly, labeled as it, predicted as it."""
 
     hits: NDArray[np.int64]
     support: NDArray[np.int64]
     predicted: NDArray[np.int64]
 
     def accuracy(self) -> NDArray[np.float64]:
-        """Share of all images that are predicted rightly, (...)."""
+        """Share of all images that are predicted correctly, (...)."""
         return np.asarray(self.hits.sum(axis=-1) / self.support.sum(axis=-1))
 
     def balanced_accuracy(self) -> NDArray[np.float64]:
@@ -58,10 +55,9 @@ def count_classes(matrix: NDArray[np.int64]) -> ClassCounts:
 
 
 class _Module(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-    """What the modules share: the columns that they store, by name and type.
+    """Base of the modules: the columns that they store, by name and type.
 
-    No `format`: "numpy" would read float64 back as float32, and move confidences over the edges
-    of their bins.
+    No `format`: "numpy" would read float64 back as float32 and move confidences across the edges of their bins.
     """
 
     columns: ClassVar[dict[str, str]]
@@ -87,41 +83,41 @@ class _LabelModule(_Module):
         if num_classes is None:
             num_classes = int(max(true.max(), predicted.max())) + 1
         cells = np.bincount(true * num_classes + predicted, minlength=num_classes**2)
-        return self._summarise(cells.reshape(num_classes, num_classes))
+        return self._summarize(cells.reshape(num_classes, num_classes))
 
-    def _summarise(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
+    def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         raise NotImplementedError
 
 
 class Accuracy(_LabelModule):
     """Share of images whose predicted class is the true one."""
 
-    def _summarise(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
+    def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         return {"accuracy": float(count_classes(matrix).accuracy())}
 
 
 class BalancedAccuracy(_LabelModule):
     """Mean recall of the classes that are present in the references."""
 
-    def _summarise(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
+    def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         return {"balanced_accuracy": float(count_classes(matrix).balanced_accuracy())}
 
 
 class MacroF1(_LabelModule):
     """Mean F1 of the classes that are present in the references."""
 
-    def _summarise(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
+    def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         return {"macro_f1": float(count_classes(matrix).macro_f1())}
 
 
 class PerClass(_LabelModule):
     """Precision, recall, F1 and support of each class, in label order.
 
-    The first three are None for a class without support. The precision of a class that is present
-    but never predicted is 0, as with scikit-learn's `zero_division=0`.
+    The first three are None for a class without support. The precision of a class that is present but never predicted is 0,
+    as with scikit-learn's `zero_division=0`.
     """
 
-    def _summarise(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
+    def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         rows: list[dict[str, float | int | None]] = []
         for index, (support, predicted) in enumerate(
             zip(matrix.sum(axis=1).tolist(), matrix.sum(axis=0).tolist(), strict=True)
@@ -139,16 +135,16 @@ class PerClass(_LabelModule):
 
 
 class ConfusionMatrix(_LabelModule):
-    """Images of each pair of classes, a list of rows: rows are true classes, columns predicted."""
+    """Number of images for each pair of classes: rows are true classes, columns predicted ones."""
 
-    def _summarise(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
+    def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         return {"confusion_matrix": matrix.tolist()}
 
 
 class TopKAccuracy(_Module):
     """Share of images whose true class is among the `k` (5) highest logits.
 
-    `label_ranks`: how many classes are preferred to the true one; 0 where the prediction is right.
+    `label_ranks`: how many classes rank above the true one; 0 if the prediction is right.
     """
 
     columns: ClassVar[dict[str, str]] = {"label_ranks": "int32"}
@@ -170,9 +166,8 @@ class NegativeLogLikelihood(_Module):
 class CalibrationError(_Module):
     """Expected calibration error over 15 equal bins of confidence, (i/15, (i+1)/15].
 
-    The mean over images of |accuracy - mean confidence| of their bin: Guo et al. 2017, arXiv
-    1706.04599, section 2. `confidences`: probability of the predicted class; `hits`: whether the
-    prediction is right.
+    The mean over images of their bin's |accuracy - mean confidence|: arXiv 1706.04599, section 2. `confidences`: probability
+    of the predicted class; `hits`: whether the prediction is right.
     """
 
     columns: ClassVar[dict[str, str]] = {"confidences": "float64", "hits": "bool"}

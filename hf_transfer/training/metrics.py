@@ -1,27 +1,24 @@
-"""Scores of a classifier on one split, with intervals: what results.json says about quality.
+"""Metrics of a classifier on one split, with intervals.
 
-The logits are reduced once to a few columns (one number an image), which feed two readers: the
-`evaluate` modules of `metric_modules`, and a percentile bootstrap over images (Efron & Tibshirani
-1993, chapter 13) for the intervals. The resamples depend on the number of images and the seed
-alone, so two models scored on the same images can be compared in pairs: `mean_interval` of the
-differences of a column.
+The logits are reduced once to a few columns of one number per image. Two readers use them: the `evaluate` modules of
+`metric_modules`, and a percentile bootstrap over images (Efron & Tibshirani 1993, chapter 13) for the intervals. The resamples
+depend only on the number of images and the seed, so two models scored on the same images can be compared in pairs: take
+`mean_interval` of the differences of a column.
 """
-
-from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from hf_transfer.training.records import ClassMetrics, Metrics, Score
 
 CONFIDENCE_LEVEL = 0.95
 TOP_K = 5
@@ -29,18 +26,13 @@ _BLOCK_ELEMENTS = 2**21  # of a temporary array: 16 MB in float64
 _MAX_NAMED = 10  # classes spelled out in a note
 
 
-def rank_score(score: Mapping[str, float], select_by: str) -> tuple[float, float]:
-    """By accuracy or log_loss, as `select_by` says; less is better. Ties in accuracy go to the lower log-loss."""
-    return (-score["accuracy"] if select_by == "accuracy" else 0.0, score["log_loss"])
-
-
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """What the metrics need of the logits: columns of N numbers, in the order of the images."""
+    """What the metrics need from the logits: columns of N numbers, one per image."""
 
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
-    label_ranks: NDArray[np.int64]  # classes preferred to the true one
+    label_ranks: NDArray[np.int64]  # number of classes ranked above the true one
     label_log_probabilities: NDArray[np.float64]
     confidences: NDArray[np.float64]  # probability of the predicted class
 
@@ -49,38 +41,50 @@ class Outcomes:
         """Whether each prediction is right."""
         return np.asarray(self.predictions == self.labels)
 
-
-def score(
+    @property
+    def score(
     logits: NDArray[np.floating[Any]] | Tensor,
     labels: NDArray[np.integer[Any]] | Tensor,
     label_names: Sequence[str],
     *,
     seed: int = 0,
     resamples: int = 1000,
-) -> dict[str, Any]:
-    """All metrics of one split, as Python scalars and lists that go into JSON as they are.
+) -> Metrics:
+    """All metrics of one split, from logits (N, K) of any float type and labels (N,) in 0..K-1.
 
-    logits (N, K) of any float type; labels (N,) int, in 0..K-1. Keys: accuracy, top5_accuracy (only
-    where K > 5), balanced_accuracy, macro_f1, nll (nats), ece, num_samples, per_class (label,
-    precision, recall, f1, support), confusion_matrix (rows true, columns predicted), notes
-    (sentences), and, unless `resamples` is 0, accuracy_interval, balanced_accuracy_interval,
-    macro_f1_interval, nll_interval: [low, high], 95 %.
+    `resamples`: of the bootstrap; 0 leaves the intervals out. A class without an image in the split has no precision, recall
+    and F1, and a note says so; balanced accuracy and macro-F1 average over the classes present (within each resample, over
+    those present in it). Equal logits count in favor of the lower class index. A percentile interval says nothing about errors
+    that never occurred: at 100 % accuracy it is [1, 1].
 
-    A class without an image in the split has precision, recall and F1 None, and a note says so;
-    balanced accuracy and macro-F1 are averages over the classes present (within each resample, over
-    those present in it). Equal logits count in favour of the lower class index. A percentile
-    interval says nothing about errors that never occurred: at 100 % accuracy it is [1, 1].
+    >>> score(np.eye(2), np.array([0, 0]), ("cat", "dog"), resamples=0).accuracy
+    0.5
 
-    Raises ValueError for a split without images, shapes that do not agree, labels outside the
-    classes, and logits that are not finite (with the number of images).
+    Raises ValueError for a split without images, shapes that do not agree, labels outside the classes, and logits that are
+    not finite.
     """
     outcomes = read_outcomes(logits, labels)
     num_classes = int(logits.shape[1])
     if len(label_names) != num_classes:
-        raise ValueError(f"{len(label_names)} label names for logits of {num_classes} classes: give one a class")
+        raise ValueError(f"{len(label_names)} label names for logits of {num_classes} classes: give one per class")
     if resamples < 0:
-        raise ValueError(f"resamples={resamples}: give a number >= 0 (0 leaves the intervals out)")
+        raise ValueError(f"resamples={resamples}: choose 0 (no intervals) or more")
+    values = _compute(outcomes, num_classes, seed)
+    rows = [ClassMetrics(label=name, **row) for name, row in zip(label_names, values.pop("per_class"), strict=True)]
+    matrix = tuple(tuple(row) for row in values.pop("confusion_matrix"))
+    intervals = _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {}
+    return Metrics(
+        **values,
+        **intervals,
+        per_class=tuple(rows),
+        confusion_matrix=matrix,
+        num_samples=len(outcomes.labels),
+        notes=_note_absent_classes(rows),
+    )
 
+
+def _compute(outcomes: Outcomes, num_classes: int, seed: int) -> dict[str, Any]:
+    """The metrics by name, from `evaluate`."""
     import evaluate  # takes seconds: after the checks
 
     from hf_transfer.training import metric_modules as modules
@@ -89,7 +93,7 @@ def score(
     used += [modules.ConfusionMatrix, modules.NegativeLogLikelihood, modules.CalibrationError]
     if num_classes > TOP_K:
         used.append(modules.TopKAccuracy)
-    # In memory, and with a folder that goes: evaluate would leave empty ones in the user's cache.
+    # In memory and with a temporary folder: evaluate would leave empty ones in the user's cache.
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as folder:
         combined = evaluate.combine([module(keep_in_memory=True, cache_dir=folder, seed=seed) for module in used])
         combined.add_batch(
@@ -100,18 +104,12 @@ def score(
             confidences=outcomes.confidences,
             hits=outcomes.hits,
         )
-        result: dict[str, Any] = combined.compute(num_classes=num_classes)
-
-    result["per_class"] = [{"label": name, **row} for name, row in zip(label_names, result["per_class"], strict=True)]
-    if resamples:
-        result |= _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples)
-    result["num_samples"] = len(outcomes.labels)
-    result["notes"] = _notes(result["per_class"])
-    return result
+        values: dict[str, Any] = combined.compute(num_classes=num_classes)
+    return values
 
 
 def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np.integer[Any]] | Tensor) -> Outcomes:
-    """The columns of (N, K) logits and (N,) labels, computed in float64 a block of rows at a time.
+    """The columns of logits (N, K) and labels (N,), computed in float64, one block of rows at a time.
 
     Raises ValueError as `score` does.
     """
@@ -119,11 +117,11 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
     if logits.ndim != 2 or truth.shape != logits.shape[:1]:
         raise ValueError(
             f"logits of shape {logits.shape} and labels of shape {truth.shape}: "
-            "give logits (images, classes) and one label an image"
+            "give logits (images, classes) and one label per image"
         )
     num_samples, num_classes = logits.shape
     if num_samples == 0:
-        raise ValueError("the split holds no image, so there is nothing to score: choose another split")
+        raise ValueError("the split has no images to score: choose another split")
     if truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= num_classes:
         raise ValueError(
             f"labels of type {truth.dtype} from {truth.min()} to {truth.max()} for logits of "
@@ -178,29 +176,25 @@ def resample_indices(num_samples: int, *, seed: int, resamples: int) -> Iterator
 
 
 def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of values (N,), one an image.
+    """95 % bootstrap interval of the mean of values (N,), one per image.
 
-    Given differences of two models on the same images (of their `Outcomes.hits` as 0 and 1, say),
-    it is the interval of the paired difference.
+    Given the differences of two models on the same images (such as of their `Outcomes.hits`), it is the interval of the
+    paired difference.
     """
     blocks = resample_indices(len(values), seed=seed, resamples=resamples)
-    low, high = _interval(np.concatenate([values[indices].mean(axis=1) for indices in blocks]))
-    return low, high
+    return _interval(np.concatenate([values[indices].mean(axis=1) for indices in blocks]))
 
 
 def gather_logits(
     accelerator: Accelerator, logits: NDArray[Any] | Tensor, labels: NDArray[Any] | Tensor
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Logits (N, K) and labels (N,) of all ranks, on every rank, in rank order, each image once.
+    """Logits (N, K) float32 and labels (N,) int64 of all ranks, on every rank, in rank order, each image once.
 
-    Each rank gives the rows that it computed, (n_r, K) and (n_r,): any number of them, none included
-    (K may then be 0, for a rank that never saw logits), and no padding or repeated rows. Returned as
-    float32 and int64, whatever the ranks gave. All ranks must call this.
-
-    Raises ValueError, on all ranks, where a rank's labels are not one a row, or the ranks differ in K;
-    TypeError for labels that are not whole numbers.
+    Each rank gives the rows that it computed, (n_r, K) and (n_r,), without padding or repetition; n_r may be 0, and K is then
+    ignored. All ranks must call this. Raises ValueError on all ranks if a rank does not give one label per row or the ranks
+    differ in K; TypeError for labels that are not whole numbers.
     """
-    # One type on all ranks: a rank without rows may not know the others'.
+    # The same dtype on all ranks: a rank without rows may not know the others'.
     logits = _to_numpy(logits).astype(np.float32)
     labels = _to_numpy(labels).astype(np.int64, casting="same_kind")
     shape = torch.tensor([[*logits.shape, len(labels)]], device=accelerator.device)
@@ -210,7 +204,7 @@ def gather_logits(
         if num_rows != num_labels or (num_rows and width != num_classes):
             raise ValueError(
                 f"rank {rank} holds logits ({num_rows}, {width}) and {num_labels} labels, another rank logits of "
-                f"{num_classes} classes: give one label a row, and the same classes on every rank"
+                f"{num_classes} classes: give one label per row, and the same classes on every rank"
             )
     longest = max(1, *(num_rows for num_rows, _, _ in shapes))
 
@@ -232,11 +226,11 @@ def _to_numpy(values: NDArray[Any] | Tensor) -> NDArray[Any]:
     return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
 
 
-def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, list[float]]:
+def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
     """Intervals of accuracy, balanced accuracy, macro-F1 and NLL, all from the same resamples."""
     from hf_transfer.training.metric_modules import ClassCounts
 
-    hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # misses: one class more
+    hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # misses count as one more class
     drawn: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):
         counts = ClassCounts(
@@ -252,25 +246,24 @@ def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: in
 
 
 def _count_rows(classes: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """How often each of `width` values stands in each row of (R, N): (R, width)."""
+    """How often each of `width` values occurs in each row of (R, N): (R, width)."""
     num_rows = len(classes)
     flat = (classes + np.arange(num_rows)[:, None] * width).ravel()
     return np.bincount(flat, minlength=num_rows * width).reshape(num_rows, width)
 
 
-def _interval(values: NDArray[np.float64]) -> list[float]:
+def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
     tail = (1 - CONFIDENCE_LEVEL) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
-    return [float(low), float(high)]
+    return float(low), float(high)
 
 
-def _notes(per_class: list[dict[str, Any]]) -> list[str]:
-    absent = [row["label"] for row in per_class if row["support"] == 0]
+def _note_absent_classes(rows: Sequence[ClassMetrics]) -> tuple[str, ...]:
+    absent = [row.label for row in rows if row.support == 0]
     if not absent:
-        return []
+        return ()
     named = ", ".join(absent[:_MAX_NAMED]) + (", ..." if len(absent) > _MAX_NAMED else "")
-    return [
-        f"{len(absent)} of {len(per_class)} classes have no image in this split ({named}): they "
-        "have no recall, precision or F1, and balanced accuracy and macro-F1 are averages over the "
-        "other classes."
-    ]
+    return (
+        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}): they have no recall, precision or F1, and "
+        "balanced accuracy and macro-F1 average over the other classes.",
+    )

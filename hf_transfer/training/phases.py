@@ -1,4 +1,4 @@
-"""The phases of a plan in order, each with its own cut, optimizer and preparation; resumable at any step of any of them."""
+"""The phases of a plan in order, each with its own cut and optimizer; resumable at any step of any phase."""
 
 import logging
 import time
@@ -8,302 +8,262 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from hf_transfer.config import TrainConfig, to_settings
-from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import move_model, use_fast_layout
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.network.backbone import Backbone
+from hf_transfer.config import to_settings
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import Audit
+from hf_transfer.prefix.extract import move_model, use_fast_layout
+from hf_transfer.session import Session
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import load_state, remove_state, save_state
-from hf_transfer.training.costs import Costs
-from hf_transfer.training.feeds import PhaseData, augmentation_of, make_phase_data
+from hf_transfer.training.feeds import PhaseData, make_phase_data
 from hf_transfer.training.loop import train_phase
-from hf_transfer.training.phase import Phase, Plan, ProbePhase
-from hf_transfer.training.steps import Workplace
+from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
+from hf_transfer.training.records import PhaseCost, PhaseResult, phase_from_json, to_json
+from hf_transfer.training.solve import describe_solution
+from hf_transfer.training.steps import PhaseRun
 
 log = logging.getLogger(__name__)
 
-KEPT_START = "the start: no epoch was better beyond chance"
+STATE_FORMAT = 3  # raise it when an older state would be continued differently
 
-STATE_FORMAT = 2  # raise when a state of before would be gone on from otherwise
+# Settings that may change when a run is resumed: they say where things are, not what is computed.
+NOT_COMPARED = frozenset((
+    "output_dir", "resume", "cache", "cache_gb", "num_workers", "tracker", "save_every", "checkpoint", "dataset", "base_model",
+    "merge", "push_to_hub", "private",
+))  # fmt: skip
 
-# They may change between the runs: they say where things are, not what is computed.
-NOT_COMPARED = (
-    "output_dir",
-    "resume",
-    "cache",
-    "cache_gb",
-    "num_threads",
-    "tracker",
-    "save_every",
-    "checkpoint",
-    "dataset",
-    "base_model",
-    "merge",
-    "push_to_hub",
-    "private",
-)
+PhaseState = Mapping[str, Any] | None
+"""A phase's part of a saved state; None between phases."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ran:
+class PhasesResult:
     """What became of the phases."""
 
-    done: list[dict[str, Any]]  # one of each phase that ran: its description, score and history
+    done: tuple[PhaseResult, ...]
     resumed: bool
     num_audited: int  # tensors that no phase may change
-    start: dict[str, torch.Tensor] | None  # weights that gradient steps on the whole network started from, for WiSE-FT
+    start: wise.Weights | None  # that gradient steps on the whole network started from, for WiSE-FT
 
 
 def run_phases(
+    session: Session,
     plan: Plan,
-    chain: Chain,
-    backbone: Backbone,
-    data: Data,
     *,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    costs: Costs,
     checkpoints: Path | None = None,
-    goes_on: Callable[[list[dict[str, Any]]], bool] = lambda done: True,
-) -> Ran:
-    """Trains the chain's model in place, phase by phase, without scoring what comes out.
+    continues: Callable[[Sequence[PhaseResult]], bool] = lambda done: True,
+) -> PhasesResult:
+    """Trains the chain's model in place, phase by phase, without scoring the result.
 
-    `chain` is that of the whole network, whose state is saved; a phase may name the part of it that it trains. `goes_on` is
-    asked before each phase but the first. Otherwise as `training.plan.run_plan`.
+    The session's chain is that of the whole network, whose state is saved in `checkpoints`; a phase may name the part of it
+    that it trains. `continues` is asked before each phase but the first.
+
+    With `resume`, continues from the state in `checkpoints`, on a CPU to the same bits as without the interruption. Raises
+    ValueError if that state is of another plan, data set or setting, and names them.
     """
-    chains = [phase.chain or chain if isinstance(phase, Phase) else chain for phase in plan]
-    # A policy that does not fit fails before anything runs.
-    selected = [phase.policy.select(on) for phase, on in zip(plan, chains, strict=True)]
-    _check_mixing(plan, chains, config, selected)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    move_model(chain.model, accelerator)
-    use_fast_layout(chain.model)
-    identity = _identity(plan, data, config)
-    state = load_state(checkpoints) if config.resume and checkpoints is not None else None
-    if state is not None:
-        _check_same(state["identity"], identity)
-        _load_model(chain, state["model"])
-        log.info("resuming in phase %d of %d", min(len(state["done"]) + 1, len(plan)), len(plan))
-    elif accelerator.is_main_process and checkpoints is not None:
-        if config.resume:
-            log.info("no saved state in %s: starting anew", checkpoints.name)
-        remove_state(checkpoints)
-    accelerator.wait_for_everyone()
-    done: list[dict[str, Any]] = state["done"] if state else []
-    part: dict[str, Any] | None = state["part"] if state else None  # of the phase that was interrupted
-    start: dict[str, torch.Tensor] | None = state["start"] if state else None
-    upstream = Audit(chain, None, frozenset().union(*selected))  # what no phase trains
-
-    def save(part: dict[str, Any] | None) -> None:
-        if accelerator.is_main_process and checkpoints is not None:
-            held = {"identity": identity, "done": done, "part": part, "model": chain.model.state_dict(), "start": start}
-            save_state(checkpoints, held)
-
-    reads: PhaseData | None = None
-    for number in range(len(done), len(plan)):
-        phase = plan[number]
-        if done and not goes_on(done):
+    run = _PlanRun(session, plan, checkpoints)
+    run.restore()
+    for number in range(len(run.done), len(plan)):
+        if run.done and not continues(run.done):
             break
-        at = Workplace(
-            chain=chains[number],
-            data=data,
-            config=config,
-            accelerator=accelerator,
-            save=save,
-            epochs_before=sum(int(d["epochs"]) for d in done),
-            steps_before=number << 32,  # seeds of two phases never meet
-        )
-        if accelerator.is_main_process and len(plan) > 1:
-            log.info("phase %d of %d: %s", number + 1, len(plan), phase.policy.name)
-        if isinstance(phase, ProbePhase):
-            done.append(_run_probe(phase, backbone, at, costs, _cuts_to_come(plan, number, selected, at)))
+        run.run_phase(number)
+    run.audit.check()
+    return PhasesResult(
+        done=tuple(run.done), resumed=run.is_resumed, num_audited=len(run.audit), start=run.start
+    )
+
+
+class _PlanRun:
+    """A plan as it runs."""
+
+    def __init__(self, session: Session, plan: Plan, checkpoints: Path | None) -> None:
+        self.session, self.plan, self.checkpoints = session, plan, checkpoints
+        self.chains = [p.chain or session.chain if isinstance(p, TrainPhase) else session.chain for p in plan]
+        # A policy that does not fit fails before anything runs.
+        self.selected = [phase.policy.select(chain) for phase, chain in zip(plan, self.chains, strict=True)]
+        self._check_mixing()
+        self.done: list[PhaseResult] = []
+        self.start: wise.Weights | None = None
+        self.is_resumed = False
+        self._phase_state: PhaseState = None  # of the phase that was interrupted
+        self._inputs: PhaseData | None = None  # what the last phase read
+        self._identity = _describe_identity(session, plan)
+
+    def restore(self) -> None:
+        """Prepares the network, and continues from a saved state if there is one and it is asked for."""
+        session, chain = self.session, self.session.chain
+        if session.accelerator.device.type == "cpu":
+            keep_freed_memory()
+        move_model(chain.model, session.resources)
+        use_fast_layout(chain.model)
+        resume = session.gradient.training.resume
+        state = load_state(self.checkpoints) if resume and self.checkpoints is not None else None
+        if state is not None:
+            _check_same(state["identity"], self._identity)
+            _load_model(chain, state["model"])
+            self.done = [phase_from_json(row) for row in state["done"]]
+            self.start, self._phase_state, self.is_resumed = state["start"], state["phase"], True
+            log.info("resuming in phase %d of %d", min(len(self.done) + 1, len(self.plan)), len(self.plan))
+        elif session.is_main and self.checkpoints is not None:
+            if resume:
+                log.info("no saved state in %s: starting fresh", self.checkpoints.name)
+            remove_state(self.checkpoints)
+        session.accelerator.wait_for_everyone()
+        self.audit = Audit(chain, None, frozenset().union(*self.selected))  # what no phase trains
+
+    def save(self, phase_state: PhaseState) -> None:
+        """Writes a state to resume from, on the main process."""
+        if self.session.is_main and self.checkpoints is not None:
+            state = {
+                "identity": self._identity,
+                "done": to_json(self.done),
+                "phase": phase_state,
+                "model": self.session.chain.model.state_dict(),
+                "start": self.start,
+            }
+            save_state(self.checkpoints, state)
+
+    def run_phase(self, number: int) -> None:
+        """Runs one phase and saves the state after it."""
+        phase, session = self.plan[number], self.session.with_chain(self.chains[number])
+        if session.is_main and len(self.plan) > 1:
+            log.info("phase %d of %d: %s", number + 1, len(self.plan), phase.policy.name)
+        if isinstance(phase, SolveHeadPhase):
+            self.done.append(_solve(session, phase, self._find_later_cuts(number)))
         else:
-            if config.wise_ft and phase.chain is None and start is None:
-                start = _take_start(plan, number, selected, backbone, at, costs)
-            before = reads if phase.through else None
-            found, reads = _run_steps(phase, backbone, at, costs, part, before, is_first=not done)
-            done.append(found)
-        part = None
-        save(None)  # a run that is resumed from here begins the next phase
-        accelerator.wait_for_everyone()
-    upstream.check()
-    return Ran(done=done, resumed=state is not None, num_audited=len(upstream), start=start)
+            if session.gradient.training.wise_ft and phase.chain is None and self.start is None:
+                self.start = self._find_start(number)
+            self.done.append(self._train(number, phase, session))
+        self._phase_state = None
+        self.save(None)  # a run that is resumed from here begins the next phase
+        session.accelerator.wait_for_everyone()
 
-
-def _take_start(
-    plan: Plan, number: int, selected: list[frozenset[str]], backbone: Backbone, at: Workplace, costs: Costs
-) -> dict[str, torch.Tensor]:
-    """The weights that gradient steps start from; where the head is untrained then, with a probe in its place."""
-    model = at.chain.model
-    names = frozenset().union(*(s for p, s in zip(plan, selected, strict=True) if not isinstance(p, ProbePhase)))
-    phase = plan[number]
-    if any(isinstance(p, ProbePhase) for p in plan[:number]) or (isinstance(phase, Phase) and phase.is_trained):
-        return wise.copy_weights(model, names)
-    head = wise.copy_weights(model, at.chain.classifier_parameters)
-    _run_probe(ProbePhase(), backbone, at, costs)
-    start = wise.copy_weights(model, names)
-    wise.set_weights(model, head)
-    return start
-
-
-def _run_steps(
-    phase: Phase,
-    backbone: Backbone,
-    at: Workplace,
-    costs: Costs,
-    part: Any,
-    before: PhaseData | None,
-    *,
-    is_first: bool,
-) -> tuple[dict[str, Any], PhaseData]:
-    names = phase.policy.select(at.chain)
-    cut = at.chain.lowest_cut(names)
-    times = [time.perf_counter()]
-    with costs.part("store"):
-        reads = make_phase_data(
-            cut, at.chain, backbone, at.data, at.config, at.accelerator, through=phase.through, before=before
+    def _train(self, number: int, phase: TrainPhase, session: Session) -> PhaseResult:
+        cut = session.chain.lowest_cut(self.selected[number])
+        before = self._inputs if phase.through else None
+        times = [time.perf_counter()]
+        with session.costs.part("store"):
+            self._inputs = make_phase_data(session, cut, through=phase.through, before=before)
+        session.costs.count_images("store", self._inputs.num_computed)
+        times.append(time.perf_counter())
+        run = PhaseRun(
+            phase=phase,
+            session=session,
+            inputs=self._inputs,
+            save=self.save,
+            epochs_before=sum(result.epochs for result in self.done),
+            seed_offset=number << 32,  # the seeds of two phases never meet
         )
-    costs.count_images("store", reads.num_computed)
-    times.append(time.perf_counter())
-    with costs.part("train"):
-        # A network of its own has a head of its own, which no phase before this one has trained.
-        starts_trained = phase.is_trained or (not is_first and phase.chain is None)
-        found = train_phase(phase, reads, at, starts_trained=starts_trained, resumed=part)
-    costs.count_images("train", found["images"])
-    times.append(time.perf_counter())
-    how = phase.optimization
-    score = found["kept"]
-    kept = f"epoch {score['epoch']}" if "epoch" in score else KEPT_START
-    where = "the pixels" if cut is None else cut.name
-    described = {
-        "policy": phase.policy.name,
-        "cut": where,
-        "optimizer": how.optimizer,
-        "epochs": phase.epochs,
-        "lr": how.lr,
-        "num_trainable": found["num_trainable"],
-        "images_per_second": found["images_per_second"],
-        "kept": kept,
-        "score": {"accuracy": score["accuracy"], "log_loss": score["log_loss"]},
-        "cost": {
-            "store_seconds": times[1] - times[0],
-            "store_images": reads.num_computed,
-            "train_seconds": times[2] - times[1],
-            "train_images": found["images"],
-        },
-        "history": found["history"],
-        "description": (
-            f"{phase.policy.name} ({found['num_trainable']:,} parameters, cut at {where}) by {how.optimizer}, learning rate "
-            f"{how.lr:g}, {how.schedule}, up to {phase.epochs} epochs; {kept} was kept by validation"
-        ),
-    }
-    return described, reads
-
-
-def _cuts_to_come(plan: Plan, number: int, selected: list[frozenset[str]], at: Workplace) -> list[Cut]:
-    """The cuts at which later phases read each image as evaluated, for the probe's own pass to store on disk.
-
-    Only those below which nothing trains before: else the activations will be others by then.
-    """
-    if at.config.cache_views != 1:
-        return []
-    found: dict[str, Cut] = {}
-    trained: set[str] = set()
-    for phase, names in zip(plan[number + 1 :], selected[number + 1 :], strict=True):
-        cut = at.chain.lowest_cut(names) if isinstance(phase, Phase) and phase.chain is None else None
-        if cut is not None and cut != at.chain.features and trained.isdisjoint(at.chain.before(cut)[0]):
-            found[cut.name] = cut
-        trained |= names
-    num_bytes = sum(cut.bytes_per_image for cut in found.values()) * (len(at.data.train) + len(at.data.validation))
-    storage = ExtractOptions.from_config(at.config).choose_storage(num_bytes, at.accelerator)
-    return list(found.values()) if storage.kind == "disk" else []
-
-
-def _run_probe(
-    phase: ProbePhase, backbone: Backbone, at: Workplace, costs: Costs, beside: Sequence[Cut] = ()
-) -> dict[str, Any]:
-    options = ExtractOptions.from_config(at.config)
-    with costs.part("features"):
-        # The test split is left alone: it is scored once, at the end.
-        candidates, computed = readouts.extract_readouts(
-            at.chain,
-            backbone,
-            replace(at.data, test=None),
-            sweep="none",
-            accelerator=at.accelerator,
-            options=options,
-            beside=beside,
+        # The head of a part with its own chain has not been trained by any phase before.
+        starts_trained = phase.is_trained or (bool(self.done) and phase.chain is None)
+        with session.costs.part("train"):
+            trained = train_phase(run, starts_trained=starts_trained, resumed=self._phase_state)
+        session.costs.count_images("train", trained.images)
+        times.append(time.perf_counter())
+        return PhaseResult(
+            policy=phase.policy.name,
+            cut=None if cut is None else cut.name,
+            optimizer=phase.optimization.optimizer,
+            epochs=phase.epochs,
+            lr=phase.optimization.lr,
+            lr_scheduler_type=phase.optimization.lr_scheduler_type,
+            num_trainable=trained.num_trainable,
+            images_per_second=trained.images_per_second,
+            kept=trained.kept,
+            kept_epoch=trained.kept_epoch,
+            score=trained.score,
+            history=trained.history,
+            cost=PhaseCost(
+                store_seconds=times[1] - times[0],
+                store_images=self._inputs.num_computed,
+                train_seconds=times[2] - times[1],
+                train_images=trained.images,
+            ),
         )
-    costs.count_images("features", sum(computed.values()))
-    with costs.part("probe"):
-        best, _ = readouts.choose_readout(
-            candidates,
-            at.data,
-            # By accuracy, a few held-out images may choose a head that is nearly 0, from which training has to begin anew.
-            select_by="log_loss",
-            class_balance=at.config.class_balance,
-            folds=5,
-            refit=False,
-            seed=at.config.seed,
-            accelerator=at.accelerator,
-        )
-        readouts.install_probe(backbone, at.chain, best)
-    probe = best.probe
-    found = readouts.score_probe(best, at.data.validation, at.accelerator)
-    log.info("probe: validation accuracy %.1f %%, log-loss %.4f", 100 * found["accuracy"], found["log_loss"])
-    return {
-        "policy": phase.policy.name,
-        "cut": best.readout.cut.name,
-        "optimizer": "L-BFGS",
-        "epochs": 0,
-        "num_trainable": probe.weight.numel() + probe.bias.numel(),
-        "kept": "the solution",
-        "score": found,
-        "history": [],
-        "description": (
-            f"the head alone, a logistic regression on frozen features, C = {probe.c:.3g} chosen on held-out images"
-        ),
-    }
+
+    def _find_start(self, number: int) -> wise.Weights:
+        """The weights that gradient steps start from, with a probe in place of an untrained head."""
+        model, phase = self.session.chain.model, self.plan[number]
+        gradient = (s for p, s in zip(self.plan, self.selected, strict=True) if isinstance(p, TrainPhase))
+        names = frozenset().union(*gradient)
+        is_trained = isinstance(phase, TrainPhase) and phase.is_trained
+        if is_trained or any(isinstance(p, SolveHeadPhase) for p in self.plan[:number]):
+            return wise.copy_weights(model, names)
+        head = wise.copy_weights(model, self.session.chain.classifier_parameters)
+        _solve(self.session, SolveHeadPhase())
+        start = wise.copy_weights(model, names)
+        wise.set_weights(model, head)
+        return start
+
+    def _find_later_cuts(self, number: int) -> list[Cut]:
+        """The cuts at which later phases read each image as in evaluation, for the probe's own pass to store on disk.
+
+        Only those below which nothing trains before: otherwise the activations will have changed by then.
+        """
+        session, chain = self.session, self.session.chain
+        if session.gradient.training.cache_views != 1:
+            return []
+        cuts: dict[str, Cut] = {}
+        trained: set[str] = set()
+        for phase, names in zip(self.plan[number + 1 :], self.selected[number + 1 :], strict=True):
+            cut = chain.lowest_cut(names) if isinstance(phase, TrainPhase) and phase.chain is None else None
+            if cut is not None and cut != chain.features and trained.isdisjoint(chain.before(cut)[0]):
+                cuts[cut.name] = cut
+            trained |= names
+        num_images = len(session.data.train) + len(session.data.validation)
+        storage = session.resources.choose_storage(sum(c.bytes_per_image for c in cuts.values()) * num_images)
+        return list(cuts.values()) if storage.kind == "disk" else []
+
+    def _check_mixing(self) -> None:
+        augmentation, training = self.session.gradient.augmentation, self.session.gradient.training
+        if not augmentation.is_mixing or training.cache_views == 0:
+            return
+        phases = zip(self.plan, self.chains, self.selected, strict=True)
+        if self.plan and all(isinstance(p, SolveHeadPhase) or c.lowest_cut(s) is not None for p, c, s in phases):
+            raise ValueError(
+                f"mixup={augmentation.mixup}, cutmix={augmentation.cutmix}: with a frozen prefix only activations are stored, and "
+                "images cannot be mixed; choose --cache_views 0, or drop mixing"
+            )
 
 
-def _check_mixing(plan: Plan, chains: list[Chain], config: TrainConfig, selected: list[frozenset[str]]) -> None:
-    if not augmentation_of(config).is_mixing or config.cache_views == 0:
-        return
-    phases = zip(plan, chains, selected, strict=True)
-    if plan and all(isinstance(p, ProbePhase) or on.lowest_cut(s) is not None for p, on, s in phases):
+def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) -> PhaseResult:
+    """Solves for the head on training images alone, and installs it."""
+    with session.costs.part("features"):
+        # The test split is left out: it is scored once, at the end.
+        candidates, computed = readouts.extract_readouts(session.without_test(), sweep="none", beside=beside)
+    session.costs.count_images("features", computed)
+    with session.costs.part("probe"):
+        options = readouts.probe_options(session, phase, refit=False)
+        best, _ = readouts.choose_readout(candidates, session, options)
+        readouts.install_probe(session.backbone, session.chain, best)
+    score = readouts.score_probe(best, session.data.validation, session.resources)
+    log.info("probe: validation accuracy %.1f %%, log-loss %.4f", 100 * score.accuracy, score.log_loss)
+    return replace(describe_solution(best, phase), score=score)
+
+
+def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
+    """What must be equal for a state to be continued."""
+    settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED}
+    splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
+    return {"format": STATE_FORMAT, **settings, **splits, "plan": [phase.identity() for phase in plan]}
+
+
+def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    names = [k for k in {**saved, **current} if saved.get(k) != current.get(k)]
+    if names:
+        changes = "; ".join(f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in names[:5])
         raise ValueError(
-            f"mixup={config.mixup}, cutmix={config.cutmix}: below the cut only activations are kept, and images cannot be "
-            "mixed; choose --cache_views 0, or leave mixing out"
+            f"--resume: the saved state is of another run: {changes}. Give the same settings (config.yaml in the output folder "
+            "holds them), or start fresh without --resume"
         )
 
 
-def _identity(plan: Plan, data: Data, config: TrainConfig) -> dict[str, Any]:
-    """What must be the same for a state to be gone on from."""
-    settings = {k: v for k, v in to_settings(config).items() if k not in NOT_COMPARED}
-    splits = {"train": data.train.fingerprint, "validation": data.validation.fingerprint}
-    return {"format": STATE_FORMAT, **settings, **splits, "plan": [phase.policy.name for phase in plan]}
-
-
-def _check_same(kept: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    other = [f"{k} was {kept.get(k)!r}, is {now.get(k)!r}" for k in {**kept, **now} if kept.get(k) != now.get(k)]
-    if other:
-        raise ValueError(
-            f"--resume: the saved state is of another run: {'; '.join(other[:5])}. Give the same settings (config.yaml in the "
-            "output folder holds them), or start anew without --resume"
-        )
-
-
-def _load_model(chain: Chain, kept: Mapping[str, torch.Tensor]) -> None:
-    """In place and in each tensor's own layout: another layout takes other kernels, which round otherwise."""
+def _load_model(chain: Chain, saved: Mapping[str, torch.Tensor]) -> None:
+    """In place and in each tensor's own memory format: another one takes other kernels, which round differently."""
     own = chain.model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(kept[name])
+            tensor.copy_(saved[name])

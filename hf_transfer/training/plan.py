@@ -1,178 +1,117 @@
-"""Runs a plan: its phases in order, then the scores of what came out.
-
-outcome = run_plan(plan, chain, backbone, data, config=config)
-"""
+"""Runs a plan: its phases in order, then the scores of the result."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import torch
-from accelerate import Accelerator
-
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import Data
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages
-from hf_transfer.network.backbone import Backbone
-from hf_transfer.network.chain import Chain
-from hf_transfer.network.cut import Suffix
 from hf_transfer.network.freezing import set_trainable
+from hf_transfer.session import Session
 from hf_transfer.training import wise
-from hf_transfer.training.costs import Costs
-from hf_transfer.training.evaluate import compute_image_logits
-from hf_transfer.training.feeds import augmentation_of, make_phase_data
-from hf_transfer.training.loop import WholeNetwork, validate
-from hf_transfer.training.metrics import score
-from hf_transfer.training.outcome import Outcome
-from hf_transfer.training.phase import Plan, ProbePhase
-from hf_transfer.training.phases import KEPT_START, run_phases
-from hf_transfer.training.solve import solve_head
-from hf_transfer.training.steps import Workplace
+from hf_transfer.training.evaluate import score_splits
+from hf_transfer.training.feeds import make_phase_data
+from hf_transfer.training.loop import validate
+from hf_transfer.training.phase import Plan, SolveHeadPhase
+from hf_transfer.training.phases import run_phases
+from hf_transfer.training.records import Curve, EpochRecord, Json, Kept, Line, Metrics, PhaseResult, RunResult, Score, to_json
+from hf_transfer.training.solve import fit_head
 
 log = logging.getLogger(__name__)
 
-# Between the last validation of the trained network and that of the whole one from files, in float32.
+# Largest difference between the last validation of the trained network and that of the whole one from files, in fp32.
 VERIFIED_LOG_LOSS = 1e-3
 
 
-def run_plan(
-    plan: Plan,
-    chain: Chain,
-    backbone: Backbone,
-    data: Data,
-    *,
-    config: TrainConfig,
-    accelerator: Accelerator | None = None,
-    costs: Costs | None = None,
-    checkpoints: Path | None = None,
-) -> Outcome:
-    """Trains the chain's model in place, phase by phase, and scores it on validation and, once, on test.
+def run_plan(session: Session, plan: Plan) -> RunResult:
+    """Trains the session's network in place, phase by phase, and scores it on validation and, once, on test images.
 
-    Where a plan began with a probe and no step was better than that, what comes out is the probe as its own recipe makes it
-    (`training.solve.solve_head`): fitted on validation images, too, which are scored by fits that have not seen them, and of
-    the readout that these choose, for which `outcome.backbone` may hold another model than the chain's.
+    If a plan begins by solving for the head and no gradient step beats that, or if there is none, the result is the linear
+    probe's (`training.solve.fit_head`): fitted on validation images too, which are scored by fits that have not seen them. The
+    result's backbone may then hold another model than the chain's, since another readout may win.
 
-    Of `config`, phases say their own policy, epochs and optimization; the rest holds for all. Without `checkpoints` no state is
-    saved. `costs` gets the seconds of each part.
-
-    With `config.resume`, goes on from the state in `checkpoints`, to the same bits as without the interruption on a CPU.
-    Raises ValueError where that state is of another plan, data set or setting, naming them.
+    States are saved in the session's `checkpoints`. Raises what `run_phases` raises.
     """
-    accelerator = accelerator or Accelerator()
-    costs = costs or Costs()
-    ran = run_phases(
-        plan, chain, backbone, data, config=config, accelerator=accelerator, costs=costs, checkpoints=checkpoints
-    )
-    done, details, curves = ran.done, dict[str, Any](), draw_curves(ran.done)
-    at = Workplace(chain=chain, data=data, config=config, accelerator=accelerator, save=lambda part: None)
-    first = plan[0] if plan else None
-    is_probe = isinstance(first, ProbePhase) and len(done) > 1 and all(d["kept"] == KEPT_START for d in done[1:])
-    if ran.start is not None and not is_probe:
-        with costs.part("wise_ft"):
-            found = _interpolate(ran.start, backbone, at)
-        done = [*done[:-1], _describe_interpolated(done[-1], found)]
-        details, curves = {"wise_ft": found}, [*curves, *wise.draw_curves(found)]
-        is_probe = isinstance(first, ProbePhase) and found["alpha"] == 0.0
-    set_trainable(chain.model, plan[-1].policy.select(chain) if plan else ())
-    if is_probe:
-        assert isinstance(first, ProbePhase)
-        log.info("no step was better than the probe: it is kept, and fitted on training and validation images")
-        probe = solve_head(
-            chain, backbone, data, config=config, accelerator=accelerator, costs=costs, sweep=first.sweep
-        )  # fmt: skip
-        backbone, metrics, details = probe.backbone, probe.metrics, {**details, **probe.details}
-        told = f"{probe.plan[0]['description']}; fitted on validation images, too, since no step was better"
-        done = [{**done[0], **probe.plan[0], "description": told}, *done[1:]]
-    else:
-        with costs.part("evaluate"):
-            metrics = score_splits(chain, backbone, data, config, accelerator)
-        difference = abs(metrics["validation"]["nll"] - done[-1]["score"]["log_loss"]) if done else 0.0
-        if accelerator.mixed_precision == "no" and config.dtype == "float32" and difference > VERIFIED_LOG_LOSS:
-            raise RuntimeError(
-                f"the saved network's validation log-loss differs by {difference:.2g} from the one that it was chosen by"
-            )
-    return Outcome(
-        backbone=backbone,
-        plan=describe_phases(done),
-        metrics=metrics,
+    if plan and all(isinstance(phase, SolveHeadPhase) for phase in plan):
+        assert isinstance(plan[-1], SolveHeadPhase)
+        return fit_head(session, plan[-1])
+    ran = run_phases(session, plan, checkpoints=session.checkpoints)
+    done, curves, details = ran.done, draw_history(ran.done), dict[str, Json]()
+    first = plan[0] if plan and isinstance(plan[0], SolveHeadPhase) else None
+    keeps_probe = first is not None and len(done) > 1 and all(phase.kept is Kept.START for phase in done[1:])
+    if ran.start is not None and not keeps_probe:
+        mixed = _interpolate(ran.start, session)
+        done = (*done[:-1], replace(done[-1], score=mixed.best.score, wise_ft_alpha=mixed.best.alpha))
+        curves = (*curves, wise.draw_wise(mixed))
+        details["wise_ft"] = {"alpha": mixed.best.alpha, "points": to_json(mixed.points)}
+        keeps_probe = first is not None and mixed.best.alpha == 0.0
+    set_trainable(session.chain.model, plan[-1].policy.select(session.chain) if plan else ())
+    result = RunResult(
+        backbone=session.backbone,
+        phases=done,
+        metrics={},
         curves=curves,
-        details={
-            **details,
-            "phases": [{"policy": d["policy"], "history": d["history"]} for d in done],
-            "augmentation": vars(augmentation_of(config)),
-            "audited_tensors": ran.num_audited,
-            "is_probe": is_probe,
-            # The cost of a resumed run is that of its last process alone.
-            "resumed": ran.resumed,
-        },
+        kept_probe=keeps_probe,
+        num_audited=ran.num_audited,
+        resumed=ran.resumed,  # its cost is then that of the last process alone
+        details=details,
+    )
+    if keeps_probe:
+        assert first is not None
+        return _end_as_probe(session, first, result)
+    with session.costs.part("evaluate"):
+        metrics = score_splits(session)
+    if done:
+        _verify(metrics["validation"], done[-1].score, session)
+    return replace(result, metrics=metrics)
+
+
+def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) -> RunResult:
+    log.info("no step was better than the probe: keeping it, fitted on training and validation images")
+    probe = fit_head(session, phase)
+    solved = replace(probe.phases[0], refitted=True)
+    return replace(
+        result,
+        backbone=probe.backbone,
+        phases=(solved, *result.phases[1:]),
+        metrics=probe.metrics,
+        details={**result.details, **probe.details},
     )
 
 
-def describe_phases(done: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
-    """What results.json says of each phase under "plan"; the histories have a place of their own."""
-    return [{k: v for k, v in d.items() if k != "history"} for d in done]
-
-
-def _interpolate(start: dict[str, torch.Tensor], backbone: Backbone, at: Workplace) -> dict[str, Any]:
-    chain = at.chain
-    reads = make_phase_data(chain.lowest_cut(set(start)), chain, backbone, at.data, at.config, at.accelerator)
-    network = WholeNetwork(chain.model) if reads.cut is None else chain.suffix(reads.cut)
-    with network if isinstance(network, Suffix) else nullcontext(), at.accelerator.autocast():
-        return wise.interpolate(
-            chain.model, start, lambda: validate(network, reads, at)[0], select_by=at.config.select_by
+def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
+    """Raises RuntimeError if the saved network is not the one that validation chose."""
+    difference = abs(measured.nll - chosen_by.log_loss)
+    if session.resources.precision == "fp32" and difference > VERIFIED_LOG_LOSS:
+        raise RuntimeError(
+            f"the saved network's validation log-loss differs by {difference:.2g} from the one that it was chosen by"
         )
 
 
-def _describe_interpolated(phase: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    row = next(row for row in found["curve"] if row["alpha"] == found["alpha"])
-    return {
-        **phase,
-        "score": {"accuracy": row["accuracy"], "log_loss": row["log_loss"]},
-        "description": (
-            f"{phase['description']}; of the weights between its start (with the probe) and these, {found['alpha']:.0%} of the "
-            "way validated best (WiSE-FT)"
-        ),
-    }
+def _interpolate(start: wise.Weights, session: Session) -> wise.WiseResult:
+    chain, accelerator = session.chain, session.accelerator
+    inputs = make_phase_data(session, chain.lowest_cut(set(start)))
+
+    def score() -> Score:
+        # One autocast context per candidate: it caches low-precision copies of the weights until it closes.
+        with accelerator.autocast():
+            return validate(network, session, inputs).score
+
+    with session.costs.part("wise_ft"), chain.part(start=inputs.cut) as network:
+        return wise.interpolate(chain.model, start, score, select_by=session.gradient.training.select_by)
 
 
-def score_splits(
-    chain: Chain,
-    backbone: Backbone,
-    data: Data,
-    config: TrainConfig,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """The whole network, as it will be saved, on images from their files."""
-    metrics: dict[str, Any] = {}
-    for split in (data.validation, data.test):
-        if split is not None:
-            logits, labels = compute_image_logits(
-                chain,
-                EvaluationImages(split=split, preprocessing=backbone.preprocessing),
-                split.labels,
-                accelerator=accelerator,
-                options=ExtractOptions.from_config(config),
-            )
-            metrics[split.name] = score(logits, labels, data.label_names, seed=config.seed)
-    return metrics
-
-
-def draw_curves(done: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def draw_history(phases: Sequence[PhaseResult]) -> tuple[Curve, ...]:
     """Loss and accuracy against epochs, over all phases."""
-    rows = [row for phase in done for row in phase["history"]]
-    if len(rows) < 2:
-        return []
-    epochs = list(range(1, len(rows) + 1))
+    records = [record for phase in phases for record in phase.history]
+    if len(records) < 2:
+        return ()
+    epochs = list(range(1, len(records) + 1))
 
-    def series(name: str, key: str) -> dict[str, Any]:
-        return {"name": name, "x": epochs, "y": [row[key] for row in rows]}
+    def line(name: str, read: Callable[[EpochRecord], float]) -> Line:
+        return Line(name=name, x=epochs, y=[read(record) for record in records])
 
-    return [
-        {"title": "Loss", "x_label": "epoch", "y_label": "Loss", "x_log": False,
-         "series": [series("training", "train_loss"), series("validation log-loss", "validation_log_loss")]},
-        {"title": "Accuracy", "x_label": "epoch", "y_label": "Accuracy", "x_log": False,
-         "series": [series("training", "train_accuracy"), series("validation", "validation_accuracy")]},
-    ]  # fmt: skip
+    loss = (line("training", lambda r: r.train_loss), line("validation log-loss", lambda r: r.validation.log_loss))
+    accuracy = (line("training", lambda r: r.train_accuracy), line("validation", lambda r: r.validation.accuracy))
+    return (
+        Curve(title="Loss", x_label="epoch", y_label="Loss", series=loss),
+        Curve(title="Accuracy", x_label="epoch", y_label="Accuracy", series=accuracy),
+    )

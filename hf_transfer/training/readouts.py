@@ -1,38 +1,40 @@
-"""The linear probe over every readout: one pass of the frozen network, one convex problem each, chosen on validation."""
+"""The linear probe over every readout: one pass of the frozen network, one convex problem per readout, chosen by validation."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn import functional as F
 
-from hf_transfer.data.cache import Store
-from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import Tap, extract, move_model, tap_activation
-from hf_transfer.data.options import ExtractOptions
+from hf_transfer.config import Sweep
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.readout import Readout, build_variant, find_readouts, read_features
+from hf_transfer.prefix.extract import Tap, extract, move_model, tap_activation
+from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.store import Store
+from hf_transfer.session import Session
 from hf_transfer.training.evaluate import compute_stored_logits
 from hf_transfer.training.metrics import read_outcomes
-from hf_transfer.training.probe import Probe, choose_probe, fit_probe
+from hf_transfer.training.phase import SolveHeadPhase
+from hf_transfer.training.probe import Probe, ProbeOptions, choose_probe, fit_probe
+from hf_transfer.training.records import Curve, Json, Line, Score
 
 log = logging.getLogger(__name__)
 
-MOST_CURVES = 6
-VERIFY_IMAGES = 8
-# Of the largest logit: between the saved network on pixels and the probe on stored features.
-VERIFIED_RELATIVE = {"float32": 1e-4, "bfloat16": 5e-2}
+MAX_LINES = 6  # of a chart
+VERIFIED_IMAGES = 8
+# Largest difference between the saved network on pixels and the probe on stored features, relative to the largest logit.
+VERIFIED_RELATIVE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class ProbedReadout:
 
     @property
     def readout(self) -> Readout:
-        """Where it reads the network."""
+        """How it reads the network."""
         return self.features.readout
 
     def compute_logits(self, features: torch.Tensor) -> torch.Tensor:
@@ -61,39 +63,34 @@ class ProbedReadout:
 
 
 def extract_readouts(
-    chain: Chain,
-    backbone: Backbone,
-    data: Data,
-    *,
-    sweep: Literal["none", "pooling", "layer", "all"],
-    accelerator: Accelerator,
-    options: ExtractOptions,
-    beside: Sequence[Cut] = (),
-) -> tuple[list[ReadoutFeatures], dict[str, int]]:
-    """Features of every split through every readout, and the images that went through the network for each split.
+    session: Session, *, sweep: Sweep, beside: Sequence[Cut] = ()
+) -> tuple[list[ReadoutFeatures], int]:
+    """Features of every split through every readout, and how many images went through the network for them.
 
-    `beside`: cuts whose activations the same pass stores for a later phase to find.
+    `beside`: cuts whose activations the same pass stores for a later phase.
     """
+    chain, data, resources = session.chain, session.data, session.resources
     readouts = find_readouts(chain, sweep=sweep)
-    taps = tap_readouts(chain, readouts, accelerator) | {cut.name: tap_activation(cut) for cut in beside}
+    taps = tap_readouts(chain, readouts, resources) | {cut.name: tap_activation(cut) for cut in beside}
     stores: dict[str, Mapping[str, Store]] = {}
-    computed: dict[str, int] = {}
+    computed = 0
     for split in (data.train, data.validation, data.test):
         if split is not None:
-            found = extract(chain, backbone.preprocessing, split, taps, accelerator=accelerator, options=options)
-            stores[split.name], computed[split.name] = found.stores, found.images
+            extracted = extract(chain, session.backbone.preprocessing, split, taps, resources)
+            stores[split.name] = extracted.stores
+            computed += extracted.images
     return [
         ReadoutFeatures(readout=r, stores={split: named[r.name] for split, named in stores.items()}) for r in readouts
     ], computed
 
 
-def tap_readouts(chain: Chain, readouts: Sequence[Readout], accelerator: Accelerator) -> dict[str, Tap]:
+def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources) -> dict[str, Tap]:
     """What the pass keeps for each readout, by its name."""
-    # Depths that share a tail share a function, and so one call a batch: most of a tail's time goes into setting it up.
+    # Depths with the same tail share one function, and so one call per batch: most of a tail's time is its setup.
     tails: dict[tuple[int, bool], Callable[[torch.Tensor], torch.Tensor]] = {}
     taps = {}
     for r in readouts:
-        move_model(r.model, accelerator)
+        move_model(r.model, resources)
         keep = tails.setdefault((id(r.model), r.cut == chain.features), partial(read_features, r, chain))
         taps[r.name] = Tap(
             cut=r.cut,
@@ -106,56 +103,50 @@ def tap_readouts(chain: Chain, readouts: Sequence[Readout], accelerator: Acceler
 
 
 def choose_readout(
-    candidates: Sequence[ReadoutFeatures],
-    data: Data,
-    *,
-    select_by: Literal["log_loss", "accuracy"],
-    class_balance: Literal["none", "loss"],
-    folds: int,
-    seed: int,
-    accelerator: Accelerator,
-    refit: bool = True,
+    candidates: Sequence[ReadoutFeatures], session: Session, options: ProbeOptions
 ) -> tuple[ProbedReadout, list[ProbedReadout]]:
     """The readout to use, and all of them: the network's own, unless another's gain on held-out images is beyond chance.
 
-    `select_by` chooses each readout's C. `refit`: the heads are fitted on train and validation, else on train alone. Solved
-    on the main process, known to all.
+    Solved on the main process, known to all.
     """
     solved: list[Probe] = []
-    if accelerator.is_main_process:
-        truth = [torch.from_numpy(split.labels) for split in (data.train, data.validation)]
+    if session.is_main:
         for candidate in candidates:
-            train, validation = (
-                torch.from_numpy(candidate.stores[split.name][:]).to(accelerator.device)
-                for split in (data.train, data.validation)
-            )
-            probe = fit_probe(
-                train,
-                truth[0],
-                validation,
-                truth[1],
-                len(data.label_names),
-                select_by=select_by,
-                class_balance=class_balance,
-                folds=folds,
-                refit=refit,
-                seed=seed,
-            )
+            probe = _fit(candidate, session, options)
             log.info(
                 "probe on %s (%d features): C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
-                candidate.readout.name,
-                candidate.readout.num_features,
-                probe.c,
-                probe.log_loss,
-                100 * probe.accuracy,
-                probe.seconds,
-            )
+                candidate.readout.name, candidate.readout.num_features, probe.c, probe.score.log_loss,
+                100 * probe.score.accuracy, probe.seconds,
+            )  # fmt: skip
             tensors: dict[str, Any] = {n: v.cpu() for n, v in vars(probe).items() if isinstance(v, torch.Tensor)}
             solved.append(replace(probe, **tensors))
     message: list[Any] = [solved]
     broadcast_object_list(message)
     probed = [ProbedReadout(features=f, probe=p) for f, p in zip(candidates, message[0], strict=True)]
     return probed[choose_probe([p.probe for p in probed])], probed
+
+
+def _fit(candidate: ReadoutFeatures, session: Session, options: ProbeOptions) -> Probe:
+    splits = (session.data.train, session.data.validation)
+    train_y, val_y = (torch.from_numpy(split.labels) for split in splits)
+    train_x, val_x = (
+        torch.from_numpy(candidate.stores[s.name][:]).to(session.accelerator.device) for s in splits
+    )
+    return fit_probe(train_x, train_y, val_x, val_y, len(session.data.label_names), options)
+
+
+def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> ProbeOptions:
+    """How a phase chooses and fits its head. Without refit, C is always chosen by log-loss.
+
+    By accuracy, a few held-out images may choose a head that is nearly 0, and training from it starts over.
+    """
+    return ProbeOptions(
+        select_by=phase.select_by if refit else "log_loss",
+        class_balance=session.strategy.class_balance,
+        folds=phase.folds if refit else 5,
+        refit=refit,
+        seed=session.config.seed,
+    )
 
 
 def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Backbone:
@@ -174,28 +165,26 @@ def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Back
     return replace(backbone, model=model)
 
 
-def score_probe(probed: ProbedReadout, split: Split, accelerator: Accelerator) -> dict[str, float]:
-    """Accuracy and log-loss of a head on the stored features of `split`."""
-    logits, labels = compute_stored_logits(
-        probed.compute_logits, probed.features.stores[split.name], split.labels, accelerator=accelerator
-    )
-    outcomes = read_outcomes(logits, labels)
-    return {"accuracy": float(outcomes.hits.mean()), "log_loss": -float(outcomes.label_log_probabilities.mean())}
+def score_probe(probed: ProbedReadout, split: Split, resources: Resources) -> Score:
+    """The score of a head on the stored features of `split`."""
+    store = probed.features.stores[split.name]
+    return read_outcomes(*compute_stored_logits(probed.compute_logits, store, split.labels, resources)).score
 
 
-def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, *, device: torch.device, dtype: str) -> float:
-    """Largest difference, relative to the largest logit, between the whole network on pixels and the probe on features.
+def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> float:
+    """Largest difference between the whole network on pixels and the probe on features, relative to the largest logit.
 
-    Raises RuntimeError where it is more than arithmetic explains: the saved model would not be the measured one.
+    Raises RuntimeError if it is more than arithmetic explains: the saved model would not be the measured one.
     """
-    rows = range(min(VERIFY_IMAGES, len(split)))
+    device = resources.device
+    rows = range(min(VERIFIED_IMAGES, len(split)))
     pixels = np.stack([backbone.preprocessing.pixels(split.image(i)) for i in rows])
     model = backbone.model.to(device)
     with eval_mode(model), torch.no_grad():
         whole = compute_logits(model, backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device)))
         stored = best.compute_logits(torch.from_numpy(best.features.stores[split.name][: len(rows)]).to(device))
     difference = float((whole - stored).abs().max() / whole.abs().max().clamp(min=1.0))
-    if not difference <= VERIFIED_RELATIVE[dtype]:
+    if not difference <= VERIFIED_RELATIVE[resources.precision]:
         raise RuntimeError(
             f"the network with its probe and the probe on stored features differ by {difference:.2g} (relative) on "
             f"{len(rows)} images of {split.name}"
@@ -203,19 +192,8 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, *, devic
     return difference
 
 
-def describe_plan(best: ProbedReadout) -> list[dict[str, Any]]:
-    """The plan of results.json: one phase, in which the classifier alone is solved for."""
-    reading = best.readout
-    where = "its own features" if not reading.changes else f"the {reading.pooling} pooling after {reading.layer}"
-    sentence = (
-        f"the head alone, a logistic regression on {where} ({reading.num_features} numbers an image), C = "
-        f"{best.probe.c:.3g} chosen on held-out images, the rest frozen"
-    )
-    return [{"policy": "head", "cut": reading.cut.name, "optimizer": "L-BFGS", "description": sentence}]
-
-
-def describe_choice(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Any]:
-    """What was tried, and what each would have given on the held-out images."""
+def describe_choice(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
+    """What was tried, and the held-out score of each, for results.json."""
     return {
         "chosen": best.readout.name,
         "readouts": [
@@ -224,8 +202,8 @@ def describe_choice(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dic
                 "num_features": p.readout.num_features,
                 "changes": dict(p.readout.changes),
                 "c": p.probe.c,
-                "held_out_log_loss": p.probe.log_loss,
-                "held_out_accuracy": p.probe.accuracy,
+                "held_out_log_loss": p.probe.score.log_loss,
+                "held_out_accuracy": p.probe.score.accuracy,
                 "solver_seconds": p.probe.seconds,
             }
             for p in probed
@@ -233,16 +211,14 @@ def describe_choice(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dic
     }
 
 
-def regularisation_curves(probed: Sequence[ProbedReadout]) -> list[dict[str, Any]]:
-    """Held-out log-loss and accuracy against C, a line for each readout, for the report."""
+def draw_regularization(probed: Sequence[ProbedReadout]) -> tuple[Curve, ...]:
+    """Held-out log-loss and accuracy against C, one line per readout."""
     curves = []
     for key, title in (("log_loss", "Held-out log-loss"), ("accuracy", "Held-out accuracy")):
         series = [
-            {"name": p.readout.name, "x": [r["c"] for r in p.probe.table], "y": [r[key] for r in p.probe.table]}
-            for p in probed[:MOST_CURVES]
+            Line(name=p.readout.name, x=[q.c for q in p.probe.path], y=[getattr(q.score, key) for q in p.probe.path])
+            for p in probed[:MAX_LINES]
         ]
-        curves.append(
-            {"title": f"{title} against C", "x_label": "C (weaker regularisation to the right)", "y_label": title,
-             "x_log": True, "series": series}
-        )  # fmt: skip
-    return curves
+        label = "C (weaker regularization to the right)"
+        curves.append(Curve(title=f"{title} against C", x_label=label, y_label=title, x_log=True, series=series))
+    return tuple(curves)

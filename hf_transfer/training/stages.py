@@ -1,143 +1,138 @@
-"""Greedy supervised pretraining: one phase a layer, then fine-tuning of what was grown (arXiv 1812.11446).
+"""Greedy supervised pretraining: one phase per layer, then fine-tuning of the grown network (arXiv 1812.11446).
 
-    grown = grow(stack, data, ...)          # stage after stage, each on the stored activations of the layers below it
-    outcome = finish(grown, data, ...)      # end to end, unless told not to
+    grown = grow(session, stack, GrowOptions(epochs=8))      # stage by stage, each on the stored activations of the layers below
+    result = finish(session, grown, lr=1e-3)                 # end to end
 
-A stage is an ordinary phase on a network of its own (`network.greedy`), so cuts, stores, audit, validation and resumption are
-those of every plan. What a stage reads was computed from what the stage before it read: one layer's work.
+A stage is an ordinary phase on a network of its own (`network.greedy`), so cuts, stores, audit, validation and resuming are
+those of every plan. A stage's inputs are computed from the previous stage's inputs: one layer's work.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from scipy.special import log_softmax, logsumexp
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import Data
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages
+from hf_transfer.config import GradientConfig, SelectBy
+from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.greedy import GreedyStack, Stage
 from hf_transfer.network.policies import full
+from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.session import Session
 from hf_transfer.training.checkpoints import has_state, remove_state
-from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
-from hf_transfer.training.metrics import rank_score, read_outcomes
-from hf_transfer.training.outcome import Outcome
-from hf_transfer.training.phase import Phase, Plan, ProbePhase, optimization_of
+from hf_transfer.training.metrics import read_outcomes
+from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import run_phases
-from hf_transfer.training.plan import describe_phases, draw_curves, run_plan
+from hf_transfer.training.plan import draw_history, run_plan
+from hf_transfer.training.records import Curve, Line, PhaseCost, PhaseResult, RunResult, to_json
 
 log = logging.getLogger(__name__)
 
 STAGES, FINE_TUNING = "stages", "fine_tuning"  # folders of their states
-ENSEMBLE_BASE = 2.0  # each stage's weight in the ensemble, against the one before it
+ENSEMBLE_BASE = 2.0  # each stage's weight in the ensemble, relative to the stage before it
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrowOptions:
+    """How long each stage trains, and when growing stops."""
+
+    epochs: int
+    patience_layers: int = 0  # stop after this many layers without a better validation score; 0: grow all
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.patience_layers < 0:
+            raise ValueError(
+                f"stage_epochs={self.epochs}, patience_layers={self.patience_layers}: choose 1 or more, and 0 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """One trained stage: its accuracy by split, and what it cost."""
+
+    depth: int  # from 1
+    layer: str
+    accuracy: Mapping[str, float]
+    cost: PhaseCost
+    flops: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grown:
-    """What was grown. `stages` has a row for each trained stage, of which `stack` holds the first `len(stack.stages)`."""
+    """The grown network. `stages` has a record for each trained stage; `stack` holds the first `len(stack.stages)` of them."""
 
     stack: GreedyStack
-    stages: Sequence[Mapping[str, Any]]  # depth, layer, accuracies, cost
-    ensemble: Mapping[str, Any]  # accuracy by split of all stages' predictions together
-    done: list[dict[str, Any]] = field(repr=False)  # as `run_phases` returns them
+    stages: Sequence[StageResult]
+    ensemble: Mapping[str, float]  # accuracy by split of all stages' predictions together
+    done: tuple[PhaseResult, ...] = field(repr=False)
     resumed: bool
-    audited_tensors: int
+    num_audited: int
 
 
-def grow(
-    stack: GreedyStack,
-    data: Data,
-    *,
-    config: TrainConfig,
-    epochs: int,
-    patience_layers: int = 0,
-    accelerator: Accelerator,
-    costs: Costs,
-    checkpoints: Path | None = None,
-) -> Grown:
-    """Trains the stack in place, layer after layer, each for `epochs`, by the optimizer of `config`.
+@dataclass(frozen=True, kw_only=True)
+class StageFlops:
+    """FLOPs per image: one training step, forward and backward; and one pass that stores the stage's inputs."""
 
-    With `patience_layers`, no further layer is grown after so many without a better validation score, and the best depth is
-    kept; without, all are. BatchNorm follows the batches in the layer that grows and is frozen below it, whatever
-    `freeze_batchnorm` says of fine-tuning. Raises what `run_plan` raises.
+    train: float
+    store: float
+
+
+def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
+    """Trains the stack in place, layer by layer, with the session's optimizer settings.
+
+    With `patience_layers` the best depth by validation is kept. BatchNorm follows the batches in the layer that grows and is
+    frozen below it, whatever `freeze_batchnorm` says about fine-tuning. Raises what `run_phases` raises.
     """
-    if epochs < 1 or patience_layers < 0:
-        raise ValueError(f"stage_epochs={epochs}, patience_layers={patience_layers}: choose 1 or more, and 0 or more")
-    if (config.compile or config.gradient_checkpointing) and accelerator.is_main_process:
-        log.info("stages run without compile and gradient_checkpointing, which hold for fine-tuning")
-    optimization = replace(optimization_of(config), layer_decay=1.0)  # there is one layer
-    own = replace(config, epochs=epochs, freeze_batchnorm=False, compile=False, gradient_checkpointing=False)
+    settings = session.gradient
+    if (settings.training.compile or settings.training.gradient_checkpointing) and session.is_main:
+        log.info("stages run without compile and gradient_checkpointing, which apply to fine-tuning")
+    optimization = replace(settings.optimization, layer_decay=1.0)  # there is one layer
     plan = [
-        Phase(policy=s.policy, epochs=epochs, optimization=optimization, chain=s.chain, through=s.through)
+        TrainPhase(policy=s.policy, epochs=options.epochs, optimization=optimization, chain=s.chain, through=s.through)
         for s in stack.stages
     ]
+    select_by = settings.training.select_by
 
-    def goes_on(done: list[dict[str, Any]]) -> bool:
-        stale = len(done) - find_best_depth(done, config.select_by)
-        if patience_layers and stale >= patience_layers:
-            log.info("no better validation %s in %d layers: no further one is grown", config.select_by, stale)
+    def continues(done: Sequence[PhaseResult]) -> bool:
+        stale = len(done) - find_best_depth(done, select_by)
+        if options.patience_layers and stale >= options.patience_layers:
+            log.info("no better validation %s in %d layers: growing stops", select_by, stale)
             return False
         return True
 
-    if (
-        checkpoints is not None
-        and accelerator.is_main_process
-        and not (config.resume and has_state(checkpoints / STAGES))
-    ):
-        remove_state(checkpoints / FINE_TUNING)  # what these stages lead to is another one
-    ran = run_phases(
-        plan,
-        stack.whole,
-        stack.backbone,
-        data,
-        config=own,
-        accelerator=accelerator,
-        costs=costs,
-        checkpoints=checkpoints and checkpoints / STAGES,
-        goes_on=goes_on,
-    )
-    done = ran.done
-    trained = stack.first(len(done))
-    with costs.part("evaluate"):
-        found = _score_stages(trained, data, config, accelerator)
-    stages = [_describe(i, trained.stages[i], row, found, config) for i, row in enumerate(done)]
-    if accelerator.is_main_process:
-        _say(stages, found["ensemble"])
-    depth = find_best_depth(done, config.select_by) if patience_layers else len(done)
+    folder = session.checkpoints and session.checkpoints / STAGES
+    if session.checkpoints is not None and folder is not None and session.is_main:
+        if not (settings.training.resume and has_state(folder)):
+            remove_state(session.checkpoints / FINE_TUNING)  # of another grown network
+    own = session.with_network(stack.backbone, stack.whole).with_strategy(_stage_settings(settings, options))
+    ran = run_phases(own, plan, checkpoints=folder, continues=continues)
+    trained = stack.first(len(ran.done))
+    with session.costs.part("evaluate"):
+        accuracy, ensemble_accuracy = _score_stages(session, trained)
+    stages = [_describe(i, trained.stages[i], result, accuracy[i], settings) for i, result in enumerate(ran.done)]
+    if session.is_main:
+        _log_stages(stages, ensemble_accuracy)
+    depth = find_best_depth(ran.done, select_by) if options.patience_layers else len(ran.done)
     return Grown(
         stack=stack.first(depth),
         stages=stages,
-        ensemble=found["ensemble"],
-        done=done,
+        ensemble=ensemble_accuracy,
+        done=ran.done,
         resumed=ran.resumed,
-        audited_tensors=ran.num_audited,
+        num_audited=ran.num_audited,
     )
 
 
-def finish(
-    grown: Grown,
-    data: Data,
-    *,
-    config: TrainConfig,
-    lr: float,
-    fine_tunes: bool = True,
-    accelerator: Accelerator,
-    costs: Costs,
-    checkpoints: Path | None = None,
-) -> Outcome:
-    """Fine-tunes the grown network end to end for `config.epochs` at peak rate `lr`, scores it, and tells of all phases.
+def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True) -> RunResult:
+    """Fine-tunes the grown network end to end at peak rate `lr`, scores it, and reports all phases.
 
-    A plain architecture's own head, which no stage trains, is solved for first. Its layers above the kept depth begin as they
-    were drawn. Raises ValueError where such layers would stay untrained.
+    The head of a plain architecture, which no stage trains, is solved for first. Its layers above the kept depth start from
+    their random weights. Raises ValueError if such layers would stay untrained.
     """
     stack = grown.stack
     if stack.is_plain and not fine_tunes and len(stack.stages) < len(stack.chain):
@@ -147,141 +142,135 @@ def finish(
         )
     backbone = stack.finished(fine_tuned=fine_tunes)
     chain = stack.chain if stack.is_plain else backbone.chain()
-    optimization = replace(optimization_of(config), lr=lr)
-    phase = Phase(policy=full(), epochs=config.epochs, optimization=optimization, is_trained=not stack.is_plain)
+    settings = session.gradient
+    phase = TrainPhase(
+        policy=full(),
+        epochs=settings.training.epochs,
+        optimization=replace(settings.optimization, lr=lr),
+        is_trained=not stack.is_plain,
+    )
     plan: Plan = [
-        *([ProbePhase(sweep="none")] if stack.is_plain and chain.classifier else []),
+        *([SolveHeadPhase(sweep="none")] if stack.is_plain and chain.classifier else []),
         *([phase] if fine_tunes else []),
     ]
-    if accelerator.is_main_process:
-        log.info("%s", "fine-tuning all layers together" if fine_tunes else "no fine-tuning, as asked")
-    outcome = run_plan(
-        plan,
-        chain,
-        backbone,
-        data,
-        config=config,
-        accelerator=accelerator,
-        costs=costs,
-        checkpoints=checkpoints and checkpoints / FINE_TUNING,
-    )
-    histories = [{"policy": d["policy"], "history": d["history"]} for d in grown.done] + outcome.details["phases"]
+    if session.is_main:
+        log.info("fine-tuning all layers together" if fine_tunes else "skipping fine-tuning, as asked")
+    result = run_plan(session.with_network(backbone, chain).with_checkpoints(FINE_TUNING), plan)
     details = {
-        **outcome.details,
-        "phases": histories,
-        "stages": grown.stages,
-        "ensemble": grown.ensemble,
+        **result.details,
+        "stages": to_json(grown.stages),
+        "ensemble": dict(grown.ensemble),
         "depth": len(stack.stages),
         "fine_tuned": fine_tunes,
-        "audited_tensors": grown.audited_tensors,
-        "resumed": grown.resumed or outcome.details["resumed"],
     }
-    return Outcome(
-        backbone=outcome.backbone,
-        plan=[*describe_phases(grown.done), *outcome.plan],
-        metrics=outcome.metrics,
-        curves=[*_draw_depth(grown, outcome), *draw_curves(histories)],
+    phases = (*grown.done, *result.phases)
+    return replace(
+        result,
+        phases=phases,
+        curves=(*_draw_depth(grown, result), *draw_history(phases)),
+        num_audited=grown.num_audited,
+        resumed=grown.resumed or result.resumed,
         details=details,
     )
 
 
-def find_best_depth(done: list[dict[str, Any]], select_by: str) -> int:
-    """How many stages the best one by validation has; of equal ones the shallowest."""
-    return min(range(len(done)), key=lambda i: rank_score(done[i]["score"], select_by)) + 1
+def find_best_depth(done: Sequence[PhaseResult], select_by: SelectBy) -> int:
+    """How many stages the best network by validation has; the shallowest of equal ones."""
+    return min(range(len(done)), key=lambda i: done[i].score.rank(select_by)) + 1
 
 
-def count_stage_flops(stage: Stage, *, stored: bool) -> dict[str, float]:
-    """FLOPs an image of a stage: `train`, one step forward and backward; `store`, one pass to the activations that it reads.
+def count_stage_flops(stage: Stage, *, stored: bool) -> StageFlops:
+    """FLOPs per image of a stage. Matrix products and convolutions only (torch's counter).
 
-    `stored`: whether it reads stored activations, which were computed from those of the stage before it; else every step runs
-    the layers below, too. Products and convolutions only (torch's counter).
+    `stored`: it reads stored activations, computed from those of the stage before it; otherwise every step also runs the
+    layers below.
     """
     chain, names = stage.chain, stage.policy.select(stage.chain)
     cut = chain.lowest_cut(names) if stored else None
     like = next(chain.model.parameters())
-    modes = [(m, m.training) for m in chain.model.modules()]
+    flags = {name: p.requires_grad for name, p in chain.model.named_parameters()}
     set_trainable(chain.model, names)
-    chain.model.eval()
-    found = {"store": 0.0}
-    if cut is not None:
-        before = stage.through[-1] if stage.through else None
-        shape = chain.image_shape if before is None else before.shape
-        with FlopCounterMode(display=False) as counter:
-            chain.run_prefix([cut], like.new_zeros(1, *shape), start=before)
-        found["store"] = float(counter.get_total_flops())
-    with FlopCounterMode(display=False) as counter:
-        if cut is None:
-            chain.model(like.new_zeros(1, *chain.image_shape)).sum().backward()
-        else:
-            with chain.suffix(cut) as suffix:
-                suffix(like.new_zeros(1, *cut.shape)).sum().backward()
-    found["train"] = float(counter.get_total_flops())
-    for parameter in chain.model.parameters():
+    store = 0.0
+    with eval_mode(chain.model):
+        if cut is not None:
+            before = stage.through[-1] if stage.through else None
+            shape = chain.image_shape if before is None else before.shape
+            with FlopCounterMode(display=False) as counter:
+                chain.run_prefix([cut], like.new_zeros(1, *shape), start=before)
+            store = float(counter.get_total_flops())
+        shape = chain.image_shape if cut is None else cut.shape
+        with FlopCounterMode(display=False) as counter, chain.part(start=cut) as part:
+            part(like.new_zeros(1, *shape)).sum().backward()
+    for name, parameter in chain.model.named_parameters():
         parameter.grad = None
-    for module, mode in modes:
-        module.training = mode
-    return found
-
-
-def _score_stages(stack: GreedyStack, data: Data, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
-    """Accuracies of every stage and of their ensemble, from one pass over the images of validation and test."""
-    found: dict[str, Any] = {"ensemble": {}}
-    for split in (data.validation, data.test):
-        if split is None:
-            continue
-        logits, labels = compute_image_logits(
-            stack.whole,
-            EvaluationImages(split=split, preprocessing=stack.backbone.preprocessing),
-            split.labels,
-            accelerator=accelerator,
-            options=ExtractOptions.from_config(config),
-        )
-        by_stage = logits.reshape(len(labels), len(stack.stages), -1).transpose(1, 0, 2)  # (S, N, K)
-        found[split.name] = [float(read_outcomes(each, labels).hits.mean()) for each in by_stage]
-        found["ensemble"][split.name] = float(read_outcomes(ensemble(by_stage), labels).hits.mean())
-    return found
+        parameter.requires_grad_(flags[name])
+    return StageFlops(train=float(counter.get_total_flops()), store=store)
 
 
 def ensemble(by_stage: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities (N, K) of all stages together, of their logits (S, N, K): a mean whose weights double with depth."""
+    """Log-probabilities (N, K) of all stages together, from their logits (S, N, K): a mean whose weights double with depth."""
     weights = ENSEMBLE_BASE ** np.arange(len(by_stage))
-    together: NDArray[np.float64] = logsumexp(
+    combined: NDArray[np.float64] = logsumexp(
         log_softmax(by_stage.astype(np.float64), axis=-1), axis=0, b=(weights / weights.sum())[:, None, None]
     )
-    return together.astype(np.float32)
+    return combined.astype(np.float32)
+
+
+def _stage_settings(settings: GradientConfig, options: GrowOptions) -> GradientConfig:
+    training = replace(
+        settings.training, epochs=options.epochs, freeze_batchnorm=False, wise_ft=False, compile=False,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    return replace(settings, training=training)
+
+
+def _score_stages(session: Session, stack: GreedyStack) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Accuracy by split of every stage and of their ensemble, from one pass over the validation and test images."""
+    by_stage: list[dict[str, float]] = [{} for _ in stack.stages]
+    combined = {}
+    for split in (session.data.validation, session.data.test):
+        if split is None:
+            continue
+        images = EvaluationImages(split=split, preprocessing=stack.backbone.preprocessing)
+        logits, labels = compute_image_logits(stack.whole, images, split.labels, session.resources)
+        stages = logits.reshape(len(labels), len(stack.stages), -1).transpose(1, 0, 2)  # (S, N, K)
+        for accuracy, each in zip(by_stage, stages, strict=True):
+            accuracy[split.name] = read_outcomes(each, labels).score.accuracy
+        combined[split.name] = read_outcomes(ensemble(stages), labels).score.accuracy
+    return by_stage, combined
 
 
 def _describe(
-    i: int, stage: Stage, row: Mapping[str, Any], found: Mapping[str, Any], config: TrainConfig
-) -> dict[str, Any]:
-    flops, cost = count_stage_flops(stage, stored=config.cache_views > 0), row["cost"]
-    total = flops["train"] * cost["train_images"] + flops["store"] * cost["store_images"]
-    accuracies = {f"{name}_accuracy": found[name][i] for name in ("validation", "test") if name in found}
-    return {"depth": i + 1, "layer": stage.layer, **accuracies, "cost": {**cost, "flops": total}}
+    i: int, stage: Stage, result: PhaseResult, accuracy: Mapping[str, float], settings: GradientConfig
+) -> StageResult:
+    flops, cost = count_stage_flops(stage, stored=settings.training.cache_views > 0), result.cost
+    total = flops.train * cost.train_images + flops.store * cost.store_images
+    return StageResult(depth=i + 1, layer=stage.layer, accuracy=accuracy, cost=cost, flops=total)
 
 
-def _say(stages: Sequence[Mapping[str, Any]], together: Mapping[str, float]) -> None:
-    for row in stages:
-        cost = row["cost"]
+def _log_stages(stages: Sequence[StageResult], ensemble_accuracy: Mapping[str, float]) -> None:
+    def format_accuracy(accuracy: Mapping[str, float]) -> str:
+        return ", ".join(f"{split} accuracy {100 * value:.1f} %" for split, value in accuracy.items())
+
+    for stage in stages:
+        cost = stage.cost
         log.info(
             "depth %d (%s): %s; stored in %.1f s (%d images), trained in %.1f s (%d images), %.3g FLOPs",
-            row["depth"], row["layer"],
-            ", ".join(f"{k.replace('_', ' ')} {100 * v:.1f} %" for k, v in row.items() if k.endswith("_accuracy")),
-            cost["store_seconds"], cost["store_images"], cost["train_seconds"], cost["train_images"], cost["flops"],
+            stage.depth, stage.layer, format_accuracy(stage.accuracy), cost.store_seconds, cost.store_images,
+            cost.train_seconds, cost.train_images, stage.flops,
         )  # fmt: skip
-    log.info("ensemble of the stages: %s", ", ".join(f"{k} {100 * v:.1f} %" for k, v in together.items()))
+    log.info("ensemble of the stages: %s", format_accuracy(ensemble_accuracy))
 
 
-def _draw_depth(grown: Grown, outcome: Outcome) -> list[Mapping[str, Any]]:
-    """Accuracy against depth; beside it, at the depth that was kept, the accuracy of the finished network."""
-    depths = [row["depth"] for row in grown.stages]
-    series = [
-        {"name": f"{name}, by stage", "x": depths, "y": [row[f"{name}_accuracy"] for row in grown.stages]}
-        for name in outcome.metrics
+def _draw_depth(grown: Grown, result: RunResult) -> tuple[Curve, ...]:
+    """Accuracy against depth, and the finished network's accuracy at the depth that was kept."""
+    depths = [stage.depth for stage in grown.stages]
+    if len(depths) < 2:
+        return ()
+    lines = [
+        Line(name=f"{split}, by stage", x=depths, y=[stage.accuracy[split] for stage in grown.stages])
+        for split in result.metrics
     ]
-    series += [
-        {"name": f"{name}, finished", "x": [len(grown.stack.stages)], "y": [scores["accuracy"]]}
-        for name, scores in outcome.metrics.items()
-    ]
-    title = {"title": "Accuracy against depth", "x_label": "layers grown", "y_label": "Accuracy", "x_log": False}
-    return [{**title, "series": series}] if len(depths) > 1 else []
+    depth = [len(grown.stack.stages)]
+    lines += [Line(name=f"{split}, finished", x=depth, y=[m.accuracy]) for split, m in result.metrics.items()]
+    return (Curve(title="Accuracy against depth", x_label="layers grown", y_label="Accuracy", series=lines),)

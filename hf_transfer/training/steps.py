@@ -1,142 +1,150 @@
-"""The optimizer steps of a phase, an epoch at a time, from any step on."""
+"""The optimizer steps of a phase, one epoch at a time, starting at any step."""
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_transfer.config import TrainConfig
 from hf_transfer.data.augment import mix
-from hf_transfer.data.dataset import Data
-from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import set_modes, uses_batch_statistics
+from hf_transfer.session import Session
 from hf_transfer.training.batches import count_steps, draw_steps, read_ahead, take_share
 from hf_transfer.training.ema import Averaged
-from hf_transfer.training.feeds import PhaseData, augmentation_of
+from hf_transfer.training.feeds import PhaseData
 from hf_transfer.training.optim import lr_factor, set_lr
-from hf_transfer.training.phase import Phase
+from hf_transfer.training.phase import TrainPhase
+from hf_transfer.training.records import EpochRecord, Score
 
-CHECK_LOSS_EVERY = 25  # steps, on a GPU: reading it waits for the device
-# Images whose activations are held at once on a CPU: a larger batch is no faster there (MobileNetV2, DeiT-Tiny on 2 cores: 8
-# against 32 within 7 %), and takes three times the memory.
+CHECK_LOSS_EVERY = 25  # steps, on a GPU: reading the loss waits for the device
+# Images whose activations are alive at once on a CPU. A larger batch is no faster there (MobileNetV2 and DeiT-Tiny on 2 cores:
+# 8 against 32 within 7 %) and takes three times the memory.
 CPU_BATCH = 8
+
+Rows = NDArray[np.int64]
+Batch = tuple[Rows, NDArray[Any]]
+"""The images of a batch, and what was read for them."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or not a number; the last saved state is from before that."""
+    """The loss became infinite or NaN. The last saved state is from before that."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Workplace:
-    """What all phases of a run share."""
+class PhaseRun:
+    """One phase as it runs: the phase, the session (whose chain is the phase's), and where it stands in its plan."""
 
-    chain: Chain
-    data: Data
-    config: TrainConfig
-    accelerator: Accelerator
-    save: Callable[[dict[str, Any]], None]  # writes a state to resume from, from the main process
-    epochs_before: int = 0  # of all phases before this one: augmentation goes on, and curves too
-    steps_before: int = 0
+    phase: TrainPhase
+    session: Session
+    inputs: PhaseData
+    save: Callable[[dict[str, Any]], None]  # writes a state to resume from, on the main process
+    epochs_before: int = 0  # of all phases before this one: augmentation and curves continue from there
+    seed_offset: int = 0  # keeps the seeds of two phases apart
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The parameters that train."""
+        return self.phase.policy.select(self.session.chain)
+
+    @cached_property
+    def lowest_cut(self) -> Cut | None:
+        """Everything before it is frozen; None if the first layer trains."""
+        return self.session.chain.lowest_cut(self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """What the steps move: the network and optimizer as Accelerate prepared them, and the tensors that may change."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    state: dict[str, torch.Tensor]  # parameters that train, and running statistics
+    average: Averaged | None
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a phase stands, in numbers. `history` has a row for each finished epoch."""
+    """How far a phase has come. `history` has a record for each finished epoch."""
 
-    epoch: int = 0
-    step: int = 0  # optimizer steps done in this epoch
+    epoch: int = 0  # finished epochs
+    step: int = 0  # optimizer steps taken in the current epoch
     loss_sum: float = 0.0
     hits: float = 0.0
     images: int = 0
     seconds: float = 0.0
-    history: list[dict[str, float]]
-    kept: dict[str, float]  # accuracy, log_loss, and epoch where it is not the start
-    best: dict[str, float]  # likewise, of the epochs that were kept; {} before the first; see `loop.is_kept`
-    stopped: bool = False
+    history: list[EpochRecord] = field(default_factory=list)
+    stopped: bool = False  # early
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> "Progress":
+        """The inverse of `records.to_json`."""
+        history = [EpochRecord(**{**row, "validation": Score(**row["validation"])}) for row in state["history"]]
+        return cls(**{**state, "history": history})
+
+    def finish_epoch(self, validation: Score) -> EpochRecord:
+        """Adds the current epoch to the history and moves to the start of the next one."""
+        record = EpochRecord(
+            epoch=self.epoch + 1,
+            train_loss=self.loss_sum / self.images,
+            train_accuracy=self.hits / self.images,
+            validation=validation,
+            images=self.images,
+            images_per_second=self.images / self.seconds,
+        )
+        self.history.append(record)
+        self.epoch += 1
+        self.step = self.images = 0
+        self.loss_sum = self.hits = self.seconds = 0.0
+        return record
 
 
 class Steps:
     """The optimizer steps of one phase."""
 
-    def __init__(
-        self,
-        phase: Phase,
-        reads: PhaseData,
-        at: Workplace,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        averaged: Averaged | None,
-        moving: dict[str, torch.Tensor],
-        names: frozenset[str],
-        frozen_below: Any,
-    ) -> None:
-        self.phase, self.reads, self.at = phase, reads, at
-        self.network, self.optimizer, self.averaged = network, optimizer, averaged
-        self.moving, self.names, self.frozen_below = moving, names, frozen_below
-        self.config, self.accelerator = at.config, at.accelerator
-        self.labels = at.data.train.labels
-        self.num_classes = len(at.data.label_names)
-        counts = torch.from_numpy(at.data.train.counts()).float().to(self.accelerator.device)
-        weights = counts.sum() / (len(counts) * counts)
-        self.class_weights = weights if self.config.class_balance == "loss" else torch.ones_like(counts)
-        self.how = augmentation_of(self.config)
-        # `accelerate launch --gradient_accumulation_steps` counts as the flag does.
-        self.accumulate = max(self.config.accumulate, self.accelerator.gradient_accumulation_steps)
-        self.images_a_step = self.config.batch_size * self.accumulate * self.accelerator.num_processes
-        self.steps_an_epoch = count_steps(reads.feed.num_images, self.images_a_step)
-        self.reads_loss_every = 1 if self.accelerator.device.type == "cpu" else CHECK_LOSS_EVERY
+    def __init__(self, run: PhaseRun, trainable: Trainable) -> None:
+        self.run, self.trainable = run, trainable
+        self.session, self.settings = run.session, run.session.gradient
+        self.accelerator, self.device = run.session.accelerator, run.session.accelerator.device
+        train = run.session.data.train
+        self.labels, self.num_classes = train.labels, len(run.session.data.label_names)
+        counts = torch.from_numpy(train.counts()).float().to(self.device)
+        balanced = counts.sum() / (len(counts) * counts)
+        self.class_weights = balanced if self.settings.class_balance == "loss" else torch.ones_like(counts)
+        training = self.settings.training
+        # `accelerate launch --gradient_accumulation_steps` counts as much as the flag.
+        self.accumulate = max(training.gradient_accumulation_steps, self.accelerator.gradient_accumulation_steps)
+        batch_size = run.session.config.compute.batch_size
+        self.images_per_step = batch_size * self.accumulate * self.accelerator.num_processes
+        self.steps_per_epoch = count_steps(run.inputs.feed.num_images, self.images_per_step)
+        self.check_loss_every = 1 if self.device.type == "cpu" else CHECK_LOSS_EVERY
 
     def run_epoch(self, progress: Progress, save: Callable[[], None]) -> None:
-        """The rest of the epoch that `progress` stands in; on its end, `progress` still stands in it."""
-        config, seed = self.config, self.config.seed
-        epoch = self.at.epochs_before + progress.epoch
-        set_modes(self.at.chain, self.frozen_below, self.names, freeze_batchnorm=config.freeze_batchnorm)
-        todo = draw_steps(self.reads.feed.num_images, self.images_a_step, seed=seed, epoch=epoch)[progress.step :]
-        bar = tqdm(
-            total=self.steps_an_epoch,
-            initial=progress.step,
-            desc=f"{self.phase.policy.name} {progress.epoch + 1}/{self.phase.epochs}",
-            unit="step",
-            disable=not self.accelerator.is_main_process,
-            leave=progress.epoch + 1 == self.phase.epochs,
+        """Runs what is left of the current epoch. `progress` still stands in that epoch afterwards."""
+        training, seed = self.settings.training, self.session.config.seed
+        epoch, phase = self.run.epochs_before + progress.epoch, self.run.phase
+        set_modes(
+            self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm
         )
-        totals = torch.zeros(
-            2, dtype=torch.float64, device=self.accelerator.device
-        )  # loss and hits, since the last look
-
-        def look() -> None:
-            loss_sum, hits = self.accelerator.reduce(totals, "sum").tolist()
-            totals.zero_()
-            progress.loss_sum += loss_sum
-            progress.hits += hits
-            if not math.isfinite(progress.loss_sum):
-                raise NonFiniteLossError(self._advice(progress))
-            bar.set_postfix(
-                loss=f"{progress.loss_sum / progress.images:.3f}",
-                accuracy=f"{100 * progress.hits / progress.images:.1f} %",
-                img_s=f"{progress.images / max(progress.seconds, 1e-9):.0f}",
-            )
-
+        steps = draw_steps(self.run.inputs.feed.num_images, self.images_per_step, seed=seed, epoch=epoch)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits since they were last read
         started = time.perf_counter()
-        with bar:
-            for step, batches in self._batches(todo, epoch):
-                number = progress.epoch * self.steps_an_epoch + progress.step
-                # Dropout and stochastic depth depend on the step alone, not on what ran before a resumption.
-                torch.manual_seed(_mix_seeds(seed, self.at.steps_before + number, self.accelerator.process_index))
-                set_lr(
-                    self.optimizer,
-                    lr_factor(number, self.phase.epochs * self.steps_an_epoch, self.phase.optimization),
-                )
+        with self._make_bar(progress) as bar:
+            for step, batches in self._read_batches(steps[progress.step :], epoch):
+                number = progress.epoch * self.steps_per_epoch + progress.step
+                # Dropout and stochastic depth depend on the step alone, not on what ran before a resume.
+                torch.manual_seed(_mix_seeds(seed, self.run.seed_offset + number, self.accelerator.process_index))
+                factor = lr_factor(number, phase.epochs * self.steps_per_epoch, phase.optimization)
+                set_lr(self.trainable.optimizer, factor)
                 self._take_step(step, batches, epoch, totals)
                 progress.step += 1
                 progress.images += len(step)
@@ -144,77 +152,104 @@ class Steps:
                 progress.seconds += now - started
                 started = now
                 bar.update()
-                if progress.step % self.reads_loss_every == 0 or progress.step == self.steps_an_epoch:
-                    look()
-                if config.save_every and (number + 1) % config.save_every == 0 and progress.step < self.steps_an_epoch:
-                    look()
+                is_last = progress.step == self.steps_per_epoch
+                is_saved = training.save_every and (number + 1) % training.save_every == 0 and not is_last
+                if progress.step % self.check_loss_every == 0 or is_last or is_saved:
+                    self._read_totals(totals, progress, bar)
+                if is_saved:
                     save()
                     started = time.perf_counter()
 
-    def _batches(
-        self, todo: list[NDArray[np.int64]], epoch: int
-    ) -> Iterator[tuple[NDArray[np.int64], list[tuple[NDArray[np.int64], NDArray[Any]]]]]:
-        """Each step's images, and this process's batches of them with what was read."""
+    def _make_bar(self, progress: Progress) -> "tqdm[Any]":
+        phase = self.run.phase
+        return tqdm(
+            total=self.steps_per_epoch,
+            initial=progress.step,
+            desc=f"{phase.policy.name} {progress.epoch + 1}/{phase.epochs}",
+            unit="step",
+            disable=None if self.accelerator.is_main_process else True,
+            leave=progress.epoch + 1 == phase.epochs,
+        )
+
+    def _read_totals(self, totals: torch.Tensor, progress: Progress, bar: "tqdm[Any]") -> None:
+        """Adds the totals of all processes to `progress` and clears them. Raises NonFiniteLossError."""
+        loss_sum, hits = self.accelerator.reduce(totals, "sum").tolist()
+        totals.zero_()
+        progress.loss_sum += loss_sum
+        progress.hits += hits
+        if not math.isfinite(progress.loss_sum):
+            raise NonFiniteLossError(self._explain_loss(progress))
+        bar.set_postfix(
+            loss=f"{progress.loss_sum / progress.images:.3f}",
+            accuracy=f"{100 * progress.hits / progress.images:.1f} %",
+            img_s=f"{progress.images / max(progress.seconds, 1e-9):.0f}",
+        )
+
+    def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:
+        """Each step's images, and this process's batches of them."""
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         accumulate = self.accumulate
-        if self.accelerator.device.type == "cpu" and not uses_batch_statistics(self.at.chain.model):
-            accumulate = max(accumulate, -(-self.images_a_step // (num_ranks * CPU_BATCH)))  # the step stays the same
-        shares = [take_share(s, rank=rank, num_ranks=num_ranks, accumulate=accumulate) for s in todo]
-        feed = self.reads.feed
+        if self.device.type == "cpu" and not uses_batch_statistics(self.session.chain.model):
+            # Smaller batches, the same step.
+            accumulate = max(accumulate, -(-self.images_per_step // (num_ranks * CPU_BATCH)))
+        shares = [take_share(s, rank=rank, num_ranks=num_ranks, accumulate=accumulate) for s in steps]
+        feed = self.run.inputs.feed
         read = read_ahead((feed.rows(batch, epoch) for share in shares for batch in share), feed.read)
-        for step, share in zip(todo, shares, strict=True):
+        for step, share in zip(steps, shares, strict=True):
             yield step, [(batch, next(read)) for batch in share]
 
-    def _take_step(
-        self,
-        step: NDArray[np.int64],
-        batches: list[tuple[NDArray[np.int64], NDArray[Any]]],
-        epoch: int,
-        totals: torch.Tensor,
-    ) -> None:
-        accelerator, device, feed = self.accelerator, self.accelerator.device, self.reads.feed
-        step_weight = self.class_weights[torch.from_numpy(self.labels[step]).to(device)].sum()
-        for i, (batch, stored) in enumerate(batches):
-            rows = feed.rows(batch, epoch)
-            inputs = feed.prepare(torch.from_numpy(stored).to(device, non_blocking=True), rows)
-            labels = torch.from_numpy(self.labels[batch]).to(device)
-            targets = labels
-            if feed.is_pixels and self.how.is_mixing:
-                soft = F.one_hot(labels, self.num_classes).float()
-                inputs, targets = mix(inputs, soft, batch, self.how, seed=self.config.seed, epoch=epoch)
+    def _take_step(self, step: Rows, batches: list[Batch], epoch: int, totals: torch.Tensor) -> None:
+        accelerator, trainable = self.accelerator, self.trainable
+        step_weight = self.class_weights[torch.from_numpy(self.labels[step]).to(self.device)].sum()
+        # The mean over the whole step: processes' gradients are averaged, and accelerate divides by its steps.
+        scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
+        for i, batch in enumerate(batches):
             is_last = i + 1 == len(batches)
-            with nullcontext() if is_last else accelerator.no_sync(self.network):
-                logits = self.network(inputs)
-                loss = F.cross_entropy(
-                    logits.float(),
-                    targets,
-                    weight=self.class_weights,
-                    label_smoothing=self.config.label_smoothing,
-                    reduction="sum",
-                )
-                # The mean over the whole step: processes' gradients are averaged, and accelerate divides by its steps.
-                scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
-                accelerator.backward(loss * scale)
-            totals[0] += loss.detach() / self.class_weights[labels].mean()
-            totals[1] += (logits.detach().argmax(1) == labels).sum()
-        if self.config.clip_norm:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            accelerator.clip_grad_norm_(parameters, self.config.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.averaged is not None:
-            self.averaged.update(self.moving)
+            with nullcontext() if is_last else accelerator.no_sync(trainable.network):
+                self._accumulate(batch, epoch, scale, totals)
+        max_norm = self.settings.training.max_grad_norm
+        if max_norm:
+            parameters = [p for group in trainable.optimizer.param_groups for p in group["params"]]
+            accelerator.clip_grad_norm_(parameters, max_norm)
+        trainable.optimizer.step()
+        trainable.optimizer.zero_grad()
+        if trainable.average is not None:
+            trainable.average.update(trainable.state)
 
-    def _advice(self, progress: Progress) -> str:
-        remedies = [f"a lower --lr (it is {self.phase.optimization.lr:g})", "a longer --warmup"]
-        if not self.config.clip_norm:
-            remedies.append("--clip_norm 1")
+    def _accumulate(self, batch: Batch, epoch: int, scale: torch.Tensor, totals: torch.Tensor) -> None:
+        """Adds the gradient of one batch, and its loss and hits."""
+        indices, stored = batch
+        feed, augmentation = self.run.inputs.feed, self.settings.augmentation
+        inputs = feed.prepare(
+            torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(indices, epoch)
+        )
+        labels = torch.from_numpy(self.labels[indices]).to(self.device)
+        targets = labels
+        if feed.is_pixels and augmentation.is_mixing:
+            soft = F.one_hot(labels, self.num_classes).float()
+            inputs, targets = mix(inputs, soft, indices, augmentation, seed=self.session.config.seed, epoch=epoch)
+        logits = self.trainable.network(inputs)
+        loss = F.cross_entropy(
+            logits.float(),
+            targets,
+            weight=self.class_weights,
+            label_smoothing=self.settings.training.label_smoothing,
+            reduction="sum",
+        )
+        self.accelerator.backward(loss * scale)
+        totals[0] += loss.detach() / self.class_weights[labels].mean()
+        totals[1] += (logits.detach().argmax(1) == labels).sum()
+
+    def _explain_loss(self, progress: Progress) -> str:
+        phase = self.run.phase
+        remedies = [f"a lower --lr (now {phase.optimization.lr:g})", "a longer --warmup_ratio"]
+        if not self.settings.training.max_grad_norm:
+            remedies.append("--max_grad_norm 1")
         if self.accelerator.mixed_precision != "no":
-            remedies.append("--mixed_precision bf16 or no")
+            remedies.append("--precision bf16 or fp32")
         return (
-            f"the loss is not finite in epoch {progress.epoch + 1}, step {progress.step} of {self.phase.policy.name}. Try "
-            f"{', '.join(remedies)}. The last saved state is from before it: --resume with other settings is refused, so "
-            "start anew"
+            f"the loss is not finite in epoch {progress.epoch + 1}, step {progress.step} of {phase.policy.name}. Try "
+            f"{', '.join(remedies)}, and start fresh: --resume refuses other settings"
         )
 
 

@@ -1,0 +1,108 @@
+"""Settings from the command line: a strategy's defaults, then the YAML file of `--config`, then flags.
+
+    config = parse("lora", description=__doc__)
+
+A mistake ends the program with status 2 and one line that says what is allowed. Only this module and the strategy's own file are
+imported, so `--help` is fast.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hf_transfer.config import RunConfig, Setting, list_settings, replace_settings, suggest_name
+from hf_transfer.locations import find_recipe
+from hf_transfer.strategy import default_config
+
+ESSENTIAL = ("checkpoint", "dataset", "output_dir", "epochs", "lr", "images_per_class", "seed")  # the first five are shown
+NUM_ESSENTIAL = 5
+GROUPS: Mapping[str, str] = {  # nested config -> title, in the order of `--help`
+    "strategy": "this strategy",
+    "adapter": "adapters",
+    "optimization": "optimizer",
+    "augmentation": "augmentation",
+    "training": "training",
+    "data": "data",
+    "model": "checkpoint",
+    "compute": "machine and cache",
+    "output": "output",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            **{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[str] | None = None) -> RunConfig:
+    """The settings of a run of the strategy called `name`.
+
+    `arguments` default to the command line's. `--config` names a YAML file, or one of the package's own recipes.
+    """
+    parser = Parser(prog=prog, description=description, usage=f"{prog} [--config FILE.yaml] [--SETTING VALUE ...]")
+    default = default_config(name)
+    settings = list_settings(default)
+    essential = [setting for n in ESSENTIAL if (setting := settings.get(n))][:NUM_ESSENTIAL]
+    group = parser.add_argument_group("most used")
+    group.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file; flags override it")
+    add_settings(group, essential)
+    for key, title in GROUPS.items():
+        rest = [s for s in settings.values() if s.group == key and s not in essential]
+        if rest:
+            add_settings(parser.add_argument_group(title), rest)
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        word = next((u for u in unknown if u.startswith("-")), unknown[0])
+        name = word.lstrip("-").partition("=")[0]
+        parser.error(f"unknown argument {word}{suggest_name(name, settings, '--')}")
+    flags = {k: v for k, v in vars(given).items() if k != "config" and v is not None}
+    try:
+        config = default if given.config is None else read_config(given.config, default)
+        return replace_settings(config, flags)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+
+
+def add_settings(parser: Any, settings: Sequence[Setting]) -> None:
+    """A flag for each setting; its value is None if it is not given."""
+    for setting in settings:
+        text = setting.help.replace("%", "%%")
+        shown = "none" if setting.value is None else str(setting.value).replace("%", "%%")
+        options: dict[str, Any] = {"default": None, "help": f"{text} (default: {shown})"}
+        if setting.kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif setting.choices:
+            options["choices"] = setting.choices
+        else:
+            options |= {"type": setting.kind, "metavar": setting.kind.__name__.upper()}
+        parser.add_argument(f"--{setting.name}", **options)
+
+
+def read_config(path: str, default: RunConfig) -> RunConfig:
+    """The settings in a YAML file on top of `default`.
+
+    Raises ValueError for a missing file, an unknown name (with the nearest one), and a value of another type.
+    """
+    import yaml  # `--help` does not pay for it
+
+    file = Path(path)
+    if not file.is_file():
+        file = find_recipe(path) or file
+    if not file.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: expected `name: value` lines, found {type(values).__name__}")
+    return replace_settings(default, values, where=f"--config {path}: ")

@@ -1,0 +1,43 @@
+"""Records as sentences: the only place where results become prose."""
+
+from hf_transfer.training.records import Kept, PhaseResult
+
+
+def describe_phase(phase: PhaseResult) -> str:
+    """What a phase did, for the plan of results.json, the report and the card.
+
+    >>> from hf_transfer.training.records import Score
+    >>> score = Score(accuracy=0.9, log_loss=0.3)
+    >>> describe_phase(PhaseResult(policy="head", cut="features", optimizer="L-BFGS", epochs=0, num_trainable=20,
+    ...                            kept=Kept.SOLUTION, score=score, regularization_c=0.1, num_features=9))
+    'head: logistic regression on 9 features per image, C = 0.1 chosen on held-out images; everything else frozen'
+    """
+    return _describe_solution(phase) if phase.is_solved else _describe_steps(phase)
+
+
+def describe_kept(phase: PhaseResult) -> str:
+    """Which weights a phase of gradient steps kept."""
+    if phase.kept is Kept.START:
+        return "kept its start, since no epoch was better beyond chance"
+    return f"kept epoch {phase.kept_epoch} by validation"
+
+
+def _describe_solution(phase: PhaseResult) -> str:
+    features = f"{phase.num_features} features per image"
+    source = features if phase.readout is None else f"{features} ({phase.readout})"
+    sentence = (
+        f"{phase.policy}: logistic regression on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
+        "everything else frozen"
+    )
+    return f"{sentence}; fitted on validation images too, since no gradient step was better" if phase.refitted else sentence
+
+
+def _describe_steps(phase: PhaseResult) -> str:
+    cut = "the pixels" if phase.cut is None else phase.cut
+    sentence = (
+        f"{phase.policy}: {phase.num_trainable:,} parameters, cut at {cut}, {phase.optimizer} with learning rate {phase.lr:g} "
+        f"({phase.lr_scheduler_type}), up to {phase.epochs} epochs; {describe_kept(phase)}"
+    )
+    if phase.wise_ft_alpha is None:
+        return sentence
+    return f"{sentence}; WiSE-FT then moved the weights to {phase.wise_ft_alpha:.0%} of the way from the start"

@@ -1,0 +1,147 @@
+"""A finished run, in memory or in a folder: its metrics, its model, and what can be done with it."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_transfer.hub.publish import PublishOptions, publish
+from hf_transfer.inference.predict import Prediction, find_images, load_saved, predict
+from hf_transfer.network.adapters import Adapted
+from hf_transfer.network.backbone import Backbone
+from hf_transfer.reporting.results import describe_run
+from hf_transfer.runs import write_run
+from hf_transfer.session import Session
+from hf_transfer.training.records import Metrics, RunResult, metrics_from_json
+
+
+class Run:
+    """What `Task.fit` and `load_run` return.
+
+    >>> import hf_transfer as ht
+    >>> run = ht.Task("sklearn/digits", images_per_class=10).fit(ht.linear_probe())
+    >>> run.test.accuracy > 0.9, run.strategy
+    (True, 'linear_probe')
+    """
+
+    def __init__(
+        self, *, session: Session | None = None, result: RunResult | None = None, folder: Path | None = None
+    ) -> None:
+        self._session, self._result = session, result
+        self.folder = folder if session is None else session.output_dir
+        """Where the run is written; None before it is saved."""
+
+    @cached_property
+    def results(self) -> Mapping[str, Any]:
+        """The content of results.json."""
+        if self._session is not None and self._result is not None:
+            return describe_run(self._session, self._result)
+        assert self.folder is not None
+        results: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
+        return results
+
+    @cached_property
+    def metrics(self) -> Mapping[str, Metrics]:
+        """Metrics by split: validation, and test if there is one."""
+        if self._result is not None:
+            return self._result.metrics
+        return {split: metrics_from_json(values) for split, values in self.results["metrics"].items()}
+
+    @property
+    def test(self) -> Metrics:
+        """Metrics on the test split. Raises ValueError if there is none."""
+        if "test" not in self.metrics:
+            raise ValueError("this run has no test split; `run.validation` holds the metrics that selected the model")
+        return self.metrics["test"]
+
+    @property
+    def validation(self) -> Metrics:
+        """Metrics on the validation split, which also selected the model."""
+        return self.metrics["validation"]
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's name."""
+        return str(self.results["strategy"])
+
+    @property
+    def plan(self) -> list[str]:
+        """What each phase did, in sentences."""
+        return [phase["description"] for phase in self.results["plan"]]
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The trained network with its preprocessing and label names."""
+        if self._result is not None:
+            return self._result.backbone
+        assert self.folder is not None
+        return load_saved(str(self.folder / "model"), trust_remote_code=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The plain timm or transformers model."""
+        return self.backbone.model
+
+    def predict(
+        self, images: Any, *, top_k: int = 5, batch_size: int = 32
+    ) -> list[Prediction]:
+        """The `top_k` most likely labels of each image.
+
+        images: a file, a folder, a PIL image, a uint8 array (H, W, 3), or a list of these. Raises ValueError for a path that does
+        not exist, and BadImageError for an image that cannot be read.
+        """
+        given = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        inputs: list[Any] = []
+        for image in given:
+            inputs += find_images([image]) if isinstance(image, str | Path) else [image]
+        return predict(self.backbone, inputs, top_k=top_k, batch_size=batch_size)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the folder that the recipe writes: config.yaml, results.json, model/, report.html. Returns it.
+
+        Raises FileExistsError if the folder holds another run.
+        """
+        folder = Path(folder)
+        if folder == self.folder:
+            return folder
+        if (folder / "results.json").exists():
+            raise FileExistsError(f"{folder} holds a finished run: choose another folder, or delete it")
+        if self._session is not None and self._result is not None:
+            write_run(self._session.with_output(folder), self._result)
+        else:
+            assert self.folder is not None
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        self.folder = folder
+        return folder
+
+    def push(self, repo_id: str, options: PublishOptions | None = None) -> str | None:
+        """Pushes the model to OWNER/NAME on the Hub, verified as `hf-transfer publish` does; returns its URL.
+
+        A run that is not saved is first saved to `runs/<strategy>` (or the next free name), so that a failed push loses
+        nothing.
+        """
+        folder = self.folder or self.save(_find_free_folder(Path("runs") / self.strategy))
+        published = publish(folder, repo_id, adapter=isinstance(self.backbone, Adapted), options=options)
+        return published.url
+
+    def __repr__(self) -> str:
+        """Strategy and accuracies."""
+        accuracies = ", ".join(f"{split} accuracy {m.accuracy:.1%}" for split, m in self.metrics.items())
+        return f"<Run {self.strategy}: {accuracies}>"
+
+
+def load_run(folder: str | Path) -> Run:
+    """The finished run in an output folder. Raises ValueError if there is none."""
+    folder = Path(folder)
+    if not (folder / "results.json").is_file() or not (folder / "model").is_dir():
+        raise ValueError(f"{folder}: no finished run (results.json and model/ are written last)")
+    return Run(folder=folder)
+
+
+def _find_free_folder(folder: Path) -> Path:
+    numbered = (folder.with_name(f"{folder.name}_{number}") for number in range(2, 10**6))
+    return next(f for f in (folder, *numbered) if not f.exists())

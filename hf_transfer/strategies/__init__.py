@@ -1,0 +1,1 @@
+"""One strategy per file; see `hf_transfer.strategy` for what a file holds."""

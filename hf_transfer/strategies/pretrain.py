@@ -1,0 +1,62 @@
+"""Supervised pretraining: train an architecture from random weights, with the loop that fine-tuning uses.
+
+The result is a plain checkpoint: every other strategy takes its `model/` folder as `--checkpoint`. `--image_size_px` builds the
+architecture for smaller or larger images than its own default.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hf_transfer.config import (
+    NO_CHECKPOINT,
+    AugmentationConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+    flag,
+)
+from hf_transfer.strategy import GradientStrategy
+
+if TYPE_CHECKING:
+    from hf_transfer.data.dataset import Data
+    from hf_transfer.network.backbone import Backbone
+    from hf_transfer.session import Session
+    from hf_transfer.training.phase import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(GradientStrategy):
+    """Settings of supervised pretraining. There is no checkpoint."""
+
+    task_defaults: ClassVar[Mapping[str, Any]] = {"checkpoint": NO_CHECKPOINT}
+
+    architecture: str = flag("test_resnet", "timm architecture or transformers model type; the default is a tiny one")
+    image_size_px: int | None = flag(32, "side of the square that the network takes; none: the architecture's own")
+    model_args: str | None = flag(None, """JSON object for the architecture's constructor, such as '{"stem_width": 8}'""")
+    training: TrainingConfig = field(default=TrainingConfig(epochs=30, freeze_batchnorm=False))
+    optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3, layer_decay=1.0))
+    augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
+
+    def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
+        """The architecture with random weights, drawn by the seed."""
+        from hf_transfer.network.backbone import create
+
+        if config.model.checkpoint != NO_CHECKPOINT:
+            raise ValueError(
+                f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights; `full` starts from a checkpoint"
+            )
+        return create(
+            self.architecture,
+            data.label_names,
+            image_size_px=self.image_size_px,
+            model_args=self.model_args,
+            seed=config.seed,
+        )
+
+    def plan(self, session: "Session") -> "Plan":
+        """Everything, in one phase."""
+        from hf_transfer.network.policies import full
+        from hf_transfer.training.phase import TrainPhase
+
+        return [TrainPhase(policy=full(), epochs=self.training.epochs, optimization=self.optimization)]

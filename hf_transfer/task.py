@@ -1,0 +1,123 @@
+"""The Python API: a task is images, a checkpoint and settings; fitting a strategy to it gives a run.
+
+    import hf_transfer as ht
+
+    task = ht.Task("path/to/images", "timm/mobilenetv2_100.ra_in1k", seed=0)
+    run = task.fit(ht.lora(rank=8))
+    run.test.accuracy, run.predict("photos/"), run.save("runs/mine"), run.push("me/model")
+
+It runs the same code as `hf-transfer train`, so the same settings give the same weights to the bit.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig, replace_settings
+from hf_transfer.costs import Costs
+from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.run import Run
+from hf_transfer.runs import accelerator_options, load_session, write_run
+from hf_transfer.session import Session
+from hf_transfer.strategy import GradientStrategy, Strategy
+from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
+
+if TYPE_CHECKING:
+    from hf_transfer.choosing.advise import Advice
+
+IN_MEMORY = "images in memory"  # what logs and cards call them if no name is given
+
+Phases = Sequence[SolveHeadPhase | TrainPhase]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomPlan(GradientStrategy):
+    """A plan of one's own, with the settings of gradient training."""
+
+    phases: tuple[SolveHeadPhase | TrainPhase, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What results and card call it."""
+        return "custom_plan"
+
+    def plan(self, session: Session) -> Phases:
+        """The phases as given."""
+        return self.phases
+
+
+class Task:
+    """Images, a checkpoint, and the settings of a run that do not belong to a strategy.
+
+    images: a folder, file or Hub id as `--dataset` takes it; or a `datasets.Dataset` or `DatasetDict`, a DataFrame of paths and
+    labels, a list of (image, label) pairs, or a dict of these by split name (see `data.memory.read_memory`).
+    checkpoint: a Hub id, a folder, or "embedded". settings: those of `hf-transfer train` outside the strategy, such as `seed`,
+    `images_per_class`, `batch_size`, `precision`; `dataset` names images that are in memory.
+
+    >>> import hf_transfer as ht
+    >>> ht.Task("sklearn/digits", images_per_class=10).data.label_names[:3]
+    ('0', '1', '2')
+
+    Raises ValueError for an unknown setting or a value that is not allowed.
+    """
+
+    def __init__(self, images: Any, checkpoint: str = EMBEDDED_CHECKPOINT, **settings: Any) -> None:
+        is_name = isinstance(images, str | os.PathLike)
+        self.images = None if is_name else images
+        dataset = str(images) if is_name else settings.pop("dataset", IN_MEMORY)
+        values = {"dataset": dataset, "checkpoint": checkpoint, **settings}
+        self.config = replace_settings(RunConfig(), values, where="Task: ")
+
+    @cached_property
+    def data(self) -> Data:
+        """The checked splits, loaded when they are first needed."""
+        return load_data(self.config.data, self.images)
+
+    def fit(self, strategy: Strategy | Phases, *, output_dir: str | Path | None = None, **settings: Any) -> Run:
+        """Trains and scores; nothing but caches is written unless `output_dir` is given.
+
+        strategy: such as `ht.lora(rank=8)`, or a list of phases made by `ht.solve_head` and `ht.train`. settings: further
+        settings of the strategy, or of gradient training for a list of phases, such as `hflip=0.0`.
+
+        With `output_dir` the folder is that of the recipe, states are saved while training, and `resume=True` continues.
+        Raises ValueError for whatever is wrong with settings, data or checkpoint.
+        """
+        session = self._open(_as_strategy(strategy, settings), output_dir)
+        assert isinstance(session.strategy, Strategy)
+        result = session.strategy.run(session)
+        session.costs.stop()
+        run = Run(session=session, result=result)
+        if output_dir is not None:
+            write_run(session, result)
+        return run
+
+    def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
+        """Which strategy suits these images and this checkpoint (see `hf-transfer advise`)."""
+        from hf_transfer.choosing.advise import advise
+        from hf_transfer.strategy import make_strategy
+
+        return advise(self._open(make_strategy("auto", tracker="none"), None), measure=measure, budget_s=budget_s)
+
+    def _open(self, strategy: Strategy, output_dir: str | Path | None) -> Session:
+        folder = None if output_dir is None else Path(output_dir)
+        output = OutputConfig(output_dir=str(folder or f"runs/{strategy.name}"))
+        config = replace(self.config, strategy=strategy, output=output)
+        if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
+            config = replace_settings(config, strategy.task_defaults)
+        accelerator = Accelerator(**accelerator_options(config, folder))
+        return load_session(config, self.data, accelerator, Costs(), folder)
+
+
+def _as_strategy(strategy: Strategy | Phases, settings: dict[str, Any]) -> Strategy:
+    if not isinstance(strategy, StrategyConfig):
+        strategy = CustomPlan(phases=tuple(strategy))
+    assert isinstance(strategy, Strategy)
+    return replace_settings(strategy, settings, where=f"{strategy.name}: ")
+
+
+__all__ = ["CustomPlan", "Task"]
