@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from hf_transfer.config import TrainConfig
-from hf_transfer.data.augment import Augmentation
+from hf_transfer.data.augment import AugmentationConfig
 from hf_transfer.data.dataset import Data
 from hf_transfer.data.extract import StoredActivations, extract_images, tap_activation
 from hf_transfer.data.options import ExtractOptions
@@ -48,16 +48,16 @@ class PhaseData:
     num_computed: int  # images that went through the prefix for it
 
 
-def augmentation_of(config: TrainConfig) -> Augmentation:
+def augmentation_of(config: TrainConfig) -> AugmentationConfig:
     """What a recipe's flags say of the augmentation."""
-    return Augmentation(
+    return AugmentationConfig(
         crop_scale=config.crop_scale,
-        flip=config.flip,
-        colour=config.colour,
+        hflip=config.flip,
+        color_jitter=config.colour,
         auto_augment=config.auto_augment,
-        magnitude=config.magnitude,
-        least_side_px=config.least_side_px,
-        erase=config.erase,
+        randaugment_magnitude=config.magnitude,
+        min_resolution_px=config.least_side_px,
+        random_erasing=config.erase,
         mixup=config.mixup,
         cutmix=config.cutmix,
     )

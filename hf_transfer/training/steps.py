@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_transfer.config import TrainConfig
-from hf_transfer.data.augment import mix
+from hf_transfer.data.augment import draw_uniform, mix
 from hf_transfer.data.dataset import Data
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import set_modes, uses_batch_statistics
@@ -181,7 +181,7 @@ class Steps:
             targets = labels
             if feed.is_pixels and self.how.is_mixing:
                 soft = F.one_hot(labels, self.num_classes).float()
-                inputs, targets = mix(inputs, soft, batch, self.how, seed=self.config.seed, epoch=epoch)
+                inputs, targets = mix(inputs, soft, draw_uniform(self.config.seed, epoch, batch), self.how)
             is_last = i + 1 == len(batches)
             with nullcontext() if is_last else accelerator.no_sync(self.network):
                 logits = self.network(inputs)
