@@ -1,6 +1,6 @@
-"""From a dataset name to checked splits: `load_data(DataConfig(dataset=...))`.
+"""From a dataset's name, or images in memory, to checked splits: `load_data(DataConfig(dataset=...))`.
 
-A Hub id, an image folder, parquet or arrow files, and the embedded digits all become train, validation and
+A Hub id, an image folder, parquet or arrow files, the embedded digits and images in memory all become train, validation and
 test splits with the same class names, or an error with a remedy. Everything that would silently make results wrong is checked
 here, before anything expensive starts: labels that are missing, fractional or unknown to train, classes without images, splits
 too small to divide. `Data.notes` lists what was decided for the user (validation drawn from train, no test split, images left
@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from hf_transfer.data.embedded import read_digits, read_mnist
 from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, list_folder, read_folder
 from hf_transfer.data.labels import UNLABELED, Columns, LabeledImages, StoredData, listed
 from hf_transfer.data.license import read_license
+from hf_transfer.data.memory import read_memory
 from hf_transfer.data.notes import notes_on_classes, notes_on_draws
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 
@@ -50,10 +52,11 @@ class Data:
     """Sentences about the data for the log and the report."""
 
 
-def load_data(config: DataConfig) -> Data:
+def load_data(config: DataConfig, images: Any = None) -> Data:
     """The splits that `config` describes. Images are decoded when they are accessed.
 
-    With `on_bad_image="skip"`, every image is decoded once here, and unreadable ones are left out.
+    With `images` (see `memory.read_memory`), these are the dataset, and `config.dataset` is only its public name. With
+    `on_bad_image="skip"`, every image is decoded once here, and unreadable ones are left out.
 
     Raises:
         ValueError: a problem of the data or the flags, with counts, names and the remedy.
@@ -64,7 +67,7 @@ def load_data(config: DataConfig) -> Data:
     ((8, 8), ('0', '1', '2'))
     """
     columns = Columns(image=config.image_column, label=config.label_column)
-    stored = _read(config, columns)
+    stored = _read(config, columns) if images is None else read_memory(images, columns=columns, name=config.dataset)
     notes = list(stored.notes)
     names_by_role = _assign_roles(stored, config)
     unused = [name for name in stored.splits if name not in names_by_role.values()]
