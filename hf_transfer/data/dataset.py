@@ -91,17 +91,15 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
             splits[role], notes_on_skipped = _skip_bad_images(splits[role], where[role])
             notes += notes_on_skipped
 
+    fraction = None if "validation" in splits else config.validation_fraction
     train, drawn = draw(
-        splits["train"],
-        images_per_class=config.images_per_class,
-        validation_fraction=None if "validation" in splits else config.validation_fraction,
-        seed=config.seed,
+        splits["train"], images_per_class=config.images_per_class, validation_fraction=fraction, seed=config.seed
     )
     validation, test = splits.get("validation", drawn), splits.get("test")
     assert validation is not None
-    num_stored = len(splits["train"])
+    num_stored, is_validation_drawn = len(splits["train"]), drawn is not None
     notes += notes_on_draws(
-        config, train, validation, test, num_stored=num_stored, is_validation_drawn=drawn is not None
+        config, train, validation, test, num_stored=num_stored, is_validation_drawn=is_validation_drawn
     )
     return Data(
         train=train,

@@ -163,7 +163,7 @@ def _upright(rgb: Image.Image, image: Image.Image, name: str) -> Image.Image:
 
 
 def _diagnosis(source: bytes | Image.Image, error: Exception) -> str:
-    """Why the bytes are not an image, with the remedy where there is one."""
+    """Why the bytes are not an image, with the remedy if there is one."""
     if isinstance(error, Image.DecompressionBombError):
         return f"too large to decode safely ({error}); downscale it"
     head = source[:512] if isinstance(source, bytes) else b""

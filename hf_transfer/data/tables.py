@@ -52,7 +52,7 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
     except DatasetNotFoundError as error:
         raise ValueError(
             f"dataset={dataset!r} is not a folder or file on this machine: {error} Check the spelling; for a"
-            " private or gated data set run `hf auth login`"
+            " private or gated dataset run `hf auth login`"
         ) from error
     except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ConnectionError(
