@@ -1,4 +1,4 @@
-"""Augmentation's laws: what befalls an image depends on it alone, and operations are those of torchvision."""
+"""Augmentation: an image's draws depend on that image alone, and operations match torchvision."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from hf_transfer.data.augment import (
-    COLOUR_OPERATIONS,
+    COLOR_OPERATIONS,
     ERASED_SHARE,
     GEOMETRIC_OPERATIONS,
-    NUM_SIDES,
+    NUM_RESOLUTIONS,
     NUM_UNIFORM,
     OPERATIONS,
-    Augmentation,
+    AugmentationConfig,
+    apply_color,
     augment,
     draw_crops,
     draw_operations,
@@ -28,13 +29,12 @@ from hf_transfer.data.augment import (
     lower_resolution,
     map_geometry,
     mix,
-    recolour,
 )
 
 SIZE = 24
-PLAIN: dict[str, Any] = {"crop_scale": 1.0, "flip": 0.0}
-EVERYTHING: dict[str, Any] = {"colour": 0.4, "erase": 0.5, "least_side_px": 6}
-# Grid coordinates are float32: off by up to 1e-6 of the square's side, times 255 grey levels from pixel to pixel.
+PLAIN: dict[str, Any] = {"crop_scale": 1.0, "hflip": 0.0}
+EVERYTHING: dict[str, Any] = {"color_jitter": 0.4, "random_erasing": 0.5, "min_resolution_px": 6}
+# Grid coordinates are float32: off by up to 1e-6 of the square's side, times 255 gray levels from pixel to pixel.
 SAMPLING = 0.02
 
 
@@ -50,18 +50,13 @@ def make_pictures(width: int, height: int) -> Tensor:
     return (127 + 110 * waves).round().to(torch.uint8)[None]
 
 
-def run(pixels: Tensor, how: Augmentation, **options: Any) -> Tensor:
-    """`augment` of square originals, at the store's size, unless `options` say otherwise."""
+def run(pixels: Tensor, augmentation: AugmentationConfig, **options: Any) -> Tensor:
+    """`augment` of square originals at the store's size, unless `options` say otherwise."""
     side = pixels.shape[1]
-    options = {
-        "sizes": np.full((len(pixels), 2), side),
-        "indices": np.arange(len(pixels)),
-        "seed": 0,
-        "epoch": 0,
-        "height_px": side,
-        "width_px": side,
-    } | options
-    return augment(pixels, how=how, **options)
+    indices = options.pop("indices", np.arange(len(pixels)))
+    uniform = draw_uniform(options.pop("seed", 0), options.pop("epoch", 0), indices)
+    options = {"sizes": np.full((len(pixels), 2), side), "height_px": side, "width_px": side} | options
+    return augment(pixels, uniform=uniform, augmentation=augmentation, **options)
 
 
 def to_images(pixels: Tensor) -> Tensor:
@@ -104,9 +99,9 @@ def draw(count: int, **options: Any) -> NDArray[np.float64]:
 
 
 def test_crops_keep_the_share_and_ratio_asked_for_in_original_pixels() -> None:
-    how = Augmentation(crop_scale=0.2, crop_ratio=1.5)
+    augmentation = AugmentationConfig(crop_scale=0.2, crop_ratio=1.5)
     sizes = np.tile([[300, 200], [200, 300], [250, 250]], (400, 1))
-    boxes = draw_crops(draw(1200), sizes, how, 1.0)
+    boxes = draw_crops(draw(1200), sizes, augmentation, 1.0)
     left_top, box = boxes[:, :2], boxes[:, 2:]
     assert (left_top >= 0).all()
     assert (left_top + box <= sizes + 1e-9).all()
@@ -124,15 +119,15 @@ def test_crops_keep_the_share_and_ratio_asked_for_in_original_pixels() -> None:
 
 
 def test_a_picture_too_long_for_any_crop_gets_the_largest_central_one_of_an_allowed_ratio() -> None:
-    how = Augmentation(crop_scale=0.9, crop_ratio=2.0)
-    boxes = draw_crops(draw(2), np.array([[1000, 10], [10, 1000]]), how, 1.0)
+    augmentation = AugmentationConfig(crop_scale=0.9, crop_ratio=2.0)
+    boxes = draw_crops(draw(2), np.array([[1000, 10], [10, 1000]]), augmentation, 1.0)
     np.testing.assert_allclose(boxes, [[490, 0, 20, 10], [0, 490, 10, 20]])
 
 
-def test_without_augmentation_an_image_is_its_centre_crop() -> None:
+def test_without_augmentation_an_image_is_its_center_crop() -> None:
     # The original is 48 x 24, the store squashed it to 24 x 24: the target's ratio 2:3 is 16 of its 48 columns, 8 of ours.
     pixels = make_pixels(2)
-    images = run(pixels, Augmentation(**PLAIN), sizes=np.tile([48, 24], (2, 1)), height_px=30, width_px=20)
+    images = run(pixels, AugmentationConfig(**PLAIN), sizes=np.tile([48, 24], (2, 1)), height_px=30, width_px=20)
     reference = tv.resized_crop(
         to_images(pixels), 0, 8, 24, 8, [30, 20], interpolation=InterpolationMode.BILINEAR, antialias=False
     )
@@ -142,7 +137,7 @@ def test_without_augmentation_an_image_is_its_centre_crop() -> None:
 
 def test_without_augmentation_a_square_picture_comes_back() -> None:
     pixels = make_pixels(3)
-    images = run(pixels, Augmentation(**PLAIN))
+    images = run(pixels, AugmentationConfig(**PLAIN))
     torch.testing.assert_close(images, to_images(pixels), atol=SAMPLING, rtol=0)
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert images.dtype == torch.float32
@@ -154,7 +149,7 @@ def test_the_squash_of_the_store_is_undone() -> None:
     squashed = np.asarray(Image.fromarray(picture[0].numpy()).resize((48, 48), Image.Resampling.BILINEAR))
     whole = run(
         torch.from_numpy(squashed.copy())[None],
-        Augmentation(**PLAIN),
+        AugmentationConfig(**PLAIN),
         sizes=torch.tensor([[width, height]]),
         height_px=48,
     )
@@ -163,10 +158,10 @@ def test_the_squash_of_the_store_is_undone() -> None:
 
 
 def test_a_random_crop_shows_what_its_box_holds() -> None:
-    pixels, how = make_pictures(SIZE, SIZE).repeat(6, 1, 1, 1), Augmentation(flip=0.0)
+    pixels, augmentation = make_pictures(SIZE, SIZE).repeat(6, 1, 1, 1), AugmentationConfig(hflip=0.0)
     sizes = np.tile([60, 40], (6, 1))
-    images = run(pixels, how, sizes=sizes)
-    for i, box in enumerate(draw_crops(draw(6), sizes, how, 1.0)):
+    images = run(pixels, augmentation, sizes=sizes)
+    for i, box in enumerate(draw_crops(draw(6), sizes, augmentation, 1.0)):
         left, top, width, height = (box.reshape(2, 2) / [60, 40] * SIZE).ravel()
         # Column j of the output shows the square at this place; between pixels, waves are nearly straight.
         x = (left + (np.arange(SIZE) + 0.5) / SIZE * width - 0.5).clip(0, SIZE - 1)
@@ -181,12 +176,12 @@ def test_a_random_crop_shows_what_its_box_holds() -> None:
 def test_flips_are_mirror_images_at_the_rate_asked_for() -> None:
     pixels = make_pixels(1, 8).repeat(400, 1, 1, 1)
     plain, mirrored = to_images(pixels[:1]), to_images(pixels[:1]).flip(3)
-    images = run(pixels, Augmentation(crop_scale=1.0, flip=0.3))
+    images = run(pixels, AugmentationConfig(crop_scale=1.0, hflip=0.3))
     is_flipped = (images - mirrored).abs().amax((1, 2, 3)) < SAMPLING
     is_plain = (images - plain).abs().amax((1, 2, 3)) < SAMPLING
     assert bool((is_flipped ^ is_plain).all())
     assert is_flipped.float().mean().item() == pytest.approx(0.3, abs=0.1)  # four standard errors
-    torch.testing.assert_close(run(pixels, Augmentation(crop_scale=1.0, flip=1.0)), mirrored.expand(400, -1, -1, -1),
+    torch.testing.assert_close(run(pixels, AugmentationConfig(crop_scale=1.0, hflip=1.0)), mirrored.expand(400, -1, -1, -1),
                                atol=SAMPLING, rtol=0)  # fmt: skip
 
 
@@ -194,10 +189,12 @@ def test_flips_are_mirror_images_at_the_rate_asked_for() -> None:
 
 
 def test_every_resolution_comes_as_often() -> None:
-    images = run(make_pixels(1).expand(800, -1, -1, -1), Augmentation(**PLAIN, least_side_px=8))
+    images = run(make_pixels(1).expand(800, -1, -1, -1), AugmentationConfig(**PLAIN, min_resolution_px=8))
     spreads, counts = images.std((1, 2, 3)).round(decimals=2).unique(return_counts=True)
-    assert len(spreads) == NUM_SIDES  # noise is the smoother the coarser
-    assert (counts / 800).tolist() == pytest.approx([1 / NUM_SIDES] * NUM_SIDES, abs=0.05)  # four standard errors
+    assert len(spreads) == NUM_RESOLUTIONS  # noise is the smoother the coarser
+    assert (counts / 800).tolist() == pytest.approx(
+        [1 / NUM_RESOLUTIONS] * NUM_RESOLUTIONS, abs=0.05
+    )  # four standard errors
 
 
 def test_the_lowest_resolution_keeps_what_is_coarser_and_means() -> None:
@@ -210,8 +207,8 @@ def test_the_lowest_resolution_keeps_what_is_coarser_and_means() -> None:
 
 
 def test_a_resolution_above_the_networks_own_is_an_error() -> None:
-    with pytest.raises(ValueError, match=rf"least_side_px=25.*{SIZE}x{SIZE}; choose {SIZE} or less"):
-        run(make_pixels(2), Augmentation(least_side_px=SIZE + 1))
+    with pytest.raises(ValueError, match=rf"min_resolution_px=25.*{SIZE}x{SIZE}; choose {SIZE} or less"):
+        run(make_pixels(2), AugmentationConfig(min_resolution_px=SIZE + 1))
 
 
 # Whole batches
@@ -219,28 +216,28 @@ def test_a_resolution_above_the_networks_own_is_an_error() -> None:
 
 @pytest.mark.parametrize("auto", ["none", "randaugment", "trivialaugment"])
 def test_a_batch_is_augmented_as_each_of_its_images_alone(auto: Any) -> None:
-    pixels, how = make_pixels(40), Augmentation(auto_augment=auto, **EVERYTHING)
+    pixels, augmentation = make_pixels(40), AugmentationConfig(auto_augment=auto, **EVERYTHING)
     sizes = np.random.default_rng(0).integers(20, 60, (40, 2))
-    together = run(pixels, how, sizes=sizes, epoch=3)
+    together = run(pixels, augmentation, sizes=sizes, epoch=3)
     for i in range(40):
-        alone = run(pixels[i : i + 1], how, sizes=sizes[i : i + 1], indices=np.array([i]), epoch=3)
+        alone = run(pixels[i : i + 1], augmentation, sizes=sizes[i : i + 1], indices=np.array([i]), epoch=3)
         # To the bit: no sum runs over the batch, and sums over an image are float64 before they are rounded.
         assert torch.equal(alone[0], together[i]), i
 
 
 def test_epochs_and_seeds_vary_an_image_and_repeat_it() -> None:
-    pixels, how = make_pixels(4), Augmentation(auto_augment="randaugment", **EVERYTHING)
-    views = [run(pixels, how, seed=seed, epoch=epoch) for seed in range(2) for epoch in range(2)]
+    pixels, augmentation = make_pixels(4), AugmentationConfig(auto_augment="randaugment", **EVERYTHING)
+    views = [run(pixels, augmentation, seed=seed, epoch=epoch) for seed in range(2) for epoch in range(2)]
     for i, view in enumerate(views):
         assert all(not torch.equal(view, other) for other in views[:i])
-    assert torch.equal(run(pixels, how, seed=1, epoch=1), views[3])
+    assert torch.equal(run(pixels, augmentation, seed=1, epoch=1), views[3])
 
 
 @pytest.mark.parametrize("auto", ["none", "randaugment", "trivialaugment"])
-def test_images_stay_within_grey_levels_and_inputs_as_they_were(auto: Any) -> None:
+def test_images_stay_within_gray_levels_and_inputs_as_they_were(auto: Any) -> None:
     pixels = make_pixels(120, 16)
     before = pixels.clone()
-    images = run(pixels, Augmentation(auto_augment=auto, colour=1.0, erase=0.3))
+    images = run(pixels, AugmentationConfig(auto_augment=auto, color_jitter=1.0, random_erasing=0.3))
     assert images.min() >= 0
     assert images.max() <= 255
     assert torch.equal(pixels, before)
@@ -249,7 +246,7 @@ def test_images_stay_within_grey_levels_and_inputs_as_they_were(auto: Any) -> No
 def test_an_even_image_stays_even_under_auto_augmentation() -> None:
     # Sampling leaves 1e-5 of unevenness, which autocontrast, say, would stretch to 255 if it were not rounded away.
     pixels = torch.full((200, 16, 16, 3), 128, dtype=torch.uint8)
-    images = run(pixels, Augmentation(auto_augment="randaugment"))
+    images = run(pixels, AugmentationConfig(auto_augment="randaugment"))
     assert (images.amax((2, 3)) - images.amin((2, 3))).max() < 1e-3
 
 
@@ -312,12 +309,12 @@ AS_TORCHVISION: dict[str, tuple[Callable[..., Tensor], tuple[float, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", COLOUR_OPERATIONS)
-def test_colour_operations_are_those_of_torchvision_at_each_images_own_strength(name: str) -> None:
+@pytest.mark.parametrize("name", COLOR_OPERATIONS)
+def test_color_operations_are_those_of_torchvision_at_each_images_own_strength(name: str) -> None:
     # Of less than the full range, so that autocontrast has something to do.
     whole = to_images(make_pixels(3, 48)).div(2).add(40).round()
     reference, strengths = AS_TORCHVISION[name]
-    ours = recolour(whole.clone(), name, torch.tensor(strengths))
+    ours = apply_color(whole.clone(), name, torch.tensor(strengths))
     assert (ours - whole).abs().max() > 10
     for image, ours_one, strength in zip(whole, ours, strengths, strict=True):
         if name in ("posterize", "solarize", "equalize"):  # whole numbers: equal
@@ -329,21 +326,21 @@ def test_colour_operations_are_those_of_torchvision_at_each_images_own_strength(
 def test_a_channel_of_one_value_is_left_by_autocontrast() -> None:
     images = to_images(make_pixels(1))
     images[:, 1] = 77.0
-    stretched = recolour(images.clone(), "autocontrast", torch.zeros(1))
+    stretched = apply_color(images.clone(), "autocontrast", torch.zeros(1))
     assert torch.equal(stretched[:, 1], images[:, 1])
 
 
 @pytest.mark.parametrize("auto", ["randaugment", "trivialaugment"])
 def test_every_operation_is_drawn_and_changes_the_image(auto: Any) -> None:
-    how = Augmentation(auto_augment=auto, magnitude=15, **PLAIN)
+    augmentation = AugmentationConfig(auto_augment=auto, randaugment_magnitude=15, **PLAIN)
     count = 2000 if auto == "randaugment" else 300
-    operations, strengths = draw_operations(draw(count), how, SIZE, SIZE)
+    operations, strengths = draw_operations(draw(count), augmentation, SIZE, SIZE)
     shares = np.bincount(operations.ravel(), minlength=len(OPERATIONS)) / operations.size
     assert np.abs(shares - 1 / len(OPERATIONS)).max() < 5 * (1 / 14 / operations.size) ** 0.5  # five standard errors
     pixels = (make_pictures(SIZE, SIZE) // 2 + 60).repeat(count, 1, 1, 1)
-    change = (run(pixels, how) - to_images(pixels)).abs().amax((1, 2, 3)).numpy()
+    change = (run(pixels, augmentation) - to_images(pixels)).abs().amax((1, 2, 3)).numpy()
     # Pictures that drew it once and nothing else, at a strength that does something.
-    neutral = {"posterize": 8.0, "solarize": 255.0} | dict.fromkeys(COLOUR_OPERATIONS[:4], 1.0)
+    neutral = {"posterize": 8.0, "solarize": 255.0} | dict.fromkeys(COLOR_OPERATIONS[:4], 1.0)
     neutral |= dict.fromkeys(GEOMETRIC_OPERATIONS, 0.0)
     assert change[(operations == OPERATIONS.index("identity")).all(1)].max() < SAMPLING
     for number, name in enumerate(OPERATIONS[1:], 1):
@@ -356,45 +353,50 @@ def test_every_operation_is_drawn_and_changes_the_image(auto: Any) -> None:
 
 
 def test_randaugment_strengths_are_its_magnitudes() -> None:
-    operations, strengths = draw_operations(draw(3000), Augmentation(auto_augment="randaugment", magnitude=9), 100, 200)
+    operations, strengths = draw_operations(
+        draw(3000), AugmentationConfig(auto_augment="randaugment", randaugment_magnitude=9), 100, 200
+    )
     third = 9 / 30
     expected = {
         "shear_x": {0.3 * third}, "shear_y": {0.3 * third}, "rotate": {30 * third},
         "translate_x": {150 / 331 * 200 * third}, "translate_y": {150 / 331 * 100 * third},
-        **{name: {0.9 * third} for name in COLOUR_OPERATIONS[:4]},
+        **{name: {0.9 * third} for name in COLOR_OPERATIONS[:4]},
     }  # fmt: skip
     for number, name in enumerate(OPERATIONS):
-        found = strengths[operations == number] - (name in COLOUR_OPERATIONS[:4])
+        drawn = strengths[operations == number] - (name in COLOR_OPERATIONS[:4])
         if name in expected:
-            np.testing.assert_allclose(np.unique(np.abs(found).round(6)), sorted(expected[name]), atol=1e-6)
-            assert 0.35 < (found > 0).mean() < 0.65, f"{name} goes to both sides"
+            np.testing.assert_allclose(np.unique(np.abs(drawn).round(6)), sorted(expected[name]), atol=1e-6)
+            assert 0.35 < (drawn > 0).mean() < 0.65, f"{name} goes to both sides"
         else:
-            assert set(found) == {"posterize": {7.0}, "solarize": {255 * (1 - third)}}.get(name, {0.0})
+            assert set(drawn) == {"posterize": {7.0}, "solarize": {255 * (1 - third)}}.get(name, {0.0})
 
 
 def test_trivialaugment_strengths_span_torchvisions_ranges() -> None:
-    operations, strengths = draw_operations(draw(9000), Augmentation(auto_augment="trivialaugment"), 100, 200)
+    operations, strengths = draw_operations(draw(9000), AugmentationConfig(auto_augment="trivialaugment"), 100, 200)
     spans = {
         "shear_x": (-0.99, 0.99), "translate_y": (-32, 32), "rotate": (-135, 135), "contrast": (0.01, 1.99),
         "posterize": (2, 8), "solarize": (0, 255),
     }  # fmt: skip
     for name, span in spans.items():
-        found = strengths[operations == OPERATIONS.index(name)]
-        np.testing.assert_allclose([found.min(), found.max()], span, atol=1e-9)
+        drawn = strengths[operations == OPERATIONS.index(name)]
+        np.testing.assert_allclose([drawn.min(), drawn.max()], span, atol=1e-9)
 
 
-def test_colour_jitter_stays_within_its_factors() -> None:
-    pixels = torch.full((300, 4, 4, 3), 100, dtype=torch.uint8)  # grey and even: brightness alone can change it
-    images = run(pixels, Augmentation(colour=0.3, **PLAIN))
+def test_color_jitter_stays_within_its_factors() -> None:
+    pixels = torch.full((300, 4, 4, 3), 100, dtype=torch.uint8)  # uniform gray: brightness alone can change it
+    images = run(pixels, AugmentationConfig(color_jitter=0.3, **PLAIN))
     assert images.min() >= 70 - SAMPLING
     assert images.max() <= 130 + SAMPLING
     assert images.min() < 72
     assert images.max() > 128
 
 
-def test_erased_boxes_have_the_rate_the_area_and_the_images_mean_colour() -> None:
+def test_erased_boxes_have_the_rate_the_area_and_the_images_mean_color() -> None:
     pixels = make_pixels(500, 20)
-    plain, images = run(pixels, Augmentation(**PLAIN)), run(pixels, Augmentation(erase=0.4, **PLAIN))
+    plain, images = (
+        run(pixels, AugmentationConfig(**PLAIN)),
+        run(pixels, AugmentationConfig(random_erasing=0.4, **PLAIN)),
+    )
     is_changed = (plain != images).any(1)  # (B, H, W)
     share = is_changed.float().mean((1, 2))
     assert (share > 0).float().mean().item() == pytest.approx(0.4, abs=0.09)  # four standard errors
@@ -417,9 +419,9 @@ def make_targets(count: int) -> tuple[Tensor, Tensor]:
     return images.contiguous(memory_format=torch.channels_last), torch.eye(count)
 
 
-def run_mix(how: Augmentation, count: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+def run_mix(augmentation: AugmentationConfig, count: int = 200) -> tuple[Tensor, Tensor, Tensor]:
     images, targets = make_targets(count)
-    mixed, soft = mix(images, targets, np.arange(count), how, seed=0, epoch=0)
+    mixed, soft = mix(images, targets, draw_uniform(0, 0, np.arange(count)), augmentation)
     assert torch.equal(images, make_targets(count)[0])
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(soft.sum(1), torch.ones(count))
@@ -427,19 +429,19 @@ def run_mix(how: Augmentation, count: int = 200) -> tuple[Tensor, Tensor, Tensor
 
 
 def test_mixup_weighs_images_and_targets_alike() -> None:
-    _, mixed, soft = run_mix(Augmentation(mixup=0.4))
+    _, mixed, soft = run_mix(AugmentationConfig(mixup=0.4))
     own = soft.diagonal()
     # The image's value is its targets' mean index; float32 of values up to 200.
     torch.testing.assert_close(
         mixed, (soft @ torch.arange(200.0)).view(-1, 1, 1, 1).expand_as(mixed), atol=1e-3, rtol=0
     )
     assert own.mean().item() == pytest.approx(0.5, abs=0.12)
-    # Beta(a, a) has the variance 1 / (8 a + 4); 0.139 here, against 0.083 of even weights.
+    # Beta(a, a) has the variance 1 / (8 a + 4); 0.139 here, against 0.083 of uniform weights.
     assert own.var().item() == pytest.approx(1 / (8 * 0.4 + 4), abs=0.025)
 
 
 def test_cutmix_targets_are_the_area_pasted() -> None:
-    images, mixed, soft = run_mix(Augmentation(cutmix=1.0))
+    images, mixed, soft = run_mix(AugmentationConfig(cutmix=1.0))
     is_own = (mixed == images).all(1)  # (B, H, W)
     assert torch.equal(is_own | (mixed == images.flip(0)).all(1), torch.ones_like(is_own))
     torch.testing.assert_close(soft.diagonal(), is_own.float().mean((1, 2)), atol=1e-6, rtol=0)
@@ -450,16 +452,16 @@ def test_cutmix_targets_are_the_area_pasted() -> None:
 
 
 def test_mixup_and_cutmix_share_the_images_evenly() -> None:
-    images, mixed, _ = run_mix(Augmentation(mixup=1.0, cutmix=1.0), 400)
+    images, mixed, _ = run_mix(AugmentationConfig(mixup=1.0, cutmix=1.0), 400)
     is_cut = ((mixed == images) | (mixed == images.flip(0))).flatten(1).all(1)
     assert is_cut.float().mean().item() == pytest.approx(0.5, abs=0.1)  # four standard errors
 
 
 def test_without_mixing_inputs_come_back() -> None:
     images, targets = make_targets(4)
-    how = Augmentation(**EVERYTHING)
-    mixed, soft = mix(images, targets, np.arange(4), how, seed=0, epoch=0)
-    assert not how.is_mixing
+    augmentation = AugmentationConfig(**EVERYTHING)
+    mixed, soft = mix(images, targets, draw_uniform(0, 0, np.arange(4)), augmentation)
+    assert not augmentation.is_mixing
     assert mixed is images
     assert soft is targets
 
@@ -470,19 +472,20 @@ def test_without_mixing_inputs_come_back() -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("crop_scale", 0.0), ("crop_scale", 1.1), ("crop_scale", float("nan")), ("crop_ratio", 0.75), ("flip", -0.1),
-        ("flip", 2), ("colour", 1.5), ("auto_augment", "autoaugment"), ("magnitude", 31), ("magnitude", 2.5), ("erase", 1.5),
-        ("least_side_px", -1), ("least_side_px", 8.5), ("mixup", -1.0), ("cutmix", float("inf")),
+        ("crop_scale", 0.0), ("crop_scale", 1.1), ("crop_scale", float("nan")), ("crop_ratio", 0.75), ("hflip", -0.1),
+        ("hflip", 2), ("color_jitter", 1.5), ("auto_augment", "autoaugment"),
+        ("randaugment_magnitude", 31), ("randaugment_magnitude", 2.5), ("random_erasing", 1.5),
+        ("min_resolution_px", -1), ("min_resolution_px", 8.5), ("mixup", -1.0), ("cutmix", float("inf")),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_an_error_that_names_it(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{setting}={value!r}.*choose"):
-        Augmentation(**{setting: value})
+        AugmentationConfig(**{setting: value})
 
 
 @pytest.mark.parametrize("wrong", [{"sizes": np.ones((3, 2))}, {"indices": np.arange(5)}, {"sizes": np.zeros((2, 2))}])
 def test_inputs_that_do_not_belong_together_are_errors(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="give pixels uint8"):
-        run(make_pixels(2), Augmentation(), **wrong)
+        run(make_pixels(2), AugmentationConfig(), **wrong)
     with pytest.raises(ValueError, match="give pixels uint8"):
-        run(make_pixels(2).float(), Augmentation())
+        run(make_pixels(2).float(), AugmentationConfig())

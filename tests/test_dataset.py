@@ -1,4 +1,4 @@
-"""load_data: the right images with the right labels in the right split, or an error that says what to do."""
+"""load_data: the right images with the right labels in the right split, or an error with the remedy."""
 
 import gc
 import io
@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -28,14 +29,14 @@ def _no_progress_bars() -> None:
     datasets.disable_progress_bars()
 
 
-def colour(number: int) -> tuple[int, int, int]:
+def color(number: int) -> tuple[int, int, int]:
     return (number % 251, number // 251, 7)
 
 
 def png(number: int) -> bytes:
-    """A tiny image of a colour of its own, by which a test knows it again."""
+    """A tiny image whose color identifies it."""
     buffer = io.BytesIO()
-    Image.new("RGB", (4, 3), colour(number)).save(buffer, "PNG")
+    Image.new("RGB", (4, 3), color(number)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -143,6 +144,19 @@ def test_litter_is_ignored(tmp_path: Path) -> None:
     assert dirty.notes == clean.notes
 
 
+def test_hidden_folders_with_images_are_noted(tmp_path: Path) -> None:
+    notes = "\n".join(load(write(tmp_path, ".red/*3", "green/*3", "blue/*3", ".ipynb_checkpoints/*1")).notes)
+    assert "start with a dot are not read: '.red'." in notes
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs exist on POSIX only")
+def test_a_fifo_is_not_opened(tmp_path: Path) -> None:
+    write(tmp_path, "train/a/*3", "train/b/*3", "val/a/*1", "val/b/*1")
+    os.mkfifo(tmp_path / "train/a/pipe.png")
+    with pytest.raises(BadImageError, match=r"train/a/pipe\.png: not a regular file"):
+        _ = load(tmp_path).train.fingerprint
+
+
 def test_files_that_are_left_out_are_noted(tmp_path: Path) -> None:
     write(tmp_path, "train/a/*3", "train/b/*3", "train/example.png", "extra/a/*1", "test/a/*1", "test/b/*1")
     (tmp_path / "train/a/0.xml").write_text("<annotation/>")
@@ -214,14 +228,14 @@ def test_names_are_compared_without_blanks_and_in_one_unicode_form(tmp_path: Pat
         pair = ["ant", twin] if twin == "ant " else [composed, decomposed]
         with pytest.raises(ValueError, match="duplicate class names"):
             load(write(tmp_path / "b" / twin.strip(), *(f"{name}/*3" for name in pair), "bee/*3"))
-    assert "differ in upper and lower case only" in "".join(load(write(tmp_path / "c", "Ant/*3", "ant/*3")).notes)
+    assert "differ only in upper and lower case" in "".join(load(write(tmp_path / "c", "Ant/*3", "ant/*3")).notes)
 
 
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
         (["ant/*3", "bee/*3", "wasp/notes.txt"], "1 of 3 classes have no image to train on, 'wasp'"),
-        (["ant/*3"], "one class only, 'ant'"),
+        (["ant/*3"], "only one class, 'ant'"),
         (["train/ant/*3", "train/bee/*3", "test/wasp/*2"], r"classes that train does not have, 'wasp \(2 images\)'"),
         (["notes.txt"], "no image in this folder"),
     ],
@@ -297,7 +311,7 @@ def test_column_flags_are_refused_where_there_are_no_columns(tmp_path: Path) -> 
 
 
 def integers(counts: list[int]) -> Split:
-    """A split of nothing but labels: drawing looks at no image."""
+    """A split with labels only: drawing reads no image."""
     labels = np.random.default_rng(9).permutation(np.repeat(np.arange(len(counts)), counts))
     names = tuple(f"class {k}" for k in range(len(counts)))
     return Split(name="train", source=None, rows=np.arange(len(labels)), labels=labels, label_names=names)  # type: ignore[arg-type]
@@ -344,8 +358,8 @@ def test_few_shot_leaves_given_splits_whole_and_says_so(tmp_path: Path) -> None:
     data = load(tmp_path, images_per_class=1)
     assert data.test is not None
     assert [len(split) for split in (data.train, data.validation, data.test)] == [2, 6, 4]
-    assert "2 of 18 train images are used, 1 a class" in "".join(data.notes)
-    assert "validation split is used whole" in "".join(data.notes)
+    assert "Using 2 of 18 train images, 1 per class" in "".join(data.notes)
+    assert "The whole validation split is used" in "".join(data.notes)
     split_off = load(tmp_path, images_per_class=5, validation_split="none")
     assert (len(split_off.train), len(split_off.validation)) == (8, 2)
 
@@ -480,7 +494,7 @@ def test_unreadable_images_can_be_skipped_and_are_listed(tmp_path: Path, caplog:
         for i in range(len(split)):
             assert split.image(i).getpixel((0, 0)) == Image.open(tmp_path / split.image_name(i)).getpixel((0, 0))
     notes = "\n".join(data.notes)
-    assert "3 of 12 train images cannot be read" in notes
+    assert "Skipped 3 of 12 train images that cannot be read" in notes
     for bad in ("train/ant/2.png", "train/bee/4.png", "train/bee/5.png", "test/ant/1.png"):
         assert bad in notes
         assert bad in caplog.text
@@ -494,7 +508,7 @@ def test_skipping_does_not_empty_a_class_or_a_split_silently(tmp_path: Path) -> 
         load(tmp_path, on_bad_image="skip")
     for i in range(3):
         (tmp_path / f"train/bee/{i}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"unreadable images left out: 1 of 2 classes have no image.*'bee'"):
+    with pytest.raises(ValueError, match=r"without unreadable images: 1 of 2 classes have no image.*'bee'"):
         load(tmp_path, on_bad_image="skip")
 
 
@@ -527,7 +541,7 @@ def test_parquet_folder_with_class_labels(tmp_path: Path) -> None:
     assert data.label_names == ("ant", "bee")
     assert data.train.labels.tolist() == [0, 1, 1, 0]
     assert data.test.labels.tolist() == [1, 0]
-    assert data.test.image(1).getpixel((0, 0)) == colour(21)
+    assert data.test.image(1).getpixel((0, 0)) == color(21)
     assert data.test.image_name(1) == "row 1"
 
 
@@ -552,18 +566,20 @@ def test_encoded_images_without_feature_types_are_found(tmp_path: Path) -> None:
     plain = datasets.Dataset.from_dict({"img": [png(i) for i in range(4)], "blob": [b"x"] * 4, "label": [3, 7, 3, 7]})
     data = load(parquet(tmp_path, train=plain, validation=plain))
     assert data.label_names == ("3", "7")
-    assert data.train.image(2).getpixel((0, 0)) == colour(2)
+    assert data.train.image(2).getpixel((0, 0)) == color(2)
 
 
 @pytest.mark.parametrize(
     ("values", "class_names", "indices"),
     [
         ([10, 9, 10, 9], ("9", "10"), [1, 0, 1, 0]),
+        ([-2, 2, -3, 2], ("-3", "-2", "2"), [1, 2, 0, 2]),
+        (["-5", "0", "-5", "0"], ("-5", "0"), [0, 1, 0, 1]),
         (["b", "a ", "b", "a "], ("a", "b"), [1, 0, 1, 0]),
         ([2.0, 1.0, 2.0, 1.0], ("1", "2"), [1, 0, 1, 0]),
         ([True, False, True, False], ("False", "True"), [1, 0, 1, 0]),
     ],
-    ids=["integers", "text", "whole floats", "truth values"],
+    ids=["integers", "a scale", "text of integers", "text", "whole floats", "truth values"],
 )
 def test_labels_may_be_of_several_types(
     tmp_path: Path, values: list[Any], class_names: tuple[str, ...], indices: list[int]
@@ -579,12 +595,13 @@ def test_labels_may_be_of_several_types(
         (table([0.5, 1.0, 2.25, 1.0]), r"2 of 4 labels are fractions \(0.5, 2.25\)"),
         (table(["a", None, "b", " "]), "2 of 4 images have no label.*'row 1', 'row 3'"),
         (table([0, 1, -1, 1]), "1 of 4 images have no label.*'row 2'"),
+        (table([0, 1, -5, 1]), "1 of 4 labels are -5, but all others are class indices from 0 up"),
         (table([0.0, 1.0, float("nan"), None]), "2 of 4 images have no label"),
         (table(["a", "b", "a ", "b"]), "duplicate class names 'a', 'a '"),
         (table([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "b "])), "duplicate class names 'b', 'b '"),
         (table([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "c"])), "1 of 3 classes have no image.*'c'"),
-        (table([5, 5, 5, 5]), "one class only, '5'"),
-        (table([[0], [1], [0, 1], []]), "several values a row"),
+        (table([5, 5, 5, 5]), "only one class, '5'"),
+        (table([[0], [1], [0, 1], []]), "several values per row"),
         (table([0, 1], mask=[{"bytes": png(0), "path": None}] * 2).cast_column("mask", datasets.Image()),
          r"several columns may hold the image, 'image', 'mask'; name it with --image_column"),
         (table([0, 1], target=[0, 1]), r"several columns may hold the label, 'label', 'target'.*--label_column"),
@@ -592,7 +609,7 @@ def test_labels_may_be_of_several_types(
         (table([0, 1]).remove_columns("image"), "no column looks like the image"),
     ],
     ids=[
-        "fractions", "blank text", "minus one", "nan", "twin text", "twin names", "empty class", "one class",
+        "fractions", "blank text", "minus one", "minus five", "nan", "twin text", "twin names", "empty class", "one class",
         "several labels", "two images", "two labels", "no label", "no image",
     ],
 )  # fmt: skip
@@ -608,7 +625,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     root = parquet(tmp_path, train=rows, validation=rows)
     data = load(root, label_column="kind", image_column="other")
     assert data.label_names == ("a", "b")
-    assert data.train.image(0).getpixel((0, 0)) == colour(9)
+    assert data.train.image(0).getpixel((0, 0)) == color(9)
     with pytest.raises(ValueError, match="no column label_column='nope'; it has columns 'image'"):
         load(root, label_column="nope")
     with pytest.raises(ValueError, match="'kind' does not hold encoded images"):
@@ -636,6 +653,18 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "insects.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"insects\.parquet cannot be read: .*[Pp]arquet"):
         load(tmp_path / "insects.parquet")
+
+
+def test_an_empty_parquet_file_is_named(tmp_path: Path) -> None:
+    empty = table([0, 1]).select([])
+    roots = [parquet(tmp_path / "no row group", train=empty), parquet(tmp_path / "empty row group", train=empty)]
+    pq.write_table(empty.with_format("arrow")[:], next(roots[1].iterdir()))
+    roots.append(parquet(tmp_path / "one of two", train=table([0, 1]), test=empty))
+    for root in roots:
+        file = min(root.iterdir())
+        for given in (root, file):
+            with pytest.raises(ValueError, match=rf"no rows in '{file.name}'; add images or remove the file"):
+                load(given)
 
 
 # The Hub, and names that lead nowhere
@@ -667,13 +696,13 @@ def test_names_that_lead_nowhere(dataset: str, message: str, tmp_path: Path, mon
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "images.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="must be unpacked"):
+    with pytest.raises(ValueError, match="unpack an archive"):
         load(tmp_path / "images.zip")
 
 
 @pytest.fixture
 def cached_hub_dataset(tmp_path: Path) -> str:
-    """`owner/insects` in the local cache as `datasets` leaves it there; gives its commit."""
+    """The commit of `owner/insects`, which is written to the local cache as `datasets` does it."""
     commit = "0123456789" * 4
     root = parquet(tmp_path / "source", train=table(["ant", "bee"] * 5), test=table(["ant", "bee"]))
     builder = datasets.load_dataset_builder(str(root))

@@ -1,4 +1,4 @@
-"""read_image: every kind of file becomes what a viewer shows, or an error that says what is wrong with it."""
+"""read_image: every kind of file becomes what a viewer shows, or an error with the reason."""
 
 import io
 import logging
@@ -28,13 +28,13 @@ def pixels(source: bytes | Path | Image.Image) -> np.ndarray:
 
 
 def photo(width: int = 24, height: int = 16) -> Image.Image:
-    """A smooth colour image: JPEG keeps it within a few levels."""
+    """A smooth color image: JPEG keeps it within a few levels."""
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([x * 10, y * 15, (x + y) * 6], -1).astype(np.uint8))
 
 
-def grey16_png(values: np.ndarray, transparent: int | None = None) -> bytes:
-    """A 16-bit grey PNG written by hand, so that the test does not rest on Pillow's writer."""
+def gray16_png(values: np.ndarray, transparent: int | None = None) -> bytes:
+    """A 16-bit gray PNG written by hand, so that the test does not depend on Pillow's writer."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -58,7 +58,7 @@ def test_rgb_files_give_the_pixels_pillow_gives(tmp_path: Path) -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
 def test_exif_orientation_is_applied_once(orientation: int, file_format: str) -> None:
-    """The eight orientations of the EXIF standard, by where the first row and column of the file are seen."""
+    """The eight orientations of the EXIF standard, by where a viewer shows the first row and column of the file."""
     stored = np.asarray(photo()).astype(int)
     seen = {
         1: stored,
@@ -75,11 +75,11 @@ def test_exif_orientation_is_applied_once(orientation: int, file_format: str) ->
     once = read_image(encoded(photo(), file_format, exif=exif, quality=95), "it")
     assert once.size == (seen.shape[1], seen.shape[0])
     assert np.abs(np.asarray(once).astype(int) - seen).mean() < 3  # JPEG's loss
-    assert (pixels(once) == np.asarray(once)).all(), "reading the result again turned it once more"
+    assert (pixels(once) == np.asarray(once)).all(), "reading the result again rotated it once more"
 
 
 def test_unreadable_exif_leaves_the_image_as_stored_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    png = encoded(photo(), exif=b"garbage-that-is-no-tiff")  # of JPEG files, Pillow itself passes it over
+    png = encoded(photo(), exif=b"garbage-that-is-no-tiff")  # Pillow itself ignores it in JPEG files
     with caplog.at_level(logging.WARNING):
         picture = read_image(png, "cats/1.png")
     assert picture.size == photo().size
@@ -89,18 +89,18 @@ def test_unreadable_exif_leaves_the_image_as_stored_and_says_so(caplog: pytest.L
 
 def test_transparency_is_seen_on_white() -> None:
     rgba = Image.new("RGBA", (2, 1))
-    rgba.putpixel((0, 0), (0, 0, 0, 0))  # transparent black, which a plain conversion shows as black
+    rgba.putpixel((0, 0), (0, 0, 0, 0))  # transparent black, which a plain conversion turns black
     rgba.putpixel((1, 0), (255, 0, 0, 255))
     assert pixels(encoded(rgba)).tolist() == [[list(WHITE), list(RED)]]
     half = Image.new("RGBA", (1, 1), (0, 0, 0, 128))
     assert pixels(half).tolist() == [[[127, 127, 127]]]
-    grey = Image.new("LA", (2, 1))
-    grey.putpixel((0, 0), (0, 0))
-    grey.putpixel((1, 0), (40, 255))
-    assert pixels(encoded(grey)).tolist() == [[list(WHITE), [40, 40, 40]]]
+    gray = Image.new("LA", (2, 1))
+    gray.putpixel((0, 0), (0, 0))
+    gray.putpixel((1, 0), (40, 255))
+    assert pixels(encoded(gray)).tolist() == [[list(WHITE), [40, 40, 40]]]
 
 
-@pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])], ids=["one index", "alpha a colour"])
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])], ids=["one index", "alpha a color"])
 def test_palette_transparency_is_seen_on_white(transparency: int | bytes) -> None:
     image = Image.new("P", (3, 1))
     image.putpalette([*RED, *GREEN, *BLUE])
@@ -112,18 +112,18 @@ def test_palette_transparency_is_seen_on_white(transparency: int | bytes) -> Non
     assert gif.tolist() == [[list(RED), list(WHITE), list(BLUE)]]
 
 
-@pytest.mark.parametrize(("mode", "colour", "key"), [("RGB", RED, RED), ("L", 9, 9)])
-def test_colour_key_transparency_is_seen_on_white(mode: str, colour: object, key: object) -> None:
-    assert pixels(encoded(Image.new(mode, (1, 1), colour), transparency=key)).tolist() == [[list(WHITE)]]
+@pytest.mark.parametrize(("mode", "color", "key"), [("RGB", RED, RED), ("L", 9, 9)])
+def test_color_key_transparency_is_seen_on_white(mode: str, color: object, key: object) -> None:
+    assert pixels(encoded(Image.new(mode, (1, 1), color), transparency=key)).tolist() == [[list(WHITE)]]
 
 
-def test_sixteen_bit_greys_are_scaled_not_clipped(tmp_path: Path) -> None:
+def test_sixteen_bit_grays_are_scaled_not_clipped(tmp_path: Path) -> None:
     values = np.array([[0, 255, 256, 0x8000, 0xFFFF]], np.uint16)
     expected = [[[v >> 8] * 3 for v in values[0].tolist()]]
-    assert pixels(grey16_png(values)).tolist() == expected
+    assert pixels(gray16_png(values)).tolist() == expected
     assert pixels(encoded(Image.fromarray(values), "TIFF")).tolist() == expected
     assert pixels(Image.fromarray(values.astype(np.int32))).tolist() == expected
-    assert pixels(grey16_png(values, transparent=256)).tolist()[0][2] == list(WHITE)
+    assert pixels(gray16_png(values, transparent=256)).tolist()[0][2] == list(WHITE)
 
 
 def test_integers_beyond_sixteen_bits_are_refused() -> None:
@@ -143,7 +143,7 @@ def test_floats_are_read_by_their_range_or_refused() -> None:
             read_image(Image.fromarray(np.array([bad], np.float32)), "heat.tif")
 
 
-def test_cmyk_jpeg_shows_its_colours() -> None:
+def test_cmyk_jpeg_shows_its_colors() -> None:
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # no cyan, full magenta and yellow: red
     red = pixels(encoded(cmyk, "JPEG", quality=95))
     assert np.abs(red - RED).max() <= 6

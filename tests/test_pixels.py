@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from hf_transfer.config import DataConfig
-from hf_transfer.data.augment import Augmentation
+from hf_transfer.data.augment import AugmentationConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import (
@@ -22,7 +22,7 @@ from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import load
 from hf_transfer.network.preprocessing import Preprocessing
 
-PLAIN = Augmentation(crop_scale=1.0, flip=0.0)
+PLAIN = AugmentationConfig(crop_scale=1.0, hflip=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_squares_hold_the_whole_picture_and_its_size(split: Split, preprocessing
 
 def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preprocessing: Preprocessing) -> None:
     stored = store_training_squares(
-        split, preprocessing, side_px=48, how=Augmentation(), seed=0, views=2, accelerator=Accelerator(),
+        split, preprocessing, side_px=48, how=AugmentationConfig(), seed=0, views=2, accelerator=Accelerator(),
         options=ExtractOptions(),
     )  # fmt: skip
     count = len(split)

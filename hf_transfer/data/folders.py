@@ -1,12 +1,11 @@
-"""An image folder: one folder a class, below one folder a split or not.
+"""Image folders: one folder per class, optionally inside one folder per split.
 
     pets/cat/1.jpg               no splits: everything is train
-    pets/train/cat/1.jpg         splits, in any usual naming (splits.role_of)
-    pets/data/train/cat/1.jpg    a folder that holds nothing but one folder is passed through
+    pets/train/cat/1.jpg         splits with common names (splits.role_of)
+    pets/data/train/cat/1.jpg    a folder that contains only one folder is skipped
 
-The folder is listed once; the rest is a reading of names. A layout that can be read in two ways is
-an error: a wrong guess would train on wrong labels without a word. Files are sorted, so that every
-machine sees one order.
+The folder is listed once; everything else follows from names. An ambiguous layout is an error, because a wrong guess would
+silently train on wrong labels. Files are sorted, so that their order is the same on every machine.
 """
 
 from __future__ import annotations
@@ -22,12 +21,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from hf_transfer.data.images import IMAGE_SUFFIXES
-from hf_transfer.data.labels import UNLABELLED, LabelledImages, StoredData, clean_names, listed
+from hf_transfer.data.labels import UNLABELED, LabeledImages, StoredData, clean_names, listed
 from hf_transfer.data.sources import FolderSource
 from hf_transfer.data.splits import role_of
 
-# What file managers, archives and storage boxes leave behind; names that begin with a dot as well.
+# Left behind by file managers, archives and storage devices. Names that start with a dot are ignored too.
 _LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found", "__pycache__"})
+
+# Hidden folders that may well contain images, but never a class.
+_HIDDEN_LITTER = frozenset({".cache", ".git", ".ipynb_checkpoints", ".thumbnails", ".trash", ".trashes"})
 
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
@@ -35,68 +37,86 @@ METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder's images, other files and folders, sorted by name; without litter."""
+    """The images, other files and folders in a folder, sorted by name, without litter."""
 
-    path: str  # relative to the data set, with forward slashes; "" for its root
-    images: tuple[str, ...]  # paths of the images that lie directly in it
+    path: str  # relative to the dataset, with forward slashes; "" for its root
+    images: tuple[str, ...]  # paths of the images directly in it
     other_files: tuple[str, ...]
     folders: tuple[Folder, ...]
+    hidden: tuple[
+        str, ...
+    ]  # paths of the folders with images that are not read because of the dot in front of their name
 
     @property
     def name(self) -> str:
-        """Its own name, without the folders above it."""
+        """The last component of its path."""
         return PurePosixPath(self.path).name
 
     def all_images(self) -> Iterator[str]:
-        """Paths of the images in it and below it."""
+        """Paths of all images in it and below it."""
         yield from self.images
         for folder in self.folders:
             yield from folder.all_images()
 
     def all_other_files(self) -> Iterator[str]:
-        """Paths of the other files in it and below it."""
+        """Paths of all other files in it and below it."""
         yield from self.other_files
         for folder in self.folders:
             yield from folder.all_other_files()
 
+    def all_hidden(self) -> Iterator[str]:
+        """Paths of all hidden folders with images in it and below it."""
+        yield from self.hidden
+        for folder in self.folders:
+            yield from folder.all_hidden()
+
     def folders_with_images(self) -> list[Folder]:
-        """Those of its folders that hold an image, or whose folders do."""
+        """Those of its folders that contain an image at any depth."""
         return [folder for folder in self.folders if any(folder.all_images())]
 
 
 def list_folder(root: Path) -> Folder:
-    """Everything below `root`; links are followed, but not in circles."""
+    """Everything below `root`; follows symbolic links, but not in circles."""
 
     def walk(folder: Path, path: str, above: frozenset[Path]) -> Folder:
         real = folder.resolve()
-        images, other_files, folders = [], [], []
-        with os.scandir(folder) as entries:
-            found = sorted(entries, key=lambda entry: unicodedata.normalize("NFC", entry.name))
-        for entry in found:
-            if entry.name.startswith(".") or entry.name.casefold() in _LITTER:
-                continue
+        images, other_files, folders, hidden = [], [], [], []
+        with os.scandir(folder) as unsorted:
+            entries = sorted(unsorted, key=lambda entry: unicodedata.normalize("NFC", entry.name))
+        for entry in entries:
             entry_path = f"{path}/{entry.name}" if path else entry.name
-            if entry.is_dir():
+            if entry.name.startswith(".") or entry.name.casefold() in _LITTER:
+                if entry.is_dir() and _is_hidden_class(entry):
+                    hidden.append(entry_path)
+            elif entry.is_dir():
                 if Path(entry.path).resolve() not in above | {real}:
                     folders.append(walk(Path(entry.path), entry_path, above | {real}))
             elif PurePosixPath(entry.name).suffix.casefold() in IMAGE_SUFFIXES:
-                images.append(entry_path)  # a broken link too: reading it says so
+                images.append(entry_path)  # a broken link too: reading it raises an error
             else:
                 other_files.append(entry_path)
-        return Folder(path, tuple(images), tuple(other_files), tuple(folders))
+        return Folder(path, tuple(images), tuple(other_files), tuple(folders), tuple(hidden))
 
     return walk(root, "", frozenset())
 
 
-def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str]) -> StoredData:
-    """The class folders in `top`, the listing of `root`.
+def _is_hidden_class(folder: os.DirEntry[str]) -> bool:
+    """Whether an ignored folder may have been meant as a class: its name starts with a dot, and there are images in it."""
+    if not folder.name.startswith(".") or folder.name.casefold() in _HIDDEN_LITTER:
+        return False
+    with os.scandir(folder.path) as entries:
+        return any(PurePosixPath(entry.name).suffix.casefold() in IMAGE_SUFFIXES for entry in entries)
 
-    `name` is the data set's in messages, `named_splits` are the folders that the user calls splits.
+
+def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str]) -> StoredData:
+    """The splits and class folders in `top`, the listing of `root`.
+
+    `name` is the dataset's name in messages, `named_splits` are the folders that the user named as splits.
 
     Raises:
-        ValueError: no class folders, or a layout that can be read in two ways.
+        ValueError: no class folders, or an ambiguous layout.
     """
-    folder = _passed_through(top, stop_at_splits=True, named_splits=named_splits)
+    folder = _skip_wrappers(top, stop_at_splits=True, named_splits=named_splits)
     split_folders = _split_folders(folder, name, named_splits)
     notes = []
     if split_folders is None:
@@ -107,12 +127,19 @@ def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str
     suffixes = Counter(PurePosixPath(file).suffix or "no suffix" for file in top.all_other_files() if "/" in file)
     if suffixes:
         kinds = ", ".join(f"{suffix} ({count:,})" for suffix, count in suffixes.most_common(5))
-        notes.append(f"{suffixes.total():,} files in {name} are no images by their names and are not read: {kinds}.")
+        notes.append(
+            f"{suffixes.total():,} files in {name} are not images, by their suffix, and are not read: {kinds}."
+        )
+    hidden = list(top.all_hidden())
+    if hidden:
+        notes.append(
+            f"Folders whose names start with a dot are not read: {listed(hidden)}. Rename them if they are classes."
+        )
     return StoredData(name=name, splits=splits, notes=tuple(notes))
 
 
-def _passed_through(folder: Folder, *, stop_at_splits: bool, named_splits: Collection[str] = ()) -> Folder:
-    """`folder`, or the first below it that is more than a wrapper around one other folder."""
+def _skip_wrappers(folder: Folder, *, stop_at_splits: bool, named_splits: Collection[str] = ()) -> Folder:
+    """`folder`, or the first folder below it that contains more than one other folder."""
     while True:
         inner = folder.folders_with_images()
         if folder.images or len(inner) != 1 or not inner[0].folders_with_images():
@@ -120,12 +147,12 @@ def _passed_through(folder: Folder, *, stop_at_splits: bool, named_splits: Colle
         if stop_at_splits and (role_of(inner[0].name) or inner[0].name in named_splits):
             return folder
         if any(not any(other.all_other_files()) for other in folder.folders if other != inner[0]):
-            return folder  # an empty folder beside it: these are classes, one without an image
+            return folder  # next to an empty folder: these are classes, one of them without images
         folder = inner[0]
 
 
 def _split_folders(folder: Folder, name: str, named_splits: Collection[str]) -> list[Folder] | None:
-    """The folders in `folder` that are splits, or None where they are classes."""
+    """The folders in `folder` if they are splits, or None if they are classes."""
     folders = folder.folders_with_images()
     if named_splits:
         present = {inner.name for inner in folders}
@@ -143,46 +170,44 @@ def _split_folders(folder: Folder, name: str, named_splits: Collection[str]) -> 
         return folders
     if split_like and not others:
         if with_classes:
-            return folders  # no train among them: said when the roles are given out
+            return folders  # without train: an error when roles are assigned
         raise ValueError(
-            f"{name}: the folders {listed([inner.name for inner in split_like])} hold images but no"
-            " class folders, so nothing says which image shows what; expected"
-            " train/<class>/<image>.jpg, or a metadata.csv beside the images"
+            f"{name}: the folders {listed([inner.name for inner in split_like])} contain images but no class folders, so the"
+            " images have no labels; expected train/<class>/<image>.jpg, or a metadata.csv next to the images"
         )
     only_a_class_called_train = all(role_of(inner.name) == "train" for inner in split_like)
     if split_like and (with_classes or not only_a_class_called_train):
         raise ValueError(
-            f"{name}: {listed([inner.name for inner in split_like])} may be a split or a class"
-            f" beside {listed([inner.name for inner in others])}. If it is a split, put the classes"
-            " to train on into a folder 'train' beside it (or name the folder of each split:"
-            " --train_split, --validation_split, --test_split); if it is a class, rename it"
+            f"{name}: {listed([inner.name for inner in split_like])} may be a split or a class next to"
+            f" {listed([inner.name for inner in others])}. If it is a split, move the classes to train on into a folder 'train'"
+            " next to it (or name the folder of each split: --train_split, --validation_split, --test_split); if it is a class,"
+            " rename it"
         )
     return None
 
 
-def _read_split(root: Path, folder: Folder, name: str) -> LabelledImages:
-    folder = _passed_through(folder, stop_at_splits=False)
+def _read_split(root: Path, folder: Folder, name: str) -> LabeledImages:
+    folder = _skip_wrappers(folder, stop_at_splits=False)
     where = f"{name}/{folder.path}" if folder.path else name
     class_folders = folder.folders
     with_images = folder.folders_with_images()
     if not with_images:
         rows = np.arange(len(folder.images))
-        return LabelledImages(
+        return LabeledImages(
             source=FolderSource(root, folder.images),
             rows=rows,
-            labels=np.full_like(rows, UNLABELLED),
+            labels=np.full_like(rows, UNLABELED),
             names=(),
         )
     inner_names = sorted({deep.name for inner in with_images for deep in inner.folders_with_images()})
     if len(with_images) > 1 and len(inner_names) > 1 and not any(inner.images for inner in with_images):
         raise ValueError(
-            f"{where}: images lie two folders down, so the classes may be"
-            f" {listed([inner.name for inner in with_images], 4)} or {listed(inner_names, 4)};"
-            " make it one folder a class with the images directly in it"
+            f"{where}: images are two folders down, so the classes may be {listed([inner.name for inner in with_images], 4)} or"
+            f" {listed(inner_names, 4)}; make one folder per class with the images directly in it"
         )
     paths = [list(inner.all_images()) for inner in class_folders]
     labels = np.repeat(np.arange(len(paths)), [len(in_class) for in_class in paths])
-    return LabelledImages(
+    return LabeledImages(
         source=FolderSource(root, [path for in_class in paths for path in in_class]),
         rows=np.arange(len(labels)),
         labels=labels,
@@ -195,5 +220,5 @@ def _note_on_loose_images(folder: Folder) -> list[str]:
     if not folder.images:
         return []
     return [
-        f"{len(folder.images):,} images lie outside the class folders and are not used: {listed(folder.images, 3)}."
+        f"{len(folder.images):,} images are outside the class folders and are not used: {listed(folder.images, 3)}."
     ]

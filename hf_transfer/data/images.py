@@ -1,19 +1,20 @@
-"""One picture from any image file: upright, opaque, 8 bits, RGB; what the eye sees in a viewer.
+"""Any image file as an upright, opaque, 8-bit RGB image: what a viewer shows.
 
-Decoding is Pillow's. What Pillow leaves to its caller is settled here, once, for training, evaluation and prediction:
+Pillow decodes. What it leaves to its caller is decided here, once, for training, evaluation and prediction:
 
-- EXIF orientation is applied, so that a phone's portrait stands upright.
-- Transparency (RGBA, LA, PA, palettes and colour keys) is composited on white, as a page would show it.
-- 16-bit greys are scaled by 1/256; Pillow's own conversion clips them at 255, which turns them white.
-- Floats in 0..1 are scaled by 255, floats in 0..255 are kept; others have no agreed meaning and are refused.
-- Of an animation or a file of several pages, the first frame counts. Colour profiles are not applied, as in the
-  pipelines that the checkpoints were pretrained with.
+- EXIF orientation is applied, so that a phone's portrait photo stands upright.
+- Transparency (RGBA, LA, PA, palettes and color keys) is composited on white, as on a web page.
+- 16-bit gray is scaled by 1/256; Pillow's own conversion clips at 255, which turns such images white.
+- Floats in 0..1 are scaled by 255, floats in 0..255 are kept, and other ranges are refused as ambiguous.
+- Animations and multi-page files give their first frame. Color profiles are not applied, as in the pipelines that the
+  checkpoints were pretrained with.
 
-A file that is cut short is an error, not a picture with a grey lower half.
+A truncated file is an error, not an image with a gray lower half.
 """
 
 import logging
 import os
+import stat
 import struct
 import zlib
 from io import BytesIO
@@ -24,9 +25,9 @@ from PIL import Image, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 1  # raise it when the same bytes give other pixels: it is part of every data fingerprint
+READER_VERSION = 1  # increase it when the same bytes decode to other pixels: it is part of every data fingerprint
 
-# Of files in a folder, these are read as images; .heic so that it is an error with a remedy rather than left out.
+# Suffixes of files that are read as images. With .heic, such a file is an error with a remedy instead of being left out.
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff",
@@ -45,7 +46,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What Pillow's decoders raise on damaged data. MemoryError is not among them: it says nothing about the file.
+# What Pillow's decoders raise on damaged data. MemoryError is left out: it says nothing about the file.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -62,16 +63,16 @@ _DECODER_ERRORS = (
 
 
 class BadImageError(ValueError):
-    """An image that cannot be read; the message begins with its name and says why."""
+    """An image that cannot be read; the message starts with its name and gives the reason."""
 
 
 def read_image(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
-    """The picture in `source` (a file's bytes, its path, or a PIL image) in mode RGB, fully loaded, no file open.
+    """The image in `source` (a file's bytes or path, or a PIL image) in mode RGB, fully loaded, with no file left open.
 
-    `name` is what errors call it. A PIL image is never changed; one that is RGB and upright is returned as it is.
+    `name` is used in error messages. A PIL image is never modified; an upright RGB one is returned itself.
 
     Raises:
-        BadImageError: empty, truncated, not an image, not there, or of pixel values without an agreed meaning.
+        BadImageError: missing, empty or truncated, not an image, or pixel values in an ambiguous range.
     """
     if isinstance(source, (str, Path)):
         source = read_bytes(source, name)
@@ -91,12 +92,14 @@ def read_bytes(path: str | Path, name: str) -> bytes:
     """The bytes of one image file.
 
     Raises:
-        BadImageError: the file is missing, a folder, or not readable by this user.
+        BadImageError: the file is missing, not a regular file, or not readable by this user.
     """
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a FIFO or a device may block forever
+            raise BadImageError(f"{name}: not a regular file (a folder, FIFO, socket or device)")
         return Path(path).read_bytes()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        # Only what is wrong with this one file; a failing disk or too many open files must not pass for a bad image.
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        # Only problems of this one file: a failing disk or too many open files must not pass for a bad image.
         reason = os.strerror(error.errno) if error.errno else type(error).__name__
         raise BadImageError(f"{name}: the file cannot be opened ({reason})") from error
 
@@ -108,12 +111,12 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         return _from_integers(image, name).convert("RGB")
     if image.mode == "F":
         return _from_floats(image, name).convert("RGB")
-    if image.mode == "La":  # premultiplied grey, which Pillow converts to LA only
+    if image.mode == "La":  # premultiplied gray, which Pillow converts only to LA
         image = image.convert("LA")
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        paper = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(paper, picture).convert("RGB")
+        foreground = image.convert("RGBA")
+        background = Image.new("RGBA", foreground.size, "white")
+        return Image.alpha_composite(background, foreground).convert("RGB")
     return image.convert("RGB")
 
 
@@ -122,14 +125,14 @@ def _from_integers(image: Image.Image, name: str) -> Image.Image:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 0xFFFF:
         raise BadImageError(
-            f"{name}: integer pixels from {low} to {high}; 16-bit images hold 0 to 65535, so the scale is unknown:"
+            f"{name}: integer pixels from {low} to {high}; 16-bit images range from 0 to 65535, so the scale is unknown:"
             " save it with 8 or 16 bits"
         )
-    grey = (values >> 8).astype(np.uint8)
-    colour_key = image.info.get("transparency")
-    if isinstance(colour_key, int):  # PNG's tRNS for 16-bit grey: this one value is transparent
-        grey[values == colour_key] = 255
-    return Image.fromarray(grey)
+    gray = (values >> 8).astype(np.uint8)
+    color_key = image.info.get("transparency")
+    if isinstance(color_key, int):  # PNG's tRNS for 16-bit gray: this one value is transparent
+        gray[values == color_key] = 255
+    return Image.fromarray(gray)
 
 
 def _from_floats(image: Image.Image, name: str) -> Image.Image:
@@ -137,32 +140,32 @@ def _from_floats(image: Image.Image, name: str) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0.0 and high <= 255.0):  # also true of NaN
         raise BadImageError(
-            f"{name}: float pixels from {low:g} to {high:g}; 0 to 1 or 0 to 255 is understood: save it with 8 bits"
+            f"{name}: float pixels from {low:g} to {high:g}; only 0 to 1 and 0 to 255 are understood: save it with 8 bits"
         )
     scale = 255.0 if high <= 1.0 else 1.0
     return Image.fromarray(np.rint(values * scale).astype(np.uint8))
 
 
-def _upright(picture: Image.Image, image: Image.Image, name: str) -> Image.Image:
-    """`picture` turned as the EXIF block of `image`, which it was made from, asks."""
+def _upright(rgb: Image.Image, image: Image.Image, name: str) -> Image.Image:
+    """`rgb` transposed by the EXIF orientation of `image`, from which it was converted."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODER_ERRORS as error:
-        # The pixels are sound, and viewers show such a file as it is stored; so do we, and say so.
-        logger.warning("%s: its EXIF block cannot be read (%s); taken as upright", name, error)
-        return picture
+        # The pixels are sound, and viewers show such a file as it is stored.
+        logger.warning("%s: the EXIF block cannot be read (%s); assuming the image is upright", name, error)
+        return rgb
     method = _UPRIGHT.get(orientation)
     if method is None:
-        return picture
-    turned = picture.transpose(method)
-    turned.info = {}  # it would still say "turn me" to whoever looks next
-    return turned
+        return rgb
+    upright = rgb.transpose(method)
+    upright.info = {}  # its EXIF block would have the next reader rotate again
+    return upright
 
 
 def _diagnosis(source: bytes | Image.Image, error: Exception) -> str:
-    """Why the bytes are no picture, in words that lead to the remedy."""
+    """Why the bytes are not an image, with the remedy if there is one."""
     if isinstance(error, Image.DecompressionBombError):
-        return f"too large to be decoded safely ({error}); scale it down"
+        return f"too large to decode safely ({error}); downscale it"
     head = source[:512] if isinstance(source, bytes) else b""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"version https://git-lfs"):
@@ -170,9 +173,9 @@ def _diagnosis(source: bytes | Image.Image, error: Exception) -> str:
     if text.startswith((b"<svg", b"<?xml")) and b"svg" in text:
         return "a vector drawing (SVG); render it to PNG first"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page saved under an image's name; download it again"
+        return "a web page saved under an image name; download it again"
     if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
-        return "an HEIC photo, which Pillow does not read by itself; convert it to JPEG"
+        return "an HEIC photo, which Pillow cannot read on its own; convert it to JPEG"
     if not isinstance(error, UnidentifiedImageError):
-        return f"the image is damaged or cut short ({error})"
-    return f"not an image that Pillow can read (it begins with {head[:12]!r})"
+        return f"the image is damaged or truncated ({error})"
+    return f"not an image that Pillow can read (it starts with {head[:12]!r})"

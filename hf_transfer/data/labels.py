@@ -1,11 +1,12 @@
-"""What a source of data hands over: splits as they are stored, with class names and a label a row.
+"""What every data source returns: stored splits with class names and one label per row.
 
-Class names are compared as people read them: without blanks at their ends, and in one Unicode form
-(NFC), since the same folder name has other bytes on a Mac than elsewhere. Two names that become one
-are a mistake to be mended, never merged: only the owner knows whether they mean the same.
+Class names are compared without surrounding whitespace and in Unicode NFC, because macOS stores the same folder name as other
+bytes. Names that become equal are an error, never merged: only the owner knows whether they mean the same class.
 """
 
+import math
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,26 @@ from numpy.typing import NDArray
 
 from hf_transfer.data.sources import ImageSource
 
-UNLABELLED = -1
+UNLABELED = -1
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledImages:
-    """One stored split: image `rows[i]` of `source` shows `names[labels[i]]`, or is UNLABELLED."""
+class Columns:
+    """The table columns that the user named; None: find the column by its type or name."""
+
+    image: str | None = None
+    label: str | None = None
+
+    def refuse(self, owner: str) -> None:
+        """Raises ValueError if a column is named although `owner` (such as "an image folder") has no columns."""
+        for flag, name in (("image_column", self.image), ("label_column", self.label)):
+            if name is not None:
+                raise ValueError(f"{flag}={name!r}: {owner} has no columns; leave --{flag} out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabeledImages:
+    """One stored split: image `rows[i]` of `source` has label `names[labels[i]]`, or none if `labels[i]` is UNLABELED."""
 
     source: ImageSource
     rows: NDArray[np.int64]
@@ -30,20 +45,57 @@ class LabelledImages:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredData:
-    """A data set as it is stored; a split is read when called for, so an unused one may be broken."""
+    """A dataset as it is stored. Each split is read when its function is called, so an unused split may be broken."""
 
     name: str
-    splits: Mapping[str, Callable[[], LabelledImages]]
+    splits: Mapping[str, Callable[[], LabeledImages]]
     revision: str | None = None
     license: str | None = None
     notes: tuple[str, ...] = ()
 
 
-def clean_names(names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Class names as they are compared, saved and shown, in the order given.
+def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels (N,) as indices into the class names or UNLABELED, and the class names: the distinct values, sorted.
+
+    `values` are text, integers, booleans or whole floats. None, NaN, blank text and -1 mean "no label".
 
     Raises:
-        ValueError: a name is blank or not valid text, or two names are the same.
+        ValueError: fractions, other or mixed types, one negative integer among class indices, duplicate class names.
+    """
+    counts = Counter(value for value in values if not _is_missing(value))
+    if (
+        not all(isinstance(value, (str, int, float)) for value in counts)
+        or len({isinstance(value, str) for value in counts}) > 1
+    ):
+        kinds = sorted({type(value).__name__ for value in counts})
+        raise ValueError(
+            f"{where}: labels are of type {' and '.join(kinds)}; classes are all text or all integers: name another"
+            " --label_column"
+        )
+    present: list[str | float] = sorted(counts)  # type: ignore[arg-type]
+    fractions = [value for value in present if isinstance(value, float) and not value.is_integer()]
+    if fractions:
+        raise ValueError(
+            f"{where}: {sum(counts[value] for value in fractions):,} of {len(values):,} labels are fractions"
+            f" ({listed(fractions, 3)}); classes are integers or text: name another --label_column, or bin the values"
+        )
+    negative = [value for value in present if type(value) is int and value < 0]
+    if len(negative) == 1 < len(present):
+        raise ValueError(
+            f"{where}: {counts[negative[0]]:,} of {len(values):,} labels are {negative[0]}, but all others are class indices"
+            f" from 0 up; mark images without a label with {UNLABELED}, or make the labels text"
+        )
+    index_of = {value: index for index, value in enumerate(present)}
+    labels = np.fromiter((index_of.get(value, UNLABELED) for value in values), np.int64, len(values))  # type: ignore[call-overload]
+    texts = [str(int(value)) if isinstance(value, float) else str(value) for value in present]
+    return labels, clean_names(texts, where)
+
+
+def clean_names(names: Sequence[str], where: str) -> tuple[str, ...]:
+    """Class names without surrounding whitespace and in Unicode NFC, in the given order.
+
+    Raises:
+        ValueError: a name is blank or not valid text, or two names are equal.
     """
     spellings: dict[str, list[str]] = {}
     for name in names:
@@ -54,13 +106,20 @@ def clean_names(names: Sequence[str], where: str) -> tuple[str, ...]:
     for same in spellings.values():
         if len(same) > 1:
             raise ValueError(
-                f"{where}: duplicate class names {', '.join(map(repr, same))} (blanks at the ends"
-                " and the Unicode form do not count); rename one, or make them one class"
+                f"{where}: duplicate class names {', '.join(map(repr, same))} (surrounding whitespace and Unicode form are"
+                " ignored); rename one, or merge the classes"
             )
     return tuple(spellings)
 
 
 def listed(names: Sequence[object], limit: int = 10) -> str:
-    """Names in quotes for a message: "'a', 'b' and 3 more"."""
+    """Quoted names for a message, such as "'a', 'b' and 3 more"."""
     shown = ", ".join(repr(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit:,} more"
+
+
+def _is_missing(value: object) -> bool:
+    """Whether a value means "no label": None, NaN, blank text or -1."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or value == UNLABELED or (isinstance(value, float) and math.isnan(value))

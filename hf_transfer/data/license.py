@@ -1,4 +1,4 @@
-"""The licence that a data set's own card states: what a model trained on it may have to say too."""
+"""The license that a dataset's card states: a model trained on it may have to name it too."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ CARD = "README.md"
 
 
 def read_license(folder: Path) -> str | None:
-    """The `license` of the card in a data set's folder; None where there is no card, or it states none."""
+    """The `license` in the card of a dataset folder; None if there is no card or it states none."""
     card = folder / CARD
     if not card.is_file():
         return None
@@ -18,7 +18,7 @@ def read_license(folder: Path) -> str | None:
 
 
 def fetch_license(hub_id: str, revision: str | None) -> str | None:
-    """Likewise for a data set on the Hub; None too where its card can't be had now."""
+    """The `license` in the card of a Hub dataset; None if it states none or the card is not available now."""
     try:
         card = hf_hub_download(hub_id, CARD, repo_type="dataset", revision=revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from hf_transfer.data.augment import Augmentation, augment
+from hf_transfer.data.augment import AugmentationConfig, augment, draw_uniform
 from hf_transfer.data.cache import Store, cached
 from hf_transfer.data.options import ExtractOptions, ranks_of
 from hf_transfer.data.splits import Split
@@ -97,7 +97,7 @@ class TrainingImages:
     preprocessing: Preprocessing
     squares: Store  # (N, S, S, 3) uint8
     sizes: Store  # (N, 2) width and height of each picture, in pixels
-    how: Augmentation
+    how: AugmentationConfig
     seed: int
     views: int = 1
 
@@ -132,10 +132,8 @@ class TrainingImages:
             augment(
                 pixels[torch.from_numpy(np.flatnonzero(epochs == epoch)).to(pixels.device)],
                 self.sizes[indices[epochs == epoch]],
-                indices[epochs == epoch],
+                draw_uniform(self.seed, int(epoch), indices[epochs == epoch]),
                 self.how,
-                seed=self.seed,
-                epoch=int(epoch),
                 height_px=self.preprocessing.height_px,
                 width_px=self.preprocessing.width_px,
             )
@@ -182,7 +180,7 @@ def store_training_squares(
     preprocessing: Preprocessing,
     *,
     side_px: int,
-    how: Augmentation,
+    how: AugmentationConfig,
     seed: int,
     views: int = 1,
     accelerator: Accelerator,

@@ -1,8 +1,8 @@
-"""Where a split's images lie: files of a folder, rows of a table, or an array of pixels.
+"""Image sources: files in a folder, rows of a table, an array of pixels.
 
-A source knows every image of one stored split by its row: the bytes that its identity is computed from, the picture,
-and the name that a person finds it by. It opens files for one read at a time and holds none, so it can be pickled into
-worker processes. Content is hashed once a row, in threads (xxh3, 128 bits), and remembered.
+A source gives each image of one stored split by its row: the bytes that identify it, the decoded image, and a name for people.
+It keeps no file open between reads, so it can be pickled into worker processes. Each row's content is hashed once, in threads
+(xxh3, 128 bits).
 """
 
 import os
@@ -35,17 +35,17 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """What a person finds the image by: its path inside the data set, or "row 17"."""
+        """The image's name for people: its path inside the dataset, or "row 17"."""
 
     @abstractmethod
     def content(self, row: int) -> bytes:
-        """What the image is made of; equal on every machine that holds the same data."""
+        """Bytes that identify the image, equal on every machine that has the same data."""
 
-    def picture(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         """The image in mode RGB.
 
         Raises:
-            BadImageError: it cannot be read.
+            BadImageError: the image cannot be read.
         """
         return read_image(self.content(row), self.name(row))
 
@@ -66,26 +66,27 @@ class ImageSource(ABC):
         return self._digests[rows]
 
     def unreadable(self, rows: NDArray[np.int64], title: str) -> dict[int, BadImageError]:
-        """Of `rows`, those whose image cannot be read: all are decoded, in threads, under a progress bar."""
+        """Those of `rows` whose image cannot be read, with the error. Decodes all, in threads, with a progress bar."""
         from tqdm.auto import tqdm
 
         def problem(row: int) -> BadImageError | None:
             try:
-                self.picture(row)
+                self.image(row)
             except BadImageError as error:
                 return error
             return None
 
         numbers = rows.tolist()
         with ThreadPoolExecutor() as threads:
-            found = threads.map(problem, numbers)
-            # disable=None: no bar where the output is not a terminal
-            problems = list(tqdm(found, total=len(numbers), desc=title, unit="image", disable=None))
+            # disable=None: no bar unless the output is a terminal
+            problems = list(
+                tqdm(threads.map(problem, numbers), total=len(numbers), desc=title, unit="image", disable=None)
+            )
         return {row: error for row, error in zip(numbers, problems, strict=True) if error}
 
 
 class FolderSource(ImageSource):
-    """Image files below `root`, given by their paths relative to it, with forward slashes."""
+    """Image files given by their paths below `root`, with forward slashes."""
 
     def __init__(self, root: Path, paths: Sequence[str]) -> None:
         super().__init__(len(paths))
@@ -93,8 +94,8 @@ class FolderSource(ImageSource):
         self._paths = tuple(paths)
 
     def name(self, row: int) -> str:
-        """Its path below the root, with forward slashes."""
-        # A name that is not UTF-8 on disk could be neither printed nor written to a report.
+        """The path below the root, with forward slashes."""
+        # A name that is not UTF-8 on disk cannot be printed or written to a report.
         return os.fsencode(self._paths[row]).decode("utf-8", "replace")
 
     def content(self, row: int) -> bytes:
@@ -105,19 +106,19 @@ class FolderSource(ImageSource):
 class TableSource(ImageSource):
     """One column of a `datasets.Dataset`: encoded images, or paths of image files on this machine.
 
-    `split` is the split's stored name, which errors add to the row's number. Names are relative to `root` where the
-    images are files below it.
+    `split` is the split's stored name, which error messages add to the row. Images that are files below `root` are named by
+    their path relative to it.
     """
 
     def __init__(self, table: Any, column: str, split: str, root: Path | None = None) -> None:
         super().__init__(len(table))
-        # Arrow rows: `datasets` would decode the image itself, with other rules than ours.
+        # Arrow rows, because `datasets` would decode the images itself, by other rules than read_image.
         self._table = table.select_columns([column]).with_format("arrow")
         self._split = split
         self._root = root
 
     def name(self, row: int) -> str:
-        """Its path below the root, else its row, with the file name that the table keeps of it."""
+        """The path below the root, else the row with the file name that the table stores for it."""
         value = self._cell(row)
         path = value["path"].as_py() if _has_path(value) else None
         if not path:
@@ -127,16 +128,16 @@ class TableSource(ImageSource):
         return f"row {row} ({PurePath(path).name})"
 
     def content(self, row: int) -> bytes:
-        """The encoded image, or the bytes of the file that the table names."""
+        """The encoded image, or the bytes of the file that the table refers to."""
         value = self._cell(row).as_py()
         encoded, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
         if encoded is not None:
             return bytes(encoded)
         if path:
             return read_bytes(path, self._where(row))
-        raise BadImageError(f"{self._where(row)}: there is no image (None)")
+        raise BadImageError(f"{self._where(row)}: no image (None)")
 
-    def picture(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         """The image in mode RGB; errors also name the split."""
         return read_image(self.content(row), self._where(row))
 
@@ -148,14 +149,14 @@ class TableSource(ImageSource):
 
 
 class PixelSource(ImageSource):
-    """Grey images (N, H, W) or colour images (N, H, W, 3) uint8 in memory."""
+    """Gray images (N, H, W) or RGB images (N, H, W, 3) uint8 in memory."""
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
         super().__init__(len(pixels))
         self._pixels = pixels
 
     def name(self, row: int) -> str:
-        """Its row."""
+        """The row."""
         return f"row {row}"
 
     def content(self, row: int) -> bytes:
@@ -163,7 +164,7 @@ class PixelSource(ImageSource):
         pixels: bytes = self._pixels[row].tobytes()
         return repr(self._pixels.shape[1:]).encode() + pixels
 
-    def picture(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         """The image in mode RGB."""
         return read_image(Image.fromarray(self._pixels[row]), self.name(row))
 

@@ -1,9 +1,9 @@
-"""A split: images with one label each, from one source; and how splits are drawn from splits.
+"""Splits: images from one source with one label each, and how a subset and a validation split are drawn from them.
 
-Every draw is stratified, seeded and nested. Each class is shuffled once, by the seed and the class; an image's place in
-that order decides everything. The first k places are the few-shot subset of k images a class, so a smaller subset lies
-in every larger one; and whether a place belongs to validation depends on the place alone, so that stays true of the
-parts that are left for training and for validation.
+Every draw is stratified, seeded and nested. Each class is shuffled once, by the seed and the class, and an image's position in
+that order (its rank) decides everything. The few-shot subset of k images per class is the first k ranks, so every subset
+contains all smaller ones. Whether a rank belongs to validation depends on the rank alone, so the training and validation parts
+of these subsets are nested too.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _ROLE_OF_WORD: dict[str, Role] = {
     "testing": "test",
     "tst": "test",
     "testset": "test",
-    "eval": "test",  # as `datasets` reads these two
+    "eval": "test",  # `datasets` also reads these two as test
     "evaluation": "test",
 }
-_FILLING_WORDS = frozenset({"set", "split", "data", "dataset", "image", "images", "img", "imgs"})
+_FILLER_WORDS = frozenset({"set", "split", "data", "dataset", "image", "images", "img", "imgs"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Images with labels, by position; `split[i]` is (RGB image, label). Holds no open file and can be pickled."""
+    """Labeled images; `split[i]` is (RGB image, label). Keeps no file open and can be pickled."""
 
     name: Role
     source: ImageSource
-    rows: NDArray[np.int64]  # (N,) where position i lies in the source
+    rows: NDArray[np.int64]  # (N,) the source's row of position i
     labels: NDArray[np.int64]  # (N,) indices into label_names
     label_names: tuple[str, ...]
 
@@ -72,22 +72,22 @@ class Split:
         """The image at position `i`, in mode RGB.
 
         Raises:
-            BadImageError: it cannot be read; names the file or row.
+            BadImageError: the image cannot be read; the message names its file or row.
         """
         try:
-            return self.source.picture(int(self.rows[i]))
+            return self.source.image(int(self.rows[i]))
         except BadImageError as error:
             raise _with_remedy(error) from error
 
     def image_name(self, i: int) -> str:
-        """The image's path relative to the data set, or "row 17" of the split it is stored in."""
+        """The image's path inside the dataset, or "row 17" of its stored split."""
         return self.source.name(int(self.rows[i]))
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits: images' bytes, their order, labels and label names; not where they lie, nor file times.
+        """32 hex digits that depend on the images' bytes, their order, labels and label names; not on paths or file times.
 
-        Reads every image's bytes the first time.
+        The first access reads every image's bytes.
 
         Raises:
             BadImageError: a file is missing or cannot be opened.
@@ -102,16 +102,16 @@ class Split:
         return digest.hexdigest()
 
     def counts(self) -> NDArray[np.int64]:
-        """Images a class, (num_classes,)."""
+        """Number of images per class, (num_classes,)."""
         return np.bincount(self.labels, minlength=len(self.label_names)).astype(np.int64)
 
     def select(self, indices: ArrayLike, name: Role | None = None) -> Split:
-        """The images at `indices` (positions), in that order, as a split; renamed if `name` is given."""
+        """The images at positions `indices`, in that order, as a split; renamed if `name` is given."""
         positions = np.asarray(indices)
         if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
             raise TypeError(
                 f"select(indices): got {positions.dtype} of shape {positions.shape};"
-                " give one row of integer positions (np.flatnonzero turns a mask into them)"
+                " give a 1-D array of integer positions (np.flatnonzero turns a mask into them)"
             )
         positions = positions.astype(np.int64)
         return Split(
@@ -126,12 +126,12 @@ class Split:
 def draw(
     train: Split, *, images_per_class: int | None, validation_fraction: float | None, seed: int
 ) -> tuple[Split, Split | None]:
-    """(train, validation): at most `images_per_class` images a class, a fraction of which is split off.
+    """(train, validation), drawn from the first `images_per_class` images of each class, in their stored order.
 
-    No subset where `images_per_class` is None, no validation where `validation_fraction` is. Images keep their order.
+    `images_per_class` None: all images; `validation_fraction` None: no validation split.
 
     Raises:
-        ValueError: a class has fewer images than asked for, or fewer than the two that a stratified split needs.
+        ValueError: a class has fewer than `images_per_class` images, or fewer than the two that a stratified split needs.
     """
     counts = train.counts()
     if images_per_class is not None:
@@ -142,20 +142,20 @@ def draw(
                 f" {counts[smallest]:,} images to train on; choose --images_per_class {counts[smallest]} or less"
             )
         counts = np.minimum(counts, images_per_class)
-    place = _place_in_class(train.labels, seed)
-    is_kept = place < (images_per_class or len(train))
+    ranks = _rank_in_class(train.labels, seed)
+    is_kept = ranks < (images_per_class or len(train))
     if validation_fraction is None:
         return train.select(np.flatnonzero(is_kept)), None
     if counts.min() < 2:
         too_small = [train.label_names[k] for k in np.flatnonzero(counts < 2)]
         raise ValueError(
-            f"too few images to split validation off: one image to train on of {listed(too_small)}, and a stratified"
-            " split takes two a class, one for each side; give more images, or a validation split (--validation_split)"
+            f"too few images to split off validation: only one image to train on of {listed(too_small)}, and a stratified"
+            " split needs two per class, one for each side; add images, or give a validation split (--validation_split)"
         )
     sizes = np.arange(int(counts.max()) + 1)
-    is_validation_place = np.diff(_validation_images(sizes, validation_fraction)) > 0
+    is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
     is_validation = np.zeros(len(train), np.bool_)
-    is_validation[is_kept] = is_validation_place[place[is_kept]]
+    is_validation[is_kept] = is_validation_rank[ranks[is_kept]]
     return (
         train.select(np.flatnonzero(is_kept & ~is_validation)),
         train.select(np.flatnonzero(is_kept & is_validation), name="validation"),
@@ -163,16 +163,16 @@ def draw(
 
 
 def role_of(split_name: str) -> Role | None:
-    """What a split of this name is for, by usual naming ("Training", "val", "test_set", "valid2017"), else None."""
-    words = set(re.findall(r"[^\W\d_]+", split_name.casefold())) - _FILLING_WORDS
+    """The role of a split with a common name ("Training", "val", "test_set", "valid2017"), else None."""
+    words = set(re.findall(r"[^\W\d_]+", split_name.casefold())) - _FILLER_WORDS
     roles = {_ROLE_OF_WORD.get(word) for word in words}
     return roles.pop() if len(roles) == 1 else None
 
 
 def public_name(path: Path) -> str:
-    """The name of a data set that lies at `path` (resolved): its base name, without the suffix of a file.
+    """The public name of the dataset at `path` (resolved): its base name, without a file suffix.
 
-    Where that names a split ("pets/train"), the folder above says more, unless it is the user's own.
+    If that is the name of a split ("pets/train"), the parent folder's name, unless the parent is the home folder.
     """
     name = path.stem if path.is_file() else path.name
     is_at_home = str(path.parent) in (os.environ.get("HOME"), os.environ.get("USERPROFILE"))
@@ -180,22 +180,22 @@ def public_name(path: Path) -> str:
 
 
 def _with_remedy(error: BadImageError) -> BadImageError:
-    return BadImageError(f"{error}. Repair or remove it, or leave such images out with --on_bad_image skip")
+    return BadImageError(f"{error}. Repair or remove it, or skip unreadable images with --on_bad_image skip")
 
 
-def _place_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Each image's place (N,) in the shuffled order of its class."""
-    place = np.empty(len(labels), np.int64)
+def _rank_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Each image's rank (N,) in the shuffled order of its class."""
+    ranks = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        place[members] = np.random.default_rng([seed, int(label)]).permutation(len(members))
-    return place
+        ranks[members] = np.random.default_rng([seed, int(label)]).permutation(len(members))
+    return ranks
 
 
 def _validation_images(class_sizes: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """Of classes of these sizes, how many images are for validation: nearest, but one at least on either side.
+    """Validation images for classes of these sizes: the nearest integer, but at least one image on either side.
 
-    Grows by 0 or 1 from one size to the next, which makes membership a property of the place.
+    Grows by 0 or 1 from one size to the next, so that membership is a property of the rank.
     """
     nearest = np.floor(class_sizes * fraction + 0.5).astype(np.int64)
     at_least_one: NDArray[np.int64] = np.minimum(np.maximum(nearest, 1), class_sizes - 1)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_transfer.data.augment import mix
+from hf_transfer.data.augment import draw_uniform, mix
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import set_modes, uses_batch_statistics
 from hf_transfer.session import Session
@@ -227,7 +227,8 @@ class Steps:
         targets = labels
         if feed.is_pixels and augmentation.is_mixing:
             soft = F.one_hot(labels, self.num_classes).float()
-            inputs, targets = mix(inputs, soft, indices, augmentation, seed=self.session.config.seed, epoch=epoch)
+            uniform = draw_uniform(self.session.config.seed, epoch, indices)
+            inputs, targets = mix(inputs, soft, uniform, augmentation)
         logits = self.trainable.network(inputs)
         loss = F.cross_entropy(
             logits.float(),
