@@ -163,7 +163,7 @@ def _cache(given: argparse.Namespace) -> str:
 
 
 def _predict(given: argparse.Namespace) -> str:
-    from hf_transfer.hub.predict import find_images, load_saved, predict, switch_adapters
+    from hf_transfer.inference.predict import find_images, load_saved, predict, switch_adapters
 
     images = find_images(given.images)  # a wrong path fails before the model is loaded
     trust = given.trust_remote_code
@@ -186,7 +186,7 @@ def _predict(given: argparse.Namespace) -> str:
 
 def _evaluate(given: argparse.Namespace) -> str:
     from hf_transfer.config import DataConfig
-    from hf_transfer.hub.predict import evaluate
+    from hf_transfer.inference.evaluate import evaluate
 
     scores = evaluate(
         given.model, DataConfig(dataset=given.dataset), split=given.split, trust_remote_code=given.trust_remote_code
