@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hf_transfer.config import RecipeConfig
-from hf_transfer.hub.formats import format_bytes, format_number, format_percent, format_seconds
+from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.reporting.report import NO_TEST_SPLIT, render_report, write_report
 from hf_transfer.reporting.results import without_paths
 from hf_transfer.training.metrics import score
@@ -95,7 +95,7 @@ def _results(names: list[str], *, test: bool = True, curves: bool = True) -> dic
         grid = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
         results["curves"] = [
             {
-                "title": "Regularisation",
+                "title": "Regularization",
                 "x_label": "C",
                 "y_label": "log loss & more",
                 "x_log": True,
@@ -207,7 +207,7 @@ def test_cost_and_fingerprints_may_come_by_name() -> None:
     results["data"]["fingerprint"] = {"train": "aa11", "test": "bb22"}
     page = _Page(render_report(results))
     text = " ".join(" ".join(page.text).split())
-    assert "241 images a second in train features, 99.0 images a second in test." in text
+    assert "241 images per second in train features, 99.0 images per second in test." in text
     assert "Fingerprint train aa11, test bb22" in text
     assert "On CPU, 2 threads." in text
     assert [row[0] for row in page.table("cost")] == ["Part", "features", "solve", "Whole run"]
@@ -217,7 +217,7 @@ def test_cost_and_fingerprints_may_come_by_name() -> None:
 def test_a_perfect_classifier_of_many_classes_has_no_confused_pairs() -> None:
     names = _names(40)
     perfect = score(10 * np.eye(40), np.arange(40), names, resamples=10)
-    assert "No image was taken for another class." in render_report({"metrics": {"test": perfect}})
+    assert "No image was misclassified." in render_report({"metrics": {"test": perfect}})
 
 
 def test_missing_points_are_gaps_and_logarithmic_ticks_are_powers() -> None:
@@ -266,7 +266,7 @@ def test_mistakes_are_named() -> None:
     results = _results(_names(2))
     broken = copy.deepcopy(results)
     broken["curves"][0]["series"][0]["x"][0] = 0.0
-    with pytest.raises(ValueError, match="'Regularisation' has x <= 0"):
+    with pytest.raises(ValueError, match="'Regularization' has x <= 0"):
         render_report(broken)
     results["curves"][1]["series"][0]["y"] = [None, None, None]
     with pytest.raises(ValueError, match="'Loss' has no finite point"):
