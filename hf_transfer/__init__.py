@@ -23,6 +23,7 @@ _HOME_OF = {
     "Policy": "network.policies",
     "Preprocessing": "network.preprocessing",
     "ProbePhase": "training.phase",
+    "PublishOptions": "hub.publish",
     "TrainConfig": "config",
     "add_adapters": "network.adapters",
     "advise": "choosing.advise",

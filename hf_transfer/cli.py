@@ -204,7 +204,7 @@ def _evaluate(given: argparse.Namespace) -> str:
 
 
 def _publish(given: argparse.Namespace) -> str:
-    from hf_transfer.hub.publish import publish
+    from hf_transfer.hub.publish import PublishOptions, publish
 
     logging.getLogger("hf_transfer").setLevel(logging.INFO)
     found = publish(
@@ -212,12 +212,7 @@ def _publish(given: argparse.Namespace) -> str:
         given.repo_id,
         adapter=given.adapter,
         base=given.base,
-        private=given.private,
-        revision=given.revision,
-        create_pr=given.create_pr,
-        overwrite=given.overwrite,
-        without_fine_tuning=given.without_fine_tuning,
-        dry_run=given.dry_run,
+        options=PublishOptions(**{f.name: getattr(given, f.name) for f in dataclasses.fields(PublishOptions)}),
     )
     lines = [f"{size:>12,} bytes  {path}" for path, size in found.files.items()]
     return "\n".join([*lines, "would be sent to " + found.repo_id if found.url is None else f"published: {found.url}"])

@@ -11,7 +11,7 @@ from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 
 from hf_transfer.config import RecipeConfig, TrainConfig
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.hub.publish import check_push, publish
+from hf_transfer.hub.publish import PublishOptions, check_push, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
 from hf_transfer.network.adapters import Adapted
@@ -75,9 +75,8 @@ class Run:
         self.accelerator.end_training()
         repo_id = self.config.push_to_hub
         if repo_id is not None and self.accelerator.is_main_process:
-            found = publish(
-                self.output_dir, repo_id, adapter=isinstance(backbone, Adapted), private=self.config.private
-            )
+            options = PublishOptions(private=self.config.private)
+            found = publish(self.output_dir, repo_id, adapter=isinstance(backbone, Adapted), options=options)
             log.info("published: %s", found.url)
         return results
 
