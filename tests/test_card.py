@@ -56,8 +56,8 @@ def test_a_licence_is_what_both_sides_allow(base: str | None, data: str | None, 
 
 
 def test_what_is_not_known_or_does_not_fit_is_said() -> None:
-    assert "licence of the data set is not known" in " ".join(derive_license("mit", None).notes)
-    assert "licence of the base model is not known" in " ".join(derive_license(None, "mit").notes)
+    assert "license of the dataset is unknown" in " ".join(derive_license("mit", None).notes)
+    assert "license of the base model is unknown" in " ".join(derive_license(None, "mit").notes)
     assert "conflict" in " ".join(derive_license("gpl-3.0", "cc-by-nc-4.0").notes)
     assert "no derivatives" in " ".join(derive_license("mit", "cc-by-nd-4.0").notes)
     assert not any("**" in note for note in derive_license("mit", "mit").notes)
@@ -106,13 +106,13 @@ def test_a_model_from_random_weights_has_no_base(backbone: Backbone) -> None:
 
 def test_it_says_what_was_measured_and_where_it_ends(folder: Path) -> None:
     card = (folder / "README.md").read_text()
-    assert "| Accuracy | 75.0 % | 25.0 to 100.0 |" in card
+    assert "| Accuracy | 75.0% | 25.0 to 100.0 |" in card
     assert "| ant | 75.0 | 100.0 | 86.0 | 4 |" in card
     assert r"| Wespe \| \<groß> | – | – | – | 0 |" in card
-    assert "Fewer than 20 images to learn from: ant (4), bee (4)" in card
+    assert "Fewer than 20 images to train on: ant (4), bee (4)" in card
     assert "Fewer than 10 images to score on: bee (0)" in card
-    assert "off by 12.0 % on average" in card
-    assert "licence of the data set is not known" in card
+    assert "off by 12.0% on average" in card
+    assert "license of the dataset is unknown" in card
     assert "1. a solved head" in card
     assert "32x32 pixels, bicubic" in card
 
@@ -134,7 +134,7 @@ def test_the_card_of_a_repository_names_it_and_what_was_checked(folder: Path) ->
     assert 'pipeline("image-classification", model="me/name")' in sent
     assert 'timm.create_model("hf-hub:me/name", pretrained=True)' in sent
     assert "timm: logits differ by at most 3e-07" in sent
-    assert "Not yet" not in sent
+    assert "Not verified yet" not in sent
     assert sent.count("FOLDER") == 1  # what its owner wrote stays
     branch = address_card(card, "me/name", "v2", [verified])
     assert 'model="me/name", revision="v2")' in branch
@@ -149,7 +149,7 @@ def test_a_card_is_written_where_names_need_care(backbone: Backbone, tmp_path: P
     save_model(odd, results, tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
     assert ModelCard(card).data.license is None
-    assert "No licence is stated" in card
+    assert "No license is stated" in card
     settings = card.split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(settings) == results["config"]
     assert "- 2 images were left out." in card

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.hub.publish import publish
+from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
@@ -299,11 +299,11 @@ def test_a_stack_without_fine_tuning_is_published_only_when_asked(tmp_path: Path
     (tmp_path / "model" / "README.md").write_text("a card")
     (tmp_path / "results.json").write_text(json.dumps({"details": {"fine_tuned": False}}))
     with pytest.raises(ValueError, match="--without_fine_tuning"):
-        publish(tmp_path, "me/stack", dry_run=True)
+        publish(tmp_path, "me/stack", options=PublishOptions(dry_run=True))
     backbone = upstream("timm ResNet", tmp_path)
     results = {**results_for(backbone), "details": {"fine_tuned": False}}
     save_model(backbone, results, tmp_path / "saved")
-    assert "no fine-tuning followed" in (tmp_path / "saved" / "README.md").read_text()
+    assert "there was no fine-tuning" in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_a_transformers_architecture_grows_too() -> None:

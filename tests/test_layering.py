@@ -10,7 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_transfer"
 # A room may import from itself and from the rooms before it.
-ROOMS = ("config", "locations", "network", "data", "training", "choosing", "hub", "reporting", "cli")
+ROOMS = (
+    "config", "locations", "network", "data", "training", "choosing", "inference", "reporting", "hub", "reporting.run", "cli",
+)  # fmt: skip
 HEAVY = (
     "accelerate",
     "datasets",
@@ -49,8 +51,12 @@ def imported(name: str) -> set[str]:
 
 
 def room(name: str) -> str | None:
-    """None for the package itself, whose public names may come from anywhere (lazily)."""
-    return name.split(".")[1] if "." in name else None
+    """None for the package itself, whose public names may come from anywhere (lazily).
+
+    `reporting.run` pushes with `hub`, so it comes after it; the rest of `reporting` renders results, for `hub` too.
+    """
+    inner = name.partition(".")[2]
+    return inner if inner in ROOMS else inner.split(".")[0] or None
 
 
 def test_every_module_has_a_room() -> None:

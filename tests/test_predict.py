@@ -11,8 +11,9 @@ from PIL import Image
 from hf_transfer.cli import main
 from hf_transfer.config import DataConfig
 from hf_transfer.data.images import BadImageError
-from hf_transfer.hub.predict import evaluate, find_images, predict
 from hf_transfer.hub.save import save_model
+from hf_transfer.inference.evaluate import evaluate
+from hf_transfer.inference.predict import find_images, predict
 from hf_transfer.network.adapters import add_adapters, load_adapted
 from hf_transfer.network.backbone import load
 from hf_transfer.network.methods import Adapter
@@ -64,6 +65,36 @@ def test_files_and_folders_are_found_and_mistakes_are_named(images: Path, tmp_pa
     bad.write_bytes(b"no image")
     with pytest.raises(BadImageError, match=r"bad\.jpg"):
         predict(load("embedded"), [one, bad])
+
+
+def test_images_in_memory_are_predicted_as_their_files_are(images: Path) -> None:
+    backbone = load("embedded")
+    files = find_images([images / "test"])
+    pictures = [Image.open(file) for file in files]
+    arrays = [np.asarray(picture) for picture in pictures]
+    from_files = predict(backbone, [str(files[0]), *files[1:]], batch_size=2)
+    assert [p.image for p in from_files] == [str(file) for file in files]
+    for in_memory in (pictures, arrays, [*pictures[:2], *arrays[2:]]):
+        predictions = predict(backbone, in_memory, batch_size=2)
+        assert [p.image for p in predictions] == [f"image {i}" for i in range(5)]
+        assert [(p.labels, p.probabilities) for p in predictions] == [(p.labels, p.probabilities) for p in from_files]
+    assert [p.image for p in predict(backbone, [files[0], arrays[1]])] == [str(files[0]), "image 1"]
+    assert predict(backbone, []) == []
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((8, 8), np.uint8), r"image 1: an array \(8, 8\) of uint8; give RGB"),
+        (np.zeros((8, 8, 4), np.uint8), r"an array \(8, 8, 4\)"),
+        (np.zeros((8, 8, 3), np.float32), "of float32; give RGB"),
+        (np.zeros((0, 8, 3), np.uint8), "image 1: "),
+        (b"bytes", "image 1: bytes; give a path, a PIL image or a uint8 array"),
+    ],
+)
+def test_an_input_that_is_no_image_is_named(images: Path, image: object, words: str) -> None:
+    with pytest.raises(BadImageError, match=words):
+        predict(load("embedded"), [images / "test" / "0" / "0.png", image])  # type: ignore[list-item]
 
 
 def test_a_data_sets_classes_are_the_models_by_name(images: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_model_that_is_not_the_measured_one_stays(
     (run / "model" / "config.json").write_text(json.dumps(config))
     status, shown = push(hub, run, capsys)
     assert status == 2
-    assert "another model than the one that was measured" in shown
+    assert "a different model than the one that was measured" in shown
     assert hub.requests == []
 
 
@@ -169,7 +169,7 @@ def test_a_model_that_is_not_the_measured_one_stays(
     [
         (None, "hf auth login"),
         ("hf_wrong", "hf auth login"),
-        ("hf_reader", "take one with write access"),
+        ("hf_reader", "use one with write access"),
         ("hf_bob", "a repository of your own"),
     ],
 )
@@ -315,7 +315,7 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
     before = contents(run)
     for flags, remedy in ((("--adapter",), "--merge"), ((), "--base")):
         status, shown = push(hub, run, capsys, *flags)
-        assert (status, "bob/upstream, cannot be had" in shown, remedy in shown) == (2, True, True), shown
+        assert (status, "bob/upstream, cannot be loaded" in shown, remedy in shown) == (2, True, True), shown
     upload(hub, "bob/upstream", tmp_path / "upstream")
     status, shown = push(hub, run, capsys, "--adapter")
     assert status == 0, shown
@@ -336,7 +336,7 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
     upload(hub, "bob/upstream", tmp_path / "other")
     shutil.rmtree(tmp_path / "home")
     status, shown = push(hub, run, capsys)
-    assert (status, "cannot be had" in shown or "other weights" in shown) == (2, True), shown
+    assert (status, "cannot be loaded" in shown or "other weights" in shown) == (2, True), shown
 
 
 def test_flags_that_do_not_go_together_are_refused(hub: HubServer, run: Path) -> None:

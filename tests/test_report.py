@@ -1,8 +1,10 @@
 """The report is one well-formed, self-contained page that shows every number it was given."""
 
 import copy
+import json
 import re
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from hf_transfer.config import RecipeConfig
-from hf_transfer.hub.formats import format_bytes, format_number, format_percent, format_seconds
+from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.reporting.report import NO_TEST_SPLIT, render_report, write_report
 from hf_transfer.reporting.results import without_paths
 from hf_transfer.training.metrics import score
@@ -95,7 +97,7 @@ def _results(names: list[str], *, test: bool = True, curves: bool = True) -> dic
         grid = [1e-4, 1e-3, 1e-2, 1e-1, 1.0]
         results["curves"] = [
             {
-                "title": "Regularisation",
+                "title": "Regularization",
                 "x_label": "C",
                 "y_label": "log loss & more",
                 "x_log": True,
@@ -207,7 +209,7 @@ def test_cost_and_fingerprints_may_come_by_name() -> None:
     results["data"]["fingerprint"] = {"train": "aa11", "test": "bb22"}
     page = _Page(render_report(results))
     text = " ".join(" ".join(page.text).split())
-    assert "241 images a second in train features, 99.0 images a second in test." in text
+    assert "241 images per second in train features, 99.0 images per second in test." in text
     assert "Fingerprint train aa11, test bb22" in text
     assert "On CPU, 2 threads." in text
     assert [row[0] for row in page.table("cost")] == ["Part", "features", "solve", "Whole run"]
@@ -217,7 +219,7 @@ def test_cost_and_fingerprints_may_come_by_name() -> None:
 def test_a_perfect_classifier_of_many_classes_has_no_confused_pairs() -> None:
     names = _names(40)
     perfect = score(10 * np.eye(40), np.arange(40), names, resamples=10)
-    assert "No image was taken for another class." in render_report({"metrics": {"test": perfect}})
+    assert "No image was misclassified." in render_report({"metrics": {"test": perfect}})
 
 
 def test_missing_points_are_gaps_and_logarithmic_ticks_are_powers() -> None:
@@ -266,7 +268,7 @@ def test_mistakes_are_named() -> None:
     results = _results(_names(2))
     broken = copy.deepcopy(results)
     broken["curves"][0]["series"][0]["x"][0] = 0.0
-    with pytest.raises(ValueError, match="'Regularisation' has x <= 0"):
+    with pytest.raises(ValueError, match="'Regularization' has x <= 0"):
         render_report(broken)
     results["curves"][1]["series"][0]["y"] = [None, None, None]
     with pytest.raises(ValueError, match="'Loss' has no finite point"):
@@ -309,3 +311,63 @@ def test_a_tracker_is_told_no_path(tmp_path: Path) -> None:
     told = without_paths(config)
     assert (told["checkpoint"], told["dataset"], told["seed"]) == (tmp_path.name, "images", 3)
     assert str(tmp_path) not in str(told)
+
+
+def _complete_results() -> dict[str, Any]:
+    """The content of results.json as a recipe writes it."""
+    results = _results(_names(6))
+    score = {"accuracy": 0.9, "log_loss": 0.3}
+    cost = {"store_seconds": 0.1, "store_images": 8, "train_seconds": 2.0, "train_images": 48}
+    solved = {"policy": "head", "cut": "features", "optimizer": "L-BFGS", "description": "a solved head"}
+    trained = {**solved, "epochs": 3, "lr": 0.1, "num_trainable": 9, "kept": "epoch 2", "score": score, "cost": cost}
+    results["curves"][0]["series"][1]["y"][3] = None  # JSON has no nan
+    results["data"] |= {
+        "revision": None,
+        "license": "mit",
+        "fingerprint": {"train": "aa11", "validation": "bb22"},
+        "train_images_per_class": dict.fromkeys(_names(6), 4),
+    }
+    results["cost"]["seconds"]["total"] = 80.0
+    return results | {
+        "schema_version": 1,
+        "plan": [solved, trained],
+        "cost": results["cost"] | {"images_per_second": {"features": 99.0}, "memory_is": "resident", "device": "CPU"},
+        "details": {"fine_tuned": True, "anything": [1]},
+        "versions": {"python": "3.11", "torch": "2.13.0"},
+        "checkpoint": results["checkpoint"] | {"preprocessing": {"library": "timm"}},
+        "config": {"seed": 0, "dataset": "someone/beans", "checkpoint": "embedded"},
+    }
+
+
+def test_the_schema_accepts_complete_results_and_no_other_ones() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((resources.files("hf_transfer") / "reporting" / "results.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    results = json.loads(json.dumps(_complete_results(), allow_nan=False))
+    assert [error.message for error in validator.iter_errors(results)] == []
+    assert {key for key in results if not validator.is_valid({k: v for k, v in results.items() if k != key})} == {
+        *results
+    }
+
+    def broken(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
+        changed: Any = copy.deepcopy(results)
+        target = changed
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = value
+        return dict(changed)
+
+    for path, value in [
+        (("schema_version",), 2),
+        (("output_dir",), "runs/x"),
+        (("metrics", "train"), results["metrics"]["test"]),
+        (("metrics", "test", "accuracy"), 1.5),
+        (("metrics", "test", "per_class", 0, "recall"), "high"),
+        (("plan", 1, "score"), {"accuracy": 0.9}),
+        (("plan", 0, "policy"), None),
+        (("cost", "seconds"), {"train": 1.0}),
+        (("curves", 0, "series", 0, "x", 0), None),
+        (("data", "fingerprint"), {"train": "aa11"}),
+    ]:
+        assert not validator.is_valid(broken(path, value)), path

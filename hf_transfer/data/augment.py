@@ -9,10 +9,8 @@ batch, the number of processes, or resuming. Differences from the papers and fro
 pixels; geometric operations run before color operations; pixels are rounded only for operations that need whole gray levels.
 """
 
-import math
-from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import scipy.special
@@ -22,10 +20,11 @@ import torchvision.transforms.v2.functional as tv
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_transfer.config import MAX_MAGNITUDE, AugmentationConfig
+
 Floats = NDArray[np.float64]
 
 NUM_TRIES = 10  # candidate boxes per crop, as in torchvision
-MAX_MAGNITUDE = 30  # magnitudes are 0 to 30, 31 in all
 RANDAUGMENT_OPERATIONS = 2
 ERASED_SHARE = (0.02, 0.33)  # of the image's area; share and aspect ratio follow arXiv:1708.04896 and torchvision
 ERASED_RATIO = (0.3, 3.3)

@@ -1,1 +1,1 @@
-"""What is written for others: the saved model and its card."""
+"""Saving a trained model in Hub layout, with its card, and pushing it to the Hub."""

@@ -1,7 +1,7 @@
-"""The model card, filled from the run: what it is, how to load it, what it scored, what it was made from, where it ends.
+"""The model card, filled from the run: what the model is, how to load it, its metrics, its origin and its limits.
 
-It is written beside the weights with FOLDER for the place it will be loaded from. `address_card` turns it into the card of a
-repository, and says in it what was checked; all else in it stays, also what its owner wrote into it by hand.
+It is saved beside the weights with the placeholder FOLDER where the model's location belongs. `address_card` fills in the
+repository and reports what was verified; everything else stays, including what the owner added by hand.
 """
 
 import re
@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hf_transfer.hub.card_data import (
     OUR_TAG,
@@ -22,38 +21,27 @@ from hf_transfer.hub.card_data import (
     is_from_scratch,
     make_card_data,
 )
-from hf_transfer.hub.formats import format_bytes, format_number, format_percent, format_seconds
-from hf_transfer.hub.pictures import draw_pictures
 from hf_transfer.hub.verify import Verified, find_libraries, has_own_code
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.reporting.charts import draw_curve, draw_matrix
+from hf_transfer.reporting.formats import format_percent, make_environment
+from hf_transfer.reporting.report import NO_TEST_SPLIT
 
-MAX_TABLE_CLASSES = 50  # above: those with the lowest recall
-FEW_TO_LEARN = 20  # training images of a class, below which the card warns
-FEW_TO_MEASURE = 10  # images of a class in the scored split, likewise
+MAX_TABLE_CLASSES = 50  # with more classes, the card lists those with the lowest recall
+MIN_TRAIN_IMAGES = 20  # per class; the card warns of classes with fewer
+MIN_SCORED_IMAGES = 10  # per class in the scored split; the card warns of classes with fewer
 POOR_CALIBRATION = 0.05
 
 __all__ = ["OUR_TAG", "address_card", "make_card"]
 
 
 def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> ModelCard:
-    """README.md of the model saved in `folder`, and its pictures, which are written there."""
+    """README.md of the model saved in `folder`; writes the card's charts there."""
     split = find_split(results)
     scores = results["metrics"][split]
-    environment = Environment(
-        loader=PackageLoader("hf_transfer", "hub"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "percent": format_percent,
-        "number": format_number,
-        "seconds": format_seconds,
-        "bytes": format_bytes,
-        "cell": lambda text: re.sub(r"([|\\`*_<])", r"\\\1", " ".join(str(text).split())),
-    }
+    environment = make_environment("hub", autoescape=False)
+    environment.filters["cell"] = lambda text: re.sub(r"([|\\`*_<])", r"\\\1", " ".join(str(text).split()))
     by_recall = sorted(scores["per_class"], key=lambda row: (row["recall"] is None, row["recall"] or 0.0))
     text = environment.get_template("card.md.jinja").render(
         name=find_name(backbone, results),
@@ -67,7 +55,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         scores=scores,
         metrics=[(title, key) for key, (_, title) in SCORES.items()],
         classes=by_recall[:MAX_TABLE_CLASSES],
-        pictures=draw_pictures(results, split, folder),
+        pictures=_write_pictures(results, split, folder),
         license=find_license(backbone, results),
         limits=_limits(results, split),
         config=yaml.safe_dump(dict(results["config"]), sort_keys=False).strip(),
@@ -76,46 +64,60 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
 
 
 def address_card(text: str, repo_id: str, revision: str | None, verified: Sequence[Verified]) -> str:
-    """The card as it is sent: with the repository for the folder, and with what was checked."""
-    at = f"@{revision}" if revision else ""
+    """The card as it is pushed: the repository in place of FOLDER, and the verified libraries."""
+    suffix = f"@{revision}" if revision else ""
     text = re.sub(r"<!-- local -->.*?<!-- /local -->\n*", "", text, flags=re.DOTALL)
-    text = text.replace("local-dir:FOLDER", f"hf-hub:{repo_id}{at}")
+    text = text.replace("local-dir:FOLDER", f"hf-hub:{repo_id}{suffix}")
     text = text.replace('"FOLDER"', f'"{repo_id}", revision="{revision}"' if revision else f'"{repo_id}"')
-    found = "\n".join(
-        f"- {each.library}: logits differ by at most {each.logits:.1g} (relative to the largest), normalised pixels by "
+    checks = "\n".join(
+        f"- {each.library}: logits differ by at most {each.logits:.1g} (relative to the largest), normalized pixels by "
         f"{each.pixels:.1g}; label names agree"
         for each in verified
     )
-    # A function: what is found is no pattern.
+    # The replacement is a function, so that backslashes in it stay as they are.
     return re.sub(
         r"<!-- checked -->.*?<!-- /checked -->",
         lambda _: (
-            "Before it was sent, a fresh process without hf_transfer loaded it and compared it with the trained network on "
-            f"real images of the scored split:\n\n{found}"
+            "Before the push, a fresh process without hf_transfer loaded this model and compared it with the trained network "
+            f"on real images of the scored split:\n\n{checks}"
         ),
         text,
         flags=re.DOTALL,
     )
 
 
+def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dict[str, str]:
+    """Writes an SVG for each curve and, for few classes, the confusion matrix of `split`; file names by title.
+
+    SVG rather than PNG: a few kB, any script, and no drawing library.
+    """
+    matrix = draw_matrix(results["metrics"][split])
+    pictures = [] if matrix is None else [(f"Confusion matrix of the {split} split", "confusion_matrix.svg", matrix)]
+    for number, curve in enumerate(results["curves"], 1):
+        pictures.append((str(curve["title"]), f"curve_{number}.svg", draw_curve(curve)))
+    for _, name, text in pictures:
+        (folder / name).write_text(text, "utf-8")
+    return {title: name for title, name, _ in pictures}
+
+
 def _limits(results: Mapping[str, Any], split: str) -> list[str]:
-    """What a reader should know before trusting it, in sentences."""
+    """Sentences on what to know before relying on the model."""
     scores = results["metrics"][split]
-    learnt = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < FEW_TO_LEARN}
-    measured = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < FEW_TO_MEASURE}
-    found = ["The figures are of images from the same source as the training images; others may do worse."]
+    train = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < MIN_TRAIN_IMAGES}
+    scored = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < MIN_SCORED_IMAGES}
+    limits = ["The metrics are of images from the same source as the training images; expect lower ones elsewhere."]
     if scores["accuracy"] == 1.0:
-        found.append("No mistake was made on so few images: the intervals can't say how rare mistakes are.")
+        limits.append("There was no mistake on so few images: the intervals cannot say how rare mistakes are.")
     if split != "test":
-        found.append("There was no test split: what is kept was chosen by the very images that it is scored on.")
+        limits.append(NO_TEST_SPLIT)
     if results["details"].get("fine_tuned") is False:
-        found.append("Its layers were trained one at a time and never together: no fine-tuning followed.")
-    for what, few, least in (("to learn from", learnt, FEW_TO_LEARN), ("to score on", measured, FEW_TO_MEASURE)):
-        if few:
-            named = ", ".join(f"{name} ({n})" for name, n in sorted(few.items(), key=lambda item: item[1])[:10])
-            more = f" and {len(few) - 10} more" if len(few) > 10 else ""
-            found.append(f"Fewer than {least} images {what}: {named}{more}.")
+        limits.append("The layers were trained one at a time and never together: there was no fine-tuning.")
+    for purpose, classes, minimum in (("train on", train, MIN_TRAIN_IMAGES), ("score on", scored, MIN_SCORED_IMAGES)):
+        if classes:
+            named = ", ".join(f"{name} ({n})" for name, n in sorted(classes.items(), key=lambda item: item[1])[:10])
+            more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+            limits.append(f"Fewer than {minimum} images to {purpose}: {named}{more}.")
     error = scores["ece"]
-    verdict = "take its scores for an order, not for probabilities" if error > POOR_CALIBRATION else "they fit"
-    found.append(f"Its probabilities are off by {format_percent(error)} % on average (calibration error): {verdict}.")
-    return [*found, *scores["notes"]]
+    verdict = "use its scores to rank labels, not as probabilities" if error > POOR_CALIBRATION else "well calibrated"
+    limits.append(f"Its probabilities are off by {format_percent(error)}% on average (calibration error): {verdict}.")
+    return [*limits, *scores["notes"]]

@@ -1,4 +1,4 @@
-"""The card's metadata: what the Hub reads to list, filter and credit a model, in the names that it accepts."""
+"""The card's metadata, under the Hub's names: it lists, filters and credits models by it."""
 
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -7,12 +7,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from hf_transfer.config import NO_CHECKPOINT
-from hf_transfer.hub.licenses import Derived, derive_license
+from hf_transfer.hub.licenses import DerivedLicense, derive_license
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 
 OUR_TAG = "hf_transfer"
-# Key of our scores: the Hub's name of the metric, title.
+# Our key of a metric -> the Hub's name, title.
 SCORES = {
     "accuracy": ("accuracy", "Accuracy"),
     "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
@@ -21,22 +21,22 @@ SCORES = {
 
 
 def find_split(results: Mapping[str, Any]) -> str:
-    """The split whose scores lead: test where there is one."""
+    """The split whose metrics lead: test, or validation if there is no test split."""
     return "test" if "test" in results["metrics"] else "validation"
 
 
 def is_from_scratch(results: Mapping[str, Any]) -> bool:
-    """Whether there is no base model: nothing was loaded (`pretrain`, and `greedy_stack` without a checkpoint)."""
+    """Whether training began from random weights (`pretrain`, and `greedy_stack` without a checkpoint)."""
     return bool(results["config"]["checkpoint"] == NO_CHECKPOINT)
 
 
 def find_name(backbone: Backbone, results: Mapping[str, Any]) -> str:
-    """What the model is called: its base, and its data."""
+    """The model's name: base and dataset."""
     return f"{PurePath(backbone.source.name).name}-{PurePath(results['data']['name']).name}"
 
 
-def find_license(backbone: Backbone, results: Mapping[str, Any]) -> Derived:
-    """What the base and the data let it carry."""
+def find_license(backbone: Backbone, results: Mapping[str, Any]) -> DerivedLicense:
+    """The license of the model, derived from those of base and dataset."""
     has_base = not is_from_scratch(results)
     return derive_license(backbone.source.license, results["data"]["license"], has_base=has_base)
 

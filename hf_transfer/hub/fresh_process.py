@@ -1,4 +1,4 @@
-"""Run as a script by `verify`: loads a folder with plain libraries and compares each with a reference. Imports nothing of ours.
+"""Script that `verify` runs: loads a folder with each library and compares it with a reference, without hf_transfer.
 
 python fresh_process.py MODEL_FOLDER REFERENCE transformers timm   # or peft; prints a line of JSON for each, in order
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def compute(folder: Path, images: list[Any], library: str) -> tuple[Any, Any, list[str]]:
-    """Normalised pixels, logits and label names by plain `library`."""
+    """Normalized pixels (B, 3, H, W), logits (B, K) and label names from `library` alone."""
     if library == "timm":
         import timm
 
@@ -30,7 +30,7 @@ def compute(folder: Path, images: list[Any], library: str) -> tuple[Any, Any, li
 
 
 def _load_peft(folder: Path, images: list[Any]) -> tuple[Any, Any, list[str]]:
-    """The base by the id and revision that the adapter records, with a head of the right size, and the adapter in it."""
+    """As `compute`: the base that the adapter records (id and revision), with a head of its size, and the adapter."""
     from peft import PeftModel
 
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -39,8 +39,8 @@ def _load_peft(folder: Path, images: list[Any]) -> tuple[Any, Any, list[str]]:
     if task["library"] == "timm":
         import timm
 
-        at = f"@{revision}" if revision else ""
-        base: Any = timm.create_model(f"hf-hub:{base_id}{at}", pretrained=True, num_classes=num_labels)
+        suffix = f"@{revision}" if revision else ""
+        base: Any = timm.create_model(f"hf-hub:{base_id}{suffix}", pretrained=True, num_classes=num_labels)
         inputs = _timm_inputs(base, images)
     else:
         from transformers import AutoModelForImageClassification
@@ -72,13 +72,13 @@ def _logits(model: Any, inputs: Any) -> Any:
     import torch
 
     with torch.no_grad():
-        answer = model.eval()(inputs)
-    return getattr(answer, "logits", answer)
+        output = model.eval()(inputs)
+    return getattr(output, "logits", output)
 
 
 def main() -> None:
-    """Compares, and prints the differences."""
-    sys.modules["hf_transfer"] = None  # type: ignore[assignment]  # code that travels must not lean on us
+    """Compares each library with the reference, and prints the differences."""
+    sys.modules["hf_transfer"] = None  # type: ignore[assignment]  # published code must not need this package
     folder, reference, *libraries = sys.argv[1:]
     from PIL import Image
     from safetensors import safe_open
@@ -90,15 +90,15 @@ def main() -> None:
         expected_inputs, expected = file.get_tensor("inputs"), file.get_tensor("logits")
     scale = expected.abs().max().clamp(min=1.0)
     for library in libraries:
-        inputs, logits, found_labels = compute(Path(folder), images, library)
+        inputs, logits, own_labels = compute(Path(folder), images, library)
         same_shape = inputs.shape == expected_inputs.shape and logits.shape == expected.shape
         result = {
             "logits": float((logits - expected).abs().max() / scale) if same_shape else 1e9,
             "pixels": float((inputs - expected_inputs).abs().max()) if same_shape else 1e9,
-            # timm keeps no names in the model where the checkpoint records none.
-            "labels_agree": found_labels == labels or (library == "timm" and not found_labels),
+            # A timm model has no label names if the checkpoint records none.
+            "labels_agree": own_labels == labels or (library == "timm" and not own_labels),
         }
-        print(json.dumps(result), flush=True)  # noqa: T201 - its parent reads this
+        print(json.dumps(result), flush=True)  # noqa: T201 - the parent process reads it
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A trained model as a folder that plain transformers, timm and peft load, with the same logits, labels and pixels."""
+"""Saves a trained model as a folder that transformers, timm and peft load with the same logits, labels and pixels."""
 
 import copy
 import json
@@ -20,15 +20,15 @@ from hf_transfer.network.backbone import Backbone
 def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> None:
     """Writes `folder` in Hub layout: config.json, model.safetensors, preprocessing and README.md (the card).
 
-    A backbone with adapters in it is saved as a PEFT adapter folder: see `_save_adapter`. An older folder is replaced only
-    once the new one is complete. The weights are stored as they are (float32). Raises ValueError where an adapter's base
-    has no id.
+    A backbone with adapters is saved as a PEFT adapter folder: see `_save_adapter`. An older folder is replaced only once
+    the new one is complete. Moves the model to the CPU; weights keep their dtype. Raises ValueError if an adapter's base has
+    no Hub id.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     backbone.model.cpu()
-    # safetensors stores no other layout.
+    # safetensors stores contiguous tensors only.
     backbone.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if isinstance(backbone, Adapted):
         _save_adapter(backbone, partial)
@@ -40,7 +40,7 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
     card = partial / "README.md"
     make_card(backbone, results, partial).save(card)
     for weights in partial.glob("*.safetensors"):
-        weights.chmod(card.stat().st_mode)  # safetensors writes for its owner alone, whatever the user's umask
+        weights.chmod(card.stat().st_mode)  # safetensors ignores the umask: it lets only the owner read
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 
@@ -55,7 +55,7 @@ def _save_timm(backbone: Backbone, folder: Path) -> None:
     )
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    # timm 1.0.31 records num_classes here too, and transformers then passes it twice and dies.
+    # timm 1.0.31 repeats num_classes here; transformers would then pass it twice and fail.
     config.get("model_args", {}).pop("num_classes", None)
     if not config.get("model_args"):
         config.pop("model_args", None)
@@ -65,8 +65,8 @@ def _save_timm(backbone: Backbone, folder: Path) -> None:
 def _save_adapter(adapted: Adapted, folder: Path) -> None:
     """adapter_config.json, adapter_model.safetensors and task.json, for `PeftModel.from_pretrained(base, folder)`.
 
-    The head, and every module whose buffers have moved (a BatchNorm in train mode), are in the file as modules_to_save. There
-    is no config.json: with one, transformers would take the folder for a full checkpoint.
+    modules_to_save are the head and every module whose buffers changed (a BatchNorm in train mode). There is no config.json:
+    with one, transformers would load the folder as a full checkpoint.
     """
     from peft import get_peft_model_state_dict
 
@@ -74,16 +74,16 @@ def _save_adapter(adapted: Adapted, folder: Path) -> None:
     config.base_model_name_or_path = check_saved_apart(adapted)
     config.revision = adapted.source.revision
     config.inference_mode = True
-    now = dict(adapted.model.named_buffers())
-    moved = {n.rpartition(".")[0] for n, before in adapted.buffers.items() if not torch.equal(before, now[n].cpu())}
-    config.modules_to_save = [adapted.classifier, *sorted(moved)]
-    # peft compares the ends of names, so it will look for these too; they are saved as they are.
-    kept = [n for n, _ in adapted.model.named_modules() if n.endswith(tuple(config.modules_to_save))]
+    buffers = dict(adapted.model.named_buffers())
+    changed = {n.rpartition(".")[0] for n, old in adapted.buffers.items() if not torch.equal(old, buffers[n].cpu())}
+    config.modules_to_save = [adapted.classifier, *sorted(changed)]
+    # peft matches the ends of names, so it expects all of these in the file.
+    saved = [n for n, _ in adapted.model.named_modules() if n.endswith(tuple(config.modules_to_save))]
     weights = get_peft_model_state_dict(adapted.network, save_embedding_layers=False)
-    for name in kept:
+    for name in saved:
         state = adapted.model.get_submodule(name).state_dict()
         weights |= {f"base_model.model.{name}.{key}": value for key, value in state.items()}
-    # clone: tensors that share memory are stored once each.
+    # clone: safetensors refuses tensors that share memory.
     stored = {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()}
     save_file(stored, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""Whether a saved folder is the model that was measured: reloaded in a fresh process by plain libraries, on real images.
+"""Checks that a saved folder is the model that was measured: other libraries reload it in a fresh process, on real images.
 
-A run keeps, beside its model, a few images of its last split with the logits and pixels of the trained network
-(`write_reference`). `verify` starts a process without this package that loads the folder with transformers and, for timm
-models, timm, or an adapter with peft onto its base from the Hub, and compares.
+A run saves a few images of its scored split with the pixels and logits of the trained network (`write_reference`). `verify`
+starts a process without this package that loads the folder with transformers and, for timm models, with timm too, or an
+adapter with peft onto its base from the Hub, and compares.
 """
 
 import json
@@ -24,28 +24,28 @@ from hf_transfer.network.source import ADAPTER_CONFIG
 
 REFERENCE = "reference.safetensors"
 NUM_IMAGES = 8
-TOLERANCE = 1e-4  # of the largest logit: other batch sizes and layouts take other kernels
-MERGED_TOLERANCE = 1e-3  # adapters that were merged after the reference was written: every map rounds once more
-PIXEL_TOLERANCE = 1e-5  # normalised units
+TOLERANCE = 1e-4  # relative to the largest logit: other batch sizes and layouts use other kernels
+MERGED_TOLERANCE = 1e-3  # adapters merged after the reference was written: every layer rounds once more
+PIXEL_TOLERANCE = 1e-5  # normalized units
 TIMEOUT_S = 600
 
 
 class VerificationError(RuntimeError):
-    """A library loads another model than the one that was measured: it must not be published."""
+    """A library loads a different model than the one that was measured; it must not be published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """One library's largest differences from the trained network."""
+    """The largest differences between the folder as one library loads it and the trained network."""
 
     library: str
     logits: float  # relative to the largest logit
-    pixels: float  # normalised units
+    pixels: float  # normalized units
     labels_agree: bool
 
 
 def write_reference(backbone: Backbone, split: Split, path: Path) -> None:
-    """Some images of `split`, spread over it, with the network's normalised pixels and logits (on the CPU, float32)."""
+    """Writes NUM_IMAGES images spread over `split`, with the network's normalized pixels and logits (CPU, float32)."""
     rows = np.unique(np.linspace(0, len(split) - 1, NUM_IMAGES).astype(int)).tolist()
     images = [np.asarray(split.image(i)) for i in rows]
     pixels = torch.from_numpy(np.stack([backbone.preprocessing.pixels(split.image(i)) for i in rows]))
@@ -61,32 +61,32 @@ def write_reference(backbone: Backbone, split: Split, path: Path) -> None:
 def verify(
     model: Path, reference: Path, libraries: Sequence[str], *, tolerance: float = TOLERANCE
 ) -> tuple[Verified, ...]:
-    """Each library's differences, all found in one fresh process; `tolerance`: of logits, relative to the largest.
+    """Each library's differences, from one fresh process; `tolerance` is for logits, relative to the largest.
 
-    Raises VerificationError where one does not load the folder, or gives another answer.
+    Raises VerificationError if a library cannot load the folder, or differs from the reference.
     """
-    # -P: else the folder of the script would come first, and our files hide modules of the same name.
+    # -P: without it the script's folder comes first on sys.path, and our files hide modules of the same name.
     command = [sys.executable, "-P", fresh_process.__file__, str(model), str(reference), *libraries]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
-    lines = [line for line in shown.stdout.splitlines() if line.startswith("{")]
-    found = tuple(
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
+    verified = tuple(
         Verified(library=library, **json.loads(line)) for library, line in zip(libraries, lines, strict=False)
     )
-    for result in found:
+    for result in verified:
         if not (result.labels_agree and result.logits <= tolerance and result.pixels <= PIXEL_TOLERANCE):
             raise VerificationError(
-                f"{result.library} loads another model than the one that was measured: logits differ by "
+                f"{result.library} loads a different model than the one that was measured: logits differ by "
                 f"{result.logits:.2g} (relative), pixels by {result.pixels:.2g}, labels "
                 f"{'agree' if result.labels_agree else 'differ'}"
             )
-    if len(found) < len(libraries):
-        last = shown.stderr.strip().splitlines()[-1:] or [f"the process ended with status {shown.returncode}"]
-        raise VerificationError(f"{libraries[len(found)]} does not load the saved model: {last[0]}")
-    return found
+    if len(verified) < len(libraries):
+        last = process.stderr.strip().splitlines()[-1:] or [f"the process exited with status {process.returncode}"]
+        raise VerificationError(f"{libraries[len(verified)]} does not load the saved model: {last[0]}")
+    return verified
 
 
 def find_libraries(model: Path) -> tuple[str, ...]:
-    """Those that load the folder `model`, by its files: an adapter, a checkpoint of transformers, or one of both worlds."""
+    """The libraries that load the folder `model`: peft for an adapter, transformers, or transformers and timm."""
     if (model / ADAPTER_CONFIG).is_file():
         return ("peft",)
     config = json.loads((model / "config.json").read_text())
@@ -94,6 +94,6 @@ def find_libraries(model: Path) -> tuple[str, ...]:
 
 
 def has_own_code(model: Path) -> bool:
-    """Whether the folder `model` holds the code of its network, which transformers runs on trust alone."""
+    """Whether the folder `model` contains its network's code, which transformers runs only with trust_remote_code."""
     config = model / "config.json"
     return config.is_file() and "auto_map" in json.loads(config.read_text())

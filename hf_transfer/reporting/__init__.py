@@ -1,1 +1,1 @@
-"""What a run leaves for its reader: results.json and report.html."""
+"""What a run reports about itself: its results as JSON, and the page and charts made from them."""

@@ -1,0 +1,1 @@
+"""Predictions and evaluation of saved models."""

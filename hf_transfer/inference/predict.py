@@ -1,0 +1,147 @@
+"""Predictions of a saved classifier on image files, PIL images and arrays, through the model's own preprocessing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from PIL import Image
+
+from hf_transfer.data.extract import read_pixels, use_fast_layout
+from hf_transfer.data.images import IMAGE_SUFFIXES, BadImageError, read_image
+from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
+from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.preprocessing import Preprocessing
+
+ImageLike = str | Path | Image.Image | NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The most likely labels of one image, in descending order of probability."""
+
+    image: str  # the path as given; "image 3" for a PIL image or an array at index 3
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """The images to classify, as `data.pixels.Images`."""
+
+    images: Sequence[ImageLike]
+    preprocessing: Preprocessing
+    name: str = "images"
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name_of(self, index: int) -> str:
+        image = self.images[index]
+        return str(image) if isinstance(image, (str, Path)) else f"image {index}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"images": [self.name_of(i) for i in range(len(self))]}
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Resized pixels (b, H, W, 3)."""
+        return np.stack([self.preprocessing.pixels(self._decode(int(i))) for i in rows])
+
+    def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
+        """Normalized images (b, 3, H, W) float32."""
+        return self.preprocessing.normalize(pixels)
+
+    def _decode(self, index: int) -> Image.Image:
+        image, name = self.images[index], self.name_of(index)
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise BadImageError(f"{name}: an array {image.shape} of {image.dtype}; give RGB (H, W, 3) of uint8")
+            image = Image.fromarray(image)
+        elif not isinstance(image, (str, Path, Image.Image)):
+            raise BadImageError(f"{name}: {type(image).__name__}; give a path, a PIL image or a uint8 array (H, W, 3)")
+        return read_image(image, name)
+
+
+def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:
+    """A saved classifier with its own head, from a folder or Hub id; an adapter is merged into its base."""
+    adapter = find_adapter(model)
+    if adapter is not None:
+        return load_adapted(adapter)
+    return load(model, trust_remote_code=trust_remote_code)
+
+
+def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_code: bool = False) -> Iterator[Backbone]:
+    """The classifier of each adapter (folder or Hub id) in turn; the base is loaded once, and labels may differ.
+
+    Raises ValueError for a folder without an adapter, and for an adapter that was trained on another base.
+    """
+    base: Backbone | None = None
+    for name in adapters:
+        folder = find_adapter(name)
+        if folder is None:
+            raise ValueError(
+                f"adapter={name!r} is no adapter: give a folder saved with --no-merge, or the Hub id of one"
+            )
+        if base is None:
+            labels = read_task(folder)["label_names"]
+            base = load(checkpoint, labels, trust_remote_code=trust_remote_code)
+        yield load_adapted(folder, base=base)
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The given files, and all image files below the given folders, sorted within each folder.
+
+    Raises ValueError for a path that does not exist and for a folder without images.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.casefold() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise ValueError(f"{path}: no image in this folder")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise ValueError(f"{path}: no such file or folder (images are read from this machine, not from URLs)")
+    return files
+
+
+def predict(
+    backbone: Backbone,
+    images: Sequence[ImageLike],
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    num_threads: int = 0,
+) -> list[Prediction]:
+    """The `top_k` most likely labels of each image, in the order of `images`.
+
+    An image is a path, a PIL image or a uint8 array (H, W, 3) in RGB; sizes may differ. `num_threads` decode (0: one per
+    core). Moves the model to the accelerator's device and into eval mode. Raises BadImageError, naming the image, for one
+    that cannot be read, and ValueError for top_k or batch_size below 1.
+
+        predict(load_saved("runs/x/model"), find_images(["photos/"]), top_k=3)
+    """
+    if top_k < 1 or batch_size < 1:
+        raise ValueError(f"top_k={top_k}, batch_size={batch_size}: choose 1 or more")
+    device = Accelerator().device
+    model = backbone.model.to(device).eval()
+    use_fast_layout(model)
+    inputs = _Inputs(images=images, preprocessing=backbone.preprocessing)
+    predictions: list[Prediction] = []
+    for pixels in read_pixels(inputs, np.arange(len(inputs)), batch_size=batch_size, num_threads=num_threads):
+        with torch.inference_mode():
+            batch = backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device))
+            probabilities, classes = compute_logits(model, batch).float().softmax(1).sort(1, descending=True)
+        for values, order in zip(probabilities[:, :top_k].tolist(), classes[:, :top_k].tolist(), strict=True):
+            labels = tuple(backbone.label_names[i] for i in order)
+            name = inputs.name_of(len(predictions))
+            predictions.append(Prediction(image=name, labels=labels, probabilities=tuple(values)))
+    return predictions

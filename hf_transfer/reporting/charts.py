@@ -1,0 +1,201 @@
+"""Charts of a run as SVG: curves on axes, and the shaded cells of a confusion matrix.
+
+The report draws them inline (`chart.svg.jinja`); the card gets a file for each (`draw_curve`, `draw_matrix`).
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from hf_transfer.reporting.formats import make_environment
+
+MAX_MATRIX_CLASSES = 30  # a larger matrix is unreadable
+
+# Of a curve, in units of the SVG's viewBox: small, so that its text stays readable on a phone.
+WIDTH, HEIGHT = 440, 260
+_TOP, _RIGHT, _BOTTOM = 12, 14, 44
+_CHARACTER_WIDTH = 7.2  # of a tick label's digits, with padding
+_MAX_MARKED_POINTS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One cell of a confusion matrix; `shade` is the opacity, 0 to 1."""
+
+    count: int
+    shade: float
+    is_right: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A confusion matrix: a row of cells for each true class, a column for each predicted one."""
+
+    names: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """One axis: maps values from `low` to `high` to positions from `start` to `stop` in the SVG."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    is_log: bool
+    ticks: Sequence[tuple[float, str]]  # value, label
+
+    def position(self, value: float) -> float:
+        """Position of `value`, rounded to a tenth of a unit."""
+        low, high, x = self.low, self.high, value
+        if self.is_log:
+            low, high, x = math.log10(low), math.log10(high), math.log10(x)
+        return round(self.start + (x - low) / (high - low) * (self.stop - self.start), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One series of a chart: an SVG path, and the points to mark (none of a long line)."""
+
+    name: str
+    path: str
+    marks: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A curve of results.json, laid out for `chart.svg.jinja`."""
+
+    title: str
+    x_label: str
+    y_label: str
+    x_axis: Axis
+    y_axis: Axis
+    lines: Sequence[Line]
+
+
+def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
+    """The confusion matrix of a split's scores; None above MAX_MATRIX_CLASSES classes.
+
+    The shade is the fraction of the row; its square root for mistakes, so that rare ones are visible.
+    """
+    names = [row["label"] for row in scores["per_class"]]
+    if len(names) > MAX_MATRIX_CLASSES:
+        return None
+    rows = []
+    for true, counts in enumerate(scores["confusion_matrix"]):
+        total = max(sum(counts), 1)
+        rows.append(
+            [
+                Cell(
+                    count=n, shade=n / total if true == predicted else math.sqrt(n / total), is_right=true == predicted
+                )
+                for predicted, n in enumerate(counts)
+            ]
+        )
+    return Matrix(names=names, rows=rows)
+
+
+def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
+    """The chart of one entry of `curves` in results.json; missing and non-finite points are gaps.
+
+    Raises ValueError, naming the curve, if it has no finite point, or x <= 0 on a logarithmic axis.
+    """
+    is_log = bool(curve.get("x_log", False))
+    series = [(line["name"], list(zip(line["x"], line["y"], strict=True))) for line in curve["series"]]
+    points = [point for _, line in series for point in line if _is_drawable(point)]
+    if not points:
+        raise ValueError(f"the curve {curve['title']!r} has no finite point: leave it out")
+    if is_log and min(x for x, _ in points) <= 0:
+        raise ValueError(f"the curve {curve['title']!r} has x <= 0 on a logarithmic axis: set x_log to false")
+    y_low, y_high, y_ticks = _linear_scale([y for _, y in points], is_widened=True)
+    left = 14 + _CHARACTER_WIDTH * max(len(label) for _, label in y_ticks)
+    y_axis = Axis(low=y_low, high=y_high, start=HEIGHT - _BOTTOM, stop=_TOP, is_log=False, ticks=y_ticks)
+    xs = [x for x, _ in points]
+    low, high, x_ticks = _log_scale(xs) if is_log else _linear_scale(xs, is_widened=False)
+    x_axis = Axis(low=low, high=high, start=round(left, 1), stop=WIDTH - _RIGHT, is_log=is_log, ticks=x_ticks)
+    return Chart(
+        title=curve["title"],
+        x_label=curve["x_label"],
+        y_label=curve["y_label"],
+        x_axis=x_axis,
+        y_axis=y_axis,
+        lines=[_line(name, points, x_axis, y_axis) for name, points in series],
+    )
+
+
+def draw_curve(curve: Mapping[str, Any]) -> str:
+    """One curve as an SVG file's text. Raises ValueError as `lay_out_curve` does."""
+    template = make_environment("reporting").get_template("curve.svg.jinja")
+    return template.render(chart=lay_out_curve(curve), width=WIDTH, height=HEIGHT)
+
+
+def draw_matrix(scores: Mapping[str, Any]) -> str | None:
+    """A confusion matrix as an SVG file's text; None above MAX_MATRIX_CLASSES classes."""
+    matrix = lay_out_matrix(scores)
+    template = make_environment("reporting").get_template("confusion.svg.jinja")
+    return None if matrix is None else template.render(matrix=matrix)
+
+
+def _line(name: str, points: Sequence[tuple[Any, Any]], x_axis: Axis, y_axis: Axis) -> Line:
+    positions = [(x_axis.position(p[0]), y_axis.position(p[1])) if _is_drawable(p) else None for p in points]
+    path = []
+    for before, point in pairwise([None, *positions]):
+        if point is not None:
+            path.append(f"{'M' if before is None else 'L'}{point[0]:g} {point[1]:g}")
+    drawn = [point for point in positions if point is not None]
+    return Line(name=name, path="".join(path), marks=drawn if len(drawn) <= _MAX_MARKED_POINTS else [])
+
+
+def _is_drawable(point: tuple[Any, Any]) -> bool:
+    return all(value is not None and math.isfinite(value) for value in point)
+
+
+def _linear_scale(values: Sequence[float], *, is_widened: bool) -> tuple[float, float, list[tuple[float, str]]]:
+    """Low, high and about five ticks at multiples of 1, 2 or 5; `is_widened` rounds low and high out to whole steps."""
+    low, high = min(values), max(values)
+    if low == high:
+        margin = abs(low) / 10 or 0.5
+        low, high = low - margin, high + margin
+    step = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 5.5)
+    first, last = low / step, high / step
+    if is_widened:
+        low, high = math.floor(first + 1e-9) * step, math.ceil(last - 1e-9) * step
+        first, last = low / step, high / step
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    multiples = range(math.ceil(first - 1e-6), math.floor(last + 1e-6) + 1)
+    return low, high, [(n * step, _tick(n * step, decimals)) for n in multiples]
+
+
+def _log_scale(values: Sequence[float]) -> tuple[float, float, list[tuple[float, str]]]:
+    """Low, high and ticks at powers of ten; with fewer than three of those, also at 2 and 5 times them."""
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low / 2, high * 2
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    stride = 1 + len(decades) // 8
+    powers = _within((10.0**n for n in decades if n % stride == 0), low, high)
+    if len(powers) < 3:
+        powers = _within((f * 10.0**n for n in decades for f in (1, 2, 5)), low, high)
+    is_plain = low > 0.0009 and high < 10001
+    return low, high, [(value, f"{value:g}" if is_plain else _power_tick(value)) for value in powers]
+
+
+def _within(values: Iterable[float], low: float, high: float) -> list[float]:
+    return [value for value in values if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+
+
+def _tick(value: float, decimals: int) -> str:
+    return f"{value + 0.0:,.{decimals}f}".replace(",", "\u202f").replace("-", "−")
+
+
+def _power_tick(value: float) -> str:
+    """A power of ten: 10⁻⁴, 2·10⁵."""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    factor = round(value / 10.0**exponent)
+    power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return power if factor == 1 else f"{factor}·{power}"
