@@ -31,8 +31,9 @@ command. The token is the one of `hf auth login`, or HF_TOKEN."""
 
 ADVISE = """Say which strategy suits a data set and a checkpoint, before training: one pass of the frozen network over the
 images to learn from, which the run that follows finds in the cache. With --measure: short runs of the leading ones too."""
-RANK = """Compare checkpoints on a data set: one pass of each over (a sample of) the images to learn from, then LogME, H-score,
-LEEP, NLEEP, nearest neighbours and a cross-validated probe, by which the table is sorted."""
+RANK = """Compare checkpoints on a data set: one pass of each over (a sample of) the train and validation images, then a
+cross-validated linear probe, which orders the table, and kNN. With three or more checkpoints, it also prints how well kNN and
+model size predict the probe's order."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,7 +111,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rank.description = RANK
     rank.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="Hub ids[@revision] or folders")
     rank.add_argument("--sample", type=int, metavar="N", help="most images to look at (default: 2000; 0: all)")
-    rank.add_argument("--plot", metavar="FILE.svg", help="write a picture of the table")
     for command in (advise, rank):
         add_flags(command, DataConfig)
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -236,9 +236,6 @@ def _advise(given: argparse.Namespace) -> str:
 
 
 def _rank(given: argparse.Namespace) -> str:
-    from pathlib import Path
-
-    from hf_transfer.choosing.plot import draw_ranking
     from hf_transfer.choosing.rank import SAMPLE, rank
     from hf_transfer.choosing.table import format_ranking
     from hf_transfer.config import TrainConfig
@@ -248,8 +245,6 @@ def _rank(given: argparse.Namespace) -> str:
     )
     if not ranking.rows:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in ranking.failures.items()))
-    if given.plot is not None:
-        Path(given.plot).write_text(draw_ranking(ranking), encoding="utf-8")
     return json.dumps(ranking.to_dict(), indent=1) if given.json else format_ranking(ranking)
 
 
