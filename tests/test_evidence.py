@@ -1,7 +1,10 @@
 """One pass: what it reads at each depth, what it says of running statistics, and what it leaves as it was."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import timm.models
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -38,7 +41,7 @@ def inputs() -> Inputs:
 
 def gather(inputs: Inputs, options: ExtractOptions = OPTIONS) -> Evidence:
     data, backbone, chain = inputs
-    head, _ = read_head("embedded")
+    head = read_head("embedded")
     return gather_evidence(chain, backbone, data, head=head, accelerator=Accelerator(cpu=True), options=options)
 
 
@@ -52,6 +55,18 @@ def test_upstreams_answers_are_those_of_the_whole_network(inputs: Inputs) -> Non
         whole = load("embedded").model(backbone.preprocessing.normalize(torch.from_numpy(pixels)))
     np.testing.assert_allclose(found.upstream_logits[:4], whole.numpy(), rtol=1e-4, atol=1e-4)
     assert found.labels.tolist() == [*data.train.labels, *data.validation.labels]
+
+
+def test_a_checkpoint_without_head_has_no_upstream_answers(tmp_path: Path) -> None:
+    """As self-supervised checkpoints come. Any other error is the user's to see, whatever the folder is called."""
+    headless = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8)
+    timm.models.save_for_hf(headless, str(tmp_path / "body"), safe_serialization=True)
+    assert read_head(str(tmp_path / "body")) is None
+    broken = tmp_path / "no trained head"
+    timm.models.save_for_hf(headless, str(broken), safe_serialization=True)
+    (broken / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names neither"):
+        read_head(str(broken))
 
 
 def test_depths_are_means_over_positions(inputs: Inputs) -> None:
