@@ -1,15 +1,13 @@
-"""Ranking: the better network first, one that cannot be loaded beside it, and what the scores agree on."""
+"""Ranking: the better network first, a checkpoint that cannot be loaded, and rank correlations with the probe."""
 
 import json
-from pathlib import Path
-from xml.etree import ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_transfer.choosing.plot import draw_ranking
-from hf_transfer.choosing.rank import SCORES, Ranking, Row, compare_scores, rank, sample_data
+from hf_transfer.choosing.rank import CheckpointScore, RankCorrelation, Ranking, correlate_with_probe, rank, sample_data
 from hf_transfer.choosing.table import format_ranking
 from hf_transfer.cli import main
 from hf_transfer.config import TrainConfig
@@ -20,9 +18,9 @@ CONFIG = TrainConfig(images_per_class=12, tracker="none")
 
 
 @pytest.fixture(scope="module")
-def spoilt(tmp_path_factory: pytest.TempPathFactory) -> str:
+def spoiled(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The embedded network with noise on its weights: as large, and worse."""
-    folder = tmp_path_factory.mktemp("rank") / "spoilt"
+    folder = tmp_path_factory.mktemp("rank") / "spoiled"
     backbone = load("embedded")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -42,24 +40,24 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def ranking(spoilt: str) -> Ranking:
-    return rank([spoilt, "./nowhere", "embedded"], CONFIG, accelerator=Accelerator(cpu=True))
+def ranking(spoiled: str) -> Ranking:
+    return rank([spoiled, "./nowhere", "embedded"], CONFIG, accelerator=Accelerator(cpu=True))
 
 
-def test_the_better_network_is_first_by_every_score(ranking: Ranking, spoilt: str) -> None:
+def test_the_better_network_is_first_by_probe_and_knn(ranking: Ranking, spoiled: str) -> None:
     assert len(ranking.rows) == 2
     first, second = ranking.rows
-    assert second.name == spoilt
-    for name in SCORES:
-        assert first.scores[name] > second.scores[name], name
+    assert second.name == spoiled
+    assert first.probe > second.probe
+    assert first.knn > second.knn
     assert first.num_parameters == second.num_parameters
     assert first.seconds["pass"] > 0
 
 
-def test_what_cannot_be_loaded_is_named_and_the_others_go_on(ranking: Ranking) -> None:
+def test_a_checkpoint_that_cannot_be_loaded_is_reported_and_the_others_continue(ranking: Ranking) -> None:
     assert list(ranking.failures) == ["./nowhere"]
     assert "neither a folder here nor a Hub id" in ranking.failures["./nowhere"]
-    assert "left out: ./nowhere" in format_ranking(ranking)
+    assert "skipped: ./nowhere" in format_ranking(ranking)
 
 
 def test_a_mistake_of_the_whole_list_is_refused() -> None:
@@ -69,35 +67,31 @@ def test_a_mistake_of_the_whole_list_is_refused() -> None:
         rank(["embedded"], CONFIG, sample=-1)
 
 
-def test_the_picture_is_well_formed_and_names_all(ranking: Ranking) -> None:
-    picture = ElementTree.fromstring(draw_ranking(ranking))
-    words = " ".join(e.text or "" for e in picture.iter())
-    assert all(score in words for score in SCORES)
-    assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 2
-    with pytest.raises(ValueError, match="nothing was ranked"):
-        draw_ranking(Ranking(data_name="d", num_images=0, num_classes=2, rows=(), agreement={}, failures={}))
-
-
-def row(name: str, **scores: float) -> Row:
-    return Row(
-        name=name, scores=scores, probe_interval=(0.0, 1.0), num_features=1, num_parameters=1, images_per_second=1.0,
-        images_computed=0, seconds={},
+def row(probe: float, knn: float, num_parameters: int) -> CheckpointScore:
+    return CheckpointScore(
+        name="net", probe=probe, probe_interval=(0.0, 1.0), knn=knn, num_features=1, num_parameters=num_parameters,
+        images_per_second=1.0, images_computed=0, seconds={},
     )  # fmt: skip
 
 
-def test_agreement_by_hand() -> None:
-    """Probe order a < b < c; one score agrees, one is reversed, one swaps a pair: tau (3 - 0)/3, -1, (2 - 1)/3."""
-    rows = [
-        row("a", probe=0.1, knn=1.0, LogME=3.0, **{"H-score": 2.0}),
-        row("b", probe=0.2, knn=2.0, LogME=2.0, **{"H-score": 1.0}),
-        row("c", probe=0.3, knn=3.0, LogME=1.0, **{"H-score": 3.0}),
-    ]
-    found = compare_scores(rows)
-    assert found["knn"] == pytest.approx({"kendall": 1.0, "spearman": 1.0})
-    assert found["LogME"] == pytest.approx({"kendall": -1.0, "spearman": -1.0})
-    assert found["H-score"] == pytest.approx({"kendall": 1 / 3, "spearman": 0.5})
-    assert "LEEP" not in found
-    assert compare_scores(rows[:2]) == {}
+def test_rank_correlations_by_hand() -> None:
+    """Of three pairs: all agree, tau (3 - 0) / 3; all are reversed, tau (0 - 3) / 3; one is swapped, tau (2 - 1) / 3."""
+    agree_and_reversed = [row(0.1, 0.2, 30), row(0.2, 0.3, 20), row(0.3, 0.4, 10)]
+    correlations = correlate_with_probe(agree_and_reversed)
+    assert vars(correlations["knn"]) == pytest.approx({"kendall": 1.0, "spearman": 1.0})
+    assert vars(correlations["num_parameters"]) == pytest.approx({"kendall": -1.0, "spearman": -1.0})
+    swapped_and_tied = [row(0.1, 0.3, 10), row(0.2, 0.2, 10), row(0.3, 0.4, 10)]
+    correlations = correlate_with_probe(swapped_and_tied)
+    assert vars(correlations["knn"]) == pytest.approx({"kendall": 1 / 3, "spearman": 0.5})
+    assert list(correlations) == ["knn"]  # networks of one size have no order by size
+    assert correlate_with_probe(agree_and_reversed[:2]) == {}
+
+
+def test_the_table_reports_the_size_baseline(ranking: Ranking) -> None:
+    assert "static baseline" not in format_ranking(ranking)  # two checkpoints: no correlation
+    shown = format_ranking(replace(ranking, agreement={"num_parameters": RankCorrelation(kendall=0.4, spearman=-0.5)}))
+    assert "number of parameters (static baseline" in shown
+    assert ": +0.40, -0.50" in shown
 
 
 def test_a_sample_has_every_class_and_no_test_image() -> None:
@@ -109,13 +103,11 @@ def test_a_sample_has_every_class_and_no_test_image() -> None:
     assert sample_data(data, 0, seed=0).train is data.train
 
 
-def test_the_command_prints_a_table_or_json_and_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    picture = tmp_path / "ranking.svg"
-    main(["rank", "embedded", "--images_per_class", "8", "--plot", str(picture)])
-    assert "LogME" in capsys.readouterr().out
-    assert picture.read_text().startswith("<svg")
+def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["rank", "embedded", "--images_per_class", "8"])
+    assert "kNN, %" in capsys.readouterr().out
     main(["rank", "embedded", "--images_per_class", "8", "--json"])
-    assert json.loads(capsys.readouterr().out)["checkpoints"][0]["scores"]["probe"] > 0.5
+    assert json.loads(capsys.readouterr().out)["checkpoints"][0]["probe"] > 0.5
     with pytest.raises(SystemExit):
         main(["rank", "./nowhere", "--images_per_class", "8"])
     assert "neither a folder here nor a Hub id" in capsys.readouterr().err

@@ -154,7 +154,7 @@ def advise(
     else:
         data, backbone, chain = inputs
     data = without_test(data)
-    head, _ = read_head(config.checkpoint, trust_remote_code=config.trust_remote_code)
+    head = read_head(config.checkpoint, trust_remote_code=config.trust_remote_code)
     loaded = time.perf_counter()
     options = ExtractOptions.from_config(config)
     evidence = gather_evidence(

@@ -24,7 +24,7 @@ from hf_transfer.data.extract import Tap, extract_images, sweep
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import EvaluationImages
 from hf_transfer.data.splits import Split
-from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.network.backbone import Backbone, NoTrainedHeadError, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits
@@ -134,21 +134,20 @@ def gather_evidence(
     )
 
 
-def read_head(checkpoint: str, *, trust_remote_code: bool = False) -> tuple[Head | None, tuple[str, ...]]:
-    """The checkpoint's own classifier and its labels; None and () where it has none that is trained and linear."""
+def read_head(checkpoint: str, *, trust_remote_code: bool = False) -> Head | None:
+    """Returns the checkpoint's own classifier; None if it has no trained head, or one that is not a single linear layer."""
     try:
         upstream = load(checkpoint, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        if "no trained head" not in str(error):
-            raise
-        return None, ()
-    size = len(upstream.label_names)
-    linear = [m for m in upstream.model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == size]
+    except NoTrainedHeadError:
+        return None
+    num_classes = len(upstream.label_names)
+    linear = [
+        m for m in upstream.model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == num_classes
+    ]
     if not linear or linear[-1].weight[0].numel() != linear[-1].weight.shape[1]:
-        return None, ()
-    weight = linear[-1].weight.detach().flatten(1).numpy()
-    bias = linear[-1].bias
-    return (weight, np.zeros(size, np.float32) if bias is None else bias.detach().numpy()), upstream.label_names
+        return None
+    weight, bias = linear[-1].weight.detach().flatten(1).numpy(), linear[-1].bias
+    return weight, np.zeros(num_classes, np.float32) if bias is None else bias.detach().numpy()
 
 
 def spread_depths(chain: Chain) -> list[tuple[Cut, float]]:

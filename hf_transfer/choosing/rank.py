@@ -1,12 +1,13 @@
-"""Which checkpoint for these images: one pass of each frozen network, several scores, and the probe itself.
+"""Which checkpoint suits these images: one pass of each frozen network, and a cross-validated linear probe on its features.
 
-The probe is what the scores try to foretell; its cost here is small, so it is in the table and orders it. How far the scores
-agree with it, over the checkpoints given, is in the table too.
+The probe orders the table. Beside it stand kNN accuracy and the number of parameters, each with its rank correlation with the
+probe over the given checkpoints. The number of parameters is the baseline that reads no image: on the usual benchmarks, a fixed
+list ordered by size correlates better with fine-tuned accuracy than LogME and other scores (arXiv 2510.06448).
 """
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,15 +16,8 @@ from accelerate import Accelerator
 from scipy.stats import kendalltau, spearmanr
 
 from hf_transfer.choosing.estimates import cross_validate, sample_rows
-from hf_transfer.choosing.evidence import gather_evidence, read_head
-from hf_transfer.choosing.scores import (
-    compute_h_score,
-    compute_leep,
-    compute_logme,
-    compute_nleep,
-    knn_hits,
-    softmax,
-)
+from hf_transfer.choosing.evidence import gather_evidence
+from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.images import BadImageError
@@ -33,67 +27,77 @@ from hf_transfer.network.backbone import load
 
 log = logging.getLogger(__name__)
 
-SCORES = ("probe", "knn", "LogME", "H-score", "LEEP", "NLEEP")
 SAMPLE = 2000  # images; 0: all
+MIN_CHECKPOINTS = 3  # fewer have no meaningful rank correlation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One checkpoint. `scores` by SCORES; LEEP only where it has a head of its own."""
+class CheckpointScore:
+    """One checkpoint's row of the table. Accuracies are shares, estimated on held-out images."""
 
     name: str
-    scores: Mapping[str, float]
-    probe_interval: tuple[float, float]
+    probe: float
+    probe_interval: tuple[float, float]  # 95 %
+    knn: float
     num_features: int
     num_parameters: int
     images_per_second: float
-    images_computed: int  # 0: found in the cache
-    seconds: Mapping[str, float]  # of loading, of the pass, of each score
+    images_computed: int  # 0 if all features came from the cache
+    seconds: Mapping[str, float]  # loading, pass, probe, knn
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCorrelation:
+    """How well one order of the checkpoints agrees with the probe's, -1 to 1."""
+
+    kendall: float
+    spearman: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Rows, best first, and what could not be ranked."""
+    """Checkpoints, best probe first, and the ones that failed."""
 
     data_name: str
     num_images: int
     num_classes: int
-    rows: tuple[Row, ...]
-    agreement: Mapping[str, Mapping[str, float]]  # score -> kendall, spearman with the probe; from three checkpoints on
-    failures: Mapping[str, str]  # checkpoint -> why
+    rows: tuple[CheckpointScore, ...]
+    agreement: Mapping[str, RankCorrelation]  # by the names of PREDICTORS
+    failures: Mapping[str, str]  # checkpoint -> error message
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Returns JSON values."""
         return {
             "data": self.data_name,
             "num_images": self.num_images,
             "num_classes": self.num_classes,
             "checkpoints": [
-                {
-                    **vars(r),
-                    "scores": dict(r.scores),
-                    "probe_interval": list(r.probe_interval),
-                    "seconds": dict(r.seconds),
-                }
-                for r in self.rows
+                vars(row) | {"probe_interval": list(row.probe_interval), "seconds": dict(row.seconds)}
+                for row in self.rows
             ],
-            "agreement": {k: dict(v) for k, v in self.agreement.items()},
+            "agreement": {name: vars(correlation) for name, correlation in self.agreement.items()},
             "failures": dict(self.failures),
         }
+
+
+PREDICTORS: Mapping[str, Callable[[CheckpointScore], float]] = {
+    "knn": lambda row: row.knn,
+    "num_parameters": lambda row: row.num_parameters,
+}
 
 
 def rank(
     checkpoints: Sequence[str], config: TrainConfig, *, sample: int = SAMPLE, accelerator: Accelerator | None = None
 ) -> Ranking:
-    """Each of `checkpoints` on at most `sample` of the data set's images to learn from, by the probe's held-out accuracy.
+    """Returns `checkpoints` ordered by probe accuracy on at most `sample` train and validation images (0: all).
 
-    A checkpoint that cannot be loaded or read is reported in `failures`, and the others go on. Raises ValueError for what is
-    wrong with the data, and where a checkpoint is given twice.
+    A checkpoint that cannot be loaded or scored goes to `failures`; the others continue. Raises ValueError for a repeated
+    checkpoint, an empty list, a negative sample, or an error in the data.
     """
     repeated = sorted({name for name in checkpoints if list(checkpoints).count(name) > 1})
     if repeated or not checkpoints:
         raise ValueError(
-            f"checkpoints {list(checkpoints)}: give one or more, each once ({', '.join(repeated) or 'none'})"
+            f"checkpoints {list(checkpoints)}: give one or more, each once (repeated: {', '.join(repeated) or 'none'})"
         )
     if sample < 0:
         raise ValueError(f"sample={sample}: choose 0 (all images) or more")
@@ -104,93 +108,79 @@ def rank(
         try:
             rows.append(_score(checkpoint, data, config, accelerator))
         except BadImageError:
-            raise  # the images' fault: no checkpoint could be ranked on them
+            raise  # no checkpoint can be scored on a broken image
         except (ValueError, RuntimeError, OSError) as error:
             failures[checkpoint] = str(error)
-            log.warning("%s is left out: %s", checkpoint, error)
-    rows.sort(key=lambda row: -row.scores["probe"])
+            log.warning("Skipping %s: %s", checkpoint, error)
+    rows.sort(key=lambda row: -row.probe)
     return Ranking(
         data_name=data.name,
         num_images=len(data.train) + len(data.validation),
         num_classes=len(data.label_names),
         rows=tuple(rows),
-        agreement=compare_scores(rows),
+        agreement=correlate_with_probe(rows),
         failures=failures,
     )
 
 
 def sample_data(data: Data, sample: int, seed: int) -> Data:
-    """At most `sample` images of train and validation together, every class by its share; no test images."""
+    """Returns at most `sample` train and validation images (0: all), stratified by class; drops the test split."""
     labels = np.concatenate([data.train.labels, data.validation.labels])
     if not sample or len(labels) <= sample:
         return replace(data, test=None)
     kept = sample_rows(labels, sample, seed)
-    cut = len(data.train)
+    num_train = len(data.train)
     return replace(
         data,
-        train=data.train.select(kept[kept < cut]),
-        validation=data.validation.select(kept[kept >= cut] - cut),
+        train=data.train.select(kept[kept < num_train]),
+        validation=data.validation.select(kept[kept >= num_train] - num_train),
         test=None,
     )
 
 
-def compare_scores(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Rank correlation of each score with the probe, over the checkpoints that have it; none for fewer than three."""
-    found = {}
-    for name in SCORES[1:]:
-        pairs = [(row.scores[name], row.scores["probe"]) for row in rows if name in row.scores]
-        if len(pairs) >= 3 and all(len(set(side)) > 1 for side in zip(*pairs, strict=True)):
-            a, b = zip(*pairs, strict=True)
-            found[name] = {"kendall": float(kendalltau(a, b).statistic), "spearman": float(spearmanr(a, b).statistic)}
-    return found
+def correlate_with_probe(rows: Sequence[CheckpointScore]) -> dict[str, RankCorrelation]:
+    """Returns the rank correlation of each predictor with probe accuracy, over at least three checkpoints.
+
+    A predictor that is the same for all checkpoints has no order and is left out.
+    """
+    probe = [row.probe for row in rows]
+    correlations = {}
+    for name, predict in PREDICTORS.items():
+        values = [predict(row) for row in rows]
+        if len(rows) >= MIN_CHECKPOINTS and len(set(values)) > 1 and len(set(probe)) > 1:
+            correlations[name] = RankCorrelation(
+                kendall=float(kendalltau(values, probe).statistic), spearman=float(spearmanr(values, probe).statistic)
+            )
+    return correlations
 
 
-def _score(checkpoint: str, data: Data, config: TrainConfig, accelerator: Accelerator) -> Row:
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        seconds[name] = now - started
-        started = now
-
-    head, _ = read_head(checkpoint, trust_remote_code=config.trust_remote_code)
+def _score(checkpoint: str, data: Data, config: TrainConfig, accelerator: Accelerator) -> CheckpointScore:
+    times = [time.perf_counter()]
     backbone = load(checkpoint, data.label_names, trust_remote_code=config.trust_remote_code)
     chain = backbone.chain(cache_dir=chain_dir())
-    lap("loading")
+    times.append(time.perf_counter())
     evidence = gather_evidence(
         chain,
         backbone,
         data,
-        head=head,
+        head=None,
         accelerator=accelerator,
         options=ExtractOptions.from_config(config),
         readouts=False,
     )
-    lap("pass")
-    x, labels = evidence.features, evidence.labels
-    held = cross_validate(x, labels, seed=config.seed)
-    scores = {"probe": held.accuracy}
-    lap("probe")
-    scores["knn"] = float(knn_hits(x, labels).mean())
-    lap("knn")
-    scores["LogME"] = compute_logme(x, labels)
-    lap("LogME")
-    scores["H-score"] = compute_h_score(x, labels)
-    lap("H-score")
-    if evidence.upstream_logits is not None:
-        scores["LEEP"] = compute_leep(softmax(evidence.upstream_logits), labels)
-        lap("LEEP")
-    scores["NLEEP"] = compute_nleep(x, labels, seed=config.seed)
-    lap("NLEEP")
-    return Row(
+    times.append(time.perf_counter())
+    probe = cross_validate(evidence.features, evidence.labels, seed=config.seed)
+    times.append(time.perf_counter())
+    knn = float(knn_hits(evidence.features, evidence.labels).mean())
+    times.append(time.perf_counter())
+    return CheckpointScore(
         name=backbone.source.name if backbone.source.id else checkpoint,
-        scores=scores,
-        probe_interval=held.interval,
-        num_features=x.shape[1],
+        probe=probe.accuracy,
+        probe_interval=probe.interval,
+        knn=knn,
+        num_features=evidence.features.shape[1],
         num_parameters=sum(p.numel() for p in chain.model.parameters()),
         images_per_second=evidence.look.images_per_second,
         images_computed=evidence.images_computed,
-        seconds=seconds,
+        seconds=dict(zip(("loading", "pass", "probe", "knn"), np.diff(times).tolist(), strict=True)),
     )

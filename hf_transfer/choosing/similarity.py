@@ -7,8 +7,7 @@
 | batchnorm | running statistics | divergence of what enters each BatchNorm from what it stores (arXiv 1603.04779, 1912.08795) |
 
 Each is placed between two anchors, 0 what is different and 1 what is similar; the mean of those that a checkpoint has is the
-similarity. LEEP as its paper has it and the effective rank of the features (RankMe) are reported beside it and not used: with
-few images the one flatters upstream's many classes, and the other grows with the number of images.
+similarity.
 """
 
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.choosing.evidence import Evidence
-from hf_transfer.choosing.scores import compute_effective_rank, compute_leep, softmax
+from hf_transfer.choosing.scores import softmax
 from hf_transfer.training.folds import draw_folds
 
 TOLD_PRIOR = 0.1
@@ -40,11 +39,11 @@ HOW = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One measure. `score` 0 (different) to 1 (similar), None where it is reported only."""
+    """One measure, with its `score` from 0 (different) to 1 (similar)."""
 
     name: str
     value: float
-    score: float | None
+    score: float
     words: str
 
 
@@ -79,21 +78,11 @@ def measure_similarity(evidence: Evidence) -> Similarity:
         told = compute_told(p, evidence.labels)
         words = "share of the labels' information that upstream's answers carry, on held-out images"
         found.append(Measure(name="told", value=told, score=_place("told", told), words=words))
-        leep = compute_leep(p, evidence.labels)
-        found.append(
-            Measure(
-                name="leep", value=leep, score=None, words="log-probability of the labels by way of upstream's classes"
-            )
-        )
     distance = evidence.look.batchnorm_distance
     if distance is not None:
         words = f"nats between stored and seen statistics, {evidence.look.num_images} images"
         found.append(Measure(name="batchnorm", value=distance, score=_place("batchnorm", distance), words=words))
-    rows = evidence.features[: 4 * evidence.features.shape[1]][:1000]
-    rank = compute_effective_rank(rows)
-    words = f"directions that features use, of {min(rows.shape)} possible"
-    found.append(Measure(name="effective rank", value=rank, score=None, words=words))
-    scores = [m.score for m in found if m.score is not None]
+    scores = [m.score for m in found]
     return Similarity(
         score=float(np.mean(scores)) if scores else 0.5,
         spread=float(np.ptp(scores)) / 2 if len(scores) > 1 else None,

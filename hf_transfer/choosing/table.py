@@ -3,8 +3,13 @@
 from collections.abc import Sequence
 
 from hf_transfer.choosing.advise import Advice
-from hf_transfer.choosing.rank import SCORES, Ranking
+from hf_transfer.choosing.rank import Ranking
 from hf_transfer.choosing.rule import STRATEGIES
+
+PREDICTOR_TITLES = {
+    "knn": "kNN accuracy",
+    "num_parameters": "number of parameters (static baseline: predicts better than LogME in arXiv 2510.06448)",
+}
 
 
 def format_advice(advice: Advice) -> str:
@@ -18,9 +23,9 @@ def format_advice(advice: Advice) -> str:
         "",
         "similar to what the checkpoint was pretrained on?",
     ]
-    for m in advice.similarity.measures:
-        counted = f"counts as {m.score:.2f} of 1" if m.score is not None else "not counted"
-        lines.append(f"  {m.name}: {m.value:.3g} ({m.words}); {counted}")
+    lines += [
+        f"  {m.name}: {m.value:.3g} ({m.words}); counts as {m.score:.2f} of 1" for m in advice.similarity.measures
+    ]
     depths: list[Sequence[str]] = [("features after", "numbers", "probe, %", "95 % interval", "kNN, %")]
     depths += [
         (
@@ -64,26 +69,30 @@ def format_advice(advice: Advice) -> str:
 
 
 def format_ranking(ranking: Ranking) -> str:
-    """What `hf-transfer rank` prints."""
-    rows: list[Sequence[str]] = [("checkpoint", "probe, %", "95 % interval", *SCORES[1:], "images/s", "parameters")]
-    for row in ranking.rows:
-        scores = (_number(row.scores.get(name)) for name in SCORES[1:])
-        rows.append(
-            (
-                row.name,
-                _percent(row.scores["probe"]),
-                _interval(*row.probe_interval),
-                *scores,
-                f"{row.images_per_second:.0f}",
-                f"{row.num_parameters / 1e6:.1f} M",
-            )
+    """Returns the table that `hf-transfer rank` prints."""
+    lines = [f"{ranking.data_name}: {ranking.num_images:,} train and validation images, {ranking.num_classes} classes"]
+    rows: list[Sequence[str]] = [("checkpoint", "probe, %", "95 % interval", "kNN, %", "parameters", "images/s")]
+    rows += [
+        (
+            row.name,
+            _percent(row.probe),
+            _interval(*row.probe_interval),
+            _percent(row.knn),
+            f"{row.num_parameters / 1e6:.1f} M",
+            f"{row.images_per_second:.0f}",
         )
-    lines = [f"{ranking.data_name}: {ranking.num_images:,} images to learn from, {ranking.num_classes} classes"]
+        for row in ranking.rows
+    ]
     lines += ["", *align(rows)] if ranking.rows else []
     if ranking.agreement:
-        lines += ["", f"agreement with the probe over {len(ranking.rows)} checkpoints (Kendall's tau, Spearman's rho):"]
-        lines += [f"  {name}: {a['kendall']:+.2f}, {a['spearman']:+.2f}" for name, a in ranking.agreement.items()]
-    lines += [f"left out: {name}: {why}" for name, why in ranking.failures.items()]
+        lines += [
+            "",
+            f"rank correlation with the probe, {len(ranking.rows)} checkpoints (Kendall's tau, Spearman's rho):",
+        ]
+        lines += [
+            f"  {PREDICTOR_TITLES[name]}: {c.kendall:+.2f}, {c.spearman:+.2f}" for name, c in ranking.agreement.items()
+        ]
+    lines += [f"skipped: {name}: {error}" for name, error in ranking.failures.items()]
     return "\n".join(lines)
 
 
@@ -108,7 +117,3 @@ def _interval(low: float, high: float) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -28,6 +28,10 @@ from hf_transfer.network.source import Source, find_source
 log = logging.getLogger(__name__)
 
 
+class NoTrainedHeadError(ValueError):
+    """The checkpoint has no trained classifier, and no labels were given for a new one."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
     """`model` is the upstream class itself, in float32 and eval mode; nothing of ours is inside it."""
@@ -70,7 +74,7 @@ def load(
     if is_timm:
         model, own_labels = _load_timm(source, config)
         if labels is None and not own_labels:
-            raise ValueError(f"{source.name} has no trained head: give labels for a new one")
+            raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new one")
         new_head = labels is not None and tuple(labels) != own_labels
         if new_head:
             assert labels is not None
@@ -248,7 +252,7 @@ def _load_transformers(
     if lacking:
         raise ValueError(f"{source.name} lacks weights that are not the head's: {', '.join(lacking[:5])}")
     if labels is None and absent:
-        raise ValueError(f"{source.name} has no trained head: give labels for a new one")
+        raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new one")
     if labels is not None and tuple(labels) != own_labels and not absent:
         # As many classes as upstream, but others: its head must not pass for ours.
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == config.num_labels]
