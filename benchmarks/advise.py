@@ -30,8 +30,8 @@ from hf_transfer.choosing.auto import compare_scores
 from hf_transfer.choosing.rule import (
     CORNERS,
     STRATEGIES,
-    Place,
-    Run,
+    BenchmarkRun,
+    DataRegime,
     choose,
     choose_by_textbook,
     expect_accuracy,
@@ -138,22 +138,22 @@ def gather(rows: list[dict[str, Any]]) -> dict[Cell, dict[str, dict[str, Any]]]:
     return complete
 
 
-def place_of(found: dict[str, dict[str, Any]]) -> Place:
+def regime_of(found: dict[str, dict[str, Any]]) -> DataRegime:
     """Where the advice puts a cell."""
     advice = found["advice"]["advice"]
-    return Place(
+    return DataRegime(
         images_per_class=advice["images_per_class"]["median"],
         similarity=advice["similarity"]["score"],
         similarity_spread=advice["similarity"]["spread"],
     )
 
 
-def runs_of(cells: dict[Cell, dict[str, dict[str, Any]]]) -> list[Run]:
+def runs_of(cells: dict[Cell, dict[str, dict[str, Any]]]) -> list[BenchmarkRun]:
     """Every fine-tuning run beside the probe of its cell."""
     return [
-        Run(
+        BenchmarkRun(
             strategy=name,
-            place=place_of(found),
+            regime=regime_of(found),
             error=1 - found[name]["test_accuracy"],
             probe_error=1 - found["linear_probe"]["test_accuracy"],
             num_test=found[name]["num_test"],
@@ -172,10 +172,10 @@ def choose_without(left_out: str, cells: dict[Cell, dict[str, dict[str, Any]]]) 
             continue
         estimates = {e["strategy"]: e for e in found["advice"]["advice"]["estimates"]}
         probe = estimates["linear_probe"]
-        place = place_of(found)
+        regime = regime_of(found)
         accuracy = {
             name: expect_accuracy(
-                name, place, probe["accuracy"], (probe["low"], probe["high"]), table=table, residual=residual
+                name, regime, (probe["accuracy"], probe["low"], probe["high"]), table=table, residual=residual
             )[0]
             for name in STRATEGIES
         }
@@ -207,7 +207,7 @@ def report(given: argparse.Namespace) -> None:
     ways = {
         "advisor (leave-one-data-set-out)": learnt,
         "auto: the advisor's pick or the probe": {c: keep(learnt[c], f) for c, f in cells.items()},
-        "textbook table": {c: choose_by_textbook(place_of(f)) for c, f in cells.items()},
+        "textbook table": {c: choose_by_textbook(regime_of(f)) for c, f in cells.items()},
         "always probe": dict.fromkeys(cells, "linear_probe"),
         "always full": dict.fromkeys(cells, "full"),
         "always probe, then full": dict.fromkeys(cells, "probe_then_full"),
@@ -218,7 +218,7 @@ def report(given: argparse.Namespace) -> None:
         name, checkpoint, size, seed = cell
         shown = " | ".join(f"{100 * found[s]['test_accuracy']:.1f}" for s in STRATEGIES)
         print(
-            f"| {name} | {checkpoint.split('.')[0]} | {size or 'all'} | {seed} | {place_of(found).similarity:.2f} | {shown} "
+            f"| {name} | {checkpoint.split('.')[0]} | {size or 'all'} | {seed} | {regime_of(found).similarity:.2f} | {shown} "
             f"| {learnt[cell]} |"
         )
     print()

@@ -1,1 +1,1 @@
-"""Which checkpoint, which strategy: what can be told from one pass of frozen networks over the images."""
+"""Choosing a checkpoint and a strategy, from one pass of frozen networks over the images."""

@@ -1,7 +1,7 @@
-"""The advised strategy, run beside the probe; what validates better beyond chance is kept.
+"""Runs the advised strategy and the probe, and keeps the strategy only if it validates better beyond chance.
 
 The probe is scored by fits that have not seen the validation images, so both are compared on the same images. Test images are
-scored once, of what is kept.
+scored once, with the kept network.
 """
 
 import logging
@@ -32,7 +32,7 @@ from hf_transfer.training.phases import KEPT_START
 
 log = logging.getLogger(__name__)
 
-PILOT_SHARE = 1 / 3  # of the budget
+PILOT_SHARE = 1 / 3  # share of the budget for pilots
 DEFAULT_PILOT_S = 600.0
 
 
@@ -48,9 +48,9 @@ def choose_and_run(
     costs: Costs,
     checkpoints: Path | None = None,
 ) -> Outcome:
-    """Advises, runs the probe and the winner, and returns what is kept; `details` say what was advised and what ran.
+    """Advises, runs the probe and the advised strategy, and returns the better outcome; `details["auto"]` records the choice.
 
-    `budget_s` bounds pilots and the winner, by what they are reckoned to take: a run that has begun is not cut short.
+    `budget_s` limits the estimated time of pilots and of the advised run; a run that has started is not interrupted.
     """
     started = time.perf_counter()
     with costs.part("advise"):
@@ -63,10 +63,10 @@ def choose_and_run(
         )
     costs.count_images("advise", int(advice.cost["images_computed"]))
     if accelerator.is_main_process:
-        log.info("advised: %s: %s", advice.recommended, advice.reason)
+        log.info("Advised %s: %s", advice.recommended, advice.reason)
     left = None if budget_s is None else _agree(budget_s - (time.perf_counter() - started))
     winner = advice.recommended
-    reckoned = next(e.seconds for e in advice.estimates if e.strategy == winner)
+    estimated_s = next(e.seconds for e in advice.estimates if e.strategy == winner)
     ran = ["linear_probe"]
     unseen = without_test(data)
     outcome = probe = carry_out(
@@ -74,11 +74,11 @@ def choose_and_run(
     )
     kept = "linear_probe"
     why = "the probe was advised"
-    if winner != "linear_probe" and left is not None and reckoned > left:
-        why = f"{winner} was advised and no longer fits into the budget ({reckoned:.0f} s, {left:.0f} s left)"
+    if winner != "linear_probe" and left is not None and estimated_s > left:
+        why = f"{winner} was advised but no longer fits into the budget ({estimated_s:.0f} s, {left:.0f} s left)"
     elif winner != "linear_probe":
         ran.append(winner)
-        # Fresh weights: the probe's head is in the others, and adapters are put in place.
+        # Fresh weights: the probe left its head in the first backbone, and adapters are added in place.
         other = load(
             config.checkpoint,
             data.label_names,
@@ -99,27 +99,33 @@ def choose_and_run(
         if is_better:
             kept, outcome = winner, tuned
     if accelerator.is_main_process:
-        log.info("kept: %s; %s", kept, why)
+        log.info("Kept %s: %s", kept, why)
     metrics = dict(outcome.metrics)
     if data.test is not None:
         with costs.part("evaluate"):
             metrics["test"] = _score_test(outcome.backbone, data, config, accelerator)
     details: Mapping[str, Any] = {
         **outcome.details,
-        "auto": {"advised": winner, "ran": ran, "kept": kept, "why": why, "advice": _travelling(advice, config, data)},
+        "auto": {
+            "advised": winner,
+            "ran": ran,
+            "kept": kept,
+            "why": why,
+            "advice": _without_paths(advice, config, data),
+        },
     }
     first, *rest = outcome.plan
-    told = f"{first['description']} ({kept}, of {' and '.join(ran)}; {why})"
-    described: list[Mapping[str, Any]] = [{**first, "description": told}, *rest]
+    description = f"{first['description']} (kept {kept}; ran {' and '.join(ran)}; {why})"
+    described: list[Mapping[str, Any]] = [{**first, "description": description}, *rest]
     return replace(outcome, plan=described, metrics=metrics, details=details)
 
 
 def compare(probe: Outcome, tuned: Outcome, name: str) -> tuple[bool, str]:
-    """Whether the tuned network is kept rather than the probe, by the same validation images, and why.
+    """Returns whether to keep the tuned network instead of the probe, judged on the same validation images, and why.
 
-    One that started from a probe has shown, image by image, that its epoch is better than that beyond chance, or else it kept
-    the start; then it need not fall behind the probe that is fitted on all images. One that started untrained must be better
-    by a standard error, since the best of its epochs is partly luck.
+    A network that started from the probe has already shown, image by image, that its epoch beats that probe beyond chance
+    (otherwise it kept its start), so it only has to match the probe that is fitted on all images. A network that started from
+    an untrained head has to win by one standard error, because the best of its epochs is partly luck.
     """
     validation = tuned.metrics["validation"]
     return compare_scores(
@@ -135,14 +141,14 @@ def compare(probe: Outcome, tuned: Outcome, name: str) -> tuple[bool, str]:
 def compare_scores(
     probe: float, tuned: float, *, num_images: int, kept: str, from_probe: bool, name: str
 ) -> tuple[bool, str]:
-    """`compare`, of accuracies on `num_images`; `kept`: what the last phase of the tuned network kept."""
-    told = f"{name} {100 * tuned:.1f} % on validation, the probe {100 * probe:.1f} %"
+    """Returns what `compare` returns, for accuracies on `num_images`; `kept`: what the tuned network's last phase kept."""
+    accuracies = f"validation accuracy: {name} {100 * tuned:.1f} %, the probe {100 * probe:.1f} %"
     if from_probe:
         if kept == KEPT_START:
-            return False, f"no epoch of {name} was better beyond chance than the probe that it began with"
-        return tuned >= probe, told
+            return False, f"no epoch of {name} beat the probe it started from beyond chance"
+        return tuned >= probe, accuracies
     error = math.sqrt((probe * (1 - probe) + tuned * (1 - tuned)) / max(1, num_images))
-    return tuned - probe > error, f"{told}, standard error {100 * error:.1f} points"
+    return tuned - probe > error, f"{accuracies}, standard error {100 * error:.1f} points"
 
 
 def _score_test(trained: Backbone, data: Data, config: TrainConfig, accelerator: Accelerator) -> dict[str, Any]:
@@ -157,22 +163,21 @@ def _score_test(trained: Backbone, data: Data, config: TrainConfig, accelerator:
     return score(logits, labels, data.label_names, seed=config.seed)
 
 
-def _travelling(advice: Advice, config: TrainConfig, data: Data) -> dict[str, Any]:
-    """The advice without local paths: results.json and the card go elsewhere."""
-    found = advice.to_dict()
+def _without_paths(advice: Advice, config: TrainConfig, data: Data) -> dict[str, Any]:
+    """Returns the advice without local paths, because results.json and the card are published."""
     names = {config.checkpoint: advice.checkpoint, config.dataset: data.name}
 
     def public(value: Any) -> Any:
         if isinstance(value, str):
-            for own, name in names.items():
-                if "/" in own or "\\" in own or Path(own).expanduser().exists():
-                    value = value.replace(own, name)
+            for path, name in names.items():
+                if "/" in path or "\\" in path or Path(path).expanduser().exists():
+                    value = value.replace(path, name)
             return value
         if isinstance(value, dict):
             return {k: public(v) for k, v in value.items()}
         return [public(v) for v in value] if isinstance(value, list | tuple) else value
 
-    cleaned: dict[str, Any] = public(found)
+    cleaned: dict[str, Any] = public(advice.to_dict())
     return cleaned
 
 

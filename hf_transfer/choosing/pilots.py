@@ -1,7 +1,7 @@
-"""Short runs of the leading strategies, by successive halving inside a time budget, judged on validation images alone.
+"""Short runs of the leading strategies: successive halving within a time budget, compared on validation images only.
 
-Successive halving: arXiv 1502.07943, section 2: all for a little, the better half for more, until one is left or the time
-is spent. Every run is the recipe's own with fewer epochs; stored pixels and activations are shared through the cache.
+Successive halving (arXiv 1502.07943, section 2): run all strategies briefly, then the better half for longer, until one is left
+or the time is spent. Each run is the recipe's own with fewer epochs; the runs share stored pixels and activations in the cache.
 """
 
 import logging
@@ -23,12 +23,12 @@ from hf_transfer.training.phases import run_phases
 
 log = logging.getLogger(__name__)
 
-FIRST_SHARE = 1 / 6  # of the epochs of a whole run, in the first round; doubled in each round
+FIRST_SHARE = 1 / 6  # share of a full run's epochs in the first round; every further round doubles it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pilot:
-    """One short run: validation accuracy of what it would keep. The probe's has no epochs: it is what the others start from."""
+    """One short run, with the validation accuracy of the weights it would keep. The probe's run has 0 epochs."""
 
     strategy: str
     epochs: int
@@ -39,43 +39,45 @@ class Pilot:
 
 def run_pilots(
     strategies: Sequence[str],
-    whole_seconds: Mapping[str, float],
+    full_run_seconds: Mapping[str, float],
     data: Data,
     *,
     config: TrainConfig,
     accelerator: Accelerator,
     budget_s: float,
 ) -> tuple[Pilot, ...]:
-    """Rounds over `strategies` (best expected first), each with half as many and twice the epochs.
+    """Runs rounds over `strategies` (best expected first), each with half as many strategies and twice the epochs.
 
-    A run starts only where what it is reckoned to take (from `whole_seconds`, or from its last round) still fits into
-    `budget_s`. Each starts from upstream's weights. The probe comes first, fitted on the training images alone, so that all
-    are compared on the same validation images.
+    A run starts only if its estimated time (from `full_run_seconds`, or its previous round) still fits into `budget_s`, and
+    always from upstream's weights. The probe runs first, fitted on the training images only, so that all are compared on the
+    same validation images.
     """
     started = time.perf_counter()
-    found = [_run("linear_probe", 0, data, config, accelerator)]
+    pilots = [_run("linear_probe", 0, data, config, accelerator)]
     left, epochs = list(strategies), max(1, round(FIRST_SHARE * config.epochs))
     while left:
         for name in list(left):
-            spent = _agree(time.perf_counter() - started)
-            last = next((p for p in reversed(found) if p.strategy == name), None)
-            reckoned = (
-                last.seconds * epochs / last.epochs
-                if last is not None
-                else whole_seconds[name] * epochs / config.epochs
+            remaining = budget_s - _agree(time.perf_counter() - started)
+            previous = next((p for p in reversed(pilots) if p.strategy == name), None)
+            per_epoch = (
+                full_run_seconds[name] / config.epochs if previous is None else previous.seconds / previous.epochs
             )
-            if spent + reckoned > budget_s:
+            if per_epoch * epochs > remaining:
                 left.remove(name)
                 log.info(
-                    "no pilot of %s for %d epochs: about %.0f s, %.0f s left", name, epochs, reckoned, budget_s - spent
+                    "Skipping pilot %s, %d epochs: needs about %.0f s, %.0f s left",
+                    name,
+                    epochs,
+                    per_epoch * epochs,
+                    remaining,
                 )
                 continue
-            found.append(_run(name, epochs, data, config, accelerator))
-        ran = [p for p in found if p.epochs == epochs and p.strategy in left]
-        ran.sort(key=lambda p: (-p.accuracy, p.log_loss))
-        left = [p.strategy for p in ran[: len(ran) // 2]] if epochs < config.epochs else []
+            pilots.append(_run(name, epochs, data, config, accelerator))
+        finished = [p for p in pilots if p.epochs == epochs and p.strategy in left]
+        finished.sort(key=lambda p: (-p.accuracy, p.log_loss))
+        left = [p.strategy for p in finished[: len(finished) // 2]] if epochs < config.epochs else []
         epochs = min(2 * epochs, config.epochs)
-    return tuple(found)
+    return tuple(pilots)
 
 
 def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: Accelerator) -> Pilot:
@@ -90,9 +92,9 @@ def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: A
     if name != "linear_probe":
         plan, prepared, chain = make_plan(name, short, backbone, chain)
     costs = Costs()
-    ran = run_phases(plan, chain, prepared, without_test(data), config=short, accelerator=accelerator, costs=costs)
-    costs.to_dict()  # its sampler stops
-    kept = ran.done[-1]["score"]
+    phases = run_phases(plan, chain, prepared, without_test(data), config=short, accelerator=accelerator, costs=costs)
+    costs.to_dict()  # stops its sampler
+    kept = phases.done[-1]["score"]
     pilot = Pilot(
         strategy=name,
         epochs=epochs,
@@ -101,12 +103,12 @@ def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: A
         seconds=_agree(time.perf_counter() - started),
     )
     log.info(
-        "pilot %s, %d epochs: validation accuracy %.1f %%, %.0f s", name, epochs, 100 * pilot.accuracy, pilot.seconds
+        "Pilot %s, %d epochs: validation accuracy %.1f %%, %.0f s", name, epochs, 100 * pilot.accuracy, pilot.seconds
     )
     return pilot
 
 
 def _agree(seconds: float) -> float:
-    """The first process's clock, so that all take the same branch."""
+    """Returns the main process's value, so that all processes take the same branch."""
     agreed: float = broadcast_object_list([seconds])[0]
     return agreed

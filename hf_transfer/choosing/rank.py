@@ -180,7 +180,7 @@ def _score(checkpoint: str, data: Data, config: TrainConfig, accelerator: Accele
         knn=knn,
         num_features=evidence.features.shape[1],
         num_parameters=sum(p.numel() for p in chain.model.parameters()),
-        images_per_second=evidence.look.images_per_second,
+        images_per_second=evidence.forward_stats.images_per_second,
         images_computed=evidence.images_computed,
         seconds=dict(zip(("loading", "pass", "probe", "knn"), np.diff(times).tolist(), strict=True)),
     )

@@ -1,4 +1,4 @@
-"""Advice and ranking as text for a terminal."""
+"""Formats advice and ranking as terminal text."""
 
 from collections.abc import Sequence
 
@@ -13,33 +13,35 @@ PREDICTOR_TITLES = {
 
 
 def format_advice(advice: Advice) -> str:
-    """What `hf-transfer advise` prints."""
-    per = advice.images_per_class
-    spread = "" if advice.imbalance < 1.05 else f" (smallest class {per['smallest']:.0f}, largest {per['largest']:.0f})"
+    """Returns the text that `hf-transfer advise` prints."""
+    per_class = advice.images_per_class
+    spread = (
+        ""
+        if advice.imbalance < 1.05
+        else f" (smallest class {per_class['smallest']:.0f}, largest {per_class['largest']:.0f})"
+    )
     lines = [
-        f"{advice.data_name} with {advice.checkpoint}: {sum(advice.num_images.values()):,} images to learn from, "
-        f"{per['median']:.0f} a class{spread}",
-        advice.place.describe(),
+        f"{advice.data_name} with {advice.checkpoint}: {sum(advice.num_images.values()):,} train and validation images, "
+        f"{per_class['median']:.0f} per class{spread}",
+        advice.regime.describe(),
         "",
-        "similar to what the checkpoint was pretrained on?",
+        "similarity to the pretraining images:",
     ]
-    lines += [
-        f"  {m.name}: {m.value:.3g} ({m.words}); counts as {m.score:.2f} of 1" for m in advice.similarity.measures
-    ]
-    depths: list[Sequence[str]] = [("features after", "numbers", "probe, %", "95 % interval", "kNN, %")]
+    lines += [f"  {m.name}: {m.value:.3g} ({m.words}); score {m.score:.2f} of 1" for m in advice.similarity.measures]
+    depths: list[Sequence[str]] = [("features after", "size", "probe, %", "95 % interval", "kNN, %")]
     depths += [
         (
-            f"{r.layer}{', as the checkpoint reads them' if r.is_native else ', mean'}",
-            f"{r.num_features:,}",
-            _percent(r.probe),
-            _interval(*r.probe_interval),
-            _percent(r.knn),
+            f"{d.layer}{', as the checkpoint reads them' if d.is_native else ', mean'}",
+            f"{d.num_features:,}",
+            _percent(d.probe),
+            _interval(*d.probe_interval),
+            _percent(d.knn),
         )
-        for r in advice.readings
+        for d in advice.depths
     ]
     lines += ["", *align(depths), ""]
     rows: list[Sequence[str]] = [
-        ("strategy", "accuracy, %", "95 % interval", "how known", "time, about", "memory, about")
+        ("strategy", "accuracy, %", "95 % interval", "source", "time (estimated)", "memory (estimated)")
     ]
     rows += [
         (
@@ -54,16 +56,16 @@ def format_advice(advice: Advice) -> str:
     ]
     lines += align(rows)
     if advice.pilots:
-        lines += ["", "short runs (what they would keep, on validation images):"]
+        lines += ["", "short runs (validation accuracy of the weights they would keep):"]
         lines += [
             f"  {p.strategy}, {p.epochs} epochs: {_percent(p.accuracy)} %, {_seconds(p.seconds)}" for p in advice.pilots
         ]
-    if advice.ways:
-        lines += ["", "Few images, unlike what the checkpoint knows: the hardest cell. What may help:"]
-        for way in advice.ways:
-            lines.append(f"  {way.title}: {way.evidence}")
-            if way.command is not None:
-                lines.append(f"      {way.command}")
+    if advice.suggestions:
+        lines += ["", "little data, unlike the pretraining images: the hardest cell. What may help:"]
+        for suggestion in advice.suggestions:
+            lines.append(f"  {suggestion.title}: {suggestion.evidence}")
+            if suggestion.command is not None:
+                lines.append(f"      {suggestion.command}")
     lines += ["", f"recommended: {advice.recommended}: {advice.reason}", "", f"    {advice.command}"]
     return "\n".join(lines)
 
@@ -97,7 +99,7 @@ def format_ranking(ranking: Ranking) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, the first to the left, the others to the right."""
+    """Returns one line per row: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

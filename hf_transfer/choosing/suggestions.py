@@ -1,0 +1,79 @@
+"""What to try with little data unlike upstream's, the cell marked "you're in trouble", and the evidence for each suggestion."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_transfer.choosing.estimates import DepthScore, LearningCurve
+from hf_transfer.choosing.rule import DataRegime, expect_log_ratio
+from hf_transfer.choosing.strategies import make_command
+from hf_transfer.config import RecipeConfig
+from hf_transfer.network.chain import Chain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """One thing to try, with its evidence, and with its command if there is one."""
+
+    title: str
+    evidence: str
+    command: str | None
+
+
+def suggest(
+    regime: DataRegime, depths: Sequence[DepthScore], curve: LearningCurve, config: RecipeConfig, chain: Chain
+) -> tuple[Suggestion, ...]:
+    """Returns suggestions in the trouble cell; none in any other cell."""
+    if not regime.is_trouble:
+        return ()
+    suggestions = [_suggest_labels(curve)]
+    native = next(d for d in depths if d.is_native)
+    earlier = [d for d in depths if not d.is_native]
+    if earlier:
+        suggestions.append(_suggest_earlier_features(max(earlier, key=lambda d: d.probe), native, config, chain))
+    for title, recipe, extra in (
+        ("few parameters, starting from a solved head (LoRA)", "lora", ()),
+        ("only biases, starting from upstream's features (BitFit)", "full", ("--trains", "biases")),
+        ("stronger augmentation", "probe_then_full", ("--auto_augment", "trivialaugment", "--erase", "0.25")),
+        ("interpolating frozen and fine-tuned weights (WiSE-FT)", "probe_then_full", ("--wise_ft",)),
+    ):
+        r = expect_log_ratio("lora" if recipe == "lora" else "probe_then_full", regime)
+        evidence = f"fine-tuning from a probe is expected to leave {100 * math.exp(r):.0f} % of the probe's error"
+        suggestions.append(Suggestion(title=title, evidence=evidence, command=make_command(recipe, config, *extra)))
+    suggestions.append(
+        Suggestion(
+            title="another checkpoint",
+            evidence=f"similarity is {regime.similarity:.2f} of 1: a checkpoint pretrained on images like these may do better",
+            command=f"hf-transfer rank --dataset {config.dataset} {config.checkpoint} OTHER_CHECKPOINT ...",
+        )
+    )
+    return tuple(suggestions)
+
+
+def _suggest_labels(curve: LearningCurve) -> Suggestion:
+    now, *later = curve.ahead
+    forecast = "; ".join(
+        f"{100 * p.accuracy:.1f} % ({100 * p.low:.1f} to {100 * p.high:.1f}) at {p.images_per_class:.0f}" for p in later
+    )
+    return Suggestion(
+        title="more labels",
+        evidence=(
+            f"the probe's error is proportional to images ** -{curve.exponent:.2f}: {100 * now.accuracy:.1f} % accuracy at "
+            f"{now.images_per_class:.0f} images per class, expected {forecast}"
+        ),
+        command=None,
+    )
+
+
+def _suggest_earlier_features(
+    earlier: DepthScore, native: DepthScore, config: RecipeConfig, chain: Chain
+) -> Suggestion:
+    is_better = earlier.probe > native.probe
+    names = [layer.name for layer in chain.layers]
+    first_trained = names[min(names.index(earlier.layer) + 1, len(names) - 2)]
+    verdict = "earlier features suit the task better" if is_better else "no earlier layer suits the task better"
+    return Suggestion(
+        title="features of earlier layers",
+        evidence=f"{100 * earlier.probe:.1f} % after {earlier.layer}, {100 * native.probe:.1f} % at the end: {verdict}",
+        command=make_command("last_layers", config, "--from_layer", first_trained) if is_better else None,
+    )
