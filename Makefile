@@ -1,12 +1,14 @@
 # make demo    install into .venv and run the main job on the embedded checkpoint and data set
 # make test    install with the development tools and run the tests
 # make check   what CI runs: lint, format, types, tests
+# make soak    the slow suites: all strategies through all doors, to the bit
+# make wheel-check   build the wheel, install it into an empty environment, and use it outside the clone
 # make format  rewrite the files in the house format
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format
+.PHONY: demo test check soak wheel-check format
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/linear_probe.py
@@ -19,6 +21,20 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory test
+
+soak: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m soak
+
+wheel-check:
+	set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	$(PYTHON) -m venv "$$work/venv"; \
+	"$$work/venv/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$$work" .; \
+	"$$work/venv/bin/python" -m pip install --quiet "$$work"/*.whl; \
+	mkdir "$$work/empty"; cd "$$work/empty"; export PATH="$$work/venv/bin:$$PATH"; \
+	python -c 'import hf_transfer; print(hf_transfer.__file__)'; \
+	hf-transfer train linear_probe; \
+	accelerate launch -m hf_transfer train full --epochs 1; \
+	sh -c "$$(hf-transfer advise --epochs 1 | tail -1)"
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

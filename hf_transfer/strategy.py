@@ -48,6 +48,14 @@ class Strategy(StrategyConfig):
             trust_remote_code=model.trust_remote_code,
         )
 
+    def restart(self, session: "Session") -> "Session":
+        """The session with this strategy and a fresh network, as a run of its own begins."""
+        from accelerate.utils import set_seed
+
+        own = session.with_strategy(self)
+        set_seed(own.config.seed)  # a new head is random
+        return own.with_network(self.load_backbone(own.config, own.data))
+
     def prepare(self, session: "Session") -> "Session":
         """The session that the plan runs in, such as one with adapters in its network."""
         return session

@@ -204,7 +204,7 @@ def test_the_card_says_where_it_comes_from(journey: Journey) -> None:
     assert "base_model: bob/upstream" in card
     assert "license: cc-by-sa-4.0" in card  # the base's Apache-2.0 lets it go on, the data's terms bind
     assert "`signs`" in card
-    assert "1 of 301 train images cannot be read and were left out" in card
+    assert "Skipped 1 of 301 train images that cannot be read" in card
     assert "images per second in features" in card
     for name in re.findall(r"!\[.*?\]\((.*?)\)", card):
         assert name in journey.hub.files("alice/digits")

@@ -1,6 +1,6 @@
 """Which strategy suits these images and this checkpoint: the probe is measured, fine-tuning is estimated.
 
-    advice = advise(config)          # one pass of the frozen network over train and validation, cached for the run that follows
+    advice = advise(session)         # one pass of the frozen network over train and validation, cached for the run that follows
     print(format_advice(advice))
 
 The probe is cross-validated on the features. What fine-tuning adds is expected from the amount of data and its similarity to
@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 
+from hf_transfer.choosing.candidates import find_candidates, make_command
 from hf_transfer.choosing.estimates import (
     MAX_ROWS,
     CrossValidation,
@@ -29,17 +29,14 @@ from hf_transfer.choosing.estimates import (
 )
 from hf_transfer.choosing.evidence import Evidence, gather_evidence, read_head
 from hf_transfer.choosing.pilots import Pilot, run_pilots
-from hf_transfer.choosing.rule import STRATEGIES, DataRegime, choose, expect_accuracy
+from hf_transfer.choosing.rule import DataRegime, choose, expect_accuracy
 from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.choosing.similarity import Similarity, measure_similarity
-from hf_transfer.choosing.strategies import Price, make_command, price, without_test
 from hf_transfer.choosing.suggestions import Suggestion, suggest
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.locations import chain_dir
-from hf_transfer.network.backbone import Backbone, load
-from hf_transfer.network.chain import Chain
+from hf_transfer.session import Session
+from hf_transfer.strategy import Strategy
+from hf_transfer.training.pricing import Price, Pricing
+from hf_transfer.training.records import to_json
 
 MIN_GAIN = 0.001  # accuracy; the reason does not mention a smaller gain
 PILOT_BUDGET_S = 600.0
@@ -110,7 +107,7 @@ class Advice:
                 "ahead": [vars(p) for p in self.curve.ahead],
             },
             "estimates": [vars(e) for e in self.estimates],
-            "pilots": [vars(p) for p in self.pilots],
+            "pilots": to_json(self.pilots),
             "recommended": self.recommended,
             "reason": self.reason,
             "command": self.command,
@@ -119,48 +116,30 @@ class Advice:
         }
 
 
-def advise(
-    config: TrainConfig,
-    *,
-    inputs: tuple[Data, Backbone, Chain] | None = None,
-    accelerator: Accelerator | None = None,
-    measure: bool = False,
-    budget_s: float | None = None,
-) -> Advice:
-    """Returns the advice for `config.dataset` and `config.checkpoint`, or for `inputs` if they are loaded already.
+def advise(session: Session, *, measure: bool = False, budget_s: float | None = None) -> Advice:
+    """Returns the advice for the session's data and checkpoint.
 
     `measure` runs the leading strategies briefly, within `budget_s` seconds in total (default 600). Without it, `budget_s`
     limits the recommended run. All processes must call this. Raises ValueError if the network has no single linear classifier.
     """
-    accelerator = accelerator or Accelerator()
+    session = session.without_test()
     clock = [time.perf_counter()]
-    data, backbone, chain = inputs or _load(config)
-    data = without_test(data)
-    head = read_head(config.checkpoint, trust_remote_code=config.trust_remote_code)
+    candidates = find_candidates(session)
+    head = read_head(session.config.model)
     clock.append(time.perf_counter())
-    evidence = gather_evidence(
-        chain,
-        backbone,
-        data,
-        head=head,
-        accelerator=accelerator,
-        options=ExtractOptions.from_config(config),
-        mixed_precision=accelerator.mixed_precision if config.mixed_precision == "no" else config.mixed_precision,
-    )
+    evidence = gather_evidence(session, head=head)
     clock.append(time.perf_counter())
     shared: list[Advice | None] = [None]
-    if accelerator.is_main_process:
-        shared = [_estimate(evidence, data, backbone, chain, config, on_cpu=accelerator.device.type == "cpu")]
+    if session.is_main:
+        shared = [_estimate(session, candidates, evidence)]
     advice: Advice = broadcast_object_list(shared)[0]
     clock.append(time.perf_counter())
     if measure:
         by_accuracy = sorted(advice.estimates, key=lambda e: -e.accuracy)
         pilots = run_pilots(
-            [e.strategy for e in by_accuracy if e.strategy != "linear_probe"],
+            session,
+            {e.strategy: candidates[e.strategy] for e in by_accuracy if e.strategy != "linear_probe"},
             {e.strategy: e.seconds for e in advice.estimates},
-            data,
-            config=config,
-            accelerator=accelerator,
             budget_s=PILOT_BUDGET_S if budget_s is None else budget_s,
         )
         advice = replace(advice, pilots=pilots)
@@ -172,35 +151,28 @@ def advise(
     return final
 
 
-def _load(config: TrainConfig) -> tuple[Data, Backbone, Chain]:
-    data = load_data(config)
-    backbone = load(
-        config.checkpoint, data.label_names, base_model=config.base_model, trust_remote_code=config.trust_remote_code
-    )
-    return data, backbone, backbone.chain(cache_dir=chain_dir())
-
-
-def _estimate(
-    evidence: Evidence, data: Data, backbone: Backbone, chain: Chain, config: TrainConfig, *, on_cpu: bool
-) -> Advice:
+def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Evidence) -> Advice:
     """Returns the advice before pilots and recommendation."""
+    data, seed = session.data, session.config.seed
     counts = data.train.counts() + data.validation.counts()
     similarity = measure_similarity(evidence)
     regime = DataRegime(
         images_per_class=float(np.median(counts)), similarity=similarity.score, similarity_spread=similarity.spread
     )
-    rows = sample_rows(evidence.labels, MAX_ROWS, config.seed)
+    rows = sample_rows(evidence.labels, MAX_ROWS, seed)
     features, labels = evidence.features[rows], evidence.labels[rows]
     started = time.perf_counter()
-    probe = cross_validate(features, labels, seed=config.seed)
+    probe = cross_validate(features, labels, seed=seed)
     probe_seconds = time.perf_counter() - started
     assert probe.c is not None
-    depths = _score_depths(evidence, rows, probe, config.seed)
-    curve = draw_learning_curve(features, labels, c=probe.c, seed=config.seed)
-    prices = price(chain, data, config, evidence.forward_stats, probe_seconds=probe_seconds, on_cpu=on_cpu)
+    depths = _score_depths(evidence, rows, probe, seed)
+    curve = draw_learning_curve(features, labels, c=probe.c, seed=seed)
+    speed = evidence.forward_stats.images_per_second
+    pricing = Pricing(session=session, images_per_second=speed, probe_seconds=probe_seconds)
+    estimates = [_estimate_strategy(s, regime, probe, pricing) for s in candidates.values()]
     return Advice(
         data_name=data.name,
-        checkpoint=backbone.source.name,
+        checkpoint=session.backbone.source.name,
         num_images={"train": len(data.train), "validation": len(data.validation)},
         images_per_class={
             "smallest": float(counts.min()),
@@ -212,11 +184,11 @@ def _estimate(
         similarity=similarity,
         depths=depths,
         curve=curve,
-        estimates=tuple(_estimate_strategy(name, regime, probe, prices[name], config) for name in STRATEGIES),
+        estimates=tuple(estimates),
         pilots=(),
         recommended="linear_probe",
         reason="",
-        suggestions=suggest(regime, depths, curve, config, chain),
+        suggestions=suggest(session, candidates, regime, depths, curve),
         cost={},
     )
 
@@ -245,9 +217,12 @@ def _score_depths(
 
 
 def _estimate_strategy(
-    name: str, regime: DataRegime, probe: CrossValidation, cost: Price, config: TrainConfig
+    strategy: Strategy, regime: DataRegime, probe: CrossValidation, pricing: Pricing
 ) -> Estimate:
+    name = strategy.name
     accuracy, low, high = expect_accuracy(name, regime, (probe.accuracy, *probe.interval))
+    cost: Price | None = strategy.price(pricing)
+    assert cost is not None
     return Estimate(
         strategy=name,
         accuracy=accuracy,
@@ -256,7 +231,7 @@ def _estimate_strategy(
         source="measured" if name == "linear_probe" else "expected",
         seconds=cost.seconds,
         memory_bytes=cost.memory_bytes,
-        command=make_command(name, config),
+        command=make_command(pricing.session, strategy),
     )
 
 
@@ -289,8 +264,8 @@ def _add_pilots(estimate: Estimate, probe: Estimate, pilots: Sequence[Pilot], nu
     if base is None or not mine:
         return estimate
     longest = max(mine, key=lambda p: p.epochs)
-    measured = probe.accuracy + longest.accuracy - base.accuracy
-    misses = (1 - longest.accuracy) + (1 - base.accuracy) + 1 / num_validation
+    measured = probe.accuracy + longest.score.accuracy - base.score.accuracy
+    misses = (1 - longest.score.accuracy) + (1 - base.score.accuracy) + 1 / num_validation
     sd_probe = (probe.high - probe.low) / 3.92
     sd_measured = math.hypot(math.sqrt(misses / num_validation), sd_probe)
     sd_expected = max(1e-3, (estimate.high - estimate.low) / 3.92)

@@ -9,19 +9,18 @@ from functools import partial
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 
 from hf_transfer.choosing.forward_stats import ForwardStats, measure_forward
-from hf_transfer.data.dataset import Data
-from hf_transfer.data.extract import Tap, extract_images
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages
-from hf_transfer.network.backbone import Backbone, NoTrainedHeadError, load
+from hf_transfer.config import ModelConfig
+from hf_transfer.network.backbone import NoTrainedHeadError, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.readout import find_readouts
+from hf_transfer.prefix.extract import Tap, extract_images
+from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.session import Session
 from hf_transfer.training.readouts import tap_readouts
 
 NUM_DEPTHS = 4  # evenly spaced between the first layer and the last
@@ -56,34 +55,22 @@ class Evidence:
         return self.depths[-1].features
 
 
-def gather_evidence(
-    chain: Chain,
-    backbone: Backbone,
-    data: Data,
-    *,
-    head: Head | None,
-    accelerator: Accelerator,
-    options: ExtractOptions,
-    readouts: bool = True,
-    mixed_precision: str = "no",
-) -> Evidence:
+def gather_evidence(session: Session, *, head: Head | None, readouts: bool = True) -> Evidence:
     """Returns the evidence from one pass over train and validation, reading from the cache what is there.
 
-    `head`: upstream's classifier, from `read_head`. `readouts`: also store every readout that the linear probe tries.
-    `mixed_precision` (no, bf16 or fp16): the precision of the training whose speed is measured. Raises ValueError if the
-    network has no single linear classifier.
+    `head`: upstream's classifier, from `read_head`. `readouts`: also store every readout that the linear probe tries. Raises
+    ValueError if the network has no single linear classifier.
     """
-    if options.cache == "none":
-        options = replace(options, cache="memory")  # several readers share one pass
+    chain, data, resources = session.chain, session.data, session.resources.keeping_results()
     own, *others = find_readouts(chain, sweep="all" if readouts else "none")
     means = {f"mean after {cut.name}": (cut, position) for cut, position in spread_depths(chain)}
-    taps = tap_readouts(chain, [own, *others], accelerator)
+    taps = tap_readouts(chain, [own, *others], resources)
     taps |= {name: tap_mean(cut, chain.image_shape) for name, (cut, _) in means.items()}
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in (own.name, *means)}
     images_computed = 0
     for split in (data.train, data.validation):
-        images = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
-        extracted = extract_images(chain, images, taps, accelerator=accelerator, options=options)
+        images = EvaluationImages(split=split, preprocessing=session.backbone.preprocessing)
+        extracted = extract_images(chain, images, taps, resources)
         images_computed += extracted.images
         for name, features in parts.items():
             features.append(extracted.stores[name][:])
@@ -100,17 +87,15 @@ def gather_evidence(
         labels=np.concatenate([data.train.labels, data.validation.labels]),
         depths=(*depths, native),
         upstream_logits=None if head is None else native.features @ head[0].T + head[1],
-        forward_stats=measure_forward(
-            chain, backbone, data.train, accelerator=accelerator, options=options, mixed_precision=mixed_precision
-        ),
+        forward_stats=measure_forward(session),
         images_computed=images_computed,
     )
 
 
-def read_head(checkpoint: str, *, trust_remote_code: bool = False) -> Head | None:
+def read_head(config: ModelConfig) -> Head | None:
     """Returns the checkpoint's own classifier; None if it has no trained head, or one that is not a single linear layer."""
     try:
-        upstream = load(checkpoint, trust_remote_code=trust_remote_code)
+        upstream = load(config.checkpoint, trust_remote_code=config.trust_remote_code)
     except NoTrainedHeadError:
         return None
     num_classes = len(upstream.label_names)

@@ -3,28 +3,24 @@
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from hf_transfer.data.extract import sweep
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages
-from hf_transfer.data.splits import Split
-from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.prefix.extract import sweep
+from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.session import Session
 
 MAX_IMAGES = 32
 MAX_SHARE = 1 / 16  # of the split's images, so that the cost stays small beside the full pass
 MIN_IMAGES = 8
 EPSILON = 1e-5  # smallest variance that counts
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,51 +28,37 @@ class ForwardStats:
     """Measured on `num_images` images."""
 
     num_images: int
-    images_per_second: float  # float32
-    training_images_per_second: float  # a forward in the precision of training
+    images_per_second: float  # of a forward in the run's precision
     batchnorm_distance: float | None  # nats; None if the network stores no running statistics
 
 
-def measure_forward(
-    chain: Chain,
-    backbone: Backbone,
-    split: Split,
-    *,
-    accelerator: Accelerator,
-    options: ExtractOptions,
-    mixed_precision: str = "no",
-) -> ForwardStats:
-    """Returns the statistics of a forward over a few images, spread evenly over the classes; the network is left unchanged.
+def measure_forward(session: Session) -> ForwardStats:
+    """Returns the statistics of a forward over a few training images, spread evenly over the classes.
 
-    `mixed_precision` (no, bf16 or fp16) is the training's; with bf16 or fp16 a second forward measures its speed.
+    The network is left unchanged. BatchNorm's inputs are recorded in fp32; in another precision a second forward measures the
+    speed.
     """
+    split, resources = session.data.train, session.resources
     count = min(len(split), MAX_IMAGES, max(MIN_IMAGES, round(MAX_SHARE * len(split))))
     by_class = np.argsort(split.labels, kind="stable")
     rows = np.sort(by_class[np.linspace(0, len(split) - 1, count).round().astype(int)]).astype(np.int64)
-    images = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
+    images = EvaluationImages(split=split, preprocessing=session.backbone.preprocessing)
 
-    def measure_speed(dtype: torch.dtype | None) -> float:
+    def measure_speed(*, in_precision: bool) -> float:
         def forward(replica: Chain, batch: torch.Tensor, _: int) -> None:
             # Entered here because autocast applies only to the thread that enters it.
-            with torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None):
+            with resources.autocast() if in_precision else nullcontext():
                 compute_logits(replica.model, batch).sum().item()  # waits for the GPU
 
         started = time.perf_counter()
-        sweep(
-            chain, images, rows, forward, accelerator=accelerator, options=options, title="forward statistics",
-            shows_progress=False,
-        )  # fmt: skip
+        sweep(session.chain, images, rows, forward, resources)
         return count / (time.perf_counter() - started)
 
-    with _record_batchnorm_inputs(chain.model) as moments:
-        speed = measure_speed(None)
-    dtype = AUTOCAST_DTYPES.get(mixed_precision)
-    return ForwardStats(
-        num_images=count,
-        images_per_second=speed,
-        training_images_per_second=speed if dtype is None else measure_speed(dtype),
-        batchnorm_distance=moments.compute_distance(),
-    )
+    with _record_batchnorm_inputs(session.chain.model) as moments:
+        speed = measure_speed(in_precision=False)
+    if resources.precision != "fp32":
+        speed = measure_speed(in_precision=True)
+    return ForwardStats(num_images=count, images_per_second=speed, batchnorm_distance=moments.compute_distance())
 
 
 class _InputMoments:

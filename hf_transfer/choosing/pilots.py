@@ -9,17 +9,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from hf_transfer.choosing.strategies import make_plan, settle, without_test
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import Data
-from hf_transfer.locations import chain_dir
-from hf_transfer.network.backbone import load
-from hf_transfer.training.costs import Costs
-from hf_transfer.training.phase import Plan, ProbePhase
+from hf_transfer.config import GradientConfig
+from hf_transfer.costs import Costs
+from hf_transfer.session import Session
+from hf_transfer.strategy import Strategy
+from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.phases import run_phases
+from hf_transfer.training.records import Score
 
 log = logging.getLogger(__name__)
 
@@ -32,83 +30,78 @@ class Pilot:
 
     strategy: str
     epochs: int
-    accuracy: float
-    log_loss: float
+    score: Score
     seconds: float
 
 
 def run_pilots(
-    strategies: Sequence[str],
-    full_run_seconds: Mapping[str, float],
-    data: Data,
-    *,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    budget_s: float,
+    session: Session, candidates: Mapping[str, Strategy], full_run_seconds: Mapping[str, float], *, budget_s: float
 ) -> tuple[Pilot, ...]:
-    """Runs rounds over `strategies` (best expected first), each with half as many strategies and twice the epochs.
+    """Runs rounds over `candidates` (best expected first), each with half as many strategies and twice the epochs.
 
     A run starts only if its estimated time (from `full_run_seconds`, or its previous round) still fits into `budget_s`, and
     always from upstream's weights. The probe runs first, fitted on the training images only, so that all are compared on the
     same validation images.
     """
     started = time.perf_counter()
-    pilots = [_run("linear_probe", 0, data, config, accelerator)]
-    left, epochs = list(strategies), max(1, round(FIRST_SHARE * config.epochs))
+    full_epochs = session.gradient.training.epochs
+    pilots = [_run("linear_probe", None, 0, session)]
+    left, epochs = list(candidates), max(1, round(FIRST_SHARE * full_epochs))
     while left:
         for name in list(left):
-            remaining = budget_s - _agree(time.perf_counter() - started)
+            remaining = budget_s - agree(time.perf_counter() - started)
             previous = next((p for p in reversed(pilots) if p.strategy == name), None)
             per_epoch = (
-                full_run_seconds[name] / config.epochs if previous is None else previous.seconds / previous.epochs
+                full_run_seconds[name] / full_epochs if previous is None else previous.seconds / previous.epochs
             )
             if per_epoch * epochs > remaining:
                 left.remove(name)
                 log.info(
-                    "Skipping pilot %s, %d epochs: needs about %.0f s, %.0f s left",
-                    name,
-                    epochs,
-                    per_epoch * epochs,
-                    remaining,
-                )
+                    "skipping pilot %s, %d epochs: needs about %.0f s, %.0f s left",
+                    name, epochs, per_epoch * epochs, remaining,
+                )  # fmt: skip
                 continue
-            pilots.append(_run(name, epochs, data, config, accelerator))
+            pilots.append(_run(name, candidates[name], epochs, session))
         finished = [p for p in pilots if p.epochs == epochs and p.strategy in left]
-        finished.sort(key=lambda p: (-p.accuracy, p.log_loss))
-        left = [p.strategy for p in finished[: len(finished) // 2]] if epochs < config.epochs else []
-        epochs = min(2 * epochs, config.epochs)
+        finished.sort(key=lambda p: p.score.rank("accuracy"))
+        left = [p.strategy for p in finished[: len(finished) // 2]] if epochs < full_epochs else []
+        epochs = min(2 * epochs, full_epochs)
     return tuple(pilots)
 
 
-def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: Accelerator) -> Pilot:
+def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) -> Pilot:
+    """Trains briefly from upstream's weights; without a strategy, solves for the head."""
     started = time.perf_counter()
-    short = settle(name, replace(config, epochs=max(1, epochs), resume=False, patience=0, wise_ft=False))
-    backbone = load(
-        config.checkpoint, data.label_names, base_model=config.base_model, trust_remote_code=config.trust_remote_code
-    )
-    chain = backbone.chain(cache_dir=chain_dir())
-    plan: Plan = [ProbePhase()]
-    prepared = backbone
-    if name != "linear_probe":
-        plan, prepared, chain = make_plan(name, short, backbone, chain)
-    costs = Costs()
-    phases = run_phases(plan, chain, prepared, without_test(data), config=short, accelerator=accelerator, costs=costs)
-    costs.to_dict()  # stops its sampler
-    kept = phases.done[-1]["score"]
-    pilot = Pilot(
-        strategy=name,
-        epochs=epochs,
-        accuracy=kept["accuracy"],
-        log_loss=kept["log_loss"],
-        seconds=_agree(time.perf_counter() - started),
+    with Costs() as costs:
+        pilot = replace(session.without_test(), costs=costs, output_dir=None)
+        if strategy is None:
+            own = session.config.strategy
+            assert isinstance(own, Strategy)
+            prepared, plan = own.restart(pilot), [SolveHeadPhase()]
+        else:
+            short = _shorten(strategy, epochs)
+            prepared = short.prepare(short.restart(pilot))
+            plan = list(short.plan(prepared))
+        phases = run_phases(prepared, plan)
+    result = Pilot(
+        strategy=name, epochs=epochs, score=phases.done[-1].score, seconds=agree(time.perf_counter() - started)
     )
     log.info(
-        "Pilot %s, %d epochs: validation accuracy %.1f %%, %.0f s", name, epochs, 100 * pilot.accuracy, pilot.seconds
+        "pilot %s, %d epochs: validation accuracy %.1f %%, %.0f s",
+        name, epochs, 100 * result.score.accuracy, result.seconds,
+    )  # fmt: skip
+    return result
+
+
+def _shorten(strategy: Strategy, epochs: int) -> Strategy:
+    assert isinstance(strategy, GradientConfig)
+    training = replace(
+        strategy.training, epochs=max(1, epochs), resume=False, early_stopping_patience=0, wise_ft=False
     )
-    return pilot
+    return replace(strategy, training=training)
 
 
-def _agree(seconds: float) -> float:
+def agree(seconds: float) -> float:
     """Returns the main process's value, so that all processes take the same branch."""
     agreed: float = broadcast_object_list([seconds])[0]
     return agreed

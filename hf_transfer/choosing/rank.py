@@ -18,12 +18,12 @@ from scipy.stats import kendalltau, spearmanr
 from hf_transfer.choosing.estimates import cross_validate, sample_rows
 from hf_transfer.choosing.evidence import gather_evidence
 from hf_transfer.choosing.scores import knn_hits
-from hf_transfer.config import TrainConfig
+from hf_transfer.config import RunConfig
+from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.images import BadImageError
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import load
+from hf_transfer.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ PREDICTORS: Mapping[str, Callable[[CheckpointScore], float]] = {
 
 
 def rank(
-    checkpoints: Sequence[str], config: TrainConfig, *, sample: int = SAMPLE, accelerator: Accelerator | None = None
+    checkpoints: Sequence[str], config: RunConfig, *, sample: int = SAMPLE, accelerator: Accelerator | None = None
 ) -> Ranking:
     """Returns `checkpoints` ordered by probe accuracy on at most `sample` train and validation images (0: all).
 
@@ -102,16 +102,20 @@ def rank(
     if sample < 0:
         raise ValueError(f"sample={sample}: choose 0 (all images) or more")
     accelerator = accelerator or Accelerator()
-    data = sample_data(load_data(config), sample, config.seed)
+    data = sample_data(load_data(config.data), sample, config.seed)
     rows, failures = [], {}
-    for checkpoint in checkpoints:
-        try:
-            rows.append(_score(checkpoint, data, config, accelerator))
-        except BadImageError:
-            raise  # no checkpoint can be scored on a broken image
-        except (ValueError, RuntimeError, OSError) as error:
-            failures[checkpoint] = str(error)
-            log.warning("Skipping %s: %s", checkpoint, error)
+    with Costs() as costs:
+        for checkpoint in checkpoints:
+            try:
+                started = time.perf_counter()
+                backbone = load(checkpoint, data.label_names, trust_remote_code=config.model.trust_remote_code)
+                session = Session(config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs)
+                rows.append(_score(checkpoint, session, started))
+            except BadImageError:
+                raise  # no checkpoint can be scored on a broken image
+            except (ValueError, RuntimeError, OSError) as error:
+                failures[checkpoint] = str(error)
+                log.warning("Skipping %s: %s", checkpoint, error)
     rows.sort(key=lambda row: -row.probe)
     return Ranking(
         data_name=data.name,
@@ -154,27 +158,17 @@ def correlate_with_probe(rows: Sequence[CheckpointScore]) -> dict[str, RankCorre
     return correlations
 
 
-def _score(checkpoint: str, data: Data, config: TrainConfig, accelerator: Accelerator) -> CheckpointScore:
-    times = [time.perf_counter()]
-    backbone = load(checkpoint, data.label_names, trust_remote_code=config.trust_remote_code)
-    chain = backbone.chain(cache_dir=chain_dir())
+def _score(checkpoint: str, session: Session, started: float) -> CheckpointScore:
+    chain, source = session.chain, session.backbone.source
+    times = [started, time.perf_counter()]
+    evidence = gather_evidence(session, head=None, readouts=False)
     times.append(time.perf_counter())
-    evidence = gather_evidence(
-        chain,
-        backbone,
-        data,
-        head=None,
-        accelerator=accelerator,
-        options=ExtractOptions.from_config(config),
-        readouts=False,
-    )
-    times.append(time.perf_counter())
-    probe = cross_validate(evidence.features, evidence.labels, seed=config.seed)
+    probe = cross_validate(evidence.features, evidence.labels, seed=session.config.seed)
     times.append(time.perf_counter())
     knn = float(knn_hits(evidence.features, evidence.labels).mean())
     times.append(time.perf_counter())
     return CheckpointScore(
-        name=backbone.source.name if backbone.source.id else checkpoint,
+        name=source.name if source.id else checkpoint,
         probe=probe.accuracy,
         probe_interval=probe.interval,
         knn=knn,

@@ -1,14 +1,16 @@
 """What to try with little data unlike upstream's, the cell marked "you're in trouble", and the evidence for each suggestion."""
 
 import math
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hf_transfer.choosing.candidates import make_command
 from hf_transfer.choosing.estimates import DepthScore, LearningCurve
 from hf_transfer.choosing.rule import DataRegime, expect_log_ratio
-from hf_transfer.choosing.strategies import make_command
-from hf_transfer.config import RecipeConfig
-from hf_transfer.network.chain import Chain
+from hf_transfer.config import replace_settings
+from hf_transfer.session import Session
+from hf_transfer.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,11 @@ class Suggestion:
 
 
 def suggest(
-    regime: DataRegime, depths: Sequence[DepthScore], curve: LearningCurve, config: RecipeConfig, chain: Chain
+    session: Session,
+    candidates: Mapping[str, Strategy],
+    regime: DataRegime,
+    depths: Sequence[DepthScore],
+    curve: LearningCurve,
 ) -> tuple[Suggestion, ...]:
     """Returns suggestions in the trouble cell; none in any other cell."""
     if not regime.is_trouble:
@@ -30,21 +36,23 @@ def suggest(
     native = next(d for d in depths if d.is_native)
     earlier = [d for d in depths if not d.is_native]
     if earlier:
-        suggestions.append(_suggest_earlier_features(max(earlier, key=lambda d: d.probe), native, config, chain))
-    for title, recipe, extra in (
-        ("few parameters, starting from a solved head (LoRA)", "lora", ()),
-        ("only biases, starting from upstream's features (BitFit)", "full", ("--trains", "biases")),
-        ("stronger augmentation", "probe_then_full", ("--auto_augment", "trivialaugment", "--erase", "0.25")),
-        ("interpolating frozen and fine-tuned weights (WiSE-FT)", "probe_then_full", ("--wise_ft",)),
+        suggestions.append(_suggest_earlier_features(max(earlier, key=lambda d: d.probe), native, session, candidates))
+    for title, name, settings in (
+        ("few parameters, starting from a solved head (LoRA)", "lora", {}),
+        ("only biases, starting from upstream's features (BitFit)", "full", {"trains": "biases"}),
+        ("stronger augmentation", "probe_then_full", {"auto_augment": "trivialaugment", "random_erasing": 0.25}),
+        ("interpolating frozen and fine-tuned weights (WiSE-FT)", "probe_then_full", {"wise_ft": True}),
     ):
-        r = expect_log_ratio("lora" if recipe == "lora" else "probe_then_full", regime)
+        r = expect_log_ratio("lora" if name == "lora" else "probe_then_full", regime)
         evidence = f"fine-tuning from a probe is expected to leave {100 * math.exp(r):.0f} % of the probe's error"
-        suggestions.append(Suggestion(title=title, evidence=evidence, command=make_command(recipe, config, *extra)))
+        command = make_command(session, replace_settings(candidates[name], settings))
+        suggestions.append(Suggestion(title=title, evidence=evidence, command=command))
+    rank = ["hf-transfer", "rank", "--dataset", session.config.data.dataset, session.config.model.checkpoint]
     suggestions.append(
         Suggestion(
             title="another checkpoint",
             evidence=f"similarity is {regime.similarity:.2f} of 1: a checkpoint pretrained on images like these may do better",
-            command=f"hf-transfer rank --dataset {config.dataset} {config.checkpoint} OTHER_CHECKPOINT ...",
+            command=f"{shlex.join(rank)} OTHER_CHECKPOINT ...",
         )
     )
     return tuple(suggestions)
@@ -66,14 +74,15 @@ def _suggest_labels(curve: LearningCurve) -> Suggestion:
 
 
 def _suggest_earlier_features(
-    earlier: DepthScore, native: DepthScore, config: RecipeConfig, chain: Chain
+    earlier: DepthScore, native: DepthScore, session: Session, candidates: Mapping[str, Strategy]
 ) -> Suggestion:
     is_better = earlier.probe > native.probe
-    names = [layer.name for layer in chain.layers]
+    names = [layer.name for layer in session.chain.layers]
     first_trained = names[min(names.index(earlier.layer) + 1, len(names) - 2)]
     verdict = "earlier features suit the task better" if is_better else "no earlier layer suits the task better"
+    strategy = replace_settings(candidates["last_layers"], {"from_layer": first_trained})
     return Suggestion(
         title="features of earlier layers",
         evidence=f"{100 * earlier.probe:.1f} % after {earlier.layer}, {100 * native.probe:.1f} % at the end: {verdict}",
-        command=make_command("last_layers", config, "--from_layer", first_trained) if is_better else None,
+        command=make_command(session, strategy) if is_better else None,
     )

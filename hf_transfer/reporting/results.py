@@ -12,7 +12,7 @@ import yaml
 from hf_transfer.config import GradientConfig, RunConfig, to_settings
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.report import write_report
-from hf_transfer.reporting.sentences import describe_phase
+from hf_transfer.reporting.sentences import describe_choice, describe_phase
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import PhaseResult, RunResult, to_json
@@ -98,8 +98,10 @@ def _describe_phase(phase: PhaseResult) -> dict[str, Any]:
 def _describe_details(session: Session, result: RunResult) -> dict[str, Any]:
     strategy = session.config.strategy
     augmentation = to_json(strategy.augmentation) if isinstance(strategy, GradientConfig) else None
+    chosen = {} if result.choice is None else {"auto": to_json(result.choice) | {"reason": describe_choice(result.choice)}}
     return {
         **to_json(result.details),
+        **chosen,
         "phases": [{"policy": p.policy, "history": to_json(p.history)} for p in result.phases],
         "augmentation": augmentation,
         "audited_tensors": result.num_audited,

@@ -1,6 +1,6 @@
 """Records as sentences: the only place where results become prose."""
 
-from hf_transfer.training.records import Kept, PhaseResult
+from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, Verdict
 
 
 def describe_phase(phase: PhaseResult) -> str:
@@ -20,6 +20,23 @@ def describe_kept(phase: PhaseResult) -> str:
     if phase.kept is Kept.START:
         return "kept its start, since no epoch was better beyond chance"
     return f"kept epoch {phase.kept_epoch} by validation"
+
+
+def describe_choice(choice: AutoChoice) -> str:
+    """What `auto` kept, and why."""
+    if choice.verdict is Verdict.PROBE_ADVISED:
+        return "kept linear_probe, which was advised"
+    if choice.verdict is Verdict.OVER_BUDGET:
+        return (
+            f"kept linear_probe: {choice.advised} was advised but no longer fits into the budget "
+            f"({choice.estimated_s:.0f} s, {choice.left_s:.0f} s left)"
+        )
+    if choice.verdict is Verdict.NO_EPOCH_BETTER:
+        return f"kept linear_probe: no epoch of {choice.advised} beat the probe it started from beyond chance"
+    assert choice.tuned is not None
+    accuracies = f"{100 * choice.tuned.accuracy:.1f} % for {choice.advised}, {100 * choice.probe.accuracy:.1f} % for the probe"
+    error = "" if choice.standard_error is None else f", standard error {100 * choice.standard_error:.1f} points"
+    return f"kept {choice.kept}: validation accuracy is {accuracies}{error}"
 
 
 def _describe_solution(phase: PhaseResult) -> str:

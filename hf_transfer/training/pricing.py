@@ -31,11 +31,10 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class Pricing:
-    """What estimates are made from: the session, and speeds that were measured on its images."""
+    """What estimates are made from: the session, and a speed that was measured on its images."""
 
     session: Session
-    images_per_second: float  # of a forward in evaluation
-    training_images_per_second: float  # of a forward in the arithmetic of training
+    images_per_second: float  # of a forward in the run's precision
     probe_seconds: float  # of solving for a head
 
     def price_probe(self) -> Price:
@@ -63,7 +62,7 @@ class Pricing:
         weights = sum(sizes.values())
         trained = sum(sizes[n] for n in names) if trained_share is None else int(trained_share * weights)
         train, validation = len(data.train), len(data.validation)
-        epoch = self._share_above(cut) * (forwards * train + validation) / self.training_images_per_second
+        epoch = self._share_above(cut) * (forwards * train + validation) / self.images_per_second
         first = passes * self._pass_seconds + (self.probe_seconds if solves_head else 0.0)
         # The saved network is scored once from files.
         seconds = first + epochs * epoch + validation / self.images_per_second

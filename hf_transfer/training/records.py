@@ -144,6 +144,30 @@ class Metrics:
         return {name: value for name, value in to_json(self).items() if value is not None}
 
 
+class Verdict(StrEnum):
+    """How `auto` came to keep what it kept."""
+
+    PROBE_ADVISED = "probe_advised"  # nothing else ran
+    OVER_BUDGET = "over_budget"  # the advised strategy no longer fitted
+    NO_EPOCH_BETTER = "no_epoch_better"  # than the probe that it started from, beyond chance
+    TUNED_BETTER = "tuned_better"
+    TUNED_NOT_BETTER = "tuned_not_better"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoChoice:
+    """What `auto` chose between, and why."""
+
+    advised: str
+    kept: str
+    verdict: Verdict
+    probe: Score  # on validation images
+    tuned: Score | None = None  # of the advised strategy, if it ran
+    standard_error: float | None = None  # of the difference in accuracy, if the advised strategy had to beat it
+    estimated_s: float | None = None  # of the advised strategy, if it was over budget
+    left_s: float | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
     """What a strategy leaves: the network to save, its scores, and how it came about."""
@@ -155,6 +179,7 @@ class RunResult:
     kept_probe: bool = False  # no step beat the solved head, so the run ends as the linear probe does
     num_audited: int = 0  # tensors that were shown not to have changed
     resumed: bool = False
+    choice: AutoChoice | None = None  # of `auto`
     details: Mapping[str, Json] = field(default_factory=dict)  # of the strategy alone: goes into results.json as it is
 
     @property

@@ -1,0 +1,59 @@
+"""The strategies that are chosen among, with the settings of the session that asks, and the command that runs each."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from hf_transfer.choosing.rule import STRATEGIES
+from hf_transfer.config import RunConfig, changed_settings, list_settings, replace_settings
+from hf_transfer.session import Session
+from hf_transfer.strategy import Strategy, default_config, get_strategy
+
+# They say where a run is, not what it computes; the first two and the last stand in every command in any case.
+NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "output_dir"})
+
+
+def find_candidates(session: Session) -> dict[str, Strategy]:
+    """Every strategy of the rule, cheapest first, with what the session's own strategy was told that differs from its defaults."""
+    own = session.config.strategy
+    changed = changed_settings(own, type(own)())
+    candidates = {name: _inherit(get_strategy(name)(), changed) for name in STRATEGIES}
+    num_layers = len(session.chain)
+    if to_k(candidates["last_layers"]) > num_layers:
+        candidates["last_layers"] = replace_settings(candidates["last_layers"], {"k": num_layers})
+    return candidates
+
+
+def to_k(strategy: Strategy) -> int:
+    """How many layers `last_layers` trains."""
+    k: int = list_settings(strategy)["k"].value
+    return k
+
+
+def make_command(session: Session, strategy: Strategy) -> str:
+    """The command line that runs the strategy on the same data, checkpoint and settings."""
+    default = default_config(strategy.name)
+    config: RunConfig = replace(session.config, strategy=strategy)
+    changed = {k: v for k, v in changed_settings(config, default).items() if k not in NOT_IN_COMMAND}
+    named = {
+        "checkpoint": session.config.model.checkpoint,
+        "dataset": session.config.data.dataset,
+        **changed,
+        "output_dir": f"runs/{strategy.name}",
+    }
+    words = [word for name, value in named.items() for word in _to_flag(name, value)]
+    is_alone = session.accelerator.num_processes == 1
+    program = ["hf-transfer"] if is_alone else ["accelerate", "launch", "-m", "hf_transfer"]
+    return shlex.join([*program, "train", strategy.name, *words])
+
+
+def _inherit(strategy: Strategy, changed: Mapping[str, Any]) -> Strategy:
+    known = list_settings(strategy)
+    return replace_settings(strategy, {name: value for name, value in changed.items() if name in known})
+
+
+def _to_flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
