@@ -19,7 +19,6 @@ from torch import nn
 from hf_transfer.cli import main
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import load_data
-from hf_transfer.data.extract import hash_prefixes
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.adapters import (
     Adapted,
@@ -182,15 +181,15 @@ def test_adapters_at_their_start_read_the_plain_networks_stores(method: str, ups
     """The same keys, until they have moved; methods that are the identity up to rounding have keys of their own."""
     backbone, plain = start(upstreams, "timm ViT")
     cuts = list(plain.cuts)
-    before = hash_prefixes(plain, cuts)
+    before = plain.fingerprint(cuts)
     adapted, chain = add_adapters(backbone, plain, how_for(method))
-    after = hash_prefixes(chain, cuts)
+    after = chain.fingerprint(cuts)
     if method in ("lora", "rslora", "ia3"):  # nothing is added, or all is multiplied by one
         assert after == before
     elif method == "pissa" or after != before:  # which others round depends on the machine
         assert after["features"] not in before.values()
     move(adapted)
-    moved = hash_prefixes(chain, cuts)
+    moved = chain.fingerprint(cuts)
     assert moved[cuts[-1].name] != after[cuts[-1].name]
 
 

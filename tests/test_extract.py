@@ -13,7 +13,7 @@ from PIL import Image
 from hf_transfer.config import DataConfig
 from hf_transfer.data.cache import clear_caches, list_caches
 from hf_transfer.data.dataset import load_data
-from hf_transfer.data.extract import Tap, extract, hash_prefixes, read_pixels, tap_activation
+from hf_transfer.data.extract import Tap, extract, read_pixels, tap_activation
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import EvaluationImages
@@ -163,10 +163,10 @@ def test_other_weights_images_or_arithmetic_are_another_store(network: tuple[Bac
 def test_the_head_is_no_part_of_the_key(network: tuple[Backbone, Chain]) -> None:
     _, chain = network
     assert chain.features is not None
-    before = hash_prefixes(chain, [chain.features])
+    before = chain.fingerprint([chain.features])
     with torch.no_grad():
         chain.model.get_submodule("fc").weight += 1.0
-    assert hash_prefixes(chain, [chain.features]) == before
+    assert chain.fingerprint([chain.features]) == before
 
 
 def test_pixels_come_in_order_whatever_the_threads(network: tuple[Backbone, Chain], train: Split) -> None:

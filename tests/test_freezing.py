@@ -10,8 +10,9 @@ from torch import nn
 
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.cut import Cut
+from hf_transfer.network.fingerprint import update_hash
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.freezing import Audit, FrozenChangedError, set_modes, set_trainable, update_hash
+from hf_transfer.network.freezing import Audit, FrozenChangedError, set_modes, set_trainable
 from hf_transfer.network.policies import biases, full, head, last, matching, norms
 
 

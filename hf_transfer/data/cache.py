@@ -16,7 +16,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +40,9 @@ SHARE_OF_MEMORY = 0.5  # of what is free: the rest is for the network and the so
 ABANDONED_AFTER_S = 24 * 3600
 
 _PARTIAL = re.compile(r"[0-9a-f]{32}\.partial\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{8}")
+
+Check = Callable[[Mapping[str, Store]], Collection[str]]
+"""Names of those of the given stores whose rows are not what they should be."""
 
 Arrays = Mapping[str, tuple[tuple[int, ...], str]]
 """Name -> shape of one row, dtype."""
@@ -131,6 +134,7 @@ def cached(
     num_rows: int,
     fill: Callable[[Mapping[str, Array], int], None],
     storage: Storage,
+    check: Check | None = None,
     title: str = "",
     ranks: Ranks | None = None,
     bound_bytes: int | None = None,
@@ -142,7 +146,7 @@ def cached(
     storage under several ranks, and whatever `fill` raises; nothing readable is left behind then.
     """
     group = _Group(fields=fields, arrays=arrays, title=title)
-    return _find_or_make([group], num_rows, fill, storage, ranks or Ranks(), bound_bytes)
+    return _find_or_make([group], num_rows, fill, check, storage, ranks or Ranks(), bound_bytes)
 
 
 def cached_apart(
@@ -152,6 +156,7 @@ def cached_apart(
     num_rows: int,
     fill: Callable[[Mapping[str, Array], int], None],
     storage: Storage,
+    check: Check | None = None,
     titles: Mapping[str, str],
     ranks: Ranks | None = None,
     bound_bytes: int | None = None,
@@ -161,7 +166,7 @@ def cached_apart(
     `fill` gets the arrays that are missing, and is called once for all of them.
     """
     groups = [_Group(fields=fields[n], arrays={n: arrays[n]}, title=titles[n], alias="array") for n in arrays]
-    return _find_or_make(groups, num_rows, fill, storage, ranks or Ranks(), bound_bytes)
+    return _find_or_make(groups, num_rows, fill, check, storage, ranks or Ranks(), bound_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +193,7 @@ def _find_or_make(
     groups: Sequence[_Group],
     num_rows: int,
     fill: Callable[[Mapping[str, Array], int], None],
+    check: Check | None,
     storage: Storage,
     ranks: Ranks,
     bound_bytes: int | None,
@@ -205,6 +211,8 @@ def _find_or_make(
     folders = [_root() / key_of(fields) for fields in decided_by]
     # Held open, so that what is found does not give way to what is missing.
     found = [_open(folder) for folder in folders] if ranks.rank == 0 else []
+    if check is not None and num_rows and any(found):
+        found = _discard_wrong(groups, found, check)
     # The first rank looks, and all follow it: another job may finish or evict these very stores meanwhile.
     partials: list[Path | None] = ranks.broadcast(
         [_partial_of(f) if o is None else None for f, o in zip(folders, found, strict=True)]
@@ -238,6 +246,22 @@ def _find_or_make(
             )
         stores |= group.named(opened)
     return stores
+
+
+def _discard_wrong(groups: Sequence[_Group], found: list[dict[str, Store] | None], check: Check) -> list[Any]:
+    """`found` without the stores that `check` names, which are removed from the disk."""
+    stores = {
+        n: s for group, opened in zip(groups, found, strict=True) if opened for n, s in group.named(opened).items()
+    }
+    wrong = check(stores)
+    for name in wrong:
+        log.warning("cache %s holds other rows than the same images give now: discarded and made again", name)
+        if stores[name].path is not None:
+            _remove(stores[name].path)
+    return [
+        None if opened and not set(wrong).isdisjoint(g.arrays) else opened
+        for g, opened in zip(groups, found, strict=True)
+    ]
 
 
 def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:

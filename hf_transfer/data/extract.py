@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
@@ -25,10 +24,9 @@ from hf_transfer.data.cache import Storage, Store, cached_apart
 from hf_transfer.data.options import ExtractOptions, ranks_of
 from hf_transfer.data.pixels import MAX_THREADS, EvaluationImages, Images
 from hf_transfer.data.splits import Split
-from hf_transfer.network.chain import Chain
+from hf_transfer.network.chain import VERIFIED_RELATIVE, Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import eval_mode
-from hf_transfer.network.freezing import update_hash
 from hf_transfer.network.preprocessing import Preprocessing
 
 log = logging.getLogger(__name__)
@@ -58,10 +56,11 @@ class Tap:
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
-    """Stores by tap name, and what making them cost (0 images where they were found in the cache)."""
+    """Stores by tap name, and what they cost: no images if all were in the cache, whose rows are then checked."""
 
     stores: Mapping[str, Store]
-    images: int
+    images: int  # computed by this process
+    checked_rows: int  # rows that this process computed again to check what it read from the cache
     seconds: float
     storage: Storage
 
@@ -152,11 +151,11 @@ def extract_images(
     arrays = {name: (tap.shape, "float32") for name, tap in taps.items()}
     needed = sum(len(images) * int(np.prod(shape)) * 4 for shape, _ in arrays.values())
     storage = options.choose_storage(needed, accelerator)
-    weights = hash_prefixes(chain, [c for tap in taps.values() for c in (tap.cut, tap.through or tap.cut)])
+    prints = chain.fingerprint([c for tap in taps.values() for c in (tap.cut, tap.through or tap.cut)])
     keys = {
         name: {
             "kind": "activations",
-            "weights": sorted({weights[tap.cut.name], weights[(tap.through or tap.cut).name]}),
+            "network": sorted({prints[tap.cut.name], prints[(tap.through or tap.cut).name]}),
             **images.identity,
             "dtype": options.dtype,
             "device": accelerator.device.type,
@@ -164,12 +163,12 @@ def extract_images(
         }
         for name, tap in taps.items()
     }
-    computed = 0
+    computed = checked = 0
     started = time.perf_counter()
     if storage.kind == "none":
         log.info("%s: %s", images.name, storage.reason)
         recomputed = {name: Recomputed(chain, images, tap, accelerator, options) for name, tap in taps.items()}
-        return Extracted(stores=recomputed, images=0, seconds=0.0, storage=storage)
+        return Extracted(stores=recomputed, images=0, checked_rows=0, seconds=0.0, storage=storage)
 
     def fill(rows: Mapping[str, NDArray[Any]], start: int) -> None:
         nonlocal computed
@@ -177,11 +176,22 @@ def extract_images(
         missing = {name: taps[name] for name in rows}
         _fill(chain, images, missing, rows, np.arange(start, start + computed), accelerator, options)
 
+    def check(stores: Mapping[str, Store]) -> set[str]:
+        nonlocal checked
+        rows = np.unique([0, len(images) - 1])
+        checked = len(rows)
+        again = {name: np.empty((len(rows), *taps[name].shape), np.float32) for name in stores}
+        found = {name: taps[name] for name in stores}
+        _fill(chain, images, found, again, rows, accelerator, options, shows_progress=False)
+        tolerance = check_tolerance(accelerator.device.type, options.dtype)
+        return {name for name, store in stores.items() if not _agree(store[rows], again[name], tolerance)}
+
     stores = cached_apart(
         keys,
         arrays=arrays,
         num_rows=len(images),
         fill=fill,
+        check=check,
         storage=storage,
         titles={name: f"{type(chain.model).__name__}, {len(images)} images, {name}" for name in taps},
         ranks=ranks_of(accelerator),
@@ -191,31 +201,28 @@ def extract_images(
     if accelerator.is_main_process:
         what = f"{computed / seconds:.0f} images/s" if computed else "found in the cache"
         log.info("%s: %d images, %s; %s", images.name, len(images), what, storage.reason)
-    return Extracted(stores=stores, images=computed, seconds=seconds, storage=storage)
+    return Extracted(stores=stores, images=computed, checked_rows=checked, seconds=seconds, storage=storage)
 
 
-def hash_prefixes(chain: Chain, cuts: list[Cut]) -> dict[str, str]:
-    """By cut, of every parameter and buffer before it, by name, shape and bytes: whose activations these are.
+def check_tolerance(device_type: str, dtype: str) -> float:
+    """Largest difference of a stored number from the same one computed again, relative to the largest of its row.
 
-    Names are the chain's `known_as`: adapters at their start change nothing, so the plain network's activations serve.
+    Rows are computed again in another batch, for which a library may choose another kernel, which rounds otherwise. In float32
+    that stays within law 1's tolerance. bfloat16 keeps 8 significant bits and TF32, in which a GPU may multiply float32
+    matrices, 11; over the layers such differences add up to several units, for which there is room for 16.
     """
-    tensors = dict(chain.model.state_dict())
-    tensors |= dict(chain.model.named_buffers())  # non-persistent ones decide activations too
-    known_as = chain.known_as()
-    of_tensor: dict[str, bytes] = {}
-    found = {}
-    for cut in cuts:
-        digest = xxhash.xxh3_128()
-        named = {known_as.get(name, name): name for group in chain.before(cut) for name in group}
-        named.pop("", None)
-        for public, name in sorted(named.items()):
-            if name not in of_tensor:
-                own = xxhash.xxh3_128()
-                update_hash(own, public, tensors[name])
-                of_tensor[name] = own.digest()
-            digest.update(of_tensor[name])
-        found[cut.name] = digest.hexdigest()
-    return found
+    if dtype == "bfloat16":
+        return 16 * 2.0**-8
+    uses_tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    return 16 * 2.0**-11 if device_type == "cuda" and uses_tf32 else VERIFIED_RELATIVE
+
+
+def _agree(stored: NDArray[Any], computed: NDArray[Any], tolerance: float) -> bool:
+    """Whether rows (n, ...) are equal up to rounding."""
+    for old, new in zip(stored, computed, strict=True):
+        if not (np.abs(old - new).max() <= tolerance * np.abs(old).max() or np.array_equal(old, new, equal_nan=True)):
+            return False
+    return True
 
 
 def read_pixels(
@@ -338,8 +345,8 @@ def _sweep_on_cpu(
     Against one forward at a time on all cores: no core waits for another inside an operation, and none for the decoder
     (MobileNetV2 on 2 cores: 1.1 to 1.3 times faster, and several times where other programs use the cores as well).
     """
-    threads = options.num_threads or torch.get_num_threads()
     size = min(options.batch_size, CPU_BATCH)
+    threads = min(options.num_threads or torch.get_num_threads(), -(-len(rows) // size))
     own = threading.local()
     # Made here: the modules' own state (hooks, modes) may not be copied while another thread runs them.
     replicas = deque(chain.replicate() for _ in range(threads))

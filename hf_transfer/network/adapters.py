@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import nn
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT
 from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.fingerprint import Identity, describe_modules, hash_tensors, identify, named_tensors
 from hf_transfer.network.forward import compute_logits, eval_mode
-from hf_transfer.network.freezing import update_hash
 from hf_transfer.network.methods import METHODS, Adapter
 from hf_transfer.network.policies import Policy
 from hf_transfer.network.source import ADAPTER_CONFIG, fetch_adapter
@@ -99,7 +98,7 @@ def add_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> tuple[Adapte
     plain_state = frozenset(model.state_dict())
     buffers = {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in plain_state}
     plain = {id(p): p.numel() for p in model.parameters()}
-    names = {id(t): n for n, t in _tensors(model)}
+    names, modules = {id(t): n for n, t in named_tensors(model).items()}, describe_modules(model)
     network = _inject(model, how, targets.modules)
     trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in plain)
     after = _answer(backbone)
@@ -119,7 +118,9 @@ def add_adapters(backbone: Backbone, chain: Chain, how: Adapter) -> tuple[Adapte
     _say(adapted, targets)
     followed = _follow(chain, targets.modules)
     # Those that are the identity up to rounding (DoRA) have stores of their own.
-    return adapted, replace(followed, known_as=_know_plainly(model, names)) if torch.equal(before, after) else followed
+    return adapted, replace(followed, known_as=_know_plainly(model, names, modules)) if torch.equal(
+        before, after
+    ) else followed
 
 
 def _say(adapted: Adapted, targets: Targets) -> None:
@@ -281,30 +282,18 @@ def _follow(chain: Chain, targets: Iterable[str]) -> Chain:
     return replace(chain, layers=layers, orphans=tuple(orphans))
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+def _know_plainly(model: nn.Module, plain: Mapping[int, str], modules: Mapping[str, str]) -> Callable[[], Identity]:
+    """The plain network's identity as long as the adapters are at their start; the adapted network's own from then on.
 
-
-def _hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(tensors.items()):
-        update_hash(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def _know_plainly(model: nn.Module, plain: Mapping[int, str]) -> Callable[[], Mapping[str, str]]:
-    """The plain names of an adapted model's tensors, as long as its adapters are at their start; {} from then on.
-
-    `plain`: the name of each tensor before injection, by identity.
+    `plain`: the name of each tensor before injection, by its id; `modules`: the plain network's modules, described.
     """
-    names = {name: plain.get(id(tensor), "") for name, tensor in _tensors(model)}
+    names = {name: plain.get(id(tensor), "") for name, tensor in named_tensors(model).items()}
 
     def hash_added() -> str:
-        return _hash_tensors({name: tensor for name, tensor in _tensors(model) if not names[name]})
+        return hash_tensors({name: tensor for name, tensor in named_tensors(model).items() if not names[name]})
 
-    start = hash_added()
-    return lambda: names if hash_added() == start else {}
+    start, known = hash_added(), Identity(tensor_names=names, modules=modules)
+    return lambda: known if hash_added() == start else identify(model)
 
 
 def _answer(backbone: Backbone) -> torch.Tensor:
@@ -315,7 +304,7 @@ def _answer(backbone: Backbone) -> torch.Tensor:
 
 
 def _hash_base(model: nn.Module, classifier: str) -> str:
-    return _hash_tensors({n: t for n, t in model.state_dict().items() if not n.startswith(classifier + ".")})
+    return hash_tensors({n: t for n, t in model.state_dict().items() if not n.startswith(classifier + ".")})
 
 
 def _check_same(before: torch.Tensor, after: torch.Tensor, what: str, remedy: str) -> None:

@@ -7,16 +7,23 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import timm
 import torch
-import transformers
 from torch import nn
 
 from hf_transfer.network.cut import Cut, Site, Suffix, make_cut, possible_sites, run_prefix
+from hf_transfer.network.fingerprint import (
+    Identity,
+    describe_modules,
+    hash_part,
+    hash_tensors,
+    identify,
+    library_versions,
+    named_tensors,
+)
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.layers import find_classifier, find_layers
 from hf_transfer.network.trace import Call, Trace, trace
@@ -26,7 +33,7 @@ log = logging.getLogger(__name__)
 STEM, HEAD = "stem", "head"  # the first and the last layer
 FEATURES = "features"  # the cut before the classifier: one vector an image
 VERIFIED_RELATIVE = 1e-5  # float32: largest difference of logits, relative to the largest logit
-CHAIN_FORMAT = 3  # raise when the same network could get other cuts
+CHAIN_FORMAT = 4  # raise when the same network could get other cuts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +58,8 @@ class Chain:
     features: Cut | None
     orphans: tuple[str, ...]  # parameters that never reach the logits: frozen, and saved as they came
     notes: tuple[str, ...]  # what a user should know: cuts that were dropped, and why
-    # For the keys of stored activations: tensors that have another name, or none ("") since they change nothing as they are.
-    known_as: Callable[[], Mapping[str, str]] = field(default=dict, repr=False)
+    # What the keys of stored activations call the network, where it computes what another one does (unchanged adapters).
+    known_as: Callable[[], Identity] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         """Number of layers between stem and head, which is what `last(k)` counts."""
@@ -124,6 +131,23 @@ class Chain:
                 return run_prefix(self.model, cuts, inputs)
             with self.suffix(start) as suffix:
                 return run_prefix(self.model, cuts, inputs, forward=suffix)
+
+    def fingerprint(self, cuts: Sequence[Cut]) -> dict[str, str]:
+        """By cut, a hash of the weights and the structure before it: equal hashes mean equal functions up to there."""
+        identity = self.known_as() if self.known_as else identify(self.model)
+        names = identity.tensor_names
+        hashes = {names[n]: hash_tensors({names[n]: t}) for n, t in named_tensors(self.model).items() if names[n]}
+        parameters = [names[n] for n, _ in self.model.named_parameters() if names[n]]
+        return {
+            cut.name: hash_part(
+                identity,
+                hashes,
+                parameters,
+                before=[names[n] for n in self.before(cut)[0] if names[n]],
+                called=[cut.site.module, *(stub.module for stub in cut.stubs)],
+            )
+            for cut in cuts
+        }
 
     def replicate(self) -> "Chain":
         """The same chain over copies of the modules that share every tensor: one thread's own, since hooks are not shared."""
@@ -329,9 +353,9 @@ def _verified(
 def _structure_key(model: nn.Module, image_shape: tuple[int, int, int], ends: list[tuple[str, int]]) -> str:
     structure = {
         "format": CHAIN_FORMAT,
-        "versions": [torch.__version__, timm.__version__, transformers.__version__],
+        "versions": library_versions(),
         "image_shape": image_shape,
-        "modules": [(n, type(m).__qualname__, m.extra_repr()) for n, m in model.named_modules()],
+        "modules": describe_modules(model),
         "parameters": [(n, list(p.shape)) for n, p in model.named_parameters()],
         "ends": ends,
     }

@@ -6,11 +6,11 @@
 from collections.abc import Collection, Mapping
 
 import torch
-import xxhash
 from torch import nn
 
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
+from hf_transfer.network.fingerprint import hash_tensors
 
 NAMED_IN_ERROR = 5
 
@@ -65,7 +65,7 @@ class Audit:
         ]
         names = {*parameters, *chain.before(cut)[1], *statistics}
         tensors = _tensors(chain.model)
-        self._hashes = {name: _hash_tensor(name, tensors[name]) for name in sorted(names)}
+        self._hashes = {name: hash_tensors({name: tensors[name]}) for name in sorted(names)}
 
     def __len__(self) -> int:
         """Number of audited tensors."""
@@ -74,7 +74,7 @@ class Audit:
     def check(self) -> None:
         """Raises FrozenChangedError, naming them, where a tensor has other bytes, another shape or type, or is gone."""
         tensors = _tensors(self._model)
-        changed = [n for n, kept in self._hashes.items() if n not in tensors or _hash_tensor(n, tensors[n]) != kept]
+        changed = [n for n, kept in self._hashes.items() if n not in tensors or hash_tensors({n: tensors[n]}) != kept]
         if not changed:
             return
         more = ", ..." if len(changed) > NAMED_IN_ERROR else ""
@@ -84,19 +84,6 @@ class Audit:
             "plan's. Running statistics change where a BatchNorm runs in train mode (see set_modes); weights, where "
             "something other than this phase's optimizer writes to them"
         )
-
-
-def update_hash(digest: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None:
-    """Adds a tensor's name, shape, type and bytes to `digest`, in place; device and memory layout don't count."""
-    value = tensor.detach().cpu().contiguous()
-    digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-    digest.update(value.flatten().view(torch.uint8).numpy().data)
-
-
-def _hash_tensor(name: str, tensor: torch.Tensor) -> str:
-    digest = xxhash.xxh3_128()
-    update_hash(digest, name, tensor)
-    return digest.hexdigest()
 
 
 def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:

@@ -1,0 +1,227 @@
+"""Fingerprints of networks: hashes of weights and structure, equal only for networks that compute the same function.
+
+Weights alone do not identify a function: the activation function, the number of heads or the epsilon of a norm may differ
+between networks with equal tensors. So every module is described by its type and its own attributes, that is by what its
+constructor made of its configuration, whether or not `extra_repr` shows it. Descriptions hold no addresses: they are equal
+in every process.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import nn
+from transformers import PreTrainedConfig
+
+from hf_transfer.network.cut import Cut
+
+LIBRARIES = ("torch", "timm", "transformers", "peft")
+MAX_DEPTH = 8  # of objects inside objects
+# Attributes that change no activation in eval mode: bookkeeping of torch, and names and sizes of the head's labels.
+IGNORED = frozenset(vars(nn.Module())) | {
+    *("forward", "_compiled_call_impl", "_is_hf_initialized", "_is_full_backward_hook", "_original_forward"),
+    *(
+        "gradient_checkpointing",
+        "_gradient_checkpointing_func",
+        "grad_checkpointing",
+        "supports_gradient_checkpointing",
+    ),
+    *(
+        "num_classes",
+        "num_labels",
+        "pretrained_cfg",
+        "default_cfg",
+        "name_or_path",
+        "generation_config",
+        "warnings_issued",
+    ),
+    *("peft_config", "_hf_peft_config_loaded"),
+}
+IGNORED_CONFIG = frozenset({
+    *("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "name_or_path", "architectures", "auto_map"),
+    *("transformers_version", "dtype", "torch_dtype", "num_classes"),
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a network is fingerprinted as: the name of each of its tensors, and the description of each module.
+
+    A tensor named "" is left out: it changes nothing.
+    """
+
+    tensor_names: Mapping[str, str]
+    modules: Mapping[str, str]
+
+
+def identify(model: nn.Module) -> Identity:
+    """The network as it is."""
+    return Identity(tensor_names={n: n for n in named_tensors(model)}, modules=describe_modules(model))
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, non-persistent buffers included; tied tensors once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def update_hash(digest: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None:
+    """Adds a tensor's name, shape, dtype and bytes to `digest`, in place. Device and memory layout do not count."""
+    value = tensor.detach().cpu().contiguous()
+    digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+    digest.update(value.flatten().view(torch.uint8).numpy().data)
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of named tensors, in any order."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(tensors.items()):
+        update_hash(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose code computes the activations."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def describe_modules(model: nn.Module) -> dict[str, str]:
+    """Hash of the type and the own attributes of every module, by name; submodules and tensors are not included."""
+    describer = _Describer()
+    return {
+        name: hashlib.sha256(json.dumps(describer.describe_module(module)).encode()).hexdigest()[:32]
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+class _Describer:
+    """Turns attributes into JSON values without addresses. An object that many modules share is described once."""
+
+    def __init__(self) -> None:
+        self._configs: dict[int, Any] = {}
+        self._open: set[int] = set()
+
+    def describe_module(self, module: nn.Module, depth: int = 0) -> Any:
+        own = {k: v for k, v in vars(module).items() if k not in IGNORED and not _is_cut(v)}
+        return [_describe_type(type(module)), self._describe_items(own, depth)]
+
+    def describe(self, value: Any, depth: int) -> Any:
+        if value is None or isinstance(value, bool | int | str):
+            return value
+        if isinstance(value, float | complex | range | torch.dtype | torch.device | bytes | Path):
+            return [type(value).__name__, repr(value)]
+        if isinstance(value, torch.Tensor):
+            return ["tensor", hash_tensors({"": value})]
+        if isinstance(value, np.ndarray | np.generic):
+            return ["array", str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+        if isinstance(value, Enum):
+            return [_describe_type(type(value)), value.name]
+        if isinstance(value, type):
+            return _describe_type(value)
+        if depth > MAX_DEPTH or id(value) in self._open:
+            return ["...", _describe_type(type(value))]
+        self._open.add(id(value))
+        try:
+            return self._describe_object(value, depth + 1)
+        finally:
+            self._open.discard(id(value))
+
+    def _describe_object(self, value: Any, depth: int) -> Any:
+        if isinstance(value, PreTrainedConfig):
+            if id(value) not in self._configs:
+                fields = {k: v for k, v in value.to_dict().items() if k not in IGNORED_CONFIG}
+                self._configs[id(value)] = [_describe_type(type(value)), self._describe_items(fields, depth)]
+            return self._configs[id(value)]
+        if isinstance(value, Mapping):
+            return self._describe_items(value, depth)
+        if isinstance(value, list | tuple):
+            return [type(value).__name__, *(self.describe(item, depth) for item in value)]
+        if isinstance(value, set | frozenset):
+            return ["set", *sorted(json.dumps(self.describe(item, depth)) for item in value)]
+        if isinstance(value, functools.partial):
+            return ["partial", *(self.describe(part, depth) for part in (value.func, value.args, value.keywords))]
+        if inspect.ismethod(value):
+            return ["method", self.describe(value.__func__, depth), self.describe(value.__self__, depth)]
+        if inspect.isroutine(value):
+            return self._describe_function(value, depth)
+        if isinstance(value, nn.Module):  # one that is not registered as a submodule
+            return [
+                self.describe_module(value, depth),
+                [[name, self.describe_module(child, depth)] for name, child in value.named_children()],
+                hash_tensors(named_tensors(value)),
+            ]
+        return [_describe_type(type(value)), self._describe_items(getattr(value, "__dict__", {}), depth)]
+
+    def _describe_items(self, items: Mapping[Any, Any], depth: int) -> Any:
+        """Sorted pairs. Tensors in a mapping are left out below the module itself: they are filled on first use."""
+        kept = {k: v for k, v in items.items() if not (depth and isinstance(v, torch.Tensor))}
+        return sorted(
+            ([json.dumps(self.describe(k, depth)), self.describe(v, depth)] for k, v in kept.items()),
+            key=lambda pair: pair[0],
+        )
+
+    def _describe_function(self, function: Any, depth: int) -> Any:
+        name = [getattr(function, "__module__", None), getattr(function, "__qualname__", type(function).__name__)]
+        if not inspect.isfunction(function):
+            return name
+        code, cells = function.__code__, function.__closure__ or ()
+        closure = [self.describe(cell.cell_contents, depth) for cell in cells]
+        constants = [self.describe(c, depth) for c in code.co_consts if not inspect.iscode(c)]
+        return [*name, hashlib.sha256(code.co_code).hexdigest(), constants, closure,
+                self.describe(function.__defaults__, depth), self.describe(function.__kwdefaults__, depth)]  # fmt: skip
+
+
+def _is_cut(value: Any) -> bool:
+    """Where a network of ours begins and ends is not part of its structure: keys name the cut."""
+    return isinstance(value, Cut) or (isinstance(value, list) and bool(value) and isinstance(value[0], Cut))
+
+
+@functools.cache
+def _describe_type(kind: type) -> list[str]:
+    """Module and name; and, where no library of known version defines it, a hash of its source file."""
+    name = [kind.__module__, kind.__qualname__]
+    if kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins"):
+        return name
+    try:
+        source = Path(inspect.getfile(kind)).read_bytes()
+    except (OSError, TypeError):
+        return name
+    return [*name, hashlib.sha256(source).hexdigest()[:32]]
+
+
+def hash_part(
+    identity: Identity,
+    hashes: Mapping[str, str],
+    parameters: Iterable[str],
+    before: Iterable[str],
+    called: Iterable[str],
+) -> str:
+    """Hash of the part of a network before a cut: its weights, its buffers, and every module that may run before the cut.
+
+    Names are those of `identity`. `hashes`: of every tensor; `parameters`: which of them are parameters; `before`: those before
+    the cut; `called`: modules that run before it. A module surely runs after the cut if all its parameters lie there.
+    """
+    parameters, before = set(parameters), set(before)
+    holding, running = _enclosing(parameters), _enclosing(before) | _enclosing(f"{name}." for name in called)
+    after: set[str] = set()
+    for name in identity.modules:  # outer modules come first
+        if name and (name.rpartition(".")[0] in after or (name in holding and name not in running)):
+            after.add(name)
+    modules = {name: text for name, text in identity.modules.items() if name not in after}
+    buffers = {name for name in hashes if name not in parameters and name.rpartition(".")[0] in modules}
+    tensors = {name: hashes[name] for name in (before | buffers) & hashes.keys()}
+    return xxhash.xxh3_128(json.dumps([tensors, modules, library_versions()], sort_keys=True).encode()).hexdigest()
+
+
+def _enclosing(names: Iterable[str]) -> set[str]:
+    """Names of all modules around the tensors called `names`."""
+    return {name[:i] for name in names for i, character in enumerate(name) if character == "."}
