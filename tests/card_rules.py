@@ -1,6 +1,6 @@
-"""What the Hub refuses in a card's metadata, as far as our cards go: lists of names, ids in their form, the shape of results.
+"""The Hub's rules for the metadata that our cards use: allowed names, the form of ids, the structure of eval results.
 
-Written from the Hub's documentation of model cards, as the server's own validator cannot be had.
+Written from the Hub's documentation of model cards, because its validator is not public.
 """
 
 import re
@@ -25,7 +25,7 @@ RELATIONS = {"adapter", "finetune", "merge", "quantized"}
 
 
 def find_errors(card: str) -> list[str]:
-    """What is wrong with the YAML block of a card, in words; nothing for a card without one."""
+    """Error messages for the YAML block of a card; none if there is no block."""
     return list(_find(card))
 
 
@@ -51,7 +51,7 @@ def _find(card: str) -> Iterator[str]:
         for result in model["results"]:
             needed = (result["task"].get("type"), result["dataset"].get("type"), result["dataset"].get("name"))
             if not model.get("name") or not all(isinstance(each, str) and each for each in needed):
-                yield '"model-index" lacks a name, a task or a data set'
+                yield '"model-index" lacks a name, a task or a dataset'
             for metric in result["metrics"]:
                 if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), int | float):
                     yield '"model-index" has a metric without type or value'

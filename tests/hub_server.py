@@ -1,10 +1,10 @@
-"""A small Hub on loopback for tests: what the real huggingface_hub client needs to create, push to, read and list repositories.
+"""A small Hub on loopback for tests: enough for the real huggingface_hub client to create, push to, read and list repositories.
 
     with HubServer(tokens={"hf_alice": Token("alice", "write")}) as hub:
         HfApi(endpoint=hub.url, token="hf_alice").create_repo("alice/model")
 
-It keeps all in memory, speaks plain LFS (no Xet, so HF_HUB_DISABLE_XET=1), and can be told to fail: `hub.faults` maps the
-number of a request to what happens instead of its answer. Endpoints: whoami, create, preupload, LFS batch and PUT, commit,
+Everything is in memory, files use plain LFS (no Xet, so set HF_HUB_DISABLE_XET=1), and requests can fail: `hub.faults` maps the
+index of a request to a status that replaces its response. Endpoints: whoami, create, preupload, LFS batch and PUT, commit,
 resolve, revision, refs, tree, paths-info, branch, validate-yaml (by `card_rules`).
 """
 
@@ -23,16 +23,16 @@ import yaml
 
 from tests.card_rules import find_errors
 
-STORED_APART = re.compile(r"\.(safetensors|bin|png|jpg)$")  # by LFS, as the Hub's .gitattributes have it
+LFS_FILES = re.compile(r"\.(safetensors|bin|png|jpg)$")  # as in the Hub's .gitattributes
 DATE = "2026-01-01T00:00:00.000Z"
-DROP = 0  # as a fault: the connection is closed without an answer
+DROP = 0  # as a fault: closes the connection without a response
 
 Files = dict[str, tuple[bytes, bool]]  # path -> content, whether by LFS
 
 
 @dataclass(frozen=True)
 class Token:
-    """Who it belongs to, and what it may do."""
+    """Its owner and role."""
 
     user: str
     role: Literal["read", "write"] = "write"
@@ -48,19 +48,19 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: Files, branch: str) -> str:
-        """Adds a commit on `branch`; its hash."""
+        """Adds a commit to `branch`; returns its hash."""
         digest = hashlib.sha1(f"{self.name} {branch} {len(self.commits)}".encode()).hexdigest()
         self.commits[digest] = files
         self.branches[branch] = digest
         return digest
 
     def find(self, revision: str) -> str | None:
-        """The hash that a branch or a hash names."""
+        """The commit hash of a branch or a hash; None if unknown."""
         revision = self.branches.get(revision.removeprefix("refs/heads/"), revision)
         return revision if revision in self.commits else None
 
     def describe(self, commit: str) -> dict[str, Any]:
-        """What the API says of the repository at `commit`."""
+        """The API's description of the repository at `commit`."""
         files = self.commits[commit]
         card: dict[str, Any] = {}
         if "README.md" in files:
@@ -76,12 +76,12 @@ class Repository:
 
 
 def blob_id(content: bytes) -> str:
-    """Git's name of a file's content."""
+    """Git's hash of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def describe_file(path: str, content: bytes, by_lfs: bool) -> dict[str, Any]:
-    """A file in a tree."""
+    """The API's description of a file."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
     if by_lfs:
         entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
@@ -89,7 +89,7 @@ def describe_file(path: str, content: bytes, by_lfs: bool) -> dict[str, Any]:
 
 
 class RefusedError(Exception):
-    """An answer that is an error: status, the Hub's code, words."""
+    """An error response: status, the Hub's error code, message."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -97,14 +97,14 @@ class RefusedError(Exception):
 
 
 class HubServer:
-    """The server, as a context manager; `requests` lists what was asked, in order."""
+    """The server, as a context manager; `requests` lists the requests in order."""
 
     def __init__(self, tokens: dict[str, Token]) -> None:
         self.tokens = tokens
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.faults: dict[int, int] = {}  # number of the request, from 0 -> status, or DROP
+        self.faults: dict[int, int] = {}  # zero-based request index -> status, or DROP
         self.lock = threading.Lock()
         self.before_answer: Callable[[int], None] = lambda number: None
         hub = self
@@ -128,8 +128,8 @@ class HubServer:
 
     def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
         """Content by path."""
-        found = self.repositories[repository]
-        return {path: content for path, (content, _) in found.commits[found.branches[branch]].items()}
+        stored = self.repositories[repository]
+        return {path: content for path, (content, _) in stored.commits[stored.branches[branch]].items()}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -193,20 +193,20 @@ class _Handler(BaseHTTPRequestHandler):
         return token
 
     def _repository(self, name: str, *, writes: bool) -> Repository:
-        found = self.server_hub.repositories.get(name)
+        repository = self.server_hub.repositories.get(name)
         token = self._token()
-        if found is None or (found.is_private and (token is None or token.user != name.split("/")[0])):
+        if repository is None or (repository.is_private and (token is None or token.user != name.split("/")[0])):
             raise RefusedError(401 if token is None else 404, "RepoNotFound", "Repository not found")
         if writes:
             self._writer(name.split("/")[0])
-        return found
+        return repository
 
     def _answer(self, body: bytes) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
         for pattern, answer in _ROUTES:
-            if found := re.fullmatch(pattern, path):
-                answer(self, body, url.query, *found.groups())
+            if match := re.fullmatch(pattern, path):
+                answer(self, body, url.query, *match.groups())
                 return
         raise RefusedError(404, "NotFound", f"no such endpoint: {path}")
 
@@ -250,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _lfs_put(self, body: bytes, query: str, digest: str) -> None:
         if hashlib.sha256(body).hexdigest() != digest:
-            raise RefusedError(400, "BadHash", "the content is not what its name says")
+            raise RefusedError(400, "BadHash", "the content does not match its hash")
         self.server_hub.blobs[digest] = body
         self._send(200)
 
@@ -259,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = [
             {
                 "path": f["path"],
-                "uploadMode": "lfs" if STORED_APART.search(f["path"]) else "regular",
+                "uploadMode": "lfs" if LFS_FILES.search(f["path"]) else "regular",
                 "shouldIgnore": False,
             }
             for f in json.loads(body)["files"]
@@ -293,7 +293,7 @@ class _Handler(BaseHTTPRequestHandler):
             200, {"success": True, "commitOid": digest, "commitUrl": url, "pullRequestUrl": request, "hookOutput": ""}
         )
 
-    def _at(self, name: str, revision: str) -> tuple[Repository, str]:
+    def _repository_at(self, name: str, revision: str) -> tuple[Repository, str]:
         repository = self._repository(name, writes=False)
         commit = repository.find(revision)
         if commit is None:
@@ -301,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
         return repository, commit
 
     def _revision(self, body: bytes, query: str, name: str, revision: str | None) -> None:
-        repository, commit = self._at(name, revision or "main")
+        repository, commit = self._repository_at(name, revision or "main")
         self._send(200, repository.describe(commit))
 
     def _refs(self, body: bytes, query: str, name: str) -> None:
@@ -317,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {})
 
     def _tree(self, body: bytes, query: str, name: str, revision: str, inside: str | None) -> None:
-        repository, commit = self._at(name, revision)
+        repository, commit = self._repository_at(name, revision)
         start = f"{inside}/" if inside else ""
         files = {p: c for p, c in repository.commits[commit].items() if p.startswith(start)}
         if start and not files:
@@ -325,20 +325,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, [describe_file(p, content, lfs) for p, (content, lfs) in sorted(files.items())])
 
     def _paths_info(self, body: bytes, query: str, name: str, revision: str) -> None:
-        repository, commit = self._at(name, revision)
+        repository, commit = self._repository_at(name, revision)
         is_json = "json" in (self.headers.get("Content-Type") or "")
         asked = json.loads(body)["paths"] if is_json else parse_qs(body.decode()).get("paths", [])
         files = repository.commits[commit]
         self._send(200, [describe_file(p, *files[p]) for p in asked if p in files])
 
     def _resolve(self, body: bytes, query: str, name: str, revision: str, path: str) -> None:
-        repository, commit = self._at(name, revision)
-        found = repository.commits[commit].get(path)
-        if found is None:
+        repository, commit = self._repository_at(name, revision)
+        stored = repository.commits[commit].get(path)
+        if stored is None:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
             self._send(404, b"Entry not found", headers)
             return
-        content, by_lfs = found
+        content, by_lfs = stored
         tag = hashlib.sha256(content).hexdigest() if by_lfs else blob_id(content)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{tag}"', "X-Linked-ETag": f'"{tag}"'}
         self._send(200, content, {**headers, "X-Linked-Size": str(len(content)), "Accept-Ranges": "bytes"})

@@ -1,4 +1,4 @@
-"""The card: metadata that the Hub takes, licences that nobody invented, tables and pictures that hold what was measured."""
+"""The card: metadata that the Hub accepts, licenses that base and data state, tables and charts of the metrics."""
 
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -51,29 +51,29 @@ def folder(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("apache-2.0", "cc-by-nc-nd-4.0", None),
     ],
 )
-def test_a_licence_is_what_both_sides_allow(base: str | None, data: str | None, expected: str | None) -> None:
+def test_a_license_is_one_that_base_and_data_allow(base: str | None, data: str | None, expected: str | None) -> None:
     assert derive_license(base, data).id == expected
 
 
-def test_what_is_not_known_or_does_not_fit_is_said() -> None:
+def test_unknown_and_conflicting_licenses_are_reported() -> None:
     assert "license of the dataset is unknown" in " ".join(derive_license("mit", None).notes)
     assert "license of the base model is unknown" in " ".join(derive_license(None, "mit").notes)
     assert "conflict" in " ".join(derive_license("gpl-3.0", "cc-by-nc-4.0").notes)
     assert "no derivatives" in " ".join(derive_license("mit", "cc-by-nd-4.0").notes)
     assert not any("**" in note for note in derive_license("mit", "mit").notes)
-    # From random weights there is no base that could state anything.
+    # A model trained from random weights has no base to state a license.
     scratch = derive_license(None, "cc-by-sa-4.0", has_base=False)
     assert (scratch.id, len(scratch.notes)) == ("cc-by-sa-4.0", 1)
     assert derive_license(None, "mit", has_base=False).id is None
 
 
-def test_a_licence_of_its_own_name_is_other_to_the_hub() -> None:
-    found = derive_license("dinov3-license", "mit")
-    assert (found.id, found.name) == ("other", "dinov3-license")
+def test_a_license_that_the_hub_does_not_know_is_other() -> None:
+    derived = derive_license("dinov3-license", "mit")
+    assert (derived.id, derived.name) == ("other", "dinov3-license")
     assert PERMISSIVE | BINDING <= LICENSES
 
 
-def test_the_licence_of_a_data_set_is_its_cards(tmp_path: Path) -> None:
+def test_the_license_of_a_dataset_comes_from_its_card(tmp_path: Path) -> None:
     assert read_license(tmp_path) is None
     (tmp_path / "README.md").write_text("no header")
     assert read_license(tmp_path) is None
@@ -81,7 +81,7 @@ def test_the_licence_of_a_data_set_is_its_cards(tmp_path: Path) -> None:
     assert read_license(tmp_path) == "cc-by-4.0"
 
 
-def test_the_hub_takes_the_metadata(backbone: Backbone, folder: Path) -> None:
+def test_the_hub_accepts_the_metadata(backbone: Backbone, folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert find_errors(card) == []
     data = ModelCard(card).data
@@ -95,7 +95,7 @@ def test_the_hub_takes_the_metadata(backbone: Backbone, folder: Path) -> None:
     assert hub_data.datasets == ["someone/insects"]
     assert (hub_data.license, hub_data.license_name) == ("other", "dinov3-license")
     assert find_errors(f"---\n{hub_data.to_yaml()}\n---") == []
-    assert find_errors("---\nlicense: Apache\nbase_model: my model\n---")  # the rules can refuse
+    assert find_errors("---\nlicense: Apache\nbase_model: my model\n---")  # the rules do refuse
 
 
 def test_a_model_from_random_weights_has_no_base(backbone: Backbone) -> None:
@@ -104,7 +104,7 @@ def test_a_model_from_random_weights_has_no_base(backbone: Backbone) -> None:
     assert data.license is None
 
 
-def test_it_says_what_was_measured_and_where_it_ends(folder: Path) -> None:
+def test_the_card_reports_the_metrics_and_the_limits(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "| Accuracy | 75.0% | 25.0 to 100.0 |" in card
     assert "| ant | 75.0 | 100.0 | 86.0 | 4 |" in card
@@ -117,7 +117,7 @@ def test_it_says_what_was_measured_and_where_it_ends(folder: Path) -> None:
     assert "32x32 pixels, bicubic" in card
 
 
-def test_the_pictures_are_small_and_hold_the_numbers(folder: Path) -> None:
+def test_the_charts_are_small_and_contain_the_numbers(folder: Path) -> None:
     for name in ("confusion_matrix.svg", "curve_1.svg"):
         assert f"]({name})" in (folder / "README.md").read_text()
         assert (folder / name).stat().st_size < 20_000
@@ -127,7 +127,7 @@ def test_the_pictures_are_small_and_hold_the_numbers(folder: Path) -> None:
     assert any("Wespe | <groß>" in str(text) for text in texts)
 
 
-def test_the_card_of_a_repository_names_it_and_what_was_checked(folder: Path) -> None:
+def test_the_pushed_card_names_the_repository_and_the_verified_libraries(folder: Path) -> None:
     card = (folder / "README.md").read_text() + "\nBy hand: FOLDER is a word.\n"
     verified = Verified(library="timm", logits=3e-7, pixels=0.0, labels_agree=True)
     sent = address_card(card, "me/name", None, [verified])
@@ -135,13 +135,13 @@ def test_the_card_of_a_repository_names_it_and_what_was_checked(folder: Path) ->
     assert 'timm.create_model("hf-hub:me/name", pretrained=True)' in sent
     assert "timm: logits differ by at most 3e-07" in sent
     assert "Not verified yet" not in sent
-    assert sent.count("FOLDER") == 1  # what its owner wrote stays
+    assert sent.count("FOLDER") == 1  # text of the owner stays
     branch = address_card(card, "me/name", "v2", [verified])
     assert 'model="me/name", revision="v2")' in branch
     assert '"hf-hub:me/name@v2"' in branch
 
 
-def test_a_card_is_written_where_names_need_care(backbone: Backbone, tmp_path: Path) -> None:
+def test_yaml_and_missing_licenses_are_written_correctly(backbone: Backbone, tmp_path: Path) -> None:
     results = results_for(backbone)
     results["config"] |= {"dataset": "a: b"}
     results["data"]["notes"] = ["2 images were left out."]

@@ -1,4 +1,4 @@
-"""Predictions of a saved model are those of plain transformers on the same files."""
+"""Predictions of a saved model equal those of the transformers pipeline on the same files."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("checkpoint", ["embedded", "ViT"])
-def test_predictions_are_those_of_the_pipeline(checkpoint: str, images: Path, tmp_path: Path) -> None:
+def test_predictions_equal_those_of_the_pipeline(checkpoint: str, images: Path, tmp_path: Path) -> None:
     from transformers import pipeline
 
     from hf_transfer.network.source import find_source
@@ -44,17 +44,17 @@ def test_predictions_are_those_of_the_pipeline(checkpoint: str, images: Path, tm
         checkpoint = str(tmp_path)
     backbone = load(checkpoint)
     files = find_images([images / "test"])
-    found = predict(backbone, files, top_k=3, batch_size=2)
+    predictions = predict(backbone, files, top_k=3, batch_size=2)
     theirs = pipeline("image-classification", model=str(find_source(checkpoint).folder))(
         [str(f) for f in files], top_k=3
     )
-    assert [p.image for p in found] == [str(f) for f in files]
-    for ours, rows in zip(found, theirs, strict=True):
+    assert [p.image for p in predictions] == [str(f) for f in files]
+    for ours, rows in zip(predictions, theirs, strict=True):
         assert list(ours.labels) == [row["label"] for row in rows]
         np.testing.assert_allclose(ours.probabilities, [row["score"] for row in rows], atol=1e-5)
 
 
-def test_files_and_folders_are_found_and_mistakes_are_named(images: Path, tmp_path: Path) -> None:
+def test_files_and_folders_are_listed_and_mistakes_are_named(images: Path, tmp_path: Path) -> None:
     one = images / "test" / "0" / "0.png"
     assert find_images([one, images / "test" / "1"]) == [one, *sorted((images / "test" / "1").iterdir())]
     with pytest.raises(ValueError, match="no such file"):
@@ -97,7 +97,7 @@ def test_an_input_that_is_no_image_is_named(images: Path, image: object, words: 
         predict(load("embedded"), [images / "test" / "0" / "0.png", image])  # type: ignore[list-item]
 
 
-def test_a_data_sets_classes_are_the_models_by_name(images: Path) -> None:
+def test_dataset_classes_are_matched_to_the_models_by_name(images: Path) -> None:
     scores = evaluate("embedded", DataConfig(dataset=str(images)))  # two of its ten classes
     assert scores["num_samples"] == 5
     counts = {row["label"]: row["support"] for row in scores["per_class"]}
@@ -121,7 +121,7 @@ def test_a_class_that_the_model_does_not_know_is_named(images: Path, tmp_path: P
 def test_adapters_are_switched_on_one_base(
     name: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The base is read once and stays as it is, whatever an adapter's method and classes are."""
+    """The base is loaded once and stays unchanged, whatever the adapter's method and classes."""
     write_upstream(name, tmp_path / "base")
     kinds = {
         "lora": ("lora", ("ant", "bee")),
@@ -143,9 +143,9 @@ def test_adapters_are_switched_on_one_base(
     files = find_images([images / "test"])
     for path in paths:
         alone = predict(load_adapted(path, checkpoint=str(tmp_path / "base")), files, top_k=3)
-        found = [row for row in rows if row["adapter"] == path]
-        assert [row["image"] for row in found] == [p.image for p in alone]
-        for row, expected in zip(found, alone, strict=True):
+        switched = [row for row in rows if row["adapter"] == path]
+        assert [row["image"] for row in switched] == [p.image for p in alone]
+        for row, expected in zip(switched, alone, strict=True):
             assert [entry["label"] for entry in row["labels"]] == list(expected.labels)
             np.testing.assert_allclose([entry["score"] for entry in row["labels"]], expected.probabilities, atol=1e-6)
     main(["predict", str(tmp_path / "base"), str(files[0]), *flags])

@@ -1,4 +1,4 @@
-"""The push, with the real client against a Hub on loopback: what arrives is what was saved, and no fault loses anything."""
+"""Pushes by the real client to a Hub on loopback: the Hub gets exactly the saved files, and no fault loses data."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:De
 
 
 def environment(hub: HubServer, folder: Path, token: str | None) -> dict[str, str]:
-    """What a user's processes have: this Hub, caches of their own, a token."""
+    """Environment variables of a user of this Hub: caches of their own, and a token."""
     env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
     env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home")}
     return env | ({"HF_TOKEN": token} if token else {})
@@ -48,7 +48,7 @@ def environment(hub: HubServer, folder: Path, token: str | None) -> dict[str, st
 
 @contextmanager
 def signed_in(hub: HubServer, folder: Path, token: str | None) -> Iterator[None]:
-    """Inside, this process is such a one too: the client reads these once, when it is imported."""
+    """Inside, this process uses that environment too, although the client read its own at import."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment(hub, folder, token).items():
             patch.setenv(name, value)
@@ -63,7 +63,7 @@ def signed_in(hub: HubServer, folder: Path, token: str | None) -> Iterator[None]
 
 
 def make_run(backbone: Backbone, run: Path) -> Path:
-    """The folder that a recipe would leave of this backbone, without the training."""
+    """Writes the output folder of a recipe for this backbone, without training; returns it."""
     rng = np.random.default_rng(0)
     images = PixelSource(rng.integers(0, 256, (3, 40, 52, 3), dtype=np.uint8))
     names = backbone.label_names
@@ -93,7 +93,7 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verification is tested for itself; elsewhere it would only take time. Nor is there anything to wait for."""
+    """Skips verification, which has tests of its own, and the waits between attempts."""
     monkeypatch.setattr(module, "verify", lambda *_, **__: ())
     clock = SimpleNamespace(**vars(time) | {"sleep": lambda _: None})
     monkeypatch.setattr("hf_transfer.hub.attempts.time", clock)
@@ -103,7 +103,7 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
 def push(
     hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str], *flags: str, token: str | None = "hf_alice"
 ) -> tuple[int, str]:
-    """Status and all that was printed of `hf-transfer publish`."""
+    """Exit status and output of `hf-transfer publish`."""
     status = 0
     with signed_in(hub, run.parent, token):
         try:
@@ -123,7 +123,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def is_complete(hub: HubServer, model: Path, branch: str = "main") -> bool:
-    """Whether all of it is there, byte for byte; of the card, that it is the one of this repository."""
+    """Whether the branch has all files of `model`, byte for byte, and the card of this repository."""
     sent = hub.files("alice/digits", branch)
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sent.items() if name != CARD}
     wanted = {name: digest for name, digest in contents(model).items() if name != CARD}
@@ -151,7 +151,7 @@ def test_a_dry_run_sends_nothing(hub: HubServer, run: Path, capsys: pytest.Captu
     assert hub.requests == []
 
 
-def test_a_model_that_is_not_the_measured_one_stays(
+def test_a_model_that_is_not_the_measured_one_is_not_pushed(
     hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = json.loads((run / "model" / "config.json").read_text())
@@ -173,7 +173,7 @@ def test_a_model_that_is_not_the_measured_one_stays(
         ("hf_bob", "a repository of your own"),
     ],
 )
-def test_who_may_not_write_is_told_why_before_training_and_after(
+def test_a_token_without_write_access_is_explained_before_and_after_training(
     hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str], token: str | None, words: str
 ) -> None:
     before = contents(run)
@@ -188,21 +188,21 @@ def test_who_may_not_write_is_told_why_before_training_and_after(
     assert not hub.repositories
 
 
-def test_who_may_write_may_train(hub: HubServer, tmp_path: Path) -> None:
+def test_a_token_with_write_access_passes_the_check(hub: HubServer, tmp_path: Path) -> None:
     with signed_in(hub, tmp_path, "hf_alice"):
         check_push("alice/digits@v2")
-    assert not hub.repositories  # asking makes none
+    assert not hub.repositories  # the check creates none
 
 
 @pytest.mark.usefixtures("unverified")
-def test_another_ones_card_is_not_replaced_unasked(
+def test_a_foreign_card_is_replaced_only_with_overwrite(
     hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs = Repository("alice/digits", is_private=False)
     theirs.commit({CARD: (b"---\ntags:\n- mine\n---\nby hand", False)}, "main")
     hub.repositories["alice/digits"] = theirs
 
-    def fail_once(number: int) -> None:  # a card that was not read is not one that is not there
+    def fail_once(number: int) -> None:  # a failed read does not mean that there is no card
         if "resolve" in hub.requests[number] and not hub.faults:
             hub.faults = {number: 500}
 
@@ -239,7 +239,7 @@ def test_private_is_private_or_refused(hub: HubServer, run: Path, capsys: pytest
 
 
 @pytest.mark.usefixtures("unverified")
-def test_a_card_that_the_hub_refuses_is_said(hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_hubs_refusal_of_a_card_is_shown(hub: HubServer, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = run / "model" / CARD
     card.write_text(card.read_text().replace("license: apache-2.0", "license: Apache, the second"))
     status, shown = push(hub, run, capsys)
@@ -251,7 +251,7 @@ def test_a_card_that_the_hub_refuses_is_said(hub: HubServer, run: Path, capsys: 
 def test_a_fault_at_any_request_loses_nothing_and_repeating_completes(
     hub: HubServer, run: Path, fault: int, may_give_up: bool
 ) -> None:
-    """The fault comes once, at each request of a push in turn; what passes is waited for; who gave up repeats the command."""
+    """One fault at each request of a push in turn: transient ones are retried, others are completed by a second push."""
     before = contents(run)
     gave_up = []
     with signed_in(hub, run.parent, "hf_alice"):
@@ -299,7 +299,7 @@ def test_a_push_that_is_killed_is_completed_by_repeating_it(
 
 
 def upload(hub: HubServer, name: str, folder: Path) -> None:
-    """Puts a folder on the Hub, as its owner had once."""
+    """Puts a folder on the Hub, as its owner."""
     repository = Repository(name, is_private=False)
     repository.commit({p.name: (p.read_bytes(), p.suffix == ".safetensors") for p in folder.iterdir()}, "main")
     hub.repositories[name] = repository
@@ -323,7 +323,7 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
     assert sent["adapter_model.safetensors"] == (run / "model" / "adapter_model.safetensors").read_bytes()
     assert "peft: logits differ by at most" in sent[CARD].decode()
     assert contents(run) == before
-    # The same repository, now with the plain checkpoint: nothing of the adapter may stay beside it.
+    # Pushing the plain checkpoint to the same repository removes the adapter's files.
     status, shown = push(hub, run, capsys, "--base", str(tmp_path / "upstream"))
     assert status == 0, shown
     sent = hub.files("alice/digits")
@@ -331,7 +331,7 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
     assert "model.safetensors" in sent
     assert not {"adapter_config.json", "adapter_model.safetensors", "task.json"} & set(sent)
     assert ModelCard(sent[CARD].decode()).data.base_model == "bob/upstream"
-    # Another base under the same name is not what the adapter was trained on.
+    # A different base under the same id is refused.
     write_upstream("Swin", tmp_path / "other")
     upload(hub, "bob/upstream", tmp_path / "other")
     shutil.rmtree(tmp_path / "home")
@@ -371,7 +371,7 @@ class TinyForImageClassification(PreTrainedModel):
 """
 
 
-def test_a_model_whose_code_travels_is_checked_on_trust_and_says_so(
+def test_a_model_with_code_of_its_own_is_verified_with_trust_remote_code(
     hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_upstream("ViT", tmp_path / "upstream")
@@ -395,7 +395,7 @@ def test_a_model_whose_code_travels_is_checked_on_trust_and_says_so(
     sent = hub.files("alice/digits")
     assert 'model="alice/digits", trust_remote_code=True)' in sent[CARD].decode()
     assert "modeling_tiny.py" in sent
-    # Code that needs us loads here, and nowhere else.
+    # Code that needs this package would load nowhere else.
     (run / "model" / "modeling_tiny.py").write_text(CODE.format(more="import hf_transfer"))
     with pytest.raises(VerificationError, match="transformers does not load"):
         verify(run / "model", run / REFERENCE, find_libraries(run / "model"))

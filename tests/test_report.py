@@ -1,4 +1,4 @@
-"""The report is one well-formed, self-contained page that shows every number it was given."""
+"""The report is one well-formed, self-contained page that shows every number of the results."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ _VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 class _Page(HTMLParser):
-    """The elements of a page: raises where they do not nest."""
+    """The elements of a page; raises if they are not nested properly."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -157,7 +157,7 @@ def test_page_is_balanced_and_complete(num_classes: int, test: bool, curves: boo
     assert ("Top-5" in text) is (num_classes > 5)
 
 
-def test_without_a_test_split_the_page_says_so() -> None:
+def test_a_page_without_a_test_split_warns() -> None:
     with_test, without = (render_report(_results(_names(3), test=test, curves=False)) for test in (True, False))
     assert NO_TEST_SPLIT in without
     assert "Result on validation" in without
@@ -180,7 +180,7 @@ def test_names_and_notes_are_escaped() -> None:
     results["data"]["name"] = "<b>bold</b>"
     results["config"]["dataset"] = "</pre><script>"
     html = render_report(results)
-    page = _Page(html)  # raises where a name closed an element
+    page = _Page(html)  # raises if a name closed an element
     assert not {"script", "b"} & {tag for tag, _ in page.tags}
     assert {row[0] for row in page.table("per-class")[1:]} == set(names)
     assert "&lt;script&gt;alert(1)" in html
@@ -303,14 +303,14 @@ def test_numbers_read_well() -> None:
     assert [format_bytes(n) for n in (912_000_000, 1_524_000_000)] == ["912 MB", "1.52 GB"]
 
 
-def test_a_tracker_is_told_no_path(tmp_path: Path) -> None:
+def test_trackers_get_no_path(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     config = RecipeConfig(
         checkpoint=str(tmp_path), dataset=str(tmp_path / "images"), output_dir=str(tmp_path / "run"), seed=3
     )
-    told = without_paths(config)
-    assert (told["checkpoint"], told["dataset"], told["seed"]) == (tmp_path.name, "images", 3)
-    assert str(tmp_path) not in str(told)
+    settings = without_paths(config)
+    assert (settings["checkpoint"], settings["dataset"], settings["seed"]) == (tmp_path.name, "images", 3)
+    assert str(tmp_path) not in str(settings)
 
 
 def _complete_results() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Law 7, published = trained: the saved folder, loaded in a process without this package, gives the same answers."""
+"""Law 7, published = trained: a process without this package loads the saved folder and computes the same logits."""
 
 import json
 import subprocess
@@ -24,11 +24,11 @@ SIZES = ((40, 52), (64, 48), (33, 33))
 
 LOADER = """
 import sys
-sys.modules["hf_transfer"] = None  # an import of it fails here, as where it is not installed
+sys.modules["hf_transfer"] = None  # importing it fails, as if it were not installed
 import json, timm, torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-found = {}
+reloaded = {}
 for folder in sys.argv[2:]:
     images = [Image.open(f"{sys.argv[1]}/{i}.png") for i in range(3)]
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -42,14 +42,14 @@ for folder in sys.argv[2:]:
             transform = timm.data.create_transform(**config, is_training=False)
             logits["timm"] = own(torch.stack([transform(i) for i in images])).tolist()
     classify = pipeline("image-classification", model=folder, top_k=3)
-    found[folder] = {"logits": logits, "labels": [model.config.id2label[i] for i in range(3)],
+    reloaded[folder] = {"logits": logits, "labels": [model.config.id2label[i] for i in range(3)],
                      "pipeline": [{a["label"]: a["score"] for a in answer} for answer in classify(images)]}
-print(json.dumps(found))
+print(json.dumps(reloaded))
 """
 
 
 def write_upstream(name: str, folder: Path) -> None:
-    """A tiny checkpoint of the family as its own library would publish it, with processor."""
+    """Writes a tiny checkpoint of the family with its processor, as its own library would publish it."""
     model = make_model(name)
     if isinstance(model, transformers.PreTrainedModel):
         model.save_pretrained(folder)
@@ -62,7 +62,7 @@ def write_upstream(name: str, folder: Path) -> None:
 
 
 def results_for(backbone: Backbone) -> dict[str, Any]:
-    """What a run would say of it: the keys that a card reads, with scores of four images of the first class."""
+    """Results of a run with the keys that a card needs, and scores on four images of the first class."""
     keys = ("accuracy", "balanced_accuracy", "macro_f1", "nll")
     names = backbone.label_names
     per_class = [{"label": names[0], "recall": 0.75, "precision": 1.0, "f1": 0.86, "support": 4}]
@@ -101,7 +101,7 @@ def answers(backbone: Backbone, images: list[Image.Image]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Tensor, dict[str, Any]]]:
-    """Of every family (and of a truncated, mean-pooled ViT): our logits, and what a process without us found."""
+    """For every family (and a truncated, mean-pooled ViT): our logits, and the results of a process without this package."""
     root = tmp_path_factory.mktemp("saved")
     rng = np.random.default_rng(0)
     images = []
@@ -129,21 +129,21 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[torch.Ten
         check=False,
     )
     assert shown.returncode == 0, shown.stderr[-3000:]
-    found = json.loads(shown.stdout.splitlines()[-1])
-    return {name: (logits, found[folder]) for folder, (name, logits) in expected.items()}
+    reloaded = json.loads(shown.stdout.splitlines()[-1])
+    return {name: (logits, reloaded[folder]) for folder, (name, logits) in expected.items()}
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "readout"])
-def test_a_saved_model_answers_as_the_trained_one_where_we_are_not_installed(
+def test_a_saved_model_gives_the_trained_logits_without_this_package(
     saved: dict[str, tuple[torch.Tensor, dict[str, Any]]], name: str
 ) -> None:
-    ours, found = saved[name]
-    assert found["labels"] == list(LABELS)
-    assert ("timm" in found["logits"]) == (name.startswith("timm") or name == "readout")
-    for logits in found["logits"].values():
-        # The same kernels on the same numbers, but for the processor's own order of arithmetic.
+    ours, reloaded = saved[name]
+    assert reloaded["labels"] == list(LABELS)
+    assert ("timm" in reloaded["logits"]) == (name.startswith("timm") or name == "readout")
+    for logits in reloaded["logits"].values():
+        # The kernels are the same; only the processor's order of arithmetic differs.
         assert torch.allclose(torch.tensor(logits), ours, rtol=1e-4, atol=1e-5)
-    for row, answer in zip(ours.softmax(-1), found["pipeline"], strict=True):
+    for row, answer in zip(ours.softmax(-1), reloaded["pipeline"], strict=True):
         assert [answer[label] for label in LABELS] == pytest.approx(row.tolist(), abs=1e-4)
 
 
@@ -158,7 +158,7 @@ def test_the_card_names_the_upstream_and_no_path(tmp_path: Path) -> None:
     assert again.source.id == "timm/resnet18.a1_in1k"  # the folder records its origin
     assert again.label_names == LABELS
     assert not again.new_head
-    # Weights may be read by whom the card may be read by.
+    # Weights have the same file permissions as the card.
     assert len({file.stat().st_mode for file in (tmp_path / "model").iterdir()}) == 1
 
 
