@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
-from hf_transfer.choosing.advise import Advice, advise
+from hf_transfer.choosing.advise import PILOT_BUDGET_S, Advice, advise
+from hf_transfer.choosing.pilots import agree_on_seconds
 from hf_transfer.choosing.strategies import carry_out, without_test
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import Data
@@ -33,7 +33,6 @@ from hf_transfer.training.phases import KEPT_START
 log = logging.getLogger(__name__)
 
 PILOT_SHARE = 1 / 3  # share of the budget for pilots
-DEFAULT_PILOT_S = 600.0
 
 
 def choose_and_run(
@@ -59,12 +58,12 @@ def choose_and_run(
             inputs=(data, backbone, chain),
             accelerator=accelerator,
             measure=measure,
-            budget_s=(PILOT_SHARE * budget_s if budget_s else DEFAULT_PILOT_S) if measure else budget_s,
+            budget_s=(PILOT_SHARE * budget_s if budget_s else PILOT_BUDGET_S) if measure else budget_s,
         )
     costs.count_images("advise", int(advice.cost["images_computed"]))
     if accelerator.is_main_process:
         log.info("Advised %s: %s", advice.recommended, advice.reason)
-    left = None if budget_s is None else _agree(budget_s - (time.perf_counter() - started))
+    left = None if budget_s is None else agree_on_seconds(budget_s - (time.perf_counter() - started))
     winner = advice.recommended
     estimated_s = next(e.seconds for e in advice.estimates if e.strategy == winner)
     ran = ["linear_probe"]
@@ -179,8 +178,3 @@ def _without_paths(advice: Advice, config: TrainConfig, data: Data) -> dict[str,
 
     cleaned: dict[str, Any] = public(advice.to_dict())
     return cleaned
-
-
-def _agree(seconds: float) -> float:
-    agreed: float = broadcast_object_list([seconds])[0]
-    return agreed

@@ -57,7 +57,7 @@ def run_pilots(
     left, epochs = list(strategies), max(1, round(FIRST_SHARE * config.epochs))
     while left:
         for name in list(left):
-            remaining = budget_s - _agree(time.perf_counter() - started)
+            remaining = budget_s - agree_on_seconds(time.perf_counter() - started)
             previous = next((p for p in reversed(pilots) if p.strategy == name), None)
             per_epoch = (
                 full_run_seconds[name] / config.epochs if previous is None else previous.seconds / previous.epochs
@@ -100,7 +100,7 @@ def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: A
         epochs=epochs,
         accuracy=kept["accuracy"],
         log_loss=kept["log_loss"],
-        seconds=_agree(time.perf_counter() - started),
+        seconds=agree_on_seconds(time.perf_counter() - started),
     )
     log.info(
         "Pilot %s, %d epochs: validation accuracy %.1f %%, %.0f s", name, epochs, 100 * pilot.accuracy, pilot.seconds
@@ -108,7 +108,7 @@ def _run(name: str, epochs: int, data: Data, config: TrainConfig, accelerator: A
     return pilot
 
 
-def _agree(seconds: float) -> float:
+def agree_on_seconds(seconds: float) -> float:
     """Returns the main process's value, so that all processes take the same branch."""
     agreed: float = broadcast_object_list([seconds])[0]
     return agreed
