@@ -25,17 +25,15 @@ from typing import Any
 
 import numpy as np
 from accelerate.state import AcceleratorState
+from fit_rule import BenchmarkRun, choose_by_textbook, fit_table  # benchmarks/fit_rule.py
 
 from hf_transfer.choosing.auto import compare_scores
 from hf_transfer.choosing.rule import (
     CORNERS,
     STRATEGIES,
-    BenchmarkRun,
     DataRegime,
     choose,
-    choose_by_textbook,
     expect_accuracy,
-    fit_table,
 )
 
 ROOT = Path(__file__).resolve().parents[1]

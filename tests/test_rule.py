@@ -1,23 +1,24 @@
 """The rule: the table's corners, the choice it makes, and that a fit recovers the table behind the runs."""
 
+import importlib
 import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hf_transfer.choosing.rule import (
-    CORNERS,
-    PRIOR,
-    STRATEGIES,
-    TABLE,
-    BenchmarkRun,
-    DataRegime,
-    choose,
-    choose_by_textbook,
-    expect_accuracy,
-    expect_log_ratio,
-    fit_table,
-)
+from hf_transfer.choosing.rule import CORNERS, STRATEGIES, TABLE, DataRegime, choose, expect_accuracy, expect_log_ratio
+from tests.test_recipes import ROOT
+
+
+@pytest.fixture(scope="module")
+def fit_rule() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("fit_rule")
+
 
 REGIMES = {
     "little, similar": DataRegime(images_per_class=10, similarity=1.0),
@@ -75,47 +76,51 @@ def test_the_cheapest_within_half_a_point_is_chosen() -> None:
     assert choose(better | {"probe_then_full": 0.95}, seconds) == "probe_then_full"
 
 
-def test_the_textbook_choice_follows_the_classical_table() -> None:
-    assert [choose_by_textbook(REGIMES[corner]) for corner in CORNERS] == [
+def test_the_textbook_choice_follows_the_classical_table(fit_rule: ModuleType) -> None:
+    assert [fit_rule.choose_by_textbook(REGIMES[corner]) for corner in CORNERS] == [
         "linear_probe", "last_layers", "linear_probe", "full"
     ]  # fmt: skip
 
 
 def runs(
-    truth: dict[str, tuple[float, ...]], regimes: list[DataRegime], noise: float, seed: int = 0
-) -> list[BenchmarkRun]:
+    fit_rule: ModuleType, truth: dict[str, tuple[float, ...]], regimes: list[DataRegime], noise: float, seed: int = 0
+) -> list[Any]:
     rng = np.random.default_rng(seed)
     made = []
     for name, row in truth.items():
         for regime in regimes:
             ratio = float(regime.weights @ np.array(row)) + noise * float(rng.standard_normal())
             made.append(
-                BenchmarkRun(strategy=name, regime=regime, error=0.3 * math.exp(ratio), probe_error=0.3, num_test=10**7)
+                fit_rule.BenchmarkRun(
+                    strategy=name, regime=regime, error=0.3 * math.exp(ratio), probe_error=0.3, num_test=10**7
+                )
             )
     return made
 
 
-def test_the_fit_recovers_the_table_behind_the_runs() -> None:
+def test_the_fit_recovers_the_table_behind_the_runs(fit_rule: ModuleType) -> None:
     truth = {"lora": (0.1, -0.3, -0.5, -1.2), "full": (0.9, 0.0, 0.1, -1.5)}
     rng = np.random.default_rng(0)
     regimes = [
         DataRegime(images_per_class=float(10 ** rng.uniform(1, 3)), similarity=float(rng.uniform())) for _ in range(400)
     ]
-    table, residual = fit_table(runs(truth, regimes, noise=0.2))
+    table, residual = fit_rule.fit_table(runs(fit_rule, truth, regimes, noise=0.2))
     for name, row in truth.items():
         np.testing.assert_allclose(table[name], row, atol=0.1)
     assert residual == pytest.approx(0.2, abs=0.03)
-    assert table["last_layers"] == PRIOR["last_layers"]  # it has no runs
+    assert table["last_layers"] == fit_rule.PRIOR["last_layers"]  # it has no runs
 
 
-def test_a_corner_without_runs_keeps_its_prior() -> None:
+def test_a_corner_without_runs_keeps_its_prior(fit_rule: ModuleType) -> None:
     truth = {"full": (1.5, 1.5, 1.5, 1.5)}
-    table, _ = fit_table(runs(truth, [REGIMES["little, similar"]] * 50, noise=0.0))
+    table, _ = fit_rule.fit_table(runs(fit_rule, truth, [REGIMES["little, similar"]] * 50, noise=0.0))
     assert table["full"][0] == pytest.approx(1.5, abs=0.05)
-    assert table["full"][1:] == pytest.approx(PRIOR["full"][1:])
-    assert fit_table([])[0] == PRIOR
+    assert table["full"][1:] == pytest.approx(fit_rule.PRIOR["full"][1:])
+    assert fit_rule.fit_table([])[0] == fit_rule.PRIOR
 
 
-def test_an_error_of_zero_has_a_finite_log_ratio() -> None:
-    run = BenchmarkRun(strategy="full", regime=REGIMES["much, similar"], error=0.0, probe_error=0.1, num_test=100)
+def test_an_error_of_zero_has_a_finite_log_ratio(fit_rule: ModuleType) -> None:
+    run = fit_rule.BenchmarkRun(
+        strategy="full", regime=REGIMES["much, similar"], error=0.0, probe_error=0.1, num_test=100
+    )
     assert run.log_ratio == pytest.approx(math.log(0.005 / 0.105))

@@ -4,13 +4,12 @@
 
 r is interpolated in the strategy's row of TABLE between four corners: from little data (10 images per class) to much (1,000),
 on a log scale, and from different to similar. The probe's error is measured on the data; only the ratio is an expectation.
-TABLE comes from `fit_table` on benchmark runs (`benchmarks/advise.py`), which shrinks towards PRIOR at corners with few runs.
+TABLE is fitted to benchmark runs by `benchmarks/fit_rule.py`.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,18 +22,6 @@ LITTLE, MUCH = 10.0, 1000.0  # images per class at the corners; the boundary is 
 Table = Mapping[str, tuple[float, float, float, float]]
 """Strategy -> log(its error / the probe's error) at each of CORNERS."""
 
-PRIOR: Table = {
-    "last_layers": (0.0, -0.1, -0.2, -0.5),
-    "lora": (0.0, -0.2, -0.3, -0.8),
-    "probe_then_full": (0.0, -0.2, -0.4, -1.0),
-    "full": (0.7, -0.1, 0.2, -1.0),
-}
-"""What we expect before any run of ours. Fine-tuning from a probe is kept only if it validates better, so it loses little.
-VTAB-1k (arXiv 2409.16434; 1,000 images per task, most unlike ImageNet): LoRA has 0.63 of the probe's error, untuned full
-fine-tuning 0.8 to 1.0. With few images, an untrained head costs more than fine-tuning gains (arXiv 2202.10054)."""
-PRIOR_RESIDUAL = 0.45
-PRIOR_WEIGHT = 2.0  # PRIOR counts as this many benchmark runs at each corner
-
 TABLE: Table = {
     "last_layers": (0.03, -0.06, 0.06, -0.36),
     "lora": (0.05, -0.17, -0.12, -0.91),
@@ -42,7 +29,7 @@ TABLE: Table = {
     "full": (0.68, -0.17, -0.46, -1.52),
 }
 """Made by `python benchmarks/advise.py fit --out benchmarks/results/advise.jsonl`: 24 cells (3 data sets, 2 checkpoints, 10 and
-50 images per class, 2 seeds). Few of these runs lie near the corners with much data, so PRIOR dominates there."""
+50 images per class, 2 seeds). Few runs lie near the corners with much data, so the prior dominates there."""
 RESIDUAL = 0.33  # standard deviation of a run's log error ratio around the table
 WORTH = 0.005  # a costlier strategy must promise at least this much more accuracy than a cheaper one
 
@@ -94,23 +81,6 @@ class DataRegime:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkRun:
-    """One fine-tuning run, compared with the probe on the same `num_test` images."""
-
-    strategy: str
-    regime: DataRegime
-    error: float  # share of the test images
-    probe_error: float
-    num_test: int
-
-    @property
-    def log_ratio(self) -> float:
-        """Log of error / probe error; half an image is added to both, so that it is finite."""
-        half = 0.5 / self.num_test
-        return math.log((self.error + half) / (self.probe_error + half))
-
-
 def expect_log_ratio(strategy: str, regime: DataRegime, table: Table = TABLE) -> float:
     """Returns the expected r of a strategy in a regime; 0 for the probe."""
     return 0.0 if strategy == "linear_probe" else float(regime.weights @ np.array(table[strategy]))
@@ -150,40 +120,3 @@ def choose(accuracies: Mapping[str, float], seconds: Mapping[str, float], *, bud
         return min(accuracies, key=lambda s: seconds[s])
     best = max(accuracies[s] for s in fitting)
     return min((s for s in fitting if accuracies[s] >= best - WORTH), key=lambda s: seconds[s])
-
-
-def choose_by_textbook(regime: DataRegime) -> str:
-    """Returns the strategy of the classical table; in its trouble cell a linear classifier, as courses recommend."""
-    by_cell: Mapping[str, Literal["linear_probe", "last_layers", "full"]] = {
-        "little, similar": "linear_probe",
-        "much, similar": "last_layers",
-        "little, different": "linear_probe",
-        "much, different": "full",
-    }
-    return by_cell[regime.cell]
-
-
-def fit_table(
-    runs: Sequence[BenchmarkRun], *, prior: Table = PRIOR, prior_weight: float = PRIOR_WEIGHT
-) -> tuple[Table, float]:
-    """Returns the table that fits the runs best, and the standard deviation of the residuals.
-
-    Ridge regression of log error ratios on the corners' weights: `prior` counts as `prior_weight` runs at each corner, so a
-    corner without nearby runs keeps its prior.
-    """
-    table: dict[str, tuple[float, float, float, float]] = {}
-    residuals: list[float] = []
-    for strategy in prior:
-        mine = [run for run in runs if run.strategy == strategy]
-        start = np.array(prior[strategy])
-        if not mine:
-            table[strategy] = prior[strategy]
-            continue
-        w = np.stack([run.regime.weights for run in mine])
-        beyond = np.array([run.log_ratio for run in mine]) - w @ start
-        row = start + np.linalg.solve(w.T @ w + prior_weight * np.eye(4), w.T @ beyond)
-        a, b, c, d = (float(v) for v in row)
-        table[strategy] = (a, b, c, d)
-        residuals += [run.log_ratio - float(run.regime.weights @ row) for run in mine]
-    # One more residual, PRIOR_RESIDUAL, stands for what we expected before any run.
-    return table, math.sqrt((sum(e * e for e in residuals) + PRIOR_RESIDUAL**2) / (len(residuals) + 1))
