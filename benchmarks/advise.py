@@ -290,11 +290,11 @@ def overhead(given: argparse.Namespace) -> None:
 
     from hf_transfer.choosing.advise import advise
     from hf_transfer.config import TrainConfig
-    from hf_transfer.data.cache import clear_caches
+    from hf_transfer.prefix.cache import clear_caches
     from hf_transfer.data.dataset import load_data
-    from hf_transfer.data.extract import sweep
+    from hf_transfer.prefix.extract import sweep
     from hf_transfer.data.options import ExtractOptions
-    from hf_transfer.data.pixels import EvaluationImages
+    from hf_transfer.prefix.pixels import EvaluationImages
     from hf_transfer.network.backbone import load
     from hf_transfer.network.forward import compute_logits
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from hf_transfer import load, load_data
 from hf_transfer.config import DataConfig
 from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages
+from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import mean_interval, read_outcomes
 

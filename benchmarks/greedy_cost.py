@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_transfer.data.extract import use_fast_layout
+from hf_transfer.prefix.extract import use_fast_layout
 from hf_transfer.network.freezing import set_modes, set_trainable
 from hf_transfer.network.greedy import GreedyStack
 from hf_transfer.network.growing import grow_blocks

@@ -24,12 +24,12 @@ from hf_transfer.choosing.strategies import carry_out, without_test
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages
+from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.training import loop
-from hf_transfer.training.costs import Costs
+from hf_transfer.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import rank_score
 from hf_transfer.training.probe import fit_probe

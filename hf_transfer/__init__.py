@@ -31,7 +31,7 @@ _HOME_OF = {
     "train": "training.phase",
 }
 
-__all__ = [*_HOME_OF, *strategy_names()]  # noqa: PLE0604 - strategies are files
+__all__ = [*_HOME_OF, *strategy_names()]
 
 
 def _refuse_old_hf_transfer() -> None:

@@ -11,30 +11,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, DataConfig, RunConfig, list_settings, replace_settings
+from hf_transfer.config import (
+    EMBEDDED_CHECKPOINT,
+    AdapterConfig,
+    DataConfig,
+    RunConfig,
+    list_settings,
+    replace_settings,
+)
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.strategy import default_config, strategy_names
 
-TRAIN = """Train with a strategy: `hf-transfer train NAME --help` shows its settings. `accelerate launch -m hf_transfer train NAME` runs it
-on several processes."""
-INSPECT = """Print the chain of a checkpoint: its layers in order, with parameters, activation shape, bytes per image in the cache
-and share of the FLOPs; then what each strategy would train, where it cuts, and what it would store. With --adapter: the modules
-that adapters would be added to, and how many parameters they train."""
-CACHE = """List or remove stored activations. A cache is never stale: its name is a hash of the network, the preprocessing and the
-images it was made from. The least recently used ones are evicted when the limit (--cache_gb) is reached."""
-PREDICT = """Print the most likely labels of image files, or of all images in folders. The model is any image classifier that transformers
-or timm loads, or an adapter: the model/ folder of a run, or a Hub id. With --adapter, once or more, the model is the base of those
-adapters: it is loaded once, and each adapter predicts in turn."""
-EVALUATE = """Print the metrics of a saved model, with its own head, on a labeled data set: accuracy and more, with 95 % intervals. Classes
-are matched by name."""
-PUBLISH = """Push the model of a finished run to the Hub, in one commit, after a fresh process has loaded it and reproduced the trained
-network's outputs. An adapter is merged into its base first, unless --adapter. A failed push loses nothing: repeat the command. The
-token comes from `hf auth login` or HF_TOKEN."""
-ADVISE = """Say which strategy suits a data set and a checkpoint, before training: one pass of the frozen network over the training images,
-whose features the following run reuses. With --measure: short runs of the leading strategies too."""
-RANK = """Compare checkpoints on a data set: one pass of each over (a sample of) the training images, then a cross-validated probe and nearest
-neighbors. The table is sorted by the probe."""
+TRAIN = """Train with a strategy: `hf-transfer train NAME --help` shows its settings. `accelerate launch -m hf_transfer train
+NAME` runs it on several processes.
+"""
+INSPECT = """Print the chain of a checkpoint: its layers in order, with parameters, activation shape, bytes per image in the
+cache and share of the FLOPs; then what each strategy would train, where it cuts, and what it would store. With --adapter: the
+modules that adapters would be added to, and how many parameters they train.
+"""
+CACHE = """List or remove stored activations. A cache is never stale: its name is a hash of the network, the preprocessing and
+the images it was made from. The least recently used ones are evicted when the limit (--cache_gb) is reached.
+"""
+PREDICT = """Print the most likely labels of image files, or of all images in folders. The model is any image classifier that
+transformers or timm loads, or an adapter: the model/ folder of a run, or a Hub id. With --adapter, once or more, the model is
+the base of those adapters: it is loaded once, and each adapter predicts in turn.
+"""
+EVALUATE = """Print the metrics of a saved model, with its own head, on a labeled data set: accuracy and more, with 95 %
+intervals. Classes are matched by name.
+"""
+PUBLISH = """Push the model of a finished run to the Hub, in one commit, after a fresh process has loaded it and reproduced the
+trained network's outputs. An adapter is merged into its base first, unless --adapter. A failed push loses nothing: repeat the
+command. The token comes from `hf auth login` or HF_TOKEN.
+"""
+ADVISE = """Say which strategy suits a data set and a checkpoint, before training: one pass of the frozen network over the
+training images, whose features the following run reuses. With --measure: short runs of the leading strategies too.
+"""
+RANK = """Compare checkpoints on a data set: one pass of each over (a sample of) the training images, then a cross-validated
+probe and nearest neighbors. The table is sorted by the probe.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,8 +241,12 @@ def _publish(given: argparse.Namespace) -> str:
 
 
 def _add_advise(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--measure", action="store_true", help="short runs of the leading strategies, on validation images")
-    parser.add_argument("--budget_s", type=float, metavar="S", help="seconds for --measure; without it, for the whole run")
+    parser.add_argument(
+        "--measure", action="store_true", help="short runs of the leading strategies, on validation images"
+    )
+    parser.add_argument(
+        "--budget_s", type=float, metavar="S", help="seconds for --measure; without it, for the whole run"
+    )
     _add_json(parser)
     _add_run_settings(parser, ("data", "model", "compute", "optimization", "augmentation", "training"))
 
@@ -287,7 +306,9 @@ def _run_config(given: argparse.Namespace) -> RunConfig:
 def _given(given: argparse.Namespace, config: Any) -> dict[str, Any]:
     """The settings of `config` that the command line gives a value."""
     values = {name: getattr(given, name, None) for name in list_settings(config)}
-    return {name: value for name, value in values.items() if value is not None and name != "budget_s" and name != "measure"}
+    return {
+        name: value for name, value in values.items() if value is not None and name != "budget_s" and name != "measure"
+    }
 
 
 COMMANDS = {
@@ -298,9 +319,7 @@ COMMANDS = {
         add_flags=_add_advise,
         run=_advise,
     ),
-    "rank": Command(
-        summary="compare checkpoints on a data set", description=RANK, add_flags=_add_rank, run=_rank
-    ),
+    "rank": Command(summary="compare checkpoints on a data set", description=RANK, add_flags=_add_rank, run=_rank),
     "inspect": Command(
         summary="print a checkpoint's layers and what each strategy costs",
         description=INSPECT,
@@ -322,9 +341,7 @@ COMMANDS = {
         add_flags=_add_publish,
         run=_publish,
     ),
-    "cache": Command(
-        summary="list or remove stored activations", description=CACHE, add_flags=_add_cache, run=_cache
-    ),
+    "cache": Command(summary="list or remove stored activations", description=CACHE, add_flags=_add_cache, run=_cache),
 }
 
 if __name__ == "__main__":

@@ -36,6 +36,24 @@ def flag(default: Any, help: str, *, name: str | None = None) -> Any:  # noqa: A
     return field(default=default, metadata={"help": help, "flag": name})
 
 
+def _check_range(config: Any, **lowest: float) -> None:
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"{name}={value}: choose {low} or more")
+
+
+def _check_below_one(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: choose 0 <= {name} < 1")
+
+
+def _check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
+    if getattr(config, name) not in allowed:
+        raise ValueError(f"{name}={getattr(config, name)!r}: choose {' or '.join(map(repr, allowed))}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which images, which labels, which splits, and the seed."""
@@ -90,7 +108,8 @@ class ModelConfig:
 
     checkpoint: str = flag(
         EMBEDDED_CHECKPOINT,
-        "Hub id (owner/name[@revision]), a local folder in Hub layout, or `embedded`: a tiny network that ships with the package",
+        "Hub id (owner/name[@revision]), a local folder in Hub layout, or `embedded`: a tiny network that ships with the "
+        "package",
     )
     base_model: str | None = flag(None, "upstream Hub id to record if a local checkpoint folder does not state it")
     trust_remote_code: bool = flag(False, "run Python code that comes with the checkpoint")
@@ -101,9 +120,7 @@ class ComputeConfig:
     """What a run may use of the machine."""
 
     batch_size: int = flag(32, "images per batch and process")
-    num_workers: int = flag(
-        0, "threads per process that decode images and, on a CPU, run the network; 0: one per core"
-    )
+    num_workers: int = flag(0, "threads per process that decode images and, on a CPU, run the network; 0: one per core")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto", "arithmetic of the frozen prefix and of training; auto: what `accelerate launch` says, else fp32"
     )
@@ -151,7 +168,9 @@ class OptimizerConfig:
     lr: float = flag(2e-4, "peak learning rate of the last layer below the head")
     head_lr: float | None = flag(None, "peak learning rate of the head; default: lr")
     layer_decay: float = flag(0.85, "each layer's learning rate is this times the next layer's")
-    weight_decay: float = flag(0.05, "for matrices and kernels only; norms, biases, tokens and position embeddings get none")
+    weight_decay: float = flag(
+        0.05, "for matrices and kernels only; norms, biases, tokens and position embeddings get none"
+    )
     lr_scheduler_type: SchedulerName = flag("cosine", "learning rate schedule after the warm-up")
     warmup_ratio: float = flag(0.1, "share of a phase's steps in which the learning rate rises")
     momentum: float = 0.9  # of SGD
@@ -180,7 +199,8 @@ class AugmentationConfig:
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "further random operations")
     randaugment_magnitude: int = flag(9, "magnitude of RandAugment, 0 to 30")
     min_resolution_px: int = flag(
-        0, "shrink each training image to a random side of at least this and enlarge it again, to prepare for coarse images; 0: never"
+        0,
+        "shrink each training image to a random side of at least this, then enlarge it, to prepare for coarse images; 0: never",
     )
     random_erasing: float = flag(0.0, "probability of erasing a random box of the image")
     mixup: float = flag(0.0, "alpha of the Beta distribution for mixup; 0: none")
@@ -201,7 +221,9 @@ class AugmentationConfig:
                 f"randaugment_magnitude={self.randaugment_magnitude}: choose a whole number from 0 to {MAX_MAGNITUDE}"
             )
         if self.min_resolution_px < 0:
-            raise ValueError(f"min_resolution_px={self.min_resolution_px}: choose a whole number, such as 8, or 0 for never")
+            raise ValueError(
+                f"min_resolution_px={self.min_resolution_px}: choose a whole number, such as 8, or 0 for never"
+            )
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: a Beta distribution's alpha; choose 0 (none) or more")
@@ -223,12 +245,15 @@ class TrainingConfig:
     freeze_batchnorm: bool = flag(
         True, "BatchNorm uses the checkpoint's running statistics; off: each batch's, and the running ones move"
     )
-    ema_decay: float = flag(0.98, "decay of the exponential moving average of the weights, which is what is kept; 0: off")
+    ema_decay: float = flag(
+        0.98, "decay of the exponential moving average of the weights, which is what is kept; 0: off"
+    )
     select_by: SelectBy = flag(
         "accuracy", "validation metric; the last epoch that is not worse than the best, beyond chance, is kept"
     )
     wise_ft: bool = flag(
-        False, "at the end, keep the best validated weights on the line from the start (with the probe as head) to the fine-tuned ones"
+        False,
+        "at the end, keep the weights between the start (with the probe as head) and the fine-tuned ones that validate best",
     )
     early_stopping_patience: int = flag(0, "stop after this many epochs without a better validation score; 0: never")
     train_side_px: int = flag(
@@ -238,8 +263,8 @@ class TrainingConfig:
     )
     cache_views: int = flag(
         1,
-        "with a frozen prefix: 1 stores each image as in evaluation, V > 1 stores V augmented views, 0 augments in every epoch and "
-        "runs the prefix each time",
+        "with a frozen prefix: 1 stores each image as in evaluation, V > 1 stores V augmented views, 0 augments in every epoch "
+        "and runs the prefix each time",
     )
     compile: bool = flag(False, "torch.compile the trained part: slow to start, faster steps on a GPU")
     gradient_checkpointing: bool = flag(False, "recompute activations of the trained part to save memory")
@@ -274,8 +299,8 @@ class AdapterConfig:
     alpha: float | None = flag(None, "an adapter's output is scaled by alpha / rank; default: rank")
     targets: str = flag(
         "auto",
-        "attention, mlp (the other maps of single positions), all (of the layers between stem and head), or a regular expression "
-        "searched in module names; auto: attention if there is any, else all",
+        "attention, mlp (the other maps of single positions), all (of the layers between stem and head), or a regular "
+        "expression searched in module names; auto: attention if there is any, else all",
     )
     layers: str = flag("all", "all, or last:K to leave the layers below unchanged", name="adapter_layers")
 
@@ -289,7 +314,9 @@ class AdapterConfig:
         if self.method == "ia3" and (self.rank is not None or self.alpha is not None):
             raise ValueError(f"rank={self.rank}, alpha={self.alpha}: ia3 has neither; leave them out")
         if self.layers != "all" and not re.fullmatch(r"last:[1-9]\d*", self.layers):
-            raise ValueError(f"adapter_layers={self.layers!r}: choose all, or last:K with K of 1 or more, such as last:4")
+            raise ValueError(
+                f"adapter_layers={self.layers!r}: choose all, or last:K with K of 1 or more, such as last:4"
+            )
         try:
             re.compile(self.targets)
         except re.error as error:
@@ -424,7 +451,8 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
     "label_smoothing_factor": "label_smoothing", "model_ema_decay": "ema_decay", "metric_for_best_model": "select_by",
     "amp": "precision", "amp_dtype": "precision", "bf16": "precision", "fp16": "precision", "mixed_precision": "precision",
     "dtype": "precision", "torch_dtype": "precision", "workers": "num_workers", "dataloader_num_workers": "num_workers",
-    "num_threads": "num_workers", "torchcompile": "compile", "torch_compile": "compile", "grad_checkpointing": "gradient_checkpointing",
+    "num_threads": "num_workers", "torchcompile": "compile", "torch_compile": "compile",
+    "grad_checkpointing": "gradient_checkpointing",
     "scale": "crop_scale", "flip": "hflip", "colour": "color_jitter", "aa": "auto_augment", "reprob": "random_erasing",
     "erase": "random_erasing", "magnitude": "randaugment_magnitude", "least_side_px": "min_resolution_px",
     "report_to": "tracker", "log_wandb": "tracker", "resume_from_checkpoint": "resume", "save_steps": "save_every",
@@ -481,21 +509,3 @@ def _scalar(hint: Any) -> tuple[tuple[str, ...], type]:
     if isinstance(hint, types.UnionType):
         return _scalar(next(a for a in typing.get_args(hint) if a is not type(None)))
     return (), hint
-
-
-def _check_range(config: Any, **lowest: float) -> None:
-    for name, low in lowest.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value < math.inf:
-            raise ValueError(f"{name}={value}: choose {low} or more")
-
-
-def _check_below_one(config: Any, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)}: choose 0 <= {name} < 1")
-
-
-def _check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    if getattr(config, name) not in allowed:
-        raise ValueError(f"{name}={getattr(config, name)!r}: choose {' or '.join(map(repr, allowed))}")

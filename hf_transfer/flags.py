@@ -2,8 +2,8 @@
 
     config = parse("lora", description=__doc__)
 
-A mistake ends the program with status 2 and one line that says what is allowed. Only this module and the strategy's own file are
-imported, so `--help` is fast.
+A mistake ends the program with status 2 and one line that says what is allowed. Only this module and the strategy's own file
+are imported, so `--help` is fast.
 """
 
 import argparse
@@ -15,7 +15,15 @@ from hf_transfer.config import RunConfig, Setting, list_settings, replace_settin
 from hf_transfer.locations import find_recipe
 from hf_transfer.strategy import default_config
 
-ESSENTIAL = ("checkpoint", "dataset", "output_dir", "epochs", "lr", "images_per_class", "seed")  # the first five are shown
+ESSENTIAL = (
+    "checkpoint",
+    "dataset",
+    "output_dir",
+    "epochs",
+    "lr",
+    "images_per_class",
+    "seed",
+)  # the first five are shown
 NUM_ESSENTIAL = 5
 GROUPS: Mapping[str, str] = {  # nested config -> title, in the order of `--help`
     "strategy": "this strategy",
@@ -34,9 +42,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            **{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
-        )
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2."""

@@ -86,13 +86,11 @@ class Run:
         """The plain timm or transformers model."""
         return self.backbone.model
 
-    def predict(
-        self, images: Any, *, top_k: int = 5, batch_size: int = 32
-    ) -> list[Prediction]:
+    def predict(self, images: Any, *, top_k: int = 5, batch_size: int = 32) -> list[Prediction]:
         """The `top_k` most likely labels of each image.
 
-        images: a file, a folder, a PIL image, a uint8 array (H, W, 3), or a list of these. Raises ValueError for a path that does
-        not exist, and BadImageError for an image that cannot be read.
+        images: a file, a folder, a PIL image, a uint8 array (H, W, 3), or a list of these. Raises ValueError for a path that
+        does not exist, and BadImageError for an image that cannot be read.
         """
         given = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         inputs: list[Any] = []

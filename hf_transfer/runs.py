@@ -22,15 +22,22 @@ from hf_transfer.training.records import RunResult
 
 log = logging.getLogger("hf_transfer")
 
-CHATTY = ("httpx", "httpx2", "timm", "datasets", "transformers", "evaluate")  # libraries that log what users cannot act on
+CHATTY = (
+    "httpx",
+    "httpx2",
+    "timm",
+    "datasets",
+    "transformers",
+    "evaluate",
+)  # libraries that log what users cannot act on
 MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in accelerate's words
 
 
 def open_session(config: RunConfig) -> Session:
     """Processes, seeds and log, config.yaml, then the data and the network: cheap checks come before the download.
 
-    Raises ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was asked
-    for would be refused.
+    Raises ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was
+    asked for would be refused.
     """
     output_dir = Path(config.output.output_dir)
     accelerator = Accelerator(**accelerator_options(config, output_dir))

@@ -34,7 +34,7 @@ from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.methods import METHODS, Adapter, find_kind
 from hf_transfer.network.targets import find_targets
 from hf_transfer.training.checkpoints import save_state
-from hf_transfer.training.costs import Costs
+from hf_transfer.costs import Costs
 from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Phase, optimization_of
 from hf_transfer.training.plan import run_plan

@@ -32,7 +32,7 @@ from hf_transfer.cli import main
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
-from hf_transfer.training.costs import Costs
+from hf_transfer.costs import Costs
 from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phases import KEPT_START
 from tests.families import built

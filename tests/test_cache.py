@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from hf_transfer.data import cache
-from hf_transfer.data.cache import Ranks, Storage, cached, choose_storage, clear_caches, key_of, list_caches
-from hf_transfer.data.store import Array, Store
+from hf_transfer.prefix.cache import Ranks, Storage, cached, choose_storage, clear_caches, key_of, list_caches
+from hf_transfer.prefix.store import Array, Store
 
 DISK = Storage(kind="disk", reason="a test")
 MEMORY = Storage(kind="memory", reason="a test")

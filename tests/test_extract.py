@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from PIL import Image
 
 from hf_transfer.config import DataConfig
-from hf_transfer.data.cache import clear_caches, list_caches
+from hf_transfer.prefix.cache import clear_caches, list_caches
 from hf_transfer.data.dataset import load_data
-from hf_transfer.data.extract import Tap, extract, read_pixels, tap_activation
+from hf_transfer.prefix.extract import Tap, extract, read_pixels, tap_activation
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages
+from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain

@@ -22,11 +22,11 @@ from torch import nn
 
 from hf_transfer.choosing.rank import rank
 from hf_transfer.config import DataConfig, TrainConfig
-from hf_transfer.data.cache import list_caches
+from hf_transfer.prefix.cache import list_caches
 from hf_transfer.data.dataset import load_data
-from hf_transfer.data.extract import Extracted, StoredActivations, extract, extract_images, tap_activation
+from hf_transfer.prefix.extract import Extracted, StoredActivations, extract, extract_images, tap_activation
 from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages, store_evaluation_pixels
+from hf_transfer.prefix.pixels import EvaluationImages, store_evaluation_pixels
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import cache_dir
 from hf_transfer.network.adapters import add_adapters

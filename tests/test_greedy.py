@@ -22,7 +22,7 @@ from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.greedy import GreedyStack, layout_of, plan_head
 from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on, read_numbers
-from hf_transfer.training.costs import Costs
+from hf_transfer.costs import Costs
 from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.stages import Grown, count_stage_flops, ensemble, find_best_depth, finish, grow
 from tests.families import FAMILIES, make_pixels

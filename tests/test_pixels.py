@@ -12,7 +12,7 @@ from hf_transfer.config import DataConfig
 from hf_transfer.data.augment import AugmentationConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import (
+from hf_transfer.prefix.pixels import (
     EvaluationImages,
     default_side_px,
     store_evaluation_pixels,

@@ -23,7 +23,7 @@ from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import FrozenChangedError
 from hf_transfer.network.policies import Policy, full, last
-from hf_transfer.training.costs import Costs
+from hf_transfer.costs import Costs
 from hf_transfer.training.loop import is_kept
 from hf_transfer.training.optim import Optimization
 from hf_transfer.training.outcome import Outcome

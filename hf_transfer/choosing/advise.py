@@ -216,9 +216,7 @@ def _score_depths(
     return tuple(scores)
 
 
-def _estimate_strategy(
-    strategy: Strategy, regime: DataRegime, probe: CrossValidation, pricing: Pricing
-) -> Estimate:
+def _estimate_strategy(strategy: Strategy, regime: DataRegime, probe: CrossValidation, pricing: Pricing) -> Estimate:
     name = strategy.name
     accuracy, low, high = expect_accuracy(name, regime, (probe.accuracy, *probe.interval))
     cost: Price | None = strategy.price(pricing)

@@ -15,7 +15,7 @@ NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "outpu
 
 
 def find_candidates(session: Session) -> dict[str, Strategy]:
-    """Every strategy of the rule, cheapest first, with what the session's own strategy was told that differs from its defaults."""
+    """Every strategy of the rule, cheapest first, with the settings that were changed in the session's own strategy."""
     own = session.config.strategy
     changed = changed_settings(own, type(own)())
     candidates = {name: _inherit(get_strategy(name)(), changed) for name in STRATEGIES}

@@ -4,7 +4,7 @@ The recipes make the same pass under the same cache keys, so a run that follows 
 features (means over positions at a few depths) need no second pass. Test images are not read.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np

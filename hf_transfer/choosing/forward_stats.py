@@ -13,8 +13,8 @@ from torch import nn
 
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.prefix.extract import sweep
 from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.prefix.sweep import sweep
 from hf_transfer.session import Session
 
 MAX_IMAGES = 32

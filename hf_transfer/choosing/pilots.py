@@ -6,7 +6,7 @@ or the time is spent. Each run is the recipe's own with fewer epochs; the runs s
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from accelerate.utils import broadcast_object_list
@@ -51,9 +51,7 @@ def run_pilots(
         for name in list(left):
             remaining = budget_s - agree(time.perf_counter() - started)
             previous = next((p for p in reversed(pilots) if p.strategy == name), None)
-            per_epoch = (
-                full_run_seconds[name] / full_epochs if previous is None else previous.seconds / previous.epochs
-            )
+            per_epoch = full_run_seconds[name] / full_epochs if previous is None else previous.seconds / previous.epochs
             if per_epoch * epochs > remaining:
                 left.remove(name)
                 log.info(
@@ -95,9 +93,7 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
 
 def _shorten(strategy: Strategy, epochs: int) -> Strategy:
     assert isinstance(strategy, GradientConfig)
-    training = replace(
-        strategy.training, epochs=max(1, epochs), resume=False, early_stopping_patience=0, wise_ft=False
-    )
+    training = replace(strategy.training, epochs=max(1, epochs), resume=False, early_stopping_patience=0, wise_ft=False)
     return replace(strategy, training=training)
 
 

@@ -1,23 +1,20 @@
 """Metrics of a saved classifier on a labeled dataset."""
 
-from typing import Any
-
 import numpy as np
 from accelerate import Accelerator
 
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.data.pixels import EvaluationImages
 from hf_transfer.inference.predict import load_saved
+from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.prefix.resources import Resources
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import score
+from hf_transfer.training.records import Metrics
 
 
-def evaluate(
-    checkpoint: str, data: DataConfig, *, split: str = "test", trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Metrics (see `training.metrics.score`) of a saved model, with its own head, on one split of a labeled dataset.
+def evaluate(checkpoint: str, data: DataConfig, *, split: str = "test", trust_remote_code: bool = False) -> Metrics:
+    """Metrics of a saved model, with its own head, on one split of a labeled dataset.
 
     Classes are matched to the model's by name; the dataset may have fewer, in any order. Raises ValueError for a split that
     the dataset does not have, and for a class that the model does not know.
@@ -38,7 +35,6 @@ def evaluate(
         backbone.chain(),
         EvaluationImages(split=chosen, preprocessing=backbone.preprocessing),
         class_of[chosen.labels],
-        accelerator=Accelerator(),
-        options=ExtractOptions(),
+        Resources(accelerator=Accelerator()),
     )
     return score(logits, labels, backbone.label_names, seed=data.seed)

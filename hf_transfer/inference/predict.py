@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_transfer.data.extract import read_pixels, use_fast_layout
 from hf_transfer.data.images import IMAGE_SUFFIXES, BadImageError, read_image
 from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
+from hf_transfer.prefix.sweep import read_pixels, use_fast_layout
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 
@@ -119,11 +119,11 @@ def predict(
     *,
     top_k: int = 5,
     batch_size: int = 32,
-    num_threads: int = 0,
+    num_workers: int = 0,
 ) -> list[Prediction]:
     """The `top_k` most likely labels of each image, in the order of `images`.
 
-    An image is a path, a PIL image or a uint8 array (H, W, 3) in RGB; sizes may differ. `num_threads` decode (0: one per
+    An image is a path, a PIL image or a uint8 array (H, W, 3) in RGB; sizes may differ. `num_workers` threads decode (0: one per
     core). Moves the model to the accelerator's device and into eval mode. Raises BadImageError, naming the image, for one
     that cannot be read, and ValueError for top_k or batch_size below 1.
 
@@ -136,7 +136,7 @@ def predict(
     use_fast_layout(model)
     inputs = _Inputs(images=images, preprocessing=backbone.preprocessing)
     predictions: list[Prediction] = []
-    for pixels in read_pixels(inputs, np.arange(len(inputs)), batch_size=batch_size, num_threads=num_threads):
+    for pixels in read_pixels(inputs, np.arange(len(inputs)), batch_size=batch_size, num_workers=num_workers):
         with torch.inference_mode():
             batch = backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device))
             probabilities, classes = compute_logits(model, batch).float().softmax(1).sort(1, descending=True)

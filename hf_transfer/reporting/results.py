@@ -98,7 +98,9 @@ def _describe_phase(phase: PhaseResult) -> dict[str, Any]:
 def _describe_details(session: Session, result: RunResult) -> dict[str, Any]:
     strategy = session.config.strategy
     augmentation = to_json(strategy.augmentation) if isinstance(strategy, GradientConfig) else None
-    chosen = {} if result.choice is None else {"auto": to_json(result.choice) | {"reason": describe_choice(result.choice)}}
+    chosen = (
+        {} if result.choice is None else {"auto": to_json(result.choice) | {"reason": describe_choice(result.choice)}}
+    )
     return {
         **to_json(result.details),
         **chosen,

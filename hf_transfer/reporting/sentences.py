@@ -34,7 +34,9 @@ def describe_choice(choice: AutoChoice) -> str:
     if choice.verdict is Verdict.NO_EPOCH_BETTER:
         return f"kept linear_probe: no epoch of {choice.advised} beat the probe it started from beyond chance"
     assert choice.tuned is not None
-    accuracies = f"{100 * choice.tuned.accuracy:.1f} % for {choice.advised}, {100 * choice.probe.accuracy:.1f} % for the probe"
+    accuracies = (
+        f"{100 * choice.tuned.accuracy:.1f} % for {choice.advised}, {100 * choice.probe.accuracy:.1f} % for the probe"
+    )
     error = "" if choice.standard_error is None else f", standard error {100 * choice.standard_error:.1f} points"
     return f"kept {choice.kept}: validation accuracy is {accuracies}{error}"
 
@@ -46,7 +48,11 @@ def _describe_solution(phase: PhaseResult) -> str:
         f"{phase.policy}: logistic regression on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
         "everything else frozen"
     )
-    return f"{sentence}; fitted on validation images too, since no gradient step was better" if phase.refitted else sentence
+    return (
+        f"{sentence}; fitted on validation images too, since no gradient step was better"
+        if phase.refitted
+        else sentence
+    )
 
 
 def _describe_steps(phase: PhaseResult) -> str:

@@ -25,9 +25,7 @@ class Gradual(GradientStrategy):
 
     def __post_init__(self) -> None:
         if self.phases < 2 or self.phase_epochs < 1:
-            raise ValueError(
-                f"phases={self.phases}, phase_epochs={self.phase_epochs}: choose 2 or more, and 1 or more"
-            )
+            raise ValueError(f"phases={self.phases}, phase_epochs={self.phase_epochs}: choose 2 or more, and 1 or more")
 
     def plan(self, session: "Session") -> "Plan":
         """The head, then more and more layers."""

@@ -1,10 +1,10 @@
 """Greedy supervised pretraining: stack and train layers one at a time, then all together (arXiv 1812.11446).
 
-New convolutional blocks (`--layers 4 --width 64`), the layers of an architecture (`--architecture resnet18`), or new blocks on a
-checkpoint's frozen layers (`--checkpoint ID --layers 2`). Each stage trains one layer with an auxiliary head on the stored
+New convolutional blocks (`--layers 4 --width 64`), the layers of an architecture (`--architecture resnet18`), or new blocks on
+a checkpoint's frozen layers (`--checkpoint ID --layers 2`). Each stage trains one layer with an auxiliary head on the stored
 activations of the layers below it (`--cache_views` augmented views per image; 0: fresh augmentation, and the layers below run
-again). `--architecture` gives a plain checkpoint of it; the others are transformers models whose code is saved beside the weights
-(`trust_remote_code=True`).
+again). `--architecture` gives a plain checkpoint of it; the others are transformers models whose code is saved beside the
+weights (`trust_remote_code=True`).
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,6 @@ from hf_transfer.strategy import GradientStrategy
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
     from hf_transfer.network.backbone import Backbone
-    from hf_transfer.network.greedy import GreedyStack
     from hf_transfer.session import Session
     from hf_transfer.training.records import RunResult
 
@@ -40,7 +39,9 @@ class GreedyStackStrategy(GradientStrategy):
     architecture: str | None = flag(
         None, "grow the layers of this timm architecture or transformers model type; none: new blocks"
     )
-    model_args: str | None = flag(None, """JSON object for the architecture's constructor, such as '{"stem_width": 8}'""")
+    model_args: str | None = flag(
+        None, """JSON object for the architecture's constructor, such as '{"stem_width": 8}'"""
+    )
     image_size_px: int = flag(32, "side of the square that a network without a checkpoint takes")
     layers: int | None = flag(None, "layers to grow; none: all of the architecture's, or three new blocks")
     block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer: on a checkpoint only")

@@ -33,7 +33,9 @@ class Pretrain(GradientStrategy):
 
     architecture: str = flag("test_resnet", "timm architecture or transformers model type; the default is a tiny one")
     image_size_px: int | None = flag(32, "side of the square that the network takes; none: the architecture's own")
-    model_args: str | None = flag(None, """JSON object for the architecture's constructor, such as '{"stem_width": 8}'""")
+    model_args: str | None = flag(
+        None, """JSON object for the architecture's constructor, such as '{"stem_width": 8}'"""
+    )
     training: TrainingConfig = field(default=TrainingConfig(epochs=30, freeze_batchnorm=False))
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3, layer_decay=1.0))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))

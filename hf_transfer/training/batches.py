@@ -46,7 +46,9 @@ def draw_steps(num_images: int, images_a_step: int, *, seed: int, epoch: int) ->
 def take_share(step: Rows, *, rank: int, num_ranks: int, accumulate: int) -> list[Rows]:
     """One process's batches in one step; none is empty. Raises ValueError for fewer images than processes."""
     if len(step) < num_ranks:
-        raise ValueError(f"a step of {len(step)} images cannot be shared by {num_ranks} processes: start fewer processes")
+        raise ValueError(
+            f"a step of {len(step)} images cannot be shared by {num_ranks} processes: start fewer processes"
+        )
     own = np.array_split(step, num_ranks)[rank]
     return np.array_split(own, min(accumulate, len(own)))
 

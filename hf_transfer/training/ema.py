@@ -26,7 +26,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Moves the averages towards the live tensors by 1 - min(decay, (1 + t) / (10 + t)); call it once per optimizer step."""
+        """Moves the averages towards the live tensors by 1 - min(decay, (1 + t) / (10 + t)); call it once per step."""
         self._check(named, "update")
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1

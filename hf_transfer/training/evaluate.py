@@ -10,10 +10,10 @@ from hf_transfer.data.splits import Split
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
-from hf_transfer.prefix.extract import sweep
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
+from hf_transfer.prefix.sweep import sweep
 from hf_transfer.session import Session
 from hf_transfer.training.metrics import gather_logits, score
 from hf_transfer.training.records import Metrics

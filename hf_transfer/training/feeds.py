@@ -109,9 +109,7 @@ def _begin_at(way: Sequence[Cut], before: PhaseData | None) -> tuple[int, Store 
     return names.index(before.cut.name), before.stored, before.activations
 
 
-def _walk(
-    session: Session, images: Images, way: Sequence[Cut], first: int, store: Store | None
-) -> tuple[Store, int]:
+def _walk(session: Session, images: Images, way: Sequence[Cut], first: int, store: Store | None) -> tuple[Store, int]:
     """The store at the end of the way, and how many images went through a part of the network for it."""
     passes, source = 0, images
     for i in range(first, len(way)):

@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.network.forward import eval_mode
+from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.session import Session
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits

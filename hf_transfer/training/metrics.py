@@ -42,7 +42,12 @@ class Outcomes:
         return np.asarray(self.predictions == self.labels)
 
     @property
-    def score(
+    def score(self) -> Score:
+        """Accuracy and log-loss."""
+        return Score(accuracy=float(self.hits.mean()), log_loss=-float(self.label_log_probabilities.mean()))
+
+
+def score(
     logits: NDArray[np.floating[Any]] | Tensor,
     labels: NDArray[np.integer[Any]] | Tensor,
     label_names: Sequence[str],

@@ -64,9 +64,7 @@ def is_decayed(model: nn.Module, name: str) -> bool:
 
 def make_optimizer(groups: list[dict[str, Any]], optimization: OptimizerConfig) -> torch.optim.Optimizer:
     """timm's optimizer of that name over the groups, each with its own learning rate and weight decay."""
-    return create_optimizer_v2(
-        groups, opt=optimization.optimizer, lr=optimization.lr, momentum=optimization.momentum
-    )
+    return create_optimizer_v2(groups, opt=optimization.optimizer, lr=optimization.lr, momentum=optimization.momentum)
 
 
 def lr_factor(step: int, total_steps: int, optimization: OptimizerConfig) -> float:

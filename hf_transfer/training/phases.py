@@ -13,7 +13,7 @@ from hf_transfer.config import to_settings
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import Audit
-from hf_transfer.prefix.extract import move_model, use_fast_layout
+from hf_transfer.prefix.sweep import move_model, use_fast_layout
 from hf_transfer.session import Session
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
@@ -71,9 +71,7 @@ def run_phases(
             break
         run.run_phase(number)
     run.audit.check()
-    return PhasesResult(
-        done=tuple(run.done), resumed=run.is_resumed, num_audited=len(run.audit), start=run.start
-    )
+    return PhasesResult(done=tuple(run.done), resumed=run.is_resumed, num_audited=len(run.audit), start=run.start)
 
 
 class _PlanRun:

@@ -12,7 +12,18 @@ from hf_transfer.training.feeds import make_phase_data
 from hf_transfer.training.loop import validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase
 from hf_transfer.training.phases import run_phases
-from hf_transfer.training.records import Curve, EpochRecord, Json, Kept, Line, Metrics, PhaseResult, RunResult, Score, to_json
+from hf_transfer.training.records import (
+    Curve,
+    EpochRecord,
+    Json,
+    Kept,
+    Line,
+    Metrics,
+    PhaseResult,
+    RunResult,
+    Score,
+    to_json,
+)
 from hf_transfer.training.solve import fit_head
 
 log = logging.getLogger(__name__)

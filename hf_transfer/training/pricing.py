@@ -1,8 +1,8 @@
 """What a strategy will cost, estimated from the network's measured speed before anything trains.
 
-Time is counted in forwards of the network: a backward costs twice the forward of what it goes through. Memory: weights, gradients,
-Adam's two moments, the moving average, the kept weights, and the activations that the backward of one batch needs, which are
-counted.
+Time is counted in forwards of the network: a backward costs twice the forward of what it goes through. Memory: weights,
+gradients, Adam's two moments, the moving average, the kept weights, and the activations that the backward of one batch needs,
+which are counted.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from hf_transfer.costs import anonymous_memory_bytes
-from hf_transfer.network.cut import Cut
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
 from hf_transfer.network.describe import count_flops
 from hf_transfer.network.policies import Policy
 from hf_transfer.session import Session

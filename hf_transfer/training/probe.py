@@ -80,6 +80,11 @@ class Probe:
     seconds: float
 
 
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
     """How a probe is chosen and fitted.
@@ -316,11 +321,6 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, c_grid: Sequence
         )
     if not c_grid or not all(0 < c < float("inf") for c in c_grid):
         raise ValueError(f"c_grid={list(c_grid)}: give values of C above 0")
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.readout import Readout, build_variant, find_readouts, read_features
-from hf_transfer.prefix.extract import Tap, extract, move_model, tap_activation
+from hf_transfer.prefix.extract import Tap, extract, tap_activation
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
+from hf_transfer.prefix.sweep import move_model
 from hf_transfer.session import Session
 from hf_transfer.training.evaluate import compute_stored_logits
 from hf_transfer.training.metrics import read_outcomes
@@ -129,9 +130,7 @@ def choose_readout(
 def _fit(candidate: ReadoutFeatures, session: Session, options: ProbeOptions) -> Probe:
     splits = (session.data.train, session.data.validation)
     train_y, val_y = (torch.from_numpy(split.labels) for split in splits)
-    train_x, val_x = (
-        torch.from_numpy(candidate.stores[s.name][:]).to(session.accelerator.device) for s in splits
-    )
+    train_x, val_x = (torch.from_numpy(candidate.stores[s.name][:]).to(session.accelerator.device) for s in splits)
     return fit_probe(train_x, train_y, val_x, val_y, len(session.data.label_names), options)
 
 

@@ -1,6 +1,6 @@
 """Greedy supervised pretraining: one phase per layer, then fine-tuning of the grown network (arXiv 1812.11446).
 
-    grown = grow(session, stack, GrowOptions(epochs=8))      # stage by stage, each on the stored activations of the layers below
+grown = grow(session, stack, GrowOptions(epochs=8))      # stage by stage, each on the stored activations of the layers below
     result = finish(session, grown, lr=1e-3)                 # end to end
 
 A stage is an ordinary phase on a network of its own (`network.greedy`), so cuts, stores, audit, validation and resuming are
@@ -106,9 +106,8 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
         return True
 
     folder = session.checkpoints and session.checkpoints / STAGES
-    if session.checkpoints is not None and folder is not None and session.is_main:
-        if not (settings.training.resume and has_state(folder)):
-            remove_state(session.checkpoints / FINE_TUNING)  # of another grown network
+    if folder is not None and session.is_main and not (settings.training.resume and has_state(folder)):
+        remove_state(folder.with_name(FINE_TUNING))  # of another grown network
     own = session.with_network(stack.backbone, stack.whole).with_strategy(_stage_settings(settings, options))
     ran = run_phases(own, plan, checkpoints=folder, continues=continues)
     trained = stack.first(len(ran.done))

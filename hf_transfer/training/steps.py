@@ -132,9 +132,7 @@ class Steps:
         """Runs what is left of the current epoch. `progress` still stands in that epoch afterwards."""
         training, seed = self.settings.training, self.session.config.seed
         epoch, phase = self.run.epochs_before + progress.epoch, self.run.phase
-        set_modes(
-            self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm
-        )
+        set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
         steps = draw_steps(self.run.inputs.feed.num_images, self.images_per_step, seed=seed, epoch=epoch)
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits since they were last read
         started = time.perf_counter()
@@ -220,9 +218,7 @@ class Steps:
         """Adds the gradient of one batch, and its loss and hits."""
         indices, stored = batch
         feed, augmentation = self.run.inputs.feed, self.settings.augmentation
-        inputs = feed.prepare(
-            torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(indices, epoch)
-        )
+        inputs = feed.prepare(torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(indices, epoch))
         labels = torch.from_numpy(self.labels[indices]).to(self.device)
         targets = labels
         if feed.is_pixels and augmentation.is_mixing:

@@ -1,4 +1,4 @@
-"""Rows of one array, kept in one or several pieces, read as if they were one."""
+"""Rows of one array, stored in one or several shards and read as one."""
 
 import weakref
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Array = NDArray[Any]
 
 
 class Store:
-    """Rows of one named array, in order, over one or several shards. Read-only; what it returns are copies."""
+    """Rows of one array, in order, over one or several shards. Read-only; it returns copies."""
 
     def __init__(self, shards: Sequence[Array], path: Path | None = None) -> None:
         self._shards = list(shards)
@@ -31,12 +31,12 @@ class Store:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored numbers."""
+        """Of the stored values."""
         return self._shards[0].dtype
 
     @property
     def nbytes(self) -> int:
-        """Of all rows."""
+        """Size of all rows."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def __getitem__(self, rows: slice | Array) -> Array:
@@ -56,5 +56,5 @@ _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
 
 
 def open_paths() -> set[Path]:
-    """Folders that live stores of this process read: they must not give way to new ones meanwhile."""
+    """Folders that stores of this process read from: they must not be evicted meanwhile."""
     return {store.path for store in _open_stores if store.path is not None}
