@@ -72,7 +72,7 @@ class Pricing:
 
     @property
     def _on_cpu(self) -> bool:
-        return self.session.accelerator.device.type == "cpu"
+        return self.session.resources.device.type == "cpu"
 
     @property
     def _pass_seconds(self) -> float:

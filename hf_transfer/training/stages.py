@@ -226,7 +226,7 @@ def _stage_settings(settings: GradientConfig, options: GrowOptions) -> GradientC
 def _score_stages(session: Session, stack: GreedyStack) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Accuracy by split of every stage and of their ensemble, from one pass over the validation and test images."""
     by_stage: list[dict[str, float]] = [{} for _ in stack.stages]
-    combined = {}
+    combined: dict[str, float] = {}
     for split in (session.data.validation, session.data.test):
         if split is None:
             continue
