@@ -154,26 +154,6 @@ class Chain:
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         return replace(self, model=copy.deepcopy(self.model, shared))
 
-    def part(self, *, start: Cut | None = None):  # SHIM
-        if start is not None:
-            return self.suffix(start)
-
-        class Whole(nn.Module):
-            def __init__(self, model):
-                super().__init__()
-                self.model = model
-
-            def forward(self, x):
-                return compute_logits(self.model, x)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                return None
-
-        return Whole(self.model)
-
     def suffix(self, cut: Cut) -> Suffix:
         """The network after `cut`, to be used as a context manager."""
         return Suffix(self.model, cut, self.image_shape)
