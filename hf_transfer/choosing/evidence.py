@@ -28,6 +28,7 @@ from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.head import find_head
 from hf_transfer.network.readout import find_readouts
 from hf_transfer.training.readouts import tap_readouts
 
@@ -143,11 +144,11 @@ def read_head(checkpoint: str, *, trust_remote_code: bool = False) -> tuple[Head
             raise
         return None, ()
     size = len(upstream.label_names)
-    linear = [m for m in upstream.model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == size]
-    if not linear or linear[-1].weight[0].numel() != linear[-1].weight.shape[1]:
+    name = find_head(upstream.model, size)
+    head: Any = None if name is None else upstream.model.get_submodule(name)
+    if head is None or head.weight[0].numel() != head.weight.shape[1]:
         return None, ()
-    weight = linear[-1].weight.detach().flatten(1).numpy()
-    bias = linear[-1].bias
+    weight, bias = head.weight.detach().flatten(1).numpy(), head.bias
     return (weight, np.zeros(size, np.float32) if bias is None else bias.detach().numpy()), upstream.label_names
 
 

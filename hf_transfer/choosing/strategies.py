@@ -166,7 +166,7 @@ def count_activation_bytes(chain: Chain, cut: Cut | None) -> int:
             if cut is None:
                 made = compute_logits(chain.model, torch.zeros(1, *chain.image_shape, device=parameter.device))
             else:
-                with chain.suffix(cut) as suffix:
+                with chain.part(cut) as suffix:
                     made = suffix(torch.zeros(1, *cut.shape, device=parameter.device))
         del made
     finally:

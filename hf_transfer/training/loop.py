@@ -17,8 +17,7 @@ from torch import nn
 from hf_transfer.config import TrainConfig
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.network.chain import Chain
-from hf_transfer.network.cut import Suffix
-from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits
@@ -31,18 +30,6 @@ from hf_transfer.training.steps import Progress, Steps, Workplace
 log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 64
-
-
-class WholeNetwork(nn.Module):
-    """The model as a function of images (B, 3, H, W)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K)."""
-        return compute_logits(self.model, images)
 
 
 def train_phase(
@@ -71,10 +58,9 @@ def train_phase(
     kept_weights: dict[str, torch.Tensor] = {}
     best_merits: torch.Tensor | None = None
     start_merits: torch.Tensor | None = None
-    network: nn.Module = WholeNetwork(chain.model) if reads.cut is None else chain.suffix(reads.cut)
+    network = chain.part(start=reads.cut)
     with ExitStack() as contexts:
-        if isinstance(network, Suffix):
-            contexts.enter_context(network)
+        contexts.enter_context(network)
         if config.gradient_checkpointing:
             contexts.enter_context(_recomputing_activations(chain.model))
         compiled = torch.compile(network) if config.compile else network

@@ -5,7 +5,6 @@ outcome = run_plan(plan, chain, backbone, data, config=config)
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import EvaluationImages
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
-from hf_transfer.network.cut import Suffix
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.training import wise
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.feeds import augmentation_of, make_phase_data
-from hf_transfer.training.loop import WholeNetwork, validate
+from hf_transfer.training.loop import validate
 from hf_transfer.training.metrics import score
 from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Plan, ProbePhase
@@ -119,8 +117,7 @@ def describe_phases(done: list[dict[str, Any]]) -> list[Mapping[str, Any]]:
 def _interpolate(start: dict[str, torch.Tensor], backbone: Backbone, at: Workplace) -> dict[str, Any]:
     chain = at.chain
     reads = make_phase_data(chain.lowest_cut(set(start)), chain, backbone, at.data, at.config, at.accelerator)
-    network = WholeNetwork(chain.model) if reads.cut is None else chain.suffix(reads.cut)
-    with network if isinstance(network, Suffix) else nullcontext(), at.accelerator.autocast():
+    with chain.part(start=reads.cut) as network, at.accelerator.autocast():
         return wise.interpolate(
             chain.model, start, lambda: validate(network, reads, at)[0], select_by=at.config.select_by
         )

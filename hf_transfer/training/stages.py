@@ -213,7 +213,7 @@ def count_stage_flops(stage: Stage, *, stored: bool) -> dict[str, float]:
         if cut is None:
             chain.model(like.new_zeros(1, *chain.image_shape)).sum().backward()
         else:
-            with chain.suffix(cut) as suffix:
+            with chain.part(cut) as suffix:
                 suffix(like.new_zeros(1, *cut.shape)).sum().backward()
     found["train"] = float(counter.get_total_flops())
     for parameter in chain.model.parameters():
