@@ -180,7 +180,7 @@ class _Describer:
 
 
 @functools.cache
-def _describe_type(kind: type) -> list[str]:
+def _describe_type(kind: Any) -> list[str]:
     """Module and name; and, where no library of known version defines it, a hash of its source file."""
     name = [kind.__module__, kind.__qualname__]
     if kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins"):
