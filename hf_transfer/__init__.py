@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Adapter": "network.methods",
+    "AdapterConfig": "network.methods",
     "Backbone": "network.backbone",
     "Chain": "network.chain",
     "Cut": "network.cut",

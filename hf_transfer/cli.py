@@ -133,7 +133,7 @@ def _inspect(given: argparse.Namespace) -> str:
     from hf_transfer.locations import chain_dir
     from hf_transfer.network.backbone import load
     from hf_transfer.network.describe import format_adapters, format_chain
-    from hf_transfer.network.methods import Adapter
+    from hf_transfer.network.methods import AdapterConfig
 
     backbone = load(given.checkpoint, trust_remote_code=given.trust_remote_code)
     found = backbone.preprocessing
@@ -145,7 +145,7 @@ def _inspect(given: argparse.Namespace) -> str:
     chain = backbone.chain(cache_dir=chain_dir())
     if given.adapter is None:
         return f"{title}\n\n{format_chain(chain)}"
-    how = Adapter(method=given.adapter, rank=given.rank, targets=given.targets, layers=given.adapter_layers)
+    how = AdapterConfig(method=given.adapter, rank=given.rank, targets=given.targets, layers=given.adapter_layers)
     return f"{title}\n\n{format_adapters(backbone, chain, how)}"
 
 

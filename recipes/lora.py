@@ -20,11 +20,8 @@ from hf_transfer.config import TrainConfig, flag, parse
 class LoraConfig(TrainConfig):
     """Settings of the adapters."""
 
-    adapter: Literal[
-        "lora", "dora", "rslora", "pissa", "loha", "lokr", "ia3", "oft", "boft", "hra", "vera", "randlora", "miss", "shira",
-        "road", "delora", "waveft", "ln_tuning",
-    ] = flag("lora", "method; on convolutions: lora, dora, rslora, loha, lokr, ia3, boft, hra")  # fmt: skip
-    rank: int | None = flag(None, "of each adapter, the block size of oft, boft and road; default 16")
+    adapter: Literal["lora", "dora", "loha", "ia3"] = flag("lora", "method")
+    rank: int | None = flag(None, "of each adapter; default 16")
     alpha: float | None = flag(None, "an adapter's output is scaled by alpha / rank; default: rank")
     targets: str = flag(
         "auto",
@@ -47,12 +44,12 @@ def main(config: LoraConfig) -> dict[str, Any]:
     """Runs the recipe; returns the content of results.json."""
     from hf_transfer.locations import chain_dir
     from hf_transfer.network.adapters import add_adapters, check_saved_apart, merge_adapters
-    from hf_transfer.network.methods import Adapter
+    from hf_transfer.network.methods import AdapterConfig
     from hf_transfer.reporting.run import load_inputs, start_run
     from hf_transfer.training.phase import Phase, ProbePhase, optimization_of
     from hf_transfer.training.plan import run_plan
 
-    how = Adapter(
+    how = AdapterConfig(
         method=config.adapter, rank=config.rank, alpha=config.alpha, targets=config.targets, layers=config.adapter_layers,
         seed=config.seed,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.describe import count_flops
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.methods import Adapter
+from hf_transfer.network.methods import AdapterConfig
 from hf_transfer.network.policies import full, last
 from hf_transfer.training.costs import Costs, anonymous_memory_bytes
 from hf_transfer.training.outcome import Outcome
@@ -77,7 +77,7 @@ def make_plan(name: str, config: TrainConfig, backbone: Backbone, chain: Chain) 
             chain,
         )
     if name == "lora":
-        adapted, chain = add_adapters(backbone, chain, Adapter(method="lora", seed=config.seed))
+        adapted, chain = add_adapters(backbone, chain, AdapterConfig(method="lora", seed=config.seed))
         return [probe, Phase(policy=adapted.policy(), epochs=config.epochs, optimization=how)], adapted, chain
     steps = Phase(policy=full(), epochs=config.epochs, optimization=how)
     if name in ("probe_then_full", "full"):
