@@ -214,7 +214,7 @@ def _check(build: Callable[[], Candidate]) -> Iterator[dict[str, Any]]:
         "num_cuts": len(chain.cuts),
         "num_blocks": blocks,
         "missed_blocks": missed,
-        "orphans": list(chain.orphans),
+        "orphans": list(chain.unused_parameters),
         "notes": list(chain.notes),
         "seconds": round(seconds, 2),
     }
@@ -229,7 +229,7 @@ def _check(build: Callable[[], Candidate]) -> Iterator[dict[str, Any]]:
 
 
 def _check_partition(chain: Chain) -> list[str]:
-    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.orphans)
+    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.unused_parameters)
     names = [n for n, _ in chain.model.named_parameters()]
     wrong = {n for n, count in Counter(placed).items() if count > 1} ^ (set(placed) ^ set(names))
     duplicates = [n for n, count in Counter(layer.name for layer in chain.layers).items() if count > 1]

@@ -91,7 +91,7 @@ def test_suffix_trains_in_train_mode(name: str) -> None:
         suffix.train()
         found = gradients(model, suffix(activation))
         suffix.eval()
-    assert set(found) == {n for n, _ in model.named_parameters()} - {*frozen_parameters, *chain.orphans}
+    assert set(found) == {n for n, _ in model.named_parameters()} - {*frozen_parameters, *chain.unused_parameters}
     assert all(g.isfinite().all() for g in found.values())
     now = dict(model.named_buffers())
     assert {n for n, b in running.items() if not torch.equal(b, now[n])} == set(running) - set(frozen_buffers)

@@ -35,7 +35,7 @@ from hf_transfer.network.chain import build_chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import describe_modules
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.methods import Adapter
+from hf_transfer.network.methods import AdapterConfig
 from tests.families import FAMILIES, built, make_model, make_pixels, randomize
 from tests.test_recipes import run_recipe
 from tests.test_save import write_upstream
@@ -278,7 +278,7 @@ def test_stored_pixels_are_checked_exactly(backbone: Backbone, train: Split, cap
 def test_adapters_at_their_start_share_the_plain_networks_store(backbone: Backbone, train: Split) -> None:
     assert run(backbone, train).images == len(train)
     same = replace(backbone, model=copy.deepcopy(backbone.model))
-    adapted, chain = add_adapters(same, same.chain(), Adapter(rank=2))
+    adapted, chain = add_adapters(same, same.chain(), AdapterConfig(rank=2))
     assert chain.features is not None
     taps = {"it": tap_activation(chain.features)}
     options: dict[str, Any] = {"accelerator": Accelerator(), "options": ExtractOptions()}

@@ -65,7 +65,7 @@ def test_only_kernels_and_matrices_decay(name: str) -> None:
     }
     groups = group_parameters(chain, full().select(chain), Optimization(weight_decay=0.3))
     decayed = {n for group in groups if group["weight_decay"] for n in group["names"]}
-    assert decayed == expected - set(chain.orphans)
+    assert decayed == expected - set(chain.unused_parameters)
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
 
 
@@ -128,7 +128,7 @@ def test_in_a_chain_that_is_all_head_the_head_lr_is_the_classifiers_alone() -> N
 
 def test_group_parameters_refuses_what_no_group_could_hold() -> None:
     _, chain = built("SigLIP")
-    orphan = chain.orphans[0]
+    orphan = chain.unused_parameters[0]
     with pytest.raises(ValueError, match=f"not parameters of this chain: {orphan}"):
         group_parameters(chain, [orphan], Optimization())
     with pytest.raises(ValueError, match="no parameter trains"):

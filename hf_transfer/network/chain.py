@@ -58,7 +58,7 @@ class Chain:
     layers: tuple[Layer, ...]
     classifier: str | None  # module name; None where the logits don't come from one linear map
     features: Cut | None
-    orphans: tuple[str, ...]  # parameters that never reach the logits: frozen, and saved as they came
+    unused_parameters: tuple[str, ...]  # parameters that never reach the logits: frozen, and saved as they came
     notes: tuple[str, ...]  # what a user should know: cuts that were dropped, and why
     # What the keys of stored activations call the network, where it computes what another one does (unchanged adapters).
     known_as: Callable[[], Identity] | None = field(default=None, repr=False)
@@ -178,7 +178,7 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
             layers=layers,
             classifier=None,
             features=None,
-            orphans=(),
+            unused_parameters=(),
             notes=(f"no cuts, so nothing can be cached: {error}",),
         )
     classifier = find_classifier(model, seen)
@@ -279,7 +279,7 @@ def _assemble(
         layers=tuple(layers),
         classifier=classifier.module if classifier else None,
         features=features,
-        orphans=tuple(orphans),
+        unused_parameters=tuple(orphans),
         notes=tuple(notes),
     )
 

@@ -21,7 +21,7 @@ class Site:
 
     side: Literal["after", "before"]
     module: str
-    index: int
+    index: int  # zero-based call index
     leaf: int
 
     def __str__(self) -> str:
@@ -30,16 +30,16 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Stub:
-    """A call that the suffix answers without running it. `leaves` are constants, or shapes to fill."""
+    """A call before the cut, which a suffix answers without running it. `leaves` are constants, or shapes to fill."""
 
     module: str
     index: int
     leaves: tuple[Leaf, ...]
     spec: TreeSpec
-    cut_leaf: int | None = None  # the leaf that is the tensor at the cut itself
+    cut_leaf: int | None = None  # index of the leaf that is the tensor at the cut
 
     def answer(self, activation: torch.Tensor, *, dense: bool) -> Any:
-        """What the call returns in a suffix run on `activation` (B, *cut.shape); `dense`: writable placeholders."""
+        """The call's output in a suffix that runs on `activation` (B, *cut.shape); `dense`: writable placeholders."""
         batch = activation.shape[0]
         answers = []
         for i, leaf in enumerate(self.leaves):
@@ -69,23 +69,23 @@ class Cut:
     shape: tuple[int, ...]  # of one image
     dtype: torch.dtype
     stubs: tuple[Stub, ...]
-    dense: bool = False  # placeholders of full size, for a network that writes into what the prefix's calls return
-    repeated: frozenset[str]  # those modules of the stubs and the site that one forward calls more than once
+    dense: bool = False  # full-size placeholders, for a network that writes into the outputs of calls before the cut
+    repeated: frozenset[str]  # modules of the stubs and the site that one forward calls more than once
 
     def __deepcopy__(self, memo: Any) -> "Cut":
-        return self  # nothing in it changes, and copies of modules that know it are made for each thread
+        return self  # it is immutable, and each thread copies the modules that refer to it
 
     @property
     def bytes_per_image(self) -> int:
-        """In the cache, at the activation's own dtype."""
+        """Of one activation, in its own dtype."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
 def possible_sites(trace: Trace, node: int, prefer: str | None = None) -> list[Site]:
     """Where the tensor made by `node` could be read and replaced, likeliest first. Each must still be verified.
 
-    First a module's output (the module `prefer`, then the outermost), then the input of the first module that takes it
-    (only where all uses of the tensor lie inside that module), last a module with several outputs.
+    First the output of a module (of the module `prefer`, then of the outermost), then the input of the first module that takes
+    the tensor (if all its uses lie inside that module), last a module with several outputs.
     """
     producers = [c for c in trace.calls if c.module and any(o.node == node for o in c.outputs)]
     producers.sort(key=lambda c: (c.module != prefer, c.start - c.end))
@@ -106,33 +106,33 @@ def _site(side: Literal["after", "before"], call: Call, leaves: Sequence[Leaf], 
 
 
 def _takes_every_use(trace: Trace, call: Call, node: int) -> bool:
-    """Whether every use of the tensor made by `node` happens inside `call`; else swapping its input is not enough."""
+    """Whether every use of the tensor made by `node` happens inside `call`; otherwise replacing its input is not enough."""
     inside: set[int] = set()
     todo = [o.node for o in call.outputs if o.node is not None and o.node != node]
     while todo:
-        at = todo.pop()
-        if at in inside:
+        user = todo.pop()
+        if user in inside:
             continue
-        inside.add(at)
-        todo += [n for n in trace.graph.successors(at) if n != node]
+        inside.add(user)
+        todo += [n for n in trace.graph.successors(user) if n != node]
     return all(user in inside for user in trace.graph.predecessors(node))
 
 
 def make_cut(trace: Trace, name: str, site: Site) -> Cut | None:
-    """The cut at `site`; None where its tensor cannot be stored image by image (dimension 0 is not the batch)."""
+    """The cut at `site`; None if its tensor cannot be stored image by image (dimension 0 is not the batch)."""
     target = next(c for c in trace.calls if (c.module, c.index) == (site.module, site.index))
     after = site.side == "after"
     leaf = (target.outputs if after else target.inputs)[site.leaf]
     if not leaf.per_image or leaf.per_image[0] != 1 or any(n is not None for n in leaf.per_image[1:]):
         return None
     assert leaf.dtype is not None
-    at = target.end if after else target.start
+    tick = target.end if after else target.start
     enclosing = set(target.ancestors())
     done = [
         c
         for c in trace.calls
         if c.module
-        and c.end <= at
+        and c.end <= tick
         and c is not target
         and c not in enclosing
         and any(trace.depends_on_image(o) for o in c.outputs)

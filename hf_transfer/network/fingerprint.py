@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -179,17 +180,16 @@ class _Describer:
                 self.describe(function.__defaults__, depth), self.describe(function.__kwdefaults__, depth)]  # fmt: skip
 
 
-@functools.cache
 def _describe_type(kind: Any) -> list[str]:
-    """Module and name; and, where no library of known version defines it, a hash of its source file."""
-    name = [kind.__module__, kind.__qualname__]
-    if kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins"):
-        return name
-    try:
-        source = Path(inspect.getfile(kind)).read_bytes()
-    except (OSError, TypeError):
-        return name
-    return [*name, hashlib.sha256(source).hexdigest()[:32]]
+    """Module and name and, unless a library of known version defines it, a hash of its source file."""
+    library = kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins")
+    return [kind.__module__, kind.__qualname__, "" if library else _hash_source(kind.__module__)]
+
+
+@functools.cache
+def _hash_source(module: str) -> str:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
 
 
 def hash_part(

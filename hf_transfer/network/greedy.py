@@ -169,7 +169,7 @@ def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
         layers=(*layers, head),
         classifier=f"heads.{key}.linear",
         features=None,
-        orphans=tuple(n for n, _ in network.named_parameters() if n not in known),
+        unused_parameters=tuple(n for n, _ in network.named_parameters() if n not in known),
         notes=chain.notes,
     )
 

@@ -22,7 +22,7 @@ def find_classifier(model: nn.Module, trace: Trace) -> Call | None:
             not others
             and taken.node in trace.spine
             and made in trace.spine
-            and modules[call.module].weight[0].numel() == math.prod(taken.shape[1:])  # type: ignore[index]
+            and modules[call.module].weight[0].numel() == math.prod(taken.shape[1:])
             and not trace.parameters_between(made, 0)
         ):
             return call

@@ -126,7 +126,8 @@ def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> t
         torch.no_grad(),
         Part(readout.model, chain.image_shape, start=last, ends=[end]) as tail,
     ):
-        return tail(activation).flatten(1)
+        features: torch.Tensor = tail(activation)
+    return features.flatten(1)
 
 
 def _count_features(readout: Readout, chain: Chain) -> int:
