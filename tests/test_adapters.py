@@ -272,7 +272,7 @@ def test_the_split_stays_exact_and_gradients_reach_every_adapter(
     set_trainable(adapted.model, adapted.policy().select(chain))
     whole = run(adapted.model, pixels)
     for cut, activation in zip(chain.cuts, chain.run_prefix(chain.cuts, pixels), strict=True):
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             assert torch.allclose(suffix(activation), whole, rtol=1e-5, atol=1e-5), cut.name
     whole.square().sum().backward()
     for parameter_name, parameter in adapted.model.named_parameters():

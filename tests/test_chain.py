@@ -271,7 +271,7 @@ def test_without_interior_cuts_the_cut_before_the_classifier_remains() -> None:
     pixels = make_pixels(SHAPE, 3)
     assert chain.features is not None
     activation = chain.run_prefix([chain.features], pixels)[0]
-    with chain.suffix(chain.features) as suffix:
+    with chain.part(chain.features) as suffix:
         logits = suffix(activation)
     torch.testing.assert_close(logits, model(pixels))
     assert chain.lowest_cut(["fc.weight"]) is chain.features
@@ -386,7 +386,7 @@ def test_a_layer_that_is_called_again_ends_with_its_last_call() -> None:
     pixels = make_pixels(SHAPE, 3)
     whole = model(pixels)
     for cut, activation in zip(chain.cuts, chain.run_prefix(chain.cuts, pixels), strict=True):
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             torch.testing.assert_close(suffix(activation), whole)
 
 
@@ -403,7 +403,7 @@ def test_coat_shares_its_position_encoding_within_a_stage() -> None:
     whole = model(pixels)
     for cut, activation in zip(chain.cuts, chain.run_prefix(chain.cuts, pixels), strict=True):
         model.zero_grad(set_to_none=True)
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             logits = suffix(activation)
             logits.sum().backward()
         torch.testing.assert_close(logits, whole)

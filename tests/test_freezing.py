@@ -225,7 +225,7 @@ def train(chain: Chain, cut: Cut | None, trainable: frozenset[str], steps: int =
     if cut is None:
         run(lambda x: compute_logits(chain.model, x))
     else:
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             run(suffix)
 
 
@@ -283,7 +283,7 @@ def test_audit_catches_a_frozen_norm_behind_the_cut_that_runs_in_train_mode() ->
     model.layer4[0].bn2.train()
     assert cut is not None
     activation = chain.run_prefix([cut], make_pixels(chain.image_shape, 4))[0]
-    with chain.suffix(cut) as suffix:
+    with chain.part(cut) as suffix:
         suffix(activation)
     with pytest.raises(FrozenChangedError, match=r"^3 of \d+ .*: layer4\.0\.bn2\.num_batches_tracked, layer4"):
         audit.check()

@@ -2,21 +2,16 @@
 
     suffix(prefix(x)) == model(x)
 
-The prefix is the model itself, run until the tensor exists. The suffix is the model itself, run on a placeholder image:
-calls that would come before the cut return placeholders of the recorded shape (zero-stride, so they cost nothing), and
-the tensor at the cut is replaced by the given one. No layer is moved or copied, so weights, names and hooks stay theirs.
+A cut records where its tensor is read and replaced, and what the calls before it return; `network.part` runs the two sides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.trace import Call, Leaf, Trace
 
 
@@ -162,138 +157,3 @@ def _stub(call: Call, cut_leaf: int | None = None) -> Stub:
     return Stub(
         module=call.module, index=call.index, leaves=tuple(call.outputs), spec=call.output_spec, cut_leaf=cut_leaf
     )
-
-
-class _CutReachedError(Exception):
-    """Ends the prefix's forward at the cut."""
-
-
-def run_prefix(
-    model: nn.Module, cuts: Sequence[Cut], inputs: torch.Tensor, *, forward: Callable[[torch.Tensor], Any] | None = None
-) -> list[torch.Tensor]:
-    """The activations (B, *cut.shape) at each of `cuts`, from one forward that ends when the last of them exists.
-
-    `inputs`: pixels (B, 3, H, W), normalised; or what `forward` takes, which runs `model` otherwise (the suffix of an earlier
-    cut, say). The caller decides about grad and mode.
-    """
-    if not cuts:
-        return []
-    modules = dict(model.named_modules())
-    found: dict[int, torch.Tensor] = {}
-    counts = [0] * len(cuts)
-    reached = _CutReachedError()
-
-    def visit(i: int, tree: Any) -> None:
-        counts[i] += 1
-        if counts[i] - 1 == cuts[i].site.index:
-            found[i] = tree_flatten(tree)[0][cuts[i].site.leaf]
-            if len(found) == len(cuts):
-                raise reached
-            found[i] = found[i].clone()  # what follows may write into it (an in-place activation)
-
-    handles = []
-    for i, cut in enumerate(cuts):
-        module = modules[cut.site.module]
-        if cut.site.side == "after":
-            hook = module.register_forward_hook(lambda _, __, output, i=i: visit(i, output))
-        else:
-            hook = module.register_forward_pre_hook(
-                lambda _, args, kwargs, i=i: visit(i, (args, kwargs)), with_kwargs=True
-            )
-        handles.append(hook)
-    try:
-        if forward is None:
-            compute_logits(model, inputs)
-        else:
-            forward(inputs)
-    except _CutReachedError as error:
-        if error is not reached:
-            raise  # the model is itself run inside another one's prefix, which ends here
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[i] for i in range(len(cuts))]
-
-
-class Suffix(nn.Module):
-    """What follows a cut, as a network: activations (B, *cut.shape) -> logits (B, K).
-
-    Use it as a context manager; inside, `model` answers the calls before the cut with placeholders, so run nothing else
-    on it. Trains under torch.compile (one graph, no recompilation from batch to batch) and DistributedDataParallel. Its
-    parameters are the model's own; freeze those before the cut.
-    """
-
-    def __init__(self, model: nn.Module, cut: Cut, image_shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.model = model
-        self.cut = cut
-        self.image_shape = image_shape
-        self._activation: torch.Tensor | None = None
-        # Two counters for a module that is answered at one call and read at another.
-        self._turns = {(side, module): 0 for module in cut.repeated for side in ("forward", "before")}
-        self._patched: list[tuple[nn.Module, Any]] = []
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
-
-    def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of activations (B, *cut.shape). Raises RuntimeError outside the context."""
-        if self.cut.stubs and not self._patched and self._hook is None:
-            raise RuntimeError("Suffix runs inside `with suffix:` only; outside, the model runs from the image")
-        placeholder = torch.zeros((), dtype=activation.dtype, device=activation.device)
-        # A copy: what follows may write into it (an in-place activation), and the caller's may be a view into a cache.
-        self._activation = activation.clone()
-        for key in self._turns:
-            self._turns[key] = 0
-        logits = compute_logits(self.model, placeholder.expand(activation.shape[0], *self.image_shape))
-        self._activation = None
-        return logits
-
-    def __enter__(self) -> Self:
-        modules = dict(self.model.named_modules())
-        tables: dict[str, dict[int, Stub]] = {}
-        for stub in self.cut.stubs:
-            tables.setdefault(stub.module, {})[stub.index] = stub
-        for name, table in tables.items():
-            module = modules[name]
-            self._patched.append((module, module.__dict__.get("forward")))
-            module.forward = self._answering(name, module.forward, table)
-        if self.cut.site.side == "before":
-            self._hook = modules[self.cut.site.module].register_forward_pre_hook(self._swap_input, with_kwargs=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for module, own_forward in self._patched:
-            if own_forward is None:
-                del module.forward
-            else:
-                module.forward = own_forward
-        self._patched = []
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _turn(self, side: str, module: str) -> int:
-        """The index of this call of `module` in this forward; modules called once are not counted."""
-        if (side, module) not in self._turns:
-            return 0
-        turn = self._turns[side, module]
-        self._turns[side, module] = turn + 1
-        return turn
-
-    def _answering(self, name: str, forward: Any, table: dict[int, Stub]) -> Any:
-        def answer(*args: Any, **kwargs: Any) -> Any:
-            stub = table.get(self._turn("forward", name))
-            if stub is None:
-                return forward(*args, **kwargs)
-            assert self._activation is not None
-            return stub.answer(self._activation, dense=self.cut.dense)
-
-        return answer
-
-    def _swap_input(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._turn("before", self.cut.site.module) != self.cut.site.index:
-            return None
-        leaves, spec = tree_flatten((args, kwargs))
-        leaves[self.cut.site.leaf] = self._activation
-        return tree_unflatten(leaves, spec)

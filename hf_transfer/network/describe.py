@@ -11,6 +11,7 @@ from hf_transfer.network.chain import Chain, Layer
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.methods import Adapter
+from hf_transfer.network.part import watch_cuts
 from hf_transfer.network.policies import Policy, biases, full, head, last, norms
 from hf_transfer.network.targets import find_targets, shorten
 
@@ -31,27 +32,14 @@ class StrategyCost:
 
 def count_flops(chain: Chain) -> tuple[int, dict[str, int]]:
     """(FLOPs of one image's forward, FLOPs before each cut by name). Matrix products and convolutions only."""
-    pixels = torch.zeros(1, *chain.image_shape, device=next(chain.model.parameters()).device)
-    before: dict[str, int] = {}
-    handles = []
-    with FlopCounterMode(display=False) as counter:
+    cuts, before, counter = chain.cuts, dict[str, int](), FlopCounterMode(display=False)
 
-        def note(name: str) -> None:
-            before.setdefault(name, counter.get_total_flops())
+    def note(i: int, _: torch.Tensor) -> None:
+        before.setdefault(cuts[i].name, counter.get_total_flops())
 
-        for cut in chain.cuts:
-            module = chain.model.get_submodule(cut.site.module)
-            if cut.site.side == "after":
-                handles.append(module.register_forward_hook(lambda *_, name=cut.name: note(name)))
-            else:
-                handles.append(module.register_forward_pre_hook(lambda *_, name=cut.name: note(name)))
-        try:
-            with eval_mode(chain.model), torch.no_grad():
-                compute_logits(chain.model, pixels)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return counter.get_total_flops(), before
+    with counter, eval_mode(chain.model), torch.no_grad(), watch_cuts(chain.model, cuts, note):
+        compute_logits(chain.model, next(chain.model.parameters()).new_zeros(1, *chain.image_shape))
+    return counter.get_total_flops(), before
 
 
 def price_strategies(chain: Chain, policies: list[Policy] | None = None) -> list[StrategyCost]:

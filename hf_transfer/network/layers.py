@@ -6,7 +6,6 @@ hence "smallest": a block is opened while smaller blocks lie inside it, but neve
 (an inverted residual without its skip connection has cuts inside, and is still one layer).
 """
 
-import math
 from collections import Counter
 
 from torch import nn
@@ -14,25 +13,6 @@ from torch import nn
 from hf_transfer.network.trace import Call, Trace
 
 FEW_LAYERS = 3  # with fewer, single weights count as blocks: a plain stack of convolutions (VGG) has no others
-
-
-def find_classifier(model: nn.Module, trace: Trace) -> Call | None:
-    """The call of the linear map that makes the logits of one vector an image; None where the logits come otherwise."""
-    modules = dict(model.named_modules())
-    linear = [c for c in trace.calls if isinstance(modules[c.module], nn.Linear | nn.Conv2d)]
-    for call in reversed(linear):
-        (taken, *others), made = call.inputs, call.outputs[0].node
-        weight = modules[call.module].weight
-        if (
-            not others
-            and taken.node in trace.spine
-            and made in trace.spine
-            and weight.shape[0] == trace.logits_shape[-1]
-            and weight[0].numel() == math.prod(taken.shape[1:])
-            and not trace.parameters_between(made, 0)
-        ):
-            return call
-    return None
 
 
 def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list[tuple[Call, tuple[int, int]]]:
