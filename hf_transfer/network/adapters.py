@@ -27,7 +27,7 @@ from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.fingerprint import Identity, describe_modules, hash_tensors, identify, named_tensors
 from hf_transfer.network.forward import compute_logits, eval_mode
-from hf_transfer.network.methods import METHODS
+from hf_transfer.network.methods import make_peft_config
 from hf_transfer.network.policies import Policy
 from hf_transfer.network.source import ADAPTER_CONFIG, fetch_adapter
 from hf_transfer.network.targets import Targets, find_targets, shorten
@@ -234,8 +234,7 @@ def check_saved_apart(adapted: Adapted) -> str:
 def _inject(model: nn.Module, adapter: AdapterConfig, targets: Mapping[str, nn.Module]) -> Any:
     import peft  # here: its import takes seconds, which a run without adapters does not pay
 
-    make_config = getattr(peft, METHODS[adapter.method].config)
-    config = make_config(target_modules=_as_target_modules(model, targets), **adapter.peft_arguments())
+    config = make_peft_config(adapter, _as_target_modules(model, targets))
     # CPU and seed: the same adapters on every device and process.
     with torch.random.fork_rng(devices=[]), _quiet_peft():
         torch.manual_seed(adapter.seed)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from hf_transfer.config import AdapterConfig
+from hf_transfer.config import AdapterConfig, AdapterName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,16 +21,24 @@ class Method:
     config: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     alpha_argument: str = "lora_alpha"
-    has_rank: bool = True
     splits_groups: bool = False  # on a grouped convolution, each group gets its share of the rank
 
 
-METHODS: Mapping[str, Method] = {
+METHODS: Mapping[AdapterName, Method] = {
     "lora": Method(config="LoraConfig", splits_groups=True),
     "dora": Method(config="LoraConfig", arguments={"use_dora": True}, splits_groups=True),
     "loha": Method(config="LoHaConfig", alpha_argument="alpha"),
-    "ia3": Method(config="IA3Config", arguments={"feedforward_modules": []}, has_rank=False),
+    "ia3": Method(config="IA3Config", arguments={"feedforward_modules": []}),
 }
+
+
+def make_peft_config(adapter: AdapterConfig, target_modules: list[str] | str) -> Any:
+    """peft's own configuration of the adapters."""
+    import peft  # its import takes seconds, which a run without adapters does not pay
+
+    method = METHODS[adapter.method]
+    size = {"r": adapter.size, method.alpha_argument: adapter.scale} if adapter.has_rank else {}
+    return getattr(peft, method.config)(target_modules=target_modules, **size, **method.arguments)
 
 
 def is_adaptable(module: nn.Module) -> bool:

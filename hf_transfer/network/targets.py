@@ -257,8 +257,8 @@ def _explain_misfit(
         return enough(find_misfit(other, module) is None for module in chosen.values())
 
     ranks = [str(r) for r in LIKELY_RANKS if adapter.has_rank and fits(replace(adapter, rank=r))]
-    rank_of = {name: adapter.rank if method.has_rank else None for name, method in METHODS.items()}
-    methods = [name for name, rank in rank_of.items() if fits(AdapterConfig(method=name, rank=rank))]
+    plain = {name: AdapterConfig(method=name) for name in METHODS}
+    methods = [n for n, each in plain.items() if fits(replace(each, rank=adapter.rank) if each.has_rank else each)]
     possible = [f"--rank {' or '.join(ranks)}"] if ranks else []
     possible += [f"--adapter {' or '.join(methods)}"] if methods else []
     name, reason = next(iter(misfits.items()))
