@@ -349,14 +349,14 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """What every strategy can be told."""
+    """Settings of every strategy."""
 
     class_balance: ClassBalance = flag("none", "loss: weight classes inversely to their number of images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientConfig(StrategyConfig):
-    """What every strategy that takes gradient steps can be told."""
+    """Settings of every strategy that takes gradient steps."""
 
     training: TrainingConfig = field(default=TrainingConfig())
     optimization: OptimizerConfig = field(default=OptimizerConfig())
@@ -365,7 +365,7 @@ class GradientConfig(StrategyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that one run was told: `config.yaml` is its flat form."""
+    """All settings of one run; `config.yaml` is their flat form."""
 
     data: DataConfig = field(default=DataConfig())
     model: ModelConfig = field(default=ModelConfig())
