@@ -36,7 +36,7 @@ def make_steps(stack: GreedyStack, number: int, batch: int) -> dict[str, Callabl
     set_trainable(chain.model, names)
     set_modes(chain, cut, names)
     model: Any = stack.backbone.model
-    block, head = model.blocks[number], stack.grown.heads[str(number)]
+    block, head = model.blocks[number], stack.aux_heads[str(number)]
     parameters = [p for p in chain.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     labels = torch.arange(batch) % NUM_CLASSES
@@ -49,7 +49,7 @@ def make_steps(stack: GreedyStack, number: int, batch: int) -> dict[str, Callabl
         optimizer.zero_grad()
 
     def stored() -> None:
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             step(suffix, activations)
 
     return {

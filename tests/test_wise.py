@@ -13,7 +13,7 @@ from hf_transfer.config import TrainConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.adapters import add_adapters
 from hf_transfer.network.backbone import load
-from hf_transfer.network.methods import Adapter
+from hf_transfer.network.methods import AdapterConfig
 from hf_transfer.network.policies import full, last
 from hf_transfer.training.optim import Optimization
 from hf_transfer.training.outcome import Outcome
@@ -50,7 +50,9 @@ def test_the_best_point_of_the_line_is_kept() -> None:
     assert interpolate(model, start, score, select_by="log_loss")["alpha"] == 1.0
 
 
-def train(plan: list[Any], config: TrainConfig, folder: Path, adapter: Adapter | None = None) -> tuple[Outcome, Any]:
+def train(
+    plan: list[Any], config: TrainConfig, folder: Path, adapter: AdapterConfig | None = None
+) -> tuple[Outcome, Any]:
     data = load_data(config)
     torch.manual_seed(0)
     backbone = load("embedded", data.label_names)
@@ -71,7 +73,7 @@ def test_a_run_with_the_flag_keeps_a_point_of_the_line(
     monkeypatch.setattr("hf_transfer.training.loop.is_kept", lambda *_: True)  # one epoch is not better than the probe
     phase = Phase(policy=last(2) if name == "last" else full(), epochs=1, optimization=STEPS)
     plan = [phase] if "without" in name else [ProbePhase(), phase]
-    adapter = Adapter(method="lora", rank=2) if name == "lora" else None
+    adapter = AdapterConfig(method="lora", rank=2) if name == "lora" else None
     plain, end = train(plan, replace(CONFIG, wise_ft=False), tmp_path, adapter)
     outcome, kept = train(plan, CONFIG, tmp_path, adapter)
     found = outcome.details["wise_ft"]

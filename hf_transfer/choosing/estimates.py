@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from scipy.stats import beta
 
 from hf_transfer.training.folds import draw_folds
+from hf_transfer.training.lbfgs import SolverOptions
 from hf_transfer.training.probe import SPREAD_FLOOR, solve_path
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS = 5
-TOLERANCE = 1e-4  # of the objective; a tighter one does not change accuracies
-MAX_ITERATIONS = 200
+SOLVER = SolverOptions(tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR)  # accuracies do not change below that
 MAX_ROWS = 2000  # more rows cost time and do not change the advice
 CURVE_SHARES = (0.125, 0.25, 0.5, 1.0)  # nested subsets of each fold's training rows
 CURVE_AHEAD = (1.0, 2.0, 4.0, 10.0)  # multiples of the labels at hand to extrapolate to
@@ -167,10 +167,7 @@ class _Problem:
 
     def solve(self, cs: Sequence[float], row_weights: torch.Tensor) -> torch.Tensor:
         """Returns the logits (P, N, K) of all rows under each of P solutions."""
-        path = solve_path(
-            self.x, self.y, max(2, int(self.y.max()) + 1), cs, row_weights=row_weights, spread_floor=SPREAD_FLOOR,
-            tol=TOLERANCE, max_iterations=MAX_ITERATIONS,
-        )  # fmt: skip
+        path = solve_path(self.x, self.y, max(2, int(self.y.max()) + 1), cs, row_weights, SOLVER)
         return torch.einsum("nd,pkd->pnk", self.x, path.weight) + path.bias[:, None]
 
     def select_held_out(self, logits: torch.Tensor) -> torch.Tensor:

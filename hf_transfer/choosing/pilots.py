@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 
 from accelerate.utils import broadcast_object_list
 
-from hf_transfer.config import GradientConfig
 from hf_transfer.costs import Costs
 from hf_transfer.session import Session
-from hf_transfer.strategy import Strategy
-from hf_transfer.training.phase import SolveHeadPhase
+from hf_transfer.strategy import GradientStrategy, Strategy
+from hf_transfer.training.phase import Plan, SolveHeadPhase
 from hf_transfer.training.phases import run_phases
 from hf_transfer.training.records import Score
 
@@ -75,11 +74,12 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
         if strategy is None:
             own = session.config.strategy
             assert isinstance(own, Strategy)
-            prepared, plan = own.restart(pilot), [SolveHeadPhase()]
+            prepared = own.restart(pilot)
+            plan: Plan = [SolveHeadPhase()]
         else:
             short = _shorten(strategy, epochs)
             prepared = short.prepare(short.restart(pilot))
-            plan = list(short.plan(prepared))
+            plan = short.plan(prepared)
         phases = run_phases(prepared, plan)
     result = Pilot(
         strategy=name, epochs=epochs, score=phases.done[-1].score, seconds=agree(time.perf_counter() - started)
@@ -91,8 +91,8 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
     return result
 
 
-def _shorten(strategy: Strategy, epochs: int) -> Strategy:
-    assert isinstance(strategy, GradientConfig)
+def _shorten(strategy: Strategy, epochs: int) -> GradientStrategy:
+    assert isinstance(strategy, GradientStrategy)
     training = replace(strategy.training, epochs=max(1, epochs), resume=False, early_stopping_patience=0, wise_ft=False)
     return replace(strategy, training=training)
 

@@ -58,7 +58,8 @@ def format_advice(advice: Advice) -> str:
     if advice.pilots:
         lines += ["", "short runs (validation accuracy of the weights they would keep):"]
         lines += [
-            f"  {p.strategy}, {p.epochs} epochs: {_percent(p.accuracy)} %, {_seconds(p.seconds)}" for p in advice.pilots
+            f"  {p.strategy}, {p.epochs} epochs: {_percent(p.score.accuracy)} %, {_seconds(p.seconds)}"
+            for p in advice.pilots
         ]
     if advice.suggestions:
         lines += ["", "little data, unlike the pretraining images: the hardest cell. What may help:"]

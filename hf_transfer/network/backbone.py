@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_transfer.network.chain import Chain, build_chain
+from hf_transfer.network.head import find_head
 from hf_transfer.network.modeling_greedy import GreedyConfig, GreedyForImageClassification
 from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
 from hf_transfer.network.source import Source, find_source
@@ -143,11 +144,8 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
     if backbone.library == "timm":
         model.reset_classifier(len(labels))
     else:
-        name, head = [
-            (name, m)
-            for name, m in model.named_modules()
-            if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels
-        ][-1]
+        name = find_head(model, model.config.num_labels)
+        head = model.get_submodule(name)
         model.set_submodule(name, nn.Linear(head.in_features, len(labels), bias=head.bias is not None))
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}
@@ -255,6 +253,5 @@ def _load_transformers(
         raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new one")
     if labels is not None and tuple(labels) != own_labels and not absent:
         # As many classes as upstream, but others: its head must not pass for ours.
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == config.num_labels]
-        linear[-1].reset_parameters()
+        model.get_submodule(find_head(model, config.num_labels)).reset_parameters()
     return model, own_labels

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hf_transfer.network.cut import Cut, Site, Suffix, make_cut, possible_sites, run_prefix
+from hf_transfer.network.cut import Cut, Site, make_cut, possible_sites
 from hf_transfer.network.fingerprint import (
     Identity,
     describe_modules,
@@ -25,7 +25,9 @@ from hf_transfer.network.fingerprint import (
     named_tensors,
 )
 from hf_transfer.network.forward import compute_logits, eval_mode
-from hf_transfer.network.layers import find_classifier, find_layers
+from hf_transfer.network.head import find_classifier
+from hf_transfer.network.layers import find_layers
+from hf_transfer.network.part import Part
 from hf_transfer.network.trace import Call, Trace, trace
 
 log = logging.getLogger(__name__)
@@ -56,7 +58,7 @@ class Chain:
     layers: tuple[Layer, ...]
     classifier: str | None  # module name; None where the logits don't come from one linear map
     features: Cut | None
-    orphans: tuple[str, ...]  # parameters that never reach the logits: frozen, and saved as they came
+    unused_parameters: tuple[str, ...]  # parameters that never reach the logits: frozen, and saved as they came
     notes: tuple[str, ...]  # what a user should know: cuts that were dropped, and why
     # What the keys of stored activations call the network, where it computes what another one does (unchanged adapters).
     known_as: Callable[[], Identity] | None = field(default=None, repr=False)
@@ -126,11 +128,9 @@ class Chain:
         from which only the layers between run; on the model's device. no_grad, not inference_mode: the activations may enter a
         backward.
         """
-        with eval_mode(self.model), torch.no_grad():
-            if start is None:
-                return run_prefix(self.model, cuts, inputs)
-            with self.suffix(start) as suffix:
-                return run_prefix(self.model, cuts, inputs, forward=suffix)
+        part = Part(self.model, self.image_shape, start=start, ends=cuts)
+        with eval_mode(self.model), torch.no_grad(), part:
+            return part.activations(inputs)
 
     def fingerprint(self, cuts: Sequence[Cut]) -> dict[str, str]:
         """By cut, a hash of the weights and the structure before it: equal hashes mean equal functions up to there."""
@@ -154,29 +154,9 @@ class Chain:
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         return replace(self, model=copy.deepcopy(self.model, shared))
 
-    def part(self, *, start: Cut | None = None):  # SHIM
-        if start is not None:
-            return self.suffix(start)
-
-        class Whole(nn.Module):
-            def __init__(self, model):
-                super().__init__()
-                self.model = model
-
-            def forward(self, x):
-                return compute_logits(self.model, x)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                return None
-
-        return Whole(self.model)
-
-    def suffix(self, cut: Cut) -> Suffix:
-        """The network after `cut`, to be used as a context manager."""
-        return Suffix(self.model, cut, self.image_shape)
+    def part(self, start: Cut | None = None, end: Cut | None = None) -> Part:
+        """The network between two cuts, to be used as a context manager (see `Part`)."""
+        return Part(self.model, self.image_shape, start=start, ends=() if end is None else (end,))
 
 
 def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_dir: Path | None = None) -> Chain:
@@ -198,7 +178,7 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
             layers=layers,
             classifier=None,
             features=None,
-            orphans=(),
+            unused_parameters=(),
             notes=(f"no cuts, so nothing can be cached: {error}",),
         )
     classifier = find_classifier(model, seen)
@@ -299,7 +279,7 @@ def _assemble(
         layers=tuple(layers),
         classifier=classifier.module if classifier else None,
         features=features,
-        orphans=tuple(orphans),
+        unused_parameters=tuple(orphans),
         notes=tuple(notes),
     )
 
@@ -401,14 +381,15 @@ def _verify(model: nn.Module, image_shape: tuple[int, int, int], candidates: dic
         whole = compute_logits(model, pixels)
         scale = whole.abs().max().clamp(min=1.0)
         likeliest = {name: options[0] for name, options in candidates.items() if options}
-        at_likeliest = dict(zip(likeliest, run_prefix(model, list(likeliest.values()), pixels), strict=True))
+        prefix = Part(model, image_shape, ends=list(likeliest.values()))
+        at_likeliest = dict(zip(likeliest, prefix.activations(pixels), strict=True))
         for name, options in candidates.items():
             for cut in options:
                 activation = at_likeliest.pop(name, None)
                 if activation is None:
-                    activation = run_prefix(model, [cut], pixels)[0]
+                    activation = Part(model, image_shape, ends=[cut])(pixels)
                 try:
-                    with Suffix(model, cut, image_shape) as suffix:
+                    with Part(model, image_shape, start=cut) as suffix:
                         difference = (suffix(activation) - whole).abs().max() / scale
                 except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
                     # A placeholder met code that needs the real value: this site is no cut.

@@ -18,38 +18,12 @@ from torch import nn
 
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import HEAD, Chain, Layer
-from hf_transfer.network.cut import Cut, run_prefix
+from hf_transfer.network.cut import Cut
 from hf_transfer.network.modeling_greedy import HEAD_SIDE, GreedyConfig, GreedyForImageClassification, Head, Layout
+from hf_transfer.network.part import Part
 from hf_transfer.network.policies import Policy
 
 MAX_HIDDEN = 3  # k of the auxiliary problems: what the paper tried
-
-
-class StageNetwork(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, K) of one stage: the network up to its cut, then the stage's head."""
-
-    def __init__(self, network: nn.Module, heads: nn.ModuleDict, cut: Cut) -> None:
-        super().__init__()
-        self.network, self.heads, self.cut = network, heads, cut
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K)."""
-        (head,) = self.heads.values()
-        logits: torch.Tensor = head(run_prefix(self.network, [self.cut], images)[0])
-        return logits
-
-
-class GrownNetwork(nn.Module):
-    """The network with the heads of all stages: images -> logits (B, S * K) of all stages, one after another."""
-
-    def __init__(self, network: nn.Module, heads: nn.ModuleDict, cuts: Sequence[Cut]) -> None:
-        super().__init__()
-        self.network, self.heads, self.cuts = network, heads, list(cuts)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, S * K)."""
-        activations = run_prefix(self.network, self.cuts, images)
-        return torch.cat([head(a) for head, a in zip(self.heads.values(), activations, strict=True)], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +52,22 @@ class GreedyStack:
         return not isinstance(self.backbone.model, GreedyForImageClassification)
 
     @property
-    def grown(self) -> GrownNetwork:
-        """The module behind `whole`."""
-        assert isinstance(self.whole.model, GrownNetwork)
+    def grown(self) -> Part:
+        """The module of `whole`: images -> logits (B, S * K) of all stages, one after another."""
+        assert isinstance(self.whole.model, Part)
         return self.whole.model
+
+    @property
+    def aux_heads(self) -> nn.ModuleDict:
+        """The auxiliary heads, by the number of their stage."""
+        assert self.grown.heads is not None
+        return self.grown.heads
 
     def first(self, depth: int) -> "GreedyStack":
         """The stack of the first `depth` stages, over the same network and heads."""
         stages = self.stages[:depth]
-        heads = nn.ModuleDict(dict(list(self.grown.heads.items())[:depth]))
-        grown = GrownNetwork(self.grown.network, heads, self.grown.cuts[:depth])
+        heads = nn.ModuleDict(dict(list(self.aux_heads.items())[:depth]))
+        grown = Part(self.grown.network, self.chain.image_shape, ends=self.grown.ends[:depth], heads=heads)
         whole = replace(self.whole, model=grown)
         return replace(self, stages=stages, whole=whole, heads=self.heads[:depth])
 
@@ -100,7 +80,7 @@ class GreedyStack:
         config = GreedyConfig.from_dict(model.config.to_dict())
         config.blocks, config.head, config.fine_tuned = config.blocks[: len(self.stages)], self.heads[-1], fine_tuned
         grown = GreedyForImageClassification(config)
-        last = list(self.grown.heads.values())[-1]
+        last = list(self.aux_heads.values())[-1]
         weights = {n: t for n, t in model.state_dict().items() if not n.startswith("head.")}
         weights |= {f"head.{n}": t for n, t in last.state_dict().items()}
         own = grown.state_dict()
@@ -128,7 +108,7 @@ def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], *, hidd
     for i, (name, cut) in enumerate(zip(names, cuts, strict=True)):
         place = places[name]
         own = nn.ModuleDict({str(i): heads[str(i)]})
-        network = StageNetwork(chain.model, own, cut)
+        network = Part(chain.model, chain.image_shape, ends=[cut], heads=own)
         stage_chain = _stage_chain(network, chain, layers[: place + 1])
         # The first stage also trains a stem that is new, as a plain architecture's is; a checkpoint's layers stay.
         is_new = isinstance(chain.model, GreedyForImageClassification)
@@ -140,7 +120,7 @@ def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], *, hidd
         before = stage_chain.lowest_cut(selected)
         if before is not None:
             through.append(before)
-    whole = replace(stages[-1].chain, model=GrownNetwork(chain.model, heads, cuts))
+    whole = replace(stages[-1].chain, model=Part(chain.model, chain.image_shape, ends=cuts, heads=heads))
     return GreedyStack(backbone=backbone, chain=chain, stages=tuple(stages), whole=whole, heads=tuple(specs))
 
 
@@ -175,8 +155,9 @@ def _always(names: frozenset[str]) -> Callable[[Chain], frozenset[str]]:
     return lambda chain: names
 
 
-def _stage_chain(network: StageNetwork, chain: Chain, layers: Sequence[Layer]) -> Chain:
+def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
     """The chain of a stage's network. What the network has behind the stage's cut never runs: its parameters are orphans."""
+    assert network.heads is not None
     (key,) = network.heads
     parameters = tuple(n for n, _ in network.named_parameters() if n.startswith("heads."))
     buffers = tuple(n for n, _ in network.named_buffers() if n.startswith("heads."))
@@ -188,7 +169,7 @@ def _stage_chain(network: StageNetwork, chain: Chain, layers: Sequence[Layer]) -
         layers=(*layers, head),
         classifier=f"heads.{key}.linear",
         features=None,
-        orphans=tuple(n for n, _ in network.named_parameters() if n not in known),
+        unused_parameters=tuple(n for n, _ in network.named_parameters() if n not in known),
         notes=chain.notes,
     )
 

@@ -232,7 +232,13 @@ def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]
         holds = next(module.parameters(), None) is not None
         is_used = any(u == name or u.startswith(name + ".") for u in used)
         inside = any(name.startswith(d + ".") for d in dropped)
-        if name and holds and not is_used and not inside and not any(n.startswith(name + ".") for n in chain.orphans):
+        if (
+            name
+            and holds
+            and not is_used
+            and not inside
+            and not any(n.startswith(name + ".") for n in chain.unused_parameters)
+        ):
             dropped.append(name)
     names = [layer.name for layer in chain.layers[1:-1]]
     layers = names[: names.index(cut.name) + 1] if cut.name in names else []

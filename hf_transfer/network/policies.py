@@ -96,7 +96,7 @@ def matching(pattern: str) -> Policy:
         names = [name for layer in chain.layers for name in layer.parameters]
         found = {name for name in names if expression.search(name)}
         if not found:
-            orphans = [name for name in chain.orphans if expression.search(name)]
+            orphans = [name for name in chain.unused_parameters if expression.search(name)]
             why = f" but {orphans[0]}, which never reaches the logits" if orphans else ""
             word = re.sub(r"\\.|[^\w.]", "", pattern.replace("\\.", ".")) or pattern
             near = difflib.get_close_matches(word, names, n=3, cutoff=0.0)

@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_transfer.network.chain import Chain
-from hf_transfer.network.cut import Cut, Suffix
+from hf_transfer.network.cut import Cut, Site
 from hf_transfer.network.forward import eval_mode
+from hf_transfer.network.part import Part
 
 _FILLING = {
     *("uniform_", "normal_", "trunc_normal_", "fill_", "zero_", "constant_", "ones_", "zeros_"),
@@ -117,15 +118,16 @@ def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> t
     last = chain.layers[-2].cut
     assert last is not None
     assert chain.classifier is not None
-    taken: list[torch.Tensor] = []
-    classifier = readout.model.get_submodule(chain.classifier)
-    hook = classifier.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
-    try:
-        with eval_mode(readout.model), torch.no_grad(), Suffix(readout.model, last, chain.image_shape) as suffix:
-            suffix(activation)
-    finally:
-        hook.remove()
-    return taken[0].flatten(1)
+    assert chain.features is not None
+    # The variant pools by modules of its own: only the classifier's input is the same place in both.
+    end = replace(chain.features, site=Site(side="before", module=chain.classifier, index=0, leaf=0))
+    with (
+        eval_mode(readout.model),
+        torch.no_grad(),
+        Part(readout.model, chain.image_shape, start=last, ends=[end]) as tail,
+    ):
+        features: torch.Tensor = tail(activation)
+    return features.flatten(1)
 
 
 def _count_features(readout: Readout, chain: Chain) -> int:

@@ -205,8 +205,8 @@ def _find_or_make(groups: Sequence[_Group], request: StoreRequest) -> dict[str, 
     partials: list[Path | None] = ranks.broadcast(is_missing)
     missing = [(g, p) for g, p in zip(groups, partials, strict=True) if p is not None]
     if missing:
-        for _, partial in missing:
-            partial.mkdir(parents=True, exist_ok=True)
+        for _, folder in missing:
+            folder.mkdir(parents=True, exist_ok=True)
         if ranks.rank == 0:
             _remove_abandoned()
             bound = default_bound_bytes() if request.bound_bytes is None else request.bound_bytes

@@ -39,7 +39,7 @@ class LastLayers(GradientStrategy):
 
     def price(self, pricing: "Pricing") -> "Price":
         """Two passes, and steps above the cut."""
-        return pricing.price_steps(self.training.epochs, self._policy(), passes=2, solves_head=False)
+        return pricing.price_steps(self.training.epochs, self._policy(), passes=2, solves_head=self.probe_first)
 
     def _policy(self) -> "Policy":
         from hf_transfer.network.policies import from_layer, last

@@ -77,10 +77,10 @@ def score(
     values = _compute(outcomes, num_classes, seed)
     rows = [ClassMetrics(label=name, **row) for name, row in zip(label_names, values.pop("per_class"), strict=True)]
     matrix = tuple(tuple(row) for row in values.pop("confusion_matrix"))
-    intervals = _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {}
+    if resamples:
+        values |= _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples)
     return Metrics(
         **values,
-        **intervals,
         per_class=tuple(rows),
         confusion_matrix=matrix,
         num_samples=len(outcomes.labels),
