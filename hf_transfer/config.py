@@ -216,11 +216,11 @@ class AugmentationConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} <= 1")
         _check_choice(self, "auto_augment", ("none", "randaugment", "trivialaugment"))
-        if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
+        if self.randaugment_magnitude not in range(MAX_MAGNITUDE + 1):
             raise ValueError(
                 f"randaugment_magnitude={self.randaugment_magnitude}: choose a whole number from 0 to {MAX_MAGNITUDE}"
             )
-        if self.min_resolution_px < 0:
+        if self.min_resolution_px < 0 or self.min_resolution_px != int(self.min_resolution_px):
             raise ValueError(
                 f"min_resolution_px={self.min_resolution_px}: choose a whole number, such as 8, or 0 for never"
             )

@@ -9,7 +9,8 @@ Commands, recipes, Python and `auto` all run the same object. Nothing heavy is i
 """
 
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -112,6 +113,17 @@ def make_strategy(name: str, **settings: Any) -> Strategy:
     Raises ValueError for a name or setting that is unknown, and for a value that is not allowed.
     """
     return replace_settings(get_strategy(name)(), settings, where=f"{name}: ")
+
+
+def strategy_function(name: str) -> Callable[..., Strategy]:
+    """`ht.<name>`: a function that makes the strategy from keyword settings, documented as the strategy's file is."""
+
+    def make(**settings: Any) -> Strategy:
+        return make_strategy(name, **settings)
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = sys.modules[get_strategy(name).__module__].__doc__
+    return make
 
 
 def default_config(name: str) -> RunConfig:
