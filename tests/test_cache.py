@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,7 +17,17 @@ import numpy as np
 import pytest
 
 from hf_transfer.data import cache
-from hf_transfer.data.cache import Ranks, Storage, cached, choose_storage, clear_caches, key_of, list_caches
+from hf_transfer.data.cache import (
+    Group,
+    Ranks,
+    Rows,
+    Storage,
+    cached,
+    choose_storage,
+    clear_caches,
+    key_of,
+    list_caches,
+)
 from hf_transfer.data.store import Array, Store
 
 DISK = Storage(kind="disk", reason="a test")
@@ -53,19 +63,23 @@ def must_not_fill(rows: Mapping[str, Array], start: int) -> None:
 
 
 def build(
-    num_rows: int = 10, *, fields: Mapping[str, Any] = FIELDS, fill: Callable[..., None] = fill, **given: Any
+    num_rows: int = 10,
+    *,
+    fields: Mapping[str, Any] = FIELDS,
+    fill: Callable[..., None] = fill,
+    title: str = "",
+    storage: Storage = DISK,
+    ranks: Ranks | None = None,
 ) -> dict[str, Store]:
-    return cached(fields, arrays=ARRAYS, num_rows=num_rows, fill=fill, **{"storage": DISK, **given})
+    return cached([Group(fields=fields, arrays=ARRAYS, title=title)], Rows(count=num_rows, fill=fill), storage, ranks)
 
 
 def build_bytes(name: str, num_bytes: int, *, bound_bytes: int | None = None) -> Store:
     def write(rows: Mapping[str, Array], start: int) -> None:
         rows["x"][:] = len(name)
 
-    return cached(
-        {"name": name}, arrays={"x": ((num_bytes,), "uint8")}, num_rows=1, fill=write, storage=DISK, title=name,
-        bound_bytes=bound_bytes,
-    )["x"]  # fmt: skip
+    group = Group(fields={"name": name}, arrays={"x": ((num_bytes,), "uint8")}, title=name)
+    return cached([group], Rows(count=1, fill=write), replace(DISK, bound_bytes=bound_bytes))["x"]
 
 
 def titles() -> list[str]:
@@ -216,8 +230,9 @@ def test_what_is_no_json_is_no_key() -> None:
 def test_other_arrays_or_rows_are_another_store() -> None:
     build()
     build(num_rows=11)
-    cached(FIELDS, arrays={"features": ((3,), "float64")}, num_rows=10, fill=lambda rows, start: None, storage=DISK)
-    cached(FIELDS, arrays={"features": ((4,), "float32")}, num_rows=10, fill=lambda rows, start: None, storage=DISK)
+    rows = Rows(count=10, fill=lambda rows, start: None)
+    cached([Group(fields=FIELDS, arrays={"features": ((3,), "float64")})], rows, DISK)
+    cached([Group(fields=FIELDS, arrays={"features": ((4,), "float32")})], rows, DISK)
     assert len(list_caches()) == 4
 
 
@@ -306,7 +321,7 @@ def test_a_damaged_store_is_not_read_and_made_anew(damage: str, root: Path, capl
     with caplog.at_level(logging.WARNING):
         stores = build(fill=lambda rows, start: (fill(rows, start), filled.append(start)))  # type: ignore[func-returns-value]
     assert filled == [0]
-    assert "is damaged" in caplog.text
+    assert "Discarding damaged cache" in caplog.text
     np.testing.assert_array_equal(stores["features"][:], content(0, 10)["features"])
     assert len(list(root.iterdir())) == 1
 
@@ -385,7 +400,8 @@ def test_room_is_made_before_the_new_one_is_written() -> None:
     def look(rows: Mapping[str, Array], start: int) -> None:
         seen.extend(titles())
 
-    cached({}, arrays={"x": ((1000,), "uint8")}, num_rows=1, fill=look, storage=DISK, title="b", bound_bytes=1500)
+    group = Group(fields={}, arrays={"x": ((1000,), "uint8")}, title="b")
+    cached([group], Rows(count=1, fill=look), replace(DISK, bound_bytes=1500))
     assert seen == []
     assert titles() == ["b"]
 

@@ -14,6 +14,7 @@ from hf_transfer.data.dataset import load_data
 from hf_transfer.data.options import ExtractOptions
 from hf_transfer.data.pixels import (
     EvaluationImages,
+    TrainingViews,
     default_side_px,
     store_evaluation_pixels,
     store_training_squares,
@@ -65,7 +66,7 @@ def test_evaluation_pixels_are_those_of_the_preprocessing(
 def test_squares_hold_the_whole_picture_and_its_size(split: Split, preprocessing: Preprocessing, cache: str) -> None:
     options = ExtractOptions(cache=cache)  # type: ignore[arg-type]
     stored = store_training_squares(
-        split, preprocessing, side_px=48, how=PLAIN, seed=0, accelerator=Accelerator(), options=options
+        split, preprocessing, TrainingViews(side_px=48, augmentation=PLAIN), accelerator=Accelerator(), options=options
     )
     for i in (0, len(split) - 1):
         picture = split.image(i)
@@ -76,7 +77,7 @@ def test_squares_hold_the_whole_picture_and_its_size(split: Split, preprocessing
 
 def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preprocessing: Preprocessing) -> None:
     stored = store_training_squares(
-        split, preprocessing, side_px=48, how=Augmentation(), seed=0, views=2, accelerator=Accelerator(),
+        split, preprocessing, TrainingViews(side_px=48, augmentation=Augmentation(), count=2), accelerator=Accelerator(),
         options=ExtractOptions(),
     )  # fmt: skip
     count = len(split)
@@ -92,5 +93,6 @@ def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preproce
 def test_a_side_below_the_networks_is_refused(split: Split, preprocessing: Preprocessing) -> None:
     with pytest.raises(ValueError, match=f"0 for {default_side_px(preprocessing)}"):
         store_training_squares(
-            split, preprocessing, side_px=16, how=PLAIN, seed=0, accelerator=Accelerator(), options=ExtractOptions()
-        )
+            split, preprocessing, TrainingViews(side_px=16, augmentation=PLAIN), accelerator=Accelerator(),
+            options=ExtractOptions(),
+        )  # fmt: skip

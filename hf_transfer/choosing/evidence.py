@@ -207,10 +207,8 @@ def look_at(
                 compute_logits(on.model, batch).sum().item()  # a GPU has then done it
 
         started = time.perf_counter()
-        sweep(
-            chain, images, rows.astype(np.int64), forward, accelerator=accelerator, options=options, title="a look",
-            shows_progress=False,
-        )  # fmt: skip
+        quiet = replace(options, shows_progress=False)
+        sweep(chain, images, rows.astype(np.int64), forward, accelerator=accelerator, options=quiet)
         return count / (time.perf_counter() - started)
 
     with _watching(chain.model) as statistics:

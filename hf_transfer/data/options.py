@@ -19,6 +19,7 @@ class ExtractOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     cache: Literal["auto", "disk", "memory", "none"] = "auto"
     max_disk_bytes: int | None = None
+    shows_progress: bool = True
 
     @classmethod
     def from_config(cls, config: RecipeConfig) -> Self:

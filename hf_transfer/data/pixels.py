@@ -1,8 +1,8 @@
-"""Images as a network takes them in, by number: decoded by threads, then prepared on the device.
+"""Numbered images as the input of a network: decoded by threads, then prepared on the device.
 
-For evaluation: exactly the pixels of the checkpoint's preprocessing. For training: the whole image, decoded once into a uint8
-square of a larger side, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so an epoch
-costs no decoding and no memory of the process.
+For evaluation: exactly the pixels of the checkpoint's preprocessing. For training: the whole image, decoded once into a larger
+uint8 square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so an epoch decodes nothing
+and takes no memory of the process.
 """
 
 import logging
@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_transfer.data.augment import Augmentation, augment
-from hf_transfer.data.cache import Store, cached
+from hf_transfer.data.cache import Group, Rows, Store, cached
 from hf_transfer.data.options import ExtractOptions, ranks_of
 from hf_transfer.data.splits import Split
 from hf_transfer.network.preprocessing import Preprocessing
@@ -29,7 +29,7 @@ from hf_transfer.network.preprocessing import Preprocessing
 log = logging.getLogger(__name__)
 
 MAX_THREADS = 16
-MARGIN = 1.15  # the training square's side, in sides of the network's input: what crop_pct 0.875 resizes to
+MARGIN = 1.15  # side of the training square, relative to the network's input: what crop_pct 0.875 resizes to
 ROWS_PER_TASK = 16
 
 
@@ -50,12 +50,12 @@ class Images(Protocol):
         """Pixels (b, height, width, 3) uint8; called from threads."""
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """What `read` returned, now on the device -> (b, 3, H, W) float32, normalised."""
+        """The output of `read`, moved to the device -> normalized (b, 3, H, W) float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationImages:
-    """A split as it is evaluated: from its files, or from `store` (N, H, W, 3) where it was decoded before."""
+    """A split, preprocessed for evaluation: read from its files, or from `store` (N, H, W, 3) if it was decoded before."""
 
     split: Split
     preprocessing: Preprocessing
@@ -63,7 +63,7 @@ class EvaluationImages:
 
     @property
     def name(self) -> str:
-        """The split's."""
+        """The name of the split."""
         return self.split.name
 
     @property
@@ -81,29 +81,27 @@ class EvaluationImages:
         return np.stack([self.preprocessing.pixels(self.split.image(int(i))) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Normalised (b, 3, H, W)."""
+        """Normalized (b, 3, H, W) float32."""
         return self.preprocessing.normalize(pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingImages:
-    """A split as training sees it: row `epoch * num_images + i` is image i, augmented by the draws of that epoch.
+    """A split, augmented for training: row `epoch * num_images + i` is image i with the draws of that epoch.
 
-    The draws depend on seed, epoch and i alone, not on the batch. `views` epochs are counted in the length, as what can
-    be stored; higher rows may be read all the same.
+    The draws depend on the seed, the epoch and i alone, not on the batch. The length counts `views` epochs, those that can be
+    stored; higher rows can be read as well.
     """
 
     split: Split
     preprocessing: Preprocessing
     squares: Store  # (N, S, S, 3) uint8
-    sizes: Store  # (N, 2) width and height of each picture, in pixels
-    how: Augmentation
-    seed: int
-    views: int = 1
+    sizes: Store  # (N, 2) width and height of each image file, in pixels
+    views: "TrainingViews"
 
     @property
     def name(self) -> str:
-        """The split's."""
+        """The name of the split."""
         return self.split.name
 
     @property
@@ -113,39 +111,49 @@ class TrainingImages:
             "data": self.split.fingerprint,
             "preprocessing": dict(self.preprocessing.spec),
             "side": self.squares.shape[1],
-            "views": self.views,
-            "augmentation": repr(self.how),
-            "seed": self.seed,
+            "views": self.views.count,
+            "augmentation": repr(self.views.augmentation),
+            "seed": self.views.seed,
         }
 
     def __len__(self) -> int:
-        return self.views * len(self.split)
+        return self.views.count * len(self.split)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Squares (b, S, S, 3)."""
         return self.squares[rows % len(self.split)]
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Augmented, normalised (b, 3, H, W)."""
+        """Augmented and normalized (b, 3, H, W) float32."""
         epochs, indices = np.divmod(rows, len(self.split))
         parts = [
             augment(
                 pixels[torch.from_numpy(np.flatnonzero(epochs == epoch)).to(pixels.device)],
                 self.sizes[indices[epochs == epoch]],
                 indices[epochs == epoch],
-                self.how,
-                seed=self.seed,
+                self.views.augmentation,
+                seed=self.views.seed,
                 epoch=int(epoch),
                 height_px=self.preprocessing.height_px,
                 width_px=self.preprocessing.width_px,
             )
-            for epoch in np.unique(epochs)  # in order, as rows are where two epochs meet
+            for epoch in np.unique(epochs)  # ascending, as the rows of a batch across two epochs are
         ]
         return self.preprocessing.normalize_floats(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingViews:
+    """Augmented views of each image: the side of the square that they are drawn from, and how many can be stored."""
+
+    side_px: int
+    augmentation: Augmentation
+    seed: int = 0
+    count: int = 1
+
+
 class DecodedWhenRead(Store):
-    """What `Store` offers where pixels fit nowhere: rows are decoded whenever they are asked for."""
+    """A `Store` that keeps nothing, for pixels that fit nowhere: rows are decoded whenever they are read."""
 
     def __init__(self, make: Any, shape: tuple[int, ...], dtype: Any) -> None:
         # A zero-stride array: shape and dtype without the memory.
@@ -159,14 +167,14 @@ class DecodedWhenRead(Store):
 
 
 def default_side_px(preprocessing: Preprocessing) -> int:
-    """Of the training squares: MARGIN times the longer side of the network's input, a multiple of 8."""
+    """Default side of the training squares: MARGIN times the longer side of the network's input, a multiple of 8."""
     return int(np.ceil(MARGIN * max(preprocessing.height_px, preprocessing.width_px) / 8)) * 8
 
 
 def store_evaluation_pixels(
     split: Split, preprocessing: Preprocessing, *, accelerator: Accelerator, options: ExtractOptions
 ) -> EvaluationImages:
-    """The split decoded once to exactly the pixels that evaluation sees."""
+    """Decodes the split once, to exactly the pixels of evaluation."""
 
     def read(i: int) -> dict[str, NDArray[Any]]:
         return {"pixels": preprocessing.pixels(split.image(i))}
@@ -180,41 +188,31 @@ def store_evaluation_pixels(
 def store_training_squares(
     split: Split,
     preprocessing: Preprocessing,
+    views: TrainingViews,
     *,
-    side_px: int,
-    how: Augmentation,
-    seed: int,
-    views: int = 1,
     accelerator: Accelerator,
     options: ExtractOptions,
 ) -> TrainingImages:
-    """The split decoded once to whole squares of `side_px`; augmentation undoes the squeeze by the stored sizes.
+    """Decodes the split once, to squares of the whole image; augmentation undoes the change of proportions by the stored sizes.
 
-    Raises ValueError where the side is smaller than the network's: its training images would be blurred.
+    Raises ValueError if the side is smaller than the network's: training images would be blurred.
     """
-    least = max(preprocessing.height_px, preprocessing.width_px)
-    if side_px < least:
+    side_px, smallest = views.side_px, max(preprocessing.height_px, preprocessing.width_px)
+    if side_px < smallest:
         raise ValueError(
             f"train_side_px={side_px}: the network takes {preprocessing.width_px}x{preprocessing.height_px} pixels; choose "
-            f"{least} or more, or 0 for {default_side_px(preprocessing)}"
+            f"{smallest} or more, or 0 for {default_side_px(preprocessing)}"
         )
 
     def read(i: int) -> dict[str, NDArray[Any]]:
-        picture = split.image(i)
-        square = picture.resize((side_px, side_px), Image.Resampling.BICUBIC)
-        return {"squares": np.asarray(square), "sizes": np.array(picture.size, np.int32)}
+        image = split.image(i)
+        square = image.resize((side_px, side_px), Image.Resampling.BICUBIC)
+        return {"squares": np.asarray(square), "sizes": np.array(image.size, np.int32)}
 
     arrays = {"squares": ((side_px, side_px, 3), "uint8"), "sizes": ((2,), "int32")}
     stores = _decode(split, {"kind": "training squares"}, arrays, read, accelerator, options)
-    return TrainingImages(
-        split=split,
-        preprocessing=preprocessing,
-        squares=stores["squares"],
-        sizes=stores["sizes"],
-        how=how,
-        seed=seed,
-        views=views,
-    )
+    squares, sizes = stores["squares"], stores["sizes"]
+    return TrainingImages(split=split, preprocessing=preprocessing, squares=squares, sizes=sizes, views=views)
 
 
 def _decode(
@@ -225,7 +223,7 @@ def _decode(
     accelerator: Accelerator,
     options: ExtractOptions,
 ) -> dict[str, Store]:
-    """Stores of what `read` returns for each image, in threads: Pillow releases the interpreter lock."""
+    """Stores of the arrays that `read` returns for each image. Threads decode: Pillow releases the interpreter lock."""
     row_bytes = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in arrays.values())
     storage = options.choose_storage(len(split) * row_bytes, accelerator)
     if storage.kind == "none":
@@ -253,7 +251,7 @@ def _decode(
                 for done in pool.map(work, range(0, num_decoded, ROWS_PER_TASK)):
                     bar.update(done)
             finally:
-                pool.shutdown(cancel_futures=True)  # a bad image ends the rest
+                pool.shutdown(cancel_futures=True)  # also if an image is bad
 
     def check(stores: Mapping[str, Store]) -> set[str]:
         rows = np.unique([0, len(split) - 1])
@@ -261,18 +259,9 @@ def _decode(
         return {n for n, s in stores.items() if not np.array_equal(s[rows], np.stack([each[n] for each in decoded]))}
 
     started = time.perf_counter()
-    stores = cached(
-        {**key, "data": split.fingerprint},
-        arrays=arrays,
-        num_rows=len(split),
-        fill=fill,
-        check=check,
-        storage=storage,
-        title=f"{key['kind']}, {len(split)} images",
-        ranks=ranks_of(accelerator),
-        bound_bytes=options.max_disk_bytes,
-    )
+    group = Group(fields={**key, "data": split.fingerprint}, arrays=arrays, title=f"{key['kind']}, {len(split)} images")
+    stores = cached([group], Rows(count=len(split), fill=fill, check=check), storage, ranks_of(accelerator))
     if accelerator.is_main_process:
-        rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "found"
+        rate = f"{num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "from the cache"
         log.info("%s pixels: %d images, %s; %s", split.name, len(split), rate, storage.reason)
     return stores

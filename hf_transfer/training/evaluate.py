@@ -46,7 +46,6 @@ def compute_image_logits(
     *,
     accelerator: Accelerator,
     options: ExtractOptions,
-    shows_progress: bool = True,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Logits (N, K) and labels (N,), on every process, of the whole network in eval mode over `images`."""
     share = _take_share(len(images), accelerator)
@@ -57,10 +56,7 @@ def compute_image_logits(
             logits = compute_logits(on.model, batch)
         rows[at : at + len(batch)] = list(logits.float().cpu().numpy())
 
-    sweep(
-        chain, images, share, compute, accelerator=accelerator, options=options, title=f"{images.name} images",
-        shows_progress=shows_progress,
-    )  # fmt: skip
+    sweep(chain, images, share, compute, accelerator=accelerator, options=options)
     mine = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
     return gather_logits(accelerator, mine, labels[share])
 

@@ -23,6 +23,7 @@ from hf_transfer.data.pixels import (
     EvaluationImages,
     Images,
     TrainingImages,
+    TrainingViews,
     default_side_px,
     store_evaluation_pixels,
     store_training_squares,
@@ -101,10 +102,12 @@ def _squares(
     return store_training_squares(
         data.train,
         backbone.preprocessing,
-        side_px=config.train_side_px or default_side_px(backbone.preprocessing),
-        how=augmentation_of(config),
-        seed=config.seed,
-        views=max(1, config.cache_views),
+        TrainingViews(
+            side_px=config.train_side_px or default_side_px(backbone.preprocessing),
+            augmentation=augmentation_of(config),
+            seed=config.seed,
+            count=max(1, config.cache_views),
+        ),
         accelerator=accelerator,
         options=options,
     )

@@ -6,6 +6,7 @@ of each step, and the loss is scaled so that the step is that of one process on 
 
 import logging
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -162,9 +163,9 @@ def validate(network: nn.Module, reads: PhaseData, at: Workplace) -> tuple[dict[
             )
     else:
         assert reads.images is not None
-        options = ExtractOptions.from_config(at.config)
+        options = replace(ExtractOptions.from_config(at.config), shows_progress=False)
         logits, truth = compute_image_logits(
-            at.chain, reads.images, labels, accelerator=at.accelerator, options=options, shows_progress=False
+            at.chain, reads.images, labels, accelerator=at.accelerator, options=options
         )
     outcomes = read_outcomes(logits, truth)
     by_accuracy = at.config.select_by == "accuracy"
