@@ -66,28 +66,30 @@ def main(config: GreedyStackConfig) -> dict[str, Any]:
     """Runs the recipe; returns the content of results.json."""
     from hf_transfer.locations import chain_dir
     from hf_transfer.network.backbone import create
-    from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on, read_numbers
+    from hf_transfer.network.greedy import AuxiliaryHead
+    from hf_transfer.network.growing import BlockSpec, grow_architecture, grow_blocks, grow_on, read_numbers
     from hf_transfer.reporting.run import load_inputs, read_data, start_run
     from hf_transfer.training.stages import finish, grow
 
     run = start_run(config)
-    how: dict[str, Any] = {"hidden": config.aux_hidden, "seed": config.seed}
-    new = {**how, "layers": 3 if config.layers is None else config.layers}
+    aux = AuxiliaryHead(hidden=config.aux_hidden, seed=config.seed)
+    layers = 3 if config.layers is None else config.layers
     px, downsample = config.image_size_px, config.downsample
     if config.checkpoint != NO_CHECKPOINT:
         data, base = load_inputs(run)
-        new |= {"kind": config.block, "width": config.width, "downsample": read_numbers(downsample or "")}
-        stack = grow_on(base, base.chain(cache_dir=chain_dir()), after=config.stack_after, **new)
+        halving = read_numbers(downsample or "")
+        blocks = BlockSpec(kind=config.block, layers=layers, width=config.width, downsample=halving)
+        stack = grow_on(base, base.chain(cache_dir=chain_dir()), blocks, aux, after=config.stack_after)
     elif config.architecture is not None:
         data = read_data(run)
         made: dict[str, Any] = {"image_size_px": px, "model_args": config.model_args, "seed": config.seed}
         base = create(config.architecture, data.label_names, **made)
-        stack = grow_architecture(base, layers=config.layers, **how)
+        stack = grow_architecture(base, aux, layers=config.layers)
     else:
         data = read_data(run)
-        halving = tuple(n for n in (2, 3) if n <= new["layers"]) if downsample is None else read_numbers(downsample)
-        new |= {"width": config.width or 16, "downsample": halving}
-        stack = grow_blocks(data.label_names, image_size_px=px, **new)
+        halving = tuple(n for n in (2, 3) if n <= layers) if downsample is None else read_numbers(downsample)
+        blocks = BlockSpec(layers=layers, width=config.width or 16, downsample=halving)
+        stack = grow_blocks(data.label_names, blocks, aux, image_size_px=px)
     use: dict[str, Any] = {"config": config, "accelerator": run.accelerator, "costs": run.costs}
     use["checkpoints"] = run.output_dir / "checkpoints"
     grown = grow(stack, data, epochs=config.stage_epochs, patience_layers=config.patience_layers, **use)

@@ -20,8 +20,8 @@ from hf_transfer.hub.publish import publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.greedy import GreedyStack, layout_of, plan_head
-from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on, read_numbers
+from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack, layout_of, plan_head
+from hf_transfer.network.growing import BlockSpec, grow_architecture, grow_blocks, grow_on, read_numbers
 from hf_transfer.training.costs import Costs
 from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.stages import Grown, count_stage_flops, ensemble, find_best_depth, finish, grow
@@ -34,6 +34,7 @@ SMALL = TrainConfig(
     images_per_class=6, epochs=1, batch_size=16, lr=3e-3, cache_views=VIEWS, cache="memory", flip=0.0, tracker="none"
 )
 DATA: list[Data] = []
+AUX = AuxiliaryHead()
 
 
 def data() -> Data:
@@ -44,7 +45,8 @@ def data() -> Data:
 
 def conv_stack(layers: int = 3, hidden: int = 1) -> GreedyStack:
     names = data().label_names
-    return grow_blocks(names, layers=layers, width=4, downsample=(2,), hidden=hidden, image_size_px=16)
+    blocks = BlockSpec(layers=layers, width=4, downsample=(2,))
+    return grow_blocks(names, blocks, AuxiliaryHead(hidden=hidden), image_size_px=16)
 
 
 def run_stages(stack: GreedyStack, config: TrainConfig = SMALL, folder: Path | None = None, **options: Any) -> Grown:
@@ -126,7 +128,7 @@ def test_resumed_equals_uninterrupted_across_stages(tmp_path: Path, block: int) 
     config = replace(SMALL, save_every=1)
     outcome = run_all(conv_stack(), config, tmp_path / "whole")
     stack = conv_stack()
-    stop_after = random.randint(2, 9)  # of the steps that train this block
+    stop_after = random.Random(block).randint(2, 9)  # of the steps that train this block
     steps = 0
 
     def see(name: str, module: torch.nn.Module, _: int) -> None:
@@ -180,14 +182,14 @@ def test_the_finished_network_is_the_last_stage() -> None:
 
 def test_an_architecture_stays_plain(tmp_path: Path) -> None:
     backbone = upstream("timm ResNet", tmp_path, data().label_names)
-    stack = grow_architecture(backbone, layers=None, hidden=1)
+    stack = grow_architecture(backbone, AUX)
     assert [s.layer for s in stack.stages] == [layer.name for layer in stack.chain.layers[1:-1]]
     stem = stack.chain.layers[0].parameters
     assert {f"network.{n}" for n in stem} <= stack.stages[0].policy.select(stack.stages[0].chain)
     outcome = run_all(stack)
     assert outcome.backbone.model is backbone.model
     assert [p["policy"] for p in outcome.plan[-2:]] == ["head", "full"]
-    short = grow_architecture(backbone, layers=2, hidden=1)
+    short = grow_architecture(backbone, AUX, layers=2)
     with pytest.raises(ValueError, match="stay untrained"):
         finish(
             run_stages(short), data(), config=SMALL, lr=1e-3, fine_tunes=False, accelerator=Accelerator(cpu=True),
@@ -203,7 +205,7 @@ def test_the_ensemble_weighs_deeper_stages_more() -> None:
 
 
 def test_stored_views_make_a_stage_cost_one_layer() -> None:
-    stack = grow_blocks(data().label_names, layers=5, width=8, downsample=(), hidden=1, image_size_px=16)
+    stack = grow_blocks(data().label_names, BlockSpec(layers=5, width=8), AUX, image_size_px=16)
     cached = [count_stage_flops(s, stored=True)["train"] for s in stack.stages]
     recomputed = [count_stage_flops(s, stored=False)["train"] for s in stack.stages]
     assert len(set(cached[1:])) == 1
@@ -219,16 +221,19 @@ def upstream(family: str, folder: Path, labels: tuple[str, ...] = LABELS) -> Bac
 def test_mistakes_are_said_before_training(tmp_path: Path) -> None:
     vit, resnet = upstream("timm ViT", tmp_path), upstream("timm ResNet", tmp_path)
     vit_chain, chain = vit.chain(), resnet.chain()
-    make: dict[str, Any] = {"width": 8, "downsample": (), "hidden": 1, "image_size_px": 16}
+
+    def make(hidden: int = 1, **blocks: Any) -> GreedyStack:
+        return grow_blocks("ab", BlockSpec(width=8, **blocks), AuxiliaryHead(hidden=hidden), image_size_px=16)
+
     mistakes: list[tuple[Callable[[], object], str]] = [
-        (lambda: grow_blocks("ab", layers=0, **make), "layers=0: a stack has one layer at least"),
-        (lambda: grow_blocks("ab", layers=2, **{**make, "hidden": 4}), "choose 1 <= aux_hidden <= 3"),
-        (lambda: grow_blocks("ab", layers=2, **{**make, "downsample": (3,)}), "block 3 is none of 1 to 2"),
-        (lambda: grow_blocks("ab", layers=4, **{**make, "downsample": (1, 2, 3, 4)}), "does not halve to"),
-        (lambda: grow_on(vit, vit_chain, layers=1, kind="conv"), "choose --block transformer"),
-        (lambda: grow_on(resnet, chain, layers=1, kind="conv", after="layer9"), "its layers are stem, layer1.0"),
-        (lambda: grow_on(resnet, chain, layers=1, kind="transformer", downsample=(1,)), "keep their tokens"),
-        (lambda: grow_architecture(resnet, layers=6, hidden=1), "choose 1 <= layers <= 5"),
+        (lambda: make(layers=0), "layers=0: a stack has one layer at least"),
+        (lambda: make(layers=2, hidden=4), "choose 1 <= aux_hidden <= 3"),
+        (lambda: make(layers=2, downsample=(3,)), "block 3 is none of 1 to 2"),
+        (lambda: make(layers=4, downsample=(1, 2, 3, 4)), "does not halve to"),
+        (lambda: grow_on(vit, vit_chain, BlockSpec(), AUX), "choose --block transformer"),
+        (lambda: grow_on(resnet, chain, BlockSpec(), AUX, after="layer9"), "its layers are stem, layer1.0"),
+        (lambda: grow_on(resnet, chain, BlockSpec(kind="transformer", downsample=(1,)), AUX), "keep their tokens"),
+        (lambda: grow_architecture(resnet, AUX, layers=6), "choose 1 <= layers <= 5"),
         (lambda: read_numbers("2;3"), "such as 2,3"),
         (lambda: layout_of((8, 3, 5), (3, 16, 16)), "neither tokens"),
         (lambda: plan_head((8, 4, 4), "channels_first", 0), "aux_hidden=0"),
@@ -239,7 +244,7 @@ def test_mistakes_are_said_before_training(tmp_path: Path) -> None:
     bare = replace(chain, layers=(chain.layers[0], chain.layers[-1]), notes=("no cuts at all",))
     whole = replace(bare, layers=tuple(replace(layer, cut=None) for layer in bare.layers))
     with pytest.raises(ValueError, match="no cuts at all"):
-        grow_on(resnet, whole, layers=1, kind="conv")
+        grow_on(resnet, whole, BlockSpec(), AUX)
 
 
 LOADER = """
@@ -262,12 +267,14 @@ print(json.dumps(found))
 def test_a_saved_stack_answers_alike_where_we_are_not_installed(tmp_path: Path) -> None:
     """Law 7 for new blocks alone, on a timm checkpoint (at an early layer, and tokens), and on a transformers one."""
     resnet, swin, vit = (upstream(name, tmp_path) for name in ("timm ResNet", "timm Swin", "ViT"))
-    blocks = grow_blocks(LABELS, layers=2, width=4, downsample=(2,), hidden=2, image_size_px=32)
+    blocks = grow_blocks(
+        LABELS, BlockSpec(layers=2, width=4, downsample=(2,)), AuxiliaryHead(hidden=2), image_size_px=32
+    )
     stacks = {
         "blocks-32": blocks,
-        "resnet-32": grow_on(resnet, resnet.chain(), layers=2, kind="conv", width=8, after="layer2.0"),
-        "swin-32": grow_on(swin, swin.chain(), layers=1, kind="transformer", hidden=2),
-        "vit-16": grow_on(vit, vit.chain(), layers=1, kind="transformer", width=16, after="stem"),
+        "resnet-32": grow_on(resnet, resnet.chain(), BlockSpec(layers=2, width=8), AUX, after="layer2.0"),
+        "swin-32": grow_on(swin, swin.chain(), BlockSpec(kind="transformer"), AuxiliaryHead(hidden=2)),
+        "vit-16": grow_on(vit, vit.chain(), BlockSpec(kind="transformer", width=16), AUX, after="stem"),
     }
     pixels = {size: make_pixels((3, size, size), 2) for size in (16, 32)}
     torch.save(pixels, tmp_path / "pixels.pt")
@@ -310,7 +317,7 @@ def test_a_transformers_architecture_grows_too() -> None:
     backbone = create("mobilenet_v2", LABELS, image_size_px=32)
     assert backbone.library == "transformers"
     assert backbone.preprocessing.image_shape == (3, 32, 32)
-    stack = grow_architecture(backbone, layers=3, hidden=1)
+    stack = grow_architecture(backbone, AUX, layers=3)
     assert stack.is_plain
     cuts = [s.chain.lowest_cut(s.policy.select(s.chain)) for s in stack.stages]
     assert cuts[0] is None
@@ -321,7 +328,7 @@ def test_a_transformers_architecture_grows_too() -> None:
 
 def test_arguments_make_an_architecture_narrower_and_travel_with_it(tmp_path: Path) -> None:
     backbone = create("resnet18d", LABELS, image_size_px=32, model_args='{"stem_width": 8, "channels": [8, 8, 16, 16]}')
-    stack = grow_architecture(backbone, layers=None, hidden=1)
+    stack = grow_architecture(backbone, AUX)
     assert [s.layer for s in stack.stages][-1] == "layer4.1"
     save_model(backbone, {**results_for(backbone)}, tmp_path)
     images = torch.rand(2, 3, 32, 32)

@@ -81,7 +81,7 @@ class Chain:
         raise ValueError(f"{name!r} is no layer of this chain; its layers are {', '.join(x.name for x in self.layers)}")
 
     def cut(self, name: str) -> Cut:
-        """The cut at the end of the layer called `name`, or "features". Raises ValueError, listing the cuts, if there is none."""
+        """The cut at the end of the layer called `name`, or "features". Raises ValueError, listing them, if there is none."""
         for cut in self.cuts:
             if cut.name == name:
                 return cut
@@ -124,8 +124,8 @@ class Chain:
     def run_prefix(self, cuts: Sequence[Cut], inputs: torch.Tensor, *, start: Cut | None = None) -> list[torch.Tensor]:
         """Activations (B, *cut.shape) at `cuts`, from one forward in eval mode, without gradients.
 
-        `inputs`: normalized images (B, 3, H, W) or, given `start`, activations (B, *start.shape) at that earlier cut, from which
-        only the layers between run; on the model's device. The activations may be used in a backward (no_grad, not
+        `inputs`: normalized images (B, 3, H, W) or, given `start`, activations (B, *start.shape) at that earlier cut, from
+        which only the layers between run; on the model's device. The activations may be used in a backward (no_grad, not
         inference_mode).
         """
         part = Part(self.model, self.image_shape, start=start, ends=cuts)
