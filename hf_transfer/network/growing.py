@@ -1,4 +1,4 @@
-"""Creates the layers of a greedy stack: new convolutional blocks (`grow_blocks`), the layers of any architecture
+"""Creates the layers of a greedy stack: new convolutional blocks (`create_blocks`, `grow_blocks`), the layers of any architecture
 (`grow_architecture`), or new blocks on the frozen layers of a checkpoint (`grow_on`).
 
 Blocks that do not fit are refused before anything is trained.
@@ -35,8 +35,8 @@ class BlockSpec:
     downsample: Sequence[int] = ()
 
 
-def grow_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, *, image_size_px: int) -> GreedyStack:
-    """A stack of convolutional blocks on square images of `image_size_px`; the width doubles at each downsampling.
+def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, *, image_size_px: int) -> Backbone:
+    """A network of convolutional blocks on square images of `image_size_px`; the width doubles at each downsampling.
 
     Raises ValueError if these do not fit.
     """
@@ -51,7 +51,7 @@ def grow_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, *,
     )
     model = _make(config, aux.seed)
     name = f"greedy-conv{blocks.layers}x{arguments[0]['width']}"
-    backbone = Backbone(
+    return Backbone(
         model=model,
         library="transformers",
         preprocessing=preprocessing_of_config(config, name),
@@ -59,7 +59,18 @@ def grow_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, *,
         source=Source(folder=Path(name), id=None, revision=None, license=None),
         new_head=True,
     )
-    return _stack_blocks(backbone, aux)
+
+
+def grow_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
+    """A stack of the blocks of a network by `create_blocks`. Raises ValueError if there is no cut between them."""
+    chain = backbone.chain(cache_dir=chain_dir())
+    model = backbone.model
+    assert isinstance(model, GreedyForImageClassification)
+    names = [f"blocks.{i}" for i in range(len(model.blocks))]
+    known = {layer.name for layer in chain.layers}
+    if not set(names) <= known:
+        raise ValueError(f"no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
+    return stack_layers(backbone, chain, names, aux)
 
 
 def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | None = None) -> GreedyStack:
@@ -117,7 +128,7 @@ def grow_on(
     own = set(grown.body.network.state_dict())
     grown.body.network.load_state_dict({n: t for n, t in model.state_dict().items() if n in own})
     base = replace(backbone, model=grown, library="transformers", new_head=True)
-    return _stack_blocks(base, aux)
+    return grow_blocks(base, aux)
 
 
 def read_numbers(text: str) -> tuple[int, ...]:
@@ -185,17 +196,6 @@ def _plan_last_head(
     rows, columns = shape[1:] if layout == "channels_first" else shape[:2]
     halved = 2 ** sum(block["downsample"] for block in blocks)
     return plan_head((blocks[-1]["width"], rows // halved, columns // halved), "channels_first", hidden)
-
-
-def _stack_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
-    chain = backbone.chain(cache_dir=chain_dir())
-    model = backbone.model
-    assert isinstance(model, GreedyForImageClassification)
-    names = [f"blocks.{i}" for i in range(len(model.blocks))]
-    known = {layer.name for layer in chain.layers}
-    if not set(names) <= known:
-        raise ValueError(f"no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
-    return stack_layers(backbone, chain, names, aux)
 
 
 def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
