@@ -238,7 +238,7 @@ def test_a_hit_is_checked_by_two_rows_that_count_apart(
         tamper(row)
         with caplog.at_level(logging.WARNING):
             found = run(backbone, train, options)
-        assert "discarded" in caplog.text
+        assert "Discarding cache" in caplog.text
         assert (found.images, found.checked_rows) == (len(train), 2)
         np.testing.assert_array_equal(found.stores["it"][:], expected)
         caplog.clear()
@@ -271,7 +271,7 @@ def test_stored_pixels_are_checked_exactly(backbone: Backbone, train: Split, cap
     tamper(0)
     with caplog.at_level(logging.WARNING):
         mended = store_evaluation_pixels(train, backbone.preprocessing, **options).read(np.arange(len(train)))
-    assert "discarded" in caplog.text
+    assert "Discarding cache" in caplog.text
     np.testing.assert_array_equal(mended, expected)
 
 

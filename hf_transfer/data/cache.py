@@ -198,6 +198,7 @@ def cached(groups: Sequence[Group], rows: Rows, storage: Storage, ranks: Ranks |
                 f"the store {folder.name} was removed by another job while it was being opened: run again"
             )
         stores |= group.rename(opened)
+    ranks.barrier()  # before rank 0 may discard one of them in its next call
     return stores
 
 
