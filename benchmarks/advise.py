@@ -319,7 +319,7 @@ def overhead(given: argparse.Namespace) -> None:
                 images = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
                 sweep(
                     chain, images, np.arange(len(split)), lambda on, batch, at: _ignore(compute_logits(on.model, batch)),
-                    accelerator=accelerator, options=options, title="bare", shows_progress=False,
+                    accelerator=accelerator, options=options,
                 )  # fmt: skip
             bare, bare_cpu = time.perf_counter() - started, time.process_time() - cpu
             clear_caches()  # all of HF_TRANSFER_CACHE: name a folder of its own

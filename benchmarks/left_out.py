@@ -81,7 +81,6 @@ def watching(backbone: Backbone, others: Split) -> Iterator[list[dict[str, Any]]
             others.labels,
             accelerator=at.accelerator,
             options=ExtractOptions.from_config(at.config),
-            shows_progress=False,
         )
         judged = 100 * float((logits.argmax(1) == labels).mean())
         seen.append({"score": score, "merits": merits, "judged": judged})

@@ -16,13 +16,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
-
 from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig, replace_settings
-from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.run import Run
-from hf_transfer.runs import accelerator_options, load_session, write_run
+from hf_transfer.runs import execute, open_session
 from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
@@ -88,13 +85,7 @@ class Task:
         Raises ValueError for whatever is wrong with settings, data or checkpoint.
         """
         session = self._open(_as_strategy(strategy, settings), output_dir)
-        assert isinstance(session.strategy, Strategy)
-        result = session.strategy.run(session)
-        session.costs.stop()
-        run = Run(session=session, result=result)
-        if output_dir is not None:
-            write_run(session, result)
-        return run
+        return Run(session=session, result=execute(session))
 
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
         """Which strategy suits these images and this checkpoint (see `hf-transfer advise`)."""
@@ -109,8 +100,7 @@ class Task:
         config = replace(self.config, strategy=strategy, output=output)
         if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
             config = replace_settings(config, strategy.task_defaults)
-        accelerator = Accelerator(**accelerator_options(config, folder))
-        return load_session(config, self.data, accelerator, Costs(), folder)
+        return open_session(config, data=self.data, output_dir=folder)
 
 
 def _as_strategy(strategy: Strategy | Phases, settings: dict[str, Any]) -> Strategy:

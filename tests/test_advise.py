@@ -1,49 +1,55 @@
-"""Advice: its content, that the run after it computes no feature twice, and the recipe that runs it."""
+"""Advice: its content, that the run after it computes no feature twice, and that its commands run what it advises."""
 
-import importlib.util
 import json
 import shlex
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
 
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
 from hf_transfer.choosing.auto import choose_and_run, compare
+from hf_transfer.choosing.candidates import find_candidates, make_command, to_k
 from hf_transfer.choosing.estimates import CurvePoint, DepthScore, LearningCurve
 from hf_transfer.choosing.pilots import Pilot, run_pilots
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime
-from hf_transfer.choosing.strategies import (
-    LORA_DEFAULTS,
-    carry_out,
-    count_activation_bytes,
-    make_command,
-    settle,
-    without_test,
-)
 from hf_transfer.choosing.suggestions import suggest
 from hf_transfer.choosing.table import format_advice
 from hf_transfer.cli import main
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import load_data
-from hf_transfer.network.backbone import load
+from hf_transfer.config import changed_settings, replace_settings, to_settings
 from hf_transfer.costs import Costs
-from hf_transfer.training.outcome import Outcome
-from hf_transfer.training.phases import KEPT_START
+from hf_transfer.flags import parse
+from hf_transfer.launch import run_recipe
+from hf_transfer.network.backbone import load
+from hf_transfer.reporting.sentences import describe_choice
+from hf_transfer.runs import open_session
+from hf_transfer.session import Session
+from hf_transfer.strategy import default_config, make_strategy
+from hf_transfer.training.pricing import count_activation_bytes
+from hf_transfer.training.records import AutoChoice, Kept, Metrics, PhaseResult, RunResult, Score, Verdict
 from tests.families import built
-from tests.test_recipes import ROOT, run_recipe
 
-CONFIG = TrainConfig(images_per_class=8, epochs=2, batch_size=16, tracker="none")
+ROOT = Path(__file__).parents[1]
+SETTINGS = {"images_per_class": 8, "epochs": 2, "batch_size": 16, "tracker": "none"}
+
+
+def make_session(output_dir: Path | None = None, **settings: Any) -> Session:
+    config = replace_settings(default_config("auto"), SETTINGS | settings)
+    return open_session(config, output_dir=output_dir)
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return make_session()
 
 
 @pytest.fixture(scope="module")
 def advice() -> Advice:
-    return advise(CONFIG, accelerator=Accelerator(cpu=True))
+    return advise(make_session())
 
 
 def test_advice_reports_measurements_and_expectations(advice: Advice) -> None:
@@ -62,15 +68,12 @@ def test_advice_reports_measurements_and_expectations(advice: Advice) -> None:
     assert json.loads(json.dumps(advice.to_dict(), allow_nan=False))["recommended"] == advice.recommended
 
 
-def test_the_estimated_probe_agrees_with_the_recipes_probe(advice: Advice) -> None:
+def test_the_estimated_probe_agrees_with_the_recipes_probe(advice: Advice, session: Session) -> None:
     """Other folds and a coarser grid of C: the recipe's accuracy lies within the advised interval."""
-    data = without_test(load_data(CONFIG))
-    backbone = load("embedded", data.label_names)
-    outcome = carry_out(
-        "linear_probe", backbone.chain(), backbone, data, config=CONFIG, accelerator=Accelerator(cpu=True), costs=Costs()
-    )  # fmt: skip
+    strategy = make_strategy("linear_probe")
+    result = strategy.run(strategy.restart(session.without_test()))
     probe = advice.estimates[0]
-    chosen = outcome.details["readouts"][0]["held_out_accuracy"]  # of train and validation, cross-validated
+    chosen = result.details["readouts"][0]["held_out_accuracy"]  # of train and validation, cross-validated
     assert probe.low <= chosen <= probe.high
 
 
@@ -82,52 +85,53 @@ def test_the_estimated_probe_agrees_with_the_recipes_probe(advice: Advice) -> No
 def test_the_run_that_follows_makes_no_second_pass(
     name: str, after_advice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cost table counts the images that the frozen network ran on for features: none after advice, all without."""
-    data = without_test(load_data(CONFIG))
+    """The costs count the images that the frozen network ran on for features: none after advice, all without."""
     seen = []
-    for first in (False, True):
-        monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / str(first)))
-        backbone = load("embedded", data.label_names)
-        chain = backbone.chain()
-        if first:
-            advised = advise(CONFIG, inputs=(data, backbone, chain), accelerator=Accelerator(cpu=True))
-            assert advised.cost["images_computed"] == len(data.train) + len(data.validation)
-        costs = Costs()
-        carry_out(
-            name, chain, backbone, data, config=replace(CONFIG, epochs=1), accelerator=Accelerator(cpu=True), costs=costs
-        )  # fmt: skip
-        table = costs.to_dict()
-        assert "features" in table["seconds"]
-        seen.append("features" in table["images_per_second"])
-        assert "store" not in table["images_per_second"]
+    for is_advised in (False, True):
+        monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / str(is_advised)))
+        session = make_session(epochs=1).without_test()
+        data = session.data
+        if is_advised:
+            assert advise(session).cost["images_computed"] == len(data.train) + len(data.validation)
+        session = replace(session, costs=Costs())
+        strategy = find_candidates(session)[name]
+        strategy.run(strategy.restart(session))
+        cost = session.costs.read()
+        assert "features" in cost.seconds
+        seen.append("features" in cost.images_per_second)
+        assert "store" not in cost.images_per_second
     assert seen == [True, after_advice]
 
 
-def test_the_command_is_one_that_the_recipe_takes(advice: Advice) -> None:
+def test_the_command_runs_the_advised_settings(advice: Advice, session: Session) -> None:
+    """Parsed again, it is the session's configuration with the strategy's settings; only the output folder is new."""
     for estimate in advice.estimates:
-        accelerate, launch, recipe, *flags = shlex.split(estimate.command)
-        assert (accelerate, launch) == ("accelerate", "launch")
-        assert (ROOT / recipe).is_file()
-        assert "--images_per_class" in flags
+        program, train, name, *flags = shlex.split(estimate.command)
+        assert (program, train, name) == ("hf-transfer", "train", estimate.strategy)
         assert flags[flags.index("--images_per_class") + 1] == "8"
-    other = make_command("lora", replace(CONFIG, dataset="a b/c", on_bad_image="skip", trust_remote_code=True))
-    assert "'a b/c'" in other
-    assert "--trust_remote_code" in shlex.split(other)
+        parsed = to_settings(parse(name, prog="test", description=None, arguments=flags))
+        advised = to_settings(replace(session.config, strategy=find_candidates(session)[name]))
+        elsewhere = {"output_dir": f"runs/{name}", "tracker": "auto"}
+        assert parsed == advised | {k: v for k, v in elsewhere.items() if k in parsed}
+    other = make_session(dataset="sklearn/digits", on_bad_image="skip", trust_remote_code=True)
+    spaced = replace(other.config.data, dataset="a b/c")
+    command = make_command(replace(other, config=replace(other.config, data=spaced)), make_strategy("lora"))
+    assert "'a b/c'" in command
+    assert "--trust_remote_code" in shlex.split(command)
+    assert shlex.split(command)[:3] == ["hf-transfer", "train", "lora"]
 
 
-def test_lora_runs_with_its_recipes_own_defaults() -> None:
-    spec = importlib.util.spec_from_file_location("recipe_lora_defaults", ROOT / "recipes" / "lora.py")
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recipe
-    spec.loader.exec_module(recipe)
-    own = {f.name: f.default for f in fields(recipe.LoraConfig)}
-    common = {f.name: f.default for f in fields(TrainConfig)}
-    assert {k: own[k] for k in common if own[k] != common[k]} == LORA_DEFAULTS
-    assert settle("lora", CONFIG).lr == own["lr"]
-    assert settle("lora", replace(CONFIG, lr=5e-5)).lr == 5e-5  # the user's value wins
-    assert settle("full", CONFIG) == CONFIG
+def test_candidates_have_their_own_defaults_and_the_settings_that_were_changed(session: Session) -> None:
+    candidates = find_candidates(session)
+    assert tuple(candidates) == STRATEGIES
+    for name, strategy in candidates.items():
+        given = changed_settings(strategy, make_strategy(name))
+        assert given == {k: v for k, v in {"epochs": 2, "tracker": "none"}.items() if k in to_settings(strategy)}
+    lora = make_strategy("lora")
+    assert to_settings(candidates["lora"])["lr"] == to_settings(lora)["lr"] != session.gradient.optimization.lr
+    changed = session.with_strategy(replace_settings(session.config.strategy, {"lr": 5e-5}))
+    assert to_settings(find_candidates(changed)["lora"])["lr"] == 5e-5  # the user's value wins
+    assert to_k(candidates["last_layers"]) <= len(session.chain)
 
 
 def test_activation_bytes_shrink_with_a_later_cut_and_flags_stay() -> None:
@@ -147,7 +151,7 @@ def estimate(name: str, accuracy: float, spread: float = 0.05) -> Estimate:
 
 
 def pilot(name: str, epochs: int, accuracy: float) -> Pilot:
-    return Pilot(strategy=name, epochs=epochs, accuracy=accuracy, log_loss=0.3, seconds=1.0)
+    return Pilot(strategy=name, epochs=epochs, score=Score(accuracy=accuracy, log_loss=0.3), seconds=1.0)
 
 
 def test_a_pilot_moves_the_estimate_by_its_precision() -> None:
@@ -181,16 +185,14 @@ def test_pilots_change_the_choice(advice: Advice) -> None:
 
 
 def test_pilots_halve_within_the_budget() -> None:
-    data = load_data(CONFIG)
-    quick = dict.fromkeys(STRATEGIES, 0.0)
-    config = replace(CONFIG, epochs=3)
-    ran = run_pilots(
-        ["last_layers", "full"], quick, data, config=config, accelerator=Accelerator(cpu=True), budget_s=1e6
-    )
-    assert [(p.strategy, p.epochs) for p in ran[:3]] == [("linear_probe", 0), ("last_layers", 1), ("full", 1)]
-    best = max(ran[1:3], key=lambda p: (p.accuracy, -p.log_loss)).strategy
-    assert [(p.strategy, p.epochs) for p in ran[3:]] == [(best, 2)]
-    alone = run_pilots(["full"], {"full": 1e9}, data, config=config, accelerator=Accelerator(cpu=True), budget_s=1.0)
+    session = make_session(epochs=3)
+    candidates = find_candidates(session)
+    two = {name: candidates[name] for name in ("last_layers", "full")}
+    pilots = run_pilots(session, two, dict.fromkeys(STRATEGIES, 0.0), budget_s=1e6)
+    assert [(p.strategy, p.epochs) for p in pilots[:3]] == [("linear_probe", 0), ("last_layers", 1), ("full", 1)]
+    best = min(pilots[1:3], key=lambda p: p.score.rank("accuracy")).strategy
+    assert [(p.strategy, p.epochs) for p in pilots[3:]] == [(best, 2)]
+    alone = run_pilots(session, {"full": candidates["full"]}, {"full": 1e9}, budget_s=1.0)
     assert [p.strategy for p in alone] == ["linear_probe"]
 
 
@@ -211,11 +213,13 @@ def depth_score(layer: str, probe: float, *, is_native: bool) -> DepthScore:
     )
 
 
-def test_only_the_trouble_cell_has_suggestions() -> None:
-    _, chain = built("timm ViT")
+def test_only_the_trouble_cell_has_suggestions(session: Session) -> None:
+    model, chain = built("timm ViT")
+    vit = session.with_network(replace(session.backbone, model=model), chain)
+    candidates = find_candidates(vit)
     depths = [depth_score("blocks.0", 0.7, is_native=False), depth_score("blocks.1", 0.5, is_native=True)]
     trouble = DataRegime(images_per_class=8, similarity=0.1)
-    suggestions = {s.title: s for s in suggest(trouble, depths, CURVE, CONFIG, chain)}
+    suggestions = {s.title: s for s in suggest(vit, candidates, trouble, depths, CURVE)}
     assert "60.0 % (45.0 to 70.0) at 10" in suggestions["more labels"].evidence
     earlier = suggestions["features of earlier layers"]
     assert earlier.command is not None
@@ -224,23 +228,43 @@ def test_only_the_trouble_cell_has_suggestions() -> None:
     assert any("--wise_ft" in str(s.command) for s in suggestions.values())
     assert any("trivialaugment" in str(s.command) for s in suggestions.values())
     assert any("--trains biases" in str(s.command) for s in suggestions.values())
-    assert suggest(DataRegime(images_per_class=800, similarity=0.1), depths, CURVE, CONFIG, chain) == ()
-    assert suggest(DataRegime(images_per_class=8, similarity=0.9), depths, CURVE, CONFIG, chain) == ()
+    for regime in (
+        DataRegime(images_per_class=800, similarity=0.1),
+        DataRegime(images_per_class=8, similarity=0.9),
+    ):
+        assert suggest(vit, candidates, regime, depths, CURVE) == ()
 
 
-def outcome(accuracy: float, kept: str | None, phases: int = 2) -> Outcome:
-    scores = {"validation": {"accuracy": accuracy, "num_samples": 100}}
-    backbone = load("embedded")
-    return Outcome(backbone=backbone, plan=[{"kept": kept}] * phases, metrics=scores, curves=[], details={})
+def tuned(accuracy: float, kept: Kept, *, solves_first: bool) -> RunResult:
+    metrics = Metrics(
+        accuracy=accuracy, balanced_accuracy=accuracy, macro_f1=accuracy, nll=0.3, ece=0.0, num_samples=100, per_class=(),
+        confusion_matrix=(), notes=(),
+    )  # fmt: skip
+
+    def phase(kept: Kept) -> PhaseResult:
+        return PhaseResult(
+            policy="full", cut=None, optimizer="adamw", epochs=3, num_trainable=1, kept=kept, score=metrics.score
+        )
+
+    phases = (phase(Kept.SOLUTION), phase(kept)) if solves_first else (phase(kept),)
+    return RunResult(backbone=load("embedded"), phases=phases, metrics={"validation": metrics})
 
 
 def test_auto_keeps_the_probe_unless_the_other_is_better_beyond_chance() -> None:
-    probe = outcome(0.9, None, phases=1)
-    assert compare(probe, outcome(0.92, "epoch 3"), "lora")[0]
-    assert not compare(probe, outcome(0.89, "epoch 3"), "lora")[0]
-    assert not compare(probe, outcome(0.99, KEPT_START), "lora")[0]
-    assert not compare(probe, outcome(0.92, "epoch 3", phases=1), "full")[0]  # within a standard error
-    assert compare(probe, outcome(0.97, "epoch 3", phases=1), "full")[0]
+    def judge(advised: str, result: RunResult) -> Verdict:
+        choice = AutoChoice(
+            advised=advised, kept="linear_probe", verdict=Verdict.PROBE_ADVISED, probe=Score(accuracy=0.9, log_loss=0.3)
+        )
+        compared = compare(choice, result)
+        assert compared.kept == (advised if compared.verdict is Verdict.TUNED_BETTER else "linear_probe")
+        return compared.verdict
+
+    assert judge("lora", tuned(0.92, Kept.EPOCH, solves_first=True)) is Verdict.TUNED_BETTER
+    assert judge("lora", tuned(0.89, Kept.EPOCH, solves_first=True)) is Verdict.TUNED_NOT_BETTER
+    assert judge("lora", tuned(0.99, Kept.START, solves_first=True)) is Verdict.NO_EPOCH_BETTER
+    # Within a standard error, and beyond it.
+    assert judge("full", tuned(0.92, Kept.EPOCH, solves_first=False)) is Verdict.TUNED_NOT_BETTER
+    assert judge("full", tuned(0.97, Kept.EPOCH, solves_first=False)) is Verdict.TUNED_BETTER
 
 
 @pytest.mark.parametrize("winner", ["probe_then_full", "lora"])
@@ -251,26 +275,25 @@ def test_auto_runs_the_advised_strategy_and_says_why(
         return replace(advise(*arguments, **options), recommended=winner)
 
     monkeypatch.setattr("hf_transfer.choosing.auto.advise", advised)
-    data = load_data(CONFIG)
-    backbone = load("embedded", data.label_names)
-    result = choose_and_run(
-        backbone.chain(), backbone, data, config=CONFIG, measure=False, budget_s=None, accelerator=Accelerator(cpu=True),
-        costs=Costs(), checkpoints=tmp_path,
-    )  # fmt: skip
-    auto = result.details["auto"]
-    assert (auto["advised"], auto["ran"]) == (winner, ["linear_probe", winner])
-    assert auto["kept"] in auto["ran"]
-    assert auto["why"]
-    assert result.metrics["test"]["num_samples"] == len(data.test or ())
-    assert result.backbone.label_names == data.label_names
+    session = make_session(tmp_path)
+    result = choose_and_run(session, measure=False, budget_s=None)
+    choice = result.choice
+    assert choice is not None
+    assert choice.advised == winner
+    assert choice.tuned is not None
+    assert choice.kept in ("linear_probe", winner)
+    assert describe_choice(choice)
+    assert result.metrics["test"].num_samples == len(session.data.test or ())
+    assert result.backbone.label_names == session.data.label_names
     json.dumps(result.details, allow_nan=False)
 
 
 def test_the_recipe_keeps_to_a_budget_and_records_the_advice(tmp_path: Path) -> None:
-    run_recipe("auto", "--epochs", "1", "--budget_s", "60", "--images_per_class", "8", "--output_dir", str(tmp_path))
+    flags = ["--epochs", "1", "--budget_s", "60", "--images_per_class", "8", "--tracker", "none"]
+    run_recipe("auto", arguments=[*flags, "--output_dir", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["strategy"] == "auto"
-    assert results["details"]["auto"]["advice"]["estimates"]
+    assert results["details"]["advice"]["estimates"]
     assert results["metrics"]["test"]["accuracy"] > 0.8
     card = (tmp_path / "model" / "README.md").read_text()
     assert "linear_probe" in card
@@ -306,7 +329,7 @@ def test_a_report_on_finished_cells_is_drawn_without_the_judged_set(tmp_path: Pa
             for s in STRATEGIES:
                 accuracy = {"linear_probe": 0.8, "probe_then_full": 0.95}.get(s, 0.82)
                 # On one set validation images say nothing against the probe.
-                kept = KEPT_START if cell["set"] == "a" else "epoch 3"
+                kept = Kept.START if cell["set"] == "a" else Kept.EPOCH
                 validated = {"validation_accuracy": accuracy, "num_validation": 50, "kept": kept}
                 lines.append(
                     {"what": s, **cell, "test_accuracy": accuracy, "num_test": 100, "seconds": 10.0, **validated}

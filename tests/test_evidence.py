@@ -1,5 +1,6 @@
 """One pass: features at each depth, the distance of BatchNorm statistics, and that the network is left unchanged."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,35 +20,34 @@ from hf_transfer.choosing.evidence import (
 )
 from hf_transfer.choosing.forward_stats import _record_batchnorm_inputs, measure_forward
 from hf_transfer.choosing.similarity import compute_label_information, measure_similarity
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.network.backbone import Backbone, load
-from hf_transfer.network.chain import Chain
+from hf_transfer.config import ModelConfig, RunConfig, replace_settings
+from hf_transfer.data.dataset import load_data
+from hf_transfer.network.backbone import load
+from hf_transfer.session import Session
 from tests.families import assert_same_state, built, state_of
 
-CONFIG = TrainConfig(images_per_class=6, tracker="none")
-OPTIONS = ExtractOptions(batch_size=16)
-Inputs = tuple[Data, Backbone, Chain]
+CONFIG = replace_settings(RunConfig(), {"images_per_class": 6, "batch_size": 16})
 
 
 @pytest.fixture(scope="module")
-def inputs() -> Inputs:
-    data = load_data(CONFIG)
+def session() -> Session:
+    data = load_data(CONFIG.data)
     backbone = load("embedded", data.label_names)
-    return data, backbone, backbone.chain()
+    return Session(config=CONFIG, data=data, backbone=backbone, accelerator=Accelerator(cpu=True))
 
 
-def gather(inputs: Inputs, options: ExtractOptions = OPTIONS) -> Evidence:
-    data, backbone, chain = inputs
-    head = read_head("embedded")
-    return gather_evidence(chain, backbone, data, head=head, accelerator=Accelerator(cpu=True), options=options)
+def change(session: Session, **settings: object) -> Session:
+    return replace(session, config=replace_settings(session.config, settings))
 
 
-def test_upstreams_predictions_are_those_of_the_whole_network(inputs: Inputs) -> None:
+def gather(session: Session) -> Evidence:
+    return gather_evidence(session, head=read_head(ModelConfig()))
+
+
+def test_upstreams_predictions_are_those_of_the_whole_network(session: Session) -> None:
     """From stored features and the classifier's weights, without a second pass."""
-    data, backbone, _ = inputs
-    evidence = gather(inputs)
+    data, backbone = session.data, session.backbone
+    evidence = gather(session)
     assert evidence.upstream_logits is not None
     pixels = np.stack([backbone.preprocessing.pixels(data.train.image(i)) for i in range(4)])
     with torch.no_grad():
@@ -57,20 +57,20 @@ def test_upstreams_predictions_are_those_of_the_whole_network(inputs: Inputs) ->
 
 
 def test_a_checkpoint_without_head_has_no_upstream_predictions(tmp_path: Path) -> None:
-    """As self-supervised checkpoints come. Any other error is the user's to see, whatever the folder is called."""
+    """Self-supervised checkpoints have no head. Any other error is raised, whatever the folder is called."""
     headless = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8)
     timm.models.save_for_hf(headless, str(tmp_path / "body"), safe_serialization=True)
-    assert read_head(str(tmp_path / "body")) is None
+    assert read_head(ModelConfig(checkpoint=str(tmp_path / "body"))) is None
     broken = tmp_path / "no trained head"
     timm.models.save_for_hf(headless, str(broken), safe_serialization=True)
     (broken / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="names neither"):
-        read_head(str(broken))
+        read_head(ModelConfig(checkpoint=str(broken)))
 
 
-def test_depths_are_means_over_positions(inputs: Inputs) -> None:
-    data, backbone, chain = inputs
-    evidence = gather(inputs)
+def test_depths_are_means_over_positions(session: Session) -> None:
+    data, backbone, chain = session.data, session.backbone, session.chain
+    evidence = gather(session)
     assert [d.is_native for d in evidence.depths] == [False] * (len(evidence.depths) - 1) + [True]
     assert [d.position for d in evidence.depths] == sorted(d.position for d in evidence.depths)
     pixels = torch.from_numpy(backbone.preprocessing.pixels(data.train.image(0)).copy())[None]
@@ -79,12 +79,12 @@ def test_depths_are_means_over_positions(inputs: Inputs) -> None:
         np.testing.assert_allclose(depth.features[0], activation[0].mean((1, 2)), rtol=1e-4, atol=1e-5)
 
 
-def test_the_same_evidence_again_costs_no_pass(inputs: Inputs) -> None:
-    gather(inputs)
-    assert gather(inputs).images_computed == 0
+def test_the_same_evidence_again_costs_no_pass(session: Session) -> None:
+    gather(session)
+    assert gather(session).images_computed == 0
     # Without a cache it is computed again, but in one pass for all readers.
-    data = inputs[0]
-    assert gather(inputs, ExtractOptions(cache="none")).images_computed == len(data.train) + len(data.validation)
+    data = session.data
+    assert gather(change(session, cache="none")).images_computed == len(data.train) + len(data.validation)
 
 
 @pytest.mark.parametrize("name", ["timm ResNet", "timm ViT", "timm Swin", "timm ConvNeXt"])
@@ -127,27 +127,38 @@ def test_upstreams_own_statistics_have_distance_zero() -> None:
         assert moments.compute_distance() == pytest.approx(expected, abs=1e-4)
 
 
-def test_measuring_a_forward_leaves_the_network_unchanged(inputs: Inputs) -> None:
-    data, backbone, chain = inputs
-    before = state_of(chain.model)
-    stats = measure_forward(chain, backbone, data.train, accelerator=Accelerator(cpu=True), options=OPTIONS)
-    assert_same_state(before, state_of(chain.model))
+def test_measuring_a_forward_leaves_the_network_unchanged(session: Session) -> None:
+    model = session.chain.model
+    before = state_of(model)
+    stats = measure_forward(session)
+    assert_same_state(before, state_of(model))
     assert stats.batchnorm_distance is not None
     assert stats.images_per_second > 0
-    assert stats.training_images_per_second == stats.images_per_second
-    mixed = measure_forward(
-        chain, backbone, data.train, accelerator=Accelerator(cpu=True), options=OPTIONS, mixed_precision="bf16"
-    )
-    assert_same_state(before, state_of(chain.model))
-    assert mixed.training_images_per_second not in (0.0, mixed.images_per_second)
-    assert mixed.batchnorm_distance == pytest.approx(stats.batchnorm_distance)  # measured in float32 only
-    assert stats.num_images <= max(8, len(data.train) / 16)
+    assert stats.num_images <= max(8, len(session.data.train) / 16)
+    in_bf16 = measure_forward(change(session, precision="bf16"))
+    assert_same_state(before, state_of(model))
+    assert in_bf16.images_per_second > 0
+    assert in_bf16.batchnorm_distance == pytest.approx(stats.batchnorm_distance)  # recorded in float32 only
 
 
-def test_digits_are_like_digits_and_noise_is_not(inputs: Inputs) -> None:
+def test_speed_is_that_of_a_forward_in_the_runs_precision(session: Session) -> None:
+    """The network runs under autocast once more; in fp32 it runs once, without."""
+    for precision, expected in (("fp32", {torch.float32}), ("bf16", {torch.float32, torch.bfloat16})):
+        seen: set[torch.dtype] = set()
+
+        def note(_: nn.Module, inputs: object, output: torch.Tensor, seen: set[torch.dtype] = seen) -> None:
+            seen.add(output.dtype)
+
+        convolution = next(m for m in session.chain.model.modules() if isinstance(m, nn.Conv2d))
+        handle = convolution.register_forward_hook(note)
+        measure_forward(change(session, precision=precision))
+        handle.remove()
+        assert seen == expected, precision
+
+
+def test_digits_are_like_digits_and_noise_is_not(session: Session) -> None:
     """The embedded checkpoint was pretrained on MNIST: scikit-learn's digits are near, noise is far."""
-    data, backbone, chain = inputs
-    near = measure_similarity(gather(inputs))
+    near = measure_similarity(gather(session))
     assert near.score > 0.5
     assert {m.name for m in near.measures} == {"confidence", "label_information", "batchnorm"}
 
@@ -168,8 +179,8 @@ def test_digits_are_like_digits_and_noise_is_not(inputs: Inputs) -> None:
 
             return Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8))
 
-    noise = measure_forward(chain, backbone, Noisy(data.train), accelerator=Accelerator(cpu=True), options=OPTIONS)  # type: ignore[arg-type]
-    digits = measure_forward(chain, backbone, data.train, accelerator=Accelerator(cpu=True), options=OPTIONS)
+    noisy = replace(session.data, train=Noisy(session.data.train))  # type: ignore[arg-type]
+    noise, digits = measure_forward(replace(session, data=noisy)), measure_forward(session)
     assert noise.batchnorm_distance is not None
     assert digits.batchnorm_distance is not None
     assert noise.batchnorm_distance > 5 * digits.batchnorm_distance

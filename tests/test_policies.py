@@ -112,7 +112,7 @@ def test_matching_refuses_what_is_no_expression_before_there_is_a_chain() -> Non
 
 def test_matching_nothing_names_what_is_near() -> None:
     _, chain = built("timm ViT")
-    with pytest.raises(ValueError, match=r"matches no parameter; near it are .*blocks\.1\.attn\.qkv\.weight"):
+    with pytest.raises(ValueError, match=r"matches no parameter; similar names are .*blocks\.1\.attn\.qkv\.weight"):
         matching(r"blocks\.1\.attention\.qkv\.weight$").select(chain)
 
 

@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from hf_transfer.choosing.rank import CheckpointScore, RankCorrelation, Ranking, correlate_with_probe, rank, sample_data
 from hf_transfer.choosing.table import format_ranking
 from hf_transfer.cli import main
-from hf_transfer.config import TrainConfig
+from hf_transfer.config import RunConfig, replace_settings
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
 
-CONFIG = TrainConfig(images_per_class=12, tracker="none")
+CONFIG = replace_settings(RunConfig(), {"images_per_class": 12})
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_the_table_reports_the_size_baseline(ranking: Ranking) -> None:
 
 
 def test_a_sample_has_every_class_and_no_test_image() -> None:
-    data = load_data(CONFIG)
+    data = load_data(CONFIG.data)
     few = sample_data(data, 50, seed=0)
     assert few.test is None
     assert len(few.train) + len(few.validation) <= 50

@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from hf_transfer.choosing.rule import CORNERS, STRATEGIES, TABLE, DataRegime, choose, expect_accuracy, expect_log_ratio
-from tests.test_recipes import ROOT
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

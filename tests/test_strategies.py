@@ -45,7 +45,13 @@ def to_flags(settings: dict[str, object]) -> list[str]:
 def run(*words: str, folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     shown = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
     )
     assert shown.returncode == 0, shown.stderr[-3000:]
 

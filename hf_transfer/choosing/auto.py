@@ -66,23 +66,25 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
 
 
 def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
-    """The choice between the probe and a tuned network, judged on the same validation images.
+    """The choice between the probe and a tuned network, judged on the same validation images."""
+    accuracy, num_images = tuned.validation.accuracy, tuned.validation.num_samples
+    error = None if tuned.phases[0].is_solved else standard_error(choice.probe.accuracy, accuracy, num_images)
+    verdict = judge(accuracy - choice.probe.accuracy, error, tuned.phases[-1].kept)
+    kept = choice.advised if verdict is Verdict.TUNED_BETTER else "linear_probe"
+    return replace(choice, tuned=tuned.validation.score, kept=kept, verdict=verdict, standard_error=error)
 
-    A network that started from the probe has already shown, image by image, that its epoch beats that probe beyond chance
-    (otherwise it kept its start), so it only has to match the probe that is fitted on all images. A network that started from
-    an untrained head has to win by one standard error, because the best of its epochs is partly luck.
+
+def judge(gain: float, error: float | None, kept: Kept) -> Verdict:
+    """Whether a tuned network is better than the probe, from its `gain` in accuracy and the weights that it `kept`.
+
+    Without `error`: it started from the probe and has already shown, image by image, that its epoch beats that probe beyond
+    chance (otherwise it kept its start), so it only has to match the probe that is fitted on all images. With `error`: it
+    started from an untrained head and has to win by this standard error, because the best of its epochs is partly luck.
     """
-    tuned_accuracy, num_images = tuned.validation.accuracy, tuned.validation.num_samples
-    choice = replace(choice, tuned=tuned.validation.score)
-    if tuned.phases[0].is_solved:
-        if tuned.phases[-1].kept is Kept.START:
-            return replace(choice, verdict=Verdict.NO_EPOCH_BETTER)
-        is_better, error = tuned_accuracy >= choice.probe.accuracy, None
-    else:
-        error = standard_error(choice.probe.accuracy, tuned_accuracy, num_images)
-        is_better = tuned_accuracy - choice.probe.accuracy > error
-    verdict = Verdict.TUNED_BETTER if is_better else Verdict.TUNED_NOT_BETTER
-    return replace(choice, kept=choice.advised if is_better else "linear_probe", verdict=verdict, standard_error=error)
+    if error is None and kept is Kept.START:
+        return Verdict.NO_EPOCH_BETTER
+    is_better = gain >= 0 if error is None else gain > error
+    return Verdict.TUNED_BETTER if is_better else Verdict.TUNED_NOT_BETTER
 
 
 def standard_error(first: float, second: float, num_images: int) -> float:

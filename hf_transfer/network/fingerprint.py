@@ -54,9 +54,9 @@ IGNORED_CONFIG = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a network is fingerprinted as: the name of each of its tensors, and the description of each module.
+    """The name of each tensor and the description of each module, as they enter a fingerprint.
 
-    A tensor named "" is left out: it changes nothing.
+    A tensor named "" is left out, since it changes nothing.
     """
 
     tensor_names: Mapping[str, str]
@@ -64,7 +64,7 @@ class Identity:
 
 
 def identify(model: nn.Module) -> Identity:
-    """The network as it is."""
+    """The network's own names and descriptions."""
     return Identity(tensor_names={n: n for n in named_tensors(model)}, modules=describe_modules(model))
 
 

@@ -1,12 +1,12 @@
-"""A network to be grown layer by layer: which layers, in which order, and an auxiliary head for each (arXiv 1812.11446).
+"""A network that grows layer by layer: which layers, in which order, each with an auxiliary head (arXiv 1812.11446).
 
     stage 1:  stem -> layer 1 -> head 1
     stage 2:  stem -> layer 1 (frozen) -> layer 2 -> head 2
     ...
 
-The whole network is there from the start; the network of stage k is its chain up to layer k, with head k in place of the rest,
-and what stage k trains is layer k and head k. So the cut before layer k, the stores at it and the audit follow as in every
-other phase. `network.growing` says where the layers come from.
+The whole network exists from the start. The network of stage k is its chain up to layer k, followed by head k; the stage trains
+layer k and head k. So the cut before layer k, the activations stored there and the audit follow as in every other phase.
+`network.growing` creates the layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,32 +23,43 @@ from hf_transfer.network.modeling_greedy import HEAD_SIDE, GreedyConfig, GreedyF
 from hf_transfer.network.part import Part
 from hf_transfer.network.policies import Policy
 
-MAX_HIDDEN = 3  # k of the auxiliary problems: what the paper tried
+MAX_HIDDEN = 3  # largest k of the auxiliary problems that the paper tried
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryHead:
+    """The auxiliary problem of each stage, and the seed of all new weights.
+
+    `hidden` is the paper's k: the growing layer and k - 1 more in the head.
+    """
+
+    hidden: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One layer to be grown. `chain` is that of the stage's own network; its parameters are named as in `GreedyStack.whole`."""
+    """One layer to be grown. `chain` is that of the stage's own network, with parameter names as in `GreedyStack.whole`."""
 
     layer: str
     chain: Chain = field(repr=False)
     policy: Policy
-    through: tuple[Cut, ...] = field(repr=False)  # cuts before earlier stages, at which activations are stored
+    through: tuple[Cut, ...] = field(repr=False)  # cuts of earlier stages, at which activations are stored
 
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyStack:
-    """The network with all its layers, and the heads that they are grown with."""
+    """The network with all its layers, and the auxiliary heads."""
 
     backbone: Backbone
     chain: Chain  # the backbone's
     stages: tuple[Stage, ...]
-    whole: Chain = field(repr=False)  # over network and all heads: what a state holds
+    whole: Chain = field(repr=False)  # of network and all heads: what a checkpoint contains
     heads: tuple[dict[str, Any], ...]  # arguments of each stage's head
 
     @property
     def is_plain(self) -> bool:
-        """Whether the network is an architecture of timm or transformers, with a head of its own that no stage trains."""
+        """Whether the network is a timm or transformers architecture, whose own head no stage trains."""
         return not isinstance(self.backbone.model, GreedyForImageClassification)
 
     @property
@@ -64,7 +75,7 @@ class GreedyStack:
         return self.grown.heads
 
     def first(self, depth: int) -> "GreedyStack":
-        """The stack of the first `depth` stages, over the same network and heads."""
+        """The stack of the first `depth` stages, with the same network and heads."""
         stages = self.stages[:depth]
         heads = nn.ModuleDict(dict(list(self.aux_heads.items())[:depth]))
         grown = Part(self.grown.network, self.chain.image_shape, ends=self.grown.ends[:depth], heads=heads)
@@ -72,7 +83,7 @@ class GreedyStack:
         return replace(self, stages=stages, whole=whole, heads=self.heads[:depth])
 
     def finished(self, *, fine_tuned: bool) -> Backbone:
-        """The network to go on with: a plain architecture as it is, else blocks and head of the last stage, in place of all."""
+        """The grown network: a plain architecture itself, else a new network of the grown blocks and the last stage's head."""
         if self.is_plain:
             return self.backbone
         model = self.backbone.model
@@ -89,31 +100,28 @@ class GreedyStack:
         return replace(self.backbone, model=grown)
 
 
-def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], *, hidden: int, seed: int) -> GreedyStack:
-    """The stack whose stages are the layers called `names`, with auxiliary problems of k = `hidden`.
+def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], aux: AuxiliaryHead) -> GreedyStack:
+    """The stack whose stages are the layers called `names`.
 
-    Raises ValueError for k out of range, and for activations that no head fits.
+    Raises ValueError if k is out of range, or if no head fits the activations.
     """
     cuts = [chain.cut(name) for name in names]
-    specs = []
-    for cut in cuts:
-        layout = layout_of(cut.shape, chain.image_shape)
-        specs.append(plan_head(cut.shape, layout, hidden))
-    torch.manual_seed(seed)
+    specs = [plan_head(cut.shape, layout_of(cut.shape, chain.image_shape), aux.hidden) for cut in cuts]
+    torch.manual_seed(aux.seed)
     heads = nn.ModuleDict({str(i): Head(num_classes=len(backbone.label_names), **spec) for i, spec in enumerate(specs)})
-    layers = [_moved(layer, "network") for layer in chain.layers[:-1]]
-    places = {layer.name: i for i, layer in enumerate(layers)}
+    layers = [_rename(layer, "network") for layer in chain.layers[:-1]]
+    positions = {layer.name: i for i, layer in enumerate(layers)}
     stages: list[Stage] = []
     through: list[Cut] = []
     for i, (name, cut) in enumerate(zip(names, cuts, strict=True)):
-        place = places[name]
+        position = positions[name]
         own = nn.ModuleDict({str(i): heads[str(i)]})
         network = Part(chain.model, chain.image_shape, ends=[cut], heads=own)
-        stage_chain = _stage_chain(network, chain, layers[: place + 1])
-        # The first stage also trains a stem that is new, as a plain architecture's is; a checkpoint's layers stay.
+        stage_chain = _stage_chain(network, chain, layers[: position + 1])
+        # The first stage also trains the stem of a plain architecture, which is new; a checkpoint's layers stay frozen.
         is_new = isinstance(chain.model, GreedyForImageClassification)
-        low = place if i or is_new else 0
-        trained = [*layers[low : place + 1], stage_chain.layers[-1]]
+        lowest = position if i or is_new else 0
+        trained = [*layers[lowest : position + 1], stage_chain.layers[-1]]
         selected = frozenset(n for layer in trained for n in layer.parameters)
         policy = Policy(name=f"stage {i + 1} ({name})", select=_always(selected))
         stages.append(Stage(layer=name, chain=stage_chain, policy=policy, through=tuple(through)))
@@ -125,7 +133,7 @@ def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], *, hidd
 
 
 def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
-    """How the activation of one image lies: a grid has the image's proportions. Raises ValueError for other shapes."""
+    """Layout of one image's activation; a grid has the proportions of the image. Raises ValueError for other shapes."""
     if len(shape) == 2:
         return "tokens"
     if len(shape) == 3:
@@ -139,10 +147,10 @@ def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
 
 
 def plan_head(shape: Sequence[int], layout: Layout, hidden: int) -> dict[str, Any]:
-    """Arguments of an auxiliary head on activations of `shape`; `hidden` is k. Raises ValueError for k out of range."""
+    """Arguments of an auxiliary head on activations of `shape`; `hidden` is k. Raises ValueError if k is out of range."""
     if not 1 <= hidden <= MAX_HIDDEN:
         raise ValueError(
-            f"aux_hidden={hidden}: k counts the hidden layers of each auxiliary problem, the growing one among them; choose "
+            f"aux_hidden={hidden}: k counts the hidden layers of each auxiliary problem, including the growing one; choose "
             f"1 <= aux_hidden <= {MAX_HIDDEN}"
         )
     if layout == "tokens":
@@ -156,7 +164,7 @@ def _always(names: frozenset[str]) -> Callable[[Chain], frozenset[str]]:
 
 
 def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
-    """The chain of a stage's network. What the network has behind the stage's cut never runs: its parameters are orphans."""
+    """The chain of a stage's network. Parameters of the network after the stage's cut are unused."""
     assert network.heads is not None
     (key,) = network.heads
     parameters = tuple(n for n, _ in network.named_parameters() if n.startswith("heads."))
@@ -174,8 +182,8 @@ def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
     )
 
 
-def _moved(layer: Layer, home: str) -> Layer:
-    """The layer of a network that has become the part called `home` of another."""
+def _rename(layer: Layer, home: str) -> Layer:
+    """The layer of a network that has become the submodule `home` of another."""
     cut = layer.cut
     return replace(
         layer,

@@ -31,7 +31,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "strategy": strategy.name,
-        "plan": [_describe_phase(phase) for phase in result.phases],
+        "plan": _describe_plan(result),
         "metrics": {split: metrics.to_dict() for split, metrics in result.metrics.items()},
         "label_names": list(data.label_names),
         "cost": to_json(session.costs.read()),
@@ -87,6 +87,14 @@ def read_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def _describe_plan(result: RunResult) -> list[dict[str, Any]]:
+    """The phases; the first one's description also says what `auto` chose between."""
+    plan = [_describe_phase(phase) for phase in result.phases]
+    if result.choice is not None:
+        plan[0]["description"] += f" ({describe_choice(result.choice)})"
+    return plan
 
 
 def _describe_phase(phase: PhaseResult) -> dict[str, Any]:
