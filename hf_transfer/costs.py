@@ -25,10 +25,14 @@ class Cost:
 
 
 class Costs:
-    """A stopwatch with named parts and a sampler of memory. It runs from construction to `stop`, or as a context manager."""
+    """A stopwatch with named parts and a sampler of memory. It runs from construction to `stop`, or as a context manager.
+
+    Parts after `stop`, such as saving the run later, still count.
+    """
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
+        self._total: float | None = None  # None while the stopwatch runs
         self._parts: dict[str, float] = {}
         self._images: dict[str, int] = {}
         self._peak_bytes = 0
@@ -49,29 +53,37 @@ class Costs:
         try:
             yield
         finally:
-            self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._parts[name] = self._parts.get(name, 0.0) + seconds
+            if self._total is not None:
+                self._total += seconds
 
     def count_images(self, part: str, images: int) -> None:
         """Records that `part` put this many images through the network."""
         self._images[part] = self._images.get(part, 0) + images
 
     def stop(self) -> None:
-        """Ends the sampling of memory; the stopwatch goes on."""
-        self._stop.set()
-        self._sampler.join()
+        """Stops the stopwatch and the sampling of memory."""
+        self._stop_sampling()
+        if self._total is None:
+            self._total = time.perf_counter() - self._started
 
     def read(self) -> Cost:
         """The figures up to now. Stops the sampling of memory."""
-        self.stop()
+        self._stop_sampling()
         on_gpu = torch.cuda.is_available()
         rates = {n: images / self._parts[n] for n, images in self._images.items() if images and n in self._parts}
         return Cost(
-            seconds={**self._parts, "total": time.perf_counter() - self._started},
+            seconds={**self._parts, "total": self._total or time.perf_counter() - self._started},
             images_per_second=rates,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else self._peak_bytes,
             memory_is="GPU memory allocated by torch" if on_gpu else "anonymous resident memory of this process",
             device=torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         )
+
+    def _stop_sampling(self) -> None:
+        self._stop.set()
+        self._sampler.join()
 
     def _sample(self) -> None:
         while not self._stop.is_set():
