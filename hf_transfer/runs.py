@@ -2,10 +2,12 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 
 from hf_transfer.config import GradientConfig, RunConfig
@@ -40,20 +42,27 @@ def open_session(config: RunConfig) -> Session:
     asked for would be refused.
     """
     output_dir = Path(config.output.output_dir)
-    accelerator = Accelerator(**accelerator_options(config, output_dir))
+    accelerator = open_accelerator(config, output_dir)
     start_logging(is_main=accelerator.is_main_process)
     costs = Costs()
+    if accelerator.is_main_process and config.output.push_to_hub is not None:
+        check_push(config.output.push_to_hub)  # not after hours of training
+    begin_output(config, accelerator, output_dir)
+    with costs.part("data"), accelerator.main_process_first():
+        data = load_data(config.data)
+    return load_session(config, data, accelerator, costs, output_dir)
+
+
+def begin_output(
+    config: RunConfig, accelerator: Accelerator, output_dir: Path, unrepeatable: Sequence[str] = ()
+) -> None:
+    """Writes config.yaml and starts the trackers."""
     if accelerator.is_main_process:
-        if config.output.push_to_hub is not None:
-            check_push(config.output.push_to_hub)  # not after hours of training
-        write_config(output_dir, config)
+        write_config(output_dir, config, unrepeatable)
     if accelerator.log_with:
         # Trackers send it elsewhere, so it holds no path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
-    with costs.part("data"), accelerator.main_process_first():
-        data = load_data(config.data)
-    return load_session(config, data, accelerator, costs, output_dir)
 
 
 def load_session(
@@ -74,7 +83,7 @@ def load_session(
 
 def open_quiet_session(config: RunConfig) -> Session:
     """A session that writes nothing and logs warnings only, for commands that print."""
-    accelerator, costs = Accelerator(**accelerator_options(config, None)), Costs()
+    accelerator, costs = open_accelerator(config, None), Costs()
     with costs.part("data"), accelerator.main_process_first():
         data = load_data(config.data)
     return load_session(config, data, accelerator, costs, None)
@@ -128,8 +137,13 @@ def start_logging(*, is_main: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
-    """What the flags say; where they say nothing, `accelerate launch` or its config file decides."""
+def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
+    """The processes and precision of a run; what the settings leave open, `accelerate launch` or its config file decides."""
+    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process stays
+    return Accelerator(**_accelerator_options(config, output_dir))
+
+
+def _accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
     options: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[config.compute.precision]}
     if not isinstance(config.strategy, GradientConfig):
         return options

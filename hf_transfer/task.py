@@ -9,6 +9,7 @@
 It runs the same code as `hf-transfer train`, so the same settings give the same weights to the bit.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +17,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
-
 from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig, replace_settings
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.run import Run
-from hf_transfer.runs import accelerator_options, load_session, write_run
+from hf_transfer.runs import begin_output, load_session, open_accelerator, write_run
 from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
@@ -31,6 +30,11 @@ if TYPE_CHECKING:
     from hf_transfer.choosing.advise import Advice
 
 IN_MEMORY = "images in memory"  # what logs and cards call them if no name is given
+NOT_OF_A_TASK = {  # settings of a run that have another place in Python
+    "output_dir": "give it to fit, or to run.save",
+    "push_to_hub": "use run.push",
+    "private": "use run.push with PublishOptions(private=True)",
+}
 
 Phases = Sequence[SolveHeadPhase | TrainPhase]
 
@@ -68,6 +72,11 @@ class Task:
 
     def __init__(self, images: Any, checkpoint: str = EMBEDDED_CHECKPOINT, **settings: Any) -> None:
         is_name = isinstance(images, str | os.PathLike)
+        for name in settings:
+            if name in NOT_OF_A_TASK:
+                raise ValueError(f"Task: {name} is no setting of a task; {NOT_OF_A_TASK[name]}")
+        if is_name and "dataset" in settings:
+            raise ValueError(f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give one of them")
         self.images = None if is_name else images
         dataset = str(images) if is_name else settings.pop("dataset", IN_MEMORY)
         values = {"dataset": dataset, "checkpoint": checkpoint, **settings}
@@ -87,30 +96,46 @@ class Task:
         With `output_dir` the folder is that of the recipe, states are saved while training, and `resume=True` continues.
         Raises ValueError for whatever is wrong with settings, data or checkpoint.
         """
-        session = self._open(_as_strategy(strategy, settings), output_dir)
-        assert isinstance(session.strategy, Strategy)
-        result = session.strategy.run(session)
-        session.costs.stop()
-        run = Run(session=session, result=result)
+        chosen = _as_strategy(strategy, settings)
+        with Costs() as costs:
+            session = self._open(chosen, costs, output_dir)
+            result = chosen.run(session)
         if output_dir is not None:
             write_run(session, result)
-        return run
+            session.accelerator.end_training()
+        return Run(session=session, result=result)
 
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
         """Which strategy suits these images and this checkpoint (see `hf-transfer advise`)."""
         from hf_transfer.choosing.advise import advise
         from hf_transfer.strategy import make_strategy
 
-        return advise(self._open(make_strategy("auto", tracker="none"), None), measure=measure, budget_s=budget_s)
+        with Costs() as costs:
+            session = self._open(make_strategy("auto", tracker="none"), costs, None)
+            return advise(session, measure=measure, budget_s=budget_s)
 
-    def _open(self, strategy: Strategy, output_dir: str | Path | None) -> Session:
+    def _open(self, strategy: Strategy, costs: Costs, output_dir: str | Path | None) -> Session:
         folder = None if output_dir is None else Path(output_dir)
         output = OutputConfig(output_dir=str(folder or f"runs/{strategy.name}"))
         config = replace(self.config, strategy=strategy, output=output)
         if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
             config = replace_settings(config, strategy.task_defaults)
-        accelerator = Accelerator(**accelerator_options(config, folder))
-        return load_session(config, self.data, accelerator, Costs(), folder)
+        unrepeatable = self._list_unrepeatable(strategy)
+        accelerator = open_accelerator(config, folder)
+        if folder is not None:
+            begin_output(config, accelerator, folder, unrepeatable)
+        with costs.part("data"), accelerator.main_process_first():
+            data = self.data
+        session = load_session(config, data, accelerator, costs, folder)
+        return replace(session, unrepeatable=unrepeatable)
+
+    def _list_unrepeatable(self, strategy: Strategy) -> tuple[str, ...]:
+        """What the settings do not say."""
+        lines = [] if self.images is None else ["the images were in memory: give them to hf_transfer.Task again"]
+        if isinstance(strategy, CustomPlan):
+            lines.append(f"the plan was made in Python, for Task.fit; its {len(strategy.phases)} phases:")
+            lines += [f"{phase.policy.name}: {json.dumps(phase.identity())}" for phase in strategy.phases]
+        return tuple(lines)
 
 
 def _as_strategy(strategy: Strategy | Phases, settings: dict[str, Any]) -> Strategy:
