@@ -244,7 +244,7 @@ def _check_exactness(chain: Chain) -> list[str]:
         activations = chain.run_prefix(chain.cuts, pixels)
         found = []
         for cut, activation in zip(chain.cuts, activations, strict=True):
-            with chain.suffix(cut) as suffix:
+            with chain.part(start=cut) as suffix:
                 difference = float((suffix(activation) - whole).abs().max() / whole.abs().max().clamp(min=1e-6))
             if not difference <= RELATIVE:
                 found.append(f"logits differ by {difference:.1e} at {cut.name}")
@@ -277,7 +277,7 @@ def _check_training(chain: Chain, cut: Cut, expected: set[str]) -> list[str]:
     activation = chain.run_prefix([cut], pixels)[0]
     kept = activation.clone()
     try:
-        with chain.suffix(cut) as suffix:
+        with chain.part(start=cut) as suffix:
             suffix.train()
             logits = suffix(activation)
             (logits * torch.randn_like(logits)).sum().backward()
