@@ -233,8 +233,7 @@ def report(given: argparse.Namespace) -> None:
         print(f"| {way} | {regret.mean():.2f} ({low:.2f} to {high:.2f}) | {beyond} | {seconds:.0f} |")
     print(f"\n{len(cells)} cells, {len(groups)} without their seeds; sets: {', '.join(sets)}")
     print(
-        "measured seconds / estimated seconds, median (range): "
-        + ", ".join(map(_compare_seconds(cells), STRATEGIES))
+        "measured seconds / estimated seconds, median (range): " + ", ".join(map(_compare_seconds(cells), STRATEGIES))
     )
 
 
@@ -334,7 +333,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--num_workers", type=int, default=0)
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of all runs in one --out")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of all runs in one --out"
+    )
     given = parser.parse_args()
     if given.part in ("run", "overhead") and given.data is None:
         parser.error(f"{given.part} needs --data FOLDER")
