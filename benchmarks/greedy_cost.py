@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_transfer.prefix.extract import use_fast_layout
 from hf_transfer.network.freezing import set_modes, set_trainable
 from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack
 from hf_transfer.network.growing import BlockSpec, grow_blocks
+from hf_transfer.prefix.extract import use_fast_layout
 
 NUM_CLASSES = 10
 

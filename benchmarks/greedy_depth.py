@@ -23,12 +23,12 @@ import torch
 from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.greedy import AuxiliaryHead
 from hf_transfer.network.growing import BlockSpec, grow_blocks, read_numbers
 from hf_transfer.network.policies import full
-from hf_transfer.costs import Costs
 from hf_transfer.training.phase import Phase, optimization_of
 from hf_transfer.training.plan import run_plan
 

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from hf_transfer.config import NO_SPLIT, TrainConfig
+from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
 from hf_transfer.network.policies import full
-from hf_transfer.costs import Costs
 from hf_transfer.training.phase import Phase, Plan, ProbePhase, optimization_of
 from hf_transfer.training.plan import run_plan
 
