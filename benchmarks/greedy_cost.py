@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from hf_transfer.prefix.extract import use_fast_layout
 from hf_transfer.network.freezing import set_modes, set_trainable
-from hf_transfer.network.greedy import GreedyStack
-from hf_transfer.network.growing import grow_blocks
+from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack
+from hf_transfer.network.growing import BlockSpec, grow_blocks
 
 NUM_CLASSES = 10
 
@@ -36,7 +36,7 @@ def make_steps(stack: GreedyStack, number: int, batch: int) -> dict[str, Callabl
     set_trainable(chain.model, names)
     set_modes(chain, cut, names)
     model: Any = stack.backbone.model
-    block, head = model.blocks[number], stack.grown.heads[str(number)]
+    block, head = model.blocks[number], stack.aux_heads[str(number)]
     parameters = [p for p in chain.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     labels = torch.arange(batch) % NUM_CLASSES
@@ -49,7 +49,7 @@ def make_steps(stack: GreedyStack, number: int, batch: int) -> dict[str, Callabl
         optimizer.zero_grad()
 
     def stored() -> None:
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             step(suffix, activations)
 
     return {
@@ -81,14 +81,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--aux_hidden", type=int, default=1)
     given = parser.parse_args()
-    stack = grow_blocks(
-        [str(i) for i in range(NUM_CLASSES)],
-        layers=given.stages,
-        width=given.width,
-        downsample=(),
-        hidden=given.aux_hidden,
-        image_size_px=given.side_px,
-    )
+    labels = [str(i) for i in range(NUM_CLASSES)]
+    blocks, aux = BlockSpec(layers=given.stages, width=given.width), AuxiliaryHead(hidden=given.aux_hidden)
+    stack = grow_blocks(labels, blocks, aux, image_size_px=given.side_px)
     use_fast_layout(stack.grown)
     rows = []
     print(f"{'stage':>5} {'alone ms':>9} {'stored':>7} {'recomputed':>10}   (against alone)")

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.growing import grow_blocks, read_numbers
+from hf_transfer.network.greedy import AuxiliaryHead
+from hf_transfer.network.growing import BlockSpec, grow_blocks, read_numbers
 from hf_transfer.network.policies import full
 from hf_transfer.costs import Costs
 from hf_transfer.training.phase import Phase, optimization_of
@@ -69,10 +70,9 @@ def run_greedy(config: Any) -> dict[str, Any]:
 
 def make_stack(config: Any, labels: list[str]) -> Any:
     """The recipe's own stack, freshly drawn."""
-    return grow_blocks(
-        labels, layers=config.layers, width=config.width, downsample=read_numbers(config.downsample),
-        hidden=config.aux_hidden, image_size_px=config.image_size_px, seed=config.seed,
-    )  # fmt: skip
+    blocks = BlockSpec(layers=config.layers, width=config.width, downsample=read_numbers(config.downsample))
+    aux = AuxiliaryHead(hidden=config.aux_hidden, seed=config.seed)
+    return grow_blocks(labels, blocks, aux, image_size_px=config.image_size_px)
 
 
 def run_end_to_end(config: Any, flops: float, step_flops: float) -> dict[str, Any]:

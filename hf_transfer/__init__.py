@@ -10,10 +10,9 @@ used, so `import hf_transfer` is light.
 
 import importlib
 import importlib.metadata
-from functools import partial
 from typing import Any
 
-from hf_transfer.strategy import make_strategy, strategy_names
+from hf_transfer.strategy import strategy_function, strategy_names
 
 __version__ = "0.1.0"
 
@@ -52,7 +51,7 @@ _refuse_old_hf_transfer()
 
 def __getattr__(name: str) -> Any:
     if name in strategy_names():
-        return partial(make_strategy, name)
+        return strategy_function(name)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'hf_transfer' has no attribute {name!r}")
     home = importlib.import_module(f"hf_transfer.{_HOME_OF[name]}")

@@ -216,11 +216,11 @@ class AugmentationConfig:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} <= 1")
         _check_choice(self, "auto_augment", ("none", "randaugment", "trivialaugment"))
-        if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
+        if self.randaugment_magnitude not in range(MAX_MAGNITUDE + 1):
             raise ValueError(
                 f"randaugment_magnitude={self.randaugment_magnitude}: choose a whole number from 0 to {MAX_MAGNITUDE}"
             )
-        if self.min_resolution_px < 0:
+        if self.min_resolution_px < 0 or self.min_resolution_px != int(self.min_resolution_px):
             raise ValueError(
                 f"min_resolution_px={self.min_resolution_px}: choose a whole number, such as 8, or 0 for never"
             )
@@ -303,16 +303,18 @@ class AdapterConfig:
         "expression searched in module names; auto: attention if there is any, else all",
     )
     layers: str = flag("all", "all, or last:K to leave the layers below unchanged", name="adapter_layers")
+    seed: int = 0  # the run's
 
     def __post_init__(self) -> None:
         if self.method not in typing.get_args(AdapterName):
             raise ValueError(f"adapter={self.method!r}: choose one of {', '.join(typing.get_args(AdapterName))}")
+        for name, value in (("rank", self.rank), ("alpha", self.alpha)):
+            if value is not None and not self.has_rank:
+                raise ValueError(f"{name}={value}: {self.method} has no {name}; leave it out")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank}: choose 1 or more")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}: choose more than 0")
-        if self.method == "ia3" and (self.rank is not None or self.alpha is not None):
-            raise ValueError(f"rank={self.rank}, alpha={self.alpha}: ia3 has neither; leave them out")
         if self.layers != "all" and not re.fullmatch(r"last:[1-9]\d*", self.layers):
             raise ValueError(
                 f"adapter_layers={self.layers!r}: choose all, or last:K with K of 1 or more, such as last:4"
@@ -323,6 +325,11 @@ class AdapterConfig:
             raise ValueError(
                 f"targets={self.targets!r}: not attention, mlp, all, or a regular expression: {error}"
             ) from error
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether the method has a rank and an alpha."""
+        return self.method != "ia3"
 
     @property
     def size(self) -> int:
@@ -337,19 +344,19 @@ class AdapterConfig:
     @property
     def name(self) -> str:
         """Method and size, for logs and plans."""
-        return self.method if self.method == "ia3" else f"{self.method} rank {self.size} alpha {self.scale:g}"
+        return self.method if not self.has_rank else f"{self.method} rank {self.size} alpha {self.scale:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """What every strategy can be told."""
+    """Settings of every strategy."""
 
     class_balance: ClassBalance = flag("none", "loss: weight classes inversely to their number of images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientConfig(StrategyConfig):
-    """What every strategy that takes gradient steps can be told."""
+    """Settings of every strategy that takes gradient steps."""
 
     training: TrainingConfig = field(default=TrainingConfig())
     optimization: OptimizerConfig = field(default=OptimizerConfig())
@@ -358,7 +365,7 @@ class GradientConfig(StrategyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that one run was told: `config.yaml` is its flat form."""
+    """All settings of one run; `config.yaml` is their flat form."""
 
     data: DataConfig = field(default=DataConfig())
     model: ModelConfig = field(default=ModelConfig())
@@ -457,7 +464,8 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
     "erase": "random_erasing", "magnitude": "randaugment_magnitude", "least_side_px": "min_resolution_px",
     "report_to": "tracker", "log_wandb": "tracker", "resume_from_checkpoint": "resume", "save_steps": "save_every",
     "hub_model_id": "push_to_hub", "hub_private_repo": "private", "output": "output_dir", "r": "rank", "lora_r": "rank",
-    "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets", "peft_type": "adapter", "model_kwargs": "model_args",
+    "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets", "peft_type": "adapter",
+    "model_kwargs": "model_args",
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._total: float | None = None  # None while the stopwatch runs
+        self._ended: float | None = None
         self._parts: dict[str, float] = {}
         self._images: dict[str, int] = {}
         self._peak_bytes = 0
@@ -55,35 +55,32 @@ class Costs:
         finally:
             seconds = time.perf_counter() - started
             self._parts[name] = self._parts.get(name, 0.0) + seconds
-            if self._total is not None:
-                self._total += seconds
+            if self._ended is not None:
+                self._ended += seconds
 
     def count_images(self, part: str, images: int) -> None:
         """Records that `part` put this many images through the network."""
         self._images[part] = self._images.get(part, 0) + images
 
     def stop(self) -> None:
-        """Stops the stopwatch and the sampling of memory."""
-        self._stop_sampling()
-        if self._total is None:
-            self._total = time.perf_counter() - self._started
+        """Ends the measurement: later readings give the same figures."""
+        if self._ended is None:
+            self._ended = time.perf_counter()
+        self._stop.set()
+        self._sampler.join()
 
     def read(self) -> Cost:
-        """The figures up to now. Stops the sampling of memory."""
-        self._stop_sampling()
+        """The figures up to now, or up to `stop`."""
+        now = time.perf_counter() if self._ended is None else self._ended
         on_gpu = torch.cuda.is_available()
         rates = {n: images / self._parts[n] for n, images in self._images.items() if images and n in self._parts}
         return Cost(
-            seconds={**self._parts, "total": self._total or time.perf_counter() - self._started},
+            seconds={**self._parts, "total": now - self._started},
             images_per_second=rates,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else self._peak_bytes,
             memory_is="GPU memory allocated by torch" if on_gpu else "anonymous resident memory of this process",
             device=torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         )
-
-    def _stop_sampling(self) -> None:
-        self._stop.set()
-        self._sampler.join()
 
     def _sample(self) -> None:
         while not self._stop.is_set():

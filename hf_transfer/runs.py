@@ -2,15 +2,15 @@
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 
-from hf_transfer.config import GradientConfig, RunConfig
+from hf_transfer.config import DataConfig, GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.hub.publish import PublishOptions, check_push, publish
@@ -35,40 +35,31 @@ CHATTY = (
 MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in accelerate's words
 
 
-def open_session(config: RunConfig) -> Session:
-    """Processes, seeds and log, config.yaml, then the data and the network: cheap checks come before the download.
+def open_session(
+    config: RunConfig,
+    *,
+    read_data: Callable[[DataConfig], Data] = load_data,
+    output_dir: Path | None = None,
+    unrepeatable: tuple[str, ...] = (),
+) -> Session:
+    """Processes, trackers and config.yaml, then the data and the network: cheap checks come before the download.
 
-    Raises ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was
-    asked for would be refused.
+    Without `output_dir`, nothing but caches is written. `unrepeatable`: see `Session`. Raises ValueError for whatever is wrong
+    with the settings, the data or the checkpoint, and PushError if a push that was asked for would be refused.
     """
-    output_dir = Path(config.output.output_dir)
-    accelerator = open_accelerator(config, output_dir)
-    start_logging(is_main=accelerator.is_main_process)
-    costs = Costs()
-    if accelerator.is_main_process and config.output.push_to_hub is not None:
-        check_push(config.output.push_to_hub)  # not after hours of training
-    begin_output(config, accelerator, output_dir)
-    with costs.part("data"), accelerator.main_process_first():
-        data = load_data(config.data)
-    return load_session(config, data, accelerator, costs, output_dir)
-
-
-def begin_output(
-    config: RunConfig, accelerator: Accelerator, output_dir: Path, unrepeatable: Sequence[str] = ()
-) -> None:
-    """Writes config.yaml and starts the trackers."""
+    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process stays
+    accelerator, costs = Accelerator(**accelerator_options(config, output_dir)), Costs()
     if accelerator.is_main_process:
-        write_config(output_dir, config, unrepeatable)
+        if config.output.push_to_hub is not None:
+            check_push(config.output.push_to_hub)  # not after hours of training
+        if output_dir is not None:
+            write_config(output_dir, config, unrepeatable)
     if accelerator.log_with:
         # Trackers send it elsewhere, so it holds no path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
-
-
-def load_session(
-    config: RunConfig, data: Data, accelerator: Accelerator, costs: Costs, output_dir: Path | None
-) -> Session:
-    """The session over data that is loaded: its notes go to the log, and the strategy's network is loaded."""
+    with costs.part("data"), accelerator.main_process_first():
+        data = read_data(config.data)
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
@@ -77,16 +68,25 @@ def load_session(
     with costs.part("checkpoint"), accelerator.main_process_first():
         backbone = config.strategy.load_backbone(config, data)
     return Session(
-        config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs, output_dir=output_dir
+        config=config,
+        data=data,
+        backbone=backbone,
+        accelerator=accelerator,
+        costs=costs,
+        output_dir=output_dir,
+        unrepeatable=unrepeatable,
     )
 
 
-def open_quiet_session(config: RunConfig) -> Session:
-    """A session that writes nothing and logs warnings only, for commands that print."""
-    accelerator, costs = open_accelerator(config, None), Costs()
-    with costs.part("data"), accelerator.main_process_first():
-        data = load_data(config.data)
-    return load_session(config, data, accelerator, costs, None)
+def execute(session: Session) -> RunResult:
+    """Runs the session's strategy: trains, scores, and writes the output folder if there is one."""
+    assert isinstance(session.strategy, Strategy)
+    with session.costs:
+        result = session.strategy.run(session)
+        if session.output_dir is not None:
+            write_run(session, result)
+    session.accelerator.end_training()
+    return result
 
 
 def write_run(session: Session, result: RunResult) -> dict[str, Any]:
@@ -130,20 +130,16 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
     return published.url
 
 
-def start_logging(*, is_main: bool) -> None:
+def start_logging() -> None:
     """Plain lines on stderr: ours from the main process, only errors from libraries and other processes."""
+    is_main = PartialState().is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
-    """The processes and precision of a run; what the settings leave open, `accelerate launch` or its config file decides."""
-    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process stays
-    return Accelerator(**_accelerator_options(config, output_dir))
-
-
-def _accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
+def accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
+    """What the flags say; where they say nothing, `accelerate launch` or its config file decides."""
     options: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[config.compute.precision]}
     if not isinstance(config.strategy, GradientConfig):
         return options

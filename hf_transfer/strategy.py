@@ -9,12 +9,13 @@ Commands, recipes, Python and `auto` all run the same object. Nothing heavy is i
 """
 
 import importlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_transfer.config import GradientConfig, OutputConfig, RunConfig, StrategyConfig, replace_settings
-from hf_transfer.locations import PACKAGE
 
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from hf_transfer.training.phase import Plan
     from hf_transfer.training.pricing import Price, Pricing
     from hf_transfer.training.records import RunResult
+
+
+PACKAGE = "hf_transfer.strategies"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +91,15 @@ class GradientStrategy(Strategy, GradientConfig):
 
 def strategy_names() -> tuple[str, ...]:
     """All strategies: the files of `hf_transfer/strategies/`."""
-    return tuple(sorted(file.stem for file in (PACKAGE / "strategies").glob("[a-z]*.py")))
+    folders = importlib.import_module(PACKAGE).__path__
+    return tuple(sorted(file.stem for folder in folders for file in Path(folder).glob("[a-z]*.py")))
 
 
 def get_strategy(name: str) -> type[Strategy]:
     """The strategy class called `name`. Raises ValueError, with the names there are, for another."""
     if name not in strategy_names():
         raise ValueError(f"strategy {name!r}: choose one of {', '.join(strategy_names())}")
-    module = importlib.import_module(f"hf_transfer.strategies.{name}")
+    module = importlib.import_module(f"{PACKAGE}.{name}")
     (kind,) = (
         v for v in vars(module).values()
         if isinstance(v, type) and issubclass(v, Strategy) and v.__module__ == module.__name__
@@ -108,6 +113,17 @@ def make_strategy(name: str, **settings: Any) -> Strategy:
     Raises ValueError for a name or setting that is unknown, and for a value that is not allowed.
     """
     return replace_settings(get_strategy(name)(), settings, where=f"{name}: ")
+
+
+def strategy_function(name: str) -> Callable[..., Strategy]:
+    """`ht.<name>`: a function that makes the strategy from keyword settings, documented as the strategy's file is."""
+
+    def make(**settings: Any) -> Strategy:
+        return make_strategy(name, **settings)
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = sys.modules[get_strategy(name).__module__].__doc__
+    return make
 
 
 def default_config(name: str) -> RunConfig:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig, replace_settings
-from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.run import Run
-from hf_transfer.runs import begin_output, load_session, open_accelerator, write_run
+from hf_transfer.runs import execute, open_session
 from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
@@ -96,38 +95,26 @@ class Task:
         With `output_dir` the folder is that of the recipe, states are saved while training, and `resume=True` continues.
         Raises ValueError for whatever is wrong with settings, data or checkpoint.
         """
-        chosen = _as_strategy(strategy, settings)
-        with Costs() as costs:
-            session = self._open(chosen, costs, output_dir)
-            result = chosen.run(session)
-        if output_dir is not None:
-            write_run(session, result)
-            session.accelerator.end_training()
-        return Run(session=session, result=result)
+        session = self._open(_as_strategy(strategy, settings), output_dir)
+        return Run(session=session, result=execute(session))
 
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
         """Which strategy suits these images and this checkpoint (see `hf-transfer advise`)."""
         from hf_transfer.choosing.advise import advise
         from hf_transfer.strategy import make_strategy
 
-        with Costs() as costs:
-            session = self._open(make_strategy("auto", tracker="none"), costs, None)
+        session = self._open(make_strategy("auto", tracker="none"), None)
+        with session.costs:
             return advise(session, measure=measure, budget_s=budget_s)
 
-    def _open(self, strategy: Strategy, costs: Costs, output_dir: str | Path | None) -> Session:
+    def _open(self, strategy: Strategy, output_dir: str | Path | None) -> Session:
         folder = None if output_dir is None else Path(output_dir)
         output = OutputConfig(output_dir=str(folder or f"runs/{strategy.name}"))
         config = replace(self.config, strategy=strategy, output=output)
         if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
             config = replace_settings(config, strategy.task_defaults)
         unrepeatable = self._list_unrepeatable(strategy)
-        accelerator = open_accelerator(config, folder)
-        if folder is not None:
-            begin_output(config, accelerator, folder, unrepeatable)
-        with costs.part("data"), accelerator.main_process_first():
-            data = self.data
-        session = load_session(config, data, accelerator, costs, folder)
-        return replace(session, unrepeatable=unrepeatable)
+        return open_session(config, read_data=lambda _: self.data, output_dir=folder, unrepeatable=unrepeatable)
 
     def _list_unrepeatable(self, strategy: Strategy) -> tuple[str, ...]:
         """What the settings do not say."""

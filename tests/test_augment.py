@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
+from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import (
     COLOR_OPERATIONS,
     ERASED_SHARE,
@@ -20,7 +21,6 @@ from hf_transfer.data.augment import (
     NUM_RESOLUTIONS,
     NUM_UNIFORM,
     OPERATIONS,
-    AugmentationConfig,
     apply_color,
     augment,
     draw_crops,
@@ -32,7 +32,7 @@ from hf_transfer.data.augment import (
 )
 
 SIZE = 24
-PLAIN: dict[str, Any] = {"crop_scale": 1.0, "hflip": 0.0}
+PLAIN: dict[str, Any] = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0}
 EVERYTHING: dict[str, Any] = {"color_jitter": 0.4, "random_erasing": 0.5, "min_resolution_px": 6}
 # Grid coordinates are float32: off by up to 1e-6 of the square's side, times 255 gray levels from pixel to pixel.
 SAMPLING = 0.02
@@ -131,7 +131,7 @@ def test_without_augmentation_an_image_is_its_center_crop() -> None:
     reference = tv.resized_crop(
         to_images(pixels), 0, 8, 24, 8, [30, 20], interpolation=InterpolationMode.BILINEAR, antialias=False
     )
-    # torchvision cuts first, so that its outermost columns know no neighbour: they differ by what bilinear sampling borrows.
+    # torchvision crops before it resizes, so its outermost columns interpolate without the neighbors outside the crop.
     torch.testing.assert_close(images[..., 2:-2], reference[..., 2:-2], atol=SAMPLING, rtol=0)
 
 
@@ -153,12 +153,12 @@ def test_the_squash_of_the_store_is_undone() -> None:
         sizes=torch.tensor([[width, height]]),
         height_px=48,
     )
-    # Rounding to whole levels in the store, and its lost detail, of waves that are slow.
+    # The store rounds to whole gray levels and loses a little detail; the waves are slow.
     torch.testing.assert_close(whole, to_images(picture[:, :, 24:72]), atol=2.0, rtol=0)
 
 
 def test_a_random_crop_shows_what_its_box_holds() -> None:
-    pixels, augmentation = make_pictures(SIZE, SIZE).repeat(6, 1, 1, 1), AugmentationConfig(hflip=0.0)
+    pixels, augmentation = make_pictures(SIZE, SIZE).repeat(6, 1, 1, 1), AugmentationConfig(hflip=0.0, color_jitter=0.0)
     sizes = np.tile([60, 40], (6, 1))
     images = run(pixels, augmentation, sizes=sizes)
     for i, box in enumerate(draw_crops(draw(6), sizes, augmentation, 1.0)):
@@ -176,12 +176,12 @@ def test_a_random_crop_shows_what_its_box_holds() -> None:
 def test_flips_are_mirror_images_at_the_rate_asked_for() -> None:
     pixels = make_pixels(1, 8).repeat(400, 1, 1, 1)
     plain, mirrored = to_images(pixels[:1]), to_images(pixels[:1]).flip(3)
-    images = run(pixels, AugmentationConfig(crop_scale=1.0, hflip=0.3))
+    images = run(pixels, AugmentationConfig(**(PLAIN | {"hflip": 0.3})))
     is_flipped = (images - mirrored).abs().amax((1, 2, 3)) < SAMPLING
     is_plain = (images - plain).abs().amax((1, 2, 3)) < SAMPLING
     assert bool((is_flipped ^ is_plain).all())
     assert is_flipped.float().mean().item() == pytest.approx(0.3, abs=0.1)  # four standard errors
-    torch.testing.assert_close(run(pixels, AugmentationConfig(crop_scale=1.0, hflip=1.0)), mirrored.expand(400, -1, -1, -1),
+    torch.testing.assert_close(run(pixels, AugmentationConfig(**(PLAIN | {"hflip": 1.0}))), mirrored.expand(400, -1, -1, -1),
                                atol=SAMPLING, rtol=0)  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def test_flips_are_mirror_images_at_the_rate_asked_for() -> None:
 def test_every_resolution_comes_as_often() -> None:
     images = run(make_pixels(1).expand(800, -1, -1, -1), AugmentationConfig(**PLAIN, min_resolution_px=8))
     spreads, counts = images.std((1, 2, 3)).round(decimals=2).unique(return_counts=True)
-    assert len(spreads) == NUM_RESOLUTIONS  # noise is the smoother the coarser
+    assert len(spreads) == NUM_RESOLUTIONS  # coarser noise is smoother
     assert (counts / 800).tolist() == pytest.approx(
         [1 / NUM_RESOLUTIONS] * NUM_RESOLUTIONS, abs=0.05
     )  # four standard errors
@@ -384,7 +384,7 @@ def test_trivialaugment_strengths_span_torchvisions_ranges() -> None:
 
 def test_color_jitter_stays_within_its_factors() -> None:
     pixels = torch.full((300, 4, 4, 3), 100, dtype=torch.uint8)  # uniform gray: brightness alone can change it
-    images = run(pixels, AugmentationConfig(color_jitter=0.3, **PLAIN))
+    images = run(pixels, AugmentationConfig(**(PLAIN | {"color_jitter": 0.3})))
     assert images.min() >= 70 - SAMPLING
     assert images.max() <= 130 + SAMPLING
     assert images.min() < 72

@@ -129,7 +129,7 @@ def test_real_checkpoints_split_exactly(name: str, shared_data: Path) -> None:
         whole = compute_logits(found.model, pixels)
         cuts = [chain.cuts[0], chain.cuts[len(chain) // 2], chain.cuts[-2], chain.cuts[-1]]
         for cut, activation in zip(cuts, chain.run_prefix(cuts, pixels), strict=True):
-            with chain.suffix(cut) as suffix:
+            with chain.part(cut) as suffix:
                 torch.testing.assert_close(suffix(activation), whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
 
 

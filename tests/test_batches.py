@@ -1,4 +1,4 @@
-"""Every image is in one step of an epoch, and in one process's part of it."""
+"""Batches: each image is in exactly one step of an epoch, and in one process's share of that step."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def test_an_epoch_holds_every_image_once_in_even_steps(num_images: int, images_a
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_the_order_is_another_for_each_epoch_and_seed_and_the_same_again() -> None:
+def test_the_order_depends_on_epoch_and_seed_alone() -> None:
     first, again = (np.concatenate(draw_steps(50, 8, seed=0, epoch=1)) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     for seed, epoch in ((0, 2), (1, 1)):
@@ -27,13 +27,13 @@ def test_the_order_is_another_for_each_epoch_and_seed_and_the_same_again() -> No
 @pytest.mark.parametrize("accumulate", [1, 2, 5])
 def test_processes_and_batches_share_a_step(num_ranks: int, accumulate: int) -> None:
     step = np.arange(10, 21)
-    parts = [
+    batches = [
         batch
         for rank in range(num_ranks)
         for batch in take_share(step, rank=rank, num_ranks=num_ranks, accumulate=accumulate)
     ]
-    assert all(len(part) for part in parts)
-    np.testing.assert_array_equal(np.concatenate(parts), step)
+    assert all(len(batch) for batch in batches)
+    np.testing.assert_array_equal(np.concatenate(batches), step)
 
 
 def test_more_processes_than_images_is_an_error() -> None:
@@ -50,7 +50,7 @@ def test_views_are_taken_in_turn_and_fresh_ones_never_repeat() -> None:
     assert [make(None).rows(indices, e).tolist() for e in range(3)] == [[3, 0], [7, 4], [11, 8]]
 
 
-def test_reading_ahead_keeps_the_order_and_raises_what_reading_raises() -> None:
+def test_reading_ahead_keeps_the_order_and_passes_errors_on() -> None:
     rows = [np.array([i]) for i in range(5)]
     assert [int(r[0]) for r in read_ahead(rows, lambda r: r * 2)] == [0, 2, 4, 6, 8]
     with pytest.raises(ZeroDivisionError):

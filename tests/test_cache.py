@@ -1,4 +1,4 @@
-"""A store is whole or not there, whatever happens while it is made; its key tells every difference; it is bounded."""
+"""Stores are complete or absent, whatever happens while they are built; keys show every difference; size is bounded."""
 
 import json
 import logging
@@ -16,13 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hf_transfer.data import cache
-from hf_transfer.prefix.cache import Ranks, Storage, cached, choose_storage, clear_caches, key_of, list_caches
+from hf_transfer.prefix import cache
+from hf_transfer.prefix.cache import (
+    Arrays,
+    Ranks,
+    Storage,
+    StoreRequest,
+    cached,
+    choose_storage,
+    clear_caches,
+    key_of,
+    list_caches,
+)
 from hf_transfer.prefix.store import Array, Store
 
 DISK = Storage(kind="disk", reason="a test")
 MEMORY = Storage(kind="memory", reason="a test")
-ARRAYS = {"features": ((3,), "float32"), "after:blocks.1/x": ((2, 2), "uint8")}
+ARRAYS: Arrays = {"features": ((3,), "float32"), "after:blocks.1/x": ((2, 2), "uint8")}
 FIELDS = {"weights": "abc", "cut": "blocks.1"}
 GB = 10**9
 PATIENCE_S = 60.0
@@ -52,20 +62,23 @@ def must_not_fill(rows: Mapping[str, Array], start: int) -> None:
     raise AssertionError("the store should have been found")
 
 
+def request(arrays: Arrays, num_rows: int, fill: Callable[..., None], **given: Any) -> StoreRequest:
+    return StoreRequest(arrays=arrays, num_rows=num_rows, fill=fill, **{"storage": DISK, **given})
+
+
 def build(
     num_rows: int = 10, *, fields: Mapping[str, Any] = FIELDS, fill: Callable[..., None] = fill, **given: Any
 ) -> dict[str, Store]:
-    return cached(fields, arrays=ARRAYS, num_rows=num_rows, fill=fill, **{"storage": DISK, **given})
+    title = given.pop("title", "")
+    return cached(fields, request(ARRAYS, num_rows, fill, **given), title)
 
 
 def build_bytes(name: str, num_bytes: int, *, bound_bytes: int | None = None) -> Store:
     def write(rows: Mapping[str, Array], start: int) -> None:
         rows["x"][:] = len(name)
 
-    return cached(
-        {"name": name}, arrays={"x": ((num_bytes,), "uint8")}, num_rows=1, fill=write, storage=DISK, title=name,
-        bound_bytes=bound_bytes,
-    )["x"]  # fmt: skip
+    arrays = {"x": ((num_bytes,), "uint8")}
+    return cached({"name": name}, request(arrays, 1, write, bound_bytes=bound_bytes), name)["x"]
 
 
 def titles() -> list[str]:
@@ -74,7 +87,7 @@ def titles() -> list[str]:
 
 @dataclass
 class FileRanks:
-    """What several processes need to build a store, through files alone."""
+    """Barrier and broadcast between several processes, through files alone."""
 
     folder: Path
     rank: int
@@ -101,7 +114,7 @@ class FileRanks:
 def wait_for(is_true: Callable[[], bool]) -> None:
     end = time.monotonic() + PATIENCE_S
     while not is_true():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.005)
 
 
@@ -117,7 +130,7 @@ def join(*processes: BaseProcess) -> None:
         assert process.exitcode == 0
 
 
-# What is read is what was written
+# Reading and writing
 
 
 @pytest.mark.parametrize("storage", [DISK, MEMORY])
@@ -141,7 +154,7 @@ def test_what_is_read_is_what_was_written(storage: Storage) -> None:
             np.testing.assert_array_equal(store[rows], values[rows])
 
 
-def test_found_the_second_time() -> None:
+def test_a_store_is_found_the_second_time() -> None:
     build()
     again = build(fill=must_not_fill)
     np.testing.assert_array_equal(again["features"][:], content(0, 10)["features"])
@@ -152,7 +165,7 @@ def test_memory_leaves_nothing_on_disk(root: Path) -> None:
     assert not root.exists()
 
 
-def test_rows_that_were_read_are_the_readers_own() -> None:
+def test_rows_that_were_read_are_copies() -> None:
     store = build()["features"]
     for rows in (slice(0, 2), np.array([0, 1])):
         store[rows][:] = -1
@@ -206,7 +219,7 @@ def test_key_depends_on_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key_of(FIELDS) != before
 
 
-def test_what_is_no_json_is_no_key() -> None:
+def test_a_field_that_is_not_json_is_refused() -> None:
     with pytest.raises(TypeError):
         key_of({"cut": object()})
     with pytest.raises(ValueError, match="JSON"):
@@ -216,12 +229,12 @@ def test_what_is_no_json_is_no_key() -> None:
 def test_other_arrays_or_rows_are_another_store() -> None:
     build()
     build(num_rows=11)
-    cached(FIELDS, arrays={"features": ((3,), "float64")}, num_rows=10, fill=lambda rows, start: None, storage=DISK)
-    cached(FIELDS, arrays={"features": ((4,), "float32")}, num_rows=10, fill=lambda rows, start: None, storage=DISK)
+    for arrays in ({"features": ((3,), "float64")}, {"features": ((4,), "float32")}):
+        cached(FIELDS, request(arrays, 10, lambda rows, start: None))
     assert len(list_caches()) == 4
 
 
-# Whole or not there
+# Complete or absent
 
 
 def test_a_fill_that_raises_leaves_nothing(root: Path) -> None:
@@ -259,7 +272,7 @@ def test_a_killed_fill_is_not_read_and_its_folder_is_removed_by_the_next(root: P
     wait_for((tmp_path / "started").exists)
     build(fields={"other": 1})
     [left] = root.glob("*.partial.*")
-    assert left.exists(), "whose process lives is left alone"
+    assert left.exists(), "its process is alive"
     process.kill()
     process.join()
     assert left.exists()
@@ -286,7 +299,7 @@ def test_another_hosts_folder_is_removed_when_nobody_has_written_for_a_day(root:
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer", "missing", "empty", "header", "meta"])
-def test_a_damaged_store_is_not_read_and_made_anew(damage: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_store_is_not_read_but_rebuilt(damage: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = build()["features"].path
     assert folder is not None
     file = sorted(folder.glob("*.npy"))[0]
@@ -306,7 +319,7 @@ def test_a_damaged_store_is_not_read_and_made_anew(damage: str, root: Path, capl
     with caplog.at_level(logging.WARNING):
         stores = build(fill=lambda rows, start: (fill(rows, start), filled.append(start)))  # type: ignore[func-returns-value]
     assert filled == [0]
-    assert "is damaged" in caplog.text
+    assert "discarding the damaged cache" in caplog.text
     np.testing.assert_array_equal(stores["features"][:], content(0, 10)["features"])
     assert len(list(root.iterdir())) == 1
 
@@ -314,7 +327,7 @@ def test_a_damaged_store_is_not_read_and_made_anew(damage: str, root: Path, capl
 def build_at_once(folder: Path, name: str) -> None:
     def write(rows: Mapping[str, Array], start: int) -> None:
         (folder / name).touch()
-        wait_for(lambda: len(list(folder.iterdir())) == 2)  # both have found nothing, and build
+        wait_for(lambda: len(list(folder.iterdir())) == 2)  # both found nothing and are building
         fill(rows, start)
 
     stores = build(fill=write)
@@ -369,7 +382,7 @@ def set_last_used(store: Store, seconds: float) -> None:
     os.utime(store.path / "meta.json", (seconds, seconds))
 
 
-def test_the_least_recently_used_give_way() -> None:
+def test_the_least_recently_used_are_evicted() -> None:
     for i, name in enumerate("abc"):
         set_last_used(build_bytes(name, 1000), i)
     build_bytes("a", 1000)  # used again, so the youngest
@@ -378,19 +391,19 @@ def test_the_least_recently_used_give_way() -> None:
     assert titles() == ["c", "a", "d"]
 
 
-def test_room_is_made_before_the_new_one_is_written() -> None:
+def test_old_stores_are_evicted_before_the_new_one_is_written() -> None:
     build_bytes("a", 1000)
     seen = []
 
-    def look(rows: Mapping[str, Array], start: int) -> None:
+    def list_titles(rows: Mapping[str, Array], start: int) -> None:
         seen.extend(titles())
 
-    cached({}, arrays={"x": ((1000,), "uint8")}, num_rows=1, fill=look, storage=DISK, title="b", bound_bytes=1500)
+    cached({}, request({"x": ((1000,), "uint8")}, 1, list_titles, bound_bytes=1500), "b")
     assert seen == []
     assert titles() == ["b"]
 
 
-def test_what_this_process_reads_does_not_give_way() -> None:
+def test_stores_that_this_process_reads_are_not_evicted() -> None:
     train = build_bytes("train", 1000)
     set_last_used(train, 0)
     set_last_used(build_bytes("older run", 1000), 1)
@@ -400,13 +413,13 @@ def test_what_this_process_reads_does_not_give_way() -> None:
     assert titles() == ["train", "test"]
 
 
-def test_a_store_that_is_removed_stays_readable_for_who_reads_it() -> None:
+def test_a_removed_store_stays_readable_where_it_is_open() -> None:
     store = build()["features"]
     clear_caches()
     np.testing.assert_array_equal(store[:], content(0, 10)["features"])
 
 
-def test_list_says_what_and_how_much() -> None:
+def test_the_list_shows_title_fields_and_size() -> None:
     before = time.time()
     folder = build(title="ResNet, 10 images")["features"].path
     assert folder is not None
@@ -445,7 +458,7 @@ def test_no_caches_yet() -> None:
     assert clear_caches() == 0
 
 
-# Where to keep it
+# Where to store
 
 
 @pytest.mark.parametrize(
@@ -454,14 +467,16 @@ def test_no_caches_yet() -> None:
         ("auto", 100 * GB, 100 * GB, 50 * GB, "disk"),
         ("auto", 10 * GB, 100 * GB, 50 * GB, "memory"),  # 10 GB are needed, and some must be left
         ("auto", 100 * GB, 100 * GB, 5 * GB, "memory"),
-        ("auto", 10 * GB, 19 * GB, 50 * GB, "none"),  # more than half of what is free
+        ("auto", 10 * GB, 19 * GB, 50 * GB, "none"),  # more than half of the free memory
         ("auto", 0, 0, 50 * GB, "none"),
         ("disk", 100 * GB, 0, 50 * GB, "disk"),
         ("memory", 0, 21 * GB, 50 * GB, "memory"),
         ("none", 100 * GB, 100 * GB, 50 * GB, "none"),
     ],
 )
-def test_where_ten_gigabytes_are_kept(requested: Any, free_disk: int, free_memory: int, bound: int, kind: str) -> None:
+def test_where_ten_gigabytes_are_stored(
+    requested: Any, free_disk: int, free_memory: int, bound: int, kind: str
+) -> None:
     storage = choose_storage(
         10 * GB, requested, bound_bytes=bound, free_memory_bytes=free_memory, free_disk_bytes=free_disk
     )
@@ -477,12 +492,12 @@ def test_where_ten_gigabytes_are_kept(requested: Any, free_disk: int, free_memor
         ("ram", "cache='ram': choose one of auto, disk, memory, none"),
     ],
 )
-def test_what_was_asked_for_and_does_not_fit_is_refused(requested: Any, message: str) -> None:
+def test_storage_that_was_requested_and_does_not_fit_is_refused(requested: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_storage(10 * GB, requested, bound_bytes=5 * GB, free_memory_bytes=19 * GB, free_disk_bytes=100 * GB)
 
 
-def test_stores_that_can_give_way_count_as_free() -> None:
+def test_stores_that_can_be_evicted_count_as_free() -> None:
     def choose() -> str:
         return choose_storage(
             50_000, "auto", bound_bytes=GB, free_memory_bytes=0, free_disk_bytes=cache.DISK_LEFT_BYTES
@@ -490,11 +505,11 @@ def test_stores_that_can_give_way_count_as_free() -> None:
 
     assert choose() == "none"
     store = build_bytes("old", 60_000)
-    assert choose() == "none", "it is being read"
+    assert choose() == "none", "it is open"
     del store
     assert choose() == "disk"
 
 
-def test_the_machines_own_figures_are_read() -> None:
+def test_free_space_is_read_from_the_machine() -> None:
     assert choose_storage(1000, "memory").kind == "memory"
     assert 0 < cache.default_bound_bytes() <= 50 * GB

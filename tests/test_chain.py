@@ -32,7 +32,7 @@ def numbered(prefix: str, counts: Sequence[int], between: str = ".") -> list[str
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_parameter_lies_in_one_layer_or_is_an_orphan(name: str) -> None:
     model, chain = built(name)
-    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.orphans)
+    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.unused_parameters)
     assert sorted(placed) == sorted(n for n, _ in model.named_parameters())
     assert sorted(n for layer in chain.layers for n in layer.buffers) == sorted(n for n, _ in model.named_buffers())
     assert len(set(layer_names(chain))) == len(chain.layers)
@@ -271,7 +271,7 @@ def test_without_interior_cuts_the_cut_before_the_classifier_remains() -> None:
     pixels = make_pixels(SHAPE, 3)
     assert chain.features is not None
     activation = chain.run_prefix([chain.features], pixels)[0]
-    with chain.suffix(chain.features) as suffix:
+    with chain.part(chain.features) as suffix:
         logits = suffix(activation)
     torch.testing.assert_close(logits, model(pixels))
     assert chain.lowest_cut(["fc.weight"]) is chain.features
@@ -386,7 +386,7 @@ def test_a_layer_that_is_called_again_ends_with_its_last_call() -> None:
     pixels = make_pixels(SHAPE, 3)
     whole = model(pixels)
     for cut, activation in zip(chain.cuts, chain.run_prefix(chain.cuts, pixels), strict=True):
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             torch.testing.assert_close(suffix(activation), whole)
 
 
@@ -396,19 +396,19 @@ def test_coat_shares_its_position_encoding_within_a_stage() -> None:
         "coat_lite_tiny", num_classes=5, img_size=32, embed_dims=[8, 8, 16, 16], serial_depths=[2, 2, 2, 2]
     ).eval()
     chain = build_chain(model, (3, 32, 32))
-    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.orphans)
+    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.unused_parameters)
     assert sorted(placed) == sorted(n for n, _ in model.named_parameters())
     assert any("both sides" in note for note in chain.notes)
     pixels = make_pixels(chain.image_shape, 2)
     whole = model(pixels)
     for cut, activation in zip(chain.cuts, chain.run_prefix(chain.cuts, pixels), strict=True):
         model.zero_grad(set_to_none=True)
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             logits = suffix(activation)
             logits.sum().backward()
         torch.testing.assert_close(logits, whole)
         reached = {n for n, p in model.named_parameters() if p.grad is not None}
-        assert reached == set(placed) - {*chain.before(cut)[0], *chain.orphans}
+        assert reached == set(placed) - {*chain.before(cut)[0], *chain.unused_parameters}
 
 
 class WithOrphan(Net):
@@ -419,15 +419,15 @@ class WithOrphan(Net):
 
 def test_a_parameter_that_never_reaches_the_logits_is_an_orphan() -> None:
     chain = build_chain(WithOrphan().eval(), SHAPE)
-    assert chain.orphans == ("mask_token",)
+    assert chain.unused_parameters == ("mask_token",)
     assert all("mask_token" not in layer.parameters for layer in chain.layers)
     with pytest.raises(ValueError, match="not parameters of this chain: mask_token"):
         chain.lowest_cut(["mask_token"])
 
 
 def test_orphans_of_real_families() -> None:
-    assert built("DINOv2")[1].orphans == ("dinov2.embeddings.mask_token",)
-    orphans = built("SigLIP")[1].orphans
+    assert built("DINOv2")[1].unused_parameters == ("dinov2.embeddings.mask_token",)
+    orphans = built("SigLIP")[1].unused_parameters
     assert orphans
     assert all(n.startswith("vision_model.head.") for n in orphans)
 

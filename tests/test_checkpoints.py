@@ -1,4 +1,4 @@
-"""States: what is read is what was saved, to the bit, and never half of it."""
+"""Saved states: loaded as they were saved, to the bit, and never half written."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from hf_transfer.training.checkpoints import STATE, load_state, remove_state, sa
 
 
 def make_state() -> dict[str, object]:
-    shared = torch.randn(3, 4)
+    shared = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     return {
         "numbers": [1, 2.5, None, True, "text"],
         "empty": {},
@@ -21,11 +21,11 @@ def make_state() -> dict[str, object]:
     }
 
 
-def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_state_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     state = make_state()
     save_state(tmp_path, state)
-    found = load_state(tmp_path)
-    assert found is not None
+    loaded = load_state(tmp_path)
+    assert loaded is not None
 
     def compare(a: object, b: object) -> None:
         assert type(a) is type(b)
@@ -41,10 +41,10 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
         else:
             assert a == b
 
-    compare(state, found)
+    compare(state, loaded)
 
 
-def test_no_state_is_none(tmp_path: Path) -> None:
+def test_without_a_state_none_is_loaded(tmp_path: Path) -> None:
     assert load_state(tmp_path) is None
     save_state(tmp_path, {"a": 1})
     remove_state(tmp_path)

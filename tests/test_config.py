@@ -1,86 +1,134 @@
-"""Flags are the field names, files hold the same names, and a mistake is answered with what is allowed."""
+"""Settings: flags and YAML files share one flat list of names, and a mistake is one line that says what is allowed."""
 
-import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
 
-from hf_transfer.config import DataConfig, RecipeConfig, flag, parse, split_repo_id, to_settings
+from hf_transfer.config import (
+    KNOWN_ELSEWHERE,
+    DataConfig,
+    RunConfig,
+    changed_settings,
+    flag,
+    list_settings,
+    replace_settings,
+    split_repo_id,
+    to_settings,
+)
+from hf_transfer.flags import GROUPS, parse, read_config
+from hf_transfer.strategy import Strategy, default_config, make_strategy, strategy_names
 
 ROOT = Path(__file__).parents[1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(RecipeConfig):
-    lr: float = flag(0.1, "step size")
-    kind: Literal["a", "b"] = flag("a", "which")
-    limit: int | None = flag(None, "most")
+def parsed(*arguments: str, strategy: str = "lora") -> RunConfig:
+    return parse(strategy, prog="try", description="A recipe.", arguments=arguments)
 
 
-def parsed(*arguments: str) -> Config:
-    return parse(Config, recipe="try", description="A recipe.", arguments=arguments)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str, strategy: str = "lora") -> str:
+    """The one line that a mistake ends with."""
     with pytest.raises(SystemExit) as stop:
-        parsed(*arguments)
+        parsed(*arguments, strategy=strategy)
     assert stop.value.code == 2
-    return capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("try: ")
+    assert error.count("\n") == 1
+    return error
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+def values(config: RunConfig, *names: str) -> tuple[object, ...]:
+    settings = to_settings(config)
+    return tuple(settings[name] for name in names)
+
+
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("lr: 1\nkind: b\nseed: 3\n")
-    config = parsed("--config", str(file), "--kind", "a", "--limit", "5")
-    assert (config.lr, config.kind, config.seed, config.limit) == (1.0, "a", 3, 5)
-    assert isinstance(config.lr, float)
+    file.write_text("lr: 1\nadapter: dora\nseed: 3\n")
+    config = parsed("--config", str(file), "--adapter", "loha", "--rank", "5")
+    assert values(config, "lr", "adapter", "seed", "rank") == (1.0, "loha", 3, 5)
+    assert isinstance(to_settings(config)["lr"], float)
 
 
-def test_saved_settings_repeat_the_run(tmp_path: Path) -> None:
-    config = parsed("--images_per_class", "7", "--trust_remote_code")
+@pytest.mark.parametrize("name", strategy_names())
+def test_saved_settings_repeat_the_run(name: str, tmp_path: Path) -> None:
+    config = parsed("--images_per_class", "7", "--trust_remote_code", "--class_balance", "loss", strategy=name)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(to_settings(config)))
-    assert parsed("--config", str(file)) == config
+    assert parsed("--config", str(file), strategy=name) == config
+    assert changed_settings(config, default_config(name)) == {
+        "images_per_class": 7, "trust_remote_code": True, "class_balance": "loss"
+    }  # fmt: skip
 
 
-def test_the_output_folder_is_named_after_the_recipe() -> None:
-    assert parsed().output_dir == "runs/try"
+def test_the_output_folder_is_named_after_the_strategy() -> None:
+    assert parsed().output.output_dir == "runs/lora"
 
 
 def test_where_to_push_is_checked_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert parsed("--push_to_hub", "me/my-model@v2", "--private").private
+    assert parsed("--push_to_hub", "me/my-model@v2", "--private").output.private
     assert split_repo_id("me/my-model@feature/x") == ("me/my-model", "feature/x")
     for wrong in ("my-model", "me/my/model", "me/", "https://hub.example/me/model"):
         assert "give OWNER/NAME" in refused(capsys, "--push_to_hub", wrong)
     assert "--push_to_hub" in refused(capsys, "--private")
 
 
-def test_an_unknown_flag_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "--bach_size; did you mean --batch_size?" in refused(capsys, "--bach_size", "8")
-    assert "--batch" in refused(capsys, "--batch", "8")  # no silent abbreviation
-
-
-def test_an_unknown_name_in_a_file_is_answered_with_the_nearest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "suggested"),
+    [
+        ("bach_size", "batch_size"),
+        ("learning_rate", "lr"),
+        ("num_train_epochs", "epochs"),
+        ("model_name_or_path", "checkpoint"),
+        ("per_device_train_batch_size", "batch_size"),
+        ("lora_alpha", "alpha"),
+        ("clip_grad", "max_grad_norm"),
+    ],
+)
+def test_an_unknown_flag_suggests_the_name_used_here(
+    capsys: pytest.CaptureFixture[str], given: str, suggested: str
 ) -> None:
+    """Names with a typo, and the names of the same settings in TrainingArguments, timm and peft."""
+    expected = f"try: unknown argument --{given}; did you mean --{suggested}?\n"
+    assert refused(capsys, f"--{given}", "8") == expected
+    assert refused(capsys, f"--{given}=8") == expected.replace(f"--{given};", f"--{given}=8;")
+
+
+def test_an_abbreviated_flag_is_not_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown argument --batch" in refused(capsys, "--batch", "8")
+
+
+def test_a_setting_that_this_strategy_does_not_have_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("learning_rate", "epochs"):
+        assert "did you mean --lr" not in refused(capsys, f"--{name}", "8", strategy="linear_probe")
+
+
+def test_names_known_elsewhere_stand_for_settings_that_exist() -> None:
+    names = {name for strategy in strategy_names() for name in list_settings(default_config(strategy))}
+    assert set(KNOWN_ELSEWHERE.values()) <= names
+    assert not set(KNOWN_ELSEWHERE) & names
+
+
+def test_an_unknown_name_in_a_file_suggests_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("learning: 1\nsede: 2\n")
-    assert "unknown name 'learning'" in refused(capsys, "--config", str(file))
+    assert "unknown setting 'learning'" in refused(capsys, "--config", str(file))
     file.write_text("sede: 2\n")
     assert "did you mean seed?" in refused(capsys, "--config", str(file))
+    file.write_text("learning_rate: 2\n")
+    assert "did you mean lr?" in refused(capsys, "--config", str(file))
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("seed: one\n", "'one' is not int"),
-        ("kind: c\n", "'c' is not a or b"),
+        ("adapter: c\n", "'c' is not lora or dora or loha or ia3"),
         ("lr: true\n", "not float"),
         ("- 1\n", "list"),
+        ("a: [\n", "not YAML"),
     ],
 )
 def test_a_wrong_value_in_a_file_is_refused(
@@ -102,12 +150,15 @@ def test_a_missing_file_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         ("batch_size", "0", "1 or more"),
         ("images_per_class", "0", "1 or more"),
         ("cache_gb", "-1", "more than 0"),
-        ("num_threads", "-1", "0 (by cores)"),
+        ("num_workers", "-1", "0 or more"),
         ("seed", "-1", "0 or more"),
-        ("train_split", "none", "something must be trained on"),
+        ("train_split", "none", "training needs images"),
+        ("warmup_ratio", "1", "0 <= warmup_ratio < 1"),
+        ("hflip", "2", "0 <= hflip <= 1"),
+        ("precision", "fp8", "'auto', 'fp32', 'bf16', 'fp16'"),
     ],
 )
-def test_relations_are_checked_before_anything_starts(
+def test_values_are_checked_before_anything_starts(
     capsys: pytest.CaptureFixture[str], name: str, value: str, expected: str
 ) -> None:
     assert expected in refused(capsys, f"--{name}", value)
@@ -118,24 +169,82 @@ def test_one_split_cannot_serve_twice() -> None:
         DataConfig(train_split="all", test_split="all")
 
 
-HEAVY = ("torch", "numpy", "transformers", "timm", "datasets", "accelerate", "evaluate", "sklearn", "yaml")
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    share: float = flag(0.1, "a share")
+    kind: Literal["a", "b"] = flag("a", "which", name="inner_kind")
+    constant: int = 3  # no flag: not a setting
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "from hf_transfer.cli import main; main(['--help'])",
-        "import runpy; runpy.run_path({recipe!r}, run_name='__main__')",
-    ],
-    ids=["command", "recipe"],
-)
-def test_help_imports_nothing_heavy(command: str) -> None:
-    recipe = str(ROOT / "recipes" / "linear_probe.py")
-    code = (
-        "import sys\nsys.argv = ['x', '--help']\n"
-        f"try:\n    {command.format(recipe=recipe)}\nexcept SystemExit:\n    pass\n"
-        f"print('LOADED', [m for m in {HEAVY} if m in sys.modules])"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert shown.stdout.rstrip().endswith("LOADED []")
-    assert "usage:" in shown.stdout
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    count: int | None = flag(None, "how many")
+    inner: Inner = field(default=Inner())
+
+
+def test_settings_of_nested_configs_are_one_flat_list() -> None:
+    assert to_settings(Outer()) == {"count": None, "share": 0.1, "inner_kind": "a"}
+    changed = replace_settings(Outer(), {"inner_kind": "b", "share": 1, "count": 2})
+    assert changed == Outer(count=2, inner=Inner(share=1.0, kind="b"))
+    assert changed_settings(changed, Outer(count=2)) == {"share": 1.0, "inner_kind": "b"}
+    assert replace_settings(changed, to_settings(Outer())) == Outer()
+    with pytest.raises(ValueError, match="here: unknown setting 'constant'"):
+        replace_settings(Outer(), {"constant": 4}, where="here: ")
+
+
+def test_two_settings_cannot_share_a_name() -> None:
+    @dataclass(frozen=True)
+    class Twice:
+        share: float = flag(0.1, "a share")
+        inner: Inner = field(default=Inner())
+
+    with pytest.raises(AssertionError, match="two settings are called share"):
+        list_settings(Twice())
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_a_strategy_is_called_after_its_file_and_names_are_checked(name: str) -> None:
+    strategy = make_strategy(name)
+    assert isinstance(strategy, Strategy)
+    assert strategy.name == name
+    with pytest.raises(ValueError, match=f"{name}: unknown setting 'dataset'"):
+        make_strategy(name, dataset="x")  # belongs to the task
+
+
+def test_an_unknown_strategy_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"strategy 'lroa': choose one of .*lora"):
+        make_strategy("lroa")
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_help_is_grouped_and_shows_the_most_used_flags_first(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parsed("--help", strategy=name)
+    assert stop.value.code == 0
+    sections: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            sections[line[:-1]] = []
+        elif line.startswith("  --") and sections:
+            sections[list(sections)[-1]].append(line.split()[0].rstrip(",").removeprefix("--"))
+    first, *rest = [title for title in sections if title != "options"]
+    takes_steps = "lr" in list_settings(default_config(name))
+    most_used = [
+        "checkpoint",
+        "dataset",
+        "output_dir",
+        *(["epochs", "lr"] if takes_steps else ["images_per_class", "seed"]),
+    ]
+    assert (first, sections[first]) == ("most used", ["config", *most_used])
+    assert rest == [title for title in GROUPS.values() if title in rest]
+    assert len(rest) >= 4
+    shown = [name for names in sections.values() for name in names if name != "config"]
+    assert sorted(shown) == sorted(list_settings(default_config(name)))  # each once
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_the_yaml_file_beside_a_recipe_holds_its_settings(name: str) -> None:
+    config = read_config(str(ROOT / "recipes" / f"{name}.yaml"), default_config(name))
+    assert config.output.output_dir.startswith("runs/")
+    assert config != default_config(name)
+    assert read_config(name, default_config(name)) == config  # by its name, wherever the package is installed

@@ -56,7 +56,7 @@ def test_split_is_exact_at_every_cut(name: str) -> None:
         assert activation.shape == (BATCH, *cut.shape)
         assert activation.dtype == cut.dtype
         assert torch.equal(chain.run_prefix([cut], pixels)[0], activation)
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             logits = suffix(activation)
             found = gradients(model, logits)
         assert relative_difference(logits, whole) <= RELATIVE, cut
@@ -73,7 +73,7 @@ def test_one_suffix_serves_batches_of_any_size(name: str) -> None:
     batches = [make_pixels(chain.image_shape, size, seed=size) for size in (1, 4, 7)]
     with torch.no_grad():
         cases = [(chain.run_prefix([cut], pixels)[0], compute_logits(model, pixels)) for pixels in batches]
-    with chain.suffix(cut) as suffix, torch.no_grad():
+    with chain.part(cut) as suffix, torch.no_grad():
         for activation, whole in cases:
             assert relative_difference(suffix(activation), whole) <= RELATIVE
 
@@ -87,11 +87,11 @@ def test_suffix_trains_in_train_mode(name: str) -> None:
     activation = chain.run_prefix([cut], make_pixels(chain.image_shape, BATCH))[0]
     frozen_parameters, frozen_buffers = chain.before(cut)
     running = {n: b.clone() for n, b in model.named_buffers() if "running" in n}
-    with chain.suffix(cut) as suffix:
+    with chain.part(cut) as suffix:
         suffix.train()
         found = gradients(model, suffix(activation))
         suffix.eval()
-    assert set(found) == {n for n, _ in model.named_parameters()} - {*frozen_parameters, *chain.orphans}
+    assert set(found) == {n for n, _ in model.named_parameters()} - {*frozen_parameters, *chain.unused_parameters}
     assert all(g.isfinite().all() for g in found.values())
     now = dict(model.named_buffers())
     assert {n for n, b in running.items() if not torch.equal(b, now[n])} == set(running) - set(frozen_buffers)
@@ -110,7 +110,7 @@ def test_suffix_leaves_the_model_as_it_was() -> None:
     model, chain = built("timm ResNet")
     before = state_of(model)
     for cut in chain.cuts:
-        with chain.suffix(cut):
+        with chain.part(cut):
             assert any("forward" in module.__dict__ for module in model.modules())
         assert_same_state(before, state_of(model))
 
@@ -118,9 +118,9 @@ def test_suffix_leaves_the_model_as_it_was() -> None:
 def test_suffix_leaves_the_model_as_it_was_after_an_exception() -> None:
     model, chain = built("timm ViT")
     before = state_of(model)
-    with pytest.raises(ZeroDivisionError), chain.suffix(chain.cuts[1]):
+    with pytest.raises(ZeroDivisionError), chain.part(chain.cuts[1]):
         _ = 1 / 0
-    with pytest.raises(RuntimeError), chain.suffix(chain.cuts[1]) as suffix:
+    with pytest.raises(RuntimeError), chain.part(chain.cuts[1]) as suffix:
         suffix(torch.zeros(2, 3))
     assert_same_state(before, state_of(model))
 
@@ -132,15 +132,15 @@ def test_suffix_keeps_a_forward_that_the_model_had_of_its_own() -> None:
     block.forward = lambda x: own(x)  # as accelerate and others set it
     before = state_of(model)
     chain = build_chain(model, FAMILIES["timm ResNet"].image_shape)
-    with chain.suffix(chain.cut("layer2.0")):
+    with chain.part(chain.cut("layer2.0")):
         pass
     assert_same_state(before, state_of(model))
 
 
 def test_suffix_refuses_to_run_outside_its_context() -> None:
     _, chain = built("timm ViT")
-    with pytest.raises(RuntimeError, match="with suffix"):
-        chain.suffix(chain.cuts[1])(torch.zeros(2, *chain.cuts[1].shape))
+    with pytest.raises(RuntimeError, match="with part"):
+        chain.part(chain.cuts[1])(torch.zeros(2, *chain.cuts[1].shape))
 
 
 def test_prefix_leaves_the_model_as_it_was() -> None:
@@ -283,7 +283,7 @@ def test_split_is_exact_for_networks_with_ways_of_their_own(kind: type[nn.Module
     for cut, activation in zip(chain.cuts, activations, strict=True):
         assert torch.equal(chain.run_prefix([cut], pixels)[0], activation)
         kept = activation.clone()
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             logits = suffix(activation)
             assert_close_gradients(gradients(model, logits), expected)
             assert torch.equal(suffix(kept.clone()), logits)  # a second forward counts its calls afresh
@@ -317,7 +317,7 @@ def test_training_behind_a_cut_moves_no_bit_before_it(name: str) -> None:
 
     activation = chain.run_prefix([cut], pixels)[0]
     model.train()
-    with chain.suffix(cut) as suffix:
+    with chain.part(cut) as suffix:
         train_some_steps(suffix, model, activation)
     after = model.state_dict()
     assert all(torch.equal(before[n], after[n]) for n in frozen if n in before)
@@ -359,7 +359,7 @@ def assert_compiles(name: str, backend: str) -> None:
         whole = compute_logits(model, pixels)
         expected.append((whole.detach(), gradients(model, whole)))
     activations = [chain.run_prefix([cut], pixels)[0] for pixels in batches]
-    with chain.suffix(cut) as suffix:
+    with chain.part(cut) as suffix:
         compiled = torch.compile(suffix, fullgraph=True, backend=backend)
         for activation, (whole, whole_gradients) in zip(activations, expected, strict=True):
             logits = compiled(activation)
@@ -385,7 +385,7 @@ def test_suffix_compiles_for_networks_with_ways_of_their_own(kind: type[nn.Modul
     pixels = make_pixels(chain.image_shape, 4)
     whole = compute_logits(model, pixels)
     activation = chain.run_prefix([cut], pixels)[0]
-    with chain.suffix(cut) as suffix:
+    with chain.part(cut) as suffix:
         compiled = torch.compile(suffix, fullgraph=True, backend="aot_eager")
         for _ in range(3):
             assert relative_difference(compiled(activation), whole) <= RELATIVE
@@ -419,7 +419,7 @@ for name in names:
     set_trainable(model, trainable)
     cut = chain.lowest_cut(trainable)
     activation = chain.run_prefix([cut], make_pixels(chain.image_shape, 8)[4 * rank : 4 * rank + 4])[0]
-    with chain.suffix(cut) as suffix:
+    with chain.part(cut) as suffix:
         wrapped = DistributedDataParallel(suffix)
         for _ in range(2):  # a second step fails where the first left a parameter without a gradient
             model.zero_grad()

@@ -1,4 +1,4 @@
-"""The moving average against a loop in float64; what it does to live weights, and that it resumes exactly."""
+"""The moving average: equal to a loop in float64, harmless to the live weights, and exactly resumable."""
 
 import copy
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ def cloned(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99])
-def test_average_is_that_of_a_loop(decay: float) -> None:
+def test_average_equals_a_loop_in_float64(decay: float) -> None:
     named = make_named()
     averaged = Averaged(named, decay)
     floats = [n for n, t in named.items() if t.is_floating_point()]
@@ -51,10 +51,10 @@ def test_average_is_that_of_a_loop(decay: float) -> None:
             assert averages[name].dtype == torch.float32
             # 30 roundings of numbers below 4 in float32.
             np.testing.assert_allclose(averages[name].numpy(), expected[name], rtol=1e-5, atol=1e-5)
-        assert averages["count"] == step + 1  # copied: an average of counts is none
+        assert averages["count"] == step + 1  # integers are copied, not averaged
 
 
-def test_first_weights_do_not_linger() -> None:
+def test_first_weights_fade_quickly() -> None:
     named = {"w": torch.zeros(1)}
     averaged = Averaged(named, 0.9999)
     for _ in range(20):
@@ -62,16 +62,16 @@ def test_first_weights_do_not_linger() -> None:
     assert averaged.state_dict()["averages"]["w"] > 0.999  # without warm-up: 0.002
 
 
-def test_averages_are_finer_than_the_type_of_the_weights() -> None:
+def test_averages_are_more_precise_than_the_weights() -> None:
     averaged = Averaged({"w": torch.ones(1, dtype=torch.bfloat16)}, 0.999)
     for _ in range(10_000):
         averaged.update({"w": torch.ones(1, dtype=torch.bfloat16)})
-    for _ in range(20):  # each moves the average by less than bfloat16 can tell from 1
+    for _ in range(20):  # each moves the average by less than the spacing of bfloat16 at 1
         averaged.update({"w": torch.tensor([1 + 2**-7], dtype=torch.bfloat16)})
     assert averaged.state_dict()["averages"]["w"].item() == pytest.approx(1 + 2**-7 * (1 - 0.999**20), abs=1e-6)
 
 
-def test_live_tensors_are_neither_kept_nor_changed_by_updates() -> None:
+def test_live_tensors_are_neither_aliased_nor_changed_by_updates() -> None:
     named = make_named()
     before = cloned(named)
     averaged = Averaged(named, 0.9)
@@ -85,22 +85,22 @@ def test_live_tensors_are_neither_kept_nor_changed_by_updates() -> None:
     assert not same_bits(named, before)
 
 
-def test_swapped_holds_the_averages_inside_and_the_former_bits_after() -> None:
+def test_swapped_shows_the_averages_inside_and_restores_the_bits_after() -> None:
     named = make_named()
     averaged = Averaged(named, 0.9)
     averaged.update(make_named(1))
     named["weight"][0, 0] = torch.nan
     named["weight"][0, 1] = -0.0
     before, averages = cloned(named), copy.deepcopy(averaged.state_dict()["averages"])
-    places = {n: t.data_ptr() for n, t in named.items()}
+    addresses = {n: t.data_ptr() for n, t in named.items()}
     with averaged.swapped(named):
         assert same_bits(named, {n: a.to(named[n].dtype) for n, a in averages.items()})
-        assert {n: t.data_ptr() for n, t in named.items()} == places
+        assert {n: t.data_ptr() for n, t in named.items()} == addresses
     assert same_bits(named, before)
     assert same_bits(averaged.state_dict()["averages"], averages)
 
 
-def test_swapped_gives_the_weights_back_after_an_exception() -> None:
+def test_swapped_restores_the_weights_after_an_exception() -> None:
     named = make_named()
     averaged = Averaged(named, 0.9)
     averaged.update(make_named(1))
@@ -116,7 +116,7 @@ def test_swapped_gives_the_weights_back_after_an_exception() -> None:
     assert same_bits(named, before)
 
 
-def test_a_network_evaluates_with_its_averages_and_trains_on_with_its_weights() -> None:
+def test_a_network_evaluates_with_its_averages_and_keeps_training_its_weights() -> None:
     model = make_model("timm ResNet").train()
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     averaged = Averaged(named, 0.99)
@@ -158,16 +158,16 @@ def test_resumed_is_uninterrupted_bit_for_bit() -> None:
     assert same_bits(averaged.state_dict()["averages"], resumed.state_dict()["averages"])
     assert averaged.state_dict()["updates"] == resumed.state_dict()["updates"] == 12
     assert state["updates"] == 5
-    assert not same_bits(state["averages"], resumed.state_dict()["averages"])  # a copy, not the state's own tensors
+    assert not same_bits(state["averages"], resumed.state_dict()["averages"])  # copied in, not aliased
 
 
-def test_other_tensors_than_those_averaged_are_refused_untouched() -> None:
+def test_tensors_that_differ_from_the_averaged_ones_are_refused_and_nothing_changes() -> None:
     named = make_named()
     averaged = Averaged(named, 0.9)
     before = cloned(named)
     fewer = {n: t for n, t in named.items() if n != "scalar"}
     reshaped = {**named, "weight": torch.ones(3, 4)}
-    with pytest.raises(ValueError, match="update: 1 tensors are not those that are averaged, by name or shape: scalar"):
+    with pytest.raises(ValueError, match="update: 1 tensors differ from the averaged ones in name or shape: scalar"):
         averaged.update(fewer)
     with pytest.raises(ValueError, match=r"swapped: 1 .* weight"), averaged.swapped(reshaped):
         pass
@@ -178,12 +178,12 @@ def test_other_tensors_than_those_averaged_are_refused_untouched() -> None:
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_a_decay_that_is_none_is_refused(decay: float) -> None:
+def test_an_invalid_decay_is_refused(decay: float) -> None:
     with pytest.raises(ValueError, match=f"decay={decay}: choose 0 <= decay < 1"):
         Averaged(make_named(), decay)
 
 
-def test_there_may_be_no_floats_at_all() -> None:
+def test_integers_alone_can_be_averaged() -> None:
     averaged = Averaged({"count": torch.tensor(1)}, 0.9)
     averaged.update({"count": torch.tensor(5)})
     assert averaged.state_dict()["averages"]["count"] == 5

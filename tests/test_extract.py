@@ -1,8 +1,9 @@
-"""The prefix pass: what is stored is what the network computes, in order, once, and never for another question."""
+"""The prefix pass: stored activations are those that the network computes, in order, once, under keys that tell them apart."""
 
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,16 +11,17 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from hf_transfer.config import DataConfig
-from hf_transfer.prefix.cache import clear_caches, list_caches
+from hf_transfer.config import ComputeConfig, DataConfig
 from hf_transfer.data.dataset import load_data
-from hf_transfer.prefix.extract import Tap, extract, read_pixels, tap_activation
 from hf_transfer.data.images import BadImageError
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
+from hf_transfer.prefix.cache import clear_caches, list_caches
+from hf_transfer.prefix.extract import Extracted, Tap, extract, tap_activation
+from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.sweep import read_pixels
 from tests.test_save import write_upstream
 
 
@@ -52,6 +54,14 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, Chain]:
     return backbone, backbone.chain()
 
 
+def extract_from(
+    network: tuple[Backbone, Chain], split: Split, chosen: dict[str, Tap] | None = None, **compute: Any
+) -> Extracted:
+    backbone, chain = network
+    resources = Resources(accelerator=Accelerator(), compute=ComputeConfig(**compute))
+    return extract(chain, backbone.preprocessing, split, taps(chain) if chosen is None else chosen, resources)
+
+
 def taps(chain: Chain) -> dict[str, Tap]:
     assert chain.features is not None
     inner = chain.layers[1].cut
@@ -60,7 +70,7 @@ def taps(chain: Chain) -> dict[str, Tap]:
 
 
 def direct(backbone: Backbone, chain: Chain, split: Split) -> dict[str, np.ndarray]:
-    """Image by image, without any of the machinery."""
+    """Activations by tap name, computed one image at a time by a plain forward to the cut."""
     rows: dict[str, list[np.ndarray]] = {name: [] for name in taps(chain)}
     for i in range(len(split)):
         pixels = torch.from_numpy(backbone.preprocessing.pixels(split.image(i)).copy())[None]
@@ -74,11 +84,10 @@ def direct(backbone: Backbone, chain: Chain, split: Split) -> dict[str, np.ndarr
 @pytest.mark.parametrize("cache", ["disk", "memory", "none"])
 def test_stored_equals_computed(network: tuple[Backbone, Chain], train: Split, cache: str) -> None:
     backbone, chain = network
-    options = ExtractOptions(batch_size=4, cache=cache)  # type: ignore[arg-type]
-    found = extract(chain, backbone.preprocessing, train, taps(chain), accelerator=Accelerator(), options=options)
-    assert found.storage.kind == cache
+    extracted = extract_from(network, train, batch_size=4, cache=cache)
+    assert extracted.storage.kind == cache
     for name, expected in direct(backbone, chain, train).items():
-        store = found.stores[name]
+        store = extracted.stores[name]
         assert store.shape == expected.shape
         np.testing.assert_allclose(store[:], expected, rtol=1e-4, atol=1e-5)  # batches of 4 against 1
         picked = np.array([5, 0, 5, len(train) - 1])
@@ -86,31 +95,24 @@ def test_stored_equals_computed(network: tuple[Backbone, Chain], train: Split, c
 
 
 def test_the_second_time_no_image_is_computed(network: tuple[Backbone, Chain], train: Split) -> None:
-    backbone, chain = network
-    run = [
-        extract(
-            chain, backbone.preprocessing, train, taps(chain), accelerator=Accelerator(), options=ExtractOptions()
-        ).images
-        for _ in range(2)
-    ]
-    assert run == [len(train), 0]
-    assert len(list_caches()) == len(taps(chain))
+    first, second = (extract_from(network, train) for _ in range(2))
+    assert (first.images, first.checked_rows) == (len(train), 0)
+    assert (second.images, second.checked_rows) == (0, 2)  # the first and the last row are computed again to check them
+    assert len(list_caches()) == len(taps(network[1]))
     assert clear_caches() > 0
     assert list_caches() == []
 
 
-def test_who_needs_some_taps_finds_what_was_made_with_others(network: tuple[Backbone, Chain], train: Split) -> None:
+def test_each_tap_is_found_whatever_it_was_stored_with(network: tuple[Backbone, Chain], train: Split) -> None:
     backbone, chain = network
 
     def images(names: dict[str, str]) -> int:
         chosen = {called: taps(chain)[name] for called, name in names.items()}
-        found = extract(
-            chain, backbone.preprocessing, train, chosen, accelerator=Accelerator(), options=ExtractOptions()
-        )
+        extracted = extract_from(network, train, chosen)
         expected = direct(backbone, chain, train)
         for called, name in names.items():
-            np.testing.assert_allclose(found.stores[called][:], expected[name], rtol=1e-4, atol=1e-5)
-        return found.images
+            np.testing.assert_allclose(extracted.stores[called][:], expected[name], rtol=1e-4, atol=1e-5)
+        return extracted.images
 
     assert images({"inner": "inner"}) == len(train)
     assert images({"features": "features", "inner": "inner"}) == len(train)  # for the one that is missing
@@ -119,15 +121,13 @@ def test_who_needs_some_taps_finds_what_was_made_with_others(network: tuple[Back
 
 
 def test_a_tap_that_runs_later_weights_depends_on_them(network: tuple[Backbone, Chain], train: Split) -> None:
-    backbone, chain = network
+    _, chain = network
     inner = taps(chain)["inner"]
     through = replace(inner, through=chain.features)
     last_norm = dict(chain.model.named_parameters())["layer4.0.bn1.weight"]
 
     def images(tap: Tap) -> int:
-        return extract(
-            chain, backbone.preprocessing, train, {"it": tap}, accelerator=Accelerator(), options=ExtractOptions()
-        ).images
+        return extract_from(network, train, {"it": tap}).images
 
     assert images(through) == images(inner) == len(train)
     with torch.no_grad():
@@ -141,21 +141,18 @@ def test_a_tap_that_runs_later_weights_depends_on_them(network: tuple[Backbone, 
 
 
 def test_other_weights_images_or_arithmetic_are_another_store(network: tuple[Backbone, Chain], train: Split) -> None:
-    backbone, chain = network
+    _, chain = network
 
-    def images(split: Split, options: ExtractOptions) -> int:
-        return extract(
-            chain, backbone.preprocessing, split, taps(chain), accelerator=Accelerator(), options=options
-        ).images
+    def images(split: Split, **compute: Any) -> int:
+        return extract_from(network, split, **compute).images
 
-    first = ExtractOptions()
-    assert images(train, first) == len(train)
-    assert images(train.select(np.arange(3)), first) == 3
-    assert images(train, ExtractOptions(dtype="bfloat16")) == len(train)
+    assert images(train) == len(train)
+    assert images(train.select(np.arange(3))) == 3
+    assert images(train, precision="bf16") == len(train)
     buffer = dict(chain.model.named_buffers())["bn1.running_mean"]
     buffer += 1  # a buffer decides activations as a weight does
     try:
-        assert images(train, first) == len(train)
+        assert images(train) == len(train)
     finally:
         buffer -= 1
 
@@ -175,7 +172,7 @@ def test_pixels_come_in_order_whatever_the_threads(network: tuple[Backbone, Chai
     expected = np.stack([backbone.preprocessing.pixels(train.image(i)) for i in rows])
     images = EvaluationImages(split=train, preprocessing=backbone.preprocessing)
     for threads in (1, 5):
-        batches = list(read_pixels(images, np.array(rows), batch_size=3, num_threads=threads))
+        batches = list(read_pixels(images, np.array(rows), batch_size=3, num_workers=threads))
         np.testing.assert_array_equal(np.concatenate(batches), expected)
         assert {len(b) for b in batches[:-1]} == {3}
 
@@ -183,7 +180,6 @@ def test_pixels_come_in_order_whatever_the_threads(network: tuple[Backbone, Chai
 def test_a_bad_image_is_named_and_leaves_no_store(
     network: tuple[Backbone, Chain], folder: Path, tmp_path: Path
 ) -> None:
-    backbone, chain = network
     broken = tmp_path / "broken"
     for label in ("a", "b"):
         (broken / label).mkdir(parents=True)
@@ -192,14 +188,13 @@ def test_a_bad_image_is_named_and_leaves_no_store(
     (broken / "b" / "03.png").write_bytes(b"no image")
     split = load_data(DataConfig(dataset=str(broken))).train
     with pytest.raises(BadImageError, match=r"b/03\.png"):
-        extract(chain, backbone.preprocessing, split, taps(chain), accelerator=Accelerator(), options=ExtractOptions())
+        extract_from(network, split)
     assert list_caches() == []
 
 
-def test_the_choice_of_storage_is_said(
+def test_the_choice_of_storage_is_logged(
     network: tuple[Backbone, Chain], train: Split, caplog: pytest.LogCaptureFixture
 ) -> None:
-    backbone, chain = network
     with caplog.at_level(logging.INFO):
-        extract(chain, backbone.preprocessing, train, taps(chain), accelerator=Accelerator(), options=ExtractOptions())
+        extract_from(network, train)
     assert "on disk" in caplog.text

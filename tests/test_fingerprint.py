@@ -21,12 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_transfer.choosing.rank import rank
-from hf_transfer.config import DataConfig, TrainConfig
-from hf_transfer.prefix.cache import list_caches
+from hf_transfer.config import AdapterConfig, ComputeConfig, DataConfig, replace_settings
 from hf_transfer.data.dataset import load_data
-from hf_transfer.prefix.extract import Extracted, StoredActivations, extract, extract_images, tap_activation
-from hf_transfer.data.options import ExtractOptions
-from hf_transfer.prefix.pixels import EvaluationImages, store_evaluation_pixels
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import cache_dir
 from hf_transfer.network.adapters import add_adapters
@@ -35,7 +31,11 @@ from hf_transfer.network.chain import build_chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import describe_modules
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.methods import Adapter
+from hf_transfer.prefix.cache import list_caches
+from hf_transfer.prefix.extract import Extracted, StoredActivations, extract, extract_images, tap_activation
+from hf_transfer.prefix.pixels import EvaluationImages, store_evaluation_pixels
+from hf_transfer.prefix.resources import Resources
+from hf_transfer.strategy import default_config
 from tests.families import FAMILIES, built, make_model, make_pixels, randomize
 from tests.test_recipes import run_recipe
 from tests.test_save import write_upstream
@@ -193,13 +193,15 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     return load(str(upstream), ("a", "b"))
 
 
-def run(backbone: Backbone, split: Split, options: ExtractOptions | None = None) -> Extracted:
+def resources(**compute: Any) -> Resources:
+    return Resources(accelerator=Accelerator(), compute=ComputeConfig(**compute))
+
+
+def run(backbone: Backbone, split: Split, **compute: Any) -> Extracted:
     chain = backbone.chain()
     assert chain.features is not None
-    return extract(
-        chain, backbone.preprocessing, split, {"it": tap_activation(chain.features)}, accelerator=Accelerator(),
-        options=options or ExtractOptions(),
-    )  # fmt: skip
+    taps = {"it": tap_activation(chain.features)}
+    return extract(chain, backbone.preprocessing, split, taps, resources(**compute))
 
 
 @pytest.mark.parametrize("name", ["timm ViT, heads", "ViT, activation", "timm ResNet, pooling", "ConvNeXt, epsilon"])
@@ -224,23 +226,22 @@ def tamper(row: int) -> None:
     rows.flush()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_hit_is_checked_by_two_rows_that_count_apart(
-    backbone: Backbone, train: Split, dtype: Any, caplog: pytest.LogCaptureFixture
+    backbone: Backbone, train: Split, precision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = ExtractOptions(dtype=dtype)
-    first = run(backbone, train, options)
+    first = run(backbone, train, precision=precision)
     assert (first.images, first.checked_rows) == (len(train), 0)
     expected = first.stores["it"][:]
-    hit = run(backbone, train, options)
+    hit = run(backbone, train, precision=precision)
     assert (hit.images, hit.checked_rows) == (0, 2)
     for row in (0, len(train) - 1):
         tamper(row)
         with caplog.at_level(logging.WARNING):
-            found = run(backbone, train, options)
-        assert "discarded" in caplog.text
-        assert (found.images, found.checked_rows) == (len(train), 2)
-        np.testing.assert_array_equal(found.stores["it"][:], expected)
+            mended = run(backbone, train, precision=precision)
+        assert "discarding and rebuilding it" in caplog.text
+        assert (mended.images, mended.checked_rows) == (len(train), 2)
+        np.testing.assert_array_equal(mended.stores["it"][:], expected)
         caplog.clear()
 
 
@@ -251,43 +252,40 @@ def test_activations_computed_from_stored_ones_are_checked_from_there(
     cut, images = chain.layers[1].cut, EvaluationImages(split=train, preprocessing=backbone.preprocessing)
     assert cut is not None
     assert chain.features is not None
-    options: dict[str, Any] = {"accelerator": Accelerator(), "options": ExtractOptions()}
-    store = extract_images(chain, images, {"it": tap_activation(cut)}, **options).stores["it"]
+    store = extract_images(chain, images, {"it": tap_activation(cut)}, resources()).stores["it"]
     stored = StoredActivations(images=images, store=store, cut=cut, through=(cut.name,))
     seen: list[int] = []
     chain.model.get_submodule("patch_embed.proj").register_forward_hook(lambda *_: seen.append(1))
 
     def again(cut: Cut) -> tuple[int, int]:
-        found = extract_images(chain, stored, {"it": tap_activation(cut)}, **options)
-        return found.images, found.checked_rows
+        extracted = extract_images(chain, stored, {"it": tap_activation(cut)}, resources())
+        return extracted.images, extracted.checked_rows
 
     assert [again(chain.features), again(chain.features)] == [(len(train), 0), (0, 2)]
     assert seen == []
 
 
 def test_stored_pixels_are_checked_exactly(backbone: Backbone, train: Split, caplog: pytest.LogCaptureFixture) -> None:
-    options: dict[str, Any] = {"accelerator": Accelerator(), "options": ExtractOptions()}
-    expected = store_evaluation_pixels(train, backbone.preprocessing, **options).read(np.arange(len(train)))
+    expected = store_evaluation_pixels(train, backbone.preprocessing, resources()).read(np.arange(len(train)))
     tamper(0)
     with caplog.at_level(logging.WARNING):
-        mended = store_evaluation_pixels(train, backbone.preprocessing, **options).read(np.arange(len(train)))
-    assert "discarded" in caplog.text
+        mended = store_evaluation_pixels(train, backbone.preprocessing, resources()).read(np.arange(len(train)))
+    assert "discarding and rebuilding it" in caplog.text
     np.testing.assert_array_equal(mended, expected)
 
 
 def test_adapters_at_their_start_share_the_plain_networks_store(backbone: Backbone, train: Split) -> None:
     assert run(backbone, train).images == len(train)
     same = replace(backbone, model=copy.deepcopy(backbone.model))
-    adapted, chain = add_adapters(same, same.chain(), Adapter(rank=2))
+    adapted, chain = add_adapters(same, same.chain(), AdapterConfig(rank=2))
     assert chain.features is not None
     taps = {"it": tap_activation(chain.features)}
-    options: dict[str, Any] = {"accelerator": Accelerator(), "options": ExtractOptions()}
-    assert extract(chain, same.preprocessing, train, taps, **options).images == 0
+    assert extract(chain, same.preprocessing, train, taps, resources()).images == 0
     with torch.no_grad():
         for name, parameter in adapted.model.named_parameters():
             if name in adapted.trained:
                 parameter += 0.1
-    assert extract(chain, same.preprocessing, train, taps, **options).images == len(train)
+    assert extract(chain, same.preprocessing, train, taps, resources()).images == len(train)
 
 
 # --- through a recipe and through rank --------------------------------------------------------------------------------
@@ -325,7 +323,7 @@ def test_a_recipe_computes_each_checkpoints_own_features(two_folders: tuple[Path
 
 
 def test_rank_computes_each_checkpoints_own_features(two_folders: tuple[Path, Path]) -> None:
-    config = TrainConfig(images_per_class=8, tracker="none")
+    config = replace_settings(default_config("auto"), {"images_per_class": 8, "tracker": "none"})
     ranking = rank([str(folder) for folder in two_folders], config, accelerator=Accelerator(cpu=True))
     assert ranking.failures == {}
     assert all(row.images_computed > 0 for row in ranking.rows)

@@ -66,8 +66,8 @@ def make_net(*, shared: bool = False) -> tuple[Net, Chain]:
 def test_set_trainable_freezes_all_others_and_orphans() -> None:
     model, chain = make("SigLIP")
     set_trainable(model, full().select(chain))
-    assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(chain.orphans)
-    assert set(chain.orphans) <= model.state_dict().keys()
+    assert {n for n, p in model.named_parameters() if not p.requires_grad} == set(chain.unused_parameters)
+    assert set(chain.unused_parameters) <= model.state_dict().keys()
     set_trainable(model, head().select(chain))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
 
@@ -225,7 +225,7 @@ def train(chain: Chain, cut: Cut | None, trainable: frozenset[str], steps: int =
     if cut is None:
         run(lambda x: compute_logits(chain.model, x))
     else:
-        with chain.suffix(cut) as suffix:
+        with chain.part(cut) as suffix:
             run(suffix)
 
 
@@ -283,7 +283,7 @@ def test_audit_catches_a_frozen_norm_behind_the_cut_that_runs_in_train_mode() ->
     model.layer4[0].bn2.train()
     assert cut is not None
     activation = chain.run_prefix([cut], make_pixels(chain.image_shape, 4))[0]
-    with chain.suffix(cut) as suffix:
+    with chain.part(cut) as suffix:
         suffix(activation)
     with pytest.raises(FrozenChangedError, match=r"^3 of \d+ .*: layer4\.0\.bn2\.num_batches_tracked, layer4"):
         audit.check()
@@ -316,7 +316,7 @@ def test_audit_catches_one_bit_of_any_frozen_tensor_and_of_no_other() -> None:
 
 def test_audit_catches_a_changed_orphan_and_a_sign_of_zero() -> None:
     model, chain = make("DINOv2")
-    (orphan,) = chain.orphans
+    (orphan,) = chain.unused_parameters
     model.get_parameter(orphan).data.zero_()
     audit = Audit(chain, None, full().select(chain))
     model.get_parameter(orphan).data.neg_()

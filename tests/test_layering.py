@@ -8,10 +8,14 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+from hf_transfer.cli import COMMANDS
+from hf_transfer.strategy import strategy_names
+
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_transfer"
 # A room may import from itself and from the rooms before it.
 ROOMS = (
-    "config", "locations", "network", "data", "training", "choosing", "inference", "reporting", "hub", "reporting.run", "cli",
+    "config", "locations", "costs", "network", "data", "prefix", "session", "training", "strategy", "flags", "choosing",
+    "strategies", "inference", "reporting", "hub", "runs", "launch", "run", "task", "cli", "__main__",
 )  # fmt: skip
 HEAVY = (
     "accelerate",
@@ -24,6 +28,7 @@ HEAVY = (
     "torch",
     "torchvision",
     "transformers",
+    "yaml",
 )
 
 
@@ -51,12 +56,8 @@ def imported(name: str) -> set[str]:
 
 
 def room(name: str) -> str | None:
-    """None for the package itself, whose public names may come from anywhere (lazily).
-
-    `reporting.run` pushes with `hub`, so it comes after it; the rest of `reporting` renders results, for `hub` too.
-    """
-    inner = name.partition(".")[2]
-    return inner if inner in ROOMS else inner.split(".")[0] or None
+    """None for the package itself, which imports its public names from anywhere, lazily."""
+    return name.partition(".")[2].split(".")[0] or None
 
 
 def test_every_module_has_a_room() -> None:
@@ -86,10 +87,30 @@ def run(code: str) -> str:
     return result.stdout
 
 
-LIGHT = [n for n in ("hf_transfer", "hf_transfer.config", "hf_transfer.locations", "hf_transfer.cli") if n in MODULES]
+def show_help(*words: str) -> str:
+    """Code that prints a help text: of the command followed by `words`, or of the recipe that the one word is the path of."""
+    is_recipe = words[0].endswith(".py")
+    call = f"runpy.run_path({words[0]!r}, run_name='__main__')" if is_recipe else "cli.main()"
+    arguments = ["x", *([] if is_recipe else words), "--help"]
+    start = f"import runpy, sys; sys.argv = {arguments}{'' if is_recipe else '; from hf_transfer import cli'}"
+    return f"{start}\ntry: {call}\nexcept SystemExit: pass"
 
 
-def test_light_modules_import_nothing_heavy() -> None:
-    loads = "; ".join(f"import {name}" for name in LIGHT)
-    loaded = run(f"{loads}; import sys; print(*{{m.split('.')[0] for m in sys.modules}})").split()
+LIGHT = {
+    "import hf_transfer": "import hf_transfer",
+    **{f"hf-transfer {name}": show_help(name) for name in COMMANDS},
+    **{f"hf-transfer train {name}": show_help("train", name) for name in strategy_names()},
+    **{f"recipes/{name}.py": show_help(str(PACKAGE.parent / "recipes" / f"{name}.py")) for name in strategy_names()},
+    "hf-transfer": show_help("--help"),
+}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_import_and_help_are_light(name: str) -> None:
+    """Nothing heavy is imported, and the processor's time, which other programs do not lengthen, is under half a second."""
+    after = "\nimport sys, time; print('LOADED', time.process_time(), *{m.split('.')[0] for m in sys.modules})"
+    output = run(LIGHT[name] + after)
+    assert ("usage: " in output) == ("import" not in name)
+    _, seconds, *loaded = output.splitlines()[-1].split()
     assert set(loaded).isdisjoint(HEAVY)
+    assert float(seconds) < 0.5

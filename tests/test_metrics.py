@@ -1,4 +1,4 @@
-"""Laws of the metrics: they are scikit-learn's, computed offline, and each image counts once."""
+"""Metrics: equal to scikit-learn's, computed offline, each image counted once."""
 
 import json
 import os
@@ -22,6 +22,7 @@ from hf_transfer.training.metrics import (
     resample_indices,
     score,
 )
+from hf_transfer.training.records import ClassMetrics, metrics_from_json
 
 # 3 classes, 5 images; the predictions are 0, 1, 1, 2, 0
 HAND_PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]])
@@ -44,24 +45,18 @@ def _random_case(
 
 def test_hand_computed_case() -> None:
     result = score(np.log(HAND_PROBABILITIES), HAND_LABELS, ["a", "b", "c"], resamples=0)
-    assert result["accuracy"] == pytest.approx(3 / 5)
-    assert result["balanced_accuracy"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+    assert result.accuracy == pytest.approx(3 / 5)
+    assert result.balanced_accuracy == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
     # F1 = 2 hits / (support + predicted): a 2/(1+2), b 2/(2+2), c 2/(2+1)
-    assert result["macro_f1"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
-    assert result["nll"] == pytest.approx(-np.log([0.7, 0.6, 0.3, 0.8, 0.05]).mean())
+    assert result.macro_f1 == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
+    assert result.nll == pytest.approx(-np.log([0.7, 0.6, 0.3, 0.8, 0.05]).mean())
     # confidences 0.7, 0.6, 0.8 of hits and 0.5, 0.9 of misses lie in five bins of one image each
-    assert result["ece"] == pytest.approx((0.3 + 0.4 + 0.2 + 0.5 + 0.9) / 5)
-    assert result["confusion_matrix"] == [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
-    assert result["num_samples"] == 5
-    assert result["per_class"][1] == {
-        "label": "b",
-        "precision": 0.5,
-        "recall": 0.5,
-        "f1": 0.5,
-        "support": 2,
-    }
-    assert "top5_accuracy" not in result
-    assert not any(key.endswith("_interval") for key in result)
+    assert result.ece == pytest.approx((0.3 + 0.4 + 0.2 + 0.5 + 0.9) / 5)
+    assert result.confusion_matrix == ((1, 0, 0), (1, 1, 0), (0, 1, 1))
+    assert result.num_samples == 5
+    assert result.per_class[1] == ClassMetrics(label="b", precision=0.5, recall=0.5, f1=0.5, support=2)
+    assert result.top5_accuracy is None
+    assert not any(name.endswith("_interval") or name == "top5_accuracy" for name in result.to_dict())
 
 
 @pytest.mark.parametrize("present", [list(range(8)), [0, 2, 3, 7], [5]], ids=["all", "some absent", "one"])
@@ -72,24 +67,24 @@ def test_matches_scikit_learn(present: list[int]) -> None:
     predictions = logits.argmax(axis=1)
     every = list(range(num_classes))
 
-    assert result["accuracy"] == pytest.approx(sklearn_metrics.accuracy_score(labels, predictions))
+    assert result.accuracy == pytest.approx(sklearn_metrics.accuracy_score(labels, predictions))
     recalls = sklearn_metrics.recall_score(labels, predictions, labels=present, average=None, zero_division=0)
-    assert result["balanced_accuracy"] == pytest.approx(np.mean(recalls))
-    assert result["macro_f1"] == pytest.approx(
+    assert result.balanced_accuracy == pytest.approx(np.mean(recalls))
+    assert result.macro_f1 == pytest.approx(
         sklearn_metrics.f1_score(labels, predictions, labels=present, average="macro", zero_division=0)
     )
     probabilities = torch.from_numpy(logits).double().softmax(dim=1).numpy()
-    assert result["nll"] == pytest.approx(sklearn_metrics.log_loss(labels, probabilities, labels=every))
-    assert result["top5_accuracy"] == pytest.approx(
+    assert result.nll == pytest.approx(sklearn_metrics.log_loss(labels, probabilities, labels=every))
+    assert result.top5_accuracy == pytest.approx(
         sklearn_metrics.top_k_accuracy_score(labels, logits, k=5, labels=every)
     )
     matrix = sklearn_metrics.confusion_matrix(labels, predictions, labels=every)
-    assert result["confusion_matrix"] == matrix.tolist()
+    assert [list(row) for row in result.confusion_matrix] == matrix.tolist()
     expected = sklearn_metrics.precision_recall_fscore_support(labels, predictions, labels=every, zero_division=0)
-    for row, precision, recall, f1, support in zip(result["per_class"], *expected, strict=True):
-        assert row["support"] == support
+    for row, precision, recall, f1, support in zip(result.per_class, *expected, strict=True):
+        assert row.support == support
         wanted = (precision, recall, f1) if support else (None, None, None)
-        assert (row["precision"], row["recall"], row["f1"]) == pytest.approx(wanted)
+        assert (row.precision, row.recall, row.f1) == pytest.approx(wanted)
 
 
 def test_balanced_accuracy_is_scikit_learns_where_all_predicted_classes_are_present() -> None:
@@ -97,22 +92,22 @@ def test_balanced_accuracy_is_scikit_learns_where_all_predicted_classes_are_pres
     logits[:, [1, 3, 4]] = -100  # scikit-learn warns where an absent class is predicted
     result = score(logits, labels, _names(6), resamples=0)
     expected = sklearn_metrics.balanced_accuracy_score(labels, logits.argmax(axis=1))
-    assert result["balanced_accuracy"] == pytest.approx(expected)
+    assert result.balanced_accuracy == pytest.approx(expected)
 
 
 def test_absent_classes_are_null_and_noted() -> None:
     logits, labels = _random_case(50, 4, [0, 2])
     result = score(logits, labels, ["ant", "bee", "cat", "dog"], resamples=0)
-    assert [row["recall"] is None for row in result["per_class"]] == [False, True, False, True]
-    assert "2 of 4 classes" in result["notes"][0]
-    assert "bee, dog" in result["notes"][0]
-    assert score(*_random_case(50, 2, [0, 1]), ["a", "b"], resamples=0)["notes"] == []
+    assert [row.recall is None for row in result.per_class] == [False, True, False, True]
+    assert "2 of 4 classes" in result.notes[0]
+    assert "bee, dog" in result.notes[0]
+    assert score(*_random_case(50, 2, [0, 1]), ["a", "b"], resamples=0).notes == ()
 
 
 def test_a_class_present_but_never_predicted_has_precision_zero() -> None:
     logits = np.array([[1.0, 0.0], [1.0, 0.0]])
-    row = score(logits, np.array([0, 1]), ["a", "b"], resamples=0)["per_class"][1]
-    assert (row["precision"], row["recall"], row["f1"]) == (0.0, 0.0, 0.0)
+    row = score(logits, np.array([0, 1]), ["a", "b"], resamples=0).per_class[1]
+    assert (row.precision, row.recall, row.f1) == (0.0, 0.0, 0.0)
 
 
 def test_calibration_error_weighs_bins_by_their_images() -> None:
@@ -120,17 +115,17 @@ def test_calibration_error_weighs_bins_by_their_images() -> None:
     confidences = np.array([0.84, 0.84, 0.84, 0.84, 0.58])
     logits = np.log(np.stack([confidences, 1 - confidences], axis=1))
     result = score(logits, np.array([0, 0, 0, 1, 1]), ["a", "b"], resamples=0)
-    assert result["ece"] == pytest.approx((4 * abs(3 / 4 - 0.84) + 1 * 0.58) / 5)
+    assert result.ece == pytest.approx((4 * abs(3 / 4 - 0.84) + 1 * 0.58) / 5)
 
 
 def test_calibration_error_of_calibrated_predictions_is_small() -> None:
     generator = np.random.default_rng(0)
     probabilities = generator.dirichlet(np.ones(5), size=20_000)
     labels = (probabilities.cumsum(axis=1) < generator.random((20_000, 1))).sum(axis=1)
-    calibrated = score(np.log(probabilities), labels, _names(5), resamples=0)["ece"]
-    # sampling error of a bin of about 1500 images: sqrt(0.2 / 1500) = 0.012 at most
+    calibrated = score(np.log(probabilities), labels, _names(5), resamples=0).ece
+    # Sampling error of a bin of about 1500 images: at most sqrt(0.2 / 1500) = 0.012.
     assert calibrated < 0.02
-    assert score(3 * np.log(probabilities), labels, _names(5), resamples=0)["ece"] > 0.1
+    assert score(3 * np.log(probabilities), labels, _names(5), resamples=0).ece > 0.1
 
 
 def test_ties_go_to_the_lower_class_in_every_metric() -> None:
@@ -138,7 +133,7 @@ def test_ties_go_to_the_lower_class_in_every_metric() -> None:
     outcomes = read_outcomes(logits, np.arange(8))
     assert outcomes.label_ranks.tolist() == list(range(8))
     result = score(logits, np.arange(8), _names(8), resamples=0)
-    assert (result["accuracy"], result["top5_accuracy"]) == (1 / 8, 5 / 8)
+    assert (result.accuracy, result.top5_accuracy) == (1 / 8, 5 / 8)
 
 
 def test_bootstrap_equals_scikit_learn_on_each_resample() -> None:
@@ -165,18 +160,19 @@ def test_bootstrap_equals_scikit_learn_on_each_resample() -> None:
         drawn["nll"].append(-log_probabilities[indices, true].mean())
     for name, values in drawn.items():
         expected = np.quantile(values, [0.025, 0.975])
-        assert result[f"{name}_interval"] == pytest.approx(expected), name
-        assert result[f"{name}_interval"][0] <= result[name] <= result[f"{name}_interval"][1]
+        assert getattr(result, f"{name}_interval") == pytest.approx(expected), name
+        low, high = getattr(result, f"{name}_interval")
+        assert low <= getattr(result, name) <= high
 
 
 def test_accuracy_interval_is_the_binomial_one_for_many_images() -> None:
     logits, labels = _random_case(4000, 3, [0, 1, 2])
     result = score(logits, labels, _names(3))
-    accuracy = result["accuracy"]
+    accuracy = result.accuracy
     standard_error = np.sqrt(accuracy * (1 - accuracy) / 4000)
     expected = [accuracy - 1.96 * standard_error, accuracy + 1.96 * standard_error]
-    # 1000 resamples know a 2.5 % quantile to about 0.09 standard errors; three times that
-    assert result["accuracy_interval"] == pytest.approx(expected, abs=0.27 * standard_error)
+    # 1000 resamples estimate a 2.5 % quantile to about 0.09 standard errors; allow three times that.
+    assert result.accuracy_interval == pytest.approx(expected, abs=0.27 * standard_error)
 
 
 def test_paired_interval_is_narrower_than_that_of_either_model() -> None:
@@ -187,21 +183,23 @@ def test_paired_interval_is_narrower_than_that_of_either_model() -> None:
     low, high = mean_interval(hits - other_hits)
     one_low, one_high = mean_interval(hits)
     assert high - low < 0.5 * (one_high - one_low)
-    assert [one_low, one_high] == score(logits, labels, _names(3))["accuracy_interval"]
+    assert (one_low, one_high) == score(logits, labels, _names(3)).accuracy_interval
 
 
-def test_same_seed_same_intervals_and_other_seed_others() -> None:
+def test_intervals_depend_on_the_seed_alone() -> None:
     logits, labels = _random_case(200, 3, [0, 1, 2])
     first, second, other = (score(logits, labels, _names(3), seed=seed) for seed in (0, 0, 1))
     assert first == second
-    assert first["nll_interval"] != other["nll_interval"]
-    assert first["nll"] == other["nll"]
+    assert first.nll_interval != other.nll_interval
+    assert first.nll == other.nll
 
 
 def test_result_survives_json_unchanged() -> None:
     logits, labels = _random_case(30, 7, [0, 1, 2, 3])
     result = score(logits, labels, _names(7))
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    values = result.to_dict()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert metrics_from_json(values) == result
 
 
 def test_float_types_and_tensors_score_alike() -> None:
@@ -218,14 +216,14 @@ def test_float_types_and_tensors_score_alike() -> None:
 def test_large_logits_do_not_overflow() -> None:
     logits = np.array([[1e30, 0.0], [0.0, 1e30]], dtype=np.float32)
     result = score(logits, np.array([0, 1]), ["a", "b"])
-    assert (result["nll"], result["ece"]) == (0.0, 0.0)
-    assert str(result["nll_interval"]) == "[0.0, 0.0]"  # not -0.0
+    assert (result.nll, result.ece) == (0.0, 0.0)
+    assert str(result.nll_interval) == "(0.0, 0.0)"  # not -0.0
 
 
 @pytest.mark.parametrize(
     ("logits", "labels", "names", "message"),
     [
-        (np.zeros((0, 2)), np.zeros(0, int), "ab", "holds no image"),
+        (np.zeros((0, 2)), np.zeros(0, int), "ab", "has no images to score"),
         (
             np.array([[np.nan, 0], [0, np.inf], [1, 0]]),
             np.zeros(3, int),
@@ -256,14 +254,14 @@ def test_modules_need_no_network_and_no_cache(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
     logits, labels = _random_case(30, 7, [0, 1])
-    assert score(logits, labels, _names(7))["num_samples"] == 30
+    assert score(logits, labels, _names(7)).num_samples == 30
     assert list(tmp_path.iterdir()) == []
 
-    # as a user of evaluate would take them: alone, batch by batch, and pickled
+    # As a user of evaluate would use them: alone, batch by batch, and pickled.
     module = pickle.loads(pickle.dumps(metric_modules.MacroF1()))
     for part in np.array_split(np.arange(30), 4):
         module.add_batch(predictions=logits.argmax(axis=1)[part], references=labels[part])
-    expected = score(logits, labels, _names(7), resamples=0)["macro_f1"]
+    expected = score(logits, labels, _names(7), resamples=0).macro_f1
     assert module.compute() == {"macro_f1": expected}
     top3 = metric_modules.TopKAccuracy().compute(label_ranks=[0, 2, 3, 9], k=3)
     assert top3 == {"top3_accuracy": 0.5}
@@ -287,15 +285,15 @@ from hf_transfer.training.metrics import gather_logits
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 folder, rank = sys.argv[1], accelerator.process_index
-for cut in (4, 7, 0):  # rows 0..cut-1 on rank 0, cut..6 on rank 1
+for border in (4, 7, 0):  # rows 0..border-1 on rank 0, border..6 on rank 1
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.arange(21, dtype=dtype).reshape(7, 3).requires_grad_()
         labels = np.arange(7) % 3
-        mine = slice(0, cut) if rank == 0 else slice(cut, 7)
+        mine = slice(0, border) if rank == 0 else slice(border, 7)
         part = logits[mine] if len(labels[mine]) else np.zeros((0, 0))
         got, got_labels = gather_logits(accelerator, part, labels[mine])
-        assert got.dtype == np.float32 and np.array_equal(got, np.arange(21).reshape(7, 3)), (cut, got)
-        assert got_labels.dtype == np.int64 and np.array_equal(got_labels, labels), (cut, got_labels)
+        assert got.dtype == np.float32 and np.array_equal(got, np.arange(21).reshape(7, 3)), (border, got)
+        assert got_labels.dtype == np.int64 and np.array_equal(got_labels, labels), (border, got_labels)
 empty = gather_logits(accelerator, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
 assert empty[0].shape == (0, 3) and empty[1].shape == (0,)
 for case, part, labels in (

@@ -1,7 +1,7 @@
-"""Law 2: every trainable parameter is in exactly one optimizer group; what its lr and weight decay are, step by step."""
+"""Law 2: every trainable parameter is in exactly one optimizer group, with the right learning rate and weight decay."""
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -11,19 +11,12 @@ from families import FAMILIES, built, make_model
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from hf_transfer.config import OptimizerConfig, SchedulerName
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.policies import biases, from_layer, full, head, last, matching, norms
-from hf_transfer.training.optim import (
-    Optimization,
-    Schedule,
-    group_parameters,
-    is_decayed,
-    lr_factor,
-    make_optimizer,
-    set_lr,
-)
+from hf_transfer.training.optim import group_parameters, is_decayed, lr_factor, make_optimizer, set_lr
 
-SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "one_cycle", "constant")
+SCHEDULES: tuple[SchedulerName, ...] = get_args(SchedulerName)
 
 
 def layer_of(chain: Chain, name: str) -> int:
@@ -36,11 +29,11 @@ def layer_of(chain: Chain, name: str) -> int:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_trainable_parameter_is_in_exactly_one_group_and_no_frozen_one_in_any(name: str) -> None:
     model, chain = built(name)
-    how = Optimization(layer_decay=0.7, head_lr=1e-3)
+    optimization = OptimizerConfig(layer_decay=0.7, head_lr=1e-3)
     parameters = dict(model.named_parameters())
     for policy in (head(), last(0), last(1), from_layer("stem"), norms(), biases(), full()):
         trainable = policy.select(chain)
-        groups = group_parameters(chain, trainable, how)
+        groups = group_parameters(chain, trainable, optimization)
         names = [n for group in groups for n in group["names"]]
         assert len(names) == len(set(names))
         assert set(names) == trainable
@@ -63,9 +56,9 @@ def test_only_kernels_and_matrices_decay(name: str) -> None:
         for own, _ in module.named_parameters(recurse=False)
         if own in ("weight", "in_proj_weight")
     }
-    groups = group_parameters(chain, full().select(chain), Optimization(weight_decay=0.3))
+    groups = group_parameters(chain, full().select(chain), OptimizerConfig(weight_decay=0.3))
     decayed = {n for group in groups if group["weight_decay"] for n in group["names"]}
-    assert decayed == expected - set(chain.orphans)
+    assert decayed == expected - set(chain.unused_parameters)
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
 
 
@@ -83,25 +76,25 @@ def test_norms_of_two_dimensions_embeddings_and_scales_do_not_decay() -> None:
 @pytest.mark.parametrize("layer_decay", [1.0, 0.65])
 def test_lr_falls_by_the_same_factor_from_layer_to_layer_below_the_head(layer_decay: float) -> None:
     _, chain = built("timm ResNet")
-    how = Optimization(lr=2e-4, head_lr=3e-3, layer_decay=layer_decay)
-    groups = group_parameters(chain, full().select(chain), how)
-    found = {layer_of(chain, group["names"][0]): group["lr"] for group in groups}
+    optimization = OptimizerConfig(lr=2e-4, head_lr=3e-3, layer_decay=layer_decay)
+    groups = group_parameters(chain, full().select(chain), optimization)
+    actual = {layer_of(chain, group["names"][0]): group["lr"] for group in groups}
     below = 2e-4 * np.power(layer_decay, np.arange(len(chain), -1, -1))
-    np.testing.assert_allclose([found[i] for i in range(len(chain.layers))], [*below, 3e-3], rtol=1e-12)
-    assert found[len(chain)] == 2e-4  # of the last layer below the head
-    # A layer's lr is its own, whatever else trains.
-    some = group_parameters(chain, matching("conv1|fc").select(chain), how)
-    assert {layer_of(chain, g["names"][0]): g["lr"] for g in some} == found
+    np.testing.assert_allclose([actual[i] for i in range(len(chain.layers))], [*below, 3e-3], rtol=1e-12)
+    assert actual[len(chain)] == 2e-4  # of the last layer below the head
+    # A layer's rate does not depend on what else trains.
+    some = group_parameters(chain, matching("conv1|fc").select(chain), optimization)
+    assert {layer_of(chain, g["names"][0]): g["lr"] for g in some} == actual
 
 
 def test_without_a_head_lr_the_head_has_the_lr() -> None:
     _, chain = built("timm ViT")
-    groups = group_parameters(chain, full().select(chain), Optimization(lr=2e-4, layer_decay=0.5))
+    groups = group_parameters(chain, full().select(chain), OptimizerConfig(lr=2e-4, layer_decay=0.5))
     assert {layer_of(chain, g["names"][0]): g["lr"] for g in groups} == {0: 5e-5, 1: 1e-4, 2: 2e-4, 3: 2e-4}
 
 
-def test_in_a_chain_that_is_all_head_the_head_lr_is_the_classifiers_alone() -> None:
-    class Entangled(nn.Module):  # every tensor but the last goes around another
+def test_in_a_chain_that_is_all_head_only_the_classifier_gets_the_head_lr() -> None:
+    class Entangled(nn.Module):  # two parallel branches, so there is no legal cut below the classifier
         def __init__(self) -> None:
             super().__init__()
             self.first = nn.Linear(3, 8)
@@ -115,7 +108,7 @@ def test_in_a_chain_that_is_all_head_the_head_lr_is_the_classifiers_alone() -> N
 
     chain = build_chain(Entangled(), (3, 8, 8))
     assert not any(layer.parameters for layer in chain.layers[:-1])
-    groups = group_parameters(chain, full().select(chain), Optimization(lr=1e-4, head_lr=1e-2))
+    groups = group_parameters(chain, full().select(chain), OptimizerConfig(lr=1e-4, head_lr=1e-2))
     assert {n: g["lr"] for g in groups for n in g["names"]} == {
         "first.weight": 1e-4,
         "first.bias": 1e-4,
@@ -126,28 +119,30 @@ def test_in_a_chain_that_is_all_head_the_head_lr_is_the_classifiers_alone() -> N
     }
 
 
-def test_group_parameters_refuses_what_no_group_could_hold() -> None:
+def test_group_parameters_refuses_unknown_names_and_an_empty_set() -> None:
     _, chain = built("SigLIP")
-    orphan = chain.orphans[0]
+    orphan = chain.unused_parameters[0]
     with pytest.raises(ValueError, match=f"not parameters of this chain: {orphan}"):
-        group_parameters(chain, [orphan], Optimization())
+        group_parameters(chain, [orphan], OptimizerConfig())
     with pytest.raises(ValueError, match="no parameter trains"):
-        group_parameters(chain, [], Optimization())
+        group_parameters(chain, [], OptimizerConfig())
 
 
 # --- optimizers ---------------------------------------------------------------------------------------------------------
 
 
-def make_optimized(how: Optimization) -> tuple[nn.Module, torch.optim.Optimizer]:
+def make_optimized(optimization: OptimizerConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = make_model("timm ViT")
     chain = build_chain(model, FAMILIES["timm ViT"].image_shape)
-    return model, make_optimizer(group_parameters(chain, full().select(chain), how), how)
+    return model, make_optimizer(group_parameters(chain, full().select(chain), optimization), optimization)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_each_group_moves_and_decays_by_its_own_numbers(optimizer: Any) -> None:
-    how = Optimization(optimizer=optimizer, lr=1e-2, head_lr=2e-2, layer_decay=0.5, weight_decay=0.1, momentum=0.9)
-    model, made = make_optimized(how)
+    optimization = OptimizerConfig(
+        optimizer=optimizer, lr=1e-2, head_lr=2e-2, layer_decay=0.5, weight_decay=0.1, momentum=0.9
+    )
+    model, made = make_optimized(optimization)
     groups = {n: g for g in made.param_groups for n in g["names"]}
     rng = np.random.default_rng(0)
     weights = {n: p.detach().double().numpy().copy() for n, p in model.named_parameters()}
@@ -171,32 +166,32 @@ def test_each_group_moves_and_decays_by_its_own_numbers(optimizer: Any) -> None:
                 weights[name] = w * (1 - lr * decay) - lr * slope
         made.step()
     for name, parameter in model.named_parameters():
-        # float32 against float64: a few ulp of weights below 4 and of steps below 0.1.
+        # float32 against float64: a few units in the last place of weights below 4 and of steps below 0.1.
         np.testing.assert_allclose(parameter.detach().numpy(), weights[name], atol=2e-6, rtol=2e-6, err_msg=name)
 
 
-def test_sgd_takes_no_momentum_where_none_is_wanted() -> None:
-    _, made = make_optimized(Optimization(optimizer="sgd", momentum=0.0))
+def test_sgd_without_momentum_is_plain() -> None:
+    _, made = make_optimized(OptimizerConfig(optimizer="sgd", momentum=0.0))
     assert {(g["momentum"], g["nesterov"]) for g in made.param_groups} == {(0.0, False)}
 
 
 def test_set_lr_multiplies_the_initial_lr_through_accelerate_too() -> None:
-    how = Optimization(layer_decay=0.5, head_lr=1e-2)
-    _, made = make_optimized(how)
+    optimization = OptimizerConfig(layer_decay=0.5, head_lr=1e-2)
+    _, made = make_optimized(optimization)
     initial = [group["lr"] for group in made.param_groups]
     wrapped = Accelerator(cpu=True).prepare_optimizer(made)
-    for factor in (0.5, 0.25):  # from the initial one, not from the one before
+    for factor in (0.5, 0.25):  # always relative to the initial rate
         set_lr(wrapped, factor)
         assert [group["lr"] for group in made.param_groups] == [lr * factor for lr in initial]
 
 
 def test_a_resumed_optimizer_keeps_its_groups() -> None:
-    how = Optimization(layer_decay=0.5)
-    model, made = make_optimized(how)
+    optimization = OptimizerConfig(layer_decay=0.5)
+    model, made = make_optimized(optimization)
     set_lr(made, 0.5)
     model(torch.ones(1, 3, 32, 32)).sum().backward()
     made.step()
-    _, fresh = make_optimized(how)
+    _, fresh = make_optimized(optimization)
     fresh.load_state_dict(made.state_dict())
     keys = ("names", "lr", "initial_lr", "weight_decay")
     assert [[g[k] for k in keys] for g in fresh.param_groups] == [[g[k] for k in keys] for g in made.param_groups]
@@ -208,8 +203,10 @@ def test_a_resumed_optimizer_keeps_its_groups() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 97])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5, 0.99])
-def test_factors_are_above_0_at_most_1_and_rise_then_fall(schedule: Schedule, total: int, warmup: float) -> None:
-    factors = [lr_factor(i, total, Optimization(schedule=schedule, warmup=warmup)) for i in range(total)]
+def test_factors_are_above_0_at_most_1_and_rise_then_fall(schedule: SchedulerName, total: int, warmup: float) -> None:
+    factors = [
+        lr_factor(i, total, OptimizerConfig(lr_scheduler_type=schedule, warmup_ratio=warmup)) for i in range(total)
+    ]
     assert all(0 < f <= 1 for f in factors)
     top = min(round(warmup * total), total - 1)
     assert factors[top] == 1
@@ -219,12 +216,12 @@ def test_factors_are_above_0_at_most_1_and_rise_then_fall(schedule: Schedule, to
 
 
 def factors_of_torch(scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int) -> list[float]:
-    found = []
+    actual = []
     for _ in range(steps):
-        found.append(scheduler.get_last_lr()[0])
+        actual.append(scheduler.get_last_lr()[0])
         scheduler.optimizer.step()
         scheduler.step()
-    return found
+    return actual
 
 
 def one_weight() -> torch.optim.Optimizer:
@@ -235,44 +232,44 @@ def one_weight() -> torch.optim.Optimizer:
     ("schedule", "reference"),
     [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
 )
-def test_cosine_and_linear_are_those_of_transformers_after_a_warm_up_that_starts_above_0(
-    schedule: Schedule, reference: Any
+def test_cosine_and_linear_equal_transformers_after_a_warm_up_that_starts_above_0(
+    schedule: SchedulerName, reference: Any
 ) -> None:
     total, warmup_steps = 40, 8
-    how = Optimization(schedule=schedule, warmup=warmup_steps / total)
+    optimization = OptimizerConfig(lr_scheduler_type=schedule, warmup_ratio=warmup_steps / total)
     expected = factors_of_torch(reference(one_weight(), warmup_steps, total), total)
-    found = [lr_factor(i, total, how) for i in range(total)]
-    np.testing.assert_allclose(found[warmup_steps:], expected[warmup_steps:], rtol=1e-12)
-    np.testing.assert_allclose(found[:warmup_steps], np.arange(1, 9) / 9, rtol=1e-12)
+    actual = [lr_factor(i, total, optimization) for i in range(total)]
+    np.testing.assert_allclose(actual[warmup_steps:], expected[warmup_steps:], rtol=1e-12)
+    np.testing.assert_allclose(actual[:warmup_steps], np.arange(1, 9) / 9, rtol=1e-12)
 
 
-def test_one_cycle_is_torchs() -> None:
+def test_one_cycle_equals_torch() -> None:
     total, warmup_steps = 40, 10
     reference = torch.optim.lr_scheduler.OneCycleLR(
         one_weight(),
         max_lr=1.0,
         total_steps=total,
-        pct_start=(warmup_steps + 1) / total,  # torch counts the step at the top into the rise
+        pct_start=(warmup_steps + 1) / total,  # torch counts the peak step as part of the rise
         div_factor=25,
-        final_div_factor=1e5 / 25,  # of the lr at first
+        final_div_factor=1e5 / 25,  # relative to the first learning rate
         cycle_momentum=False,
     )
-    how = Optimization(schedule="one_cycle", warmup=warmup_steps / total)
-    found = [lr_factor(i, total, how) for i in range(total)]
-    np.testing.assert_allclose(found, factors_of_torch(reference, total), rtol=1e-9)
-    assert found[0] == pytest.approx(1 / 25)
-    assert found[-1] == pytest.approx(1e-5)
+    optimization = OptimizerConfig(lr_scheduler_type="one_cycle", warmup_ratio=warmup_steps / total)
+    actual = [lr_factor(i, total, optimization) for i in range(total)]
+    np.testing.assert_allclose(actual, factors_of_torch(reference, total), rtol=1e-9)
+    assert actual[0] == pytest.approx(1 / 25)
+    assert actual[-1] == pytest.approx(1e-5)
 
 
 def test_constant_stays_after_its_warm_up() -> None:
-    how = Optimization(schedule="constant", warmup=0.3)
-    assert [lr_factor(i, 10, how) for i in range(10)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
+    optimization = OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0.3)
+    assert [lr_factor(i, 10, optimization) for i in range(10)] == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("step", [-1, 10, 11])
 def test_a_step_outside_the_phase_has_no_lr(step: int) -> None:
     with pytest.raises(ValueError, match=rf"lr_factor\(step={step}\): this phase has 10 steps; choose 0 <= step < 10"):
-        lr_factor(step, 10, Optimization())
+        lr_factor(step, 10, OptimizerConfig())
 
 
 # --- settings -----------------------------------------------------------------------------------------------------------
@@ -282,7 +279,7 @@ def test_a_step_outside_the_phase_has_no_lr(step: int) -> None:
     ("field", "value"),
     [
         ("optimizer", "adam"),
-        ("schedule", "step"),
+        ("lr_scheduler_type", "step"),
         ("lr", 0.0),
         ("lr", math.nan),
         ("head_lr", -1.0),
@@ -292,10 +289,10 @@ def test_a_step_outside_the_phase_has_no_lr(step: int) -> None:
         ("weight_decay", -0.1),
         ("weight_decay", math.nan),
         ("momentum", 1.0),
-        ("warmup", 1.0),
-        ("warmup", -0.1),
+        ("warmup_ratio", 1.0),
+        ("warmup_ratio", -0.1),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused_with_what_can(field: str, value: Any) -> None:
+def test_an_invalid_setting_is_refused_with_the_allowed_values(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"^{field}='?{value}'?: choose "):
-        Optimization(**{field: value})
+        OptimizerConfig(**{field: value})

@@ -1,4 +1,4 @@
-"""The package's face: the names it exports, and the other package of the same import name."""
+"""The public API: the names it exports, and the other package with the same import name."""
 
 import importlib.metadata
 import os
@@ -6,13 +6,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import hf_transfer
+from hf_transfer.strategy import default_config, strategy_names
 
 
-def test_every_exported_name_is_there() -> None:
+def test_every_exported_name_exists_under_its_own_name() -> None:
     for name in hf_transfer.__all__:
-        assert getattr(hf_transfer, name).__name__ == name
+        assert getattr(hf_transfer, name).__name__.rpartition(".")[2] == name
+        assert getattr(hf_transfer, name).__doc__
     assert set(hf_transfer.__all__) <= set(dir(hf_transfer))
+    with pytest.raises(AttributeError, match="no attribute 'load'"):
+        _ = hf_transfer.load
+
+
+def test_every_strategy_is_a_function_of_its_settings() -> None:
+    for name in strategy_names():
+        assert getattr(hf_transfer, name)() == default_config(name).strategy
+    strategy = hf_transfer.lora(rank=8, lr=1e-3)
+    assert strategy.name == "lora"
+    assert (strategy.adapter.rank, strategy.optimization.lr) == (8, 1e-3)
+    with pytest.raises(ValueError, match="lora: unknown setting 'rnak'; did you mean rank"):
+        hf_transfer.lora(rnak=8)
 
 
 def test_version_is_the_distributions() -> None:

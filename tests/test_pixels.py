@@ -1,4 +1,4 @@
-"""Stored pixels are those of evaluation, and training squares hold the whole picture."""
+"""Stored pixels are those of evaluation, and training squares hold the whole image."""
 
 from pathlib import Path
 
@@ -8,21 +8,25 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from hf_transfer.config import DataConfig
-from hf_transfer.data.augment import AugmentationConfig
+from hf_transfer.config import AugmentationConfig, ComputeConfig, DataConfig
 from hf_transfer.data.dataset import load_data
-from hf_transfer.data.options import ExtractOptions
+from hf_transfer.data.splits import Split
+from hf_transfer.network.backbone import load
+from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.pixels import (
     EvaluationImages,
+    TrainingSquares,
     default_side_px,
     store_evaluation_pixels,
     store_training_squares,
 )
-from hf_transfer.data.splits import Split
-from hf_transfer.network.backbone import load
-from hf_transfer.network.preprocessing import Preprocessing
+from hf_transfer.prefix.resources import Resources
 
-PLAIN = AugmentationConfig(crop_scale=1.0, hflip=0.0)
+PLAIN = AugmentationConfig(crop_scale=1.0, hflip=0.0, color_jitter=0.0)
+
+
+def resources(cache: str = "auto") -> Resources:
+    return Resources(accelerator=Accelerator(), compute=ComputeConfig(cache=cache))  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +55,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 def test_evaluation_pixels_are_those_of_the_preprocessing(
     split: Split, preprocessing: Preprocessing, cache: str
 ) -> None:
-    options = ExtractOptions(cache=cache)  # type: ignore[arg-type]
-    stored = store_evaluation_pixels(split, preprocessing, accelerator=Accelerator(), options=options)
+    stored = store_evaluation_pixels(split, preprocessing, resources(cache))
     rows = np.array([3, 0, 3])
     expected = np.stack([preprocessing.pixels(split.image(int(i))) for i in rows])
     np.testing.assert_array_equal(stored.read(rows), expected)
@@ -62,35 +65,30 @@ def test_evaluation_pixels_are_those_of_the_preprocessing(
 
 
 @pytest.mark.parametrize("cache", ["disk", "none"])
-def test_squares_hold_the_whole_picture_and_its_size(split: Split, preprocessing: Preprocessing, cache: str) -> None:
-    options = ExtractOptions(cache=cache)  # type: ignore[arg-type]
-    stored = store_training_squares(
-        split, preprocessing, side_px=48, how=PLAIN, seed=0, accelerator=Accelerator(), options=options
-    )
+def test_squares_hold_the_whole_image_and_its_size(split: Split, preprocessing: Preprocessing, cache: str) -> None:
+    spec = TrainingSquares(side_px=48, augmentation=PLAIN, seed=0)
+    stored = store_training_squares(split, preprocessing, spec, resources(cache))
     for i in (0, len(split) - 1):
-        picture = split.image(i)
-        expected = np.asarray(picture.resize((48, 48), Image.Resampling.BICUBIC))
+        image = split.image(i)
+        expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(stored.read(np.array([i]))[0], expected)
-        assert stored.sizes[np.array([i])][0].tolist() == list(picture.size)
+        assert stored.sizes[np.array([i])][0].tolist() == list(image.size)
 
 
 def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preprocessing: Preprocessing) -> None:
-    stored = store_training_squares(
-        split, preprocessing, side_px=48, how=AugmentationConfig(), seed=0, views=2, accelerator=Accelerator(),
-        options=ExtractOptions(),
-    )  # fmt: skip
+    spec = TrainingSquares(side_px=48, augmentation=AugmentationConfig(), seed=0, views=2)
+    stored = store_training_squares(split, preprocessing, spec, resources())
     count = len(split)
     assert len(stored) == 2 * count
-    across = np.array([count - 1, count, 2 * count - 1])  # two epochs meet
+    across = np.array([count - 1, count, 2 * count - 1])  # rows of two epochs
     together = stored.prepare(torch.from_numpy(stored.read(across)), across)
-    for at, row in enumerate(across):
+    for position, row in enumerate(across):
         alone = np.array([row])
-        assert torch.equal(together[at], stored.prepare(torch.from_numpy(stored.read(alone)), alone)[0])
+        assert torch.equal(together[position], stored.prepare(torch.from_numpy(stored.read(alone)), alone)[0])
     assert not torch.equal(together[0], together[2])  # one image in two epochs
 
 
 def test_a_side_below_the_networks_is_refused(split: Split, preprocessing: Preprocessing) -> None:
+    spec = TrainingSquares(side_px=16, augmentation=PLAIN, seed=0)
     with pytest.raises(ValueError, match=f"0 for {default_side_px(preprocessing)}"):
-        store_training_squares(
-            split, preprocessing, side_px=16, how=PLAIN, seed=0, accelerator=Accelerator(), options=ExtractOptions()
-        )
+        store_training_squares(split, preprocessing, spec, resources())

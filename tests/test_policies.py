@@ -76,7 +76,7 @@ def test_norms_are_scales_and_shifts_of_every_normalisation(name: str) -> None:
         if isinstance(module, nn.LayerNorm | nn.BatchNorm2d | nn.GroupNorm | nn.RMSNorm)
         for n, _ in module.named_parameters(recurse=False)
     }
-    assert by_module - set(chain.orphans) <= selected
+    assert by_module - set(chain.unused_parameters) <= selected
     shapes = {n: p.ndim for n, p in model.named_parameters()}
     assert all(shapes[n] == 1 or "grn" in n for n in selected)  # GRN of ConvNeXtV2 on transformers is (1, 1, 1, C)
 
@@ -87,7 +87,7 @@ def test_biases_are_every_bias_and_the_classifier(name: str) -> None:
     selected = biases().select(chain)
     assert set(chain.classifier_parameters) <= selected
     assert all(n.endswith("bias") for n in selected - set(chain.classifier_parameters))
-    assert selected.isdisjoint(chain.orphans)
+    assert selected.isdisjoint(chain.unused_parameters)
 
 
 def test_matching_selects_by_name_and_adds_the_classifier() -> None:
@@ -112,14 +112,14 @@ def test_matching_refuses_what_is_no_expression_before_there_is_a_chain() -> Non
 
 def test_matching_nothing_names_what_is_near() -> None:
     _, chain = built("timm ViT")
-    with pytest.raises(ValueError, match=r"matches no parameter; near it are .*blocks\.1\.attn\.qkv\.weight"):
+    with pytest.raises(ValueError, match=r"matches no parameter; similar names are .*blocks\.1\.attn\.qkv\.weight"):
         matching(r"blocks\.1\.attention\.qkv\.weight$").select(chain)
 
 
 def test_matching_does_not_select_orphans() -> None:
     _, chain = built("SigLIP")
-    orphan = chain.orphans[0]
-    assert matching("").select(chain).isdisjoint(chain.orphans)
+    orphan = chain.unused_parameters[0]
+    assert matching("").select(chain).isdisjoint(chain.unused_parameters)
     with pytest.raises(ValueError, match=f"matches no parameter but {orphan}, which never reaches the logits"):
         matching(f"^{orphan}$").select(chain)
 
@@ -180,7 +180,7 @@ def test_gradual_has_two_phases_where_there_are_no_layers() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_full_is_every_parameter_but_orphans(name: str) -> None:
     model, chain = built(name)
-    assert full().select(chain) == {n for n, _ in model.named_parameters()} - set(chain.orphans)
+    assert full().select(chain) == {n for n, _ in model.named_parameters()} - set(chain.unused_parameters)
     assert chain.lowest_cut(full().select(chain)) is None
 
 

@@ -16,7 +16,7 @@ from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.inference.predict import find_images, predict
 from hf_transfer.network.adapters import add_adapters, load_adapted
 from hf_transfer.network.backbone import load
-from hf_transfer.network.methods import Adapter
+from hf_transfer.network.methods import AdapterConfig
 from tests.test_save import results_for, write_upstream
 
 
@@ -130,7 +130,7 @@ def test_adapters_are_switched_on_one_base(
     }
     for adapter, (method, labels) in kinds.items():
         backbone = load(str(tmp_path / "base"), labels, base_model="someone/upstream")
-        adapted, _ = add_adapters(backbone, backbone.chain(), Adapter(method=method))
+        adapted, _ = add_adapters(backbone, backbone.chain(), AdapterConfig(method=method))
         with torch.no_grad():
             for parameter_name, parameter in adapted.model.named_parameters():
                 if parameter_name in adapted.trained or parameter_name.startswith(adapted.classifier):

@@ -1,4 +1,4 @@
-"""The probe's law: the solver reaches the optimum that scikit-learn finds, for every problem of a batch, whatever the data."""
+"""The probe: the solver reaches scikit-learn's optimum for every problem of a batch, whatever the data."""
 
 import logging
 import warnings
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hf_transfer.training import lbfgs
 from hf_transfer.training.folds import draw_folds
-from hf_transfer.training.probe import choose_probe, fit_probe, solve_path
+from hf_transfer.training.lbfgs import SolverOptions
+from hf_transfer.training.probe import ProbeOptions, choose_probe, fit_probe, solve_path
 
 DEVICES = [
     "cpu",
@@ -28,8 +29,8 @@ def make_data(num_rows: int, num_features: int, num_classes: int, *, seed: int =
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(num_rows) % num_classes
     latent = torch.randn(num_rows, num_features, generator=generator) * torch.logspace(0, -2, num_features)
-    centres = torch.randn(num_classes, num_features, generator=generator) * torch.logspace(0, -2, num_features)
-    mixed = (latent + 2 / num_features**0.5 * centres[targets]) @ torch.linalg.qr(
+    centers = torch.randn(num_classes, num_features, generator=generator) * torch.logspace(0, -2, num_features)
+    mixed = (latent + 2 / num_features**0.5 * centers[targets]) @ torch.linalg.qr(
         torch.randn(num_features, num_features, generator=generator)
     )[0]
     return mixed * torch.logspace(-1, 1, num_features) + 3, targets
@@ -44,7 +45,7 @@ def fit_sklearn(
     binary = len(np.unique(labels)) == 2
     model = LogisticRegression(C=2 * c if binary else c, tol=1e-12, max_iter=100_000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "tol cannot be reached" is as far as float64 goes
+        warnings.simplefilter("ignore")  # "tol cannot be reached": that is the limit of float64
         model.fit(scaled, labels, sample_weight=row_weights)
     weight, bias = model.coef_, model.intercept_
     if binary:
@@ -78,7 +79,7 @@ def test_every_problem_of_a_path_is_solved_as_by_sklearn(
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_digits_of_sklearn_are_solved_as_by_sklearn(device: str) -> None:
-    """Real images: constant pixels, a large condition number, almost separable."""
+    """Real images: some pixels are constant, the condition number is large, and classes are almost separable."""
     images, labels = load_digits(return_X_y=True)
     features, targets = torch.from_numpy(images).float().to(device), torch.from_numpy(labels).to(device)
     path = solve_path(features, targets, 10, C_GRID)
@@ -103,7 +104,7 @@ def test_row_weights_of_each_problem_are_those_of_sklearn() -> None:
 
 
 def test_row_of_weight_two_is_the_row_twice() -> None:
-    """On features whose mean and spread stay the same, so that standardising does."""
+    """Doubling all rows changes neither mean nor spread, so both are standardized in the same way."""
     features, targets = make_data(100, 10, 3)
     twice = solve_path(features.repeat(2, 1), targets.repeat(2), 3, [0.1])
     weighted = solve_path(features, targets, 3, [0.1], row_weights=torch.full((100,), 2.0))
@@ -113,12 +114,14 @@ def test_row_of_weight_two_is_the_row_twice() -> None:
 @pytest.mark.parametrize("memory_bytes", [1, 300_000])
 def test_groups_that_fit_into_memory_change_nothing(memory_bytes: int) -> None:
     features, targets = make_data(200, 30, 4)
-    whole, grouped = (solve_path(features, targets, 4, C_GRID, memory_bytes=m) for m in (None, memory_bytes))
+    whole, grouped = (
+        solve_path(features, targets, 4, C_GRID, options=SolverOptions(memory_bytes=m)) for m in (None, memory_bytes)
+    )
     torch.testing.assert_close(whole.weight, grouped.weight, atol=1e-4, rtol=1e-3)
 
 
-def test_a_floor_holds_features_down_that_hardly_vary() -> None:
-    """By the median spread; where most features are constant, by that of those that vary."""
+def test_a_floor_limits_features_that_hardly_vary() -> None:
+    """The floor is the median spread; if most features are constant, the median of those that vary."""
     generator = torch.Generator().manual_seed(0)
     spreads = torch.tensor([0.01, 1.0, 2.0])
     varying = spreads * torch.randn(200, 3, generator=generator)
@@ -126,9 +129,9 @@ def test_a_floor_holds_features_down_that_hardly_vary() -> None:
     std = varying.std(0, correction=0)
     for dead in (0, 5):
         features = torch.cat([varying, torch.ones(200, dead)], 1)
-        plain = lbfgs.pose(features, targets, 2).inverse_std[:3]
+        plain = lbfgs.standardize(features, targets, 2).inverse_std[:3]
         torch.testing.assert_close(plain, 1 / std)
-        floored = lbfgs.pose(features, targets, 2, spread_floor=1.0).inverse_std[:3]
+        floored = lbfgs.standardize(features, targets, 2, spread_floor=1.0).inverse_std[:3]
         torch.testing.assert_close(floored, (std.square() + std[1].square()).rsqrt())
 
 
@@ -176,9 +179,9 @@ def test_large_offsets_do_not_spoil_the_solution() -> None:
 
 
 def test_a_thousand_classes() -> None:
-    """Memory for two problems at a time; compared with float64 gradient at the solution: zero is optimal."""
+    """With memory for two problems at a time. The gradient at the solution, in float64, is next to zero."""
     features, targets = make_data(2000, 40, 1000)
-    path = solve_path(features, targets, 1000, (1e-3, 1e-1), memory_bytes=2**26)
+    path = solve_path(features, targets, 1000, (1e-3, 1e-1), options=SolverOptions(memory_bytes=2**26))
     scaled = torch.from_numpy(StandardScaler().fit_transform(features.double().numpy()))
     std = torch.from_numpy(features.double().numpy().std(0))
     for p, c in enumerate(path.c):
@@ -189,7 +192,7 @@ def test_a_thousand_classes() -> None:
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_users_matmul_precision_is_kept_and_not_used(precision: str) -> None:
+def test_the_users_matmul_precision_is_restored_and_not_used(precision: str) -> None:
     features, targets = make_data(200, 64, 3)
     expected = solve_path(features, targets, 3, [1.0])
     before = torch.get_float32_matmul_precision()
@@ -214,8 +217,8 @@ def test_input_is_left_as_it_was() -> None:
 def test_a_problem_that_is_cut_short_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     features, targets = make_data(200, 30, 4)
     with caplog.at_level(logging.WARNING):
-        solve_path(features, targets, 4, [100.0], max_iterations=3)
-    assert "1 of 1 problems stopped at 3 iterations" in caplog.text
+        solve_path(features, targets, 4, [100.0], options=SolverOptions(max_iterations=3))
+    assert "1 of 1 problems stopped after 3 iterations" in caplog.text
 
 
 def split_four_to_one(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -228,9 +231,11 @@ def split_four_to_one(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor
 def test_probe_is_the_refit_of_the_c_that_does_best_on_unseen_rows(device: str, folds: int) -> None:
     features, targets = (t.to(device) for t in make_data(300, 20, 3))
     parts = split_four_to_one(features, targets)
-    probe = fit_probe(*parts, 3, folds=folds, spread_floor=0.0, c_grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0))
-    assert probe.log_loss == min(row["log_loss"] for row in probe.table)
-    assert probe.c == min(probe.table, key=lambda row: row["log_loss"])["c"]
+    probe = fit_probe(
+        *parts, 3, ProbeOptions(folds=folds, spread_floor=0.0, c_grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0))
+    )
+    assert probe.score.log_loss == min(point.score.log_loss for point in probe.path)
+    assert probe.c == min(probe.path, key=lambda point: point.score.log_loss).c
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
     refit = solve_path(both, labels, 3, [probe.c])
     largest = refit.weight[0].abs().max().item()
@@ -242,7 +247,7 @@ def test_held_out_numbers_are_those_of_a_fit_without_the_rows() -> None:
     features, targets = make_data(120, 10, 3)
     parts = split_four_to_one(features, targets)
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
-    probe = fit_probe(*parts, 3, folds=3, c_grid=[0.05], seed=7, spread_floor=0.0)
+    probe = fit_probe(*parts, 3, ProbeOptions(folds=3, c_grid=[0.05], seed=7, spread_floor=0.0))
     fold_of = draw_folds(labels, 3, 7)
     scaled = StandardScaler().fit_transform(both.double().numpy())
     expected = np.zeros((120, 3))
@@ -252,51 +257,51 @@ def test_held_out_numbers_are_those_of_a_fit_without_the_rows() -> None:
         expected[~seen] = model.predict_proba(scaled[~seen])
     np.testing.assert_allclose(probe.validation_logits.softmax(1), expected[len(parts[0]) :], atol=2e-3)
     truth = expected[np.arange(120), labels.numpy()]
-    assert probe.log_loss == pytest.approx(-np.log(truth).mean(), rel=1e-3)
+    assert probe.score.log_loss == pytest.approx(-np.log(truth).mean(), rel=1e-3)
     hits = (expected.argmax(1) == labels.numpy()).sum()
-    assert abs(probe.accuracy * 120 - hits) < 1.5, "a row on the border may fall either way"
+    assert abs(probe.score.accuracy * 120 - hits) < 1.5, "a row on the border may go either way"
 
 
 def test_single_split_scores_the_given_validation_rows_only() -> None:
     parts = split_four_to_one(*make_data(200, 10, 3))
-    probe = fit_probe(*parts, 3, folds=1, refit=False)
+    probe = fit_probe(*parts, 3, ProbeOptions(folds=1, refit=False))
     logits = torch.from_numpy(compute_logits(parts[2], probe.weight, probe.bias)).float()
     torch.testing.assert_close(probe.validation_logits, logits, atol=1e-2, rtol=1e-2)
-    assert probe.log_loss == pytest.approx(
+    assert probe.score.log_loss == pytest.approx(
         torch.nn.functional.cross_entropy(probe.validation_logits, parts[3]).item(), rel=1e-4
     )
-    assert probe.accuracy == pytest.approx((probe.validation_logits.argmax(1) == parts[3]).float().mean().item())
+    assert probe.score.accuracy == pytest.approx((probe.validation_logits.argmax(1) == parts[3]).float().mean().item())
 
 
 def test_path_ends_where_validation_has_become_worse() -> None:
     generator = torch.Generator().manual_seed(0)
     noise, targets = torch.randn(200, 50, generator=generator), torch.arange(200) % 4
     probe = fit_probe(*split_four_to_one(noise, targets), 4)
-    assert probe.c < 1e-2, "noise wants strong regularisation"
-    assert len(probe.table) < 15
+    assert probe.c < 1e-2, "noise wants strong regularization"
+    assert len(probe.path) < 15
 
 
 def test_selection_by_accuracy_breaks_ties_by_log_loss() -> None:
     features, targets = make_data(300, 20, 3)
-    probe = fit_probe(*split_four_to_one(features, targets), 3, select_by="accuracy")
-    best = max(row["accuracy"] for row in probe.table)
-    assert probe.accuracy == best
-    assert probe.log_loss == min(row["log_loss"] for row in probe.table if row["accuracy"] == best)
+    probe = fit_probe(*split_four_to_one(features, targets), 3, ProbeOptions(select_by="accuracy"))
+    best = max(point.score.accuracy for point in probe.path)
+    assert probe.score.accuracy == best
+    assert probe.score.log_loss == min(p.score.log_loss for p in probe.path if p.score.accuracy == best)
 
 
-def test_balanced_loss_gives_each_class_the_same_say() -> None:
+def test_balanced_loss_weighs_classes_equally() -> None:
     features, targets = make_data(400, 10, 4)
     kept = (targets > 0) | (torch.arange(400) < 40)  # class 0: a tenth of the others
     parts = split_four_to_one(features[kept], targets[kept])
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
-    probe = fit_probe(*parts, 4, class_balance="loss", c_grid=[0.1], spread_floor=0.0)
+    probe = fit_probe(*parts, 4, ProbeOptions(class_balance="loss", c_grid=[0.1], spread_floor=0.0))
     scaled = StandardScaler().fit_transform(both.double().numpy())
     model = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-10, max_iter=10_000).fit(scaled, labels.numpy())
     expected = model.predict_proba(scaled)
     np.testing.assert_allclose(
         torch.from_numpy(compute_logits(both, probe.weight, probe.bias)).softmax(1), expected, atol=2e-3
     )
-    plain = fit_probe(*parts, 4, c_grid=[0.1])
+    plain = fit_probe(*parts, 4, ProbeOptions(c_grid=[0.1]))
     recalls = [
         (compute_logits(both, p.weight, p.bias).argmax(1) == labels.numpy())[labels.numpy() == 0].mean()
         for p in (plain, probe)
@@ -304,15 +309,15 @@ def test_balanced_loss_gives_each_class_the_same_say() -> None:
     assert recalls[1] > recalls[0]
 
 
-def test_same_seed_same_probe_and_another_seed_other_folds() -> None:
+def test_the_seed_decides_the_folds_and_so_the_probe() -> None:
     parts = split_four_to_one(*make_data(150, 10, 3))
-    first, again, other = (fit_probe(*parts, 3, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (fit_probe(*parts, 3, ProbeOptions(seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first.weight, again.weight)
-    assert first.table == again.table
-    assert first.log_loss != other.log_loss
+    assert first.path == again.path
+    assert first.score.log_loss != other.score.log_loss
 
 
-def test_another_readout_is_chosen_only_where_its_gain_is_no_chance() -> None:
+def test_another_readout_is_chosen_only_if_its_gain_is_beyond_chance() -> None:
     features, targets = make_data(300, 20, 3)
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(300, 1, generator=generator)
@@ -323,7 +328,7 @@ def test_another_readout_is_chosen_only_where_its_gain_is_no_chance() -> None:
         fit_probe(*split_four_to_one(f, targets), 3)
         for f in (features, features, torch.cat([features, noise], 1), better)
     )
-    assert own.held_out_losses.sum().item() == pytest.approx(own.log_loss, rel=1e-5)
+    assert own.held_out_losses.sum().item() == pytest.approx(own.score.log_loss, rel=1e-5)
     assert choose_probe([own]) == 0
     assert choose_probe([own, same]) == 0
     assert choose_probe([own, noisy]) == 0
@@ -338,14 +343,14 @@ def test_folds_spread_every_class_evenly() -> None:
     assert torch.bincount(fold_of, minlength=5).tolist() == [14] * 5
 
 
-def test_a_class_with_one_row_is_fitted_and_not_judged() -> None:
+def test_a_class_with_one_row_is_fitted_but_not_scored() -> None:
     features, targets = make_data(60, 10, 3)
     kept = (targets < 2) | (torch.arange(60) < 3)  # one row of class 2
     parts = split_four_to_one(features[kept], targets[kept])
     probe = fit_probe(*parts, 3)
     assert torch.isfinite(probe.weight).all()
     assert torch.isfinite(probe.validation_logits).all()
-    assert probe.log_loss < 3
+    assert probe.score.log_loss < 3
 
 
 def test_two_rows_of_each_of_two_classes_are_enough() -> None:
@@ -388,24 +393,22 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
         ({"folds": 0}, "folds=0: choose 1"),
         ({"select_by": "auc"}, "select_by='auc': choose one of log_loss, accuracy"),
         ({"class_balance": "sampling"}, "class_balance='sampling': choose one of none, loss"),
-        ({"val_x": torch.zeros(6, 3)}, "train has 4 features and validation 3"),
     ],
 )
 def test_mistakes_in_choosing_are_named(change: dict[str, object], message: str) -> None:
-    features, targets = make_data(12, 4, 3)
-    given: dict[str, object] = {
-        "train_x": features[:6],
-        "train_y": targets[:6],
-        "val_x": features[6:],
-        "val_y": targets[6:],
-    }
     with pytest.raises(ValueError, match=message):
-        fit_probe(**{**given, "num_classes": 3, **change})  # type: ignore[arg-type]
+        ProbeOptions(**change)  # type: ignore[arg-type]
+
+
+def test_other_features_in_validation_are_refused() -> None:
+    features, targets = make_data(12, 4, 3)
+    with pytest.raises(ValueError, match="train has 4 features and validation 3"):
+        fit_probe(features[:6], targets[:6], torch.zeros(6, 3), targets[6:], 3)
 
 
 def test_one_row_a_class_cannot_choose_c() -> None:
     features, targets = make_data(4, 4, 4)
-    with pytest.raises(ValueError, match="give at least two rows of a class"):
+    with pytest.raises(ValueError, match="give at least two rows of some class"):
         fit_probe(features[:2], targets[:2], features[2:], targets[2:], 4)
 
 

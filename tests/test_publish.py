@@ -28,7 +28,7 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, VerificationError, find_libraries, verify, write_reference
 from hf_transfer.network.adapters import add_adapters
 from hf_transfer.network.backbone import Backbone, load
-from hf_transfer.network.methods import Adapter
+from hf_transfer.network.methods import AdapterConfig
 from tests.hub_server import DROP, HubServer, Repository, Token
 from tests.test_recipes import TIMEOUT_S
 from tests.test_save import LABELS, results_for, write_upstream
@@ -310,7 +310,7 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
 ) -> None:
     write_upstream("ViT", tmp_path / "upstream")
     backbone = load(str(tmp_path / "upstream"), LABELS, base_model="bob/upstream")
-    adapted, _ = add_adapters(backbone, backbone.chain(), Adapter(rank=4))
+    adapted, _ = add_adapters(backbone, backbone.chain(), AdapterConfig(rank=4))
     run = make_run(adapted, tmp_path / "run")
     before = contents(run)
     for flags, remedy in ((("--adapter",), "--merge"), ((), "--base")):

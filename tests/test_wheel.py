@@ -27,7 +27,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(installed: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Runs a program of the environment in `folder`, where `hf_transfer` is the installed wheel."""
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    environment["PATH"] = f"{installed / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment["PATH"] = (
+        f"{installed / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     shown = subprocess.run(
         words, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
     )
@@ -61,6 +63,15 @@ def test_the_advised_command_runs(installed: Path, tmp_path: Path) -> None:
 
 
 def test_a_recipe_of_the_package_is_found_by_name(installed: Path, tmp_path: Path) -> None:
-    options = ("--dataset", "sklearn/digits", "--checkpoint", "embedded", "--images_per_class", "10", "--output_dir", "x")
+    options = (
+        "--dataset",
+        "sklearn/digits",
+        "--checkpoint",
+        "embedded",
+        "--images_per_class",
+        "10",
+        "--output_dir",
+        "x",
+    )
     run(installed, tmp_path, "hf-transfer", "train", "linear_probe", "--config", "linear_probe", *options)
     assert (tmp_path / "x" / "results.json").is_file()

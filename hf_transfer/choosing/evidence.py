@@ -6,17 +6,18 @@ features (means over positions at a few depths) need no second pass. Test images
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from hf_transfer.choosing.forward_stats import ForwardStats, measure_forward
 from hf_transfer.config import ModelConfig
 from hf_transfer.network.backbone import NoTrainedHeadError, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
+from hf_transfer.network.head import find_head
 from hf_transfer.network.readout import find_readouts
 from hf_transfer.prefix.extract import Tap, extract_images
 from hf_transfer.prefix.pixels import EvaluationImages
@@ -99,12 +100,11 @@ def read_head(config: ModelConfig) -> Head | None:
     except NoTrainedHeadError:
         return None
     num_classes = len(upstream.label_names)
-    linear = [
-        m for m in upstream.model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == num_classes
-    ]
-    if not linear or linear[-1].weight[0].numel() != linear[-1].weight.shape[1]:
+    name = find_head(upstream.model, num_classes)
+    head: Any = None if name is None else upstream.model.get_submodule(name)
+    if head is None or head.weight[0].numel() != head.weight.shape[1]:
         return None
-    weight, bias = linear[-1].weight.detach().flatten(1).numpy(), linear[-1].bias
+    weight, bias = head.weight.detach().flatten(1).numpy(), head.bias
     return weight, np.zeros(num_classes, np.float32) if bias is None else bias.detach().numpy()
 
 

@@ -1,4 +1,4 @@
-"""A pretrained checkpoint, ready for a new task: the plain timm or transformers model, its preprocessing and its labels."""
+"""A pretrained checkpoint, ready for a new task: a plain timm or transformers model, its preprocessing and its labels."""
 
 import copy
 import difflib
@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_transfer.network.chain import Chain, build_chain
+from hf_transfer.network.head import find_head
 from hf_transfer.network.modeling_greedy import GreedyConfig, GreedyForImageClassification
 from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
 from hf_transfer.network.source import Source, find_source
@@ -34,14 +35,14 @@ class NoTrainedHeadError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """`model` is the upstream class itself, in float32 and eval mode; nothing of ours is inside it."""
+    """`model` is the unchanged upstream class, in float32 and eval mode."""
 
     model: nn.Module
     library: Literal["timm", "transformers"]
     preprocessing: Preprocessing
     label_names: tuple[str, ...]
     source: Source
-    new_head: bool  # whether the classifier was made for these labels and is untrained
+    new_head: bool  # whether the classifier is new for these labels, and untrained
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
         """The model's chain (see `build_chain`)."""
@@ -55,11 +56,11 @@ def load(
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Backbone:
-    """The checkpoint's model, with a head for `labels`: its own head where the labels are the same, else a new one.
+    """The checkpoint's model, with a head for `labels`: its own head if the labels are the same, else a new one.
 
     `checkpoint`: a Hub id (`timm/resnet18.a1_in1k`, `google/vit-base-patch16-224@main`), a folder in Hub layout, or
     "embedded". Raises ValueError for what find_source refuses, duplicate labels, weights that are missing or do not fit,
-    and a checkpoint that is no image classifier.
+    and a checkpoint that is not an image classifier.
     """
     if labels is not None:
         repeated = sorted({name for name in labels if list(labels).count(name) > 1})
@@ -100,12 +101,12 @@ def create(
     model_args: str | None = None,
     seed: int = 0,
 ) -> Backbone:
-    """An architecture with random weights and a head for `labels`, to be pretrained; timm's with its own preprocessing.
+    """An architecture with random weights and a head for `labels`, to be pretrained.
 
-    `architecture`: a name of timm's, or a transformers model type (`vit`, `convnext`, ...), with its default sizes.
-    `image_size_px`: side of the square it takes, where it should not be the architecture's own. `model_args`: a JSON object of
-    arguments to timm's constructor or fields of the transformers config. Raises ValueError for an architecture that neither
-    has (with near names), and for a size or arguments that it cannot take.
+    `architecture`: a timm name, or a transformers model type (`vit`, `convnext`, ...) with its default sizes. `image_size_px`:
+    side of its square input; None: the architecture's own. `model_args`: a JSON object of arguments of timm's constructor, or
+    of fields of the transformers config. Raises ValueError for an unknown architecture (with similar names), and for a size or
+    arguments that it does not take.
     """
     given = _read_model_args(model_args)
     if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and architecture != "timm_wrapper":
@@ -125,12 +126,12 @@ def create(
         if image_size_px is not None and hasattr(model, "set_input_size"):
             model = timm.create_model(architecture, img_size=image_size_px, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
-        what = f"{image_size_px} px{f' and model_args={model_args}' if given else ''}"
-        raise ValueError(f"{architecture} cannot be made for {what}: {error}") from error
+        settings = f"{image_size_px} px{f' and model_args={model_args}' if given else ''}"
+        raise ValueError(f"{architecture} cannot be made for {settings}: {error}") from error
     config = resolve_data_config({}, model=model) | size | {"crop_pct": 1.0}
     model.pretrained_cfg.update({k: config[k] for k in ("input_size", "crop_pct", "interpolation", "mean", "std")})
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
-        # As a checkpoint folder, so that what is trained here is loaded as every other checkpoint is.
+        # As a checkpoint folder, so that it is loaded like every other checkpoint.
         folder = Path(parent, architecture)
         described = {"model_config": {"label_names": list(labels)}, "model_args": given or None}
         timm.models.save_for_hf(model, str(folder), safe_serialization=True, **described)
@@ -138,16 +139,13 @@ def create(
 
 
 def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
-    """A copy with an untrained head for `labels`; the backbone itself stays as it is."""
+    """A copy of the backbone with an untrained head for `labels`."""
     model: Any = copy.deepcopy(backbone.model)
     if backbone.library == "timm":
         model.reset_classifier(len(labels))
     else:
-        name, head = [
-            (name, m)
-            for name, m in model.named_modules()
-            if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels
-        ][-1]
+        name = find_head(model, model.config.num_labels)
+        head = model.get_submodule(name)
         model.set_submodule(name, nn.Linear(head.in_features, len(labels), bias=head.bias is not None))
         model.config.id2label = dict(enumerate(labels))
         model.config.label2id = {label: i for i, label in enumerate(labels)}
@@ -156,16 +154,16 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
 
 
 def _read_model_args(text: str | None) -> dict[str, Any]:
-    """Raises ValueError for what is no JSON object, and for an argument that other settings decide."""
+    """The JSON object in `text`. Raises ValueError for other text, and for an argument that other settings decide."""
     try:
         given = json.loads(text or "{}")
     except json.JSONDecodeError as error:
         raise ValueError(f"model_args={text}: not JSON ({error})") from error
     if not isinstance(given, dict):
         raise ValueError(f'model_args={text}: give a JSON object, as {{"depth": 6}}')
-    decided = sorted({"num_classes", "img_size", "image_size", "num_labels", "id2label", "label2id"} & set(given))
-    if decided:
-        raise ValueError(f"model_args={text}: {decided[0]} follows from the data and image_size_px; leave it out")
+    derived = sorted({"num_classes", "img_size", "image_size", "num_labels", "id2label", "label2id"} & set(given))
+    if derived:
+        raise ValueError(f"model_args={text}: {derived[0]} follows from the data and image_size_px; leave it out")
     return given
 
 
@@ -195,18 +193,18 @@ def _create_transformers(
         return replace(load(str(folder), labels), new_head=True)
 
 
-def _know_greedy() -> None:
-    """Tells transformers of the stacks of `network.greedy`: they load here without their own copy of the code."""
+def _register_greedy() -> None:
+    """Registers the stacks of `network.greedy` with transformers: they load here without their own copy of the code."""
     AutoConfig.register(GreedyConfig.model_type, GreedyConfig, exist_ok=True)
     AutoModelForImageClassification.register(GreedyConfig, GreedyForImageClassification, exist_ok=True)
 
 
 def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model with its own head, strictly loaded, so that a missing weight cannot pass for a new head."""
+    """The model with its own head, strictly loaded, so that a missing weight is not mistaken for a new head."""
     pretrained_cfg = dict(config.get("pretrained_cfg") or {})
     num_classes = int(config.get("num_classes") or pretrained_cfg.get("num_classes") or 0)
     weights = {k.removeprefix("timm_model."): v for k, v in load_file(source.folder / "model.safetensors").items()}
-    # Where timm itself wrote num_classes into model_args, it would arrive twice.
+    # timm itself may have written num_classes into model_args: it would be passed twice.
     model_args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
     pretrained_cfg |= {"architecture": config["architecture"], "num_classes": num_classes, "state_dict": weights}
     try:
@@ -227,7 +225,7 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
 def _load_transformers(
     source: Source, labels: Sequence[str] | None, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    _know_greedy()
+    _register_greedy()
     config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     own_labels = tuple(str(config.id2label[i]) for i in sorted(config.id2label))
     if labels is not None:
@@ -248,13 +246,12 @@ def _load_transformers(
         raise ValueError(f"{source.name} cannot be loaded as an image classifier: {error}") from error
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    lacking = sorted(name for name in absent if shapes.get(name, (0,))[0] != config.num_labels)
-    if lacking:
-        raise ValueError(f"{source.name} lacks weights that are not the head's: {', '.join(lacking[:5])}")
+    missing = sorted(name for name in absent if shapes.get(name, (0,))[0] != config.num_labels)
+    if missing:
+        raise ValueError(f"{source.name} lacks weights that are not the head's: {', '.join(missing[:5])}")
     if labels is None and absent:
         raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new one")
     if labels is not None and tuple(labels) != own_labels and not absent:
-        # As many classes as upstream, but others: its head must not pass for ours.
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == config.num_labels]
-        linear[-1].reset_parameters()
+        # As many classes as upstream, but others: the upstream head was loaded and must be replaced.
+        model.get_submodule(find_head(model, config.num_labels)).reset_parameters()
     return model, own_labels

@@ -1,20 +1,20 @@
-"""The chain: an ordered, complete list of named layers, between verified cuts, in which every parameter lies exactly once.
+"""The chain: a complete, ordered list of named layers between verified cuts. Every parameter lies in exactly one.
 
-The same list serves freezing, caching, layer-wise learning rates, greedy growth and the table that `inspect` prints.
+The same list is used for freezing, caching, layer-wise learning rates, greedy growth and the table that `inspect` prints.
 """
 
 import copy
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from hf_transfer.network.cut import Cut, Site, Suffix, make_cut, possible_sites, run_prefix
+from hf_transfer.network.cut import Cut, Site, make_cut, possible_sites
 from hf_transfer.network.fingerprint import (
     Identity,
     describe_modules,
@@ -25,20 +25,22 @@ from hf_transfer.network.fingerprint import (
     named_tensors,
 )
 from hf_transfer.network.forward import compute_logits, eval_mode
-from hf_transfer.network.layers import find_classifier, find_layers
+from hf_transfer.network.head import find_classifier
+from hf_transfer.network.layers import find_layers
+from hf_transfer.network.part import Part
 from hf_transfer.network.trace import Call, Trace, trace
 
 log = logging.getLogger(__name__)
 
 STEM, HEAD = "stem", "head"  # the first and the last layer
-FEATURES = "features"  # the cut before the classifier: one vector an image
+FEATURES = "features"  # the cut before the classifier: one vector per image
 VERIFIED_RELATIVE = 1e-5  # float32: largest difference of logits, relative to the largest logit
 CHAIN_FORMAT = 4  # raise when the same network could get other cuts
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A run of the network between two cuts. `parameters` and `buffers` are names in the model."""
+    """The network between two neighboring cuts. `parameters` and `buffers` are names in the model."""
 
     name: str
     aliases: tuple[str, ...]
@@ -49,16 +51,16 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """Layers from stem to head, each ending at a verified cut; the head also holds the cut before its classifier."""
+    """Layers from stem to head, each ending at a verified cut; the head also contains the cut before its classifier."""
 
     model: nn.Module
     image_shape: tuple[int, int, int]
     layers: tuple[Layer, ...]
-    classifier: str | None  # module name; None where the logits don't come from one linear map
+    classifier: str | None  # module name; None if no single linear map makes the logits
     features: Cut | None
-    orphans: tuple[str, ...]  # parameters that never reach the logits: frozen, and saved as they came
-    notes: tuple[str, ...]  # what a user should know: cuts that were dropped, and why
-    # What the keys of stored activations call the network, where it computes what another one does (unchanged adapters).
+    unused_parameters: tuple[str, ...]  # names; they never reach the logits: frozen, and saved unchanged
+    notes: tuple[str, ...]  # for the user: which cuts were dropped, and why
+    # The identity of the network that this one is equal to, for keys of stored activations (adapters at their start).
     known_as: Callable[[], Identity] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -72,14 +74,14 @@ class Chain:
         return (*inner, self.features) if self.features is not None else tuple(inner)
 
     def layer(self, name: str) -> Layer:
-        """The layer called `name`; ValueError lists them where there is none."""
+        """The layer called `name`. Raises ValueError, listing the layers, if there is none."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
         raise ValueError(f"{name!r} is no layer of this chain; its layers are {', '.join(x.name for x in self.layers)}")
 
     def cut(self, name: str) -> Cut:
-        """The cut at the end of the layer called `name`, or "features"."""
+        """The cut at the end of the layer called `name`, or "features". Raises ValueError, listing them, if there is none."""
         for cut in self.cuts:
             if cut.name == name:
                 return cut
@@ -87,14 +89,14 @@ class Chain:
 
     @property
     def classifier_parameters(self) -> tuple[str, ...]:
-        """The classifier's; where no single linear map makes the logits, all of the head's."""
+        """Names of the classifier's parameters, or of all the head's if no single linear map makes the logits."""
         head = self.layers[-1].parameters
         if self.classifier is None:
             return head
         return tuple(n for n in head if n.startswith(self.classifier + "."))
 
     def lowest_cut(self, trainable: Collection[str]) -> Cut | None:
-        """The deepest cut before which nothing trains; None where the first layer trains (the cut is at the pixels)."""
+        """The deepest cut before which nothing trains; None if the first layer trains (the cut is at the pixels)."""
         unknown = set(trainable) - {n for layer in self.layers for n in layer.parameters}
         if unknown:
             raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
@@ -122,18 +124,16 @@ class Chain:
     def run_prefix(self, cuts: Sequence[Cut], inputs: torch.Tensor, *, start: Cut | None = None) -> list[torch.Tensor]:
         """Activations (B, *cut.shape) at `cuts`, from one forward in eval mode, without gradients.
 
-        `inputs`: pixels (B, 3, H, W) normalised float or, given `start`, activations (B, *start.shape) at that earlier cut,
-        from which only the layers between run; on the model's device. no_grad, not inference_mode: the activations may enter a
-        backward.
+        `inputs`: normalized images (B, 3, H, W) or, given `start`, activations (B, *start.shape) at that earlier cut, from
+        which only the layers between run; on the model's device. The activations may be used in a backward (no_grad, not
+        inference_mode).
         """
-        with eval_mode(self.model), torch.no_grad():
-            if start is None:
-                return run_prefix(self.model, cuts, inputs)
-            with self.suffix(start) as suffix:
-                return run_prefix(self.model, cuts, inputs, forward=suffix)
+        part = Part(self.model, self.image_shape, start=start, ends=cuts)
+        with eval_mode(self.model), torch.no_grad(), part:
+            return part.activations(inputs)
 
     def fingerprint(self, cuts: Sequence[Cut]) -> dict[str, str]:
-        """By cut, a hash of the weights and the structure before it: equal hashes mean equal functions up to there."""
+        """By cut, a hash of the weights and the structure before it: networks with equal hashes are equal up to the cut."""
         identity = self.known_as() if self.known_as else identify(self.model)
         names = identity.tensor_names
         hashes = {names[n]: hash_tensors({names[n]: t}) for n, t in named_tensors(self.model).items() if names[n]}
@@ -150,40 +150,20 @@ class Chain:
         }
 
     def replicate(self) -> "Chain":
-        """The same chain over copies of the modules that share every tensor: one thread's own, since hooks are not shared."""
+        """The same chain over copies of the modules that share all tensors: for one thread, since modules carry hooks."""
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         return replace(self, model=copy.deepcopy(self.model, shared))
 
-    def part(self, *, start: Cut | None = None):  # SHIM
-        if start is not None:
-            return self.suffix(start)
-
-        class Whole(nn.Module):
-            def __init__(self, model):
-                super().__init__()
-                self.model = model
-
-            def forward(self, x):
-                return compute_logits(self.model, x)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *_):
-                return None
-
-        return Whole(self.model)
-
-    def suffix(self, cut: Cut) -> Suffix:
-        """The network after `cut`, to be used as a context manager."""
-        return Suffix(self.model, cut, self.image_shape)
+    def part(self, start: Cut | None = None, end: Cut | None = None) -> Part:
+        """The network between two cuts, to be used as a context manager (see `Part`)."""
+        return Part(self.model, self.image_shape, start=start, ends=() if end is None else (end,))
 
 
 def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_dir: Path | None = None) -> Chain:
     """The chain of `model` for images of `image_shape` (3, H, W).
 
     Every cut is verified against the whole network, with perturbed weights (fresh layer scales near zero would hide a
-    wrong cut); which sites passed is kept under `cache_dir`. Without interior cuts the chain is stem, head and the cut
+    wrong cut). The sites that passed are remembered in `cache_dir`. Without interior cuts, the chain has stem, head and the cut
     before the classifier, or no cut at all: `notes` says so.
     """
     notes: list[str] = []
@@ -191,14 +171,13 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
         seen = trace(model, image_shape)
     except ValueError as error:
         everything = tuple(n for n, _ in model.named_parameters())
-        layers = (_empty(STEM), Layer(**{**_empty(HEAD).__dict__, "parameters": everything}))
         return Chain(
             model=model,
             image_shape=image_shape,
-            layers=layers,
+            layers=(_empty(STEM), replace(_empty(HEAD), parameters=everything)),
             classifier=None,
             features=None,
-            orphans=(),
+            unused_parameters=(),
             notes=(f"no cuts, so nothing can be cached: {error}",),
         )
     classifier = find_classifier(model, seen)
@@ -215,11 +194,24 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
             "their layers are one"
         )
     illegal = {i for low, high in shared.values() for i in range(low, high)}
-    # A parameter's place is a segment between kept cuts; after dropping illegal cuts, segments merge upwards.
+    # Segments lie between kept cuts; where an illegal cut is dropped, two segments become one.
     legal = [i for i in range(len(kept)) if i not in illegal]
-    segment_of = {name: sum(i < place for i in legal) for name, place in owners.items()}
+    segment_of = {name: sum(i < segment for i in legal) for name, segment in owners.items()}
     cuts = [verified[kept[i][0]] for i in legal]
-    return _assemble(model, image_shape, seen, classifier, cuts, segment_of, notes)
+    features = cuts[-1] if cuts and cuts[-1].name == FEATURES else None
+    inner = cuts[:-1] if features else cuts
+    if not inner:
+        fallback = "the cut before the classifier" if features else "no cut: nothing can be cached"
+        notes.append(f"no interior cuts in this network; what remains is {fallback}")
+    return Chain(
+        model=model,
+        image_shape=image_shape,
+        layers=_make_layers(model, inner, segment_of, _assign_buffers(model, seen, inner)),
+        classifier=classifier.module if classifier else None,
+        features=features,
+        unused_parameters=tuple(n for n, _ in model.named_parameters() if n not in segment_of),
+        notes=tuple(notes),
+    )
 
 
 def _empty(name: str) -> Layer:
@@ -231,9 +223,9 @@ def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[
 
     The last layer may end where the features do: one tensor with two names.
     """
-    # The names of the chain's own parts are taken: a network's own "head" (SelecSLS) is part of the chain's.
+    # Reserved names: a module called "head" (SelecSLS) is part of the chain's head.
     layers = [(c, span) for c, span in find_layers(model, seen, classifier) if c.module not in (STEM, HEAD, FEATURES)]
-    # A layer that is called again ends with its last call: its weights stand on both sides of an earlier end.
+    # A layer that is called again ends with its last call: its weights are used on both sides of an earlier end.
     last_end = {call.module: end for call, (_, end) in layers}
     ends = [(call.module, seen.spine[end]) for call, (_, end) in layers if end == last_end[call.module]]
     if layers and layers[0][1][0] > 0:
@@ -244,80 +236,55 @@ def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[
 
 
 def _partition(seen: Trace, nodes: Sequence[int]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Where each parameter that reaches the logits lies: (its segment, and those that lie in several).
+    """(Segment of each parameter that reaches the logits, lowest and highest segment of those that lie in several.)
 
-    Segment i ends at nodes[i]; the last one ends at the logits. A parameter used in several counts to the highest.
+    Segment i ends at nodes[i]; the last one ends at the logits. A parameter used in several belongs to the highest.
     """
-    places: dict[str, set[int]] = {}
+    segments: dict[str, set[int]] = {}
     boundaries = [*nodes, 0]
     for i, end in enumerate(boundaries):
         for name in seen.parameters_between(boundaries[i - 1] if i else None, end):
-            places.setdefault(name, set()).add(i)
-    owners = {name: max(found) for name, found in places.items()}
-    return owners, {name: (min(found), max(found)) for name, found in places.items() if len(found) > 1}
+            segments.setdefault(name, set()).add(i)
+    owners = {name: max(users) for name, users in segments.items()}
+    return owners, {name: (min(users), max(users)) for name, users in segments.items() if len(users) > 1}
 
 
-def _assemble(
-    model: nn.Module,
-    image_shape: tuple[int, int, int],
-    seen: Trace,
-    classifier: Call | None,
-    cuts: list[Cut],
-    segment_of: dict[str, int],
-    notes: list[str],
-) -> Chain:
-    features = cuts[-1] if cuts and cuts[-1].name == FEATURES else None
-    inner = cuts[:-1] if features else cuts
-    if not inner:
-        fallback = "the cut before the classifier" if features else "no cut: nothing can be cached"
-        notes.append(f"no interior cuts in this network; what remains is {fallback}")
-    head = len(inner)  # the features cut splits the head, so its two segments are one layer
-    names = [*(c.name for c in inner), HEAD]
+def _make_layers(
+    model: nn.Module, cuts: list[Cut], segment_of: Mapping[str, int], layer_of_buffer: Mapping[str, int]
+) -> tuple[Layer, ...]:
+    """Stem to head. The features cut splits the head, so its two segments are one layer."""
+    names = [*(c.name for c in cuts), HEAD]
     parameters: list[list[str]] = [[] for _ in names]
-    orphans = []
     for name, _ in model.named_parameters():
         if name in segment_of:
-            parameters[min(segment_of[name], head)].append(name)
-        else:
-            orphans.append(name)
-    buffers = _buffer_places(model, seen, inner)
+            parameters[min(segment_of[name], len(cuts))].append(name)
     layers = [
         Layer(
             name=name,
             aliases=_aliases(name, names),
             parameters=tuple(parameters[i]),
-            buffers=tuple(n for n, place in buffers.items() if place == i),
-            cut=inner[i] if i < head else None,
+            buffers=tuple(n for n, layer in layer_of_buffer.items() if layer == i),
+            cut=cuts[i] if i < len(cuts) else None,
         )
         for i, name in enumerate(names)
     ]
-    if layers[0].name != STEM:
-        layers.insert(0, _empty(STEM))
-    return Chain(
-        model=model,
-        image_shape=image_shape,
-        layers=tuple(layers),
-        classifier=classifier.module if classifier else None,
-        features=features,
-        orphans=tuple(orphans),
-        notes=tuple(notes),
-    )
+    return tuple(layers if layers[0].name == STEM else [_empty(STEM), *layers])
 
 
 def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
-    """The enclosing modules that hold a run of layers but not all of them: stages."""
+    """Names of the enclosing modules that contain some but not all layers: stages."""
     parts = name.split(".")
-    found = []
+    aliases = []
     for i in range(1, len(parts)):
         alias = ".".join(parts[:i])
         inside = sum(n.startswith(alias + ".") for n in names)
         if inside < sum("." in n for n in names):
-            found.append(alias)
-    return tuple(found)
+            aliases.append(alias)
+    return tuple(aliases)
 
 
-def _buffer_places(model: nn.Module, seen: Trace, cuts: list[Cut]) -> dict[str, int]:
-    """The layer of each buffer: the one in which the last call of its module ends."""
+def _assign_buffers(model: nn.Module, seen: Trace, cuts: list[Cut]) -> dict[str, int]:
+    """The index of each buffer's layer: the one in which the last call of its module ends."""
     ticks = []
     for cut in cuts:
         call = next(c for c in seen.calls if (c.module, c.index) == (cut.site.module, cut.site.index))
@@ -325,11 +292,8 @@ def _buffer_places(model: nn.Module, seen: Trace, cuts: list[Cut]) -> dict[str, 
     last_end: dict[str, int] = {}
     for call in seen.calls:
         last_end[call.module] = max(call.end, last_end.get(call.module, 0))
-    places = {}
-    for name, _ in model.named_buffers():
-        end = last_end.get(name.rpartition(".")[0], 0)
-        places[name] = sum(tick < end for tick in ticks)
-    return places
+    ends = {name: last_end.get(name.rpartition(".")[0], 0) for name, _ in model.named_buffers()}
+    return {name: sum(tick < end for tick in ticks) for name, end in ends.items()}
 
 
 # --- verification -----------------------------------------------------------------------------------------------------
@@ -342,7 +306,7 @@ def _verified(
     ends: list[tuple[str, int]],
     cache_dir: Path | None,
 ) -> dict[str, Cut]:
-    """The cuts that hold, by name. The sites that passed are remembered by the network's structure."""
+    """The cuts that pass verification, by name. Their sites are remembered by the network's structure."""
     remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
     if remembered is not None and remembered.is_file():
         kept = {}
@@ -360,14 +324,14 @@ def _verified(
         ]
         for name, node in ends
     }
-    found = _verify(model, image_shape, candidates)
+    verified = _verify(model, image_shape, candidates)
     if remembered is not None:
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({name: (cut.site.__dict__, cut.dense) for name, cut in found.items()})
-        partial = remembered.with_suffix(f".{id(found):x}.tmp")
+        text = json.dumps({name: (cut.site.__dict__, cut.dense) for name, cut in verified.items()})
+        partial = remembered.with_suffix(f".{id(verified):x}.tmp")
         partial.write_text(text)
         partial.replace(remembered)
-    return found
+    return verified
 
 
 def _structure_key(model: nn.Module, image_shape: tuple[int, int, int], ends: list[tuple[str, int]]) -> str:
@@ -383,7 +347,7 @@ def _structure_key(model: nn.Module, image_shape: tuple[int, int, int], ends: li
 
 
 def _verify(model: nn.Module, image_shape: tuple[int, int, int], candidates: dict[str, list[Cut]]) -> dict[str, Cut]:
-    """Of each name's candidates the first for which suffix(prefix(x)) equals the whole network."""
+    """For each name, the first candidate for which suffix(prefix(x)) equals the whole network."""
     # A copy: functional_call does not restore the weights of modules that are registered under two names (CoaT).
     model = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(1)
@@ -391,30 +355,31 @@ def _verify(model: nn.Module, image_shape: tuple[int, int, int], candidates: dic
     def noise(like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
 
-    found: dict[str, Cut] = {}
+    verified: dict[str, Cut] = {}
     with torch.no_grad():
         for parameter in model.parameters():
-            # At least 0.02: zero-initialised weights, too, must let through what lies before them.
+            # At least 0.02: zero-initialized weights would hide everything before them.
             spread = max(float(parameter.std()), 0.02) if parameter.numel() > 1 and parameter.ndim > 1 else 1.0
             parameter.add_(0.1 * spread * noise(parameter))
         pixels = noise(next(model.parameters()).new_empty(2, *image_shape))
         whole = compute_logits(model, pixels)
         scale = whole.abs().max().clamp(min=1.0)
         likeliest = {name: options[0] for name, options in candidates.items() if options}
-        at_likeliest = dict(zip(likeliest, run_prefix(model, list(likeliest.values()), pixels), strict=True))
+        prefix = Part(model, image_shape, ends=list(likeliest.values()))
+        at_likeliest = dict(zip(likeliest, prefix.activations(pixels), strict=True))
         for name, options in candidates.items():
             for cut in options:
                 activation = at_likeliest.pop(name, None)
                 if activation is None:
-                    activation = run_prefix(model, [cut], pixels)[0]
+                    activation = Part(model, image_shape, ends=[cut])(pixels)
                 try:
-                    with Suffix(model, cut, image_shape) as suffix:
+                    with Part(model, image_shape, start=cut) as suffix:
                         difference = (suffix(activation) - whole).abs().max() / scale
                 except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-                    # A placeholder met code that needs the real value: this site is no cut.
+                    # The network needs the real value of a placeholder: this site is no cut.
                     log.debug("cut %s at %s: %s", name, cut.site, error)
                     continue
                 if difference <= VERIFIED_RELATIVE:
-                    found[name] = cut
+                    verified[name] = cut
                     break
-    return found
+    return verified

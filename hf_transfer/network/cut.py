@@ -2,21 +2,16 @@
 
     suffix(prefix(x)) == model(x)
 
-The prefix is the model itself, run until the tensor exists. The suffix is the model itself, run on a placeholder image:
-calls that would come before the cut return placeholders of the recorded shape (zero-stride, so they cost nothing), and
-the tensor at the cut is replaced by the given one. No layer is moved or copied, so weights, names and hooks stay theirs.
+A cut records where its tensor is read and replaced, and what the calls before it return; `network.part` runs the two sides.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.trace import Call, Leaf, Trace
 
 
@@ -26,7 +21,7 @@ class Site:
 
     side: Literal["after", "before"]
     module: str
-    index: int
+    index: int  # zero-based call index
     leaf: int
 
     def __str__(self) -> str:
@@ -35,16 +30,16 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Stub:
-    """A call that the suffix answers without running it. `leaves` are constants, or shapes to fill."""
+    """A call before the cut, which a suffix answers without running it. `leaves` are constants, or shapes to fill."""
 
     module: str
     index: int
     leaves: tuple[Leaf, ...]
     spec: TreeSpec
-    cut_leaf: int | None = None  # the leaf that is the tensor at the cut itself
+    cut_leaf: int | None = None  # index of the leaf that is the tensor at the cut
 
     def answer(self, activation: torch.Tensor, *, dense: bool) -> Any:
-        """What the call returns in a suffix run on `activation` (B, *cut.shape); `dense`: writable placeholders."""
+        """The call's output in a suffix that runs on `activation` (B, *cut.shape); `dense`: writable placeholders."""
         batch = activation.shape[0]
         answers = []
         for i, leaf in enumerate(self.leaves):
@@ -74,23 +69,23 @@ class Cut:
     shape: tuple[int, ...]  # of one image
     dtype: torch.dtype
     stubs: tuple[Stub, ...]
-    dense: bool = False  # placeholders of full size, for a network that writes into what the prefix's calls return
-    repeated: frozenset[str]  # those modules of the stubs and the site that one forward calls more than once
+    dense: bool = False  # full-size placeholders, for a network that writes into the outputs of calls before the cut
+    repeated: frozenset[str]  # modules of the stubs and the site that one forward calls more than once
 
     def __deepcopy__(self, memo: Any) -> "Cut":
-        return self  # nothing in it changes, and copies of modules that know it are made for each thread
+        return self  # it is immutable, and each thread copies the modules that refer to it
 
     @property
     def bytes_per_image(self) -> int:
-        """In the cache, at the activation's own dtype."""
+        """Of one activation, in its own dtype."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
 def possible_sites(trace: Trace, node: int, prefer: str | None = None) -> list[Site]:
     """Where the tensor made by `node` could be read and replaced, likeliest first. Each must still be verified.
 
-    First a module's output (the module `prefer`, then the outermost), then the input of the first module that takes it
-    (only where all uses of the tensor lie inside that module), last a module with several outputs.
+    First the output of a module (of the module `prefer`, then of the outermost), then the input of the first module that takes
+    the tensor (if all its uses lie inside that module), last a module with several outputs.
     """
     producers = [c for c in trace.calls if c.module and any(o.node == node for o in c.outputs)]
     producers.sort(key=lambda c: (c.module != prefer, c.start - c.end))
@@ -111,33 +106,33 @@ def _site(side: Literal["after", "before"], call: Call, leaves: Sequence[Leaf], 
 
 
 def _takes_every_use(trace: Trace, call: Call, node: int) -> bool:
-    """Whether every use of the tensor made by `node` happens inside `call`; else swapping its input is not enough."""
+    """Whether every use of the tensor made by `node` happens inside `call`; otherwise replacing its input is not enough."""
     inside: set[int] = set()
     todo = [o.node for o in call.outputs if o.node is not None and o.node != node]
     while todo:
-        at = todo.pop()
-        if at in inside:
+        user = todo.pop()
+        if user in inside:
             continue
-        inside.add(at)
-        todo += [n for n in trace.graph.successors(at) if n != node]
+        inside.add(user)
+        todo += [n for n in trace.graph.successors(user) if n != node]
     return all(user in inside for user in trace.graph.predecessors(node))
 
 
 def make_cut(trace: Trace, name: str, site: Site) -> Cut | None:
-    """The cut at `site`; None where its tensor cannot be stored image by image (dimension 0 is not the batch)."""
+    """The cut at `site`; None if its tensor cannot be stored image by image (dimension 0 is not the batch)."""
     target = next(c for c in trace.calls if (c.module, c.index) == (site.module, site.index))
     after = site.side == "after"
     leaf = (target.outputs if after else target.inputs)[site.leaf]
     if not leaf.per_image or leaf.per_image[0] != 1 or any(n is not None for n in leaf.per_image[1:]):
         return None
     assert leaf.dtype is not None
-    at = target.end if after else target.start
+    tick = target.end if after else target.start
     enclosing = set(target.ancestors())
     done = [
         c
         for c in trace.calls
         if c.module
-        and c.end <= at
+        and c.end <= tick
         and c is not target
         and c not in enclosing
         and any(trace.depends_on_image(o) for o in c.outputs)
@@ -162,138 +157,3 @@ def _stub(call: Call, cut_leaf: int | None = None) -> Stub:
     return Stub(
         module=call.module, index=call.index, leaves=tuple(call.outputs), spec=call.output_spec, cut_leaf=cut_leaf
     )
-
-
-class _CutReachedError(Exception):
-    """Ends the prefix's forward at the cut."""
-
-
-def run_prefix(
-    model: nn.Module, cuts: Sequence[Cut], inputs: torch.Tensor, *, forward: Callable[[torch.Tensor], Any] | None = None
-) -> list[torch.Tensor]:
-    """The activations (B, *cut.shape) at each of `cuts`, from one forward that ends when the last of them exists.
-
-    `inputs`: pixels (B, 3, H, W), normalised; or what `forward` takes, which runs `model` otherwise (the suffix of an earlier
-    cut, say). The caller decides about grad and mode.
-    """
-    if not cuts:
-        return []
-    modules = dict(model.named_modules())
-    found: dict[int, torch.Tensor] = {}
-    counts = [0] * len(cuts)
-    reached = _CutReachedError()
-
-    def visit(i: int, tree: Any) -> None:
-        counts[i] += 1
-        if counts[i] - 1 == cuts[i].site.index:
-            found[i] = tree_flatten(tree)[0][cuts[i].site.leaf]
-            if len(found) == len(cuts):
-                raise reached
-            found[i] = found[i].clone()  # what follows may write into it (an in-place activation)
-
-    handles = []
-    for i, cut in enumerate(cuts):
-        module = modules[cut.site.module]
-        if cut.site.side == "after":
-            hook = module.register_forward_hook(lambda _, __, output, i=i: visit(i, output))
-        else:
-            hook = module.register_forward_pre_hook(
-                lambda _, args, kwargs, i=i: visit(i, (args, kwargs)), with_kwargs=True
-            )
-        handles.append(hook)
-    try:
-        if forward is None:
-            compute_logits(model, inputs)
-        else:
-            forward(inputs)
-    except _CutReachedError as error:
-        if error is not reached:
-            raise  # the model is itself run inside another one's prefix, which ends here
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[i] for i in range(len(cuts))]
-
-
-class Suffix(nn.Module):
-    """What follows a cut, as a network: activations (B, *cut.shape) -> logits (B, K).
-
-    Use it as a context manager; inside, `model` answers the calls before the cut with placeholders, so run nothing else
-    on it. Trains under torch.compile (one graph, no recompilation from batch to batch) and DistributedDataParallel. Its
-    parameters are the model's own; freeze those before the cut.
-    """
-
-    def __init__(self, model: nn.Module, cut: Cut, image_shape: tuple[int, int, int]) -> None:
-        super().__init__()
-        self.model = model
-        self.cut = cut
-        self.image_shape = image_shape
-        self._activation: torch.Tensor | None = None
-        # Two counters for a module that is answered at one call and read at another.
-        self._turns = {(side, module): 0 for module in cut.repeated for side in ("forward", "before")}
-        self._patched: list[tuple[nn.Module, Any]] = []
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
-
-    def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of activations (B, *cut.shape). Raises RuntimeError outside the context."""
-        if self.cut.stubs and not self._patched and self._hook is None:
-            raise RuntimeError("Suffix runs inside `with suffix:` only; outside, the model runs from the image")
-        placeholder = torch.zeros((), dtype=activation.dtype, device=activation.device)
-        # A copy: what follows may write into it (an in-place activation), and the caller's may be a view into a cache.
-        self._activation = activation.clone()
-        for key in self._turns:
-            self._turns[key] = 0
-        logits = compute_logits(self.model, placeholder.expand(activation.shape[0], *self.image_shape))
-        self._activation = None
-        return logits
-
-    def __enter__(self) -> Self:
-        modules = dict(self.model.named_modules())
-        tables: dict[str, dict[int, Stub]] = {}
-        for stub in self.cut.stubs:
-            tables.setdefault(stub.module, {})[stub.index] = stub
-        for name, table in tables.items():
-            module = modules[name]
-            self._patched.append((module, module.__dict__.get("forward")))
-            module.forward = self._answering(name, module.forward, table)
-        if self.cut.site.side == "before":
-            self._hook = modules[self.cut.site.module].register_forward_pre_hook(self._swap_input, with_kwargs=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for module, own_forward in self._patched:
-            if own_forward is None:
-                del module.forward
-            else:
-                module.forward = own_forward
-        self._patched = []
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _turn(self, side: str, module: str) -> int:
-        """The index of this call of `module` in this forward; modules called once are not counted."""
-        if (side, module) not in self._turns:
-            return 0
-        turn = self._turns[side, module]
-        self._turns[side, module] = turn + 1
-        return turn
-
-    def _answering(self, name: str, forward: Any, table: dict[int, Stub]) -> Any:
-        def answer(*args: Any, **kwargs: Any) -> Any:
-            stub = table.get(self._turn("forward", name))
-            if stub is None:
-                return forward(*args, **kwargs)
-            assert self._activation is not None
-            return stub.answer(self._activation, dense=self.cut.dense)
-
-        return answer
-
-    def _swap_input(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._turn("before", self.cut.site.module) != self.cut.site.index:
-            return None
-        leaves, spec = tree_flatten((args, kwargs))
-        leaves[self.cut.site.leaf] = self._activation
-        return tree_unflatten(leaves, spec)

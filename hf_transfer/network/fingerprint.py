@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -22,8 +23,6 @@ import torch
 import xxhash
 from torch import nn
 from transformers import PreTrainedConfig
-
-from hf_transfer.network.cut import Cut
 
 LIBRARIES = ("torch", "timm", "transformers", "peft")
 MAX_DEPTH = 8  # of objects inside objects
@@ -55,9 +54,9 @@ IGNORED_CONFIG = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """What a network is fingerprinted as: the name of each of its tensors, and the description of each module.
+    """The name of each tensor and the description of each module, as they enter a fingerprint.
 
-    A tensor named "" is left out: it changes nothing.
+    A tensor named "" is left out, since it changes nothing.
     """
 
     tensor_names: Mapping[str, str]
@@ -65,7 +64,7 @@ class Identity:
 
 
 def identify(model: nn.Module) -> Identity:
-    """The network as it is."""
+    """The network's own names and descriptions."""
     return Identity(tensor_names={n: n for n in named_tensors(model)}, modules=describe_modules(model))
 
 
@@ -111,7 +110,8 @@ class _Describer:
         self._open: set[int] = set()
 
     def describe_module(self, module: nn.Module, depth: int = 0) -> Any:
-        own = {k: v for k, v in vars(module).items() if k not in IGNORED and not _is_cut(v)}
+        ignored = IGNORED | getattr(type(module), "ignored_attributes", frozenset())
+        own = {k: v for k, v in vars(module).items() if k not in ignored}
         return [_describe_type(type(module)), self._describe_items(own, depth)]
 
     def describe(self, value: Any, depth: int) -> Any:
@@ -180,22 +180,16 @@ class _Describer:
                 self.describe(function.__defaults__, depth), self.describe(function.__kwdefaults__, depth)]  # fmt: skip
 
 
-def _is_cut(value: Any) -> bool:
-    """Where a network of ours begins and ends is not part of its structure: keys name the cut."""
-    return isinstance(value, Cut) or (isinstance(value, list) and bool(value) and isinstance(value[0], Cut))
+def _describe_type(kind: Any) -> list[str]:
+    """Module and name and, unless a library of known version defines it, a hash of its source file."""
+    library = kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins")
+    return [kind.__module__, kind.__qualname__, "" if library else _hash_source(kind.__module__)]
 
 
 @functools.cache
-def _describe_type(kind: type) -> list[str]:
-    """Module and name; and, where no library of known version defines it, a hash of its source file."""
-    name = [kind.__module__, kind.__qualname__]
-    if kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins"):
-        return name
-    try:
-        source = Path(inspect.getfile(kind)).read_bytes()
-    except (OSError, TypeError):
-        return name
-    return [*name, hashlib.sha256(source).hexdigest()[:32]]
+def _hash_source(module: str) -> str:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return "" if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:32]
 
 
 def hash_part(

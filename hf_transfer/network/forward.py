@@ -1,4 +1,4 @@
-"""One way to call any image classifier: timm's take a tensor, transformers' a `pixel_values` and return an output object."""
+"""Calls any image classifier: timm models take a tensor; transformers models take `pixel_values` and return an object."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def compute_logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K) of `pixels` (B, 3, H, W), normalised float."""
+    """Logits (B, K) of normalized images `pixels` (B, 3, H, W)."""
     if isinstance(model, PreTrainedModel):
         output = model(pixel_values=pixels)
         logits = getattr(output, "logits", None)
@@ -29,6 +29,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        # Not model.train(): a frozen part may have been in eval already.
+        # Not model.train(): frozen modules may have been in eval mode before.
         for module in training:
             module.training = True

@@ -1,6 +1,6 @@
-"""Frozen is frozen, in weights and in mode: what does not train gets no gradient, runs in eval mode, and is audited.
+"""Freezes what does not train, in weights and in mode: no gradient, eval mode, and an audit that nothing changed.
 
-`requires_grad=False` alone is half of it: a BatchNorm in train mode moves its running statistics at every forward.
+`requires_grad=False` alone is not enough: a BatchNorm in train mode updates its running statistics at every forward.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,11 +16,11 @@ NAMED_IN_ERROR = 5
 
 
 class FrozenChangedError(RuntimeError):
-    """A tensor that should not change did: the run is not what its plan says, and cached activations are stale."""
+    """A frozen tensor changed: the run does not follow its plan, and cached activations are stale."""
 
 
 def set_trainable(model: nn.Module, trainable: Collection[str]) -> None:
-    """Makes exactly the named parameters require gradients, in place; orphans and all others do not."""
+    """Makes exactly the named parameters require gradients, in place."""
     unknown = set(trainable) - {name for name, _ in model.named_parameters()}
     if unknown:
         raise ValueError(f"not parameters of this model: {', '.join(sorted(unknown)[:5])}")
@@ -29,26 +29,26 @@ def set_trainable(model: nn.Module, trainable: Collection[str]) -> None:
 
 
 def set_modes(chain: Chain, cut: Cut | None, trainable: Collection[str], *, freeze_batchnorm: bool = False) -> None:
-    """Puts the model in train mode, in place, but for what is frozen: that is in eval.
+    """Puts the model in train mode and its frozen modules in eval mode, in place. Call it at the start of each epoch.
 
-    Frozen are the modules before `cut`, and every BatchNorm (any module with running statistics) that has parameters of
-    which none trains; with `freeze_batchnorm`, every BatchNorm. Call it at the start of each epoch.
+    Frozen are the modules before `cut`, and every BatchNorm (any module with running statistics) that has parameters but none
+    that trains; with `freeze_batchnorm`, every BatchNorm.
     """
     chain.model.train()
     for module in _modules_before(chain.model, cut) | _frozen_norms(chain.model, trainable, freeze_batchnorm):
-        module.training = False  # not eval(): timm's BatchNorm has a dropout as its child, which may go on
+        module.training = False  # not eval(): timm's BatchNorm contains a dropout, which may stay in train mode
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether a module with running statistics is in train mode: what it returns then depends on the whole batch."""
+    """Whether a module with running statistics is in train mode: its output then depends on the whole batch."""
     return any(m.training and isinstance(m._buffers.get("running_mean"), torch.Tensor) for m in model.modules())
 
 
 class Audit:
-    """Law 3 at run time: hashes what must not change, at construction, and again whenever it is asked.
+    """Law 3 at run time: hashes of everything that must not change, taken at construction and compared by `check`.
 
-    Audited are every parameter that does not train, orphans too, every buffer before the cut (non-persistent ones too),
-    and the running statistics behind it that `set_modes` freezes.
+    Audited are all parameters that do not train, all buffers before the cut (also non-persistent ones), and the running
+    statistics after it that `set_modes` freezes.
     """
 
     def __init__(
@@ -72,17 +72,17 @@ class Audit:
         return len(self._hashes)
 
     def check(self) -> None:
-        """Raises FrozenChangedError, naming them, where a tensor has other bytes, another shape or type, or is gone."""
+        """Raises FrozenChangedError, naming the tensors, if any has other bytes, shape or dtype, or is missing."""
         tensors = _tensors(self._model)
         changed = [n for n, kept in self._hashes.items() if n not in tensors or hash_tensors({n: tensors[n]}) != kept]
         if not changed:
             return
         more = ", ..." if len(changed) > NAMED_IN_ERROR else ""
         raise FrozenChangedError(
-            f"{len(changed)} of {len(self)} frozen tensors changed: {', '.join(changed[:NAMED_IN_ERROR])}{more}. What is "
-            "frozen must keep every bit: cached activations no longer belong to this network, and the result is not the "
-            "plan's. Running statistics change where a BatchNorm runs in train mode (see set_modes); weights, where "
-            "something other than this phase's optimizer writes to them"
+            f"{len(changed)} of {len(self)} frozen tensors changed: {', '.join(changed[:NAMED_IN_ERROR])}{more}. Frozen "
+            "tensors must keep every bit: cached activations no longer belong to this network, and the run does not follow its "
+            "plan. Running statistics change if a BatchNorm runs in train mode (see set_modes); weights, if something other "
+            "than this phase's optimizer writes to them"
         )
 
 
@@ -91,12 +91,12 @@ def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def _modules_before(model: nn.Module, cut: Cut | None) -> set[nn.Module]:
-    """All that runs before `cut` only: what its stubs answer, with all that lies inside."""
+    """The modules that run only before `cut`: those of its stubs, with all their submodules."""
     if cut is None:
         return set()
     modules = dict(model.named_modules())
-    # A module without state (a dropout) may be called on both sides of the cut: its mode is then the suffix's, for the
-    # prefix is run in eval mode in any case (Chain.run_prefix). With state it would have made the cut illegal.
+    # A module without state (a dropout) may be called on both sides of the cut. Its mode is then the suffix's, since the
+    # prefix always runs in eval mode (Chain.run_prefix). A module with state would have made the cut illegal.
     stubs = {s.module for s in cut.stubs if s.module not in cut.repeated or _has_state(modules[s.module])}
     before = {inner for name in stubs for inner in modules[name].modules()}
     elsewhere = {
@@ -112,12 +112,12 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def _frozen_norms(model: nn.Module, trainable: Collection[str], freeze_batchnorm: bool) -> set[nn.Module]:
-    """Modules with running statistics that have parameters of which none trains; or all with running statistics."""
+    """Modules with running statistics that have parameters but none that trains; or all with running statistics."""
     training = {id(parameter) for name, parameter in model.named_parameters() if name in trainable}
-    found = set()
+    frozen = set()
     for module in model.modules():
         if isinstance(module._buffers.get("running_mean"), torch.Tensor):
             own = {id(parameter) for parameter in module.parameters(recurse=False)}
             if freeze_batchnorm or (own and own.isdisjoint(training)):
-                found.add(module)
-    return found
+                frozen.add(module)
+    return frozen

@@ -1,12 +1,12 @@
-"""A network to be grown layer by layer: which layers, in which order, and an auxiliary head for each (arXiv 1812.11446).
+"""A network that grows layer by layer: which layers, in which order, each with an auxiliary head (arXiv 1812.11446).
 
     stage 1:  stem -> layer 1 -> head 1
     stage 2:  stem -> layer 1 (frozen) -> layer 2 -> head 2
     ...
 
-The whole network is there from the start; the network of stage k is its chain up to layer k, with head k in place of the rest,
-and what stage k trains is layer k and head k. So the cut before layer k, the stores at it and the audit follow as in every
-other phase. `network.growing` says where the layers come from.
+The whole network exists from the start. The network of stage k is its chain up to layer k, followed by head k; the stage trains
+layer k and head k. So the cut before layer k, the activations stored there and the audit follow as in every other phase.
+`network.growing` creates the layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,81 +18,72 @@ from torch import nn
 
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import HEAD, Chain, Layer
-from hf_transfer.network.cut import Cut, run_prefix
+from hf_transfer.network.cut import Cut
 from hf_transfer.network.modeling_greedy import HEAD_SIDE, GreedyConfig, GreedyForImageClassification, Head, Layout
+from hf_transfer.network.part import Part
 from hf_transfer.network.policies import Policy
 
-MAX_HIDDEN = 3  # k of the auxiliary problems: what the paper tried
+MAX_HIDDEN = 3  # largest k of the auxiliary problems that the paper tried
 
 
-class StageNetwork(nn.Module):
-    """Images (B, 3, H, W) -> logits (B, K) of one stage: the network up to its cut, then the stage's head."""
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryHead:
+    """The auxiliary problem of each stage, and the seed of all new weights.
 
-    def __init__(self, network: nn.Module, heads: nn.ModuleDict, cut: Cut) -> None:
-        super().__init__()
-        self.network, self.heads, self.cut = network, heads, cut
+    `hidden` is the paper's k: the growing layer and k - 1 more in the head.
+    """
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K)."""
-        (head,) = self.heads.values()
-        logits: torch.Tensor = head(run_prefix(self.network, [self.cut], images)[0])
-        return logits
-
-
-class GrownNetwork(nn.Module):
-    """The network with the heads of all stages: images -> logits (B, S * K) of all stages, one after another."""
-
-    def __init__(self, network: nn.Module, heads: nn.ModuleDict, cuts: Sequence[Cut]) -> None:
-        super().__init__()
-        self.network, self.heads, self.cuts = network, heads, list(cuts)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (B, S * K)."""
-        activations = run_prefix(self.network, self.cuts, images)
-        return torch.cat([head(a) for head, a in zip(self.heads.values(), activations, strict=True)], 1)
+    hidden: int = 1
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One layer to be grown. `chain` is that of the stage's own network; its parameters are named as in `GreedyStack.whole`."""
+    """One layer to be grown. `chain` is that of the stage's own network, with parameter names as in `GreedyStack.whole`."""
 
     layer: str
     chain: Chain = field(repr=False)
     policy: Policy
-    through: tuple[Cut, ...] = field(repr=False)  # cuts before earlier stages, at which activations are stored
+    through: tuple[Cut, ...] = field(repr=False)  # cuts of earlier stages, at which activations are stored
 
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyStack:
-    """The network with all its layers, and the heads that they are grown with."""
+    """The network with all its layers, and the auxiliary heads."""
 
     backbone: Backbone
     chain: Chain  # the backbone's
     stages: tuple[Stage, ...]
-    whole: Chain = field(repr=False)  # over network and all heads: what a state holds
+    whole: Chain = field(repr=False)  # of network and all heads: what a checkpoint contains
     heads: tuple[dict[str, Any], ...]  # arguments of each stage's head
 
     @property
     def is_plain(self) -> bool:
-        """Whether the network is an architecture of timm or transformers, with a head of its own that no stage trains."""
+        """Whether the network is a timm or transformers architecture, whose own head no stage trains."""
         return not isinstance(self.backbone.model, GreedyForImageClassification)
 
     @property
-    def grown(self) -> GrownNetwork:
-        """The module behind `whole`."""
-        assert isinstance(self.whole.model, GrownNetwork)
+    def grown(self) -> Part:
+        """The module of `whole`: images -> logits (B, S * K) of all stages, one after another."""
+        assert isinstance(self.whole.model, Part)
         return self.whole.model
 
+    @property
+    def aux_heads(self) -> nn.ModuleDict:
+        """The auxiliary heads, by the number of their stage."""
+        assert self.grown.heads is not None
+        return self.grown.heads
+
     def first(self, depth: int) -> "GreedyStack":
-        """The stack of the first `depth` stages, over the same network and heads."""
+        """The stack of the first `depth` stages, with the same network and heads."""
         stages = self.stages[:depth]
-        heads = nn.ModuleDict(dict(list(self.grown.heads.items())[:depth]))
-        grown = GrownNetwork(self.grown.network, heads, self.grown.cuts[:depth])
+        heads = nn.ModuleDict(dict(list(self.aux_heads.items())[:depth]))
+        grown = Part(self.grown.network, self.chain.image_shape, ends=self.grown.ends[:depth], heads=heads)
         whole = replace(self.whole, model=grown)
         return replace(self, stages=stages, whole=whole, heads=self.heads[:depth])
 
     def finished(self, *, fine_tuned: bool) -> Backbone:
-        """The network to go on with: a plain architecture as it is, else blocks and head of the last stage, in place of all."""
+        """The grown network: a plain architecture itself, else a new network of the grown blocks and the last stage's head."""
         if self.is_plain:
             return self.backbone
         model = self.backbone.model
@@ -100,7 +91,7 @@ class GreedyStack:
         config = GreedyConfig.from_dict(model.config.to_dict())
         config.blocks, config.head, config.fine_tuned = config.blocks[: len(self.stages)], self.heads[-1], fine_tuned
         grown = GreedyForImageClassification(config)
-        last = list(self.grown.heads.values())[-1]
+        last = list(self.aux_heads.values())[-1]
         weights = {n: t for n, t in model.state_dict().items() if not n.startswith("head.")}
         weights |= {f"head.{n}": t for n, t in last.state_dict().items()}
         own = grown.state_dict()
@@ -109,43 +100,40 @@ class GreedyStack:
         return replace(self.backbone, model=grown)
 
 
-def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], *, hidden: int, seed: int) -> GreedyStack:
-    """The stack whose stages are the layers called `names`, with auxiliary problems of k = `hidden`.
+def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], aux: AuxiliaryHead) -> GreedyStack:
+    """The stack whose stages are the layers called `names`.
 
-    Raises ValueError for k out of range, and for activations that no head fits.
+    Raises ValueError if k is out of range, or if no head fits the activations.
     """
     cuts = [chain.cut(name) for name in names]
-    specs = []
-    for cut in cuts:
-        layout = layout_of(cut.shape, chain.image_shape)
-        specs.append(plan_head(cut.shape, layout, hidden))
-    torch.manual_seed(seed)
+    specs = [plan_head(cut.shape, layout_of(cut.shape, chain.image_shape), aux.hidden) for cut in cuts]
+    torch.manual_seed(aux.seed)
     heads = nn.ModuleDict({str(i): Head(num_classes=len(backbone.label_names), **spec) for i, spec in enumerate(specs)})
-    layers = [_moved(layer, "network") for layer in chain.layers[:-1]]
-    places = {layer.name: i for i, layer in enumerate(layers)}
+    layers = [_rename(layer, "network") for layer in chain.layers[:-1]]
+    positions = {layer.name: i for i, layer in enumerate(layers)}
     stages: list[Stage] = []
     through: list[Cut] = []
     for i, (name, cut) in enumerate(zip(names, cuts, strict=True)):
-        place = places[name]
+        position = positions[name]
         own = nn.ModuleDict({str(i): heads[str(i)]})
-        network = StageNetwork(chain.model, own, cut)
-        stage_chain = _stage_chain(network, chain, layers[: place + 1])
-        # The first stage also trains a stem that is new, as a plain architecture's is; a checkpoint's layers stay.
+        network = Part(chain.model, chain.image_shape, ends=[cut], heads=own)
+        stage_chain = _stage_chain(network, chain, layers[: position + 1])
+        # The first stage also trains the stem of a plain architecture, which is new; a checkpoint's layers stay frozen.
         is_new = isinstance(chain.model, GreedyForImageClassification)
-        low = place if i or is_new else 0
-        trained = [*layers[low : place + 1], stage_chain.layers[-1]]
+        lowest = position if i or is_new else 0
+        trained = [*layers[lowest : position + 1], stage_chain.layers[-1]]
         selected = frozenset(n for layer in trained for n in layer.parameters)
         policy = Policy(name=f"stage {i + 1} ({name})", select=_always(selected))
         stages.append(Stage(layer=name, chain=stage_chain, policy=policy, through=tuple(through)))
         before = stage_chain.lowest_cut(selected)
         if before is not None:
             through.append(before)
-    whole = replace(stages[-1].chain, model=GrownNetwork(chain.model, heads, cuts))
+    whole = replace(stages[-1].chain, model=Part(chain.model, chain.image_shape, ends=cuts, heads=heads))
     return GreedyStack(backbone=backbone, chain=chain, stages=tuple(stages), whole=whole, heads=tuple(specs))
 
 
 def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
-    """How the activation of one image lies: a grid has the image's proportions. Raises ValueError for other shapes."""
+    """Layout of one image's activation; a grid has the proportions of the image. Raises ValueError for other shapes."""
     if len(shape) == 2:
         return "tokens"
     if len(shape) == 3:
@@ -159,10 +147,10 @@ def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
 
 
 def plan_head(shape: Sequence[int], layout: Layout, hidden: int) -> dict[str, Any]:
-    """Arguments of an auxiliary head on activations of `shape`; `hidden` is k. Raises ValueError for k out of range."""
+    """Arguments of an auxiliary head on activations of `shape`; `hidden` is k. Raises ValueError if k is out of range."""
     if not 1 <= hidden <= MAX_HIDDEN:
         raise ValueError(
-            f"aux_hidden={hidden}: k counts the hidden layers of each auxiliary problem, the growing one among them; choose "
+            f"aux_hidden={hidden}: k counts the hidden layers of each auxiliary problem, including the growing one; choose "
             f"1 <= aux_hidden <= {MAX_HIDDEN}"
         )
     if layout == "tokens":
@@ -175,8 +163,9 @@ def _always(names: frozenset[str]) -> Callable[[Chain], frozenset[str]]:
     return lambda chain: names
 
 
-def _stage_chain(network: StageNetwork, chain: Chain, layers: Sequence[Layer]) -> Chain:
-    """The chain of a stage's network. What the network has behind the stage's cut never runs: its parameters are orphans."""
+def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
+    """The chain of a stage's network. Parameters of the network after the stage's cut are unused."""
+    assert network.heads is not None
     (key,) = network.heads
     parameters = tuple(n for n, _ in network.named_parameters() if n.startswith("heads."))
     buffers = tuple(n for n, _ in network.named_buffers() if n.startswith("heads."))
@@ -188,13 +177,13 @@ def _stage_chain(network: StageNetwork, chain: Chain, layers: Sequence[Layer]) -
         layers=(*layers, head),
         classifier=f"heads.{key}.linear",
         features=None,
-        orphans=tuple(n for n, _ in network.named_parameters() if n not in known),
+        unused_parameters=tuple(n for n, _ in network.named_parameters() if n not in known),
         notes=chain.notes,
     )
 
 
-def _moved(layer: Layer, home: str) -> Layer:
-    """The layer of a network that has become the part called `home` of another."""
+def _rename(layer: Layer, home: str) -> Layer:
+    """The layer of a network that has become the submodule `home` of another."""
     cut = layer.cut
     return replace(
         layer,

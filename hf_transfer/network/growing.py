@@ -1,11 +1,11 @@
-"""Where the layers of a greedy stack come from, fitted to what they are stacked on.
+"""Creates the layers of a greedy stack: new convolutional blocks (`create_blocks`, `grow_blocks`), the layers of any
+architecture (`grow_architecture`), or new blocks on the frozen layers of a checkpoint (`grow_on`).
 
-New convolutional blocks (`grow_blocks`), any architecture (`grow_architecture`), or new blocks on the frozen layers of a
-checkpoint (`grow_on`). What does not compose is refused before anything is trained.
+Blocks that do not fit are refused before anything is trained.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,42 +16,42 @@ from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
-from hf_transfer.network.greedy import GreedyStack, layout_of, plan_head, stack_layers
+from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack, layout_of, plan_head, stack_layers
 from hf_transfer.network.modeling_greedy import HEAD_SIDE, GreedyConfig, GreedyForImageClassification, Layout
 from hf_transfer.network.preprocessing import preprocessing_of_config
 from hf_transfer.network.source import Source
 
 BlockKind = Literal["conv", "transformer"]
-NORMALIZATION = (0.5, 0.5, 0.5)  # mean and std of a network that is made here
+NORMALIZATION = (0.5, 0.5, 0.5)  # mean and std of a new network
 
 
-def grow_blocks(
-    labels: Sequence[str],
-    *,
-    layers: int,
-    width: int,
-    downsample: Sequence[int],
-    hidden: int,
-    image_size_px: int,
-    seed: int = 0,
-) -> GreedyStack:
-    """A stack of `layers` convolutional blocks on images of `image_size_px`; width doubles at each downsampling.
+@dataclass(frozen=True, kw_only=True)
+class BlockSpec:
+    """New blocks: how many, how wide (None: as wide as their input), and the numbers of those that halve the grid, from 1."""
 
-    `downsample`: the numbers of the blocks that halve the grid, from 1. `hidden`: k of the auxiliary problems, the growing
-    layer and k - 1 in its head. Raises ValueError where these do not compose.
+    kind: BlockKind = "conv"
+    layers: int = 1
+    width: int | None = None
+    downsample: Sequence[int] = ()
+
+
+def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, *, image_size_px: int) -> Backbone:
+    """A network of convolutional blocks on square images of `image_size_px`; the width doubles at each downsampling.
+
+    Raises ValueError if these do not fit.
     """
     shape = (3, image_size_px, image_size_px)
-    blocks = _plan_blocks("conv", shape, "channels_first", layers=layers, width=width, downsample=downsample)
+    arguments = _plan_blocks(blocks, shape, "channels_first")
     size = {"input_size": list(shape), "interpolation": "bicubic", "crop_pct": 1.0}
     config = GreedyConfig(
-        blocks=blocks,
-        head=_head_after(blocks, shape, "channels_first", hidden),
+        blocks=arguments,
+        head=_plan_last_head(arguments, shape, "channels_first", aux.hidden),
         pretrained_cfg={**size, "mean": list(NORMALIZATION), "std": list(NORMALIZATION)},
         **_label_arguments(labels),
     )
-    model = _make(config, seed)
-    name = f"greedy-conv{layers}x{width}"
-    backbone = Backbone(
+    model = _make(config, aux.seed)
+    name = f"greedy-conv{blocks.layers}x{arguments[0]['width']}"
+    return Backbone(
         model=model,
         library="transformers",
         preprocessing=preprocessing_of_config(config, name),
@@ -59,19 +59,30 @@ def grow_blocks(
         source=Source(folder=Path(name), id=None, revision=None, license=None),
         new_head=True,
     )
-    return _stack_of_blocks(backbone, hidden, seed)
 
 
-def grow_architecture(backbone: Backbone, *, layers: int | None, hidden: int, seed: int = 0) -> GreedyStack:
-    """The layers of a plain architecture (see `backbone.create`), the first `layers` of them; None: all.
+def grow_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
+    """A stack of the blocks of a network by `create_blocks`. Raises ValueError if there is no cut between them."""
+    chain = backbone.chain(cache_dir=chain_dir())
+    model = backbone.model
+    assert isinstance(model, GreedyForImageClassification)
+    names = [f"blocks.{i}" for i in range(len(model.blocks))]
+    known = {layer.name for layer in chain.layers}
+    if not set(names) <= known:
+        raise ValueError(f"no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
+    return stack_layers(backbone, chain, names, aux)
 
-    Raises ValueError where its chain has no layers to grow one by one, or fewer than `layers`.
+
+def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | None = None) -> GreedyStack:
+    """A stack of the first `layers` layers of a plain architecture (see `backbone.create`); None: all.
+
+    Raises ValueError if its chain has no layers to grow one by one, or fewer than `layers`.
     """
     chain = backbone.chain(cache_dir=chain_dir())
     if len(chain) == 0 or any(layer.cut is None for layer in chain.layers[1:-1]):
-        why = chain.notes[0] if chain.notes else "it has no interior cuts"
+        reason = chain.notes[0] if chain.notes else "it has no interior cuts"
         raise ValueError(
-            f"{backbone.source.name} has no chain of layers to grow one by one ({why}): choose another --architecture, or "
+            f"{backbone.source.name} has no chain of layers to grow one by one ({reason}): choose another --architecture, or "
             "train it at once with recipes/pretrain.py"
         )
     count = len(chain) if layers is None else layers
@@ -80,25 +91,15 @@ def grow_architecture(backbone: Backbone, *, layers: int | None, hidden: int, se
             f"layers={layers}: {backbone.source.name} has {len(chain)}; choose 1 <= layers <= {len(chain)}"
         )
     names = [layer.name for layer in chain.layers[1 : 1 + count]]
-    return stack_layers(backbone, chain, names, hidden=hidden, seed=seed)
+    return stack_layers(backbone, chain, names, aux)
 
 
 def grow_on(
-    backbone: Backbone,
-    chain: Chain,
-    *,
-    layers: int,
-    kind: BlockKind,
-    width: int | None = None,
-    downsample: Sequence[int] = (),
-    after: str | None = None,
-    hidden: int = 1,
-    seed: int = 0,
+    backbone: Backbone, chain: Chain, blocks: BlockSpec, aux: AuxiliaryHead, *, after: str | None = None
 ) -> GreedyStack:
-    """`layers` new blocks on the checkpoint's layers up to the one called `after` (None: its last), which stay frozen.
+    """A stack of new blocks on the checkpoint's layers up to the one called `after` (None: its last), which stay frozen.
 
-    `width`: None takes the activation's own. Raises ValueError for a layer that is none, and for blocks that do not fit the
-    activation there: a convolution needs a grid.
+    Raises ValueError if there is no such layer, or if the blocks do not fit its activation: a convolution needs a grid.
     """
     names = [layer.name for layer in chain.layers[:-1] if layer.cut is not None]
     if not names:
@@ -112,37 +113,37 @@ def grow_on(
         )
     cut = chain.cut(after or names[-1])
     layout = layout_of(cut.shape, chain.image_shape)
-    channels = cut.shape[0] if layout == "channels_first" else cut.shape[-1]
-    blocks = _plan_blocks(kind, cut.shape, layout, layers=layers, width=width or channels, downsample=downsample)
+    arguments = _plan_blocks(blocks, cut.shape, layout)
     model = backbone.model
     is_transformers = isinstance(model, PreTrainedModel)
     config = GreedyConfig(
         body=_describe_body(backbone, chain, cut),
-        blocks=blocks,
-        head=_head_after(blocks, cut.shape, layout, hidden),
+        blocks=arguments,
+        head=_plan_last_head(arguments, cut.shape, layout, aux.hidden),
         pretrained_cfg=None if is_transformers else _timm_preprocessing(backbone),
         **_label_arguments(backbone.label_names),
     )
-    grown = _make(config, seed)
+    grown = _make(config, aux.seed)
     assert grown.body is not None
     own = set(grown.body.network.state_dict())
     grown.body.network.load_state_dict({n: t for n, t in model.state_dict().items() if n in own})
     base = replace(backbone, model=grown, library="transformers", new_head=True)
-    return _stack_of_blocks(base, hidden, seed)
+    return grow_blocks(base, aux)
 
 
 def read_numbers(text: str) -> tuple[int, ...]:
-    """Numbers of blocks from "2,3"; none from "". Raises ValueError for other text."""
+    """Block numbers from text such as "2,3"; none from "". Raises ValueError for other text."""
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     if not all(word.isdigit() for word in words):
         raise ValueError(f"downsample={text!r}: give numbers of blocks, such as 2,3")
     return tuple(int(word) for word in words)
 
 
-def _plan_blocks(
-    kind: BlockKind, shape: Sequence[int], layout: Layout, *, layers: int, width: int, downsample: Sequence[int]
-) -> list[dict[str, Any]]:
+def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[dict[str, Any]]:
     """Arguments of each block on activations of `shape`."""
+    channels, *side = shape if layout == "channels_first" else (shape[-1], *shape[:-1])
+    kind, layers, downsample = spec.kind, spec.layers, spec.downsample
+    width = channels if spec.width is None else spec.width
     if layers < 1:
         raise ValueError(f"layers={layers}: a stack has one layer at least; choose 1 or more")
     if width < 1:
@@ -156,14 +157,12 @@ def _plan_blocks(
         heads = max(1, width // 64)
         if width % heads:
             raise ValueError(f"width={width}: {heads} attention heads do not divide it; choose a multiple of 64")
-        channels = shape[0] if layout == "channels_first" else shape[-1]
         first = {"kind": kind, "channels": channels, "width": width, "layout": layout}
         return [first, *({**first, "channels": width, "layout": "tokens"} for _ in range(layers - 1))]
     if layout == "tokens":
         raise ValueError(
             f"activations of shape {tuple(shape)} are tokens, which a convolution cannot take: choose --block transformer"
         )
-    channels, *side = shape if layout == "channels_first" else (shape[2], shape[0], shape[1])
     blocks: list[dict[str, Any]] = []
     for number in range(1, layers + 1):
         halves = number in downsample
@@ -188,8 +187,10 @@ def _plan_blocks(
     return blocks
 
 
-def _head_after(blocks: Sequence[dict[str, Any]], shape: Sequence[int], layout: Layout, hidden: int) -> dict[str, Any]:
-    """Arguments of the head on what `blocks` make of `shape`."""
+def _plan_last_head(
+    blocks: Sequence[dict[str, Any]], shape: Sequence[int], layout: Layout, hidden: int
+) -> dict[str, Any]:
+    """Arguments of the head after `blocks`, whose input has `shape`."""
     if blocks[-1]["kind"] == "transformer":
         return plan_head((1, blocks[-1]["width"]), "tokens", hidden)
     rows, columns = shape[1:] if layout == "channels_first" else shape[:2]
@@ -197,23 +198,12 @@ def _head_after(blocks: Sequence[dict[str, Any]], shape: Sequence[int], layout: 
     return plan_head((blocks[-1]["width"], rows // halved, columns // halved), "channels_first", hidden)
 
 
-def _stack_of_blocks(backbone: Backbone, hidden: int, seed: int) -> GreedyStack:
-    chain = backbone.chain(cache_dir=chain_dir())
-    model = backbone.model
-    assert isinstance(model, GreedyForImageClassification)
-    names = [f"blocks.{i}" for i in range(len(model.blocks))]
-    known = {layer.name for layer in chain.layers}
-    if not set(names) <= known:
-        raise ValueError(f"no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
-    return stack_layers(backbone, chain, names, hidden=hidden, seed=seed)
-
-
 def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
     torch.manual_seed(seed)
     model = GreedyForImageClassification(config)
-    torch.manual_seed(seed)  # the first blocks are the same however many follow
+    torch.manual_seed(seed)  # the first blocks do not depend on how many follow
     for module in (*model.blocks.modules(), *model.head.modules()):
-        # transformers draws every matrix from N(0, 0.02); torch's scale by the number of inputs suits these.
+        # transformers draws every matrix from N(0, 0.02); torch scales by the number of inputs, which suits these blocks.
         reset: Any = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
@@ -222,7 +212,7 @@ def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
 
 
 def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]:
-    """Arguments of `Body` for the backbone up to `cut`, without what lies behind it."""
+    """The description of a `Body`: the backbone up to `cut`, without the modules after it."""
     model: Any = backbone.model
     kept, buffers = (set(names) for names in chain.before(cut))
     kept |= buffers
@@ -232,7 +222,13 @@ def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]
         holds = next(module.parameters(), None) is not None
         is_used = any(u == name or u.startswith(name + ".") for u in used)
         inside = any(name.startswith(d + ".") for d in dropped)
-        if name and holds and not is_used and not inside and not any(n.startswith(name + ".") for n in chain.orphans):
+        if (
+            name
+            and holds
+            and not is_used
+            and not inside
+            and not any(n.startswith(name + ".") for n in chain.unused_parameters)
+        ):
             dropped.append(name)
     names = [layer.name for layer in chain.layers[1:-1]]
     layers = names[: names.index(cut.name) + 1] if cut.name in names else []

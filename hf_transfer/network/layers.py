@@ -1,45 +1,25 @@
-"""Which calls of a traced network are its layers: the smallest repeated blocks bounded by two possible cuts.
+"""Which calls of a traced network are its layers: the smallest repeated blocks between two possible cuts.
 
 A block is a called module with at least two weights (tensors of two dimensions or more) whose input and output both lie on
-the spine. Residual blocks, transformer blocks and inverted residuals are such modules; so are the stages that hold them,
-hence "smallest": a block is opened while smaller blocks lie inside it, but never where its class is the smallest elsewhere
-(an inverted residual without its skip connection has cuts inside, and is still one layer).
+the spine. Residual blocks, transformer blocks and inverted residuals are such modules, and so are the stages that contain them.
+The smallest are chosen: a block is opened if it contains smaller blocks, unless modules of its class are the smallest elsewhere
+(an inverted residual without a skip connection has cuts inside, and is still one layer).
 """
 
-import math
 from collections import Counter
 
 from torch import nn
 
 from hf_transfer.network.trace import Call, Trace
 
-FEW_LAYERS = 3  # with fewer, single weights count as blocks: a plain stack of convolutions (VGG) has no others
-
-
-def find_classifier(model: nn.Module, trace: Trace) -> Call | None:
-    """The call of the linear map that makes the logits of one vector an image; None where the logits come otherwise."""
-    modules = dict(model.named_modules())
-    linear = [c for c in trace.calls if isinstance(modules[c.module], nn.Linear | nn.Conv2d)]
-    for call in reversed(linear):
-        (taken, *others), made = call.inputs, call.outputs[0].node
-        weight = modules[call.module].weight
-        if (
-            not others
-            and taken.node in trace.spine
-            and made in trace.spine
-            and weight.shape[0] == trace.logits_shape[-1]
-            and weight[0].numel() == math.prod(taken.shape[1:])
-            and not trace.parameters_between(made, 0)
-        ):
-            return call
-    return None
+FEW_LAYERS = 3  # with fewer, single weights also count as blocks: a plain stack of convolutions (VGG) has no others
 
 
 def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list[tuple[Call, tuple[int, int]]]:
-    """The layers between stem and head, in order, each with the positions on the spine of its input and its output."""
+    """The layers between stem and head, in order, each with the positions of its input and its output on the spine."""
     modules = dict(model.named_modules())
     declared = getattr(model, "layer_names", None)
-    if declared is not None:  # a network that was put together from layers knows them
+    if declared is not None:  # a network that was built from layers knows them
         return [(c, span) for c, span in _bounded_calls(modules, trace, min_weights=1) if c.module in declared]
     blocks = _find_blocks(modules, trace, min_weights=2)
     if len(blocks) < FEW_LAYERS:
@@ -60,7 +40,7 @@ def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list
         for call, (start, end) in _bounded_calls(modules, trace, min_weights=0)
         if call.start > last_end and _is_norm(modules[call.module]) and _keeps_grid(trace, start, end)
     }
-    # ... together with the normalisation that is called after it.
+    # ... together with the norm that is called after it.
     blocks += [(c, (s, norms.get(e, e))) for c, (s, e) in singles if not any(a in outer for a in c.ancestors())]
     return blocks
 
@@ -68,12 +48,12 @@ def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list
 def _bounded_calls(
     modules: dict[str, nn.Module], trace: Trace, *, min_weights: int
 ) -> list[tuple[Call, tuple[int, int]]]:
-    """Calls with enough weights that take one spine tensor and return another; with both positions on the spine."""
+    """Calls with enough weights that take one spine tensor and return another, with both positions on the spine."""
     position = {node: i for i, node in enumerate(trace.spine)}
-    # A call behind which no parameter follows makes the logits: it is the head's.
+    # A call that no parameter follows makes the logits: it belongs to the head.
     behind = (i for i in reversed(position.values()) if trace.parameters_between(trace.spine[i], 0))
     last = next(behind, 0)
-    found = []
+    bounded = []
     for call in trace.calls:
         if not call.module:
             continue
@@ -84,8 +64,8 @@ def _bounded_calls(
         start = position.get(taken.pop())
         if start is None or max(made) <= start or _num_weights(modules[call.module]) < min_weights:
             continue
-        found.append((call, (start, max(made))))
-    return found
+        bounded.append((call, (start, max(made))))
+    return bounded
 
 
 def _find_blocks(
@@ -98,8 +78,10 @@ def _find_blocks(
         inner.setdefault(outer, []).append(call)
 
     def kind(call: Call) -> type[nn.Module] | None:
-        found = type(modules[call.module])
-        return None if found in (nn.Sequential, nn.ModuleList) else found  # a container has no kind of its own
+        module_type = type(modules[call.module])
+        return (
+            None if module_type in (nn.Sequential, nn.ModuleList) else module_type
+        )  # containers have no kind of their own
 
     smallest = {kind(c) for c in spans if c not in inner} - {None}
 
@@ -111,16 +93,16 @@ def _find_blocks(
         whole, bounded = modules[call.module], [modules[c.module] for c in smaller]
         most = 2 * sum(map(_size, bounded)) >= _size(whole)
         if len(bounded) == 1 and not most:
-            return [call]  # a small part of it alone is bounded: a squeeze-excite, say
+            return [call]  # only a small part of it is bounded, such as a squeeze-excite
         if kind(call) is None:
             return smaller
         if len(bounded) == 1 and (_num_weights(whole) == 1 or kind(smaller[0]) is None):
-            return [call]  # the part is all of it: a convolution with its norm
+            return [call]  # the part is all of it, such as a convolution with its norm
         (start, end), first, last = spans[call], spans[smaller[0]][0], spans[smaller[-1]][1]
         same_grid = _keeps_grid(trace, start, first) and _keeps_grid(trace, last, end)
         has_more = sum(map(_num_weights, bounded)) < _num_weights(whole)
         if same_grid and has_more and (len(bounded) == 1 or not most):
-            return [call]  # more of the same block lies around, no downsampling: attention, then a residual MLP
+            return [call]  # the rest belongs to the same block, without downsampling: attention, then a residual MLP
         return smaller
 
     leaves = [block for call in inner.get(None, []) for block in open_up(call)]
@@ -130,23 +112,23 @@ def _find_blocks(
         return [(c, spans[c]) for c in leaves]
     home = _common_parent([c.module for c in repeated])
     first = min(c.start for c in repeated)
-    # What comes before the first repeated block is a layer only where it lives among them (EfficientNet's blocks.0.0).
+    # A block before the first repeated one is a layer only if it lies in the same module (EfficientNet's blocks.0.0).
     leaves = [c for c in leaves if c.start >= first or (home and c.module.startswith(home + "."))]
     keeping = {kind(c) for c in repeated if _keeps_grid(trace, *spans[c])}
-    # A repeated kind that changes the grid at every call, among kinds that keep it, is a downsampling: it belongs to the
-    # block after it, so it makes no layer of its own.
+    # A repeated kind that always changes the grid, among kinds that keep it, is a downsampling. It belongs to the block after
+    # it, so it is no layer of its own.
     blocks = [c for c in leaves if not keeping or kinds[kind(c)] == 1 or kind(c) is None or kind(c) in keeping]
     return [(c, spans[c]) for c in blocks]
 
 
 def _keeps_grid(trace: Trace, start: int, end: int) -> bool:
-    """Whether two spine tensors differ in one dimension at most, the channels; a downsampling changes the grid as well."""
+    """Whether two spine tensors differ in at most one dimension, the channels; a downsampling also changes the grid."""
     before, after = trace.shapes[trace.spine[start]], trace.shapes[trace.spine[end]]
     return len(before) == len(after) and sum(a != b for a, b in zip(before, after, strict=True)) <= 1
 
 
 def _num_weights(module: nn.Module) -> int:
-    """Kernels and matrices; a scale of shape (1, 1, C) is none."""
+    """Number of kernels and matrices; a scale of shape (1, 1, C) does not count."""
     return sum(p.ndim >= 4 or sum(size > 1 for size in p.shape) >= 2 for p in module.parameters())
 
 

@@ -1,4 +1,4 @@
-"""A network that was grown layer by layer, as a transformers model whose code travels with its weights.
+"""A network that was grown layer by layer, as a transformers model whose code is saved with its weights.
 
     pixels -> (the first layers of another network) -> block 1 ... block n -> head -> logits
 
@@ -26,10 +26,10 @@ TOKENS_PER_HEAD = 64  # width of one attention head
 
 
 class GreedyConfig(PreTrainedConfig):
-    """What a grown network is made of.
+    """The layers of a grown network.
 
     `body`: the network whose first layers come before the blocks (see `Body`), or None. `blocks`, `head`: their arguments.
-    `fine_tuned`: whether all layers were trained together at the end. `pretrained_cfg`: timm's preprocessing, where the image
+    `fine_tuned`: whether all layers were trained together at the end. `pretrained_cfg`: timm's preprocessing, if the image
     processor is timm's.
     """
 
@@ -71,7 +71,7 @@ class ConvBlock(nn.Module):
 
 
 class TokenBlock(nn.Module):
-    """Activations of any layout -> tokens (B, L, width): a map to the width where it is another, then a pre-norm block."""
+    """Activations of any layout -> tokens (B, L, width): a projection if the width changes, then a pre-norm block."""
 
     def __init__(self, channels: int, width: int, layout: Layout = "tokens") -> None:
         super().__init__()
@@ -86,9 +86,9 @@ class TokenBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits of activations: hidden layers of the blocks' kind, then norm, average and a linear map.
+    """Activations -> logits: hidden layers of the same kind as the blocks, then norm, average and a linear map.
 
-    `hidden`: how many of them; none is the linear head of the paper's k = 1, and k - 1 that of k.
+    `hidden`: their number, k - 1 for the paper's k; k = 1 is a linear head.
     """
 
     def __init__(
@@ -119,40 +119,29 @@ class Head(nn.Module):
 class Body(nn.Module):
     """Images -> the activation of another network at one tensor of its forward; what would come after it never runs.
 
-    `library`, with `architecture` and `model_args` (timm) or `config` (transformers); `side`, `module`, `index`, `leaf`: the
-    tensor, as a leaf of the outputs ("after") or inputs ("before") of the module's call; `dropped`: modules behind it;
-    `layers`: names of those that are its layers.
+    `description`: `library`, with `architecture` and `model_args` (timm) or `config` (transformers); `side`, `module`, `index`,
+    `leaf`: the tensor, as a leaf of the outputs ("after") or inputs ("before") of the module's call; `dropped`: modules after
+    it; `layers`: names of modules before it that are its layers.
     """
 
-    def __init__(
-        self,
-        library: str,
-        module: str,
-        side: str = "after",
-        index: int = 0,
-        leaf: int = 0,
-        dropped: list[str] | None = None,
-        layers: list[str] | None = None,
-        architecture: str = "",
-        model_args: dict[str, Any] | None = None,
-        config: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, description: dict[str, Any]) -> None:
         super().__init__()
-        if library == "timm":
-            self.network: nn.Module = timm.create_model(architecture, num_classes=1, **(model_args or {}))
+        if description["library"] == "timm":
+            arguments = description["model_args"] or {}
+            self.network: nn.Module = timm.create_model(description["architecture"], num_classes=1, **arguments)
         else:
-            self.network = AutoModelForImageClassification.from_config(AutoConfig.for_model(**(config or {})))
-        self.place = module, side, index, leaf
-        self.layers = list(layers or [])
-        for name in dropped or []:
+            self.network = AutoModelForImageClassification.from_config(AutoConfig.for_model(**description["config"]))
+        self.site = tuple(description[key] for key in ("module", "side", "index", "leaf"))
+        self.layers = list(description["layers"])
+        for name in description["dropped"]:
             self.network.set_submodule(name, nn.Identity())
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """The activation (B, ...) of pixels (B, 3, H, W)."""
-        name, side, index, leaf = self.place
+        name, side, index, leaf = self.site
         calls = 0
 
-        def look(tree: Any) -> None:
+        def visit(tree: Any) -> None:
             nonlocal calls
             calls += 1
             if calls > index:
@@ -160,9 +149,9 @@ class Body(nn.Module):
 
         module = self.network.get_submodule(name)
         if side == "after":
-            hook = module.register_forward_hook(lambda _, __, output: look(output))
+            hook = module.register_forward_hook(lambda _, __, output: visit(output))
         else:
-            hook = module.register_forward_pre_hook(lambda _, args, kwargs: look((args, kwargs)), with_kwargs=True)
+            hook = module.register_forward_pre_hook(lambda _, args, kwargs: visit((args, kwargs)), with_kwargs=True)
         try:
             if isinstance(self.network, PreTrainedModel):
                 self.network(pixel_values=pixels)
@@ -176,14 +165,14 @@ class Body(nn.Module):
 
 
 class GreedyForImageClassification(PreTrainedModel):
-    """Body, blocks and head, as a classifier of transformers."""
+    """Body, blocks and head, as a transformers image classifier."""
 
     config_class = GreedyConfig
     main_input_name = "pixel_values"
 
     def __init__(self, config: GreedyConfig) -> None:
         super().__init__(config)
-        self.body = Body(**config.body) if config.body else None
+        self.body = Body(config.body) if config.body else None
         kinds: dict[str, type[nn.Module]] = {"conv": ConvBlock, "transformer": TokenBlock}
         specs = [dict(spec) for spec in config.blocks]
         self.blocks = nn.ModuleList([kinds[spec.pop("kind")](**spec) for spec in specs])
@@ -192,13 +181,13 @@ class GreedyForImageClassification(PreTrainedModel):
 
     @property
     def layer_names(self) -> list[str]:
-        """Modules between which activations may be stored, in order."""
+        """Names of the modules between which activations may be stored, in order."""
         before = [] if self.body is None else [f"body.network.{name}" for name in self.body.layers]
         return before + [f"blocks.{i}" for i in range(len(self.blocks))]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
-        # On the meta device timm's computed buffers (relative positions, ...) are lost, and no file holds them.
+        # On the meta device, timm's computed buffers (relative positions, ...) are lost, and no file contains them.
         refill: Any = getattr(module, "init_non_persistent_buffers", None)
         if refill is not None:
             refill()
@@ -206,7 +195,7 @@ class GreedyForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **_: Any
     ) -> ImageClassifierOutput:
-        """`logits` (B, K) of `pixel_values` (B, 3, H, W); `loss`, cross-entropy, where `labels` (B,) are given."""
+        """`logits` (B, K) of `pixel_values` (B, 3, H, W), and the cross-entropy `loss` if `labels` (B,) are given."""
         activation = pixel_values if self.body is None else self.body(pixel_values)
         for block in self.blocks:
             activation = block(activation)
@@ -216,7 +205,7 @@ class GreedyForImageClassification(PreTrainedModel):
 
 
 class _ReachedError(Exception):
-    """Ends the body's forward at its tensor."""
+    """Stops the body's forward at its tensor."""
 
     def __init__(self, activation: torch.Tensor) -> None:
         super().__init__()
@@ -224,12 +213,12 @@ class _ReachedError(Exception):
 
 
 def as_tokens(activation: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(B, L, C) of an activation of any layout."""
+    """Activations of any layout -> tokens (B, L, C)."""
     if layout == "channels_first":
         return activation.flatten(2).transpose(1, 2)
     return activation.flatten(1, 2) if layout == "channels_last" else activation
 
 
-# save_pretrained then copies this file, and names it in config.json.
+# So that save_pretrained copies this file, and names it in config.json.
 GreedyConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
 GreedyForImageClassification.register_for_auto_class("AutoModelForImageClassification")  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A policy says which parameters train, and nothing else; the cut follows from it (`Chain.lowest_cut`)."""
+"""Policies: which parameters train. The cut follows from them (`Chain.lowest_cut`)."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from hf_transfer.network.chain import Chain
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A name for people, and the function from a chain to the names of the parameters that train."""
+    """A name for logs and results, and the function from a chain to the names of the parameters that train."""
 
     name: str
     select: Callable[[Chain], frozenset[str]]
@@ -26,7 +26,7 @@ def head() -> Policy:
 def last(k: int) -> Policy:
     """The last `k` layers and the whole head, final norm included. k counts layers, not stages; 0 is the head alone.
 
-    Raises ValueError at selection where the chain has fewer than k layers.
+    Raises ValueError at selection if the chain has fewer than k layers.
     """
 
     def select(chain: Chain) -> frozenset[str]:
@@ -39,9 +39,9 @@ def last(k: int) -> Policy:
 
 
 def from_layer(name: str) -> Policy:
-    """The layer called `name`, or the first of those with that alias (a stage), and all after it, head included.
+    """The layer called `name`, or the first layer of the stage `name`, and all after it including the head.
 
-    Raises ValueError at selection, listing layers and aliases, where the chain has neither.
+    Raises ValueError at selection, listing layers and stages, if the chain has neither.
     """
 
     def select(chain: Chain) -> frozenset[str]:
@@ -58,16 +58,16 @@ def from_layer(name: str) -> Policy:
 
 
 def norms() -> Policy:
-    """Every normalisation layer's scale and shift, and the classifier (arXiv 2003.00152, 2304.00776)."""
+    """The scale and shift of every norm, and the classifier (arXiv 2003.00152, 2304.00776)."""
 
     def select(chain: Chain) -> frozenset[str]:
-        found = {
+        selected = {
             f"{name}.{parameter}"
             for name, module in chain.model.named_modules()
             if is_norm(module)
             for parameter, _ in module.named_parameters(recurse=False)
         }
-        return frozenset((found & _reaching(chain)) | set(chain.classifier_parameters))
+        return frozenset((selected & _used_parameters(chain)) | set(chain.classifier_parameters))
 
     return Policy(name="norms", select=select)
 
@@ -76,16 +76,16 @@ def biases() -> Policy:
     """Every bias, and the classifier: BitFit (arXiv 2106.10199)."""
 
     def select(chain: Chain) -> frozenset[str]:
-        found = {name for name in _reaching(chain) if name.rpartition(".")[2] == "bias"}
-        return frozenset(found | set(chain.classifier_parameters))
+        selected = {name for name in _used_parameters(chain) if name.rpartition(".")[2] == "bias"}
+        return frozenset(selected | set(chain.classifier_parameters))
 
     return Policy(name="biases", select=select)
 
 
 def matching(pattern: str) -> Policy:
-    """Parameters whose name holds a match of the regular expression `pattern`, and the classifier.
+    """Parameters whose name contains a match of the regular expression `pattern`, and the classifier.
 
-    Raises ValueError where it does not compile, and at selection where it matches no parameter that reaches the logits.
+    Raises ValueError if it does not compile, and at selection if it matches no parameter that reaches the logits.
     """
     try:
         expression = re.compile(pattern)
@@ -94,30 +94,30 @@ def matching(pattern: str) -> Policy:
 
     def select(chain: Chain) -> frozenset[str]:
         names = [name for layer in chain.layers for name in layer.parameters]
-        found = {name for name in names if expression.search(name)}
-        if not found:
-            orphans = [name for name in chain.orphans if expression.search(name)]
-            why = f" but {orphans[0]}, which never reaches the logits" if orphans else ""
+        selected = {name for name in names if expression.search(name)}
+        if not selected:
+            unused = [name for name in chain.unused_parameters if expression.search(name)]
+            but = f" but {unused[0]}, which never reaches the logits" if unused else ""
             word = re.sub(r"\\.|[^\w.]", "", pattern.replace("\\.", ".")) or pattern
             near = difflib.get_close_matches(word, names, n=3, cutoff=0.0)
-            raise ValueError(f"matching({pattern!r}): matches no parameter{why}; near it are {', '.join(near)}")
-        return frozenset(found | set(chain.classifier_parameters))
+            raise ValueError(f"matching({pattern!r}): matches no parameter{but}; similar names are {', '.join(near)}")
+        return frozenset(selected | set(chain.classifier_parameters))
 
     return Policy(name=f"matching({pattern})", select=select)
 
 
 def full() -> Policy:
     """Every parameter that reaches the logits."""
-    return Policy(name="full", select=lambda chain: frozenset(_reaching(chain)))
+    return Policy(name="full", select=lambda chain: frozenset(_used_parameters(chain)))
 
 
 def gradual(chain: Chain, phases: int) -> list[Policy]:
-    """Gradual unfreezing, from the top down (arXiv 1801.06146, section 3.3): one policy a phase.
+    """Gradual unfreezing, from the top down (arXiv 1801.06146, section 3.3): one policy per phase.
 
-    The first is the classifier, the last everything; between them `last(k)`, k growing evenly. The paper frees one layer at
-    a time, which is the most phases there can be. Raises ValueError for more, and for fewer than two.
+    The first trains the classifier, the last everything, and those between `last(k)` with evenly growing k. The paper unfreezes
+    one layer at a time, which gives the largest number of phases. Raises ValueError for more phases, or fewer than two.
     """
-    # Positions: 0 the classifier, k the last k layers, top everything; the stem makes a step if it holds parameters.
+    # Steps: 0 is the classifier, k the last k layers, `top` everything; the stem is a step if it has parameters.
     top = max(1, len(chain) + bool(chain.layers[0].parameters))
     if not 2 <= phases <= top + 1:
         raise ValueError(
@@ -127,9 +127,9 @@ def gradual(chain: Chain, phases: int) -> list[Policy]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a normalisation, of torch or of a library of its own."""
+    """Whether `module` is a norm, of torch or of another library."""
     return "norm" in type(module).__name__.lower()
 
 
-def _reaching(chain: Chain) -> set[str]:
+def _used_parameters(chain: Chain) -> set[str]:
     return {name for layer in chain.layers for name in layer.parameters}

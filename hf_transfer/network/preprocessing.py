@@ -1,8 +1,7 @@
-"""One preprocessing object a checkpoint: training-time evaluation, the cache, the saved model and inference all use it.
+"""The preprocessing of a checkpoint, shared by evaluation during training, the cache, the saved model and inference.
 
-It is not a re-implementation: the geometry (resize, crop) is done by the checkpoint's own timm transform or transformers
-image processor, so the pixels are those that plain `AutoImageProcessor` makes. Only rescaling and normalisation, which
-are arithmetic, are done here, on the device and in the upstream's order of operations.
+Resize and crop are done by the checkpoint's own timm transform or transformers image processor, so the pixels equal those of
+plain `AutoImageProcessor`. Only rescaling and normalization are done here, on the device and in upstream's order of operations.
 """
 
 import tempfile
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig
 
-PARITY = 1e-5  # largest difference from the checkpoint's own processor, in normalised units (pixels are within +-3)
+PARITY = 1e-5  # largest difference from the checkpoint's own processor, in normalized units (pixels are within +-3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Image -> uint8 pixels (H, W, 3), then a batch of pixels -> normalised float (B, 3, H, W)."""
+    """Image -> uint8 pixels (H, W, 3), then a batch of pixels -> normalized float (B, 3, H, W)."""
 
     height_px: int
     width_px: int
@@ -33,9 +32,9 @@ class Preprocessing:
     crop_pct: float | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    rescale: float  # a pixel value times this, before mean and std
-    spec: Mapping[str, Any]  # everything that decides the pixels, JSON-able: part of cache keys
-    processor: Any = field(repr=False)  # the upstream object; transformers saves it beside the weights
+    rescale: float  # factor of pixel values, applied before mean and std
+    spec: Mapping[str, Any]  # JSON values: everything that decides the pixels, part of cache keys
+    processor: Any = field(repr=False)  # upstream's; transformers saves it beside the weights
     resize: Callable[[Image.Image], NDArray[np.uint8]] = field(repr=False)
 
     @property
@@ -44,7 +43,7 @@ class Preprocessing:
         return 3, self.height_px, self.width_px
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Pixels (H, W, 3) uint8 of an RGB image: resized and cropped for evaluation as the checkpoint says."""
+        """Pixels (H, W, 3) uint8 of an RGB image, resized and cropped as the checkpoint does for evaluation."""
         return self.resize(image)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -52,17 +51,17 @@ class Preprocessing:
         return self.normalize_floats(pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last))
 
     def normalize_floats(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) float32 in 0..255, normalised in place."""
+        """Normalizes images (B, 3, H, W) float32 in 0..255, in place."""
         mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
-        # Division where upstream divides (torchvision's ToTensor): x / 255 is not x * (1 / 255) to the last bit.
+        # Divides as upstream does (torchvision's ToTensor): x / 255 differs from x * (1 / 255) in the last bit.
         images = images.div_(255.0) if self.rescale == 1 / 255 else images.mul_(self.rescale)
         return images.sub_(mean).div_(std)
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers logs errors only: what it warns of while loading is checked, and said, here."""
+    """Inside, transformers logs errors only: this package checks and reports what it warns of while loading."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -74,7 +73,7 @@ def quiet_transformers() -> Iterator[None]:
 def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Preprocessing:
     """The preprocessing of the checkpoint in `folder` (Hub layout).
 
-    Raises ValueError where the checkpoint names none, or does more than resize, crop, rescale and normalise.
+    Raises ValueError if the checkpoint names none, or does more than resize, crop, rescale and normalize.
     """
     try:
         with quiet_transformers():
@@ -84,13 +83,14 @@ def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Prep
             f"the checkpoint {folder.name} names no image preprocessing that transformers can read ({error}). "
             "Remedy: add its preprocessor_config.json (or timm's `pretrained_cfg` in config.json)"
         ) from error
-    found = _from_timm(processor) if hasattr(processor, "val_transforms") else _from_transformers(processor)
-    _check_parity(found)
-    return found
+    is_timm = hasattr(processor, "val_transforms")
+    preprocessing = _from_timm(processor) if is_timm else _from_transformers(processor)
+    _check_parity(preprocessing)
+    return preprocessing
 
 
 def preprocessing_of_config(config: PreTrainedConfig, name: str) -> Preprocessing:
-    """The preprocessing that a model's config will name once it is saved."""
+    """The preprocessing of a model once its config is saved."""
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         config.save_pretrained(Path(parent, name))
         return load_preprocessing(Path(parent, name))
@@ -157,7 +157,7 @@ def _jsonable(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_parity(preprocessing: Preprocessing) -> None:
-    """Our pixels, normalised, against the upstream processor's output, on one image of noise."""
+    """Compares our normalized pixels with the upstream processor's output, on one noise image."""
     noise = np.random.default_rng(0).integers(0, 256, (113, 149, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     theirs = preprocessing.processor(images=image, return_tensors="pt")["pixel_values"]
@@ -165,6 +165,6 @@ def _check_parity(preprocessing: Preprocessing) -> None:
     difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
     if not difference <= PARITY:
         raise ValueError(
-            f"{type(preprocessing.processor).__name__} does more than resize, crop, rescale and normalise "
+            f"{type(preprocessing.processor).__name__} does more than resize, crop, rescale and normalize "
             f"(difference {difference:.2g}); such preprocessing is not supported"
         )

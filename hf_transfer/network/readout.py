@@ -1,11 +1,11 @@
-"""How a linear head can read a network: after which layer, through which pooling.
+"""Readouts: the features that a linear head can read from a network, after which layer and through which pooling.
 
     image -> stem, layer 1 ... layer k -> (layers k+1 ... n left out) -> final norm -> pooling -> linear
 
-A readout counts only where a plain timm or transformers model of the same class expresses it (`depth=9`,
-`global_pool="avg"`), so that what is saved still loads with plain upstream code. None of this is a table of families: the
-variant is built, and its parameter names and shapes must be the network's own, without those of the layers left out.
-All readouts share the activations of one forward.
+A readout is offered only if a plain timm or transformers model of the same class can be built that way (`depth=9`,
+`global_pool="avg"`), so that saved models load with plain upstream code. There is no table of families: the variant is built,
+and its parameter names and shapes must be the network's own, without those of the layers left out. All readouts share the
+activations of one forward.
 """
 
 import copy
@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hf_transfer.network.chain import Chain
-from hf_transfer.network.cut import Cut, Suffix
+from hf_transfer.network.cut import Cut, Site
 from hf_transfer.network.forward import eval_mode
+from hf_transfer.network.part import Part
 
 _FILLING = {
     *("uniform_", "normal_", "trunc_normal_", "fill_", "zero_", "constant_", "ones_", "zeros_"),
@@ -32,7 +33,7 @@ _FILLING = {
 log = logging.getLogger(__name__)
 
 NATIVE = "native"
-# Each is tried in order and counts once; without fc_norm=False timm's ViTs rename their final norm when they average.
+# The first arguments that work are used; without fc_norm=False, timm's ViTs rename their final norm when they average.
 POOLINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "token": ({"global_pool": "token"},),
     "avg": ({"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False}),
@@ -42,14 +43,14 @@ POOLINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Readout:
-    """One way to read the network. `changes` are the model's constructor arguments that express it."""
+    """A layer and a pooling. `changes`: the constructor arguments of the model that reads the network this way."""
 
     layer: str  # the last layer that is kept
     pooling: str  # "native": the checkpoint's own; "token", "avg", "avg+max"
     changes: Mapping[str, Any]
-    cut: Cut  # the activation it starts from: at the end of `layer`, or the network's own features
+    cut: Cut  # the activation that it reads: at the end of `layer`, or the network's own features
     num_features: int
-    model: nn.Module = field(repr=False)  # the variant, full depth, that pools so; shares the network's weights
+    model: nn.Module = field(repr=False)  # the variant with this pooling, at full depth; shares the network's weights
 
     @property
     def name(self) -> str:
@@ -58,9 +59,9 @@ class Readout:
 
 
 def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "all"]) -> list[Readout]:
-    """The expressible readouts of the network, its own first. The others by `sweep`: more poolings, earlier layers, both.
+    """The readouts of the network, its own first. `sweep` adds other poolings, earlier layers, or both ("all").
 
-    Raises ValueError where the network has no single linear classifier, since there is nothing to read into.
+    Raises ValueError if the network has no single linear classifier to read into.
     """
     if chain.classifier is None or chain.features is None:
         raise ValueError(
@@ -86,15 +87,15 @@ def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "a
             changes = next((c for c in tries if c["global_pool"] != own_pool and _expresses(chain, c, [])), None)
             if changes is not None:
                 model = build_variant(chain, changes, num_classes=2)
-                found = replace(own, pooling=pooling, changes=changes, cut=last, model=model)
-                readouts.append(replace(found, num_features=_count_features(found, chain)))
+                readout = replace(own, pooling=pooling, changes=changes, cut=last, model=model)
+                readouts.append(replace(readout, num_features=_count_features(readout, chain)))
     if sweep in ("layer", "all"):
         readouts += [r for full in list(readouts) for r in _shallower(chain, full)]
     return readouts
 
 
 def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
-    """`full` at every depth that a plain model of the class has."""
+    """`full` at every smaller depth at which a plain model of the class can be built."""
     depth_argument = "num_hidden_layers" if isinstance(chain.model, PreTrainedModel) else "depth"
     for k in range(len(chain) - 1, 0, -1):
         layer, left_out = chain.layers[k], chain.layers[k + 1 : -1]
@@ -110,22 +111,23 @@ def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
 def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> torch.Tensor:
     """Features (B, F), the classifier's input, from the activation (B, *cut.shape) after the readout's layer.
 
-    Runs the tail of the full network (final norm, pooling) on it, also where that layer is not the last.
+    Runs the tail of the full network (final norm, pooling) on it, also if that layer is not the last.
     """
     if readout.cut == chain.features:
         return activation.flatten(1)
     last = chain.layers[-2].cut
     assert last is not None
     assert chain.classifier is not None
-    taken: list[torch.Tensor] = []
-    classifier = readout.model.get_submodule(chain.classifier)
-    hook = classifier.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
-    try:
-        with eval_mode(readout.model), torch.no_grad(), Suffix(readout.model, last, chain.image_shape) as suffix:
-            suffix(activation)
-    finally:
-        hook.remove()
-    return taken[0].flatten(1)
+    assert chain.features is not None
+    # The variant may pool by other modules, but its classifier has the same name.
+    end = replace(chain.features, site=Site(side="before", module=chain.classifier, index=0, leaf=0))
+    with (
+        eval_mode(readout.model),
+        torch.no_grad(),
+        Part(readout.model, chain.image_shape, start=last, ends=[end]) as tail,
+    ):
+        features: torch.Tensor = tail(activation)
+    return features.flatten(1)
 
 
 def _count_features(readout: Readout, chain: Chain) -> int:
@@ -139,7 +141,7 @@ def build_variant(
 ) -> nn.Module:
     """A plain model of the network's class with `changes`, the network's weights and a new head, in eval mode.
 
-    Raises what the constructor raises for arguments that the class does not take.
+    Raises the constructor's errors for arguments that the class does not take.
     """
     model = chain.model
     if isinstance(model, PreTrainedModel):
@@ -163,8 +165,8 @@ def build_variant(
     return variant.eval()
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Leaves out what fills tensors with numbers: on the meta device it costs seconds, and there are no numbers."""
+class _Uninitialized(TorchFunctionMode):
+    """Skips functions that fill tensors: on the meta device they take seconds, and there are no numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Torch's hook for every function call."""
@@ -176,9 +178,9 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def _expresses(chain: Chain, changes: Mapping[str, Any], left_out: Sequence[str]) -> bool:
-    """Whether the class takes `changes` and then has exactly the network's parameters, without those left out."""
+    """Whether the class takes `changes` and then has exactly the network's parameters, without those in `left_out`."""
     try:
-        with torch.device("meta"), _Uninitialised():
+        with torch.device("meta"), _Uninitialized():
             variant = build_variant(chain, changes, num_classes=2, with_weights=False)
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
         log.debug("%s does not take %s: %s", type(chain.model).__name__, dict(changes), error)

@@ -1,6 +1,6 @@
-"""Where a checkpoint comes from: a Hub id with an optional revision, or a local folder in Hub layout, as files on disk.
+"""The files of a checkpoint: from a Hub id with an optional revision, or from a local folder in Hub layout.
 
-Only what loading needs is fetched: config, preprocessing, card and safetensors; never a pickle.
+Only what loading needs is downloaded: config, preprocessing, card and safetensors; never a pickle.
 """
 
 import json
@@ -37,13 +37,13 @@ class Source:
     """A checkpoint's files and its public name. `folder` never leaves this machine; `id` and `revision` may."""
 
     folder: Path
-    id: str | None  # Hub id of the upstream checkpoint, where one is known
-    revision: str | None  # commit hash, where the files came from the Hub
+    id: str | None  # Hub id of the upstream checkpoint, if known
+    revision: str | None  # commit hash, if the files came from the Hub
     license: str | None
 
     @property
     def name(self) -> str:
-        """What logs and cards call it: the Hub id, else the folder's own name."""
+        """Name for logs and cards: the Hub id, else the name of the folder."""
         return self.id or self.folder.name
 
     def read_config(self) -> dict[str, Any]:
@@ -55,8 +55,8 @@ class Source:
 def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_code: bool = False) -> Source:
     """The files of `checkpoint`: a Hub id (`owner/name` or `owner/name@revision`), a folder, or "embedded".
 
-    `base_model` names the upstream id where a folder does not record it. Raises ValueError for an unknown id or
-    revision, a gated or private repository, no network, or a checkpoint without safetensors weights, each with what to do.
+    `base_model`: the upstream id, if a folder does not record it. Raises ValueError, with the remedy, for an unknown id or
+    revision, a gated or private repository, no network, or a checkpoint without safetensors weights.
     """
     if checkpoint == EMBEDDED_CHECKPOINT:
         with resources.as_file(resources.files("hf_transfer") / "assets" / EMBEDDED_CHECKPOINT) as folder:
@@ -93,7 +93,7 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
     unreachable: list[Exception] = []
 
     def fetch(name: str) -> Path | None:
-        """The file; None where the repository has none, or where it is not cached and the Hub cannot be reached."""
+        """The file; None if the repository has none, or if it is not cached and the Hub cannot be reached."""
         try:
             return Path(hf_hub_download(repo, name, revision=revision or None))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -127,7 +127,7 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
 
 
 def fetch_adapter(model: str) -> Path | None:
-    """The files of a Hub repository (`owner/name[@revision]`) that holds a PEFT adapter; None where it holds none.
+    """The files of a Hub repository (`owner/name[@revision]`) with a PEFT adapter; None if it contains none.
 
     Raises ValueError as `find_source` does.
     """
@@ -137,14 +137,17 @@ def fetch_adapter(model: str) -> Path | None:
     with _explained(repo, revision):
         try:
             hf_hub_download(repo, ADAPTER_CONFIG, revision=revision or None)
-        except (EntryNotFoundError, OfflineModeIsEnabled):  # one that is not cached, and no network: among the first
+        except (
+            EntryNotFoundError,
+            OfflineModeIsEnabled,
+        ):  # the first also if it is not cached and there is no network
             return None
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
 
 
 @contextmanager
 def _explained(repo: str, revision: str) -> Iterator[None]:
-    """Inside, what the Hub refuses is a ValueError that says what to do."""
+    """Inside, errors of the Hub become a ValueError that names the remedy."""
     try:
         yield
     except GatedRepoError as error:
@@ -158,7 +161,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ValueError(
             f"{repo} is not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE=1). "
-            f"Remedy: run `hf download {repo}` where there is a network, or name a local folder"
+            f"Remedy: run `hf download {repo}` with a network, or name a local folder"
         ) from error
     except HFValidationError as error:
         raise ValueError(f"{repo!r} is not a Hub id: {error}") from error
@@ -166,9 +169,9 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         raise ValueError(f"the Hub failed while sending {repo} ({error}): try again") from error
 
 
-def _no_safetensors(name: str, found: list[str]) -> str:
+def _no_safetensors(name: str, files: list[str]) -> str:
     return (
-        f"{name} has no model.safetensors (found: {', '.join(found)}). Pickled weights can run code, so they are not "
+        f"{name} has no model.safetensors (found: {', '.join(files)}). Pickled weights can run code, so they are not "
         "loaded. Remedy: ask its author for safetensors, or convert it on a machine where you trust it with "
         "model.save_pretrained"
     )
@@ -178,16 +181,16 @@ def _card_data(folder: Path) -> dict[str, Any]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
-    found = ModelCard(card.read_text(), ignore_metadata_errors=True).data
-    return {key: found.get(key) for key in ("base_model", "license", "license_name")}
+    data = ModelCard(card.read_text(), ignore_metadata_errors=True).data
+    return {key: data.get(key) for key in ("base_model", "license", "license_name")}
 
 
 def _license(folder: Path, card: dict[str, Any]) -> str | None:
     config = json.loads((folder / "config.json").read_text())
-    found = (
+    name = (
         card.get("license_name")
         or card.get("license")
         or config.get("license")
         or config.get("pretrained_cfg", {}).get("license")
     )
-    return str(found) if found else None
+    return str(name) if name else None

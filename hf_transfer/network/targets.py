@@ -1,7 +1,7 @@
-"""Which maps of a network an adapter stands beside, found by running it once: no table of families.
+"""Which Linear and Conv2d modules of a network get an adapter, found by running it once: no table of families.
 
-A map is a Linear or Conv2d that is called with something of the image. It is attention's where it lies in the module that
-multiplies activations with activations; the head's are never targets.
+A module is a candidate if it is called with a tensor that depends on the image. It belongs to the attention if it lies in the
+module that multiplies activations with activations. The head's modules are never targets.
 """
 
 import re
@@ -14,38 +14,46 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from hf_transfer.config import AdapterConfig
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits, eval_mode
-from hf_transfer.network.methods import METHODS, Adapter, Kind, find_kind, find_misfit
+from hf_transfer.network.methods import METHODS, find_misfit, is_adaptable
 
 PRODUCTS = frozenset(
     ("matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention")
 )
+NAMED_TARGETS = ("auto", "attention", "mlp", "all")
 LIKELY_RANKS = (1, 2, 4, 8, 16, 32, 64)
 ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The maps to adapt, by name, and those of the kind asked for that the method cannot take, with the reason."""
+    """The modules to adapt, by name, and those that were asked for but cannot be adapted, each with the reason."""
 
     modules: Mapping[str, nn.Module]
     left_out: Mapping[str, str]
 
     def describe_left_out(self) -> list[str]:
-        """A line for each kind of name, with its first reason."""
+        """One line for each kind of name, with its first reason."""
         kinds: dict[str, list[str]] = {}
         for name in self.left_out:
             kinds.setdefault(shorten([name])[0], []).append(name)
-        return [f"left as they are: {kind} ({len(names)}): {self.left_out[names[0]]}" for kind, names in kinds.items()]
+        return [f"not adapted: {kind} ({len(names)}): {self.left_out[names[0]]}" for kind, names in kinds.items()]
 
 
-def find_targets(chain: Chain, how: Adapter) -> Targets:
-    """The maps that `how` adapts. Named kinds leave out what the method cannot take; a regular expression must fit whole.
+def find_targets(chain: Chain, adapter: AdapterConfig) -> Targets:
+    """The modules that get an adapter.
 
-    auto: the attention where there is one, else all. attention: the maps in modules that multiply activations with
-    activations. mlp: the other maps of each position alone (Linear, 1x1 convolutions). all: both, and the other
-    convolutions; of the layers between stem and head. A regular expression may also name the stem's; nothing the head's.
+    | targets | modules between stem and head |
+    |---|---|
+    | auto | the attention if there is one, else all |
+    | attention | those inside modules that multiply activations with activations |
+    | mlp | the others that act on each position alone: Linear, 1x1 convolutions |
+    | all | every Linear and Conv2d |
+
+    These skip modules that the adapter does not fit. A regular expression may also name the stem's, and must fit every module
+    that it names. Raises ValueError, listing what is possible, if nothing can be adapted.
     """
     if chain.classifier is None:
         raise ValueError(
@@ -54,65 +62,65 @@ def find_targets(chain: Chain, how: Adapter) -> Targets:
         )
     if not len(chain):
         raise ValueError(f"{type(chain.model).__name__} has no layers between stem and head: there is nothing to adapt")
-    kinds = METHODS[how.method].kinds
-    usable = _find_usable(chain, _observe(chain), ("LayerNorm",) if "LayerNorm" in kinds else ("Linear", "Conv2d"))
-    groups = usable.groups
-    is_named = how.targets in ("auto", "attention", "mlp", "all")
+    candidates = _find_candidates(chain, _observe(chain))
+    is_named = adapter.targets in NAMED_TARGETS
     if is_named:
-        wanted = groups[_resolve(how, groups)]
+        wanted = candidates.groups[_resolve_targets(adapter, candidates.groups)]
     else:
-        wanted = [name for name in usable.modules if re.search(how.targets, name)]
+        wanted = [name for name in candidates.modules if re.search(adapter.targets, name)]
         if not wanted:
-            raise ValueError(_no_match(chain, how, usable.modules, groups))
-    uncalled = usable.uncalled if is_named else []
-    if how.layers != "all":
-        lowest = len(chain) + 1 - _last_k(how, chain)
-        uncalled = [name for name in uncalled if usable.places[name] >= lowest]
-        wanted = [name for name in wanted if usable.places[name] >= lowest]
+            raise ValueError(_explain_no_match(chain, adapter, candidates))
+    uncalled = candidates.uncalled if is_named else []
+    if adapter.layers != "all":
+        lowest = len(chain) + 1 - _count_last_layers(adapter, chain)
+        uncalled = [name for name in uncalled if candidates.layers[name] >= lowest]
+        wanted = [name for name in wanted if candidates.layers[name] >= lowest]
         if not wanted:
             raise ValueError(
-                f"targets={how.targets!r}: none lie in the layers {how.layers}; choose others, or a larger K"
+                f"targets={adapter.targets!r}: none lie in the layers {adapter.layers}; choose others, or a larger K"
             )
-    chosen = {name: usable.modules[name] for name in wanted}
-    misfits = {n: why for n, m in chosen.items() if (why := find_misfit(how, m)) is not None}
+    chosen = {name: candidates.modules[name] for name in wanted}
+    misfits = {n: reason for n, m in chosen.items() if (reason := find_misfit(adapter, m)) is not None}
     fitting = {n: m for n, m in chosen.items() if n not in misfits}
     if not fitting or (misfits and not is_named):
-        raise ValueError(_nothing_fits(how, chosen, misfits, any if is_named else all))
-    why = "the network computes with its weight without calling it"
-    return Targets(modules=fitting, left_out=misfits | dict.fromkeys(uncalled, why))
+        raise ValueError(_explain_misfit(adapter, chosen, misfits, any if is_named else all))
+    reason = "the network computes with its weight without calling it"
+    return Targets(modules=fitting, left_out=misfits | dict.fromkeys(uncalled, reason))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Seen:
+class _Observation:
+    """Names of modules, from one forward."""
+
     called: frozenset[str]
-    fed: frozenset[str]  # those of them that were given something of the image
-    mixing: frozenset[str]  # modules inside which activations are multiplied with activations
+    fed: frozenset[str]  # called with a tensor that depends on the image
+    mixing: frozenset[str]  # innermost around a product of two activations
 
 
-class _Products(TorchFunctionMode):
-    """Notes the innermost module around each product of two activations."""
+class _ProductRecorder(TorchFunctionMode):
+    """Records the innermost module around each product of two activations."""
 
     def __init__(self, stack: list[str]) -> None:
         super().__init__()
         self.stack = stack
-        self.around: set[str] = set()
+        self.modules: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in PRODUCTS:
             flat = [t for a in args for t in (a if isinstance(a, list | tuple) else [a])]
             flat += list((kwargs or {}).values())
             if sum(isinstance(t, torch.Tensor) and t.requires_grad for t in flat) > 1:
-                self.around.add(self.stack[-1])
+                self.modules.add(self.stack[-1])
         return func(*args, **(kwargs or {}))
 
 
-def _observe(chain: Chain) -> _Seen:
-    """One forward with gradients to the image alone: what requires them depends on the image."""
+def _observe(chain: Chain) -> _Observation:
+    """Runs one forward with gradients to the image alone: a tensor that requires gradients depends on the image."""
     model = chain.model
     stack = [""]
     called: set[str] = set()
     fed: set[str] = set()
-    products = _Products(stack)
+    products = _ProductRecorder(stack)
 
     def enter(name: str, args: Any, kwargs: Any) -> None:
         stack.append(name)
@@ -133,141 +141,129 @@ def _observe(chain: Chain) -> _Seen:
                 )
                 handles.append(module.register_forward_hook(leave))
         model.requires_grad_(False)
+        noise = torch.randn(2, *chain.image_shape, generator=torch.Generator().manual_seed(0))
         with eval_mode(model), torch.enable_grad(), products:
-            compute_logits(model, _make_noise(chain).requires_grad_())
+            compute_logits(model, noise.to(flags[0][0].device).requires_grad_())
     finally:
         for handle in handles:
             handle.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return _Seen(called=frozenset(called), fed=frozenset(fed), mixing=frozenset(products.around))
+    return _Observation(called=frozenset(called), fed=frozenset(fed), mixing=frozenset(products.modules))
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Usable:
+class _Candidates:
     modules: Mapping[str, nn.Module]
-    places: Mapping[str, int]  # the number of their layer
-    groups: Mapping[str, list[str]]  # attention, mlp, all: of the layers between stem and head
-    uncalled: list[
-        str
-    ]  # would be usable, but the network takes their weight and computes with it elsewhere (BEiT's qkv)
+    layers: Mapping[str, int]  # index of the layer of every module with parameters below the head
+    groups: Mapping[str, list[str]]  # attention, mlp, all: between stem and head
+    uncalled: list[str]  # the network computes with their weight elsewhere (BEiT's qkv), so an adapter would never run
 
 
-def _find_usable(chain: Chain, seen: _Seen, kinds: tuple[Kind, ...]) -> _Usable:
-    """What could be adapted below the head: called with something of the image, its weight its own."""
-    below = {n.rpartition(".")[0]: i for i, layer in enumerate(chain.layers[:-1]) for n in layer.parameters}
+def _find_candidates(chain: Chain, seen: _Observation) -> _Candidates:
+    """What could be adapted below the head: called with a tensor that depends on the image, its weight its own."""
+    layers = {n.rpartition(".")[0]: i for i, layer in enumerate(chain.layers[:-1]) for n in layer.parameters}
     uses = Counter(id(p) for _, p in chain.model.named_parameters(remove_duplicate=False))
+    adaptable = {n: m for n, m in chain.model.named_modules() if n in layers and is_adaptable(m)}
     modules = {
         name: module
-        for name, module in chain.model.named_modules()
-        if name in below
-        and name in seen.fed
-        and find_kind(module) in kinds
-        and all(uses[id(p)] == 1 for p in module.parameters())  # merged into one user of a weight, it would be in all
+        for name, module in adaptable.items()
+        # An adapter that is merged into a shared weight would change every user of it.
+        if name in seen.fed and all(uses[id(p)] == 1 for p in module.parameters())
     }
-    inner = [name for name in modules if below[name] > 0]
-    uncalled = [
-        name
-        for name, module in chain.model.named_modules()
-        if below.get(name, 0) > 0 and name not in seen.called and find_kind(module) in kinds
-    ]
-    if kinds == ("LayerNorm",):
-        return _Usable(modules=modules, places=below, groups={"all": inner}, uncalled=uncalled)
+    inner = [name for name in modules if layers[name] > 0]
     attention = _find_attention(chain, modules, seen)
-    attending = {n for n in inner if any(n.startswith(a + ".") for a in attention)}
-    return _Usable(
+    attending = [n for n in inner if any(n.startswith(a + ".") for a in attention)]
+    pointwise = [n for n in inner if n not in set(attending) and _is_pointwise(modules[n])]
+    return _Candidates(
         modules=modules,
-        places=below,
-        groups={
-            "attention": [n for n in inner if n in attending],
-            "mlp": [n for n in inner if n not in attending and _is_pointwise(modules[n])],
-            "all": inner,
-        },
-        uncalled=uncalled,
+        layers=layers,
+        groups={"attention": attending, "mlp": pointwise, "all": inner},
+        uncalled=[name for name in adaptable if layers[name] > 0 and name not in seen.called],
     )
 
 
-def _find_attention(chain: Chain, usable: Mapping[str, nn.Module], seen: _Seen) -> set[str]:
-    """The modules around the products of activations that hold their projections."""
+def _find_attention(chain: Chain, candidates: Iterable[str], seen: _Observation) -> set[str]:
+    """The modules around the products of activations that also contain their projections."""
     layers = {layer.name for layer in chain.layers}
-    found = set()
-    for around in seen.mixing:
-        name = around
-        while name and not any(n.startswith(name + ".") for n in usable):
+    attention = set()
+    for innermost in seen.mixing:
+        name = innermost
+        while name and not any(n.startswith(name + ".") for n in candidates):
             name = name.rpartition(".")[0]
         # transformers may keep the output projection beside the module that attends, both inside one "attention".
         while ATTENTION_NAME.search(name.rpartition(".")[0].rpartition(".")[2]):
             name = name.rpartition(".")[0]
-        if name and name not in layers:  # a block that attends by itself would take its MLP along
-            found.add(name)
-    return found
+        if name and name not in layers:  # a block that attends by itself also contains its MLP
+            attention.add(name)
+    return attention
 
 
 def _is_pointwise(module: nn.Module) -> bool:
     return not isinstance(module, nn.Conv2d) or (module.kernel_size == (1, 1) and module.groups == 1)
 
 
-def _last_k(how: Adapter, chain: Chain) -> int:
-    k = int(how.layers.removeprefix("last:"))
+def _count_last_layers(adapter: AdapterConfig, chain: Chain) -> int:
+    k = int(adapter.layers.removeprefix("last:"))
     if k > len(chain):
         raise ValueError(
-            f"adapter_layers={how.layers!r}: this chain has {len(chain)} layers; choose last:1 to last:{len(chain)}"
+            f"adapter_layers={adapter.layers!r}: this chain has {len(chain)} layers; choose last:1 to last:{len(chain)}"
         )
     return k
 
 
-def _resolve(how: Adapter, groups: Mapping[str, list[str]]) -> str:
-    possible = [name for name, found in groups.items() if found]
-    if not possible and METHODS[how.method].kinds == ("LayerNorm",):
-        others = ", ".join(name for name in METHODS if name != how.method)
-        raise ValueError(f"adapter={how.method!r}: this network has no LayerNorm to adapt; choose one of {others}")
+def _resolve_targets(adapter: AdapterConfig, groups: Mapping[str, list[str]]) -> str:
+    """The group that `adapter.targets` names. Raises ValueError if it is empty."""
+    possible = [name for name, members in groups.items() if members]
     if not possible:
         raise ValueError(
-            f"adapter={how.method!r}: this network has no plain Linear or Conv2d in its layers: one that pads or normalises "
-            "its weight by itself could not be merged. Fine-tune its last layers instead"
+            f"adapter={adapter.method!r}: this network has no plain Linear or Conv2d in its layers: one that pads or "
+            "normalizes its weight by itself could not be merged. Fine-tune its last layers instead"
         )
-    if how.targets == "auto":
-        return "attention" if groups.get("attention") else "all"
-    if not groups.get(how.targets):
+    if adapter.targets == "auto":
+        return "attention" if groups["attention"] else "all"
+    if not groups[adapter.targets]:
         raise ValueError(
-            f"targets={how.targets!r}: this network has none; possible are {', '.join(possible)} or a regular expression"
+            f"targets={adapter.targets!r}: this network has none; possible are {', '.join(possible)} or a regular expression"
         )
-    return how.targets
+    return adapter.targets
 
 
-def _no_match(chain: Chain, how: Adapter, usable: Mapping[str, nn.Module], groups: Mapping[str, list[str]]) -> str:
-    beside = [n for n, _ in chain.model.named_modules() if n and re.search(how.targets, n)]
-    if chain.classifier in beside:
-        why = f" but the head's ({chain.classifier}), which trains in any case"
-    elif beside:
-        why = f" of the kind that {how.method} adapts, but {', '.join(beside[:3])}"
+def _explain_no_match(chain: Chain, adapter: AdapterConfig, candidates: _Candidates) -> str:
+    matched = [n for n, _ in chain.model.named_modules() if n and re.search(adapter.targets, n)]
+    if chain.classifier in matched:
+        but = f" but the head ({chain.classifier}), which trains in any case"
+    elif matched:
+        but = f" of the kind that {adapter.method} adapts, but {', '.join(matched[:3])}"
     else:
-        why = ""
-    known = shorten(usable)
-    named = ", ".join(name for name, found in groups.items() if found)
+        but = ""
+    known = shorten(candidates.modules)
+    named = ", ".join(name for name, members in candidates.groups.items() if members)
     return (
-        f"targets={how.targets!r}: matches no map{why}. Possible are {named} or a regular expression for some of "
+        f"targets={adapter.targets!r}: matches no module{but}. Possible are {named} or a regular expression for some of "
         f"{', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
     )
 
 
-def _nothing_fits(
-    how: Adapter, chosen: Mapping[str, nn.Module], misfits: Mapping[str, str], enough: Callable[[Iterable[bool]], bool]
+def _explain_misfit(
+    adapter: AdapterConfig,
+    chosen: Mapping[str, nn.Module],
+    misfits: Mapping[str, str],
+    enough: Callable[[Iterable[bool]], bool],
 ) -> str:
-    """`enough`: any or all of the maps must fit."""
+    """`enough`: whether any or all of the modules must fit."""
 
-    def fits(other: Adapter) -> bool:
+    def fits(other: AdapterConfig) -> bool:
         return enough(find_misfit(other, module) is None for module in chosen.values())
 
-    method = METHODS[how.method]
-    ranks = [str(r) for r in LIKELY_RANKS if method.has_rank and fits(replace(how, rank=r))]
-    rank_of = {name: how.rank if known.has_rank else None for name, known in METHODS.items()}
-    methods = [name for name, rank in rank_of.items() if fits(Adapter(method=name, rank=rank))]
+    ranks = [str(r) for r in LIKELY_RANKS if adapter.has_rank and fits(replace(adapter, rank=r))]
+    plain = {name: AdapterConfig(method=name) for name in METHODS}
+    methods = [n for n, each in plain.items() if fits(replace(each, rank=adapter.rank) if each.has_rank else each)]
     possible = [f"--rank {' or '.join(ranks)}"] if ranks else []
     possible += [f"--adapter {' or '.join(methods)}"] if methods else []
-    name, why = next(iter(misfits.items()))
+    name, reason = next(iter(misfits.items()))
     return (
-        f"{how.name}: {len(misfits)} of {len(chosen)} targets do not fit; {name}: {why}. Possible are "
+        f"{adapter.name}: {len(misfits)} of {len(chosen)} targets do not fit; {name}: {reason}. Possible are "
         f"{', '.join([*possible, 'other --targets'])}"
     )
 
@@ -275,8 +271,3 @@ def _nothing_fits(
 def shorten(names: Iterable[str]) -> list[str]:
     """Names without their numbers, each once, in order: `blocks.N.attn.qkv`."""
     return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "N", name) for name in names))
-
-
-def _make_noise(chain: Chain) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, *chain.image_shape, generator=generator).to(next(chain.model.parameters()).device)

@@ -1,8 +1,8 @@
-"""One forward of a network, recorded: which modules were called, and the tensors that everything flows through.
+"""One recorded forward of a network: the modules that it calls, and the tensors that every path goes through.
 
 The legal cuts of a network are the dominators of its autograd graph: the nodes that every path from the logits back to
-the image goes through (Lengauer and Tarjan, 1979, by way of networkx). Tracing needs no table of architectures. Two
-forwards at two batch sizes tell which dimensions are the batch.
+the image goes through (Lengauer and Tarjan, 1979, as implemented in networkx). No table of architectures is needed. Comparing
+forwards at two batch sizes shows which dimensions are the batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,22 +27,22 @@ class Leaf:
     value: Any = None
     is_tensor: bool = False
     shape: tuple[int, ...] = ()
-    per_image: tuple[int | None, ...] = ()  # size per image of the dimensions that scale with the batch, else None
+    per_image: tuple[int | None, ...] = ()  # size per image of dimensions that scale with the batch, None for others
     dtype: torch.dtype | None = None
     node: int | None = None  # the autograd node that made the tensor
-    constant: torch.Tensor | None = field(default=None, compare=False, repr=False)  # where no image changes its rows
+    constant: torch.Tensor | None = field(default=None, compare=False, repr=False)  # its rows, if equal for all images
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Call:
-    """One call of a module. `start` and `end` are ticks of one clock: calls nest as their intervals do."""
+    """One call of a module. `start` and `end` are ticks of one clock: calls nest as these intervals do."""
 
     module: str
-    index: int  # the how-manieth call of this module in the forward, from 0
+    index: int  # zero-based call index of this module in the forward
     parent: "Call | None"
     start: int
     end: int = 0
-    inputs: list[Leaf] = field(default_factory=list)  # leaves of (args, kwargs), flattened
+    inputs: list[Leaf] = field(default_factory=list)  # flattened (args, kwargs)
     outputs: list[Leaf] = field(default_factory=list)
     output_spec: TreeSpec | None = None
 
@@ -56,27 +56,27 @@ class Call:
 
 @dataclass(kw_only=True)
 class Trace:
-    """What one forward showed. Nodes are integers; nothing here holds an activation."""
+    """One recorded forward. Graph nodes are integers; no activation is kept."""
 
     calls: list[Call]
-    graph: "nx.DiGraph[int]"  # edges from a node to the nodes whose results it used
-    spine: list[int]  # dominators in order from the image to the logits; the last made the logits
+    graph: "nx.DiGraph[int]"  # edges from a node to the nodes whose results it uses
+    spine: list[int]  # dominators, in order from the image to the node that makes the logits
     from_image: frozenset[int]  # nodes whose result depends on the image
     parameters: dict[int, str]  # leaf node -> parameter name
     logits_shape: tuple[int, ...]
 
     @cached_property
     def shapes(self) -> dict[int, tuple[int, ...]]:
-        """Shape of the tensor that each node made, where a module took or returned it."""
+        """Shape of the tensor made by each node that a module takes or returns."""
         leaves = (leaf for call in self.calls for leaf in (*call.inputs, *call.outputs))
         return {leaf.node: leaf.shape for leaf in leaves if leaf.node is not None}
 
     def depends_on_image(self, leaf: Leaf) -> bool:
-        """Whether the leaf is a tensor that would be another for another image."""
+        """Whether the leaf is a tensor that changes with the image."""
         return leaf.node is not None and leaf.node in self.from_image
 
     def parameters_between(self, start: int | None, end: int) -> set[str]:
-        """Names of the parameters that `end` is made with, without those used only up to `start`, a node of the spine."""
+        """Names of the parameters that `end` depends on, without those used only up to `start`, a node of the spine."""
         reached: set[int] = set()
         todo = [end]
         while todo:
@@ -91,8 +91,8 @@ class Trace:
 def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
     """The recorded forward of `model` on random images (B, *image_shape), in eval mode.
 
-    The model's weights, buffers, modes and requires_grad flags are as before afterwards. Raises ValueError where the
-    forward cannot be recorded: its calls differ between two batch sizes, or no gradient reaches the image.
+    Leaves the model's weights, buffers, modes and requires_grad flags unchanged. Raises ValueError if the network calls other
+    modules at another batch size, or if no gradient reaches the image.
     """
     first, graph = _record(model, image_shape, TRACE_BATCHES[0])
     second, _ = _record(model, image_shape, TRACE_BATCHES[1])
@@ -105,12 +105,12 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
     return Trace(calls=first, **graph)
 
 
-def _sizes_per_image(at_first: tuple[int, ...], at_second: tuple[int, ...]) -> tuple[int | None, ...]:
-    return tuple(a // TRACE_BATCHES[0] if a != b else None for a, b in zip(at_first, at_second, strict=True))
+def _sizes_per_image(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int | None, ...]:
+    return tuple(a // TRACE_BATCHES[0] if a != b else None for a, b in zip(first, second, strict=True))
 
 
 def _constant_rows(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    """What to expand where a call returns, beside activations, what is the same for all images: positions, say."""
+    """Rows that are the same for all images, such as position encodings that a call returns beside activations; or None."""
     if first is None or second is None:
         return None
     if first.shape == second.shape:
@@ -121,14 +121,14 @@ def _constant_rows(first: torch.Tensor | None, second: torch.Tensor | None) -> t
 
 
 def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> tuple[list[Call], dict[str, Any]]:
-    """The calls of one forward, and the graph as plain integers (no tensor survives)."""
+    """The calls of one forward, and the fields of its `Trace` except the calls. No tensor is kept."""
     reference = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, *image_shape, generator=generator).to(reference.device, reference.dtype)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    # Some networks (timm's LeViT, EfficientFormer) keep derived attention biases while in eval. Passing through train()
-    # drops them, before, so that the graph reaches their parameters, and after, so that they hold no graph.
+    # Some networks (timm's LeViT, EfficientFormer) cache derived attention biases in eval mode. Passing through train() drops
+    # them: before the forward, so that the graph reaches their parameters; after it, so that no cache keeps the graph.
     model.train()
     recorder = _Recorder(model)
     try:
@@ -136,7 +136,7 @@ def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> 
             parameter.requires_grad_(True)
         with eval_mode(model), torch.enable_grad(), recorder:
             leaf = image.requires_grad_(True)
-            # * 1.0: the image then has a node of its own, and no in-place operation meets a leaf.
+            # * 1.0 gives the image a node of its own, and no in-place operation meets a leaf tensor.
             logits = compute_logits(model, leaf * 1.0)
         graph = _read_graph(model, logits, leaf)
         ids: dict[Any, int] = graph.pop("ids")
@@ -153,11 +153,11 @@ def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> 
 
 
 class _Recorder:
-    """Forward hooks on every module, for the length of one forward."""
+    """Forward hooks on every module, inside the context."""
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[Call] = []
-        self.nodes: dict[int, Any] = {}  # id(leaf) -> autograd node; holding the node keeps its identity
+        self.nodes: dict[int, Any] = {}  # id(leaf) -> autograd node; a reference keeps the node's id unique
         self._model = model
         self._stack: list[Call] = []
         self._clock = 0
@@ -168,7 +168,7 @@ class _Recorder:
             counter = iter(range(1 << 30))
             self._handles += [
                 module.register_forward_pre_hook(self._before(name, counter), with_kwargs=True),
-                # always_call: a network may leave another one in the middle of its forward (`modeling_greedy.Body`).
+                # always_call: a network may stop another one in the middle of its forward (`modeling_greedy.Body`).
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
         return self
@@ -210,7 +210,7 @@ class _Recorder:
 
 
 def _read_graph(model: nn.Module, logits: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
-    """The autograd graph behind `logits` as integers, its dominators, and which leaf is which parameter."""
+    """The autograd graph behind `logits` as integers, its dominators, and the parameter of each leaf node."""
     if logits.grad_fn is None:
         raise ValueError(f"{type(model).__name__}: no gradient reaches the logits, so the network cannot be traced")
     names = {id(p): n for n, p in model.named_parameters()}  # a tied parameter under its first name only
@@ -238,10 +238,10 @@ def _read_graph(model: nn.Module, logits: torch.Tensor, image: torch.Tensor) -> 
         raise ValueError(f"{type(model).__name__}: no gradient reaches the image, so the network cannot be traced")
     dominator_of = nx.immediate_dominators(graph, 0)
     spine: list[int] = []
-    at = source
-    while at != 0:
-        at = dominator_of[at]
-        spine.append(at)
+    node_id = source
+    while node_id != 0:
+        node_id = dominator_of[node_id]
+        spine.append(node_id)
     return {
         "ids": ids,
         "graph": graph,

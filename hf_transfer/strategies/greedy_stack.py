@@ -24,6 +24,8 @@ from hf_transfer.strategy import GradientStrategy
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
     from hf_transfer.network.backbone import Backbone
+    from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack
+    from hf_transfer.network.growing import BlockSpec
     from hf_transfer.session import Session
     from hf_transfer.training.records import RunResult
 
@@ -72,7 +74,7 @@ class GreedyStackStrategy(GradientStrategy):
         from hf_transfer.network.backbone import create
         from hf_transfer.network.growing import create_blocks
 
-        if config.model.checkpoint != NO_CHECKPOINT:
+        if self._is_on_checkpoint(config):
             if self.architecture is not None:
                 raise ValueError(
                     f"checkpoint={config.model.checkpoint!r}, architecture={self.architecture!r}: choose one of them"
@@ -88,14 +90,47 @@ class GreedyStackStrategy(GradientStrategy):
                 model_args=self.model_args,
                 seed=config.seed,
             )
-        return create_blocks(
-            data.label_names, self._blocks(is_new=True), self._head(config), image_size_px=self.image_size_px
-        )
+        blocks = self._blocks(DEFAULT_WIDTH, tuple(n for n in DEFAULT_DOWNSAMPLE if n <= self._num_blocks))
+        return create_blocks(data.label_names, blocks, self._aux_head(config), image_size_px=self.image_size_px)
 
     def run(self, session: "Session") -> "RunResult":
         """Grows the stack, then fine-tunes it."""
         from hf_transfer.training.stages import GrowOptions, finish, grow
 
         options = GrowOptions(epochs=self.stage_epochs, patience_layers=self.patience_layers)
-        grown = grow(session, self._make_stack(session), options)
+        grown = grow(session, self.make_stack(session), options)
         return finish(session, grown, lr=self.fine_tune_lr, fine_tunes=self.fine_tune)
+
+    def make_stack(self, session: "Session") -> "GreedyStack":
+        """The layers to grow, each with its auxiliary head."""
+        from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on
+
+        backbone, aux = session.backbone, self._aux_head(session.config)
+        if self._is_on_checkpoint(session.config):
+            return grow_on(backbone, session.chain, self._blocks(None, ()), aux, after=self.stack_after)
+        if self.architecture is not None:
+            return grow_architecture(backbone, aux, layers=self.layers)
+        return grow_blocks(backbone, aux)
+
+    def _is_on_checkpoint(self, config: RunConfig) -> bool:
+        return config.model.checkpoint != NO_CHECKPOINT
+
+    @property
+    def _num_blocks(self) -> int:
+        return DEFAULT_LAYERS if self.layers is None else self.layers
+
+    def _blocks(self, width: int | None, downsample: tuple[int, ...]) -> "BlockSpec":
+        """The new blocks; `width` and `downsample` hold where the settings say nothing."""
+        from hf_transfer.network.growing import BlockSpec, read_numbers
+
+        return BlockSpec(
+            kind=self.block,
+            layers=self._num_blocks,
+            width=width if self.width is None else self.width,
+            downsample=downsample if self.downsample is None else read_numbers(self.downsample),
+        )
+
+    def _aux_head(self, config: RunConfig) -> "AuxiliaryHead":
+        from hf_transfer.network.greedy import AuxiliaryHead
+
+        return AuxiliaryHead(hidden=self.aux_hidden, seed=config.seed)

@@ -34,7 +34,8 @@ class Lora(GradientStrategy):
         """The session with adapters in its network."""
         from hf_transfer.network.adapters import add_adapters, check_saved_apart
 
-        adapted, chain = add_adapters(session.backbone, session.chain, self.adapter, seed=session.config.seed)
+        adapter = replace(self.adapter, seed=session.config.seed)
+        adapted, chain = add_adapters(session.backbone, session.chain, adapter)
         if not self.merge:
             check_saved_apart(adapted)
         return session.with_network(adapted, chain)

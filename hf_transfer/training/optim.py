@@ -64,7 +64,10 @@ def is_decayed(model: nn.Module, name: str) -> bool:
 
 def make_optimizer(groups: list[dict[str, Any]], optimization: OptimizerConfig) -> torch.optim.Optimizer:
     """timm's optimizer of that name over the groups, each with its own learning rate and weight decay."""
-    return create_optimizer_v2(groups, opt=optimization.optimizer, lr=optimization.lr, momentum=optimization.momentum)
+    # timm's "sgd" is Nesterov's, which needs a momentum above 0; its "momentum" is SGD without Nesterov.
+    is_plain = optimization.optimizer == "sgd" and optimization.momentum == 0
+    name = "momentum" if is_plain else optimization.optimizer
+    return create_optimizer_v2(groups, opt=name, lr=optimization.lr, momentum=optimization.momentum)
 
 
 def lr_factor(step: int, total_steps: int, optimization: OptimizerConfig) -> float:

@@ -102,12 +102,11 @@ def count_activation_bytes(chain: Chain, cut: Cut | None) -> int:
         return tensor
 
     flags = {n: p.requires_grad for n, p in chain.model.named_parameters()}
-    shape = chain.image_shape if cut is None else cut.shape
     try:
         chain.model.requires_grad_(True)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with torch.enable_grad(), hooks, chain.part(start=cut) as part:
-            output = part(torch.zeros(1, *shape, device=like.device))
+            output = part(torch.zeros(1, *part.input_shape, device=like.device))
         del output
     finally:
         for name, p in chain.model.named_parameters():

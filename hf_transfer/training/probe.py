@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -204,12 +204,13 @@ def fit_probe(
         )
         fits = solutions[:-1]
         weight, bias = problems.unstandardize(solutions[-1])
+        score = held_out.score(fits)
     return Probe(
         weight=weight,
         bias=bias,
         c=best.c,
-        score=held_out.score(fits),
-        path=tuple(path),
+        score=score,
+        path=tuple(replace(point, score=score) if point is best else point for point in path),
         validation_logits=held_out.logits(fits)[~in_train],
         held_out_losses=held_out.losses(fits),
         refitted=options.refit,

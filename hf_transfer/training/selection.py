@@ -2,7 +2,7 @@
 
 A trained start gives way only to an epoch that is better by more than one standard error of the difference on the same images.
 Later epochs replace what is kept if they are not worse than the best one by more than that: the best of many epochs on few
-images is partly luck, and the schedule and the moving average settle towards the end. This is the one-standard-error rule
+images is partly luck, and the schedule and the moving average converge towards the end. This is the one-standard-error rule
 (Breiman et al. 1984, section 3.4.3).
 """
 

@@ -192,14 +192,10 @@ def count_stage_flops(stage: Stage, *, stored: bool) -> StageFlops:
     store = 0.0
     with eval_mode(chain.model):
         if cut is not None:
-            before = stage.through[-1] if stage.through else None
-            shape = chain.image_shape if before is None else before.shape
-            with FlopCounterMode(display=False) as counter:
-                chain.run_prefix([cut], like.new_zeros(1, *shape), start=before)
-            store = float(counter.get_total_flops())
-        shape = chain.image_shape if cut is None else cut.shape
+            with chain.part(start=stage.through[-1] if stage.through else None, end=cut) as layer:
+                store = float(layer.count_flops())
         with FlopCounterMode(display=False) as counter, chain.part(start=cut) as part:
-            part(like.new_zeros(1, *shape)).sum().backward()
+            part(like.new_zeros(1, *part.input_shape)).sum().backward()
     for name, parameter in chain.model.named_parameters():
         parameter.grad = None
         parameter.requires_grad_(flags[name])
