@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_transfer.prefix.extract import use_fast_layout
 from hf_transfer.network.freezing import set_modes, set_trainable
 from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack
-from hf_transfer.network.growing import BlockSpec, grow_blocks
+from hf_transfer.network.growing import BlockSpec, create_blocks, grow_blocks
+from hf_transfer.prefix.sweep import use_fast_layout
 
 NUM_CLASSES = 10
 
@@ -68,11 +68,11 @@ def time_stage(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
             step()
             if i >= 3:  # the first ones allocate
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def main() -> None:
-    """Prints a line a stage, then everything as JSON."""
+    """Prints a line for each stage, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=8)
     parser.add_argument("--width", type=int, default=64, help="channels of every block: stages then cost alike")
@@ -83,17 +83,17 @@ def main() -> None:
     given = parser.parse_args()
     labels = [str(i) for i in range(NUM_CLASSES)]
     blocks, aux = BlockSpec(layers=given.stages, width=given.width), AuxiliaryHead(hidden=given.aux_hidden)
-    stack = grow_blocks(labels, blocks, aux, image_size_px=given.side_px)
+    stack = grow_blocks(create_blocks(labels, blocks, aux, image_size_px=given.side_px), aux)
     use_fast_layout(stack.grown)
     rows = []
     print(f"{'stage':>5} {'alone ms':>9} {'stored':>7} {'recomputed':>10}   (against alone)")
     for number in range(1, given.stages):
-        found = time_stage(make_steps(stack, number, given.batch), given.steps)
-        row = {"stage": number + 1, **{f"{k}_s": v for k, v in found.items()}}
-        row |= {f"{k}_ratio": found[k] / found["alone"] for k in ("stored", "recomputed")}
+        seconds = time_stage(make_steps(stack, number, given.batch), given.steps)
+        row = {"stage": number + 1, **{f"{k}_s": v for k, v in seconds.items()}}
+        row |= {f"{k}_ratio": seconds[k] / seconds["alone"] for k in ("stored", "recomputed")}
         rows.append(row)
         print(
-            f"{number + 1:>5} {1e3 * found['alone']:>9.1f} {row['stored_ratio']:>7.2f} {row['recomputed_ratio']:>10.2f}",
+            f"{number + 1:>5} {1e3 * seconds['alone']:>9.1f} {row['stored_ratio']:>7.2f} {row['recomputed_ratio']:>10.2f}",
             flush=True,
         )
     device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -3,89 +3,70 @@ r"""The journey: greedy pretraining upstream, fine-tuning, saving, loading it as
     python benchmarks/journey.py --upstream cifar10 --upstream_images 500 --downstream sign_digits hymenoptera --side_px 32 \
         --images_per_class 10 0 --epochs 20 --seeds 3
 
-Upstream once: `recipes/greedy_stack.py`. Then, for each downstream set, number of images a class (0: all) and seed, the saved
-folder is the `--checkpoint` of LP-FT (`recipes/probe_then_full.py`); against it the same network with newly drawn weights, by
-the same loop, optimizer, augmentation and number of epochs. Each side trains once at each of `--lr` and keeps the run that
-validates best; the test images are scored in that run alone. Reported: test accuracy after equal epochs, and the seconds
-after which the transferred network's validation accuracy first reaches the best of the network from scratch (the probe, and
-the passes that it needs, counted).
+Upstream once: `greedy_stack`. Then, for each downstream set, number of images per class (0: all) and seed, the saved folder is
+the checkpoint of LP-FT (`probe_then_full`), compared with the same network with newly drawn weights (`full`), with the same
+optimizer, augmentation and number of epochs. Each side trains once at each of `--lr` and keeps the run that validates best;
+test images are scored in that run alone. Reported: test accuracy after equal epochs, and the seconds after which the
+transferred network's validation accuracy first reaches the best of the network from scratch (including the probe and its
+passes).
 """
 
 import argparse
-import importlib.util
 import json
 import statistics
-import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_transfer.config import NO_SPLIT, TrainConfig
-from hf_transfer.data.dataset import load_data
-from hf_transfer.network.backbone import load
-from hf_transfer.network.policies import full
-from hf_transfer.costs import Costs
-from hf_transfer.training.phase import Phase, Plan, ProbePhase, optimization_of
-from hf_transfer.training.plan import run_plan
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-def load_recipe(name: str) -> Any:
-    """The recipe as a module."""
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from hf_transfer.config import NO_SPLIT, replace_settings
+from hf_transfer.launch import run
+from hf_transfer.runs import open_session
+from hf_transfer.strategy import Strategy, default_config
 
 
 def draw_anew(model: torch.nn.Module, seed: int) -> None:
-    """Replaces every weight and running statistic, in place, by torch's own initialisation."""
+    """Replaces every weight and running statistic, in place, by torch's own initialization."""
     torch.manual_seed(seed)
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
 
-def fine_tune(folder: Path, config: TrainConfig, *, transfers: bool) -> dict[str, Any]:
-    """Accuracies, and (seconds, validation accuracy) after the start and after every epoch."""
-    data = load_data(config)
-    backbone = load(str(folder), data.label_names)
+def fine_tune(settings: dict[str, Any], *, transfers: bool) -> dict[str, Any]:
+    """Accuracies by split, and (seconds, validation accuracy) after the start and after every epoch."""
+    config = replace_settings(default_config("probe_then_full" if transfers else "full"), settings)
+    session = open_session(config)
+    strategy = config.strategy
+    assert isinstance(strategy, Strategy)
     if not transfers:
-        draw_anew(backbone.model, seed=config.seed)
-    phase = Phase(policy=full(), epochs=config.epochs, optimization=optimization_of(config))
-    plan: Plan = [ProbePhase(), phase] if transfers else [phase]
-    costs = Costs()
-    outcome = run_plan(plan, backbone.chain(), backbone, data, config=config, costs=costs)
-    seconds = costs.to_dict()["seconds"]
-    at = seconds.get("features", 0.0) + seconds.get("probe", 0.0)
-    points = [(at, outcome.plan[0]["score"]["accuracy"])] if transfers else []
-    at += seconds.get("store", 0.0)
-    for row in outcome.details["phases"][-1]["history"]:
-        at += row["images"] / row["images_per_second"]
-        points.append((at, row["validation_accuracy"]))
-    found = {name: scores["accuracy"] for name, scores in outcome.metrics.items()}
-    return {"lr": config.lr, "points": points, **found}
+        draw_anew(session.backbone.model, seed=config.seed)
+    with session.costs:
+        result = strategy.run(session)
+    parts = session.costs.read().seconds
+    seconds = parts.get("features", 0.0) + parts.get("probe", 0.0)
+    points = [(seconds, result.phases[0].score.accuracy)] if transfers else []
+    seconds += parts.get("store", 0.0)
+    for record in result.phases[-1].history:
+        seconds += record.images / record.images_per_second
+        points.append((seconds, record.validation.accuracy))
+    accuracies = {name: metrics.accuracy for name, metrics in result.metrics.items()}
+    return {"lr": settings["lr"], "points": points, **accuracies}
 
 
-def fine_tune_best(folder: Path, config: TrainConfig, lrs: list[float], *, transfers: bool) -> dict[str, Any]:
+def fine_tune_best(settings: dict[str, Any], lrs: list[float], *, transfers: bool) -> dict[str, Any]:
     """The run of the learning rate that validates best; ties go to the first. Test images are scored once, for it."""
-    blind = [fine_tune(folder, replace(config, lr=lr, test_split=NO_SPLIT), transfers=transfers) for lr in lrs]
-    best = max(blind, key=lambda run: run["validation"])
-    return fine_tune(folder, replace(config, lr=best["lr"]), transfers=transfers)
+    runs = [fine_tune(settings | {"lr": lr, "test_split": NO_SPLIT}, transfers=transfers) for lr in lrs]
+    best = max(runs, key=lambda run: run["validation"])
+    return fine_tune(settings | {"lr": best["lr"]}, transfers=transfers)
 
 
 def main() -> None:
     """Prints a line of JSON for each downstream run, then a table of means over the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--upstream", required=True)
-    parser.add_argument("--upstream_images", type=int, default=500, help="a class, training and validation")
+    parser.add_argument("--upstream_images", type=int, default=500, help="per class, training and validation")
     parser.add_argument("--downstream", nargs="+", required=True)
     parser.add_argument("--images_per_class", type=int, nargs="+", default=[10, 0], help="0: all")
     parser.add_argument("--side_px", type=int, default=32)
@@ -98,56 +79,53 @@ def main() -> None:
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2], help="each side chooses by validation"
     )
-    parser.add_argument("--flip", type=float, default=0.5, help="0 where left and right mean something, as in digits")
+    parser.add_argument("--hflip", type=float, default=0.5, help="0 where left and right mean something, as in digits")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output_dir", type=Path, help="where the upstream run is kept; default: a temporary folder")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         upstream = given.output_dir or Path(scratch, "upstream")
-        greedy = load_recipe("greedy_stack")
         shape = (
             {"architecture": given.architecture}
             if given.architecture
             else {"layers": given.layers, "width": given.width}
         )
         if not (upstream / "results.json").is_file():
-            greedy.main(
-                greedy.GreedyStackConfig(
-                    dataset=given.upstream,
-                    images_per_class=given.upstream_images or None,
-                    output_dir=str(upstream),
-                    image_size_px=given.side_px,
-                    aux_hidden=2,
-                    stage_epochs=given.stage_epochs,
-                    epochs=given.upstream_epochs,
-                    batch_size=64,
-                    flip=given.flip,
-                    tracker="none",
-                    **shape,
-                )
-            )
-        found = json.loads((upstream / "results.json").read_text())
-        print(json.dumps({"upstream": found["metrics"]["test"]["accuracy"], "stages": found["details"]["stages"]}))
+            settings = {
+                "dataset": given.upstream,
+                "images_per_class": given.upstream_images or None,
+                "output_dir": str(upstream),
+                "image_size_px": given.side_px,
+                "aux_hidden": 2,
+                "stage_epochs": given.stage_epochs,
+                "epochs": given.upstream_epochs,
+                "batch_size": 64,
+                "hflip": given.hflip,
+                "tracker": "none",
+            }
+            run(replace_settings(default_config("greedy_stack"), settings | shape))
+        results = json.loads((upstream / "results.json").read_text())
+        print(json.dumps({"upstream": results["metrics"]["test"]["accuracy"], "stages": results["details"]["stages"]}))
         table = []
         for dataset in given.downstream:
             for images in given.images_per_class:
                 rows = []
                 for seed in range(given.seeds):
-                    config = TrainConfig(
-                        dataset=dataset,
-                        images_per_class=images or None,
-                        seed=seed,
-                        epochs=given.epochs,
-                        output_dir=scratch,
-                        layer_decay=1.0,
-                        flip=given.flip,
-                        freeze_batchnorm=False,
-                        tracker="none",
-                    )
-                    ours = fine_tune_best(upstream / "model", config, given.lr, transfers=True)
-                    theirs = fine_tune_best(upstream / "model", config, given.lr, transfers=False)
+                    settings = {
+                        "checkpoint": str(upstream / "model"),
+                        "dataset": dataset,
+                        "images_per_class": images or None,
+                        "seed": seed,
+                        "epochs": given.epochs,
+                        "layer_decay": 1.0,
+                        "hflip": given.hflip,
+                        "freeze_batchnorm": False,
+                        "tracker": "none",
+                    }
+                    ours = fine_tune_best(settings, given.lr, transfers=True)
+                    theirs = fine_tune_best(settings, given.lr, transfers=False)
                     best = max(accuracy for _, accuracy in theirs["points"])
-                    at = next(i for i, (_, accuracy) in enumerate(theirs["points"]) if accuracy == best)
+                    best_epoch = next(i for i, (_, accuracy) in enumerate(theirs["points"]) if accuracy == best)
                     reached = next((i for i, (_, accuracy) in enumerate(ours["points"]) if accuracy >= best), None)
                     rows.append(
                         {
@@ -159,9 +137,9 @@ def main() -> None:
                             "lr": [ours["lr"], theirs["lr"]],
                             "validation": [ours["validation"], theirs["validation"]],
                             "epochs_to_scratch_best": reached,  # 0: its probe
-                            "scratch_epochs": at + 1,
+                            "scratch_epochs": best_epoch + 1,
                             "seconds_to_scratch_best": None if reached is None else ours["points"][reached][0],
-                            "scratch_seconds": theirs["points"][at][0],
+                            "scratch_seconds": theirs["points"][best_epoch][0],
                         }
                     )
                     print(json.dumps(rows[-1]), flush=True)
