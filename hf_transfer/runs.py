@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 
-from hf_transfer.config import DataConfig, GradientConfig, RunConfig
+from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.hub.publish import PublishOptions, check_push, publish
@@ -38,17 +38,18 @@ MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  
 def open_session(
     config: RunConfig,
     *,
-    read_data: Callable[[DataConfig], Data] = load_data,
+    load: Callable[[], Data] | None = None,
     output_dir: Path | None = None,
-    unrepeatable: tuple[str, ...] = (),
+    unrepeatable: Sequence[str] = (),
 ) -> Session:
-    """Processes, trackers and config.yaml, then the data and the network: cheap checks come before the download.
+    """Starts the processes and trackers, writes config.yaml, then loads the data and the network.
 
-    Without `output_dir`, nothing but caches is written. `unrepeatable`: see `Session`. Raises ValueError for whatever is wrong
-    with the settings, the data or the checkpoint, and PushError if a push that was asked for would be refused.
+    `load` returns the splits; by default they are those that the settings name. Without `output_dir`, nothing but caches is
+    written. `unrepeatable`: sentences on what config.yaml cannot repeat. Cheap checks come before the download: raises
+    ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was asked for
+    would be refused.
     """
-    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process stays
-    accelerator, costs = Accelerator(**accelerator_options(config, output_dir)), Costs()
+    accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
             check_push(config.output.push_to_hub)  # not after hours of training
@@ -59,7 +60,7 @@ def open_session(
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
     with costs.part("data"), accelerator.main_process_first():
-        data = read_data(config.data)
+        data = load_data(config.data) if load is None else load()
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
@@ -74,7 +75,7 @@ def open_session(
         accelerator=accelerator,
         costs=costs,
         output_dir=output_dir,
-        unrepeatable=unrepeatable,
+        unrepeatable=tuple(unrepeatable),
     )
 
 
@@ -138,8 +139,13 @@ def start_logging() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
-    """What the flags say; where they say nothing, `accelerate launch` or its config file decides."""
+def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
+    """The processes and precision of a run; what the settings leave open, `accelerate launch` or its config file decides."""
+    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process stays
+    return Accelerator(**_accelerator_options(config, output_dir))
+
+
+def _accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
     options: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[config.compute.precision]}
     if not isinstance(config.strategy, GradientConfig):
         return options

@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from hf_transfer.choosing.advise import Advice
 
 IN_MEMORY = "images in memory"  # what logs and cards call them if no name is given
-NOT_OF_A_TASK = {  # settings of a run that have another place in Python
-    "output_dir": "give it to fit, or to run.save",
-    "push_to_hub": "use run.push",
-    "private": "use run.push with PublishOptions(private=True)",
-}
 
 Phases = Sequence[SolveHeadPhase | TrainPhase]
 
@@ -71,11 +66,6 @@ class Task:
 
     def __init__(self, images: Any, checkpoint: str = EMBEDDED_CHECKPOINT, **settings: Any) -> None:
         is_name = isinstance(images, str | os.PathLike)
-        for name in settings:
-            if name in NOT_OF_A_TASK:
-                raise ValueError(f"Task: {name} is no setting of a task; {NOT_OF_A_TASK[name]}")
-        if is_name and "dataset" in settings:
-            raise ValueError(f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give one of them")
         self.images = None if is_name else images
         dataset = str(images) if is_name else settings.pop("dataset", IN_MEMORY)
         values = {"dataset": dataset, "checkpoint": checkpoint, **settings}
@@ -114,15 +104,15 @@ class Task:
         if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
             config = replace_settings(config, strategy.task_defaults)
         unrepeatable = self._list_unrepeatable(strategy)
-        return open_session(config, read_data=lambda _: self.data, output_dir=folder, unrepeatable=unrepeatable)
+        return open_session(config, load=lambda: self.data, output_dir=folder, unrepeatable=unrepeatable)
 
-    def _list_unrepeatable(self, strategy: Strategy) -> tuple[str, ...]:
+    def _list_unrepeatable(self, strategy: Strategy) -> list[str]:
         """What the settings do not say."""
         lines = [] if self.images is None else ["the images were in memory: give them to hf_transfer.Task again"]
         if isinstance(strategy, CustomPlan):
             lines.append(f"the plan was made in Python, for Task.fit; its {len(strategy.phases)} phases:")
             lines += [f"{phase.policy.name}: {json.dumps(phase.identity())}" for phase in strategy.phases]
-        return tuple(lines)
+        return lines
 
 
 def _as_strategy(strategy: Strategy | Phases, settings: dict[str, Any]) -> Strategy:
