@@ -214,7 +214,7 @@ def test_growth_stops_when_depth_does_not_help() -> None:
     assert len(grown.done) in (best + 1, 4)
     assert len(grown.done) < 4, "with this seed no layer learns anything"
     finished = grown.stack.finished(fine_tuned=False)
-    assert len(finished.model.blocks) == best  # type: ignore[union-attr, arg-type]
+    assert len(finished.model.blocks) == best  # type: ignore[arg-type]
 
 
 def test_the_finished_network_is_the_last_stage(two: GreedyStack) -> None:
