@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
+from hf_transfer.flags import parse
 from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, create, load
@@ -293,6 +294,24 @@ def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
     cutless = replace(bare, layers=tuple(replace(layer, cut=None) for layer in bare.layers))
     with pytest.raises(ValueError, match="no cuts at all"):
         on(resnet, cutless)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--checkpoint embedded --architecture resnet18", "architecture='resnet18': choose one of them"),
+        ("--stack_after stem", "need the activations of a --checkpoint"),
+        ("--block transformer", "need the activations of a --checkpoint"),
+        ("--model_args {}", "needs an --architecture"),
+        ("--architecture resnet18 --width 8", "resnet18 has its own layers"),
+    ],
+)
+def test_settings_that_do_not_fit_end_before_anything_is_loaded(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse("greedy_stack", prog="greedy_stack.py", description=None, arguments=arguments.split())
+    assert message in capsys.readouterr().err
 
 
 LOADER = """
