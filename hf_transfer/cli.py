@@ -254,11 +254,11 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
 def _advise(given: argparse.Namespace) -> str:
     from hf_transfer.choosing.advise import advise
     from hf_transfer.choosing.table import format_advice
-    from hf_transfer.runs import open_quiet_session
+    from hf_transfer.runs import open_session
 
     if given.budget_s is not None and not 0 < given.budget_s < float("inf"):
         raise ValueError(f"budget_s={given.budget_s}: choose more than 0 seconds")
-    session = open_quiet_session(_run_config(given))
+    session = open_session(_run_config(given))
     advice = advise(session, measure=given.measure, budget_s=given.budget_s)
     return json.dumps(advice.to_dict(), indent=1) if given.json else format_advice(advice)
 

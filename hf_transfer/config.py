@@ -464,7 +464,8 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
     "erase": "random_erasing", "magnitude": "randaugment_magnitude", "least_side_px": "min_resolution_px",
     "report_to": "tracker", "log_wandb": "tracker", "resume_from_checkpoint": "resume", "save_steps": "save_every",
     "hub_model_id": "push_to_hub", "hub_private_repo": "private", "output": "output_dir", "r": "rank", "lora_r": "rank",
-    "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets", "peft_type": "adapter", "model_kwargs": "model_args",
+    "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets", "peft_type": "adapter",
+    "model_kwargs": "model_args",
 }  # fmt: skip
 
 

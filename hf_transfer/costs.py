@@ -29,6 +29,7 @@ class Costs:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
+        self._ended: float | None = None
         self._parts: dict[str, float] = {}
         self._images: dict[str, int] = {}
         self._peak_bytes = 0
@@ -56,17 +57,19 @@ class Costs:
         self._images[part] = self._images.get(part, 0) + images
 
     def stop(self) -> None:
-        """Ends the sampling of memory; the stopwatch goes on."""
+        """Ends the measurement: later readings give the same figures."""
+        if self._ended is None:
+            self._ended = time.perf_counter()
         self._stop.set()
         self._sampler.join()
 
     def read(self) -> Cost:
-        """The figures up to now. Stops the sampling of memory."""
-        self.stop()
+        """The figures up to now, or up to `stop`."""
+        now = time.perf_counter() if self._ended is None else self._ended
         on_gpu = torch.cuda.is_available()
         rates = {n: images / self._parts[n] for n, images in self._images.items() if images and n in self._parts}
         return Cost(
-            seconds={**self._parts, "total": time.perf_counter() - self._started},
+            seconds={**self._parts, "total": now - self._started},
             images_per_second=rates,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else self._peak_bytes,
             memory_is="GPU memory allocated by torch" if on_gpu else "anonymous resident memory of this process",

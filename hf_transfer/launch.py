@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_transfer.config import RunConfig
@@ -25,14 +26,11 @@ def run_recipe(
 
 def run(config: RunConfig) -> "RunResult":
     """Runs the config's strategy, from loading the data to writing and, if asked, pushing the model."""
-    from hf_transfer.runs import open_session, push, write_run
-    from hf_transfer.strategy import Strategy
+    from hf_transfer.runs import execute, open_session, push, start_logging
 
-    assert isinstance(config.strategy, Strategy)
-    session = open_session(config)
-    result = config.strategy.run(session)
-    write_run(session, result)
-    session.accelerator.end_training()
+    start_logging()
+    session = open_session(config, output_dir=Path(config.output.output_dir))
+    result = execute(session)
     if config.output.push_to_hub is not None:
         push(session, result, config.output.push_to_hub)
     return result

@@ -2,10 +2,12 @@
 
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 
 from hf_transfer.config import GradientConfig, RunConfig
@@ -33,33 +35,32 @@ CHATTY = (
 MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in accelerate's words
 
 
-def open_session(config: RunConfig) -> Session:
-    """Processes, seeds and log, config.yaml, then the data and the network: cheap checks come before the download.
+def open_session(
+    config: RunConfig,
+    *,
+    load: Callable[[], Data] | None = None,
+    output_dir: Path | None = None,
+    unrepeatable: Sequence[str] = (),
+) -> Session:
+    """Starts the processes and trackers, writes config.yaml, then loads the data and the network.
 
-    Raises ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was
-    asked for would be refused.
+    `load` returns the splits; by default they are those that the settings name. Without `output_dir`, nothing but caches is
+    written. `unrepeatable`: sentences on what config.yaml cannot repeat. Cheap checks come before the download: raises
+    ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was asked for
+    would be refused.
     """
-    output_dir = Path(config.output.output_dir)
-    accelerator = Accelerator(**accelerator_options(config, output_dir))
-    start_logging(is_main=accelerator.is_main_process)
-    costs = Costs()
+    accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
             check_push(config.output.push_to_hub)  # not after hours of training
-        write_config(output_dir, config)
+        if output_dir is not None:
+            write_config(output_dir, config, unrepeatable)
     if accelerator.log_with:
         # Trackers send it elsewhere, so it holds no path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
     with costs.part("data"), accelerator.main_process_first():
-        data = load_data(config.data)
-    return load_session(config, data, accelerator, costs, output_dir)
-
-
-def load_session(
-    config: RunConfig, data: Data, accelerator: Accelerator, costs: Costs, output_dir: Path | None
-) -> Session:
-    """The session over data that is loaded: its notes go to the log, and the strategy's network is loaded."""
+        data = load_data(config.data) if load is None else load()
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
@@ -68,16 +69,25 @@ def load_session(
     with costs.part("checkpoint"), accelerator.main_process_first():
         backbone = config.strategy.load_backbone(config, data)
     return Session(
-        config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs, output_dir=output_dir
+        config=config,
+        data=data,
+        backbone=backbone,
+        accelerator=accelerator,
+        costs=costs,
+        output_dir=output_dir,
+        unrepeatable=tuple(unrepeatable),
     )
 
 
-def open_quiet_session(config: RunConfig) -> Session:
-    """A session that writes nothing and logs warnings only, for commands that print."""
-    accelerator, costs = Accelerator(**accelerator_options(config, None)), Costs()
-    with costs.part("data"), accelerator.main_process_first():
-        data = load_data(config.data)
-    return load_session(config, data, accelerator, costs, None)
+def execute(session: Session) -> RunResult:
+    """Runs the session's strategy: trains, scores, and writes the output folder if there is one."""
+    assert isinstance(session.strategy, Strategy)
+    with session.costs:
+        result = session.strategy.run(session)
+        if session.output_dir is not None:
+            write_run(session, result)
+    session.accelerator.end_training()
+    return result
 
 
 def write_run(session: Session, result: RunResult) -> dict[str, Any]:
@@ -121,15 +131,21 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
     return published.url
 
 
-def start_logging(*, is_main: bool) -> None:
+def start_logging() -> None:
     """Plain lines on stderr: ours from the main process, only errors from libraries and other processes."""
+    is_main = PartialState().is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
-    """What the flags say; where they say nothing, `accelerate launch` or its config file decides."""
+def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
+    """The processes and precision of a run; what the settings leave open, `accelerate launch` or its config file decides."""
+    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process stays
+    return Accelerator(**_accelerator_options(config, output_dir))
+
+
+def _accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
     options: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[config.compute.precision]}
     if not isinstance(config.strategy, GradientConfig):
         return options

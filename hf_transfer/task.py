@@ -9,6 +9,7 @@
 It runs the same code as `hf-transfer train`, so the same settings give the same weights to the bit.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
-
 from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig, replace_settings
-from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.run import Run
-from hf_transfer.runs import accelerator_options, load_session, write_run
+from hf_transfer.runs import execute, open_session
 from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
@@ -88,20 +86,16 @@ class Task:
         Raises ValueError for whatever is wrong with settings, data or checkpoint.
         """
         session = self._open(_as_strategy(strategy, settings), output_dir)
-        assert isinstance(session.strategy, Strategy)
-        result = session.strategy.run(session)
-        session.costs.stop()
-        run = Run(session=session, result=result)
-        if output_dir is not None:
-            write_run(session, result)
-        return run
+        return Run(session=session, result=execute(session))
 
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
         """Which strategy suits these images and this checkpoint (see `hf-transfer advise`)."""
         from hf_transfer.choosing.advise import advise
         from hf_transfer.strategy import make_strategy
 
-        return advise(self._open(make_strategy("auto", tracker="none"), None), measure=measure, budget_s=budget_s)
+        session = self._open(make_strategy("auto", tracker="none"), None)
+        with session.costs:
+            return advise(session, measure=measure, budget_s=budget_s)
 
     def _open(self, strategy: Strategy, output_dir: str | Path | None) -> Session:
         folder = None if output_dir is None else Path(output_dir)
@@ -109,8 +103,16 @@ class Task:
         config = replace(self.config, strategy=strategy, output=output)
         if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
             config = replace_settings(config, strategy.task_defaults)
-        accelerator = Accelerator(**accelerator_options(config, folder))
-        return load_session(config, self.data, accelerator, Costs(), folder)
+        unrepeatable = self._list_unrepeatable(strategy)
+        return open_session(config, load=lambda: self.data, output_dir=folder, unrepeatable=unrepeatable)
+
+    def _list_unrepeatable(self, strategy: Strategy) -> list[str]:
+        """What the settings do not say."""
+        lines = [] if self.images is None else ["the images were in memory: give them to hf_transfer.Task again"]
+        if isinstance(strategy, CustomPlan):
+            lines.append(f"the plan was made in Python, for Task.fit; its {len(strategy.phases)} phases:")
+            lines += [f"{phase.policy.name}: {json.dumps(phase.identity())}" for phase in strategy.phases]
+        return lines
 
 
 def _as_strategy(strategy: Strategy | Phases, settings: dict[str, Any]) -> Strategy:

@@ -4,12 +4,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from hf_transfer.config import DataConfig, RunConfig, list_settings, replace_settings
-from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.runs import load_session
+from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.strategy import default_config
 
@@ -26,9 +23,9 @@ def make_config(strategy: str = "full", **settings: Any) -> RunConfig:
 def make_session(strategy: str = "full", output_dir: Path | None = None, **settings: Any) -> Session:
     """A session over fresh upstream weights. States to resume from are kept if there is an `output_dir`."""
     config = make_config(strategy, **settings)
-    costs = Costs()
-    costs.stop()  # a sampling thread per session would slow down all later tests
-    return load_session(config, read_data(config.data), Accelerator(cpu=True), costs, output_dir)
+    session = open_session(config, load=lambda: read_data(config.data), output_dir=output_dir)
+    session.costs.stop()  # a sampling thread per session would slow down all later tests
+    return session
 
 
 @cache

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from accelerate import Accelerator
 
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
 from hf_transfer.choosing.auto import choose_and_run, compare
@@ -23,12 +22,11 @@ from hf_transfer.choosing.table import format_advice
 from hf_transfer.cli import main
 from hf_transfer.config import changed_settings, replace_settings, to_settings
 from hf_transfer.costs import Costs
-from hf_transfer.data.dataset import load_data
 from hf_transfer.flags import parse
 from hf_transfer.launch import run_recipe
 from hf_transfer.network.backbone import load
 from hf_transfer.reporting.sentences import describe_choice
-from hf_transfer.runs import load_session
+from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.strategy import default_config, make_strategy
 from hf_transfer.training.pricing import count_activation_bytes
@@ -39,19 +37,19 @@ ROOT = Path(__file__).parents[1]
 SETTINGS = {"images_per_class": 8, "epochs": 2, "batch_size": 16, "tracker": "none"}
 
 
-def open_session(output_dir: Path | None = None, **settings: Any) -> Session:
+def make_session(output_dir: Path | None = None, **settings: Any) -> Session:
     config = replace_settings(default_config("auto"), SETTINGS | settings)
-    return load_session(config, load_data(config.data), Accelerator(cpu=True), Costs(), output_dir)
+    return open_session(config, output_dir=output_dir)
 
 
 @pytest.fixture(scope="module")
 def session() -> Session:
-    return open_session()
+    return make_session()
 
 
 @pytest.fixture(scope="module")
 def advice() -> Advice:
-    return advise(open_session())
+    return advise(make_session())
 
 
 def test_advice_reports_measurements_and_expectations(advice: Advice) -> None:
@@ -91,7 +89,7 @@ def test_the_run_that_follows_makes_no_second_pass(
     seen = []
     for is_advised in (False, True):
         monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / str(is_advised)))
-        session = open_session(epochs=1).without_test()
+        session = make_session(epochs=1).without_test()
         data = session.data
         if is_advised:
             assert advise(session).cost["images_computed"] == len(data.train) + len(data.validation)
@@ -115,7 +113,7 @@ def test_the_command_runs_the_advised_settings(advice: Advice, session: Session)
         advised = to_settings(replace(session.config, strategy=find_candidates(session)[name]))
         elsewhere = {"output_dir": f"runs/{name}", "tracker": "auto"}
         assert parsed == advised | {k: v for k, v in elsewhere.items() if k in parsed}
-    other = open_session(dataset="sklearn/digits", on_bad_image="skip", trust_remote_code=True)
+    other = make_session(dataset="sklearn/digits", on_bad_image="skip", trust_remote_code=True)
     spaced = replace(other.config.data, dataset="a b/c")
     command = make_command(replace(other, config=replace(other.config, data=spaced)), make_strategy("lora"))
     assert "'a b/c'" in command
@@ -187,7 +185,7 @@ def test_pilots_change_the_choice(advice: Advice) -> None:
 
 
 def test_pilots_halve_within_the_budget() -> None:
-    session = open_session(epochs=3)
+    session = make_session(epochs=3)
     candidates = find_candidates(session)
     two = {name: candidates[name] for name in ("last_layers", "full")}
     pilots = run_pilots(session, two, dict.fromkeys(STRATEGIES, 0.0), budget_s=1e6)
@@ -277,7 +275,7 @@ def test_auto_runs_the_advised_strategy_and_says_why(
         return replace(advise(*arguments, **options), recommended=winner)
 
     monkeypatch.setattr("hf_transfer.choosing.auto.advise", advised)
-    session = open_session(tmp_path)
+    session = make_session(tmp_path)
     result = choose_and_run(session, measure=False, budget_s=None)
     choice = result.choice
     assert choice is not None

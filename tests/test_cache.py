@@ -364,6 +364,30 @@ def test_each_rank_writes_its_rows_and_reads_all(num_rows: int, root: Path, tmp_
     np.testing.assert_array_equal(build(num_rows, fill=must_not_fill)["features"][:], content(0, num_rows)["features"])
 
 
+def discard_as_rank(folder: Path, rank: int, count: int, num_rows: int) -> None:
+    ranks = FileRanks(folder, rank, count).as_ranks()
+    build(num_rows, ranks=ranks)
+    filled = []
+
+    def fill_again(rows: Mapping[str, Array], start: int) -> None:
+        filled.append(start)
+        fill(rows, start)
+
+    def check(stores: Mapping[str, Store]) -> list[str]:
+        assert rank == 0, "rank 0 alone checks"
+        return ["features"]
+
+    build(num_rows, ranks=ranks, fill=fill_again, check=check)
+    assert filled == [num_rows * rank // count]
+
+
+def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "meet").mkdir()
+    join(*[start_process(discard_as_rank, tmp_path / "meet", rank, 2, 11) for rank in range(2)])
+    assert len(list(root.iterdir())) == 1
+    build(11, fill=must_not_fill, check=lambda stores: [])
+
+
 def test_memory_is_refused_under_several_ranks() -> None:
     with pytest.raises(ValueError, match="several processes share them on disk: 'disk'"):
         build(storage=MEMORY, ranks=Ranks(rank=0, count=2))

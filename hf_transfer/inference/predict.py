@@ -123,8 +123,8 @@ def predict(
 ) -> list[Prediction]:
     """The `top_k` most likely labels of each image, in the order of `images`.
 
-    An image is a path, a PIL image or a uint8 array (H, W, 3) in RGB; sizes may differ. `num_workers` threads decode (0: one per
-    core). Moves the model to the accelerator's device and into eval mode. Raises BadImageError, naming the image, for one
+    An image is a path, a PIL image or a uint8 array (H, W, 3) in RGB; sizes may differ. `num_workers` threads decode (0: one
+    per core). Moves the model to the accelerator's device and into eval mode. Raises BadImageError, naming the image, for one
     that cannot be read, and ValueError for top_k or batch_size below 1.
 
         predict(load_saved("runs/x/model"), find_images(["photos/"]), top_k=3)

@@ -1,5 +1,5 @@
-"""Creates the layers of a greedy stack: new convolutional blocks (`create_blocks`, `grow_blocks`), the layers of any architecture
-(`grow_architecture`), or new blocks on the frozen layers of a checkpoint (`grow_on`).
+"""Creates the layers of a greedy stack: new convolutional blocks (`create_blocks`, `grow_blocks`), the layers of any
+architecture (`grow_architecture`), or new blocks on the frozen layers of a checkpoint (`grow_on`).
 
 Blocks that do not fit are refused before anything is trained.
 """

@@ -224,6 +224,7 @@ def _find_or_make(groups: Sequence[_Group], request: StoreRequest) -> dict[str, 
         if found is None:
             raise RuntimeError(f"another job removed the store {folder.name} while it was being opened: run again")
         stores |= group.named(found)
+    ranks.barrier()  # before rank 0 may discard one of them in its next call
     return stores
 
 

@@ -46,7 +46,7 @@ class Pretrain(GradientStrategy):
 
         if config.model.checkpoint != NO_CHECKPOINT:
             raise ValueError(
-                f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights; `full` starts from a checkpoint"
+                f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights, `full` from a checkpoint"
             )
         return create(
             self.architecture,

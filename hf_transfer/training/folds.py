@@ -19,7 +19,7 @@ def find_scored(targets: Tensor, fold_of: Tensor, folds: int) -> Tensor:
     scored = (fold_of >= 0) & fitted.gather(0, fold_of.clamp_min(0)[None])[0]
     if not bool(scored.any()):
         raise ValueError(
-            f"{len(targets)} rows, and no class has both a row to fit on and one to choose C by: give at least two rows of some class"
+            f"{len(targets)} rows, but no class has a row to fit on and one to choose C by: give at least two rows of a class"
         )
     return scored
 

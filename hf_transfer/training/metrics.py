@@ -269,6 +269,6 @@ def _note_absent_classes(rows: Sequence[ClassMetrics]) -> tuple[str, ...]:
         return ()
     named = ", ".join(absent[:_MAX_NAMED]) + (", ..." if len(absent) > _MAX_NAMED else "")
     return (
-        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}): they have no recall, precision or F1, and "
+        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}): they have no recall, precision or F1; "
         "balanced accuracy and macro-F1 average over the other classes.",
     )

@@ -222,7 +222,7 @@ class _PlanRun:
         phases = zip(self.plan, self.chains, self.selected, strict=True)
         if self.plan and all(isinstance(p, SolveHeadPhase) or c.lowest_cut(s) is not None for p, c, s in phases):
             raise ValueError(
-                f"mixup={augmentation.mixup}, cutmix={augmentation.cutmix}: with a frozen prefix only activations are stored, and "
+                f"mixup={augmentation.mixup}, cutmix={augmentation.cutmix}: a frozen prefix stores activations only, and "
                 "images cannot be mixed; choose --cache_views 0, or drop mixing"
             )
 
