@@ -297,20 +297,25 @@ def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("strategy", "arguments", "message"),
     [
-        ("--checkpoint embedded --architecture resnet18", "architecture='resnet18': choose one of them"),
-        ("--stack_after stem", "need the activations of a --checkpoint"),
-        ("--block transformer", "need the activations of a --checkpoint"),
-        ("--model_args {}", "needs an --architecture"),
-        ("--architecture resnet18 --width 8", "resnet18 has its own layers"),
+        (
+            "greedy_stack",
+            "--checkpoint embedded --architecture resnet18",
+            "architecture='resnet18': choose one of them",
+        ),
+        ("greedy_stack", "--stack_after stem", "need the activations of a --checkpoint"),
+        ("greedy_stack", "--block transformer", "need the activations of a --checkpoint"),
+        ("greedy_stack", "--model_args {}", "needs an --architecture"),
+        ("greedy_stack", "--architecture resnet18 --width 8", "resnet18 has its own layers"),
+        ("pretrain", "--checkpoint embedded", "pretraining starts from random weights"),
     ],
 )
 def test_settings_that_do_not_fit_end_before_anything_is_loaded(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+    strategy: str, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        parse("greedy_stack", prog="greedy_stack.py", description=None, arguments=arguments.split())
+        parse(strategy, prog=strategy, description=None, arguments=arguments.split())
     assert message in capsys.readouterr().err
 
 
