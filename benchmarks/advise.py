@@ -5,14 +5,13 @@
     python benchmarks/advise.py fit --out runs/advise.jsonl                   # the numbers of hf_transfer/choosing/rule.py
     python benchmarks/advise.py overhead --data FOLDER                        # advise against one bare forward pass
 
-`run` adds a line to --out for each finished run and passes over those that are there: it can be stopped at any time. Test
-images are scored once a run; the advice and the choice never see them. Regret: the test accuracy of the best strategy in
-hindsight less that of the chosen one, so luck of the best counts against every way of choosing. Whatever the rule learns (its
-table) is learnt without the data set that it is judged on.
+`run` adds a line to --out for each finished run and skips those that are already there, so it can be stopped at any time. Test
+images are scored once per run; the advice and the choice never see them. Regret: the test accuracy of the best strategy in
+hindsight minus that of the chosen one, so luck of the best counts against every way of choosing. The rule's table is fitted
+without the data set that it is judged on.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import shutil
@@ -24,27 +23,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.state import AcceleratorState
 from fit_rule import BenchmarkRun, choose_by_textbook, fit_table  # benchmarks/fit_rule.py
 
-from hf_transfer.choosing.auto import compare_scores
-from hf_transfer.choosing.rule import (
-    CORNERS,
-    STRATEGIES,
-    DataRegime,
-    choose,
-    expect_accuracy,
-)
+from hf_transfer.choosing.decide import judge, standard_error
+from hf_transfer.choosing.rule import CORNERS, STRATEGIES, DataRegime, choose, expect_accuracy
+from hf_transfer.config import replace_settings
+from hf_transfer.strategy import default_config
+from hf_transfer.training.records import Kept, Verdict
 
-ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINTS = ("mobilenetv2_100.tflite_quant_in1k", "deit_tiny_patch16_224.fix_in1k")
 SETS = ("hymenoptera", "trashnet", "sign_digits")
 RESAMPLES = 10_000
 Cell = tuple[str, str, int, int]
-"""Data set, checkpoint, images a class (0: all), seed."""
+"""Data set, checkpoint, images per class (0: all), seed."""
+Row = dict[str, Any]
+"""A line of --out."""
 
 
-def read(out: Path) -> list[dict[str, Any]]:
+def read(out: Path) -> list[Row]:
     """The finished lines; one that was cut off by a kill is left out."""
     rows = []
     for line in out.read_text().splitlines() if out.is_file() else []:
@@ -55,63 +51,64 @@ def read(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cell_of(row: dict[str, Any]) -> Cell:
-    """Which cell of the table a line belongs to."""
+def cell_of(row: Row) -> Cell:
+    """The cell of the table that a line belongs to."""
     return row["set"], row["checkpoint"], row["images_per_class"], row["seed"]
 
 
 def run(given: argparse.Namespace) -> None:
-    """Whatever of the table is not in --out yet, sizes from small to large."""
+    """Runs what is not in --out yet, sizes from small to large."""
     from hf_transfer.choosing.advise import advise
-    from hf_transfer.config import TrainConfig
+    from hf_transfer.runs import open_session
 
     done = {(*cell_of(row), row["epochs"], row["what"]) for row in read(given.out)}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     for size, seed, name, checkpoint in itertools.product(given.sizes, given.seeds, given.sets, given.checkpoints):
-        settings: dict[str, Any] = {
-            "dataset": str(given.data / "datasets" / name),
-            "checkpoint": str(given.data / "checkpoints" / checkpoint),
-            "images_per_class": size or None,
-            "seed": seed,
-            "num_threads": given.num_threads,
-        }
-        steps = {"epochs": given.epochs, "mixed_precision": given.mixed_precision, "tracker": "none"}
+        settings = make_settings(given, name, checkpoint, size) | {"seed": seed}
         cell = {"set": name, "checkpoint": checkpoint, "images_per_class": size, "seed": seed, "epochs": given.epochs}
         for what in ("advice", *given.strategies):
             if (*cell_of(cell), given.epochs, what) in done:
                 continue
             started = time.perf_counter()
             if what == "advice":
-                config = TrainConfig(**settings, **steps)
-                found: dict[str, Any] = advise(config).to_dict()
-                found = {
-                    k: found[k] for k in ("images_per_class", "similarity", "estimates", "cell", "recommended", "cost")
-                }
-                row = {"what": what, **cell, "advice": found}
+                steps = {"epochs": given.epochs, "tracker": "none"}
+                config = replace_settings(default_config("auto"), settings | steps)
+                advice = advise(open_session(config)).to_dict()
+                kept = ("images_per_class", "similarity", "estimates", "cell", "recommended", "cost")
+                row: Row = {"what": what, **cell, "advice": {k: advice[k] for k in kept}}
             else:
-                row = {"what": what, **cell, **_run_recipe(what, settings, steps)}
+                row = {"what": what, **cell, **_run_strategy(what, settings, given.epochs)}
             row["wall_seconds"] = time.perf_counter() - started
             with given.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(
-                f"{name} {checkpoint[:12]} {size or 'all'} a class, seed {seed}: {what} {row['wall_seconds']:.0f} s",
+                f"{name} {checkpoint[:12]} {size or 'all'} per class, seed {seed}: {what} {row['wall_seconds']:.0f} s",
                 flush=True,
             )
 
 
-def _run_recipe(name: str, settings: dict[str, Any], steps: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's own main, in this process: the imports are paid once."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    recipe = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = recipe  # dataclasses look their module up
-    spec.loader.exec_module(recipe)
-    kind = next(v for v in vars(recipe).values() if isinstance(v, type) and v.__module__ == spec.name)
+def make_settings(given: argparse.Namespace, name: str, checkpoint: str, size: int) -> dict[str, Any]:
+    """The settings that all runs of a cell share, without the seed."""
+    return {
+        "dataset": str(given.data / "datasets" / name),
+        "checkpoint": str(given.data / "checkpoints" / checkpoint),
+        "images_per_class": size or None,
+        "num_workers": given.num_workers,
+        "precision": given.precision,
+    }
+
+
+def _run_strategy(name: str, settings: dict[str, Any], epochs: int) -> Row:
+    """Runs a strategy in this process, so that the imports are paid once."""
+    import hf_transfer as ht
+
+    steps = {} if name == "linear_probe" else {"epochs": epochs, "tracker": "none"}
+    dataset, checkpoint = settings["dataset"], settings["checkpoint"]
+    others = {k: v for k, v in settings.items() if k not in ("dataset", "checkpoint")}
     folder = Path(tempfile.mkdtemp(prefix="hf_transfer-"))
-    AcceleratorState._reset_state(reset_partial_state=True)  # the probe has no mixed precision, the others may
     try:
-        results = recipe.main(kind(**settings, **({} if name == "linear_probe" else steps), output_dir=str(folder)))
+        strategy = getattr(ht, name)(**steps)
+        results = ht.Task(dataset, checkpoint, **others).fit(strategy, output_dir=folder).results
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     test = results["metrics"]["test"]
@@ -120,25 +117,25 @@ def _run_recipe(name: str, settings: dict[str, Any], steps: dict[str, Any]) -> d
         "num_test": test["num_samples"],
         "validation_accuracy": results["metrics"]["validation"]["accuracy"],
         "num_validation": results["metrics"]["validation"]["num_samples"],
-        "kept": results["plan"][-1].get("kept"),
+        "kept": results["plan"][-1]["kept"],
         "seconds": results["cost"]["seconds"]["total"],
     }
 
 
-def gather(rows: list[dict[str, Any]]) -> dict[Cell, dict[str, dict[str, Any]]]:
-    """What is complete: cells with their advice and every strategy that the most complete cell has."""
-    cells: dict[Cell, dict[str, dict[str, Any]]] = {}
+def gather(rows: list[Row]) -> dict[Cell, dict[str, Row]]:
+    """The complete cells: those with their advice and a run of every strategy, by what ran."""
+    cells: dict[Cell, dict[str, Row]] = {}
     for row in rows:
         cells.setdefault(cell_of(row), {})[row["what"]] = row
-    complete = {c: found for c, found in cells.items() if {"advice", *STRATEGIES} <= set(found)}
+    complete = {cell: runs for cell, runs in cells.items() if {"advice", *STRATEGIES} <= set(runs)}
     if len(complete) < len(cells):
         print(f"{len(cells) - len(complete)} of {len(cells)} cells are not complete and left out", file=sys.stderr)
     return complete
 
 
-def regime_of(found: dict[str, dict[str, Any]]) -> DataRegime:
+def regime_of(runs: dict[str, Row]) -> DataRegime:
     """Where the advice puts a cell."""
-    advice = found["advice"]["advice"]
+    advice = runs["advice"]["advice"]
     return DataRegime(
         images_per_class=advice["images_per_class"]["median"],
         similarity=advice["similarity"]["score"],
@@ -146,31 +143,31 @@ def regime_of(found: dict[str, dict[str, Any]]) -> DataRegime:
     )
 
 
-def runs_of(cells: dict[Cell, dict[str, dict[str, Any]]]) -> list[BenchmarkRun]:
-    """Every fine-tuning run beside the probe of its cell."""
+def runs_of(cells: dict[Cell, dict[str, Row]]) -> list[BenchmarkRun]:
+    """Every fine-tuning run, with the probe of its cell."""
     return [
         BenchmarkRun(
             strategy=name,
-            regime=regime_of(found),
-            error=1 - found[name]["test_accuracy"],
-            probe_error=1 - found["linear_probe"]["test_accuracy"],
-            num_test=found[name]["num_test"],
+            regime=regime_of(runs),
+            error=1 - runs[name]["test_accuracy"],
+            probe_error=1 - runs["linear_probe"]["test_accuracy"],
+            num_test=runs[name]["num_test"],
         )
-        for found in cells.values()
+        for runs in cells.values()
         for name in STRATEGIES[1:]
     ]
 
 
-def choose_without(left_out: str, cells: dict[Cell, dict[str, dict[str, Any]]]) -> dict[Cell, str]:
+def choose_without(left_out: str, cells: dict[Cell, dict[str, Row]]) -> dict[Cell, str]:
     """The advisor's picks on one data set, by a table fitted on the others."""
     table, residual = fit_table(runs_of({c: f for c, f in cells.items() if c[0] != left_out}))
     picks = {}
-    for cell, found in cells.items():
+    for cell, runs in cells.items():
         if cell[0] != left_out:
             continue
-        estimates = {e["strategy"]: e for e in found["advice"]["advice"]["estimates"]}
+        estimates = {e["strategy"]: e for e in runs["advice"]["advice"]["estimates"]}
         probe = estimates["linear_probe"]
-        regime = regime_of(found)
+        regime = regime_of(runs)
         accuracy = {
             name: expect_accuracy(
                 name, regime, (probe["accuracy"], probe["low"], probe["high"]), table=table, residual=residual
@@ -181,43 +178,41 @@ def choose_without(left_out: str, cells: dict[Cell, dict[str, dict[str, Any]]]) 
     return picks
 
 
-def keep(pick: str, found: dict[str, dict[str, Any]]) -> str:
-    """What `recipes/auto.py` keeps of the probe and the pick, by validation images."""
-    probe, tuned = found["linear_probe"], found[pick]
+def keep(pick: str, runs: dict[str, Row]) -> str:
+    """What `auto` keeps of the probe and the pick, by validation images."""
     if pick == "linear_probe":
         return pick
-    is_better, _ = compare_scores(
-        probe["validation_accuracy"], tuned["validation_accuracy"], num_images=tuned["num_validation"],
-        kept=tuned["kept"], from_probe=pick != "full", name=pick,
-    )  # fmt: skip
-    return pick if is_better else "linear_probe"
+    probe, tuned = (runs[name]["validation_accuracy"] for name in ("linear_probe", pick))
+    error = standard_error(probe, tuned, runs[pick]["num_validation"]) if pick == "full" else None
+    verdict = judge(tuned - probe, error, Kept(runs[pick]["kept"]))
+    return pick if verdict is Verdict.TUNED_BETTER else "linear_probe"
 
 
 def report(given: argparse.Namespace) -> None:
-    """Accuracies, picks, and mean regrets with intervals of a bootstrap over cells (all seeds of one together)."""
+    """Prints accuracies, picks, and mean regrets with intervals of a bootstrap over cells (all seeds of one together)."""
     cells = gather(read(given.out))
     if not cells:
         raise SystemExit("no cell is complete yet")
     sets = sorted({c[0] for c in cells})
-    learnt: dict[Cell, str] = {}
+    learned: dict[Cell, str] = {}
     for name in sets:
-        learnt |= choose_without(name, cells)
+        learned |= choose_without(name, cells)
     ways = {
-        "advisor (leave-one-data-set-out)": learnt,
-        "auto: the advisor's pick or the probe": {c: keep(learnt[c], f) for c, f in cells.items()},
+        "advisor (leave-one-data-set-out)": learned,
+        "auto: the advisor's pick or the probe": {c: keep(learned[c], f) for c, f in cells.items()},
         "textbook table": {c: choose_by_textbook(regime_of(f)) for c, f in cells.items()},
         "always probe": dict.fromkeys(cells, "linear_probe"),
         "always full": dict.fromkeys(cells, "full"),
         "always probe, then full": dict.fromkeys(cells, "probe_then_full"),
     }
-    print("| data set | checkpoint | a class | seed | similarity |", " | ".join(STRATEGIES), "| pick |")
+    print("| data set | checkpoint | per class | seed | similarity |", " | ".join(STRATEGIES), "| pick |")
     print("| --- | --- | --- | --- | --- |", " | ".join("---" for _ in STRATEGIES), "| --- |")
-    for cell, found in sorted(cells.items()):
+    for cell, runs in sorted(cells.items()):
         name, checkpoint, size, seed = cell
-        shown = " | ".join(f"{100 * found[s]['test_accuracy']:.1f}" for s in STRATEGIES)
+        shown = " | ".join(f"{100 * runs[s]['test_accuracy']:.1f}" for s in STRATEGIES)
         print(
-            f"| {name} | {checkpoint.split('.')[0]} | {size or 'all'} | {seed} | {regime_of(found).similarity:.2f} | {shown} "
-            f"| {learnt[cell]} |"
+            f"| {name} | {checkpoint.split('.')[0]} | {size or 'all'} | {seed} | {regime_of(runs).similarity:.2f} | {shown} "
+            f"| {learned[cell]} |"
         )
     print()
     print(
@@ -231,24 +226,23 @@ def report(given: argparse.Namespace) -> None:
         low, high = _bootstrap(regret)
         beyond = (
             ""
-            if picks is learnt
+            if picks is learned
             else "{:+.2f} ({:+.2f} to {:+.2f})".format((regret - base).mean(), *_bootstrap(regret - base))
         )
         seconds = float(np.mean([cells[c][picks[c]]["seconds"] for c in cells]))
         print(f"| {way} | {regret.mean():.2f} ({low:.2f} to {high:.2f}) | {beyond} | {seconds:.0f} |")
     print(f"\n{len(cells)} cells, {len(groups)} without their seeds; sets: {', '.join(sets)}")
     print(
-        "seconds taken for each that was reckoned, median (range): "
-        + ", ".join(map(_compare_seconds(cells), STRATEGIES))
+        "measured seconds / estimated seconds, median (range): " + ", ".join(map(_compare_seconds(cells), STRATEGIES))
     )
 
 
-def _compare_seconds(cells: dict[Cell, dict[str, dict[str, Any]]]) -> Callable[[str], str]:
+def _compare_seconds(cells: dict[Cell, dict[str, Row]]) -> Callable[[str], str]:
     def describe(strategy: str) -> str:
         ratios = [
-            found[strategy]["seconds"] / max(1e-9, estimate["seconds"])
-            for found in cells.values()
-            for estimate in found["advice"]["advice"]["estimates"]
+            runs[strategy]["seconds"] / max(1e-9, estimate["seconds"])
+            for runs in cells.values()
+            for estimate in runs["advice"]["advice"]["estimates"]
             if estimate["strategy"] == strategy
         ]
         return f"{strategy} {np.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
@@ -259,8 +253,8 @@ def _compare_seconds(cells: dict[Cell, dict[str, dict[str, Any]]]) -> Callable[[
 def _regret_by_group(picks: dict[Cell, str], cells: dict[Cell, Any], groups: list[Any]) -> Any:
     """Points, the mean over seeds, for each of `groups`."""
     regret = {
-        cell: 100 * (max(found[s]["test_accuracy"] for s in STRATEGIES) - found[picks[cell]]["test_accuracy"])
-        for cell, found in cells.items()
+        cell: 100 * (max(runs[s]["test_accuracy"] for s in STRATEGIES) - runs[picks[cell]]["test_accuracy"])
+        for cell, runs in cells.items()
     }
     return np.array([np.mean([r for cell, r in regret.items() if cell[:3] == group]) for group in groups])
 
@@ -272,7 +266,7 @@ def _bootstrap(values: Any) -> tuple[float, float]:
 
 
 def fit(given: argparse.Namespace) -> None:
-    """What stands in rule.py, made of all complete cells."""
+    """Prints the table and residual of rule.py, fitted to all complete cells."""
     cells = gather(read(given.out))
     table, residual = fit_table(runs_of(cells))
     print(f"# {', '.join(CORNERS)}; {len(cells)} cells: {', '.join(sorted({c[0] for c in cells}))}")
@@ -284,49 +278,37 @@ def fit(given: argparse.Namespace) -> None:
 
 
 def overhead(given: argparse.Namespace) -> None:
-    """Seconds of `advise`, loading left out, over those of a bare forward over the same images from the same files, in turn."""
+    """Seconds of `advise` without loading, over those of a bare forward over the same images from the same files, in turn."""
     import torch
-    from accelerate import Accelerator
 
     from hf_transfer.choosing.advise import advise
-    from hf_transfer.config import TrainConfig
-    from hf_transfer.prefix.cache import clear_caches
-    from hf_transfer.data.dataset import load_data
-    from hf_transfer.prefix.extract import sweep
-    from hf_transfer.data.options import ExtractOptions
-    from hf_transfer.prefix.pixels import EvaluationImages
-    from hf_transfer.network.backbone import load
+    from hf_transfer.network.chain import Chain
     from hf_transfer.network.forward import compute_logits
+    from hf_transfer.prefix.cache import clear_caches
+    from hf_transfer.prefix.pixels import EvaluationImages
+    from hf_transfer.prefix.sweep import sweep
+    from hf_transfer.runs import open_session
 
-    accelerator = Accelerator()
+    def run_bare(replica: Chain, batch: torch.Tensor, _: int) -> None:
+        compute_logits(replica.model, batch)
+
     for name, checkpoint in itertools.product(given.sets, given.checkpoints):
-        config = TrainConfig(
-            dataset=str(given.data / "datasets" / name),
-            checkpoint=str(given.data / "checkpoints" / checkpoint),
-            images_per_class=given.sizes[0] or None,
-            num_threads=given.num_threads,
-            tracker="none",
-        )
-        data = load_data(config)
-        backbone = load(config.checkpoint, data.label_names)
-        chain = backbone.chain()
-        options = ExtractOptions.from_config(config)
+        settings = make_settings(given, name, checkpoint, given.sizes[0]) | {"tracker": "none"}
+        session = open_session(replace_settings(default_config("auto"), settings))
+        data, chain = session.data, session.chain
         _ = (data.train.fingerprint, data.validation.fingerprint)  # hashing files is part of neither
         ratios = []
         for _turn in range(3):
             started, cpu = time.perf_counter(), time.process_time()
             for split in (data.train, data.validation):
-                images = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
-                sweep(
-                    chain, images, np.arange(len(split)), lambda on, batch, at: _ignore(compute_logits(on.model, batch)),
-                    accelerator=accelerator, options=options,
-                )  # fmt: skip
+                images = EvaluationImages(split=split, preprocessing=session.backbone.preprocessing)
+                sweep(chain, images, np.arange(len(split)), run_bare, session.resources)
             bare, bare_cpu = time.perf_counter() - started, time.process_time() - cpu
             clear_caches()  # all of HF_TRANSFER_CACHE: name a folder of its own
             cpu = time.process_time()
-            advice = advise(config, inputs=(data, backbone, chain), accelerator=accelerator)
+            advice = advise(session)
             ours = advice.cost["features"] + advice.cost["estimates"]
-            ours_cpu = time.process_time() - cpu  # reading the upstream head, too
+            ours_cpu = time.process_time() - cpu  # includes reading the upstream head
             ratios.append(ours / bare)
             images_seen = len(data.train) + len(data.validation)
             print(
@@ -338,10 +320,6 @@ def overhead(given: argparse.Namespace) -> None:
         print(f"median {np.median(ratios):.2f}", flush=True)
 
 
-def _ignore(_: Any) -> None:
-    """A bare forward keeps nothing."""
-
-
 def main() -> None:
     """Runs one of the four parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -350,13 +328,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/advise.jsonl"))
     parser.add_argument("--sets", nargs="+", default=SETS)
     parser.add_argument("--checkpoints", nargs="+", default=CHECKPOINTS)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[10, 50], help="images a class; 0: all")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[10, 50], help="images per class; 0: all")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--num_threads", type=int, default=0)
+    parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument(
-        "--mixed_precision", choices=("no", "bf16", "fp16"), default="no", help="of all runs in one --out"
+        "--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of all runs in one --out"
     )
     given = parser.parse_args()
     if given.part in ("run", "overhead") and given.data is None:

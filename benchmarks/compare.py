@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
-from hf_transfer import load, load_data
 from hf_transfer.config import DataConfig
-from hf_transfer.data.options import ExtractOptions
+from hf_transfer.data.dataset import load_data
+from hf_transfer.network.backbone import load
 from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.prefix.resources import Resources
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import mean_interval, read_outcomes
 
@@ -29,9 +30,8 @@ def compute_hits(folder: str, dataset: str) -> Any:
     if backbone.label_names != data.label_names:
         raise SystemExit(f"{folder} knows {backbone.label_names}, the data set {data.label_names}")
     images = EvaluationImages(split=data.test, preprocessing=backbone.preprocessing)
-    logits, labels = compute_image_logits(
-        backbone.chain(), images, data.test.labels, accelerator=Accelerator(), options=ExtractOptions()
-    )
+    resources = Resources(accelerator=Accelerator())
+    logits, labels = compute_image_logits(backbone.chain(), images, data.test.labels, resources)
     return read_outcomes(logits, labels).hits.astype(np.float64)
 
 

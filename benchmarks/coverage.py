@@ -214,7 +214,7 @@ def _check(build: Callable[[], Candidate]) -> Iterator[dict[str, Any]]:
         "num_cuts": len(chain.cuts),
         "num_blocks": blocks,
         "missed_blocks": missed,
-        "orphans": list(chain.unused_parameters),
+        "orphans": list(chain.orphans),
         "notes": list(chain.notes),
         "seconds": round(seconds, 2),
     }
@@ -229,7 +229,7 @@ def _check(build: Callable[[], Candidate]) -> Iterator[dict[str, Any]]:
 
 
 def _check_partition(chain: Chain) -> list[str]:
-    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.unused_parameters)
+    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.orphans)
     names = [n for n, _ in chain.model.named_parameters()]
     wrong = {n for n, count in Counter(placed).items() if count > 1} ^ (set(placed) ^ set(names))
     duplicates = [n for n, count in Counter(layer.name for layer in chain.layers).items() if count > 1]
@@ -244,7 +244,7 @@ def _check_exactness(chain: Chain) -> list[str]:
         activations = chain.run_prefix(chain.cuts, pixels)
         found = []
         for cut, activation in zip(chain.cuts, activations, strict=True):
-            with chain.part(cut) as suffix:
+            with chain.part(start=cut) as suffix:
                 difference = float((suffix(activation) - whole).abs().max() / whole.abs().max().clamp(min=1e-6))
             if not difference <= RELATIVE:
                 found.append(f"logits differ by {difference:.1e} at {cut.name}")
@@ -277,7 +277,7 @@ def _check_training(chain: Chain, cut: Cut, expected: set[str]) -> list[str]:
     activation = chain.run_prefix([cut], pixels)[0]
     kept = activation.clone()
     try:
-        with chain.part(cut) as suffix:
+        with chain.part(start=cut) as suffix:
             suffix.train()
             logits = suffix(activation)
             (logits * torch.randn_like(logits)).sum().backward()

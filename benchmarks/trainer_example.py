@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--settings", choices=tuple(SETTINGS), default="defaults")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--bf16", action="store_true", help="mixed precision, as --mixed_precision bf16 of the recipes")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision, as --precision bf16 of the recipes")
     parser.add_argument("--channels_last", action="store_true", help="weights and images in channels-last layout")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -2,40 +2,33 @@
 
     python benchmarks/vs_scratch.py --images_per_class 10 --seeds 5
 
-Both see the same images of scikit-learn's digits (train and validation together: the probe is refitted on both, and so the
-other has them all) and are scored on the same 539 test images. From scratch: AdamW 3e-3, one-cycle, weight decay 0.05,
-label smoothing 0.1, small rotations, scalings and shifts, --steps steps of 64 images.
+Both see the same images of scikit-learn's digits (train and validation together, since the probe is refitted on both) and are
+scored on the same 539 test images. From scratch: AdamW 3e-3, one-cycle, weight decay 0.05, label smoothing 0.1, small
+rotations, scalings and shifts, --steps steps of 64 images.
 """
 
 import argparse
 import statistics
-import sys
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import timm
 import torch
 from torch.nn import functional as F
 
-from hf_transfer.config import DataConfig
-from hf_transfer.data.dataset import load_data
+import hf_transfer as ht
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import load
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-import linear_probe
-
 
 def read_split(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normalised pixels (N, 3, H, W), labels (N,)."""
+    """Normalized pixels (N, 3, H, W), labels (N,)."""
     preprocessing = load("embedded").preprocessing
     pixels = np.stack([preprocessing.pixels(split.image(i)) for i in range(len(split))])
     return preprocessing.normalize(torch.from_numpy(pixels)).contiguous(), torch.from_numpy(split.labels)
 
 
 def train_from_scratch(pixels: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> torch.nn.Module:
-    """The embedded architecture, freshly initialised, trained on (N, 3, H, W) and (N,)."""
+    """The embedded architecture, with random weights, trained on (N, 3, H, W) and (N,)."""
     torch.manual_seed(seed)
     pretrained = load("embedded").model
     config = dict(pretrained.pretrained_cfg)
@@ -66,7 +59,7 @@ def train_from_scratch(pixels: torch.Tensor, labels: torch.Tensor, *, steps: int
 
 
 def main() -> None:
-    """Prints a line a seed, then mean and spread of both."""
+    """Prints a line for each seed, then mean and spread of both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images_per_class", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=5)
@@ -74,12 +67,9 @@ def main() -> None:
     given = parser.parse_args()
     ours, scratch = [], []
     for seed in range(given.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            config = linear_probe.ProbeConfig(
-                images_per_class=given.images_per_class, seed=seed, output_dir=folder, cache="memory"
-            )
-            ours.append(linear_probe.main(config)["metrics"]["test"]["accuracy"])
-        data = load_data(DataConfig(images_per_class=given.images_per_class, seed=seed))
+        task = ht.Task("sklearn/digits", images_per_class=given.images_per_class, seed=seed, cache="memory")
+        ours.append(task.fit(ht.linear_probe()).test.accuracy)
+        data = task.data
         assert data.test is not None
         parts = [read_split(data.train), read_split(data.validation)]
         pixels, labels = (torch.cat(both) for both in zip(*parts, strict=True))
@@ -90,9 +80,9 @@ def main() -> None:
         print(
             f"seed {seed}: {len(labels)} images, probe {100 * ours[-1]:.1f} %, from scratch {100 * scratch[-1]:.1f} %"
         )
-    for name, found in (("probe on the embedded checkpoint", ours), ("the same network from scratch", scratch)):
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        print(f"{name}: {100 * statistics.mean(found):.1f} % +- {100 * spread:.1f} over {len(found)} seeds")
+    for name, accuracies in (("probe on the embedded checkpoint", ours), ("the same network from scratch", scratch)):
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        print(f"{name}: {100 * statistics.mean(accuracies):.1f} % +- {100 * spread:.1f} over {len(accuracies)} seeds")
 
 
 if __name__ == "__main__":

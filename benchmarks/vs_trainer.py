@@ -2,9 +2,9 @@
 
     python benchmarks/vs_trainer.py --strategy probe --checkpoint FOLDER --dataset IMAGE_FOLDER --epochs 10 --repeats 3
 
-Strategies: `probe` (recipes/linear_probe.py), `last_layers` (recipes/last_layers.py --k 2), `full` (recipes/full.py). Each run
-is a process of its own, in turn A B C A B C ...; its clock starts after imports and stops when the model is saved, every
-cache built from nothing; its memory is the largest sampled RssAnon of the process and its workers. The peers:
+Strategies: `probe` (linear_probe), `last_layers` (k = 2), `full`. Each run is a process of its own, in turn A B C A B C ...;
+its clock starts after imports and stops when the model is saved, with empty caches at the start; its memory is the largest
+sampled RssAnon of the process and its workers. The peers:
 
   trainer         as a user would run it: `datasets` image folder, the checkpoint's own processor, random resized crop and
                   flip, batch 32, --workers data-loader workers, evaluation once at the end. Its learning rate is one that
@@ -71,37 +71,34 @@ def run_child(kind: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def list_trainable(given: argparse.Namespace) -> list[str]:
     """Names, in the timm model, of the parameters that the strategy trains."""
-    from hf_transfer import full, head, last, load
+    from hf_transfer.network.backbone import load
+    from hf_transfer.network.policies import full, head, last
 
     policy = {"probe": head(), "last_layers": last(LAST_LAYERS), "full": full()}[given.strategy]
     return sorted(policy.select(load(given.checkpoint, ("a", "b")).chain()))
 
 
 def run_ours(given: argparse.Namespace) -> dict[str, Any]:
-    """The recipe, as a user runs it."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-    import full
-    import last_layers
-    import linear_probe
+    """The strategy, from Python as a user runs it."""
+    import hf_transfer as ht
 
     # Imported before the clock starts, as the peer's imports are.
-    from hf_transfer.data import dataset, extract
-    from hf_transfer.reporting import run
+    from hf_transfer.prefix import extract
     from hf_transfer.training import evaluate, metric_modules, plan, readouts
 
-    assert all((dataset, extract, run, evaluate, metric_modules, plan, readouts))
+    assert all((ht.Task, extract, evaluate, metric_modules, plan, readouts))
     started = time.perf_counter()
-    common = {"checkpoint": given.checkpoint, "dataset": given.dataset, "output_dir": f"{given.scratch}/run"}
-    common |= {"batch_size": BATCH_SIZE}
+    task = ht.Task(given.dataset, given.checkpoint, batch_size=BATCH_SIZE)
+    steps = {"epochs": given.epochs, "tracker": "none"}
+    strategy = {
+        "probe": lambda: ht.linear_probe(),
+        "last_layers": lambda: ht.last_layers(k=LAST_LAYERS, **steps),
+        "full": lambda: ht.full(**steps),
+    }[given.strategy]()
+    results = task.fit(strategy, output_dir=f"{given.scratch}/run").results
     if given.strategy == "probe":
-        results = linear_probe.main(linear_probe.ProbeConfig(**common))
         rate = results["cost"]["images_per_second"]["features"]
     else:
-        common |= {"epochs": given.epochs, "tracker": "none"}
-        if given.strategy == "last_layers":
-            results = last_layers.main(last_layers.LastLayersConfig(k=LAST_LAYERS, **common))
-        else:
-            results = full.main(full.FullConfig(**common))
         rate = results["plan"][-1]["images_per_second"]
     return {
         "seconds": time.perf_counter() - started,

@@ -110,7 +110,8 @@ class Run:
             raise FileExistsError(f"{folder} holds a finished run: choose another folder, or delete it")
         if self._session is not None and self._result is not None:
             session = self._session.with_output(folder)
-            write_config(folder, session.config)
+            if session.is_main:
+                write_config(folder, session.config, session.unrepeatable)
             write_run(session, self._result)
         else:
             assert self.folder is not None

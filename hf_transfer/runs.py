@@ -2,10 +2,12 @@
 
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
 
 from hf_transfer.config import GradientConfig, RunConfig
@@ -16,6 +18,7 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
+from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import RunResult
@@ -33,26 +36,32 @@ CHATTY = (
 MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in accelerate's words
 
 
-def open_session(config: RunConfig, *, data: Data | None = None, output_dir: Path | None = None) -> Session:
-    """Processes, trackers and config.yaml, then the data and the network: cheap checks come before the download.
+def open_session(
+    config: RunConfig,
+    *,
+    load: Callable[[], Data] | None = None,
+    output_dir: Path | None = None,
+    unrepeatable: Sequence[str] = (),
+) -> Session:
+    """Starts the processes and trackers, writes config.yaml, then loads the data and the network.
 
-    `data`: the splits, if they are loaded already. Without `output_dir`, nothing but caches is written. Raises ValueError for
-    whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was asked for would be
-    refused.
+    `load` returns the splits; by default they are those that the settings name. Without `output_dir`, nothing but caches is
+    written. `unrepeatable`: sentences on what config.yaml cannot repeat. Cheap checks come before the download: raises
+    ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was asked for
+    would be refused.
     """
-    accelerator, costs = Accelerator(**accelerator_options(config, output_dir)), Costs()
+    accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
             check_push(config.output.push_to_hub)  # not after hours of training
         if output_dir is not None:
-            write_config(output_dir, config)
+            write_config(output_dir, config, unrepeatable)
     if accelerator.log_with:
         # Trackers send it elsewhere, so it holds no path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
-    if data is None:
-        with costs.part("data"), accelerator.main_process_first():
-            data = load_data(config.data)
+    with costs.part("data"), accelerator.main_process_first():
+        data = load_data(config.data) if load is None else load()
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
@@ -61,7 +70,13 @@ def open_session(config: RunConfig, *, data: Data | None = None, output_dir: Pat
     with costs.part("checkpoint"), accelerator.main_process_first():
         backbone = config.strategy.load_backbone(config, data)
     return Session(
-        config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs, output_dir=output_dir
+        config=config,
+        data=data,
+        backbone=backbone,
+        accelerator=accelerator,
+        costs=costs,
+        output_dir=output_dir,
+        unrepeatable=tuple(unrepeatable),
     )
 
 
@@ -92,12 +107,7 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
         results = describe_run(session, result)
         write_results(session.output_dir, results)
         for split, metrics in result.metrics.items():
-            assert metrics.accuracy_interval is not None
-            low, high = metrics.accuracy_interval
-            log.info(
-                "%s: accuracy %.1f %% (95 %% interval %.1f to %.1f, %d images)",
-                split, 100 * metrics.accuracy, 100 * low, 100 * high, metrics.num_samples,
-            )  # fmt: skip
+            log.info("%s: %s", split, describe_accuracy(metrics))
         log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
     session.accelerator.wait_for_everyone()
     return results
@@ -125,8 +135,13 @@ def start_logging() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
-    """What the flags say; where they say nothing, `accelerate launch` or its config file decides."""
+def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
+    """The processes and precision of a run; what the settings leave open, `accelerate launch` or its config file decides."""
+    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process stays
+    return Accelerator(**_accelerator_options(config, output_dir))
+
+
+def _accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
     options: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[config.compute.precision]}
     if not isinstance(config.strategy, GradientConfig):
         return options

@@ -28,6 +28,7 @@ class Session:
     costs: Costs = field(default_factory=Costs)
     output_dir: Path | None = None
     state_name: str = ""  # folder below `checkpoints`, for a run with several plans
+    unrepeatable: tuple[str, ...] = ()  # what config.yaml cannot repeat, in sentences, such as images in memory
     _chain: Chain | None = field(default=None, repr=False)
 
     @property

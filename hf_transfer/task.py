@@ -9,6 +9,7 @@
 It runs the same code as `hf-transfer train`, so the same settings give the same weights to the bit.
 """
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -92,7 +93,9 @@ class Task:
         from hf_transfer.choosing.advise import advise
         from hf_transfer.strategy import make_strategy
 
-        return advise(self._open(make_strategy("auto", tracker="none"), None), measure=measure, budget_s=budget_s)
+        session = self._open(make_strategy("auto", tracker="none"), None)
+        with session.costs:
+            return advise(session, measure=measure, budget_s=budget_s)
 
     def _open(self, strategy: Strategy, output_dir: str | Path | None) -> Session:
         folder = None if output_dir is None else Path(output_dir)
@@ -100,7 +103,16 @@ class Task:
         config = replace(self.config, strategy=strategy, output=output)
         if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
             config = replace_settings(config, strategy.task_defaults)
-        return open_session(config, data=self.data, output_dir=folder)
+        unrepeatable = self._list_unrepeatable(strategy)
+        return open_session(config, load=lambda: self.data, output_dir=folder, unrepeatable=unrepeatable)
+
+    def _list_unrepeatable(self, strategy: Strategy) -> list[str]:
+        """What the settings do not say."""
+        lines = [] if self.images is None else ["the images were in memory: give them to hf_transfer.Task again"]
+        if isinstance(strategy, CustomPlan):
+            lines.append(f"the plan was made in Python, for Task.fit; its {len(strategy.phases)} phases:")
+            lines += [f"{phase.policy.name}: {json.dumps(phase.identity())}" for phase in strategy.phases]
+        return lines
 
 
 def _as_strategy(strategy: Strategy | Phases, settings: dict[str, Any]) -> Strategy:

@@ -23,7 +23,7 @@ def make_config(strategy: str = "full", **settings: Any) -> RunConfig:
 def make_session(strategy: str = "full", output_dir: Path | None = None, **settings: Any) -> Session:
     """A session over fresh upstream weights. States to resume from are kept if there is an `output_dir`."""
     config = make_config(strategy, **settings)
-    session = open_session(config, data=read_data(config.data), output_dir=output_dir)
+    session = open_session(config, load=lambda: read_data(config.data), output_dir=output_dir)
     session.costs.stop()  # a sampling thread per session would slow down all later tests
     return session
 

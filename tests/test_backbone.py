@@ -156,6 +156,28 @@ def test_a_number_of_classes_recorded_twice_is_no_obstacle(tmp_path: Path) -> No
     assert load(str(tmp_path), OTHER).label_names == OTHER
 
 
+@pytest.mark.parametrize("way", ["checkpoint_path", "pretrained_cfg_overlay", "architecture", "source"])
+def test_a_config_cannot_have_timm_load_another_file(tmp_path: Path, way: str) -> None:
+    model = publish_timm(tmp_path / "model")
+    other = publish_timm(tmp_path / "other")
+    edit_weights(tmp_path / "other", lambda weights: weights.update({n: v * 0 for n, v in weights.items()}))
+    torch.save({name: torch.zeros_like(value) for name, value in other.state_dict().items()}, tmp_path / "other.pth")
+    edit = {
+        "checkpoint_path": {"model_args": {"checkpoint_path": str(tmp_path / "other.pth")}},
+        "pretrained_cfg_overlay": {"model_args": {"pretrained_cfg_overlay": {"file": str(tmp_path / "other.pth")}}},
+        "architecture": {"architecture": f"local-dir:{tmp_path / 'other'}"},
+    }.get(way)
+    if edit is not None:
+        edit_config(tmp_path / "model", lambda config: config.update(edit))
+        with pytest.raises(ValueError, match=f"model: config.json has .*{way}"):
+            load(str(tmp_path / "model"))
+        return
+    other_source = {"source": "local-dir", "file": str(tmp_path / "other"), "custom_load": True}
+    edit_config(tmp_path / "model", lambda config: config["pretrained_cfg"].update(other_source))
+    pixels = make_pixels((3, 32, 32), 2)
+    assert torch.equal(load(str(tmp_path / "model")).model(pixels), model(pixels))
+
+
 def test_half_precision_weights_load_as_float32(tmp_path: Path) -> None:
     publish_timm(tmp_path)
     edit_weights(tmp_path, lambda w: w.update({n: v.half() for n, v in w.items() if v.ndim >= 2}))

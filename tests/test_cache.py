@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from hf_transfer.prefix import cache
 from hf_transfer.prefix.cache import (
@@ -271,7 +272,7 @@ def test_a_killed_fill_is_not_read_and_its_folder_is_removed_by_the_next(root: P
     process = start_process(hang_in_fill, tmp_path / "started")
     wait_for((tmp_path / "started").exists)
     build(fields={"other": 1})
-    [left] = root.glob("*.partial.*")
+    [left] = (path for path in root.glob("*.partial.*") if path.is_dir())
     assert left.exists(), "its process is alive"
     process.kill()
     process.join()
@@ -283,19 +284,16 @@ def test_a_killed_fill_is_not_read_and_its_folder_is_removed_by_the_next(root: P
     assert len(list_caches()) == 2
 
 
-def test_another_hosts_folder_is_removed_when_nobody_has_written_for_a_day(root: Path) -> None:
-    old, young, strange = (
-        root / f"{'0' * 32}.partial.{tail}" for tail in ("0" * 8 + ".1.aaaaaaaa", "0" * 8 + ".1.bbbbbbbb", "x")
-    )
-    for folder in (old, young, strange):
-        folder.mkdir(parents=True)
-        (folder / "0.npy").touch()
-        os.utime(folder, (0, 0))
-    os.utime(old / "0.npy", (0, 0))
-    build()
-    assert not old.exists()
-    assert young.exists()
-    assert strange.exists(), "not ours"
+def test_an_unfinished_store_is_kept_while_its_lock_is_held(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    left = root / f"{'0' * 32}.partial.aaaaaaaa"
+    left.mkdir(parents=True)
+    with FileLock(f"{left}.lock") as lock, caplog.at_level(logging.INFO):
+        Path(lock.lock_file).write_text("process 12 on some-host")
+        build()
+        assert left.exists()
+    assert f"process 12 on some-host is making the store {'0' * 32}" in caplog.text
+    clear_caches()
+    assert list(root.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer", "missing", "empty", "header", "meta"])
@@ -362,6 +360,30 @@ def test_each_rank_writes_its_rows_and_reads_all(num_rows: int, root: Path, tmp_
     [folder] = root.iterdir()
     assert len(list(folder.glob("*.npy"))) == 2 * len(ARRAYS)
     np.testing.assert_array_equal(build(num_rows, fill=must_not_fill)["features"][:], content(0, num_rows)["features"])
+
+
+def discard_as_rank(folder: Path, rank: int, count: int, num_rows: int) -> None:
+    ranks = FileRanks(folder, rank, count).as_ranks()
+    build(num_rows, ranks=ranks)
+    filled = []
+
+    def fill_again(rows: Mapping[str, Array], start: int) -> None:
+        filled.append(start)
+        fill(rows, start)
+
+    def check(stores: Mapping[str, Store]) -> list[str]:
+        assert rank == 0, "rank 0 alone checks"
+        return ["features"]
+
+    build(num_rows, ranks=ranks, fill=fill_again, check=check)
+    assert filled == [num_rows * rank // count]
+
+
+def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "meet").mkdir()
+    join(*[start_process(discard_as_rank, tmp_path / "meet", rank, 2, 11) for rank in range(2)])
+    assert len(list(root.iterdir())) == 1
+    build(11, fill=must_not_fill, check=lambda stores: [])
 
 
 def test_memory_is_refused_under_several_ranks() -> None:

@@ -1,4 +1,4 @@
-"""The command: what it prints, and that a user's mistake is one line."""
+"""The command: what it prints and trains, and that a user's mistake is one line."""
 
 import json
 from pathlib import Path
@@ -63,3 +63,42 @@ def test_predict_and_evaluate_print_a_table_or_json(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.startswith("test: 6 images")
     main(["evaluate", "embedded", "--dataset", str(tmp_path), "--split", "train", "--json"])
     assert json.loads(capsys.readouterr().out)["num_samples"] == 4  # validation was split off
+
+
+def test_train_runs_a_strategy_and_its_model_predicts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = ["--images_per_class", "4", "--readouts", "none", "--folds", "1", "--output_dir", str(tmp_path / "run")]
+    main(["train", "linear_probe", *flags])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["strategy"], results["config"]["images_per_class"]) == ("linear_probe", 4)
+    Image.new("RGB", (20, 20)).save(tmp_path / "image.png")
+    main(["predict", str(tmp_path / "run" / "model"), str(tmp_path / "image.png"), "--json"])
+    (row,) = json.loads(capsys.readouterr().out)
+    assert {label["label"] for label in row["labels"]} <= set("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "lroa"], "invalid choice: 'lroa'"),
+        (["train"], "required: NAME"),
+        (
+            ["train", "full", "--learning_rate", "1"],
+            "hf-transfer train full: unknown argument --learning_rate; did you mean --lr?",
+        ),
+        (["advise", "--budget_s", "0"], "budget_s=0.0: choose more than 0 seconds"),
+        (["inspect", "--rank", "0"], "rank=0: choose 1 or more"),
+        (["rank", "embedded", "embedded"], "embedded"),
+        (["predict", "embedded", "nowhere.png"], "no such file"),
+        (["trian"], "invalid choice: 'trian'"),
+    ],
+)
+def test_every_commands_mistake_is_one_line(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hf-transfer")
+    assert error.count("\n") == 1
+    assert expected in error

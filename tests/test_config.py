@@ -18,7 +18,7 @@ from hf_transfer.config import (
     split_repo_id,
     to_settings,
 )
-from hf_transfer.flags import GROUPS, parse, read_config
+from hf_transfer.flags import GROUPS, parse
 from hf_transfer.strategy import Strategy, default_config, make_strategy, strategy_names
 
 ROOT = Path(__file__).parents[1]
@@ -211,11 +211,6 @@ def test_a_strategy_is_called_after_its_file_and_names_are_checked(name: str) ->
         make_strategy(name, dataset="x")  # belongs to the task
 
 
-def test_an_unknown_strategy_names_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"strategy 'lroa': choose one of .*lora"):
-        make_strategy("lroa")
-
-
 @pytest.mark.parametrize("name", strategy_names())
 def test_help_is_grouped_and_shows_the_most_used_flags_first(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -240,11 +235,3 @@ def test_help_is_grouped_and_shows_the_most_used_flags_first(name: str, capsys: 
     assert len(rest) >= 4
     shown = [name for names in sections.values() for name in names if name != "config"]
     assert sorted(shown) == sorted(list_settings(default_config(name)))  # each once
-
-
-@pytest.mark.parametrize("name", strategy_names())
-def test_the_yaml_file_beside_a_recipe_holds_its_settings(name: str) -> None:
-    config = read_config(str(ROOT / "recipes" / f"{name}.yaml"), default_config(name))
-    assert config.output.output_dir.startswith("runs/")
-    assert config != default_config(name)
-    assert read_config(name, default_config(name)) == config  # by its name, wherever the package is installed

@@ -393,6 +393,23 @@ def test_classes_missing_from_the_test_split_are_noted(tmp_path: Path) -> None:
     assert any("test split has no image of 'b'" in note for note in data.notes)
 
 
+def test_copies_in_two_splits_or_two_classes_are_noted(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{split}/{c}/*3" for split in ("train", "val", "test") for c in "ab"))
+    assert not any("byte for byte" in note for note in load(tmp_path).notes)
+    shutil.copy(tmp_path / "train/a/1.png", tmp_path / "test/a/0.png")
+    shutil.copy(tmp_path / "train/a/1.png", tmp_path / "test/a/1.png")
+    shutil.copy(tmp_path / "val/b/0.png", tmp_path / "test/b/2.png")
+    notes = [note for note in load(tmp_path).notes if "byte for byte" in note]
+    assert len(notes) == 2
+    assert "The test split repeats images of train, byte for byte (2 of 6)" in notes[0]
+    assert "'test/a/0.png' is 'train/a/1.png'" in notes[0]
+    assert "The test split repeats images of validation, byte for byte (1 of 6)" in notes[1]
+    shutil.copy(tmp_path / "train/a/2.png", tmp_path / "train/b/2.png")
+    note = load(tmp_path).notes[-1]
+    assert "Classes share images, byte for byte (1)" in note
+    assert "'train/a/2.png' (a) is 'train/b/2.png' (b)" in note
+
+
 # Fingerprints and pickling
 
 
@@ -746,7 +763,7 @@ def test_without_network_another_revision_is_refused(cached_hub_dataset: str) ->
         ({"on_bad_image": "ignore"}, "on_bad_image='ignore': choose 'error' or 'skip'"),
         ({"seed": -1}, "seed=-1"),
         ({"dataset": " "}, "give a Hub id, a folder"),
-        ({"train_split": "none"}, "something must be trained on"),
+        ({"train_split": "none"}, "training needs images; name a split"),
         ({"validation_split": "x", "test_split": "x"}, "'x' is named for two splits"),
     ],
 )
@@ -794,7 +811,11 @@ def test_real_data_sets_load_whole(shared_data: Path, name: str, train: int, tes
     assert (len(data.train) + len(data.validation), len(data.test)) == (train, test)
     assert len(data.label_names) == num_classes
     assert abs(len(data.validation) - 0.2 * train) <= num_classes / 2
-    assert len(data.notes) == 1
+    assert len(data.loading_notes) == 1
+    # trashnet stores two photos as glass and as plastic; the draw puts one pair on both sides
+    assert [note.split(",")[0] for note in data.notes[1:]] == (
+        ["The validation split repeats images of train", "Classes share images"] if name == "trashnet" else []
+    )
 
 
 def test_every_real_photo_is_readable(shared_data: Path) -> None:

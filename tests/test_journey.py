@@ -126,8 +126,8 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Journey]:
             "lora", "--checkpoint", "alice/digits", "--dataset", str(root / "signs"), "--on_bad_image", "skip",
             "--epochs", "3", "--lr", "1e-2", "--rank", "4", "--no-merge", "--output_dir", str(root / "lora"),
             # So that an epoch beats the probe, which is nearly perfect: select by log-loss, without regularization.
-            "--select_by", "log_loss", "--label_smoothing", "0", "--ema_decay", "0", "--crop_scale", "1", "--flip", "0",
-            "--colour", "0", "--images_per_class", "12",
+            "--select_by", "log_loss", "--label_smoothing", "0", "--ema_decay", "0", "--crop_scale", "1", "--hflip", "0",
+            "--color_jitter", "0", "--images_per_class", "12",
             "--push_to_hub", "alice/digits-lora", "--private",
             env=env | {"ACCELERATE_USE_CPU": "true"},
             launcher=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),

@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 
 from hf_transfer.cli import main
-from hf_transfer.config import DataConfig
+from hf_transfer.config import AdapterConfig, DataConfig
 from hf_transfer.data.images import BadImageError
 from hf_transfer.hub.save import save_model
 from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.inference.predict import find_images, predict
 from hf_transfer.network.adapters import add_adapters, load_adapted
 from hf_transfer.network.backbone import load
-from hf_transfer.network.methods import AdapterConfig
 from tests.test_save import results_for, write_upstream
 
 
@@ -92,19 +91,19 @@ def test_images_in_memory_are_predicted_as_their_files_are(images: Path) -> None
         (b"bytes", "image 1: bytes; give a path, a PIL image or a uint8 array"),
     ],
 )
-def test_an_input_that_is_no_image_is_named(images: Path, image: object, words: str) -> None:
+def test_an_input_that_is_not_an_image_is_named(images: Path, image: object, words: str) -> None:
     with pytest.raises(BadImageError, match=words):
         predict(load("embedded"), [images / "test" / "0" / "0.png", image])  # type: ignore[list-item]
 
 
 def test_dataset_classes_are_matched_to_the_models_by_name(images: Path) -> None:
-    scores = evaluate("embedded", DataConfig(dataset=str(images)))  # two of its ten classes
-    assert scores["num_samples"] == 5
-    counts = {row["label"]: row["support"] for row in scores["per_class"]}
+    metrics = evaluate("embedded", DataConfig(dataset=str(images)))  # two of its ten classes
+    assert metrics.num_samples == 5
+    counts = {row.label: row.support for row in metrics.per_class}
     assert (counts["0"], counts["1"], counts["2"]) == (3, 2, 0)
     files = find_images([images / "test"])
     right = [p.labels[0] == Path(p.image).parent.name for p in predict(load("embedded"), files, top_k=1)]
-    assert scores["accuracy"] == np.mean(right)
+    assert metrics.accuracy == np.mean(right)
 
 
 def test_a_class_that_the_model_does_not_know_is_named(images: Path, tmp_path: Path) -> None:
@@ -125,7 +124,7 @@ def test_adapters_are_switched_on_one_base(
     write_upstream(name, tmp_path / "base")
     kinds = {
         "lora": ("lora", ("ant", "bee")),
-        "norms": ("ln_tuning", ("a", "b", "c")),
+        "scales": ("ia3", ("a", "b", "c")),
         "again": ("lora", ("ant", "bee")),
     }
     for adapter, (method, labels) in kinds.items():

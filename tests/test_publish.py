@@ -19,6 +19,7 @@ import pytest
 from huggingface_hub import ModelCard, constants
 
 from hf_transfer.cli import main
+from hf_transfer.config import AdapterConfig
 from hf_transfer.data.sources import PixelSource
 from hf_transfer.data.splits import Split
 from hf_transfer.hub import publish as module
@@ -28,7 +29,6 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, VerificationError, find_libraries, verify, write_reference
 from hf_transfer.network.adapters import add_adapters
 from hf_transfer.network.backbone import Backbone, load
-from hf_transfer.network.methods import AdapterConfig
 from tests.hub_server import DROP, HubServer, Repository, Token
 from tests.test_recipes import TIMEOUT_S
 from tests.test_save import LABELS, results_for, write_upstream

@@ -1,4 +1,4 @@
-"""The report is one well-formed, self-contained page that shows every number of the results."""
+"""The report is one well-formed, self-contained page with every number of the results, which match their schema."""
 
 import copy
 import json
@@ -8,13 +8,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 
-from hf_transfer.config import RecipeConfig
+from hf_transfer.config import RunConfig, replace_settings
 from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.reporting.report import NO_TEST_SPLIT, render_report, write_report
-from hf_transfer.reporting.results import without_paths
+from hf_transfer.reporting.results import public_settings
 from hf_transfer.training.metrics import score
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -66,7 +67,7 @@ def _scores(names: list[str], num_samples: int, seed: int, absent: int = 0) -> d
     labels = generator.integers(len(names) - absent, size=num_samples)
     logits = generator.normal(size=(num_samples, len(names)))
     logits[np.arange(num_samples), labels] += 2
-    return score(logits, labels, names, resamples=50)
+    return score(logits, labels, names, resamples=50).to_dict()
 
 
 def _results(names: list[str], *, test: bool = True, curves: bool = True) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def test_cost_and_fingerprints_may_come_by_name() -> None:
 
 def test_a_perfect_classifier_of_many_classes_has_no_confused_pairs() -> None:
     names = _names(40)
-    perfect = score(10 * np.eye(40), np.arange(40), names, resamples=10)
+    perfect = score(10 * np.eye(40), np.arange(40), names, resamples=10).to_dict()
     assert "No image was misclassified." in render_report({"metrics": {"test": perfect}})
 
 
@@ -305,21 +306,52 @@ def test_numbers_read_well() -> None:
 
 def test_trackers_get_no_path(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    config = RecipeConfig(
-        checkpoint=str(tmp_path), dataset=str(tmp_path / "images"), output_dir=str(tmp_path / "run"), seed=3
-    )
-    settings = without_paths(config)
+    paths = {"checkpoint": tmp_path, "dataset": tmp_path / "images", "output_dir": tmp_path / "run"}
+    config = replace_settings(RunConfig(), {"seed": 3, **{name: str(path) for name, path in paths.items()}})
+    settings = public_settings(config)
     assert (settings["checkpoint"], settings["dataset"], settings["seed"]) == (tmp_path.name, "images", 3)
     assert str(tmp_path) not in str(settings)
+    assert public_settings(config, {"checkpoint": "someone/vit", "dataset": "beans"})["checkpoint"] == "someone/vit"
+
+
+def read_schema() -> Any:
+    return json.loads((resources.files("hf_transfer") / "reporting" / "results.schema.json").read_text())
 
 
 def _complete_results() -> dict[str, Any]:
-    """The content of results.json as a recipe writes it."""
+    """The content of results.json after a solved head and three epochs, with every optional part."""
     results = _results(_names(6))
     score = {"accuracy": 0.9, "log_loss": 0.3}
     cost = {"store_seconds": 0.1, "store_images": 8, "train_seconds": 2.0, "train_images": 48}
-    solved = {"policy": "head", "cut": "features", "optimizer": "L-BFGS", "description": "a solved head"}
-    trained = {**solved, "epochs": 3, "lr": 0.1, "num_trainable": 9, "kept": "epoch 2", "score": score, "cost": cost}
+    phase = {"score": score, "cost": cost, "num_trainable": 9, "refitted": False, "description": "a sentence"}
+    solved = phase | {"policy": "head", "cut": "features", "optimizer": "L-BFGS", "epochs": 0, "kept": "solution"}
+    solved |= {"regularization_c": 0.1, "num_features": 8, "readout": "depth 3"}
+    trained = phase | {
+        "policy": "full",
+        "cut": "pixels",
+        "optimizer": "adamw",
+        "epochs": 3,
+        "kept": "epoch",
+        "kept_epoch": 2,
+    }
+    trained |= {"lr": 0.1, "lr_scheduler_type": "cosine", "images_per_second": 9.5, "wise_ft_alpha": 0.5}
+    epoch = {
+        "epoch": 1,
+        "train_loss": 0.9,
+        "train_accuracy": 0.5,
+        "validation": score,
+        "images": 16,
+        "images_per_second": 9.5,
+    }
+    choice = {
+        "advised": "lora", "kept": "linear_probe", "verdict": "over_budget", "probe": score, "tuned": None,
+        "standard_error": None, "estimated_s": 9.0, "left_s": -1.0, "reason": "a sentence",
+    }  # fmt: skip
+    details = {
+        "phases": [{"policy": "head", "history": []}, {"policy": "full", "history": [epoch]}],
+        "augmentation": {"hflip": 0.5}, "audited_tensors": 3, "kept_probe": False, "resumed": False, "auto": choice,
+        "fine_tuned": True, "anything": [1],
+    }  # fmt: skip
     results["curves"][0]["series"][1]["y"][3] = None  # JSON has no nan
     results["data"] |= {
         "revision": None,
@@ -332,18 +364,16 @@ def _complete_results() -> dict[str, Any]:
         "schema_version": 1,
         "plan": [solved, trained],
         "cost": results["cost"] | {"images_per_second": {"features": 99.0}, "memory_is": "resident", "device": "CPU"},
-        "details": {"fine_tuned": True, "anything": [1]},
+        "details": details,
         "versions": {"python": "3.11", "torch": "2.13.0"},
         "checkpoint": results["checkpoint"] | {"preprocessing": {"library": "timm"}},
         "config": {"seed": 0, "dataset": "someone/beans", "checkpoint": "embedded"},
     }
 
 
-def test_the_schema_accepts_complete_results_and_no_other_ones() -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads((resources.files("hf_transfer") / "reporting" / "results.schema.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
+def test_the_schema_accepts_complete_results_and_no_others() -> None:
+    validator = jsonschema.Draft202012Validator(read_schema())
+    validator.check_schema(read_schema())
     results = json.loads(json.dumps(_complete_results(), allow_nan=False))
     assert [error.message for error in validator.iter_errors(results)] == []
     assert {key for key in results if not validator.is_valid({k: v for k, v in results.items() if k != key})} == {
@@ -366,6 +396,14 @@ def test_the_schema_accepts_complete_results_and_no_other_ones() -> None:
         (("metrics", "test", "per_class", 0, "recall"), "high"),
         (("plan", 1, "score"), {"accuracy": 0.9}),
         (("plan", 0, "policy"), None),
+        (("plan", 0, "kept"), "kept the start"),
+        (("plan", 0, "note"), "a sentence"),
+        (("plan", 0), {k: v for k, v in results["plan"][0].items() if k != "regularization_c"}),
+        (("plan", 1), {k: v for k, v in results["plan"][1].items() if k != "lr"}),
+        (("plan", 1), {k: v for k, v in results["plan"][1].items() if k != "kept_epoch"}),
+        (("details", "audited_tensors"), -1),
+        (("details", "auto", "verdict"), "kept linear_probe"),
+        (("details", "phases", 1, "history", 0, "validation"), 0.9),
         (("cost", "seconds"), {"train": 1.0}),
         (("curves", 0, "series", 0, "x", 0), None),
         (("data", "fingerprint"), {"train": "aa11"}),

@@ -4,7 +4,7 @@ A Hub id, an image folder, parquet or arrow files, the embedded digits and image
 test splits with the same class names, or an error with a remedy. Everything that would silently make results wrong is checked
 here, before anything expensive starts: labels that are missing, fractional or unknown to train, classes without images, splits
 too small to divide. `Data.notes` lists what was decided for the user (validation drawn from train, no test split, images left
-out).
+out) and images that occur in two splits or classes.
 
 The test split is never drawn from other data, and no other split is drawn from it.
 """
@@ -12,6 +12,7 @@ The test split is never drawn from other data, and no other split is drawn from 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +24,7 @@ from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, list_folder
 from hf_transfer.data.labels import UNLABELED, Columns, LabeledImages, StoredData, listed
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
-from hf_transfer.data.notes import notes_on_classes, notes_on_draws
+from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 
 __all__ = ["Data", "Split", "load_data"]
@@ -48,8 +49,18 @@ class Data:
     """The Hub commit that was read; None for data that is not from the Hub."""
     license: str | None = None
     """The license that the dataset's card states; None if there is none."""
-    notes: tuple[str, ...]
-    """Sentences about the data for the log and the report."""
+    loading_notes: tuple[str, ...]
+    """The `notes` that need no image."""
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the data for the log, the report and the card. The first access reads every image's bytes.
+
+        Raises:
+            BadImageError: a file is missing or cannot be opened.
+        """
+        splits = [split for split in (self.train, self.validation, self.test) if split is not None]
+        return (*self.loading_notes, *notes_on_copies(splits))
 
 
 def load_data(config: DataConfig, images: Any = None) -> Data:
@@ -109,7 +120,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         name=stored.name,
         revision=stored.revision,
         license=stored.license,
-        notes=(*notes, *notes_on_classes(train, validation, test)),
+        loading_notes=(*notes, *notes_on_classes(train, validation, test)),
     )
 
 

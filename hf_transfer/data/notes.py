@@ -1,6 +1,8 @@
 """Sentences for the log and the report about the data: what was decided for the user, and what deserves attention."""
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import combinations
 
 import numpy as np
 
@@ -9,6 +11,7 @@ from hf_transfer.data.labels import listed
 from hf_transfer.data.splits import Split
 
 _STRONG_IMBALANCE = 5.0  # images in the largest class per image in the smallest
+_MAX_LISTED_COPIES = 3
 
 
 def notes_on_draws(
@@ -62,4 +65,33 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
     alike = [name for name in names if folded[name.casefold()] > 1]
     if alike:
         notes.append(f"Classes {listed(alike)} differ only in upper and lower case.")
+    return notes
+
+
+def notes_on_copies(splits: Sequence[Split]) -> list[str]:
+    """Images with the same bytes in two splits, or in two classes. Reads every image that is not hashed yet."""
+    digests = np.concatenate([split.digests() for split in splits])
+    _, firsts, contents = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+    contents = contents.reshape(-1)  # (N,) over all splits: equal numbers mean equal bytes
+    contents_of = np.split(contents, np.cumsum([len(split) for split in splits])[:-1])
+    notes = []
+    for (split, own), (other, others) in combinations(zip(splits, contents_of, strict=True), 2):
+        position_of = {content: i for i, content in enumerate(own.tolist())}
+        copies = [(j, position_of[content]) for j, content in enumerate(others.tolist()) if content in position_of]
+        if copies:
+            shown = [f"{other.image_name(j)!r} is {split.image_name(i)!r}" for j, i in copies[:_MAX_LISTED_COPIES]]
+            notes.append(
+                f"The {other.name} split repeats images of {split.name}, byte for byte ({len(copies):,} of {len(other):,}):"
+                f" {', '.join(shown)}{', ...' if len(copies) > len(shown) else ''}. Metrics on {other.name} are optimistic;"
+                " remove the copies from one of the two splits."
+            )
+    labels = np.concatenate([split.labels for split in splits])
+    contradictions = np.flatnonzero(labels != labels[firsts][contents])
+    if contradictions.size:
+        names = [f"{s.image_name(i)!r} ({s.label_names[s.labels[i]]})" for s in splits for i in range(len(s))]
+        shown = [f"{names[firsts[contents[i]]]} is {names[i]}" for i in contradictions[:_MAX_LISTED_COPIES]]
+        notes.append(
+            f"Classes share images, byte for byte ({contradictions.size:,}): {', '.join(shown)}"
+            f"{', ...' if contradictions.size > len(shown) else ''}. At least one of the labels is wrong; remove it."
+        )
     return notes

@@ -95,11 +95,19 @@ class Split:
         digest = xxhash.xxh3_128()
         digest.update(json.dumps(["hf_transfer split", READER_VERSION, self.label_names]).encode())
         digest.update(self.labels.astype("<i8").tobytes())
+        digest.update(self.digests().tobytes())
+        return digest.hexdigest()
+
+    def digests(self) -> NDArray[np.uint8]:
+        """Hashes of the images' bytes, (N, 16). The first call reads every image's bytes.
+
+        Raises:
+            BadImageError: a file is missing or cannot be opened.
+        """
         try:
-            digest.update(self.source.digests(self.rows).tobytes())
+            return self.source.digests(self.rows)
         except BadImageError as error:
             raise _with_remedy(error) from error
-        return digest.hexdigest()
 
     def counts(self) -> NDArray[np.int64]:
         """Number of images per class, (num_classes,)."""

@@ -302,10 +302,10 @@ def _hash_base(model: nn.Module, classifier: str) -> str:
     return hash_tensors({n: t for n, t in model.state_dict().items() if not n.startswith(classifier + ".")})
 
 
-def _check_same(before: torch.Tensor, after: torch.Tensor, what: str, remedy: str) -> None:
+def _check_same(before: torch.Tensor, after: torch.Tensor, label: str, remedy: str) -> None:
     difference = float((after - before).abs().max() / before.abs().max().clamp(min=1.0))
     if not difference <= SAME_RELATIVE:
-        raise RuntimeError(f"{what}: logits differ by {difference:.2g} (relative); {remedy}")
+        raise RuntimeError(f"{label}: logits differ by {difference:.2g} (relative); {remedy}")
 
 
 @contextmanager

@@ -206,6 +206,14 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
     weights = {k.removeprefix("timm_model."): v for k, v in load_file(source.folder / "model.safetensors").items()}
     # timm itself may have written num_classes into model_args: it would be passed twice.
     model_args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
+    # A downloaded config must not have timm load other files, some of them pickles.
+    loading = [k for k in model_args if k.startswith("pretrained") or k in ("checkpoint_path", "cache_dir")]
+    if loading or not timm.is_model(config["architecture"]):
+        unsafe = f"model_args {loading}" if loading else f"architecture {config['architecture']!r}"
+        raise ValueError(
+            f"{source.name}: config.json has {unsafe}; name an architecture of timm and its own arguments only"
+        )
+    pretrained_cfg = {k: v for k, v in pretrained_cfg.items() if k not in ("source", "custom_load")}
     pretrained_cfg |= {"architecture": config["architecture"], "num_classes": num_classes, "state_dict": weights}
     try:
         model: nn.Module = timm.create_model(

@@ -2,7 +2,7 @@
 
 Weights alone do not identify a function: the activation function, the number of heads or the epsilon of a norm may differ
 between networks with equal tensors. So every module is described by its type and its own attributes, that is by what its
-constructor made of its configuration, whether or not `extra_repr` shows it. Descriptions hold no addresses: they are equal
+constructor made of its configuration, whether or not `extra_repr` shows it. Descriptions contain no addresses: they are equal
 in every process.
 """
 

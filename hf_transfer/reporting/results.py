@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +72,15 @@ def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
     write_report(results, output_dir / "report.html")
 
 
-def write_config(output_dir: Path, config: RunConfig) -> None:
-    """config.yaml: the resolved settings, written first, so that a failed run can be repeated too."""
+def write_config(output_dir: Path, config: RunConfig, unrepeatable: Sequence[str] = ()) -> None:
+    """config.yaml: the resolved settings, written first, so that a failed run can be repeated too.
+
+    `unrepeatable`: sentences on what the settings do not say, as comments at the top.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
-    _write_whole(output_dir / "config.yaml", yaml.safe_dump(to_settings(config), sort_keys=False))
+    header = ["These settings alone do not repeat the run:", *(f"- {line}" for line in unrepeatable)]
+    comments = "".join(f"# {line}\n" for line in header) if unrepeatable else ""
+    _write_whole(output_dir / "config.yaml", comments + yaml.safe_dump(to_settings(config), sort_keys=False))
 
 
 def read_versions() -> dict[str, str]:

