@@ -47,7 +47,7 @@ def make_phase_data(
 ) -> PhaseData:
     """Returns the inputs of a phase whose frozen prefix ends at `cut`, from the cache or computed now.
 
-    `through`: earlier cuts whose activations are stored too. Activations at a cut are computed from those at the previous cut,
+    `through`: earlier cuts whose activations are stored too. The previous cut's activations are the inputs for the next cut,
     so no layer runs twice. `before`: inputs of the previous phase, reused if these inputs are activations at one of the cuts.
     """
     views = session.gradient.training.cache_views

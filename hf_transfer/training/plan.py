@@ -36,8 +36,8 @@ def run_plan(session: Session, plan: Plan) -> RunResult:
     """Trains the session's network in place, phase by phase, and scores the network on validation images and test images.
 
     If the first phase solves for the head and no gradient step improves on this head, or if the plan has no gradient steps, the
-    result is that of the linear probe (`training.solve.fit_head`). The probe is then fitted on validation images too, and fits
-    that have not seen a validation image score the image. The best readout may need a model other than the chain's model.
+    result is a linear probe (`training.solve.fit_head`). This probe is fitted on validation images too, each of which is scored
+    by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
 
     States are saved in the session's `checkpoints`. Raises the errors of `run_phases`.
     """

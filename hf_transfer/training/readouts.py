@@ -137,7 +137,7 @@ def _fit(candidate: ReadoutFeatures, session: Session, options: ProbeOptions) ->
 def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> ProbeOptions:
     """Returns the options for the head of `phase`. Without `refit`, log-loss always chooses C.
 
-    By accuracy, few held-out images may choose a C whose head is almost 0, from which training would start over.
+    With accuracy, few held-out images may choose a C whose head is almost 0, and training would lose the head's advantage.
     """
     return ProbeOptions(
         select_by=phase.select_by if refit else "log_loss",

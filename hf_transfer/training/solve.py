@@ -12,8 +12,8 @@ from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     """Fits the head on training and validation images, for the readout that held-out images choose.
 
-    Fits that have not seen a validation image score the image. Test images are scored once. Raises RuntimeError if the whole
-    network and the probe on stored features compute different logits.
+    Each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises RuntimeError if
+    the whole network and the probe on stored features compute different logits.
     """
     chain, data = session.chain, session.data
     audit = Audit(chain, chain.features, chain.classifier_parameters)

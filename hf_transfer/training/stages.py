@@ -47,7 +47,8 @@ class GrowOptions:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.patience_layers < 0:
             raise ValueError(
-                f"stage_epochs={self.epochs}, patience_layers={self.patience_layers}: choose at least 1 epoch and 0 layers"
+                f"stage_epochs={self.epochs}, patience_layers={self.patience_layers}: choose stage_epochs of 1 or more and "
+                "patience_layers of 0 or more"
             )
 
 
