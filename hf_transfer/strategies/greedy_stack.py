@@ -84,7 +84,6 @@ class GreedyStackStrategy(GradientStrategy):
         from hf_transfer.network.backbone import create
         from hf_transfer.network.growing import create_blocks
 
-        self.check(config)
         if self._is_on_checkpoint(config):
             return super().load_backbone(config, data)
         if self.architecture is not None:

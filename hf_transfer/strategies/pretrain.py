@@ -51,7 +51,6 @@ class Pretrain(GradientStrategy):
         """The architecture with random weights, drawn by the seed."""
         from hf_transfer.network.backbone import create
 
-        self.check(config)
         return create(
             self.architecture,
             data.label_names,
