@@ -620,8 +620,8 @@ def test_labels_may_be_of_several_types(
         (table([5, 5, 5, 5]), "only one class, '5'"),
         (table([[0], [1], [0, 1], []]), "several values per row"),
         (table([0, 1], mask=[{"bytes": png(0), "path": None}] * 2).cast_column("mask", datasets.Image()),
-         r"several columns may hold the image, 'image', 'mask'; name it with --image_column"),
-        (table([0, 1], target=[0, 1]), r"several columns may hold the label, 'label', 'target'.*--label_column"),
+         r"several columns may contain the image, 'image', 'mask'; choose one with --image_column"),
+        (table([0, 1], target=[0, 1]), r"several columns may contain the label, 'label', 'target'.*--label_column"),
         (table([0, 1]).rename_column("label", "species"), "no column looks like the label.*'species'.*int64"),
         (table([0, 1]).remove_columns("image"), "no column looks like the image"),
     ],
@@ -643,9 +643,9 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     data = load(root, label_column="kind", image_column="other")
     assert data.label_names == ("a", "b")
     assert data.train.image(0).getpixel((0, 0)) == color(9)
-    with pytest.raises(ValueError, match="no column label_column='nope'; it has columns 'image'"):
+    with pytest.raises(ValueError, match="no column label_column='nope'; the table has columns 'image'"):
         load(root, label_column="nope")
-    with pytest.raises(ValueError, match="'kind' does not hold encoded images"):
+    with pytest.raises(ValueError, match="'kind' does not contain encoded images"):
         load(root, image_column="kind")
 
 

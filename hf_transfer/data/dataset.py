@@ -1,12 +1,12 @@
-"""From a dataset's name, or images in memory, to checked splits: `load_data(DataConfig(dataset=...))`.
+"""Loads a dataset by name, or images in memory, as checked splits: `load_data(DataConfig(dataset=...))`.
 
 A Hub id, an image folder, parquet or arrow files, the embedded digits and images in memory all become train, validation and
-test splits with the same class names, or an error with a remedy. Everything that would silently make results wrong is checked
-here, before anything expensive starts: labels that are missing, fractional or unknown to train, classes without images, splits
-too small to divide. `Data.notes` lists what was decided for the user (validation drawn from train, no test split, images left
-out) and images that occur in two splits or classes.
+test splits with the same class names. Problems that would silently make results wrong raise an error here, before anything
+expensive starts: labels that are missing, fractional or unknown to train, classes without images, splits too small to divide.
+`Data.notes` lists the decisions made for the user (validation drawn from train, no test split, images left out) and the images
+that occur in two splits or classes.
 
-The test split is never drawn from other data, and no other split is drawn from it.
+The test split is never drawn from other data, and no other split is drawn from the test split.
 """
 
 import logging
@@ -36,7 +36,7 @@ _MAX_LISTED_FILES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A dataset ready to train on; the labels of all splits are indices into `label_names`."""
+    """A dataset that is ready for training. The labels of all splits are indices into `label_names`."""
 
     train: Split
     validation: Split
@@ -44,17 +44,17 @@ class Data:
     """None if the dataset has no labeled test split."""
     label_names: tuple[str, ...]
     name: str
-    """Public name: the Hub id (with its config) or the folder's base name, never a path."""
+    """The public name: the Hub id (with its config) or the folder's base name, never a path."""
     revision: str | None
-    """The Hub commit that was read; None for data that is not from the Hub."""
+    """The Hub commit that was read, or None for data that is not from the Hub."""
     license: str | None = None
-    """The license that the dataset's card states; None if there is none."""
+    """The license that the dataset's card states, or None if no license is stated."""
     loading_notes: tuple[str, ...]
-    """The `notes` that need no image."""
+    """The part of `notes` that is known without reading an image."""
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about the data for the log, the report and the card. The first access reads every image's bytes.
+        """The sentences about the data for the log, the report and the card. The first access reads every image's bytes.
 
         Raises:
             BadImageError: a file is missing or cannot be opened.
@@ -64,13 +64,13 @@ class Data:
 
 
 def load_data(config: DataConfig, images: Any = None) -> Data:
-    """The splits that `config` describes. Images are decoded when they are accessed.
+    """Loads the splits that `config` describes. An image is decoded only when it is accessed.
 
-    With `images` (see `memory.read_memory`), these are the dataset, and `config.dataset` is only its public name. With
-    `on_bad_image="skip"`, every image is decoded once here, and unreadable ones are left out.
+    If `images` is given (see `memory.read_memory`), the dataset consists of these images, and `config.dataset` is only its
+    public name. If `config.on_bad_image` is "skip", every image is decoded once here, and unreadable images are left out.
 
     Raises:
-        ValueError: a problem of the data or the flags, with counts, names and the remedy.
+        ValueError: the data or the flags have a problem; the message contains counts, names and the remedy.
         ConnectionError: the Hub cannot be reached and the cache does not have the dataset.
 
     >>> data = load_data(DataConfig(dataset="sklearn/digits"))
@@ -88,8 +88,8 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     where = {role: f"{stored.name}, split {name!r}" for role, name in names_by_role.items()}
     if config.test_split is None and "test" in stored_splits and _is_unlabeled(stored_splits["test"]):
         notes.append(
-            f"None of the {len(stored_splits['test'].labels):,} images of split {names_by_role['test']!r} has a label, so it"
-            " cannot be tested on."
+            f"None of the {len(stored_splits['test'].labels):,} images of split {names_by_role['test']!r} has a label, so the"
+            " split cannot be used as the test split."
         )
         del stored_splits["test"]
     label_names = stored_splits["train"].names
@@ -125,7 +125,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
 
 
 def _read(config: DataConfig, columns: Columns) -> StoredData:
-    """The dataset that `config.dataset` names."""
+    """Reads the dataset that `config.dataset` names."""
     if config.dataset in (EMBEDDED_DATASET, UPSTREAM_DATASET):
         columns.refuse(config.dataset)
         return read_digits() if config.dataset == EMBEDDED_DATASET else read_mnist()
@@ -144,7 +144,7 @@ def _read(config: DataConfig, columns: Columns) -> StoredData:
         raise ValueError(
             f"dataset={config.dataset!r}: no such folder or file (relative paths start at the current folder, {Path.cwd()})"
         )
-    from hf_transfer.data import tables  # imports datasets: 2 s that an image folder need not pay
+    from hf_transfer.data import tables  # imports datasets, which takes 2 s and is needed only here
 
     return tables.read_table_file(path, columns) if path.is_file() else tables.read_hub(config.dataset, columns)
 
@@ -180,7 +180,7 @@ def _assign_roles(stored: StoredData, config: DataConfig) -> dict[Role, str]:
     chosen = config.named_splits()
     for role, name in chosen.items():
         if name not in present:
-            raise ValueError(f"{role}_split={name!r}: {stored.name} has no such split; it has {listed(present)}")
+            raise ValueError(f"{role}_split={name!r}: {stored.name} has only the splits {listed(present)}")
     flags = {"validation": config.validation_split, "test": config.test_split}
     for role in ROLES:
         if role in chosen or flags.get(role) == NO_SPLIT:
@@ -189,7 +189,7 @@ def _assign_roles(stored: StoredData, config: DataConfig) -> dict[Role, str]:
         candidates = [name for name in present if role_of(name) == role and name not in taken]
         if len(candidates) > 1:
             raise ValueError(
-                f"{stored.name}: {listed(candidates)} may each be the {role} split; name one with --{role}_split (all splits:"
+                f"{stored.name}: {listed(candidates)} may each be the {role} split; choose one with --{role}_split (all splits:"
                 f" {listed(present)})"
             )
         if candidates:
@@ -204,15 +204,15 @@ def _is_unlabeled(images: LabeledImages) -> bool:
 
 
 def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
-    """Refuses a split without images or with unlabeled ones, and a train split with an empty class or fewer than two."""
+    """Raises ValueError for a split with no images or unlabeled images, and for a train split with unusable classes."""
     if not len(images.labels):
-        raise ValueError(f"{where}: no images" + ("" if is_train else "; leave it out with 'none'"))
+        raise ValueError(f"{where}: no images" + ("" if is_train else "; choose another split, or 'none'"))
     unlabeled = np.flatnonzero(images.labels == UNLABELED)
     if unlabeled.size:
         some = [images.source.name(int(images.rows[i])) for i in unlabeled[:3]]
         raise ValueError(
             f"{where}: {unlabeled.size:,} of {len(images.labels):,} images have no label (in a table or list: None, NaN, blank"
-            f" or -1; in a folder: no class folder): {listed(some)}, ...; label or remove them"
+            f" or -1; in a folder: no class folder): {listed(some)}, ...; label or remove these images"
         )
     if is_train:
         _check_classes(np.bincount(images.labels, minlength=len(images.names)), images.names, where)
@@ -221,8 +221,8 @@ def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
 def _check_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str], where: str) -> None:
     if len(names) < 2:
         raise ValueError(
-            f"{where}: only one class, {listed(names)} ({int(sum(counts)):,} images); a classifier needs at least two (in an"
-            " image folder: one folder per class)"
+            f"{where}: only one class, {listed(names)} ({int(sum(counts)):,} images); a classifier needs at least two classes"
+            " (in an image folder: one folder per class)"
         )
     empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if empty:
@@ -233,7 +233,7 @@ def _check_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str], whe
 
 
 def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], where: str) -> Split:
-    """The stored split with labels converted to indices into train's class names."""
+    """Converts the labels of a stored split to indices into `label_names`, the class names of train."""
     index_of = {name: index for index, name in enumerate(label_names)}
     counts = np.bincount(images.labels, minlength=len(images.names))
     unknown = [
@@ -257,7 +257,7 @@ def _skip_bad_images(split: Split, where: str) -> tuple[Split, list[str]]:
     if not problems:
         return split, []
     for problem in problems.values():
-        logger.warning("skipped: %s", problem)
+        logger.warning("skipped an unreadable image: %s", problem)
     kept = split.select([i for i, row in enumerate(split.rows.tolist()) if row not in problems])
     if split.name == "train":
         _check_classes(kept.counts(), split.label_names, f"{where}, without unreadable images")
