@@ -12,12 +12,14 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from hf_transfer.training.outcome import Outcome
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from hf_transfer.cli import main
 from hf_transfer.config import TrainConfig
+from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import load_data
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.adapters import (
@@ -34,8 +36,6 @@ from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.methods import METHODS, AdapterConfig, is_adaptable
 from hf_transfer.network.targets import find_targets
 from hf_transfer.training.checkpoints import save_state
-from hf_transfer.costs import Costs
-from hf_transfer.training.outcome import Outcome
 from hf_transfer.training.phase import Phase, optimization_of
 from hf_transfer.training.plan import run_plan
 from tests.families import built, make_pixels
