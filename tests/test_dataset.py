@@ -666,6 +666,35 @@ def test_hidden_test_labels_are_no_test_split(tmp_path: Path) -> None:
     assert "None of the 3 images of split 'test' has a label" in "".join(data.notes)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs exist on POSIX only")
+def test_a_table_reads_only_regular_files_below_its_folder(tmp_path: Path) -> None:
+    root = write(tmp_path / "d", "pictures/*4")
+    write(tmp_path, "private.png", first=9)
+    os.mkfifo(root / "pipe.png")
+    (root / "linked").symlink_to(tmp_path)
+    outside = ("../private.png", str(tmp_path / "private.png"), "/dev/zero", "a\0b", f"{root}/../private.png")
+    paths = ["pictures/0.png", str(root / "pictures/1.png"), "./linked/private.png", "pipe.png", "x" * 5000, *outside]
+    feature = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+                                 "label": datasets.Value("string")})  # fmt: skip
+    images = [{"bytes": None, "path": path} for path in paths]
+    rows = datasets.Dataset.from_dict({"image": images, "label": ["ant", "bee"] * 5}, features=feature)
+    parquet(root, train=rows)
+    data = load(root / "train-00000-of-00001.parquet")
+    for split in (data.train, data.validation):
+        for i, row in enumerate(split.rows.tolist()):
+            if row < 3:
+                assert split.image(i).getpixel((0, 0)) == color((0, 1, 9)[row])
+                continue
+            reason = {3: "not a regular file", 4: "cannot be opened"}.get(row, "a file outside the dataset's folder")
+            with pytest.raises(BadImageError, match=reason) as caught:
+                split.image(i)
+            assert str(tmp_path) not in str(caught.value)
+    metadata = write(tmp_path / "m", "pictures/*4")
+    os.mkfifo(metadata / "metadata.csv")
+    with pytest.raises(ValueError, match=r"'metadata\.csv' is not a regular file"):
+        load(metadata)
+
+
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "insects.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"insects\.parquet cannot be read: .*[Pp]arquet"):

@@ -167,6 +167,11 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
             " folder with only the images"
         )
     if table_files or metadata:
+        for file in (*table_files, *metadata):
+            if not (root / file).is_file():  # opening a FIFO or a device may block forever
+                raise ValueError(
+                    f"dataset={config.dataset!r}: {str(file)!r} is not a regular file; remove or replace it"
+                )
         from hf_transfer.data import tables
 
         return (tables.read_table_folder if table_files else tables.read_metadata_folder)(root, columns)
