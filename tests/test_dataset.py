@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,41 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "pets/ant/back").symlink_to(tmp_path / "pets")
     data = load(tmp_path / "pets")
     assert (data.train.counts() + data.validation.counts()).tolist() == [4, 4]
+
+
+def test_folders_and_links_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    root = write(tmp_path / "pets", "ant/*4", "bee/*4")
+    (root / "bee/0.png").unlink()
+    (root / "bee/0.png").symlink_to("0.png")
+    with pytest.raises(ValueError, match=r"pets/bee/0\.png cannot be read \(Too many levels of symbolic links\); "):
+        load(root)
+    (root / "bee/0.png").unlink()
+    assert len(load(root).train) == 5
+    (root / "wasp").symlink_to("wasp")
+    with pytest.raises(ValueError, match="pets/wasp cannot be read"):
+        load(root)
+    with pytest.raises(ValueError, match="no such folder or file"):
+        load(root / "wasp")
+    with pytest.raises(ValueError, match="no such folder or file"):
+        load(f"./{'x' * 5000}")
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="user ids exist on POSIX only")
+def test_an_unreadable_folder_is_named() -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        root = write(Path(parent, "pets"), "ant/*4", "bee/*4")
+        Path(parent).chmod(0o755)
+        (root / "bee").chmod(0o000)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            with pytest.raises(
+                ValueError, match=r"pets/bee cannot be read \(Permission denied\); give yourself access"
+            ):
+                load(root)
+        finally:
+            os.seteuid(user)
+            (root / "bee").chmod(0o755)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the csv open
@@ -699,6 +735,24 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "insects.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"insects\.parquet cannot be read: .*[Pp]arquet"):
         load(tmp_path / "insects.parquet")
+
+
+def test_damaged_tables_and_cards_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = table(["ant", "bee"] * 3)
+    saved.save_to_disk(tmp_path / "state")
+    (tmp_path / "state/state.json").write_text("{}")
+    saved.save_to_disk(tmp_path / "info")
+    (tmp_path / "info/dataset_info.json").unlink()
+    write(tmp_path / "header", "pictures/*2").joinpath("metadata.csv").write_text("file_name,label\n")
+    for name in ("state", "info", "header"):
+        with pytest.raises(ValueError, match=f"^{name} cannot be read: [^\n]+$"):
+            load(tmp_path / name)
+    gc.collect()
+    for card in (b"---\nlicense: \xff\n---\n", b"---\nlicense: [\n---\n", b"---\n- a\n---\n"):
+        root = write(tmp_path / "pets", "ant/*4", "bee/*4")
+        (root / "README.md").write_bytes(card)
+        assert load(root).license is None
+        assert "license is unknown" in caplog.messages.pop()
 
 
 def test_an_empty_parquet_file_is_named(tmp_path: Path) -> None:

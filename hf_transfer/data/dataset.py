@@ -10,6 +10,7 @@ The test split is never drawn from other data, and no other split is drawn from 
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -130,23 +131,25 @@ def _read(config: DataConfig, columns: Columns) -> StoredData:
         columns.refuse(config.dataset)
         return read_digits() if config.dataset == EMBEDDED_DATASET else read_mnist()
     path = Path(config.dataset).expanduser()
-    if path.is_dir():
+    # pathlib raises an OSError if the parent folder is unreadable or the name too long.
+    is_folder, is_file = os.path.isdir(path), os.path.isfile(path)  # noqa: PTH112, PTH113
+    if is_folder:
         return replace(_read_folder(path, config, columns), license=read_license(path))
     looks_like_path = config.dataset.startswith((".", "/", "~", "\\")) or (
         config.dataset.split("@")[0].split(":")[0].count("/") > 1
     )
-    if path.is_file() and path.suffix.casefold() not in TABLE_SUFFIXES:
+    if is_file and path.suffix.casefold() not in TABLE_SUFFIXES:
         raise ValueError(
             f"dataset={config.dataset!r} is a file, but not a parquet or arrow file; unpack an archive, and give images as the"
             " folder that contains the class folders"
         )
-    if not path.is_file() and (looks_like_path or path.suffix.casefold() in TABLE_SUFFIXES):
+    if not is_file and (looks_like_path or path.suffix.casefold() in TABLE_SUFFIXES):
         raise ValueError(
             f"dataset={config.dataset!r}: no such folder or file (relative paths start at the current folder, {Path.cwd()})"
         )
     from hf_transfer.data import tables  # imports datasets: 2 s that an image folder need not pay
 
-    return tables.read_table_file(path, columns) if path.is_file() else tables.read_hub(config.dataset, columns)
+    return tables.read_table_file(path, columns) if is_file else tables.read_hub(config.dataset, columns)
 
 
 def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData:

@@ -147,7 +147,7 @@ class TableSource(ImageSource):
         """The file that a row names. Links below a root are followed, as in image folders."""
         if not self._roots:
             return path
-        file = os.path.normpath(os.path.join(self._roots[0], path))
+        file = os.path.normpath(Path(self._roots[0], path))
         spellings = [] if "\0" in path else [PurePath(file), PurePath(os.path.realpath(file))]
         if not any(spelling.is_relative_to(root) for spelling in spellings for root in self._roots):
             raise BadImageError(

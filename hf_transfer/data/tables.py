@@ -71,7 +71,7 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
         ) from error
     except (ValueError, DataFilesNotFoundError, DatasetsError) as error:
         raise ValueError(
-            f"dataset={dataset!r} cannot be read: {_with_cause(error)}\nName a config after a colon:"
+            f"dataset={dataset!r} cannot be read: {_with_cause(error)}. Name a config after a colon:"
             f" --dataset {hub_id}:CONFIG"
         ) from error
     commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
@@ -115,7 +115,8 @@ def _loaded(path: Path, *arguments: Any, **named: Any) -> Any:
 def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except (ValueError, DataFilesNotFoundError, DatasetsError) as error:  # ArrowInvalid is a ValueError
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, DatasetsError) as error:
+        # Whatever damaged files raise in `datasets` and pyarrow, whose ArrowInvalid is a ValueError.
         empty = [
             file.name for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet"))) if _is_empty(file)
         ]
@@ -132,8 +133,9 @@ def _is_empty(parquet: Path) -> bool:
 
 
 def _with_cause(error: Exception) -> str:
-    """The error with its cause, because `datasets` wraps the cause in "An error occurred"."""
-    return f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+    """The error on one line with its cause, because `datasets` wraps the cause in "An error occurred"."""
+    text = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
+    return " ".join(text.split())
 
 
 def _notes_on_cache(builder: Any, hub_id: str, revision: str | None, commit: str | None) -> tuple[str, ...]:
