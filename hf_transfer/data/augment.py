@@ -255,7 +255,7 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
 
 
 def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int) -> Tensor:
-    """Downsamples each image of (B, 3, H, W) to the resolution that `uniform` (B,) selects, and upsamples it to (H, W) again.
+    """Downsamples each of (B, 3, H, W) images to the resolution that `uniform` (B,) selects, and upsamples it to (H, W) again.
 
     The NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
     image's own. Downsampling averages pixel areas; upsampling is bicubic. Raises ValueError if an image is smaller.

@@ -126,10 +126,10 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
 
 
 def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, Split]:
-    """The stored splits with labels, for a classifier with classes `label_names`, to be evaluated; no split is drawn.
+    """Loads the stored splits with labels, to evaluate a classifier with classes `label_names`. No split is drawn.
 
     Raises:
-        ValueError: an unknown class, no labeled split, a split with some unlabeled images, or a dataset that cannot be read.
+        ValueError: a class is unknown, no split has labels, a split has some unlabeled images, or a dataset cannot be read.
     """
     stored = _read(config, Columns(image=config.image_column, label=config.label_column))
     splits: dict[Role, Split] = {}
@@ -147,7 +147,7 @@ def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, 
             splits[role], _ = _skip_bad_images(splits[role], where, is_train=False)
     if not splits:
         raise ValueError(
-            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name one (--test_split)"
+            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; choose one with --test_split"
         )
     return splits
 
@@ -210,7 +210,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
 
 
 def _assign_roles(stored: StoredData, config: DataConfig, *, needs_train: bool = True) -> dict[Role, str]:
-    """The stored split for each role: the one that the user named, else the one with a common name."""
+    """Returns the stored split of each role: the split that the user named, or else the split with a common name."""
     present = tuple(stored.splits)
     chosen = config.named_splits()
     for role, name in chosen.items():
@@ -230,7 +230,7 @@ def _assign_roles(stored: StoredData, config: DataConfig, *, needs_train: bool =
         if candidates:
             chosen[role] = candidates[0]
     if needs_train and "train" not in chosen:
-        raise ValueError(f"{stored.name}: no split to train on among {listed(present)}; name it with --train_split")
+        raise ValueError(f"{stored.name}: no split to train on among {listed(present)}; choose one with --train_split")
     return {role: chosen[role] for role in ROLES if role in chosen}
 
 
@@ -268,7 +268,7 @@ def _check_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str], whe
 
 
 def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], where: str) -> Split:
-    """Converts the labels of a stored split to indices into `label_names`, the class names of train."""
+    """Returns the stored split `images` as a `Split`, with labels as indices into `label_names`."""
     index_of = {name: index for index, name in enumerate(label_names)}
     if unknown := _count_unknown(images, label_names):
         raise ValueError(
@@ -281,7 +281,7 @@ def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], wher
 
 
 def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[str]:
-    """The classes that have images but are not among `label_names`, with their numbers of images."""
+    """Names the classes that have images but are not among `label_names`, with the number of images of each class."""
     counts = np.bincount(images.labels, minlength=len(images.names))
     named = [
         (name, count) for name, count in zip(images.names, counts, strict=True) if count and name not in label_names
@@ -290,7 +290,7 @@ def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[
 
 
 def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:
-    """The split without its unreadable images, and a note that lists them."""
+    """Returns the split without unreadable images, and a note that lists the unreadable images."""
     problems = split.source.unreadable(split.rows, f"checking {split.name}")
     if not problems:
         return split, []

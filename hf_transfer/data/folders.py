@@ -74,7 +74,7 @@ class Folder:
 
 
 def list_folder(root: Path) -> Folder:
-    """Everything below `root`; follows symbolic links, but not in circles.
+    """Lists everything below `root`. Symbolic links are followed, but not in circles.
 
     Raises:
         ValueError: a folder cannot be opened, or a link leads only to itself.

@@ -47,10 +47,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Problems of one file.
+# Errors that concern only this one file, not the whole disk or process.
 _FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
-# What Pillow's decoders raise on damaged data. MemoryError is left out: it says nothing about the file.
+# Errors that Pillow's decoders raise on damaged data. A MemoryError says nothing about the file and is not among them.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,

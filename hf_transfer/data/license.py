@@ -13,7 +13,7 @@ CARD = "README.md"
 
 
 def read_license(folder: Path) -> str | None:
-    """Returns the `license` in the card of a dataset folder, or None if there is no card or the card states no license."""
+    """Returns the `license` in the card of a dataset folder, or None if no readable card states a license."""
     card = folder / CARD
     if not card.is_file():
         return None

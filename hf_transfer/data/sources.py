@@ -106,9 +106,9 @@ class FolderSource(ImageSource):
 class TableSource(ImageSource):
     """One column of a `datasets.Dataset`: encoded images, or paths of image files on this machine.
 
-    `split` is the split's stored name, which error messages add to the row. A stored table may name only files below one of
-    `roots`, and relative paths start at the first one; the user's own table in memory (no roots) may name any file. Files
-    below a root are named by their path relative to it.
+    Error messages name the row and `split`, the split's stored name. A stored table may name only files below one of
+    `roots`, and relative paths start at the first root. The user's own table in memory has no roots and may name any file. A
+    file below a root is named by its path relative to the root.
     """
 
     def __init__(self, table: Any, column: str, split: str, roots: Sequence[Path] = ()) -> None:
@@ -119,7 +119,7 @@ class TableSource(ImageSource):
         self._roots = tuple(map(os.fspath, roots))
 
     def name(self, row: int) -> str:
-        """Returns the path below the root, or else the row number with the file name that the table stores."""
+        """Returns the path below a root, or else the row number with the file name that the table stores."""
         value = self._cell(row)
         path = value["path"].as_py() if _has_path(value) else None
         if not path:
@@ -137,14 +137,14 @@ class TableSource(ImageSource):
             return bytes(encoded)
         if path:
             return read_bytes(self._locate(path, row), self._where(row))
-        raise BadImageError(f"{self._where(row)}: no image (None)")
+        raise BadImageError(f"{self._where(row)}: the table contains no image here (None)")
 
     def image(self, row: int) -> Image.Image:
         """Returns the image in mode RGB. Error messages also name the split."""
         return read_image(self.content(row), self._where(row))
 
     def _locate(self, path: str, row: int) -> str:
-        """The file that a row names. Links below a root are followed, as in image folders."""
+        """Returns the file that a row names. Links below a root are followed, as in image folders."""
         if not self._roots:
             return path
         file = os.path.normpath(Path(self._roots[0], path))

@@ -116,7 +116,7 @@ def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (ValueError, OSError, LookupError, TypeError, AttributeError, DatasetsError) as error:
-        # Whatever damaged files raise in `datasets` and pyarrow, whose ArrowInvalid is a ValueError.
+        # All errors that damaged files raise in `datasets` and pyarrow. pyarrow's ArrowInvalid is a ValueError.
         empty = [
             file.name for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet"))) if _is_empty(file)
         ]
@@ -133,7 +133,7 @@ def _is_empty(parquet: Path) -> bool:
 
 
 def _with_cause(error: Exception) -> str:
-    """The error on one line with its cause, because `datasets` wraps the cause in "An error occurred"."""
+    """Returns the error and its cause on one line, because `datasets` wraps the cause in "An error occurred"."""
     text = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
     return " ".join(text.split())
 
@@ -164,9 +164,9 @@ def _to_stored(tables: Any, name: str, columns: Columns, roots: Sequence[Path]) 
 
 
 def read_table(table: Any, columns: Columns, *, split: str, where: str, roots: Sequence[Path] = ()) -> LabeledImages:
-    """The images and labels of one `Dataset`; messages call it `where`, its rows "row 17 of split `split`".
+    """Returns the images and labels of one `Dataset`. Messages call the table `where` and a row "row 17 of split `split`".
 
-    `roots`: see `TableSource`.
+    For `roots`, see `TableSource`.
     """
     image, label = find_columns(table.features, columns, where)
     values = table.select_columns([label]).with_format("arrow")[:].column(0)
