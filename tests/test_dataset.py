@@ -237,7 +237,10 @@ def test_names_are_compared_without_blanks_and_in_one_unicode_form(tmp_path: Pat
     [
         (["ant/*3", "bee/*3", "wasp/notes.txt"], "1 of 3 classes have no image to train on, 'wasp'"),
         (["ant/*3"], "only one class, 'ant'"),
-        (["train/ant/*3", "train/bee/*3", "test/wasp/*2"], r"classes that train does not have, 'wasp \(2 images\)'"),
+        (
+            ["train/ant/*3", "train/bee/*3", "test/wasp/*2"],
+            r"the train split does not have the classes 'wasp \(2 images\)'",
+        ),
         (["notes.txt"], "no image in this folder"),
     ],
 )

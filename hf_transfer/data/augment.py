@@ -2,7 +2,7 @@
 
 The pixel store contains each image uncropped and resized to a square, with the image's original width and height. Crops are
 drawn in original pixels. The crop, the return to the original aspect ratio, the flip and the geometric operations of
-auto-augmentation form one affine map per image, so pixels are resampled once. An image is continued by its reflection.
+auto-augmentation form one affine map per image, so pixels are resampled once. Past its edges, an image is mirrored.
 
 Every random number is a hash of (seed, epoch, image index, position). An image's augmentation therefore does not depend on the
 batch, the number of processes, or resuming. Unlike in the papers and in torchvision, boxes are not rounded to whole pixels,
@@ -111,7 +111,7 @@ def mix(images: Tensor, targets: Tensor, uniform: Floats, augmentation: Augmenta
     """Returns images (B, 3, H, W) and targets (B, K) float, each mixed with its counterpart in the reversed batch.
 
     Mixup follows arXiv:1710.09412 and cutmix arXiv:1905.04899, with boxes clipped at the edges and the pasted area as weight.
-    From its random numbers in `uniform` (B, NUM_UNIFORM), each image draws a weight, a box, and mixup or cutmix. The middle
+    Each image draws a weight, a box, and mixup or cutmix with its random numbers in `uniform` (B, NUM_UNIFORM). The middle
     image of an odd batch is its own partner. Inputs are not modified. If mixup and cutmix are off, returns the inputs.
     """
     if not augmentation.is_mixing or len(images) == 0:
@@ -186,8 +186,8 @@ def _ranges(is_wide: bool, height_px: int, width_px: int) -> dict[str, tuple[flo
     """Returns each operation's strength at magnitude 0, its strength at the largest magnitude, and whether its sign is random.
 
     Shear is in pixels per pixel, translation in pixels and rotation in degrees. Brightness, saturation, contrast and sharpness
-    are factors. The strength of posterize is the number of bits to keep, and solarize inverts values from its strength up. The
-    ranges equal the ranges of torchvision's RandAugment and TrivialAugmentWide.
+    are factors. Posterize keeps that many bits, and solarize inverts values from its strength up. The ranges equal the ranges
+    of torchvision's RandAugment and TrivialAugmentWide.
     """
     x_px, y_px = (32.0, 32.0) if is_wide else (150 / 331 * width_px, 150 / 331 * height_px)
     shear, degrees, factor, bits = (0.99, 135.0, 1.99, 2) if is_wide else (0.3, 30.0, 1.9, 4)
@@ -226,9 +226,7 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
     """
     strength = strength.view(-1, 1, 1, 1)
     if operation in ("posterize", "solarize", "autocontrast", "equalize"):
-        images = (
-            images.round_()
-        )  # sampling changes uniform areas by 1e-5, which these operations would amplify to speckles
+        images = images.round_()  # sampling changes uniform areas by 1e-5, which would be amplified to speckles
     match operation:
         case "brightness":
             images = images.mul_(strength)
@@ -255,10 +253,10 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
 
 
 def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int) -> Tensor:
-    """Downsamples each of (B, 3, H, W) images to the resolution that `uniform` (B,) selects, and upsamples it to (H, W) again.
+    """Downsamples images (B, 3, H, W) to the resolutions that `uniform` (B,) selects, and upsamples them to H x W again.
 
-    The NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
-    image's own. Downsampling averages pixel areas; upsampling is bicubic. Raises ValueError if an image is smaller.
+    All NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
+    images' shorter side. Downsampling averages areas; upsampling is bicubic. Raises ValueError if the images are smaller.
     """
     height_px, width_px = images.shape[2:]
     side_px = min(height_px, width_px)
@@ -315,7 +313,7 @@ def _center(sizes: NDArray[Any], ratio: Floats) -> Floats:
 def _map_crops(
     boxes: Floats, sizes: NDArray[Any], is_flipped: NDArray[np.bool_], height_px: int, width_px: int
 ) -> Floats:
-    """Returns affine maps (B, 3, 3) from pixels right of and below the output's center to input positions in -1..1."""
+    """Returns affine maps (B, 3, 3) from pixels right of and below the output's center to -1..1 across the input image."""
     maps = np.tile(np.eye(3), (len(boxes), 1, 1))
     scale = 2 * boxes[:, 2:] / sizes / [width_px, height_px]
     maps[:, 0, 0] = np.where(is_flipped, -scale[:, 0], scale[:, 0])

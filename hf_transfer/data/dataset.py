@@ -272,8 +272,8 @@ def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], wher
     index_of = {name: index for index, name in enumerate(label_names)}
     if unknown := _count_unknown(images, label_names):
         raise ValueError(
-            f"{where}: classes that train does not have, {listed(unknown)}; train has {listed(label_names)}. Use the same names"
-            f" or leave the split out: --{role}_split none"
+            f"{where}: the train split does not have the classes {listed(unknown)}; it has {listed(label_names)}. Use the same"
+            f" names or leave the split out: --{role}_split none"
         )
     new_labels = np.array([index_of.get(name, UNLABELED) for name in images.names], np.int64)
     labels = new_labels[images.labels]

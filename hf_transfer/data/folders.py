@@ -104,7 +104,7 @@ def list_folder(root: Path) -> Folder:
     except OSError as error:
         name = os.path.relpath(os.fsdecode(error.filename or root), root.parent)
         raise ValueError(
-            f"{name} cannot be read ({error.strerror}); give yourself access, or repair or remove it"
+            f"{name} cannot be read ({error.strerror}); give yourself access, or repair or remove this path"
         ) from error
 
 
@@ -187,9 +187,9 @@ def _split_folders(folder: Folder, name: str, named_splits: Collection[str]) -> 
     if split_like and (with_classes or not only_a_class_called_train):
         raise ValueError(
             f"{name}: {listed([inner.name for inner in split_like])} may be a split or a class next to"
-            f" {listed([inner.name for inner in others])}. For a split, move the classes to train on into a folder 'train' next"
-            " to the split (or name the folder of each split: --train_split, --validation_split, --test_split). For a class,"
-            " rename the folder"
+            f" {listed([inner.name for inner in others])}. If it is a split, move the classes to train on into a folder 'train'"
+            " next to the split (or name the folder of each split: --train_split, --validation_split, --test_split). If it is a"
+            " class, rename the folder"
         )
     return None
 

@@ -60,7 +60,7 @@ def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64
     `values` are text, integers, booleans or whole floats. None, NaN, blank text and -1 mean "no label".
 
     Raises:
-        ValueError: labels are fractions or have other or mixed types, one label is negative, or class names are duplicate.
+        ValueError: labels are fractions, have mixed or other types, or include one negative integer, or class names repeat.
     """
     counts = Counter(value for value in values if not _is_missing(value))
     if (

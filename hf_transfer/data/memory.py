@@ -103,8 +103,8 @@ def _read(images: Any, columns: Columns, split: str, name: str) -> LabeledImages
     paths = [path for path in checked if isinstance(path, Path)]
     if paths and not any(path.exists() for path in paths):
         raise ValueError(
-            f"{where}: none of {len(paths):,} image files exists, such as {os.fspath(paths[0])!r}; relative paths start at the"
-            f" current folder, {Path.cwd()}"
+            f"{where}: none of {len(paths):,} image files exists, the first is {os.fspath(paths[0])!r}; relative paths start at"
+            f" the current folder, {Path.cwd()}"
         )
     indices, names = index_labels([_check_label(label, row, where) for row, label in enumerate(labels)], where)
     return LabeledImages(source=MemorySource(checked), rows=np.arange(len(indices)), labels=indices, names=names)

@@ -151,8 +151,8 @@ class TableSource(ImageSource):
         spellings = [] if "\0" in path else [PurePath(file), PurePath(os.path.realpath(file))]
         if not any(spelling.is_relative_to(root) for spelling in spellings for root in self._roots):
             raise BadImageError(
-                f"{self._where(row)}: the table names a file outside the dataset's folder; move the file below it, or store"
-                " the encoded image in the table"
+                f"{self._where(row)}: the table names a file outside the dataset's folder; move the file into that folder, or"
+                " store the encoded image in the table"
             )
         return file
 

@@ -85,7 +85,7 @@ class Split:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits that depend on the images' bytes, order, labels and label names, but not on paths or file times.
+        """A hash of the images' bytes, order, labels and label names (32 hex digits). Paths and file times do not matter.
 
         The first access reads every image's bytes.
 
@@ -157,8 +157,8 @@ def draw(
     if counts.min() < 2:
         too_small = [train.label_names[k] for k in np.flatnonzero(counts < 2)]
         raise ValueError(
-            f"too few images to split off validation: only one image to train on of {listed(too_small)}, and a stratified"
-            " split needs two, one for each side; add images, or give a validation split (--validation_split)"
+            f"too few images to split off validation: only one image to train on of {listed(too_small)}, but train and"
+            " validation need one each; add images, or give a validation split with --validation_split"
         )
     sizes = np.arange(int(counts.max()) + 1)
     is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
@@ -171,7 +171,7 @@ def draw(
 
 
 def role_of(split_name: str) -> Role | None:
-    """Returns the role of a split with a common name ("Training", "val", "test_set", "valid2017"), or None."""
+    """Returns the role of a split with a common name ("Training", "val", "test_set", "valid2017"), or None for other names."""
     words = set(re.findall(r"[^\W\d_]+", split_name.casefold())) - _FILLER_WORDS
     roles = {_ROLE_OF_WORD.get(word) for word in words}
     return roles.pop() if len(roles) == 1 else None
@@ -201,7 +201,7 @@ def _rank_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 
 
 def _validation_images(class_sizes: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """Returns how many images of each class go to validation: the nearest integer, but at least one image on either side.
+    """Returns how many images of each class go to validation: the nearest integer, with at least one image on each side.
 
     The number grows by 0 or 1 when a class grows by one image, so an image's rank alone decides whether it is drawn.
     """

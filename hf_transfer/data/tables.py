@@ -35,7 +35,7 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
     """Reads the Hub dataset `id[:config][@revision]`, from the local cache when offline.
 
     Raises:
-        ValueError: `dataset` is not an id, does not exist on the Hub (also its config or revision), or cannot be read.
+        ValueError: `dataset` is not an id, the Hub has no such dataset, config or revision, or the dataset cannot be read.
         ConnectionError: the Hub cannot be reached and the cache does not have the dataset.
     """
     match = _HUB_ID.fullmatch(dataset)
@@ -71,7 +71,7 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
         ) from error
     except (ValueError, DataFilesNotFoundError, DatasetsError) as error:
         raise ValueError(
-            f"dataset={dataset!r} cannot be read: {_with_cause(error)}. Name a config after a colon:"
+            f"dataset={dataset!r} cannot be read: {_with_cause(error)}. If it needs a config, name the config:"
             f" --dataset {hub_id}:CONFIG"
         ) from error
     commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None

@@ -110,7 +110,7 @@ def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dic
 
 
 def _limits(results: Mapping[str, Any], split: str) -> list[str]:
-    """Returns sentences that warn the reader before relying on the model."""
+    """Returns sentences that a reader should know before relying on the model."""
     scores = results["metrics"][split]
     train = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < MIN_TRAIN_IMAGES}
     scored = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < MIN_SCORED_IMAGES}

@@ -1,4 +1,4 @@
-"""The script that `verify` runs: loads a model folder with each library, without hf_transfer, and compares with a reference.
+"""The script that `verify` runs: loads a folder with each library, without hf_transfer, and compares outputs with a reference.
 
 python fresh_process.py MODEL_FOLDER REFERENCE transformers timm   # or peft; prints a line of JSON for each library
 """
@@ -30,7 +30,7 @@ def compute(folder: Path, images: list[Any], library: str) -> tuple[Any, Any, li
 
 
 def _load_peft(folder: Path, images: list[Any]) -> tuple[Any, Any, list[str]]:
-    """Returns the adapter on its recorded base (id and revision) with a head for the labels, normalized pixels and labels."""
+    """Returns a model (the recorded base with a new head and the adapter), its normalized pixels, and its label names."""
     from peft import PeftModel
 
     config = json.loads((folder / "adapter_config.json").read_text())

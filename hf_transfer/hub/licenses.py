@@ -35,9 +35,9 @@ class DerivedLicense:
 
 
 def derive_license(base: str | None, data: str | None, *, has_base: bool = True) -> DerivedLicense:
-    """Returns the license of a model trained from a base on data with these licenses, None or "unknown" if not stated.
+    """Returns the license of a model, given the licenses of its base and its dataset.
 
-    `has_base` is False for a model trained from random weights.
+    A license that is not stated is None or "unknown". `has_base` is False for a model trained from random weights.
     """
     stated = {"base model": _clean(base)} if has_base else {}
     stated |= {"dataset": _clean(data)}

@@ -101,8 +101,8 @@ def publish(
     results = json.loads((run / "results.json").read_text())
     if results["details"].get("fine_tuned") is False and not options.without_fine_tuning:
         raise ValueError(
-            f"{run}: this stack was not fine-tuned end to end, so its layers were never trained together. Run the recipe with "
-            "--fine_tune, or publish it as it is with --without_fine_tuning"
+            f"{run}: this greedy stack was not fine-tuned end to end, so its layers were never trained together. Run the "
+            "recipe with --fine_tune, or publish the stack as it is with --without_fine_tuning"
         )
     model = _choose_model(run, results, adapter=adapter, base=base)
     tolerance = MERGED_TOLERANCE if model.name == MERGED else TOLERANCE
@@ -159,7 +159,7 @@ def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base:
             raise ValueError(f"{model} is a plain checkpoint, not an adapter: leave --adapter and --base out")
         return model
     if adapter and base:
-        raise ValueError(f"base={base!r} is only for merging, and --adapter pushes the adapter unmerged; choose one")
+        raise ValueError(f"base={base!r}: --base merges the adapter, but --adapter pushes it unmerged; choose one")
     recorded = read_base(model)
     try:
         if adapter:
@@ -181,9 +181,7 @@ def _open_repository(target: _Target, options: PublishOptions) -> None:
     attempt("sign in", api.whoami)
     attempt("create the repository", lambda: api.create_repo(repo_id, private=options.private, exist_ok=True))
     if options.private and not attempt("read the repository", lambda: api.model_info(repo_id)).private:
-        raise attempt.refuse(
-            "push privately", f"{repo_id} exists and is public; make {repo_id} private in its settings"
-        )
+        raise attempt.refuse("push privately", f"{repo_id} is a public repository; make it private in its settings")
     if not options.overwrite:
         attempt("read the model card", lambda: _refuse_foreign_card(target))
     if revision is not None:
@@ -213,6 +211,6 @@ def _refuse_foreign_card(target: _Target) -> None:
         return
     if OUR_TAG not in (ModelCard.load(path).data.get("tags") or []):
         raise PushError(
-            f"hf_transfer did not write the card of {target.repo_id}, and a push would replace it. Choose another repository, "
-            "or publish with --overwrite"
+            f"hf_transfer did not write the card of {target.repo_id}, and a push would replace this card. Choose another "
+            "repository, or publish with --overwrite"
         )

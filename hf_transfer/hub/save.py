@@ -20,8 +20,8 @@ from hf_transfer.network.backbone import Backbone
 def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> None:
     """Writes the model to `folder` in Hub layout: config.json, model.safetensors, preprocessing and README.md (the card).
 
-    A backbone with adapters is saved as a PEFT adapter folder (see `_save_adapter`). An older folder is replaced only once
-    the new one is complete. The model moves to the CPU; weights keep their dtype. Raises ValueError if an adapter's base has
+    A backbone with adapters is saved as a PEFT adapter folder (see `_save_adapter`). An older folder is replaced only when
+    the new folder is complete. The model moves to the CPU; weights keep their dtype. Raises ValueError if an adapter's base has
     no Hub id.
     """
     partial = folder.with_name(folder.name + ".partial")

@@ -62,7 +62,7 @@ def write_reference(backbone: Backbone, split: Split, path: Path) -> None:
 def verify(
     model: Path, reference: Path, libraries: Sequence[str], *, tolerance: float = TOLERANCE
 ) -> tuple[Verified, ...]:
-    """Returns each library's differences from the reference. `tolerance` limits logits, relative to the largest logit.
+    """Returns each library's differences from the reference. `tolerance` is for logits, relative to the largest logit.
 
     Raises VerificationError if a library cannot load the folder, or computes different outputs.
     """
