@@ -79,7 +79,7 @@ def augment(
     maps = _map_crops(boxes, sizes, uniform[:, _FLIP] < augmentation.hflip, height_px, width_px)
     maps = maps @ map_geometry(operations, strengths, height_px, width_px)
     factors = 1 + augmentation.color_jitter * (2 * uniform[:, _COLOR] - 1)
-    grouped = np.argsort(operations, axis=0, kind="stable")  # images ordered by their operation
+    grouped = np.argsort(operations, axis=0, kind="stable")  # row numbers of images, sorted by operation
     canvas = np.tile([width_px, height_px], (len(pixels), 1))
     erased, fits = _draw_boxes(uniform[:, _ERASE], canvas, ERASED_SHARE, ERASED_RATIO)
     erased *= (fits & (uniform[:, _IS_ERASED] < augmentation.random_erasing))[:, None]  # an empty box erases nothing
@@ -233,7 +233,7 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
         case "saturation":
             images = _blend(images, _gray(images), strength)
         case "contrast":
-            # float64: the mean must not depend on a summation order that varies with batch size.
+            # In float64, the mean does not depend on the summation order, which varies with batch size.
             mean = _gray(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64).float()
             images = _blend(images, mean, strength)
         case "sharpness" if min(images.shape[2:]) > 2:

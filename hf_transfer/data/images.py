@@ -142,7 +142,7 @@ def _from_integers(image: Image.Image, name: str) -> Image.Image:
 def _from_floats(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    if not (low >= 0.0 and high <= 255.0):  # also refuses NaN
+    if not (low >= 0.0 and high <= 255.0):  # this test also refuses NaN
         raise BadImageError(
             f"{name}: float pixels from {low:g} to {high:g}, but only 0 to 1 and 0 to 255 are known: save the image with 8 bits"
         )

@@ -85,7 +85,7 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
 
 def _read(images: Any, columns: Columns, split: str, name: str) -> LabeledImages:
     where = f"{name}, split {split!r}"
-    datasets = sys.modules.get("datasets")  # importing it takes 2 s; before an import, `images` is no Dataset
+    datasets = sys.modules.get("datasets")  # not imported here, because the import takes 2 s
     if datasets is not None and isinstance(images, datasets.Dataset):
         from hf_transfer.data.tables import read_table
 

@@ -30,7 +30,7 @@ from hf_transfer.reporting.charts import draw_curve, draw_matrix
 from hf_transfer.reporting.formats import format_percent, make_environment
 from hf_transfer.reporting.report import NO_TEST_SPLIT
 
-MAX_TABLE_CLASSES = 50  # with more classes, the card lists those with the lowest recall
+MAX_TABLE_CLASSES = 50  # with more classes, the card lists only the classes with the lowest recall
 MIN_TRAIN_IMAGES = 20  # per class; the card warns of classes with fewer training images
 MIN_SCORED_IMAGES = 10  # per class in the scored split; the card warns of classes with fewer scored images
 POOR_CALIBRATION = 0.05

@@ -52,7 +52,7 @@ class PublishOptions:
     create_pr: bool = False  # open a pull request instead of committing
     overwrite: bool = False  # replace a card that hf_transfer did not write
     without_fine_tuning: bool = False  # allow a greedy stack whose layers were never trained together
-    dry_run: bool = False  # verify the model and list its files, without the Hub
+    dry_run: bool = False  # verify the model and list the model's files, without calling the Hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base:
     recorded = read_base(model)
     try:
         if adapter:
-            find_source(recorded)  # the fresh process loads it, and so will everyone who downloads the adapter
+            find_source(recorded)  # the fresh process loads this base, as will users of the adapter
             return model
         merged = load_adapted(model, checkpoint=base)
     except ValueError as error:
