@@ -1,4 +1,4 @@
-"""Metrics of a saved classifier on a labeled dataset."""
+"""Computes the metrics of a saved classifier on a labeled data set."""
 
 import numpy as np
 from accelerate import Accelerator
@@ -14,10 +14,10 @@ from hf_transfer.training.records import Metrics
 
 
 def evaluate(checkpoint: str, data: DataConfig, *, split: str = "test", trust_remote_code: bool = False) -> Metrics:
-    """Metrics of a saved model, with its own head, on one split of a labeled dataset.
+    """Returns the metrics of a saved model, with its own head, on one split of a labeled data set.
 
-    Classes are matched to the model's by name; the dataset may have fewer, in any order. Raises ValueError for a split that
-    the dataset does not have, and for a class that the model does not know.
+    The data set's classes are matched to the model's classes by name, and may be a subset in any order. Raises ValueError if
+    the data set lacks the split, or has a class that the model lacks.
     """
     backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
     loaded = load_data(data)
