@@ -340,10 +340,7 @@ COMMANDS = {
         run=_evaluate,
     ),
     "publish": Command(
-        summary="push the model of a finished run to the Hub",
-        description=PUBLISH,
-        add_flags=_add_publish,
-        run=_publish,
+        summary="push the model of a finished run to the Hub", description=PUBLISH, add_flags=_add_publish, run=_publish
     ),
     "cache": Command(summary="list or remove stored activations", description=CACHE, add_flags=_add_cache, run=_cache),
 }

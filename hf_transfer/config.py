@@ -70,10 +70,10 @@ class DataConfig:
         None, "name of the validation split in the data set; `none`: split validation images off the training split"
     )
     test_split: str | None = flag(None, "name of the test split in the data set; `none`: skip testing")
-    validation_fraction: float = flag(0.2, "validation share of each class's images, if there is no validation split")
+    validation_fraction: float = flag(0.2, "share of each class to validate on, if there is no validation split")
     images_per_class: int | None = flag(None, "few-shot: use only this many images per class, training plus validation")
     on_bad_image: Literal["error", "skip"] = flag(
-        "error", "at an unreadable image: stop with an error, or skip and list it (skip decodes all images first)"
+        "error", "at an unreadable image: stop with an error, or leave the image out (skip decodes all images first)"
     )
     seed: int = flag(0, "seed of all random choices: splits, subsets, augmentation, resampling")
 
@@ -167,7 +167,7 @@ class OptimizerConfig:
     optimizer: OptimizerName = flag("adamw", "optimizer; sgd has Nesterov momentum 0.9")
     lr: float = flag(2e-4, "peak learning rate of the last layer below the head")
     head_lr: float | None = flag(None, "peak learning rate of the head; default: the value of lr")
-    layer_decay: float = flag(0.85, "ratio of a layer's learning rate to that of the layer above it; 1: no decay")
+    layer_decay: float = flag(0.85, "factor of the learning rate from each layer to the layer below; 1: no decay")
     weight_decay: float = flag(
         0.05, "weight decay of matrices and kernels; norms, biases, tokens and position embeddings get no weight decay"
     )
@@ -196,7 +196,7 @@ class AugmentationConfig:
     crop_scale: float = flag(0.35, "smallest share of the image's area that a random crop keeps; 1: no random crop")
     hflip: float = flag(0.5, "probability of a horizontal flip; set 0 if left and right matter")
     color_jitter: float = flag(0.2, "largest relative change of brightness, contrast and saturation")
-    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "policy of further random operations")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "policy of further random changes")
     randaugment_magnitude: int = flag(9, "magnitude of RandAugment's operations, 0 to 30")
     min_resolution_px: int = flag(
         0,
@@ -205,7 +205,7 @@ class AugmentationConfig:
     )
     random_erasing: float = flag(0.0, "probability that a random box of the image is erased")
     mixup: float = flag(0.0, "alpha of mixup's Beta distribution; 0: no mixup")
-    cutmix: float = flag(0.0, "alpha of CutMix's Beta distribution; 0: no CutMix. With mixup too, an image draws one")
+    cutmix: float = flag(0.0, "alpha of CutMix's Beta distribution; 0: off. With mixup, an image draws one of the two")
     crop_ratio: float = 4 / 3  # width / height of a random crop lies between 1 / crop_ratio and crop_ratio
 
     def __post_init__(self) -> None:
@@ -227,7 +227,7 @@ class AugmentationConfig:
             )
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: this is an alpha; choose 0 (off) or more")
+                raise ValueError(f"{name}={getattr(self, name)}: a Beta distribution's alpha; choose 0 (off) or more")
 
     @property
     def is_mixing(self) -> bool:
@@ -257,7 +257,7 @@ class TrainingConfig:
         "at the end, interpolate between the weights before fine-tuning (with the probe as head) and after it, and keep the "
         "mixture that validates best",
     )
-    early_stopping_patience: int = flag(0, "number of epochs without a better validation score to stop after; 0: never")
+    early_stopping_patience: int = flag(0, "stop after this many epochs without a better validation score; 0: never")
     train_side_px: int = flag(
         0,
         "side of the squares that training images are decoded to once, and that crops are drawn from; 0: a little more than "
@@ -283,8 +283,8 @@ class TrainingConfig:
         _check_choice(self, "select_by", typing.get_args(SelectBy))
         if self.wise_ft and not self.freeze_batchnorm:
             raise ValueError(
-                "wise_ft=True and freeze_batchnorm=False: running statistics belong to the weights at one end, not to those in "
-                "between; leave out one of the two settings"
+                "wise_ft=True and freeze_batchnorm=False: running statistics belong to the weights at one end, not to "
+                "interpolated weights; leave out one of the two settings"
             )
 
 
@@ -298,7 +298,7 @@ class AdapterConfig:
 
     method: AdapterName = flag("lora", "adapter method; all methods adapt linear maps and convolutions", name="adapter")
     rank: int | None = flag(None, f"rank of each adapter; default: {DEFAULT_RANK}")
-    alpha: float | None = flag(None, "scale: an adapter's output is multiplied by alpha / rank; default: rank")
+    alpha: float | None = flag(None, "an adapter's output is multiplied by alpha / rank; default: alpha = rank")
     targets: str = flag(
         "auto",
         "modules to adapt: attention, mlp (the other maps that act on single positions), all (between stem and head), or a "

@@ -1,4 +1,4 @@
-"""Reads settings from the command line: flags override the YAML file of `--config`, which overrides the strategy's defaults.
+"""Reads settings from flags, which override the YAML file of `--config`, which overrides the strategy's defaults.
 
     config = parse("lora", prog="lora.py", description=__doc__)
 

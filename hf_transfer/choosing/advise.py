@@ -1,4 +1,4 @@
-"""Advises which strategy suits a data set and a checkpoint: the probe is measured, and fine-tuning is estimated.
+"""Advises which strategy suits a data set and a checkpoint, from a measured probe and an estimate of fine-tuning.
 
     advice = advise(session)         # runs the frozen network once over train and validation, and caches the features
     print(format_advice(advice))

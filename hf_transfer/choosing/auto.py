@@ -75,7 +75,7 @@ def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
 
 
 def judge(gain: float, error: float | None, kept: Kept) -> Verdict:
-    """Returns whether a fine-tuned network is better than the probe, from the `gain` in accuracy and the `kept` weights.
+    """Returns the verdict on a fine-tuned network, from its `gain` in accuracy over the probe and its `kept` weights.
 
     With `error`, training started from an untrained head. The gain must exceed this standard error, because the best epoch is
     partly luck. Without `error`, training started from the probe, and kept an epoch only if it was significantly better, image
@@ -101,10 +101,7 @@ def _score_test(session: Session, result: RunResult) -> Metrics:
 def _without_paths(advice: Advice, session: Session) -> dict[str, Any]:
     """Returns the advice without local paths, because results.json and the card are published."""
     config = session.config
-    names: Mapping[str, str] = {
-        config.model.checkpoint: advice.checkpoint,
-        config.data.dataset: session.data.name,
-    }
+    names: Mapping[str, str] = {config.model.checkpoint: advice.checkpoint, config.data.dataset: session.data.name}
 
     def public(value: Any) -> Any:
         if isinstance(value, str):

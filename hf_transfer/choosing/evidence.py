@@ -116,7 +116,7 @@ def spread_depths(chain: Chain) -> list[tuple[Cut, float]]:
 
 
 def tap_mean(cut: Cut, image_shape: tuple[int, int, int]) -> Tap:
-    """Returns a tap (it reads features at a cut) for the mean over positions of the activation: one number per channel."""
+    """Returns a tap, which reads features at a cut: here the mean over positions, which is one number per channel."""
     channel = find_channel(cut.shape, image_shape)
     positions = tuple(i + 1 for i in range(len(cut.shape)) if i != channel)
     return Tap(cut=cut, pooling="mean", shape=(cut.shape[channel],), keep=partial(_mean, dims=positions))

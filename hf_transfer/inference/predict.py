@@ -116,12 +116,7 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def predict(
-    backbone: Backbone,
-    images: Sequence[ImageLike],
-    *,
-    top_k: int = 5,
-    batch_size: int = 32,
-    num_workers: int = 0,
+    backbone: Backbone, images: Sequence[ImageLike], *, top_k: int = 5, batch_size: int = 32, num_workers: int = 0
 ) -> list[Prediction]:
     """Returns the `top_k` most likely labels of each image, in the order of `images`.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Full(GradientStrategy):
     """Settings of full fine-tuning."""
 
-    trains: Literal["all", "norms", "biases"] = flag("all", "the parameters of every layer that train with the head")
+    trains: Literal["all", "norms", "biases"] = flag("all", "parameters that train in every layer, besides the head")
     pattern: str | None = flag(None, "regular expression; parameters with a matching name train, and the head")
 
     def __post_init__(self) -> None:

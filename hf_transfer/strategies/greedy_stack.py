@@ -118,7 +118,7 @@ class GreedyStackStrategy(GradientStrategy):
         return DEFAULT_LAYERS if self.layers is None else self.layers
 
     def _blocks(self, width: int | None, downsample: tuple[int, ...]) -> "BlockSpec":
-        """Returns the new blocks. `width` and `downsample` replace settings that are None."""
+        """Returns the new blocks. `width` and `downsample` are the defaults of settings that are None."""
         from hf_transfer.network.growing import BlockSpec, read_numbers
 
         return BlockSpec(

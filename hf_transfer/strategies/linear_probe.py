@@ -22,7 +22,7 @@ class LinearProbe(Strategy):
     """Settings of the linear probe."""
 
     select_by: SelectBy = flag("log_loss", "metric on held-out images that selects the regularization")
-    folds: int = flag(5, "cross-validation folds over train and validation; 1: use the validation split alone")
+    folds: int = flag(5, "number of cross-validation folds; 1: no folds, but the validation split alone")
     readouts: Sweep = flag(
         "all",
         "features to try besides the checkpoint's own: other poolings of the last layer, earlier layers, or both (all); they "

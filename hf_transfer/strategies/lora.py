@@ -1,8 +1,8 @@
 """Adapters: solve for the head on frozen features, then train LoRA or similar beside the frozen weights (arXiv 2106.09685).
 
 New adapters do not change the network's output, so the solved head fits from the first step. At the end, the adapters are
-merged, and the result is a plain checkpoint. With `--no-merge`, the result is a PEFT adapter folder with the base's Hub id and
-a few percent of its size. With `--adapter_layers last:4 --cache_views 8`, the layers below the last four run only once.
+merged, and the result is a plain checkpoint. With `--no-merge`, the result is a PEFT adapter folder, which records the Hub id
+of the base and is much smaller. With `--adapter_layers last:4 --cache_views 8`, the output of the layers below is stored.
 """
 
 from dataclasses import dataclass, field, replace
