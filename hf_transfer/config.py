@@ -120,7 +120,9 @@ class ComputeConfig:
     """Settings of batch size, threads, precision and cache."""
 
     batch_size: int = flag(32, "images per batch and process")
-    num_workers: int = flag(0, "threads per process that decode images and, on a CPU, run the network; 0: one per core")
+    num_workers: int = flag(
+        0, "threads per process that decode and, on a CPU, run the network; 0: one per core, at most 16"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto", "floating-point precision of all passes; auto: the precision that `accelerate launch` sets, else fp32"
     )
@@ -319,7 +321,7 @@ class AdapterConfig:
             raise ValueError(f"alpha={self.alpha}: choose more than 0")
         if self.layers != "all" and not re.fullmatch(r"last:[1-9]\d*", self.layers):
             raise ValueError(
-                f"adapter_layers={self.layers!r}: choose all or last:K, with K of 1 or more, such as last:4"
+                f"adapter_layers={self.layers!r}: choose all, or last:K with K of 1 or more, such as last:4"
             )
         try:
             re.compile(self.targets)

@@ -41,6 +41,9 @@ class Strategy(StrategyConfig):
         """The name of the strategy, which is the name of its file."""
         return type(self).__module__.rpartition(".")[2]
 
+    def check(self, config: RunConfig) -> None:
+        """Raises ValueError, before anything is loaded, if settings of the strategy contradict other settings of the run."""
+
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
         """Returns the network before training: the checkpoint with a new head for the data's labels."""
         from hf_transfer.network.backbone import load

@@ -1,15 +1,31 @@
-"""Formats numbers for readers (percent, three digits, seconds, bytes), also as filters of Jinja templates."""
+"""Formats numbers for readers (percent, three digits, seconds, bytes), also as filters of Jinja templates.
 
+Text is escaped unless a template marks it `safe`: names of classes, files and datasets come from strangers.
+"""
+
+import html
 import math
+import re
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+_BLANK = re.compile(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ufffe\uffff]+")  # control characters and line ends too
+_NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+# Characters that may begin Markdown markup, math or a block (in the first column), except underscores inside a word.
+_MARKUP = re.compile(r"([\\`*\[\]|~$]|^[-+#=]|(?<![^\W_])_|_(?![^\W_]))")
 
 
-def make_environment(room: str, *, autoescape: bool = True) -> Environment:
-    """Returns the Jinja environment of the templates in hf_transfer/`room`, in which a missing variable is an error."""
+def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
+    """Returns the Jinja environment of the templates in hf_transfer/`room`, in which a missing variable is an error.
+
+    The environment escapes text for Markdown if `is_markdown`, and for HTML and SVG otherwise.
+    """
     environment = Environment(
         loader=PackageLoader("hf_transfer", room),
-        autoescape=autoescape,
+        autoescape=not is_markdown,
+        finalize=escape_markdown if is_markdown else _replace_control,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -20,8 +36,38 @@ def make_environment(room: str, *, autoescape: bool = True) -> Environment:
         "number": format_number,
         "seconds": format_seconds,
         "bytes": format_bytes,
+        "code": format_code,
+        "literal": format_literal,
     }
     return environment
+
+
+def join_lines(text: str) -> str:
+    """Returns the text on one line. A sequence of whitespace and control characters becomes one space."""
+    return _BLANK.sub(" ", text).strip()
+
+
+def escape_markdown(value: Any) -> Any:
+    """Returns text as one line of Markdown without effective markup or HTML. Numbers and `Markup` stay unchanged."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return Markup(_MARKUP.sub(r"\\\1", html.escape(_BLANK.sub(" ", value), quote=False)))
+
+
+def format_code(text: str) -> Markup:
+    """Returns text as a Markdown code span, or as plain text if the span could end early or show an escape."""
+    is_plain = re.search(r"[`<>&]", text) is None
+    return Markup(f"`{join_lines(text)}`") if is_plain else escape_markdown(text)
+
+
+def format_literal(value: Any) -> Markup:
+    """Returns the Python literal of `value`, for a code block in Markdown."""
+    return Markup(repr(value).replace("<", r"\x3c"))
+
+
+def _replace_control(value: Any) -> Any:
+    """Returns text with U+FFFD in place of the characters that XML forbids, and other values unchanged."""
+    return _NOT_XML.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def format_percent(fraction: float | None) -> str:

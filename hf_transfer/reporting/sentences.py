@@ -1,6 +1,6 @@
-"""Records as sentences: the only place where results become prose."""
+"""Describes the records of a run in sentences, for logs, reports and cards. `choosing/advise.py` describes advice."""
 
-from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, Verdict
+from hf_transfer.training.records import AutoChoice, Kept, Metrics, PhaseResult, Verdict
 
 
 def describe_phase(phase: PhaseResult) -> str:
@@ -13,6 +13,15 @@ def describe_phase(phase: PhaseResult) -> str:
     'head: logistic regression on 9 features per image, C = 0.1 chosen on held-out images; all other layers are frozen'
     """
     return _describe_solution(phase) if phase.is_solved else _describe_steps(phase)
+
+
+def describe_accuracy(metrics: Metrics) -> str:
+    """Returns the accuracy as text, with its confidence interval and the number of images."""
+    assert metrics.accuracy_interval is not None
+    low, high = (100 * bound for bound in metrics.accuracy_interval)
+    return (
+        f"accuracy {100 * metrics.accuracy:.1f} % (95 % interval {low:.1f} to {high:.1f}, {metrics.num_samples} images)"
+    )
 
 
 def describe_kept(phase: PhaseResult) -> str:

@@ -31,6 +31,6 @@ class Auto(GradientStrategy):
 
     def run(self, session: "Session") -> "RunResult":
         """Chooses the strategy, and returns its result."""
-        from hf_transfer.choosing.auto import choose_and_run
+        from hf_transfer.choosing.decide import choose_and_run
 
         return choose_and_run(session, measure=self.measure, budget_s=self.budget_s)

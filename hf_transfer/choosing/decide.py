@@ -1,7 +1,7 @@
 """Trains the probe and the advised strategy, and keeps the strategy's result only if it is significantly better.
 
 Both results are compared on the validation images, which the scored probe was not fitted to. Only the kept network is scored on
-the test images.
+the test images. `rule.choose` selects the advised strategy, and `reporting/sentences.py` describes the choice.
 """
 
 import logging
