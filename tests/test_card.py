@@ -111,8 +111,8 @@ def test_the_card_reports_the_metrics_and_the_limits(folder: Path) -> None:
     assert "| Accuracy | 75.0% | 25.0 to 100.0 |" in card
     assert "| ant | 75.0 | 100.0 | 86.0 | 4 |" in card
     assert r"| Wespe \| &lt;groß&gt; | – | – | – | 0 |" in card
-    assert "Fewer than 20 images to train on: ant (4), bee (4)" in card
-    assert "Fewer than 10 images to score on: bee (0)" in card
+    assert "fewer than 20 images to train on: ant (4), bee (4)" in card
+    assert "fewer than 10 images to score on: bee (0)" in card
     assert "off by 12.0% on average" in card
     assert "license of the dataset is unknown" in card
     assert "1. a solved head" in card
@@ -136,7 +136,7 @@ def test_the_pushed_card_names_the_repository_and_the_verified_libraries(folder:
     assert 'pipeline("image-classification", model="me/name")' in sent
     assert 'timm.create_model("hf-hub:me/name", pretrained=True)' in sent
     assert "timm: logits differ by at most 3e-07" in sent
-    assert "Not verified yet" not in sent
+    assert "is not verified yet" not in sent
     assert sent.count("FOLDER") == 1  # text of the owner stays
     branch = address_card(card, "me/name", "v2", [verified])
     assert 'model="me/name", revision="v2")' in branch

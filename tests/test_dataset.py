@@ -237,7 +237,10 @@ def test_names_are_compared_without_blanks_and_in_one_unicode_form(tmp_path: Pat
     [
         (["ant/*3", "bee/*3", "wasp/notes.txt"], "1 of 3 classes have no image to train on, 'wasp'"),
         (["ant/*3"], "only one class, 'ant'"),
-        (["train/ant/*3", "train/bee/*3", "test/wasp/*2"], r"classes that train does not have, 'wasp \(2 images\)'"),
+        (
+            ["train/ant/*3", "train/bee/*3", "test/wasp/*2"],
+            r"the train split does not have the classes 'wasp \(2 images\)'",
+        ),
         (["notes.txt"], "no image in this folder"),
     ],
 )
@@ -656,8 +659,8 @@ def test_labels_may_be_of_several_types(
         (table([5, 5, 5, 5]), "only one class, '5'"),
         (table([[0], [1], [0, 1], []]), "several values per row"),
         (table([0, 1], mask=[{"bytes": png(0), "path": None}] * 2).cast_column("mask", datasets.Image()),
-         r"several columns may hold the image, 'image', 'mask'; name it with --image_column"),
-        (table([0, 1], target=[0, 1]), r"several columns may hold the label, 'label', 'target'.*--label_column"),
+         r"several columns may contain the image, 'image', 'mask'; choose one with --image_column"),
+        (table([0, 1], target=[0, 1]), r"several columns may contain the label, 'label', 'target'.*--label_column"),
         (table([0, 1]).rename_column("label", "species"), "no column looks like the label.*'species'.*int64"),
         (table([0, 1]).remove_columns("image"), "no column looks like the image"),
     ],
@@ -679,9 +682,9 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     data = load(root, label_column="kind", image_column="other")
     assert data.label_names == ("a", "b")
     assert data.train.image(0).getpixel((0, 0)) == color(9)
-    with pytest.raises(ValueError, match="no column label_column='nope'; it has columns 'image'"):
+    with pytest.raises(ValueError, match="no column label_column='nope'; the table has columns 'image'"):
         load(root, label_column="nope")
-    with pytest.raises(ValueError, match="'kind' does not hold encoded images"):
+    with pytest.raises(ValueError, match="'kind' does not contain encoded images"):
         load(root, image_column="kind")
 
 

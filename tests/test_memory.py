@@ -240,9 +240,9 @@ GOOD = [(array(i), i % 2) for i in range(6)]
         ([*GOOD, (array(0), -5)], "1 of 7 labels are -5, but all others are class indices"),
         ([*GOOD, (array(0), None)], "1 of 7 images have no label.*'row 6'"),
         ([(array(0), 1), (array(1), 1)], "only one class, '1'"),
-        ([("no/such/a.png", 0), ("no/such/b.png", 1)], r"none of 2 image files exists, such as '.*a\.png'; relative paths"),
+        ([("no/such/a.png", 0), ("no/such/b.png", 1)], r"none of 2 image files exists, the first is '.*a\.png'; relative"),
         (pd.DataFrame({"image": [array(0)], "what": [1]}), "no column looks like the label.*'what' .int64"),
-        (pd.DataFrame({"path": ["a"], "file": ["b"], "label": [1]}), "several columns may hold the image, 'path', 'file'"),
+        (pd.DataFrame({"path": ["a"], "file": ["b"], "label": [1]}), "several columns may contain the image, 'path', 'file'"),
         ({"validation": GOOD}, "no split to train on among 'validation'"),
     ],
 )  # fmt: skip

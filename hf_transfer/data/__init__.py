@@ -1,1 +1,1 @@
-"""From labelled images, wherever they lie, to checked splits of RGB pictures."""
+"""Loads labeled images from folders, tables, the Hub or memory, as checked train, validation and test splits."""

@@ -1,12 +1,12 @@
-"""Random augmentation of training batches, on the device: from stored squares to the network's input size.
+"""Augments training batches at random, on the device, and resizes the stored square images to the network's input size.
 
-The pixel store holds each image uncropped and resized to a square, next to its original width and height. Crops are drawn in
-original pixels. Crop, undoing the squash, flip and the geometric operations of auto-augmentation form one affine map per image,
-so pixels are resampled once. Beyond the image's edges, sampling sees its reflection.
+The pixel store contains each image uncropped and resized to a square, with the image's original width and height. Crops are
+drawn in original pixels. The crop, the return to the original aspect ratio, the flip and the geometric operations of
+auto-augmentation form one affine map per image, so pixels are resampled once. Past its edges, an image is mirrored.
 
-Every random number is a hash of (seed, epoch, image index, position). An image's augmentation therefore does not depend on its
-batch, the number of processes, or resuming. Differences from the papers and from torchvision: boxes are not rounded to whole
-pixels; geometric operations run before color operations; pixels are rounded only for operations that need whole gray levels.
+Every random number is a hash of (seed, epoch, image index, position). An image's augmentation therefore does not depend on the
+batch, the number of processes, or resuming. Unlike in the papers and in torchvision, boxes are not rounded to whole pixels,
+geometric operations run before color operations, and only operations that need whole gray levels round pixels.
 """
 
 from functools import reduce
@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 
 NUM_TRIES = 10  # candidate boxes per crop, as in torchvision
 RANDAUGMENT_OPERATIONS = 2
-ERASED_SHARE = (0.02, 0.33)  # of the image's area; share and aspect ratio follow arXiv:1708.04896 and torchvision
+ERASED_SHARE = (0.02, 0.33)  # of the image's area; the share and ERASED_RATIO follow arXiv:1708.04896, torchvision
 ERASED_RATIO = (0.3, 3.3)
 
 GEOMETRIC_OPERATIONS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
@@ -35,7 +35,7 @@ COLOR_OPERATIONS = (
 )  # fmt: skip
 OPERATIONS = ("identity", *GEOMETRIC_OPERATIONS, *COLOR_OPERATIONS)
 
-# Which columns of an image's uniform numbers decide what.
+# The columns of `uniform`, the array of each image's random numbers, that each random choice uses.
 _CROP = slice(0, 2 * NUM_TRIES + 2)
 _FLIP = _CROP.stop
 _COLOR = slice(_FLIP + 1, _FLIP + 4)
@@ -46,7 +46,7 @@ _MIX = slice(_IS_ERASED + 1, _IS_ERASED + 5)
 _RESOLUTION = _MIX.stop
 NUM_UNIFORM = _RESOLUTION + 1
 
-NUM_RESOLUTIONS = 8  # from the lowest to the network's own
+NUM_RESOLUTIONS = 8  # from min_resolution_px to the network's input size
 
 
 def augment(
@@ -58,11 +58,11 @@ def augment(
     height_px: int,
     width_px: int,
 ) -> Tensor:
-    """Augmented images (B, 3, height_px, width_px) float32 in 0..255, channels-last memory format, on the device of `pixels`.
+    """Returns augmented images (B, 3, height_px, width_px) float32 in 0..255, channels-last, on the device of `pixels`.
 
-    `pixels` (B, S, S, 3) uint8 are uncropped images resized to squares, `sizes` (B, 2) their original widths and heights,
-    `uniform` (B, NUM_UNIFORM) their random numbers from `draw_uniform`. Sampling is bilinear without antialiasing, so an S far
-    above twice the output size gives aliased images.
+    `pixels` (B, S, S, 3) uint8 are uncropped images resized to squares. `sizes` (B, 2) are the original widths and heights, and
+    `uniform` (B, NUM_UNIFORM) are the images' random numbers from `draw_uniform`. Sampling is bilinear without antialiasing, so
+    images are aliased if S is far above twice the output size.
 
     Raises:
         ValueError: shapes or dtype do not match, or `min_resolution_px` exceeds the shorter output side.
@@ -71,8 +71,8 @@ def augment(
     given = (pixels.dtype, tuple(pixels.shape[3:]), sizes.shape, uniform.shape)
     if given != (torch.uint8, (3,), (len(pixels), 2), (len(pixels), NUM_UNIFORM)) or not (sizes > 0).all():
         raise ValueError(
-            f"pixels {pixels.dtype} {tuple(pixels.shape)}, sizes {sizes.shape}, uniform {uniform.shape}: give pixels uint8 "
-            f"(B, S, S, 3), sizes (B, 2) above 0 and uniform (B, {NUM_UNIFORM})"
+            f"augment() got pixels {pixels.dtype} {tuple(pixels.shape)}, sizes {sizes.shape}, uniform {uniform.shape}; "
+            f"give pixels uint8 (B, S, S, 3), sizes (B, 2) above 0 and uniform (B, {NUM_UNIFORM})"
         )
     boxes = draw_crops(uniform, sizes, augmentation, width_px / height_px)
     operations, strengths = draw_operations(uniform, augmentation, height_px, width_px)
@@ -82,8 +82,8 @@ def augment(
     grouped = np.argsort(operations, axis=0, kind="stable")  # images ordered by their operation
     canvas = np.tile([width_px, height_px], (len(pixels), 1))
     erased, fits = _draw_boxes(uniform[:, _ERASE], canvas, ERASED_SHARE, ERASED_RATIO)
-    erased *= (fits & (uniform[:, _IS_ERASED] < augmentation.random_erasing))[:, None]  # else an empty box
-    # One transfer to the device for everything that was drawn; float32 represents the row numbers exactly.
+    erased *= (fits & (uniform[:, _IS_ERASED] < augmentation.random_erasing))[:, None]  # an empty box erases nothing
+    # All drawn numbers go to the device in one transfer; float32 represents the row numbers exactly.
     parts = (maps[:, :2].reshape(-1, 6), factors, strengths, grouped, erased)
     drawn = torch.from_numpy(np.column_stack(parts).astype(np.float32)).to(pixels.device, non_blocking=True)
     theta, factor, strength, rows, box = drawn.split([part.shape[1] for part in parts], dim=1)
@@ -108,12 +108,11 @@ def augment(
 
 
 def mix(images: Tensor, targets: Tensor, uniform: Floats, augmentation: AugmentationConfig) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) and targets (B, K) float, each mixed with its counterpart in the reversed batch; not in place.
+    """Returns images (B, 3, H, W) and targets (B, K) float, each mixed with its counterpart in the reversed batch.
 
-    Mixup (arXiv:1710.09412) and cutmix (arXiv:1905.04899: the box is clipped at the edges, the weight is the pasted area).
-    `uniform` (B, NUM_UNIFORM) are the images' random numbers: each image draws its own weight, box, and choice of mixup or
-    cutmix; only its partner depends on the batch. The middle image of an odd batch is its own partner. With both off, returns
-    the inputs.
+    Mixup follows arXiv:1710.09412 and cutmix arXiv:1905.04899, with boxes clipped at the edges and the pasted area as weight.
+    Each image draws a weight, a box, and mixup or cutmix with its random numbers in `uniform` (B, NUM_UNIFORM). The middle
+    image of an odd batch is its own partner. Inputs are not modified. If mixup and cutmix are off, returns the inputs.
     """
     if not augmentation.is_mixing or len(images) == 0:
         return images, targets
@@ -136,10 +135,10 @@ def mix(images: Tensor, targets: Tensor, uniform: Floats, augmentation: Augmenta
 
 
 def draw_uniform(seed: int, epoch: int, indices: NDArray[np.int64], count: int = NUM_UNIFORM) -> Floats:
-    """Uniform numbers (B, count) in [0, 1), each a hash of seed, epoch, image index and position, and of nothing else.
+    """Returns uniform numbers (B, count) in [0, 1), each a hash of seed, epoch, image index and position in the row.
 
-    `indices` (B,) are the images' positions in their split. The hash chains the finalizer of splitmix64 (Steele, Lea, Flood,
-    OOPSLA 2014) over the four.
+    `indices` (B,) are the images' positions in their split. The hash applies the finalizer of splitmix64 (Steele, Lea, Flood,
+    OOPSLA 2014) to the four keys in turn.
     """
     state = np.zeros((1, 1), np.uint64)  # arrays rather than scalars, which warn when they overflow
     for key in ([[seed]], [[epoch]], np.asarray(indices)[:, None], np.arange(count)[None]):
@@ -151,11 +150,11 @@ def draw_uniform(seed: int, epoch: int, indices: NDArray[np.int64], count: int =
 
 
 def draw_crops(uniform: Floats, sizes: NDArray[Any], augmentation: AugmentationConfig, ratio: float) -> Floats:
-    """Crop boxes (B, 4) as left, top, width, height, in pixels of images of `sizes` (B, 2), from `uniform` (B, NUM_UNIFORM).
+    """Returns crop boxes (B, 4) as left, top, width, height, in pixels of images with `sizes` (B, 2).
 
-    Random resized crops (arXiv:1409.4842) as in torchvision's RandomResizedCrop: if none of 10 candidates fits, the largest
-    center crop with an allowed aspect ratio. With `crop_scale` 1, the largest center crop with aspect ratio `ratio`, the
-    output's width / height.
+    Draws random resized crops (arXiv:1409.4842) as torchvision's RandomResizedCrop does. If none of 10 candidates fits, the box
+    is the largest center crop with an allowed aspect ratio. If `crop_scale` is 1, the box is the largest center crop with
+    aspect ratio `ratio` (the output's width / height). `uniform` (B, NUM_UNIFORM) are the images' random numbers.
     """
     if augmentation.crop_scale == 1.0:
         return _center(sizes, np.full(len(sizes), ratio))
@@ -167,7 +166,7 @@ def draw_crops(uniform: Floats, sizes: NDArray[Any], augmentation: AugmentationC
 def draw_operations(
     uniform: Floats, augmentation: AugmentationConfig, height_px: int, width_px: int
 ) -> tuple[NDArray[np.int64], Floats]:
-    """Drawn operations (B, n) as indices into OPERATIONS, and their strengths (B, n) in the units of `_ranges`.
+    """Draws operations (B, n), as indices into OPERATIONS, and their strengths (B, n), in the units of `_ranges`.
 
     n is 2 for RandAugment (arXiv:1909.13719), 1 for TrivialAugment Wide (arXiv:2103.10158) and 0 without auto-augmentation.
     """
@@ -184,11 +183,11 @@ def draw_operations(
 
 
 def _ranges(is_wide: bool, height_px: int, width_px: int) -> dict[str, tuple[float, float, bool]]:
-    """For each operation: its strength at magnitude 0, its strength at the largest, and whether its sign is random.
+    """Returns each operation's strength at magnitude 0, its strength at the largest magnitude, and whether its sign is random.
 
-    Units: shear in pixels per pixel, translation in pixels, rotation in degrees; brightness, saturation, contrast and sharpness
-    are factors; posterize keeps that many bits; solarize inverts from that value up. Ranges are those of torchvision's
-    RandAugment and TrivialAugmentWide.
+    Shear is in pixels per pixel, translation in pixels and rotation in degrees. Brightness, saturation, contrast and sharpness
+    are factors. Posterize keeps that many bits, and solarize inverts values from its strength up. The ranges equal the ranges
+    of torchvision's RandAugment and TrivialAugmentWide.
     """
     x_px, y_px = (32.0, 32.0) if is_wide else (150 / 331 * width_px, 150 / 331 * height_px)
     shear, degrees, factor, bits = (0.99, 135.0, 1.99, 2) if is_wide else (0.3, 30.0, 1.9, 4)
@@ -204,10 +203,10 @@ def _ranges(is_wide: bool, height_px: int, width_px: int) -> dict[str, tuple[flo
 
 
 def map_geometry(operations: NDArray[np.int64], strengths: Floats, height_px: int, width_px: int) -> Floats:
-    """Maps (B, 3, 3) from output to input positions, both in pixels right of and below the center.
+    """Returns affine maps (B, 3, 3) from output positions to input positions, both in pixels right of and below the center.
 
-    Composes the geometric ones among `operations` (B, n) from left to right. As in torchvision, shears fix the upper left
-    corner, and positive angles rotate counterclockwise.
+    The geometric operations among `operations` (B, n) are composed from left to right. As in torchvision, shears fix the upper
+    left corner, and positive angles rotate counterclockwise.
     """
     shear_x, shear_y, translate_x, translate_y, rotate = (
         np.where(operations == OPERATIONS.index(name), strengths, 0.0) for name in GEOMETRIC_OPERATIONS
@@ -221,13 +220,13 @@ def map_geometry(operations: NDArray[np.int64], strengths: Floats, height_px: in
 
 
 def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in 0..255 after one of COLOR_OPERATIONS, each at its own strength (B,). May modify `images`.
+    """Applies one of COLOR_OPERATIONS to images (B, 3, H, W) in 0..255, each at its own strength (B,). May modify `images`.
 
-    Formulas follow torchvision (transforms/v2/functional/_color.py); strengths have the units of `_ranges`.
+    Formulas follow torchvision (transforms/v2/functional/_color.py). Strengths have the units of `_ranges`.
     """
     strength = strength.view(-1, 1, 1, 1)
     if operation in ("posterize", "solarize", "autocontrast", "equalize"):
-        images = images.round_()  # sampling perturbs uniform areas by 1e-5, which these would amplify to speckles
+        images = images.round_()  # sampling changes uniform areas by 1e-5, which would be amplified to speckles
     match operation:
         case "brightness":
             images = images.mul_(strength)
@@ -254,16 +253,16 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
 
 
 def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int) -> Tensor:
-    """Images (B, 3, H, W), each downsampled to the resolution that `uniform` (B,) selects and upsampled again.
+    """Downsamples images (B, 3, H, W) to the resolutions that `uniform` (B,) selects, and upsamples them to H x W again.
 
-    NUM_RESOLUTIONS resolutions are equally likely, spaced geometrically from a shorter side of `min_resolution_px` to the
-    image's own. Downsampling averages pixel areas, upsampling is bicubic. Raises ValueError if the images are smaller.
+    All NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
+    images' shorter side. Downsampling averages areas; upsampling is bicubic. Raises ValueError if the images are smaller.
     """
     height_px, width_px = images.shape[2:]
     side_px = min(height_px, width_px)
     if min_resolution_px > side_px:
         raise ValueError(
-            f"min_resolution_px={min_resolution_px}: the network takes {width_px}x{height_px}; choose {side_px} or less"
+            f"min_resolution_px={min_resolution_px}: the network's input is {width_px}x{height_px}; choose {side_px} or less"
         )
     scales = np.geomspace(min_resolution_px / side_px, 1.0, NUM_RESOLUTIONS)
     drawn = (uniform * NUM_RESOLUTIONS).astype(np.int64)
@@ -277,7 +276,7 @@ def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int) ->
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """Writes factor * images + (1 - factor) * other into `images`; a factor above 1 extrapolates away from `other`."""
+    """Writes factor * images + (1 - factor) * other into `images`. A factor above 1 extrapolates away from `other`."""
     return images.mul_(factor).add_(other * (1 - factor))
 
 
@@ -286,8 +285,8 @@ def _gray(images: Tensor) -> Tensor:
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """Smoothed interior (B, 3, H - 2, W - 2): weight 5/13 at the center, 1/13 around it, as Pillow. Sums beat a convolution."""
-    rows = (images[:, :, :-2] + images[:, :, 1:-1]).add_(images[:, :, 2:])
+    """Smooths the interior (B, 3, H - 2, W - 2) with weight 5/13 at the center and 1/13 around it, as Pillow does."""
+    rows = (images[:, :, :-2] + images[:, :, 1:-1]).add_(images[:, :, 2:])  # sums are faster than a convolution
     sums = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
     return sums.add_(images[:, :, 1:-1, 1:-1], alpha=4).div_(13)
 
@@ -295,7 +294,7 @@ def _smooth(images: Tensor) -> Tensor:
 def _draw_boxes(
     uniform: Floats, sizes: NDArray[Any], share: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Boxes (B, 4) of uniform share of the area and log-uniform width / height, and whether any candidate fits (B,)."""
+    """Draws boxes (B, 4) with a uniform share of the area and log-uniform width / height; also returns which boxes fit (B,)."""
     areas = (share[0] + (share[1] - share[0]) * uniform[:, :NUM_TRIES]) * sizes.prod(1, keepdims=True)
     low, high = np.log(ratio)
     ratios = np.exp(low + (high - low) * uniform[:, NUM_TRIES : 2 * NUM_TRIES])
@@ -314,7 +313,7 @@ def _center(sizes: NDArray[Any], ratio: Floats) -> Floats:
 def _map_crops(
     boxes: Floats, sizes: NDArray[Any], is_flipped: NDArray[np.bool_], height_px: int, width_px: int
 ) -> Floats:
-    """Maps (B, 3, 3) from pixels right of and below the output's center to -1..1 across the whole image, edge to edge."""
+    """Returns affine maps (B, 3, 3) from pixels right of and below the output's center to -1..1 across the input image."""
     maps = np.tile(np.eye(3), (len(boxes), 1, 1))
     scale = 2 * boxes[:, 2:] / sizes / [width_px, height_px]
     maps[:, 0, 0] = np.where(is_flipped, -scale[:, 0], scale[:, 0])
@@ -324,10 +323,10 @@ def _map_crops(
 
 
 def _sample(pixels: Tensor, theta: Tensor, height_px: int, width_px: int) -> Tensor:
-    """Images (B, 3, H, W) float32 sampled from pixels (B, S, S, 3) uint8 through maps (B, 2, 3)."""
+    """Samples images (B, 3, H, W) float32 from pixels (B, S, S, 3) uint8 through the affine maps `theta` (B, 2, 3)."""
     x = torch.arange(width_px, device=pixels.device).view(1, 1, -1, 1) + (0.5 - width_px / 2)
     y = torch.arange(height_px, device=pixels.device).view(1, -1, 1, 1) + (0.5 - height_px / 2)
-    # Not F.affine_grid: its matrix product may round differently at another batch size.
+    # F.affine_grid is avoided, because its matrix product may round differently at another batch size.
     along_x, along_y, offset = theta[:, None, None].unbind(-1)  # (B, 1, 1, 2) each
     grid = (along_x * x + offset) + along_y * y
     images = pixels.permute(0, 3, 1, 2).float()
@@ -335,7 +334,7 @@ def _sample(pixels: Tensor, theta: Tensor, height_px: int, width_px: int) -> Ten
 
 
 def _cover(boxes: Tensor, height_px: int, width_px: int) -> Tensor:
-    """Masks (B, 1, H, W) of the pixels whose centers lie in the boxes (B, 4)."""
+    """Returns masks (B, 1, H, W) of the pixels whose centers lie in the boxes (B, 4)."""
     left, top, width, height = boxes[:, :, None].unbind(1)  # (B, 1) each
     x = torch.arange(width_px, device=boxes.device) + 0.5
     y = torch.arange(height_px, device=boxes.device) + 0.5

@@ -1,7 +1,7 @@
-"""Which columns of a table hold the images and the labels, and what the labels say.
+"""Finds the image column and the label column of a table, and reads the labels.
 
-A column is identified by its feature type (Image, ClassLabel), else by a common name, else by the user's flag. Several
-candidates are an error that lists them: a table with an image and a mask, or with fine and coarse labels, has no default.
+The user may name a column with a flag. Otherwise the column is found by its feature type (Image, ClassLabel), or else by a
+common name. Several candidates are an error: a table with fine and coarse labels has no default label column.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ _LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "target", "targ
 
 
 def find_columns(features: Mapping[str, Any], columns: Columns, where: str) -> tuple[str, str]:
-    """Names of the image column and the label column of a `datasets` table.
+    """Returns the names of the image column and the label column of a `datasets` table.
 
     Raises:
-        ValueError: a named column is missing or of the wrong type, or no column or several qualify.
+        ValueError: a column that the user named is missing or has the wrong type, or no column or several columns qualify.
     """
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     if not images:
@@ -33,30 +33,30 @@ def find_columns(features: Mapping[str, Any], columns: Columns, where: str) -> t
     image, label = _choose(features, columns, images, labels, where)
     if not _may_hold_images(features[image]):
         raise ValueError(
-            f"{where}: column {image!r} does not hold encoded images; it has {_described(features)}. If the table names image"
-            " files, put them in a folder with a metadata.csv"
+            f"{where}: column {image!r} does not contain encoded images; the table has {_described(features)}. If the"
+            " table names image files, put the files into a folder with a metadata.csv"
         )
     if not isinstance(features[label], (ClassLabel, Value)):
         raise ValueError(
-            f"{where}: column {label!r} holds several values per row; each image needs exactly one class. It has"
-            f" {_described(features)}"
+            f"{where}: column {label!r} contains several values per row, but each image needs exactly one class. The table"
+            f" has {_described(features)}"
         )
     return image, label
 
 
 def find_frame_columns(types: Mapping[str, str], columns: Columns, where: str) -> tuple[str, str]:
-    """Names of the image (or image path) column and the label column of a DataFrame, given its column types as text.
+    """Returns the names of the image (or image path) column and the label column of a DataFrame.
 
-    Raises:
-        ValueError: a named column is missing, or no column or several have a common name.
+    `types` maps the names of the columns to their types as text. Raises ValueError if a column that the user named is missing,
+    or no column or several columns have a common name.
     """
     return _choose(types, columns, _named_like(_IMAGE_NAMES, types) or _named_like(_PATH_NAMES, types), [], where)
 
 
 def read_labels(column: pa.ChunkedArray, feature: Any, where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Labels (N,) as indices into the class names or UNLABELED, and the class names.
+    """Returns labels (N,), as indices into the class names or UNLABELED, and the class names.
 
-    A ClassLabel keeps all its names, including those without a row; other columns: see `index_labels`.
+    A ClassLabel column keeps all its class names, even names that no row uses. For other columns, see `index_labels`.
 
     Raises:
         ValueError: labels that cannot be classes, duplicate names, or indices without a name in the ClassLabel.
@@ -69,7 +69,7 @@ def read_labels(column: pa.ChunkedArray, feature: Any, where: str) -> tuple[NDAr
     if out_of_range.size:
         raise ValueError(
             f"{where}: {out_of_range.size:,} class indices such as {out_of_range[0]} have no name among the"
-            f" {feature.num_classes} of the column"
+            f" {feature.num_classes} class names of the column"
         )
     return labels, clean_names(feature.names, where)
 
@@ -77,10 +77,10 @@ def read_labels(column: pa.ChunkedArray, feature: Any, where: str) -> tuple[NDAr
 def _choose(
     features: Mapping[str, Any], columns: Columns, images: list[str], labels: list[str], where: str
 ) -> tuple[str, str]:
-    """The named columns, else the only candidate of each kind; without a label candidate, columns with common names."""
+    """Returns the columns that the user named, or else the only candidates. Label columns are also found by common names."""
     for flag, named in (("image_column", columns.image), ("label_column", columns.label)):
         if named is not None and named not in features:
-            raise ValueError(f"{where}: no column {flag}={named!r}; it has {_described(features)}")
+            raise ValueError(f"{where}: no column {flag}={named!r}; the table has {_described(features)}")
     image = columns.image or _only(images, "image", features, where)
     return image, columns.label or _only(labels or _named_like(_LABEL_NAMES, features), "label", features, where)
 
@@ -89,13 +89,13 @@ def _only(candidates: Sequence[str], kind: str, features: Mapping[str, Any], whe
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        problem = f"several columns may hold the {kind}, {listed(candidates)}; name it with --{kind}_column"
+        problem = f"several columns may contain the {kind}, {listed(candidates)}; choose one with --{kind}_column"
     else:
         problem = (
-            f"no column looks like the {kind}; name it with --{kind}_column (or leave out a split that has none:"
-            " --test_split none)"
+            f"no column looks like the {kind}; name the column with --{kind}_column (a test split without labels can be"
+            " left out with --test_split none)"
         )
-    raise ValueError(f"{where}: {problem}. It has {_described(features)}")
+    raise ValueError(f"{where}: {problem}. The table has {_described(features)}")
 
 
 def _may_hold_images(feature: Any) -> bool:

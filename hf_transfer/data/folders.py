@@ -1,11 +1,11 @@
-"""Image folders: one folder per class, optionally inside one folder per split.
+"""Reads image folders: one folder per class, optionally inside one folder per split.
 
-    pets/cat/1.jpg               no splits: everything is train
-    pets/train/cat/1.jpg         splits with common names (splits.role_of)
+    pets/cat/1.jpg               without split folders, all images are train
+    pets/train/cat/1.jpg         split folders with common names (splits.role_of)
     pets/data/train/cat/1.jpg    a folder that contains only one folder is skipped
 
-The folder is listed once; everything else follows from names. An ambiguous layout is an error, because a wrong guess would
-silently train on wrong labels. Files are sorted, so that their order is the same on every machine.
+The folder is listed once; the rest follows from the names of folders and files. An ambiguous layout is an error, because
+a wrong guess would silently train on wrong labels. Files are sorted, so that their order is the same on every machine.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from hf_transfer.data.labels import UNLABELED, LabeledImages, StoredData, clean_
 from hf_transfer.data.sources import FolderSource
 from hf_transfer.data.splits import role_of
 
-# Left behind by file managers, archives and storage devices. Names that start with a dot are ignored too.
+# Files that file managers, archives and storage devices create. They are ignored, as are names that start with a dot.
 _LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found", "__pycache__"})
 
-# Hidden folders that may well contain images, but never a class.
+# Hidden folders that may contain images, but are never meant as a class.
 _HIDDEN_LITTER = frozenset({".cache", ".git", ".ipynb_checkpoints", ".thumbnails", ".trash", ".trashes"})
 
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
@@ -37,46 +37,44 @@ METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"
 
 @dataclass(frozen=True)
 class Folder:
-    """The images, other files and folders in a folder, sorted by name, without litter."""
+    """The contents of one folder: images, other files and subfolders, sorted by name, without the names in _LITTER."""
 
-    path: str  # relative to the dataset, with forward slashes; "" for its root
-    images: tuple[str, ...]  # paths of the images directly in it
+    path: str  # relative to the dataset's root, with forward slashes; "" for the root
+    images: tuple[str, ...]  # paths of the images directly in this folder
     other_files: tuple[str, ...]
     folders: tuple[Folder, ...]
-    hidden: tuple[
-        str, ...
-    ]  # paths of the folders with images that are not read because of the dot in front of their name
+    hidden: tuple[str, ...]  # paths of subfolders with images that are not read, because their names start with a dot
 
     @property
     def name(self) -> str:
-        """The last component of its path."""
+        """The last component of the folder's path."""
         return PurePosixPath(self.path).name
 
     def all_images(self) -> Iterator[str]:
-        """Paths of all images in it and below it."""
+        """Yields the paths of all images in this folder and its subfolders."""
         yield from self.images
         for folder in self.folders:
             yield from folder.all_images()
 
     def all_other_files(self) -> Iterator[str]:
-        """Paths of all other files in it and below it."""
+        """Yields the paths of all other files in this folder and its subfolders."""
         yield from self.other_files
         for folder in self.folders:
             yield from folder.all_other_files()
 
     def all_hidden(self) -> Iterator[str]:
-        """Paths of all hidden folders with images in it and below it."""
+        """Yields the paths of all hidden folders with images in this folder and its subfolders."""
         yield from self.hidden
         for folder in self.folders:
             yield from folder.all_hidden()
 
     def folders_with_images(self) -> list[Folder]:
-        """Those of its folders that contain an image at any depth."""
+        """Returns the direct subfolders that contain an image at any depth."""
         return [folder for folder in self.folders if any(folder.all_images())]
 
 
 def list_folder(root: Path) -> Folder:
-    """Everything below `root`; follows symbolic links, but not in circles.
+    """Lists everything below `root`. Symbolic links are followed, but not in circles.
 
     Raises:
         ValueError: a folder cannot be opened, or a link leads only to itself.
@@ -96,7 +94,7 @@ def list_folder(root: Path) -> Folder:
                 if Path(entry.path).resolve() not in above | {real}:
                     folders.append(walk(Path(entry.path), entry_path, above | {real}))
             elif PurePosixPath(entry.name).suffix.casefold() in IMAGE_SUFFIXES:
-                images.append(entry_path)  # a broken link too: reading it raises an error
+                images.append(entry_path)  # also a broken link, which raises an error when it is read
             else:
                 other_files.append(entry_path)
         return Folder(path, tuple(images), tuple(other_files), tuple(folders), tuple(hidden))
@@ -106,12 +104,12 @@ def list_folder(root: Path) -> Folder:
     except OSError as error:
         name = os.path.relpath(os.fsdecode(error.filename or root), root.parent)
         raise ValueError(
-            f"{name} cannot be read ({error.strerror}); give yourself access, or repair or remove it"
+            f"{name} cannot be read ({error.strerror}); give yourself access, or repair or remove this path"
         ) from error
 
 
 def _is_hidden_class(folder: os.DirEntry[str]) -> bool:
-    """Whether an ignored folder may have been meant as a class: its name starts with a dot, and there are images in it."""
+    """Whether a folder may be meant as a class but is ignored: its name starts with a dot, and it contains images."""
     if not folder.name.startswith(".") or folder.name.casefold() in _HIDDEN_LITTER:
         return False
     with os.scandir(folder.path) as entries:
@@ -119,12 +117,12 @@ def _is_hidden_class(folder: os.DirEntry[str]) -> bool:
 
 
 def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str]) -> StoredData:
-    """The splits and class folders in `top`, the listing of `root`.
+    """Reads the splits and class folders in `top`, the listing of `root`.
 
-    `name` is the dataset's name in messages, `named_splits` are the folders that the user named as splits.
+    `name` is the dataset's name in messages. `named_splits` are the folders that the user named as splits.
 
     Raises:
-        ValueError: no class folders, or an ambiguous layout.
+        ValueError: there are no class folders, or the layout is ambiguous.
     """
     folder = _skip_wrappers(top, stop_at_splits=True, named_splits=named_splits)
     split_folders = _split_folders(folder, name, named_splits)
@@ -138,18 +136,18 @@ def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str
     if suffixes:
         kinds = ", ".join(f"{suffix} ({count:,})" for suffix, count in suffixes.most_common(5))
         notes.append(
-            f"{suffixes.total():,} files in {name} are not images, by their suffix, and are not read: {kinds}."
+            f"{suffixes.total():,} files in {name} do not have the suffix of an image and are not read: {kinds}."
         )
     hidden = list(top.all_hidden())
     if hidden:
         notes.append(
-            f"Folders whose names start with a dot are not read: {listed(hidden)}. Rename them if they are classes."
+            f"Folders whose names start with a dot are not read: {listed(hidden)}. Rename folders that are classes."
         )
     return StoredData(name=name, splits=splits, notes=tuple(notes))
 
 
 def _skip_wrappers(folder: Folder, *, stop_at_splits: bool, named_splits: Collection[str] = ()) -> Folder:
-    """`folder`, or the first folder below it that contains more than one other folder."""
+    """Returns `folder`, or the first folder below it that contains more than a single subfolder."""
     while True:
         inner = folder.folders_with_images()
         if folder.images or len(inner) != 1 or not inner[0].folders_with_images():
@@ -157,12 +155,12 @@ def _skip_wrappers(folder: Folder, *, stop_at_splits: bool, named_splits: Collec
         if stop_at_splits and (role_of(inner[0].name) or inner[0].name in named_splits):
             return folder
         if any(not any(other.all_other_files()) for other in folder.folders if other != inner[0]):
-            return folder  # next to an empty folder: these are classes, one of them without images
+            return folder  # an empty folder next to `inner[0]`: both are classes, one without images
         folder = inner[0]
 
 
 def _split_folders(folder: Folder, name: str, named_splits: Collection[str]) -> list[Folder] | None:
-    """The folders in `folder` if they are splits, or None if they are classes."""
+    """Returns the folders in `folder` if these folders are splits, or None if they are classes."""
     folders = folder.folders_with_images()
     if named_splits:
         present = {inner.name for inner in folders}
@@ -180,7 +178,7 @@ def _split_folders(folder: Folder, name: str, named_splits: Collection[str]) -> 
         return folders
     if split_like and not others:
         if with_classes:
-            return folders  # without train: an error when roles are assigned
+            return folders  # a missing train split raises an error when roles are assigned
         raise ValueError(
             f"{name}: the folders {listed([inner.name for inner in split_like])} contain images but no class folders, so the"
             " images have no labels; expected train/<class>/<image>.jpg, or a metadata.csv next to the images"
@@ -190,8 +188,8 @@ def _split_folders(folder: Folder, name: str, named_splits: Collection[str]) -> 
         raise ValueError(
             f"{name}: {listed([inner.name for inner in split_like])} may be a split or a class next to"
             f" {listed([inner.name for inner in others])}. If it is a split, move the classes to train on into a folder 'train'"
-            " next to it (or name the folder of each split: --train_split, --validation_split, --test_split); if it is a class,"
-            " rename it"
+            " next to the split (or name the folder of each split: --train_split, --validation_split, --test_split). If it is a"
+            " class, rename the folder"
         )
     return None
 
@@ -212,8 +210,8 @@ def _read_split(root: Path, folder: Folder, name: str) -> LabeledImages:
     inner_names = sorted({deep.name for inner in with_images for deep in inner.folders_with_images()})
     if len(with_images) > 1 and len(inner_names) > 1 and not any(inner.images for inner in with_images):
         raise ValueError(
-            f"{where}: images are two folders down, so the classes may be {listed([inner.name for inner in with_images], 4)} or"
-            f" {listed(inner_names, 4)}; make one folder per class with the images directly in it"
+            f"{where}: images are two folders deep, so the classes may be {listed([inner.name for inner in with_images], 4)} or"
+            f" {listed(inner_names, 4)}; put the images of each class directly into one folder per class"
         )
     paths = [list(inner.all_images()) for inner in class_folders]
     labels = np.repeat(np.arange(len(paths)), [len(in_class) for in_class in paths])

@@ -1,13 +1,13 @@
-"""Any image file as an upright, opaque, 8-bit RGB image: what a viewer shows.
+"""Reads any image file as an upright, opaque, 8-bit RGB image, as an image viewer shows the file.
 
-Pillow decodes. What it leaves to its caller is decided here, once, for training, evaluation and prediction:
+Pillow decodes the file. Decisions that Pillow leaves to its caller are made here, once for training, evaluation and prediction:
 
-- EXIF orientation is applied, so that a phone's portrait photo stands upright.
+- EXIF orientation is applied, so that portrait photos from a phone are upright.
 - Transparency (RGBA, LA, PA, palettes and color keys) is composited on white, as on a web page.
-- 16-bit gray is scaled by 1/256; Pillow's own conversion clips at 255, which turns such images white.
-- Floats in 0..1 are scaled by 255, floats in 0..255 are kept, and other ranges are refused as ambiguous.
-- Animations and multi-page files give their first frame. Color profiles are not applied, as in the pipelines that the
-  checkpoints were pretrained with.
+- 16-bit gray values are divided by 256. Pillow's own conversion clips at 255, which turns such images white.
+- Floats in 0..1 are scaled by 255, floats in 0..255 stay as they are, and other ranges are an error.
+- Animations and multi-page files give their first frame.
+- Color profiles are not applied, because the pipelines that pretrained the checkpoints did not apply color profiles.
 
 A truncated file is an error, not an image with a gray lower half.
 """
@@ -26,9 +26,9 @@ from PIL import Image, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 1  # increase it when the same bytes decode to other pixels: it is part of every data fingerprint
+READER_VERSION = 1  # part of every data fingerprint; increase it when the same bytes decode to other pixels
 
-# Suffixes of files that are read as images. With .heic, such a file is an error with a remedy instead of being left out.
+# Suffixes of files that are read as images. Pillow cannot read .heic: such a file is an error with a remedy, not left out.
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff",
@@ -47,10 +47,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Problems of one file.
+# Errors that concern only this one file, not the whole disk or process.
 _FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
-# What Pillow's decoders raise on damaged data. MemoryError is left out: it says nothing about the file.
+# Errors that Pillow's decoders raise on damaged data. A MemoryError says nothing about the file and is not among them.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -67,16 +67,16 @@ _DECODER_ERRORS = (
 
 
 class BadImageError(ValueError):
-    """An image that cannot be read; the message starts with its name and gives the reason."""
+    """The error for an unreadable image. The message starts with the image's name and gives the reason."""
 
 
 def read_image(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
-    """The image in `source` (a file's bytes or path, or a PIL image) in mode RGB, fully loaded, with no file left open.
+    """Returns the image in `source` (a file's bytes or path, or a PIL image) in mode RGB, fully loaded, with no file left open.
 
-    `name` is used in error messages. A PIL image is never modified; an upright RGB one is returned itself.
+    Error messages call the image `name`. A PIL image is never modified; an upright RGB image is returned itself.
 
     Raises:
-        BadImageError: missing, empty or truncated, not an image, or pixel values in an ambiguous range.
+        BadImageError: the file is missing, empty, truncated or not an image, or pixel values are in an ambiguous range.
     """
     if isinstance(source, (str, Path)):
         source = read_bytes(source, name)
@@ -93,7 +93,7 @@ def read_image(source: bytes | str | Path | Image.Image, name: str) -> Image.Ima
 
 
 def read_bytes(path: str | Path, name: str) -> bytes:
-    """The bytes of one image file.
+    """Returns the bytes of one image file.
 
     Raises:
         BadImageError: the file is missing, not a regular file, or not readable by this user.
@@ -129,12 +129,12 @@ def _from_integers(image: Image.Image, name: str) -> Image.Image:
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 0xFFFF:
         raise BadImageError(
-            f"{name}: integer pixels from {low} to {high}; 16-bit images range from 0 to 65535, so the scale is unknown:"
-            " save it with 8 or 16 bits"
+            f"{name}: the pixels are integers from {low} to {high}, outside the 16-bit range 0 to 65535, so the scale is"
+            " unknown: save the image with 8 or 16 bits"
         )
     gray = (values >> 8).astype(np.uint8)
     color_key = image.info.get("transparency")
-    if isinstance(color_key, int):  # PNG's tRNS for 16-bit gray: this one value is transparent
+    if isinstance(color_key, int):  # the tRNS chunk of a 16-bit gray PNG makes this value transparent
         gray[values == color_key] = 255
     return Image.fromarray(gray)
 
@@ -142,34 +142,34 @@ def _from_integers(image: Image.Image, name: str) -> Image.Image:
 def _from_floats(image: Image.Image, name: str) -> Image.Image:
     values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
-    if not (low >= 0.0 and high <= 255.0):  # also true of NaN
+    if not (low >= 0.0 and high <= 255.0):  # also refuses NaN
         raise BadImageError(
-            f"{name}: float pixels from {low:g} to {high:g}; only 0 to 1 and 0 to 255 are understood: save it with 8 bits"
+            f"{name}: float pixels from {low:g} to {high:g}, but only 0 to 1 and 0 to 255 are known: save the image with 8 bits"
         )
     scale = 255.0 if high <= 1.0 else 1.0
     return Image.fromarray(np.rint(values * scale).astype(np.uint8))
 
 
 def _upright(rgb: Image.Image, image: Image.Image, name: str) -> Image.Image:
-    """`rgb` transposed by the EXIF orientation of `image`, from which it was converted."""
+    """Returns `rgb` transposed by the EXIF orientation of `image`, the original of `rgb`."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODER_ERRORS as error:
         # The pixels are sound, and viewers show such a file as it is stored.
-        logger.warning("%s: the EXIF block cannot be read (%s); assuming the image is upright", name, error)
+        logger.warning("%s: the EXIF block cannot be read (%s); the image is assumed to be upright", name, error)
         return rgb
     method = _UPRIGHT.get(orientation)
     if method is None:
         return rgb
     upright = rgb.transpose(method)
-    upright.info = {}  # its EXIF block would have the next reader rotate again
+    upright.info = {}  # with the EXIF block, the next reader would rotate the image again
     return upright
 
 
 def _diagnosis(source: bytes | Image.Image, error: Exception) -> str:
-    """Why the bytes are not an image, with the remedy if there is one."""
+    """Returns the reason why the bytes are not an image, with a remedy if there is one."""
     if isinstance(error, Image.DecompressionBombError):
-        return f"too large to decode safely ({error}); downscale it"
+        return f"too large to decode safely ({error}); downscale the image"
     head = source[:512] if isinstance(source, bytes) else b""
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"version https://git-lfs"):
@@ -177,7 +177,7 @@ def _diagnosis(source: bytes | Image.Image, error: Exception) -> str:
     if text.startswith((b"<svg", b"<?xml")) and b"svg" in text:
         return "a vector drawing (SVG); render it to PNG first"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page saved under an image name; download it again"
+        return "a web page saved under an image name; download the image again"
     if head[4:8] == b"ftyp" and head[8:11] in (b"hei", b"hev", b"mif", b"msf"):
         return "an HEIC photo, which Pillow cannot read on its own; convert it to JPEG"
     if not isinstance(error, UnidentifiedImageError):

@@ -1,7 +1,7 @@
-"""What every data source returns: stored splits with class names and one label per row.
+"""The form in which every data source returns a dataset: stored splits with class names and one label per row.
 
-Class names are compared without surrounding whitespace and in Unicode NFC, because macOS stores the same folder name as other
-bytes. Names that become equal are an error, never merged: only the owner knows whether they mean the same class.
+Class names are compared without surrounding whitespace and in Unicode NFC, because macOS stores a folder name as different
+bytes. Names that become equal are an error, because only the data's owner knows whether the names mean the same class.
 """
 
 import math
@@ -20,7 +20,7 @@ UNLABELED = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The table columns that the user named; None: find the column by its type or name."""
+    """The table columns that the user named. A column that is None is found by its type or name."""
 
     image: str | None = None
     label: str | None = None
@@ -34,7 +34,7 @@ class Columns:
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledImages:
-    """One stored split: image `rows[i]` of `source` has label `names[labels[i]]`, or none if `labels[i]` is UNLABELED."""
+    """One stored split: image `rows[i]` of `source` has label `names[labels[i]]`, or no label if `labels[i]` is UNLABELED."""
 
     source: ImageSource
     rows: NDArray[np.int64]
@@ -45,7 +45,7 @@ class LabeledImages:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredData:
-    """A dataset as it is stored. Each split is read when its function is called, so an unused split may be broken."""
+    """A dataset as it is stored. A split is read when its function in `splits` is called, so an unused split may be broken."""
 
     name: str
     splits: Mapping[str, Callable[[], LabeledImages]]
@@ -55,12 +55,12 @@ class StoredData:
 
 
 def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Labels (N,) as indices into the class names or UNLABELED, and the class names: the distinct values, sorted.
+    """Returns labels (N,), as indices into the class names or UNLABELED, and the class names (the distinct values, sorted).
 
     `values` are text, integers, booleans or whole floats. None, NaN, blank text and -1 mean "no label".
 
     Raises:
-        ValueError: fractions, other or mixed types, one negative integer among class indices, duplicate class names.
+        ValueError: labels are fractions, have mixed or other types, or include one negative integer, or class names repeat.
     """
     counts = Counter(value for value in values if not _is_missing(value))
     if (
@@ -69,15 +69,15 @@ def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64
     ):
         kinds = sorted({type(value).__name__ for value in counts})
         raise ValueError(
-            f"{where}: labels are of type {' and '.join(kinds)}; classes are all text or all integers: name another"
-            " --label_column"
+            f"{where}: labels are of type {' and '.join(kinds)}; classes are all text or all integers: choose another"
+            " column with --label_column"
         )
     present: list[str | float] = sorted(counts)  # type: ignore[arg-type]
     fractions = [value for value in present if isinstance(value, float) and not value.is_integer()]
     if fractions:
         raise ValueError(
             f"{where}: {sum(counts[value] for value in fractions):,} of {len(values):,} labels are fractions"
-            f" ({listed(fractions, 3)}); classes are integers or text: name another --label_column, or bin the values"
+            f" ({listed(fractions, 3)}); classes are integers or text: choose another --label_column, or bin the values"
         )
     negative = [value for value in present if type(value) is int and value < 0]
     if len(negative) == 1 < len(present):
@@ -92,28 +92,28 @@ def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64
 
 
 def clean_names(names: Sequence[str], where: str) -> tuple[str, ...]:
-    """Class names without surrounding whitespace and in Unicode NFC, in the given order.
+    """Returns class names without surrounding whitespace and in Unicode NFC, in the given order.
 
     Raises:
-        ValueError: a name is blank or not valid text, or two names are equal.
+        ValueError: a name is blank or not valid text, or two names become equal.
     """
     spellings: dict[str, list[str]] = {}
     for name in names:
         clean = unicodedata.normalize("NFC", name.strip())
         if not clean or any("\ud800" <= letter <= "\udfff" for letter in clean):
-            raise ValueError(f"{where}: class name {name!r} is blank or not valid text; rename it")
+            raise ValueError(f"{where}: class name {name!r} is blank or not valid text; rename the class")
         spellings.setdefault(clean, []).append(name)
     for same in spellings.values():
         if len(same) > 1:
             raise ValueError(
                 f"{where}: duplicate class names {', '.join(map(repr, same))} (surrounding whitespace and Unicode form are"
-                " ignored); rename one, or merge the classes"
+                " ignored); rename one class, or merge the classes"
             )
     return tuple(spellings)
 
 
 def listed(names: Sequence[object], limit: int = 10) -> str:
-    """Quoted names for a message, such as "'a', 'b' and 3 more"."""
+    """Formats names for a message, such as "'a', 'b' and 3 more"."""
     shown = ", ".join(repr(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit:,} more"
 

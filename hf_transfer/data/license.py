@@ -1,4 +1,4 @@
-"""The license that a dataset's card states: a model trained on it may have to name it too."""
+"""Reads the license that a dataset's card states, because a model trained on the dataset may have to name this license."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ CARD = "README.md"
 
 
 def read_license(folder: Path) -> str | None:
-    """The `license` in the card of a dataset folder; None if there is no card or it states none."""
+    """Returns the `license` in the card of a dataset folder, or None if no readable card states a license."""
     card = folder / CARD
     if not card.is_file():
         return None
@@ -26,7 +26,7 @@ def read_license(folder: Path) -> str | None:
 
 
 def fetch_license(hub_id: str, revision: str | None) -> str | None:
-    """The `license` in the card of a Hub dataset; None if it states none or the card is not available now."""
+    """Returns the `license` in the card of a Hub dataset, or None if no license is stated or the card is unavailable."""
     try:
         card = hf_hub_download(hub_id, CARD, repo_type="dataset", revision=revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):

@@ -1,4 +1,4 @@
-"""Images in memory as a dataset, for the Python API: tables of `datasets`, DataFrames, and lists of (image, label) pairs."""
+"""Reads images in memory, for the Python API: tables of `datasets`, DataFrames, and lists of (image, label) pairs."""
 
 import os
 import sys
@@ -18,14 +18,14 @@ from hf_transfer.data.sources import ImageSource
 
 _ImageLike = Path | bytes | Image.Image | NDArray[np.uint8]
 
-_ACCEPTED = "a datasets.Dataset, a DataFrame, a list of (image, label) pairs, or a dict of these by split name"
+_ACCEPTED = "a datasets.Dataset, a DataFrame, a list of (image, label) pairs, or a dict from split names to these"
 _PILLOW = threading.Lock()  # two threads must not load one lazily opened image at the same time
 
 
 class MemorySource(ImageSource):
-    """Images given one by one: paths of image files, encoded bytes, PIL images, or uint8 arrays (H, W) or (H, W, 3).
+    """Images in memory: paths of image files, encoded bytes, PIL images, or uint8 arrays (H, W) or (H, W, 3).
 
-    Files are named by their path below the folder that contains them all.
+    The name of an image file is its path below the folder that contains all files.
     """
 
     def __init__(self, images: Sequence[_ImageLike]) -> None:
@@ -35,14 +35,14 @@ class MemorySource(ImageSource):
         self._root = os.path.commonpath(folders) if folders else ""
 
     def name(self, row: int) -> str:
-        """The path below the common folder, or the row."""
+        """Returns the path below the folder that contains all files, or "row 17" for an image that is not a file."""
         image = self._images[row]
         if not isinstance(image, Path):
             return f"row {row}"
         return os.fsencode(image.relative_to(self._root).as_posix()).decode("utf-8", "replace")
 
     def content(self, row: int) -> bytes:
-        """The encoded image; for PIL images and arrays, the mode, size and pixels as RGB."""
+        """Returns the encoded image, or the mode, size and RGB pixels of a PIL image or an array."""
         image = self._images[row]
         if isinstance(image, bytes):
             return image
@@ -52,7 +52,7 @@ class MemorySource(ImageSource):
         return repr((rgb.mode, rgb.size)).encode() + rgb.tobytes()
 
     def image(self, row: int) -> Image.Image:
-        """The image in mode RGB."""
+        """Returns the image in mode RGB."""
         image = self._images[row]
         if isinstance(image, Image.Image):
             with _PILLOW:
@@ -61,9 +61,9 @@ class MemorySource(ImageSource):
 
 
 def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
-    """The splits of images in memory, as a dataset called `name`; a single collection is the train split.
+    """Returns images in memory as a dataset called `name`. A single collection becomes the train split.
 
-    `images` is one of the following, or a mapping from split names to them:
+    `images` is one of the following collections, or a mapping from split names to such collections:
 
     - a `datasets.Dataset` (a `DatasetDict` is such a mapping); columns are found as in a Hub dataset;
     - a pandas DataFrame with a column of images and a column of labels;
@@ -73,7 +73,7 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
     or integers. Relative paths start at the current folder.
 
     Raises:
-        ValueError: another type of collection, image or label, no images, or columns that are ambiguous or missing.
+        ValueError: a collection, image or label has another type, there are no images, or columns are ambiguous or missing.
     """
     splits = images if isinstance(images, Mapping) else {"train": images}
     if not splits:
@@ -85,7 +85,7 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
 
 def _read(images: Any, columns: Columns, split: str, name: str) -> LabeledImages:
     where = f"{name}, split {split!r}"
-    datasets = sys.modules.get("datasets")  # importing it takes 2 s; without it, nothing can be its Dataset
+    datasets = sys.modules.get("datasets")  # importing it takes 2 s; before an import, `images` is no Dataset
     if datasets is not None and isinstance(images, datasets.Dataset):
         from hf_transfer.data.tables import read_table
 
@@ -103,15 +103,15 @@ def _read(images: Any, columns: Columns, split: str, name: str) -> LabeledImages
     paths = [path for path in checked if isinstance(path, Path)]
     if paths and not any(path.exists() for path in paths):
         raise ValueError(
-            f"{where}: none of {len(paths):,} image files exists, such as {os.fspath(paths[0])!r}; relative paths start at the"
-            f" current folder, {Path.cwd()}"
+            f"{where}: none of {len(paths):,} image files exists, the first is {os.fspath(paths[0])!r}; relative paths start at"
+            f" the current folder, {Path.cwd()}"
         )
     indices, names = index_labels([_check_label(label, row, where) for row, label in enumerate(labels)], where)
     return LabeledImages(source=MemorySource(checked), rows=np.arange(len(indices)), labels=indices, names=names)
 
 
 def _read_frame(frame: Any, columns: Columns, where: str) -> tuple[list[Any], list[Any]]:
-    """Images and labels of a DataFrame; missing values are None."""
+    """Returns the images and the labels of a DataFrame, with None for missing values."""
     from hf_transfer.data.columns import find_frame_columns  # imports datasets
 
     position_of = {str(column): i for i, column in enumerate(frame.columns)}

@@ -1,4 +1,4 @@
-"""Sentences for the log and the report about the data: what was decided for the user, and what deserves attention."""
+"""Writes sentences about the data for the log and the report: decisions made for the user, and possible problems."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from hf_transfer.config import DataConfig
 from hf_transfer.data.labels import listed
 from hf_transfer.data.splits import Split
 
-_STRONG_IMBALANCE = 5.0  # images in the largest class per image in the smallest
+_STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
 _MAX_LISTED_COPIES = 3
 
 
@@ -23,7 +23,7 @@ def notes_on_draws(
     num_stored: int,
     is_validation_drawn: bool,
 ) -> list[str]:
-    """How the splits were drawn; the stored train split has `num_stored` images."""
+    """Says how the splits were drawn from the stored train split, which has `num_stored` images."""
     notes = []
     if config.images_per_class is not None:
         used = len(train) + (len(validation) if is_validation_drawn else 0)
@@ -32,30 +32,30 @@ def notes_on_draws(
         )
         if not is_validation_drawn:
             notes.append(
-                f"The whole validation split is used ({len(validation):,} images), beyond the images per class."
+                f"The whole validation split is used ({len(validation):,} images); images_per_class limits only train."
             )
     if is_validation_drawn:
         notes.append(
-            f"No validation split is given: {len(validation):,} images are split off train (stratified, seed {config.seed}),"
-            f" which leaves {len(train):,} to train on."
+            f"No validation split is given, so {len(validation):,} train images are drawn as validation (stratified, seed"
+            f" {config.seed}), and {len(train):,} are left to train on."
         )
     if test is None:
         notes.append(
-            "There is no test split, so no test result. Validation metrics are optimistic: they also selected the settings."
+            "There is no test split, so no test result. Validation metrics are optimistic, as they also selected the settings."
             " Keep some labeled images aside as a test split."
         )
     return notes
 
 
 def notes_on_classes(train: Split, validation: Split, test: Split | None) -> list[str]:
-    """Classes that are imbalanced, missing from a split, or easily confused by name."""
+    """Names the classes that are imbalanced, missing from a split, or easily confused by name."""
     notes = []
     counts, names = train.counts(), train.label_names
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     if counts[largest] > _STRONG_IMBALANCE * counts[smallest]:
         notes.append(
             f"Classes are strongly imbalanced: train has {counts[largest]:,} images of {names[largest]!r},"
-            f" {counts[smallest]:,} of {names[smallest]!r}; --class_balance loss weights them equally."
+            f" {counts[smallest]:,} of {names[smallest]!r}. With --class_balance loss, all classes have the same weight."
         )
     for split in (validation, test):
         absent = [names[k] for k in np.flatnonzero(split.counts() == 0)] if split else []
@@ -69,7 +69,7 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
 
 
 def notes_on_copies(splits: Sequence[Split]) -> list[str]:
-    """Images with the same bytes in two splits, or in two classes. Reads every image that is not hashed yet."""
+    """Names images with the same bytes in two splits, or in two classes. Reads every image that is not hashed yet."""
     digests = np.concatenate([split.digests() for split in splits])
     _, firsts, contents = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     contents = contents.reshape(-1)  # (N,) over all splits: equal numbers mean equal bytes
@@ -92,6 +92,6 @@ def notes_on_copies(splits: Sequence[Split]) -> list[str]:
         shown = [f"{names[firsts[contents[i]]]} is {names[i]}" for i in contradictions[:_MAX_LISTED_COPIES]]
         notes.append(
             f"Classes share images, byte for byte ({contradictions.size:,}): {', '.join(shown)}"
-            f"{', ...' if contradictions.size > len(shown) else ''}. At least one of the labels is wrong; remove it."
+            f"{', ...' if contradictions.size > len(shown) else ''}. At least one of the labels is wrong; remove one copy."
         )
     return notes

@@ -1,8 +1,8 @@
-"""Image sources: files in a folder, rows of a table, an array of pixels.
+"""Image sources: files in a folder, rows of a table, or an array of pixels.
 
-A source gives each image of one stored split by its row: the bytes that identify it, the decoded image, and a name for people.
-It keeps no file open between reads, so it can be pickled into worker processes. Each row's content is hashed once, in threads
-(xxh3, 128 bits).
+For each row of one stored split, a source returns the bytes that identify the image, the decoded image, and the image's name in
+messages. A source keeps no file open between reads, so it can be pickled into worker processes. Each row's content is hashed
+once, in threads (xxh3, 128 bits).
 """
 
 import os
@@ -24,7 +24,7 @@ _ROWS_PER_TASK = 64
 
 
 class ImageSource(ABC):
-    """The images of one stored split, by row."""
+    """The images of one stored split, accessed by row."""
 
     def __init__(self, num_rows: int) -> None:
         self._digests: NDArray[np.uint8] = np.zeros((num_rows, _DIGEST_BYTES), np.uint8)
@@ -35,14 +35,14 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """The image's name for people: its path inside the dataset, or "row 17"."""
+        """Returns the image's name in messages: its path inside the dataset, or "row 17"."""
 
     @abstractmethod
     def content(self, row: int) -> bytes:
-        """Bytes that identify the image, equal on every machine that has the same data."""
+        """Returns bytes that identify the image and are equal on every machine with the same data."""
 
     def image(self, row: int) -> Image.Image:
-        """The image in mode RGB.
+        """Returns the image in mode RGB.
 
         Raises:
             BadImageError: the image cannot be read.
@@ -50,7 +50,7 @@ class ImageSource(ABC):
         return read_image(self.content(row), self.name(row))
 
     def digests(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Content hashes of `rows`, (len(rows), 16) uint8."""
+        """Returns content hashes (len(rows), 16) uint8 of the images in `rows`."""
         missing = np.unique(rows[~self._is_hashed[rows]])
 
         def hash_rows(block: NDArray[np.int64]) -> None:
@@ -66,7 +66,7 @@ class ImageSource(ABC):
         return self._digests[rows]
 
     def unreadable(self, rows: NDArray[np.int64], title: str) -> dict[int, BadImageError]:
-        """Those of `rows` whose image cannot be read, with the error. Decodes all, in threads, with a progress bar."""
+        """Decodes the images in `rows`, in threads, with a progress bar, and returns the errors of unreadable images by row."""
         from tqdm.auto import tqdm
 
         def problem(row: int) -> BadImageError | None:
@@ -86,7 +86,7 @@ class ImageSource(ABC):
 
 
 class FolderSource(ImageSource):
-    """Image files given by their paths below `root`, with forward slashes."""
+    """Image files below `root`. `paths` are relative to `root` and have forward slashes."""
 
     def __init__(self, root: Path, paths: Sequence[str]) -> None:
         super().__init__(len(paths))
@@ -94,21 +94,21 @@ class FolderSource(ImageSource):
         self._paths = tuple(paths)
 
     def name(self, row: int) -> str:
-        """The path below the root, with forward slashes."""
+        """Returns the path below the root, with forward slashes."""
         # A name that is not UTF-8 on disk cannot be printed or written to a report.
         return os.fsencode(self._paths[row]).decode("utf-8", "replace")
 
     def content(self, row: int) -> bytes:
-        """The file's bytes."""
+        """Returns the file's bytes."""
         return read_bytes(Path(self._root, self._paths[row]), self.name(row))
 
 
 class TableSource(ImageSource):
     """One column of a `datasets.Dataset`: encoded images, or paths of image files on this machine.
 
-    `split` is the split's stored name, which error messages add to the row. A stored table may name only files below one of
-    `roots`, and relative paths start at the first one; the user's own table in memory (no roots) may name any file. Files
-    below a root are named by their path relative to it.
+    Error messages name the row and `split`, the split's stored name. A stored table may name only files below one of
+    `roots`, and relative paths start at the first root. The user's own table in memory has no roots and may name any file. A
+    file below a root is named by its path relative to the root.
     """
 
     def __init__(self, table: Any, column: str, split: str, roots: Sequence[Path] = ()) -> None:
@@ -119,7 +119,7 @@ class TableSource(ImageSource):
         self._roots = tuple(map(os.fspath, roots))
 
     def name(self, row: int) -> str:
-        """The path below the root, else the row with the file name that the table stores for it."""
+        """Returns the path below a root, or else the row number with the file name that the table stores."""
         value = self._cell(row)
         path = value["path"].as_py() if _has_path(value) else None
         if not path:
@@ -130,29 +130,29 @@ class TableSource(ImageSource):
         return f"row {row} ({PurePath(path).name})"
 
     def content(self, row: int) -> bytes:
-        """The encoded image, or the bytes of the file that the table refers to."""
+        """Returns the encoded image, or the bytes of the file that the table names."""
         value = self._cell(row).as_py()
         encoded, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
         if encoded is not None:
             return bytes(encoded)
         if path:
             return read_bytes(self._locate(path, row), self._where(row))
-        raise BadImageError(f"{self._where(row)}: no image (None)")
+        raise BadImageError(f"{self._where(row)}: the table contains no image here (None)")
 
     def image(self, row: int) -> Image.Image:
-        """The image in mode RGB; errors also name the split."""
+        """Returns the image in mode RGB. Error messages also name the split."""
         return read_image(self.content(row), self._where(row))
 
     def _locate(self, path: str, row: int) -> str:
-        """The file that a row names. Links below a root are followed, as in image folders."""
+        """Returns the file that a row names. Links below a root are followed, as in image folders."""
         if not self._roots:
             return path
         file = os.path.normpath(Path(self._roots[0], path))
         spellings = [] if "\0" in path else [PurePath(file), PurePath(os.path.realpath(file))]
         if not any(spelling.is_relative_to(root) for spelling in spellings for root in self._roots):
             raise BadImageError(
-                f"{self._where(row)}: the table names a file outside the dataset's folder; move the file below it, or store"
-                " the encoded image in the table"
+                f"{self._where(row)}: the table names a file outside the dataset's folder; move the file into that folder, or"
+                " store the encoded image in the table"
             )
         return file
 
@@ -164,23 +164,23 @@ class TableSource(ImageSource):
 
 
 class PixelSource(ImageSource):
-    """Gray images (N, H, W) or RGB images (N, H, W, 3) uint8 in memory."""
+    """An array of gray images (N, H, W) or RGB images (N, H, W, 3) uint8 in memory."""
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
         super().__init__(len(pixels))
         self._pixels = pixels
 
     def name(self, row: int) -> str:
-        """The row."""
+        """Returns "row 17"."""
         return f"row {row}"
 
     def content(self, row: int) -> bytes:
-        """Height, width and pixels."""
+        """Returns the shape and the pixels of the image as bytes."""
         pixels: bytes = self._pixels[row].tobytes()
         return repr(self._pixels.shape[1:]).encode() + pixels
 
     def image(self, row: int) -> Image.Image:
-        """The image in mode RGB."""
+        """Returns the image in mode RGB."""
         return read_image(Image.fromarray(self._pixels[row]), self.name(row))
 
 

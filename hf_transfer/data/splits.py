@@ -1,9 +1,9 @@
-"""Splits: images from one source with one label each, and how a subset and a validation split are drawn from them.
+"""Defines splits (images from one source with one label each), and draws few-shot subsets and validation splits.
 
-Every draw is stratified, seeded and nested. Each class is shuffled once, by the seed and the class, and an image's position in
-that order (its rank) decides everything. The few-shot subset of k images per class is the first k ranks, so every subset
-contains all smaller ones. Whether a rank belongs to validation depends on the rank alone, so the training and validation parts
-of these subsets are nested too.
+Every draw is stratified, seeded and nested. Each class is shuffled once, with a seed that depends on the class. An image's
+position in the shuffled class (its rank) alone decides where the image goes. The few-shot subset of k images per class consists
+of the first k ranks, so every subset contains all smaller subsets. Whether an image belongs to validation depends only on its
+rank, so the training and validation parts of these subsets are nested too.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ _FILLER_WORDS = frozenset({"set", "split", "data", "dataset", "image", "images",
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Labeled images; `split[i]` is (RGB image, label). Keeps no file open and can be pickled."""
+    """Labeled images, where `split[i]` is (RGB image, label). A split keeps no file open and can be pickled."""
 
     name: Role
     source: ImageSource
-    rows: NDArray[np.int64]  # (N,) the source's row of position i
+    rows: NDArray[np.int64]  # (N,) `split[i]` is row `rows[i]` of the source
     labels: NDArray[np.int64]  # (N,) indices into label_names
     label_names: tuple[str, ...]
 
@@ -69,7 +69,7 @@ class Split:
         return (self[i] for i in range(len(self)))
 
     def image(self, i: int) -> Image.Image:
-        """The image at position `i`, in mode RGB.
+        """Returns the image at position `i`, in mode RGB.
 
         Raises:
             BadImageError: the image cannot be read; the message names its file or row.
@@ -80,12 +80,12 @@ class Split:
             raise _with_remedy(error) from error
 
     def image_name(self, i: int) -> str:
-        """The image's path inside the dataset, or "row 17" of its stored split."""
+        """Returns the image's path inside the dataset, or "row 17" of the stored split."""
         return self.source.name(int(self.rows[i]))
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits that depend on the images' bytes, their order, labels and label names; not on paths or file times.
+        """A hash of the images' bytes, order, labels and label names (32 hex digits). Paths and file times do not matter.
 
         The first access reads every image's bytes.
 
@@ -99,7 +99,7 @@ class Split:
         return digest.hexdigest()
 
     def digests(self) -> NDArray[np.uint8]:
-        """Hashes of the images' bytes, (N, 16). The first call reads every image's bytes.
+        """Returns hashes (N, 16) of the images' bytes. The first call reads every image's bytes.
 
         Raises:
             BadImageError: a file is missing or cannot be opened.
@@ -110,16 +110,16 @@ class Split:
             raise _with_remedy(error) from error
 
     def counts(self) -> NDArray[np.int64]:
-        """Number of images per class, (num_classes,)."""
+        """Returns the number of images of each class (num_classes,)."""
         return np.bincount(self.labels, minlength=len(self.label_names)).astype(np.int64)
 
     def select(self, indices: ArrayLike, name: Role | None = None) -> Split:
-        """The images at positions `indices`, in that order, as a split; renamed if `name` is given."""
+        """Returns a split with the images at positions `indices`, in that order, renamed if `name` is given."""
         positions = np.asarray(indices)
         if positions.ndim != 1 or (positions.size and positions.dtype.kind not in "iu"):
             raise TypeError(
                 f"select(indices): got {positions.dtype} of shape {positions.shape};"
-                " give a 1-D array of integer positions (np.flatnonzero turns a mask into them)"
+                " give a 1-D array of integer positions (np.flatnonzero converts a mask to positions)"
             )
         positions = positions.astype(np.int64)
         return Split(
@@ -134,12 +134,12 @@ class Split:
 def draw(
     train: Split, *, images_per_class: int | None, validation_fraction: float | None, seed: int
 ) -> tuple[Split, Split | None]:
-    """(train, validation), drawn from the first `images_per_class` images of each class, in their stored order.
+    """Draws `images_per_class` images of each class and divides them into (train, validation), each in stored order.
 
-    `images_per_class` None: all images; `validation_fraction` None: no validation split.
+    With `images_per_class` None, all images are drawn. With `validation_fraction` None, the second result is None.
 
     Raises:
-        ValueError: a class has fewer than `images_per_class` images, or fewer than the two that a stratified split needs.
+        ValueError: a class has fewer than `images_per_class` images, or only one image, too few for a stratified split.
     """
     counts = train.counts()
     if images_per_class is not None:
@@ -157,8 +157,8 @@ def draw(
     if counts.min() < 2:
         too_small = [train.label_names[k] for k in np.flatnonzero(counts < 2)]
         raise ValueError(
-            f"too few images to split off validation: only one image to train on of {listed(too_small)}, and a stratified"
-            " split needs two per class, one for each side; add images, or give a validation split (--validation_split)"
+            f"too few images to split off validation: only one image to train on of {listed(too_small)}, but train and"
+            " validation need one each; add images, or give a validation split with --validation_split"
         )
     sizes = np.arange(int(counts.max()) + 1)
     is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
@@ -171,16 +171,16 @@ def draw(
 
 
 def role_of(split_name: str) -> Role | None:
-    """The role of a split with a common name ("Training", "val", "test_set", "valid2017"), else None."""
+    """Returns the role of a split with a common name ("Training", "val", "test_set", "valid2017"), or None for other names."""
     words = set(re.findall(r"[^\W\d_]+", split_name.casefold())) - _FILLER_WORDS
     roles = {_ROLE_OF_WORD.get(word) for word in words}
     return roles.pop() if len(roles) == 1 else None
 
 
 def public_name(path: Path) -> str:
-    """The public name of the dataset at `path` (resolved): its base name, without a file suffix.
+    """Returns the public name of the dataset at the resolved `path`: the base name of `path`, without a file suffix.
 
-    If that is the name of a split ("pets/train"), the parent folder's name, unless the parent is the home folder.
+    If the base name names a split ("pets/train"), returns the parent folder's name, unless the parent is the home folder.
     """
     name = path.stem if path.is_file() else path.name
     is_at_home = str(path.parent) in (os.environ.get("HOME"), os.environ.get("USERPROFILE"))
@@ -188,11 +188,11 @@ def public_name(path: Path) -> str:
 
 
 def _with_remedy(error: BadImageError) -> BadImageError:
-    return BadImageError(f"{error}. Repair or remove it, or skip unreadable images with --on_bad_image skip")
+    return BadImageError(f"{error}. Repair or remove the image, or skip unreadable images with --on_bad_image skip")
 
 
 def _rank_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Each image's rank (N,) in the shuffled order of its class."""
+    """Returns each image's rank (N,), its position in the shuffled order of its class."""
     ranks = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -201,9 +201,9 @@ def _rank_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 
 
 def _validation_images(class_sizes: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """Validation images for classes of these sizes: the nearest integer, but at least one image on either side.
+    """Returns how many images of each class go to validation: the nearest integer, with at least one image on each side.
 
-    Grows by 0 or 1 from one size to the next, so that membership is a property of the rank.
+    The number grows by 0 or 1 when a class grows by one image, so an image's rank alone decides whether it is drawn.
     """
     nearest = np.floor(class_sizes * fraction + 0.5).astype(np.int64)
     at_least_one: NDArray[np.int64] = np.minimum(np.maximum(nearest, 1), class_sizes - 1)

@@ -1,7 +1,7 @@
-"""Tables of images, read with `datasets`: Hub datasets, parquet and arrow files, metadata folders, datasets in memory.
+"""Reads tables of images with `datasets`: Hub datasets, parquet and arrow files, metadata folders, datasets in memory.
 
-`datasets` locates, downloads and memory-maps; images stay encoded until `read_image` decodes them. A Hub dataset is pinned to
-the commit that was read. Offline, `datasets` serves its cache; another revision than requested is an error.
+`datasets` finds, downloads and memory-maps the files. Images stay encoded until `read_image` decodes them. A Hub dataset is
+pinned to the commit that was read. Offline, `datasets` reads its cache; a cached revision that was not requested is an error.
 """
 
 import re
@@ -32,10 +32,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def read_hub(dataset: str, columns: Columns) -> StoredData:
-    """The Hub dataset `id[:config][@revision]`; read from the local cache when offline.
+    """Reads the Hub dataset `id[:config][@revision]`, from the local cache when offline.
 
     Raises:
-        ValueError: not an id, no such dataset, config or revision, or an unreadable dataset.
+        ValueError: `dataset` is not an id, the Hub has no such dataset, config or revision, or the dataset cannot be read.
         ConnectionError: the Hub cannot be reached and the cache does not have the dataset.
     """
     match = _HUB_ID.fullmatch(dataset)
@@ -47,8 +47,8 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
     hub_id, config, revision = match["id"], match["config"], match["revision"]
     try:
         builder = datasets.load_dataset_builder(hub_id, config, revision=revision)
-        if builder.repo_id is None:  # "imagefolder", "csv": they would read the current folder
-            raise ValueError("this is a file format of `datasets`; give the folder or file itself")
+        if builder.repo_id is None:  # formats such as "imagefolder" or "csv" would read the current folder
+            raise ValueError("this name is a file format of `datasets`; give the folder or file itself")
         builder.download_and_prepare()
         tables = builder.as_dataset()
     except DatasetNotFoundError as error:
@@ -71,7 +71,7 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
         ) from error
     except (ValueError, DataFilesNotFoundError, DatasetsError) as error:
         raise ValueError(
-            f"dataset={dataset!r} cannot be read: {_with_cause(error)}. Name a config after a colon:"
+            f"dataset={dataset!r} cannot be read: {_with_cause(error)}. If it needs a config, name the config:"
             f" --dataset {hub_id}:CONFIG"
         ) from error
     commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
@@ -83,7 +83,7 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
 
 
 def read_table_file(path: Path, columns: Columns) -> StoredData:
-    """One parquet or arrow file, as the train split."""
+    """Reads one parquet or arrow file as the train split."""
     path = path.resolve()
     kind = path.suffix.casefold().lstrip(".")
     tables = _loaded(path, kind, data_files={"train": str(path)})
@@ -91,9 +91,9 @@ def read_table_file(path: Path, columns: Columns) -> StoredData:
 
 
 def read_table_folder(root: Path, columns: Columns) -> StoredData:
-    """A folder of parquet or arrow files, or one written by `Dataset.save_to_disk`.
+    """Reads a folder of parquet or arrow files, or a folder that `Dataset.save_to_disk` wrote.
 
-    `datasets` finds splits as on the Hub: by file and folder names and the README's header.
+    `datasets` finds splits as on the Hub: by the names of files and folders, and by the header of the README.
     """
     if any((root / marker).is_file() for marker in _SAVED_BY_DATASETS):
         tables = _checked(root, partial(datasets.load_from_disk, str(root)))
@@ -103,7 +103,7 @@ def read_table_folder(root: Path, columns: Columns) -> StoredData:
 
 
 def read_metadata_folder(root: Path, columns: Columns) -> StoredData:
-    """Images with a metadata.csv, .jsonl or .parquet: the imagefolder format of `datasets`."""
+    """Reads images with a metadata.csv, .jsonl or .parquet, in the imagefolder format of `datasets`."""
     tables = _loaded(root, "imagefolder", data_dir=str(root))
     return _to_stored(tables, public_name(root), columns, (root,))
 
@@ -116,7 +116,7 @@ def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (ValueError, OSError, LookupError, TypeError, AttributeError, DatasetsError) as error:
-        # Whatever damaged files raise in `datasets` and pyarrow, whose ArrowInvalid is a ValueError.
+        # All errors that damaged files raise in `datasets` and pyarrow. pyarrow's ArrowInvalid is a ValueError.
         empty = [
             file.name for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet"))) if _is_empty(file)
         ]
@@ -128,28 +128,28 @@ def _checked(path: Path, read: Callable[[], Any]) -> Any:
 def _is_empty(parquet: Path) -> bool:
     try:
         return bool(pq.read_metadata(parquet).num_rows == 0)
-    except (ValueError, OSError):  # damaged, or an arrow file: the caller has the reader's own error
+    except (ValueError, OSError):  # a damaged file or an arrow file, whose error the caller reports
         return False
 
 
 def _with_cause(error: Exception) -> str:
-    """The error on one line with its cause, because `datasets` wraps the cause in "An error occurred"."""
+    """Returns the error and its cause on one line, because `datasets` wraps the cause in "An error occurred"."""
     text = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
     return " ".join(text.split())
 
 
 def _notes_on_cache(builder: Any, hub_id: str, revision: str | None, commit: str | None) -> tuple[str, ...]:
-    """A note if the cache was read; raises ConnectionError if it may have another revision than requested."""
+    """Returns a note if the cache was read. Raises ConnectionError if the cache may have another revision than requested."""
     if not isinstance(builder, Cache):
         return ()
     is_same = revision is None or (commit is not None and len(revision) >= 7 and commit.startswith(revision))
     if not is_same:
         raise ConnectionError(
-            f"the Hub cannot be reached to check that revision {revision!r} of {hub_id} is the one in the local cache,"
-            f" {commit or 'unknown'}; use the cached one with --dataset {hub_id}@{commit}, or try again online"
+            f"the Hub cannot be reached to check that revision {revision!r} of {hub_id} is the revision in the local cache,"
+            f" {commit or 'unknown'}; use the cached revision with --dataset {hub_id}@{commit}, or try again online"
         )
     return (
-        f"The Hub did not serve {hub_id}; it was read from the local cache, config {builder.config.name!r}, revision"
+        f"The Hub did not serve {hub_id}, so the local cache was read: config {builder.config.name!r}, revision"
         f" {commit or 'unknown'}.",
     )
 
@@ -164,9 +164,9 @@ def _to_stored(tables: Any, name: str, columns: Columns, roots: Sequence[Path]) 
 
 
 def read_table(table: Any, columns: Columns, *, split: str, where: str, roots: Sequence[Path] = ()) -> LabeledImages:
-    """The images and labels of one `Dataset`; messages call it `where`, its rows "row 17 of split `split`".
+    """Returns the images and labels of one `Dataset`. Messages call the table `where` and a row "row 17 of split `split`".
 
-    `roots`: see `TableSource`.
+    For `roots`, see `TableSource`.
     """
     image, label = find_columns(table.features, columns, where)
     values = table.select_columns([label]).with_format("arrow")[:].column(0)

@@ -1,1 +1,1 @@
-"""Saving a trained model in Hub layout, with its card, and pushing it to the Hub."""
+"""Saves a trained model in Hub layout, with a model card, and pushes the saved model to the Hub."""

@@ -1,4 +1,4 @@
-"""Calls to the Hub with retries: transient failures are retried with backoff, all others become an error with a remedy."""
+"""Calls the Hub. Transient failures are retried with backoff; all other failures become an error with a remedy."""
 
 import logging
 import time
@@ -18,23 +18,23 @@ T = TypeVar("T")
 
 
 class PushError(RuntimeError):
-    """The push failed; the run's files are unchanged, and the command can be repeated."""
+    """The error of a failed push. The run's files are unchanged, and the command can be repeated."""
 
 
 class Attempts:
-    """Makes calls about one repository; errors end with `next_step`, a sentence on what to do once the cause is fixed."""
+    """Calls the Hub about one repository. Errors end with `next_step`, a sentence that says what to do next."""
 
     def __init__(self, repo_id: str, next_step: str) -> None:
         self.repo_id, self.next_step = repo_id, next_step
 
     def __call__(self, action: str, call: Callable[[], T]) -> T:
-        """The result of `call`. Raises PushError if the Hub refuses it, or after ATTEMPTS failures."""
+        """Returns the result of `call`. Raises PushError if the Hub refuses the call, or after ATTEMPTS failures."""
         wait_s = FIRST_WAIT_S
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return call()
             except OfflineModeIsEnabled as error:
-                raise self.refuse(action, "HF_HUB_OFFLINE=1 is set: unset it") from error
+                raise self.refuse(action, "HF_HUB_OFFLINE=1 is set; unset this variable") from error
             except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
                 # huggingface_hub wraps any failure to upload a file in a RuntimeError.
                 cause = error.__cause__ if isinstance(error, RuntimeError) else error
@@ -46,13 +46,15 @@ class Attempts:
                 if attempt == ATTEMPTS:
                     reason = f"the Hub answers {status}" if status else f"the connection fails ({type(cause).__name__})"
                     raise self.refuse(action, f"{reason}, {ATTEMPTS} times") from error
-                log.info("could not %s (%s); retrying in %.0f s", action, status or type(cause).__name__, wait_s)
+                log.info(
+                    "the attempt to %s failed (%s); retrying in %.0f s", action, status or type(cause).__name__, wait_s
+                )
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         raise AssertionError("not reached")
 
     def refuse(self, action: str, reason: str) -> PushError:
-        """The error to raise."""
+        """Returns the error for the caller to raise."""
         return PushError(f"could not {action}: {reason}. {self.next_step}")
 
     def _remedy(self, status: int, error: Exception) -> str:
@@ -60,15 +62,13 @@ class Attempts:
             return no_write_access(self.repo_id)
         return {
             401: "the token is missing or invalid: `hf auth login`, or set HF_TOKEN to a token with write access",
-            404: f"this token does not see {self.repo_id}: it is private to someone else, or the branch does not exist",
+            404: f"this token cannot see {self.repo_id}: someone else owns this private repository, or there is no such branch",
         }.get(status, f"the Hub answers {status}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def no_write_access(repo_id: str) -> str:
-    """The reason for a token without write access, with the remedy."""
-    return (
-        f"the token may not write to {repo_id.split('/')[0]!r}: use one with write access, and a repository of your own"
-    )
+    """Returns the reason why a token without write access is refused, with the remedy."""
+    return f"the token may not write to {repo_id.split('/')[0]!r}: use a token with write access, and a repository of your own"
 
 
 def _status(error: Exception) -> int | None:

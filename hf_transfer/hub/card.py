@@ -1,7 +1,7 @@
-"""The model card, filled from the run: what the model is, how to load it, its metrics, its origin and its limits.
+"""Writes the model card from a run's results: what the model is, how to load it, its metrics, its origin and its limits.
 
-It is saved beside the weights with the placeholder FOLDER where the model's location belongs. `address_card` fills in the
-repository and reports what was verified; everything else stays, including what the owner added by hand.
+The card is saved beside the weights, with the placeholder FOLDER for the model's location. `address_card` replaces FOLDER by
+the repository and adds the result of the verification. All other text stays, including text that the owner added by hand.
 """
 
 import math
@@ -31,15 +31,15 @@ from hf_transfer.reporting.formats import format_percent, make_environment
 from hf_transfer.reporting.report import NO_TEST_SPLIT
 
 MAX_TABLE_CLASSES = 50  # with more classes, the card lists those with the lowest recall
-MIN_TRAIN_IMAGES = 20  # per class; the card warns of classes with fewer
-MIN_SCORED_IMAGES = 10  # per class in the scored split; the card warns of classes with fewer
+MIN_TRAIN_IMAGES = 20  # per class; the card warns of classes with fewer training images
+MIN_SCORED_IMAGES = 10  # per class in the scored split; the card warns of classes with fewer scored images
 POOR_CALIBRATION = 0.05
 
 __all__ = ["OUR_TAG", "address_card", "make_card"]
 
 
 def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> ModelCard:
-    """README.md of the model saved in `folder`; writes the card's charts there."""
+    """Returns README.md of the model saved in `folder`, and writes the charts of the card to `folder`."""
     split = find_split(results)
     scores = results["metrics"][split]
     environment = make_environment("hub", is_markdown=True)
@@ -65,17 +65,17 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
 
 
 def address_card(text: str, repo_id: str, revision: str | None, verified: Sequence[Verified]) -> str:
-    """The card as it is pushed: the repository in place of FOLDER, and the verified libraries."""
+    """Returns the card as it is pushed, with the repository in place of FOLDER and with the verified libraries."""
     suffix = f"@{revision}" if revision else ""
     text = re.sub(r"^<!-- local -->$.*?^<!-- /local -->\n*", "", text, flags=re.DOTALL | re.MULTILINE)
     text = text.replace("local-dir:FOLDER", f"hf-hub:{repo_id}{suffix}")
     text = text.replace('"FOLDER"', f'"{repo_id}", revision="{revision}"' if revision else f'"{repo_id}"')
     checks = "\n".join(
-        f"- {each.library}: logits differ by at most {each.logits:.1g} (relative to the largest), normalized pixels by "
-        f"{each.pixels:.1g}; label names agree"
+        f"- {each.library}: logits differ by at most {each.logits:.1g} (relative to the largest logit), normalized pixels "
+        f"by {each.pixels:.1g}; label names agree"
         for each in verified
     )
-    # The replacement is a function, so that backslashes in it stay as they are.
+    # The replacement is a function, because backslashes in a replacement text would be interpreted.
     return re.sub(
         r"^<!-- checked -->$.*?^<!-- /checked -->$",
         lambda _: (
@@ -88,7 +88,7 @@ def address_card(text: str, repo_id: str, revision: str | None, verified: Sequen
 
 
 def _format_config(config: dict[str, Any]) -> Markup:
-    """The settings as YAML for a code block in Markdown; names that could end the block are quoted and escaped."""
+    """Returns the settings as YAML for a code block in Markdown. Names that could end the block are quoted and escaped."""
     text = yaml.safe_dump(config, sort_keys=False)
     if re.search("[<`]", text):
         text = yaml.safe_dump(config, sort_keys=False, default_style='"', width=math.inf).replace("<", r"\x3C")
@@ -96,9 +96,9 @@ def _format_config(config: dict[str, Any]) -> Markup:
 
 
 def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dict[str, str]:
-    """Writes an SVG for each curve and, for few classes, the confusion matrix of `split`; file names by title.
+    """Writes an SVG of each curve and, if classes are few, of the confusion matrix of `split`. Returns file names by title.
 
-    SVG rather than PNG: a few kB, any script, and no drawing library.
+    SVG files take a few kB, show text in any script, and need no drawing library.
     """
     matrix = draw_matrix(results["metrics"][split])
     pictures = [] if matrix is None else [(f"Confusion matrix of the {split} split", "confusion_matrix.svg", matrix)]
@@ -110,23 +110,23 @@ def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dic
 
 
 def _limits(results: Mapping[str, Any], split: str) -> list[str]:
-    """Sentences on what to know before relying on the model."""
+    """Returns sentences that a reader should know before relying on the model."""
     scores = results["metrics"][split]
     train = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < MIN_TRAIN_IMAGES}
     scored = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < MIN_SCORED_IMAGES}
-    limits = ["The metrics are of images from the same source as the training images; expect lower ones elsewhere."]
+    limits = ["Metrics are for images from the same source as the training images; expect lower metrics elsewhere."]
     if scores["accuracy"] == 1.0:
-        limits.append("There was no mistake on so few images: the intervals cannot say how rare mistakes are.")
+        limits.append("The model made no mistake on so few images, so the intervals do not show how rare mistakes are.")
     if split != "test":
         limits.append(NO_TEST_SPLIT)
     if results["details"].get("fine_tuned") is False:
-        limits.append("The layers were trained one at a time and never together: there was no fine-tuning.")
+        limits.append("The layers were trained one at a time and never together, because there was no fine-tuning.")
     for purpose, classes, minimum in (("train on", train, MIN_TRAIN_IMAGES), ("score on", scored, MIN_SCORED_IMAGES)):
         if classes:
             named = ", ".join(f"{name} ({n})" for name, n in sorted(classes.items(), key=lambda item: item[1])[:10])
             more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-            limits.append(f"Fewer than {minimum} images to {purpose}: {named}{more}.")
+            limits.append(f"Some classes have fewer than {minimum} images to {purpose}: {named}{more}.")
     error = scores["ece"]
-    verdict = "use its scores to rank labels, not as probabilities" if error > POOR_CALIBRATION else "well calibrated"
-    limits.append(f"Its probabilities are off by {format_percent(error)}% on average (calibration error): {verdict}.")
+    verdict = "use probabilities only to rank labels" if error > POOR_CALIBRATION else "the model is well calibrated"
+    limits.append(f"Probabilities are off by {format_percent(error)}% on average (calibration error): {verdict}.")
     return [*limits, *scores["notes"]]

@@ -1,4 +1,4 @@
-"""The card's metadata, under the Hub's names: it lists, filters and credits models by it."""
+"""The card's metadata, under the names by which the Hub lists, filters and credits models."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.formats import join_lines
 
 OUR_TAG = "hf_transfer"
-# Our key of a metric -> the Hub's name, title.
+# A metric's key in results.json -> the metric's name on the Hub and its title.
 SCORES = {
     "accuracy": ("accuracy", "Accuracy"),
     "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
@@ -23,7 +23,7 @@ SCORES = {
 
 
 def find_split(results: Mapping[str, Any]) -> str:
-    """The split whose metrics lead: test, or validation if there is no test split."""
+    """Returns the split whose metrics the card states: test, or validation if there is no test split."""
     return "test" if "test" in results["metrics"] else "validation"
 
 
@@ -33,18 +33,18 @@ def is_from_scratch(results: Mapping[str, Any]) -> bool:
 
 
 def find_name(backbone: Backbone, results: Mapping[str, Any]) -> str:
-    """The model's name: base and dataset."""
+    """Returns the model's name, made of the names of base and dataset."""
     return _remove_markup(f"{PurePath(backbone.source.name).name}-{PurePath(results['data']['name']).name}")
 
 
 def find_license(backbone: Backbone, results: Mapping[str, Any]) -> DerivedLicense:
-    """The license of the model, derived from those of base and dataset."""
+    """Returns the license of the model, derived from the licenses of base and dataset."""
     has_base = not is_from_scratch(results)
     return derive_license(backbone.source.license, results["data"]["license"], has_base=has_base)
 
 
 def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardData:
-    """The YAML block of the card."""
+    """Returns the YAML block of the card."""
     split = find_split(results)
     scores, data = results["metrics"][split], results["data"]
     name = _remove_markup(data["name"])

@@ -1,6 +1,6 @@
-"""Script that `verify` runs: loads a folder with each library and compares it with a reference, without hf_transfer.
+"""The script that `verify` runs: loads a folder with each library, without hf_transfer, and compares outputs with a reference.
 
-python fresh_process.py MODEL_FOLDER REFERENCE transformers timm   # or peft; prints a line of JSON for each, in order
+python fresh_process.py MODEL_FOLDER REFERENCE transformers timm   # or peft; prints a line of JSON for each library
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def compute(folder: Path, images: list[Any], library: str) -> tuple[Any, Any, list[str]]:
-    """Normalized pixels (B, 3, H, W), logits (B, K) and label names from `library` alone."""
+    """Returns normalized pixels (B, 3, H, W), logits (B, K) and label names, computed with `library` alone."""
     if library == "timm":
         import timm
 
@@ -30,7 +30,7 @@ def compute(folder: Path, images: list[Any], library: str) -> tuple[Any, Any, li
 
 
 def _load_peft(folder: Path, images: list[Any]) -> tuple[Any, Any, list[str]]:
-    """As `compute`: the base that the adapter records (id and revision), with a head of its size, and the adapter."""
+    """Returns a model (the recorded base with a new head and the adapter), its normalized pixels, and its label names."""
     from peft import PeftModel
 
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -95,7 +95,7 @@ def main() -> None:
         result = {
             "logits": float((logits - expected).abs().max() / scale) if same_shape else 1e9,
             "pixels": float((inputs - expected_inputs).abs().max()) if same_shape else 1e9,
-            # A timm model has no label names if the checkpoint records none.
+            # A timm model has no label names if its checkpoint records no label names.
             "labels_agree": own_labels == labels or (library == "timm" and not own_labels),
         }
         print(json.dumps(result), flush=True)  # noqa: T201 - the parent process reads it

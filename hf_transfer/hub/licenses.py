@@ -1,20 +1,20 @@
-"""The license of a model, derived from those of its base and its dataset, with notes where it is unknown.
+"""Derives the license of a model from the licenses of its base and its dataset, with notes where a license is unknown.
 
-A table of rules, not legal advice: permissive terms allow any license, all others bind the derived model, and two different
-binding licenses conflict. No license is claimed that neither the base nor the dataset states.
+The rules are a table, not legal advice. Permissive terms allow any license, all other terms bind the derived model, and two
+different binding licenses conflict. The derived license is always a license that the base or the dataset states.
 """
 
 from dataclasses import dataclass
 
 from hf_transfer.reporting.formats import escape_markdown
 
-# Ids as the Hub writes them.
+# License ids as the Hub writes them.
 PERMISSIVE = frozenset((
     "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "zlib", "unlicense", "wtfpl",
     "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "odc-by", "pddl", "cdla-permissive-1.0",
     "cdla-permissive-2.0", "afl-3.0", "artistic-2.0", "ms-pl", "ncsa", "bsl-1.0", "etalab-2.0", "ecl-2.0", "postgresql",
 ))  # fmt: skip
-# All others that the Hub has an id for; any further license is `other` with a name.
+# All other licenses with an id on the Hub. A license without an id is `other` with a name.
 BINDING = frozenset((
     "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "epl-1.0", "epl-2.0", "eupl-1.1",
     "osl-3.0", "lppl-1.3c", "cc", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
@@ -27,7 +27,7 @@ UNSTATED = frozenset({"", "unknown", "none"})
 
 @dataclass(frozen=True, kw_only=True)
 class DerivedLicense:
-    """A model's license; `notes` are sentences for the card, in Markdown."""
+    """A model's license. `notes` are sentences for the card, in Markdown."""
 
     id: str | None  # the Hub's id; None if no license can be stated
     name: str | None  # only if the id is `other`
@@ -35,9 +35,9 @@ class DerivedLicense:
 
 
 def derive_license(base: str | None, data: str | None, *, has_base: bool = True) -> DerivedLicense:
-    """The license of a model trained from `base` on `data`, each None (or "unknown") if not stated.
+    """Returns the license of a model, given the licenses of its base and its dataset.
 
-    `has_base` is False for a model trained from random weights.
+    A license that is not stated is None or "unknown". `has_base` is False for a model trained from random weights.
     """
     stated = {"base model": _clean(base)} if has_base else {}
     stated |= {"dataset": _clean(data)}
@@ -56,7 +56,7 @@ def derive_license(base: str | None, data: str | None, *, has_base: bool = True)
         notes.append("**These terms conflict**: the model cannot satisfy both, so no license is stated.")
         return DerivedLicense(id=None, name=None, notes=tuple(notes))
     license_id = stated.get("base model")
-    # Binding terms win, then those of the base, whose weights these are. If the base states nothing, nothing is claimed.
+    # Binding terms win, then the terms of the base, the origin of the weights. A base without a license gives no license.
     if binding and (license_id or not has_base):
         license_id = next(iter(binding))
     if license_id is None or license_id in PERMISSIVE | BINDING:

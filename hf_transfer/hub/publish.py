@@ -1,7 +1,7 @@
-"""The push: a saved run to the Hub, verified before it leaves, and safe to repeat until it succeeds.
+"""Pushes a saved run to the Hub. The model is verified before the push, and the push is safe to repeat until it succeeds.
 
-Everything is on disk first, so a failed push loses nothing: the same command resumes it. Uploaded files are not sent again
-(LFS recognizes their content), and the model appears in one commit, whole or not at all.
+Everything is on disk before the push, so a failed push loses nothing, and the same command resumes the push. Uploaded files are
+not sent again (LFS recognizes their content), and the model appears in one commit, completely or not at all.
 """
 
 import json
@@ -32,9 +32,9 @@ from hf_transfer.network.source import find_source
 
 log = logging.getLogger(__name__)
 
-MERGED = "merged"  # beside model/ if that is an adapter: the plain checkpoint that is pushed instead
+MERGED = "merged"  # folder beside model/ for the plain checkpoint that is pushed instead of an adapter
 CARD = "README.md"
-# A push deletes these from the repository if the new model lacks them: they would be loaded with it. All else stays.
+# A push deletes such old files if the new model lacks them, as libraries would load them with it. Other files stay.
 LOADED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "adapter_config.json",
     "task.json",
@@ -45,11 +45,11 @@ __all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish"]
 
 @dataclass(frozen=True, kw_only=True)
 class PublishOptions:
-    """How a run is pushed."""
+    """The options of a push to the Hub."""
 
-    private: bool = False  # a new repository is private
-    revision: str | None = None  # branch, created if missing
-    create_pr: bool = False  # a pull request instead of a commit
+    private: bool = False  # create a new repository as private
+    revision: str | None = None  # branch to push to, created if missing
+    create_pr: bool = False  # open a pull request instead of committing
     overwrite: bool = False  # replace a card that hf_transfer did not write
     without_fine_tuning: bool = False  # allow a greedy stack whose layers were never trained together
     dry_run: bool = False  # verify the model and list its files, without the Hub
@@ -57,17 +57,17 @@ class PublishOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """The files that were pushed, or would be."""
+    """The result of a push. In a dry run, `files` are the files that would be pushed."""
 
     repo_id: str
-    files: dict[str, int]  # bytes by path
+    files: dict[str, int]  # size in bytes by path
     url: str | None  # None for a dry run
     verified: tuple[Verified, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """The branch to push to, and the client that makes the calls."""
+    """The repository and branch to push to, and the client that calls the Hub."""
 
     repo_id: str
     revision: str | None
@@ -84,39 +84,38 @@ def publish(
     options: PublishOptions | None = None,
     token: str | None = None,
 ) -> Published:
-    """Pushes the model of a run to `repo_id` in one commit, once a fresh process has reproduced its logits.
+    """Pushes the model of a run to `repo_id` in one commit, after a fresh process has reproduced its logits.
 
-    `run` is the output folder of a recipe. An adapter is merged into its base first (`base`: a folder or id of the base, if
-    the recorded id is unreachable), or pushed as it is (`adapter=True`). `token` defaults to the one of `hf auth login`.
+    `run` is the output folder of a recipe. An adapter is first merged into its base, unless `adapter=True`. `base`
+    replaces an unreachable recorded base by another folder or id. `token` defaults to the token of `hf auth login`.
 
-    Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME or an adapter's base is unreachable;
-    VerificationError if the saved model differs from the measured one; PushError, with the remedy, if the Hub refuses.
+    Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME or an adapter's base is unreachable,
+    VerificationError if the saved model differs from the measured model, and PushError with a remedy if the Hub refuses.
 
         publish("runs/x", "me/model", options=PublishOptions(private=True))
     """
     run, options = Path(run), options or PublishOptions()
     if not (run / "model" / CARD).is_file() or not (run / "results.json").is_file():
-        raise ValueError(f"{run}: no finished run (a recipe writes results.json and model/ last)")
+        raise ValueError(f"{run}: no finished run (at its end, a recipe writes results.json and model/)")
     repo_id, branch = split_repo_id(repo_id)
     results = json.loads((run / "results.json").read_text())
     if results["details"].get("fine_tuned") is False and not options.without_fine_tuning:
         raise ValueError(
-            f"{run}: this stack was not fine-tuned end to end, so its layers were never trained together. Run the recipe with "
-            "--fine_tune, or publish it as it is with --without_fine_tuning"
+            f"{run}: this greedy stack was not fine-tuned end to end, so its layers were never trained together. Run the "
+            "recipe with --fine_tune, or publish the stack as it is with --without_fine_tuning"
         )
     model = _choose_model(run, results, adapter=adapter, base=base)
     tolerance = MERGED_TOLERANCE if model.name == MERGED else TOLERANCE
     verified = verify(model, run / REFERENCE, find_libraries(model), tolerance=tolerance)
     for each in verified:
-        log.info("reloaded by %s in a fresh process: logits differ by %.1g (relative)", each.library, each.logits)
+        log.info("model reloaded by %s in a fresh process: logits differ by %.1g (relative)", each.library, each.logits)
     files = {p.relative_to(model).as_posix(): p for p in sorted(model.rglob("*")) if p.is_file()}
-    files = {
-        name: p for name, p in files.items() if not re.search(r"(^|/)\.", name)
-    }  # hidden files are not the model's
+    # Hidden files do not belong to the model.
+    files = {name: p for name, p in files.items() if not re.search(r"(^|/)\.", name)}
     url = None
     if not options.dry_run:
         command = _command(run, repo_id, options, adapter=adapter, base=base)
-        attempt = Attempts(repo_id, f"Nothing is lost: the run is on this disk. Repeat: {command}")
+        attempt = Attempts(repo_id, f"Nothing is lost, because the run is on this disk. Repeat: {command}")
         revision = options.revision or branch
         target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
         _open_repository(target, options)
@@ -127,23 +126,23 @@ def publish(
 
 
 def check_push(repo_id: str, *, token: str | None = None) -> None:
-    """Checks, before training, that a push to `repo_id` would be accepted.
+    """Checks before training that the Hub would accept a push to `repo_id`.
 
-    Raises PushError if there is no valid token, the token cannot write there, or hf_transfer did not write the card there.
+    Raises PushError if there is no valid token, the token cannot write to `repo_id`, or hf_transfer did not write its card.
     """
     repo_id, revision = split_repo_id(repo_id)
-    attempt = Attempts(repo_id, "Nothing was trained: fix this, or train without --push_to_hub and publish later")
+    attempt = Attempts(repo_id, "Nothing was trained. Fix this first, or train without --push_to_hub and publish later")
     target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
     user = attempt("sign in", target.api.whoami)
     owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read" or repo_id.split("/")[0] not in owners:
         raise attempt.refuse("push", no_write_access(repo_id))
-    attempt("read its card", lambda: _refuse_foreign_card(target))
+    attempt("read the model card", lambda: _refuse_foreign_card(target))
 
 
 def _command(run: Path, repo_id: str, options: PublishOptions, *, adapter: bool, base: str | None) -> str:
-    """The command that repeats a push."""
+    """Returns the command that repeats a push."""
     values = {"--base": base, "--revision": options.revision}
     names = ("private", "create_pr", "overwrite", "without_fine_tuning")
     flags = {"--adapter": adapter} | {f"--{name}": getattr(options, name) for name in names}
@@ -153,14 +152,14 @@ def _command(run: Path, repo_id: str, options: PublishOptions, *, adapter: bool,
 
 
 def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base: str | None) -> Path:
-    """The folder to push: the run's model, or the plain checkpoint that its adapter and base are merged into."""
+    """Returns the folder to push: the run's model, or the plain checkpoint made from the run's adapter and its base."""
     model = run / "model"
     if not is_adapter_folder(str(model)):
         if adapter or base:
             raise ValueError(f"{model} is a plain checkpoint, not an adapter: leave --adapter and --base out")
         return model
     if adapter and base:
-        raise ValueError(f"base={base!r}: an adapter is merged into its base, and --adapter does not merge; choose one")
+        raise ValueError(f"base={base!r}: --base merges the adapter, but --adapter pushes it unmerged; choose one")
     recorded = read_base(model)
     try:
         if adapter:
@@ -170,29 +169,29 @@ def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base:
     except ValueError as error:
         remedy = "publish the merged model (--merge)" if adapter else "give a folder of the base with --base"
         raise ValueError(
-            f"the base of this adapter, {base or recorded}, cannot be loaded: {error}; or {remedy}"
+            f"the base of this adapter, {base or recorded}, cannot be loaded: {error}; otherwise, {remedy}"
         ) from error
     save_model(merged, results, run / MERGED)
     return run / MERGED
 
 
 def _open_repository(target: _Target, options: PublishOptions) -> None:
-    """Creates the repository and the branch if missing. Raises PushError if they are not ours to write."""
+    """Creates the repository and the branch if they are missing. Raises PushError if a push is not allowed."""
     api, attempt, repo_id, revision = target.api, target.attempt, target.repo_id, target.revision
     attempt("sign in", api.whoami)
     attempt("create the repository", lambda: api.create_repo(repo_id, private=options.private, exist_ok=True))
-    if options.private and not attempt("read its settings", lambda: api.model_info(repo_id)).private:
-        raise attempt.refuse("push privately", f"{repo_id} exists and is public: make it private in its settings")
+    if options.private and not attempt("read the repository", lambda: api.model_info(repo_id)).private:
+        raise attempt.refuse("push privately", f"{repo_id} is a public repository; make it private in its settings")
     if not options.overwrite:
-        attempt("read its card", lambda: _refuse_foreign_card(target))
+        attempt("read the model card", lambda: _refuse_foreign_card(target))
     if revision is not None:
         attempt("create the branch", lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
 
 
 def _commit(target: _Target, files: Mapping[str, Path], card: str, message: str, *, create_pr: bool) -> str:
-    """Commits the files, with this card, and deletes those of an older model. Returns the URL."""
+    """Commits the files with this card, deletes files of an older model, and returns the URL."""
     api, attempt, repo_id, revision = target.api, target.attempt, target.repo_id, target.revision
-    existing = attempt("list its files", lambda: api.list_repo_files(repo_id, revision=revision))
+    existing = attempt("list the files", lambda: api.list_repo_files(repo_id, revision=revision))
     old = [name for name in existing if name not in files and any(fnmatch(name, pattern) for pattern in LOADED)]
     operations: list[Any] = [CommitOperationDelete(name) for name in old]
     operations += [CommitOperationAdd(name, card.encode() if name == CARD else path) for name, path in files.items()]
@@ -212,6 +211,6 @@ def _refuse_foreign_card(target: _Target) -> None:
         return
     if OUR_TAG not in (ModelCard.load(path).data.get("tags") or []):
         raise PushError(
-            f"hf_transfer did not write the card of {target.repo_id}, and a push would replace it. Choose another repository, "
-            "or publish with --overwrite"
+            f"hf_transfer did not write the card of {target.repo_id}, and a push would replace this card. Choose another "
+            "repository, or publish with --overwrite"
         )

@@ -18,10 +18,10 @@ from hf_transfer.network.backbone import Backbone
 
 
 def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> None:
-    """Writes `folder` in Hub layout: config.json, model.safetensors, preprocessing and README.md (the card).
+    """Writes the model to `folder` in Hub layout: config.json, model.safetensors, preprocessing and README.md (the card).
 
-    A backbone with adapters is saved as a PEFT adapter folder: see `_save_adapter`. An older folder is replaced only once
-    the new one is complete. Moves the model to the CPU; weights keep their dtype. Raises ValueError if an adapter's base has
+    A backbone with adapters is saved as a PEFT adapter folder (see `_save_adapter`). An older folder is replaced only when
+    the new folder is complete. The model moves to the CPU; weights keep their dtype. Raises ValueError if an adapter's base has
     no Hub id.
     """
     partial = folder.with_name(folder.name + ".partial")
@@ -40,7 +40,7 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
     card = partial / "README.md"
     make_card(backbone, results, partial).save(card)
     for weights in partial.glob("*.safetensors"):
-        weights.chmod(card.stat().st_mode)  # safetensors ignores the umask: it lets only the owner read
+        weights.chmod(card.stat().st_mode)  # safetensors ignores the umask and lets only the owner read
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 
@@ -55,7 +55,7 @@ def _save_timm(backbone: Backbone, folder: Path) -> None:
     )
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    # timm 1.0.31 repeats num_classes here; transformers would then pass it twice and fail.
+    # timm 1.0.31 repeats num_classes here; transformers would then pass num_classes twice and fail.
     config.get("model_args", {}).pop("num_classes", None)
     if not config.get("model_args"):
         config.pop("model_args", None)
@@ -63,10 +63,10 @@ def _save_timm(backbone: Backbone, folder: Path) -> None:
 
 
 def _save_adapter(adapted: Adapted, folder: Path) -> None:
-    """adapter_config.json, adapter_model.safetensors and task.json, for `PeftModel.from_pretrained(base, folder)`.
+    """Writes adapter_config.json, adapter_model.safetensors and task.json for `PeftModel.from_pretrained(base, folder)`.
 
-    modules_to_save are the head and every module whose buffers changed (a BatchNorm in train mode). There is no config.json:
-    with one, transformers would load the folder as a full checkpoint.
+    `modules_to_save` contains the head and every module whose buffers changed (a BatchNorm in train mode). A config.json is not
+    written, because transformers would then load the folder as a full checkpoint.
     """
     from peft import get_peft_model_state_dict
 
@@ -77,7 +77,7 @@ def _save_adapter(adapted: Adapted, folder: Path) -> None:
     buffers = dict(adapted.model.named_buffers())
     changed = {n.rpartition(".")[0] for n, old in adapted.buffers.items() if not torch.equal(old, buffers[n].cpu())}
     config.modules_to_save = [adapted.classifier, *sorted(changed)]
-    # peft matches the ends of names, so it expects all of these in the file.
+    # peft matches the ends of module names, so it expects all these modules in the file.
     saved = [n for n, _ in adapted.model.named_modules() if n.endswith(tuple(config.modules_to_save))]
     weights = get_peft_model_state_dict(adapted.network, save_embedding_layers=False)
     for name in saved:

@@ -1,8 +1,8 @@
-"""Checks that a saved folder is the model that was measured: other libraries reload it in a fresh process, on real images.
+"""Checks that other libraries load a saved folder as the model that was measured, in a fresh process and on real images.
 
 A run saves a few images of its scored split with the pixels and logits of the trained network (`write_reference`). `verify`
-starts a process without this package that loads the folder with transformers and, for timm models, with timm too, or an
-adapter with peft onto its base from the Hub, and compares.
+starts a process without this package, which loads the folder with transformers (and a timm model also with timm), or loads an
+adapter with peft onto its base from the Hub, and compares the outputs.
 """
 
 import json
@@ -24,21 +24,20 @@ from hf_transfer.network.source import ADAPTER_CONFIG
 
 REFERENCE = "reference.safetensors"
 NUM_IMAGES = 8
-TOLERANCE = (
-    1e-4  # relative to the largest logit, or to 1 if that is more: other batch sizes and layouts use other kernels
-)
-MERGED_TOLERANCE = 1e-3  # adapters merged after the reference was written: every layer rounds once more
+# Relative to the largest logit, or to 1 if that is more, because other batch sizes and layouts use other kernels.
+TOLERANCE = 1e-4
+MERGED_TOLERANCE = 1e-3  # for adapters merged after the reference was written, as every layer rounds once more
 PIXEL_TOLERANCE = 1e-5  # normalized units
 TIMEOUT_S = 600
 
 
 class VerificationError(RuntimeError):
-    """A library loads a different model than the one that was measured; it must not be published."""
+    """A library loads a different model than the model that was measured, so the folder must not be published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """The largest differences between the folder as one library loads it and the trained network."""
+    """The largest differences between the trained network and the model that one library loads from the folder."""
 
     library: str
     logits: float  # relative to the largest logit, or to 1 if that is more
@@ -47,7 +46,7 @@ class Verified:
 
 
 def write_reference(backbone: Backbone, split: Split, path: Path) -> None:
-    """Writes NUM_IMAGES images spread over `split`, with the network's normalized pixels and logits (CPU, float32)."""
+    """Writes NUM_IMAGES images spread over `split` to `path`, with the normalized pixels and logits (CPU, float32)."""
     rows = np.unique(np.linspace(0, len(split) - 1, NUM_IMAGES).astype(int)).tolist()
     images = [np.asarray(split.image(i)) for i in rows]
     pixels = torch.from_numpy(np.stack([backbone.preprocessing.pixels(split.image(i)) for i in rows]))
@@ -63,11 +62,11 @@ def write_reference(backbone: Backbone, split: Split, path: Path) -> None:
 def verify(
     model: Path, reference: Path, libraries: Sequence[str], *, tolerance: float = TOLERANCE
 ) -> tuple[Verified, ...]:
-    """Each library's differences, from one fresh process; `tolerance` is for logits, relative to the largest.
+    """Returns each library's differences from the reference. `tolerance` is for logits, relative to the largest logit.
 
-    Raises VerificationError if a library cannot load the folder, or differs from the reference.
+    Raises VerificationError if a library cannot load the folder, or computes different outputs.
     """
-    # -P: without it the script's folder comes first on sys.path, and our files hide modules of the same name.
+    # Without -P, the script's folder would come first on sys.path, and our files would hide modules of the same name.
     command = [sys.executable, "-P", fresh_process.__file__, str(model), str(reference), *libraries]
     process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
@@ -77,7 +76,7 @@ def verify(
     for result in verified:
         if not (result.labels_agree and result.logits <= tolerance and result.pixels <= PIXEL_TOLERANCE):
             raise VerificationError(
-                f"{result.library} loads a different model than the one that was measured: logits differ by "
+                f"{result.library} loads a different model than the model that was measured: logits differ by "
                 f"{result.logits:.2g} (relative), pixels by {result.pixels:.2g}, labels "
                 f"{'agree' if result.labels_agree else 'differ'}"
             )
@@ -88,7 +87,7 @@ def verify(
 
 
 def find_libraries(model: Path) -> tuple[str, ...]:
-    """The libraries that load the folder `model`: peft for an adapter, transformers, or transformers and timm."""
+    """Returns the libraries that load the folder `model`: peft for an adapter, else transformers, and timm for timm models."""
     if (model / ADAPTER_CONFIG).is_file():
         return ("peft",)
     config = json.loads((model / "config.json").read_text())
@@ -96,6 +95,6 @@ def find_libraries(model: Path) -> tuple[str, ...]:
 
 
 def has_own_code(model: Path) -> bool:
-    """Whether the folder `model` contains its network's code, which transformers runs only with trust_remote_code."""
+    """Whether the folder `model` contains Python code of its network, which transformers runs only with trust_remote_code."""
     config = model / "config.json"
     return config.is_file() and "auto_map" in json.loads(config.read_text())
