@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from fit_rule import BenchmarkRun, choose_by_textbook, fit_table  # benchmarks/fit_rule.py
 
-from hf_transfer.choosing.auto import judge, standard_error
+from hf_transfer.choosing.decide import judge, standard_error
 from hf_transfer.choosing.rule import CORNERS, STRATEGIES, DataRegime, choose, expect_accuracy
 from hf_transfer.config import replace_settings
 from hf_transfer.strategy import default_config
@@ -59,7 +59,7 @@ def cell_of(row: Row) -> Cell:
 def run(given: argparse.Namespace) -> None:
     """Runs what is not in --out yet, sizes from small to large."""
     from hf_transfer.choosing.advise import advise
-    from hf_transfer.runs import open_quiet_session
+    from hf_transfer.runs import open_session
 
     done = {(*cell_of(row), row["epochs"], row["what"]) for row in read(given.out)}
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def run(given: argparse.Namespace) -> None:
             if what == "advice":
                 steps = {"epochs": given.epochs, "tracker": "none"}
                 config = replace_settings(default_config("auto"), settings | steps)
-                advice = advise(open_quiet_session(config)).to_dict()
+                advice = advise(open_session(config)).to_dict()
                 kept = ("images_per_class", "similarity", "estimates", "cell", "recommended", "cost")
                 row: Row = {"what": what, **cell, "advice": {k: advice[k] for k in kept}}
             else:
@@ -287,14 +287,14 @@ def overhead(given: argparse.Namespace) -> None:
     from hf_transfer.prefix.cache import clear_caches
     from hf_transfer.prefix.pixels import EvaluationImages
     from hf_transfer.prefix.sweep import sweep
-    from hf_transfer.runs import open_quiet_session
+    from hf_transfer.runs import open_session
 
     def run_bare(replica: Chain, batch: torch.Tensor, _: int) -> None:
         compute_logits(replica.model, batch)
 
     for name, checkpoint in itertools.product(given.sets, given.checkpoints):
         settings = make_settings(given, name, checkpoint, given.sizes[0]) | {"tracker": "none"}
-        session = open_quiet_session(replace_settings(default_config("auto"), settings))
+        session = open_session(replace_settings(default_config("auto"), settings))
         data, chain = session.data, session.chain
         _ = (data.train.fingerprint, data.validation.fingerprint)  # hashing files is part of neither
         ratios = []

@@ -22,7 +22,7 @@ from hf_transfer.config import RunConfig, replace_settings
 from hf_transfer.data.dataset import load_data
 from hf_transfer.data.splits import Split
 from hf_transfer.prefix.pixels import EvaluationImages
-from hf_transfer.runs import open_quiet_session
+from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy, default_config
 from hf_transfer.training import loop
@@ -43,7 +43,7 @@ class JudgedEpoch:
 
 def draw(config: RunConfig, most: int) -> tuple[Session, Split]:
     """A session on the few images, and up to `most` others of the same training split."""
-    session = open_quiet_session(config).without_test()
+    session = open_session(config).without_test()
     few, whole = session.data, load_data(replace(config.data, images_per_class=None))
     free = np.flatnonzero(~np.isin(whole.train.rows, np.concatenate([few.train.rows, few.validation.rows])))
     return session, whole.train.select(np.sort(np.random.default_rng(0).permutation(free)[:most]))

@@ -25,7 +25,10 @@ class Cost:
 
 
 class Costs:
-    """A stopwatch with named parts and a sampler of memory. It runs from construction to `stop`, or as a context manager."""
+    """A stopwatch with named parts and a sampler of memory. It runs from construction to `stop`, or as a context manager.
+
+    Parts after `stop`, such as saving the run later, still count.
+    """
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -50,7 +53,10 @@ class Costs:
         try:
             yield
         finally:
-            self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._parts[name] = self._parts.get(name, 0.0) + seconds
+            if self._ended is not None:
+                self._ended += seconds
 
     def count_images(self, part: str, images: int) -> None:
         """Records that `part` put this many images through the network."""

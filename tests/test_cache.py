@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from hf_transfer.prefix import cache
 from hf_transfer.prefix.cache import (
@@ -271,7 +272,7 @@ def test_a_killed_fill_is_not_read_and_its_folder_is_removed_by_the_next(root: P
     process = start_process(hang_in_fill, tmp_path / "started")
     wait_for((tmp_path / "started").exists)
     build(fields={"other": 1})
-    [left] = root.glob("*.partial.*")
+    [left] = (path for path in root.glob("*.partial.*") if path.is_dir())
     assert left.exists(), "its process is alive"
     process.kill()
     process.join()
@@ -283,19 +284,16 @@ def test_a_killed_fill_is_not_read_and_its_folder_is_removed_by_the_next(root: P
     assert len(list_caches()) == 2
 
 
-def test_another_hosts_folder_is_removed_when_nobody_has_written_for_a_day(root: Path) -> None:
-    old, young, strange = (
-        root / f"{'0' * 32}.partial.{tail}" for tail in ("0" * 8 + ".1.aaaaaaaa", "0" * 8 + ".1.bbbbbbbb", "x")
-    )
-    for folder in (old, young, strange):
-        folder.mkdir(parents=True)
-        (folder / "0.npy").touch()
-        os.utime(folder, (0, 0))
-    os.utime(old / "0.npy", (0, 0))
-    build()
-    assert not old.exists()
-    assert young.exists()
-    assert strange.exists(), "not ours"
+def test_an_unfinished_store_is_kept_while_its_lock_is_held(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    left = root / f"{'0' * 32}.partial.aaaaaaaa"
+    left.mkdir(parents=True)
+    with FileLock(f"{left}.lock") as lock, caplog.at_level(logging.INFO):
+        Path(lock.lock_file).write_text("process 12 on some-host")
+        build()
+        assert left.exists()
+    assert f"process 12 on some-host is making the store {'0' * 32}" in caplog.text
+    clear_caches()
+    assert list(root.iterdir()) == []
 
 
 @pytest.mark.parametrize("damage", ["shorter", "longer", "missing", "empty", "header", "meta"])

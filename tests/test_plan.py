@@ -1,4 +1,4 @@
-"""Plans: what trains, what is kept, what is counted; laws 3, 4, 5 and 6 on the embedded checkpoint and digits."""
+"""Plans: what trains, what is kept, what is counted; laws 3, 4, 5, 6 and 11 on the embedded checkpoint and digits."""
 
 import json
 import os
@@ -8,102 +8,100 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
+from sessions import make_session
+from torch.nn.functional import cosine_similarity
 
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.config import OptimizerConfig, Sweep
+from hf_transfer.network.backbone import load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import FrozenChangedError
 from hf_transfer.network.policies import Policy, full, last
-from hf_transfer.costs import Costs
-from hf_transfer.training.loop import is_kept
-from hf_transfer.training.optim import Optimization
-from hf_transfer.training.outcome import Outcome
-from hf_transfer.training.phase import Phase, ProbePhase, optimization_of
-from hf_transfer.training.phases import KEPT_START, run_phases
+from hf_transfer.reporting.sentences import describe_phase
+from hf_transfer.strategy import Strategy
+from hf_transfer.training import phase
+from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
+from hf_transfer.training.phases import PhasesResult, run_phases
 from hf_transfer.training.plan import run_plan
-from hf_transfer.training.solve import solve_head
+from hf_transfer.training.records import Kept, RunResult, Score
+from hf_transfer.training.selection import Validation, is_kept
+from hf_transfer.training.solve import fit_head
 from hf_transfer.training.steps import NonFiniteLossError
 from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
 
-SMALL = TrainConfig(images_per_class=8, epochs=2, batch_size=16, tracker="none")
-DATA: dict[int | None, Data] = {}
-
-
-def data_of(config: TrainConfig) -> Data:
-    return DATA.setdefault(config.images_per_class, load_data(config))
+Weights = dict[str, torch.Tensor]
 
 
 def train(
-    config: TrainConfig,
     policies: list[Policy],
     folder: Path,
     prepare: Callable[[Chain], None] = lambda chain: None,
-) -> tuple[Outcome, dict[str, torch.Tensor]]:
-    """Phases of gradient steps with `policies` on fresh upstream weights: the outcome, and the weights after."""
-    torch.manual_seed(0)
-    data = data_of(config)
-    backbone: Backbone = load("embedded", data.label_names)
-    chain = backbone.chain()
-    prepare(chain)
-    plan = [Phase(policy=p, epochs=config.epochs, optimization=optimization_of(config)) for p in policies]
-    outcome = run_plan(
-        plan, chain, backbone, data, config=config, accelerator=Accelerator(cpu=True), costs=Costs(), checkpoints=folder
-    )
-    return outcome, {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    **settings: Any,
+) -> tuple[RunResult, Weights]:
+    """Phases of gradient steps with `policies` on fresh upstream weights: the result, and the weights after them."""
+    session = make_session("full", folder, **settings)
+    prepare(session.chain)
+    training, optimization = session.gradient.training, session.gradient.optimization
+    plan = [TrainPhase(policy=p, epochs=training.epochs, optimization=optimization) for p in policies]
+    result = run_plan(session, plan)
+    return result, {name: value.clone() for name, value in session.backbone.model.state_dict().items()}
 
 
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(found[name], expected[name])]
+def load_upstream() -> Weights:
+    return load("embedded", make_session().data.label_names).model.state_dict()
+
+
+def assert_equal(actual: Weights, expected: Weights) -> None:
+    assert actual.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not different, different
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], within: float) -> None:
+def assert_close(actual: Weights, expected: Weights, within: float) -> None:
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=within, atol=within, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual[name], value, rtol=within, atol=within, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_cached_equals_streamed_to_the_bit(tmp_path: Path) -> None:
-    """Law 4: the same batches and weights whether the prefix's output is stored or computed when it is needed."""
-    _, cached = train(SMALL, [last(2)], tmp_path / "a")
-    _, streamed = train(replace(SMALL, cache="none"), [last(2)], tmp_path / "b")
+    """Law 4: the same batches and weights whether the prefix's output is stored or recomputed."""
+    _, cached = train([last(2)], tmp_path / "a")
+    _, streamed = train([last(2)], tmp_path / "b", cache="none")
     assert_equal(streamed, cached)
-    upstream = load("embedded", data_of(SMALL).label_names).model.state_dict()
-    assert not torch.equal(cached["layer4.1.conv1.weight"], upstream["layer4.1.conv1.weight"])
+    assert not torch.equal(cached["layer4.1.conv1.weight"], load_upstream()["layer4.1.conv1.weight"])
 
 
 def test_the_suffix_trains_as_the_whole_network_does(tmp_path: Path) -> None:
-    """A cut is never visible in the weights: stored activations against the network run from the pixels in each epoch."""
-    plain = replace(SMALL, crop_scale=1.0, flip=0.0, colour=0.0, label_smoothing=0.1)
-    _, cached = train(plain, [last(2)], tmp_path / "a")
-    # Squares as large as the input, undistorted digits, no draw: the pixels are those of evaluation, up to resampling.
-    _, whole = train(replace(plain, cache_views=0), [last(2)], tmp_path / "b")
+    """The weights do not depend on the cut: stored activations against the whole network run from the pixels in each epoch."""
+    plain = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0}
+    _, cached = train([last(2)], tmp_path / "a", **plain)
+    # Squares as large as the input and no augmentation: the pixels are those of evaluation, up to resampling.
+    _, whole = train([last(2)], tmp_path / "b", **plain, cache_views=0)
     for name in cached:
         if name.startswith(("layer1", "layer2", "conv1", "bn1")):
             assert torch.equal(cached[name], whole[name]), name
-    # Training squares are resized once more than evaluation pixels are, so this is no equality.
-    moved = cached["layer4.1.conv1.weight"]
-    assert torch.nn.functional.cosine_similarity(moved.flatten(), whole["layer4.1.conv1.weight"].flatten(), 0) > 0.99
+    # Training squares are resized once more than evaluation pixels, so steps are close, not equal. The steps are compared,
+    # not the weights: after so few of them, all weights are close to upstream's.
+    upstream = load_upstream()
+    name = "layer4.1.conv1.weight"
+    steps = [(weights[name] - upstream[name]).flatten() for weights in (cached, whole)]
+    assert cosine_similarity(*steps, dim=0) > 0.95  # 0.98 when it was written; with another seed 0.50
+    assert steps[0].norm().item() == pytest.approx(steps[1].norm().item(), rel=0.05)
 
 
 def test_accumulated_batches_are_one_batch(tmp_path: Path) -> None:
-    config = SMALL  # with frozen BatchNorm, whose statistics would else be those of each batch
-    _, once = train(config, [full()], tmp_path / "a")
-    _, twice = train(replace(config, batch_size=8, accumulate=2), [full()], tmp_path / "b")
+    # BatchNorm is frozen by default; otherwise its statistics would be those of each batch.
+    _, once = train([full()], tmp_path / "a")
+    _, twice = train([full()], tmp_path / "b", batch_size=8, gradient_accumulation_steps=2)
     assert_close(twice, once, 1e-4)
 
 
-def test_a_frozen_buffer_that_moves_fails_the_run(tmp_path: Path) -> None:
-    """Law 3 at run time: something writes to a running statistic below the cut."""
+def test_a_frozen_buffer_that_changes_fails_the_run(tmp_path: Path) -> None:
+    """Law 3 at run time: a hook writes to a running statistic below the cut."""
 
     def sabotage(chain: Chain) -> None:
         def write(module: torch.nn.Module, *_: Any) -> None:
@@ -113,62 +111,65 @@ def test_a_frozen_buffer_that_moves_fails_the_run(tmp_path: Path) -> None:
         chain.model.get_submodule("layer4.1").register_forward_hook(write)
 
     with pytest.raises(FrozenChangedError, match=r"layer1\.0\.bn1\.running_mean"):
-        train(SMALL, [last(2)], tmp_path, sabotage)
+        train([last(2)], tmp_path, sabotage)
 
 
-def test_a_loss_that_is_not_finite_stops_with_what_to_try(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_remedies(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match="a lower --lr"):
-        train(replace(SMALL, lr=1e30, clip_norm=0.0, warmup=0.0, ema_decay=0.0), [full()], tmp_path)
+        train([full()], tmp_path, lr=1e30, max_grad_norm=0.0, warmup_ratio=0.0, ema_decay=0.0)
+
+
+def test_a_plan_that_only_solves_for_the_head_equals_the_linear_probe_to_the_bit(tmp_path: Path) -> None:
+    """Law 11: the plan, the strategy, and the same upstream weights give one result."""
+    session, own = make_session("full", tmp_path), make_session("linear_probe", tmp_path)
+    assert isinstance(own.strategy, Strategy)
+    plan, probe = run_plan(session, [SolveHeadPhase()]), own.strategy.run(own)
+    assert_equal(plan.backbone.model.state_dict(), probe.backbone.model.state_dict())
+    assert not torch.equal(plan.backbone.model.state_dict()["fc.weight"], load_upstream()["fc.weight"])
+    assert plan.metrics == probe.metrics
+    assert plan.phases == probe.phases
 
 
 @pytest.mark.parametrize("sweep", ["none", "all"])
-def test_what_is_kept_is_an_epoch_or_the_probe_as_its_own_recipe_makes_it(
-    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_keeps_an_epoch_or_ends_as_the_linear_probe(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps that only do harm leave upstream's weights, running statistics too, and the head of all labelled images."""
-    # Another readout than the network's own, where one may be taken: the last of those that were tried.
+    """Steps that only do harm leave upstream's weights and running statistics, and the head of all labeled images."""
+    # With a sweep, the last readout that was tried, so that it is not the network's own.
     monkeypatch.setattr("hf_transfer.training.readouts.choose_probe", lambda probes: len(probes) - 1)
-    data = data_of(SMALL)
-    accelerator = Accelerator(cpu=True)
-    backbone = load("embedded", data.label_names)
-    upstream = {n: v.clone() for n, v in backbone.model.state_dict().items()}
-    chain = backbone.chain()
-    harmful = Phase(policy=full(), epochs=1, optimization=Optimization(lr=0.1, warmup=0.0))
-    outcome = run_plan(
-        [ProbePhase(sweep=sweep), harmful], chain, backbone, data, config=SMALL, accelerator=accelerator, costs=Costs(),
-        checkpoints=tmp_path,
-    )  # fmt: skip
-    assert outcome.plan[1]["kept"] == KEPT_START
-    assert outcome.details["is_probe"]
-    assert "fitted on validation images, too" in outcome.plan[0]["description"]
-    left = backbone.model.state_dict()
-    frozen = [n for n in upstream if n not in chain.classifier_parameters]
-    assert_equal({n: left[n] for n in frozen}, {n: upstream[n] for n in frozen})
-    other = load("embedded", data.label_names)
-    probe = solve_head(
-        other.chain(), other, data, config=SMALL, accelerator=accelerator, costs=Costs(), sweep=sweep
-    )  # fmt: skip
-    assert (outcome.backbone.model is backbone.model) == (sweep == "none")
-    assert outcome.details["chosen"] == probe.details["chosen"]
-    assert outcome.metrics == probe.metrics
-    assert_equal(outcome.backbone.model.state_dict(), probe.backbone.model.state_dict())
+    upstream = load_upstream()
+    session = make_session("full", tmp_path)
+    harmful = TrainPhase(policy=full(), epochs=1, optimization=OptimizerConfig(lr=0.1, warmup_ratio=0.0))
+    result = run_plan(session, [SolveHeadPhase(sweep=sweep), harmful])
+    assert result.phases[1].kept is Kept.START
+    assert result.kept_probe
+    assert result.phases[0].refitted
+    assert "fitted on validation images too" in describe_phase(result.phases[0])
+    weights = session.backbone.model.state_dict()
+    frozen = [n for n in upstream if n not in session.chain.classifier_parameters]
+    assert_equal({n: weights[n] for n in frozen}, {n: upstream[n] for n in frozen})
+    probe = fit_head(make_session("full", tmp_path), SolveHeadPhase(sweep=sweep))
+    assert (result.backbone.model is session.backbone.model) == (sweep == "none")
+    assert result.details["chosen"] == probe.details["chosen"]
+    assert result.metrics == probe.metrics
+    assert_equal(result.backbone.model.state_dict(), probe.backbone.model.state_dict())
 
 
 HITS = torch.tensor([1.0] * 40 + [0.0] * 10, dtype=torch.float64)
 
 
 def change(*, lost: int = 0, won: int = 0) -> torch.Tensor:
-    """HITS with some of its hits lost and some of its misses won."""
-    found = HITS.clone()
-    found[:lost], found[40 : 40 + won] = 0.0, 1.0
-    return found
+    """HITS with some hits lost and some misses won."""
+    hits = HITS.clone()
+    hits[:lost], hits[40 : 40 + won] = 0.0, 1.0
+    return hits
 
 
-def test_the_start_gives_way_to_more_than_a_standard_error() -> None:
-    assert not is_kept(change(won=1), None, HITS)  # one image more is no evidence
+def test_the_start_gives_way_to_a_gain_of_more_than_a_standard_error() -> None:
+    assert not is_kept(change(won=1), None, HITS)  # one more image is no evidence
     assert is_kept(change(won=4), None, HITS)
     assert not is_kept(change(lost=4, won=6), None, HITS)
-    # Once it has, an epoch that is as good as the best one, up to chance, need only be as good as the start itself.
+    # After that, an epoch that is as good as the best one, up to chance, need only be as good as the start.
     assert is_kept(change(won=1), change(won=2), HITS)
     assert not is_kept(change(lost=5, won=4), change(won=1), HITS)
     assert is_kept(change(lost=5, won=4), change(won=1), None)
@@ -190,26 +191,23 @@ def test_an_epoch_gives_way_to_a_later_one_that_is_not_worse_beyond_chance() -> 
 
 def test_many_small_losses_do_not_add_up(tmp_path: Path) -> None:
     """Later epochs are compared with the best one, not with the one before them."""
-    data = data_of(SMALL)
-    backbone = load("embedded", data.label_names)
-    chain = backbone.chain()
-    count = len(data.validation)
+    session = make_session("full", tmp_path)
+    count = len(session.data.validation)
     assert count >= 12
     falling = [torch.tensor([1.0] * (count - k) + [0.0] * k, dtype=torch.float64) for k in (1, 0, 1, 2, 3, 4)]
-    scores = iter([({"accuracy": float(h.mean()), "log_loss": 1.0}, h) for h in falling])
-    policy = Phase(policy=last(1), epochs=6, optimization=Optimization(lr=1e-4))
+    scores = iter(
+        Validation(score=Score(accuracy=float(hits.mean()), log_loss=1.0), per_example_scores=hits) for hits in falling
+    )
+    steps = TrainPhase(policy=last(1), epochs=6, optimization=OptimizerConfig(lr=1e-4))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_transfer.training.loop.validate", lambda *_: next(scores))
-        found = run_phases(
-            [policy], chain, backbone, data, config=SMALL, accelerator=Accelerator(cpu=True), costs=Costs(),
-            checkpoints=tmp_path,
-        )  # fmt: skip
+        result = run_phases(session, [steps], checkpoints=tmp_path)
     # One image fewer is one standard error; two, on two images that differ, are more.
-    assert found.done[0]["kept"] == "epoch 3"
+    assert (result.done[0].kept, result.done[0].kept_epoch) == (Kept.EPOCH, 3)
 
 
 def test_views_are_computed_once_and_taken_in_turn(tmp_path: Path) -> None:
-    """Three views: the prefix runs three times an image however many epochs there are; fresh augmentation, once an epoch."""
+    """With three views the prefix runs three times per image, whatever the epochs; with fresh augmentation, once per epoch."""
 
     def count(cache_views: int, epochs: int) -> int:
         images = 0
@@ -219,62 +217,82 @@ def test_views_are_computed_once_and_taken_in_turn(tmp_path: Path) -> None:
             images += len(inputs[0])
 
         def watch(chain: Chain) -> None:
-            chain.model.get_submodule("layer1.0").register_forward_hook(note)  # inside what a suffix answers
+            chain.model.get_submodule("layer1.0").register_forward_hook(note)  # inside the prefix
 
-        config = replace(SMALL, cache_views=cache_views, epochs=epochs, cache="memory")
-        train(config, [last(1)], tmp_path / f"{cache_views} {epochs}", watch)
+        folder = tmp_path / f"{cache_views} {epochs}"
+        train([last(1)], folder, watch, cache_views=cache_views, epochs=epochs, cache="memory")
         return images
 
-    data = data_of(SMALL)
+    data = make_session().data
     assert data.test is not None
-    train_images, final = len(data.train), len(data.validation) + len(data.test)
-    assert count(3, 2) == count(3, 5) == 3 * train_images + len(data.validation) + final
-    # Validated from the pixels, too, after each epoch; the first network call may be the trace of its chain.
-    assert count(0, 4) - count(0, 2) == 2 * (train_images + len(data.validation))
+    num_train, final = len(data.train), len(data.validation) + len(data.test)
+    assert count(3, 2) == count(3, 5) == 3 * num_train + len(data.validation) + final
+    # Each epoch is validated from the pixels too; a difference leaves out the trace of the chain.
+    assert count(0, 4) - count(0, 2) == 2 * (num_train + len(data.validation))
 
 
 def test_the_probes_pass_stores_what_later_phases_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probe, then two phases whose cuts move down: one pass of the network over each image, not three."""
-    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path))
-    data = data_of(SMALL)
-    backbone = load("embedded", data.label_names)
-    costs = Costs()
-    steps = [Phase(policy=last(k), epochs=1, optimization=Optimization(lr=1e-3)) for k in (1, 3)]
-    run_plan(
-        [ProbePhase(), *steps], backbone.chain(), backbone, data, config=SMALL,
-        accelerator=Accelerator(cpu=True), costs=costs,
-    )  # fmt: skip
-    computed = costs.to_dict()["images_per_second"]  # of the parts that put images through the network
-    assert "features" in computed
-    assert "store" not in computed
+    """A probe, then two phases whose cuts move down: each image goes through the network once, not three times."""
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
+    session = make_session("full")
+    steps = [TrainPhase(policy=last(k), epochs=1, optimization=OptimizerConfig(lr=1e-3)) for k in (1, 3)]
+    run_plan(session, [SolveHeadPhase(), *steps])
+    rates = session.costs.read().images_per_second  # of the parts that put images through the network
+    assert "features" in rates
+    assert "store" not in rates
 
 
 def test_mixing_needs_images(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--cache_views 0"):
-        train(replace(SMALL, mixup=0.2), [last(1)], tmp_path)
-    outcome, _ = train(replace(SMALL, mixup=0.2, cutmix=1.0, cache_views=0), [last(1)], tmp_path)
-    assert outcome.details["phases"][0]["history"]
+        train([last(1)], tmp_path, mixup=0.2)
+    result, _ = train([last(1)], tmp_path, mixup=0.2, cutmix=1.0, cache_views=0)
+    assert result.phases[0].history
 
 
 def test_early_stopping_ends_the_phase(tmp_path: Path) -> None:
-    config = replace(
-        SMALL, epochs=30, patience=2, lr=0.1, ema_decay=0.0
-    )  # far too large: the first epochs are the best
-    outcome, _ = train(config, [full()], tmp_path)
-    assert len(outcome.details["phases"][0]["history"]) < 30
+    # The rate is far too large, so that the first epochs are the best.
+    result, _ = train([full()], tmp_path, epochs=30, early_stopping_patience=2, lr=0.1, ema_decay=0.0)
+    assert len(result.phases[0].history) < 30
 
 
 def test_gradient_checkpointing_changes_memory_alone(tmp_path: Path) -> None:
-    config = SMALL  # with frozen BatchNorm: recomputing would update running statistics a second time
-    _, plain = train(config, [full()], tmp_path / "a")
-    _, saving = train(replace(config, gradient_checkpointing=True), [full()], tmp_path / "b")
+    # BatchNorm is frozen by default; otherwise recomputing would update running statistics a second time.
+    _, plain = train([full()], tmp_path / "a")
+    _, saving = train([full()], tmp_path / "b", gradient_checkpointing=True)
     assert_close(saving, plain, 1e-5)
 
 
+def test_a_compiled_suffix_trains_alike(tmp_path: Path) -> None:
+    _, plain = train([last(1)], tmp_path / "a", epochs=1)
+    _, compiled = train([last(1)], tmp_path / "b", epochs=1, compile=True)
+    assert_close(compiled, plain, 1e-4)
+
+
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
-    train(SMALL, [last(1)], tmp_path)
+    train([last(1)], tmp_path)
     with pytest.raises(ValueError, match=r"lr was 0\.\d+, is 0\.5"):
-        train(replace(SMALL, resume=True, lr=0.5), [last(1)], tmp_path)
+        train([last(1)], tmp_path, resume=True, lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 2e-3}, r"plan was .*'lr': 0\.001.*, is .*'lr': 0\.002"),
+        ({"epochs": 2}, r"plan was .*'epochs': 1.*, is .*'epochs': 2"),
+    ],
+)
+def test_a_state_of_another_custom_phase_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """Law 5: the session's settings and the policies are equal; only `lr` or `epochs` of one phase of the plan differs."""
+
+    def run(*, resume: bool, **changed: Any) -> PhasesResult:
+        custom = phase.train(last(1), **{"epochs": 1, "lr": 1e-3, **changed})
+        session = make_session("full", tmp_path, resume=resume)
+        return run_phases(session, [phase.solve_head(), custom], checkpoints=tmp_path)
+
+    run(resume=False)
+    with pytest.raises(ValueError, match=message):
+        run(resume=True, **change)
+    assert run(resume=True).resumed  # the same plan continues
 
 
 GRADUAL = (
@@ -284,9 +302,9 @@ GRADUAL = (
 
 
 def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> None:
-    """Law 5: SIGKILL after a random number of saved states of a three-phase plan; a fresh process goes on."""
+    """Law 5: SIGKILL after a seeded random number of saved states of a three-phase plan; a fresh process resumes."""
     run_recipe("gradual", *GRADUAL, "--output_dir", str(tmp_path / "whole"))
-    kill_after = random.randint(1, 20)
+    kill_after = random.Random(0).randint(1, 20)
     command = [sys.executable, str(ROOT / "recipes" / "gradual.py"), *GRADUAL, "--output_dir", str(tmp_path / "killed")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = tmp_path / "killed" / "checkpoints" / "state.safetensors"
@@ -297,7 +315,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> N
             seen.add(state.stat().st_mtime_ns)
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it had ended before it was killed"
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
     assert not (tmp_path / "killed" / "results.json").exists()
     log = run_recipe("gradual", *GRADUAL, "--resume", "--output_dir", str(tmp_path / "killed"))
     assert "resuming in phase" in log
@@ -309,7 +327,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("recipe", "flags"),
-    # BatchNorm in train mode (--no-freeze_batchnorm) is excepted from the law: its statistics are each process's own.
+    # The law excludes BatchNorm in train mode (--no-freeze_batchnorm), whose statistics are each process's own.
     [("last_layers", ("--k", "2")), ("full", ())],
 )
 def test_two_processes_train_as_one(tmp_path: Path, recipe: str, flags: tuple[str, ...]) -> None:
@@ -321,24 +339,18 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: str, flags: tuple[st
     two = ("--batch_size", "8", "--output_dir", str(tmp_path / "two"))
     run_recipe(recipe, *common, *two, launcher=launcher, env=env)
     one, both = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("one", "two"))
-    # Sums of gradients are added in another order, and AdamW's first steps divide by their own size.
+    # Gradients are summed in another order, and AdamW's first steps divide by the gradient's size.
     assert_close(both, one, 2e-3)
     results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two")]
     assert results[0]["metrics"]["test"]["num_samples"] == results[1]["metrics"]["test"]["num_samples"]
     assert results[1]["metrics"]["test"]["nll"] == pytest.approx(results[0]["metrics"]["test"]["nll"], rel=1e-2)
 
 
-def test_arithmetic_in_bfloat16_trains_too(tmp_path: Path) -> None:
-    run_recipe("last_layers", "--mixed_precision", "bf16", "--epochs", "2", "--output_dir", str(tmp_path))
+def test_bfloat16_trains_and_saves_float32(tmp_path: Path) -> None:
+    run_recipe("last_layers", "--precision", "bf16", "--epochs", "2", "--output_dir", str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())
     history = results["details"]["phases"][-1]["history"]
     assert history[1]["train_loss"] < history[0]["train_loss"]
     assert results["metrics"]["test"]["accuracy"] > 0.9
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert {w.dtype for w in weights.values() if w.is_floating_point()} == {torch.float32}
-
-
-def test_a_compiled_suffix_trains_alike(tmp_path: Path) -> None:
-    _, plain = train(replace(SMALL, epochs=1), [last(1)], tmp_path / "a")
-    _, compiled = train(replace(SMALL, epochs=1, compile=True), [last(1)], tmp_path / "b")
-    assert_close(compiled, plain, 1e-4)

@@ -11,12 +11,11 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import socket
-import time
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 import psutil
+from filelock import FileLock, Timeout
 
 from hf_transfer.locations import cache_dir
 from hf_transfer.prefix.store import Array, open_paths
@@ -36,10 +36,8 @@ FORMAT = 1  # raise it when stores of an older layout must not be read
 DEFAULT_BOUND_BYTES = 50 * 10**9
 SHARE_OF_DISK = 0.2  # the bound is at most this share of the whole disk
 DISK_LEFT_BYTES = 10**9  # always left free on the disk
+PARTIAL, LOCK = ".partial.", ".lock"  # in the names of unfinished stores and of their locks
 SHARE_OF_MEMORY = 0.5  # of the free memory: the rest is for the network and the solver
-ABANDONED_AFTER_S = 24 * 3600
-
-_PARTIAL = re.compile(r"[0-9a-f]{32}\.partial\.(?P<host>[0-9a-f]{8})\.(?P<pid>\d+)\.[0-9a-f]{8}")
 
 Check = Callable[[Mapping[str, Store]], Collection[str]]
 """Names of those of the given stores whose rows are not what they should be."""
@@ -205,19 +203,21 @@ def _find_or_make(groups: Sequence[_Group], request: StoreRequest) -> dict[str, 
     partials: list[Path | None] = ranks.broadcast(is_missing)
     missing = [(g, p) for g, p in zip(groups, partials, strict=True) if p is not None]
     if missing:
-        for _, folder in missing:
-            folder.mkdir(parents=True, exist_ok=True)
-        if ranks.rank == 0:
-            _remove_abandoned()
-            bound = default_bound_bytes() if request.bound_bytes is None else request.bound_bytes
-            _evict_for(num_rows * sum(group.row_bytes() for group, _ in missing), bound)
-        _fill_shards(missing, request)
-        ranks.barrier()
-        if ranks.rank == 0:
-            for group, fields, folder, partial in zip(groups, decided_by, folders, partials, strict=True):
-                if partial is not None:
-                    _complete(partial, folder, {"title": group.title, "fields": fields, "shards": ranks.count})
-        ranks.barrier()
+        with ExitStack() as locks:
+            if ranks.rank == 0:
+                _root().mkdir(parents=True, exist_ok=True)
+                for _, unfinished in missing:
+                    locks.enter_context(_locked(unfinished))
+                _remove_abandoned()
+                bound = default_bound_bytes() if request.bound_bytes is None else request.bound_bytes
+                _evict_for(num_rows * sum(group.row_bytes() for group, _ in missing), bound)
+            _fill_shards(missing, request)
+            ranks.barrier()
+            if ranks.rank == 0:
+                for group, fields, folder, partial in zip(groups, decided_by, folders, partials, strict=True):
+                    if partial is not None:
+                        _complete(partial, folder, {"title": group.title, "fields": fields, "shards": ranks.count})
+            ranks.barrier()
     stores: dict[str, Store] = {}
     for group, folder in zip(groups, folders, strict=True):
         found = _open(folder)
@@ -266,7 +266,7 @@ def list_caches() -> list[CacheEntry]:
     """Every complete store, least recently used first."""
     found = []
     for file in _root().glob(f"*/{META}"):
-        if _PARTIAL.fullmatch(file.parent.name):
+        if PARTIAL in file.parent.name:
             continue
         try:
             used = datetime.fromtimestamp(file.stat().st_mtime)
@@ -304,6 +304,7 @@ def _fill_shards(missing: Sequence[tuple[_Group, Path]], request: StoreRequest) 
     try:
         rows: dict[str, Any] = {}
         for group, partial in missing:
+            partial.mkdir(parents=True, exist_ok=True)
             shards = {}
             for name, (shape, dtype) in group.stored().items():
                 file = partial / _shard(name, ranks.rank)
@@ -367,19 +368,29 @@ def _evict_for(needed: int, bound_bytes: int) -> None:
         log.info("the stores of this run exceed the disk limit by %.1f MB", excess / 1e6)
 
 
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Holds the lock that marks the unfinished store `partial` as being made. Raises Timeout if another job holds it."""
+    lock = FileLock(f"{partial}{LOCK}", timeout=0)
+    with lock:
+        Path(lock.lock_file).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
 def _remove_abandoned() -> None:
-    """Removes unfinished stores whose process is gone or, if made by another host, that have not been written to for a day."""
-    for partial in _root().glob("*.partial.*"):
-        made = _PARTIAL.fullmatch(partial.name)
-        if made is None:
+    """Removes the unfinished stores of jobs that have ended: the operating system has released their locks."""
+    for partial in _root().glob(f"*{PARTIAL}*"):
+        if partial.name.endswith(LOCK):
             continue
-        if made["host"] == _host():
-            is_abandoned = not psutil.pid_exists(int(made["pid"]))
-        else:
-            times = [_mtime(path) for path in (partial, *partial.glob("*"))]
-            is_abandoned = max(times) < time.time() - ABANDONED_AFTER_S
-        if is_abandoned:
-            _delete(partial)
+        try:
+            with _locked(partial):
+                _delete(partial)
+        except Timeout:
+            owner = Path(f"{partial}{LOCK}").read_text() or "another job"
+            log.info("%s is making the store %s", owner, partial.name.partition(PARTIAL)[0])
 
 
 def _remove(folder: Path) -> None:
@@ -397,26 +408,12 @@ def _delete(folder: Path) -> None:
 
 
 def _partial_of(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.partial.{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
-
-
-def _host() -> str:
-    """Identifies this machine, or this container of it: the scope in which process ids are unique."""
-    namespace = Path("/proc/self/ns/pid")
-    identity = f"{socket.gethostname()} {namespace.stat().st_ino if namespace.exists() else 0}"
-    return hashlib.sha256(identity.encode()).hexdigest()[:8]
+    return folder.with_name(f"{folder.name}{PARTIAL}{uuid.uuid4().hex[:8]}")
 
 
 def _shard(name: str, rank: int) -> str:
     """File name; an array's name may hold characters that file names may not."""
     return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.{rank:05d}.npy"
-
-
-def _mtime(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return time.time()  # another job is removing it
 
 
 def _free_disk() -> int:

@@ -1,5 +1,6 @@
 """What a pass over images may use: processes and device, batch size, workers, precision, and where results are stored."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,13 @@ from hf_transfer.prefix.cache import Ranks, Storage, choose_storage
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 }  # fmt: skip
+MAX_THREADS = 16  # that decode for one process
 PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # from accelerate's words
+
+
+def count_threads(num_workers: int) -> int:
+    """Number of decoding threads of one process: `num_workers`, or for 0 one per core, at most `MAX_THREADS`."""
+    return num_workers or min(MAX_THREADS, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,7 +191,7 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
     return difference
 
 
-def describe_choice(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
+def describe_readouts(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
     """What was tried, and the held-out score of each, for results.json."""
     return {
         "chosen": best.readout.name,

@@ -35,7 +35,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         curves=readouts.draw_regularization(probed),
         kept_probe=True,
         num_audited=len(audit),
-        details=readouts.describe_choice(best, probed) | {"whole_network_differs_by": difference},
+        details=readouts.describe_readouts(best, probed) | {"whole_network_differs_by": difference},
     )
 
 
