@@ -23,7 +23,7 @@ from hf_transfer.launch import run
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.policies import full
-from hf_transfer.runs import open_quiet_session
+from hf_transfer.runs import open_session
 from hf_transfer.strategies.greedy_stack import GreedyStackStrategy
 from hf_transfer.strategy import default_config
 from hf_transfer.training.phase import TrainPhase
@@ -59,7 +59,7 @@ def run_greedy(config: RunConfig) -> dict[str, Any]:
 
 def run_end_to_end(config: RunConfig, flops: float, step_flops: float) -> dict[str, Any]:
     """The same network from the same initial weights, trained at once for the same FLOPs."""
-    session = open_quiet_session(config)
+    session = open_session(config)
     assert isinstance(session.strategy, GreedyStackStrategy)
     backbone = session.strategy.make_stack(session).finished(fine_tuned=True)
     epochs = max(1, round(flops / step_flops / len(session.data.train)))

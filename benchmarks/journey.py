@@ -24,7 +24,7 @@ import torch
 from hf_transfer.config import NO_SPLIT, RunConfig, replace_settings
 from hf_transfer.launch import run
 from hf_transfer.network.policies import full
-from hf_transfer.runs import open_quiet_session
+from hf_transfer.runs import open_session
 from hf_transfer.strategy import default_config
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.plan import run_plan
@@ -41,7 +41,7 @@ def draw_anew(model: torch.nn.Module, seed: int) -> None:
 
 def fine_tune(config: RunConfig, *, transfers: bool) -> dict[str, Any]:
     """Accuracies, and (seconds, validation accuracy) after the start and after every epoch."""
-    session = open_quiet_session(config)
+    session = open_session(config)
     if not transfers:
         draw_anew(session.backbone.model, seed=config.seed)
     settings = session.gradient

@@ -50,6 +50,8 @@ def open_session(
     ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was asked for
     would be refused.
     """
+    assert isinstance(config.strategy, Strategy)
+    config.strategy.check(config)
     accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
@@ -65,7 +67,6 @@ def open_session(
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
-    assert isinstance(config.strategy, Strategy)
     set_seed(config.seed)  # a new head is random
     with costs.part("checkpoint"), accelerator.main_process_first():
         backbone = config.strategy.load_backbone(config, data)
