@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
+from accelerate.utils import LoggerType, is_tensorboard_available, parse_flag_from_env, set_seed
 
 from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
@@ -123,7 +123,8 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
 
 def start_logging() -> None:
     """Sends log lines to stderr: all of the main process, but only errors of other processes and chatty libraries."""
-    is_main = PartialState().is_main_process
+    # As Accelerator would: the first PartialState of a process decides whether there are several, for all later ones.
+    is_main = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -523,4 +523,4 @@ def test_inspect_prints_targets_and_what_they_train(capsys: pytest.CaptureFixtur
     assert "cut: after layer3.1" in lines
     with pytest.raises(SystemExit):
         main(["inspect", "--adapter", "oft"])
-    assert "choose one of lora, dora, loha, ia3" in capsys.readouterr().err
+    assert "choose from 'lora', 'dora', 'loha', 'ia3'" in capsys.readouterr().err
