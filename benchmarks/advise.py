@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from fit_rule import BenchmarkRun, choose_by_textbook, fit_table  # benchmarks/fit_rule.py
 
-from hf_transfer.choosing.auto import judge, standard_error
+from hf_transfer.choosing.decide import judge, standard_error
 from hf_transfer.choosing.rule import CORNERS, STRATEGIES, DataRegime, choose, expect_accuracy
 from hf_transfer.config import replace_settings
 from hf_transfer.strategy import default_config

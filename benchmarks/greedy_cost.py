@@ -1,11 +1,11 @@
-"""What a greedy stage costs: its step on stored activations, and with the layers below run again, against the layer alone.
+"""Times a greedy stage: its step on stored activations, and with the layers below run again, relative to the layer alone.
 
     python benchmarks/greedy_cost.py --stages 8 --width 64 --side_px 32 --steps 30
 
-For each stage from 2 on: seconds of an optimizer step over (a) stored activations, as `--cache_views` trains, and (b) images,
-with the frozen layers run under no_grad, as `--cache_views 0` does; each divided by the step of the same layer and head as
-modules of their own, on random activations in memory, laid out as stored ones are. All three are timed in turn within one
-process, round by round; the median counts. (a) stays near 1 at every depth, (b) grows. Printed as a table and as JSON.
+For each stage from 2 on, three optimizer steps are timed: (a) on stored activations, as `--cache_views` trains; (b) on images,
+with the frozen layers run under no_grad, as `--cache_views 0` does; (c) of the same layer and head as separate modules, on
+random activations in memory with the layout of stored ones. They take turns within one process; the medians are compared:
+(a) / (c) stays near 1 at every depth, (b) / (c) grows. Printed as a table and as JSON.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from torch.nn import functional as F
 
 from hf_transfer.network.freezing import set_modes, set_trainable
 from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack
-from hf_transfer.network.growing import BlockSpec, grow_blocks
-from hf_transfer.prefix.extract import use_fast_layout
+from hf_transfer.network.growing import BlockSpec, create_blocks, grow_blocks
+from hf_transfer.prefix.sweep import use_fast_layout
 
 NUM_CLASSES = 10
 
 
 def make_steps(stack: GreedyStack, number: int, batch: int) -> dict[str, Callable[[], None]]:
-    """A function that takes one optimizer step, for each of alone, stored and recomputed."""
+    """Functions that take one optimizer step: alone, stored and recomputed."""
     stage = stack.stages[number]
     chain, names = stage.chain, stage.policy.select(stage.chain)
     cut = chain.lowest_cut(names)
@@ -49,7 +49,7 @@ def make_steps(stack: GreedyStack, number: int, batch: int) -> dict[str, Callabl
         optimizer.zero_grad()
 
     def stored() -> None:
-        with chain.part(cut) as suffix:
+        with chain.part(start=cut) as suffix:
             step(suffix, activations)
 
     return {
@@ -60,7 +60,7 @@ def make_steps(stack: GreedyStack, number: int, batch: int) -> dict[str, Callabl
 
 
 def time_stage(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each kind of step, taken in turn."""
+    """Median seconds of each kind of step; the kinds take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + 3):
         for name, step in steps.items():
@@ -68,14 +68,16 @@ def time_stage(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
             step()
             if i >= 3:  # the first ones allocate
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def main() -> None:
-    """Prints a line a stage, then everything as JSON."""
+    """Prints a line per stage, then everything as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=8)
-    parser.add_argument("--width", type=int, default=64, help="channels of every block: stages then cost alike")
+    parser.add_argument(
+        "--width", type=int, default=64, help="channels of every block, so that all stages cost the same"
+    )
     parser.add_argument("--side_px", type=int, default=32)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=30)
@@ -83,17 +85,17 @@ def main() -> None:
     given = parser.parse_args()
     labels = [str(i) for i in range(NUM_CLASSES)]
     blocks, aux = BlockSpec(layers=given.stages, width=given.width), AuxiliaryHead(hidden=given.aux_hidden)
-    stack = grow_blocks(labels, blocks, aux, image_size_px=given.side_px)
+    stack = grow_blocks(create_blocks(labels, blocks, aux, image_size_px=given.side_px), aux)
     use_fast_layout(stack.grown)
     rows = []
-    print(f"{'stage':>5} {'alone ms':>9} {'stored':>7} {'recomputed':>10}   (against alone)")
+    print(f"{'stage':>5} {'alone ms':>9} {'stored':>7} {'recomputed':>10}   (relative to alone)")
     for number in range(1, given.stages):
-        found = time_stage(make_steps(stack, number, given.batch), given.steps)
-        row = {"stage": number + 1, **{f"{k}_s": v for k, v in found.items()}}
-        row |= {f"{k}_ratio": found[k] / found["alone"] for k in ("stored", "recomputed")}
+        medians = time_stage(make_steps(stack, number, given.batch), given.steps)
+        row = {"stage": number + 1, **{f"{k}_s": v for k, v in medians.items()}}
+        row |= {f"{k}_ratio": medians[k] / medians["alone"] for k in ("stored", "recomputed")}
         rows.append(row)
         print(
-            f"{number + 1:>5} {1e3 * found['alone']:>9.1f} {row['stored_ratio']:>7.2f} {row['recomputed_ratio']:>10.2f}",
+            f"{number + 1:>5} {1e3 * medians['alone']:>9.1f} {row['stored_ratio']:>7.2f} {row['recomputed_ratio']:>10.2f}",
             flush=True,
         )
     device = f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

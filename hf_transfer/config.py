@@ -120,7 +120,9 @@ class ComputeConfig:
     """What a run may use of the machine."""
 
     batch_size: int = flag(32, "images per batch and process")
-    num_workers: int = flag(0, "threads per process that decode images and, on a CPU, run the network; 0: one per core")
+    num_workers: int = flag(
+        0, "threads per process that decode and, on a CPU, run the network; 0: one per core, at most 16"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto", "arithmetic of the frozen prefix and of training; auto: what `accelerate launch` says, else fp32"
     )

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from hf_transfer.config import RunConfig, Setting, list_settings, replace_settings, suggest_name
 from hf_transfer.locations import find_recipe
-from hf_transfer.strategy import default_config
+from hf_transfer.strategy import Strategy, default_config
 
 ESSENTIAL = (
     "checkpoint",
@@ -74,7 +74,10 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
     flags = {k: v for k, v in vars(given).items() if k != "config" and v is not None}
     try:
         config = default if given.config is None else read_config(given.config, default)
-        return replace_settings(config, flags)
+        config = replace_settings(config, flags)
+        assert isinstance(config.strategy, Strategy)
+        config.strategy.check(config)
+        return config
     except (ValueError, TypeError) as error:
         parser.error(str(error))
 

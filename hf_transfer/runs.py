@@ -18,6 +18,7 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
+from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import RunResult
@@ -49,6 +50,8 @@ def open_session(
     ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was asked for
     would be refused.
     """
+    assert isinstance(config.strategy, Strategy)
+    config.strategy.check(config)
     accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
@@ -64,7 +67,6 @@ def open_session(
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
-    assert isinstance(config.strategy, Strategy)
     set_seed(config.seed)  # a new head is random
     with costs.part("checkpoint"), accelerator.main_process_first():
         backbone = config.strategy.load_backbone(config, data)
@@ -106,12 +108,7 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
         results = describe_run(session, result)
         write_results(session.output_dir, results)
         for split, metrics in result.metrics.items():
-            assert metrics.accuracy_interval is not None
-            low, high = metrics.accuracy_interval
-            log.info(
-                "%s: accuracy %.1f %% (95 %% interval %.1f to %.1f, %d images)",
-                split, 100 * metrics.accuracy, 100 * low, 100 * high, metrics.num_samples,
-            )  # fmt: skip
+            log.info("%s: %s", split, describe_accuracy(metrics))
         log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
     session.accelerator.wait_for_everyone()
     return results

@@ -40,6 +40,9 @@ class Strategy(StrategyConfig):
         """The file's name."""
         return type(self).__module__.rpartition(".")[2]
 
+    def check(self, config: RunConfig) -> None:
+        """Raises ValueError for settings of this strategy that do not fit those outside it, before anything is loaded."""
+
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
         """The network to start from: the checkpoint, with a head for the data's labels."""
         from hf_transfer.network.backbone import load

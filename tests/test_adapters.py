@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,13 @@ import peft
 import pytest
 import timm
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
+from sessions import make_session
 from torch import nn
 
 from hf_transfer.cli import main
-from hf_transfer.config import TrainConfig
-from hf_transfer.data.dataset import load_data
+from hf_transfer.config import list_settings
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.adapters import (
     Adapted,
@@ -33,13 +31,13 @@ from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.methods import METHODS, AdapterConfig, is_adaptable
 from hf_transfer.network.targets import find_targets
+from hf_transfer.strategy import Strategy, default_config
 from hf_transfer.training.checkpoints import save_state
-from hf_transfer.costs import Costs
-from hf_transfer.training.outcome import Outcome
-from hf_transfer.training.phase import Phase, optimization_of
+from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.plan import run_plan
+from hf_transfer.training.records import RunResult
 from tests.families import built, make_pixels
-from tests.test_recipes import ROOT, run_recipe
+from tests.test_recipes import run_recipe
 from tests.test_save import LABELS, answers, results_for, write_upstream
 
 BASE = "someone/upstream"
@@ -82,8 +80,8 @@ print(json.dumps(found))
 """
 
 
-def how_for(method: str, **more: Any) -> AdapterConfig:
-    return AdapterConfig(method=method, rank=4 if METHODS[method].has_rank else None, **{"targets": "all", **more})
+def make_adapter(method: str, **more: Any) -> AdapterConfig:
+    return AdapterConfig(method=method, rank=None if method == "ia3" else 4, **{"targets": "all", **more})
 
 
 def run(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -126,7 +124,7 @@ def saved(
     ours = {}
     for method in sorted(METHODS):
         backbone, chain = start(upstreams, name)
-        adapted, _ = add_adapters(backbone, chain, how_for(method))
+        adapted, _ = add_adapters(backbone, chain, make_adapter(method))
         move(adapted)
         apart = answers(adapted, images)
         save_model(adapted, results_for(adapted), root / method)
@@ -171,7 +169,7 @@ def test_adapters_at_their_start_read_the_plain_networks_stores(method: str, ups
     backbone, plain = start(upstreams, "timm ViT")
     cuts = list(plain.cuts)
     before = plain.fingerprint(cuts)
-    adapted, chain = add_adapters(backbone, plain, how_for(method))
+    adapted, chain = add_adapters(backbone, plain, make_adapter(method))
     after = chain.fingerprint(cuts)
     if method in ("lora", "loha", "ia3"):  # nothing is added, or all is multiplied by one
         assert after == before
@@ -226,7 +224,7 @@ def test_adapters_start_as_the_identity_in_the_layers_of_their_maps(
     backbone, chain = start(upstreams, name)
     pixels = make_pixels(chain.image_shape, 2)
     before = run(backbone.model, pixels)
-    adapted, chain = add_adapters(backbone, chain, how_for(method, layers="last:1"))
+    adapted, chain = add_adapters(backbone, chain, make_adapter(method, layers="last:1"))
     assert torch.allclose(run(adapted.model, pixels), before, atol=1e-4)
     names = [n for layer in chain.layers for n in layer.parameters]
     assert sorted([*names, *chain.unused_parameters]) == sorted(n for n, _ in adapted.model.named_parameters())
@@ -244,7 +242,7 @@ def test_the_split_stays_exact_and_gradients_reach_every_adapter(
     upstreams: dict[str, Path], name: str, method: str
 ) -> None:
     backbone, chain = start(upstreams, name)
-    adapted, chain = add_adapters(backbone, chain, how_for(method))
+    adapted, chain = add_adapters(backbone, chain, make_adapter(method))
     move(adapted)
     pixels = make_pixels(chain.image_shape, 2)
     set_trainable(adapted.model, adapted.policy().select(chain))
@@ -337,8 +335,8 @@ def test_what_cannot_be_adapted_is_refused_with_what_can(
         ({"alpha": 0.0}, "choose more than 0"),
         ({"method": "ia3", "rank": 4}, "ia3 has no rank"),
         ({"method": "ia3", "alpha": 4.0}, "ia3 has no alpha"),
-        ({"targets": "("}, "nor a regular expression"),
-        ({"layers": "first:1"}, "choose all or last:K"),
+        ({"targets": "("}, "or a regular expression: "),
+        ({"layers": "first:1"}, "choose all, or last:K"),
     ],
 )
 def test_a_wrong_setting_says_what_is_allowed(how: dict[str, Any], message: str) -> None:
@@ -387,14 +385,14 @@ def test_convolutions_that_normalise_their_weight_are_refused() -> None:
 
 def test_an_adapter_without_a_base_id_is_refused(upstreams: dict[str, Path]) -> None:
     backbone = load(str(upstreams["timm ViT"]), LABELS)
-    adapted, _ = add_adapters(backbone, backbone.chain(), how_for("lora"))
+    adapted, _ = add_adapters(backbone, backbone.chain(), make_adapter("lora"))
     with pytest.raises(ValueError, match="--base_model owner/name, or save a merged model"):
         check_saved_apart(adapted)
 
 
 def test_moved_running_statistics_are_saved(upstreams: dict[str, Path], tmp_path: Path) -> None:
     backbone, chain = start(upstreams, "timm ResNet")
-    adapted, chain = add_adapters(backbone, chain, how_for("lora"))
+    adapted, chain = add_adapters(backbone, chain, make_adapter("lora"))
     move(adapted)
     with torch.no_grad():
         adapted.model.get_buffer("layer2.0.bn1.running_mean").add_(1.0)
@@ -408,66 +406,59 @@ def test_moved_running_statistics_are_saved(upstreams: dict[str, Path], tmp_path
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-SMALL = TrainConfig(images_per_class=8, epochs=2, batch_size=16, tracker="none", lr=1e-3)
 
-
-def train(
-    config: TrainConfig, how: AdapterConfig, folder: Path, watch: str | None = None
-) -> tuple[Adapted, Outcome, int]:
+def train(folder: Path, watch: str | None = None, **settings: Any) -> tuple[Adapted, RunResult, int]:
     """Adapters on the embedded checkpoint; with how many images went through the module `watch`.
 
-    Without a probe before them, or what is kept would be the probe.
+    Without a probe before them, or the probe would be kept.
     """
-    torch.manual_seed(0)
-    data = load_data(config)
-    backbone = load("embedded", data.label_names)
-    adapted, chain = add_adapters(backbone, backbone.chain(), how)
+    session = make_session("lora", folder, **{"rank": 4, "lr": 1e-3, **settings})
+    assert isinstance(session.strategy, Strategy)
+    session = session.strategy.prepare(session)
+    adapted = session.backbone
+    assert isinstance(adapted, Adapted)
     images = 0
 
-    def note(module: nn.Module, inputs: tuple[torch.Tensor, ...], *_: Any) -> None:
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], *_: Any) -> None:
         nonlocal images
         images += len(inputs[0])
 
     if watch is not None:
-        chain.model.get_submodule(watch).register_forward_hook(note)
-    plan = [Phase(policy=adapted.policy(), epochs=config.epochs, optimization=optimization_of(config))]
-    accelerator = Accelerator(cpu=True)
-    outcome = run_plan(
-        plan, chain, adapted, data, config=config, accelerator=accelerator, costs=Costs(), checkpoints=folder
-    )
-    return adapted, outcome, images
+        session.chain.model.get_submodule(watch).register_forward_hook(count)
+    epochs, steps = session.gradient.training.epochs, session.gradient.optimization
+    result = run_plan(session, [TrainPhase(policy=adapted.policy(), epochs=epochs, optimization=steps)])
+    return adapted, result, images
 
 
 def test_adapters_of_the_last_layers_leave_a_prefix_that_runs_once(tmp_path: Path) -> None:
-    how = AdapterConfig(rank=4, targets="all", layers="last:2")
+    adapters = {"targets": "all", "adapter_layers": "last:2", "cache": "memory"}
 
     def count(views: int, epochs: int) -> int:
-        config = replace(SMALL, cache_views=views, epochs=epochs, cache="memory")
-        return train(config, how, tmp_path / f"{views} {epochs}", watch="layer2.0.conv1")[2]
+        folder = tmp_path / f"{views} {epochs}"
+        return train(folder, watch="layer2.0.conv1", cache_views=views, epochs=epochs, **adapters)[2]
 
     assert count(2, 2) == count(2, 4)
     assert count(0, 4) > count(0, 2)
 
 
 def test_the_upstream_weights_keep_every_bit_and_the_adapters_move(tmp_path: Path) -> None:
-    how = AdapterConfig(rank=4, targets="all")
-    adapted, outcome, _ = train(replace(SMALL, cache_views=0), how, tmp_path)
+    adapted, result, _ = train(tmp_path, targets="all", cache_views=0)
     upstream = load("embedded").model.state_dict()
     now = {name.replace(".base_layer.", "."): value for name, value in adapted.model.state_dict().items()}
     assert all(torch.equal(now[name], value) for name, value in upstream.items() if not name.startswith("fc."))
     second = [value for name, value in now.items() if ".lora_B." in name]
     assert second
     assert all(bool(value.abs().sum()) for value in second)
-    assert outcome.plan[-1]["num_trainable"] == adapted.num_trainable
+    assert result.phases[-1].num_trainable == adapted.num_trainable
     assert adapted.describe()["trainable_share"] == pytest.approx(adapted.trainable_share)
 
 
-@pytest.mark.parametrize("how", [AdapterConfig(rank=4), AdapterConfig(method="loha", rank=2, layers="last:3")])
+@pytest.mark.parametrize("adapters", [{}, {"adapter": "loha", "rank": 2, "adapter_layers": "last:3"}])
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: AdapterConfig
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: dict[str, Any]
 ) -> None:
-    config = replace(SMALL, cache_views=0, save_every=2)
-    whole, _, _ = train(config, how, tmp_path / "whole")
+    settings = {**adapters, "cache_views": 0, "save_every": 2}
+    whole, _, _ = train(tmp_path / "whole", **settings)
     saves = 0
 
     def stop_at_the_fourth(*arguments: Any) -> None:
@@ -480,9 +471,9 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     with monkeypatch.context() as patch:
         patch.setattr("hf_transfer.training.phases.save_state", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
-            train(config, how, tmp_path / "cut")
-    resumed, outcome, _ = train(replace(config, resume=True), how, tmp_path / "cut")
-    assert outcome.details["resumed"]
+            train(tmp_path / "cut", **settings)
+    resumed, result, _ = train(tmp_path / "cut", resume=True, **settings)
+    assert result.resumed
     expected = whole.model.state_dict()
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, expected[name]), name
@@ -493,8 +484,8 @@ def test_two_processes_train_the_same_adapters(tmp_path: Path) -> None:
     flags = (
         "--images_per_class", "16", "--epochs", "2", "--tracker", "none", "--no-merge", "--base_model", BASE, "--rank", "4",
         # So that an epoch is better than the probe and is kept.
-        "--crop_scale", "1", "--flip", "0", "--colour", "0", "--label_smoothing", "0", "--lr", "0.01", "--ema_decay", "0",
-        "--select_by", "log_loss",
+        "--crop_scale", "1", "--hflip", "0", "--color_jitter", "0", "--label_smoothing", "0", "--lr", "0.01",
+        "--ema_decay", "0", "--select_by", "log_loss",
     )  # fmt: skip
     run_recipe("lora", *flags, "--batch_size", "16", "--output_dir", str(tmp_path / "one"))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -518,10 +509,8 @@ def test_a_recipe_without_a_base_id_stops_before_it_trains(tmp_path: Path) -> No
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_the_recipe_lists_the_methods() -> None:
-    text = (ROOT / "recipes" / "lora.py").read_text()
-    listed = text.partition("adapter: Literal[")[2].partition("]")[0]
-    assert [name.strip().strip('"') for name in listed.split(",") if name.strip()] == list(METHODS)
+def test_the_flag_lists_the_methods() -> None:
+    assert list_settings(default_config("lora"))["adapter"].choices == tuple(METHODS)
 
 
 def test_inspect_prints_targets_and_what_they_train(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
-from hf_transfer.choosing.auto import choose_and_run, compare
 from hf_transfer.choosing.candidates import find_candidates, make_command, to_k
+from hf_transfer.choosing.decide import choose_and_run, compare
 from hf_transfer.choosing.estimates import CurvePoint, DepthScore, LearningCurve
 from hf_transfer.choosing.pilots import Pilot, run_pilots
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime
@@ -274,7 +274,7 @@ def test_auto_runs_the_advised_strategy_and_says_why(
     def advised(*arguments: Any, **options: Any) -> Advice:
         return replace(advise(*arguments, **options), recommended=winner)
 
-    monkeypatch.setattr("hf_transfer.choosing.auto.advise", advised)
+    monkeypatch.setattr("hf_transfer.choosing.decide.advise", advised)
     session = make_session(tmp_path)
     result = choose_and_run(session, measure=False, budget_s=None)
     choice = result.choice

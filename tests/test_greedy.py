@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
+from hf_transfer.flags import parse
 from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, create, load
@@ -54,7 +55,7 @@ SMALL = {
     "images_per_class": 6, "epochs": 1, "cache_views": VIEWS, "cache": "memory", "stage_epochs": EPOCHS, "aux_hidden": 2,
     "layers": 3, "width": 4, "downsample": "2", "image_size_px": 16,
 }  # fmt: skip
-STEPS = 3  # per epoch, of 48 training images in batches of 16
+STEPS = EPOCHS * 4  # of a stage: 50 training images in batches of 16
 AUX = AuxiliaryHead()
 
 
@@ -169,20 +170,24 @@ def stopped_in_step(number: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "step",
+    ("step", "message"),
     [
-        pytest.param(EPOCHS * STEPS + 2, id="in the second stage"),
-        pytest.param(3 * EPOCHS * STEPS, id="in the last step of the last stage"),
-        pytest.param(3 * EPOCHS * STEPS + 3, id="in fine-tuning"),
+        pytest.param(STEPS + 2, "resuming in phase 2 of 3", id="in the second stage"),
+        pytest.param(3 * STEPS, "resuming in phase 3 of 3", id="in the last step of the last stage"),
+        pytest.param(3 * STEPS + 3, "resuming in phase 1 of 1", id="in fine-tuning"),
     ],
 )
-def test_resumed_equals_uninterrupted_across_stages(whole: Whole, tmp_path: Path, step: int) -> None:
+def test_resumed_equals_uninterrupted_across_stages(
+    whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int, message: str
+) -> None:
     """A fresh stack continues a stopped run to the same bits."""
     session = open_session(tmp_path, save_every=1)
     with stopped_in_step(step):
         strategy_of(session).run(session)
     again = open_session(tmp_path, save_every=1, resume=True)
-    resumed = strategy_of(again).run(again)
+    with caplog.at_level("INFO", "hf_transfer"):
+        resumed = strategy_of(again).run(again)
+    assert message in caplog.messages
     expected, weights = whole.result.backbone.model.state_dict(), resumed.backbone.model.state_dict()
     assert [n for n in expected if not torch.equal(weights[n], expected[n])] == []
     assert resumed.metrics == whole.result.metrics
@@ -210,7 +215,7 @@ def test_growth_stops_when_depth_does_not_help() -> None:
     assert len(grown.done) in (best + 1, 4)
     assert len(grown.done) < 4, "with this seed no layer learns anything"
     finished = grown.stack.finished(fine_tuned=False)
-    assert len(finished.model.blocks) == best  # type: ignore[union-attr, arg-type]
+    assert len(finished.model.blocks) == best  # type: ignore[arg-type]
 
 
 def test_the_finished_network_is_the_last_stage(two: GreedyStack) -> None:
@@ -229,10 +234,11 @@ def test_an_architecture_stays_plain(tmp_path: Path) -> None:
     assert [s.layer for s in stack.stages] == [layer.name for layer in stack.chain.layers[1:-1]]
     stem = stack.chain.layers[0].parameters
     assert {f"network.{n}" for n in stem} <= stack.stages[0].policy.select(stack.stages[0].chain)
-    result = finish(session, grow(session, stack, GrowOptions(epochs=1)), lr=1e-3)
+    grown = grow(session, stack, GrowOptions(epochs=1))
+    result = finish(session, grown, lr=1e-3)
     assert result.backbone.model is backbone.model
     assert [phase.policy for phase in result.phases[-2:]] == ["head", "full"]
-    short = grow(session, grow_architecture(backbone, AUX, layers=1), GrowOptions(epochs=1))
+    short = replace(grown, stack=grow_architecture(backbone, AUX, layers=2))
     with pytest.raises(ValueError, match="stay untrained"):
         finish(session, short, lr=1e-3, fine_tunes=False)
 
@@ -288,6 +294,29 @@ def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
     cutless = replace(bare, layers=tuple(replace(layer, cut=None) for layer in bare.layers))
     with pytest.raises(ValueError, match="no cuts at all"):
         on(resnet, cutless)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "arguments", "message"),
+    [
+        (
+            "greedy_stack",
+            "--checkpoint embedded --architecture resnet18",
+            "architecture='resnet18': choose one of them",
+        ),
+        ("greedy_stack", "--stack_after stem", "need the activations of a --checkpoint"),
+        ("greedy_stack", "--block transformer", "need the activations of a --checkpoint"),
+        ("greedy_stack", "--model_args {}", "needs an --architecture"),
+        ("greedy_stack", "--architecture resnet18 --width 8", "resnet18 has its own layers"),
+        ("pretrain", "--checkpoint embedded", "pretraining starts from random weights"),
+    ],
+)
+def test_settings_that_do_not_fit_end_before_anything_is_loaded(
+    strategy: str, arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(strategy, prog=strategy, description=None, arguments=arguments.split())
+    assert message in capsys.readouterr().err
 
 
 LOADER = """

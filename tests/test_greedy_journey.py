@@ -1,4 +1,4 @@
-"""The journey, offline: greedy pretraining on five digits, a Hub folder, fine-tuning on five others; against no pretraining."""
+"""The journey, offline: greedy pretraining on five digits, a Hub folder, fine-tuning on five others; compared with scratch."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ UPSTREAM = range(5)  # the digits; downstream has the other five
 
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The upstream run's folder, and a line of the benchmark for it and for each seed downstream."""
+    """The upstream run's folder, and the benchmark's line for it and for each seed downstream."""
     from sklearn.datasets import load_digits
 
     root = tmp_path_factory.mktemp("journey")
@@ -32,7 +32,7 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
             sys.executable, str(ROOT / "benchmarks" / "journey.py"), "--upstream", str(root / "upstream"),
             "--upstream_images", "0", "--downstream", str(root / "downstream"), "--images_per_class", "5", "--side_px", "16",
             "--layers", "3", "--width", "16", "--stage_epochs", "3", "--upstream_epochs", "4", "--epochs", "8",
-            "--lr", "1e-3", "--flip", "0", "--seeds", "3", "--output_dir", str(root / "run"),
+            "--lr", "1e-3", "--hflip", "0", "--seeds", "3", "--output_dir", str(root / "run"),
         ],
         capture_output=True, text=True, check=False, timeout=TIMEOUT_S,
     )  # fmt: skip
@@ -40,11 +40,11 @@ def journey(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[s
     return root / "run", [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]
 
 
-def test_what_was_grown_upstream_saves_labels_downstream(journey: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_growing_upstream_saves_labels_downstream(journey: tuple[Path, list[dict[str, Any]]]) -> None:
     _, (_, *rows) = journey
     assert [row["seed"] for row in rows] == [0, 1, 2]
     transferred, from_scratch = (mean(row[key] for row in rows) for key in ("transferred", "from_scratch"))
-    # 25 images of five digits that it has never seen, equal epochs: fewer than half the errors.
+    # 25 images of five digits that are new to it, equal epochs: fewer than half the errors.
     assert transferred > 0.8
     assert 1 - transferred < 0.5 * (1 - from_scratch)
 

@@ -6,7 +6,6 @@ neither decode images nor hold them in memory.
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +23,12 @@ from hf_transfer.data.augment import augment, draw_uniform
 from hf_transfer.data.splits import Split
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import StoreRequest, cached
-from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.store import Store
 
 log = logging.getLogger(__name__)
 
-MAX_THREADS = 16
-MARGIN = 1.15  # side of the training square divided by the side of the network's input; about 1 / crop_pct for crop_pct 0.875
+MARGIN = 1.15  # side of the training square divided by the side of the network's input (1 / crop_pct for crop_pct 0.87)
 ROWS_PER_TASK = 16
 
 
@@ -242,7 +240,7 @@ class _Decoding:
                     rows[name][i] = value
             return len(block)
 
-        threads = resources.compute.num_workers or min(MAX_THREADS, os.cpu_count() or 1)
+        threads = count_threads(resources.compute.num_workers)
         with bar, ThreadPoolExecutor(threads) as pool:
             try:
                 for done in pool.map(work, range(0, count, ROWS_PER_TASK)):

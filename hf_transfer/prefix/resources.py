@@ -1,5 +1,6 @@
 """The resources of a pass over images: processes, device, batch size, workers, precision, and the place of stored results."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -13,7 +14,13 @@ from hf_transfer.prefix.cache import Ranks, Storage, choose_storage
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 }  # fmt: skip
+MAX_THREADS = 16  # most decoding threads of one process
 PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate's name -> our name
+
+
+def count_threads(num_workers: int) -> int:
+    """Returns the number of decoding threads of one process: `num_workers`, or one per core (at most 16) if it is 0."""
+    return num_workers or min(MAX_THREADS, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)

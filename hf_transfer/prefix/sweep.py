@@ -4,7 +4,6 @@ On a GPU, threads decode and resize the next images while the network runs (Pill
 each thread decodes its own batches and runs the network on them.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,8 +17,8 @@ from tqdm.auto import tqdm
 
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.forward import eval_mode
-from hf_transfer.prefix.pixels import MAX_THREADS, Images
-from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.pixels import Images
+from hf_transfer.prefix.resources import Resources, count_threads
 
 BATCHES_AHEAD = 3
 CPU_BATCH = 4  # small, so that the activations fit into the core's cache
@@ -65,7 +64,7 @@ def read_pixels(
     images: Images, rows: NDArray[np.int64], *, batch_size: int, num_workers: int
 ) -> Iterator[NDArray[np.uint8]]:
     """Yields uint8 batches (b, H, W, 3) of `rows` in order. Threads decode the next batches in advance."""
-    threads = num_workers or min(MAX_THREADS, os.cpu_count() or 1)
+    threads = count_threads(num_workers)
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with ThreadPoolExecutor(threads) as pool:
 

@@ -1,6 +1,6 @@
-"""Records as sentences: the only place where results become prose."""
+"""The sentences of logs, reports and cards about a run's records. (Advice is worded in `choosing/advise.py`.)"""
 
-from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, Verdict
+from hf_transfer.training.records import AutoChoice, Kept, Metrics, PhaseResult, Verdict
 
 
 def describe_phase(phase: PhaseResult) -> str:
@@ -13,6 +13,15 @@ def describe_phase(phase: PhaseResult) -> str:
     'head: logistic regression on 9 features per image, C = 0.1 chosen on held-out images; everything else frozen'
     """
     return _describe_solution(phase) if phase.is_solved else _describe_steps(phase)
+
+
+def describe_accuracy(metrics: Metrics) -> str:
+    """The accuracy with its confidence interval and the number of images."""
+    assert metrics.accuracy_interval is not None
+    low, high = (100 * bound for bound in metrics.accuracy_interval)
+    return (
+        f"accuracy {100 * metrics.accuracy:.1f} % (95 % interval {low:.1f} to {high:.1f}, {metrics.num_samples} images)"
+    )
 
 
 def describe_kept(phase: PhaseResult) -> str:

@@ -30,6 +30,6 @@ class Auto(GradientStrategy):
 
     def run(self, session: "Session") -> "RunResult":
         """Chooses and runs."""
-        from hf_transfer.choosing.auto import choose_and_run
+        from hf_transfer.choosing.decide import choose_and_run
 
         return choose_and_run(session, measure=self.measure, budget_s=self.budget_s)

@@ -69,19 +69,23 @@ class GreedyStackStrategy(GradientStrategy):
         if self.architecture is not None and (self.width, self.downsample, self.block) != (None, None, "conv"):
             raise ValueError(f"width, downsample, block: apply to new blocks; {self.architecture} has its own layers")
 
+    def check(self, config: RunConfig) -> None:
+        """Raises ValueError for settings that need a checkpoint without one, and for an architecture beside one."""
+        on_checkpoint = self._is_on_checkpoint(config)
+        if on_checkpoint and self.architecture is not None:
+            raise ValueError(
+                f"checkpoint={config.model.checkpoint!r}, architecture={self.architecture!r}: choose one of them"
+            )
+        if not on_checkpoint and (self.stack_after is not None or self.block == "transformer"):
+            raise ValueError("stack_after and block='transformer' need the activations of a --checkpoint")
+
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
         """The checkpoint, or the architecture or blocks with random weights."""
         from hf_transfer.network.backbone import create
         from hf_transfer.network.growing import create_blocks
 
         if self._is_on_checkpoint(config):
-            if self.architecture is not None:
-                raise ValueError(
-                    f"checkpoint={config.model.checkpoint!r}, architecture={self.architecture!r}: choose one of them"
-                )
             return super().load_backbone(config, data)
-        if self.stack_after is not None or self.block == "transformer":
-            raise ValueError("stack_after and block='transformer' need the activations of a --checkpoint")
         if self.architecture is not None:
             return create(
                 self.architecture,

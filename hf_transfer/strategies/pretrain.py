@@ -40,14 +40,17 @@ class Pretrain(GradientStrategy):
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3, layer_decay=1.0))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
 
-    def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
-        """The architecture with random weights, drawn by the seed."""
-        from hf_transfer.network.backbone import create
-
+    def check(self, config: RunConfig) -> None:
+        """Raises ValueError for a checkpoint."""
         if config.model.checkpoint != NO_CHECKPOINT:
             raise ValueError(
                 f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights, `full` from a checkpoint"
             )
+
+    def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
+        """The architecture with random weights, drawn by the seed."""
+        from hf_transfer.network.backbone import create
+
         return create(
             self.architecture,
             data.label_names,

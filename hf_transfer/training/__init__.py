@@ -1,1 +1,1 @@
-"""What trains: the probe's convex solver and the metrics that judge every strategy."""
+"""Training: phases of gradient steps, the solver of the linear probe, and the metrics."""

@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process between training steps on a CPU."""
+"""Keeps freed memory in the process between training steps on a CPU, so that the next step reuses the memory."""
 
 import ctypes
 import platform
@@ -8,10 +8,10 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc reuse large blocks instead of returning them to the system; returns whether it could.
+    """Makes glibc reuse large freed blocks instead of returning them to the operating system. Returns whether that worked.
 
-    Otherwise each step's activations are returned and faulted in again, page by page. MobileNetV2, batch 32, two cores of an
-    EPYC, forward and backward: 17 images/s without this, 26 with it, at 1.15 times the peak memory.
+    By default, each step returns its activations, and the next step pays a page fault for every page. On two cores of an EPYC,
+    MobileNetV2 with batch size 32 trains 17 images/s by default and 26 images/s with this setting; peak memory grows by 15 %.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

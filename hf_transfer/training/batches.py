@@ -1,8 +1,8 @@
-"""Which images make up each optimizer step, for any number of processes; and reading them before they are needed.
+"""Decides which images make up each optimizer step, for any number of processes, and reads images ahead of time.
 
-The order of an epoch depends only on seed and epoch. An epoch is divided into steps whose sizes differ by at most one image,
-so every image is seen once and there is no small last step. A step is divided among processes, and each process's share
-into batches whose gradients are accumulated.
+The order of the images in an epoch depends only on the seed and the epoch. An epoch is divided into steps whose sizes differ
+by at most one image, so the network sees every image once and there is no small last step. A step is divided among processes,
+and the share of a process is divided into batches whose gradients are accumulated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,43 +18,43 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """Where a phase gets its inputs: rows of a store, prepared on the device."""
+    """The source of a phase's inputs: `read` returns rows of a store, and `prepare` turns the rows into network inputs."""
 
     num_images: int
-    views: int | None  # stored views of each image, taken in turn; None: a new view in every epoch
+    views: int | None  # number of stored views per image, which take turns; None: every epoch computes a new view
     read: Callable[[Rows], NDArray[np.generic]]
-    prepare: Callable[[torch.Tensor, Rows], torch.Tensor]
-    is_pixels: bool  # whether `prepare` returns images, which can be mixed
+    prepare: Callable[[torch.Tensor, Rows], torch.Tensor]  # runs on the device
+    is_pixels: bool  # whether `prepare` returns images, so that mixup and cutmix are possible
 
     def rows(self, indices: Rows, epoch: int) -> Rows:
-        """The rows of the images `indices` in this epoch."""
+        """Returns the rows of the store that contain the images `indices` in this epoch."""
         view = epoch if self.views is None else epoch % self.views
         return view * self.num_images + indices
 
 
 def count_steps(num_images: int, images_a_step: int) -> int:
-    """Optimizer steps in an epoch."""
+    """Returns the number of optimizer steps in an epoch."""
     return -(-num_images // images_a_step)
 
 
 def draw_steps(num_images: int, images_a_step: int, *, seed: int, epoch: int) -> list[Rows]:
-    """The images of each step of an epoch."""
+    """Returns, for each step of an epoch, the indices of the step's images."""
     order = np.random.default_rng([seed, epoch]).permutation(num_images).astype(np.int64)
     return np.array_split(order, count_steps(num_images, images_a_step))
 
 
 def take_share(step: Rows, *, rank: int, num_ranks: int, accumulate: int) -> list[Rows]:
-    """One process's batches in one step; none is empty. Raises ValueError for fewer images than processes."""
+    """Returns the batches of one process in one step. Raises ValueError if a step has fewer images than processes."""
     if len(step) < num_ranks:
         raise ValueError(
-            f"a step of {len(step)} images cannot be shared by {num_ranks} processes: start fewer processes"
+            f"cannot divide a step of {len(step)} images among {num_ranks} processes: start fewer processes"
         )
     own = np.array_split(step, num_ranks)[rank]
     return np.array_split(own, min(accumulate, len(own)))
 
 
 def read_ahead(wanted: Iterable[Rows], read: Callable[[Rows], NDArray[np.generic]]) -> Iterator[NDArray[np.generic]]:
-    """`read` of each of `wanted`, in order; a thread reads the next one while the current one is used."""
+    """Yields `read(rows)` for each `rows` in `wanted`, in order. A thread reads the next rows while the caller works."""
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for rows in wanted:

@@ -1,6 +1,7 @@
-"""States to resume from: one file, complete or absent, with everything that the rest of the run depends on.
+"""Saves and loads the state from which a run resumes.
 
-Tensors are stored by safetensors and the rest as JSON in its header, so reading a state runs no code from it.
+A state is one file with everything that the rest of the run depends on; an interrupted write leaves the old file. The file has
+the safetensors format, with JSON in its header for all values that are not tensors, so loading a state executes no code.
 """
 
 import json
@@ -16,7 +17,7 @@ _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (nested dicts and lists of tensors and JSON values); it replaces the last one once it is complete."""
+    """Writes `state` (nested dicts and lists of tensors and JSON values) to `folder`, and then replaces the previous state."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_pack(state, tensors))
@@ -26,7 +27,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
-    """The state in `folder`, tensors on the CPU; None if there is none."""
+    """Returns the state in `folder` with its tensors on the CPU, or None if the folder contains no state."""
     if not has_state(folder):
         return None
     with safe_open(folder / STATE, framework="pt") as file:
@@ -36,19 +37,19 @@ def load_state(folder: Path) -> dict[str, Any] | None:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether there is a state in `folder`."""
+    """Returns whether `folder` contains a state."""
     return (folder / STATE).is_file()
 
 
 def remove_state(folder: Path) -> None:
-    """Removes the state, so that a later `--resume` cannot pick up an older run."""
+    """Deletes the state in `folder`, so that a later `--resume` cannot continue an older run."""
     (folder / STATE).unlink(missing_ok=True)
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        # A copy: safetensors stores neither shared memory nor other memory formats.
+        # safetensors can store neither tensors that share memory nor memory formats such as channels_last: store a copy.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""An exponential moving average (EMA) of the weights, which is evaluated and kept instead of the last weights.
+"""An exponential moving average (EMA) of the weights, which a run evaluates and saves instead of the last weights.
 
-Averaging along the path: arXiv 1803.05407. The average is that of timm `utils/model_ema.py` (ModelEmaV3), with the warm-up of
-TensorFlow's ExponentialMovingAverage, so that the first weights fade quickly.
+arXiv 1803.05407 shows why averaging weights along the training path helps. The formula is the same as in timm
+`utils/model_ema.py` (ModelEmaV3), with the warm-up of TensorFlow's ExponentialMovingAverage: the first weights fade quickly.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,9 @@ import torch
 
 
 class Averaged:
-    """Averages of named tensors, in float32 on each tensor's device; integer tensors are copied, not averaged.
+    """Moving averages of named tensors, in float32 on the device of each tensor. Integer tensors are copied, not averaged.
 
-    Give it the parameters that train and the running statistics that change; frozen tensors need no average.
+    `named` contains the trainable parameters and the running statistics that change. Frozen tensors need no average.
     """
 
     def __init__(self, named: Mapping[str, torch.Tensor], decay: float) -> None:
@@ -26,7 +26,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Moves the averages towards the live tensors by 1 - min(decay, (1 + t) / (10 + t)); call it once per step."""
+        """Moves the averages towards the current tensors by the share 1 - min(decay, (1 + t) / (10 + t)), at step t."""
         self._check(named, "update")
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
@@ -40,7 +40,7 @@ class Averaged:
 
     @contextmanager
     def swapped(self, named: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Inside, the live tensors hold the averages, rounded to their own dtype; afterwards they hold their old bits again."""
+        """Replaces the values of the tensors by the averages inside the context, and restores the old values at its end."""
         self._check(named, "swapped")
         with torch.no_grad():
             former = {name: tensor.detach().clone() for name, tensor in named.items()}
@@ -51,11 +51,11 @@ class Averaged:
             _copy(former, named)
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue exactly; the tensors are the averages themselves, not copies."""
+        """Returns the state for `load_state_dict`. The tensors in the state are the averages themselves, not copies."""
         return {"updates": self._updates, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies a state in, in place. Raises ValueError if its names or shapes differ."""
+        """Copies a saved state into this object. Raises ValueError if names or shapes of the tensors differ."""
         self._check(state["averages"], "load_state_dict")
         _copy(state["averages"], self._averages)
         self._updates = state["updates"]

@@ -1,4 +1,4 @@
-"""Logits of a split, each image once at any number of processes: from stored activations, or from pixels."""
+"""Computes the logits of a split from stored activations or from pixels: each image once, with any number of processes."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ from hf_transfer.training.records import Metrics
 
 Labels = NDArray[np.int64]
 LogitsAndLabels = tuple[NDArray[np.float32], Labels]
-"""Logits (N, K) and labels (N,) of all processes, on every process."""
+"""Logits (N, K) and labels (N,) of all images, on every process."""
 
 
 def compute_stored_logits(
@@ -31,10 +31,10 @@ def compute_stored_logits(
     *,
     batch_size: int = 1024,
 ) -> LogitsAndLabels:
-    """Logits of `network` over a store of activations (N, ...).
+    """Returns the logits that `network` computes from a store of activations (N, ...).
 
-    Each process computes a contiguous share; nothing is padded, so nothing is counted twice. `network` maps activations
-    (b, ...) on the device to logits (b, K): a head, or the part of the network after a cut.
+    `network` is a head, or the part of the network after a cut: it maps activations (b, ...) on the device to logits (b, K).
+    Each process computes a contiguous share of the rows. There is no padding, so no image counts twice.
     """
     share = _take_share(len(store), resources)
     parts = []
@@ -49,7 +49,7 @@ def compute_stored_logits(
 def compute_image_logits(
     chain: Chain, images: Images, labels: Labels, resources: Resources, *, shows_progress: bool = True
 ) -> LogitsAndLabels:
-    """Logits of the whole network in eval mode over `images`."""
+    """Returns the logits of the whole network in eval mode for `images`."""
     share = _take_share(len(images), resources)
     rows: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(share)
 
@@ -64,14 +64,14 @@ def compute_image_logits(
 
 
 def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Metrics:
-    """Metrics of the whole network on a split, read from its files."""
+    """Returns the metrics of the whole network on a split, whose images are read from files."""
     images = EvaluationImages(split=split, preprocessing=preprocessing)
     logits, labels = compute_image_logits(chain, images, split.labels, session.resources)
     return score(logits, labels, split.label_names, seed=session.config.seed)
 
 
 def score_splits(session: Session) -> dict[str, Metrics]:
-    """Metrics of the session's whole network, as it will be saved, on validation and, if there is one, test images."""
+    """Returns the metrics of the session's whole network by split: validation, and test if the data set has a test split."""
     splits = [split for split in (session.data.validation, session.data.test) if split is not None]
     return {s.name: score_images(session.chain, session.backbone.preprocessing, s, session) for s in splits}
 

@@ -1,11 +1,11 @@
-"""What a phase reads: stored activations at its cut, or stored pixels with augmentation on the device.
+"""Chooses the inputs of a phase: stored activations at the cut where the frozen layers (the prefix) end, or resized images.
 
-| cut | cache_views | training reads | network |
+| cut | cache_views | inputs in training | layers that run |
 |---|---|---|---|
-| at the pixels | any | squares, augmented anew in every epoch | all of it |
-| deeper | 1 | activations of each image as in evaluation | the part after the cut |
-| deeper | V > 1 | activations of V augmented views, in turn | the part after the cut |
-| deeper | 0 | squares, augmented anew | all of it, the prefix without gradients |
+| at the pixels | any | resized images with new augmentation in every epoch | the whole network |
+| deeper | 1 | activations of each image, preprocessed as in evaluation | the part after the cut |
+| deeper | V > 1 | activations of V augmented views, which take turns | the part after the cut |
+| deeper | 0 | resized images with new augmentation in every epoch | the whole network, the prefix without gradients |
 """
 
 import logging
@@ -32,29 +32,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseData:
-    """What a phase trains on and is validated on. The validation split is one of `activations` and `images`."""
+    """The training and validation inputs of a phase. Either `activations` or `images` contains the validation split."""
 
     feed: Feed
-    cut: Cut | None  # where the trained network begins; None: at the pixels
-    stored: Store | None = None  # what the feed reads, if it reads activations
+    cut: Cut | None  # the place where the trained part of the network begins; None: at the pixels
+    stored: Store | None = None  # the training activations, if the feed reads activations
     activations: Store | None = None
     images: EvaluationImages | None = None
-    num_computed: int = 0  # images that went through the prefix for it
+    num_computed: int = 0  # number of images that passed through the prefix to fill the stores
 
 
 def make_phase_data(
     session: Session, cut: Cut | None, *, through: Sequence[Cut] = (), before: PhaseData | None = None
 ) -> PhaseData:
-    """The stores for a phase that is cut at `cut`: found in the cache, or made now. Logs which, and their size.
+    """Returns the inputs of a phase whose frozen prefix ends at `cut`, from the cache or computed now.
 
-    `through`: earlier cuts at which activations are stored on the way, each computed from those at the cut before it, so
-    that no layer runs twice. `before`: what the previous phase read; if that is one of those stores, the way begins there.
+    `through`: earlier cuts whose activations are stored too. The previous cut's activations are the inputs for the next cut,
+    so no layer runs twice. `before`: inputs of the previous phase, reused if these inputs are activations at one of the cuts.
     """
     views = session.gradient.training.cache_views
     if cut is not None and views > 0:
         return _read_activations(session, [*through, cut], before)
     if cut is not None and session.is_main:
-        log.info("cache_views 0: the prefix up to %s runs on fresh augmentation in every epoch", cut.name)
+        log.info("cache_views is 0: every epoch runs the frozen prefix up to %s on newly augmented images", cut.name)
     squares = _store_squares(session)
     feed = Feed(
         num_images=len(session.data.train), views=None, read=squares.read, prepare=squares.prepare, is_pixels=True
@@ -80,13 +80,16 @@ def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | 
     training_images: EvaluationImages | TrainingImages
     if views == 1:
         training_images = EvaluationImages(split=data.train, preprocessing=session.backbone.preprocessing)
-        described = "each image as in evaluation, without augmentation"
+        described = "one view of each image without augmentation"
     else:
         training_images = _store_squares(session)
-        described = f"{views} augmented views of each image, taken in turn"
+        described = f"{views} augmented views of each image"
     if session.is_main:
         size_mb = len(training_images) * cut.bytes_per_image / 1e6
-        log.info("prefix up to %s: %s; %d forwards, %.1f MB", cut.name, described, len(training_images), size_mb)
+        log.info(
+            "training reads stored activations of the frozen prefix up to %s, for %s: %d forward passes, %.1f MB",
+            cut.name, described, len(training_images), size_mb,
+        )  # fmt: skip
     first, kept_train, kept_validation = _begin_at(way, before)
     stored, train_passes = _walk(session, training_images, way, first, kept_train)
     validation, validation_passes = _walk(session, evaluated, way, first, kept_validation)
@@ -102,7 +105,7 @@ def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | 
 
 
 def _begin_at(way: Sequence[Cut], before: PhaseData | None) -> tuple[int, Store | None, Store | None]:
-    """Where the way begins, and the stores of training and validation activations that are already there."""
+    """Returns the index of the first cut to compute, and the training and validation stores that exist at this cut."""
     names = [cut.name for cut in way]
     if before is None or before.cut is None or before.cut.name not in names:
         return 0, None, None
@@ -110,7 +113,7 @@ def _begin_at(way: Sequence[Cut], before: PhaseData | None) -> tuple[int, Store 
 
 
 def _walk(session: Session, images: Images, way: Sequence[Cut], first: int, store: Store | None) -> tuple[Store, int]:
-    """The store at the end of the way, and how many images went through a part of the network for it."""
+    """Returns the store of activations at the last cut, and the number of images that passed through a part of the network."""
     passes, source = 0, images
     for i in range(first, len(way)):
         if i > first or store is None:

@@ -1,13 +1,13 @@
-"""Many softmax regressions over one feature matrix, minimized together by L-BFGS.
+"""Minimizes many softmax regressions over one feature matrix together, by L-BFGS.
 
-P problems of K classes share features (N, D). They differ in one penalty per problem and one weight per row, so their matrix
-products are one product, (P*K, D) x (D, N). What makes the solver fast, and safe in float32:
-- logits are linear in the weights, so the line search costs no matrix product: an iteration is one product for the logits of
-  the direction and one for the gradient. The search is Newton's method on the exact derivative, between brackets;
-- the leading eigenvectors of the feature covariance, from a randomized range finder, precondition every problem, rescaled at
-  every iteration by each class's curvature (Frangella, Tropp, Udell, "Randomized Nystrom preconditioning", arXiv 2110.02820);
-- logits are kept as margins against the true class, so the gradient of a well-separated row keeps its digits;
-- a problem that has converged leaves the batch.
+P problems of K classes share the features (N, D). The problems differ only in the penalty and in the weights of the rows, so
+one matrix product, (P*K, D) x (D, N), serves all problems. The solver is fast and works in float32 for four reasons:
+- Logits are linear in the weights, so the line search needs no matrix product. An iteration takes one product for the logits
+  of the direction and one for the gradient. The search is Newton's method on the exact derivative, with a bracket.
+- The leading eigenvectors of the feature covariance, from a randomized range finder, precondition every problem. Each iteration
+  rescales the eigenvalues by the curvature of each class (Frangella, Tropp, Udell, arXiv 2110.02820).
+- The solver stores margins (logits minus the logit of the true class), so gradients of well-separated rows stay precise.
+- A converged problem leaves the batch.
 """
 
 from dataclasses import dataclass, replace
@@ -15,52 +15,52 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-HISTORY = 10  # remembered pairs of steps and gradient changes
-_RANK = 128  # eigenvectors in the preconditioner
-_SLOPE_LEFT = 0.1  # a line search ends when at most this share of the slope is left
+HISTORY = 10  # number of stored pairs (step, change of the gradient)
+_RANK = 128  # number of eigenvectors in the preconditioner
+_SLOPE_LEFT = 0.1  # a line search ends when the slope has fallen to this share of the initial slope
 _TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:
-    """How far to go, and with how much memory."""
+    """Tolerance, limits of iterations and memory, and the spread floor of the solver."""
 
-    tol: float = 1e-10  # a problem stops when what is left to gain, as estimated, is below this share of its objective
+    tol: float = 1e-10  # a problem stops when the estimated remaining gain is below this share of its objective
     max_iterations: int = 2000
-    memory_bytes: int | None = None  # of working memory; None: 1 GiB on a CPU, a quarter of what is free on a GPU
+    memory_bytes: int | None = None  # working memory; None: 1 GiB on a CPU, a quarter of the free memory on a GPU
     spread_floor: float = 0.0  # see `standardize`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """What all problems share. The last column of the features is ones: its weight is the bias, which is not penalized."""
+    """The data that all problems share. The last column of the features is 1: its weight is the bias, without penalty."""
 
     features: Tensor  # (N, D + 1) float32, standardized
     targets: Tensor  # (N,) int64
     num_classes: int
-    mean: Tensor  # (D,) of the raw features
-    inverse_std: Tensor  # (D,), 0 for a constant feature
-    penalized: Tensor  # (D + 1,) 1, and 0 for the bias
-    eigenvectors: Tensor  # (D + 1, R), 0 for the bias
+    mean: Tensor  # (D,) mean of the raw features
+    inverse_std: Tensor  # (D,) 0 for a constant feature
+    penalized: Tensor  # (D + 1,) 1 for features, 0 for the bias
+    eigenvectors: Tensor  # (D + 1, R) leading eigenvectors of the covariance; 0 for the bias
     eigenvalues: Tensor  # (R,)
-    other_eigenvalues: Tensor  # (D + 1,) the mean of the remaining ones, and 1 for the bias
+    other_eigenvalues: Tensor  # (D + 1,) mean of the remaining eigenvalues; 1 for the bias
 
     def margins(self, weights: Tensor) -> Tensor:
-        """(P, K, N): the logit of each class minus that of the true class, for weights (P, K, D + 1)."""
+        """Returns margins (P, K, N): the logit of each class minus the logit of the true class. Weights: (P, K, D + 1)."""
         logits = (weights.flatten(0, 1) @ self.features.T).view(len(weights), self.num_classes, -1)
         return logits - logits.gather(1, self.targets.expand(len(weights), 1, -1))
 
     def unstandardize(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (..., K, D) and bias (..., K) that act on raw features."""
+        """Returns weight (..., K, D) and bias (..., K) for raw features, from weights for standardized features."""
         weight = weights[..., :-1] * self.inverse_std
         return weight, weights[..., -1] - weight @ self.mean
 
 
 def standardize(features: Tensor, targets: Tensor, num_classes: int, *, spread_floor: float = 0.0) -> Problems:
-    """The problems over features (N, D) of any float type: standardized, with a preconditioner. The input is not changed.
+    """Standardizes features (N, D) of any float type and computes the preconditioner. The input does not change.
 
-    `spread_floor`, a share of the median standard deviation, is added (squared) to each feature's, so that features that
-    hardly vary do not count as much as the others. Raises ValueError for features that are not finite.
+    The variance of each feature is increased by the square of `spread_floor` times the median standard deviation, so that
+    features that hardly vary count less than the others. Raises ValueError if a feature is not finite.
     """
     num_rows, num_features = features.shape
     columns = torch.ones(num_rows, num_features + 1, device=features.device)
@@ -69,14 +69,14 @@ def standardize(features: Tensor, targets: Tensor, num_classes: int, *, spread_f
     std, mean = torch.std_mean(raw, dim=0, correction=0)
     if not bool(torch.isfinite(std).all()):
         raise ValueError(
-            f"{int((~torch.isfinite(std)).sum())} of {num_features} features hold nan, inf or values beyond float32; "
-            "a network run in float16 may overflow: use --precision fp32 or bf16"
+            f"{int((~torch.isfinite(std)).sum())} of {num_features} features contain nan, inf or values beyond float32. "
+            "A network in float16 may overflow: use --precision fp32 or bf16"
         )
     typical = std.median()
-    if typical == 0 and bool((std > 0).any()):  # most features are constant, as after a ReLU that few images pass
+    if typical == 0 and bool((std > 0).any()):  # most features are constant, such as inactive ReLU outputs
         typical = std[std > 0].median()
     floored = (std.square() + (spread_floor * typical) ** 2).sqrt()
-    # The standard deviation of a constant column is rounding error.
+    # The computed standard deviation of a constant column is not 0 but a rounding error.
     inverse_std = torch.where(std > 1e-6 * mean.abs(), 1 / floored.clamp_min(_TINY), 0.0)
     raw.sub_(mean).mul_(inverse_std)
     vectors, values, others = _leading_eigenvectors(raw)
@@ -97,11 +97,11 @@ def standardize(features: Tensor, targets: Tensor, num_classes: int, *, spread_f
 def minimize(
     problems: Problems, penalties: Tensor, row_weights: Tensor, start: Tensor | None, options: SolverOptions
 ) -> tuple[Tensor, Tensor]:
-    """Weights (P, K, D + 1) that minimize penalty / 2 * ||W||^2 + sum_i row_weight_i * CE_i, and iterations (P,).
+    """Returns weights (P, K, D + 1) that minimize penalty / 2 * ||W||^2 + sum_i row_weight_i * CE_i, and iterations (P,).
 
-    penalties (P,); row_weights (P, N), each row of which sums to 1; start (P, K, D + 1), or None for zeros. A problem stops
-    when half its Newton decrement, an estimate of what is left to gain, is below `tol` times its objective. As many problems
-    run together as fit into memory, at least one.
+    Shapes: penalties (P,); row_weights (P, N), where each row sums to 1; start (P, K, D + 1), or None for zeros. A problem
+    stops when half its Newton decrement, which estimates the remaining gain, is below `tol` times its objective. As many
+    problems run together as fit into memory, but at least one.
     """
     size = _count_fitting(problems, options.memory_bytes)
     solutions, iterations = [], []
@@ -115,7 +115,7 @@ def minimize(
 
 
 def _leading_eigenvectors(standardized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Approximate vectors (D, R) and values (R,) of the covariance, and the mean of the remaining values."""
+    """Returns approximate eigenvectors (D, R) and eigenvalues (R,) of the covariance, and the mean of the other eigenvalues."""
     num_rows, num_features = standardized.shape
     rank = min(_RANK, num_rows, num_features)
     generator = torch.Generator().manual_seed(0)
@@ -130,7 +130,6 @@ def _leading_eigenvectors(standardized: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _count_fitting(problems: Problems, memory_bytes: int | None) -> int:
-    """How many problems fit into memory together, at least one."""
     if memory_bytes is None:
         device = problems.features.device
         memory_bytes = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
@@ -141,7 +140,7 @@ def _count_fitting(problems: Problems, memory_bytes: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Problems that run together, and their formulas."""
+    """Problems that run together, with the formulas of gradient, objective, preconditioner and line search."""
 
     problems: Problems
     penalties: Tensor  # (P,)
@@ -151,27 +150,27 @@ class _Group:
         return replace(self, penalties=self.penalties[kept], row_weights=self.row_weights[kept])
 
     def gradient(self, weights: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, K, D + 1), and the mean curvature p (1 - p) of each class (P, K)."""
+        """Returns the gradient (P, K, D + 1), and the mean curvature p (1 - p) of each class (P, K)."""
         problems = self.problems
         probabilities = margins.softmax(1)
         curvature = torch.einsum("pkn,pn->pk", probabilities * (1 - probabilities), self.row_weights)
         truth = problems.targets.expand(len(weights), 1, -1)
         residuals = probabilities.scatter_(1, truth, 0.0)
-        residuals.scatter_(1, truth, -residuals.sum(1, keepdim=True))  # p - 1 without its cancellation
+        residuals.scatter_(1, truth, -residuals.sum(1, keepdim=True))  # equals p - 1, without cancellation of digits
         residuals.mul_(self.row_weights[:, None])
         gradient = (residuals.flatten(0, 1) @ problems.features).view_as(weights)
         penalty = self.penalties[:, None, None] * problems.penalized
         return gradient.addcmul_(penalty, weights), curvature.clamp_min(1e-7)
 
     def objective(self, weights: Tensor, margins: Tensor) -> Tensor:
-        """(P,)."""
+        """Returns the objective (P,) of each problem."""
         loss = (margins.logsumexp(1) * self.row_weights).sum(1)
         return loss + 0.5 * self.penalties * _dot(weights, weights * self.problems.penalized)
 
     def apply_inverse_hessian(
         self, curvature: Tensor, gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]
     ) -> Tensor:
-        """The two-loop recursion (Nocedal and Wright, algorithm 7.4) around the preconditioner."""
+        """Runs the two-loop recursion (Nocedal and Wright, algorithm 7.4) around the preconditioner."""
         vector = gradient.clone()
         alphas = []
         for step, bend, rho in reversed(history):
@@ -187,21 +186,21 @@ class _Group:
         return vector
 
     def _precondition(self, curvature: Tensor, vector: Tensor) -> Tensor:
-        """The inverse of curvature * covariance + penalty, class by class: eigenvectors, and a diagonal for the rest."""
+        """Multiplies by the inverse of curvature * covariance + penalty, where the covariance is low-rank plus diagonal."""
         problems, penalties = self.problems, self.penalties[:, None, None]
         along = curvature[:, :, None] * problems.eigenvalues + penalties  # (P, K, R)
         rest = curvature[:, :, None] * problems.other_eigenvalues + penalties * problems.penalized
         inside = vector @ problems.eigenvectors
-        # `rest` is one number except for the bias, whose eigenvector entries are 0.
+        # `rest` is the same number for all features. It differs for the bias, whose eigenvector entries are 0.
         applied = vector / rest + (inside * (1 / along - 1 / rest[:, :, :1])) @ problems.eigenvectors.T
-        # A constant added to all classes changes no probability; the solution without one is the one wanted.
+        # Adding the same vector to all classes changes no probability: choose the solution whose classes sum to 0.
         return applied - applied.mean(1, keepdim=True)
 
     def search(self, weights: Tensor, margins: Tensor, direction: Tensor, change: Tensor, slope: Tensor) -> Tensor:
-        """Step lengths (P,) at which at most `_SLOPE_LEFT` of the slope is left, of either sign.
+        """Returns step lengths (P,) at which the absolute slope is at most `_SLOPE_LEFT` times the initial slope.
 
-        The objective along a line is convex: Newton's method on its derivative, bisected or doubled if it leaves the bracket.
-        `change`: the margins of the direction.
+        The objective along a line is convex, so the search is Newton's method on the derivative, and bisection or doubling if
+        a Newton step leaves the bracket. `change`: the margins of the direction.
         """
         inner = self.penalties * _dot(weights, direction * self.problems.penalized)
         square = self.penalties * _dot(direction, direction * self.problems.penalized)
@@ -258,7 +257,7 @@ def _minimize_group(group: _Group, start: Tensor | None, options: SolverOptions)
         before = gradient
         gradient, curvature = group.gradient(weights, margins)
         bend = gradient - before
-        # In exact arithmetic s.y > 0. Rounding near the optimum can break that; such a pair is dropped (rho = 0).
+        # In exact arithmetic s.y > 0. Near the optimum, rounding can violate this; such a pair is ignored (rho = 0).
         product = _dot(step, bend)
         is_sound = product > 1e-7 * (_dot(step, step) * _dot(bend, bend)).sqrt()
         history.append((step, bend, torch.where(is_sound, 1 / product.clamp_min(_TINY), 0.0)))

@@ -1,7 +1,7 @@
-"""One phase of gradient steps: what the policy selects trains, everything else keeps every bit, and any step can be resumed.
+"""Runs one phase of gradient steps, which can be resumed at any step.
 
-The loop reads as if written for one process. Accelerate wraps network and optimizer, each process takes its share of each
-step, and the loss is scaled so that a step equals that of one process on all its images.
+The parameters that the phase's policy selects are trained, and all other tensors stay the same to the last bit. With many
+processes, Accelerate wraps network and optimizer, and the loss is scaled so that a step equals a step of one process.
 """
 
 import logging
@@ -34,7 +34,7 @@ EVALUATION_BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedPhase:
-    """What a phase of gradient steps leaves, besides the weights."""
+    """The result of a phase of gradient steps, without the weights."""
 
     history: tuple[EpochRecord, ...]
     kept: Kept
@@ -46,9 +46,9 @@ class TrainedPhase:
 
 
 def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, Any] | None = None) -> TrainedPhase:
-    """Trains the chain's model in place; it ends with the weights that `selection.Selection` keeps.
+    """Trains the chain's model in place. Afterwards the model has the weights that `selection.Selection` chose.
 
-    `starts_trained`: the weights that it starts from are kept unless an epoch is better beyond chance. `resumed`: the phase's
+    `starts_trained`: whether the initial weights are kept unless an epoch is better beyond chance. `resumed`: the phase's
     part of a saved state. Raises NonFiniteLossError, and FrozenChangedError if a frozen tensor has changed.
     """
     session, training = run.session, run.session.gradient.training
@@ -96,7 +96,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
 
 
 def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validation:
-    """The score of `network` on the validation split, each image once."""
+    """Scores `network` on the validation split, each image once."""
     labels = session.data.validation.labels
     if inputs.activations is not None:
         with eval_mode(session.chain.model), torch.no_grad():
@@ -112,7 +112,7 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
 
 
 def _prepare(run: PhaseRun, groups: list[dict[str, Any]], contexts: ExitStack) -> Trainable:
-    """Network and optimizer for the steps; what has to be undone afterwards is entered into `contexts`."""
+    """Returns network and optimizer for the steps. Changes to the model are undone when `contexts` closes."""
     session, training = run.session, run.session.gradient.training
     optimizer = make_optimizer(groups, run.phase.optimization)
     network: nn.Module = contexts.enter_context(session.chain.part(start=run.inputs.cut))
@@ -120,14 +120,14 @@ def _prepare(run: PhaseRun, groups: list[dict[str, Any]], contexts: ExitStack) -
         contexts.enter_context(_recompute_activations(session.chain.model))
     compiled = torch.compile(network) if training.compile else network
     prepared, optimizer = session.accelerator.prepare(compiled, optimizer)
-    # Only now: with several processes, `prepare` gives the network new buffers.
+    # This must come after `prepare`, which gives the network new buffers if there are several processes.
     state = _find_trainable_state(run)
     average = Averaged(state, training.ema_decay) if training.ema_decay else None
     return Trainable(network=prepared, optimizer=optimizer, state=state, average=average)
 
 
 def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
-    """What may change in a phase: the parameters that train, and every saved buffer after the cut (running statistics)."""
+    """Returns the tensors that a phase may change: the trainable parameters, and all saved buffers after the cut."""
     chain = run.session.chain
     parameters = {n: p for n, p in chain.model.named_parameters() if n in run.names}
     saved = chain.model.state_dict(keep_vars=True)
@@ -137,7 +137,7 @@ def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
 
 
 def _agree_on_statistics(state: Mapping[str, torch.Tensor], accelerator: Accelerator) -> None:
-    """Gives every process the first one's running statistics, in place: each has its own, and one network is kept."""
+    """Copies the running statistics of the first process to all processes, in place, since only one network is saved."""
     if accelerator.num_processes > 1:
         for tensor in state.values():
             if not isinstance(tensor, nn.Parameter):
@@ -161,7 +161,7 @@ def _restore(resumed: Mapping[str, Any], trainable: Trainable, accelerator: Acce
     for parameter, state in trainable.optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
-                # In the parameter's own memory format: another one takes other kernels, which round differently.
+                # Use the memory format of the parameter: other formats run other kernels, which round differently.
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     if trainable.average is not None:
         trainable.average.load_state_dict(resumed["average"])
@@ -182,7 +182,7 @@ def _log_epoch(record: EpochRecord, run: PhaseRun, *, is_kept: bool) -> None:
         log.info(
             "epoch %d: loss %.4f, train accuracy %.1f %%, validation accuracy %.1f %%, log-loss %.4f, %.0f images/s%s",
             record.epoch, record.train_loss, 100 * record.train_accuracy, 100 * record.validation.accuracy,
-            record.validation.log_loss, record.images_per_second, " (kept so far)" if is_kept else "",
+            record.validation.log_loss, record.images_per_second, " (keeping these weights)" if is_kept else "",
         )  # fmt: skip
 
 
@@ -192,19 +192,19 @@ def _stop_early(progress: Progress, selection: Selection, session: Session) -> N
     if patience and progress.epoch - selection.best_epoch >= patience:
         progress.stopped = True
         if session.is_main:
-            log.info("stopping early: no better validation %s in %d epochs", training.select_by, patience)
+            log.info("stopping early: validation %s has not improved for %d epochs", training.select_by, patience)
 
 
 def _recompute_activations(model: Any) -> ExitStack:
-    """Turns on the model's own activation checkpointing until the context ends."""
+    """Turns on the model's gradient checkpointing until the context closes."""
     stack = ExitStack()
     if hasattr(model, "gradient_checkpointing_enable"):
-        # Not re-entrant: that kind loses the gradients behind a frozen part.
+        # Re-entrant checkpointing would lose the gradients of layers after a frozen part.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         stack.callback(model.gradient_checkpointing_disable)
     elif hasattr(model, "set_grad_checkpointing"):
         model.set_grad_checkpointing(True)
         stack.callback(model.set_grad_checkpointing, False)
     else:
-        raise ValueError(f"{type(model).__name__} has no gradient checkpointing: drop --gradient_checkpointing")
+        raise ValueError(f"{type(model).__name__} supports no gradient checkpointing: drop --gradient_checkpointing")
     return stack

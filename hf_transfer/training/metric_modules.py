@@ -1,16 +1,16 @@
 """The metrics of image classification as `evaluate.Metric` subclasses that need no network access.
 
-`evaluate.load` fetches a script from the Hub; a subclass inside a package does not, and works with `evaluate.combine` and
-`evaluate.evaluator` in the same way. There are two kinds, by what they store for each image:
+`evaluate.load` downloads a script from the Hub. A subclass in a package needs no download, and works with `evaluate.combine`
+and `evaluate.evaluator` in the same way. The inputs of a metric are of two kinds:
 
-- label metrics (`predictions`, `references`): accuracy, balanced accuracy, macro-F1, per class, confusion matrix;
-- logit metrics, which take one or two numbers per image that were computed from the logits (storing a row of logits in Arrow
-  costs a hundred times more): top-k accuracy (`label_ranks`), negative log-likelihood (`label_log_probabilities`),
-  calibration error (`confidences`, `hits`).
+- Label metrics take `predictions` and `references`: accuracy, balanced accuracy, macro-F1, per class, confusion matrix.
+- Logit metrics take one or two numbers per image, computed from the logits, since storing rows of logits in Arrow costs a
+  hundred times more: top-k accuracy (`label_ranks`), negative log-likelihood (`label_log_probabilities`), and calibration
+  error (`confidences`, `hits`).
 
-Macro averages are over the classes present in the references, as in scikit-learn's `balanced_accuracy_score` and
-`f1_score(average="macro", labels=present, zero_division=0)`. Importing this module imports `evaluate`, which takes seconds:
-import it inside the function that needs it.
+Macro averages use only the classes that occur in the references, as scikit-learn's `balanced_accuracy_score` does, and
+`f1_score(average="macro", labels=present, zero_division=0)`. Import this module inside the function that needs the metrics,
+because the import of `evaluate` takes seconds.
 """
 
 from dataclasses import dataclass
@@ -26,22 +26,22 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCounts:
-    """Images of each class, (..., K) int64: predicted correctly, labeled as it, predicted as it."""
+    """The numbers of images of each class, each of shape (..., K)."""
 
-    hits: NDArray[np.int64]
-    support: NDArray[np.int64]
-    predicted: NDArray[np.int64]
+    hits: NDArray[np.int64]  # images of the class that are predicted correctly
+    support: NDArray[np.int64]  # images whose label is the class
+    predicted: NDArray[np.int64]  # images whose prediction is the class
 
     def accuracy(self) -> NDArray[np.float64]:
-        """Share of all images that are predicted correctly, (...)."""
+        """Returns the share of all images that are predicted correctly, of shape (...)."""
         return np.asarray(self.hits.sum(axis=-1) / self.support.sum(axis=-1))
 
     def balanced_accuracy(self) -> NDArray[np.float64]:
-        """Mean recall of the classes that have support, (...)."""
+        """Returns the mean recall of the classes that have images, of shape (...)."""
         return self._mean_over_present(self.hits / np.maximum(self.support, 1))
 
     def macro_f1(self) -> NDArray[np.float64]:
-        """Mean F1 of the classes that have support, (...)."""
+        """Returns the mean F1 of the classes that have images, of shape (...)."""
         return self._mean_over_present(2 * self.hits / np.maximum(self.support + self.predicted, 1))
 
     def _mean_over_present(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -50,14 +50,14 @@ class ClassCounts:
 
 
 def count_classes(matrix: NDArray[np.int64]) -> ClassCounts:
-    """Counts of the K classes of a confusion matrix (K, K): rows true, columns predicted."""
+    """Returns the counts of the K classes, from a confusion matrix (K, K) of true classes (rows) and predictions (columns)."""
     return ClassCounts(hits=np.diagonal(matrix), support=matrix.sum(axis=1), predicted=matrix.sum(axis=0))
 
 
 class _Module(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-    """Base of the modules: the columns that they store, by name and type.
+    """The base class of the metrics. `columns` has the name and type of each input.
 
-    No `format`: "numpy" would read float64 back as float32 and move confidences across the edges of their bins.
+    `format` is not set, because "numpy" would read float64 back as float32 and move confidences to other bins.
     """
 
     columns: ClassVar[dict[str, str]]
@@ -72,7 +72,7 @@ class _Module(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
 
 
 class _LabelModule(_Module):
-    """A metric of the confusion matrix; `num_classes` defaults to the largest label seen plus 1."""
+    """The base class of metrics of the confusion matrix. `num_classes` defaults to the largest label or prediction plus 1."""
 
     columns: ClassVar[dict[str, str]] = {"predictions": "int32", "references": "int32"}
 
@@ -90,31 +90,31 @@ class _LabelModule(_Module):
 
 
 class Accuracy(_LabelModule):
-    """Share of images whose predicted class is the true one."""
+    """The share of images whose predicted class is the true class."""
 
     def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         return {"accuracy": float(count_classes(matrix).accuracy())}
 
 
 class BalancedAccuracy(_LabelModule):
-    """Mean recall of the classes that are present in the references."""
+    """The mean recall of the classes that are present in the references."""
 
     def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         return {"balanced_accuracy": float(count_classes(matrix).balanced_accuracy())}
 
 
 class MacroF1(_LabelModule):
-    """Mean F1 of the classes that are present in the references."""
+    """The mean F1 of the classes that are present in the references."""
 
     def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         return {"macro_f1": float(count_classes(matrix).macro_f1())}
 
 
 class PerClass(_LabelModule):
-    """Precision, recall, F1 and support of each class, in label order.
+    """The precision, recall, F1 and support (number of images) of each class, in label order.
 
-    The first three are None for a class without support. The precision of a class that is present but never predicted is 0,
-    as with scikit-learn's `zero_division=0`.
+    Precision, recall and F1 are None for a class without images. The precision of a class that has images but is never
+    predicted is 0, as with scikit-learn's `zero_division=0`.
     """
 
     def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
@@ -135,16 +135,16 @@ class PerClass(_LabelModule):
 
 
 class ConfusionMatrix(_LabelModule):
-    """Number of images for each pair of classes: rows are true classes, columns predicted ones."""
+    """The number of images for each pair of a true class (rows) and a predicted class (columns)."""
 
     def _summarize(self, matrix: NDArray[np.int64]) -> dict[str, Any]:
         return {"confusion_matrix": matrix.tolist()}
 
 
 class TopKAccuracy(_Module):
-    """Share of images whose true class is among the `k` (5) highest logits.
+    """The share of images whose true class is among the `k` classes (default 5) with the highest logits.
 
-    `label_ranks`: how many classes rank above the true one; 0 if the prediction is right.
+    `label_ranks`: the number of classes that rank above the true class, 0 for a correct prediction.
     """
 
     columns: ClassVar[dict[str, str]] = {"label_ranks": "int32"}
@@ -154,20 +154,20 @@ class TopKAccuracy(_Module):
 
 
 class NegativeLogLikelihood(_Module):
-    """Mean negative natural logarithm of the probability of the true class, in nats."""
+    """The mean negative natural logarithm of the probability of the true class, in nats."""
 
     columns: ClassVar[dict[str, str]] = {"label_log_probabilities": "float64"}
 
     def _compute(self, *, label_log_probabilities: list[float], **_: Any) -> dict[str, Any]:
-        # 0 - x: a mean of exactly 0 would otherwise be printed as -0.0
+        # 0 - x instead of -x, so that a mean of exactly 0 is printed as 0.0 and not as -0.0.
         return {"nll": 0.0 - float(np.mean(label_log_probabilities))}
 
 
 class CalibrationError(_Module):
-    """Expected calibration error over 15 equal bins of confidence, (i/15, (i+1)/15].
+    """The expected calibration error over 15 equal bins of confidence, (i/15, (i+1)/15].
 
-    The mean over images of their bin's |accuracy - mean confidence|: arXiv 1706.04599, section 2. `confidences`: probability
-    of the predicted class; `hits`: whether the prediction is right.
+    The error is the mean over images of |accuracy - mean confidence| of the image's bin (arXiv 1706.04599, section 2).
+    `confidences`: the probability of the predicted class. `hits`: whether the prediction is correct.
     """
 
     columns: ClassVar[dict[str, str]] = {"confidences": "float64", "hits": "bool"}
@@ -175,6 +175,6 @@ class CalibrationError(_Module):
     def _compute(self, *, confidences: list[float], hits: list[bool], **_: Any) -> dict[str, Any]:
         confidence = np.asarray(confidences, dtype=np.float64)
         bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
-        # sum of |sum over the bin of (hit - confidence)|: the bins' sizes cancel
+        # The sizes of the bins cancel, so the error is the sum over bins of |sum of (hit - confidence)|, divided by N.
         gaps = np.bincount(bins, weights=np.asarray(hits) - confidence, minlength=CALIBRATION_BINS)
         return {"ece": float(np.abs(gaps).sum() / len(confidence))}

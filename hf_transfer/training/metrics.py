@@ -1,9 +1,9 @@
-"""Metrics of a classifier on one split, with intervals.
+"""Computes the metrics of a classifier on one split, with confidence intervals.
 
-The logits are reduced once to a few columns of one number per image. Two readers use them: the `evaluate` modules of
-`metric_modules`, and a percentile bootstrap over images (Efron & Tibshirani 1993, chapter 13) for the intervals. The resamples
-depend only on the number of images and the seed, so two models scored on the same images can be compared in pairs: take
-`mean_interval` of the differences of a column.
+The logits are first reduced to a few columns (`Outcomes`) with one number per image. From these columns, `metric_modules`
+computes the metrics, and a percentile bootstrap over images (Efron & Tibshirani 1993, chapter 13) computes the intervals. The
+resamples depend only on the number of images and the seed, so the interval of a paired difference between two models on the
+same images is the `mean_interval` of the difference of their columns.
 """
 
 import tempfile
@@ -22,28 +22,28 @@ from hf_transfer.training.records import ClassMetrics, Metrics, Score
 
 CONFIDENCE_LEVEL = 0.95
 TOP_K = 5
-_BLOCK_ELEMENTS = 2**21  # of a temporary array: 16 MB in float64
-_MAX_NAMED = 10  # classes spelled out in a note
+_BLOCK_ELEMENTS = 2**21  # largest temporary array: 16 MB in float64
+_MAX_NAMED = 10  # a note lists at most this many classes by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """What the metrics need from the logits: columns of N numbers, one per image."""
+    """The values that the metrics need from the logits. Every array has N values, one per image."""
 
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
-    label_ranks: NDArray[np.int64]  # number of classes ranked above the true one
+    label_ranks: NDArray[np.int64]  # number of classes that rank above the true class
     label_log_probabilities: NDArray[np.float64]
     confidences: NDArray[np.float64]  # probability of the predicted class
 
     @property
     def hits(self) -> NDArray[np.bool_]:
-        """Whether each prediction is right."""
+        """Whether each prediction is correct."""
         return np.asarray(self.predictions == self.labels)
 
     @property
     def score(self) -> Score:
-        """Accuracy and log-loss."""
+        """The accuracy and the log-loss."""
         return Score(accuracy=float(self.hits.mean()), log_loss=-float(self.label_log_probabilities.mean()))
 
 
@@ -55,12 +55,12 @@ def score(
     seed: int = 0,
     resamples: int = 1000,
 ) -> Metrics:
-    """All metrics of one split, from logits (N, K) of any float type and labels (N,) in 0..K-1.
+    """Returns all metrics of one split, from logits (N, K) of any float type and labels (N,) in 0..K-1.
 
-    `resamples`: of the bootstrap; 0 leaves the intervals out. A class without an image in the split has no precision, recall
-    and F1, and a note says so; balanced accuracy and macro-F1 average over the classes present (within each resample, over
-    those present in it). Equal logits count in favor of the lower class index. A percentile interval says nothing about errors
-    that never occurred: at 100 % accuracy it is [1, 1].
+    `resamples`: the number of bootstrap resamples; 0 computes no intervals. A class without an image in the split gets a note
+    instead of precision, recall and F1. Balanced accuracy and macro-F1 average over the classes that are present in the split
+    or in the resample. Among equal logits, the lower class index wins. At 100 % accuracy the interval is [1, 1], because a
+    percentile interval cannot represent errors that did not occur.
 
     >>> score(np.eye(2), np.array([0, 0]), ("cat", "dog"), resamples=0).accuracy
     0.5
@@ -71,9 +71,9 @@ def score(
     outcomes = read_outcomes(logits, labels)
     num_classes = int(logits.shape[1])
     if len(label_names) != num_classes:
-        raise ValueError(f"{len(label_names)} label names for logits of {num_classes} classes: give one per class")
+        raise ValueError(f"{len(label_names)} label names for logits of {num_classes} classes: give one name per class")
     if resamples < 0:
-        raise ValueError(f"resamples={resamples}: choose 0 (no intervals) or more")
+        raise ValueError(f"resamples={resamples}: choose 0 (no confidence intervals) or a positive number")
     values = _compute(outcomes, num_classes, seed)
     rows = [ClassMetrics(label=name, **row) for name, row in zip(label_names, values.pop("per_class"), strict=True)]
     matrix = tuple(tuple(row) for row in values.pop("confusion_matrix"))
@@ -89,8 +89,8 @@ def score(
 
 
 def _compute(outcomes: Outcomes, num_classes: int, seed: int) -> dict[str, Any]:
-    """The metrics by name, from `evaluate`."""
-    import evaluate  # takes seconds: after the checks
+    """Returns the metrics by name, computed by the library `evaluate`."""
+    import evaluate  # this import takes seconds, so it comes after the checks
 
     from hf_transfer.training import metric_modules as modules
 
@@ -98,7 +98,7 @@ def _compute(outcomes: Outcomes, num_classes: int, seed: int) -> dict[str, Any]:
     used += [modules.ConfusionMatrix, modules.NegativeLogLikelihood, modules.CalibrationError]
     if num_classes > TOP_K:
         used.append(modules.TopKAccuracy)
-    # In memory and with a temporary folder: evaluate would leave empty ones in the user's cache.
+    # With default settings, `evaluate` would leave empty folders in the user's cache.
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as folder:
         combined = evaluate.combine([module(keep_in_memory=True, cache_dir=folder, seed=seed) for module in used])
         combined.add_batch(
@@ -114,10 +114,7 @@ def _compute(outcomes: Outcomes, num_classes: int, seed: int) -> dict[str, Any]:
 
 
 def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np.integer[Any]] | Tensor) -> Outcomes:
-    """The columns of logits (N, K) and labels (N,), computed in float64, one block of rows at a time.
-
-    Raises ValueError as `score` does.
-    """
+    """Computes the outcomes of N images in float64, from logits (N, K) and labels (N,). Raises ValueError as `score` does."""
     logits, truth = _to_numpy(logits), _to_numpy(labels)
     if logits.ndim != 2 or truth.shape != logits.shape[:1]:
         raise ValueError(
@@ -130,7 +127,7 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
     if truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= num_classes:
         raise ValueError(
             f"labels of type {truth.dtype} from {truth.min()} to {truth.max()} for logits of "
-            f"{num_classes} classes: give whole numbers from 0 to {num_classes - 1}"
+            f"{num_classes} classes: give integer labels from 0 to {num_classes - 1}"
         )
     truth = truth.astype(np.int64)
     predictions, ranks = np.empty(num_samples, np.int64), np.empty(num_samples, np.int64)
@@ -144,7 +141,7 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
         broken = ~np.isfinite(block).all(axis=1)
         num_broken += int(broken.sum())
         if num_broken:
-            continue  # only counting now
+            continue  # an error is certain: only count the other broken rows
         true = truth[rows, None]
         true_logit = np.take_along_axis(block, true, axis=1)
         preferred = (block > true_logit) | ((block == true_logit) & (columns < true))
@@ -169,10 +166,7 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
 
 
 def resample_indices(num_samples: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Blocks (R, num_samples) of indices drawn with replacement, `resamples` rows in all.
-
-    Equal arguments give equal indices.
-    """
+    """Yields blocks (R, num_samples) of random indices with replacement, `resamples` rows in total, determined by `seed`."""
     generator = np.random.default_rng(seed)
     rows_per_block = max(1, _BLOCK_ELEMENTS // num_samples)
     for start in range(0, resamples, rows_per_block):
@@ -181,10 +175,9 @@ def resample_indices(num_samples: int, *, seed: int, resamples: int) -> Iterator
 
 
 def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of values (N,), one per image.
+    """Returns the 95 % bootstrap interval of the mean of values (N,), one per image.
 
-    Given the differences of two models on the same images (such as of their `Outcomes.hits`), it is the interval of the
-    paired difference.
+    To compare two models on the same images, pass the difference of their values, such as `Outcomes.hits`.
     """
     blocks = resample_indices(len(values), seed=seed, resamples=resamples)
     return _interval(np.concatenate([values[indices].mean(axis=1) for indices in blocks]))
@@ -193,23 +186,23 @@ def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0, resamples
 def gather_logits(
     accelerator: Accelerator, logits: NDArray[Any] | Tensor, labels: NDArray[Any] | Tensor
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Logits (N, K) float32 and labels (N,) int64 of all ranks, on every rank, in rank order, each image once.
+    """Returns the logits (N, K) float32 and labels (N,) int64 of all ranks, in rank order, to every rank.
 
-    Each rank gives the rows that it computed, (n_r, K) and (n_r,), without padding or repetition; n_r may be 0, and K is then
-    ignored. All ranks must call this. Raises ValueError on all ranks if a rank does not give one label per row or the ranks
-    differ in K; TypeError for labels that are not whole numbers.
+    Each rank passes the rows that it computed, (n_r, K) and (n_r,), without padding or repetition. If n_r is 0, K is ignored.
+    All ranks must call this function. Raises ValueError on all ranks if a rank does not pass one label per row or if K differs
+    between ranks, and TypeError if labels are not integers.
     """
-    # The same dtype on all ranks: a rank without rows may not know the others'.
+    # All ranks convert to the same types, since a rank without rows does not know the types of the other ranks.
     logits = _to_numpy(logits).astype(np.float32)
     labels = _to_numpy(labels).astype(np.int64, casting="same_kind")
     shape = torch.tensor([[*logits.shape, len(labels)]], device=accelerator.device)
     shapes = accelerator.gather(shape).tolist()
-    num_classes = max(shapes)[1]  # of the rank with most rows
+    num_classes = max(shapes)[1]  # of the rank with the most rows
     for rank, (num_rows, width, num_labels) in enumerate(shapes):
         if num_rows != num_labels or (num_rows and width != num_classes):
             raise ValueError(
-                f"rank {rank} holds logits ({num_rows}, {width}) and {num_labels} labels, another rank logits of "
-                f"{num_classes} classes: give one label per row, and the same classes on every rank"
+                f"rank {rank} passes logits of shape ({num_rows}, {width}) and {num_labels} labels, another rank passes "
+                f"logits of {num_classes} classes: give one label per row, and the same classes on every rank"
             )
     longest = max(1, *(num_rows for num_rows, _, _ in shapes))
 
@@ -227,15 +220,15 @@ def _to_numpy(values: NDArray[Any] | Tensor) -> NDArray[Any]:
     if not isinstance(values, Tensor):
         return np.asarray(values)
     values = values.detach().cpu()
-    # numpy has no bfloat16
+    # NumPy has no bfloat16.
     return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
 
 
 def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
-    """Intervals of accuracy, balanced accuracy, macro-F1 and NLL, all from the same resamples."""
+    """Returns the intervals of accuracy, balanced accuracy, macro-F1 and NLL, all from the same resamples."""
     from hf_transfer.training.metric_modules import ClassCounts
 
-    hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # misses count as one more class
+    hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # class K: wrong predictions
     drawn: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):
         counts = ClassCounts(
@@ -251,7 +244,7 @@ def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: in
 
 
 def _count_rows(classes: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """How often each of `width` values occurs in each row of (R, N): (R, width)."""
+    """Counts how often each of the values 0..width-1 occurs in each row of `classes` (R, N). Returns (R, width)."""
     num_rows = len(classes)
     flat = (classes + np.arange(num_rows)[:, None] * width).ravel()
     return np.bincount(flat, minlength=num_rows * width).reshape(num_rows, width)
@@ -269,6 +262,6 @@ def _note_absent_classes(rows: Sequence[ClassMetrics]) -> tuple[str, ...]:
         return ()
     named = ", ".join(absent[:_MAX_NAMED]) + (", ..." if len(absent) > _MAX_NAMED else "")
     return (
-        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}): they have no recall, precision or F1; "
-        "balanced accuracy and macro-F1 average over the other classes.",
+        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}), and so no recall, precision or F1. "
+        "Balanced accuracy and macro-F1 average over the other classes.",
     )

@@ -1,8 +1,8 @@
-"""One optimizer per phase: each trainable parameter is in exactly one group, by its layer and by whether it decays.
+"""Makes the optimizer of a phase, its parameter groups and its learning-rate schedule.
 
-Learning rates fall with the distance from the head along the chain, the same list that freezing and caching use
-(layer-wise decay: arXiv 2106.08254, 2111.06377 section A.1; open_clip `timm_model.py`, `group_matcher`). The schedule is a
-pure function of the step, so a resumed run has nothing to restore.
+Each trainable parameter is in exactly one group; groups differ in the layer and in weight decay. Learning rates fall with the
+distance from the head along the chain (the network as a sequence of layers), by layer-wise decay (arXiv 2106.08254; 2111.06377
+section A.1). The schedule is a pure function of the step, so a resumed run need not restore it.
 """
 
 import math
@@ -22,16 +22,16 @@ ONE_CYCLE_END = 1e-5
 
 
 def group_parameters(chain: Chain, trainable: Collection[str], optimization: OptimizerConfig) -> list[dict[str, Any]]:
-    """Parameter groups in chain order, for torch's optimizers: `params`, their `names`, `lr`, `initial_lr`, `weight_decay`.
+    """Returns parameter groups for torch's optimizers: up to two groups per layer, with and without weight decay.
 
-    Each layer has up to two: with and without weight decay. Raises ValueError if nothing trains, or if a name is not a
-    parameter of any layer.
+    The keys of a group are `params`, `names`, `lr`, `initial_lr` and `weight_decay`. Groups are in the order of the layers.
+    Raises ValueError if nothing trains, or if a name is not a parameter of any layer.
     """
     unknown = set(trainable) - {name for layer in chain.layers for name in layer.parameters}
     if unknown:
         raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
     if not trainable:
-        raise ValueError("no parameter trains: choose a policy that selects some")
+        raise ValueError("no parameter trains: choose a policy that selects at least one parameter")
     parameters = dict(chain.model.named_parameters())
     head = _head_parameters(chain)
     groups: dict[tuple[int, float, float], dict[str, Any]] = {}
@@ -51,9 +51,9 @@ def group_parameters(chain: Chain, trainable: Collection[str], optimization: Opt
 
 
 def is_decayed(model: nn.Module, name: str) -> bool:
-    """Whether weight decay applies: to kernels and matrices called "weight" outside normalizations and embeddings.
+    """Returns whether the parameter `name` gets weight decay, as kernels and matrices with the name "weight" do.
 
-    Biases, norms, layer scales, class tokens, position embeddings and relative position tables get none.
+    Biases, norms, layer scales, class tokens, embeddings and relative position tables get no weight decay.
     """
     owner, _, own_name = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -63,19 +63,19 @@ def is_decayed(model: nn.Module, name: str) -> bool:
 
 
 def make_optimizer(groups: list[dict[str, Any]], optimization: OptimizerConfig) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over the groups, each with its own learning rate and weight decay."""
-    # timm's "sgd" is Nesterov's, which needs a momentum above 0; its "momentum" is SGD without Nesterov.
+    """Returns timm's optimizer for the parameter groups, each of which has its own learning rate and weight decay."""
+    # timm's "sgd" is SGD with Nesterov momentum, which must be above 0. timm's "momentum" is SGD without Nesterov momentum.
     is_plain = optimization.optimizer == "sgd" and optimization.momentum == 0
     name = "momentum" if is_plain else optimization.optimizer
     return create_optimizer_v2(groups, opt=name, lr=optimization.lr, momentum=optimization.momentum)
 
 
 def lr_factor(step: int, total_steps: int, optimization: OptimizerConfig) -> float:
-    """The factor on every group's learning rate at optimizer step `step` (from 0) of a phase: above 0, at most 1.
+    """Returns the factor of every learning rate at optimizer step `step` (from 0) of a phase: above 0, at most 1.
 
-    Warm-up takes round(warmup_ratio * total_steps) steps but never the last one; the step after it has factor 1. Cosine and
-    linear would reach 0 at the step after the last. one_cycle (arXiv 1708.07120, in fastai's form, momentum not cycled)
-    follows cosines from 1/25 to 1 and down to 1e-5 at the last step. Raises ValueError outside the phase.
+    Warm-up takes round(warmup_ratio * total_steps) steps, but never the last step. The first step after warm-up has factor 1.
+    The schedules "cosine" and "linear" would reach 0 one step after the last. "one_cycle" (arXiv 1708.07120, as in fastai but
+    with constant momentum) follows cosines from 1/25 to 1 and down to 1e-5. Raises ValueError for a step outside the phase.
     """
     if not 0 <= step < total_steps:
         raise ValueError(
@@ -87,7 +87,7 @@ def lr_factor(step: int, total_steps: int, optimization: OptimizerConfig) -> flo
             return _cosine(ONE_CYCLE_START, 1.0, step / warmup_steps)
         return _cosine(1.0, ONE_CYCLE_END, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
     if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)  # not 0 at first: that step would be lost
+        return (step + 1) / (warmup_steps + 1)  # above 0 at the first step, which would have no effect otherwise
     passed = (step - warmup_steps) / (total_steps - warmup_steps)
     if optimization.lr_scheduler_type == "cosine":
         return _cosine(1.0, 0.0, passed)
@@ -95,13 +95,13 @@ def lr_factor(step: int, total_steps: int, optimization: OptimizerConfig) -> flo
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Sets each group's learning rate to `factor` times its initial one, in place; works on Accelerate's wrapped optimizers."""
+    """Sets each group's learning rate, in place, to `factor` times the group's initial learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
 def _head_parameters(chain: Chain) -> frozenset[str]:
-    """Parameters that get the head's learning rate: the last layer's, or only the classifier's if the chain is all head."""
+    """Returns the parameters of the last layer, or only of the classifier if no other layer has parameters."""
     if any(layer.parameters for layer in chain.layers[:-1]):
         return frozenset(chain.layers[-1].parameters)
     return frozenset(chain.classifier_parameters if chain.classifier is not None else ())

@@ -1,4 +1,4 @@
-"""A phase is a policy, a length and an optimizer; or a head that is solved for. A plan is a list of phases."""
+"""The phases of a plan (a list of phases): gradient steps on selected parameters, or a head that a solver computes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from hf_transfer.network.policies import Policy, head
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPhase:
-    """Gradient steps on the parameters that `policy` selects, for `epochs` passes over the training images."""
+    """A phase that takes gradient steps on the parameters that `policy` selects, for at most `epochs` epochs."""
 
     policy: Policy
     epochs: int
     optimization: OptimizerConfig
-    chain: Chain | None = field(default=None, repr=False)  # of the part that it trains, if that is not the session's
+    chain: Chain | None = field(default=None, repr=False)  # layers of the trained network; None: the session's chain
     through: tuple[Cut, ...] = field(default=(), repr=False)  # see `training.feeds.make_phase_data`
-    is_trained: bool = False  # the network it starts from: it is kept unless an epoch is better beyond chance
+    is_trained: bool = False  # the initial network is already trained: keep it unless an epoch is better beyond chance
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
-            raise ValueError(f"epochs={self.epochs}: a phase takes 1 epoch or more")
+            raise ValueError(f"epochs={self.epochs}: a phase needs 1 epoch or more")
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the phase does, as JSON values."""
@@ -38,14 +38,15 @@ class TrainPhase:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveHeadPhase:
-    """The head as the solution of a convex problem on frozen features (see `training.probe`).
+    """A phase that computes the head as the solution of a convex problem on frozen features (see `training.probe`).
 
-    Before gradient steps it is fitted on the training images alone. If no step does better, or if there are none, it ends as
-    `linear_probe` does: chosen by these settings and fitted on training and validation images (`training.solve`).
+    If gradient steps follow, the head is fitted on the training images only. If no gradient step improves the head, or if no
+    gradient steps follow, the run ends like `linear_probe`: the head is chosen by these settings and fitted on training and
+    validation images (see `training.solve`).
     """
 
     policy: Policy = field(default_factory=head)
-    sweep: Sweep = "all"  # which other ways of reading the network compete at the end
+    sweep: Sweep = "all"  # the readouts (ways to compute features from the network) that compete at the end of the run
     folds: int = 5
     select_by: SelectBy = "log_loss"
 
@@ -62,7 +63,7 @@ Plan = Sequence[TrainPhase | SolveHeadPhase]
 
 
 def solve_head(*, sweep: Sweep = "all", folds: int = 5, select_by: SelectBy = "log_loss") -> SolveHeadPhase:
-    """A phase that solves for the head, for a plan of your own.
+    """Returns a phase that computes the head with a solver, for use in a custom plan.
 
     >>> solve_head(folds=3).folds
     3
@@ -71,7 +72,7 @@ def solve_head(*, sweep: Sweep = "all", folds: int = 5, select_by: SelectBy = "l
 
 
 def train(policy: Policy, *, epochs: int = 12, **optimization: Any) -> TrainPhase:
-    """A phase of gradient steps on `policy`, for a plan of your own; keywords are the optimizer's settings.
+    """Returns a phase of gradient steps on the parameters of `policy`, for a custom plan. Keywords are optimizer settings.
 
     >>> from hf_transfer import policies
     >>> train(policies.last(2), epochs=3, lr=1e-3).optimization.lr

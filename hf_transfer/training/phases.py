@@ -1,4 +1,4 @@
-"""The phases of a plan in order, each with its own cut and optimizer; resumable at any step of any phase."""
+"""Runs the phases of a plan (a list of phases) in order. A run can be resumed at any step of any phase."""
 
 import logging
 import time
@@ -27,26 +27,26 @@ from hf_transfer.training.steps import PhaseRun
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 3  # raise it when an older state would be continued differently
+STATE_FORMAT = 3  # increase this number when a run could not continue from older states in the same way
 
-# Settings that may change when a run is resumed: they say where things are, not what is computed.
+# Settings that may change when a run is resumed, because they do not influence the result.
 NOT_COMPARED = frozenset((
     "output_dir", "resume", "cache", "cache_gb", "num_workers", "tracker", "save_every", "checkpoint", "dataset", "base_model",
     "merge", "push_to_hub", "private",
 ))  # fmt: skip
 
 PhaseState = Mapping[str, Any] | None
-"""A phase's part of a saved state; None between phases."""
+"""The part of a saved state that describes an unfinished phase; None between phases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhasesResult:
-    """What became of the phases."""
+    """The result of all phases of a plan."""
 
     done: tuple[PhaseResult, ...]
     resumed: bool
-    num_audited: int  # tensors that no phase may change
-    start: wise.Weights | None  # that gradient steps on the whole network started from, for WiSE-FT
+    num_audited: int  # number of tensors that no phase may change
+    start: wise.Weights | None  # for WiSE-FT: the weights before the first gradient step on the whole network
 
 
 def run_phases(
@@ -58,11 +58,11 @@ def run_phases(
 ) -> PhasesResult:
     """Trains the chain's model in place, phase by phase, without scoring the result.
 
-    The session's chain is that of the whole network, whose state is saved in `checkpoints`; a phase may name the part of it
-    that it trains. `continues` is asked before each phase but the first.
+    The session's chain describes the whole network; a phase may train a part of the network through a chain of its own.
+    Before every phase except the first, `continues` decides from the earlier results whether to run the phase.
 
-    With `resume`, continues from the state in `checkpoints`, on a CPU to the same bits as without the interruption. Raises
-    ValueError if that state is of another plan, data set or setting, and names them.
+    With `resume`, the run continues from the state in `checkpoints`. On a CPU, the result is then the same to the last bit as
+    without the interruption. Raises ValueError, with the differences, if the state is from another plan, data set or setting.
     """
     run = _PlanRun(session, plan, checkpoints)
     run.restore()
@@ -75,23 +75,21 @@ def run_phases(
 
 
 class _PlanRun:
-    """A plan as it runs."""
-
     def __init__(self, session: Session, plan: Plan, checkpoints: Path | None) -> None:
         self.session, self.plan, self.checkpoints = session, plan, checkpoints
         self.chains = [p.chain or session.chain if isinstance(p, TrainPhase) else session.chain for p in plan]
-        # A policy that does not fit fails before anything runs.
+        # Select all parameters first, so that a policy that does not fit the network fails before anything runs.
         self.selected = [phase.policy.select(chain) for phase, chain in zip(plan, self.chains, strict=True)]
         self._check_mixing()
         self.done: list[PhaseResult] = []
         self.start: wise.Weights | None = None
         self.is_resumed = False
-        self._phase_state: PhaseState = None  # of the phase that was interrupted
-        self._inputs: PhaseData | None = None  # what the last phase read
+        self._phase_state: PhaseState = None  # state of the interrupted phase
+        self._inputs: PhaseData | None = None  # inputs of the previous phase
         self._identity = _describe_identity(session, plan)
 
     def restore(self) -> None:
-        """Prepares the network, and continues from a saved state if there is one and it is asked for."""
+        """Moves the network to its device and, with `resume`, loads the saved state if there is a saved state."""
         session, chain = self.session, self.session.chain
         if session.accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -107,13 +105,12 @@ class _PlanRun:
             log.info("resuming in phase %d of %d", min(len(self.done) + 1, len(self.plan)), len(self.plan))
         elif session.is_main and self.checkpoints is not None:
             if resume:
-                log.info("no saved state in %s: starting fresh", self.checkpoints.name)
+                log.info("found no saved state in %s: starting fresh", self.checkpoints.name)
             remove_state(self.checkpoints)
         session.accelerator.wait_for_everyone()
-        self.audit = Audit(chain, None, frozenset().union(*self.selected))  # what no phase trains
+        self.audit = Audit(chain, None, frozenset().union(*self.selected))  # tensors that no phase trains
 
     def save(self, phase_state: PhaseState) -> None:
-        """Writes a state to resume from, on the main process."""
         if self.session.is_main and self.checkpoints is not None:
             state = {
                 "identity": self._identity,
@@ -125,7 +122,6 @@ class _PlanRun:
             save_state(self.checkpoints, state)
 
     def run_phase(self, number: int) -> None:
-        """Runs one phase and saves the state after it."""
         phase, session = self.plan[number], self.session.with_chain(self.chains[number])
         if session.is_main and len(self.plan) > 1:
             log.info("phase %d of %d: %s", number + 1, len(self.plan), phase.policy.name)
@@ -136,7 +132,7 @@ class _PlanRun:
                 self.start = self._find_start(number)
             self.done.append(self._train(number, phase, session))
         self._phase_state = None
-        self.save(None)  # a run that is resumed from here begins the next phase
+        self.save(None)  # a resumed run starts with the next phase
         session.accelerator.wait_for_everyone()
 
     def _train(self, number: int, phase: TrainPhase, session: Session) -> PhaseResult:
@@ -153,9 +149,9 @@ class _PlanRun:
             inputs=self._inputs,
             save=self.save,
             epochs_before=sum(result.epochs for result in self.done),
-            seed_offset=number << 32,  # the seeds of two phases never meet
+            seed_offset=number << 32,  # two phases never use the same seed
         )
-        # The head of a part with its own chain has not been trained by any phase before.
+        # A phase with its own chain has a new head, which no earlier phase has trained.
         starts_trained = phase.is_trained or (bool(self.done) and phase.chain is None)
         with session.costs.part("train"):
             trained = train_phase(run, starts_trained=starts_trained, resumed=self._phase_state)
@@ -183,7 +179,7 @@ class _PlanRun:
         )
 
     def _find_start(self, number: int) -> wise.Weights:
-        """The weights that gradient steps start from, with a probe in place of an untrained head."""
+        """Returns the weights before the first gradient step. A linear probe replaces a head that is not trained yet."""
         model, phase = self.session.chain.model, self.plan[number]
         gradient = (s for p, s in zip(self.plan, self.selected, strict=True) if isinstance(p, TrainPhase))
         names = frozenset().union(*gradient)
@@ -197,9 +193,9 @@ class _PlanRun:
         return start
 
     def _find_later_cuts(self, number: int) -> list[Cut]:
-        """The cuts at which later phases read each image as in evaluation, for the probe's own pass to store on disk.
+        """Returns the cuts of later phases whose activations the probe's pass over the images stores on disk too.
 
-        Only those below which nothing trains before: otherwise the activations will have changed by then.
+        A cut is left out if an earlier phase trains layers before the cut, because the stored activations would be outdated.
         """
         session, chain = self.session, self.session.chain
         if session.gradient.training.cache_views != 1:
@@ -222,15 +218,15 @@ class _PlanRun:
         phases = zip(self.plan, self.chains, self.selected, strict=True)
         if self.plan and all(isinstance(p, SolveHeadPhase) or c.lowest_cut(s) is not None for p, c, s in phases):
             raise ValueError(
-                f"mixup={augmentation.mixup}, cutmix={augmentation.cutmix}: a frozen prefix stores activations only, and "
-                "images cannot be mixed; choose --cache_views 0, or drop mixing"
+                f"mixup={augmentation.mixup}, cutmix={augmentation.cutmix}: a phase with a frozen prefix trains on stored "
+                "activations, not on images, which mixup and cutmix need: choose --cache_views 0, or drop both options"
             )
 
 
 def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) -> PhaseResult:
-    """Solves for the head on training images alone, and installs it."""
+    """Fits the head on training images only, and copies the head into the model."""
     with session.costs.part("features"):
-        # The test split is left out: it is scored once, at the end.
+        # The test split is scored once, at the end of the run, and not here.
         candidates, computed = readouts.extract_readouts(session.without_test(), sweep="none", beside=beside)
     session.costs.count_images("features", computed)
     with session.costs.part("probe"):
@@ -238,12 +234,12 @@ def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) 
         best, _ = readouts.choose_readout(candidates, session, options)
         readouts.install_probe(session.backbone, session.chain, best)
     score = readouts.score_probe(best, session.data.validation, session.resources)
-    log.info("probe: validation accuracy %.1f %%, log-loss %.4f", 100 * score.accuracy, score.log_loss)
+    log.info("linear probe: validation accuracy %.1f %%, log-loss %.4f", 100 * score.accuracy, score.log_loss)
     return replace(describe_solution(best, phase), score=score)
 
 
 def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
-    """What must be equal for a state to be continued."""
+    """Returns the settings, data and plan that must equal those of a saved state, so that a run can resume from the state."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED}
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     return {"format": STATE_FORMAT, **settings, **splits, "plan": [phase.identity() for phase in plan]}
@@ -254,13 +250,13 @@ def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     if names:
         changes = "; ".join(f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in names[:5])
         raise ValueError(
-            f"--resume: the saved state is of another run: {changes}. Give the same settings (config.yaml in the output folder "
-            "holds them), or start fresh without --resume"
+            f"--resume: the saved state is from a run with other settings: {changes}. Give the same settings (see config.yaml "
+            "in the output folder), or start fresh without --resume"
         )
 
 
 def _load_model(chain: Chain, saved: Mapping[str, torch.Tensor]) -> None:
-    """In place and in each tensor's own memory format: another one takes other kernels, which round differently."""
+    """Copies the saved tensors into the model, in place. Other memory formats would run kernels that round differently."""
     own = chain.model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in own.items():

@@ -1,4 +1,4 @@
-"""Runs a plan: its phases in order, then the scores of the result."""
+"""Runs a plan (a list of phases) and scores the trained network."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -28,18 +28,18 @@ from hf_transfer.training.solve import fit_head
 
 log = logging.getLogger(__name__)
 
-# Largest difference between the last validation of the trained network and that of the whole one from files, in fp32.
+# Largest allowed difference between the log-loss during training and the log-loss of the saved network, in fp32.
 VERIFIED_LOG_LOSS = 1e-3
 
 
 def run_plan(session: Session, plan: Plan) -> RunResult:
-    """Trains the session's network in place, phase by phase, and scores it on validation and, once, on test images.
+    """Trains the session's network in place, phase by phase, and scores the network on validation images and test images.
 
-    If a plan begins by solving for the head and no gradient step beats that, or if there is none, the result is the linear
-    probe's (`training.solve.fit_head`): fitted on validation images too, which are scored by fits that have not seen them. The
-    result's backbone may then hold another model than the chain's, since another readout may win.
+    If the first phase solves for the head and no gradient step improves on this head, or if the plan has no gradient steps, the
+    result is a linear probe (`training.solve.fit_head`). This probe is fitted on validation images too, each of which is scored
+    by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
 
-    States are saved in the session's `checkpoints`. Raises what `run_phases` raises.
+    States are saved in the session's `checkpoints`. Raises the errors of `run_phases`.
     """
     if plan and all(isinstance(phase, SolveHeadPhase) for phase in plan):
         assert isinstance(plan[-1], SolveHeadPhase)
@@ -62,7 +62,7 @@ def run_plan(session: Session, plan: Plan) -> RunResult:
         curves=curves,
         kept_probe=keeps_probe,
         num_audited=ran.num_audited,
-        resumed=ran.resumed,  # its cost is then that of the last process alone
+        resumed=ran.resumed,  # the recorded costs of a resumed run do not include the interrupted process
         details=details,
     )
     if keeps_probe:
@@ -76,7 +76,7 @@ def run_plan(session: Session, plan: Plan) -> RunResult:
 
 
 def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) -> RunResult:
-    log.info("no step was better than the probe: keeping it, fitted on training and validation images")
+    log.info("no gradient step beat the probe: the result is the probe, fitted on training and validation images")
     probe = fit_head(session, phase)
     solved = replace(probe.phases[0], refitted=True)
     return replace(
@@ -89,11 +89,11 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
 
 
 def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
-    """Raises RuntimeError if the saved network is not the one that validation chose."""
+    """Raises RuntimeError if the validation log-loss of the saved network is not the log-loss during training."""
     difference = abs(measured.nll - chosen_by.log_loss)
     if session.resources.precision == "fp32" and difference > VERIFIED_LOG_LOSS:
         raise RuntimeError(
-            f"the saved network's validation log-loss differs by {difference:.2g} from the one that it was chosen by"
+            f"the validation log-loss of the saved network differs by {difference:.2g} from the log-loss during training"
         )
 
 
@@ -102,7 +102,7 @@ def _interpolate(start: wise.Weights, session: Session) -> wise.WiseResult:
     inputs = make_phase_data(session, chain.lowest_cut(set(start)))
 
     def score() -> Score:
-        # One autocast context per candidate: it caches low-precision copies of the weights until it closes.
+        # Autocast caches low-precision copies of the weights until its context closes: use a new context per mixture.
         with accelerator.autocast():
             return validate(network, session, inputs).score
 
@@ -111,7 +111,7 @@ def _interpolate(start: wise.Weights, session: Session) -> wise.WiseResult:
 
 
 def draw_history(phases: Sequence[PhaseResult]) -> tuple[Curve, ...]:
-    """Loss and accuracy against epochs, over all phases."""
+    """Returns charts of loss and accuracy against epochs, over all phases."""
     records = [record for phase in phases for record in phase.history]
     if len(records) < 2:
         return ()

@@ -1,8 +1,8 @@
-"""What a strategy will cost, estimated from the network's measured speed before anything trains.
+"""Estimates time and memory of a strategy before training, from the measured speed of the network.
 
-Time is counted in forwards of the network: a backward costs twice the forward of what it goes through. Memory: weights,
-gradients, Adam's two moments, the moving average, the kept weights, and the activations that the backward of one batch needs,
-which are counted.
+Time is counted in forward passes; a backward pass through some layers costs two forward passes through them. Memory is the
+sum of weights, gradients, Adam's two moments, the moving average, the best weights so far, and the activations that one
+batch stores for the backward pass.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from hf_transfer.network.policies import Policy
 from hf_transfer.session import Session
 from hf_transfer.training.steps import CPU_BATCH
 
-COPIES_OF_TRAINED = 5  # gradient, two moments, moving average, kept weights
-FORWARDS_PER_STEP = 3.0  # a forward, and a backward that costs two
+COPIES_OF_TRAINED = 5  # gradient, two moments, moving average, best weights so far
+FORWARDS_PER_STEP = 3.0  # one forward pass, and a backward pass that costs two forward passes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
-    """Estimated, not measured."""
+    """The estimated time and memory of a strategy."""
 
     seconds: float
     memory_bytes: int
@@ -31,14 +31,14 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True)
 class Pricing:
-    """What estimates are made from: the session, and a speed that was measured on its images."""
+    """Estimates the costs of strategies from a session and the speed measured on the session's images."""
 
     session: Session
-    images_per_second: float  # of a forward in the run's precision
-    probe_seconds: float  # of solving for a head
+    images_per_second: float  # of a forward pass in the precision of the run
+    probe_seconds: float  # time of the solver for one head
 
     def price_probe(self) -> Price:
-        """One pass over the images, and one convex problem. Caches that exist make it cheaper."""
+        """Estimates one pass over the images and one solution for the head. Existing caches reduce the true cost."""
         return Price(seconds=self._pass_seconds + self.probe_seconds, memory_bytes=self._base_bytes)
 
     def price_steps(
@@ -51,9 +51,9 @@ class Pricing:
         forwards: float = FORWARDS_PER_STEP,
         trained_share: float | None = None,
     ) -> Price:
-        """Gradient steps on `policy`, after `passes` over the images and, if asked, a solved head.
+        """Estimates gradient steps on `policy`, after `passes` over the images and, with `solves_head`, a solved head.
 
-        `trained_share`: of the parameters, if it is not those of the policy that train.
+        `trained_share`: the trained share of the parameters, if this differs from the policy's selection.
         """
         chain, data = self.session.chain, self.session.data
         names = policy.select(chain)
@@ -64,7 +64,7 @@ class Pricing:
         train, validation = len(data.train), len(data.validation)
         epoch = self._share_above(cut) * (forwards * train + validation) / self.images_per_second
         first = passes * self._pass_seconds + (self.probe_seconds if solves_head else 0.0)
-        # The saved network is scored once from files.
+        # At the end, the saved network is scored once on the validation images.
         seconds = first + epochs * epoch + validation / self.images_per_second
         batch = CPU_BATCH if self._on_cpu else self.session.config.compute.batch_size
         memory = self._base_bytes + 4 * COPIES_OF_TRAINED * trained + batch * count_activation_bytes(chain, cut)
@@ -84,13 +84,13 @@ class Pricing:
         return anonymous_memory_bytes() if self._on_cpu else 4 * parameters
 
     def _share_above(self, cut: Cut | None) -> float:
-        """Share of a forward's FLOPs after `cut`."""
+        """Returns the share of the FLOPs of a forward pass that comes after `cut`."""
         total, before = count_flops(self.session.chain)
         return 1.0 if cut is None or not total else 1 - before[cut.name] / total
 
 
 def count_activation_bytes(chain: Chain, cut: Cut | None) -> int:
-    """What autograd keeps of one image for the backward of the network after `cut`, or of all of it."""
+    """Returns the bytes that autograd stores per image for the backward pass down to `cut`; None: through the whole network."""
     like = next(chain.model.parameters())
     own = {t.untyped_storage().data_ptr() for t in (*chain.model.parameters(), *chain.model.buffers())}
     kept: dict[int, int] = {}

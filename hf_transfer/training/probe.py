@@ -1,12 +1,12 @@
-"""The linear probe is a convex problem, so it is solved, for every regularization strength and every fold at once.
+"""Fits the linear probe, a convex problem, for every regularization strength and every fold together.
 
-A probe is multinomial logistic regression on frozen features; its only hyperparameter, the strength C, is chosen by validation.
-All (C, fold) problems share one feature matrix and go to one batched solver (lbfgs.py). The path runs from small C (a few
-iterations) to large C (hundreds) in blocks. Each block starts from the last solution, and the path ends once validation is
-clearly worse, so the expensive end is solved only if it is needed.
+A probe is multinomial logistic regression on frozen features. Its only hyperparameter, C, is chosen on validation images: a
+larger C means weaker regularization. One batched solver (lbfgs.py) solves all (C, fold) problems over one feature matrix, in
+blocks of rising C. Small C takes a few iterations, large C hundreds. Each block starts from the solution of the previous
+block, and the path ends when validation is clearly worse, so the expensive values of C are solved only if necessary.
 
-The objective is that of scikit-learn's `LogisticRegression` on standardized features, with free biases:
-||W||^2 / 2 + C * sum_i w_i * CE_i. For two classes scikit-learn has one row of W where this has two: its C is twice this one.
+The objective is ||W||^2 / 2 + C * sum_i w_i * CE_i with unpenalized biases, as in scikit-learn's `LogisticRegression` on
+standardized features. With two classes, C here is half of scikit-learn's C, because W here has two rows instead of one.
 """
 
 import logging
@@ -27,27 +27,26 @@ from hf_transfer.training.records import Score
 log = logging.getLogger(__name__)
 
 DEFAULT_C_GRID: tuple[float, ...] = tuple(float(f"{10 ** (i / 3):.3g}") for i in range(-15, 4))
-"""1e-5 to 10, three values per decade. The path ends early, so its width costs nothing. Above 10 there is hardly a penalty
-left, and a few easy images per class would always choose the largest C on offer."""
+"""The values of C from 1e-5 to 10, three per decade. A wide grid costs nothing, because the path ends early. Above 10 there is
+almost no penalty, and few easy images per class would always choose the largest C."""
 
 SPREAD_FLOOR = 1.0
-"""A share of the features' median standard deviation that is added (squared) to each one's before standardizing (see
-`lbfgs.standardize`).
+"""The default `spread_floor` of `lbfgs.standardize`, which reduces the influence of features that hardly vary.
 
-A feature that hardly varies among few images varies on others; scaled to unit variance, its weight is too large for them. With
-10 images per class, judged on images that were not used for selection, MobileNetV2's probe gains 1.2 points from it on
-hymenoptera and 1.3 on sign-language digits, and its log-loss falls by a fifth to two fifths. DeiT-Tiny's features come from a
-LayerNorm and are as good without."""
+A feature that hardly varies among few training images may vary among other images, where its weight is then too large. With 10
+images per class, on images that were not used for selection, the floor improves the accuracy of MobileNetV2's probe by 1.2
+points (hymenoptera) and 1.3 points (sign-language digits), and reduces the log-loss by 20 to 40 %. The floor changes little for
+DeiT-Tiny, whose features come from a LayerNorm."""
 
-_BLOCK = 2  # values of C that are solved together; the next block starts from the last of them
-_PATIENCE = 4.0  # the path ends this factor in C beyond the best value
-_PATH_TOL = 1e-5  # of the objective: enough to compare values of C
-_FINAL_TOL = 1e-8  # for the chosen C
+_BLOCK = 2  # number of values of C that are solved together; the next block starts from the solution of the last value
+_PATIENCE = 4.0  # the path ends when C is this factor above the best C
+_PATH_TOL = 1e-5  # tolerance on the path, relative to the objective: enough to compare values of C
+_FINAL_TOL = 1e-8  # tolerance for the chosen C
 
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """Solutions of P problems: logits of problem p on raw features are `x @ weight[p].T + bias[p]`."""
+    """The solutions of P problems. Problem p has the logits `x @ weight[p].T + bias[p]` for raw features x."""
 
     c: tuple[float, ...]
     weight: Tensor  # (P, K, D) float32
@@ -58,7 +57,7 @@ class Path:
 
 @dataclass(frozen=True, kw_only=True)
 class PathPoint:
-    """One value of C that was solved: its held-out score, and the mean number of iterations."""
+    """One solved value of C, with its held-out score and the mean number of iterations."""
 
     c: float
     score: Score
@@ -67,16 +66,16 @@ class PathPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """A fitted linear head: logits on raw features are `x @ weight.T + bias`."""
+    """A fitted linear head. The logits are `x @ weight.T + bias` for raw features x."""
 
     weight: Tensor  # (K, D) float32
     bias: Tensor  # (K,) float32
     c: float
-    score: Score  # of the chosen C, each row by a fit that has not seen it
+    score: Score  # score of the chosen C; each row is scored by a fit that has not seen the row
     path: tuple[PathPoint, ...]
-    validation_logits: Tensor  # (V, K): each validation row by a fit that has not seen it
-    held_out_losses: Tensor  # (N,) of train then validation rows, weighted to sum to the log-loss; 0 if not scored
-    refitted: bool  # on train + validation together, with the chosen C
+    validation_logits: Tensor  # (V, K); logits of each validation row by a fit that has not seen the row
+    held_out_losses: Tensor  # (N,) weighted losses of training, then validation rows, whose sum is the log-loss
+    refitted: bool  # whether the head is fitted on training and validation rows together, with the chosen C
     seconds: float
 
 
@@ -87,11 +86,12 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """How a probe is chosen and fitted.
+    """The settings that choose and fit a probe.
 
-    folds: 1 chooses C on the given validation rows; k >= 2 by stratified k-fold cross-validation over train + validation, drawn
-    by `seed`. select_by "accuracy": ties go to the lower log-loss. class_balance "loss": classes count equally in the fit and
-    in the choice. refit False: the head is fitted on train alone.
+    `folds`: with 1, the validation rows choose C; with k >= 2, stratified k-fold cross-validation over training and validation
+    rows chooses C. `seed` draws the folds. `select_by` "accuracy": among equal accuracies, the lowest log-loss wins.
+    `class_balance` "loss": all classes have equal weight, in the fit and in the choice. `refit` False: the head is fitted on
+    the training rows only.
     """
 
     c_grid: Sequence[float] = DEFAULT_C_GRID
@@ -111,7 +111,7 @@ class ProbeOptions:
             raise ValueError(f"folds={self.folds}: choose 1 (the given validation rows) or k >= 2 (cross-validation)")
 
     def solver(self, tol: float) -> SolverOptions:
-        """The solver's part of it."""
+        """Returns the options of the solver."""
         return SolverOptions(tol=tol, max_iterations=self.max_iterations, memory_bytes=self.memory_bytes)
 
 
@@ -127,12 +127,12 @@ def solve_path(
     row_weights: Tensor | None = None,
     options: SolverOptions = DEFAULT_SOLVER,
 ) -> Path:
-    """One solution for each C, on the features' device.
+    """Solves one problem for each C, on the device of the features.
 
-    features (N, D) of any float type; targets (N,) int64; row_weights (N,), or (P, N) with a row for each C. With the default
-    `tol` of 1e-10, logits are within about 1e-3 of the exact ones.
+    Inputs: features (N, D) of any float type; targets (N,) int64; row_weights (N,), or (P, N) with one row for each C. With the
+    default `tol` of 1e-10, logits differ from the exact logits by about 1e-3 at most.
 
-    Raises ValueError: features that are not finite, targets out of range, C not positive, shapes that do not fit.
+    Raises ValueError if a feature is not finite, a target is out of range, a C is not positive, or shapes do not fit.
     """
     _check(features, targets, num_classes, c_grid)
     num_rows, device = len(features), features.device
@@ -150,7 +150,7 @@ def solve_path(
         problems = standardize(features, targets.to(device), num_classes, spread_floor=options.spread_floor)
         cs = torch.tensor(list(c_grid), dtype=torch.float32, device=device)
         solutions, iterations = _solve(problems, cs, row_weights, None, options)
-        # One problem at a time: float64 margins of all would not fit where the solver had to work in groups.
+        # Compute one problem at a time, because the float64 margins of all problems may not fit into memory.
         losses = [
             (problems.margins(w[None])[0].double().logsumexp(0) * r).sum()
             for w, r in zip(solutions, row_weights, strict=True)
@@ -168,16 +168,16 @@ def fit_probe(
     num_classes: int,
     options: ProbeOptions = DEFAULT_OPTIONS,
 ) -> Probe:
-    """A head for features (N, D): C is chosen on rows outside the fit, then the head is fitted with that C.
+    """Fits a head on features (N, D). C is chosen on rows outside the fit, and then the head is fitted with the chosen C.
 
-    Features are standardized by the mean and spread of train + validation in all fits. Raises ValueError as `solve_path` does,
-    and if no class has a row to fit on and another to choose by.
+    All fits standardize features with mean and spread of the training and validation rows together. Raises ValueError as
+    `solve_path` does, and if no class has both a row to fit on and a row to choose C by.
     """
     started = time.perf_counter()
     _check(train_x, train_y, num_classes, options.c_grid)
     _check(val_x, val_y, num_classes, options.c_grid)
     if train_x.shape[1] != val_x.shape[1]:
-        raise ValueError(f"train has {train_x.shape[1]} features and validation {val_x.shape[1]}: give the same ones")
+        raise ValueError(f"train has {train_x.shape[1]} features and validation {val_x.shape[1]}: give equal numbers")
     device, folds = train_x.device, options.folds
     targets = torch.cat([train_y.to(device), val_y.to(device)])
     in_train = torch.arange(len(targets), device=device) < len(train_y)
@@ -193,7 +193,7 @@ def fit_probe(
         score_weights = weigh(find_scored(targets, fold_of, folds))
         held_out = _HeldOut(problems=problems, fold_of=fold_of, weights=score_weights)
         path, best, fits = _follow_path(held_out, fit_weights, options)
-        # The chosen C again, to full accuracy, and with it the head: the fit to all rows.
+        # Solve the folds of the chosen C again to full accuracy, together with the head, which is one more problem.
         head_weights = weigh(torch.ones_like(in_train) if options.refit else in_train)
         solutions, _ = _solve(
             problems,
@@ -219,10 +219,10 @@ def fit_probe(
 
 
 def choose_probe(probes: Sequence[Probe]) -> int:
-    """The index of the probe with the lowest held-out log-loss, or 0 if its gain over the first may be chance.
+    """Returns the index of the probe with the lowest held-out log-loss, or 0 if the gain over the first probe may be chance.
 
-    For probes of several readouts of one network, its own first, solved on the same rows with the same seed. Losses are
-    compared row by row; a gain counts if it is more than two standard errors.
+    The probes belong to readouts of one network, and the first probe belongs to the network's own readout. All probes must be
+    solved on the same rows with the same seed. The paired gain is beyond chance if it exceeds two standard errors.
     """
     best = min(range(len(probes)), key=lambda i: probes[i].score.log_loss)
     gains = probes[0].held_out_losses - probes[best].held_out_losses
@@ -231,14 +231,14 @@ def choose_probe(probes: Sequence[Probe]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _HeldOut:
-    """Scores of fits (F, K, D + 1), each row by the fit that has not seen it."""
+    """Scores the fits (F, K, D + 1) of F folds. Each row is scored by the fit that has not seen the row."""
 
     problems: Problems
-    fold_of: Tensor  # (N,) the fold in which each row is held out; -1: never
-    weights: Tensor  # (N,) of each row in the score
+    fold_of: Tensor  # (N,) the fold that holds out each row; -1: no fold
+    weights: Tensor  # (N,) the weight of each row in the score
 
     def logits(self, fits: Tensor) -> Tensor:
-        """(N, K); nan for rows that are never held out."""
+        """Returns logits (N, K), with nan for rows that no fold holds out."""
         logits = torch.full((len(self.fold_of), self.problems.num_classes), torch.nan, device=self.fold_of.device)
         for fold, fit in enumerate(fits):
             rows = (self.fold_of == fold).nonzero()[:, 0]
@@ -246,13 +246,12 @@ class _HeldOut:
         return logits
 
     def losses(self, fits: Tensor) -> Tensor:
-        """(N,), weighted so that they sum to the log-loss."""
+        """Returns the weighted losses (N,) of the rows, whose sum is the log-loss."""
         losses = F.cross_entropy(self.logits(fits), self.problems.targets, reduction="none")
-        # where: rows that are never held out have nan
+        # `where` is needed because the loss is nan for rows that no fold holds out.
         return torch.where(self.weights > 0, losses, 0.0) * self.weights / self.weights.sum()
 
     def score(self, fits: Tensor) -> Score:
-        """Accuracy and log-loss."""
         hits = (self.logits(fits).argmax(1) == self.problems.targets).float()
         accuracy = (hits * self.weights).sum() / self.weights.sum()
         return Score(accuracy=accuracy.item(), log_loss=self.losses(fits).sum().item())
@@ -261,7 +260,7 @@ class _HeldOut:
 def _follow_path(
     held_out: _HeldOut, fit_weights: Tensor, options: ProbeOptions
 ) -> tuple[list[PathPoint], PathPoint, Tensor]:
-    """The points of the path, the best one, and its fits (F, K, D + 1). fit_weights (F, N)."""
+    """Returns the points of the path, the best point, and the fits (F, K, D + 1) of the best point. fit_weights: (F, N)."""
     c_grid, num_folds = sorted(options.c_grid), len(fit_weights)
     path: list[PathPoint] = []
     best: PathPoint | None = None
@@ -288,19 +287,19 @@ def _follow_path(
     assert best is not None
     assert fits is not None
     if len(c_grid) > 1 and best.c in (c_grid[0], c_grid[-1]):
-        log.info("the best C is an end of the grid, %g: a wider grid may do better", best.c)
+        log.info("the best C, %g, is at the end of the grid: a wider grid may give a better probe", best.c)
     return path, best, fits
 
 
 def _solve(
     problems: Problems, cs: Tensor, row_weights: Tensor, start: Tensor | None, options: SolverOptions
 ) -> tuple[Tensor, Tensor]:
-    """`minimize` in terms of C (P,) and weights of rows (P, N) that need not sum to 1: the same minimum, rescaled."""
+    """Runs `minimize` for values of C (P,) and row weights (P, N) that need not sum to 1. Rescaling keeps the minimum."""
     totals = row_weights.sum(1)
     solutions, iterations = minimize(problems, 1 / (cs * totals), row_weights / totals[:, None], start, options)
     if stopped := int((iterations == options.max_iterations).sum()):
         log.warning(
-            "%d of %d problems stopped after %d iterations, before they converged",
+            "%d of %d problems stopped after %d iterations, before the solver converged",
             stopped, len(cs), options.max_iterations,
         )  # fmt: skip
     return solutions, iterations
@@ -309,12 +308,12 @@ def _solve(
 def _check(features: Tensor, targets: Tensor, num_classes: int, c_grid: Sequence[float]) -> None:
     if features.ndim != 2 or tuple(targets.shape) != (len(features),) or not features.numel():
         raise ValueError(
-            f"features {tuple(features.shape)} and targets {tuple(targets.shape)}: give (N, D) and (N,), N and D above 0"
+            f"features {tuple(features.shape)} and targets {tuple(targets.shape)}: give shapes (N, D) and (N,), not empty"
         )
     if not features.is_floating_point() or targets.is_floating_point():
-        raise ValueError(f"features are {features.dtype} and targets {targets.dtype}: give floats and integers")
+        raise ValueError(f"features are {features.dtype}, targets {targets.dtype}: give floats and integers")
     if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes}: a probe needs 2 or more")
+        raise ValueError(f"num_classes={num_classes}: a probe needs 2 or more classes")
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= num_classes:
         raise ValueError(
@@ -326,7 +325,7 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, c_grid: Sequence
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Inside: no gradients, autocast, TF32 or bfloat16 products, whatever is set for training: they spoil convergence."""
+    """Turns off gradients, autocast, TF32 and bfloat16 products inside the context, because they impair convergence."""
     setting = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""The linear probe over every readout: one pass of the frozen network, one convex problem per readout, chosen by validation."""
+"""Fits a linear probe on every readout (a way to compute features from the frozen network), and chooses the best readout."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -32,15 +32,15 @@ from hf_transfer.training.records import Curve, Json, Line, Score
 
 log = logging.getLogger(__name__)
 
-MAX_LINES = 6  # of a chart
+MAX_LINES = 6  # most lines in a chart
 VERIFIED_IMAGES = 8
-# Largest difference between the saved network on pixels and the probe on stored features, relative to the largest logit.
+# Largest allowed difference between logits from pixels and logits from stored features, relative to the largest logit.
 VERIFIED_RELATIVE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadoutFeatures:
-    """Features (N, F) of every split through one readout."""
+    """The features (N, F) that one readout computes, for every split."""
 
     readout: Readout
     stores: Mapping[str, Store]
@@ -55,18 +55,18 @@ class ProbedReadout:
 
     @property
     def readout(self) -> Readout:
-        """How it reads the network."""
+        """The readout, which computes the features from the network."""
         return self.features.readout
 
     def compute_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of features (B, F)."""
+        """Returns logits (B, K) for features (B, F)."""
         return F.linear(features, self.probe.weight.to(features.device), self.probe.bias.to(features.device))
 
 
 def extract_readouts(
     session: Session, *, sweep: Sweep, beside: Sequence[Cut] = ()
 ) -> tuple[list[ReadoutFeatures], int]:
-    """Features of every split through every readout, and how many images went through the network for them.
+    """Returns the features of every split for every readout, and the number of images that passed through the network.
 
     `beside`: cuts whose activations the same pass stores for a later phase.
     """
@@ -86,8 +86,8 @@ def extract_readouts(
 
 
 def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources) -> dict[str, Tap]:
-    """What the pass keeps for each readout, by its name."""
-    # Depths with the same tail share one function, and so one call per batch: most of a tail's time is its setup.
+    """Returns, by name of the readout, the functions that compute the features during the pass."""
+    # Readouts with the same last layers share one function, and so one call per batch, since most of the time is setup.
     tails: dict[tuple[int, bool], Callable[[torch.Tensor], torch.Tensor]] = {}
     taps = {}
     for r in readouts:
@@ -106,16 +106,16 @@ def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources
 def choose_readout(
     candidates: Sequence[ReadoutFeatures], session: Session, options: ProbeOptions
 ) -> tuple[ProbedReadout, list[ProbedReadout]]:
-    """The readout to use, and all of them: the network's own, unless another's gain on held-out images is beyond chance.
+    """Fits a probe on every readout, on the main process. Returns the best readout and all readouts, on every process.
 
-    Solved on the main process, known to all.
+    The network's own readout is the best unless the held-out gain of another readout is beyond chance.
     """
     solved: list[Probe] = []
     if session.is_main:
         for candidate in candidates:
             probe = _fit(candidate, session, options)
             log.info(
-                "probe on %s (%d features): C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
+                "fitted a probe on %s (%d features): C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
                 candidate.readout.name, candidate.readout.num_features, probe.c, probe.score.log_loss,
                 100 * probe.score.accuracy, probe.seconds,
             )  # fmt: skip
@@ -135,9 +135,9 @@ def _fit(candidate: ReadoutFeatures, session: Session, options: ProbeOptions) ->
 
 
 def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> ProbeOptions:
-    """How a phase chooses and fits its head. Without refit, C is always chosen by log-loss.
+    """Returns the options for the head of `phase`. Without `refit`, log-loss always chooses C.
 
-    By accuracy, a few held-out images may choose a head that is nearly 0, and training from it starts over.
+    With accuracy, few held-out images may choose a C whose head is almost 0, and training would lose the head's advantage.
     """
     return ProbeOptions(
         select_by=phase.select_by if refit else "log_loss",
@@ -149,7 +149,7 @@ def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> Pr
 
 
 def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Backbone:
-    """The backbone whose plain model is the readout with the probe as its classifier."""
+    """Copies the probe into the classifier of the model for the best readout, and returns a backbone with this model."""
     assert chain.classifier is not None
     model = chain.model
     if best.readout.changes:
@@ -159,21 +159,22 @@ def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Back
     with torch.no_grad():
         linear.weight.copy_(best.probe.weight.reshape(linear.weight.shape))
         if linear.bias is None:
-            raise ValueError(f"{chain.classifier} has no bias, which a probe needs; fine-tune the last layers instead")
+            raise ValueError(f"{chain.classifier} has no bias, but a probe needs a bias: fine-tune the last layers")
         linear.bias.copy_(best.probe.bias)
     return replace(backbone, model=model)
 
 
 def score_probe(probed: ProbedReadout, split: Split, resources: Resources) -> Score:
-    """The score of a head on the stored features of `split`."""
+    """Scores a probe on the stored features of `split`."""
     store = probed.features.stores[split.name]
     return read_outcomes(*compute_stored_logits(probed.compute_logits, store, split.labels, resources)).score
 
 
 def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> float:
-    """Largest difference between the whole network on pixels and the probe on features, relative to the largest logit.
+    """Returns the largest difference between logits of the whole network from pixels and logits from stored features.
 
-    Raises RuntimeError if it is more than arithmetic explains: the saved model would not be the measured one.
+    The difference is relative to the largest logit. Raises RuntimeError if the difference is larger than rounding explains,
+    since the saved model would then not have the measured score.
     """
     device = resources.device
     rows = range(min(VERIFIED_IMAGES, len(split)))
@@ -185,14 +186,14 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
     difference = float((whole - stored).abs().max() / whole.abs().max().clamp(min=1.0))
     if not difference <= VERIFIED_RELATIVE[resources.precision]:
         raise RuntimeError(
-            f"the network with its probe and the probe on stored features differ by {difference:.2g} (relative) on "
-            f"{len(rows)} images of {split.name}"
+            f"the logits of the whole network and of the probe on stored features differ by {difference:.2g} (relative) "
+            f"on {len(rows)} {split.name} images"
         )
     return difference
 
 
-def describe_choice(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
-    """What was tried, and the held-out score of each, for results.json."""
+def describe_readouts(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
+    """Returns the name of the chosen readout, and size, C and held-out score of every readout, for results.json."""
     return {
         "chosen": best.readout.name,
         "readouts": [
@@ -211,7 +212,7 @@ def describe_choice(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dic
 
 
 def draw_regularization(probed: Sequence[ProbedReadout]) -> tuple[Curve, ...]:
-    """Held-out log-loss and accuracy against C, one line per readout."""
+    """Returns charts of held-out log-loss and accuracy against C, with one line per readout."""
     curves = []
     for key, title in (("log_loss", "Held-out log-loss"), ("accuracy", "Held-out accuracy")):
         series = [

@@ -1,4 +1,4 @@
-"""What a run produces, as typed records; `to_json` turns any of them into JSON values at the edge."""
+"""The results of a run as typed records, and their conversion to JSON values and back."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,32 +10,32 @@ from hf_transfer.config import SelectBy
 from hf_transfer.network.backbone import Backbone
 
 Json = Any
-"""A JSON value: what is written to results.json as it is."""
+"""A JSON value, which results.json contains without conversion."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Quality on a split: share of right answers, and mean negative log-probability of the truth in nats."""
+    """The quality on a split: the share of correct predictions, and the mean negative log-probability of the labels in nats."""
 
     accuracy: float
     log_loss: float
 
     def rank(self, select_by: SelectBy) -> tuple[float, float]:
-        """Sort key, lower is better. Ties in accuracy go to the lower log-loss."""
+        """Returns a sort key. Lower is better; among equal accuracies, the lower log-loss is better."""
         return (-self.accuracy if select_by == "accuracy" else 0.0, self.log_loss)
 
 
 class Kept(StrEnum):
-    """Which weights a phase ended with."""
+    """The origin of the weights at the end of a phase."""
 
-    START = "start"  # no epoch was better beyond chance
-    EPOCH = "epoch"  # those of `PhaseResult.kept_epoch`
-    SOLUTION = "solution"  # of the convex problem
+    START = "start"  # the initial weights, because no epoch was better beyond chance
+    EPOCH = "epoch"  # the weights after the epoch `PhaseResult.kept_epoch`
+    SOLUTION = "solution"  # the solution of the convex problem for the head
 
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord:
-    """One epoch of training."""
+    """The training results and the validation score of one epoch."""
 
     epoch: int  # from 1
     train_loss: float
@@ -47,7 +47,7 @@ class EpochRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCost:
-    """Seconds and images of the two parts of a phase: storing what it reads, and training."""
+    """The seconds and the numbers of images of a phase: for filling the stores that the phase reads, and for training."""
 
     store_seconds: float = 0.0
     store_images: int = 0
@@ -57,30 +57,30 @@ class PhaseCost:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseResult:
-    """What became of one phase."""
+    """The settings and the result of one phase."""
 
     policy: str
     cut: str | None  # name of the cut; None: at the pixels
     optimizer: str  # "L-BFGS" for a solved head
-    epochs: int  # most epochs that it could take; 0 for a solved head
+    epochs: int  # limit of epochs; 0 for a solved head
     num_trainable: int
     kept: Kept
-    score: Score  # validation, of what was kept
+    score: Score  # validation score of the kept weights
     kept_epoch: int | None = None  # from 1
     lr: float | None = None
     lr_scheduler_type: str | None = None
-    regularization_c: float | None = None  # of a solved head
-    readout: str | None = None  # of a solved head that reads other features than the checkpoint's own
-    num_features: int | None = None  # of a solved head
+    regularization_c: float | None = None  # only for a solved head
+    readout: str | None = None  # only for a solved head whose features are not the checkpoint's own features
+    num_features: int | None = None  # only for a solved head
     images_per_second: float | None = None
     cost: PhaseCost = field(default_factory=PhaseCost)
     history: tuple[EpochRecord, ...] = ()
-    wise_ft_alpha: float | None = None  # where the weights lie between start (0) and fine-tuned (1)
-    refitted: bool = False  # a solved head that was fitted on validation images too, because no step beat it
+    wise_ft_alpha: float | None = None  # position of the weights between initial (0) and fine-tuned (1) weights
+    refitted: bool = False  # whether a solved head that no step beat was fitted on validation images too
 
     @property
     def is_solved(self) -> bool:
-        """Whether the phase solved for the head instead of taking gradient steps."""
+        """Whether the phase computed the head with a solver instead of taking gradient steps."""
         return self.kept is Kept.SOLUTION
 
 
@@ -106,7 +106,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassMetrics:
-    """How one class fares; the first three are None for a class without an image in the split."""
+    """The metrics of one class. Precision, recall and F1 are None if the split has no image of the class."""
 
     label: str
     precision: float | None
@@ -117,16 +117,16 @@ class ClassMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """Scores of a classifier on one split; intervals are 95 % bootstrap intervals over images."""
+    """The metrics of a classifier on one split. Intervals are 95 % bootstrap intervals over images."""
 
     accuracy: float
     balanced_accuracy: float
     macro_f1: float
-    nll: float  # mean negative log-probability of the truth, in nats
+    nll: float  # mean negative log-probability of the labels, in nats
     ece: float  # expected calibration error
     num_samples: int
     per_class: tuple[ClassMetrics, ...]
-    confusion_matrix: tuple[tuple[int, ...], ...]  # rows true, columns predicted
+    confusion_matrix: tuple[tuple[int, ...], ...]  # true classes are rows, predicted classes are columns
     notes: tuple[str, ...]
     top5_accuracy: float | None = None  # only with more than five classes
     accuracy_interval: tuple[float, float] | None = None
@@ -136,65 +136,65 @@ class Metrics:
 
     @property
     def score(self) -> Score:
-        """Accuracy and log-loss."""
+        """The accuracy and the log-loss."""
         return Score(accuracy=self.accuracy, log_loss=self.nll)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, without what was not measured."""
+        """Returns the metrics as JSON values, without metrics that are None."""
         return {name: value for name, value in to_json(self).items() if value is not None}
 
 
 class Verdict(StrEnum):
-    """How `auto` came to keep what it kept."""
+    """The reason why the strategy `auto` kept its result."""
 
-    PROBE_ADVISED = "probe_advised"  # nothing else ran
-    OVER_BUDGET = "over_budget"  # the advised strategy no longer fitted
-    NO_EPOCH_BETTER = "no_epoch_better"  # than the probe that it started from, beyond chance
-    TUNED_BETTER = "tuned_better"
-    TUNED_NOT_BETTER = "tuned_not_better"
+    PROBE_ADVISED = "probe_advised"  # the linear probe was advised, so no other strategy ran
+    OVER_BUDGET = "over_budget"  # the advised strategy did not fit into the remaining time
+    NO_EPOCH_BETTER = "no_epoch_better"  # no epoch of the advised strategy beat its initial probe beyond chance
+    TUNED_BETTER = "tuned_better"  # the advised strategy beat the probe
+    TUNED_NOT_BETTER = "tuned_not_better"  # the advised strategy did not beat the probe
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoChoice:
-    """What `auto` chose between, and why."""
+    """The results that the strategy `auto` compared, and the reason for its choice."""
 
     advised: str
     kept: str
     verdict: Verdict
-    probe: Score  # on validation images
-    tuned: Score | None = None  # of the advised strategy, if it ran
-    standard_error: float | None = None  # of the difference in accuracy, if the advised strategy had to beat it
-    estimated_s: float | None = None  # of the advised strategy, if it was over budget
-    left_s: float | None = None
+    probe: Score  # validation score of the linear probe
+    tuned: Score | None = None  # validation score of the advised strategy, if this strategy ran
+    standard_error: float | None = None  # standard error of the difference in accuracy, if the difference decided
+    estimated_s: float | None = None  # estimated time of the advised strategy, if the strategy was over budget
+    left_s: float | None = None  # remaining time, if the advised strategy was over budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a strategy leaves: the network to save, its scores, and how it came about."""
+    """The result of a strategy: the network to save, its metrics, and a record of every phase."""
 
     backbone: Backbone
     phases: tuple[PhaseResult, ...]
-    metrics: Mapping[str, Metrics]  # by split: validation, and test where there is one
+    metrics: Mapping[str, Metrics]  # by split: validation, and test if the data set has a test split
     curves: tuple[Curve, ...] = ()
-    kept_probe: bool = False  # no step beat the solved head, so the run ends as the linear probe does
-    num_audited: int = 0  # tensors that were shown not to have changed
+    kept_probe: bool = False  # whether the result is a linear probe, because no gradient step beat the solved head
+    num_audited: int = 0  # number of frozen tensors that were compared with their initial values
     resumed: bool = False
-    choice: AutoChoice | None = None  # of `auto`
-    details: Mapping[str, Json] = field(default_factory=dict)  # of the strategy alone: goes into results.json as it is
+    choice: AutoChoice | None = None  # only for the strategy `auto`
+    details: Mapping[str, Json] = field(default_factory=dict)  # values of one strategy for results.json
 
     @property
     def validation(self) -> Metrics:
-        """Scores on the validation split."""
+        """The metrics on the validation split."""
         return self.metrics["validation"]
 
     @property
     def test(self) -> Metrics | None:
-        """Scores on the test split, where there is one."""
+        """The metrics on the test split, or None if the data set has no test split."""
         return self.metrics.get("test")
 
 
 def to_json(value: Any) -> Any:
-    """JSON values of records, enums, mappings and sequences, nested in any way."""
+    """Converts records, enums, mappings and sequences, nested in any way, to JSON values."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, StrEnum):
@@ -207,14 +207,14 @@ def to_json(value: Any) -> Any:
 
 
 def phase_from_json(state: Mapping[str, Any]) -> PhaseResult:
-    """The inverse of `to_json` for a phase: what a saved state holds of the phases that are done."""
+    """Converts the JSON values of a finished phase in a saved state to a `PhaseResult`, the inverse of `to_json`."""
     history = tuple(EpochRecord(**{**row, "validation": Score(**row["validation"])}) for row in state["history"])
     values = {**state, "history": history, "kept": Kept(state["kept"])}
     return PhaseResult(**{**values, "score": Score(**state["score"]), "cost": PhaseCost(**state["cost"])})
 
 
 def metrics_from_json(values: Mapping[str, Any]) -> Metrics:
-    """The inverse of `Metrics.to_dict`, as results.json holds them."""
+    """Converts the JSON values of metrics in results.json to `Metrics`, the inverse of `Metrics.to_dict`."""
     intervals = {name: tuple(value) for name, value in values.items() if name.endswith("_interval")}
     return Metrics(
         **{

@@ -1,9 +1,9 @@
-"""Which weights a phase keeps: the last epoch that is as good as the best one, by validation and beyond chance.
+"""Chooses the weights that a phase keeps: the weights of the last epoch that is about as good as the best epoch.
 
-A trained start gives way only to an epoch that is better by more than one standard error of the difference on the same images.
-Later epochs replace what is kept if they are not worse than the best one by more than that: the best of many epochs on few
-images is partly luck, and the schedule and the moving average converge towards the end. This is the one-standard-error rule
-(Breiman et al. 1984, section 3.4.3).
+If the initial weights are already trained, an epoch replaces them only if its validation score is better by more than one
+standard error of the difference on the same images. A later epoch replaces the kept epoch unless it is worse than the best
+epoch by more than one standard error (Breiman et al. 1984, section 3.4.3). The best of many epochs on few images is partly
+luck, and the schedule and the moving average converge towards the end.
 """
 
 from collections.abc import Mapping
@@ -21,23 +21,24 @@ from hf_transfer.training.records import Kept, Score
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """A score on the validation split, and each image's contribution to what selects (N,)."""
+    """The score on the validation split, and the per-example scores (N,) that select the epoch."""
 
     score: Score
     per_example_scores: torch.Tensor
 
 
 def score_validation(logits: NDArray[np.float32], labels: NDArray[np.int64], select_by: SelectBy) -> Validation:
-    """The score of logits (N, K), with hits or log-probabilities of each image, as `select_by` says."""
+    """Scores logits (N, K). `select_by` decides whether per-example scores are hits (0 or 1) or log-probabilities."""
     outcomes = read_outcomes(logits, labels)
     per_example = outcomes.hits.astype(np.float64) if select_by == "accuracy" else outcomes.label_log_probabilities
     return Validation(score=outcomes.score, per_example_scores=torch.from_numpy(per_example))
 
 
 def is_kept(scores: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor | None) -> bool:
-    """Whether an epoch replaces what was kept before it, from per-example scores (N,) of that epoch.
+    """Returns whether an epoch with the per-example scores `scores` (N,) replaces the weights kept so far.
 
-    `best`: those of the best epoch kept so far, None before the first; `start`: those of a trained start, if there is one.
+    `best`: the scores of the best epoch kept so far, or None. `start`: the scores of the initial weights, or None if the
+    initial weights are not trained.
     """
     if best is None:
         return start is None or _is_beyond_chance(scores - start)
@@ -45,15 +46,12 @@ def is_kept(scores: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor
 
 
 def _is_beyond_chance(gains: torch.Tensor) -> bool:
-    # A difference of one image is exactly one standard error, and no evidence.
+    # A difference of one image is exactly one standard error. The factor 1.001 makes sure that one image is not enough.
     return bool(gains.sum() > 1.001 * gains.std() * len(gains) ** 0.5)
 
 
 class Selection:
-    """The weights that a phase keeps so far, and the scores that later epochs are compared with.
-
-    `trainable_state`: the live tensors that may change, by name.
-    """
+    """The weights that a phase keeps so far, as copies of `trainable_state` (the tensors that may change, by name)."""
 
     def __init__(self, trainable_state: Mapping[str, torch.Tensor], select_by: SelectBy) -> None:
         self._live = trainable_state
@@ -63,27 +61,27 @@ class Selection:
         self._start_scores: torch.Tensor | None = None
         self._score: Score | None = None
         self._best: Score | None = None
-        self.epoch: int | None = None  # that is kept, from 1; None: the start
-        self.best_epoch = 0  # the best one that was kept, from 1; 0 before the first
+        self.epoch: int | None = None  # the kept epoch, from 1; None: the initial weights
+        self.best_epoch = 0  # the best epoch among all epochs kept so far, from 1; 0 before the first epoch
 
     @property
     def kept(self) -> Kept:
-        """The start, or an epoch."""
+        """Whether the kept weights are the initial weights or the weights of an epoch."""
         return Kept.START if self.epoch is None else Kept.EPOCH
 
     @property
     def score(self) -> Score:
-        """Of what is kept."""
+        """The validation score of the kept weights."""
         assert self._score is not None
         return self._score
 
     def keep_start(self, validation: Validation) -> None:
-        """Keeps the weights as they are, and compares every epoch with them."""
+        """Keeps the initial weights, with whose score every epoch is compared."""
         self._start_scores = validation.per_example_scores
         self._keep(validation.score, None)
 
     def offer(self, validation: Validation, epoch: int) -> bool:
-        """Keeps the live weights of `epoch` (from 1) if they qualify; returns whether they do."""
+        """Keeps the current weights, after `epoch` (from 1), if `is_kept` agrees. Returns whether the weights are kept."""
         if not is_kept(validation.per_example_scores, self._best_scores, self._start_scores):
             return False
         self._keep(validation.score, epoch)
@@ -92,13 +90,13 @@ class Selection:
         return True
 
     def restore(self) -> None:
-        """Copies the kept weights into the live tensors, in place."""
+        """Copies the kept weights into the model, in place."""
         with torch.no_grad():
             for name, tensor in self._live.items():
                 tensor.copy_(self._weights[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue exactly."""
+        """Returns the state for `load_state_dict`."""
         return {
             "weights": self._weights,
             "best_scores": self._best_scores,
@@ -110,7 +108,7 @@ class Selection:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continues from a saved state."""
+        """Loads a saved state, so that the selection continues from it."""
         self._weights = {name: tensor.to(self._live[name].device) for name, tensor in state["weights"].items()}
         self._best_scores, self._start_scores = state["best_scores"], state["start_scores"]
         self._score = Score(**state["score"]) if state["score"] else None

@@ -1,4 +1,4 @@
-"""The linear probe from images to a scored model: one pass, one convex problem per readout, the best one installed."""
+"""Runs the linear probe, from images to a scored model that has the best probe as its classifier."""
 
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
@@ -10,10 +10,10 @@ from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
 
 
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
-    """The head for the readout that held-out images choose, fitted on train and validation, in the plain model.
+    """Fits the head on training and validation images, for the readout that held-out images choose.
 
-    Validation images are scored by fits that have not seen them, test images once. Raises RuntimeError if the whole network
-    differs from the probe on stored features.
+    Each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises RuntimeError if
+    the whole network and the probe on stored features compute different logits.
     """
     chain, data = session.chain, session.data
     audit = Audit(chain, chain.features, chain.classifier_parameters)
@@ -24,7 +24,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         options = readouts.probe_options(session, phase, refit=True)
         best, probed = readouts.choose_readout(candidates, session, options)
         trained = readouts.install_probe(session.backbone, chain, best)
-    audit.check()  # everything but the head is upstream's to the bit
+    audit.check()  # all weights except the head equal the pretrained weights to the last bit
     with session.costs.part("evaluate"):
         difference = readouts.verify_probe(trained, best, data.validation, session.resources)
         metrics = _score(session, best)
@@ -35,12 +35,12 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         curves=readouts.draw_regularization(probed),
         kept_probe=True,
         num_audited=len(audit),
-        details=readouts.describe_choice(best, probed) | {"whole_network_differs_by": difference},
+        details=readouts.describe_readouts(best, probed) | {"whole_network_differs_by": difference},
     )
 
 
 def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> PhaseResult:
-    """The phase in which the head was solved for, scored on held-out rows."""
+    """Returns the record of the phase that solved for the head, with the held-out score."""
     readout, probe = best.readout, best.probe
     return PhaseResult(
         policy=phase.policy.name,

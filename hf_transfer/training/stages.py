@@ -1,10 +1,10 @@
-"""Greedy supervised pretraining: one phase per layer, then fine-tuning of the grown network (arXiv 1812.11446).
+"""Greedy supervised pretraining: trains one layer per stage, and then fine-tunes the grown network (arXiv 1812.11446).
 
-grown = grow(session, stack, GrowOptions(epochs=8))      # stage by stage, each on the stored activations of the layers below
-    result = finish(session, grown, lr=1e-3)                 # end to end
+    grown = grow(session, stack, GrowOptions(epochs=8))      # each stage trains on stored activations of the earlier layers
+    result = finish(session, grown, lr=1e-3)                 # fine-tunes all layers
 
-A stage is an ordinary phase on a network of its own (`network.greedy`), so cuts, stores, audit, validation and resuming are
-those of every plan. A stage's inputs are computed from the previous stage's inputs: one layer's work.
+A stage is an ordinary phase on a network of its own (`network.greedy`): cuts, stores, audit, validation and resuming work as in
+every plan. The inputs of a stage are computed from the inputs of the previous stage, so only one layer has to run.
 """
 
 import logging
@@ -33,27 +33,28 @@ from hf_transfer.training.records import Curve, Line, PhaseCost, PhaseResult, Ru
 
 log = logging.getLogger(__name__)
 
-STAGES, FINE_TUNING = "stages", "fine_tuning"  # folders of their states
-ENSEMBLE_BASE = 2.0  # each stage's weight in the ensemble, relative to the stage before it
+STAGES, FINE_TUNING = "stages", "fine_tuning"  # names of the folders with saved states
+ENSEMBLE_BASE = 2.0  # weight of each stage in the ensemble, relative to the previous stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class GrowOptions:
-    """How long each stage trains, and when growing stops."""
+    """The number of epochs of each stage, and the condition that stops growing."""
 
     epochs: int
-    patience_layers: int = 0  # stop after this many layers without a better validation score; 0: grow all
+    patience_layers: int = 0  # stop after this many layers without a better validation score; 0: grow all layers
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.patience_layers < 0:
             raise ValueError(
-                f"stage_epochs={self.epochs}, patience_layers={self.patience_layers}: choose 1 or more, and 0 or more"
+                f"stage_epochs={self.epochs}, patience_layers={self.patience_layers}: choose stage_epochs of 1 or more and "
+                "patience_layers of 0 or more"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """One trained stage: its accuracy by split, and what it cost."""
+    """The accuracy by split and the cost of one trained stage."""
 
     depth: int  # from 1
     layer: str
@@ -64,11 +65,11 @@ class StageResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Grown:
-    """The grown network. `stages` has a record for each trained stage; `stack` holds the first `len(stack.stages)` of them."""
+    """The grown network. `stages` has the results of all trained stages, and `stack` contains the stages that are kept."""
 
     stack: GreedyStack
     stages: Sequence[StageResult]
-    ensemble: Mapping[str, float]  # accuracy by split of all stages' predictions together
+    ensemble: Mapping[str, float]  # accuracy by split of the ensemble of all stages
     done: tuple[PhaseResult, ...] = field(repr=False)
     resumed: bool
     num_audited: int
@@ -76,22 +77,22 @@ class Grown:
 
 @dataclass(frozen=True, kw_only=True)
 class StageFlops:
-    """FLOPs per image: one training step, forward and backward; and one pass that stores the stage's inputs."""
+    """The FLOPs of a stage per image."""
 
-    train: float
-    store: float
+    train: float  # forward and backward pass of a training step
+    store: float  # forward pass that computes the stored inputs of the stage
 
 
 def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
     """Trains the stack in place, layer by layer, with the session's optimizer settings.
 
-    With `patience_layers` the best depth by validation is kept. BatchNorm follows the batches in the layer that grows and is
-    frozen below it, whatever `freeze_batchnorm` says about fine-tuning. Raises what `run_phases` raises.
+    With `patience_layers`, validation chooses the depth that is kept. BatchNorm uses batch statistics in the new layer and is
+    frozen in earlier layers; `freeze_batchnorm` applies only to fine-tuning. Raises the errors of `run_phases`.
     """
     settings = session.gradient
     if (settings.training.compile or settings.training.gradient_checkpointing) and session.is_main:
-        log.info("stages run without compile and gradient_checkpointing, which apply to fine-tuning")
-    optimization = replace(settings.optimization, layer_decay=1.0)  # there is one layer
+        log.info("compile and gradient_checkpointing apply to fine-tuning only, not to the stages")
+    optimization = replace(settings.optimization, layer_decay=1.0)  # a stage trains a single layer
     plan = [
         TrainPhase(policy=s.policy, epochs=options.epochs, optimization=optimization, chain=s.chain, through=s.through)
         for s in stack.stages
@@ -101,13 +102,13 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
     def continues(done: Sequence[PhaseResult]) -> bool:
         stale = len(done) - find_best_depth(done, select_by)
         if options.patience_layers and stale >= options.patience_layers:
-            log.info("no better validation %s in %d layers: growing stops", select_by, stale)
+            log.info("growing stops: validation %s has not improved for %d layers", select_by, stale)
             return False
         return True
 
     folder = session.checkpoints and session.checkpoints / STAGES
     if folder is not None and session.is_main and not (settings.training.resume and has_state(folder)):
-        remove_state(folder.with_name(FINE_TUNING))  # of another grown network
+        remove_state(folder.with_name(FINE_TUNING))  # a state of another grown network
     own = session.with_network(stack.backbone, stack.whole).with_strategy(_stage_settings(settings, options))
     ran = run_phases(own, plan, checkpoints=folder, continues=continues)
     trained = stack.first(len(ran.done))
@@ -128,16 +129,16 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
 
 
 def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True) -> RunResult:
-    """Fine-tunes the grown network end to end at peak rate `lr`, scores it, and reports all phases.
+    """Fine-tunes all layers of the grown network with the peak learning rate `lr`, and scores the result.
 
-    The head of a plain architecture, which no stage trains, is solved for first. Its layers above the kept depth start from
-    their random weights. Raises ValueError if such layers would stay untrained.
+    In a plain architecture, no stage trains the head, so a solver fits the head first. Layers that were not kept start from
+    random weights. Raises ValueError if such layers would stay untrained.
     """
     stack = grown.stack
     if stack.is_plain and not fine_tunes and len(stack.stages) < len(stack.chain):
         raise ValueError(
-            f"{len(stack.chain) - len(stack.stages)} layers of {stack.backbone.source.name} were not grown, and without "
-            "fine-tuning they stay untrained: fine-tune, or grow all layers"
+            f"{len(stack.chain) - len(stack.stages)} layers of {stack.backbone.source.name} were not grown and would "
+            "stay untrained without fine-tuning: fine-tune, or grow all layers"
         )
     backbone = stack.finished(fine_tuned=fine_tunes)
     chain = stack.chain if stack.is_plain else backbone.chain()
@@ -153,7 +154,7 @@ def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True
         *([phase] if fine_tunes else []),
     ]
     if session.is_main:
-        log.info("fine-tuning all layers together" if fine_tunes else "skipping fine-tuning, as asked")
+        log.info("fine-tuning all layers together" if fine_tunes else "skipping fine-tuning of the grown network")
     result = run_plan(session.with_network(backbone, chain).with_checkpoints(FINE_TUNING), plan)
     details = {
         **result.details,
@@ -174,15 +175,15 @@ def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True
 
 
 def find_best_depth(done: Sequence[PhaseResult], select_by: SelectBy) -> int:
-    """How many stages the best network by validation has; the shallowest of equal ones."""
+    """Returns the number of stages with the best validation score, or the smallest such number if scores are equal."""
     return min(range(len(done)), key=lambda i: done[i].score.rank(select_by)) + 1
 
 
 def count_stage_flops(stage: Stage, *, stored: bool) -> StageFlops:
-    """FLOPs per image of a stage. Matrix products and convolutions only (torch's counter).
+    """Returns the FLOPs of a stage per image, for matrix products and convolutions only (torch's counter).
 
-    `stored`: it reads stored activations, computed from those of the stage before it; otherwise every step also runs the
-    layers below.
+    `stored`: whether the stage reads stored activations, which are computed from the stored activations of the previous stage.
+    Otherwise, every step also runs the earlier layers.
     """
     chain, names = stage.chain, stage.policy.select(stage.chain)
     cut = chain.lowest_cut(names) if stored else None
@@ -203,7 +204,7 @@ def count_stage_flops(stage: Stage, *, stored: bool) -> StageFlops:
 
 
 def ensemble(by_stage: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Log-probabilities (N, K) of all stages together, from their logits (S, N, K): a mean whose weights double with depth."""
+    """Returns log-probabilities (N, K) of the weighted mean of S stages, from logits (S, N, K). Weights double per stage."""
     weights = ENSEMBLE_BASE ** np.arange(len(by_stage))
     combined: NDArray[np.float64] = logsumexp(
         log_softmax(by_stage.astype(np.float64), axis=-1), axis=0, b=(weights / weights.sum())[:, None, None]
@@ -220,7 +221,7 @@ def _stage_settings(settings: GradientConfig, options: GrowOptions) -> GradientC
 
 
 def _score_stages(session: Session, stack: GreedyStack) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Accuracy by split of every stage and of their ensemble, from one pass over the validation and test images."""
+    """Returns the accuracy by split of every stage and of the ensemble, from one pass over validation and test images."""
     by_stage: list[dict[str, float]] = [{} for _ in stack.stages]
     combined: dict[str, float] = {}
     for split in (session.data.validation, session.data.test):
@@ -250,15 +251,14 @@ def _log_stages(stages: Sequence[StageResult], ensemble_accuracy: Mapping[str, f
     for stage in stages:
         cost = stage.cost
         log.info(
-            "depth %d (%s): %s; stored in %.1f s (%d images), trained in %.1f s (%d images), %.3g FLOPs",
+            "stage %d (%s): %s; storing inputs took %.1f s (%d images), training %.1f s (%d images), %.3g FLOPs in total",
             stage.depth, stage.layer, format_accuracy(stage.accuracy), cost.store_seconds, cost.store_images,
             cost.train_seconds, cost.train_images, stage.flops,
         )  # fmt: skip
-    log.info("ensemble of the stages: %s", format_accuracy(ensemble_accuracy))
+    log.info("ensemble of all stages: %s", format_accuracy(ensemble_accuracy))
 
 
 def _draw_depth(grown: Grown, result: RunResult) -> tuple[Curve, ...]:
-    """Accuracy against depth, and the finished network's accuracy at the depth that was kept."""
     depths = [stage.depth for stage in grown.stages]
     if len(depths) < 2:
         return ()

@@ -1,4 +1,4 @@
-"""The optimizer steps of a phase, one epoch at a time, starting at any step."""
+"""Runs the optimizer steps of a phase, one epoch at a time, from any step."""
 
 import math
 import time
@@ -26,45 +26,45 @@ from hf_transfer.training.optim import lr_factor, set_lr
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.records import EpochRecord, Score
 
-CHECK_LOSS_EVERY = 25  # steps, on a GPU: reading the loss waits for the device
-# Images whose activations are alive at once on a CPU. A larger batch is no faster there (MobileNetV2 and DeiT-Tiny on 2 cores:
-# 8 against 32 within 7 %) and takes three times the memory.
+CHECK_LOSS_EVERY = 25  # steps on a GPU, since every read of the loss waits for the device
+# Batch size on a CPU, where a larger batch takes more memory without being faster. For MobileNetV2 and DeiT-Tiny on 2 cores, 32
+# images take three times the memory of 8 images, and speeds differ by less than 7 %.
 CPU_BATCH = 8
 
 Rows = NDArray[np.int64]
 Batch = tuple[Rows, NDArray[Any]]
-"""The images of a batch, and what was read for them."""
+"""The indices of the images in a batch, and the rows that were read for these images."""
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became infinite or NaN. The last saved state is from before that."""
+    """The loss became infinite or NaN. The last saved state is from an earlier step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseRun:
-    """One phase as it runs: the phase, the session (whose chain is the phase's), and where it stands in its plan."""
+    """A phase with its session, its inputs and its position in the plan. The session's chain is the chain of the phase."""
 
     phase: TrainPhase
     session: Session
     inputs: PhaseData
-    save: Callable[[dict[str, Any]], None]  # writes a state to resume from, on the main process
-    epochs_before: int = 0  # of all phases before this one: augmentation and curves continue from there
-    seed_offset: int = 0  # keeps the seeds of two phases apart
+    save: Callable[[dict[str, Any]], None]  # saves the state of the run, on the main process
+    epochs_before: int = 0  # number of epochs of all earlier phases, from which augmentation and charts continue
+    seed_offset: int = 0  # differs between phases, so that phases use different seeds
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The parameters that train."""
+        """The names of the parameters that train."""
         return self.phase.policy.select(self.session.chain)
 
     @cached_property
     def lowest_cut(self) -> Cut | None:
-        """Everything before it is frozen; None if the first layer trains."""
+        """The cut before which all layers are frozen, or None if the first layer trains."""
         return self.session.chain.lowest_cut(self.names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainable:
-    """What the steps move: the network and optimizer as Accelerate prepared them, and the tensors that may change."""
+    """The network and the optimizer that Accelerate prepared, and the tensors that the steps may change."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
@@ -74,25 +74,25 @@ class Trainable:
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a phase has come. `history` has a record for each finished epoch."""
+    """The progress of a phase: the next step, sums over the current epoch, and a record of each finished epoch."""
 
-    epoch: int = 0  # finished epochs
-    step: int = 0  # optimizer steps taken in the current epoch
+    epoch: int = 0  # number of finished epochs
+    step: int = 0  # number of finished optimizer steps in the current epoch
     loss_sum: float = 0.0
     hits: float = 0.0
     images: int = 0
     seconds: float = 0.0
     history: list[EpochRecord] = field(default_factory=list)
-    stopped: bool = False  # early
+    stopped: bool = False  # whether early stopping ended the phase
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "Progress":
-        """The inverse of `records.to_json`."""
+        """Converts JSON values from a saved state, the inverse of `records.to_json`."""
         history = [EpochRecord(**{**row, "validation": Score(**row["validation"])}) for row in state["history"]]
         return cls(**{**state, "history": history})
 
     def finish_epoch(self, validation: Score) -> EpochRecord:
-        """Adds the current epoch to the history and moves to the start of the next one."""
+        """Adds a record of the current epoch to the history, and moves to the start of the next epoch."""
         record = EpochRecord(
             epoch=self.epoch + 1,
             train_loss=self.loss_sum / self.images,
@@ -121,7 +121,7 @@ class Steps:
         balanced = counts.sum() / (len(counts) * counts)
         self.class_weights = balanced if self.settings.class_balance == "loss" else torch.ones_like(counts)
         training = self.settings.training
-        # `accelerate launch --gradient_accumulation_steps` counts as much as the flag.
+        # `accelerate launch` has an option --gradient_accumulation_steps too: the larger value wins.
         self.accumulate = max(training.gradient_accumulation_steps, self.accelerator.gradient_accumulation_steps)
         batch_size = run.session.config.compute.batch_size
         self.images_per_step = batch_size * self.accumulate * self.accelerator.num_processes
@@ -129,17 +129,17 @@ class Steps:
         self.check_loss_every = 1 if self.device.type == "cpu" else CHECK_LOSS_EVERY
 
     def run_epoch(self, progress: Progress, save: Callable[[], None]) -> None:
-        """Runs what is left of the current epoch. `progress` still stands in that epoch afterwards."""
+        """Runs the remaining steps of the current epoch. The caller ends the epoch with `Progress.finish_epoch`."""
         training, seed = self.settings.training, self.session.config.seed
         epoch, phase = self.run.epochs_before + progress.epoch, self.run.phase
         set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
         steps = draw_steps(self.run.inputs.feed.num_images, self.images_per_step, seed=seed, epoch=epoch)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits since they were last read
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits since the last read
         started = time.perf_counter()
         with self._make_bar(progress) as bar:
             for step, batches in self._read_batches(steps[progress.step :], epoch):
                 number = progress.epoch * self.steps_per_epoch + progress.step
-                # Dropout and stochastic depth depend on the step alone, not on what ran before a resume.
+                # Seed every step, so that dropout and stochastic depth in a resumed run equal those of an uninterrupted run.
                 torch.manual_seed(_mix_seeds(seed, self.run.seed_offset + number, self.accelerator.process_index))
                 factor = lr_factor(number, phase.epochs * self.steps_per_epoch, phase.optimization)
                 set_lr(self.trainable.optimizer, factor)
@@ -184,11 +184,11 @@ class Steps:
         )
 
     def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:
-        """Each step's images, and this process's batches of them."""
+        """Yields, for each step, the indices of all images, and the batches of this process."""
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         accumulate = self.accumulate
         if self.device.type == "cpu" and not uses_batch_statistics(self.session.chain.model):
-            # Smaller batches, the same step.
+            # Smaller batches need less memory and give the same gradient.
             accumulate = max(accumulate, -(-self.images_per_step // (num_ranks * CPU_BATCH)))
         shares = [take_share(s, rank=rank, num_ranks=num_ranks, accumulate=accumulate) for s in steps]
         feed = self.run.inputs.feed
@@ -199,7 +199,7 @@ class Steps:
     def _take_step(self, step: Rows, batches: list[Batch], epoch: int, totals: torch.Tensor) -> None:
         accelerator, trainable = self.accelerator, self.trainable
         step_weight = self.class_weights[torch.from_numpy(self.labels[step]).to(self.device)].sum()
-        # The mean over the whole step: processes' gradients are averaged, and accelerate divides by its steps.
+        # The loss is the mean over the step. Cancel that processes average gradients, and that Accelerate divides the loss.
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
         for i, batch in enumerate(batches):
             is_last = i + 1 == len(batches)
@@ -215,7 +215,7 @@ class Steps:
             trainable.average.update(trainable.state)
 
     def _accumulate(self, batch: Batch, epoch: int, scale: torch.Tensor, totals: torch.Tensor) -> None:
-        """Adds the gradient of one batch, and its loss and hits."""
+        """Adds the gradient of one batch to the gradients, and the loss and the hits of the batch to `totals`."""
         indices, stored = batch
         feed, augmentation = self.run.inputs.feed, self.settings.augmentation
         inputs = feed.prepare(torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(indices, epoch))
@@ -245,8 +245,8 @@ class Steps:
         if self.accelerator.mixed_precision != "no":
             remedies.append("--precision bf16 or fp32")
         return (
-            f"the loss is not finite in epoch {progress.epoch + 1}, step {progress.step} of {phase.policy.name}. Try "
-            f"{', '.join(remedies)}, and start fresh: --resume refuses other settings"
+            f"the loss is not finite in epoch {progress.epoch + 1}, step {progress.step} of the phase {phase.policy.name}. "
+            f"Try {', '.join(remedies)}, and start fresh, because --resume requires the same settings"
         )
 
 

@@ -1,7 +1,7 @@
 """Runs the advised strategy and the probe, and keeps the strategy only if it validates better beyond chance.
 
 The probe is scored by fits that have not seen the validation images, so both are compared on the same images. Test images are
-scored once, with the kept network.
+scored once, with the kept network. `rule.choose` decides what is advised; `reporting/sentences.py` words what was kept.
 """
 
 import logging
