@@ -158,7 +158,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(given: argparse.Namespace) -> str:
-    from hf_transfer.inference.predict import find_images, load_saved, predict, switch_adapters
+    from hf_transfer.inference.predict import UnreadableImagesError, find_images, load_saved, predict, switch_adapters
 
     images = find_images(given.images)  # a wrong path fails before the model is loaded
     trust = given.trust_remote_code
@@ -167,34 +167,45 @@ def _predict(given: argparse.Namespace) -> str:
     else:
         backbones = iter([load_saved(given.model, trust_remote_code=trust)])
     rows, lines = [], []
+    problems: Sequence[Exception] = ()
     width = max(len(str(path)) for path in images)
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         lines += [f"{name}:"] if name else []
-        for p in predict(backbone, images, top_k=given.top_k, batch_size=given.batch_size):
+        try:
+            predictions = predict(backbone, images, top_k=given.top_k, batch_size=given.batch_size)
+        except UnreadableImagesError as error:
+            predictions, problems = list(error.predictions), error.problems
+        for p in predictions:
             scores = list(zip(p.labels, p.probabilities, strict=True))
             labels = [{"label": label, "score": score} for label, score in scores]
             rows.append({"image": p.image} | ({"adapter": name} if name else {}) | {"labels": labels})
             shown = ", ".join(f"{label} {100 * score:.1f} %" for label, score in scores)
             lines.append(f"{p.image.ljust(width)}  {shown}")
-    return json.dumps(rows, indent=1) if given.json else "\n".join(lines)
+    text = json.dumps(rows, indent=1) if given.json else "\n".join(lines)
+    if problems:
+        sys.stdout.write(text + "\n")
+        sys.stderr.write("".join(f"hf-transfer predict: {problem}\n" for problem in problems))
+        sys.exit(1)
+    return text
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id[@revision] or folder")
     parser.add_argument("--dataset", required=True, help="as in training: Hub id, folder, parquet or arrow file")
-    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="default: test")
+    help_text = "default: test, or all labeled images if there is no test split"
+    parser.add_argument("--split", choices=("train", "validation", "test", "all"), help=help_text)
     _add_json(parser)
     _add_trust(parser)
 
 
 def _evaluate(given: argparse.Namespace) -> str:
-    from hf_transfer.inference.evaluate import evaluate
+    from hf_transfer.inference.evaluate import evaluate_split
 
     data = DataConfig(dataset=given.dataset)
-    metrics = evaluate(given.model, data, split=given.split, trust_remote_code=given.trust_remote_code)
+    split, metrics = evaluate_split(given.model, data, split=given.split, trust_remote_code=given.trust_remote_code)
     if given.json:
         return json.dumps(metrics.to_dict(), indent=1)
-    lines = [f"{given.split}: {metrics.num_samples:,} images"]
+    lines = [f"{split}: {metrics.num_samples:,} images"]
     for key in ("accuracy", "balanced_accuracy", "macro_f1"):
         low, high = getattr(metrics, f"{key}_interval")
         value = getattr(metrics, key)

@@ -1,5 +1,6 @@
 """The card: metadata that the Hub accepts, licenses that base and data state, tables and charts of the metrics."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from hf_transfer.hub.licenses import BINDING, PERMISSIVE, derive_license
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import Verified
 from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.reporting.report import render_report
 from tests.card_rules import LICENSES, find_errors
 from tests.test_save import results_for
 
@@ -108,7 +110,7 @@ def test_the_card_reports_the_metrics_and_the_limits(folder: Path) -> None:
     card = (folder / "README.md").read_text()
     assert "| Accuracy | 75.0% | 25.0 to 100.0 |" in card
     assert "| ant | 75.0 | 100.0 | 86.0 | 4 |" in card
-    assert r"| Wespe \| \<groß> | – | – | – | 0 |" in card
+    assert r"| Wespe \| &lt;groß&gt; | – | – | – | 0 |" in card
     assert "Fewer than 20 images to train on: ant (4), bee (4)" in card
     assert "Fewer than 10 images to score on: bee (0)" in card
     assert "off by 12.0% on average" in card
@@ -139,6 +141,51 @@ def test_the_pushed_card_names_the_repository_and_the_verified_libraries(folder:
     branch = address_card(card, "me/name", "v2", [verified])
     assert 'model="me/name", revision="v2")' in branch
     assert '"hf-hub:me/name@v2"' in branch
+
+
+HOSTILE = (
+    "<script>alert(1)</script>", "<!-- checked -->", "<!-- /checked -->", "<!-- local -->", "```", "`code`", "a\n---\n# b",
+    "a\n```\n<script>", "../../up", "/etc/cron.d/x", "![x](https://example.org)", "__b__ **b** $x$ | ~~x~~", "\0\x1b[31m",
+    '"};</style><script>', "</details>", "{{ 7 * 7 }}", "\\<script>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_from_strangers_are_shown_and_do_nothing(name: str, tmp_path: Path) -> None:
+    """As a class, dataset, setting, title, sentence and license, in Markdown, YAML, SVG and HTML."""
+    backbone = load("embedded", (name, f"{name} 2", "bee"), base_model="a/b")
+    results = results_for(backbone)
+    results["config"] |= {"dataset": name, "train_split": f"x\n{name}"}
+    results["data"] |= {"name": name, "notes": [f"skipped: {name}", name], "license": name}
+    results["plan"] = [{"description": name}]
+    results["metrics"]["test"]["notes"] = [name]
+    curve = results["curves"][0]
+    curve |= {"title": name, "y_label": name, "x_label": name}
+    curve["series"][0]["name"] = name
+    model = tmp_path / "run" / "model"
+    save_model(backbone, results, model)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {f"run/model/{file}" for file in (
+        "README.md", "config.json", "confusion_matrix.svg", "curve_1.svg", "model.safetensors"
+    )}  # fmt: skip
+    local = (model / "README.md").read_text()
+    sent = address_card(local, "me/name", None, [Verified(library="timm", logits=0.0, pixels=0.0, labels_agree=True)])
+    for card, markers in ((local, ["local", "/local", "checked", "/checked"]), (sent, [])):
+        assert find_errors(card) == []
+        front, body = card.removeprefix("---\n").split("\n---\n", 1)
+        assert yaml.safe_load(front) == ModelCard(card).data.to_dict()
+        assert re.findall(r"<(?:!-- )?([^\s>]+)", front + body) == [
+            *markers, "details", "summary", "/summary", "/details"
+        ]  # fmt: skip
+        headings = re.findall(r"^#+ .*$", body, re.MULTILINE)[1:]
+        expected = ["Use", "Results", "Training", "Limits", "License", "Verification", "Config"]
+        assert headings == [f"## {title}" for title in expected]
+        settings = body.split("```yaml\n")[1].split("\n```\n")[0]
+        assert yaml.safe_load(settings) == results["config"]
+        assert len(re.findall(r"^ *```", body, re.MULTILINE)) == 6  # two examples and the settings
+    for picture in model.glob("*.svg"):
+        assert not [e for e in ElementTree.parse(picture).iter() if e.tag.endswith("script")]
+    assert "<script" not in render_report(results)
 
 
 def test_yaml_and_missing_licenses_are_written_correctly(backbone: Backbone, tmp_path: Path) -> None:

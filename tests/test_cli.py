@@ -62,7 +62,14 @@ def test_predict_and_evaluate_print_a_table_or_json(capsys: pytest.CaptureFixtur
     main(["evaluate", "embedded", "--dataset", str(tmp_path)])
     assert capsys.readouterr().out.startswith("test: 6 images")
     main(["evaluate", "embedded", "--dataset", str(tmp_path), "--split", "train", "--json"])
-    assert json.loads(capsys.readouterr().out)["num_samples"] == 4  # validation was split off
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 6  # nothing is split off
+    main(["evaluate", "embedded", "--dataset", str(tmp_path), "--split", "all"])
+    assert capsys.readouterr().out.startswith("all: 12 images")
+    main(["evaluate", "embedded", "--dataset", str(tmp_path / "train")])
+    assert capsys.readouterr().out.startswith("all: 6 images")
+    with pytest.raises(SystemExit):
+        main(["evaluate", "embedded", "--dataset", str(tmp_path), "--split", "validation"])
+    assert "choose train, test or all" in capsys.readouterr().err
 
 
 def test_train_runs_a_strategy_and_its_model_predicts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

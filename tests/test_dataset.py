@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,41 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "pets/ant/back").symlink_to(tmp_path / "pets")
     data = load(tmp_path / "pets")
     assert (data.train.counts() + data.validation.counts()).tolist() == [4, 4]
+
+
+def test_folders_and_links_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    root = write(tmp_path / "pets", "ant/*4", "bee/*4")
+    (root / "bee/0.png").unlink()
+    (root / "bee/0.png").symlink_to("0.png")
+    with pytest.raises(ValueError, match=r"pets/bee/0\.png cannot be read \(Too many levels of symbolic links\); "):
+        load(root)
+    (root / "bee/0.png").unlink()
+    assert len(load(root).train) == 5
+    (root / "wasp").symlink_to("wasp")
+    with pytest.raises(ValueError, match="pets/wasp cannot be read"):
+        load(root)
+    with pytest.raises(ValueError, match="no such folder or file"):
+        load(root / "wasp")
+    with pytest.raises(ValueError, match="no such folder or file"):
+        load(f"./{'x' * 5000}")
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="user ids exist on POSIX only")
+def test_an_unreadable_folder_is_named() -> None:
+    with tempfile.TemporaryDirectory() as parent:
+        root = write(Path(parent, "pets"), "ant/*4", "bee/*4")
+        Path(parent).chmod(0o755)
+        (root / "bee").chmod(0o000)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            with pytest.raises(
+                ValueError, match=r"pets/bee cannot be read \(Permission denied\); give yourself access"
+            ):
+                load(root)
+        finally:
+            os.seteuid(user)
+            (root / "bee").chmod(0o755)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the csv open
@@ -666,10 +702,57 @@ def test_hidden_test_labels_are_no_test_split(tmp_path: Path) -> None:
     assert "None of the 3 images of split 'test' has a label" in "".join(data.notes)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs exist on POSIX only")
+def test_a_table_reads_only_regular_files_below_its_folder(tmp_path: Path) -> None:
+    root = write(tmp_path / "d", "pictures/*4")
+    write(tmp_path, "private.png", first=9)
+    os.mkfifo(root / "pipe.png")
+    (root / "linked").symlink_to(tmp_path)
+    outside = ("../private.png", str(tmp_path / "private.png"), "/dev/zero", "a\0b", f"{root}/../private.png")
+    paths = ["pictures/0.png", str(root / "pictures/1.png"), "./linked/private.png", "pipe.png", "x" * 5000, *outside]
+    feature = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+                                 "label": datasets.Value("string")})  # fmt: skip
+    images = [{"bytes": None, "path": path} for path in paths]
+    rows = datasets.Dataset.from_dict({"image": images, "label": ["ant", "bee"] * 5}, features=feature)
+    parquet(root, train=rows)
+    data = load(root / "train-00000-of-00001.parquet")
+    for split in (data.train, data.validation):
+        for i, row in enumerate(split.rows.tolist()):
+            if row < 3:
+                assert split.image(i).getpixel((0, 0)) == color((0, 1, 9)[row])
+                continue
+            reason = {3: "not a regular file", 4: "cannot be opened"}.get(row, "a file outside the dataset's folder")
+            with pytest.raises(BadImageError, match=reason) as caught:
+                split.image(i)
+            assert str(tmp_path) not in str(caught.value)
+    metadata = write(tmp_path / "m", "pictures/*4")
+    os.mkfifo(metadata / "metadata.csv")
+    with pytest.raises(ValueError, match=r"'metadata\.csv' is not a regular file"):
+        load(metadata)
+
+
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "insects.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"insects\.parquet cannot be read: .*[Pp]arquet"):
         load(tmp_path / "insects.parquet")
+
+
+def test_damaged_tables_and_cards_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saved = table(["ant", "bee"] * 3)
+    saved.save_to_disk(tmp_path / "state")
+    (tmp_path / "state/state.json").write_text("{}")
+    saved.save_to_disk(tmp_path / "info")
+    (tmp_path / "info/dataset_info.json").unlink()
+    write(tmp_path / "header", "pictures/*2").joinpath("metadata.csv").write_text("file_name,label\n")
+    for name in ("state", "info", "header"):
+        with pytest.raises(ValueError, match=f"^{name} cannot be read: [^\n]+$"):
+            load(tmp_path / name)
+    gc.collect()
+    for card in (b"---\nlicense: \xff\n---\n", b"---\nlicense: [\n---\n", b"---\n- a\n---\n"):
+        root = write(tmp_path / "pets", "ant/*4", "bee/*4")
+        (root / "README.md").write_bytes(card)
+        assert load(root).license is None
+        assert "license is unknown" in caplog.messages.pop()
 
 
 def test_an_empty_parquet_file_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Predictions of a saved model equal those of the transformers pipeline on the same files."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hf_transfer.config import AdapterConfig, DataConfig
 from hf_transfer.data.images import BadImageError
 from hf_transfer.hub.save import save_model
 from hf_transfer.inference.evaluate import evaluate
-from hf_transfer.inference.predict import find_images, predict
+from hf_transfer.inference.predict import UnreadableImagesError, find_images, predict
 from hf_transfer.network.adapters import add_adapters, load_adapted
 from hf_transfer.network.backbone import load
 from tests.test_save import results_for, write_upstream
@@ -64,6 +65,32 @@ def test_files_and_folders_are_listed_and_mistakes_are_named(images: Path, tmp_p
     bad.write_bytes(b"no image")
     with pytest.raises(BadImageError, match=r"bad\.jpg"):
         predict(load("embedded"), [one, bad])
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="loop cannot be read"):
+        find_images([tmp_path])
+
+
+def test_unreadable_images_do_not_stop_the_others(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(images / "test", tmp_path / "photos")
+    (tmp_path / "photos/0/2.png").write_bytes((tmp_path / "photos/0/2.png").read_bytes()[:60])
+    (tmp_path / "photos/9.jpg").symlink_to("gone.jpg")
+    files = find_images([tmp_path / "photos"])
+    assert len(files) == 6
+    backbone = load("embedded")
+    with pytest.raises(
+        UnreadableImagesError, match=r"0/2\.png: the image is damaged.*9\.jpg: the file cannot"
+    ) as caught:
+        predict(backbone, files, batch_size=2)
+    readable = [file for file in files if file.name not in ("2.png", "9.jpg")]
+    assert list(caught.value.predictions) == predict(backbone, readable, batch_size=2)
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "embedded", str(tmp_path / "photos"), "--json"])
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert [row["image"] for row in json.loads(shown.out)] == [str(file) for file in readable]
+    assert [line.count(".png: ") + line.count(".jpg: ") for line in shown.err.splitlines()] == [1, 1]
 
 
 def test_images_in_memory_are_predicted_as_their_files_are(images: Path) -> None:

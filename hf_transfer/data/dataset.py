@@ -10,6 +10,7 @@ The test split is never drawn from other data, and no other split is drawn from 
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -99,7 +100,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         notes += stored_split.notes
         splits[role] = _split(stored_split, role, label_names, where[role])
         if config.on_bad_image == "skip":
-            splits[role], notes_on_skipped = _skip_bad_images(splits[role], where[role])
+            splits[role], notes_on_skipped = _skip_bad_images(splits[role], where[role], is_train=role == "train")
             notes += notes_on_skipped
 
     fraction = None if "validation" in splits else config.validation_fraction
@@ -124,29 +125,58 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     )
 
 
+def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, Split]:
+    """The stored splits with labels, for a classifier with classes `label_names`, to be evaluated; no split is drawn.
+
+    Raises:
+        ValueError: an unknown class, no labeled split, a split with some unlabeled images, or a dataset that cannot be read.
+    """
+    stored = _read(config, Columns(image=config.image_column, label=config.label_column))
+    splits: dict[Role, Split] = {}
+    for role, name in _assign_roles(stored, config, needs_train=False).items():
+        images, where = stored.splits[name](), f"{stored.name}, split {name!r}"
+        if _is_unlabeled(images):
+            continue
+        _check_labels(images, where, is_train=False)
+        if unknown := _count_unknown(images, label_names):
+            raise ValueError(
+                f"{where}: the model does not know {', '.join(unknown[:5])}; its classes are {listed(label_names)}"
+            )
+        splits[role] = _split(images, role, label_names, where)
+        if config.on_bad_image == "skip":
+            splits[role], _ = _skip_bad_images(splits[role], where, is_train=False)
+    if not splits:
+        raise ValueError(
+            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name one (--test_split)"
+        )
+    return splits
+
+
 def _read(config: DataConfig, columns: Columns) -> StoredData:
     """The dataset that `config.dataset` names."""
     if config.dataset in (EMBEDDED_DATASET, UPSTREAM_DATASET):
         columns.refuse(config.dataset)
         return read_digits() if config.dataset == EMBEDDED_DATASET else read_mnist()
     path = Path(config.dataset).expanduser()
-    if path.is_dir():
+    # pathlib raises an OSError if the parent folder is unreadable or the name too long.
+    is_folder, is_file = os.path.isdir(path), os.path.isfile(path)  # noqa: PTH112, PTH113
+    if is_folder:
         return replace(_read_folder(path, config, columns), license=read_license(path))
     looks_like_path = config.dataset.startswith((".", "/", "~", "\\")) or (
         config.dataset.split("@")[0].split(":")[0].count("/") > 1
     )
-    if path.is_file() and path.suffix.casefold() not in TABLE_SUFFIXES:
+    if is_file and path.suffix.casefold() not in TABLE_SUFFIXES:
         raise ValueError(
             f"dataset={config.dataset!r} is a file, but not a parquet or arrow file; unpack an archive, and give images as the"
             " folder that contains the class folders"
         )
-    if not path.is_file() and (looks_like_path or path.suffix.casefold() in TABLE_SUFFIXES):
+    if not is_file and (looks_like_path or path.suffix.casefold() in TABLE_SUFFIXES):
         raise ValueError(
             f"dataset={config.dataset!r}: no such folder or file (relative paths start at the current folder, {Path.cwd()})"
         )
     from hf_transfer.data import tables  # imports datasets: 2 s that an image folder need not pay
 
-    return tables.read_table_file(path, columns) if path.is_file() else tables.read_hub(config.dataset, columns)
+    return tables.read_table_file(path, columns) if is_file else tables.read_hub(config.dataset, columns)
 
 
 def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData:
@@ -167,6 +197,11 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
             " folder with only the images"
         )
     if table_files or metadata:
+        for file in (*table_files, *metadata):
+            if not (root / file).is_file():  # opening a FIFO or a device may block forever
+                raise ValueError(
+                    f"dataset={config.dataset!r}: {str(file)!r} is not a regular file; remove or replace it"
+                )
         from hf_transfer.data import tables
 
         return (tables.read_table_folder if table_files else tables.read_metadata_folder)(root, columns)
@@ -174,7 +209,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
     return read_folder(root, top, public_name(root), tuple(config.named_splits().values()))
 
 
-def _assign_roles(stored: StoredData, config: DataConfig) -> dict[Role, str]:
+def _assign_roles(stored: StoredData, config: DataConfig, *, needs_train: bool = True) -> dict[Role, str]:
     """The stored split for each role: the one that the user named, else the one with a common name."""
     present = tuple(stored.splits)
     chosen = config.named_splits()
@@ -194,7 +229,7 @@ def _assign_roles(stored: StoredData, config: DataConfig) -> dict[Role, str]:
             )
         if candidates:
             chosen[role] = candidates[0]
-    if "train" not in chosen:
+    if needs_train and "train" not in chosen:
         raise ValueError(f"{stored.name}: no split to train on among {listed(present)}; name it with --train_split")
     return {role: chosen[role] for role in ROLES if role in chosen}
 
@@ -235,13 +270,7 @@ def _check_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str], whe
 def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], where: str) -> Split:
     """The stored split with labels converted to indices into train's class names."""
     index_of = {name: index for index, name in enumerate(label_names)}
-    counts = np.bincount(images.labels, minlength=len(images.names))
-    unknown = [
-        f"{name} ({count:,} images)"
-        for name, count in zip(images.names, counts, strict=True)
-        if count and name not in index_of
-    ]
-    if unknown:
+    if unknown := _count_unknown(images, label_names):
         raise ValueError(
             f"{where}: classes that train does not have, {listed(unknown)}; train has {listed(label_names)}. Use the same names"
             f" or leave the split out: --{role}_split none"
@@ -251,7 +280,16 @@ def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], wher
     return Split(name=role, source=images.source, rows=images.rows, labels=labels, label_names=label_names)
 
 
-def _skip_bad_images(split: Split, where: str) -> tuple[Split, list[str]]:
+def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[str]:
+    """The classes that have images but are not among `label_names`, with their numbers of images."""
+    counts = np.bincount(images.labels, minlength=len(images.names))
+    named = [
+        (name, count) for name, count in zip(images.names, counts, strict=True) if count and name not in label_names
+    ]
+    return [f"{name} ({count:,} images)" for name, count in named]
+
+
+def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:
     """The split without its unreadable images, and a note that lists them."""
     problems = split.source.unreadable(split.rows, f"checking {split.name}")
     if not problems:
@@ -259,7 +297,7 @@ def _skip_bad_images(split: Split, where: str) -> tuple[Split, list[str]]:
     for problem in problems.values():
         logger.warning("skipped: %s", problem)
     kept = split.select([i for i, row in enumerate(split.rows.tolist()) if row not in problems])
-    if split.name == "train":
+    if is_train:
         _check_classes(kept.counts(), split.label_names, f"{where}, without unreadable images")
     if not len(kept):
         raise ValueError(f"{where}: none of {len(split):,} images can be read")

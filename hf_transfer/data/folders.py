@@ -76,7 +76,11 @@ class Folder:
 
 
 def list_folder(root: Path) -> Folder:
-    """Everything below `root`; follows symbolic links, but not in circles."""
+    """Everything below `root`; follows symbolic links, but not in circles.
+
+    Raises:
+        ValueError: a folder cannot be opened, or a link leads only to itself.
+    """
 
     def walk(folder: Path, path: str, above: frozenset[Path]) -> Folder:
         real = folder.resolve()
@@ -97,7 +101,13 @@ def list_folder(root: Path) -> Folder:
                 other_files.append(entry_path)
         return Folder(path, tuple(images), tuple(other_files), tuple(folders), tuple(hidden))
 
-    return walk(root, "", frozenset())
+    try:
+        return walk(root, "", frozenset())
+    except OSError as error:
+        name = os.path.relpath(os.fsdecode(error.filename or root), root.parent)
+        raise ValueError(
+            f"{name} cannot be read ({error.strerror}); give yourself access, or repair or remove it"
+        ) from error
 
 
 def _is_hidden_class(folder: os.DirEntry[str]) -> bool:

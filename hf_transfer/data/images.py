@@ -12,6 +12,7 @@ Pillow decodes. What it leaves to its caller is decided here, once, for training
 A truncated file is an error, not an image with a gray lower half.
 """
 
+import errno
 import logging
 import os
 import stat
@@ -45,6 +46,9 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+# Problems of one file.
+_FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 # What Pillow's decoders raise on damaged data. MemoryError is left out: it says nothing about the file.
 _DECODER_ERRORS = (
@@ -98,10 +102,10 @@ def read_bytes(path: str | Path, name: str) -> bytes:
         if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a FIFO or a device may block forever
             raise BadImageError(f"{name}: not a regular file (a folder, FIFO, socket or device)")
         return Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        # Only problems of this one file: a failing disk or too many open files must not pass for a bad image.
-        reason = os.strerror(error.errno) if error.errno else type(error).__name__
-        raise BadImageError(f"{name}: the file cannot be opened ({reason})") from error
+    except OSError as error:
+        if error.errno not in _FILE_ERRORS:  # a failing disk or too many open files must not pass for a bad image
+            raise
+        raise BadImageError(f"{name}: the file cannot be opened ({os.strerror(error.errno)})") from error
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -1,9 +1,13 @@
 """The license that a dataset's card states: a model trained on it may have to name it too."""
 
+import logging
 from pathlib import Path
 
+import yaml
 from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 
@@ -13,7 +17,11 @@ def read_license(folder: Path) -> str | None:
     card = folder / CARD
     if not card.is_file():
         return None
-    stated = DatasetCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+    try:
+        stated = DatasetCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        log.warning("%s cannot be read, so the dataset's license is unknown: %s", CARD, " ".join(str(error).split()))
+        return None
     return ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated) if stated else None
 
 

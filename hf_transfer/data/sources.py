@@ -106,16 +106,17 @@ class FolderSource(ImageSource):
 class TableSource(ImageSource):
     """One column of a `datasets.Dataset`: encoded images, or paths of image files on this machine.
 
-    `split` is the split's stored name, which error messages add to the row. Images that are files below `root` are named by
-    their path relative to it.
+    `split` is the split's stored name, which error messages add to the row. A stored table may name only files below one of
+    `roots`, and relative paths start at the first one; the user's own table in memory (no roots) may name any file. Files
+    below a root are named by their path relative to it.
     """
 
-    def __init__(self, table: Any, column: str, split: str, root: Path | None = None) -> None:
+    def __init__(self, table: Any, column: str, split: str, roots: Sequence[Path] = ()) -> None:
         super().__init__(len(table))
         # Arrow rows, because `datasets` would decode the images itself, by other rules than read_image.
         self._table = table.select_columns([column]).with_format("arrow")
         self._split = split
-        self._root = root
+        self._roots = tuple(map(os.fspath, roots))
 
     def name(self, row: int) -> str:
         """The path below the root, else the row with the file name that the table stores for it."""
@@ -123,8 +124,9 @@ class TableSource(ImageSource):
         path = value["path"].as_py() if _has_path(value) else None
         if not path:
             return f"row {row}"
-        if self._root and PurePath(path).is_relative_to(self._root):
-            return PurePath(path).relative_to(self._root).as_posix()
+        for root in self._roots:
+            if PurePath(path).is_relative_to(root):
+                return PurePath(path).relative_to(root).as_posix()
         return f"row {row} ({PurePath(path).name})"
 
     def content(self, row: int) -> bytes:
@@ -134,12 +136,25 @@ class TableSource(ImageSource):
         if encoded is not None:
             return bytes(encoded)
         if path:
-            return read_bytes(path, self._where(row))
+            return read_bytes(self._locate(path, row), self._where(row))
         raise BadImageError(f"{self._where(row)}: no image (None)")
 
     def image(self, row: int) -> Image.Image:
         """The image in mode RGB; errors also name the split."""
         return read_image(self.content(row), self._where(row))
+
+    def _locate(self, path: str, row: int) -> str:
+        """The file that a row names. Links below a root are followed, as in image folders."""
+        if not self._roots:
+            return path
+        file = os.path.normpath(Path(self._roots[0], path))
+        spellings = [] if "\0" in path else [PurePath(file), PurePath(os.path.realpath(file))]
+        if not any(spelling.is_relative_to(root) for spelling in spellings for root in self._roots):
+            raise BadImageError(
+                f"{self._where(row)}: the table names a file outside the dataset's folder; move the file below it, or store"
+                " the encoded image in the table"
+            )
+        return file
 
     def _cell(self, row: int) -> Any:
         return self._table[row].column(0)[0]

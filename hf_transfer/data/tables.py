@@ -5,7 +5,7 @@ the commit that was read. Offline, `datasets` serves its cache; another revision
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
 from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 
 from hf_transfer.data.columns import find_columns, read_labels
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData, listed
@@ -69,12 +71,14 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
         ) from error
     except (ValueError, DataFilesNotFoundError, DatasetsError) as error:
         raise ValueError(
-            f"dataset={dataset!r} cannot be read: {_with_cause(error)}\nName a config after a colon:"
+            f"dataset={dataset!r} cannot be read: {_with_cause(error)}. Name a config after a colon:"
             f" --dataset {hub_id}:CONFIG"
         ) from error
     commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
     notes = _notes_on_cache(builder, hub_id, revision, commit)
-    stored = _to_stored(tables, dataset.split("@")[0], columns)
+    downloaded = Path(HF_HUB_CACHE, repo_folder_name(repo_id=hub_id, repo_type="dataset"))
+    roots = (downloaded, Path(datasets.config.EXTRACTED_DATASETS_PATH))
+    stored = _to_stored(tables, dataset.split("@")[0], columns, roots)
     return replace(stored, revision=commit, notes=notes, license=fetch_license(hub_id, commit))
 
 
@@ -83,7 +87,7 @@ def read_table_file(path: Path, columns: Columns) -> StoredData:
     path = path.resolve()
     kind = path.suffix.casefold().lstrip(".")
     tables = _loaded(path, kind, data_files={"train": str(path)})
-    return _to_stored(tables, public_name(path), columns)
+    return _to_stored(tables, public_name(path), columns, (path.parent,))
 
 
 def read_table_folder(root: Path, columns: Columns) -> StoredData:
@@ -95,13 +99,13 @@ def read_table_folder(root: Path, columns: Columns) -> StoredData:
         tables = _checked(root, partial(datasets.load_from_disk, str(root)))
     else:
         tables = _loaded(root, str(root))
-    return _to_stored(tables, public_name(root), columns)
+    return _to_stored(tables, public_name(root), columns, (root,))
 
 
 def read_metadata_folder(root: Path, columns: Columns) -> StoredData:
     """Images with a metadata.csv, .jsonl or .parquet: the imagefolder format of `datasets`."""
     tables = _loaded(root, "imagefolder", data_dir=str(root))
-    return _to_stored(tables, public_name(root), columns, root)
+    return _to_stored(tables, public_name(root), columns, (root,))
 
 
 def _loaded(path: Path, *arguments: Any, **named: Any) -> Any:
@@ -111,7 +115,8 @@ def _loaded(path: Path, *arguments: Any, **named: Any) -> Any:
 def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except (ValueError, DataFilesNotFoundError, DatasetsError) as error:  # ArrowInvalid is a ValueError
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, DatasetsError) as error:
+        # Whatever damaged files raise in `datasets` and pyarrow, whose ArrowInvalid is a ValueError.
         empty = [
             file.name for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet"))) if _is_empty(file)
         ]
@@ -128,8 +133,9 @@ def _is_empty(parquet: Path) -> bool:
 
 
 def _with_cause(error: Exception) -> str:
-    """The error with its cause, because `datasets` wraps the cause in "An error occurred"."""
-    return f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+    """The error on one line with its cause, because `datasets` wraps the cause in "An error occurred"."""
+    text = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
+    return " ".join(text.split())
 
 
 def _notes_on_cache(builder: Any, hub_id: str, revision: str | None, commit: str | None) -> tuple[str, ...]:
@@ -148,22 +154,25 @@ def _notes_on_cache(builder: Any, hub_id: str, revision: str | None, commit: str
     )
 
 
-def _to_stored(tables: Any, name: str, columns: Columns, root: Path | None = None) -> StoredData:
+def _to_stored(tables: Any, name: str, columns: Columns, roots: Sequence[Path]) -> StoredData:
     by_split: Mapping[str, Any] = tables if isinstance(tables, Mapping) else {"train": tables}
     splits = {
-        split: partial(read_table, table, columns, split=split, where=f"{name}, split {split!r}", root=root)
+        split: partial(read_table, table, columns, split=split, where=f"{name}, split {split!r}", roots=roots)
         for split, table in by_split.items()
     }
     return StoredData(name=name, splits=splits)
 
 
-def read_table(table: Any, columns: Columns, *, split: str, where: str, root: Path | None = None) -> LabeledImages:
-    """The images and labels of one `Dataset`; messages call it `where`, its rows "row 17 of split `split`"."""
+def read_table(table: Any, columns: Columns, *, split: str, where: str, roots: Sequence[Path] = ()) -> LabeledImages:
+    """The images and labels of one `Dataset`; messages call it `where`, its rows "row 17 of split `split`".
+
+    `roots`: see `TableSource`.
+    """
     image, label = find_columns(table.features, columns, where)
     values = table.select_columns([label]).with_format("arrow")[:].column(0)
     labels, names = read_labels(values, table.features[label], f"{where}, column {label!r}")
     return LabeledImages(
-        source=TableSource(table, image, split, root),
+        source=TableSource(table, image, split, roots),
         rows=np.arange(len(labels)),
         labels=labels,
         names=names,

@@ -4,6 +4,7 @@ It is saved beside the weights with the placeholder FOLDER where the model's loc
 repository and reports what was verified; everything else stays, including what the owner added by hand.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
+from markupsafe import Markup
 
 from hf_transfer.hub.card_data import (
     OUR_TAG,
@@ -40,8 +42,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
     """README.md of the model saved in `folder`; writes the card's charts there."""
     split = find_split(results)
     scores = results["metrics"][split]
-    environment = make_environment("hub", autoescape=False)
-    environment.filters["cell"] = lambda text: re.sub(r"([|\\`*_<])", r"\\\1", " ".join(str(text).split()))
+    environment = make_environment("hub", is_markdown=True)
     by_recall = sorted(scores["per_class"], key=lambda row: (row["recall"] is None, row["recall"] or 0.0))
     text = environment.get_template("card.md.jinja").render(
         name=find_name(backbone, results),
@@ -58,7 +59,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         pictures=_write_pictures(results, split, folder),
         license=find_license(backbone, results),
         limits=_limits(results, split),
-        config=yaml.safe_dump(dict(results["config"]), sort_keys=False).strip(),
+        config=_format_config(dict(results["config"])),
     )
     return ModelCard(f"---\n{make_card_data(backbone, results).to_yaml()}\n---\n\n{text}")
 
@@ -66,7 +67,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
 def address_card(text: str, repo_id: str, revision: str | None, verified: Sequence[Verified]) -> str:
     """The card as it is pushed: the repository in place of FOLDER, and the verified libraries."""
     suffix = f"@{revision}" if revision else ""
-    text = re.sub(r"<!-- local -->.*?<!-- /local -->\n*", "", text, flags=re.DOTALL)
+    text = re.sub(r"^<!-- local -->$.*?^<!-- /local -->\n*", "", text, flags=re.DOTALL | re.MULTILINE)
     text = text.replace("local-dir:FOLDER", f"hf-hub:{repo_id}{suffix}")
     text = text.replace('"FOLDER"', f'"{repo_id}", revision="{revision}"' if revision else f'"{repo_id}"')
     checks = "\n".join(
@@ -76,14 +77,22 @@ def address_card(text: str, repo_id: str, revision: str | None, verified: Sequen
     )
     # The replacement is a function, so that backslashes in it stay as they are.
     return re.sub(
-        r"<!-- checked -->.*?<!-- /checked -->",
+        r"^<!-- checked -->$.*?^<!-- /checked -->$",
         lambda _: (
             "Before the push, a fresh process without hf_transfer loaded this model and compared it with the trained network "
             f"on real images of the scored split:\n\n{checks}"
         ),
         text,
-        flags=re.DOTALL,
+        flags=re.DOTALL | re.MULTILINE,
     )
+
+
+def _format_config(config: dict[str, Any]) -> Markup:
+    """The settings as YAML for a code block in Markdown; names that could end the block are quoted and escaped."""
+    text = yaml.safe_dump(config, sort_keys=False)
+    if re.search("[<`]", text):
+        text = yaml.safe_dump(config, sort_keys=False, default_style='"', width=math.inf).replace("<", r"\x3C")
+    return Markup(text.strip())
 
 
 def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The card's metadata, under the Hub's names: it lists, filters and credits models by it."""
 
+import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
@@ -10,6 +11,7 @@ from hf_transfer.config import NO_CHECKPOINT
 from hf_transfer.hub.licenses import DerivedLicense, derive_license
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.reporting.formats import join_lines
 
 OUR_TAG = "hf_transfer"
 # Our key of a metric -> the Hub's name, title.
@@ -32,7 +34,7 @@ def is_from_scratch(results: Mapping[str, Any]) -> bool:
 
 def find_name(backbone: Backbone, results: Mapping[str, Any]) -> str:
     """The model's name: base and dataset."""
-    return f"{PurePath(backbone.source.name).name}-{PurePath(results['data']['name']).name}"
+    return _remove_markup(f"{PurePath(backbone.source.name).name}-{PurePath(results['data']['name']).name}")
 
 
 def find_license(backbone: Backbone, results: Mapping[str, Any]) -> DerivedLicense:
@@ -45,7 +47,8 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
     """The YAML block of the card."""
     split = find_split(results)
     scores, data = results["metrics"][split], results["data"]
-    hub_id = data["name"].partition(":")[0]
+    name = _remove_markup(data["name"])
+    hub_id = name.partition(":")[0]
     is_on_hub = data["revision"] is not None
     terms = find_license(backbone, results)
     is_adapter = isinstance(backbone, Adapted)
@@ -55,7 +58,7 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
         library_name="peft" if is_adapter else backbone.library,
         pipeline_tag="image-classification",
         license=terms.id,
-        license_name=terms.name,
+        license_name=terms.name and _remove_markup(terms.name),
         base_model=backbone.source.id if has_base else None,
         base_model_relation=("adapter" if is_adapter else "finetune") if has_base else None,
         datasets=[hub_id] if is_on_hub else None,
@@ -65,14 +68,18 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
             EvalResult(
                 task_type="image-classification",
                 task_name="Image classification",
-                dataset_type=hub_id if is_on_hub else data["name"],
-                dataset_name=data["name"],
+                dataset_type=hub_id if is_on_hub else name,
+                dataset_name=name,
                 dataset_revision=data["revision"],
                 dataset_split=split,
-                metric_type=name,
+                metric_type=metric,
                 metric_name=title,
                 metric_value=round(scores[key], 4),
             )
-            for key, (name, title) in SCORES.items()
+            for key, (metric, title) in SCORES.items()
         ],
     )
+
+
+def _remove_markup(text: str) -> str:
+    return join_lines(re.sub("[<>`]", "", text)) or "unnamed"

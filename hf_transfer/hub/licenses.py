@@ -6,6 +6,8 @@ binding licenses conflict. No license is claimed that neither the base nor the d
 
 from dataclasses import dataclass
 
+from hf_transfer.reporting.formats import escape_markdown
+
 # Ids as the Hub writes them.
 PERMISSIVE = frozenset((
     "apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "isc", "zlib", "unlicense", "wtfpl",
@@ -25,7 +27,7 @@ UNSTATED = frozenset({"", "unknown", "none"})
 
 @dataclass(frozen=True, kw_only=True)
 class DerivedLicense:
-    """A model's license; `notes` are sentences for the card."""
+    """A model's license; `notes` are sentences for the card, in Markdown."""
 
     id: str | None  # the Hub's id; None if no license can be stated
     name: str | None  # only if the id is `other`
@@ -44,7 +46,7 @@ def derive_license(base: str | None, data: str | None, *, has_base: bool = True)
         unknown = (
             f"**The license of the {origin} is unknown**: find it out before you rely on the license of this model."
         )
-        notes.append(unknown if terms is None else f"The {origin} states {terms}.")
+        notes.append(unknown if terms is None else f"The {origin} states {escape_markdown(terms)}.")
     known = {terms for terms in stated.values() if terms is not None}
     binding = known - PERMISSIVE
     if any("-nd-" in terms for terms in known):

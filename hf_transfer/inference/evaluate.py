@@ -4,7 +4,7 @@ import numpy as np
 from accelerate import Accelerator
 
 from hf_transfer.config import DataConfig
-from hf_transfer.data.dataset import load_data
+from hf_transfer.data.dataset import load_splits
 from hf_transfer.inference.predict import load_saved
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
@@ -12,29 +12,39 @@ from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import score
 from hf_transfer.training.records import Metrics
 
+ALL = "all"  # every labeled image of the dataset
 
-def evaluate(checkpoint: str, data: DataConfig, *, split: str = "test", trust_remote_code: bool = False) -> Metrics:
-    """Metrics of a saved model, with its own head, on one split of a labeled dataset.
 
-    Classes are matched to the model's by name; the dataset may have fewer, in any order. Raises ValueError for a split that
-    the dataset does not have, and for a class that the model does not know.
+def evaluate(
+    checkpoint: str, data: DataConfig, *, split: str | None = None, trust_remote_code: bool = False
+) -> Metrics:
+    """Metrics of a saved model, with its own head, on one whole stored split of a labeled dataset, or on `ALL` of it.
+
+    `split` None: test, or all labeled images if the dataset has no labeled test split. Classes are matched to the model's by
+    name; the dataset may have fewer, in any order. Raises ValueError for a split that the dataset does not store, and for a
+    class that the model does not know.
     """
+    return evaluate_split(checkpoint, data, split=split, trust_remote_code=trust_remote_code)[1]
+
+
+def evaluate_split(
+    checkpoint: str, data: DataConfig, *, split: str | None = None, trust_remote_code: bool = False
+) -> tuple[str, Metrics]:
+    """The name of the split that was scored ("train", "validation", "test" or "all"), and the metrics of `evaluate`."""
     backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
-    loaded = load_data(data)
-    chosen = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}.get(split)
-    if chosen is None:
-        raise ValueError(f"split={split!r}: {loaded.name} has no such split; choose train, validation or test")
-    unknown = [name for name in loaded.label_names if name not in backbone.label_names]
-    if unknown:
+    splits = load_splits(data, backbone.label_names)
+    split = split or ("test" if "test" in splits else ALL)
+    chosen = [each for name, each in splits.items() if split in (name, ALL)]
+    if not chosen:
         raise ValueError(
-            f"{backbone.source.name} does not know {', '.join(unknown[:5])}; its classes are "
-            f"{', '.join(backbone.label_names[:20])}"
+            f"split={split!r}: {data.dataset} stores no such split with labels; choose {', '.join(splits)} or all"
         )
-    class_of = np.array([backbone.label_names.index(name) for name in loaded.label_names], np.int64)
-    logits, labels = compute_image_logits(
-        backbone.chain(),
-        EvaluationImages(split=chosen, preprocessing=backbone.preprocessing),
-        class_of[chosen.labels],
-        Resources(accelerator=Accelerator()),
-    )
-    return score(logits, labels, backbone.label_names, seed=data.seed)
+    chain, resources = backbone.chain(), Resources(accelerator=Accelerator())
+    scored = [
+        compute_image_logits(
+            chain, EvaluationImages(split=s, preprocessing=backbone.preprocessing), s.labels, resources
+        )
+        for s in chosen
+    ]
+    logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
+    return split, score(logits, labels, backbone.label_names, seed=data.seed)

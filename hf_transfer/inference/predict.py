@@ -1,7 +1,7 @@
 """Predictions of a saved classifier on image files, PIL images and arrays, through the model's own preprocessing."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_transfer.data.images import IMAGE_SUFFIXES, BadImageError, read_image
+from hf_transfer.data.folders import list_folder
+from hf_transfer.data.images import BadImageError, read_image
 from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
@@ -30,6 +31,14 @@ class Prediction:
     probabilities: tuple[float, ...]
 
 
+class UnreadableImagesError(BadImageError):
+    """Some images cannot be read (`problems`); `predictions` are those of all others, in their order."""
+
+    def __init__(self, problems: Sequence[BadImageError], predictions: Sequence[Prediction]) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems, self.predictions = tuple(problems), tuple(predictions)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
     """The images to classify, as `data.pixels.Images`."""
@@ -37,6 +46,7 @@ class _Inputs:
     images: Sequence[ImageLike]
     preprocessing: Preprocessing
     name: str = "images"
+    problems: dict[int, BadImageError] = field(default_factory=dict)  # by index, once read
 
     def __len__(self) -> int:
         return len(self.images)
@@ -50,7 +60,7 @@ class _Inputs:
         return {"images": [self.name_of(i) for i in range(len(self))]}
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Resized pixels (b, H, W, 3)."""
+        """Resized pixels (b, H, W, 3); black for an unreadable image, which is added to `problems`."""
         return np.stack([self.preprocessing.pixels(self._decode(int(i))) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -58,6 +68,13 @@ class _Inputs:
         return self.preprocessing.normalize(pixels)
 
     def _decode(self, index: int) -> Image.Image:
+        try:
+            return self._open(index)
+        except BadImageError as error:
+            self.problems[index] = error
+            return Image.new("RGB", (1, 1))
+
+    def _open(self, index: int) -> Image.Image:
         image, name = self.images[index], self.name_of(index)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -97,12 +114,12 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
     """The given files, and all image files below the given folders, sorted within each folder.
 
-    Raises ValueError for a path that does not exist and for a folder without images.
+    Raises ValueError for a path that does not exist, and for a folder that cannot be read or has no images.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.casefold() in IMAGE_SUFFIXES and p.is_file())
+            inside = sorted(path / image for image in list_folder(path).all_images())
             if not inside:
                 raise ValueError(f"{path}: no image in this folder")
             files += inside
@@ -124,8 +141,8 @@ def predict(
     """The `top_k` most likely labels of each image, in the order of `images`.
 
     An image is a path, a PIL image or a uint8 array (H, W, 3) in RGB; sizes may differ. `num_workers` threads decode (0: one
-    per core). Moves the model to the accelerator's device and into eval mode. Raises BadImageError, naming the image, for one
-    that cannot be read, and ValueError for top_k or batch_size below 1.
+    per core). Moves the model to the accelerator's device and into eval mode. Raises ValueError for top_k or batch_size below
+    1, and UnreadableImagesError, which names the unreadable images and has the predictions of all others.
 
         predict(load_saved("runs/x/model"), find_images(["photos/"]), top_k=3)
     """
@@ -136,12 +153,17 @@ def predict(
     use_fast_layout(model)
     inputs = _Inputs(images=images, preprocessing=backbone.preprocessing)
     predictions: list[Prediction] = []
+    index = 0
     for pixels in read_pixels(inputs, np.arange(len(inputs)), batch_size=batch_size, num_workers=num_workers):
         with torch.inference_mode():
             batch = backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device))
             probabilities, classes = compute_logits(model, batch).float().softmax(1).sort(1, descending=True)
         for values, order in zip(probabilities[:, :top_k].tolist(), classes[:, :top_k].tolist(), strict=True):
             labels = tuple(backbone.label_names[i] for i in order)
-            name = inputs.name_of(len(predictions))
-            predictions.append(Prediction(image=name, labels=labels, probabilities=tuple(values)))
+            if index not in inputs.problems:
+                name = inputs.name_of(index)
+                predictions.append(Prediction(image=name, labels=labels, probabilities=tuple(values)))
+            index += 1
+    if inputs.problems:
+        raise UnreadableImagesError([inputs.problems[i] for i in sorted(inputs.problems)], predictions)
     return predictions

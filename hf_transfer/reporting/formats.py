@@ -1,15 +1,31 @@
-"""Numbers as people read them (percent, three digits, seconds, bytes), and the template environment that shows them."""
+"""Numbers as people read them (percent, three digits, seconds, bytes), and the template environment that shows them.
 
+Text is escaped unless a template marks it `safe`: names of classes, files and datasets come from strangers.
+"""
+
+import html
 import math
+import re
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+_BLANK = re.compile(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ufffe\uffff]+")  # control characters and line ends too
+_NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+# In Markdown these may begin markup, math or, in the first column, a block. An underscore inside a word doesn't.
+_MARKUP = re.compile(r"([\\`*\[\]|~$]|^[-+#=]|(?<![^\W_])_|_(?![^\W_]))")
 
 
-def make_environment(room: str, *, autoescape: bool = True) -> Environment:
-    """The Jinja templates in hf_transfer/`room`, with the formats below as filters. A missing variable is an error."""
+def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
+    """The Jinja templates in hf_transfer/`room`, with the formats below as filters. A missing variable is an error.
+
+    Text is escaped for HTML and SVG, or for Markdown.
+    """
     environment = Environment(
         loader=PackageLoader("hf_transfer", room),
-        autoescape=autoescape,
+        autoescape=not is_markdown,
+        finalize=escape_markdown if is_markdown else _replace_control,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -20,8 +36,38 @@ def make_environment(room: str, *, autoescape: bool = True) -> Environment:
         "number": format_number,
         "seconds": format_seconds,
         "bytes": format_bytes,
+        "code": format_code,
+        "literal": format_literal,
     }
     return environment
+
+
+def join_lines(text: str) -> str:
+    """The text on one line: runs of whitespace and control characters become one space."""
+    return _BLANK.sub(" ", text).strip()
+
+
+def escape_markdown(value: Any) -> Any:
+    """Text as Markdown that shows it on one line, without markup, HTML or comments; numbers and `Markup` as they are."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return Markup(_MARKUP.sub(r"\\\1", html.escape(_BLANK.sub(" ", value), quote=False)))
+
+
+def format_code(text: str) -> Markup:
+    """Markdown code: `text`. Plain text where a code span could end early or show an escape."""
+    is_plain = re.search(r"[`<>&]", text) is None
+    return Markup(f"`{join_lines(text)}`") if is_plain else escape_markdown(text)
+
+
+def format_literal(value: Any) -> Markup:
+    """Python code of `value`, for a code block in Markdown."""
+    return Markup(repr(value).replace("<", r"\x3c"))
+
+
+def _replace_control(value: Any) -> Any:
+    """Text with U+FFFD in place of the characters that XML forbids."""
+    return _NOT_XML.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def format_percent(fraction: float | None) -> str:
