@@ -1,11 +1,11 @@
-"""Fine-tune pretrained vision checkpoints for a new task, and publish what anyone can load.
+"""Fine-tune pretrained vision checkpoints for a new task, and publish models that timm, transformers or peft load.
 
     import hf_transfer as ht
 
     run = ht.Task("path/to/images", "timm/mobilenetv2_100.ra_in1k").fit(ht.lora(rank=8))
 
-Every strategy is a function here: `ht.linear_probe()`, `ht.last_layers(k=2)`, `ht.full()`, ... Names are imported when they are
-used, so `import hf_transfer` is light.
+Every strategy is a function of this package: `ht.linear_probe()`, `ht.last_layers(k=2)`, `ht.full()`, ... A name is imported at
+its first use, so `import hf_transfer` is fast.
 """
 
 import importlib
@@ -34,14 +34,14 @@ __all__ = [*_HOME_OF, *strategy_names()]
 
 
 def _refuse_old_hf_transfer() -> None:
-    """The registry's hf-transfer (a download accelerator) has the same import name: both write the same folder."""
+    """Raises ImportError if PyPI's hf-transfer (a download accelerator) is installed, because it has the same import name."""
     try:
         version = importlib.metadata.version("hf-transfer")
     except importlib.metadata.PackageNotFoundError:
         return
     raise ImportError(
         f"hf-transfer {version} (the download accelerator) is installed beside hf-transfer-learning. Both are imported as "
-        "`hf_transfer`, so one environment cannot hold both. Remedy: pip uninstall hf-transfer hf-transfer-learning, then "
+        "`hf_transfer`, so one environment cannot contain both. Remedy: pip uninstall hf-transfer hf-transfer-learning, then "
         "pip install hf-transfer-learning (huggingface_hub 1.0 and later do not need hf-transfer)"
     )
 

@@ -1,4 +1,4 @@
-"""`python -m hf_transfer` and `accelerate launch -m hf_transfer`: the same as the command `hf-transfer`."""
+"""Runs the command `hf-transfer` for `python -m hf_transfer` and `accelerate launch -m hf_transfer`."""
 
 from hf_transfer.cli import main
 

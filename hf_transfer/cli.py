@@ -1,6 +1,6 @@
-"""`hf-transfer`: train with any strategy, advise, rank, inspect, predict, evaluate, publish, and manage caches.
+"""The command `hf-transfer`, which trains, advises, ranks, inspects, predicts, evaluates, publishes, and manages caches.
 
-Nothing heavy is imported before a command runs.
+Heavy modules are imported only when a command runs, so that `--help` is fast.
 """
 
 import argparse
@@ -23,38 +23,38 @@ from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.strategy import default_config, strategy_names
 
-TRAIN = """Train with a strategy: `hf-transfer train NAME --help` shows its settings. `accelerate launch -m hf_transfer train
-NAME` runs it on several processes.
+TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
+hf_transfer train NAME` trains in several processes.
 """
-INSPECT = """Print the chain of a checkpoint: its layers in order, with parameters, activation shape, bytes per image in the
-cache and share of the FLOPs; then what each strategy would train, where it cuts, and what it would store. With --adapter: the
-modules that adapters would be added to, and how many parameters they train.
+INSPECT = """Print the chain of a checkpoint (the network as a sequence of layers): the parameters, activation shape, bytes
+per image in the cache and share of the FLOPs of each layer. Then print which part of the chain each strategy would train, and
+how much it would store. With --adapter, print the modules that would get adapters, and the number of their parameters.
 """
-CACHE = """List or remove stored activations. A cache is never stale: its name is a hash of the network, the preprocessing and
-the images it was made from. The least recently used ones are evicted when the limit (--cache_gb) is reached.
+CACHE = """List or remove stored activations. A cache is never stale, because its name is a hash of the network, the
+preprocessing and the images. When the caches reach the limit (--cache_gb), the least recently used caches are evicted.
 """
-PREDICT = """Print the most likely labels of image files, or of all images in folders. The model is any image classifier that
-transformers or timm loads, or an adapter: the model/ folder of a run, or a Hub id. With --adapter, once or more, the model is
-the base of those adapters: it is loaded once, and each adapter predicts in turn.
+PREDICT = """Print the most likely labels of image files, or of all images in folders. The model is a run's model/ folder, or
+any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With --adapter, which may be
+repeated, the model is the base of the given adapters. The base is loaded once, and each adapter predicts in turn.
 """
-EVALUATE = """Print the metrics of a saved model, with its own head, on a labeled data set: accuracy and more, with 95 %
-intervals. Classes are matched by name.
+EVALUATE = """Print accuracy, balanced accuracy and macro-F1 (with 95 % intervals) and log-loss of a saved model on a labeled
+data set. The classes of the data set are matched to the model's classes by name.
 """
-PUBLISH = """Push the model of a finished run to the Hub, in one commit, after a fresh process has loaded it and reproduced the
-trained network's outputs. An adapter is merged into its base first, unless --adapter. A failed push loses nothing: repeat the
-command. The token comes from `hf auth login` or HF_TOKEN.
+PUBLISH = """Push the model of a finished run to the Hub in one commit. Before the push, a fresh process loads the saved model
+and checks that its outputs equal those of the trained network. An adapter is merged into its base first, unless --adapter is
+given. If a push fails, nothing is lost: repeat the command. The token comes from `hf auth login` or HF_TOKEN.
 """
-ADVISE = """Say which strategy suits a data set and a checkpoint, before training: one pass of the frozen network over the
-training images, whose features the following run reuses. With --measure: short runs of the leading strategies too.
+ADVISE = """Say which strategy suits a data set and a checkpoint, before training. The frozen network runs once over the
+training and validation images, and the following run reuses the features. With --measure, the best candidates train briefly.
 """
-RANK = """Compare checkpoints on a data set: one pass of each over (a sample of) the training images, then a cross-validated
-probe and nearest neighbors. The table is sorted by the probe.
+RANK = """Compare checkpoints on a data set. Each frozen network runs once over (a sample of) the training and validation
+images, and a linear probe and nearest neighbors are scored on the features. The table is sorted by the probe's accuracy.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One command: its help, the flags it adds, and the function that returns what it prints."""
+    """One command: its help texts, the function that adds its flags, and the function that returns the text to print."""
 
     summary: str
     description: str
@@ -63,7 +63,7 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the command. A user's mistake ends with one line on stderr and status 2."""
+    """Runs the command line. A user's mistake ends the program with one line on stderr and status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"] and len(words) > 1 and words[1] in strategy_names():
         run_recipe(words[1], prog=f"hf-transfer train {words[1]}", arguments=words[2:])
@@ -87,20 +87,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.usage = "hf-transfer train NAME [--config FILE.yaml] [--SETTING VALUE ...]"
-    parser.add_argument("name", choices=strategy_names(), metavar="NAME", help=f"one of {', '.join(strategy_names())}")
+    names = strategy_names()
+    parser.add_argument("name", choices=names, metavar="NAME", help=f"strategy: {', '.join(names)}")
 
 
 def _train(given: argparse.Namespace) -> str:
-    raise AssertionError("main() starts training itself")
+    raise AssertionError("main() starts training before it looks up a command")
 
 
 # --- inspect ----------------------------------------------------------------------------------------------------------
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "checkpoint", nargs="?", default=EMBEDDED_CHECKPOINT, help="Hub id[@revision], folder, or embedded"
-    )
+    help_text = "Hub id[@revision] or folder of the checkpoint (default: embedded)"
+    parser.add_argument("checkpoint", nargs="?", default=EMBEDDED_CHECKPOINT, help=help_text)
     _add_trust(parser)
     add_settings(parser, list(list_settings(AdapterConfig()).values()))
 
@@ -128,14 +128,14 @@ def _inspect(given: argparse.Namespace) -> str:
 
 
 def _add_cache(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clear", nargs="*", metavar="KEY", help="remove these caches, or all if none is named")
+    parser.add_argument("--clear", nargs="*", metavar="KEY", help="remove the caches with these keys, or all caches")
 
 
 def _cache(given: argparse.Namespace) -> str:
     from hf_transfer.prefix.cache import clear_caches, list_caches
 
     if given.clear is not None:
-        return f"removed {clear_caches(given.clear or None) / 1e6:.1f} MB"
+        return f"removed {clear_caches(given.clear or None) / 1e6:.1f} MB of stored activations"
     entries = list_caches()
     if not entries:
         return "no caches"
@@ -147,11 +147,11 @@ def _cache(given: argparse.Namespace) -> str:
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hub id[@revision] or folder")
-    parser.add_argument("images", nargs="+", help="image files, or folders of them")
-    help_text = "folder or Hub id of an adapter of the model; may be repeated"
+    parser.add_argument("model", help="Hub id[@revision] or folder of the model")
+    parser.add_argument("images", nargs="+", help="image files, or folders of image files")
+    help_text = "folder or Hub id of an adapter whose base is the model; may be repeated"
     parser.add_argument("--adapter", action="append", metavar="ADAPTER", help=help_text)
-    parser.add_argument("--top_k", type=int, default=3, help="labels per image (default: 3)")
+    parser.add_argument("--top_k", type=int, default=3, help="number of labels to print per image (default: 3)")
     parser.add_argument("--batch_size", type=int, default=32, help="images per batch (default: 32)")
     _add_json(parser)
     _add_trust(parser)
@@ -190,9 +190,9 @@ def _predict(given: argparse.Namespace) -> str:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hub id[@revision] or folder")
-    parser.add_argument("--dataset", required=True, help="as in training: Hub id, folder, parquet or arrow file")
-    help_text = "default: test, or all labeled images if there is no test split"
+    parser.add_argument("model", help="Hub id[@revision] or folder of the model")
+    parser.add_argument("--dataset", required=True, help="labeled images: Hub id, folder, parquet or arrow file")
+    help_text = "split to evaluate (default: test, or all labeled images if there is no test split)"
     parser.add_argument("--split", choices=("train", "validation", "test", "all"), help=help_text)
     _add_json(parser)
     _add_trust(parser)
@@ -218,22 +218,19 @@ def _evaluate(given: argparse.Namespace) -> str:
 
 
 def _add_publish(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="output folder of a run")
-    parser.add_argument("--repo_id", required=True, help="OWNER/NAME on the Hub; created if it does not exist")
+    parser.add_argument("run", help="output folder of a finished run")
+    parser.add_argument("--repo_id", required=True, help="Hub repository OWNER/NAME; created if it does not exist")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--adapter", action="store_true", help="push an adapter as it is, for peft")
+    form.add_argument("--adapter", action="store_true", help="push an adapter without merging it, for peft")
     form.add_argument("--merge", action="store_true", help="push an adapter merged into its base (the default)")
-    parser.add_argument("--base", help="folder or id of an adapter's base, if the recorded one cannot be reached")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", help="branch to push to (default: main)")
-    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--overwrite", action="store_true", help="replace a card that hf_transfer did not write")
-    parser.add_argument(
-        "--without_fine_tuning",
-        action="store_true",
-        help="publish a greedy stack whose layers were never trained together",
-    )
-    parser.add_argument("--dry_run", action="store_true", help="check the model and list what would be pushed")
+    parser.add_argument("--base", help="folder or Hub id of an adapter's base, if the recorded base is missing")
+    parser.add_argument("--private", action="store_true", help="make the repository private when it is created")
+    parser.add_argument("--revision", help="branch of the repository to push to (default: main)")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of pushing to the branch")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model card that hf_transfer did not write")
+    text = "publish a greedy stack even if its layers were never trained together"
+    parser.add_argument("--without_fine_tuning", action="store_true", help=text)
+    parser.add_argument("--dry_run", action="store_true", help="verify the model and list the files, without pushing")
 
 
 def _publish(given: argparse.Namespace) -> str:
@@ -244,7 +241,11 @@ def _publish(given: argparse.Namespace) -> str:
     options = PublishOptions(**{name: getattr(given, name) for name in names})
     published = publish(given.run, given.repo_id, adapter=given.adapter, base=given.base, options=options)
     lines = [f"{size:>12,} bytes  {path}" for path, size in published.files.items()]
-    end = f"would be pushed to {published.repo_id}" if published.url is None else f"published: {published.url}"
+    end = (
+        f"these files would be pushed to {published.repo_id}"
+        if published.url is None
+        else f"published: {published.url}"
+    )
     return "\n".join([*lines, end])
 
 
@@ -253,10 +254,12 @@ def _publish(given: argparse.Namespace) -> str:
 
 def _add_advise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--measure", action="store_true", help="short runs of the leading strategies, on validation images"
+        "--measure",
+        action="store_true",
+        help="train the leading strategies briefly, and compare them on validation images",
     )
     parser.add_argument(
-        "--budget_s", type=float, metavar="S", help="seconds for --measure; without it, for the whole run"
+        "--budget_s", type=float, metavar="S", help="seconds for --measure; without --measure, for the recommended run"
     )
     _add_json(parser)
     _add_run_settings(parser, ("data", "model", "compute", "optimization", "augmentation", "training"))
@@ -275,8 +278,8 @@ def _advise(given: argparse.Namespace) -> str:
 
 
 def _add_rank(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="Hub ids[@revision] or folders")
-    parser.add_argument("--sample", type=int, metavar="N", help="most images to use (default: 2000; 0: all)")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="Hub ids[@revision] or folders to compare")
+    parser.add_argument("--sample", type=int, metavar="N", help="maximum number of images (default: 2000; 0: all)")
     _add_json(parser)
     _add_trust(parser)
     _add_run_settings(parser, ("data", "compute"))
@@ -296,11 +299,11 @@ def _rank(given: argparse.Namespace) -> str:
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
+    parser.add_argument("--trust_remote_code", action="store_true", help="allow Python code that comes with the model")
 
 
 def _add_run_settings(parser: argparse.ArgumentParser, groups: Sequence[str]) -> None:
@@ -309,13 +312,13 @@ def _add_run_settings(parser: argparse.ArgumentParser, groups: Sequence[str]) ->
 
 
 def _run_config(given: argparse.Namespace) -> RunConfig:
-    """The settings that were given, over those of `auto`."""
+    """Returns the settings of `auto`, with the values that the command line gives."""
     default = default_config("auto")
     return replace_settings(default, _given(given, default) | {"tracker": "none"})
 
 
 def _given(given: argparse.Namespace, config: Any) -> dict[str, Any]:
-    """The settings of `config` that the command line gives a value."""
+    """Returns the settings of `config` for which the command line gives a value."""
     values = {name: getattr(given, name, None) for name in list_settings(config)}
     return {
         name: value for name, value in values.items() if value is not None and name != "budget_s" and name != "measure"
@@ -332,7 +335,7 @@ COMMANDS = {
     ),
     "rank": Command(summary="compare checkpoints on a data set", description=RANK, add_flags=_add_rank, run=_rank),
     "inspect": Command(
-        summary="print a checkpoint's layers and what each strategy costs",
+        summary="print a checkpoint's layers and the cost of each strategy",
         description=INSPECT,
         add_flags=_add_inspect,
         run=_inspect,
@@ -347,10 +350,7 @@ COMMANDS = {
         run=_evaluate,
     ),
     "publish": Command(
-        summary="push the model of a finished run to the Hub",
-        description=PUBLISH,
-        add_flags=_add_publish,
-        run=_publish,
+        summary="push the model of a finished run to the Hub", description=PUBLISH, add_flags=_add_publish, run=_publish
     ),
     "cache": Command(summary="list or remove stored activations", description=CACHE, add_flags=_add_cache, run=_cache),
 }

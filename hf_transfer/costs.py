@@ -1,4 +1,4 @@
-"""What a run costs: seconds per part, images per second, peak memory. Benchmarks, cards and reports read these figures."""
+"""The cost of a run: seconds of each part, images per second, and peak memory. Benchmarks, cards and reports show it."""
 
 import threading
 import time
@@ -15,19 +15,19 @@ SAMPLE_EVERY_S = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a run has cost so far."""
+    """The cost of a run so far."""
 
-    seconds: Mapping[str, float]  # by part, and "total"
-    images_per_second: Mapping[str, float]  # by part
+    seconds: Mapping[str, float]  # of each part, and of the run as "total"
+    images_per_second: Mapping[str, float]  # of each part
     peak_memory_bytes: int
-    memory_is: str  # what the peak counts
+    memory_is: str  # the kind of memory that the peak counts
     device: str
 
 
 class Costs:
-    """A stopwatch with named parts and a sampler of memory. It runs from construction to `stop`, or as a context manager.
+    """Measures the time of a run's parts and samples the memory, from construction to `stop`, or to the end of a `with` block.
 
-    Parts after `stop`, such as saving the run later, still count.
+    A part that runs after `stop`, such as saving the run later, still adds to the total.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Costs:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Adds the wall-clock seconds spent inside to the part called `name`."""
+        """Adds the wall-clock seconds of the `with` block to the part called `name`."""
         started = time.perf_counter()
         try:
             yield
@@ -59,18 +59,18 @@ class Costs:
                 self._ended += seconds
 
     def count_images(self, part: str, images: int) -> None:
-        """Records that `part` put this many images through the network."""
+        """Records that the network ran on this many more images in `part`."""
         self._images[part] = self._images.get(part, 0) + images
 
     def stop(self) -> None:
-        """Ends the measurement: later readings give the same figures."""
+        """Stops the clock and the sampling of memory."""
         if self._ended is None:
             self._ended = time.perf_counter()
         self._stop.set()
         self._sampler.join()
 
     def read(self) -> Cost:
-        """The figures up to now, or up to `stop`."""
+        """Returns the cost up to now, or up to `stop` if that was called."""
         now = time.perf_counter() if self._ended is None else self._ended
         on_gpu = torch.cuda.is_available()
         rates = {n: images / self._parts[n] for n, images in self._images.items() if images and n in self._parts}
@@ -89,7 +89,7 @@ class Costs:
 
 
 def anonymous_memory_bytes() -> int:
-    """Resident memory of this process without mapped files (Linux: RssAnon); on other systems all resident memory."""
+    """Returns this process's resident memory: without mapped files (RssAnon) on Linux, with mapped files elsewhere."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():

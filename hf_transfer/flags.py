@@ -1,9 +1,9 @@
-"""Settings from the command line: a strategy's defaults, then the YAML file of `--config`, then flags.
+"""Reads settings from flags, which override the YAML file of `--config`, which overrides the strategy's defaults.
 
-    config = parse("lora", description=__doc__)
+    config = parse("lora", prog="lora.py", description=__doc__)
 
-A mistake ends the program with status 2 and one line that says what is allowed. Only this module and the strategy's own file
-are imported, so `--help` is fast.
+A user's mistake ends the program with status 2 and one line that says what is allowed. Heavy modules are not imported, so
+`--help` is fast.
 """
 
 import argparse
@@ -15,16 +15,8 @@ from hf_transfer.config import RunConfig, Setting, list_settings, replace_settin
 from hf_transfer.locations import find_recipe
 from hf_transfer.strategy import Strategy, default_config
 
-ESSENTIAL = (
-    "checkpoint",
-    "dataset",
-    "output_dir",
-    "epochs",
-    "lr",
-    "images_per_class",
-    "seed",
-)  # the first five are shown
-NUM_ESSENTIAL = 5
+ESSENTIAL = ("checkpoint", "dataset", "output_dir", "epochs", "lr", "images_per_class", "seed")
+NUM_ESSENTIAL = 5  # `--help` starts with the first five of ESSENTIAL that the strategy has
 GROUPS: Mapping[str, str] = {  # nested config -> title, in the order of `--help`
     "strategy": "this strategy",
     "adapter": "adapters",
@@ -39,28 +31,28 @@ GROUPS: Mapping[str, str] = {  # nested config -> title, in the order of `--help
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """An argument parser that prints every error in one line."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line and exits with status 2."""
+        """Prints the error in one line and exits with status 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[str] | None = None) -> RunConfig:
-    """The settings of a run of the strategy called `name`.
+    """Returns the settings of a run of the strategy called `name`.
 
-    `arguments` default to the command line's. `--config` names a YAML file, or one of the package's own recipes.
+    `arguments` defaults to the words of the command line. `--config` names a YAML file, or a recipe of this package.
     """
     parser = Parser(prog=prog, description=description, usage=f"{prog} [--config FILE.yaml] [--SETTING VALUE ...]")
     default = default_config(name)
     settings = list_settings(default)
     essential = [setting for n in ESSENTIAL if (setting := settings.get(n))][:NUM_ESSENTIAL]
     group = parser.add_argument_group("most used")
-    group.add_argument("--config", metavar="FILE.yaml", help="read settings from a YAML file; flags override it")
+    group.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; flags override the file")
     add_settings(group, essential)
     for key, title in GROUPS.items():
         rest = [s for s in settings.values() if s.group == key and s not in essential]
@@ -83,7 +75,7 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
 
 
 def add_settings(parser: Any, settings: Sequence[Setting]) -> None:
-    """A flag for each setting; its value is None if it is not given."""
+    """Adds a flag for each setting. The value of a flag is None if the command line does not give it."""
     for setting in settings:
         text = setting.help.replace("%", "%%")
         shown = "none" if setting.value is None else str(setting.value).replace("%", "%%")
@@ -98,21 +90,23 @@ def add_settings(parser: Any, settings: Sequence[Setting]) -> None:
 
 
 def read_config(path: str, default: RunConfig) -> RunConfig:
-    """The settings in a YAML file on top of `default`.
+    """Returns `default` with the settings that a YAML file gives.
 
-    Raises ValueError for a missing file, an unknown name (with the nearest one), and a value of another type.
+    Raises ValueError for a missing file, an unknown name (with the nearest known name), or a value of the wrong type.
     """
-    import yaml  # `--help` does not pay for it
+    import yaml  # imported here, so that `--help` is fast
 
     file = Path(path)
     if not file.is_file():
         file = find_recipe(path) or file
     if not file.is_file():
-        raise ValueError(f"--config {path}: no such file")
+        raise ValueError(f"--config {path}: no such file, and no recipe of this name")
     try:
         values = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+        raise ValueError(f"--config {path}: the file is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path}: expected `name: value` lines, found {type(values).__name__}")
+        raise ValueError(
+            f"--config {path}: the file is a {type(values).__name__}; write lines of the form `name: value`"
+        )
     return replace_settings(default, values, where=f"--config {path}: ")

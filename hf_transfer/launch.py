@@ -1,4 +1,4 @@
-"""From a strategy's name to a finished run: what recipes, `hf-transfer train` and `python -m hf_transfer train` share."""
+"""Runs a strategy from its name and the command line: shared by recipes and `hf-transfer train`."""
 
 import importlib
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 def run_recipe(
     name: str, *, prog: str | None = None, description: str | None = None, arguments: Sequence[str] | None = None
 ) -> "RunResult":
-    """Runs the strategy called `name` with the command line's settings; recipes call it with their own docstring.
+    """Runs the strategy called `name` with the command line's settings.
 
-    `description`: the text of `--help`; by default the strategy's.
+    `description` is the text of `--help`: a recipe gives its own docstring, and the default is the strategy's docstring.
     """
     if description is None:
         description = importlib.import_module(f"hf_transfer.strategies.{name}").__doc__
@@ -25,7 +25,7 @@ def run_recipe(
 
 
 def run(config: RunConfig) -> "RunResult":
-    """Runs the config's strategy, from loading the data to writing and, if asked, pushing the model."""
+    """Runs the strategy of `config`: loads the data, trains, writes the output folder, and pushes the model if asked."""
     from hf_transfer.runs import execute, open_session, push, start_logging
 
     start_logging()

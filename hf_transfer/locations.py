@@ -1,4 +1,4 @@
-"""Where caches are kept, and where the package's own recipes are."""
+"""The folders of caches and of the package's recipes."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def cache_dir() -> Path:
-    """$HF_TRANSFER_CACHE, else $HF_HOME/hf_transfer, else ~/.cache/huggingface/hf_transfer."""
+    """Returns $HF_TRANSFER_CACHE, else $HF_HOME/hf_transfer, else ~/.cache/huggingface/hf_transfer."""
     if own := os.environ.get("HF_TRANSFER_CACHE"):
         return Path(own).expanduser()
     home = os.environ.get("HF_HOME")
@@ -15,17 +15,17 @@ def cache_dir() -> Path:
 
 
 def chain_dir() -> Path:
-    """Where verified cuts are remembered, by the network's structure."""
+    """Returns the folder of the verified cuts of each network structure."""
     return cache_dir() / "chains"
 
 
 def recipes_dir() -> Path:
-    """The recipes' folder: inside an installed package, or beside the package in a clone."""
+    """Returns the recipes' folder, which lies inside an installed package, or beside the package in a clone."""
     installed = PACKAGE / "recipes"
     return installed if installed.is_dir() else PACKAGE.parent / "recipes"
 
 
 def find_recipe(name: str) -> Path | None:
-    """The YAML file of one of the package's own recipes, such as `lora` or `lora.yaml`; None if there is none."""
+    """Returns the YAML file of the recipe `name`, such as `lora` or `lora.yaml`; None if no recipe has this name."""
     file = recipes_dir() / f"{Path(name).name.removesuffix('.yaml')}.yaml"
     return file if file.is_file() and Path(name).parent == Path() else None

@@ -1,4 +1,4 @@
-"""A finished run, in memory or in a folder: its metrics, its model, and what can be done with it."""
+"""A finished run, in memory or in a folder: read its metrics, predict with its model, save it, and push it."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from hf_transfer.training.records import Metrics, RunResult, metrics_from_json
 
 
 class Run:
-    """What `Task.fit` and `load_run` return.
+    """A finished run, with its metrics and its trained model. `Task.fit` and `load_run` return it.
 
     >>> import hf_transfer as ht
     >>> run = ht.Task("sklearn/digits", images_per_class=10).fit(ht.linear_probe())
@@ -33,7 +33,7 @@ class Run:
     ) -> None:
         self._session, self._result = session, result
         self.folder = folder if session is None else session.output_dir
-        """Where the run is written; None before it is saved."""
+        """The folder of the saved run; None if the run is not saved."""
 
     @cached_property
     def results(self) -> Mapping[str, Any]:
@@ -46,31 +46,31 @@ class Run:
 
     @cached_property
     def metrics(self) -> Mapping[str, Metrics]:
-        """Metrics by split: validation, and test if there is one."""
+        """The metrics of the validation split, and of the test split if the data has one, by split name."""
         if self._result is not None:
             return self._result.metrics
         return {split: metrics_from_json(values) for split, values in self.results["metrics"].items()}
 
     @property
     def test(self) -> Metrics:
-        """Metrics on the test split. Raises ValueError if there is none."""
+        """The metrics on the test split. Raises ValueError if the data has no test split."""
         if "test" not in self.metrics:
-            raise ValueError("this run has no test split; `run.validation` holds the metrics that selected the model")
+            raise ValueError("this run has no test split; `run.validation` gives the metrics that selected the model")
         return self.metrics["test"]
 
     @property
     def validation(self) -> Metrics:
-        """Metrics on the validation split, which also selected the model."""
+        """The metrics on the validation split, which are optimistic, because they also selected the model."""
         return self.metrics["validation"]
 
     @property
     def strategy(self) -> str:
-        """The strategy's name."""
+        """The name of the strategy."""
         return str(self.results["strategy"])
 
     @property
     def plan(self) -> list[str]:
-        """What each phase did, in sentences."""
+        """One sentence about what each phase did."""
         return [phase["description"] for phase in self.results["plan"]]
 
     @cached_property
@@ -87,10 +87,10 @@ class Run:
         return self.backbone.model
 
     def predict(self, images: Any, *, top_k: int = 5, batch_size: int = 32) -> list[Prediction]:
-        """The `top_k` most likely labels of each image.
+        """Returns the `top_k` most likely labels of each image.
 
-        images: a file, a folder, a PIL image, a uint8 array (H, W, 3), or a list of these. Raises ValueError for a path that
-        does not exist, and BadImageError for an image that cannot be read.
+        `images`: a file, a folder, a PIL image, a uint8 array (H, W, 3), or a list of such items. Raises ValueError for a path
+        that does not exist, and BadImageError for an image that cannot be read.
         """
         given = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         inputs: list[Any] = []
@@ -99,9 +99,9 @@ class Run:
         return predict(self.backbone, inputs, top_k=top_k, batch_size=batch_size)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the folder that the recipe writes: config.yaml, results.json, model/, report.html. Returns it.
+        """Writes config.yaml, results.json, model/ and report.html to `folder`, as a recipe does. Returns the folder.
 
-        Raises FileExistsError if the folder holds another run.
+        Raises FileExistsError if the folder contains another run.
         """
         folder = Path(folder)
         if folder == self.folder:
@@ -120,26 +120,24 @@ class Run:
         return folder
 
     def push(self, repo_id: str, options: PublishOptions | None = None) -> str | None:
-        """Pushes the model to OWNER/NAME on the Hub, verified as `hf-transfer publish` does; returns its URL.
+        """Verifies the model, pushes it to OWNER/NAME on the Hub, and returns the model's URL.
 
-        A run that is not saved is first saved to `runs/<strategy>` (or the next free name), so that a failed push loses
-        nothing.
+        A run that is not saved is first saved to `runs/<strategy>`, or to `runs/<strategy>_2` and so on if that exists.
         """
         folder = self.folder or self.save(_find_free_folder(Path("runs") / self.strategy))
         published = publish(folder, repo_id, adapter=isinstance(self.backbone, Adapted), options=options)
         return published.url
 
     def __repr__(self) -> str:
-        """Strategy and accuracies."""
         accuracies = ", ".join(f"{split} accuracy {m.accuracy:.1%}" for split, m in self.metrics.items())
         return f"<Run {self.strategy}: {accuracies}>"
 
 
 def load_run(folder: str | Path) -> Run:
-    """The finished run in an output folder. Raises ValueError if there is none."""
+    """Returns the finished run in an output folder. Raises ValueError if the folder contains no finished run."""
     folder = Path(folder)
     if not (folder / "results.json").is_file() or not (folder / "model").is_dir():
-        raise ValueError(f"{folder}: no finished run (results.json and model/ are written last)")
+        raise ValueError(f"{folder}: no finished run in this folder (results.json or model/ is missing)")
     return Run(folder=folder)
 
 

@@ -1,4 +1,4 @@
-"""The two ends of a run: opening a session from its settings, and writing the folder that others read."""
+"""Opens the session of a run from its settings, executes the run, and writes and pushes its results."""
 
 import logging
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import LoggerType, is_tensorboard_available, set_seed
+from accelerate.utils import LoggerType, is_tensorboard_available, parse_flag_from_env, set_seed
 
 from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
@@ -25,15 +25,9 @@ from hf_transfer.training.records import RunResult
 
 log = logging.getLogger("hf_transfer")
 
-CHATTY = (
-    "httpx",
-    "httpx2",
-    "timm",
-    "datasets",
-    "transformers",
-    "evaluate",
-)  # libraries that log what users cannot act on
-MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # in accelerate's words
+# These libraries log messages that users cannot act on.
+CHATTY = ("httpx", "httpx2", "timm", "datasets", "transformers", "evaluate")
+MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our name -> accelerate's name
 
 
 def open_session(
@@ -43,23 +37,22 @@ def open_session(
     output_dir: Path | None = None,
     unrepeatable: Sequence[str] = (),
 ) -> Session:
-    """Starts the processes and trackers, writes config.yaml, then loads the data and the network.
+    """Starts processes and trackers, writes config.yaml, loads the data and the network, and returns the session.
 
-    `load` returns the splits; by default they are those that the settings name. Without `output_dir`, nothing but caches is
-    written. `unrepeatable`: sentences on what config.yaml cannot repeat. Cheap checks come before the download: raises
-    ValueError for whatever is wrong with the settings, the data or the checkpoint, and PushError if a push that was asked for
-    would be refused.
+    `load` returns the splits; by default the settings name the splits. Without `output_dir`, the run writes only caches.
+    `unrepeatable`: sentences about inputs that config.yaml does not contain. Raises ValueError for an error in the settings,
+    the data or the checkpoint, and PushError, before any download, if the Hub would refuse the push.
     """
     assert isinstance(config.strategy, Strategy)
     config.strategy.check(config)
     accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
-            check_push(config.output.push_to_hub)  # not after hours of training
+            check_push(config.output.push_to_hub)  # before hours of training
         if output_dir is not None:
             write_config(output_dir, config, unrepeatable)
     if accelerator.log_with:
-        # Trackers send it elsewhere, so it holds no path.
+        # A tracker may send the settings to a server, so they contain no local path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
     with costs.part("data"), accelerator.main_process_first():
@@ -82,7 +75,7 @@ def open_session(
 
 
 def execute(session: Session) -> RunResult:
-    """Runs the session's strategy: trains, scores, and writes the output folder if there is one."""
+    """Trains with the session's strategy, scores the network, and writes the output folder if the session has one."""
     assert isinstance(session.strategy, Strategy)
     with session.costs:
         result = session.strategy.run(session)
@@ -93,15 +86,15 @@ def execute(session: Session) -> RunResult:
 
 
 def write_run(session: Session, result: RunResult) -> dict[str, Any]:
-    """Writes model/, results.json and report.html from the main process; returns the content of results.json there.
+    """Writes model/, results.json and report.html in the main process, while the other processes wait.
 
-    All processes wait for the files.
+    Returns the content of results.json in the main process, and {} in the others.
     """
     results: dict[str, Any] = {}
     if session.is_main:
         assert session.output_dir is not None
         data, costs = session.data, session.costs
-        card = describe_run(session, result)  # with the cost of everything but the saving
+        card = describe_run(session, result)  # its cost does not include saving
         with costs.part("save"):
             save_model(result.backbone, card, session.output_dir / "model")
             write_reference(result.backbone, data.test or data.validation, session.output_dir / REFERENCE)
@@ -115,9 +108,9 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
 
 
 def push(session: Session, result: RunResult, repo_id: str) -> str | None:
-    """Pushes the written run from the main process; the model's URL there.
+    """Pushes the written run from the main process. Returns the model's URL there, and None in other processes.
 
-    Raises PushError or VerificationError if that does not succeed.
+    Raises VerificationError if the saved model differs from the trained network, and PushError if the push fails.
     """
     if not session.is_main:
         return None
@@ -129,16 +122,17 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
 
 
 def start_logging() -> None:
-    """Plain lines on stderr: ours from the main process, only errors from libraries and other processes."""
-    is_main = PartialState().is_main_process
+    """Sends log lines to stderr: all of the main process, but only errors of other processes and chatty libraries."""
+    # As Accelerator would: the first PartialState of a process decides whether there are several, for all later ones.
+    is_main = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
-    """The processes and precision of a run; what the settings leave open, `accelerate launch` or its config file decides."""
-    AcceleratorState._reset_state()  # otherwise the precision of an earlier run in this process stays
+    """Returns the run's Accelerator. `accelerate launch` or its config file decides what the settings leave open."""
+    AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
     return Accelerator(**_accelerator_options(config, output_dir))
 
 

@@ -1,4 +1,4 @@
-"""A session: everything that one run carries from its first line to its last."""
+"""The session of a run: all objects that the parts of one run share, from loading to saving."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +16,9 @@ from hf_transfer.prefix.resources import Resources
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """Network, data, settings, processes, costs and output folder of one run.
+    """The network, data, settings, processes, costs and output folder of one run.
 
-    `output_dir` is None for a run that writes nothing but caches.
+    `output_dir` is None for a run that writes only caches.
     """
 
     config: RunConfig
@@ -27,13 +27,13 @@ class Session:
     accelerator: Accelerator = field(default_factory=Accelerator)
     costs: Costs = field(default_factory=Costs)
     output_dir: Path | None = None
-    state_name: str = ""  # folder below `checkpoints`, for a run with several plans
-    unrepeatable: tuple[str, ...] = ()  # what config.yaml cannot repeat, in sentences, such as images in memory
+    state_name: str = ""  # subfolder of `checkpoints`; a run with several plans has one for each
+    unrepeatable: tuple[str, ...] = ()  # sentences about inputs that config.yaml does not contain
     _chain: Chain | None = field(default=None, repr=False)
 
     @property
     def chain(self) -> Chain:
-        """The network's chain, traced and verified when it is first asked for."""
+        """The chain (the network as a sequence of layers), traced and verified at the first access."""
         if self._chain is None:
             with self.costs.part("chain"):
                 object.__setattr__(self, "_chain", self.backbone.chain(cache_dir=chain_dir()))
@@ -42,7 +42,7 @@ class Session:
 
     @property
     def resources(self) -> Resources:
-        """What a pass over images may use of the machine."""
+        """The processes, threads, memory and precision that a pass over images may use."""
         return Resources(accelerator=self.accelerator, compute=self.config.compute)
 
     @property
@@ -52,42 +52,42 @@ class Session:
 
     @property
     def gradient(self) -> GradientConfig:
-        """The settings of the strategy's gradient training. Raises TypeError for a strategy without any."""
+        """The strategy with its settings of gradient training. Raises TypeError if it takes no gradient steps."""
         if not isinstance(self.config.strategy, GradientConfig):
             raise TypeError(f"{type(self.config.strategy).__name__} takes no gradient steps")
         return self.config.strategy
 
     @property
     def checkpoints(self) -> Path | None:
-        """Where states to resume from are kept; None where nothing is written."""
+        """The folder of the saved training states; None if the run has no output folder."""
         return None if self.output_dir is None else self.output_dir / "checkpoints" / self.state_name
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that logs and writes."""
+        """Whether this is the main process, which logs and writes."""
         return bool(self.accelerator.is_main_process)
 
     def with_network(self, backbone: Backbone, chain: Chain | None = None) -> "Session":
-        """The same session over another network."""
+        """Returns the session with another network."""
         return replace(self, backbone=backbone, _chain=chain)
 
     def with_chain(self, chain: Chain) -> "Session":
-        """The same session over another chain of its network, such as one greedy stage."""
+        """Returns the session with another chain of its network, such as the chain of one greedy stage."""
         return replace(self, _chain=chain)
 
     def with_strategy(self, strategy: StrategyConfig) -> "Session":
-        """The same session with other settings of the strategy."""
+        """Returns the session with another strategy."""
         return replace(self, config=replace(self.config, strategy=strategy))
 
     def with_output(self, output_dir: Path) -> "Session":
-        """The same session, written to `output_dir`."""
+        """Returns the session with another output folder."""
         output = replace(self.config.output, output_dir=str(output_dir))
         return replace(self, config=replace(self.config, output=output), output_dir=output_dir)
 
     def with_checkpoints(self, name: str) -> "Session":
-        """The same session with its states in the folder `name` below the others."""
+        """Returns the session with its training states in the subfolder `name`."""
         return replace(self, state_name=name)
 
     def without_test(self) -> "Session":
-        """The same session without its test split, for runs that only choose."""
+        """Returns the session without its test split, for runs that choose a strategy."""
         return replace(self, data=replace(self.data, test=None))

@@ -1,11 +1,12 @@
-"""A strategy: a named plan with its own settings, defaults, help and cost. Each is one file in `hf_transfer/strategies/`.
+"""The base of all strategies. A strategy is a named training plan with its own settings, defaults, help text and cost.
 
-The file's name is the strategy's, its docstring the help text, and its one `Strategy` class holds the settings as fields:
+Each file in `hf_transfer/strategies/` defines one strategy. The file's name is the strategy's name, the file's docstring is
+the help text, and the fields of its one `Strategy` class are the settings:
 
-    config = default_config("lora")                    # what `hf-transfer train lora` starts from
-    strategy = make_strategy("lora", rank=8)           # what `ht.lora(rank=8)` returns
+    config = default_config("lora")                    # the default settings of `hf-transfer train lora`
+    strategy = make_strategy("lora", rank=8)           # the same as `ht.lora(rank=8)`
 
-Commands, recipes, Python and `auto` all run the same object. Nothing heavy is imported before a strategy runs.
+Commands, recipes, Python and `auto` run the same object. Heavy modules are imported only when a strategy runs.
 """
 
 import importlib
@@ -31,32 +32,29 @@ PACKAGE = "hf_transfer.strategies"
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy(StrategyConfig):
-    """Base of all strategies. A subclass overrides `plan`, and the other methods if it needs more than a plan."""
+    """The base of all strategies. A subclass overrides `plan`, and other methods if it needs more than a plan."""
 
-    task_defaults: ClassVar[Mapping[str, Any]] = {}  # of settings outside the strategy, such as the checkpoint
+    task_defaults: ClassVar[Mapping[str, Any]] = {}  # defaults of settings outside the strategy, such as the checkpoint
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The name of the strategy, which is the name of its file."""
         return type(self).__module__.rpartition(".")[2]
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError for settings of this strategy that do not fit those outside it, before anything is loaded."""
+        """Raises ValueError, before anything is loaded, if settings of the strategy contradict other settings of the run."""
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
-        """The network to start from: the checkpoint, with a head for the data's labels."""
+        """Returns the network before training: the checkpoint with a new head for the data's labels."""
         from hf_transfer.network.backbone import load
 
         model = config.model
         return load(
-            model.checkpoint,
-            data.label_names,
-            base_model=model.base_model,
-            trust_remote_code=model.trust_remote_code,
+            model.checkpoint, data.label_names, base_model=model.base_model, trust_remote_code=model.trust_remote_code
         )
 
     def restart(self, session: "Session") -> "Session":
-        """The session with this strategy and a fresh network, as a run of its own begins."""
+        """Returns the session with this strategy and a freshly loaded network, as at the start of a separate run."""
         from accelerate.utils import set_seed
 
         own = session.with_strategy(self)
@@ -64,44 +62,44 @@ class Strategy(StrategyConfig):
         return own.with_network(self.load_backbone(own.config, own.data))
 
     def prepare(self, session: "Session") -> "Session":
-        """The session that the plan runs in, such as one with adapters in its network."""
+        """Returns the session that the plan runs in, for example with adapters added to the network."""
         return session
 
     def plan(self, session: "Session") -> "Plan":
-        """The phases."""
+        """Returns the training phases."""
         raise NotImplementedError(f"{type(self).__name__} has no plan")
 
     def finish(self, session: "Session", result: "RunResult") -> "RunResult":
-        """The result to save, such as one with merged adapters."""
+        """Returns the result to save, for example with merged adapters."""
         return result
 
     def run(self, session: "Session") -> "RunResult":
-        """Trains and scores; everything between loading and saving."""
+        """Runs the plan in the session, scores the trained network, and returns the result."""
         from hf_transfer.training.plan import run_plan
 
         prepared = self.prepare(session)
         return self.finish(prepared, run_plan(prepared, self.plan(prepared)))
 
     def price(self, pricing: "Pricing") -> "Price | None":
-        """Estimated time and memory, for `advise`; None for a strategy that is not advised."""
+        """Returns the estimated time and memory for `advise`, or None if `advise` never recommends the strategy."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientStrategy(Strategy, GradientConfig):
-    """Base of the strategies that take gradient steps."""
+    """The base of the strategies that take gradient steps."""
 
 
 def strategy_names() -> tuple[str, ...]:
-    """All strategies: the files of `hf_transfer/strategies/`."""
+    """Returns the names of all strategies, which are the file names in `hf_transfer/strategies/`."""
     folders = importlib.import_module(PACKAGE).__path__
     return tuple(sorted(file.stem for folder in folders for file in Path(folder).glob("[a-z]*.py")))
 
 
 def get_strategy(name: str) -> type[Strategy]:
-    """The strategy class called `name`. Raises ValueError, with the names there are, for another."""
+    """Returns the class of the strategy `name`. Raises ValueError, with all names, if no strategy has this name."""
     if name not in strategy_names():
-        raise ValueError(f"strategy {name!r}: choose one of {', '.join(strategy_names())}")
+        raise ValueError(f"there is no strategy {name!r}: choose one of {', '.join(strategy_names())}")
     module = importlib.import_module(f"{PACKAGE}.{name}")
     (kind,) = (
         v for v in vars(module).values()
@@ -111,15 +109,15 @@ def get_strategy(name: str) -> type[Strategy]:
 
 
 def make_strategy(name: str, **settings: Any) -> Strategy:
-    """The strategy called `name`, with these settings and its own defaults for the others.
+    """Returns the strategy `name` with the given settings, and with the strategy's defaults for all other settings.
 
-    Raises ValueError for a name or setting that is unknown, and for a value that is not allowed.
+    Raises ValueError for an unknown name or setting, and for a value that is not allowed.
     """
     return replace_settings(get_strategy(name)(), settings, where=f"{name}: ")
 
 
 def strategy_function(name: str) -> Callable[..., Strategy]:
-    """`ht.<name>`: a function that makes the strategy from keyword settings, documented as the strategy's file is."""
+    """Returns `ht.<name>`, a function that makes the strategy from keyword settings, with the docstring of its file."""
 
     def make(**settings: Any) -> Strategy:
         return make_strategy(name, **settings)
@@ -130,7 +128,7 @@ def strategy_function(name: str) -> Callable[..., Strategy]:
 
 
 def default_config(name: str) -> RunConfig:
-    """The settings of a run of the strategy `name` before anything is given."""
+    """Returns the default settings of a run of the strategy `name`."""
     kind = get_strategy(name)
     output = OutputConfig(output_dir=OutputConfig().output_dir.format(strategy=name))
     return replace_settings(replace(RunConfig(strategy=kind()), output=output), kind.task_defaults)

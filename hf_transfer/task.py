@@ -1,4 +1,4 @@
-"""The Python API: a task is images, a checkpoint and settings; fitting a strategy to it gives a run.
+"""The Python API. A task consists of images, a checkpoint and settings, and `Task.fit` trains with a strategy.
 
     import hf_transfer as ht
 
@@ -6,7 +6,7 @@
     run = task.fit(ht.lora(rank=8))
     run.test.accuracy, run.predict("photos/"), run.save("runs/mine"), run.push("me/model")
 
-It runs the same code as `hf-transfer train`, so the same settings give the same weights to the bit.
+`Task.fit` runs the same code as `hf-transfer train`, so the same settings give bitwise equal weights.
 """
 
 import json
@@ -28,8 +28,8 @@ from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 if TYPE_CHECKING:
     from hf_transfer.choosing.advise import Advice
 
-IN_MEMORY = "images in memory"  # what logs and cards call them if no name is given
-NOT_OF_A_TASK = {  # settings of a run that have another place in Python
+IN_MEMORY = "images in memory"  # name of the data set in logs and cards if the user gives no name
+NOT_OF_A_TASK = {  # settings of a run that another method takes
     "output_dir": "give it to fit, or to run.save",
     "push_to_hub": "use run.push",
     "private": "use run.push with PublishOptions(private=True)",
@@ -40,27 +40,27 @@ Phases = Sequence[SolveHeadPhase | TrainPhase]
 
 @dataclass(frozen=True, kw_only=True)
 class CustomPlan(GradientStrategy):
-    """A plan of one's own, with the settings of gradient training."""
+    """A strategy whose phases the user gives as a list, with the settings of gradient training."""
 
     phases: tuple[SolveHeadPhase | TrainPhase, ...] = ()
 
     @property
     def name(self) -> str:
-        """What results and card call it."""
+        """The name of the strategy in results and card."""
         return "custom_plan"
 
     def plan(self, session: Session) -> Phases:
-        """The phases as given."""
+        """Returns the phases that the user gave."""
         return self.phases
 
 
 class Task:
     """Images, a checkpoint, and the settings of a run that do not belong to a strategy.
 
-    images: a folder, file or Hub id as `--dataset` takes it; or a `datasets.Dataset` or `DatasetDict`, a DataFrame of paths and
-    labels, a list of (image, label) pairs, or a dict of these by split name (see `data.memory.read_memory`).
-    checkpoint: a Hub id, a folder, or "embedded". settings: those of `hf-transfer train` outside the strategy, such as `seed`,
-    `images_per_class`, `batch_size`, `precision`; `dataset` names images that are in memory.
+    `images`: a folder, file or Hub id, as for `--dataset`; a `datasets.Dataset` or `DatasetDict`; a DataFrame of paths and
+    labels; a list of (image, label) pairs; or a dict from split name to any of these (see `data.memory.read_memory`).
+    `checkpoint`: a Hub id, a folder, or "embedded". `settings`: settings of `hf-transfer train` that do not belong to the
+    strategy, such as `seed`, `images_per_class`, `batch_size`, `precision`. `dataset` is the name of images in memory.
 
     >>> import hf_transfer as ht
     >>> ht.Task("sklearn/digits", images_per_class=10).data.label_names[:3]
@@ -83,23 +83,22 @@ class Task:
 
     @cached_property
     def data(self) -> Data:
-        """The checked splits, loaded when they are first needed."""
+        """The splits, loaded and checked at the first access."""
         return load_data(self.config.data, self.images)
 
     def fit(self, strategy: Strategy | Phases, *, output_dir: str | Path | None = None, **settings: Any) -> Run:
-        """Trains and scores; nothing but caches is written unless `output_dir` is given.
+        """Trains with a strategy, scores the trained network, and returns the run.
 
-        strategy: such as `ht.lora(rank=8)`, or a list of phases made by `ht.solve_head` and `ht.train`. settings: further
-        settings of the strategy, or of gradient training for a list of phases, such as `hflip=0.0`.
-
-        With `output_dir` the folder is that of the recipe, states are saved while training, and `resume=True` continues.
-        Raises ValueError for whatever is wrong with settings, data or checkpoint.
+        `strategy`: a strategy such as `ht.lora(rank=8)`, or a list of phases from `ht.solve_head` and `ht.train`.
+        `settings`: further settings of the strategy, such as `hflip=0.0`. With `output_dir`, the run writes the same folder
+        as a recipe, saves training states, and resumes with `resume=True`; without, the run writes only caches.
+        Raises ValueError for an error in settings, data or checkpoint.
         """
         session = self._open(_as_strategy(strategy, settings), output_dir)
         return Run(session=session, result=execute(session))
 
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
-        """Which strategy suits these images and this checkpoint (see `hf-transfer advise`)."""
+        """Returns which strategy suits these images and this checkpoint (see `hf-transfer advise`)."""
         from hf_transfer.choosing.advise import advise
         from hf_transfer.strategy import make_strategy
 
@@ -117,10 +116,10 @@ class Task:
         return open_session(config, load=lambda: self.data, output_dir=folder, unrepeatable=unrepeatable)
 
     def _list_unrepeatable(self, strategy: Strategy) -> list[str]:
-        """What the settings do not say."""
+        """Returns sentences about the inputs of the run that config.yaml does not contain."""
         lines = [] if self.images is None else ["the images were in memory: give them to hf_transfer.Task again"]
         if isinstance(strategy, CustomPlan):
-            lines.append(f"the plan was made in Python, for Task.fit; its {len(strategy.phases)} phases:")
+            lines.append(f"the plan was made in Python for Task.fit, with {len(strategy.phases)} phases:")
             lines += [f"{phase.policy.name}: {json.dumps(phase.identity())}" for phase in strategy.phases]
         return lines
 

@@ -1,12 +1,13 @@
-r"""Choose the strategy: advise, run the probe and then the advised strategy, and keep the better one.
+r"""Choose the strategy: advise, train a probe and the advised strategy, and keep the better result.
 
     accelerate launch recipes/auto.py \
         --checkpoint timm/mobilenetv2_100.ra_in1k --dataset path/to/images --output_dir runs/auto --budget_s 1800
 
-One pass of the frozen network shows how far a probe goes, how the images compare with upstream's, and what fine-tuning is
-expected to add (`hf-transfer advise` prints it). `--measure` first spends a third of the budget on short runs of the leading
-strategies. The probe and the most promising strategy within the budget run, and validation images decide between them. The
-advice, what ran and why are in results.json and the card.
+The frozen network runs once over the images. The features show how accurate a probe is, how similar the images are to the
+pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). With `--measure`,
+short runs of the best candidates take the first third of the budget. Then the probe and the advised strategy are trained, and
+validation images decide which result is kept. The advice and
+the reason for the choice are in results.json and the card.
 """
 
 from hf_transfer.launch import run_recipe

@@ -1,13 +1,13 @@
-r"""Adapters: solve for the head on frozen features, then train LoRA or a relative beside the frozen weights (arXiv 2106.09685).
+r"""Adapters: solve for the head on frozen features, then train LoRA or similar beside the frozen weights (arXiv 2106.09685).
 
     accelerate launch recipes/lora.py \
         --checkpoint timm/deit_tiny_patch16_224.fb_in1k --dataset path/to/images --output_dir runs/lora
 
-Adapters start as the identity, so the solved head fits from the first step. By default they are merged at the end, and the
-result is a plain checkpoint; `--no-merge` saves a PEFT adapter folder instead, a few percent of the size, which names its base
-by id. With `--adapter_layers last:4 --cache_views 8` everything below those layers runs once and is stored.
+New adapters do not change the network's output, so the solved head fits from the first step. At the end, the adapters are
+merged, and the result is a plain checkpoint. With `--no-merge`, the result is a PEFT adapter folder, which records the Hub id
+of the base and is much smaller. With `--adapter_layers last:4 --cache_views 8`, the output of the layers below is stored.
 
-Measured (seed 0): DeiT-Tiny, sign-language digits, 98.8 % with 4 % of the weights trained, 24 min on a busy core; see README.
+Measured (seed 0): DeiT-Tiny reaches 98.8 % on sign-language digits with 4 % of the weights trained, in 24 min on a busy core.
 """
 
 from hf_transfer.launch import run_recipe

@@ -1,10 +1,10 @@
-r"""Supervised pretraining: train an architecture from random weights, with the loop that fine-tuning uses.
+r"""Supervised pretraining: train an architecture from random weights, with the training loop of fine-tuning.
 
     accelerate launch recipes/pretrain.py --architecture resnet18 \
         --dataset path/to/images --epochs 90 --output_dir runs/pretrained
 
-The result is a plain checkpoint: every other recipe takes its `model/` folder as `--checkpoint`. `--image_size_px` builds the
-architecture for smaller or larger images than its own default.
+The result is a plain checkpoint, and every other recipe accepts its `model/` folder as `--checkpoint`. `--image_size_px` sets
+the size of the architecture's input images.
 """
 
 from hf_transfer.launch import run_recipe

@@ -293,7 +293,7 @@ def test_a_conv_net_is_adapted_whole_but_for_what_the_method_cannot_take(network
     targets = find_targets(chain, AdapterConfig(rank=4))
     assert {n.rpartition(".")[2] for n in targets.modules} == {"conv_pw", "conv_pwl", "conv_head"}
     assert {n.rpartition(".")[2] for n in targets.left_out} == {"conv_dw"}
-    assert "not divisible by its" in next(iter(targets.left_out.values()))
+    assert "not divisible by the convolution's" in next(iter(targets.left_out.values()))
     assert not find_targets(chain, AdapterConfig(method="loha", rank=4)).left_out
     assert "conv_stem" not in targets.modules
 
@@ -301,22 +301,22 @@ def test_a_conv_net_is_adapted_whole_but_for_what_the_method_cannot_take(network
 @pytest.mark.parametrize(
     ("network", "how", "message"),
     [
-        ("timm ResNet", {"targets": "attention"}, "has none; possible are mlp, all or a regular expression"),
+        ("timm ResNet", {"targets": "attention"}, "has no attention; choose one of mlp, all, or a regular expression"),
         ("timm ResNet", {"targets": "query"}, r"matches no module\..*layerN?"),
         (
             "timm ViT",
             {"targets": "query"},
             r"matches no module\. Possible are attention, mlp, all or .*blocks.N.attn.qkv",
         ),
-        ("timm ViT", {"targets": "^head"}, r"but the head \(head\), which trains in any case"),
+        ("timm ViT", {"targets": "^head"}, r"but the head \(head\), which trains without an adapter"),
         ("timm ViT", {"targets": "norm1"}, "of the kind that lora adapts, but blocks.0.norm1"),
-        ("timm ViT", {"rank": 32}, r"rank 32 is larger than the layer \(24\).*--rank 1 or 2 or 4 or 8 or 16"),
+        ("timm ViT", {"rank": 32}, r"rank 32 is larger than the module's width 24.*--rank 1 or 2 or 4 or 8 or 16"),
         ("timm ViT", {"layers": "last:9"}, "this chain has 2 layers; choose last:1 to last:2"),
-        ("timm ViT", {"targets": "blocks.0", "layers": "last:1"}, "none lie in the layers last:1"),
+        ("timm ViT", {"targets": "blocks.0", "layers": "last:1"}, "no such module lies in the layers last:1"),
         (
             "timm MobileNetV2",
             {"targets": "conv_dw", "rank": 4},
-            "is not divisible by its .* groups.*--adapter loha or ia3",
+            "is not divisible by the convolution's .* groups.*--adapter loha or ia3",
         ),
     ],
 )
@@ -371,7 +371,7 @@ def test_a_map_that_is_not_called_is_left_alone_and_named(direct: Chain) -> None
     targets = find_targets(direct, AdapterConfig(rank=4, targets="attention"))
     assert set(targets.modules) == {"blocks.0.attn.proj", "blocks.1.attn.proj"}
     assert targets.describe_left_out() == [
-        "not adapted: blocks.N.attn.qkv (2): the network computes with its weight without calling it"
+        "no adapter for 2 modules blocks.N.attn.qkv: the network reads the weight without calling the module"
     ]
     with pytest.raises(ValueError, match=r"matches no module of the kind that lora adapts, but blocks\.0\.attn\.qkv"):
         find_targets(direct, AdapterConfig(rank=4, targets="qkv"))
@@ -523,4 +523,4 @@ def test_inspect_prints_targets_and_what_they_train(capsys: pytest.CaptureFixtur
     assert "cut: after layer3.1" in lines
     with pytest.raises(SystemExit):
         main(["inspect", "--adapter", "oft"])
-    assert "choose one of lora, dora, loha, ia3" in capsys.readouterr().err
+    assert "choose from 'lora', 'dora', 'loha', 'ia3'" in capsys.readouterr().err

@@ -346,7 +346,7 @@ def test_a_checkpoint_without_head_needs_labels(publish: Publish, tmp_path: Path
             "resnet18", num_classes=0, layers=(1, 2, 1, 1), channels=(8, 8, 16, 16), stem_width=8
         )
         timm.models.save_for_hf(headless, str(tmp_path), safe_serialization=True)
-    with pytest.raises(ValueError, match="has no trained head: give labels for a new one"):
+    with pytest.raises(ValueError, match="has no trained head: give labels for a new head"):
         load(str(tmp_path))
     found = load(str(tmp_path), OTHER)
     assert found.new_head

@@ -291,7 +291,7 @@ def test_an_unfinished_store_is_kept_while_its_lock_is_held(root: Path, caplog: 
         Path(lock.lock_file).write_text("process 12 on some-host")
         build()
         assert left.exists()
-    assert f"process 12 on some-host is making the store {'0' * 32}" in caplog.text
+    assert f"process 12 on some-host is writing the cache {'0' * 32}" in caplog.text
     clear_caches()
     assert list(root.iterdir()) == []
 
@@ -510,7 +510,7 @@ def test_where_ten_gigabytes_are_stored(
     ("requested", "message"),
     [
         ("disk", "raise --cache_gb, free some disk"),
-        ("memory", "more than half of the 19.0 GB free"),
+        ("memory", r"more than half of the free memory \(19.0 GB\)"),
         ("ram", "cache='ram': choose one of auto, disk, memory, none"),
     ],
 )

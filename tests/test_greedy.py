@@ -275,13 +275,13 @@ def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
         return grow_on(backbone, chain, BlockSpec(**blocks), AUX, after=after)
 
     mistakes: list[tuple[Callable[[], object], str]] = [
-        (lambda: new(layers=0), "layers=0: a stack has one layer at least"),
+        (lambda: new(layers=0), "layers=0: a stack needs at least one layer"),
         (lambda: new(layers=2, hidden=4), "choose 1 <= aux_hidden <= 3"),
-        (lambda: new(layers=2, downsample=(3,)), "block 3 is none of 1 to 2"),
-        (lambda: new(layers=4, downsample=(1, 2, 3, 4)), "does not halve to"),
+        (lambda: new(layers=2, downsample=(3,)), "there is no block 3; choose from 1 to 2"),
+        (lambda: new(layers=4, downsample=(1, 2, 3, 4)), "cannot halve its grid"),
         (lambda: on(vit, vit_chain), "choose --block transformer"),
         (lambda: on(resnet, chain, after="layer9"), "its layers are stem, layer1.0"),
-        (lambda: on(resnet, chain, kind="transformer", downsample=(1,)), "keep their tokens"),
+        (lambda: on(resnet, chain, kind="transformer", downsample=(1,)), "transformer blocks cannot downsample"),
         (lambda: grow_architecture(resnet, AUX, layers=6), "choose 1 <= layers <= 5"),
         (lambda: read_numbers("2;3"), "such as 2,3"),
         (lambda: layout_of((8, 3, 5), (3, 16, 16)), "neither tokens"),
@@ -393,7 +393,7 @@ def test_a_transformers_architecture_grows_too() -> None:
     cuts = [s.chain.lowest_cut(s.policy.select(s.chain)) for s in stack.stages]
     assert cuts[0] is None
     assert [c.name for c in cuts[1:] if c is not None] == [s.layer for s in stack.stages[:-1]]
-    with pytest.raises(ValueError, match="near: mobilenet"):
+    with pytest.raises(ValueError, match="similar names: mobilenet"):
         create("mobilenet_v9", LABELS)
 
 
@@ -414,9 +414,9 @@ def test_arguments_make_an_architecture_narrower_and_are_saved_with_it(tmp_path:
     [
         ("resnet18d", "{stem_width: 8}", "not JSON"),
         ("resnet18d", "[8]", "give a JSON object"),
-        ("resnet18d", '{"num_classes": 3}', "num_classes follows from the data"),
-        ("resnet18d", '{"stem_height": 8}', "cannot be made .*stem_height"),
-        ("mobilenet_v2", '{"depth": 8}', "mobilenet_v2 has no depth; known: .*depth_multiplier"),
+        ("resnet18d", '{"num_classes": 3}', "leave num_classes out; the data"),
+        ("resnet18d", '{"stem_height": 8}', "cannot be created .*stem_height"),
+        ("mobilenet_v2", '{"depth": 8}', "mobilenet_v2 has no depth; choose .*depth_multiplier"),
     ],
 )
 def test_arguments_that_fit_no_architecture_are_errors(architecture: str, text: str, message: str) -> None:

@@ -106,7 +106,7 @@ def test_matching_may_train_the_stem_alone() -> None:
 
 
 def test_matching_refuses_what_is_no_expression_before_there_is_a_chain() -> None:
-    with pytest.raises(ValueError, match=r"matching\('blocks\.\(1'\): not a regular expression: missing \)"):
+    with pytest.raises(ValueError, match=r"matching\('blocks\.\(1'\): this is not a regular expression: missing \)"):
         matching("blocks.(1")
 
 

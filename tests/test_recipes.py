@@ -98,7 +98,8 @@ def test_two_processes_give_what_one_gives(first: tuple[Path, dict[str, Any], st
     _, results, _ = first
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_TRANSFER_CACHE": str(tmp_path / "cache")}
-    run_recipe("linear_probe", "--output_dir", str(tmp_path / "run"), launcher=launcher, env=env)
+    log = run_recipe("linear_probe", "--output_dir", str(tmp_path / "run"), launcher=launcher, env=env)
+    assert log.count("wrote ") == 1  # two processes of one run, not two runs
     both = json.loads((tmp_path / "run" / "results.json").read_text())
     assert both["metrics"]["test"]["num_samples"] == results["metrics"]["test"]["num_samples"]  # each counts once
     # Batches hold other images together, so features differ in the last bits.

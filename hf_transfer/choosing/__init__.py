@@ -1,1 +1,1 @@
-"""Choosing a checkpoint and a strategy, from one pass of frozen networks over the images."""
+"""Chooses a checkpoint and a strategy from one pass of frozen networks over the images."""

@@ -1,10 +1,11 @@
-"""Which strategy suits these images and this checkpoint: the probe is measured, fine-tuning is estimated.
+"""Advises which strategy suits a data set and a checkpoint, from a measured probe and an estimate of fine-tuning.
 
-    advice = advise(session)         # one pass of the frozen network over train and validation, cached for the run that follows
+    advice = advise(session)         # runs the frozen network once over train and validation, and caches the features
     print(format_advice(advice))
 
-The probe is cross-validated on the features. What fine-tuning adds is expected from the amount of data and its similarity to
-upstream's (see `rule`), or measured by short runs (see `pilots`). Test images are never read.
+The probe is cross-validated on the features. The gain of fine-tuning is predicted from the number of images and from
+their similarity to the pretraining images (see `rule`), or measured by short trial runs (see `pilots`). Test images are never
+read.
 """
 
 import math
@@ -38,19 +39,19 @@ from hf_transfer.strategy import Strategy
 from hf_transfer.training.pricing import Price, Pricing
 from hf_transfer.training.records import to_json
 
-MIN_GAIN = 0.001  # accuracy; the reason does not mention a smaller gain
+MIN_GAIN = 0.001  # a smaller gain in accuracy is not mentioned in the reason
 PILOT_BUDGET_S = 600.0
 Source = Literal["measured", "expected", "expected and pilot"]
 SOURCE_WORDS: Mapping[Source, str] = {
     "measured": "measured on held-out images",
     "expected": "expected",
-    "expected and pilot": "expected, updated by short runs",
+    "expected and pilot": "expected, updated by short trial runs",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Accuracy and cost of one strategy. `source`: whether the accuracy was measured on these images or is an expectation."""
+    """The accuracy and the cost of one strategy. `source` tells whether the accuracy was measured or predicted."""
 
     strategy: str
     accuracy: float
@@ -64,13 +65,13 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """Everything that `hf-transfer advise` prints."""
+    """The content of the advice that `hf-transfer advise` prints."""
 
     data_name: str
     checkpoint: str
     num_images: Mapping[str, int]  # train, validation
-    images_per_class: Mapping[str, float]  # smallest, median, largest: train and validation together
-    imbalance: float  # images of the largest class / images of the smallest
+    images_per_class: Mapping[str, float]  # "smallest", "median", "largest" class, train plus validation
+    imbalance: float  # images of the largest class / images of the smallest class
     regime: DataRegime
     similarity: Similarity
     depths: tuple[DepthScore, ...]
@@ -79,16 +80,16 @@ class Advice:
     pilots: tuple[Pilot, ...]
     recommended: str
     reason: str
-    suggestions: tuple[Suggestion, ...]  # empty outside the trouble cell
-    cost: Mapping[str, float]  # seconds of loading, features, estimates, pilots; images_computed
+    suggestions: tuple[Suggestion, ...]  # empty unless the data are little and different
+    cost: Mapping[str, float]  # seconds of "loading", "features", "estimates", "pilots"; "images_computed"
 
     @property
     def command(self) -> str:
-        """The recommended strategy's command."""
+        """The command that runs the recommended strategy."""
         return next(e.command for e in self.estimates if e.strategy == self.recommended)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
+        """Returns the advice as JSON values."""
         return {
             "data": self.data_name,
             "checkpoint": self.checkpoint,
@@ -119,8 +120,9 @@ class Advice:
 def advise(session: Session, *, measure: bool = False, budget_s: float | None = None) -> Advice:
     """Returns the advice for the session's data and checkpoint.
 
-    `measure` runs the leading strategies briefly, within `budget_s` seconds in total (default 600). Without it, `budget_s`
-    limits the recommended run. All processes must call this. Raises ValueError if the network has no single linear classifier.
+    With `measure`, the strategies with the best estimates train briefly, within `budget_s` seconds in total (default 600).
+    Without `measure`, `budget_s` limits the time of the recommended run. All processes must call this function. Raises
+    ValueError if the network has no single linear classifier.
     """
     session = session.without_test()
     clock = [time.perf_counter()]
@@ -152,7 +154,7 @@ def advise(session: Session, *, measure: bool = False, budget_s: float | None = 
 
 
 def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Evidence) -> Advice:
-    """Returns the advice before pilots and recommendation."""
+    """Returns the advice without trial runs and without a recommendation."""
     data, seed = session.data, session.config.seed
     counts = data.train.counts() + data.validation.counts()
     similarity = measure_similarity(evidence)
@@ -196,7 +198,7 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
 def _score_depths(
     evidence: Evidence, rows: NDArray[np.int64], probe: CrossValidation, seed: int
 ) -> tuple[DepthScore, ...]:
-    """Returns the scores of `rows` at every depth; `probe` is the native features' probe, whose C the others reuse."""
+    """Returns the scores of `rows` at every depth. All depths use the C of `probe`, which was fitted to native features."""
     labels = evidence.labels[rows]
     scores = []
     for depth in evidence.depths:
@@ -234,7 +236,7 @@ def _estimate_strategy(strategy: Strategy, regime: DataRegime, probe: CrossValid
 
 
 def _recommend(advice: Advice, budget_s: float | None) -> Advice:
-    """Returns the advice with estimates updated by its pilots, the recommendation and its reason."""
+    """Returns the advice with estimates updated by the trial runs, and with a recommendation and its reason."""
     probe = next(e for e in advice.estimates if e.strategy == "linear_probe")
     num_validation = advice.num_images["validation"]
     estimates = {e.strategy: _add_pilots(e, probe, advice.pilots, num_validation) for e in advice.estimates}
@@ -252,10 +254,11 @@ def _recommend(advice: Advice, budget_s: float | None) -> Advice:
 
 
 def _add_pilots(estimate: Estimate, probe: Estimate, pilots: Sequence[Pilot], num_validation: int) -> Estimate:
-    """Returns the precision-weighted mean of the estimate and of the probe's estimate plus the longest pilot's gain.
+    """Returns the estimate of a strategy, updated by the strategy's longest trial run.
 
-    The gain is over the probe's pilot, on the same n validation images. Its variance is at most (misses of both) / n^2, because
-    only images that one of them misses can differ; half a miss is added to each, since few images can show no miss at all.
+    The update is a precision-weighted mean. A trial run measures the gain over the probe's trial run on the same n validation
+    images. The variance of the gain is at most (misses of both runs) / n^2, because the runs can differ only on images that one
+    of the runs misses. Half a miss is added to each run, so that the variance is never 0.
     """
     base = next((p for p in pilots if p.strategy == "linear_probe"), None)
     mine = [p for p in pilots if p.strategy == estimate.strategy and p.epochs]
@@ -287,9 +290,9 @@ def _explain(chosen: str, estimates: Mapping[str, Estimate], regime: DataRegime,
     )
     if chosen == "linear_probe":
         if top.accuracy - best.accuracy < MIN_GAIN:
-            return f"the probe reaches {accuracy}; no strategy is expected to do better on {regime.cell} data"
+            return f"the probe reaches {accuracy}; no strategy is expected to be more accurate on {regime.cell} data"
         if budget_s is not None and top.seconds > budget_s:
-            return f"the probe reaches {accuracy}; {top.strategy} may do better but does not fit into {budget_s:.0f} s"
+            return f"the probe reaches {accuracy}; {top.strategy} may be better, but needs more than {budget_s:.0f} s"
         gain = 100 * (top.accuracy - probe.accuracy)
         return (
             f"the probe reaches {accuracy}; {top.strategy} is expected to add {gain:.1f} points, too few for its cost"
@@ -302,5 +305,5 @@ def _explain(chosen: str, estimates: Mapping[str, Estimate], regime: DataRegime,
     return (
         reason
         if chosen == "full"
-        else f"{reason}; it keeps the probe unless validation accuracy improves beyond chance"
+        else f"{reason}; {chosen} keeps the probe unless validation accuracy improves beyond chance"
     )

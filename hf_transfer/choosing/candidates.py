@@ -1,4 +1,4 @@
-"""The strategies that are chosen among, with the settings of the session that asks, and the command that runs each."""
+"""The candidate strategies of advice, with the settings of the session, and the command that runs each candidate."""
 
 import shlex
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from hf_transfer.config import RunConfig, changed_settings, list_settings, repla
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy, default_config, get_strategy
 
-# They say where a run is, not what it computes; the first two and the last stand in every command in any case.
+# `tracker` and `resume` do not change the result. The other settings are in every command.
 NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "output_dir"})
 
 
 def find_candidates(session: Session) -> dict[str, Strategy]:
-    """Every strategy of the rule, cheapest first, with the settings that were changed in the session's own strategy."""
+    """Returns every strategy of the rule, cheapest first, with the settings that the session's own strategy changes."""
     own = session.config.strategy
     changed = changed_settings(own, type(own)())
     candidates = {name: _inherit(get_strategy(name)(), changed) for name in STRATEGIES}
@@ -26,13 +26,13 @@ def find_candidates(session: Session) -> dict[str, Strategy]:
 
 
 def to_k(strategy: Strategy) -> int:
-    """How many layers `last_layers` trains."""
+    """Returns the number of layers that a `last_layers` strategy trains."""
     k: int = list_settings(strategy)["k"].value
     return k
 
 
 def make_command(session: Session, strategy: Strategy) -> str:
-    """The command line that runs the strategy on the same data, checkpoint and settings."""
+    """Returns the command that runs `strategy` with the data, checkpoint and settings of the session."""
     default = default_config(strategy.name)
     config: RunConfig = replace(session.config, strategy=strategy)
     changed = {k: v for k, v in changed_settings(config, default).items() if k not in NOT_IN_COMMAND}

@@ -1,7 +1,7 @@
-"""Runs the advised strategy and the probe, and keeps the strategy only if it validates better beyond chance.
+"""Trains the probe and the advised strategy, and keeps the strategy's result only if it is significantly better.
 
-The probe is scored by fits that have not seen the validation images, so both are compared on the same images. Test images are
-scored once, with the kept network. `rule.choose` decides what is advised; `reporting/sentences.py` words what was kept.
+Both results are compared on the validation images, which the scored probe was not fitted to. Only the kept network is scored on
+the test images. `rule.choose` selects the advised strategy, and `reporting/sentences.py` describes the choice.
 """
 
 import logging
@@ -22,15 +22,15 @@ from hf_transfer.training.records import AutoChoice, Kept, Metrics, RunResult, V
 
 log = logging.getLogger(__name__)
 
-PILOT_SHARE = 1 / 3  # share of the budget for pilots
+PILOT_SHARE = 1 / 3  # share of the budget for trial runs
 DEFAULT_PILOT_S = 600.0
 
 
 def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -> RunResult:
-    """Advises, runs the probe and the advised strategy, and returns the better result; its `choice` records why.
+    """Advises, trains the probe and the advised strategy, and returns the better result with the reason in `choice`.
 
-    Each run begins as it would on its own, so what is kept has the same weights to the bit. `budget_s` limits the estimated
-    time of pilots and of the advised run; a run that has started is not interrupted.
+    The kept result is bitwise equal to a separate run of its strategy. `budget_s` limits the estimated time of the trial runs
+    and of the advised strategy's run. A run that has started is not interrupted.
     """
     started = time.perf_counter()
     pilot_s = PILOT_SHARE * budget_s if budget_s else DEFAULT_PILOT_S
@@ -38,7 +38,7 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
         advice = advise(session, measure=measure, budget_s=pilot_s if measure else budget_s)
     session.costs.count_images("advise", int(advice.cost["images_computed"]))
     if session.is_main:
-        log.info("advised %s: %s", advice.recommended, advice.reason)
+        log.info("auto advises %s: %s", advice.recommended, advice.reason)
     candidates, unseen = find_candidates(session), session.without_test()
     probe = candidates["linear_probe"]
     result = probe.run(probe.restart(unseen))
@@ -56,7 +56,7 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
             choice = compare(choice, tuned)
             result = tuned if choice.kept == advice.recommended else result
     if session.is_main:
-        log.info("kept %s (%s)", choice.kept, choice.verdict)
+        log.info("auto keeps the result of %s: %s", choice.kept, choice.verdict)
     metrics = dict(result.metrics)
     if session.data.test is not None:
         with session.costs.part("evaluate"):
@@ -66,7 +66,7 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
 
 
 def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
-    """The choice between the probe and a tuned network, judged on the same validation images."""
+    """Returns the choice between the probe and a fine-tuned network, judged on the same validation images."""
     accuracy, num_images = tuned.validation.accuracy, tuned.validation.num_samples
     error = None if tuned.phases[0].is_solved else standard_error(choice.probe.accuracy, accuracy, num_images)
     verdict = judge(accuracy - choice.probe.accuracy, error, tuned.phases[-1].kept)
@@ -75,11 +75,11 @@ def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
 
 
 def judge(gain: float, error: float | None, kept: Kept) -> Verdict:
-    """Whether a tuned network is better than the probe, from its `gain` in accuracy and the weights that it `kept`.
+    """Returns the verdict on a fine-tuned network, from its `gain` in accuracy over the probe and its `kept` weights.
 
-    Without `error`: it started from the probe and has already shown, image by image, that its epoch beats that probe beyond
-    chance (otherwise it kept its start), so it only has to match the probe that is fitted on all images. With `error`: it
-    started from an untrained head and has to win by this standard error, because the best of its epochs is partly luck.
+    With `error`, training started from an untrained head. The gain must exceed this standard error, because the best epoch is
+    partly luck. Without `error`, training started from the probe, and kept an epoch only if it was significantly better, image
+    by image. Then the gain over the probe that is fitted to all images only has to be 0 or more.
     """
     if error is None and kept is Kept.START:
         return Verdict.NO_EPOCH_BETTER
@@ -88,7 +88,7 @@ def judge(gain: float, error: float | None, kept: Kept) -> Verdict:
 
 
 def standard_error(first: float, second: float, num_images: int) -> float:
-    """Of the difference of two accuracies on this many images."""
+    """Returns the standard error of the difference of two accuracies on `num_images` images."""
     return math.sqrt((first * (1 - first) + second * (1 - second)) / max(1, num_images))
 
 
@@ -101,10 +101,7 @@ def _score_test(session: Session, result: RunResult) -> Metrics:
 def _without_paths(advice: Advice, session: Session) -> dict[str, Any]:
     """Returns the advice without local paths, because results.json and the card are published."""
     config = session.config
-    names: Mapping[str, str] = {
-        config.model.checkpoint: advice.checkpoint,
-        config.data.dataset: session.data.name,
-    }
+    names: Mapping[str, str] = {config.model.checkpoint: advice.checkpoint, config.data.dataset: session.data.name}
 
     def public(value: Any) -> Any:
         if isinstance(value, str):

@@ -1,7 +1,7 @@
-"""Accuracy of a linear probe on frozen features: cross-validated, by depth, and as a function of the number of labels.
+"""Estimates the accuracy of a linear probe on frozen features, at several depths and for several numbers of labels.
 
-All problems on one feature matrix (regularization strength, fold, subset of the rows) differ only in their row weights, so each
-question is one batched solve (see `training.probe`).
+The fits to one feature matrix differ only in their regularization and row weights (for a fold or a subset of the rows), so all
+fits are one batched solve (see `training.probe`).
 """
 
 from collections.abc import Sequence
@@ -19,38 +19,40 @@ from hf_transfer.training.probe import SPREAD_FLOOR, solve_path
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS = 5
-SOLVER = SolverOptions(tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR)  # accuracies do not change below that
+SOLVER = SolverOptions(
+    tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR
+)  # tighter options do not change the accuracies
 MAX_ROWS = 2000  # more rows cost time and do not change the advice
-CURVE_SHARES = (0.125, 0.25, 0.5, 1.0)  # nested subsets of each fold's training rows
-CURVE_AHEAD = (1.0, 2.0, 4.0, 10.0)  # multiples of the labels at hand to extrapolate to
+CURVE_SHARES = (0.125, 0.25, 0.5, 1.0)  # shares of each fold's training rows, as nested subsets
+CURVE_AHEAD = (1.0, 2.0, 4.0, 10.0)  # extrapolation: multiples of the current number of labels
 CURVE_RESAMPLES = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossValidation:
-    """Cross-validated accuracy: each row is scored by a fit that has not seen it."""
+    """The result of a cross-validation, in which each row is predicted by a fit to the other folds."""
 
-    hits: NDArray[np.bool_]  # (N,)
+    hits: NDArray[np.bool_]  # (N,) whether each row is predicted correctly
     c: float | None = None  # the chosen inverse regularization strength
 
     @property
     def accuracy(self) -> float:
-        """Share of hits."""
+        """The share of rows that are predicted correctly."""
         return float(self.hits.mean())
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Exact 95 % interval for N independent images (Clopper and Pearson 1934)."""
+        """The exact 95 % interval of the accuracy for N independent images (Clopper and Pearson 1934)."""
         return binomial_interval(int(self.hits.sum()), len(self.hits))
 
 
 @dataclass(frozen=True, kw_only=True)
 class DepthScore:
-    """How well the features after a layer suit the task."""
+    """The accuracy of a probe and of kNN on the features after a layer."""
 
     layer: str
-    position: float  # share of the layers up to and including this one
-    is_native: bool  # whether the checkpoint's own classifier reads these features; else they are means over positions
+    position: float  # share of the layers up to and including `layer`
+    is_native: bool  # True: features that the checkpoint's own classifier reads; False: means over positions
     probe: float
     probe_interval: tuple[float, float]  # 95 %
     knn: float
@@ -59,7 +61,7 @@ class DepthScore:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """Extrapolated accuracy at a number of labels; low and high bound a 95 % interval."""
+    """The extrapolated accuracy for a number of labels, with the bounds of its 95 % interval."""
 
     images_per_class: float
     accuracy: float
@@ -69,12 +71,12 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningCurve:
-    """The probe's accuracy by images per class, and the power law fitted to its error."""
+    """The probe's accuracy for several numbers of images per class, and a power law fitted to the probe's error."""
 
     images_per_class: tuple[float, ...]
     accuracy: tuple[float, ...]
     exponent: float  # error is proportional to images ** -exponent
-    ahead: tuple[CurvePoint, ...]  # one per CURVE_AHEAD; the first is at the labels at hand
+    ahead: tuple[CurvePoint, ...]  # one point per CURVE_AHEAD; the first is for the current number of labels
 
 
 def binomial_interval(hits: int, count: int) -> tuple[float, float]:
@@ -100,7 +102,7 @@ def cross_validate(
     folds: int = FOLDS,
     seed: int = 0,
 ) -> CrossValidation:
-    """Returns held-out hits of a linear probe on features (N, F), for the C of `c_grid` with the lowest held-out log-loss."""
+    """Returns the cross-validation of a linear probe on features (N, F), with the best C of `c_grid` by held-out log-loss."""
     problem = _Problem.of(features, labels, folds, seed)
     masks = torch.stack([(problem.fold_of != fold).float() for fold in range(folds)])
     logits = problem.solve([c for c in c_grid for _ in range(folds)], masks.repeat(len(c_grid), 1))
@@ -117,11 +119,11 @@ def cross_validate(
 def draw_learning_curve(
     features: NDArray[Any], labels: NDArray[np.int64], *, c: float, folds: int = FOLDS, seed: int = 0
 ) -> LearningCurve:
-    """Returns the probe's accuracy on nested subsets of the rows, and a power law fitted to it (arXiv 1712.00409, section 3).
+    """Returns the probe's accuracy on nested subsets of the rows, and a power law of its error (arXiv 1712.00409, section 3).
 
-    error(n) = a * n ** -b, by weighted least squares in logarithms. The intervals come from a bootstrap over images that also
-    leaves one subset size out of each resample. They cover noise and part of the doubt about the law, which assumes that
-    enough labels remove every error.
+    The law error(n) = a * n ** -b is fitted by weighted least squares in logarithms. The intervals come from a bootstrap over
+    images, in which each resample omits one subset size. The intervals cover noise and part of the uncertainty of the law,
+    which assumes that enough labels remove every error.
     """
     problem = _Problem.of(features, labels, folds, seed)
     rank = _rank_in_class(problem.y, problem.fold_of, folds)
@@ -154,7 +156,7 @@ def draw_learning_curve(
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """Features (N, F) and labels (N,) with each row's fold (N,)."""
+    """The features (N, F), labels (N,) and fold numbers (N,) of a cross-validation."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -166,32 +168,32 @@ class _Problem:
         return cls(x=torch.from_numpy(np.asarray(features, np.float32)), y=y, fold_of=draw_folds(y, folds, seed))
 
     def solve(self, cs: Sequence[float], row_weights: torch.Tensor) -> torch.Tensor:
-        """Returns the logits (P, N, K) of all rows under each of P solutions."""
+        """Returns the logits (P, N, K) of all N rows for each of the P solutions."""
         path = solve_path(self.x, self.y, max(2, int(self.y.max()) + 1), cs, row_weights, SOLVER)
         return torch.einsum("nd,pkd->pnk", self.x, path.weight) + path.bias[:, None]
 
     def select_held_out(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns each row's logits (N, K) from the fold, of (folds, N, K), that held it out."""
+        """Returns each row's held-out logits (N, K), selected by fold from `logits` (folds, N, K)."""
         return logits[self.fold_of, torch.arange(len(self.y))]
 
 
 def _rank_in_class(y: torch.Tensor, fold_of: torch.Tensor, folds: int) -> torch.Tensor:
-    """Returns (folds, N): each training row's random rank within its class, 0 (first) to below 1; 2 for held-out rows."""
+    """Returns the random rank (folds, N) of each training row in its class, from 0 to below 1. Held-out rows have rank 2."""
     rank = torch.full((folds, len(y)), 2.0)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))
     for fold in range(folds):
         for label in y.unique():
             rows = order[(y[order] == label) & (fold_of[order] != fold)]
-            # The first row of a class has rank 0 and so is in every subset.
+            # The first row of a class has rank 0, so every subset contains this row.
             rank[fold, rows] = torch.arange(len(rows)) / max(1, len(rows))
     return rank
 
 
 def _fit_law(sizes: NDArray[Any], hits: NDArray[Any]) -> tuple[float, float]:
-    """Returns (intercept, slope >= 0) of log error = intercept - slope * log n, for hits (sizes, N), weighted by precision."""
+    """Returns (intercept, slope >= 0) of log error = intercept - slope * log n, fitted to `hits` (sizes, N)."""
     misses, count = (~hits).sum(-1), hits.shape[-1]
     errors = np.log((misses + 0.5) / (count + 1))
-    weights = (misses + 0.5) / (1 - misses / (count + 1))  # 1 / variance of a log share
+    weights = (misses + 0.5) / (1 - misses / (count + 1))  # precision (1 / variance) of a log share
     log_n = np.log(sizes)
     total = weights.sum()
     mean_n, mean_e = (weights * log_n).sum() / total, (weights * errors).sum() / total

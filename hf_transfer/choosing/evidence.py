@@ -1,7 +1,7 @@
-"""Evidence from one pass of the frozen network over train and validation: features at several depths, upstream's predictions.
+"""The evidence of advice: features at several depths and the pretrained head's logits, from one pass of the frozen network.
 
-The recipes make the same pass under the same cache keys, so a run that follows reads its features from the cache. The extra
-features (means over positions at a few depths) need no second pass. Test images are not read.
+The pass covers train and validation images, and never test images. A recipe makes the same pass with the same cache keys, so a
+run after the advice reads its features from the cache.
 """
 
 from dataclasses import dataclass
@@ -24,31 +24,31 @@ from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.session import Session
 from hf_transfer.training.readouts import tap_readouts
 
-NUM_DEPTHS = 4  # evenly spaced between the first layer and the last
+NUM_DEPTHS = 4  # evenly spaced between the first layer and the last layer
 
 Head = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""A linear classifier: weight (Z, F), bias (Z,)."""
+"""A linear classifier of Z pretraining classes: weight (Z, F) and bias (Z,)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """Features read after a layer."""
+    """The features of all images after one layer."""
 
     layer: str
-    position: float  # share of the layers between stem and head up to and including this one
+    position: float  # share of the layers between stem and head up to and including `layer`
     features: NDArray[np.float32]  # (N, F)
-    is_native: bool  # whether the checkpoint's own classifier reads these features; else they are means over positions
+    is_native: bool  # True: features that the checkpoint's own classifier reads; False: means over positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Rows are the train split's images, then the validation split's."""
+    """The evidence of N images: the images of the train split, then those of the validation split."""
 
     labels: NDArray[np.int64]  # (N,)
-    depths: tuple[Depth, ...]  # the last is native
-    upstream_logits: NDArray[np.float32] | None  # (N, Z); None if the checkpoint has no linear head of its own
+    depths: tuple[Depth, ...]  # the last depth is native
+    upstream_logits: NDArray[np.float32] | None  # (N, Z) of the pretrained head; None if the head is not linear
     forward_stats: ForwardStats
-    images_computed: int  # images that the network ran on; 0 if all features came from the cache
+    images_computed: int  # number of images that the network ran on; the others came from the cache
 
     @property
     def features(self) -> NDArray[np.float32]:
@@ -57,10 +57,10 @@ class Evidence:
 
 
 def gather_evidence(session: Session, *, head: Head | None, readouts: bool = True) -> Evidence:
-    """Returns the evidence from one pass over train and validation, reading from the cache what is there.
+    """Returns the evidence from one pass over train and validation images, or from the cache if it contains the features.
 
-    `head`: upstream's classifier, from `read_head`. `readouts`: also store every readout that the linear probe tries. Raises
-    ValueError if the network has no single linear classifier.
+    `head` is the pretrained classifier from `read_head`. With `readouts`, the pass also stores every readout (the features of
+    one layer and pooling) that the linear probe tries. Raises ValueError if the network has no single linear classifier.
     """
     chain, data, resources = session.chain, session.data, session.resources.keeping_results()
     own, *others = find_readouts(chain, sweep="all" if readouts else "none")
@@ -80,7 +80,7 @@ def gather_evidence(session: Session, *, head: Head | None, readouts: bool = Tru
         Depth(layer=cut.name, position=position, features=np.concatenate(parts[name]), is_native=False)
         for name, (cut, position) in means.items()
     ]
-    # A network that pools its last layer by the mean reads the same features there.
+    # If the network mean-pools its last layer, that mean equals the native features, and is left out.
     depths = [
         d for d in depths if d.features.shape != native.features.shape or not np.allclose(d.features, native.features)
     ]
@@ -94,7 +94,7 @@ def gather_evidence(session: Session, *, head: Head | None, readouts: bool = Tru
 
 
 def read_head(config: ModelConfig) -> Head | None:
-    """Returns the checkpoint's own classifier; None if it has no trained head, or one that is not a single linear layer."""
+    """Returns the checkpoint's own classifier, or None if the checkpoint has no trained head that is one linear layer."""
     try:
         upstream = load(config.checkpoint, trust_remote_code=config.trust_remote_code)
     except NoTrainedHeadError:
@@ -109,23 +109,23 @@ def read_head(config: ModelConfig) -> Head | None:
 
 
 def spread_depths(chain: Chain) -> list[tuple[Cut, float]]:
-    """Returns up to NUM_DEPTHS evenly spaced cuts, ending at the last layer, each with the share of layers before it."""
+    """Returns up to NUM_DEPTHS evenly spaced cuts up to the last layer, each with the share of layers before the cut."""
     inner = [layer.cut for layer in chain.layers[1:-1] if layer.cut is not None]
     wanted = {round(len(inner) * i / NUM_DEPTHS) for i in range(1, NUM_DEPTHS + 1)} - {0}
     return [(inner[k - 1], k / len(inner)) for k in sorted(wanted)]
 
 
 def tap_mean(cut: Cut, image_shape: tuple[int, int, int]) -> Tap:
-    """Returns a tap that keeps the mean over positions of the activation at `cut`: one number per channel."""
+    """Returns a tap, which reads features at a cut: here the mean over positions, which is one number per channel."""
     channel = find_channel(cut.shape, image_shape)
     positions = tuple(i + 1 for i in range(len(cut.shape)) if i != channel)
     return Tap(cut=cut, pooling="mean", shape=(cut.shape[channel],), keep=partial(_mean, dims=positions))
 
 
 def find_channel(shape: tuple[int, ...], image_shape: tuple[int, int, int]) -> int:
-    """Returns the channel dimension of one image's activation of shape (C, H, W), (H, W, C) or (tokens, C).
+    """Returns the index of the channel dimension in the shape (C, H, W), (H, W, C) or (tokens, C) of one image's activation.
 
-    (C, H, W) is recognized by H and W in the image's proportions, and wins if both layouts fit.
+    The shape is (C, H, W) if its last two numbers have the proportions of the image's height and width.
     """
     if len(shape) == 3:
         height, width = image_shape[1:]

@@ -1,4 +1,4 @@
-"""Statistics of a plain forward over a few images: speed, and the distance of BatchNorm inputs from the stored statistics."""
+"""Measures a forward pass over a few images: its speed, and how far BatchNorm inputs are from the stored statistics."""
 
 import threading
 import time
@@ -18,25 +18,25 @@ from hf_transfer.prefix.sweep import sweep
 from hf_transfer.session import Session
 
 MAX_IMAGES = 32
-MAX_SHARE = 1 / 16  # of the split's images, so that the cost stays small beside the full pass
+MAX_SHARE = 1 / 16  # largest share of the split's images; keeps the cost small
 MIN_IMAGES = 8
-EPSILON = 1e-5  # smallest variance that counts
+EPSILON = 1e-5  # smaller variances count as this
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardStats:
-    """Measured on `num_images` images."""
+    """The statistics of a forward pass over `num_images` images."""
 
     num_images: int
-    images_per_second: float  # of a forward in the run's precision
-    batchnorm_distance: float | None  # nats; None if the network stores no running statistics
+    images_per_second: float  # in the run's precision
+    batchnorm_distance: float | None  # in nats; None if the network has no running statistics
 
 
 def measure_forward(session: Session) -> ForwardStats:
-    """Returns the statistics of a forward over a few training images, spread evenly over the classes.
+    """Returns the statistics of a forward pass over a few training images, which are spread evenly over the classes.
 
-    The network is left unchanged. BatchNorm's inputs are recorded in fp32; in another precision a second forward measures the
-    speed.
+    The network does not change. BatchNorm inputs are recorded in fp32. If the run has another precision, a second forward
+    pass measures the speed.
     """
     split, resources = session.data.train, session.resources
     count = min(len(split), MAX_IMAGES, max(MIN_IMAGES, round(MAX_SHARE * len(split))))
@@ -46,9 +46,9 @@ def measure_forward(session: Session) -> ForwardStats:
 
     def measure_speed(*, in_precision: bool) -> float:
         def forward(replica: Chain, batch: torch.Tensor, _: int) -> None:
-            # Entered here because autocast applies only to the thread that enters it.
+            # Autocast applies only to the thread that enters the context, so each thread enters it here.
             with resources.autocast() if in_precision else nullcontext():
-                compute_logits(replica.model, batch).sum().item()  # waits for the GPU
+                compute_logits(replica.model, batch).sum().item()  # item() waits for the GPU
 
         started = time.perf_counter()
         sweep(session.chain, images, rows, forward, resources)
@@ -62,9 +62,9 @@ def measure_forward(session: Session) -> ForwardStats:
 
 
 class _InputMoments:
-    """Moments over images and positions of the inputs of modules with running statistics.
+    """The mean and variance over images and positions of the inputs of modules with running statistics.
 
-    `stored`: each module's running mean and variance (C,).
+    `stored`: running mean (C,) and running variance (C,) of each module, by module name.
     """
 
     def __init__(self, stored: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -74,7 +74,7 @@ class _InputMoments:
 
     def add(self, name: str, x: torch.Tensor) -> None:
         """Adds a batch of inputs (B, C, ...)."""
-        # On channels-last inputs BatchNorm's own kernel is ten times faster than var_mean, which took a tenth of the pass.
+        # On channels-last inputs, BatchNorm's own kernel is ten times faster than var_mean.
         _, mean, inverse_std = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, EPSILON)
         variance = (inverse_std**-2 - EPSILON).double().cpu()
         mean = mean.double().cpu()
@@ -84,9 +84,9 @@ class _InputMoments:
             self.seen[name] = (seen + count, total + count * mean, squares + count * (variance + mean**2))
 
     def compute_distance(self) -> float | None:
-        """Returns KL(N(seen) | N(stored)) in nats: median over channels, mean over modules; None if there is no such module.
+        """Returns KL(N(seen) | N(stored)) in nats as the mean over modules of the median over channels; None without modules.
 
-        0 means that the inputs have upstream's statistics (arXiv 1603.04779; arXiv 1912.08795, equation 4).
+        0 means that the inputs have the statistics of the pretraining data (arXiv 1603.04779; arXiv 1912.08795, equation 4).
         """
         distances = []
         for name, (count, total, squares) in self.seen.items():
@@ -95,14 +95,14 @@ class _InputMoments:
             var = (squares / count - mean**2).clamp_min(EPSILON) + EPSILON
             stored_var = stored_var.clamp_min(0) + EPSILON
             kl = 0.5 * (var / stored_var + (mean - stored_mean) ** 2 / stored_var - 1 - (var / stored_var).log())
-            # The median ignores dead channels, whose variance ratio is rounding error.
+            # The median ignores dead channels, whose variance ratio is a rounding error.
             distances.append(float(kl.median()))
         return float(np.mean(distances)) if distances else None
 
 
 @contextmanager
 def _record_batchnorm_inputs(model: nn.Module) -> Iterator[_InputMoments]:
-    """Records the inputs of modules with running statistics, including those of copies of the model made inside."""
+    """Records the inputs of modules with running statistics, also in copies of the model made in the `with` block."""
     stored = {
         name: (module._buffers["running_mean"], module._buffers["running_var"])
         for name, module in model.named_modules()

@@ -1,8 +1,8 @@
-"""Which checkpoint suits these images: one pass of each frozen network, and a cross-validated linear probe on its features.
+"""Ranks checkpoints for a data set by a cross-validated linear probe on the features of each frozen network.
 
-The probe orders the table. Beside it stand kNN accuracy and the number of parameters, each with its rank correlation with the
-probe over the given checkpoints. The number of parameters is the baseline that reads no image: on the usual benchmarks, a fixed
-list ordered by size correlates better with fine-tuned accuracy than LogME and other scores (arXiv 2510.06448).
+The table also shows kNN accuracy and the number of parameters, and the rank correlation of both columns with the probe. The
+number of parameters is a baseline that reads no image. On the usual benchmarks, an order by size correlates better with
+fine-tuned accuracy than LogME and other scores (arXiv 2510.06448).
 """
 
 import logging
@@ -28,12 +28,12 @@ from hf_transfer.session import Session
 log = logging.getLogger(__name__)
 
 SAMPLE = 2000  # images; 0: all
-MIN_CHECKPOINTS = 3  # fewer have no meaningful rank correlation
+MIN_CHECKPOINTS = 3  # a rank correlation of fewer checkpoints is meaningless
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointScore:
-    """One checkpoint's row of the table. Accuracies are shares, estimated on held-out images."""
+    """One row of the ranking table: a checkpoint's accuracies (shares of held-out images) and costs."""
 
     name: str
     probe: float
@@ -42,13 +42,13 @@ class CheckpointScore:
     num_features: int
     num_parameters: int
     images_per_second: float
-    images_computed: int  # 0 if all features came from the cache
-    seconds: Mapping[str, float]  # loading, pass, probe, knn
+    images_computed: int  # number of images that the network ran on; the others came from the cache
+    seconds: Mapping[str, float]  # of "loading", "pass", "probe", "knn"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankCorrelation:
-    """How well one order of the checkpoints agrees with the probe's, -1 to 1."""
+    """The rank correlation of a column of the table with the probe's accuracy, from -1 to 1."""
 
     kendall: float
     spearman: float
@@ -56,17 +56,17 @@ class RankCorrelation:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Checkpoints, best probe first, and the ones that failed."""
+    """The scored checkpoints, sorted by the probe's accuracy, and the checkpoints that failed."""
 
     data_name: str
     num_images: int
     num_classes: int
     rows: tuple[CheckpointScore, ...]
-    agreement: Mapping[str, RankCorrelation]  # by the names of PREDICTORS
+    agreement: Mapping[str, RankCorrelation]  # key: a name in PREDICTORS
     failures: Mapping[str, str]  # checkpoint -> error message
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns JSON values."""
+        """Returns the ranking as JSON values."""
         return {
             "data": self.data_name,
             "num_images": self.num_images,
@@ -89,9 +89,9 @@ PREDICTORS: Mapping[str, Callable[[CheckpointScore], float]] = {
 def rank(
     checkpoints: Sequence[str], config: RunConfig, *, sample: int = SAMPLE, accelerator: Accelerator | None = None
 ) -> Ranking:
-    """Returns `checkpoints` ordered by probe accuracy on at most `sample` train and validation images (0: all).
+    """Returns `checkpoints` sorted by probe accuracy on at most `sample` train and validation images (0: all images).
 
-    A checkpoint that cannot be loaded or scored goes to `failures`; the others continue. Raises ValueError for a repeated
+    A checkpoint that cannot be loaded or scored is skipped and listed in `failures`. Raises ValueError for a repeated
     checkpoint, an empty list, a negative sample, or an error in the data.
     """
     repeated = sorted({name for name in checkpoints if list(checkpoints).count(name) > 1})
@@ -112,10 +112,10 @@ def rank(
                 session = Session(config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs)
                 rows.append(_score(checkpoint, session, started))
             except BadImageError:
-                raise  # no checkpoint can be scored on a broken image
+                raise  # a broken image stops every checkpoint
             except (ValueError, RuntimeError, OSError) as error:
                 failures[checkpoint] = str(error)
-                log.warning("Skipping %s: %s", checkpoint, error)
+                log.warning("skipping the checkpoint %s: %s", checkpoint, error)
     rows.sort(key=lambda row: -row.probe)
     return Ranking(
         data_name=data.name,
@@ -128,7 +128,7 @@ def rank(
 
 
 def sample_data(data: Data, sample: int, seed: int) -> Data:
-    """Returns at most `sample` train and validation images (0: all), stratified by class; drops the test split."""
+    """Returns the data with at most `sample` images (0: all), stratified by class, and without the test split."""
     labels = np.concatenate([data.train.labels, data.validation.labels])
     if not sample or len(labels) <= sample:
         return replace(data, test=None)
@@ -143,9 +143,9 @@ def sample_data(data: Data, sample: int, seed: int) -> Data:
 
 
 def correlate_with_probe(rows: Sequence[CheckpointScore]) -> dict[str, RankCorrelation]:
-    """Returns the rank correlation of each predictor with probe accuracy, over at least three checkpoints.
+    """Returns the rank correlation of each predictor with the probe's accuracy, or {} for fewer than three checkpoints.
 
-    A predictor that is the same for all checkpoints has no order and is left out.
+    A predictor with equal values for all checkpoints is left out.
     """
     probe = [row.probe for row in rows]
     correlations = {}

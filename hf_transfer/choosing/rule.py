@@ -1,10 +1,10 @@
-"""What fine-tuning is expected to do to the probe's error: the classical 2x2 table, with measured numbers in its cells.
+"""Predicts a strategy's error from the probe's error, with the classical 2x2 table of data amount and similarity.
 
     error of a strategy = error of the probe * exp(r)
 
-r is interpolated in the strategy's row of TABLE between four corners: from little data (10 images per class) to much (1,000),
-on a log scale, and from different to similar. The probe's error is measured on the data; only the ratio is an expectation.
-TABLE is fitted to benchmark runs by `benchmarks/fit_rule.py`.
+The log error ratio r is interpolated in the strategy's row of TABLE between four corners: little data (10 images per class) or
+much data (1,000), on a log scale, that are different from the pretraining images or similar. The probe's error is measured on
+the data, and only the ratio is predicted. `benchmarks/fit_rule.py` fits TABLE to benchmark runs.
 """
 
 import math
@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 STRATEGIES = ("linear_probe", "last_layers", "lora", "probe_then_full", "full")
-"""Recipes, cheapest first."""
+"""The candidate strategies, cheapest first."""
 CORNERS = ("little, similar", "much, similar", "little, different", "much, different")
-LITTLE, MUCH = 10.0, 1000.0  # images per class at the corners; the boundary is their geometric mean, 100
+LITTLE, MUCH = 10.0, 1000.0  # images per class at the corners; their geometric mean, 100, is the boundary
 
 Table = Mapping[str, tuple[float, float, float, float]]
-"""Strategy -> log(its error / the probe's error) at each of CORNERS."""
+"""Maps a strategy to log(error of the strategy / error of the probe) at each of CORNERS."""
 
 TABLE: Table = {
     "last_layers": (0.03, -0.06, 0.06, -0.36),
@@ -28,15 +28,15 @@ TABLE: Table = {
     "probe_then_full": (0.10, -0.19, -0.34, -1.28),
     "full": (0.68, -0.17, -0.46, -1.52),
 }
-"""Made by `python benchmarks/advise.py fit --out benchmarks/results/advise.jsonl`: 24 cells (3 data sets, 2 checkpoints, 10 and
-50 images per class, 2 seeds). Few runs lie near the corners with much data, so the prior dominates there."""
-RESIDUAL = 0.33  # standard deviation of a run's log error ratio around the table
-WORTH = 0.005  # a costlier strategy must promise at least this much more accuracy than a cheaper one
+"""`python benchmarks/advise.py fit --out benchmarks/results/advise.jsonl` makes this table from 24 cells (3 data sets, 2
+checkpoints, 10 and 50 images per class, 2 seeds). Few runs have much data, so the prior dominates at those corners."""
+RESIDUAL = 0.33  # standard deviation of the measured log error ratios around the table
+WORTH = 0.005  # smallest gain in accuracy that justifies a costlier strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataRegime:
-    """Position of a data set and a checkpoint in the 2x2 table."""
+    """The position of a data set and a checkpoint in the 2x2 table."""
 
     images_per_class: float
     similarity: float  # 0 (different) to 1 (similar)
@@ -44,28 +44,28 @@ class DataRegime:
 
     @property
     def amount(self) -> float:
-        """0 (little) to 1 (much)."""
+        """The amount of data, from 0 (little) to 1 (much)."""
         share = math.log(max(self.images_per_class, 1e-9) / LITTLE) / math.log(MUCH / LITTLE)
         return min(1.0, max(0.0, share))
 
     @property
     def cell(self) -> str:
-        """The nearest of CORNERS."""
+        """The nearest corner of the table."""
         return CORNERS[(self.amount >= 0.5) + 2 * (self.similarity < 0.5)]
 
     @property
     def is_trouble(self) -> bool:
-        """Whether this is the cell with little data that is unlike upstream's."""
+        """Whether the data are few and different from the pretraining images."""
         return self.cell == "little, different"
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """Bilinear interpolation weights (4,) of CORNERS."""
+        """The bilinear interpolation weights (4,) of the corners."""
         x, y = self.amount, self.similarity
         return np.array([(1 - x) * y, x * y, (1 - x) * (1 - y), x * (1 - y)])
 
     def describe(self) -> str:
-        """Returns the cell and the distance to its boundaries, in one sentence."""
+        """Returns a sentence with the cell of the table and the distance to the cell's boundaries."""
         boundary = math.sqrt(LITTLE * MUCH)
         factor = self.images_per_class / boundary
         amount = (
@@ -82,7 +82,7 @@ class DataRegime:
 
 
 def expect_log_ratio(strategy: str, regime: DataRegime, table: Table = TABLE) -> float:
-    """Returns the expected r of a strategy in a regime; 0 for the probe."""
+    """Returns the expected log error ratio of a strategy to the probe in a regime."""
     return 0.0 if strategy == "linear_probe" else float(regime.weights @ np.array(table[strategy]))
 
 
@@ -94,9 +94,10 @@ def expect_accuracy(
     table: Table = TABLE,
     residual: float = RESIDUAL,
 ) -> tuple[float, float, float]:
-    """Returns a strategy's expected (accuracy, low, high) from the `probe`'s; low and high bound a 95 % interval.
+    """Returns the expected (accuracy, low, high) of a strategy, where low and high bound a 95 % interval.
 
-    The interval covers the uncertainty of the probe's error and of the ratio.
+    `probe` is the measured (accuracy, low, high) of the probe. The interval covers the uncertainty of the probe's error and of
+    the ratio.
     """
     probe_accuracy, probe_low, probe_high = probe
     if strategy == "linear_probe":
@@ -111,9 +112,9 @@ def expect_accuracy(
 
 
 def choose(accuracies: Mapping[str, float], seconds: Mapping[str, float], *, budget_s: float | None = None) -> str:
-    """Returns the fastest strategy within WORTH of the most accurate, among those that fit the budget.
+    """Returns the fastest strategy whose accuracy is within WORTH of the best accuracy, among the strategies within budget.
 
-    If none fits the budget, returns the fastest of all.
+    If no strategy is within budget, returns the fastest strategy.
     """
     fitting = [s for s in accuracies if budget_s is None or seconds[s] <= budget_s]
     if not fitting:

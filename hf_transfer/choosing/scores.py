@@ -1,4 +1,4 @@
-"""Scores of frozen features that need no training: nearest neighbors, and the softmax of an upstream head's logits."""
+"""Scores frozen features without training: accuracy of nearest neighbors, and softmax of the pretrained head's logits."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 
 KNN_NEIGHBORS = 20
 KNN_TEMPERATURE = 0.07
-BLOCK_ROWS = 1024  # rows compared with all others at once
+BLOCK_ROWS = 1024  # number of rows that are compared with all rows at once
 
 
 def knn_hits(features: NDArray[Any], labels: NDArray[np.int64], *, neighbors: int = KNN_NEIGHBORS) -> NDArray[np.bool_]:
-    """Returns (N,): whether the nearest other rows of features (N, D) vote for the row's own label (leave-one-out).
+    """Returns for each row (N,) whether its nearest neighbors in `features` (N, D) vote for the row's label (leave-one-out).
 
-    Neighbors are ranked by cosine similarity, and votes weighted by exp(similarity / 0.07) (arXiv 1805.01978, section 3.4;
-    arXiv 2104.14294, appendix F.1). The smallest class has n rows: at most n - 1 neighbors vote, because its rows could hardly
-    win against more. Raises ValueError for mismatched shapes, non-finite features, or a single class.
+    Neighbors are ranked by cosine similarity, and their votes are weighted by exp(similarity / 0.07) (arXiv 1805.01978, section
+    3.4; arXiv 2104.14294, appendix F.1). If the smallest class has n rows, at most n - 1 neighbors vote, so that other classes
+    cannot outnumber this class. Raises ValueError for mismatched shapes, non-finite features, or a single class.
 
     >>> knn_hits(np.eye(2)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])).tolist()
     [True, True, True, True]
@@ -45,12 +45,12 @@ def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _check(x: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the classes present and their row counts."""
+    """Returns the classes in `labels` and their numbers of rows."""
     if x.ndim != 2 or labels.shape != (len(x),) or not len(x):
         raise ValueError(f"features {x.shape} and labels {labels.shape}: expected (N, D) and (N,) with N > 0")
     if not np.isfinite(x).all():
         raise ValueError(f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} feature rows are not finite")
     present, counts = np.unique(labels, return_counts=True)
     if len(present) < 2:
-        raise ValueError("only one class: a score needs at least two classes to compare")
+        raise ValueError("only one class in the labels: a score needs at least two classes")
     return present, counts

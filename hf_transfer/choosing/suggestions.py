@@ -1,4 +1,4 @@
-"""What to try with little data unlike upstream's, the cell marked "you're in trouble", and the evidence for each suggestion."""
+"""Suggestions for data that are few and different from the pretraining images, with the evidence for each suggestion."""
 
 import math
 import shlex
@@ -15,7 +15,7 @@ from hf_transfer.strategy import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """One thing to try, with its evidence, and with its command if there is one."""
+    """One suggestion, with its evidence, and with a command if a command can carry it out."""
 
     title: str
     evidence: str
@@ -29,7 +29,7 @@ def suggest(
     depths: Sequence[DepthScore],
     curve: LearningCurve,
 ) -> tuple[Suggestion, ...]:
-    """Returns suggestions in the trouble cell; none in any other cell."""
+    """Returns suggestions if the data are few and different from the pretraining images, and () otherwise."""
     if not regime.is_trouble:
         return ()
     suggestions = [_suggest_labels(curve)]
@@ -38,13 +38,13 @@ def suggest(
     if earlier:
         suggestions.append(_suggest_earlier_features(max(earlier, key=lambda d: d.probe), native, session, candidates))
     for title, name, settings in (
-        ("few parameters, starting from a solved head (LoRA)", "lora", {}),
-        ("only biases, starting from upstream's features (BitFit)", "full", {"trains": "biases"}),
+        ("training few parameters from a solved head (LoRA)", "lora", {}),
+        ("training only biases and the head (BitFit)", "full", {"trains": "biases"}),
         ("stronger augmentation", "probe_then_full", {"auto_augment": "trivialaugment", "random_erasing": 0.25}),
         ("interpolating frozen and fine-tuned weights (WiSE-FT)", "probe_then_full", {"wise_ft": True}),
     ):
         r = expect_log_ratio("lora" if name == "lora" else "probe_then_full", regime)
-        evidence = f"fine-tuning from a probe is expected to leave {100 * math.exp(r):.0f} % of the probe's error"
+        evidence = f"fine-tuning from a probe is expected to have {100 * math.exp(r):.0f} % of the probe's error"
         command = make_command(session, replace_settings(candidates[name], settings))
         suggestions.append(Suggestion(title=title, evidence=evidence, command=command))
     rank = ["hf-transfer", "rank", "--dataset", session.config.data.dataset, session.config.model.checkpoint]

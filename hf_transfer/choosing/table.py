@@ -56,13 +56,16 @@ def format_advice(advice: Advice) -> str:
     ]
     lines += align(rows)
     if advice.pilots:
-        lines += ["", "short runs (validation accuracy of the weights they would keep):"]
+        lines += ["", "short trial runs (validation accuracy of the weights that a run would keep):"]
         lines += [
             f"  {p.strategy}, {p.epochs} epochs: {_percent(p.score.accuracy)} %, {_seconds(p.seconds)}"
             for p in advice.pilots
         ]
     if advice.suggestions:
-        lines += ["", "little data, unlike the pretraining images: the hardest cell. What may help:"]
+        lines += [
+            "",
+            "The data are few and different from the pretraining images, which is the hardest case. Suggestions:",
+        ]
         for suggestion in advice.suggestions:
             lines.append(f"  {suggestion.title}: {suggestion.evidence}")
             if suggestion.command is not None:

@@ -1,1 +1,1 @@
-"""Predictions and evaluation of saved models."""
+"""Prediction with saved models, and evaluation of saved models."""

@@ -1,4 +1,4 @@
-"""Metrics of a saved classifier on a labeled dataset."""
+"""Computes the metrics of a saved classifier on a labeled data set."""
 
 import numpy as np
 from accelerate import Accelerator
@@ -12,17 +12,17 @@ from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.metrics import score
 from hf_transfer.training.records import Metrics
 
-ALL = "all"  # every labeled image of the dataset
+ALL = "all"  # all labeled images of the data set
 
 
 def evaluate(
     checkpoint: str, data: DataConfig, *, split: str | None = None, trust_remote_code: bool = False
 ) -> Metrics:
-    """Metrics of a saved model, with its own head, on one whole stored split of a labeled dataset, or on `ALL` of it.
+    """Returns the metrics of a saved model, with its own head, on one stored split or on `ALL` images of a labeled data set.
 
-    `split` None: test, or all labeled images if the dataset has no labeled test split. Classes are matched to the model's by
-    name; the dataset may have fewer, in any order. Raises ValueError for a split that the dataset does not store, and for a
-    class that the model does not know.
+    The default split is test, or `ALL` if the data set has no labeled test split. The data set's classes are matched to the
+    model's classes by name, and may be a subset in any order. Raises ValueError if the data set does not store the split, or
+    has a class that the model lacks.
     """
     return evaluate_split(checkpoint, data, split=split, trust_remote_code=trust_remote_code)[1]
 
@@ -30,7 +30,7 @@ def evaluate(
 def evaluate_split(
     checkpoint: str, data: DataConfig, *, split: str | None = None, trust_remote_code: bool = False
 ) -> tuple[str, Metrics]:
-    """The name of the split that was scored ("train", "validation", "test" or "all"), and the metrics of `evaluate`."""
+    """Returns the name of the scored split ("train", "validation", "test" or "all"), and the metrics of `evaluate`."""
     backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
     splits = load_splits(data, backbone.label_names)
     split = split or ("test" if "test" in splits else ALL)

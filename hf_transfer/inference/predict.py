@@ -1,4 +1,4 @@
-"""Predictions of a saved classifier on image files, PIL images and arrays, through the model's own preprocessing."""
+"""Predicts the labels of image files, PIL images and arrays with a saved classifier and its own preprocessing."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,13 +26,13 @@ ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 class Prediction:
     """The most likely labels of one image, in descending order of probability."""
 
-    image: str  # the path as given; "image 3" for a PIL image or an array at index 3
+    image: str  # the path that the user gave, or "image 3" for a PIL image or array at index 3
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
 
 
 class UnreadableImagesError(BadImageError):
-    """Some images cannot be read (`problems`); `predictions` are those of all others, in their order."""
+    """Some images cannot be read: one error for each in `problems`, and `predictions` of all other images in order."""
 
     def __init__(self, problems: Sequence[BadImageError], predictions: Sequence[Prediction]) -> None:
         super().__init__("; ".join(map(str, problems)))
@@ -41,12 +41,12 @@ class UnreadableImagesError(BadImageError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """The images to classify, as `data.pixels.Images`."""
+    """The images to classify, with the interface of `data.pixels.Images`."""
 
     images: Sequence[ImageLike]
     preprocessing: Preprocessing
     name: str = "images"
-    problems: dict[int, BadImageError] = field(default_factory=dict)  # by index, once read
+    problems: dict[int, BadImageError] = field(default_factory=dict)  # by the index of an unreadable image
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,11 +60,11 @@ class _Inputs:
         return {"images": [self.name_of(i) for i in range(len(self))]}
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Resized pixels (b, H, W, 3); black for an unreadable image, which is added to `problems`."""
+        """Returns the resized pixels (b, H, W, 3) uint8 of `rows`, black for an unreadable image, and extends `problems`."""
         return np.stack([self.preprocessing.pixels(self._decode(int(i))) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Normalized images (b, 3, H, W) float32."""
+        """Returns normalized images (b, 3, H, W) float32 of `pixels` (b, H, W, 3) uint8."""
         return self.preprocessing.normalize(pixels)
 
     def _decode(self, index: int) -> Image.Image:
@@ -78,7 +78,9 @@ class _Inputs:
         image, name = self.images[index], self.name_of(index)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise BadImageError(f"{name}: an array {image.shape} of {image.dtype}; give RGB (H, W, 3) of uint8")
+                raise BadImageError(
+                    f"{name}: an array {image.shape} of {image.dtype}; give RGB pixels (H, W, 3) of uint8"
+                )
             image = Image.fromarray(image)
         elif not isinstance(image, (str, Path, Image.Image)):
             raise BadImageError(f"{name}: {type(image).__name__}; give a path, a PIL image or a uint8 array (H, W, 3)")
@@ -86,7 +88,7 @@ class _Inputs:
 
 
 def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:
-    """A saved classifier with its own head, from a folder or Hub id; an adapter is merged into its base."""
+    """Returns a saved classifier from a folder or Hub id. An adapter is merged into its base."""
     adapter = find_adapter(model)
     if adapter is not None:
         return load_adapted(adapter)
@@ -94,7 +96,7 @@ def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:
 
 
 def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_code: bool = False) -> Iterator[Backbone]:
-    """The classifier of each adapter (folder or Hub id) in turn; the base is loaded once, and labels may differ.
+    """Yields the base with each adapter (folder or Hub id) in turn. The base is loaded once. Each adapter has its own labels.
 
     Raises ValueError for a folder without an adapter, and for an adapter that was trained on another base.
     """
@@ -103,7 +105,7 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
         folder = find_adapter(name)
         if folder is None:
             raise ValueError(
-                f"adapter={name!r} is no adapter: give a folder saved with --no-merge, or the Hub id of one"
+                f"adapter={name!r} is no adapter: give a model folder saved with --no-merge, or the Hub id of an adapter"
             )
         if base is None:
             labels = read_task(folder)["label_names"]
@@ -112,7 +114,7 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The given files, and all image files below the given folders, sorted within each folder.
+    """Returns the given files, and all image files below the given folders, sorted within each folder.
 
     Raises ValueError for a path that does not exist, and for a folder that cannot be read or has no images.
     """
@@ -131,18 +133,13 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def predict(
-    backbone: Backbone,
-    images: Sequence[ImageLike],
-    *,
-    top_k: int = 5,
-    batch_size: int = 32,
-    num_workers: int = 0,
+    backbone: Backbone, images: Sequence[ImageLike], *, top_k: int = 5, batch_size: int = 32, num_workers: int = 0
 ) -> list[Prediction]:
-    """The `top_k` most likely labels of each image, in the order of `images`.
+    """Returns the `top_k` most likely labels of each image, in the order of `images`.
 
-    An image is a path, a PIL image or a uint8 array (H, W, 3) in RGB; sizes may differ. `num_workers` threads decode (0: one
+    An image is a path, a PIL image or an RGB uint8 array (H, W, 3) of any size. `num_workers` threads decode the images (0: one
     per core). Moves the model to the accelerator's device and into eval mode. Raises ValueError for top_k or batch_size below
-    1, and UnreadableImagesError, which names the unreadable images and has the predictions of all others.
+    1, and UnreadableImagesError, with the names of the unreadable images and the predictions of all others.
 
         predict(load_saved("runs/x/model"), find_images(["photos/"]), top_k=3)
     """

@@ -1,1 +1,1 @@
-"""The network's side: loading a checkpoint, tracing it, cutting it, naming its layers."""
+"""Loads a checkpoint, traces its network, splits the network at cuts, and names its layers."""

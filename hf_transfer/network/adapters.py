@@ -1,12 +1,12 @@
-"""PEFT adapters on any chain: small trained parts beside frozen modules, which can be merged into them afterwards.
+"""PEFT adapters: small trainable modules that `peft` adds to a network, and that can be merged into the network's weights.
 
     adapted, chain = add_adapters(backbone, chain, AdapterConfig(method="lora"))
-    ... train adapted.policy(): the cut follows from it ...
+    ... train the parameters that adapted.policy() selects ...
     merged = merge_adapters(adapted)          # the plain model again
 
-`peft` puts its layers into the plain model. The chain keeps its cuts, since a wrapped module is called where the module was,
-and an adapter's parameters lie in the layer of their module. Every method is the identity before its first step (checked), so
-a head that was solved on the frozen features remains the right start.
+`peft` replaces a module by a wrapper that is called in the same place, so the chain (the network as a sequence of layers) keeps
+its cuts. An adapter's parameters belong to the layer of the adapted module. New adapters leave the logits unchanged, which
+`add_adapters` checks, so a head that was solved on the frozen features remains the right start.
 """
 
 import json
@@ -34,46 +34,48 @@ from hf_transfer.network.targets import Targets, find_targets, shorten
 
 log = logging.getLogger(__name__)
 
-TASK = "task.json"  # ours, in the same folder: labels, classifier, preprocessing, and a hash of the base's weights
-# Relative to the largest logit, in float32: with adapters at their start against without, merged against unmerged. An error
-# differs by percents; fifty layers of random adapters on MobileNetV2 round to 1.3e-4.
+TASK = (
+    "task.json"  # this file in an adapter folder has labels, classifier, preprocessing and a hash of the base's weights
+)
+# Largest allowed change of a logit when adapters are added or merged, relative to the largest logit, in float32. An error
+# changes logits by percents. Rounding in fifty layers of MobileNetV2 with random adapters changes logits by 1.3e-4.
 SAME_RELATIVE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Backbone):
-    """A backbone whose plain model contains adapters. Saved as it is, it is an adapter folder; see `merge_adapters`."""
+    """A backbone whose model contains adapters. It is saved as an adapter folder, or merged by `merge_adapters`."""
 
-    network: Any = field(repr=False)  # peft's PeftModel around the same model
+    network: Any = field(repr=False)  # the PeftModel that wraps `model`
     adapter: AdapterConfig
     targets: tuple[str, ...]
     trained: frozenset[str]  # names of the adapters' parameters
     classifier: str
     num_plain: int  # parameters of the plain model
     base_weights: str  # hash of the plain model without its classifier
-    plain_state: frozenset[str] = field(repr=False)  # names in the plain model's state
-    buffers: Mapping[str, torch.Tensor] = field(repr=False)  # the plain model's, before training
+    plain_state: frozenset[str] = field(repr=False)  # names in the plain model's state dict
+    buffers: Mapping[str, torch.Tensor] = field(repr=False)  # buffers of the plain model before training
 
     def policy(self) -> Policy:
-        """Trains the adapters' parameters and the classifier."""
+        """Returns the policy that trains the adapters and the classifier."""
         return Policy(
             name=f"adapters({self.adapter.name})", select=lambda chain: self.trained | set(chain.classifier_parameters)
         )
 
     @property
     def num_trainable(self) -> int:
-        """Number of trained parameters, in the adapters and in the head."""
+        """The number of trained parameters in the adapters and in the head."""
         head = self.model.get_submodule(self.classifier)
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
         return sum(sizes[name] for name in self.trained) + sum(p.numel() for p in head.parameters())
 
     @property
     def trainable_share(self) -> float:
-        """Trained parameters, as a share of the plain model's."""
+        """The number of trained parameters divided by the number of parameters of the plain model."""
         return self.num_trainable / self.num_plain
 
     def describe(self) -> dict[str, Any]:
-        """The adapters, as written to results.json."""
+        """Returns the description of the adapters that results.json contains."""
         return {
             "method": self.adapter.method,
             "rank": self.adapter.size if self.adapter.has_rank else None,
@@ -85,9 +87,9 @@ class Adapted(Backbone):
 
 
 def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tuple[Adapted, Chain]:
-    """Puts adapters into the backbone's model, in place; returns the adapted backbone and its chain.
+    """Adds adapters to the backbone's model, in place, and returns the adapted backbone and its chain.
 
-    Raises ValueError, listing what is possible, if nothing can be adapted as asked, or if the chain has no classifier.
+    Raises ValueError, with the possible choices, if no module can be adapted as requested, or if the chain has no classifier.
     """
     targets = find_targets(chain, adapter)
     assert chain.classifier is not None
@@ -101,7 +103,7 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
     network = _inject(model, adapter, targets.modules)
     trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in plain)
     after = _probe_logits(backbone)
-    _check_same(before, after, f"{adapter.method} at its start", "choose another --adapter")
+    _check_same(before, after, f"adding {adapter.method} adapters", "choose another --adapter")
     adapted = Adapted(
         **{f.name: getattr(backbone, f.name) for f in fields(Backbone)},
         network=network,
@@ -115,14 +117,14 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
         buffers=buffers,
     )
     _log_adapters(adapted, targets)
-    # A method that is the identity up to rounding only (DoRA) has stores of its own.
+    # New adapters may change the logits by rounding (DoRA). Their activations are then stored under keys of their own.
     known_as = _plain_identity(model, names, modules) if torch.equal(before, after) else None
     return adapted, replace(_assign_layers(chain, targets.modules), known_as=known_as)
 
 
 def _log_adapters(adapted: Adapted, targets: Targets) -> None:
     log.info(
-        "%s on %d modules (%s): %s trainable parameters, including the head's: %.2f %% of %s",
+        "added %s to %d modules (%s): adapters and head have %s trainable parameters, %.2f %% of the plain model's %s",
         adapted.adapter.name, len(targets.modules), ", ".join(shorten(targets.modules)), f"{adapted.num_trainable:,}",
         100 * adapted.trainable_share, f"{adapted.num_plain:,}",
     )  # fmt: skip
@@ -131,35 +133,35 @@ def _log_adapters(adapted: Adapted, targets: Targets) -> None:
 
 
 def merge_adapters(adapted: Adapted) -> Backbone:
-    """Merges the adapters into their modules, in place and on the CPU; returns the backbone with its plain model.
+    """Merges the adapters into the adapted modules, in place and on the CPU, and returns the backbone with its plain model.
 
-    Raises RuntimeError if the merged network gives other logits than the adapted one.
+    Raises RuntimeError if merging changes the logits.
     """
     model = adapted.model
-    model.cpu()  # a GPU may convolve in lower precision than is compared here
+    model.cpu()  # a GPU may compute convolutions less precisely than the comparison of logits requires
     before = _probe_logits(adapted)
     with _quiet_peft():
         merged = adapted.network.merge_and_unload(safe_merge=True)
     assert merged is model
-    # merge_and_unload leaves this behind, and a second injection would warn of it.
+    # merge_and_unload leaves this attribute on the model, and peft would warn about it when adapters are added again.
     model.__dict__.pop("peft_config", None)
     other = adapted.plain_state ^ set(model.state_dict())
     if other:
-        raise RuntimeError(f"merging {adapted.adapter.method} left another network: {', '.join(sorted(other)[:5])}")
-    _check_same(before, _probe_logits(adapted), f"merged {adapted.adapter.method}", "keep it unmerged (--no-merge)")
+        raise RuntimeError(f"merging {adapted.adapter.method} did not restore the model: {sorted(other)[:5]} differ")
+    _check_same(before, _probe_logits(adapted), f"merging {adapted.adapter.method} adapters", "use --no-merge")
     return Backbone(**{f.name: getattr(adapted, f.name) for f in fields(Backbone)})
 
 
 def is_adapter_folder(checkpoint: str) -> bool:
-    """Whether it is a folder that contains an adapter and no checkpoint."""
+    """Whether `checkpoint` is a folder that contains an adapter and no full model."""
     folder = Path(checkpoint).expanduser()
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
 
 
 def find_adapter(model: str) -> Path | None:
-    """The folder of an adapter: `model` itself, or the downloaded files of a Hub id; None for a checkpoint.
+    """Returns the adapter folder that `model` (a folder or a Hub id) names, or None if `model` is no adapter.
 
-    Raises ValueError, with the remedy, if the Hub refuses.
+    Raises ValueError, with the remedy, if the files cannot be downloaded from the Hub.
     """
     folder: Path | None = Path(model).expanduser()
     if model != EMBEDDED_CHECKPOINT and not Path(model).expanduser().is_dir():
@@ -168,18 +170,18 @@ def find_adapter(model: str) -> Path | None:
 
 
 def read_base(folder: Path) -> str:
-    """The base that an adapter folder records: `owner/name`, with `@revision` if one is known."""
+    """Returns the id of the checkpoint that the adapter was trained on: `owner/name`, or `owner/name@revision`."""
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     base_id, revision = config["base_model_name_or_path"], config.get("revision")
     return f"{base_id}@{revision}" if revision else str(base_id)
 
 
 def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Backbone | None = None) -> Backbone:
-    """The plain backbone of an adapter folder that this package saved, with the adapters merged.
+    """Loads the base checkpoint of an adapter folder, merges the adapters into it, and returns the plain backbone.
 
-    `checkpoint`: a folder or id of its base, if the recorded id cannot be reached. `base`: that base, already loaded, which is
-    not changed: for several adapters on one base. Raises ValueError for a folder of another origin, and for a base with other
-    weights than those that the adapters were trained on.
+    `checkpoint`: a folder or id to load the base from, if the recorded id cannot be reached. `base`: the base, already loaded,
+    to load several adapters on one base; it is not changed. Raises ValueError if this package did not save the folder, or if
+    the adapters were trained on a base with other weights.
     """
     from peft import PeftModel
 
@@ -193,63 +195,63 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
         base = load(checkpoint or recorded, task["label_names"], base_model=base_id)
     if _hash_base(base.model, task["classifier"]) != task["base_weights"]:
         raise ValueError(
-            f"the adapters of {folder.name!r} were trained on other weights than those of "
-            f"{checkpoint or base.source.name}: name the checkpoint that they were trained on"
+            f"the adapters in {folder.name!r} were trained on other weights than those of "
+            f"{checkpoint or base.source.name}: name the checkpoint that the adapters were trained on"
         )
     with _quiet_peft():
         PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
     base.model.__dict__.pop("peft_config", None)
-    # The weights are the same, so the recorded origin holds, wherever they were read from.
+    # The hash proves that these are the recorded checkpoint's weights, even if they were read from another place.
     source = replace(base.source, id=base_id, revision=revision or base.source.revision)
     return replace(base, model=base.model.eval(), source=source, new_head=False)
 
 
 def read_task(folder: Path) -> dict[str, Any]:
-    """The task of an adapter folder: label_names, classifier, library, base_weights and preprocessing."""
+    """Returns the contents of an adapter folder's task.json: label_names, classifier, library, base_weights, preprocessing."""
     if not is_adapter_folder(str(folder)) or not (folder / TASK).is_file():
-        raise ValueError(f"{folder.name!r} has no {ADAPTER_CONFIG} and {TASK}: it is no adapter folder of this package")
+        raise ValueError(f"{folder.name!r} is no adapter folder of hf-transfer: it lacks {ADAPTER_CONFIG} or {TASK}")
     task: dict[str, Any] = json.loads((folder / TASK).read_text())
     return task
 
 
 def check_saved_apart(adapted: Adapted) -> str:
-    """The upstream id that an adapter folder records.
+    """Returns the Hub id of the base checkpoint, after checking that the adapters can be saved without merging.
 
-    Raises ValueError, naming the remedy, if no id is known, or if peft would take an adapted module for the head.
+    Raises ValueError, with the remedy, if that id is unknown, or if peft would mistake an adapted module for the head.
     """
     if adapted.source.id is None:
         raise ValueError(
-            f"--no-merge: an adapter folder names the checkpoint that it belongs to by its Hub id, and {adapted.source.name} "
-            "does not record one. Give --base_model owner/name, or save a merged model (--merge)"
+            f"--no-merge: an adapter folder names its base checkpoint by a Hub id, and {adapted.source.name} does not record "
+            "its Hub id. Give --base_model owner/name, or save a merged model (--merge)"
         )
     mistaken = [name for name in adapted.targets if name.endswith(adapted.classifier)]
     if mistaken:
         raise ValueError(
-            f"--no-merge: peft identifies the head by the end of its name ({adapted.classifier}), and would also take "
-            f"{mistaken[0]} for it: save a merged model (--merge), or choose other --targets"
+            f"--no-merge: peft takes every module whose name ends with {adapted.classifier} for the head, and the name of the "
+            f"adapted module {mistaken[0]} ends so. Save a merged model (--merge), or choose other --targets"
         )
     return adapted.source.id
 
 
 def _inject(model: nn.Module, adapter: AdapterConfig, targets: Mapping[str, nn.Module]) -> Any:
-    import peft  # here: its import takes seconds, which a run without adapters does not pay
+    import peft  # imported here because the import takes seconds, and runs without adapters do not need peft
 
     config = make_peft_config(adapter, _as_target_modules(model, targets))
-    # CPU and seed: the same adapters on every device and process.
+    # The adapters' weights are drawn on the CPU from a seed, so they are equal on every device and in every process.
     with torch.random.fork_rng(devices=[]), _quiet_peft():
         torch.manual_seed(adapter.seed)
         return peft.get_peft_model(model, config)
 
 
 def _as_target_modules(model: nn.Module, targets: Iterable[str]) -> list[str] | str:
-    """For peft, which matches a list by the ends of names: a regular expression of full names if those match more."""
-    names = list(targets)
+    """Returns `targets` as peft's target_modules: a list, or an expression for the full names if a list would match more."""
+    names = list(targets)  # peft adapts every module whose name ends with an entry of the list
     matched = [n for n, _ in model.named_modules() if any(n == t or n.endswith("." + t) for t in names)]
     return names if len(matched) == len(names) else "|".join(map(re.escape, names))
 
 
 def _assign_layers(chain: Chain, targets: Iterable[str]) -> Chain:
-    """The chain after injection: what replaced a target lies in the target's layer."""
+    """Returns the chain after adapters were added: the tensors of an adapter belong to the layer of the adapted module."""
     owners = {name: i for i, layer in enumerate(chain.layers) for name in (*layer.parameters, *layer.buffers)}
     layer_of_target = {t: owners[n] for t in targets for n in owners if n.rpartition(".")[0] == t}
 
@@ -278,9 +280,9 @@ def _assign_layers(chain: Chain, targets: Iterable[str]) -> Chain:
 
 
 def _plain_identity(model: nn.Module, plain: Mapping[int, str], modules: Mapping[str, str]) -> Callable[[], Identity]:
-    """The plain network's identity as long as the adapters are at their start; the adapted network's own from then on.
+    """Returns a function that gives the plain network's identity until an adapter changes, and later the adapted network's.
 
-    `plain`: the name of each tensor before injection, by its id; `modules`: descriptions of the plain network's modules.
+    `plain`: the name of each tensor of the plain network, by the tensor's id. `modules`: descriptions of its modules.
     """
     names = {name: plain.get(id(tensor), "") for name, tensor in named_tensors(model).items()}
 
@@ -292,7 +294,7 @@ def _plain_identity(model: nn.Module, plain: Mapping[int, str], modules: Mapping
 
 
 def _probe_logits(backbone: Backbone) -> torch.Tensor:
-    """Logits (2, K) of the same two noise images each time."""
+    """Returns the logits (2, K) of two fixed noise images."""
     noise = torch.randn(2, *backbone.preprocessing.image_shape, generator=torch.Generator().manual_seed(0))
     with eval_mode(backbone.model), torch.no_grad():
         return compute_logits(backbone.model, noise.to(next(backbone.model.parameters()).device))
@@ -305,12 +307,12 @@ def _hash_base(model: nn.Module, classifier: str) -> str:
 def _check_same(before: torch.Tensor, after: torch.Tensor, label: str, remedy: str) -> None:
     difference = float((after - before).abs().max() / before.abs().max().clamp(min=1.0))
     if not difference <= SAME_RELATIVE:
-        raise RuntimeError(f"{label}: logits differ by {difference:.2g} (relative); {remedy}")
+        raise RuntimeError(f"{label} changed the logits by {difference:.2g} (relative to the largest logit): {remedy}")
 
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Inside, peft does not warn of what is intended here."""
+    """Hides warnings of peft about steps that this module takes on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"peft\.")
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")

@@ -1,4 +1,4 @@
-"""A pretrained checkpoint, ready for a new task: a plain timm or transformers model, its preprocessing and its labels."""
+"""Loads a pretrained checkpoint for a new task, as a plain timm or transformers model with its preprocessing and labels."""
 
 import copy
 import difflib
@@ -35,17 +35,17 @@ class NoTrainedHeadError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """`model` is the unchanged upstream class, in float32 and eval mode."""
+    """A model of an unchanged timm or transformers class, with its preprocessing, its labels and the source of its files."""
 
-    model: nn.Module
+    model: nn.Module  # in float32 and eval mode
     library: Literal["timm", "transformers"]
     preprocessing: Preprocessing
     label_names: tuple[str, ...]
     source: Source
-    new_head: bool  # whether the classifier is new for these labels, and untrained
+    new_head: bool  # whether the classifier was created for these labels and is untrained
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
-        """The model's chain (see `build_chain`)."""
+        """Builds the model's chain (see `build_chain`)."""
         return build_chain(self.model, self.preprocessing.image_shape, cache_dir=cache_dir)
 
 
@@ -56,16 +56,16 @@ def load(
     base_model: str | None = None,
     trust_remote_code: bool = False,
 ) -> Backbone:
-    """The checkpoint's model, with a head for `labels`: its own head if the labels are the same, else a new one.
+    """Loads the checkpoint's model with its own head, or with a new head if `labels` differ from the checkpoint's labels.
 
     `checkpoint`: a Hub id (`timm/resnet18.a1_in1k`, `google/vit-base-patch16-224@main`), a folder in Hub layout, or
-    "embedded". Raises ValueError for what find_source refuses, duplicate labels, weights that are missing or do not fit,
-    and a checkpoint that is not an image classifier.
+    "embedded". Raises ValueError if `find_source` finds no such checkpoint, if labels repeat, if weights are missing or do not
+    fit, or if the checkpoint is not an image classifier.
     """
     if labels is not None:
         repeated = sorted({name for name in labels if list(labels).count(name) > 1})
         if repeated or len(labels) < 2:
-            raise ValueError(f"labels must be two or more different names; repeated: {repeated}, count: {len(labels)}")
+            raise ValueError(f"labels must be two or more different names; got {len(labels)}, with repeated {repeated}")
     source = find_source(checkpoint, base_model=base_model, trust_remote_code=trust_remote_code)
     config = source.read_config()
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
@@ -75,7 +75,7 @@ def load(
     if is_timm:
         model, own_labels = _load_timm(source, config)
         if labels is None and not own_labels:
-            raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new one")
+            raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         new_head = labels is not None and tuple(labels) != own_labels
         if new_head:
             assert labels is not None
@@ -101,12 +101,12 @@ def create(
     model_args: str | None = None,
     seed: int = 0,
 ) -> Backbone:
-    """An architecture with random weights and a head for `labels`, to be pretrained.
+    """Creates a model with random weights and a head for `labels`, for pretraining from scratch.
 
     `architecture`: a timm name, or a transformers model type (`vit`, `convnext`, ...) with its default sizes. `image_size_px`:
-    side of its square input; None: the architecture's own. `model_args`: a JSON object of arguments of timm's constructor, or
-    of fields of the transformers config. Raises ValueError for an unknown architecture (with similar names), and for a size or
-    arguments that it does not take.
+    the side of the square input; None: the architecture's default. `model_args`: a JSON object with arguments of timm's
+    constructor, or with fields of the transformers config. Raises ValueError if the architecture is unknown, or does not
+    accept the size or the arguments.
     """
     given = _read_model_args(model_args)
     if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and architecture != "timm_wrapper":
@@ -115,8 +115,8 @@ def create(
         known = [*timm.list_models(), *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
         near = ", ".join(difflib.get_close_matches(architecture, known, n=3))
         raise ValueError(
-            f"architecture={architecture!r}: neither timm nor transformers has one of this name"
-            + (f"; near: {near}" if near else "")
+            f"architecture={architecture!r}: neither timm nor transformers has an architecture of this name"
+            + (f"; similar names: {near}" if near else "")
         )
     torch.manual_seed(seed)
     size = {} if image_size_px is None else {"input_size": (3, image_size_px, image_size_px)}
@@ -127,11 +127,11 @@ def create(
             model = timm.create_model(architecture, img_size=image_size_px, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
         settings = f"{image_size_px} px{f' and model_args={model_args}' if given else ''}"
-        raise ValueError(f"{architecture} cannot be made for {settings}: {error}") from error
+        raise ValueError(f"{architecture} cannot be created for {settings}: {error}") from error
     config = resolve_data_config({}, model=model) | size | {"crop_pct": 1.0}
     model.pretrained_cfg.update({k: config[k] for k in ("input_size", "crop_pct", "interpolation", "mean", "std")})
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
-        # As a checkpoint folder, so that it is loaded like every other checkpoint.
+        # The model is saved as a checkpoint folder, so that it is loaded like every other checkpoint.
         folder = Path(parent, architecture)
         described = {"model_config": {"label_names": list(labels)}, "model_args": given or None}
         timm.models.save_for_hf(model, str(folder), safe_serialization=True, **described)
@@ -139,7 +139,7 @@ def create(
 
 
 def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
-    """A copy of the backbone with an untrained head for `labels`."""
+    """Returns a copy of the backbone with an untrained head for `labels`."""
     model: Any = copy.deepcopy(backbone.model)
     if backbone.library == "timm":
         model.reset_classifier(len(labels))
@@ -154,16 +154,16 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
 
 
 def _read_model_args(text: str | None) -> dict[str, Any]:
-    """The JSON object in `text`. Raises ValueError for other text, and for an argument that other settings decide."""
+    """Parses a JSON object. Raises ValueError for other text, and for an argument that other settings determine."""
     try:
         given = json.loads(text or "{}")
     except json.JSONDecodeError as error:
-        raise ValueError(f"model_args={text}: not JSON ({error})") from error
+        raise ValueError(f"model_args={text}: this is not JSON ({error})") from error
     if not isinstance(given, dict):
-        raise ValueError(f'model_args={text}: give a JSON object, as {{"depth": 6}}')
+        raise ValueError(f'model_args={text}: give a JSON object such as {{"depth": 6}}')
     derived = sorted({"num_classes", "img_size", "image_size", "num_labels", "id2label", "label2id"} & set(given))
     if derived:
-        raise ValueError(f"model_args={text}: {derived[0]} follows from the data and image_size_px; leave it out")
+        raise ValueError(f"model_args={text}: leave {derived[0]} out; the data and image_size_px determine its value")
     return given
 
 
@@ -173,7 +173,7 @@ def _create_transformers(
     config = AutoConfig.for_model(model_type)
     unknown = sorted(set(model_args) - set(config.to_dict()))
     if unknown:
-        raise ValueError(f"model_args: {model_type} has no {unknown[0]}; known: {', '.join(sorted(config.to_dict()))}")
+        raise ValueError(f"model_args: {model_type} has no {unknown[0]}; choose {', '.join(sorted(config.to_dict()))}")
     config.update(model_args)
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: i for i, name in enumerate(labels)}
@@ -184,7 +184,7 @@ def _create_transformers(
     try:
         model = AutoModelForImageClassification.from_config(config)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{model_type} cannot be made for {size_px} px: {error}") from error
+        raise ValueError(f"{model_type} cannot be created for {size_px} px: {error}") from error
     processor = ViTImageProcessor(size={"height": size_px, "width": size_px}, resample=Image.Resampling.BICUBIC)
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         folder = Path(parent, model_type)
@@ -194,24 +194,24 @@ def _create_transformers(
 
 
 def _register_greedy() -> None:
-    """Registers the stacks of `network.greedy` with transformers: they load here without their own copy of the code."""
+    """Registers the greedy network's classes with transformers, so that saved models load without `trust_remote_code`."""
     AutoConfig.register(GreedyConfig.model_type, GreedyConfig, exist_ok=True)
     AutoModelForImageClassification.register(GreedyConfig, GreedyForImageClassification, exist_ok=True)
 
 
 def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model with its own head, strictly loaded, so that a missing weight is not mistaken for a new head."""
+    """Returns the timm model with its own head, and its labels. Loading is strict: a missing weight raises ValueError."""
     pretrained_cfg = dict(config.get("pretrained_cfg") or {})
     num_classes = int(config.get("num_classes") or pretrained_cfg.get("num_classes") or 0)
     weights = {k.removeprefix("timm_model."): v for k, v in load_file(source.folder / "model.safetensors").items()}
-    # timm itself may have written num_classes into model_args: it would be passed twice.
+    # timm itself may have written num_classes into model_args, and it must not be passed twice.
     model_args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
-    # A downloaded config must not have timm load other files, some of them pickles.
+    # A downloaded config must not make timm load other files, since some of these may be pickles.
     loading = [k for k in model_args if k.startswith("pretrained") or k in ("checkpoint_path", "cache_dir")]
     if loading or not timm.is_model(config["architecture"]):
         unsafe = f"model_args {loading}" if loading else f"architecture {config['architecture']!r}"
         raise ValueError(
-            f"{source.name}: config.json has {unsafe}; name an architecture of timm and its own arguments only"
+            f"{source.name}: config.json has {unsafe}; use only an architecture of timm and arguments of that architecture"
         )
     pretrained_cfg = {k: v for k, v in pretrained_cfg.items() if k not in ("source", "custom_load")}
     pretrained_cfg |= {"architecture": config["architecture"], "num_classes": num_classes, "state_dict": weights}
@@ -256,10 +256,10 @@ def _load_transformers(
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     missing = sorted(name for name in absent if shapes.get(name, (0,))[0] != config.num_labels)
     if missing:
-        raise ValueError(f"{source.name} lacks weights that are not the head's: {', '.join(missing[:5])}")
+        raise ValueError(f"{source.name} lacks weights outside the head: {', '.join(missing[:5])}")
     if labels is None and absent:
-        raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new one")
+        raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
     if labels is not None and tuple(labels) != own_labels and not absent:
-        # As many classes as upstream, but others: the upstream head was loaded and must be replaced.
+        # The task has as many classes as the checkpoint, so the checkpoint's head was loaded, and must be replaced.
         model.get_submodule(find_head(model, config.num_labels)).reset_parameters()
     return model, own_labels

@@ -1,6 +1,6 @@
-"""The chain: a complete, ordered list of named layers between verified cuts. Every parameter lies in exactly one.
+"""The chain of a network: its layers in order, each between two verified cuts (tensors at which the network can be split).
 
-The same list is used for freezing, caching, layer-wise learning rates, greedy growth and the table that `inspect` prints.
+Freezing, caching, layer-wise learning rates and greedy growth all use the chain. Each parameter belongs to at most one layer.
 """
 
 import copy
@@ -34,54 +34,54 @@ log = logging.getLogger(__name__)
 
 STEM, HEAD = "stem", "head"  # the first and the last layer
 FEATURES = "features"  # the cut before the classifier: one vector per image
-VERIFIED_RELATIVE = 1e-5  # float32: largest difference of logits, relative to the largest logit
-CHAIN_FORMAT = 4  # raise when the same network could get other cuts
+VERIFIED_RELATIVE = 1e-5  # largest allowed difference of logits in float32, relative to the largest logit
+CHAIN_FORMAT = 4  # increase it when the code may find other cuts in the same network
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """The network between two neighboring cuts. `parameters` and `buffers` are names in the model."""
+    """The part of a network between two neighboring cuts. `parameters` and `buffers` are names in the model."""
 
     name: str
     aliases: tuple[str, ...]
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]
-    cut: Cut | None  # the cut at its end; None at the end of the head
+    cut: Cut | None  # the cut at the end of the layer; None for the head
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """Layers from stem to head, each ending at a verified cut; the head also contains the cut before its classifier."""
+    """The layers of a network from stem to head. Every layer except the head ends at a verified cut."""
 
     model: nn.Module
     image_shape: tuple[int, int, int]
     layers: tuple[Layer, ...]
-    classifier: str | None  # module name; None if no single linear map makes the logits
-    features: Cut | None
-    unused_parameters: tuple[str, ...]  # names; they never reach the logits: frozen, and saved unchanged
-    notes: tuple[str, ...]  # for the user: which cuts were dropped, and why
-    # The identity of the network that this one is equal to, for keys of stored activations (adapters at their start).
+    classifier: str | None  # module name; None if no single linear map computes the logits
+    features: Cut | None  # the cut before the classifier, inside the head
+    unused_parameters: tuple[str, ...]  # names of parameters that never reach the logits: frozen, and saved unchanged
+    notes: tuple[str, ...]  # sentences for the user: which cuts were dropped, and why
+    # Returns the identity that cache keys use, if this network equals another one (new adapters change no activation).
     known_as: Callable[[], Identity] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
-        """Number of layers between stem and head, which is what `last(k)` counts."""
+        """Returns the number of layers between stem and head. The policy `last(k)` counts the same layers."""
         return len(self.layers) - 2
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """Every cut from the image to the logits."""
+        """All cuts of the network, ordered from the image to the logits."""
         inner = [layer.cut for layer in self.layers if layer.cut is not None]
         return (*inner, self.features) if self.features is not None else tuple(inner)
 
     def layer(self, name: str) -> Layer:
-        """The layer called `name`. Raises ValueError, listing the layers, if there is none."""
+        """Returns the layer called `name`. Raises ValueError, with the names of all layers, if no layer has that name."""
         for layer in self.layers:
             if layer.name == name:
                 return layer
         raise ValueError(f"{name!r} is no layer of this chain; its layers are {', '.join(x.name for x in self.layers)}")
 
     def cut(self, name: str) -> Cut:
-        """The cut at the end of the layer called `name`, or "features". Raises ValueError, listing them, if there is none."""
+        """Returns the cut called `name`. Raises ValueError, with the names of all cuts, if no cut has that name."""
         for cut in self.cuts:
             if cut.name == name:
                 return cut
@@ -89,14 +89,14 @@ class Chain:
 
     @property
     def classifier_parameters(self) -> tuple[str, ...]:
-        """Names of the classifier's parameters, or of all the head's if no single linear map makes the logits."""
+        """Names of the classifier's parameters, or of all head parameters if no single linear map computes the logits."""
         head = self.layers[-1].parameters
         if self.classifier is None:
             return head
         return tuple(n for n in head if n.startswith(self.classifier + "."))
 
     def lowest_cut(self, trainable: Collection[str]) -> Cut | None:
-        """The deepest cut before which nothing trains; None if the first layer trains (the cut is at the pixels)."""
+        """Returns the last cut that has no `trainable` parameter before it, or None if the first layer contains one."""
         unknown = set(trainable) - {n for layer in self.layers for n in layer.parameters}
         if unknown:
             raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
@@ -110,7 +110,7 @@ class Chain:
         return below
 
     def before(self, cut: Cut | None) -> tuple[list[str], list[str]]:
-        """Names of the parameters and of the buffers before `cut`: the frozen prefix."""
+        """Returns the names of the parameters and of the buffers in the prefix, the part of the network before `cut`."""
         if cut is None:
             return [], []
         if cut == self.features:
@@ -122,18 +122,18 @@ class Chain:
         return [n for x in prefix for n in x.parameters], [n for x in prefix for n in x.buffers]
 
     def run_prefix(self, cuts: Sequence[Cut], inputs: torch.Tensor, *, start: Cut | None = None) -> list[torch.Tensor]:
-        """Activations (B, *cut.shape) at `cuts`, from one forward in eval mode, without gradients.
+        """Returns the activations (B, *cut.shape) at each of `cuts`, from one forward in eval mode without gradients.
 
-        `inputs`: normalized images (B, 3, H, W) or, given `start`, activations (B, *start.shape) at that earlier cut, from
-        which only the layers between run; on the model's device. The activations may be used in a backward (no_grad, not
-        inference_mode).
+        `inputs`: normalized images (B, 3, H, W) on the model's device or, if `start` is given, activations (B, *start.shape) at
+        that earlier cut. Only the layers after `start` then run. Trainable layers may use the returned activations as inputs,
+        since the forward runs under no_grad and not under inference_mode.
         """
         part = Part(self.model, self.image_shape, start=start, ends=cuts)
         with eval_mode(self.model), torch.no_grad(), part:
             return part.activations(inputs)
 
     def fingerprint(self, cuts: Sequence[Cut]) -> dict[str, str]:
-        """By cut, a hash of the weights and the structure before it: networks with equal hashes are equal up to the cut."""
+        """Returns, for the name of each cut, a hash of the weights and the structure of the network before the cut."""
         identity = self.known_as() if self.known_as else identify(self.model)
         names = identity.tensor_names
         hashes = {names[n]: hash_tensors({names[n]: t}) for n, t in named_tensors(self.model).items() if names[n]}
@@ -150,21 +150,21 @@ class Chain:
         }
 
     def replicate(self) -> "Chain":
-        """The same chain over copies of the modules that share all tensors: for one thread, since modules carry hooks."""
+        """Returns a copy of the chain for another thread. Modules (with their hooks) are copied, tensors are shared."""
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         return replace(self, model=copy.deepcopy(self.model, shared))
 
     def part(self, start: Cut | None = None, end: Cut | None = None) -> Part:
-        """The network between two cuts, to be used as a context manager (see `Part`)."""
+        """Returns the part of the network between two cuts, which is used as a context manager (see `Part`)."""
         return Part(self.model, self.image_shape, start=start, ends=() if end is None else (end,))
 
 
 def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_dir: Path | None = None) -> Chain:
-    """The chain of `model` for images of `image_shape` (3, H, W).
+    """Builds the chain of `model` for images of `image_shape` (3, H, W).
 
-    Every cut is verified against the whole network, with perturbed weights (fresh layer scales near zero would hide a
-    wrong cut). The sites that passed are remembered in `cache_dir`. Without interior cuts, the chain has stem, head and the cut
-    before the classifier, or no cut at all: `notes` says so.
+    Every cut is verified: the split network must give the logits of the whole network. The weights are perturbed for this test,
+    since initial layer scales near zero would hide a wrong cut. Verified cuts are stored in `cache_dir` for the next call. The
+    chain of a network without interior cuts has only stem and head, and `notes` says which cut remains.
     """
     notes: list[str] = []
     try:
@@ -178,31 +178,31 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
             classifier=None,
             features=None,
             unused_parameters=(),
-            notes=(f"no cuts, so nothing can be cached: {error}",),
+            notes=(f"this network has no cuts, so no activations can be cached: {error}",),
         )
     classifier = find_classifier(model, seen)
     ends = _layer_ends(model, seen, classifier)
     verified = _verified(model, image_shape, seen, ends, cache_dir)
     dropped = [name for name, _ in ends if name not in verified]
     if dropped:
-        notes.append(f"no verified cut after {', '.join(dropped)}: merged into what follows")
+        notes.append(f"no verified cut after {', '.join(dropped)}: each of these layers is merged into the next one")
     kept = [(name, node) for name, node in ends if name in verified]
     owners, shared = _partition(seen, [node for _, node in kept])
     if shared:
         notes.append(
-            f"{len(shared)} parameters are used on both sides of a cut ({min(shared)}, ...): such cuts are not legal, "
-            "their layers are one"
+            f"{len(shared)} parameters are used on both sides of a cut ({min(shared)}, ...): such cuts are dropped, and the "
+            "layers around them are merged"
         )
     illegal = {i for low, high in shared.values() for i in range(low, high)}
-    # Segments lie between kept cuts; where an illegal cut is dropped, two segments become one.
+    # Segments lie between the verified cuts. Each illegal cut that is dropped merges two segments.
     legal = [i for i in range(len(kept)) if i not in illegal]
     segment_of = {name: sum(i < segment for i in legal) for name, segment in owners.items()}
     cuts = [verified[kept[i][0]] for i in legal]
     features = cuts[-1] if cuts and cuts[-1].name == FEATURES else None
     inner = cuts[:-1] if features else cuts
     if not inner:
-        fallback = "the cut before the classifier" if features else "no cut: nothing can be cached"
-        notes.append(f"no interior cuts in this network; what remains is {fallback}")
+        fallback = "only the cut before the classifier" if features else "no cut, so no activations can be cached"
+        notes.append(f"this network has no interior cuts; there is {fallback}")
     return Chain(
         model=model,
         image_shape=image_shape,
@@ -219,26 +219,26 @@ def _empty(name: str) -> Layer:
 
 
 def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[tuple[str, int]]:
-    """(name, node) of the end of the stem, of every layer, and of the features, in order.
+    """Returns (name, graph node) of the tensors at the end of the stem, of every layer, and of the features, in order.
 
-    The last layer may end where the features do: one tensor with two names.
+    The last layer and the features may end at the same tensor, which then appears under two names.
     """
-    # Reserved names: a module called "head" (SelecSLS) is part of the chain's head.
+    # These names are reserved, so a module called "head" (SelecSLS) is part of the chain's head.
     layers = [(c, span) for c, span in find_layers(model, seen, classifier) if c.module not in (STEM, HEAD, FEATURES)]
-    # A layer that is called again ends with its last call: its weights are used on both sides of an earlier end.
+    # A layer that is called several times ends with the last call, since both sides of an earlier cut would use its weights.
     last_end = {call.module: end for call, (_, end) in layers}
     ends = [(call.module, seen.spine[end]) for call, (_, end) in layers if end == last_end[call.module]]
     if layers and layers[0][1][0] > 0:
         ends.insert(0, (STEM, seen.spine[layers[0][1][0]]))
     if classifier is not None:
-        ends += [(FEATURES, leaf.node) for leaf in classifier.inputs if leaf.node in seen.spine]  # its one input
+        ends += [(FEATURES, leaf.node) for leaf in classifier.inputs if leaf.node in seen.spine]  # exactly one input
     return ends
 
 
 def _partition(seen: Trace, nodes: Sequence[int]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """(Segment of each parameter that reaches the logits, lowest and highest segment of those that lie in several.)
+    """Assigns each parameter that reaches the logits to a segment: segment i ends at nodes[i], the last one at the logits.
 
-    Segment i ends at nodes[i]; the last one ends at the logits. A parameter used in several belongs to the highest.
+    Returns the segment of each parameter (the highest that uses it), and (lowest, highest) of parameters used in several.
     """
     segments: dict[str, set[int]] = {}
     boundaries = [*nodes, 0]
@@ -252,7 +252,7 @@ def _partition(seen: Trace, nodes: Sequence[int]) -> tuple[dict[str, int], dict[
 def _make_layers(
     model: nn.Module, cuts: list[Cut], segment_of: Mapping[str, int], layer_of_buffer: Mapping[str, int]
 ) -> tuple[Layer, ...]:
-    """Stem to head. The features cut splits the head, so its two segments are one layer."""
+    """Returns the layers from stem to head. The features cut divides the head into two segments, which form one layer."""
     names = [*(c.name for c in cuts), HEAD]
     parameters: list[list[str]] = [[] for _ in names]
     for name, _ in model.named_parameters():
@@ -272,7 +272,7 @@ def _make_layers(
 
 
 def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
-    """Names of the enclosing modules that contain some but not all layers: stages."""
+    """Returns the names of the modules (stages) that contain the layer, except modules that contain all layers."""
     parts = name.split(".")
     aliases = []
     for i in range(1, len(parts)):
@@ -284,7 +284,7 @@ def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
 
 
 def _assign_buffers(model: nn.Module, seen: Trace, cuts: list[Cut]) -> dict[str, int]:
-    """The index of each buffer's layer: the one in which the last call of its module ends."""
+    """Returns the layer index of each buffer: the layer in which the last call of the buffer's module ends."""
     ticks = []
     for cut in cuts:
         call = next(c for c in seen.calls if (c.module, c.index) == (cut.site.module, cut.site.index))
@@ -306,7 +306,7 @@ def _verified(
     ends: list[tuple[str, int]],
     cache_dir: Path | None,
 ) -> dict[str, Cut]:
-    """The cuts that pass verification, by name. Their sites are remembered by the network's structure."""
+    """Returns the cuts that pass verification, by name. `cache_dir` stores them under a hash of the network's structure."""
     remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
     if remembered is not None and remembered.is_file():
         kept = {}
@@ -347,8 +347,8 @@ def _structure_key(model: nn.Module, image_shape: tuple[int, int, int], ends: li
 
 
 def _verify(model: nn.Module, image_shape: tuple[int, int, int], candidates: dict[str, list[Cut]]) -> dict[str, Cut]:
-    """For each name, the first candidate for which suffix(prefix(x)) equals the whole network."""
-    # A copy: functional_call does not restore the weights of modules that are registered under two names (CoaT).
+    """Returns, for each name, the first candidate cut at which the split network computes the whole network's logits."""
+    # The model is copied because functional_call does not restore weights of modules registered under two names (CoaT).
     model = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(1)
 
@@ -358,7 +358,7 @@ def _verify(model: nn.Module, image_shape: tuple[int, int, int], candidates: dic
     verified: dict[str, Cut] = {}
     with torch.no_grad():
         for parameter in model.parameters():
-            # At least 0.02: zero-initialized weights would hide everything before them.
+            # The perturbation is at least 0.02, since weights that stay near zero would hide errors before them.
             spread = max(float(parameter.std()), 0.02) if parameter.numel() > 1 and parameter.ndim > 1 else 1.0
             parameter.add_(0.1 * spread * noise(parameter))
         pixels = noise(next(model.parameters()).new_empty(2, *image_shape))
@@ -376,8 +376,8 @@ def _verify(model: nn.Module, image_shape: tuple[int, int, int], candidates: dic
                     with Part(model, image_shape, start=cut) as suffix:
                         difference = (suffix(activation) - whole).abs().max() / scale
                 except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-                    # The network needs the real value of a placeholder: this site is no cut.
-                    log.debug("cut %s at %s: %s", name, cut.site, error)
+                    # The network fails on placeholders, so it cannot be cut at this site.
+                    log.debug("the network cannot be cut for %s at %s: %s", name, cut.site, error)
                     continue
                 if difference <= VERIFIED_RELATIVE:
                     verified[name] = cut

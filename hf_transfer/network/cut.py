@@ -1,8 +1,8 @@
-"""A cut splits a network, unchanged, into the function before a tensor and the function after it.
+"""A cut is a tensor at which a network can be split into two functions: the prefix before it and the suffix after it.
 
     suffix(prefix(x)) == model(x)
 
-A cut records where its tensor is read and replaced, and what the calls before it return; `network.part` runs the two sides.
+A cut records where the tensor is read and replaced, and what earlier module calls return. `network.part` runs both functions.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from hf_transfer.network.trace import Call, Leaf, Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where the tensor of a cut is read and replaced: a leaf of one call's outputs ("after") or inputs ("before")."""
+    """The place where a cut's tensor is read and replaced: one output ("after") or input ("before") of a module's call."""
 
     side: Literal["after", "before"]
     module: str
     index: int  # zero-based call index
-    leaf: int
+    leaf: int  # index of the tensor among the call's flattened outputs or inputs
 
     def __str__(self) -> str:
         return f"{self.side}:{self.module}"
@@ -30,16 +30,16 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Stub:
-    """A call before the cut, which a suffix answers without running it. `leaves` are constants, or shapes to fill."""
+    """A module call before the cut. The suffix does not run the module; it returns placeholder outputs instead."""
 
     module: str
     index: int
-    leaves: tuple[Leaf, ...]
+    leaves: tuple[Leaf, ...]  # the outputs: constants, or shapes of tensors whose values do not matter
     spec: TreeSpec
     cut_leaf: int | None = None  # index of the leaf that is the tensor at the cut
 
     def answer(self, activation: torch.Tensor, *, dense: bool) -> Any:
-        """The call's output in a suffix that runs on `activation` (B, *cut.shape); `dense`: writable placeholders."""
+        """Returns the call's placeholder outputs for `activation` (B, *cut.shape). With `dense`, all outputs are writable."""
         batch = activation.shape[0]
         answers = []
         for i, leaf in enumerate(self.leaves):
@@ -50,7 +50,7 @@ class Stub:
             else:
                 sizes = zip(leaf.shape, leaf.per_image, strict=True)
                 shape = [size if each is None else each * batch for size, each in sizes]
-                # Zero-stride: a dense placeholder would cost 15-24 % of a step.
+                # A zero-stride placeholder costs no memory. Dense placeholders would cost 15-24 % of a training step.
                 if leaf.constant is None:
                     value = torch.zeros((), dtype=leaf.dtype, device=activation.device)
                 else:
@@ -62,30 +62,30 @@ class Stub:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A tensor that every path from the image to the logits goes through."""
+    """A tensor that every path from the image to the logits goes through, so that the network can be split there."""
 
-    name: str  # the layer that ends here, or "features": the input of the classifier
+    name: str  # name of the layer that ends at the cut, or "features" for the input of the classifier
     site: Site
-    shape: tuple[int, ...]  # of one image
+    shape: tuple[int, ...]  # shape of one image's activation
     dtype: torch.dtype
     stubs: tuple[Stub, ...]
-    dense: bool = False  # full-size placeholders, for a network that writes into the outputs of calls before the cut
-    repeated: frozenset[str]  # modules of the stubs and the site that one forward calls more than once
+    dense: bool = False  # whether placeholders must be writable, since the network modifies them in place
+    repeated: frozenset[str]  # the modules among stubs and site that one forward calls more than once
 
     def __deepcopy__(self, memo: Any) -> "Cut":
-        return self  # it is immutable, and each thread copies the modules that refer to it
+        return self  # cuts are immutable, so copies of modules for other threads may share them
 
     @property
     def bytes_per_image(self) -> int:
-        """Of one activation, in its own dtype."""
+        """The size of one image's activation in bytes."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
 def possible_sites(trace: Trace, node: int, prefer: str | None = None) -> list[Site]:
-    """Where the tensor made by `node` could be read and replaced, likeliest first. Each must still be verified.
+    """Returns the sites where the tensor made by `node` may be read and replaced, likeliest first. They are not verified yet.
 
-    First the output of a module (of the module `prefer`, then of the outermost), then the input of the first module that takes
-    the tensor (if all its uses lie inside that module), last a module with several outputs.
+    The order is: the only output of a module (of `prefer` first, then of the outermost module); the input of the first module
+    that takes the tensor, if all uses of the tensor lie inside that module; one of several outputs of a module.
     """
     producers = [c for c in trace.calls if c.module and any(o.node == node for o in c.outputs)]
     producers.sort(key=lambda c: (c.module != prefer, c.start - c.end))
@@ -106,7 +106,7 @@ def _site(side: Literal["after", "before"], call: Call, leaves: Sequence[Leaf], 
 
 
 def _takes_every_use(trace: Trace, call: Call, node: int) -> bool:
-    """Whether every use of the tensor made by `node` happens inside `call`; otherwise replacing its input is not enough."""
+    """Whether every use of the tensor made by `node` happens inside `call`, so that replacing the call's input is enough."""
     inside: set[int] = set()
     todo = [o.node for o in call.outputs if o.node is not None and o.node != node]
     while todo:
@@ -119,7 +119,7 @@ def _takes_every_use(trace: Trace, call: Call, node: int) -> bool:
 
 
 def make_cut(trace: Trace, name: str, site: Site) -> Cut | None:
-    """The cut at `site`; None if its tensor cannot be stored image by image (dimension 0 is not the batch)."""
+    """Returns the cut at `site`, or None if the tensor cannot be stored image by image (dimension 0 is not the batch)."""
     target = next(c for c in trace.calls if (c.module, c.index) == (site.module, site.index))
     after = site.side == "after"
     leaf = (target.outputs if after else target.inputs)[site.leaf]

@@ -1,4 +1,4 @@
-"""What `inspect` prints: the chain as a table, and what each strategy would train and store."""
+"""Formats the tables that `inspect` prints: the chain (the network's layers), and what each policy would train and store."""
 
 from dataclasses import dataclass
 
@@ -15,23 +15,23 @@ from hf_transfer.network.part import watch_cuts
 from hf_transfer.network.policies import Policy, biases, full, head, last, norms
 from hf_transfer.network.targets import find_targets, shorten
 
-BYTES_PER_PIXEL = 1  # uint8: what a cut at the pixels stores
+BYTES_PER_PIXEL = 1  # if the cut is at the pixels, the cache stores uint8 values
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyCost:
-    """What a policy would train, where its cut would be, and what the cache would store."""
+    """The number of parameters that a policy would train, the cut it would use, and the size of the cache."""
 
     policy: str
     trainable: int
-    share: float  # of all parameters
+    share: float  # trainable parameters divided by all parameters
     cut: str
     bytes_per_image: int
-    flops_share: float  # of one forward: what is computed each time
+    flops_share: float  # FLOPs after the cut, which every epoch computes, divided by the FLOPs of one forward
 
 
 def count_flops(chain: Chain) -> tuple[int, dict[str, int]]:
-    """(FLOPs of one image's forward, FLOPs before each cut by name). Matrix products and convolutions only."""
+    """Returns the FLOPs of one image's forward, and the FLOPs before each cut. Only matrix products and convolutions count."""
     cuts, before, counter = chain.cuts, dict[str, int](), FlopCounterMode(display=False)
 
     def note(i: int, _: torch.Tensor) -> None:
@@ -43,7 +43,7 @@ def count_flops(chain: Chain) -> tuple[int, dict[str, int]]:
 
 
 def price_strategies(chain: Chain, policies: list[Policy] | None = None) -> list[StrategyCost]:
-    """What each policy would cost; by default the policies that every chain has."""
+    """Returns the cost of each policy, or of the policies that fit every network if `policies` is None."""
     if policies is None:
         policies = [head(), *(last(k) for k in (1, 2, 4) if k < len(chain)), norms(), biases(), full()]
     total_flops, before = count_flops(chain)
@@ -74,7 +74,7 @@ def _describe_cut(chain: Chain, cut: Cut | None) -> str:
 
 
 def format_chain(chain: Chain) -> str:
-    """The table of layers, then the table of strategies, as text for a terminal."""
+    """Returns the table of layers and the table of policies, as text for a terminal."""
     total, before = count_flops(chain)
     sizes = {name: p.numel() for name, p in chain.model.named_parameters()}
     rows: list[tuple[str, ...]] = [("", "layer", "parameters", "activation", "bytes/image", "FLOPs", "aliases")]
@@ -92,13 +92,13 @@ def format_chain(chain: Chain) -> str:
     ]  # fmt: skip
     lines = [*_align(rows), "", *_align(strategies)]
     if chain.unused_parameters:
-        lines += ["", f"unused parameters (they never reach the logits; frozen): {', '.join(chain.unused_parameters)}"]
+        lines += ["", f"frozen parameters that never reach the logits: {', '.join(chain.unused_parameters)}"]
     lines += ["", *chain.notes] if chain.notes else []
     return "\n".join(lines)
 
 
 def format_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> str:
-    """What `adapter` adapts and would train, by kind of target, as text. Leaves the adapters in the model."""
+    """Adds the adapters to the model and returns a table of the adapted modules and the trainable parameters."""
     targets = find_targets(chain, adapter)
     adapted, adapted_chain = add_adapters(backbone, chain, adapter)
     sizes = {name: p.numel() for name, p in adapted.model.named_parameters()}

@@ -1,9 +1,8 @@
-"""Fingerprints of networks: hashes of weights and structure, equal only for networks that compute the same function.
+"""Fingerprints of networks: hashes of weights and structure that are equal only if the networks compute the same function.
 
-Weights alone do not identify a function: the activation function, the number of heads or the epsilon of a norm may differ
-between networks with equal tensors. So every module is described by its type and its own attributes, that is by what its
-constructor made of its configuration, whether or not `extra_repr` shows it. Descriptions contain no addresses: they are equal
-in every process.
+Weights alone do not identify a function: networks with equal tensors may differ in an activation function, a number of heads
+or the epsilon of a norm. So a fingerprint also contains the type and the attributes of every module, also attributes that
+`extra_repr` does not show. It contains no memory addresses, so it is the same in every process.
 """
 
 import functools
@@ -25,26 +24,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 LIBRARIES = ("torch", "timm", "transformers", "peft")
-MAX_DEPTH = 8  # of objects inside objects
-# Attributes that change no activation in eval mode: bookkeeping of torch, and names and sizes of the head's labels.
+MAX_DEPTH = 8  # attributes of attributes are described up to this depth
+# Attributes that change no activation in eval mode: bookkeeping of torch and peft, label names, and numbers of labels.
 IGNORED = frozenset(vars(nn.Module())) | {
     *("forward", "_compiled_call_impl", "_is_hf_initialized", "_is_full_backward_hook", "_original_forward"),
-    *(
-        "gradient_checkpointing",
-        "_gradient_checkpointing_func",
-        "grad_checkpointing",
-        "supports_gradient_checkpointing",
-    ),
-    *(
-        "num_classes",
-        "num_labels",
-        "pretrained_cfg",
-        "default_cfg",
-        "name_or_path",
-        "generation_config",
-        "warnings_issued",
-    ),
-    *("peft_config", "_hf_peft_config_loaded"),
+    *("gradient_checkpointing", "_gradient_checkpointing_func", "grad_checkpointing", "warnings_issued"),
+    *("supports_gradient_checkpointing", "num_classes", "num_labels", "pretrained_cfg", "default_cfg"),
+    *("name_or_path", "generation_config", "peft_config", "_hf_peft_config_loaded"),
 }
 IGNORED_CONFIG = frozenset({
     *("id2label", "label2id", "num_labels", "problem_type", "_name_or_path", "name_or_path", "architectures", "auto_map"),
@@ -54,9 +40,9 @@ IGNORED_CONFIG = frozenset({
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """The name of each tensor and the description of each module, as they enter a fingerprint.
+    """The names of a network's tensors and the descriptions of its modules, from which its fingerprint is computed.
 
-    A tensor named "" is left out, since it changes nothing.
+    The fingerprint leaves out tensors whose name here is "": they do not change the network's output.
     """
 
     tensor_names: Mapping[str, str]
@@ -64,24 +50,24 @@ class Identity:
 
 
 def identify(model: nn.Module) -> Identity:
-    """The network's own names and descriptions."""
+    """Returns the identity of a network under its own tensor names."""
     return Identity(tensor_names={n: n for n in named_tensors(model)}, modules=describe_modules(model))
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, non-persistent buffers included; tied tensors once."""
+    """Returns all parameters and buffers by name, including non-persistent buffers. A tied tensor appears once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def update_hash(digest: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None:
-    """Adds a tensor's name, shape, dtype and bytes to `digest`, in place. Device and memory layout do not count."""
+    """Adds a tensor's name, shape, dtype and bytes to `digest`, in place. Device and memory layout have no influence."""
     value = tensor.detach().cpu().contiguous()
     digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
     digest.update(value.flatten().view(torch.uint8).numpy().data)
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash of named tensors, in any order."""
+    """Returns a hash of named tensors, which does not depend on their order."""
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(tensors.items()):
         update_hash(digest, name, tensor)
@@ -89,12 +75,12 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose code computes the activations."""
+    """Returns the versions of the libraries whose code computes the activations."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def describe_modules(model: nn.Module) -> dict[str, str]:
-    """Hash of the type and the own attributes of every module, by name; submodules and tensors are not included."""
+    """Returns, for each module's name, a hash of its type and its attributes, without submodules, parameters and buffers."""
     describer = _Describer()
     return {
         name: hashlib.sha256(json.dumps(describer.describe_module(module)).encode()).hexdigest()[:32]
@@ -103,7 +89,7 @@ def describe_modules(model: nn.Module) -> dict[str, str]:
 
 
 class _Describer:
-    """Turns attributes into JSON values without addresses. An object that many modules share is described once."""
+    """Turns attributes into JSON values without memory addresses. A config that many modules share is described only once."""
 
     def __init__(self) -> None:
         self._configs: dict[int, Any] = {}
@@ -153,7 +139,7 @@ class _Describer:
             return ["method", self.describe(value.__func__, depth), self.describe(value.__self__, depth)]
         if inspect.isroutine(value):
             return self._describe_function(value, depth)
-        if isinstance(value, nn.Module):  # one that is not registered as a submodule
+        if isinstance(value, nn.Module):  # a module in a plain attribute, not registered as a submodule
             return [
                 self.describe_module(value, depth),
                 [[name, self.describe_module(child, depth)] for name, child in value.named_children()],
@@ -162,7 +148,7 @@ class _Describer:
         return [_describe_type(type(value)), self._describe_items(getattr(value, "__dict__", {}), depth)]
 
     def _describe_items(self, items: Mapping[Any, Any], depth: int) -> Any:
-        """Sorted pairs. Tensors in a mapping are left out below the module itself: they are filled on first use."""
+        """Returns sorted pairs. Tensors inside attributes are left out, since modules cache values there on first use."""
         kept = {k: v for k, v in items.items() if not (depth and isinstance(v, torch.Tensor))}
         return sorted(
             ([json.dumps(self.describe(k, depth)), self.describe(v, depth)] for k, v in kept.items()),
@@ -181,7 +167,7 @@ class _Describer:
 
 
 def _describe_type(kind: Any) -> list[str]:
-    """Module and name and, unless a library of known version defines it, a hash of its source file."""
+    """Returns the type's module, its name, and a hash of its source file, or "" if a library of known version defines it."""
     library = kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins")
     return [kind.__module__, kind.__qualname__, "" if library else _hash_source(kind.__module__)]
 
@@ -199,10 +185,10 @@ def hash_part(
     before: Iterable[str],
     called: Iterable[str],
 ) -> str:
-    """Hash of the part of a network before a cut: its weights, its buffers, and every module that may run before the cut.
+    """Returns a hash of the network before a cut: weights, buffers, and every module that may run before the cut.
 
-    Names are those of `identity`. `hashes`: of every tensor; `parameters`: which of them are parameters; `before`: those before
-    the cut; `called`: modules that run before it. A module surely runs after the cut if all its parameters lie there.
+    All names are names in `identity`. `hashes`: hash of every tensor. `parameters`: all parameters. `before`: the parameters
+    before the cut. `called`: modules that run before the cut. A module is left out if all its parameters lie after the cut.
     """
     parameters, before = set(parameters), set(before)
     holding, running = _enclosing(parameters), _enclosing(before) | _enclosing(f"{name}." for name in called)
@@ -217,5 +203,5 @@ def hash_part(
 
 
 def _enclosing(names: Iterable[str]) -> set[str]:
-    """Names of all modules around the tensors called `names`."""
+    """Returns the names of all modules that contain the tensors called `names`."""
     return {name[:i] for name in names for i, character in enumerate(name) if character == "."}

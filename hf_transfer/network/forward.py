@@ -1,4 +1,4 @@
-"""Calls any image classifier: timm models take a tensor; transformers models take `pixel_values` and return an object."""
+"""Runs any image classifier. A timm model takes a tensor; a transformers model takes `pixel_values` and returns an object."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def compute_logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K) of normalized images `pixels` (B, 3, H, W)."""
+    """Returns the logits (B, K) of normalized images `pixels` (B, 3, H, W)."""
     if isinstance(model, PreTrainedModel):
         output = model(pixel_values=pixels)
         logits = getattr(output, "logits", None)
@@ -22,13 +22,13 @@ def compute_logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module of `model` in eval mode inside; each module's own mode is restored after."""
+    """Puts every module of `model` in eval mode inside the context, and restores each module's mode after it."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
         yield
     finally:
-        # Not model.train(): frozen modules may have been in eval mode before.
+        # model.train() would be wrong here, since frozen modules may have been in eval mode before.
         for module in training:
             module.training = True

@@ -1,4 +1,4 @@
-"""Freezes what does not train, in weights and in mode: no gradient, eval mode, and an audit that nothing changed.
+"""Freezes parameters, puts frozen modules in eval mode, and checks that no frozen tensor changed.
 
 `requires_grad=False` alone is not enough: a BatchNorm in train mode updates its running statistics at every forward.
 """
@@ -16,11 +16,11 @@ NAMED_IN_ERROR = 5
 
 
 class FrozenChangedError(RuntimeError):
-    """A frozen tensor changed: the run does not follow its plan, and cached activations are stale."""
+    """A frozen tensor changed, so the activations in the cache no longer belong to the network."""
 
 
 def set_trainable(model: nn.Module, trainable: Collection[str]) -> None:
-    """Makes exactly the named parameters require gradients, in place."""
+    """Sets requires_grad, in place: True for the parameters named in `trainable`, False for all other parameters."""
     unknown = set(trainable) - {name for name, _ in model.named_parameters()}
     if unknown:
         raise ValueError(f"not parameters of this model: {', '.join(sorted(unknown)[:5])}")
@@ -31,24 +31,24 @@ def set_trainable(model: nn.Module, trainable: Collection[str]) -> None:
 def set_modes(chain: Chain, cut: Cut | None, trainable: Collection[str], *, freeze_batchnorm: bool = False) -> None:
     """Puts the model in train mode and its frozen modules in eval mode, in place. Call it at the start of each epoch.
 
-    Frozen are the modules before `cut`, and every BatchNorm (any module with running statistics) that has parameters but none
-    that trains; with `freeze_batchnorm`, every BatchNorm.
+    Frozen are the modules before `cut`, and every BatchNorm whose parameters are all frozen or, with `freeze_batchnorm`, every
+    BatchNorm. Any module with running statistics counts as a BatchNorm.
     """
     chain.model.train()
     for module in _modules_before(chain.model, cut) | _frozen_norms(chain.model, trainable, freeze_batchnorm):
-        module.training = False  # not eval(): timm's BatchNorm contains a dropout, which may stay in train mode
+        module.training = False  # eval() would also switch submodules, such as the dropout in timm's BatchNorm
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether a module with running statistics is in train mode: its output then depends on the whole batch."""
+    """Whether some BatchNorm is in train mode, so that the output for one image depends on the other images of the batch."""
     return any(m.training and isinstance(m._buffers.get("running_mean"), torch.Tensor) for m in model.modules())
 
 
 class Audit:
-    """Law 3 at run time: hashes of everything that must not change, taken at construction and compared by `check`.
+    """Hashes every frozen tensor when it is created; `check` compares the tensors with these hashes.
 
-    Audited are all parameters that do not train, all buffers before the cut (also non-persistent ones), and the running
-    statistics after it that `set_modes` freezes.
+    The frozen tensors are all parameters that do not train, all buffers before the cut (also non-persistent buffers), and the
+    running statistics after the cut that `set_modes` freezes.
     """
 
     def __init__(
@@ -68,21 +68,20 @@ class Audit:
         self._hashes = {name: hash_tensors({name: tensors[name]}) for name in sorted(names)}
 
     def __len__(self) -> int:
-        """Number of audited tensors."""
+        """Returns the number of frozen tensors that `check` compares."""
         return len(self._hashes)
 
     def check(self) -> None:
-        """Raises FrozenChangedError, naming the tensors, if any has other bytes, shape or dtype, or is missing."""
+        """Raises FrozenChangedError, with names, if a frozen tensor is missing or has changed in value, shape or dtype."""
         tensors = _tensors(self._model)
         changed = [n for n, kept in self._hashes.items() if n not in tensors or hash_tensors({n: tensors[n]}) != kept]
         if not changed:
             return
         more = ", ..." if len(changed) > NAMED_IN_ERROR else ""
         raise FrozenChangedError(
-            f"{len(changed)} of {len(self)} frozen tensors changed: {', '.join(changed[:NAMED_IN_ERROR])}{more}. Frozen "
-            "tensors must keep every bit: cached activations no longer belong to this network, and the run does not follow its "
-            "plan. Running statistics change if a BatchNorm runs in train mode (see set_modes); weights, if something other "
-            "than this phase's optimizer writes to them"
+            f"{len(changed)} of {len(self)} frozen tensors changed: {', '.join(changed[:NAMED_IN_ERROR])}{more}. The cached "
+            "activations therefore no longer belong to this network. Running statistics change if a BatchNorm runs in train "
+            "mode (see set_modes). Frozen weights change only if code outside this phase's optimizer writes to them"
         )
 
 
@@ -91,12 +90,12 @@ def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def _modules_before(model: nn.Module, cut: Cut | None) -> set[nn.Module]:
-    """The modules that run only before `cut`: those of its stubs, with all their submodules."""
+    """Returns the modules that run only before `cut`: the modules of the cut's stubs, and all their submodules."""
     if cut is None:
         return set()
     modules = dict(model.named_modules())
-    # A module without state (a dropout) may be called on both sides of the cut. Its mode is then the suffix's, since the
-    # prefix always runs in eval mode (Chain.run_prefix). A module with state would have made the cut illegal.
+    # A module without state (a dropout) may run on both sides of the cut. Its mode is then the mode of the suffix, since
+    # the prefix always runs in eval mode (Chain.run_prefix). A module with state would have made the cut illegal.
     stubs = {s.module for s in cut.stubs if s.module not in cut.repeated or _has_state(modules[s.module])}
     before = {inner for name in stubs for inner in modules[name].modules()}
     elsewhere = {
@@ -112,7 +111,7 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def _frozen_norms(model: nn.Module, trainable: Collection[str], freeze_batchnorm: bool) -> set[nn.Module]:
-    """Modules with running statistics that have parameters but none that trains; or all with running statistics."""
+    """Returns the BatchNorms whose parameters are all frozen or, with `freeze_batchnorm`, all BatchNorms."""
     training = {id(parameter) for name, parameter in model.named_parameters() if name in trainable}
     frozen = set()
     for module in model.modules():

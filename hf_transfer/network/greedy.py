@@ -1,12 +1,12 @@
-"""A network that grows layer by layer: which layers, in which order, each with an auxiliary head (arXiv 1812.11446).
+"""Greedy layer-wise training: the stages in which a network grows, one layer and one auxiliary head each (arXiv 1812.11446).
 
     stage 1:  stem -> layer 1 -> head 1
     stage 2:  stem -> layer 1 (frozen) -> layer 2 -> head 2
     ...
 
-The whole network exists from the start. The network of stage k is its chain up to layer k, followed by head k; the stage trains
-layer k and head k. So the cut before layer k, the activations stored there and the audit follow as in every other phase.
-`network.growing` creates the layers.
+The whole network exists from the start. The network of stage k consists of the layers up to layer k, followed by head k. Stage
+k trains layer k and head k. Each stage has a chain and a policy, so caching and the audit of frozen tensors work as in every
+other phase. `network.growing` creates the layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,28 +23,25 @@ from hf_transfer.network.modeling_greedy import HEAD_SIDE, GreedyConfig, GreedyF
 from hf_transfer.network.part import Part
 from hf_transfer.network.policies import Policy
 
-MAX_HIDDEN = 3  # largest k of the auxiliary problems that the paper tried
+MAX_HIDDEN = 3  # the largest number of hidden layers, k, that the paper tried
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryHead:
-    """The auxiliary problem of each stage, and the seed of all new weights.
+    """The size of each stage's auxiliary head, and the seed of all new weights."""
 
-    `hidden` is the paper's k: the growing layer and k - 1 more in the head.
-    """
-
-    hidden: int = 1
+    hidden: int = 1  # the paper's k: the head has k - 1 hidden layers, and the growing layer counts as one more
     seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One layer to be grown. `chain` is that of the stage's own network, with parameter names as in `GreedyStack.whole`."""
+    """One stage of greedy training: the layer that it trains, and the network up to that layer with an auxiliary head."""
 
     layer: str
-    chain: Chain = field(repr=False)
+    chain: Chain = field(repr=False)  # of the stage's network, with parameter names as in `GreedyStack.whole`
     policy: Policy
-    through: tuple[Cut, ...] = field(repr=False)  # cuts of earlier stages, at which activations are stored
+    through: tuple[Cut, ...] = field(repr=False)  # cuts at which earlier stages stored activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,30 +49,30 @@ class GreedyStack:
     """The network with all its layers, and the auxiliary heads."""
 
     backbone: Backbone
-    chain: Chain  # the backbone's
+    chain: Chain  # the backbone's chain
     stages: tuple[Stage, ...]
-    whole: Chain = field(repr=False)  # of network and all heads: what a checkpoint contains
-    heads: tuple[dict[str, Any], ...]  # arguments of each stage's head
+    whole: Chain = field(repr=False)  # the chain of the network with all auxiliary heads, as a checkpoint contains them
+    heads: tuple[dict[str, Any], ...]  # constructor arguments of each stage's head
 
     @property
     def is_plain(self) -> bool:
-        """Whether the network is a timm or transformers architecture, whose own head no stage trains."""
+        """Whether the network is a timm or transformers architecture. No stage trains the architecture's own head."""
         return not isinstance(self.backbone.model, GreedyForImageClassification)
 
     @property
     def grown(self) -> Part:
-        """The module of `whole`: images -> logits (B, S * K) of all stages, one after another."""
+        """The network with all auxiliary heads. It maps images to the concatenated logits (B, S * K) of the S stages."""
         assert isinstance(self.whole.model, Part)
         return self.whole.model
 
     @property
     def aux_heads(self) -> nn.ModuleDict:
-        """The auxiliary heads, by the number of their stage."""
+        """The auxiliary heads, by zero-based stage number."""
         assert self.grown.heads is not None
         return self.grown.heads
 
     def first(self, depth: int) -> "GreedyStack":
-        """The stack of the first `depth` stages, with the same network and heads."""
+        """Returns the stack of the first `depth` stages. Network and heads are shared with this stack."""
         stages = self.stages[:depth]
         heads = nn.ModuleDict(dict(list(self.aux_heads.items())[:depth]))
         grown = Part(self.grown.network, self.chain.image_shape, ends=self.grown.ends[:depth], heads=heads)
@@ -83,7 +80,7 @@ class GreedyStack:
         return replace(self, stages=stages, whole=whole, heads=self.heads[:depth])
 
     def finished(self, *, fine_tuned: bool) -> Backbone:
-        """The grown network: a plain architecture itself, else a new network of the grown blocks and the last stage's head."""
+        """Returns the trained network: the backbone if it is a plain architecture, else the grown blocks with the last head."""
         if self.is_plain:
             return self.backbone
         model = self.backbone.model
@@ -101,9 +98,9 @@ class GreedyStack:
 
 
 def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], aux: AuxiliaryHead) -> GreedyStack:
-    """The stack whose stages are the layers called `names`.
+    """Builds the stack that grows the layers called `names`, one per stage.
 
-    Raises ValueError if k is out of range, or if no head fits the activations.
+    Raises ValueError if `aux.hidden` is out of range, or if no head fits the activations.
     """
     cuts = [chain.cut(name) for name in names]
     specs = [plan_head(cut.shape, layout_of(cut.shape, chain.image_shape), aux.hidden) for cut in cuts]
@@ -118,7 +115,7 @@ def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], aux: Au
         own = nn.ModuleDict({str(i): heads[str(i)]})
         network = Part(chain.model, chain.image_shape, ends=[cut], heads=own)
         stage_chain = _stage_chain(network, chain, layers[: position + 1])
-        # The first stage also trains the stem of a plain architecture, which is new; a checkpoint's layers stay frozen.
+        # The stem of a plain architecture is new, so the first stage trains it. A checkpoint's layers stay frozen.
         is_new = isinstance(chain.model, GreedyForImageClassification)
         lowest = position if i or is_new else 0
         trained = [*layers[lowest : position + 1], stage_chain.layers[-1]]
@@ -133,7 +130,7 @@ def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], aux: Au
 
 
 def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
-    """Layout of one image's activation; a grid has the proportions of the image. Raises ValueError for other shapes."""
+    """Returns the layout of an activation; a grid has the image's aspect ratio. Raises ValueError if no layout fits."""
     if len(shape) == 2:
         return "tokens"
     if len(shape) == 3:
@@ -142,16 +139,16 @@ def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
             if rows * width == columns * height:
                 return layout  # type: ignore[return-value]
     raise ValueError(
-        f"activations of shape {tuple(shape)} are neither tokens (L, C) nor a grid with channels: no block or head fits them"
+        f"no block fits activations of shape {tuple(shape)}, which are neither tokens (L, C) nor a grid with channels"
     )
 
 
 def plan_head(shape: Sequence[int], layout: Layout, hidden: int) -> dict[str, Any]:
-    """Arguments of an auxiliary head on activations of `shape`; `hidden` is k. Raises ValueError if k is out of range."""
+    """Returns an auxiliary head's arguments. `hidden` is the paper's k. Raises ValueError if `hidden` is out of range."""
     if not 1 <= hidden <= MAX_HIDDEN:
         raise ValueError(
-            f"aux_hidden={hidden}: k counts the hidden layers of each auxiliary problem, including the growing one; choose "
-            f"1 <= aux_hidden <= {MAX_HIDDEN}"
+            f"aux_hidden={hidden}: this setting counts the growing layer and the hidden layers of the auxiliary head; "
+            f"choose 1 <= aux_hidden <= {MAX_HIDDEN}"
         )
     if layout == "tokens":
         return {"channels": shape[-1], "layout": layout, "hidden": hidden - 1}
@@ -164,7 +161,7 @@ def _always(names: frozenset[str]) -> Callable[[Chain], frozenset[str]]:
 
 
 def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
-    """The chain of a stage's network. Parameters of the network after the stage's cut are unused."""
+    """Returns the chain of a stage's network. Parameters after the stage's last layer are listed as unused."""
     assert network.heads is not None
     (key,) = network.heads
     parameters = tuple(n for n, _ in network.named_parameters() if n.startswith("heads."))
@@ -183,7 +180,7 @@ def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
 
 
 def _rename(layer: Layer, home: str) -> Layer:
-    """The layer of a network that has become the submodule `home` of another."""
+    """Returns `layer` with the prefix `home` in all names, for a network that is now the submodule `home` of another one."""
     cut = layer.cut
     return replace(
         layer,

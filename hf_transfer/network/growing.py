@@ -1,7 +1,7 @@
-"""Creates the layers of a greedy stack: new convolutional blocks (`create_blocks`, `grow_blocks`), the layers of any
-architecture (`grow_architecture`), or new blocks on the frozen layers of a checkpoint (`grow_on`).
+"""Creates greedy stacks (networks that are trained layer by layer).
 
-Blocks that do not fit are refused before anything is trained.
+The layers are new convolutional blocks (`create_blocks`, `grow_blocks`), the layers of any architecture (`grow_architecture`),
+or new blocks on the frozen layers of a checkpoint (`grow_on`).
 """
 
 from collections.abc import Sequence
@@ -27,18 +27,18 @@ NORMALIZATION = (0.5, 0.5, 0.5)  # mean and std of a new network
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """New blocks: how many, how wide (None: as wide as their input), and the numbers of those that halve the grid, from 1."""
+    """The kind, number and width of new blocks."""
 
     kind: BlockKind = "conv"
     layers: int = 1
-    width: int | None = None
-    downsample: Sequence[int] = ()
+    width: int | None = None  # None: as many channels as the input of the first block
+    downsample: Sequence[int] = ()  # numbers of the blocks that halve the grid; the first block is number 1
 
 
 def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, *, image_size_px: int) -> Backbone:
-    """A network of convolutional blocks on square images of `image_size_px`; the width doubles at each downsampling.
+    """Creates a network of convolutional blocks for square images. The width doubles at each downsampling after block 1.
 
-    Raises ValueError if these do not fit.
+    Raises ValueError if the blocks do not fit the image size.
     """
     shape = (3, image_size_px, image_size_px)
     arguments = _plan_blocks(blocks, shape, "channels_first")
@@ -62,33 +62,33 @@ def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, 
 
 
 def grow_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
-    """A stack of the blocks of a network by `create_blocks`. Raises ValueError if there is no cut between them."""
+    """Returns a stack whose stages are the new blocks of the backbone. Raises ValueError if a block has no cut after it."""
     chain = backbone.chain(cache_dir=chain_dir())
     model = backbone.model
     assert isinstance(model, GreedyForImageClassification)
     names = [f"blocks.{i}" for i in range(len(model.blocks))]
     known = {layer.name for layer in chain.layers}
     if not set(names) <= known:
-        raise ValueError(f"no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
+        raise ValueError(f"found no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
     return stack_layers(backbone, chain, names, aux)
 
 
 def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | None = None) -> GreedyStack:
-    """A stack of the first `layers` layers of a plain architecture (see `backbone.create`); None: all.
+    """Returns a stack whose stages are the first `layers` layers (None: all) of a new architecture (see `backbone.create`).
 
-    Raises ValueError if its chain has no layers to grow one by one, or fewer than `layers`.
+    Raises ValueError if the architecture's chain has no separate layers, or fewer than `layers`.
     """
     chain = backbone.chain(cache_dir=chain_dir())
     if len(chain) == 0 or any(layer.cut is None for layer in chain.layers[1:-1]):
         reason = chain.notes[0] if chain.notes else "it has no interior cuts"
         raise ValueError(
             f"{backbone.source.name} has no chain of layers to grow one by one ({reason}): choose another --architecture, or "
-            "train it at once with recipes/pretrain.py"
+            "train the whole network with recipes/pretrain.py"
         )
     count = len(chain) if layers is None else layers
     if not 1 <= count <= len(chain):
         raise ValueError(
-            f"layers={layers}: {backbone.source.name} has {len(chain)}; choose 1 <= layers <= {len(chain)}"
+            f"layers={layers}: {backbone.source.name} has {len(chain)} layers; choose 1 <= layers <= {len(chain)}"
         )
     names = [layer.name for layer in chain.layers[1 : 1 + count]]
     return stack_layers(backbone, chain, names, aux)
@@ -97,9 +97,9 @@ def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | N
 def grow_on(
     backbone: Backbone, chain: Chain, blocks: BlockSpec, aux: AuxiliaryHead, *, after: str | None = None
 ) -> GreedyStack:
-    """A stack of new blocks on the checkpoint's layers up to the one called `after` (None: its last), which stay frozen.
+    """Returns a stack of new blocks on the frozen layers of a checkpoint, up to the layer called `after` (None: the last).
 
-    Raises ValueError if there is no such layer, or if the blocks do not fit its activation: a convolution needs a grid.
+    Raises ValueError if no layer has that name, or if the blocks do not fit its activation (a convolution needs a grid).
     """
     names = [layer.name for layer in chain.layers[:-1] if layer.cut is not None]
     if not names:
@@ -109,7 +109,7 @@ def grow_on(
         )
     if after is not None and after not in names:
         raise ValueError(
-            f"stack_after={after!r} is no layer of {backbone.source.name}; its layers are {', '.join(names)}"
+            f"stack_after={after!r}: {backbone.source.name} has no such layer; its layers are {', '.join(names)}"
         )
     cut = chain.cut(after or names[-1])
     layout = layout_of(cut.shape, chain.image_shape)
@@ -132,44 +132,44 @@ def grow_on(
 
 
 def read_numbers(text: str) -> tuple[int, ...]:
-    """Block numbers from text such as "2,3"; none from "". Raises ValueError for other text."""
+    """Parses block numbers from text such as "2,3" (empty text: no numbers). Raises ValueError for other text."""
     words = [word.strip() for word in text.split(",")] if text.strip() else []
     if not all(word.isdigit() for word in words):
-        raise ValueError(f"downsample={text!r}: give numbers of blocks, such as 2,3")
+        raise ValueError(f"downsample={text!r}: give the numbers of the blocks that halve the grid, such as 2,3")
     return tuple(int(word) for word in words)
 
 
 def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[dict[str, Any]]:
-    """Arguments of each block on activations of `shape`."""
+    """Returns the constructor arguments of each block for activations of `shape`. Raises ValueError if a block does not fit."""
     channels, *side = shape if layout == "channels_first" else (shape[-1], *shape[:-1])
     kind, layers, downsample = spec.kind, spec.layers, spec.downsample
     width = channels if spec.width is None else spec.width
     if layers < 1:
-        raise ValueError(f"layers={layers}: a stack has one layer at least; choose 1 or more")
+        raise ValueError(f"layers={layers}: a stack needs at least one layer; choose 1 or more")
     if width < 1:
-        raise ValueError(f"width={width}: choose 1 or more")
+        raise ValueError(f"width={width}: a block needs at least one channel; choose 1 or more")
     wrong = [n for n in downsample if not 1 <= n <= layers]
     if wrong:
-        raise ValueError(f"downsample={_listed(downsample)}: block {wrong[0]} is none of 1 to {layers}")
+        raise ValueError(f"downsample={_listed(downsample)}: there is no block {wrong[0]}; choose from 1 to {layers}")
     if kind == "transformer":
         if downsample:
-            raise ValueError(f"downsample={_listed(downsample)}: transformer blocks keep their tokens; leave it out")
+            raise ValueError(f"downsample={_listed(downsample)}: transformer blocks cannot downsample; leave it out")
         heads = max(1, width // 64)
         if width % heads:
-            raise ValueError(f"width={width}: {heads} attention heads do not divide it; choose a multiple of 64")
+            raise ValueError(f"width={width}: not divisible by {heads} attention heads; choose a multiple of 64")
         first = {"kind": kind, "channels": channels, "width": width, "layout": layout}
         return [first, *({**first, "channels": width, "layout": "tokens"} for _ in range(layers - 1))]
     if layout == "tokens":
         raise ValueError(
-            f"activations of shape {tuple(shape)} are tokens, which a convolution cannot take: choose --block transformer"
+            f"activations of shape {tuple(shape)} are tokens, which do not fit a convolution: choose --block transformer"
         )
     blocks: list[dict[str, Any]] = []
     for number in range(1, layers + 1):
         halves = number in downsample
         if halves and any(s % 2 or s < 2 * HEAD_SIDE for s in side):
             raise ValueError(
-                f"downsample={_listed(downsample)}: block {number} gets a grid of {side[0]}x{side[1]}, which does not halve to "
-                f"{HEAD_SIDE}x{HEAD_SIDE} or more; leave it out, or choose larger images"
+                f"downsample={_listed(downsample)}: block {number} cannot halve its grid of {side[0]}x{side[1]}; both sides "
+                f"must be even and {2 * HEAD_SIDE} or more. Leave block {number} out, or choose larger images"
             )
         if halves:
             side = [s // 2 for s in side]
@@ -190,7 +190,7 @@ def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[
 def _plan_last_head(
     blocks: Sequence[dict[str, Any]], shape: Sequence[int], layout: Layout, hidden: int
 ) -> dict[str, Any]:
-    """Arguments of the head after `blocks`, whose input has `shape`."""
+    """Returns the constructor arguments of the head after `blocks`. The input of the first block has shape `shape`."""
     if blocks[-1]["kind"] == "transformer":
         return plan_head((1, blocks[-1]["width"]), "tokens", hidden)
     rows, columns = shape[1:] if layout == "channels_first" else shape[:2]
@@ -201,9 +201,9 @@ def _plan_last_head(
 def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
     torch.manual_seed(seed)
     model = GreedyForImageClassification(config)
-    torch.manual_seed(seed)  # the first blocks do not depend on how many follow
+    torch.manual_seed(seed)  # seeded again, so that the first blocks' weights do not depend on the number of blocks
     for module in (*model.blocks.modules(), *model.head.modules()):
-        # transformers draws every matrix from N(0, 0.02); torch scales by the number of inputs, which suits these blocks.
+        # transformers initialized every matrix with std 0.02. These blocks need torch's initialization by number of inputs.
         reset: Any = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
@@ -212,7 +212,7 @@ def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
 
 
 def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]:
-    """The description of a `Body`: the backbone up to `cut`, without the modules after it."""
+    """Returns the arguments of a `Body` that computes the backbone up to `cut`, without the modules after the cut."""
     model: Any = backbone.model
     kept, buffers = (set(names) for names in chain.before(cut))
     kept |= buffers

@@ -1,4 +1,4 @@
-"""Where a network's classifier is: the linear map that makes the logits."""
+"""Finds the classifier of a network: the linear map that computes the logits."""
 
 import math
 
@@ -8,13 +8,13 @@ from hf_transfer.network.trace import Call, Trace
 
 
 def find_head(model: nn.Module, num_classes: int) -> str | None:
-    """Name of the last Linear or Conv2d with `num_classes` outputs, as registered; None if there is none."""
+    """Returns the name of the last registered Linear or Conv2d with `num_classes` outputs, or None without such a module."""
     names = [name for name, module in model.named_modules() if _is_head(module, num_classes)]
     return names[-1] if names else None
 
 
 def find_classifier(model: nn.Module, trace: Trace) -> Call | None:
-    """The call of the linear map that makes the logits from one vector per image; None if there is no such call."""
+    """Returns the call of the linear map from one vector per image to the logits, or None if there is no such map."""
     modules = dict(model.named_modules())
     for call in reversed([c for c in trace.calls if _is_head(modules[c.module], trace.logits_shape[-1])]):
         (taken, *others), made = call.inputs, call.outputs[0].node

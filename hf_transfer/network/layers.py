@@ -1,9 +1,9 @@
-"""Which calls of a traced network are its layers: the smallest repeated blocks between two possible cuts.
+"""Finds the layers of a traced network: its smallest repeated blocks between two possible cuts.
 
-A block is a called module with at least two weights (tensors of two dimensions or more) whose input and output both lie on
-the spine. Residual blocks, transformer blocks and inverted residuals are such modules, and so are the stages that contain them.
-The smallest are chosen: a block is opened if it contains smaller blocks, unless modules of its class are the smallest elsewhere
-(an inverted residual without a skip connection has cuts inside, and is still one layer).
+A block is a module with at least two weights (kernels or matrices) whose input and output are tensors that every path from the
+image to the logits goes through (`Trace.spine`). Residual blocks, transformer blocks and inverted residuals are blocks, and so
+are the stages around them. A block that contains smaller blocks is replaced by these, unless another module of its class
+contains none: an inverted residual without a skip connection has possible cuts inside, and is still one layer.
 """
 
 from collections import Counter
@@ -12,14 +12,14 @@ from torch import nn
 
 from hf_transfer.network.trace import Call, Trace
 
-FEW_LAYERS = 3  # with fewer, single weights also count as blocks: a plain stack of convolutions (VGG) has no others
+FEW_LAYERS = 3  # with fewer layers, modules with one weight also count as blocks: the convolutions of a VGG
 
 
 def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list[tuple[Call, tuple[int, int]]]:
-    """The layers between stem and head, in order, each with the positions of its input and its output on the spine."""
+    """Returns the layers between stem and head, in order, each with the positions of input and output in `trace.spine`."""
     modules = dict(model.named_modules())
     declared = getattr(model, "layer_names", None)
-    if declared is not None:  # a network that was built from layers knows them
+    if declared is not None:  # a greedy network lists its layers itself
         return [(c, span) for c, span in _bounded_calls(modules, trace, min_weights=1) if c.module in declared]
     blocks = _find_blocks(modules, trace, min_weights=2)
     if len(blocks) < FEW_LAYERS:
@@ -28,7 +28,7 @@ def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list
         return []
     last_end = blocks[-1][0].end
     stop = classifier.start if classifier else last_end
-    # A weight of its own between the last block and the classifier (MobileNet's conv_head) is one more layer.
+    # A module with one weight between the last block and the classifier (MobileNet's conv_head) is one more layer, ...
     singles = [
         (call, span)
         for call, span in _bounded_calls(modules, trace, min_weights=1)
@@ -40,7 +40,7 @@ def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list
         for call, (start, end) in _bounded_calls(modules, trace, min_weights=0)
         if call.start > last_end and _is_norm(modules[call.module]) and _keeps_grid(trace, start, end)
     }
-    # ... together with the norm that is called after it.
+    # ... together with the norm after it.
     blocks += [(c, (s, norms.get(e, e))) for c, (s, e) in singles if not any(a in outer for a in c.ancestors())]
     return blocks
 
@@ -48,9 +48,9 @@ def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list
 def _bounded_calls(
     modules: dict[str, nn.Module], trace: Trace, *, min_weights: int
 ) -> list[tuple[Call, tuple[int, int]]]:
-    """Calls with enough weights that take one spine tensor and return another, with both positions on the spine."""
+    """Returns the calls of modules with enough weights that map one tensor of `trace.spine` to another, with both positions."""
     position = {node: i for i, node in enumerate(trace.spine)}
-    # A call that no parameter follows makes the logits: it belongs to the head.
+    # A call belongs to the head if no parameter comes after it.
     behind = (i for i in reversed(position.values()) if trace.parameters_between(trace.spine[i], 0))
     last = next(behind, 0)
     bounded = []
@@ -79,9 +79,7 @@ def _find_blocks(
 
     def kind(call: Call) -> type[nn.Module] | None:
         module_type = type(modules[call.module])
-        return (
-            None if module_type in (nn.Sequential, nn.ModuleList) else module_type
-        )  # containers have no kind of their own
+        return None if module_type in (nn.Sequential, nn.ModuleList) else module_type  # containers have no kind
 
     smallest = {kind(c) for c in spans if c not in inner} - {None}
 
@@ -93,16 +91,16 @@ def _find_blocks(
         whole, bounded = modules[call.module], [modules[c.module] for c in smaller]
         most = 2 * sum(map(_size, bounded)) >= _size(whole)
         if len(bounded) == 1 and not most:
-            return [call]  # only a small part of it is bounded, such as a squeeze-excite
+            return [call]  # only a small part of the block lies between cuts, such as a squeeze-excite
         if kind(call) is None:
             return smaller
         if len(bounded) == 1 and (_num_weights(whole) == 1 or kind(smaller[0]) is None):
-            return [call]  # the part is all of it, such as a convolution with its norm
+            return [call]  # the smaller block has the same weights, such as a convolution with a norm
         (start, end), first, last = spans[call], spans[smaller[0]][0], spans[smaller[-1]][1]
         same_grid = _keeps_grid(trace, start, first) and _keeps_grid(trace, last, end)
         has_more = sum(map(_num_weights, bounded)) < _num_weights(whole)
         if same_grid and has_more and (len(bounded) == 1 or not most):
-            return [call]  # the rest belongs to the same block, without downsampling: attention, then a residual MLP
+            return [call]  # without downsampling, the rest belongs to the same block: attention, then a residual MLP
         return smaller
 
     leaves = [block for call in inner.get(None, []) for block in open_up(call)]
@@ -112,23 +110,23 @@ def _find_blocks(
         return [(c, spans[c]) for c in leaves]
     home = _common_parent([c.module for c in repeated])
     first = min(c.start for c in repeated)
-    # A block before the first repeated one is a layer only if it lies in the same module (EfficientNet's blocks.0.0).
+    # A block before the first repeated block is a layer only if both lie in the same module (EfficientNet's blocks.0.0).
     leaves = [c for c in leaves if c.start >= first or (home and c.module.startswith(home + "."))]
     keeping = {kind(c) for c in repeated if _keeps_grid(trace, *spans[c])}
-    # A repeated kind that always changes the grid, among kinds that keep it, is a downsampling. It belongs to the block after
-    # it, so it is no layer of its own.
+    # If some repeated kinds keep the grid, a repeated kind that always changes the grid is a downsampling. A downsampling
+    # belongs to the next block, so it is no layer of its own.
     blocks = [c for c in leaves if not keeping or kinds[kind(c)] == 1 or kind(c) is None or kind(c) in keeping]
     return [(c, spans[c]) for c in blocks]
 
 
 def _keeps_grid(trace: Trace, start: int, end: int) -> bool:
-    """Whether two spine tensors differ in at most one dimension, the channels; a downsampling also changes the grid."""
+    """Whether the shapes at two positions of `trace.spine` differ in at most one dimension, the number of channels."""
     before, after = trace.shapes[trace.spine[start]], trace.shapes[trace.spine[end]]
     return len(before) == len(after) and sum(a != b for a, b in zip(before, after, strict=True)) <= 1
 
 
 def _num_weights(module: nn.Module) -> int:
-    """Number of kernels and matrices; a scale of shape (1, 1, C) does not count."""
+    """Returns the number of kernels and matrices. A scale of shape (1, 1, C) does not count."""
     return sum(p.ndim >= 4 or sum(size > 1 for size in p.shape) >= 2 for p in module.parameters())
 
 

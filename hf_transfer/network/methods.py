@@ -1,7 +1,7 @@
-"""The adapter methods of `peft` that this package offers, and what each accepts.
+"""The adapter methods of `peft` that this package offers, and the modules that each method can adapt.
 
-Each is the identity before its first step, trains in an ordinary loop, keeps its parameters beside the module that it adapts,
-and can be merged into it. The tests check all of this.
+New adapters of every method leave the network's output unchanged, train in an ordinary loop, store their parameters beside the
+adapted module, and can be merged into that module's weight. The tests check this.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from hf_transfer.config import AdapterConfig, AdapterName
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method of peft: its config class, fixed arguments of that config, and what the config calls rank and alpha."""
+    """An adapter method of peft."""
 
-    config: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    alpha_argument: str = "lora_alpha"
-    splits_groups: bool = False  # on a grouped convolution, each group gets its share of the rank
+    config: str  # name of the config class in peft
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # fixed arguments of the config
+    alpha_argument: str = "lora_alpha"  # the argument of the config that sets alpha
+    splits_groups: bool = False  # whether the rank is divided among the groups of a grouped convolution
 
 
 METHODS: Mapping[AdapterName, Method] = {
@@ -33,8 +33,8 @@ METHODS: Mapping[AdapterName, Method] = {
 
 
 def make_peft_config(adapter: AdapterConfig, target_modules: list[str] | str) -> Any:
-    """peft's own configuration of the adapters."""
-    import peft  # its import takes seconds, which a run without adapters does not pay
+    """Returns the peft config for `adapter`, which adapts the modules named by `target_modules`."""
+    import peft  # imported here because the import takes seconds, and runs without adapters do not need peft
 
     method = METHODS[adapter.method]
     size = {"r": adapter.size, method.alpha_argument: adapter.scale} if adapter.has_rank else {}
@@ -42,25 +42,25 @@ def make_peft_config(adapter: AdapterConfig, target_modules: list[str] | str) ->
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether it is a Linear or Conv2d that does only what its type says, so that an adapter can be merged into it."""
+    """Whether `module` is a Linear or Conv2d with the plain forward of that class, so that an adapter can be merged into it."""
     if parametrize.is_parametrized(module):
         return False
     if isinstance(module, nn.Linear):
         return type(module).forward is nn.Linear.forward
     if isinstance(module, nn.Conv2d):
         own = type(module)
-        # Subclasses pad by themselves (Conv2dSame) or normalize their weight (StdConv2d): an added weight is not the same.
+        # Some subclasses pad by themselves (Conv2dSame) or normalize the weight (StdConv2d): merging would change the output.
         plain = own.forward is nn.Conv2d.forward and own._conv_forward is nn.Conv2d._conv_forward
         return plain and module.padding_mode == "zeros"
     return False
 
 
 def find_misfit(adapter: AdapterConfig, module: Any) -> str | None:
-    """Why the adapter does not fit this Linear or Conv2d; None if it fits."""
+    """Returns the reason why the adapter does not fit a Linear or Conv2d, or None if it fits."""
     if not adapter.has_rank:
         return None
     groups = getattr(module, "groups", 1)
     if METHODS[adapter.method].splits_groups and adapter.size % groups:
-        return f"rank {adapter.size} is not divisible by its {groups} groups"
+        return f"rank {adapter.size} is not divisible by the convolution's {groups} groups"
     smallest = min(module.weight.shape[0], module.weight[0].numel())
-    return f"rank {adapter.size} is larger than the layer ({smallest})" if adapter.size > smallest else None
+    return f"rank {adapter.size} is larger than the module's width {smallest}" if adapter.size > smallest else None

@@ -1,11 +1,11 @@
-"""A network that was grown layer by layer, as a transformers model whose code is saved with its weights.
+"""A transformers model for a network that was trained layer by layer.
 
     pixels -> (the first layers of another network) -> block 1 ... block n -> head -> logits
 
-Saved beside the weights by `save_pretrained` and loaded with `trust_remote_code=True` where hf_transfer is not installed, so
-this file imports torch, timm and transformers only. The convolutional blocks and the heads are those of Belilovsky et al.
-(arXiv 1812.11446, section 4; layerCNN `model_greedy.py` at f2e6136): invertible downsampling, 3x3 convolution, BatchNorm, ReLU;
-the head averages to 2x2. The transformer blocks are timm's.
+`save_pretrained` saves this file beside the weights. Where hf_transfer is not installed, the model loads with
+`trust_remote_code=True`, so this file imports only torch, timm and transformers. Convolutional blocks and heads follow
+Belilovsky et al. (arXiv 1812.11446, section 4; layerCNN `model_greedy.py` at f2e6136): invertible downsampling, 3x3
+convolution, BatchNorm, ReLU, and a head that averages to 2x2. The transformer blocks come from timm.
 """
 
 from typing import Any, Literal
@@ -19,18 +19,18 @@ from torch.utils._pytree import tree_flatten
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-Layout = Literal["channels_first", "channels_last", "tokens"]  # (C, H, W), (H, W, C), (L, C) of one image
+Layout = Literal["channels_first", "channels_last", "tokens"]  # for one image: (C, H, W), (H, W, C), (L, C)
 
 HEAD_SIDE = 2  # the head averages a grid to 2 x 2
 TOKENS_PER_HEAD = 64  # width of one attention head
 
 
 class GreedyConfig(PreTrainedConfig):
-    """The layers of a grown network.
+    """The layers of a greedily trained network, as a transformers config.
 
-    `body`: the network whose first layers come before the blocks (see `Body`), or None. `blocks`, `head`: their arguments.
-    `fine_tuned`: whether all layers were trained together at the end. `pretrained_cfg`: timm's preprocessing, if the image
-    processor is timm's.
+    `body`: the description of the network that comes before the blocks (see `Body`), or None. `blocks`, `head`: constructor
+    arguments of each block and of the head. `fine_tuned`: whether all layers were finally trained together. `pretrained_cfg`:
+    the preprocessing in timm's format, or None if a transformers image processor is saved.
     """
 
     model_type = "greedy_stack"
@@ -55,7 +55,7 @@ class GreedyConfig(PreTrainedConfig):
 
 
 class ConvBlock(nn.Module):
-    """A grid of activations -> (B, width, H, W), or (B, width, H/2, W/2) after an invertible downsampling."""
+    """A convolutional block: an optional invertible downsampling, a 3x3 convolution, BatchNorm and ReLU."""
 
     def __init__(self, channels: int, width: int, layout: Layout = "channels_first", downsample: bool = False) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """(B, width, H, W) or (B, width, H/2, W/2)."""
+        """Returns (B, width, H, W), or (B, width, H/2, W/2) if the block downsamples."""
         grid = activation.permute(0, 3, 1, 2) if self.layout == "channels_last" else activation
         return F.relu(self.norm(self.conv(self.shuffle(grid))))
 
 
 class TokenBlock(nn.Module):
-    """Activations of any layout -> tokens (B, L, width): a projection if the width changes, then a pre-norm block."""
+    """A pre-norm transformer block, with a linear projection before it if the width changes. It takes any layout."""
 
     def __init__(self, channels: int, width: int, layout: Layout = "tokens") -> None:
         super().__init__()
@@ -80,15 +80,15 @@ class TokenBlock(nn.Module):
         self.block = Block(width, max(1, width // TOKENS_PER_HEAD), qkv_bias=True)
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """(B, L, width)."""
+        """Returns tokens (B, L, width)."""
         tokens: torch.Tensor = self.block(self.embed(as_tokens(activation, self.layout)))
         return tokens
 
 
 class Head(nn.Module):
-    """Activations -> logits: hidden layers of the same kind as the blocks, then norm, average and a linear map.
+    """A classifier: hidden layers of the same kind as the blocks, then norm, average and a linear map.
 
-    `hidden`: their number, k - 1 for the paper's k; k = 1 is a linear head.
+    `hidden`: the number of hidden layers, which is k - 1 in the paper's notation.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Head(nn.Module):
             self.linear = nn.Linear(channels * side * side, num_classes)
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """(B, K)."""
+        """Returns logits (B, K)."""
         if self.layout == "tokens":
             pooled: torch.Tensor = self.norm(self.hidden(activation)).mean(1)
         else:
@@ -117,11 +117,11 @@ class Head(nn.Module):
 
 
 class Body(nn.Module):
-    """Images -> the activation of another network at one tensor of its forward; what would come after it never runs.
+    """The first part of another network: computes the activation at one tensor of that network's forward, and stops there.
 
-    `description`: `library`, with `architecture` and `model_args` (timm) or `config` (transformers); `side`, `module`, `index`,
-    `leaf`: the tensor, as a leaf of the outputs ("after") or inputs ("before") of the module's call; `dropped`: modules after
-    it; `layers`: names of modules before it that are its layers.
+    Keys of `description`: `library`, with `architecture` and `model_args` (timm) or `config` (transformers). `side`, `module`,
+    `index`, `leaf`: the position of the tensor among the outputs ("after") or inputs ("before") of a module's call. `dropped`:
+    names of the modules after the tensor. `layers`: names of the layers before the tensor.
     """
 
     def __init__(self, description: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ class Body(nn.Module):
             self.network.set_submodule(name, nn.Identity())
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The activation (B, ...) of pixels (B, 3, H, W)."""
+        """Returns the activation (B, ...) of normalized images (B, 3, H, W)."""
         name, side, index, leaf = self.site
         calls = 0
 
@@ -161,11 +161,11 @@ class Body(nn.Module):
             return reached.activation
         finally:
             hook.remove()
-        raise RuntimeError(f"{name} was not called: this is another version of the architecture")
+        raise RuntimeError(f"the forward did not call {name}: the installed library defines another architecture")
 
 
 class GreedyForImageClassification(PreTrainedModel):
-    """Body, blocks and head, as a transformers image classifier."""
+    """An image classifier of transformers that consists of an optional body, blocks and a head."""
 
     config_class = GreedyConfig
     main_input_name = "pixel_values"
@@ -181,13 +181,13 @@ class GreedyForImageClassification(PreTrainedModel):
 
     @property
     def layer_names(self) -> list[str]:
-        """Names of the modules between which activations may be stored, in order."""
+        """Names of the network's layers, in order. Activations may be stored after each layer."""
         before = [] if self.body is None else [f"body.network.{name}" for name in self.body.layers]
         return before + [f"blocks.{i}" for i in range(len(self.blocks))]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]
-        # On the meta device, timm's computed buffers (relative positions, ...) are lost, and no file contains them.
+        # Buffers that timm computes (relative positions, ...) are lost on the meta device, and no weight file contains them.
         refill: Any = getattr(module, "init_non_persistent_buffers", None)
         if refill is not None:
             refill()
@@ -195,7 +195,7 @@ class GreedyForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **_: Any
     ) -> ImageClassifierOutput:
-        """`logits` (B, K) of `pixel_values` (B, 3, H, W), and the cross-entropy `loss` if `labels` (B,) are given."""
+        """Returns `logits` (B, K) of normalized images (B, 3, H, W), and the cross-entropy `loss` if `labels` are given."""
         activation = pixel_values if self.body is None else self.body(pixel_values)
         for block in self.blocks:
             activation = block(activation)
@@ -205,7 +205,7 @@ class GreedyForImageClassification(PreTrainedModel):
 
 
 class _ReachedError(Exception):
-    """Stops the body's forward at its tensor."""
+    """Stops the forward of the body's network once the activation exists."""
 
     def __init__(self, activation: torch.Tensor) -> None:
         super().__init__()
@@ -213,12 +213,12 @@ class _ReachedError(Exception):
 
 
 def as_tokens(activation: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Activations of any layout -> tokens (B, L, C)."""
+    """Converts activations of any layout to tokens (B, L, C)."""
     if layout == "channels_first":
         return activation.flatten(2).transpose(1, 2)
     return activation.flatten(1, 2) if layout == "channels_last" else activation
 
 
-# So that save_pretrained copies this file, and names it in config.json.
+# These calls make save_pretrained copy this file beside the weights and name it in config.json.
 GreedyConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
 GreedyForImageClassification.register_for_auto_class("AutoModelForImageClassification")  # type: ignore[no-untyped-call]

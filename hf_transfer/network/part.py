@@ -1,8 +1,8 @@
-"""A part of a network: the function between two cuts, run by the network itself.
+"""Runs a part of a network: the function between two cuts (tensors at which the network can be split).
 
-Up to its end the model runs as it is, until the tensor exists. From its start it runs on a placeholder image: calls that would
-come before the start return placeholders of the recorded shape (zero-stride, so they cost nothing), and the tensor at the start
-is replaced by the given one. No layer is moved or copied, so weights, names and hooks stay the model's.
+A part that ends at a cut runs the network's forward until the tensor at that cut exists. A part that starts at a cut runs the
+network's forward on a placeholder image: module calls before the cut return zero-stride placeholders of the recorded shapes,
+and the given activation replaces the tensor at the cut. No module is moved or copied, so weights, names and hooks are shared.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +20,13 @@ from hf_transfer.network.forward import compute_logits, eval_mode
 
 
 class Part(nn.Module):
-    """The network between two cuts: activations at `start` (None: normalized images) -> activations at its end (none: logits).
+    """The part of a network from the cut `start` (None: from the image) to the cut in `ends` (empty: to the logits).
 
-    With `heads`, one for each of `ends`, it returns their logits instead, concatenated: (B, len(ends) * K).
+    With `heads`, one head for each cut in `ends`, the part returns the concatenated logits (B, len(ends) * K) of the heads.
 
-    Use it as a context manager; inside, a network with a start answers the calls before it with placeholders, so run nothing
-    else on that network. A part without a start is always ready. Trains under torch.compile (one graph, no recompilation from
-    batch to batch) and DistributedDataParallel. Its parameters are the network's own; freeze those before the start.
+    A part with a start must be used as a context manager. Inside the context, run nothing else on the network, since module
+    calls before the start return placeholders. A part trains under torch.compile (one graph, no recompilation from batch to
+    batch) and under DistributedDataParallel. It has all parameters of the network; freeze the parameters before the start.
 
         with chain.part(start=cut) as suffix:
             logits = suffix(activations)
@@ -50,7 +50,7 @@ class Part(nn.Module):
         self.ends = tuple(ends)
         self.image_shape = image_shape
         self._activation: torch.Tensor | None = None
-        # A module whose call is answered and whose input is read counts both on their own.
+        # Calls are counted separately for placeholder outputs ("forward") and for replaced inputs ("before").
         repeated = start.repeated if start is not None else ()
         self._turns = {(side, module): 0 for module in repeated for side in ("forward", "before")}
         self._patched: list[tuple[nn.Module, Any]] = []
@@ -58,13 +58,13 @@ class Part(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: an image (3, H, W), or an activation at the start."""
+        """The shape of one input: an image (3, H, W), or the activation at the start."""
         return self.image_shape if self.start is None else self.start.shape
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K), or the activation (B, *shape) at the part's one end, of `inputs` (B, *input_shape).
+        """Returns logits (B, K), or the activation (B, *shape) if the part ends at a cut, for `inputs` (B, *input_shape).
 
-        Raises RuntimeError outside the context if the part has a start.
+        Raises RuntimeError if the part has a start and its context was not entered.
         """
         if self.heads is not None:
             logits = [head(a) for head, a in zip(self.heads.values(), self.activations(inputs), strict=True)]
@@ -75,9 +75,9 @@ class Part(nn.Module):
         return self._run(inputs)
 
     def activations(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Activations (B, *shape) at each of `ends`, from one forward that stops when the last of them exists.
+        """Returns the activations (B, *shape) at each of `ends`, from one forward that stops when all of them exist.
 
-        The caller decides about gradients and modes.
+        This method changes neither gradient settings nor train and eval modes.
         """
         reached: dict[int, torch.Tensor] = {}
         stop = _EndReachedError()
@@ -86,7 +86,7 @@ class Part(nn.Module):
             reached[i] = activation
             if len(reached) == len(self.ends):
                 raise stop
-            reached[i] = activation.clone()  # later calls may write into it (an in-place activation function)
+            reached[i] = activation.clone()  # later modules may write into the activation (an in-place ReLU)
 
         if self.ends:
             try:
@@ -94,25 +94,25 @@ class Part(nn.Module):
                     self._run(inputs)
             except _EndReachedError as error:
                 if error is not stop:
-                    raise  # this network is itself run inside another part, whose end is reached
+                    raise  # this part runs inside another part, and the end of the other part is reached
         return [reached[i] for i in range(len(self.ends))]
 
     def count_flops(self) -> int:
-        """FLOPs of one input's forward. Matrix products and convolutions only."""
+        """Returns the FLOPs of one input's forward. Only matrix products and convolutions count."""
         with eval_mode(self), torch.no_grad(), FlopCounterMode(display=False) as counter:
             self(next(self.parameters()).new_zeros(1, *self.input_shape))
         return int(counter.get_total_flops())
 
     def _run(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits of the network, from the start on."""
+        """Runs the network from the start on and returns its logits."""
         if self.start is None:
             return compute_logits(self.network, inputs)
         if self.start.stubs and not self._patched and self._hook is None:
             raise RuntimeError(
-                "a part with a start runs inside `with part:` only; outside, the network starts at the image"
+                "this part starts at a cut, so it must run inside `with part:`; outside, the network starts at the image"
             )
         placeholder = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
-        # A copy: the network may write into it (an in-place activation function), and the caller's may be a view into a cache.
+        # The inputs are copied because the network may write into them (an in-place ReLU), and they may be a view of a cache.
         self._activation = inputs.clone()
         for key in self._turns:
             self._turns[key] = 0
@@ -150,7 +150,7 @@ class Part(nn.Module):
             self._hook = None
 
     def _turn(self, side: str, module: str) -> int:
-        """Zero-based index of this call of `module` in this forward; modules that are called once are not counted."""
+        """Returns the zero-based index of this call of `module` in this forward. It is 0 if one forward has only one call."""
         if (side, module) not in self._turns:
             return 0
         turn = self._turns[side, module]
@@ -158,7 +158,7 @@ class Part(nn.Module):
         return turn
 
     def _make_answer(self, name: str, forward: Any, table: dict[int, Stub]) -> Any:
-        """A forward that returns placeholders at the calls in `table`."""
+        """Returns a replacement of the module's `forward` that returns placeholders at the calls in `table`."""
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             stub = table.get(self._turn("forward", name))
@@ -181,12 +181,12 @@ class Part(nn.Module):
 
 
 class _EndReachedError(Exception):
-    """Ends a forward once the last activation exists."""
+    """Stops a forward once all requested activations exist."""
 
 
 @contextmanager
 def watch_cuts(network: nn.Module, cuts: Sequence[Cut], visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Inside, `visit(i, activation)` is called when a forward of `network` reaches `cuts[i]`."""
+    """Calls `visit(i, activation)` inside the context whenever a forward of `network` reaches `cuts[i]`."""
     modules = dict(network.named_modules())
     calls = [0] * len(cuts)
 

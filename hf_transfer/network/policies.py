@@ -1,4 +1,4 @@
-"""Policies: which parameters train. The cut follows from them (`Chain.lowest_cut`)."""
+"""Policies. A policy selects the parameters that train. Every layer before the first of these parameters stays frozen."""
 
 import difflib
 import re
@@ -12,21 +12,21 @@ from hf_transfer.network.chain import Chain
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A name for logs and results, and the function from a chain to the names of the parameters that train."""
+    """A rule that selects the parameters that train. `select` maps a chain (a network's layers) to their names."""
 
     name: str
     select: Callable[[Chain], frozenset[str]]
 
 
 def head() -> Policy:
-    """The classifier alone: a linear probe."""
+    """Trains only the classifier, which gives a linear probe."""
     return Policy(name="head", select=lambda chain: frozenset(chain.classifier_parameters))
 
 
 def last(k: int) -> Policy:
-    """The last `k` layers and the whole head, final norm included. k counts layers, not stages; 0 is the head alone.
+    """Trains the last `k` layers and the whole head, including the final norm. `last(0)` trains only the head.
 
-    Raises ValueError at selection if the chain has fewer than k layers.
+    `k` counts layers, not stages. `select` raises ValueError if the chain has fewer than k layers.
     """
 
     def select(chain: Chain) -> frozenset[str]:
@@ -39,9 +39,9 @@ def last(k: int) -> Policy:
 
 
 def from_layer(name: str) -> Policy:
-    """The layer called `name`, or the first layer of the stage `name`, and all after it including the head.
+    """Trains the layer called `name`, or the first layer of the stage called `name`, and all later layers and the head.
 
-    Raises ValueError at selection, listing layers and stages, if the chain has neither.
+    `select` raises ValueError, with the names of all layers and stages, if no layer or stage has that name.
     """
 
     def select(chain: Chain) -> frozenset[str]:
@@ -51,14 +51,14 @@ def from_layer(name: str) -> Policy:
         if name not in starts:
             aliases = [alias for alias in starts if alias not in names]
             known = f"layers are {', '.join(names)}" + (f"; aliases {', '.join(sorted(aliases))}" if aliases else "")
-            raise ValueError(f"from_layer({name!r}): no such layer in this chain; its {known}")
+            raise ValueError(f"from_layer({name!r}): this chain has no such layer; its {known}")
         return frozenset(n for layer in chain.layers[starts[name] :] for n in layer.parameters)
 
     return Policy(name=f"from_layer({name})", select=select)
 
 
 def norms() -> Policy:
-    """The scale and shift of every norm, and the classifier (arXiv 2003.00152, 2304.00776)."""
+    """Trains the scale and shift of every normalization layer, and the classifier (arXiv 2003.00152, 2304.00776)."""
 
     def select(chain: Chain) -> frozenset[str]:
         selected = {
@@ -73,7 +73,7 @@ def norms() -> Policy:
 
 
 def biases() -> Policy:
-    """Every bias, and the classifier: BitFit (arXiv 2106.10199)."""
+    """Trains every bias, and the classifier (BitFit, arXiv 2106.10199)."""
 
     def select(chain: Chain) -> frozenset[str]:
         selected = {name for name in _used_parameters(chain) if name.rpartition(".")[2] == "bias"}
@@ -83,14 +83,14 @@ def biases() -> Policy:
 
 
 def matching(pattern: str) -> Policy:
-    """Parameters whose name contains a match of the regular expression `pattern`, and the classifier.
+    """Trains the parameters whose names contain a match of the regular expression `pattern`, and the classifier.
 
-    Raises ValueError if it does not compile, and at selection if it matches no parameter that reaches the logits.
+    Raises ValueError if the pattern does not compile. `select` raises ValueError if it matches no parameter of a layer.
     """
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"matching({pattern!r}): not a regular expression: {error}") from error
+        raise ValueError(f"matching({pattern!r}): this is not a regular expression: {error}") from error
 
     def select(chain: Chain) -> frozenset[str]:
         names = [name for layer in chain.layers for name in layer.parameters]
@@ -100,24 +100,24 @@ def matching(pattern: str) -> Policy:
             but = f" but {unused[0]}, which never reaches the logits" if unused else ""
             word = re.sub(r"\\.|[^\w.]", "", pattern.replace("\\.", ".")) or pattern
             near = difflib.get_close_matches(word, names, n=3, cutoff=0.0)
-            raise ValueError(f"matching({pattern!r}): matches no parameter{but}; similar names are {', '.join(near)}")
+            raise ValueError(f"matching({pattern!r}) matches no parameter{but}; similar names are {', '.join(near)}")
         return frozenset(selected | set(chain.classifier_parameters))
 
     return Policy(name=f"matching({pattern})", select=select)
 
 
 def full() -> Policy:
-    """Every parameter that reaches the logits."""
+    """Trains every parameter that reaches the logits."""
     return Policy(name="full", select=lambda chain: frozenset(_used_parameters(chain)))
 
 
 def gradual(chain: Chain, phases: int) -> list[Policy]:
-    """Gradual unfreezing, from the top down (arXiv 1801.06146, section 3.3): one policy per phase.
+    """Returns one policy per phase of gradual unfreezing, from the last layer to the first (arXiv 1801.06146, section 3.3).
 
-    The first trains the classifier, the last everything, and those between `last(k)` with evenly growing k. The paper unfreezes
-    one layer at a time, which gives the largest number of phases. Raises ValueError for more phases, or fewer than two.
+    The first phase trains the classifier, the last phase trains all parameters, and the phases between train `last(k)` with
+    evenly growing k. Raises ValueError for fewer than two phases, or more phases than one per layer (as in the paper).
     """
-    # Steps: 0 is the classifier, k the last k layers, `top` everything; the stem is a step if it has parameters.
+    # Step 0 is the classifier, step k the last k layers, and step `top` all. The stem is a step if it has parameters.
     top = max(1, len(chain) + bool(chain.layers[0].parameters))
     if not 2 <= phases <= top + 1:
         raise ValueError(
@@ -127,7 +127,7 @@ def gradual(chain: Chain, phases: int) -> list[Policy]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a norm, of torch or of another library."""
+    """Whether `module` is a normalization layer, of torch or of another library."""
     return "norm" in type(module).__name__.lower()
 
 

@@ -1,7 +1,7 @@
-"""The preprocessing of a checkpoint, shared by evaluation during training, the cache, the saved model and inference.
+"""The image preprocessing of a checkpoint. Evaluation during training, the cache, the saved model and inference share it.
 
-Resize and crop are done by the checkpoint's own timm transform or transformers image processor, so the pixels equal those of
-plain `AutoImageProcessor`. Only rescaling and normalization are done here, on the device and in upstream's order of operations.
+The checkpoint's own timm transform or transformers image processor resizes and crops, so the pixels equal the output of plain
+`AutoImageProcessor`. This module only rescales and normalizes, on the device and in the same order of operations.
 """
 
 import tempfile
@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedConfig
 
-PARITY = 1e-5  # largest difference from the checkpoint's own processor, in normalized units (pixels are within +-3)
+PARITY = 1e-5  # largest allowed difference from the checkpoint's processor, in normalized pixels (within +-3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """Image -> uint8 pixels (H, W, 3), then a batch of pixels -> normalized float (B, 3, H, W)."""
+    """The two steps of preprocessing: image -> uint8 pixels (H, W, 3), and pixels -> normalized floats (B, 3, H, W)."""
 
     height_px: int
     width_px: int
@@ -32,36 +32,36 @@ class Preprocessing:
     crop_pct: float | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    rescale: float  # factor of pixel values, applied before mean and std
-    spec: Mapping[str, Any]  # JSON values: everything that decides the pixels, part of cache keys
-    processor: Any = field(repr=False)  # upstream's; transformers saves it beside the weights
+    rescale: float  # factor by which pixel values are multiplied before mean and std
+    spec: Mapping[str, Any]  # everything that determines the pixels, as JSON values for cache keys
+    processor: Any = field(repr=False)  # the checkpoint's image processor, which is saved beside the weights
     resize: Callable[[Image.Image], NDArray[np.uint8]] = field(repr=False)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(3, H, W)."""
+        """The shape (3, H, W) of one image as the network's input."""
         return 3, self.height_px, self.width_px
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Pixels (H, W, 3) uint8 of an RGB image, resized and cropped as the checkpoint does for evaluation."""
+        """Returns an RGB image as uint8 pixels (H, W, 3), resized and cropped as for the checkpoint's evaluation."""
         return self.resize(image)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels (B, H, W, 3) uint8 -> (B, 3, H, W) float32, channels last in memory, on the pixels' device."""
+        """Returns uint8 pixels (B, H, W, 3) as normalized float32 (B, 3, H, W), in channels-last memory on the same device."""
         return self.normalize_floats(pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last))
 
     def normalize_floats(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalizes images (B, 3, H, W) float32 in 0..255, in place."""
+        """Normalizes float32 images (B, 3, H, W) with values from 0 to 255, in place."""
         mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
-        # Divides as upstream does (torchvision's ToTensor): x / 255 differs from x * (1 / 255) in the last bit.
+        # Divides as torchvision's ToTensor does, since x / 255 differs from x * (1 / 255) in the last bit.
         images = images.div_(255.0) if self.rescale == 1 / 255 else images.mul_(self.rescale)
         return images.sub_(mean).div_(std)
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers logs errors only: this package checks and reports what it warns of while loading."""
+    """Hides warnings of transformers inside the context, since this package checks the loaded weights itself."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -71,9 +71,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Preprocessing:
-    """The preprocessing of the checkpoint in `folder` (Hub layout).
+    """Loads the preprocessing of the checkpoint in `folder` (Hub layout).
 
-    Raises ValueError if the checkpoint names none, or does more than resize, crop, rescale and normalize.
+    Raises ValueError if the checkpoint names no preprocessing, or one that does more than resize, crop, rescale and normalize.
     """
     try:
         with quiet_transformers():
@@ -90,7 +90,7 @@ def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Prep
 
 
 def preprocessing_of_config(config: PreTrainedConfig, name: str) -> Preprocessing:
-    """The preprocessing of a model once its config is saved."""
+    """Returns the preprocessing that would be loaded from a saved model with this config."""
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         config.save_pretrained(Path(parent, name))
         return load_preprocessing(Path(parent, name))
@@ -100,7 +100,7 @@ def _from_timm(processor: Any) -> Preprocessing:
     config = processor.data_config
     *geometry, to_tensor, normalize = processor.val_transforms.transforms
     if not (hasattr(normalize, "mean") and "ToTensor" in type(to_tensor).__name__):
-        raise ValueError(f"this checkpoint's transform does not end in ToTensor, Normalize: {processor.val_transforms}")
+        raise ValueError(f"the image transform does not end with ToTensor and Normalize: {processor.val_transforms}")
 
     def resize(image: Image.Image) -> NDArray[np.uint8]:
         for transform in geometry:
@@ -148,7 +148,7 @@ def _from_transformers(processor: Any) -> Preprocessing:
 
 def _three(values: Any) -> tuple[float, float, float]:
     if len(values) != 3:
-        raise ValueError(f"this checkpoint takes {len(values)} channels; images here have 3")
+        raise ValueError(f"the checkpoint expects images of {len(values)} channels, but RGB images have 3")
     return float(values[0]), float(values[1]), float(values[2])
 
 
@@ -157,7 +157,7 @@ def _jsonable(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_parity(preprocessing: Preprocessing) -> None:
-    """Compares our normalized pixels with the upstream processor's output, on one noise image."""
+    """Raises ValueError if the normalized pixels of a noise image differ from the output of the checkpoint's own processor."""
     noise = np.random.default_rng(0).integers(0, 256, (113, 149, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     theirs = preprocessing.processor(images=image, return_tensors="pt")["pixel_values"]
@@ -165,6 +165,6 @@ def _check_parity(preprocessing: Preprocessing) -> None:
     difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
     if not difference <= PARITY:
         raise ValueError(
-            f"{type(preprocessing.processor).__name__} does more than resize, crop, rescale and normalize "
-            f"(difference {difference:.2g}); such preprocessing is not supported"
+            f"{type(preprocessing.processor).__name__} does more than resize, crop, rescale and normalize (its normalized "
+            f"pixels differ by {difference:.2g}); such preprocessing is not supported"
         )

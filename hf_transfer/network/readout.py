@@ -1,11 +1,11 @@
-"""Readouts: the features that a linear head can read from a network, after which layer and through which pooling.
+"""Readouts. A readout is a choice of the layer and the pooling from which a linear head reads its features.
 
     image -> stem, layer 1 ... layer k -> (layers k+1 ... n left out) -> final norm -> pooling -> linear
 
-A readout is offered only if a plain timm or transformers model of the same class can be built that way (`depth=9`,
-`global_pool="avg"`), so that saved models load with plain upstream code. There is no table of families: the variant is built,
-and its parameter names and shapes must be the network's own, without those of the layers left out. All readouts share the
-activations of one forward.
+A readout is offered only if the network's timm or transformers class can be built with that depth and pooling (`depth=9`,
+`global_pool="avg"`), so that saved models load without this package. To find out, the model variant is built. Its parameters
+must have the names and shapes of the network's parameters, except parameters of layers that are left out. All readouts share
+the activations of one forward.
 """
 
 import copy
@@ -27,13 +27,13 @@ from hf_transfer.network.part import Part
 
 _FILLING = {
     *("uniform_", "normal_", "trunc_normal_", "fill_", "zero_", "constant_", "ones_", "zeros_"),
-    *("erfinv_", "mul_", "add_", "sub_", "clamp_"),  # of a truncated normal, step by step
+    *("erfinv_", "mul_", "add_", "sub_", "clamp_"),  # the steps that fill a tensor from a truncated normal distribution
 }
 
 log = logging.getLogger(__name__)
 
 NATIVE = "native"
-# The first arguments that work are used; without fc_norm=False, timm's ViTs rename their final norm when they average.
+# The first arguments that work are used. With average pooling, timm's ViTs need fc_norm=False to keep the final norm's name.
 POOLINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "token": ({"global_pool": "token"},),
     "avg": ({"global_pool": "avg"}, {"global_pool": "avg", "fc_norm": False}),
@@ -43,30 +43,30 @@ POOLINGS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Readout:
-    """A layer and a pooling. `changes`: the constructor arguments of the model that reads the network this way."""
+    """One choice of a layer and a pooling from which a linear head reads its features."""
 
-    layer: str  # the last layer that is kept
-    pooling: str  # "native": the checkpoint's own; "token", "avg", "avg+max"
-    changes: Mapping[str, Any]
-    cut: Cut  # the activation that it reads: at the end of `layer`, or the network's own features
+    layer: str  # the last layer of the model variant; later layers are left out
+    pooling: str  # "native" (the checkpoint's own pooling), "token", "avg" or "avg+max"
+    changes: Mapping[str, Any]  # constructor arguments that give the model variant this depth and pooling
+    cut: Cut  # where the activation is read: the end of `layer`, or the network's own features
     num_features: int
-    model: nn.Module = field(repr=False)  # the variant with this pooling, at full depth; shares the network's weights
+    model: nn.Module = field(repr=False)  # the variant with this pooling and all layers, sharing the network's weights
 
     @property
     def name(self) -> str:
-        """Layer and pooling, for tables and logs."""
+        """The layer and the pooling, for tables and logs."""
         return f"{self.layer} {self.pooling}"
 
 
 def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "all"]) -> list[Readout]:
-    """The readouts of the network, its own first. `sweep` adds other poolings, earlier layers, or both ("all").
+    """Returns the readouts, starting with the unchanged network. `sweep` adds other poolings, earlier layers, or both.
 
-    Raises ValueError if the network has no single linear classifier to read into.
+    Raises ValueError if the network has no single linear classifier.
     """
     if chain.classifier is None or chain.features is None:
         raise ValueError(
-            f"{type(chain.model).__name__} has no single linear classifier behind a cut, so a linear probe cannot be "
-            "solved on it; fine-tune its last layers instead"
+            f"{type(chain.model).__name__} has no single linear classifier after a cut, so no linear probe can be solved; "
+            "fine-tune the last layers instead"
         )
     own = Readout(
         layer=chain.layers[-2].name,
@@ -82,7 +82,7 @@ def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "a
         return readouts
     if sweep in ("pooling", "all") and not isinstance(chain.model, PreTrainedModel):
         own_pool = getattr(chain.model, "global_pool", None)
-        own_pool = getattr(own_pool, "pool_type", own_pool)  # timm keeps a name or a module
+        own_pool = getattr(own_pool, "pool_type", own_pool)  # timm stores a name or a module
         for pooling, tries in POOLINGS.items():
             changes = next((c for c in tries if c["global_pool"] != own_pool and _expresses(chain, c, [])), None)
             if changes is not None:
@@ -95,7 +95,7 @@ def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "a
 
 
 def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
-    """`full` at every smaller depth at which a plain model of the class can be built."""
+    """Yields the readout `full` at every smaller depth at which a model of the network's class can be built."""
     depth_argument = "num_hidden_layers" if isinstance(chain.model, PreTrainedModel) else "depth"
     for k in range(len(chain) - 1, 0, -1):
         layer, left_out = chain.layers[k], chain.layers[k + 1 : -1]
@@ -109,9 +109,9 @@ def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
 
 
 def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> torch.Tensor:
-    """Features (B, F), the classifier's input, from the activation (B, *cut.shape) after the readout's layer.
+    """Returns the features (B, F), which are the classifier's input, for the activation (B, *cut.shape) at the readout's cut.
 
-    Runs the tail of the full network (final norm, pooling) on it, also if that layer is not the last.
+    Runs the end of the network (final norm, pooling) on the activation and skips the layers between.
     """
     if readout.cut == chain.features:
         return activation.flatten(1)
@@ -119,7 +119,7 @@ def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> t
     assert last is not None
     assert chain.classifier is not None
     assert chain.features is not None
-    # The variant may pool by other modules, but its classifier has the same name.
+    # The variant may use other modules for pooling, but its classifier has the same name.
     end = replace(chain.features, site=Site(side="before", module=chain.classifier, index=0, leaf=0))
     with (
         eval_mode(readout.model),
@@ -139,9 +139,9 @@ def _count_features(readout: Readout, chain: Chain) -> int:
 def build_variant(
     chain: Chain, changes: Mapping[str, Any], *, num_classes: int, with_weights: bool = True
 ) -> nn.Module:
-    """A plain model of the network's class with `changes`, the network's weights and a new head, in eval mode.
+    """Builds a model of the network's class with the constructor arguments `changes` and a new head, in eval mode.
 
-    Raises the constructor's errors for arguments that the class does not take.
+    All other weights are shared with the network. The class raises its own errors for arguments that it does not accept.
     """
     model = chain.model
     if isinstance(model, PreTrainedModel):
@@ -149,7 +149,7 @@ def build_variant(
         config.update(dict(changes))
         variant: nn.Module = type(model)(config)
     else:
-        # timm records how a model was built.
+        # timm records the constructor arguments of a model.
         built_with = dict(getattr(model, "_model_args", {}))
         built_with.pop("num_classes", None)
         config_of: Any = model.pretrained_cfg
@@ -161,29 +161,29 @@ def build_variant(
         return variant
     weights = model.state_dict()
     own = {n for n in variant.state_dict() if n in weights and not n.startswith(f"{chain.classifier}.")}
-    variant.load_state_dict({n: weights[n] for n in own}, strict=False, assign=True)  # shared, not copied
+    variant.load_state_dict({n: weights[n] for n in own}, strict=False, assign=True)  # shares the tensors
     return variant.eval()
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Skips functions that fill tensors: on the meta device they take seconds, and there are no numbers."""
+    """Skips functions that initialize tensors on the meta device, since they take seconds and have no effect."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Torch's hook for every function call."""
+        """Skips `func` if it fills a meta tensor, and calls it otherwise."""
         kwargs = kwargs or {}
-        filled = args[0] if args else kwargs.get("tensor")  # as torch.nn.init names it
+        filled = args[0] if args else kwargs.get("tensor")  # torch.nn.init calls this argument `tensor`
         if getattr(func, "__name__", "") in _FILLING and isinstance(filled, torch.Tensor) and filled.is_meta:
             return filled
         return func(*args, **kwargs)
 
 
 def _expresses(chain: Chain, changes: Mapping[str, Any], left_out: Sequence[str]) -> bool:
-    """Whether the class takes `changes` and then has exactly the network's parameters, without those in `left_out`."""
+    """Whether the network's class, built with `changes`, has exactly the network's parameters except those in `left_out`."""
     try:
         with torch.device("meta"), _Uninitialized():
             variant = build_variant(chain, changes, num_classes=2, with_weights=False)
     except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError) as error:
-        log.debug("%s does not take %s: %s", type(chain.model).__name__, dict(changes), error)
+        log.debug("%s cannot be built with %s: %s", type(chain.model).__name__, dict(changes), error)
         return False
 
     def body(model: nn.Module) -> dict[str, tuple[int, ...]]:

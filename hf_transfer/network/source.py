@@ -1,6 +1,6 @@
-"""The files of a checkpoint: from a Hub id with an optional revision, or from a local folder in Hub layout.
+"""Finds the files of a checkpoint, on the Hub (by id and optional revision) or in a local folder in Hub layout.
 
-Only what loading needs is downloaded: config, preprocessing, card and safetensors; never a pickle.
+Only files that loading needs are downloaded: config, preprocessing, card and safetensors. Pickles are never downloaded.
 """
 
 import json
@@ -28,35 +28,35 @@ from hf_transfer.config import EMBEDDED_CHECKPOINT
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 OPTIONAL = ("preprocessor_config.json", "README.md")
-ADAPTER_CONFIG = "adapter_config.json"  # peft's
+ADAPTER_CONFIG = "adapter_config.json"  # the file in which peft describes an adapter
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint's files and its public name. `folder` never leaves this machine; `id` and `revision` may."""
+    """A checkpoint's files and its public name. `id` and `revision` may be published; the path `folder` never is."""
 
     folder: Path
-    id: str | None  # Hub id of the upstream checkpoint, if known
+    id: str | None  # Hub id of the checkpoint, if known
     revision: str | None  # commit hash, if the files came from the Hub
     license: str | None
 
     @property
     def name(self) -> str:
-        """Name for logs and cards: the Hub id, else the name of the folder."""
+        """The name for logs and cards: the Hub id if it is known, else the name of the folder."""
         return self.id or self.folder.name
 
     def read_config(self) -> dict[str, Any]:
-        """The checkpoint's config.json."""
+        """Returns the contents of the checkpoint's config.json."""
         config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
         return config
 
 
 def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_code: bool = False) -> Source:
-    """The files of `checkpoint`: a Hub id (`owner/name` or `owner/name@revision`), a folder, or "embedded".
+    """Finds the files of `checkpoint`: a Hub id (`owner/name` or `owner/name@revision`), a folder, or "embedded".
 
-    `base_model`: the upstream id, if a folder does not record it. Raises ValueError, with the remedy, for an unknown id or
-    revision, a gated or private repository, no network, or a checkpoint without safetensors weights.
+    `base_model`: the Hub id of the checkpoint, for a folder that does not record an id. Raises ValueError, with the remedy, for
+    an unknown id or revision, a gated or private repository, a missing network, or a checkpoint without safetensors weights.
     """
     if checkpoint == EMBEDDED_CHECKPOINT:
         with resources.as_file(resources.files("hf_transfer") / "assets" / EMBEDDED_CHECKPOINT) as folder:
@@ -65,7 +65,7 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     if path.is_dir():
         return _from_folder(path.resolve(), base_model)
     if not HUB_ID.fullmatch(checkpoint):
-        raise ValueError(f"{checkpoint!r} is neither a folder here nor a Hub id (owner/name, owner/name@revision)")
+        raise ValueError(f"{checkpoint!r} is neither a folder here nor a Hub id (owner/name or owner/name@revision)")
     return _from_hub(checkpoint, base_model, trust_remote_code)
 
 
@@ -93,7 +93,7 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
     unreachable: list[Exception] = []
 
     def fetch(name: str) -> Path | None:
-        """The file; None if the repository has none, or if it is not cached and the Hub cannot be reached."""
+        """Returns the file, or None if the repository has no such file, or if none is cached and the Hub is unreachable."""
         try:
             return Path(hf_hub_download(repo, name, revision=revision or None))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -127,9 +127,9 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
 
 
 def fetch_adapter(model: str) -> Path | None:
-    """The files of a Hub repository (`owner/name[@revision]`) with a PEFT adapter; None if it contains none.
+    """Downloads the PEFT adapter of a Hub repository (`owner/name[@revision]`), or returns None if the repository has none.
 
-    Raises ValueError as `find_source` does.
+    Raises ValueError in the same cases as `find_source`.
     """
     if not HUB_ID.fullmatch(model):
         return None
@@ -137,43 +137,40 @@ def fetch_adapter(model: str) -> Path | None:
     with _explained(repo, revision):
         try:
             hf_hub_download(repo, ADAPTER_CONFIG, revision=revision or None)
-        except (
-            EntryNotFoundError,
-            OfflineModeIsEnabled,
-        ):  # the first also if it is not cached and there is no network
-            return None
+        except (EntryNotFoundError, OfflineModeIsEnabled):
+            return None  # EntryNotFoundError also means that the file is not cached and there is no network
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
 
 
 @contextmanager
 def _explained(repo: str, revision: str) -> Iterator[None]:
-    """Inside, errors of the Hub become a ValueError that names the remedy."""
+    """Turns errors of the Hub inside the context into a ValueError that names the remedy."""
     try:
         yield
     except GatedRepoError as error:
         raise ValueError(f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`") from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{repo} has no revision {revision!r}: name a branch, a tag or a commit of it") from error
+        raise ValueError(f"{repo} has no revision {revision!r}: name a branch, a tag or a commit of {repo}") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
-            f"the Hub has no model {repo!r} that you may read: check the id; for a private one run `hf auth login`"
+            f"the Hub has no model {repo!r} that you may read: check the id, or run `hf auth login` for a private model"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ValueError(
             f"{repo} is not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE=1). "
-            f"Remedy: run `hf download {repo}` with a network, or name a local folder"
+            f"Remedy: run `hf download {repo}` on a machine with a network, or name a local folder"
         ) from error
     except HFValidationError as error:
         raise ValueError(f"{repo!r} is not a Hub id: {error}") from error
     except HfHubHTTPError as error:
-        raise ValueError(f"the Hub failed while sending {repo} ({error}): try again") from error
+        raise ValueError(f"the download of {repo} from the Hub failed ({error}): try again") from error
 
 
 def _no_safetensors(name: str, files: list[str]) -> str:
     return (
         f"{name} has no model.safetensors (found: {', '.join(files)}). Pickled weights can run code, so they are not "
-        "loaded. Remedy: ask its author for safetensors, or convert it on a machine where you trust it with "
-        "model.save_pretrained"
+        "loaded. Remedy: ask the author for safetensors or, if you trust the pickled weights, load them with transformers and "
+        "save them with model.save_pretrained"
     )
 
 

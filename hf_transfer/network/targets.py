@@ -1,7 +1,7 @@
-"""Which Linear and Conv2d modules of a network get an adapter, found by running it once: no table of families.
+"""Finds the Linear and Conv2d modules of a network that get an adapter, by running the network once.
 
-A module is a candidate if it is called with a tensor that depends on the image. It belongs to the attention if it lies in the
-module that multiplies activations with activations. The head's modules are never targets.
+A module is a candidate if it is called with a tensor that depends on the image. A candidate belongs to the attention if it lies
+in a module that multiplies activations with activations. Modules of the head are never candidates.
 """
 
 import re
@@ -29,36 +29,36 @@ ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The modules to adapt, by name, and those that were asked for but cannot be adapted, each with the reason."""
+    """The modules that get an adapter, and the requested modules that cannot be adapted."""
 
-    modules: Mapping[str, nn.Module]
-    left_out: Mapping[str, str]
+    modules: Mapping[str, nn.Module]  # modules that get an adapter, by name
+    left_out: Mapping[str, str]  # name of each requested module that cannot be adapted -> reason
 
     def describe_left_out(self) -> list[str]:
-        """One line for each kind of name, with its first reason."""
+        """Returns one line per group of modules that cannot be adapted: its name without numbers, its size, and a reason."""
         kinds: dict[str, list[str]] = {}
         for name in self.left_out:
             kinds.setdefault(shorten([name])[0], []).append(name)
-        return [f"not adapted: {kind} ({len(names)}): {self.left_out[names[0]]}" for kind, names in kinds.items()]
+        return [f"no adapter for {len(n)} modules {kind}: {self.left_out[n[0]]}" for kind, n in kinds.items()]
 
 
 def find_targets(chain: Chain, adapter: AdapterConfig) -> Targets:
-    """The modules that get an adapter.
+    """Returns the modules that get an adapter.
 
     | targets | modules between stem and head |
     |---|---|
-    | auto | the attention if there is one, else all |
-    | attention | those inside modules that multiply activations with activations |
-    | mlp | the others that act on each position alone: Linear, 1x1 convolutions |
+    | auto | as `attention` if the network has an attention, else as `all` |
+    | attention | Linear and Conv2d inside modules that multiply activations with activations |
+    | mlp | all other Linear modules and 1x1 convolutions |
     | all | every Linear and Conv2d |
 
-    These skip modules that the adapter does not fit. A regular expression may also name the stem's, and must fit every module
-    that it names. Raises ValueError, listing what is possible, if nothing can be adapted.
+    These four skip modules that the adapter does not fit. Other text is a regular expression for module names, also in the
+    stem; the adapter must fit all matching modules. Raises ValueError, with the choices, if no module can be adapted.
     """
     if chain.classifier is None:
         raise ValueError(
-            f"{type(chain.model).__name__} has no single linear classifier behind its layers, which adapters are trained "
-            "with; fine-tune its last layers instead"
+            f"{type(chain.model).__name__} has no single linear classifier after its layers, and adapters are trained together "
+            "with a linear classifier; fine-tune the last layers instead"
         )
     if not len(chain):
         raise ValueError(f"{type(chain.model).__name__} has no layers between stem and head: there is nothing to adapt")
@@ -77,28 +77,29 @@ def find_targets(chain: Chain, adapter: AdapterConfig) -> Targets:
         wanted = [name for name in wanted if candidates.layers[name] >= lowest]
         if not wanted:
             raise ValueError(
-                f"targets={adapter.targets!r}: none lie in the layers {adapter.layers}; choose others, or a larger K"
+                f"targets={adapter.targets!r}: no such module lies in the layers {adapter.layers}; choose other targets, or a "
+                "larger K in last:K"
             )
     chosen = {name: candidates.modules[name] for name in wanted}
     misfits = {n: reason for n, m in chosen.items() if (reason := find_misfit(adapter, m)) is not None}
     fitting = {n: m for n, m in chosen.items() if n not in misfits}
     if not fitting or (misfits and not is_named):
         raise ValueError(_explain_misfit(adapter, chosen, misfits, any if is_named else all))
-    reason = "the network computes with its weight without calling it"
+    reason = "the network reads the weight without calling the module"
     return Targets(modules=fitting, left_out=misfits | dict.fromkeys(uncalled, reason))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Observation:
-    """Names of modules, from one forward."""
+    """The names of modules that one forward called, with activations, or for a product of activations."""
 
     called: frozenset[str]
-    fed: frozenset[str]  # called with a tensor that depends on the image
-    mixing: frozenset[str]  # innermost around a product of two activations
+    fed: frozenset[str]  # modules called with a tensor that depends on the image
+    mixing: frozenset[str]  # innermost modules that multiply two activations
 
 
 class _ProductRecorder(TorchFunctionMode):
-    """Records the innermost module around each product of two activations."""
+    """Records the innermost running module whenever the network multiplies two activations."""
 
     def __init__(self, stack: list[str]) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class _ProductRecorder(TorchFunctionMode):
 
 
 def _observe(chain: Chain) -> _Observation:
-    """Runs one forward with gradients to the image alone: a tensor that requires gradients depends on the image."""
+    """Runs one forward in which only the image requires gradients, so that tensors with gradients depend on the image."""
     model = chain.model
     stack = [""]
     called: set[str] = set()
@@ -155,20 +156,20 @@ def _observe(chain: Chain) -> _Observation:
 @dataclass(frozen=True, kw_only=True)
 class _Candidates:
     modules: Mapping[str, nn.Module]
-    layers: Mapping[str, int]  # index of the layer of every module with parameters below the head
-    groups: Mapping[str, list[str]]  # attention, mlp, all: between stem and head
-    uncalled: list[str]  # the network computes with their weight elsewhere (BEiT's qkv), so an adapter would never run
+    layers: Mapping[str, int]  # layer index of every module before the head that has parameters
+    groups: Mapping[str, list[str]]  # names of modules between stem and head, under attention, mlp and all
+    uncalled: list[str]  # modules that are never called, though their weight is read (BEiT's qkv)
 
 
 def _find_candidates(chain: Chain, seen: _Observation) -> _Candidates:
-    """What could be adapted below the head: called with a tensor that depends on the image, its weight its own."""
+    """Returns the modules before the head that can be adapted: called with an activation, and sharing no weight."""
     layers = {n.rpartition(".")[0]: i for i, layer in enumerate(chain.layers[:-1]) for n in layer.parameters}
     uses = Counter(id(p) for _, p in chain.model.named_parameters(remove_duplicate=False))
     adaptable = {n: m for n, m in chain.model.named_modules() if n in layers and is_adaptable(m)}
     modules = {
         name: module
         for name, module in adaptable.items()
-        # An adapter that is merged into a shared weight would change every user of it.
+        # Merging an adapter into a shared weight would change every module that uses the weight.
         if name in seen.fed and all(uses[id(p)] == 1 for p in module.parameters())
     }
     inner = [name for name in modules if layers[name] > 0]
@@ -184,17 +185,17 @@ def _find_candidates(chain: Chain, seen: _Observation) -> _Candidates:
 
 
 def _find_attention(chain: Chain, candidates: Iterable[str], seen: _Observation) -> set[str]:
-    """The modules around the products of activations that also contain their projections."""
+    """Returns the attention modules: each multiplies activations, and contains the projections that compute these."""
     layers = {layer.name for layer in chain.layers}
     attention = set()
     for innermost in seen.mixing:
         name = innermost
         while name and not any(n.startswith(name + ".") for n in candidates):
             name = name.rpartition(".")[0]
-        # transformers may keep the output projection beside the module that attends, both inside one "attention".
+        # In transformers, the output projection may lie beside the module that attends, both inside an "attention" module.
         while ATTENTION_NAME.search(name.rpartition(".")[0].rpartition(".")[2]):
             name = name.rpartition(".")[0]
-        if name and name not in layers:  # a block that attends by itself also contains its MLP
+        if name and name not in layers:  # a whole layer also contains an MLP, so it does not count as attention
             attention.add(name)
     return attention
 
@@ -213,18 +214,19 @@ def _count_last_layers(adapter: AdapterConfig, chain: Chain) -> int:
 
 
 def _resolve_targets(adapter: AdapterConfig, groups: Mapping[str, list[str]]) -> str:
-    """The group that `adapter.targets` names. Raises ValueError if it is empty."""
+    """Returns the name of the group that `adapter.targets` selects. Raises ValueError if that group is empty."""
     possible = [name for name, members in groups.items() if members]
     if not possible:
         raise ValueError(
-            f"adapter={adapter.method!r}: this network has no plain Linear or Conv2d in its layers: one that pads or "
-            "normalizes its weight by itself could not be merged. Fine-tune its last layers instead"
+            f"adapter={adapter.method!r}: the layers of this network have no plain Linear or Conv2d, and adapters of modules "
+            "that pad or normalize by themselves could not be merged. Fine-tune its last layers instead"
         )
     if adapter.targets == "auto":
         return "attention" if groups["attention"] else "all"
     if not groups[adapter.targets]:
         raise ValueError(
-            f"targets={adapter.targets!r}: this network has none; possible are {', '.join(possible)} or a regular expression"
+            f"targets={adapter.targets!r}: this network has no {adapter.targets}; choose one of {', '.join(possible)}, or a "
+            "regular expression"
         )
     return adapter.targets
 
@@ -232,7 +234,7 @@ def _resolve_targets(adapter: AdapterConfig, groups: Mapping[str, list[str]]) ->
 def _explain_no_match(chain: Chain, adapter: AdapterConfig, candidates: _Candidates) -> str:
     matched = [n for n, _ in chain.model.named_modules() if n and re.search(adapter.targets, n)]
     if chain.classifier in matched:
-        but = f" but the head ({chain.classifier}), which trains in any case"
+        but = f" but the head ({chain.classifier}), which trains without an adapter"
     elif matched:
         but = f" of the kind that {adapter.method} adapts, but {', '.join(matched[:3])}"
     else:
@@ -240,7 +242,7 @@ def _explain_no_match(chain: Chain, adapter: AdapterConfig, candidates: _Candida
     known = shorten(candidates.modules)
     named = ", ".join(name for name, members in candidates.groups.items() if members)
     return (
-        f"targets={adapter.targets!r}: matches no module{but}. Possible are {named} or a regular expression for some of "
+        f"targets={adapter.targets!r} matches no module{but}. Possible are {named} or a regular expression for some of "
         f"{', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
     )
 
@@ -251,7 +253,7 @@ def _explain_misfit(
     misfits: Mapping[str, str],
     enough: Callable[[Iterable[bool]], bool],
 ) -> str:
-    """`enough`: whether any or all of the modules must fit."""
+    """Returns the error message for `misfits`. `enough` is `any` or `all`: the number of modules that must fit."""
 
     def fits(other: AdapterConfig) -> bool:
         return enough(find_misfit(other, module) is None for module in chosen.values())
@@ -263,11 +265,11 @@ def _explain_misfit(
     possible += [f"--adapter {' or '.join(methods)}"] if methods else []
     name, reason = next(iter(misfits.items()))
     return (
-        f"{adapter.name}: {len(misfits)} of {len(chosen)} targets do not fit; {name}: {reason}. Possible are "
+        f"{adapter.name} does not fit {len(misfits)} of {len(chosen)} targets: at {name}, {reason}. Possible are "
         f"{', '.join([*possible, 'other --targets'])}"
     )
 
 
 def shorten(names: Iterable[str]) -> list[str]:
-    """Names without their numbers, each once, in order: `blocks.N.attn.qkv`."""
+    """Replaces the numbers in names by N (`blocks.N.attn.qkv`) and returns each resulting name once, in order."""
     return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "N", name) for name in names))

@@ -1,8 +1,8 @@
-"""One recorded forward of a network: the modules that it calls, and the tensors that every path goes through.
+"""Records one forward of a network: its module calls, and the tensors that every path from image to logits goes through.
 
-The legal cuts of a network are the dominators of its autograd graph: the nodes that every path from the logits back to
-the image goes through (Lengauer and Tarjan, 1979, as implemented in networkx). No table of architectures is needed. Comparing
-forwards at two batch sizes shows which dimensions are the batch.
+A network can be split at the dominators of its autograd graph: the nodes that every path from the logits back to the image goes
+through (Lengauer and Tarjan, 1979, as implemented in networkx). So no table of architectures is needed. A second forward with
+another batch size shows which dimension of each tensor is the batch.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,20 +22,20 @@ TRACE_BATCHES = (2, 3)
 
 @dataclass(kw_only=True, slots=True)
 class Leaf:
-    """One leaf of a call's inputs or outputs: a tensor's description, or the value itself."""
+    """One of the flattened inputs or outputs of a module call: the description of a tensor, or a value of another type."""
 
     value: Any = None
     is_tensor: bool = False
     shape: tuple[int, ...] = ()
-    per_image: tuple[int | None, ...] = ()  # size per image of dimensions that scale with the batch, None for others
+    per_image: tuple[int | None, ...] = ()  # size per image of dimensions that grow with the batch; None for others
     dtype: torch.dtype | None = None
-    node: int | None = None  # the autograd node that made the tensor
-    constant: torch.Tensor | None = field(default=None, compare=False, repr=False)  # its rows, if equal for all images
+    node: int | None = None  # the autograd node that computed the tensor
+    constant: torch.Tensor | None = field(default=None, compare=False, repr=False)  # value, if equal for all images
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Call:
-    """One call of a module. `start` and `end` are ticks of one clock: calls nest as these intervals do."""
+    """One call of a module. `start` and `end` are times, counted in events; calls inside this call lie between these times."""
 
     module: str
     index: int  # zero-based call index of this module in the forward
@@ -47,7 +47,7 @@ class Call:
     output_spec: TreeSpec | None = None
 
     def ancestors(self) -> Iterator["Call"]:
-        """The calls around this one, innermost first."""
+        """Yields the calls that contain this call, innermost first."""
         call = self.parent
         while call is not None:
             yield call
@@ -56,27 +56,27 @@ class Call:
 
 @dataclass(kw_only=True)
 class Trace:
-    """One recorded forward. Graph nodes are integers; no activation is kept."""
+    """The record of one forward. It contains no activations, and numbers the nodes of the autograd graph."""
 
     calls: list[Call]
-    graph: "nx.DiGraph[int]"  # edges from a node to the nodes whose results it uses
-    spine: list[int]  # dominators, in order from the image to the node that makes the logits
+    graph: "nx.DiGraph[int]"  # edges lead from a node to the nodes whose results it uses
+    spine: list[int]  # the main path: dominators in order, from the image to the node that computes the logits
     from_image: frozenset[int]  # nodes whose result depends on the image
     parameters: dict[int, str]  # leaf node -> parameter name
     logits_shape: tuple[int, ...]
 
     @cached_property
     def shapes(self) -> dict[int, tuple[int, ...]]:
-        """Shape of the tensor made by each node that a module takes or returns."""
+        """The shape of each node's tensor, for nodes whose tensor is an input or output of a module."""
         leaves = (leaf for call in self.calls for leaf in (*call.inputs, *call.outputs))
         return {leaf.node: leaf.shape for leaf in leaves if leaf.node is not None}
 
     def depends_on_image(self, leaf: Leaf) -> bool:
-        """Whether the leaf is a tensor that changes with the image."""
+        """Whether `leaf` is a tensor whose values depend on the image."""
         return leaf.node is not None and leaf.node in self.from_image
 
     def parameters_between(self, start: int | None, end: int) -> set[str]:
-        """Names of the parameters that `end` depends on, without those used only up to `start`, a node of the spine."""
+        """Returns the names of the parameters used between the nodes `start` (in `spine`; None: the image) and `end`."""
         reached: set[int] = set()
         todo = [end]
         while todo:
@@ -89,15 +89,15 @@ class Trace:
 
 
 def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
-    """The recorded forward of `model` on random images (B, *image_shape), in eval mode.
+    """Records a forward of `model` on random images (B, *image_shape), in eval mode.
 
-    Leaves the model's weights, buffers, modes and requires_grad flags unchanged. Raises ValueError if the network calls other
-    modules at another batch size, or if no gradient reaches the image.
+    Leaves the model's weights, buffers, modes and requires_grad flags unchanged. Raises ValueError if the module calls depend
+    on the batch size, or if no gradient reaches the image.
     """
     first, graph = _record(model, image_shape, TRACE_BATCHES[0])
     second, _ = _record(model, image_shape, TRACE_BATCHES[1])
     if [(c.module, c.index) for c in first] != [(c.module, c.index) for c in second]:
-        raise ValueError(f"{type(model).__name__} calls other modules at another batch size: it cannot be traced")
+        raise ValueError(f"{type(model).__name__} calls other modules at another batch size, so it cannot be traced")
     for a, b in zip(first, second, strict=True):
         for leaf, other in zip(a.outputs + a.inputs, b.outputs + b.inputs, strict=True):
             leaf.per_image = _sizes_per_image(leaf.shape, other.shape)
@@ -110,7 +110,7 @@ def _sizes_per_image(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[i
 
 
 def _constant_rows(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    """Rows that are the same for all images, such as position encodings that a call returns beside activations; or None."""
+    """Returns a tensor that is equal for all images (such as position encodings), or None if it depends on the image."""
     if first is None or second is None:
         return None
     if first.shape == second.shape:
@@ -121,14 +121,14 @@ def _constant_rows(first: torch.Tensor | None, second: torch.Tensor | None) -> t
 
 
 def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> tuple[list[Call], dict[str, Any]]:
-    """The calls of one forward, and the fields of its `Trace` except the calls. No tensor is kept."""
+    """Returns the calls of one forward, and the other fields of its `Trace`."""
     reference = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, *image_shape, generator=generator).to(reference.device, reference.dtype)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
-    # Some networks (timm's LeViT, EfficientFormer) cache derived attention biases in eval mode. Passing through train() drops
-    # them: before the forward, so that the graph reaches their parameters; after it, so that no cache keeps the graph.
+    # Some networks (timm's LeViT, EfficientFormer) cache derived attention biases in eval mode, and train() clears that cache.
+    # It is cleared before the forward so that the graph reaches the parameters, and after it so that no cache keeps the graph.
     model.train()
     recorder = _Recorder(model)
     try:
@@ -136,7 +136,7 @@ def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> 
             parameter.requires_grad_(True)
         with eval_mode(model), torch.enable_grad(), recorder:
             leaf = image.requires_grad_(True)
-            # * 1.0 gives the image a node of its own, and no in-place operation meets a leaf tensor.
+            # * 1.0 gives the image a graph node, and keeps in-place operations away from the leaf tensor.
             logits = compute_logits(model, leaf * 1.0)
         graph = _read_graph(model, logits, leaf)
         ids: dict[Any, int] = graph.pop("ids")
@@ -153,11 +153,11 @@ def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> 
 
 
 class _Recorder:
-    """Forward hooks on every module, inside the context."""
+    """Records every module call inside the context, through forward hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[Call] = []
-        self.nodes: dict[int, Any] = {}  # id(leaf) -> autograd node; a reference keeps the node's id unique
+        self.nodes: dict[int, Any] = {}  # id(leaf) -> autograd node; while a node is referenced, its id stays unique
         self._model = model
         self._stack: list[Call] = []
         self._clock = 0
@@ -210,10 +210,10 @@ class _Recorder:
 
 
 def _read_graph(model: nn.Module, logits: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
-    """The autograd graph behind `logits` as integers, its dominators, and the parameter of each leaf node."""
+    """Returns the autograd graph of `logits` with numbered nodes, its dominators, and the parameter of each leaf node."""
     if logits.grad_fn is None:
         raise ValueError(f"{type(model).__name__}: no gradient reaches the logits, so the network cannot be traced")
-    names = {id(p): n for n, p in model.named_parameters()}  # a tied parameter under its first name only
+    names = {id(p): n for n, p in model.named_parameters()}  # a tied parameter appears only under its first name
     ids: dict[Any, int] = {logits.grad_fn: 0}
     graph: nx.DiGraph[int] = nx.DiGraph()
     graph.add_node(0)

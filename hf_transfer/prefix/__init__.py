@@ -1,1 +1,1 @@
-"""The frozen prefix: run once over the images, stored, and read from there."""
+"""Runs the frozen prefix (the layers before a cut) once over the images, and stores and reads its activations."""

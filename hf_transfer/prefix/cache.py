@@ -1,10 +1,10 @@
-"""Stores of arrays (N, *shape) on disk: keyed by content, complete or absent, memory-mapped, bounded, listed, cleared.
+"""The cache of arrays (N, *shape) on disk. Each store (one or several arrays with the same rows) is a folder.
 
     <cache>/activations/<key>/meta.json             the store's description, and the exact size of every file; written last
-    <cache>/activations/<key>/<array>.<rank>.npy    the rows that one rank wrote
+    <cache>/activations/<key>/<array>.<rank>.npy    the rows that one rank wrote, read as a memory map
 
-The key is a hash of everything that decides the content, so a stale store has another key. A store is built in a folder beside
-its final place and renamed when complete, so a half-written one is never read. Old stores are evicted for new ones.
+The key is a hash of everything that determines the content. A store is written in a temporary folder that is renamed when it is
+complete, so no reader finds an incomplete store. If the cache is full, the least recently used stores are evicted.
 """
 
 import hashlib
@@ -32,23 +32,23 @@ from hf_transfer.prefix.store import Store as Store
 log = logging.getLogger(__name__)
 
 META = "meta.json"
-FORMAT = 1  # raise it when stores of an older layout must not be read
+FORMAT = 1  # increase it when stores of an older layout must not be read
 DEFAULT_BOUND_BYTES = 50 * 10**9
-SHARE_OF_DISK = 0.2  # the bound is at most this share of the whole disk
-DISK_LEFT_BYTES = 10**9  # always left free on the disk
-PARTIAL, LOCK = ".partial.", ".lock"  # in the names of unfinished stores and of their locks
-SHARE_OF_MEMORY = 0.5  # of the free memory: the rest is for the network and the solver
+SHARE_OF_DISK = 0.2  # the default limit of the cache is at most this share of the whole disk
+DISK_LEFT_BYTES = 10**9  # the cache always leaves this much space free on the disk
+PARTIAL, LOCK = ".partial.", ".lock"  # parts of the names of unfinished stores and of their locks
+SHARE_OF_MEMORY = 0.5  # stores may use this share of the free memory; the network and the solver need the rest
 
 Check = Callable[[Mapping[str, Store]], Collection[str]]
-"""Names of those of the given stores whose rows are not what they should be."""
+"""Takes stores by name and returns the names of the stores that contain wrong rows."""
 
 Arrays = Mapping[str, tuple[tuple[int, ...], str]]
-"""Name -> (shape of one row, dtype)."""
+"""Array name -> (shape of one row, dtype)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """Where to store activations, and why, as text for the log."""
+    """The place where arrays are stored, and the reason as text for the log."""
 
     kind: Literal["disk", "memory", "none"]
     reason: str
@@ -70,13 +70,13 @@ class CacheEntry:
 
     key: str
     title: str  # a short description
-    fields: Mapping[str, Any]  # that decided its content
+    fields: Mapping[str, Any]  # everything that determined the content
     nbytes: int
     last_used: datetime  # local time
 
 
 def key_of(fields: Mapping[str, Any]) -> str:
-    """32 hex digits that depend on every field (JSON values) and on the stores' format."""
+    """Returns a key of 32 hex digits that depends on every field (JSON values) and on FORMAT."""
     text = json.dumps({"format": FORMAT, "fields": fields}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -89,48 +89,48 @@ def choose_storage(
     free_memory_bytes: int | None = None,
     free_disk_bytes: int | None = None,
 ) -> Storage:
-    """Where to store `nbytes`: on disk if they fit, else in memory, else nowhere (recomputed when needed).
+    """Chooses where to store `nbytes`: on disk if they fit, else in memory, else nowhere (recomputed when needed).
 
-    Stores that can be evicted count as free disk. Free space is read from the machine unless given. Raises ValueError if the
-    bytes do not fit where they were requested.
+    Stores that can be evicted count as free disk space. Free space is measured on the machine if it is not given. Raises
+    ValueError if the bytes do not fit in the requested place.
     """
     if requested not in ("auto", "disk", "memory", "none"):
         raise ValueError(f"cache={requested!r}: choose one of auto, disk, memory, none")
     size = f"{nbytes / 1e6:,.1f} MB"
     if requested == "none":
-        return Storage(kind="none", reason=f"{size} not stored, as asked: recomputed when needed")
+        return Storage(kind="none", reason=f"{size} are not stored, as requested, but recomputed at each use")
     memory = psutil.virtual_memory().available if free_memory_bytes is None else free_memory_bytes
     disk = _free_disk() if free_disk_bytes is None else free_disk_bytes
     disk += sum(e.nbytes for e in _evictable()) - DISK_LEFT_BYTES
     room = max(0, min(disk, default_bound_bytes() if bound_bytes is None else bound_bytes))
     if requested in ("auto", "disk") and nbytes <= room:
-        return Storage(kind="disk", reason=f"{size} on disk ({room / 1e9:,.1f} GB may be used)")
+        return Storage(kind="disk", reason=f"{size} are stored on disk (the cache may use {room / 1e9:,.1f} GB)")
     if requested == "disk":
         raise ValueError(
-            f"cache='disk': {size} do not fit the {room / 1e9:,.1f} GB that may be used: raise --cache_gb, free some disk, or "
-            "set HF_TRANSFER_CACHE to a folder on another disk"
+            f"cache='disk': {size} exceed the {room / 1e9:,.1f} GB that the cache may use: raise --cache_gb, free some disk, "
+            "or set HF_TRANSFER_CACHE to a folder on another disk"
         )
     if nbytes <= SHARE_OF_MEMORY * memory:
-        return Storage(kind="memory", reason=f"{size} in memory ({memory / 1e9:,.1f} GB free)")
+        return Storage(kind="memory", reason=f"{size} are stored in memory ({memory / 1e9:,.1f} GB are free)")
     if requested == "memory":
         raise ValueError(
-            f"cache='memory': {size} are more than half of the {memory / 1e9:,.1f} GB free: choose 'disk' or 'none'"
+            f"cache='memory': {size} are more than half of the free memory ({memory / 1e9:,.1f} GB): choose 'disk' or 'none'"
         )
-    free = f"the disk ({room / 1e9:,.1f} GB may be used) nor half of the free memory ({memory / 1e9:,.1f} GB)"
-    return Storage(kind="none", reason=f"{size} fit neither {free}: recomputed when needed")
+    free = f"the disk cache ({room / 1e9:,.1f} GB) nor half of the free memory ({memory / 1e9:,.1f} GB)"
+    return Storage(kind="none", reason=f"{size} fit into neither {free}, so they are recomputed at each use")
 
 
 def default_bound_bytes() -> int:
-    """50 GB, or a fifth of the disk that holds the caches if that is less."""
+    """Returns the default size limit of the cache: 50 GB, or a fifth of the cache's disk if that is less."""
     return min(DEFAULT_BOUND_BYTES, int(SHARE_OF_DISK * shutil.disk_usage(_existing(cache_dir())).total))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreRequest:
-    """The arrays that are wanted, and how to make and check them.
+    """The requested arrays, and the functions that compute and check their rows.
 
-    `fill(rows, start)` writes this rank's contiguous rows, which begin at `start`, into each array of `rows`. `check(stores)`
-    returns the names of stores that hold the wrong rows.
+    `fill(rows, start)` writes this rank's contiguous rows, which begin at row `start`, into each array of `rows`.
+    `check(stores)` returns the names of stores from the cache that contain wrong rows.
     """
 
     arrays: Arrays
@@ -139,14 +139,14 @@ class StoreRequest:
     storage: Storage
     check: Check | None = None
     ranks: Ranks = field(default_factory=Ranks)
-    bound_bytes: int | None = None  # of all stores together; None: the default
+    bound_bytes: int | None = None  # size limit of all stores together; None: the default limit
 
 
 def cached(fields: Mapping[str, Any], request: StoreRequest, title: str = "") -> dict[str, Store]:
-    """One store per array, kept in one folder: found in the cache, or made now.
+    """Returns one store per array, from the cache or computed now. All arrays lie in one folder.
 
-    `fields` decide the content. With several ranks all must call this and share the disk. Raises ValueError for memory storage
-    with several ranks, and whatever `fill` raises; nothing readable is left behind then.
+    `fields`: everything that determines the content. With several ranks, all ranks must call this function and share the disk.
+    Raises ValueError for storage in memory with several ranks, and any error of `fill`, which leaves no store in the cache.
     """
     return _find_or_make([_Group(fields=fields, arrays=request.arrays, title=title)], request)
 
@@ -154,9 +154,9 @@ def cached(fields: Mapping[str, Any], request: StoreRequest, title: str = "") ->
 def cached_apart(
     fields: Mapping[str, Mapping[str, Any]], request: StoreRequest, titles: Mapping[str, str]
 ) -> dict[str, Store]:
-    """As `cached`, with a key per array, so that each is found whatever it was made with.
+    """Returns one store per array, as `cached` does, but with a separate key and folder for each array.
 
-    `fill` is called once, with all arrays that are missing.
+    So a later request can find single arrays. `fill` is called once for all missing arrays.
     """
     arrays = request.arrays
     groups = [_Group(fields=fields[n], arrays={n: arrays[n]}, title=titles[n], alias="array") for n in arrays]
@@ -165,12 +165,12 @@ def cached_apart(
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Arrays that are one folder on disk."""
+    """Arrays that share a folder on disk."""
 
     fields: Mapping[str, Any]
     arrays: Arrays
     title: str
-    alias: str | None = None  # name of its one array on disk, since readers may name it differently
+    alias: str | None = None  # name on disk of the group's only array, for which each request may use another name
 
     def stored(self) -> Arrays:
         return {self.alias or name: kind for name, kind in self.arrays.items()}
@@ -182,23 +182,23 @@ class _Group:
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.arrays.values())
 
     def named(self, stores: Mapping[str, Any]) -> dict[str, Any]:
-        """Values by their names on disk -> values by the requested names."""
+        """Replaces array names on disk by the requested names."""
         return {name: stores[self.alias or name] for name in self.arrays}
 
 
 def _find_or_make(groups: Sequence[_Group], request: StoreRequest) -> dict[str, Store]:
     storage, ranks, num_rows = request.storage, request.ranks, request.num_rows
     if storage.kind == "none":
-        raise ValueError("storage 'none' keeps nothing: run the network where its output is needed")
+        raise ValueError("storage 'none' keeps nothing: run the network whenever its output is needed")
     if storage.kind == "memory":
         return _make_in_memory(request)
     decided_by = [group.decided_by(num_rows) for group in groups]
     folders = [_root() / key_of(fields) for fields in decided_by]
-    # Held open, so that what is in the cache is not evicted for what is missing.
+    # Open stores cannot be evicted, so the stores found here survive when space is made for the missing stores.
     opened = [_open(folder) for folder in folders] if ranks.rank == 0 else []
     if request.check is not None and num_rows and any(opened):
         opened = _discard_wrong(groups, opened, request.check)
-    # Rank 0 looks and all follow it: another job may finish or evict these very stores meanwhile.
+    # Rank 0 decides for all ranks which stores are missing, since another job may finish or evict a store meanwhile.
     is_missing = [_partial_of(f) if o is None else None for f, o in zip(folders, opened, strict=False)]
     partials: list[Path | None] = ranks.broadcast(is_missing)
     missing = [(g, p) for g, p in zip(groups, partials, strict=True) if p is not None]
@@ -222,26 +222,26 @@ def _find_or_make(groups: Sequence[_Group], request: StoreRequest) -> dict[str, 
     for group, folder in zip(groups, folders, strict=True):
         found = _open(folder)
         if found is None:
-            raise RuntimeError(f"another job removed the store {folder.name} while it was being opened: run again")
+            raise RuntimeError(f"another job removed the cache {folder.name} while this job opened it: run again")
         stores |= group.named(found)
-    ranks.barrier()  # before rank 0 may discard one of them in its next call
+    ranks.barrier()  # all ranks have opened the stores before rank 0 may discard a store in its next call
     return stores
 
 
 def _make_in_memory(request: StoreRequest) -> dict[str, Store]:
     if request.ranks.count > 1:
-        raise ValueError("cache='memory' keeps rows in one process; several processes share them on disk: 'disk'")
+        raise ValueError("cache='memory' keeps rows in one process, but several processes share them on disk: 'disk'")
     rows = {n: np.empty((request.num_rows, *shape), dtype) for n, (shape, dtype) in request.arrays.items()}
     request.fill(rows, 0)
     return {name: Store([array]) for name, array in rows.items()}
 
 
 def _discard_wrong(groups: Sequence[_Group], opened: list[dict[str, Store] | None], check: Check) -> list[Any]:
-    """`opened` without the stores that `check` rejects, which are removed from the disk."""
+    """Removes the stores that `check` rejects from the disk, and returns `opened` with None in their places."""
     stores = {n: s for group, found in zip(groups, opened, strict=True) if found for n, s in group.named(found).items()}
     wrong = check(stores)
     for name in wrong:
-        log.warning("cache %s differs from what the network computes now: discarding and rebuilding it", name)
+        log.warning("the cache of %s differs from what the network computes now: discarding and rebuilding it", name)
         if stores[name].path is not None:
             _remove(stores[name].path)
     return [
@@ -251,7 +251,6 @@ def _discard_wrong(groups: Sequence[_Group], opened: list[dict[str, Store] | Non
 
 
 def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
-    """Renames a filled store to its final place, where readers find it."""
     sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
     (partial / META).write_text(json.dumps({**meta, "sizes": sizes}))
     try:
@@ -259,11 +258,11 @@ def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
     except OSError:
         if _open(folder) is None:
             raise
-        _delete(partial)  # another job was faster; equal keys mean equal contents
+        _delete(partial)  # another job has completed this store, and equal keys mean equal contents
 
 
 def list_caches() -> list[CacheEntry]:
-    """Every complete store, least recently used first."""
+    """Returns all complete stores, least recently used first."""
     found = []
     for file in _root().glob(f"*/{META}"):
         if PARTIAL in file.parent.name:
@@ -273,23 +272,23 @@ def list_caches() -> list[CacheEntry]:
             nbytes = sum(f.stat().st_size for f in file.parent.iterdir())
             meta = json.loads(file.read_text())
         except FileNotFoundError:
-            continue  # just removed by another job
+            continue  # another job has just removed the store
         except json.JSONDecodeError:
-            meta = {"title": "damaged"}  # it takes space and can be removed
+            meta = {"title": "damaged"}  # listed because it takes space and can be removed
         key, title, fields = file.parent.name, meta.get("title", ""), meta.get("fields", {})
         found.append(CacheEntry(key=key, title=title, fields=fields, nbytes=nbytes, last_used=used))
     return sorted(found, key=lambda entry: entry.last_used)
 
 
 def clear_caches(keys: Sequence[str] | None = None) -> int:
-    """Removes the stores called `keys`, or all of them and the remains of unfinished runs; returns the bytes freed.
+    """Removes the stores called `keys`, or (None) all stores and the remains of unfinished runs. Returns the freed bytes.
 
     Raises ValueError for an unknown key.
     """
     entries = {entry.key: entry for entry in list_caches()}
     unknown = sorted(set(keys or ()) - set(entries))
     if unknown:
-        raise ValueError(f"no such cache: {', '.join(unknown)}; `hf-transfer cache` lists them")
+        raise ValueError(f"no such cache: {', '.join(unknown)}; `hf-transfer cache` lists all caches")
     chosen = list(entries) if keys is None else list(dict.fromkeys(keys))
     for key in chosen:
         _remove(_root() / key)
@@ -310,7 +309,7 @@ def _fill_shards(missing: Sequence[tuple[_Group, Path]], request: StoreRequest) 
                 file = partial / _shard(name, ranks.rank)
                 shards[name] = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(stop - start, *shape))
                 if hasattr(os, "posix_fallocate"):
-                    # A full disk is then an error here; in the middle of a memory map it would kill the process.
+                    # A full disk raises an error here. Without this, writing to the memory map would kill the process.
                     with file.open("r+b") as opened:
                         os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
             rows |= group.named(shards)
@@ -318,20 +317,20 @@ def _fill_shards(missing: Sequence[tuple[_Group, Path]], request: StoreRequest) 
         for array in rows.values():
             array.flush()
     except BaseException:
-        if ranks.count == 1:  # otherwise other ranks may be writing there; it is removed later, as abandoned
+        if ranks.count == 1:  # other ranks may still be writing; with them, a later run removes the abandoned store
             for _, partial in missing:
                 _delete(partial)
         raise
 
 
 def _open(folder: Path) -> dict[str, Store] | None:
-    """The stores in `folder`, marked as used now; None if there are none, or if a file does not have its recorded size."""
+    """Opens the stores in `folder` and marks them as used. Removes a damaged store, and returns None without a store."""
     try:
         os.utime(folder / META)
         meta = json.loads((folder / META).read_text())
         wrong = [name for name, size in meta["sizes"].items() if (folder / name).stat().st_size != size]
         if wrong:
-            raise ValueError(f"{len(wrong)} of {len(meta['sizes'])} files have another size")
+            raise ValueError(f"{len(wrong)} of {len(meta['sizes'])} files do not have the recorded size")
         return {
             name: Store([np.load(folder / _shard(name, r), mmap_mode="r") for r in range(meta["shards"])], folder)
             for name in meta["fields"]["arrays"]
@@ -353,7 +352,7 @@ def _evictable() -> list[CacheEntry]:
 
 
 def _evict_for(needed: int, bound_bytes: int) -> None:
-    """Evicts the least recently used stores until `needed` more bytes fit within the bound and on the disk."""
+    """Evicts the least recently used stores until `needed` more bytes fit within `bound_bytes` and on the disk."""
     excess = max(
         sum(entry.nbytes for entry in list_caches()) + needed - bound_bytes,
         needed + DISK_LEFT_BYTES - _free_disk(),
@@ -365,12 +364,12 @@ def _evict_for(needed: int, bound_bytes: int) -> None:
         _remove(_root() / entry.key)
         excess -= entry.nbytes
     if excess > 0:
-        log.info("the stores of this run exceed the disk limit by %.1f MB", excess / 1e6)
+        log.info("the caches of this run exceed the disk limit by %.1f MB", excess / 1e6)
 
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Holds the lock that marks the unfinished store `partial` as being made. Raises Timeout if another job holds it."""
+    """Holds the lock of the unfinished store `partial` inside the context. Raises Timeout if another job holds the lock."""
     lock = FileLock(f"{partial}{LOCK}", timeout=0)
     with lock:
         Path(lock.lock_file).write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -381,7 +380,7 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _remove_abandoned() -> None:
-    """Removes the unfinished stores of jobs that have ended: the operating system has released their locks."""
+    """Removes the unfinished stores of ended jobs, whose locks the operating system has released."""
     for partial in _root().glob(f"*{PARTIAL}*"):
         if partial.name.endswith(LOCK):
             continue
@@ -390,21 +389,21 @@ def _remove_abandoned() -> None:
                 _delete(partial)
         except Timeout:
             owner = Path(f"{partial}{LOCK}").read_text() or "another job"
-            log.info("%s is making the store %s", owner, partial.name.partition(PARTIAL)[0])
+            log.info("%s is writing the cache %s", owner, partial.name.partition(PARTIAL)[0])
 
 
 def _remove(folder: Path) -> None:
-    """Renames the folder before deleting it, so that no reader finds half of it. Open memory maps stay valid."""
+    """Renames a store's folder before deleting it, so that no reader finds an incomplete store. Open memory maps stay valid."""
     gone = _partial_of(folder)
     try:
         folder.rename(gone)
     except FileNotFoundError:
-        return  # another job removed it
+        return  # another job has removed the store
     _delete(gone)
 
 
 def _delete(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # another job may be deleting it too
+    shutil.rmtree(folder, ignore_errors=True)  # another job may be deleting the same folder
 
 
 def _partial_of(folder: Path) -> Path:
@@ -412,7 +411,7 @@ def _partial_of(folder: Path) -> Path:
 
 
 def _shard(name: str, rank: int) -> str:
-    """File name; an array's name may hold characters that file names may not."""
+    """Returns the name of a shard's file. It contains a hash, since array names may have characters that files may not."""
     return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.{rank:05d}.npy"
 
 

@@ -1,4 +1,4 @@
-"""The prefix, run once: images -> stored activations at a cut, or one pooled vector per image."""
+"""Runs the frozen prefix once over all images and stores, for each image, the activation at a cut or a pooled vector."""
 
 import logging
 import threading
@@ -25,41 +25,41 @@ log = logging.getLogger(__name__)
 
 
 def keep_whole(activation: torch.Tensor) -> torch.Tensor:
-    """The activation itself."""
+    """Returns the activation unchanged."""
     return activation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """What is kept at a cut: the activation itself, or a function of it (a pooling).
+    """A request to store the activation at a cut, or a function of the activation (`keep`, for example a pooling).
 
-    Taps with the same `keep` object and activations of one shape are read in one call per batch.
+    Taps with the same `keep` object and equal activation shapes share one call of `keep` per batch.
     """
 
     cut: Cut
     pooling: str = "none"
-    shape: tuple[int, ...]  # of one image
-    through: Cut | None = None  # a later cut, if `keep` runs layers up to there
+    shape: tuple[int, ...]  # shape of one image's stored value
+    through: Cut | None = None  # a later cut, if `keep` runs the layers up to that cut
     keep: Callable[[torch.Tensor], torch.Tensor] = keep_whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
-    """Stores by tap name, and what they cost: no images if all were in the cache, whose rows are then checked."""
+    """The stores of an extraction, by tap name, and the cost of the extraction."""
 
     stores: Mapping[str, Store]
-    images: int  # computed by this process
-    checked_rows: int  # computed again by this process to check what it read from the cache
+    images: int  # number of images that this process computed; 0 if all stores were in the cache
+    checked_rows: int  # number of rows that this process computed again to check stores from the cache
     seconds: float
     storage: Storage
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredActivations:
-    """Images as activations at a cut, from a store; what follows is computed from there (one of `prefix.pixels.Images`).
+    """Images given by their stored activations at a cut, as `prefix.pixels.Images`. Later layers run on the activations.
 
-    `through`: the cuts on the way, each stored from the one before; `cut` is the last. Other ways to the same cut may differ in
-    the last bits, so they have other keys.
+    `through`: the cuts at which activations were stored one after another; `cut` is the last of these. Activations that were
+    computed through other cuts may differ in the last bits, so they have other cache keys.
     """
 
     images: Images
@@ -69,51 +69,50 @@ class StoredActivations:
 
     @property
     def name(self) -> str:
-        """The images' own."""
+        """The name of the images."""
         return self.images.name
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The images' own, and the way."""
+        """The identity of the images, with the cuts through which the activations were computed."""
         return {**self.images.identity, "through": list(self.through)}
 
     def __len__(self) -> int:
         return len(self.store)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Activations (b, *cut.shape)."""
+        """Returns stored activations (b, *cut.shape)."""
         return self.store[rows]
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """The activations, unchanged."""
+        """Returns the activations unchanged."""
         return pixels
 
 
 def tap_activation(cut: Cut) -> Tap:
-    """Keeps the whole activation at `cut`."""
+    """Returns the tap that stores the whole activation at `cut`."""
     return Tap(cut=cut, shape=cut.shape)
 
 
 def extract(
     chain: Chain, preprocessing: Preprocessing, split: Split, taps: Mapping[str, Tap], resources: Resources
 ) -> Extracted:
-    """Each tap of every image of `split`, as in evaluation (see `extract_images`)."""
+    """Stores all taps for the images of `split`, preprocessed as in evaluation (see `extract_images`)."""
     return extract_images(chain, EvaluationImages(split=split, preprocessing=preprocessing), taps, resources)
 
 
 def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resources: Resources) -> Extracted:
-    """Each tap of every image, in order, float32: read from the cache if it is there, otherwise computed once.
+    """Returns one float32 store per tap, with a row per image. Stores that are not in the cache are computed in one pass.
 
-    Each tap is a store of its own, and one pass makes all that are missing, so a later run finds whichever it needs. From
-    `StoredActivations`, only the layers between their cut and the taps run. With several processes each computes its own
-    contiguous rows, and all see all rows. Raises BadImageError, naming the image, if one cannot be decoded.
+    For `StoredActivations`, only the layers after the stored cut run. With several processes, each process computes a range of
+    rows, and all processes can read all rows. Raises BadImageError, with the image's name, if an image cannot be decoded.
     """
     arrays = {name: (tap.shape, "float32") for name, tap in taps.items()}
     nbytes = sum(len(images) * int(np.prod(shape)) * 4 for shape, _ in arrays.values())
     storage = resources.choose_storage(nbytes)
     extraction = _Extraction(chain=chain, images=images, taps=taps, resources=resources)
     if storage.kind == "none":
-        log.info("%s: %s", images.name, storage.reason)
+        log.info("activations of %s: %s", images.name, storage.reason)
         recomputed = {name: Recomputed(extraction, tap) for name, tap in taps.items()}
         return Extracted(stores=recomputed, images=0, checked_rows=0, seconds=0.0, storage=storage)
     started = time.perf_counter()
@@ -130,8 +129,8 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
     stores = cached_apart(extraction.keys(), request, titles)
     seconds = time.perf_counter() - started
     if resources.accelerator.is_main_process:
-        rate = f"{extraction.computed / seconds:.0f} images/s" if extraction.computed else "found in the cache"
-        log.info("%s: %d images, %s; %s", images.name, len(images), rate, storage.reason)
+        origin = f"{extraction.computed / seconds:.0f} images/s" if extraction.computed else "found in the cache"
+        log.info("activations of %s: %d images, %s; %s", images.name, len(images), origin, storage.reason)
     return Extracted(
         stores=stores,
         images=extraction.computed,
@@ -142,14 +141,14 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
 
 
 class _Extraction:
-    """One pass of a chain over images: what it keeps, under which keys, and how many rows it has computed."""
+    """One pass of a chain (a network as a sequence of layers) over images. It fills and checks the stores of all taps."""
 
     def __init__(self, *, chain: Chain, images: Images, taps: Mapping[str, Tap], resources: Resources) -> None:
         self.chain, self.images, self.taps, self.resources = chain, images, taps, resources
         self.computed = self.checked = 0
 
     def keys(self) -> dict[str, dict[str, Any]]:
-        """What decides each tap's content, as JSON values."""
+        """Returns, for each tap, everything that determines the stored values, as JSON values for the cache key."""
         cuts = [cut for tap in self.taps.values() for cut in (tap.cut, tap.through or tap.cut)]
         prints = self.chain.fingerprint(cuts)
         return {
@@ -165,13 +164,13 @@ class _Extraction:
         }
 
     def fill(self, rows: Mapping[str, NDArray[Any]], start: int) -> None:
-        """Writes the taps named in `rows`, for the images from `start` on."""
+        """Computes the taps named in `rows` for the images from number `start` on, and writes the values into `rows`."""
         self.computed = len(next(iter(rows.values())))
         wanted = np.arange(start, start + self.computed)
         self.compute(wanted, rows, title=f"{self.images.name} features")
 
     def check(self, stores: Mapping[str, Store]) -> set[str]:
-        """The names of stores whose first and last rows are not what the chain computes."""
+        """Returns the names of the stores whose first or last row differs from what the chain computes now."""
         rows = np.unique([0, len(self.images) - 1])
         self.checked = len(rows)
         again = {name: np.empty((len(rows), *self.taps[name].shape), np.float32) for name in stores}
@@ -180,9 +179,9 @@ class _Extraction:
         return {name for name, store in stores.items() if not _agree(store[rows], again[name], tolerance)}
 
     def compute(self, wanted: NDArray[np.int64], out: Mapping[str, NDArray[Any]], *, title: str | None = None) -> None:
-        """Writes the taps named in `out` of the images `wanted`, in order."""
+        """Computes the taps named in `out` for the images with the numbers `wanted`, and writes the values into `out`."""
         taps = {name: self.taps[name] for name in out}
-        one_tail_at_a_time = threading.Lock()  # a tap may run modules that threads share
+        one_tail_at_a_time = threading.Lock()  # `keep` may run modules that several threads share
         cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
         start_cut = self.images.cut if isinstance(self.images, StoredActivations) else None
         groups: dict[tuple[int | str, tuple[int, ...]], list[str]] = {}
@@ -205,18 +204,18 @@ class _Extraction:
 
 
 class Recomputed(Store):
-    """A store that keeps nothing: rows are computed from their images whenever they are read."""
+    """A store that computes rows from the images each time they are read, instead of storing them."""
 
     def __init__(self, extraction: _Extraction, tap: Tap) -> None:
-        # A zero-stride array: shape and dtype without the memory.
+        # A zero-stride array has shape and dtype, and takes no memory.
         super().__init__([np.broadcast_to(np.float32(0), (len(extraction.images), *tap.shape))])
-        # Its own modules: the network's own ones may be in use as a part after a cut.
+        # The store has its own copy of the modules, since the network's modules may be in use as a part after a cut.
         self._extraction = _Extraction(
             chain=extraction.chain.replicate(), images=extraction.images, taps={"": tap}, resources=extraction.resources
         )
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
-        """Rows by slice or int array; one prefix pass over them."""
+        """Computes the rows of a slice or an int array in one pass of the prefix."""
         wanted = np.arange(len(self))[rows]
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         self._extraction.compute(wanted, {"": out})
@@ -224,11 +223,11 @@ class Recomputed(Store):
 
 
 def check_tolerance(resources: Resources) -> float:
-    """Largest difference of a stored number from the same one computed again, relative to the largest of its row.
+    """Returns the largest allowed difference between stored and recomputed numbers, relative to the largest number of the row.
 
     Rows are computed again in another batch, for which a library may choose another kernel that rounds differently. In fp32
-    that stays within law 1's tolerance. bf16 keeps 8 significant bits, and fp16 and TF32 (in which a GPU may multiply fp32
-    matrices) 11. Over the layers such differences add up to several units; the tolerance is 16 units.
+    the tolerance is VERIFIED_RELATIVE. bf16 keeps 8 significant bits; fp16 and TF32 (in which a GPU may multiply fp32 matrices)
+    keep 11 bits. Over the layers, differences add up to several units of the last bit, and the tolerance is 16 units.
     """
     if resources.precision == "bf16":
         return 16 * 2.0**-8
@@ -238,7 +237,7 @@ def check_tolerance(resources: Resources) -> float:
 
 
 def _agree(stored: NDArray[Any], computed: NDArray[Any], tolerance: float) -> bool:
-    """Whether rows (n, ...) are equal up to rounding."""
+    """Whether the rows (n, ...) differ by at most `tolerance`, relative to the largest number of each row."""
     for old, new in zip(stored, computed, strict=True):
         if not (np.abs(old - new).max() <= tolerance * np.abs(old).max() or np.array_equal(old, new, equal_nan=True)):
             return False

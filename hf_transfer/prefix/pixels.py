@@ -1,8 +1,8 @@
-"""Images as the network's input, by number: decoded by threads, then prepared on the device.
+"""Reads images by number: threads decode them to pixels, and the device turns the pixels into the network's input.
 
-For evaluation: exactly the pixels of the checkpoint's preprocessing. For training: the whole image, decoded once into a larger
-uint8 square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so an epoch needs no decoding
-and no memory of the process.
+Evaluation uses exactly the pixels of the checkpoint's preprocessing. For training, each image is decoded once and resized to a
+larger uint8 square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so training epochs
+neither decode images nor hold them in memory.
 """
 
 import logging
@@ -28,7 +28,7 @@ from hf_transfer.prefix.store import Store
 
 log = logging.getLogger(__name__)
 
-MARGIN = 1.15  # side of the training square over the network's input side: what crop_pct 0.875 resizes to
+MARGIN = 1.15  # side of the training square divided by the side of the network's input (1 / crop_pct for crop_pct 0.87)
 ROWS_PER_TASK = 16
 
 
@@ -37,24 +37,24 @@ class Images(Protocol):
 
     @property
     def name(self) -> str:
-        """For progress bars."""
+        """The name of the images in logs and progress bars."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Everything that decides the network's input, as JSON values: part of cache keys."""
+        """Everything that determines the network's input, as JSON values for cache keys."""
 
     def __len__(self) -> int: ...
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Pixels (b, height, width, 3) uint8; called from threads."""
+        """Returns uint8 pixels (b, height, width, 3). Several threads call this method."""
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Pixels from `read`, now on the device -> normalized (b, 3, H, W) float32."""
+        """Turns pixels from `read`, which are now on the device, into normalized float32 images (b, 3, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationImages:
-    """A split as in evaluation: from its files, or from `store` (N, H, W, 3) if it was decoded before."""
+    """The images of a split, preprocessed as in evaluation: decoded from files, or read from `store` (N, H, W, 3)."""
 
     split: Split
     preprocessing: Preprocessing
@@ -62,60 +62,60 @@ class EvaluationImages:
 
     @property
     def name(self) -> str:
-        """The split's."""
+        """The name of the split."""
         return self.split.name
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The split's content and the preprocessing."""
+        """The fingerprint of the split's content, and the preprocessing."""
         return {"data": self.split.fingerprint, "preprocessing": dict(self.preprocessing.spec), "views": 1}
 
     def __len__(self) -> int:
         return len(self.split)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Pixels (b, H, W, 3)."""
+        """Returns uint8 pixels (b, H, W, 3), resized and cropped."""
         if self.store is not None:
             return self.store[rows]
         return np.stack([self.preprocessing.pixels(self.split.image(int(i))) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Normalized (b, 3, H, W)."""
+        """Returns normalized images (b, 3, H, W)."""
         return self.preprocessing.normalize(pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSquares:
-    """How training images are stored and augmented."""
+    """The settings for storing and augmenting training images."""
 
-    side_px: int  # of the stored squares
+    side_px: int  # side of the stored squares
     augmentation: AugmentationConfig
     seed: int
-    views: int = 1  # epochs whose augmented images can be stored
+    views: int = 1  # number of epochs whose augmented images can be stored as activations
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingImages:
-    """A split as in training: row `epoch * num_images + i` is image i with the augmentation of that epoch.
+    """The augmented images of a split: row `epoch * num_images + i` is image i with the augmentation of that epoch.
 
-    The augmentation depends only on seed, epoch and i, not on the batch. The length counts the epochs that can be stored, the
-    spec's `views`; higher rows can be read too.
+    The augmentation depends only on seed, epoch and i, not on the batch. The length covers `spec.views` epochs; rows of later
+    epochs can be read too.
     """
 
     split: Split
     preprocessing: Preprocessing
     squares: Store  # (N, S, S, 3) uint8
-    sizes: Store  # (N, 2) width and height of each image, in pixels
+    sizes: Store  # (N, 2): width and height of each image in pixels
     spec: "TrainingSquares"
 
     @property
     def name(self) -> str:
-        """The split's."""
+        """The name of the split."""
         return self.split.name
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The split's content, the squares' side, the augmentation and its seed."""
+        """The fingerprint of the split's content, the side of the squares, and the augmentation with its seed."""
         return {
             "data": self.split.fingerprint,
             "preprocessing": dict(self.preprocessing.spec),
@@ -129,11 +129,11 @@ class TrainingImages:
         return self.spec.views * len(self.split)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Squares (b, S, S, 3)."""
+        """Returns stored squares (b, S, S, 3)."""
         return self.squares[rows % len(self.split)]
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Augmented and normalized (b, 3, H, W)."""
+        """Returns augmented and normalized images (b, 3, H, W)."""
         epochs, indices = np.divmod(rows, len(self.split))
         parts = [
             augment(
@@ -144,32 +144,32 @@ class TrainingImages:
                 height_px=self.preprocessing.height_px,
                 width_px=self.preprocessing.width_px,
             )
-            for epoch in np.unique(epochs)  # in order, as rows are at the boundary of two epochs
+            for epoch in np.unique(epochs)  # in order, since a batch may end one epoch and start the next
         ]
         return self.preprocessing.normalize_floats(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 class DecodedWhenRead(Store):
-    """A store that keeps nothing: rows are decoded whenever they are read."""
+    """A store that decodes rows from the images each time they are read, instead of storing them."""
 
     def __init__(self, make: Any, shape: tuple[int, ...], dtype: Any) -> None:
-        # A zero-stride array: shape and dtype without the memory.
+        # A zero-stride array has shape and dtype, and takes no memory.
         super().__init__([np.broadcast_to(np.zeros((), dtype), shape)])
         self._make = make
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
-        """Rows by slice or int array."""
+        """Decodes the rows of a slice or an int array."""
         wanted = np.arange(len(self))[rows]
         return np.stack([self._make(int(i)) for i in wanted]) if len(wanted) else np.empty((0, *self.shape[1:]))
 
 
 def default_side_px(preprocessing: Preprocessing) -> int:
-    """Side of the training squares: MARGIN times the longer side of the network's input, rounded up to a multiple of 8."""
+    """Returns the default side of training squares: MARGIN times the input's longer side, rounded up to a multiple of 8."""
     return int(np.ceil(MARGIN * max(preprocessing.height_px, preprocessing.width_px) / 8)) * 8
 
 
 def store_evaluation_pixels(split: Split, preprocessing: Preprocessing, resources: Resources) -> EvaluationImages:
-    """The split, decoded once to exactly the pixels of evaluation."""
+    """Decodes the split once to exactly the pixels that evaluation uses, and stores the pixels."""
 
     def read(i: int) -> dict[str, NDArray[Any]]:
         return {"pixels": preprocessing.pixels(split.image(i))}
@@ -184,15 +184,15 @@ def store_evaluation_pixels(split: Split, preprocessing: Preprocessing, resource
 def store_training_squares(
     split: Split, preprocessing: Preprocessing, spec: TrainingSquares, resources: Resources
 ) -> TrainingImages:
-    """The split, decoded once to whole squares; augmentation restores the aspect ratio from the stored sizes.
+    """Decodes the split once, and stores each whole image as a square together with the image's original size.
 
-    Raises ValueError if the squares are smaller than the network's input: its training images would be blurred.
+    Raises ValueError if the squares are smaller than the network's input, since training images would be blurred.
     """
     side_px, least = spec.side_px, max(preprocessing.height_px, preprocessing.width_px)
     if side_px < least:
         raise ValueError(
-            f"train_side_px={side_px}: the network takes {preprocessing.width_px}x{preprocessing.height_px} pixels; choose "
-            f"{least} or more, or 0 for {default_side_px(preprocessing)}"
+            f"train_side_px={side_px}: the network's input has {preprocessing.width_px}x{preprocessing.height_px} pixels; "
+            f"choose {least} or more, or 0 for {default_side_px(preprocessing)}"
         )
 
     def read(i: int) -> dict[str, NDArray[Any]]:
@@ -210,7 +210,7 @@ def store_training_squares(
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoding:
-    """What is stored of each image of a split."""
+    """The arrays that are stored for each image of a split, and the function that decodes an image to their values."""
 
     split: Split
     read: Callable[[int], dict[str, NDArray[Any]]]  # values by array name
@@ -222,15 +222,15 @@ class _Decoding:
         return len(self.split) * sum(rows)
 
     def check(self, stores: Mapping[str, Store]) -> set[str]:
-        """The names of stores whose first and last rows are not what decoding gives now."""
+        """Returns the names of the stores whose first or last row differs from what decoding gives now."""
         rows = np.unique([0, len(self.split) - 1])
         decoded = [self.read(int(i)) for i in rows]
         return {n for n, s in stores.items() if not np.array_equal(s[rows], np.stack([each[n] for each in decoded]))}
 
     def fill(self, rows: Mapping[str, NDArray[Any]], start: int, resources: Resources) -> int:
-        """Decodes in threads (Pillow releases the interpreter lock) and returns how many images."""
+        """Decodes images from number `start` on into `rows`, in threads, and returns the number of images."""
         count = len(next(iter(rows.values())))
-        hidden = None if resources.accelerator.is_main_process else True  # None: hidden without a terminal
+        hidden = None if resources.accelerator.is_main_process else True  # None hides the bar if there is no terminal
         bar = tqdm(total=count, desc=f"{self.split.name} pixels", unit="img", disable=hidden)
 
         def work(first: int) -> int:
@@ -246,16 +246,16 @@ class _Decoding:
                 for done in pool.map(work, range(0, count, ROWS_PER_TASK)):
                     bar.update(done)
             finally:
-                pool.shutdown(cancel_futures=True)  # after a bad image
+                pool.shutdown(cancel_futures=True)  # cancels work after a bad image
         return count
 
 
 def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -> dict[str, Store]:
-    """Stores of what is read of each image, found in the cache or decoded now."""
+    """Returns the stores of decoded values, from the cache or by decoding the split now."""
     split, arrays = decoding.split, decoding.arrays
     storage = resources.choose_storage(decoding.nbytes)
     if storage.kind == "none":
-        log.info("%s pixels: %s", split.name, storage.reason)
+        log.info("pixels of %s: %s", split.name, storage.reason)
         return {
             name: DecodedWhenRead(lambda i, name=name: decoding.read(i)[name], (len(split), *shape), kind)
             for name, (shape, kind) in arrays.items()
@@ -278,6 +278,6 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
     started = time.perf_counter()
     stores = cached({**key, "data": split.fingerprint}, request, f"{key['kind']}, {len(split)} images")
     if resources.accelerator.is_main_process:
-        rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "found"
-        log.info("%s pixels: %d images, %s; %s", split.name, len(split), rate, storage.reason)
+        rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "cached"
+        log.info("pixels of %s: %d images, %s; %s", split.name, len(split), rate, storage.reason)
     return stores

@@ -1,4 +1,4 @@
-"""What a pass over images may use: processes and device, batch size, workers, precision, and where results are stored."""
+"""The resources of a pass over images: processes, device, batch size, workers, precision, and the place of stored results."""
 
 import os
 from collections.abc import Mapping
@@ -14,43 +14,43 @@ from hf_transfer.prefix.cache import Ranks, Storage, choose_storage
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 }  # fmt: skip
-MAX_THREADS = 16  # that decode for one process
-PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # from accelerate's words
+MAX_THREADS = 16  # most decoding threads of one process
+PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}  # accelerate's name -> our name
 
 
 def count_threads(num_workers: int) -> int:
-    """Number of decoding threads of one process: `num_workers`, or for 0 one per core, at most `MAX_THREADS`."""
+    """Returns the number of decoding threads of one process: `num_workers`, or one per core (at most 16) if it is 0."""
     return num_workers or min(MAX_THREADS, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """The accelerator and the settings of the machine; sizes are per process."""
+    """The accelerator and the compute settings of a run. Batch sizes and worker counts are per process."""
 
     accelerator: Accelerator
     compute: ComputeConfig = ComputeConfig()
 
     @property
     def device(self) -> torch.device:
-        """Where the network runs."""
+        """The device on which the network runs."""
         device: torch.device = self.accelerator.device
         return device
 
     @property
     def precision(self) -> Precision:
-        """The arithmetic, with `auto` resolved."""
+        """The precision of the prefix. The setting `auto` takes accelerate's mixed precision."""
         if self.compute.precision != "auto":
             return self.compute.precision
         return PRECISIONS.get(self.accelerator.mixed_precision, "fp32")
 
     @property
     def max_disk_bytes(self) -> int | None:
-        """Of all caches together; None: the default."""
+        """The disk limit for all caches together; None means the default limit."""
         return None if self.compute.cache_gb is None else int(self.compute.cache_gb * 1e9)
 
     @property
     def ranks(self) -> Ranks:
-        """The processes, as those that fill a store together."""
+        """The processes that fill a store together."""
         return Ranks(
             rank=self.accelerator.process_index,
             count=self.accelerator.num_processes,
@@ -59,18 +59,18 @@ class Resources:
         )
 
     def autocast(self) -> torch.autocast:
-        """The context in which the prefix runs."""
+        """Returns the autocast context in which the prefix runs."""
         dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
 
     def choose_storage(self, nbytes: int) -> Storage:
-        """Where to store this many bytes (see `cache.choose_storage`); several processes share a disk."""
+        """Chooses where to store `nbytes` (see `cache.choose_storage`). Several processes store on disk to share the rows."""
         is_shared = self.accelerator.num_processes > 1 and self.compute.cache == "auto"
         requested = "disk" if is_shared else self.compute.cache
         return choose_storage(nbytes, requested, bound_bytes=self.max_disk_bytes)
 
     def keeping_results(self) -> "Resources":
-        """The same, in memory where nothing was to be stored: for several readers of one pass."""
+        """Returns the resources with `cache=none` replaced by memory, so that several readers can share one pass."""
         if self.compute.cache != "none":
             return self
         return replace(self, compute=replace(self.compute, cache="memory"))

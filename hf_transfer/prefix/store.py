@@ -1,4 +1,4 @@
-"""Rows of one array, stored in one or several shards and read as one."""
+"""Reads the rows of one array that is stored in one or several shards."""
 
 import weakref
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Array = NDArray[Any]
 
 
 class Store:
-    """Rows of one array, in order, over one or several shards. Read-only; it returns copies."""
+    """A read-only array whose rows lie in one or several shards, in order. Reading returns copies."""
 
     def __init__(self, shards: Sequence[Array], path: Path | None = None) -> None:
         self._shards = list(shards)
@@ -26,21 +26,21 @@ class Store:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, *shape)."""
+        """The shape (N, *shape of one row)."""
         return len(self), *self._shards[0].shape[1:]
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored values."""
+        """The dtype of the stored values."""
         return self._shards[0].dtype
 
     @property
     def nbytes(self) -> int:
-        """Size of all rows."""
+        """The size of all rows in bytes."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def __getitem__(self, rows: slice | Array) -> Array:
-        """Rows by slice or by int array (any order, repeats and negative numbers allowed)."""
+        """Returns the rows of a slice or an int array, which may repeat rows, change their order, and count from the end."""
         if len(self._shards) == 1:
             return np.array(self._shards[0][rows])
         wanted = np.arange(len(self))[rows]
@@ -56,5 +56,5 @@ _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
 
 
 def open_paths() -> set[Path]:
-    """Folders that stores of this process read from: they must not be evicted meanwhile."""
+    """Returns the folders that open stores of this process read from. These folders must not be evicted."""
     return {store.path for store in _open_stores if store.path is not None}

@@ -1,7 +1,7 @@
-"""Runs a function of the network over many images.
+"""Runs a network, or its prefix, over many images.
 
-On a GPU, threads decode and resize ahead of it (Pillow releases the interpreter lock). On a CPU, each thread decodes and
-computes its own batches.
+On a GPU, threads decode and resize the next images while the network runs (Pillow releases the interpreter lock). On a CPU,
+each thread decodes its own batches and runs the network on them.
 """
 
 import threading
@@ -21,10 +21,10 @@ from hf_transfer.prefix.pixels import Images
 from hf_transfer.prefix.resources import Resources, count_threads
 
 BATCHES_AHEAD = 3
-CPU_BATCH = 4  # the activations of a few images stay in the core's cache
+CPU_BATCH = 4  # small, so that the activations fit into the core's cache
 
 Compute = Callable[[Chain, torch.Tensor, int], None]
-"""(chain to run, normalized images (b, 3, H, W) on the device, position of the first one among the rows)."""
+"""Takes the chain to run, normalized images (b, 3, H, W) on the device, and the position of the first image among the rows."""
 
 
 def sweep(
@@ -36,13 +36,13 @@ def sweep(
     *,
     title: str | None = None,
 ) -> None:
-    """Calls `compute` on all `rows`, one batch at a time, in any order, in eval mode and without gradients.
+    """Calls `compute` on all `rows`, batch by batch in any order, in eval mode and without gradients.
 
-    `title`: of a progress bar; None: no bar. On a CPU several threads call it, each with its own chain over the same tensors.
+    `title`: title of a progress bar; None: no bar. On a CPU, several threads call `compute`, each with a copy of the modules.
     """
     move_model(chain.model, resources)
     use_fast_layout(chain.model)
-    # disable=None: no bar if the output is not a terminal
+    # disable=None hides the bar if the output is not a terminal.
     is_hidden = True if title is None or not resources.accelerator.is_main_process else None
     with tqdm(total=len(rows), desc=title, unit="img", disable=is_hidden) as bar:
         if resources.device.type == "cpu":
@@ -63,7 +63,7 @@ def sweep(
 def read_pixels(
     images: Images, rows: NDArray[np.int64], *, batch_size: int, num_workers: int
 ) -> Iterator[NDArray[np.uint8]]:
-    """Batches (b, H, W, 3) uint8 of `rows` in order, decoded by threads before they are needed."""
+    """Yields uint8 batches (b, H, W, 3) of `rows` in order. Threads decode the next batches in advance."""
     threads = count_threads(num_workers)
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with ThreadPoolExecutor(threads) as pool:
@@ -79,20 +79,20 @@ def read_pixels(
                     ahead.append(submit(following))
                 yield np.concatenate([part.result() for part in current])
         finally:
-            pool.shutdown(cancel_futures=True)  # after a bad image, or if the reader stops early
+            pool.shutdown(cancel_futures=True)  # cancels work after a bad image, or if the caller stops reading
 
 
 def move_model(model: torch.nn.Module, resources: Resources) -> None:
     """Moves `model` to the device, in place.
 
-    Several processes on a CPU have devices cpu:0, cpu:1, ... Torch takes them for devices other than cpu and would give the
-    model new buffers at every call, while whoever watches its running statistics holds the old ones.
+    Several processes on a CPU have the devices cpu:0, cpu:1, ... On these, torch would replace the model's buffers at every
+    call, since it considers them different from cpu. Code that watches the running statistics would keep the old buffers.
     """
     model.to(torch.device("cpu") if resources.device.type == "cpu" else resources.device)
 
 
 def use_fast_layout(model: torch.nn.Module) -> None:
-    """Switches to channels last, in place: convolutions are faster, on CPUs too (MobileNetV2: 1.5 to 2 times)."""
+    """Switches `model` to channels-last memory, in place. MobileNetV2 then runs 1.5 to 2 times as fast on a CPU."""
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -104,21 +104,21 @@ def _sweep_on_cpu(
     resources: Resources,
     bar: "tqdm[Any]",
 ) -> None:
-    """Each thread decodes and computes small batches of its own, on its own copy of the modules.
+    """Runs the sweep on a CPU: each thread decodes small batches of its own and runs them on its own copy of the modules.
 
-    Compared with one forward at a time on all cores, no core waits for another inside an operation, and none for the decoder
-    (MobileNetV2 on 2 cores: 1.1 to 1.3 times faster, and several times if other programs use the cores as well).
+    This is faster than one forward at a time on all cores, since no core waits for another core or for the decoder. MobileNetV2
+    on 2 cores is 1.1 to 1.3 times as fast, and several times as fast if other programs use the cores.
     """
     size = min(resources.compute.batch_size, CPU_BATCH)
     threads = min(resources.compute.num_workers or torch.get_num_threads(), -(-len(rows) // size))
     if not threads:
         return
     own = threading.local()
-    # Copied here: the modules' state (hooks, modes) must not be copied while another thread runs them.
+    # All copies are made before any thread runs, since hooks and modes must not be copied while a module runs.
     replicas = deque(chain.replicate() for _ in range(threads))
 
     def prepare() -> None:
-        torch.set_num_threads(1)  # of this thread only
+        torch.set_num_threads(1)  # only for this worker thread
         own.chain = replicas.popleft()
         own.chain.model.eval()
 
@@ -135,4 +135,4 @@ def _sweep_on_cpu(
             for batch in as_completed(batches):
                 bar.update(batch.result())
         finally:
-            pool.shutdown(cancel_futures=True)  # after a bad image
+            pool.shutdown(cancel_futures=True)  # cancels work after a bad image

@@ -1,1 +1,1 @@
-"""What a run reports about itself: its results as JSON, and the page and charts made from them."""
+"""Reports a run: its results as JSON, its page as HTML, and its charts as SVG."""

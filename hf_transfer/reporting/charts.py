@@ -1,6 +1,6 @@
-"""Charts of a run as SVG: curves on axes, and the shaded cells of a confusion matrix.
+"""Draws the charts of a run as SVG: curves on axes, and the shaded cells of a confusion matrix.
 
-The report draws them inline (`chart.svg.jinja`); the card gets a file for each (`draw_curve`, `draw_matrix`).
+The report contains the charts inline (`chart.svg.jinja`). The card links to one file per chart (`draw_curve`, `draw_matrix`).
 """
 
 import math
@@ -13,16 +13,16 @@ from hf_transfer.reporting.formats import make_environment
 
 MAX_MATRIX_CLASSES = 30  # a larger matrix is unreadable
 
-# Of a curve, in units of the SVG's viewBox: small, so that its text stays readable on a phone.
+# The size of a curve's chart in units of the SVG's viewBox, small so that its text is readable on a phone.
 WIDTH, HEIGHT = 440, 260
 _TOP, _RIGHT, _BOTTOM = 12, 14, 44
-_CHARACTER_WIDTH = 7.2  # of a tick label's digits, with padding
+_CHARACTER_WIDTH = 7.2  # width of one digit of a tick label, with padding
 _MAX_MARKED_POINTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One cell of a confusion matrix; `shade` is the opacity, 0 to 1."""
+    """One cell of a confusion matrix. `shade` is its opacity, 0 to 1."""
 
     count: int
     shade: float
@@ -31,7 +31,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A confusion matrix: a row of cells for each true class, a column for each predicted one."""
+    """A confusion matrix, with a row of cells for each true class and a column for each predicted class."""
 
     names: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -39,7 +39,7 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One axis: maps values from `low` to `high` to positions from `start` to `stop` in the SVG."""
+    """One axis of a chart, which maps values from `low` to `high` to positions from `start` to `stop` in the SVG."""
 
     low: float
     high: float
@@ -49,7 +49,7 @@ class Axis:
     ticks: Sequence[tuple[float, str]]  # value, label
 
     def position(self, value: float) -> float:
-        """Position of `value`, rounded to a tenth of a unit."""
+        """Returns the position of `value` in the SVG, rounded to a tenth of a unit."""
         low, high, x = self.low, self.high, value
         if self.is_log:
             low, high, x = math.log10(low), math.log10(high), math.log10(x)
@@ -58,7 +58,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One series of a chart: an SVG path, and the points to mark (none of a long line)."""
+    """One line of a chart: its SVG path, and its marked points, which are empty for a line of many points."""
 
     name: str
     path: str
@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A curve of results.json, laid out for `chart.svg.jinja`."""
+    """A curve of results.json with the positions that `chart.svg.jinja` draws."""
 
     title: str
     x_label: str
@@ -78,9 +78,10 @@ class Chart:
 
 
 def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
-    """The confusion matrix of a split's scores; None above MAX_MATRIX_CLASSES classes.
+    """Returns the confusion matrix of a split's scores, or None for more than MAX_MATRIX_CLASSES classes.
 
-    The shade is the fraction of the row; its square root for mistakes, so that rare ones are visible.
+    The shade of a cell is its fraction of the row, and the square root of this fraction for mistakes, so that rare mistakes are
+    visible.
     """
     names = [row["label"] for row in scores["per_class"]]
     if len(names) > MAX_MATRIX_CLASSES:
@@ -100,15 +101,15 @@ def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
 
 
 def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
-    """The chart of one entry of `curves` in results.json; missing and non-finite points are gaps.
+    """Returns the chart of one entry of `curves` in results.json. Missing and non-finite points are gaps.
 
-    Raises ValueError, naming the curve, if it has no finite point, or x <= 0 on a logarithmic axis.
+    Raises ValueError, with the curve's title, if the curve has no finite point, or x <= 0 on a logarithmic axis.
     """
     is_log = bool(curve.get("x_log", False))
     series = [(line["name"], list(zip(line["x"], line["y"], strict=True))) for line in curve["series"]]
     points = [point for _, line in series for point in line if _is_drawable(point)]
     if not points:
-        raise ValueError(f"the curve {curve['title']!r} has no finite point: leave it out")
+        raise ValueError(f"the curve {curve['title']!r} has no finite point: leave out the curve")
     if is_log and min(x for x, _ in points) <= 0:
         raise ValueError(f"the curve {curve['title']!r} has x <= 0 on a logarithmic axis: set x_log to false")
     y_low, y_high, y_ticks = _linear_scale([y for _, y in points], is_widened=True)
@@ -128,13 +129,13 @@ def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
 
 
 def draw_curve(curve: Mapping[str, Any]) -> str:
-    """One curve as an SVG file's text. Raises ValueError as `lay_out_curve` does."""
+    """Returns the SVG text of one curve. Raises ValueError as `lay_out_curve` does."""
     template = make_environment("reporting").get_template("curve.svg.jinja")
     return template.render(chart=lay_out_curve(curve), width=WIDTH, height=HEIGHT)
 
 
 def draw_matrix(scores: Mapping[str, Any]) -> str | None:
-    """A confusion matrix as an SVG file's text; None above MAX_MATRIX_CLASSES classes."""
+    """Returns the SVG text of a confusion matrix, or None for more than MAX_MATRIX_CLASSES classes."""
     matrix = lay_out_matrix(scores)
     template = make_environment("reporting").get_template("confusion.svg.jinja")
     return None if matrix is None else template.render(matrix=matrix)
@@ -155,7 +156,7 @@ def _is_drawable(point: tuple[Any, Any]) -> bool:
 
 
 def _linear_scale(values: Sequence[float], *, is_widened: bool) -> tuple[float, float, list[tuple[float, str]]]:
-    """Low, high and about five ticks at multiples of 1, 2 or 5; `is_widened` rounds low and high out to whole steps."""
+    """Returns (low, high, about five ticks). If `is_widened`, low and high are rounded outwards to whole steps."""
     low, high = min(values), max(values)
     if low == high:
         margin = abs(low) / 10 or 0.5
@@ -172,7 +173,7 @@ def _linear_scale(values: Sequence[float], *, is_widened: bool) -> tuple[float, 
 
 
 def _log_scale(values: Sequence[float]) -> tuple[float, float, list[tuple[float, str]]]:
-    """Low, high and ticks at powers of ten; with fewer than three of those, also at 2 and 5 times them."""
+    """Returns (low, high, ticks at powers of ten). With fewer than three powers, ticks are also at 2 and 5 times a power."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low / 2, high * 2
@@ -194,7 +195,7 @@ def _tick(value: float, decimals: int) -> str:
 
 
 def _power_tick(value: float) -> str:
-    """A power of ten: 10⁻⁴, 2·10⁵."""
+    """Returns the label of a multiple of a power of ten, such as 10⁻⁴ or 2·10⁵."""
     exponent = math.floor(math.log10(value) + 1e-9)
     factor = round(value / 10.0**exponent)
     power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

@@ -1,4 +1,4 @@
-"""Numbers as people read them (percent, three digits, seconds, bytes), and the template environment that shows them.
+"""Formats numbers for readers (percent, three digits, seconds, bytes), also as filters of Jinja templates.
 
 Text is escaped unless a template marks it `safe`: names of classes, files and datasets come from strangers.
 """
@@ -13,14 +13,14 @@ from markupsafe import Markup
 
 _BLANK = re.compile(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ufffe\uffff]+")  # control characters and line ends too
 _NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-# In Markdown these may begin markup, math or, in the first column, a block. An underscore inside a word doesn't.
+# Characters that may begin Markdown markup, math or a block (in the first column), except underscores inside a word.
 _MARKUP = re.compile(r"([\\`*\[\]|~$]|^[-+#=]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
-    """The Jinja templates in hf_transfer/`room`, with the formats below as filters. A missing variable is an error.
+    """Returns the Jinja environment of the templates in hf_transfer/`room`, in which a missing variable is an error.
 
-    Text is escaped for HTML and SVG, or for Markdown.
+    The environment escapes text for Markdown if `is_markdown`, and for HTML and SVG otherwise.
     """
     environment = Environment(
         loader=PackageLoader("hf_transfer", room),
@@ -43,40 +43,40 @@ def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
 
 
 def join_lines(text: str) -> str:
-    """The text on one line: runs of whitespace and control characters become one space."""
+    """Returns the text on one line. A sequence of whitespace and control characters becomes one space."""
     return _BLANK.sub(" ", text).strip()
 
 
 def escape_markdown(value: Any) -> Any:
-    """Text as Markdown that shows it on one line, without markup, HTML or comments; numbers and `Markup` as they are."""
+    """Returns text as one line of Markdown without effective markup or HTML. Numbers and `Markup` stay unchanged."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return Markup(_MARKUP.sub(r"\\\1", html.escape(_BLANK.sub(" ", value), quote=False)))
 
 
 def format_code(text: str) -> Markup:
-    """Markdown code: `text`. Plain text where a code span could end early or show an escape."""
+    """Returns text as a Markdown code span, or as plain text if the span could end early or show an escape."""
     is_plain = re.search(r"[`<>&]", text) is None
     return Markup(f"`{join_lines(text)}`") if is_plain else escape_markdown(text)
 
 
 def format_literal(value: Any) -> Markup:
-    """Python code of `value`, for a code block in Markdown."""
+    """Returns the Python literal of `value`, for a code block in Markdown."""
     return Markup(repr(value).replace("<", r"\x3c"))
 
 
 def _replace_control(value: Any) -> Any:
-    """Text with U+FFFD in place of the characters that XML forbids."""
+    """Returns text with U+FFFD in place of the characters that XML forbids, and other values unchanged."""
     return _NOT_XML.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def format_percent(fraction: float | None) -> str:
-    """0.9314 as "93.1", without the sign; a dash for None."""
+    """Returns 0.9314 as "93.1", without the percent sign, and None as a dash."""
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def format_number(value: float) -> str:
-    """Three significant digits, thousands apart: 0.0123, 1.23, 12 300."""
+    """Returns three significant digits, with a space between thousands: 0.0123, 1.23, 12 300."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -84,8 +84,8 @@ def format_number(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """0.42 s, 12.3 s, 4 min 05 s, 2 h 07 min."""
-    if seconds < 59.95:  # above, one decimal would round to 60.0
+    """Returns a duration such as 0.42 s, 12.3 s, 4 min 05 s or 2 h 07 min."""
+    if seconds < 59.95:  # 59.95 rounds to 60.0
         return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes_left = divmod(minutes, 60)
@@ -93,5 +93,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Decimal megabytes or gigabytes: 640 MB, 1.52 GB."""
+    """Returns decimal megabytes or gigabytes: 640 MB, 1.52 GB."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

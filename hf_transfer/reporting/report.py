@@ -1,8 +1,8 @@
-"""report.html: one self-contained page of a run's results.
+"""Writes report.html, one self-contained page of a run's results.
 
-It is made from results.json alone, so it can be written again at any time. Style and curves (SVG) are inline; there are no
-scripts and no fonts or images from elsewhere. The template escapes text from the dataset (class names, notes). The page
-follows the reader's light or dark setting, and fits a phone.
+The page is made from results.json alone, so it can be written again at any time. Style and charts (SVG) are inline, and the
+page loads no scripts, fonts or images. The template escapes text from the data set (class names, notes). The page follows the
+reader's light or dark setting, and fits a phone.
 """
 
 import json
@@ -36,7 +36,7 @@ _FOLDED = [  # key, title
 
 @dataclass(frozen=True, kw_only=True)
 class MetricCard:
-    """One headline metric, formatted; empty strings where there is no interval or no validation value."""
+    """One headline metric as text. `interval` and `validation` are empty if results.json does not contain these values."""
 
     title: str
     value: str
@@ -47,7 +47,7 @@ class MetricCard:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfusedPair:
-    """How many images of one class were predicted as another; `fraction` is of the true class's images."""
+    """The number of images of one class that were predicted as another class, and their fraction of the true class."""
 
     true: str
     predicted: str
@@ -57,7 +57,7 @@ class ConfusedPair:
 
 @dataclass(frozen=True, kw_only=True)
 class CostPart:
-    """Seconds of one part of the run, and its fraction of the whole."""
+    """The seconds of one part of the run, and their fraction of the total."""
 
     name: str
     seconds: float
@@ -66,7 +66,7 @@ class CostPart:
 
 @dataclass(frozen=True, kw_only=True)
 class CostTable:
-    """`cost` of results.json for the page; rates are (name, images per second)."""
+    """The `cost` of results.json for the page. `rates` are pairs (name, images per second)."""
 
     parts: Sequence[CostPart]
     total: float
@@ -77,24 +77,23 @@ class CostTable:
 
 
 def write_report(results: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the page of `render_report` to `path`, replacing an existing file."""
+    """Writes the page of `results` to `path`, and replaces an existing file."""
     Path(path).write_text(render_report(results), encoding="utf-8")
 
 
 def render_report(results: Mapping[str, Any]) -> str:
-    """The HTML page of `results`, the content of results.json.
+    """Returns the HTML page of `results`, the content of results.json.
 
-    Only `metrics` is required, with `test` or `validation` as `training.metrics.score` returns them. The test split leads;
-    without one, the page warns that validation metrics are optimistic. Every other part (strategy, checkpoint, data, curves,
-    cost, plan, details, config, versions) is shown if present. `cost.seconds` may contain a "total"; rates and fingerprints
-    are one value, or one by name.
+    Only `metrics` is required, with the metrics of `test` or `validation` (see `training.metrics.score`). Without a test split,
+    the page shows validation metrics with the warning that they are optimistic. Every other part (strategy, checkpoint, data,
+    curves, cost, plan, details, config, versions) is shown if present. Rates and fingerprints may be one value, or a mapping.
 
-    Raises ValueError if neither split was scored, or a curve cannot be drawn.
+    Raises ValueError if `metrics` contains neither test nor validation, or if a curve cannot be drawn.
     """
     splits = {name: scores for name, scores in results.get("metrics", {}).items() if scores}
     if not splits.keys() & {"test", "validation"}:
         raise ValueError(
-            f"results hold metrics of {sorted(splits) or 'no split'}: a report needs those of test or validation"
+            f"results.json has metrics of {sorted(splits) or 'no split'}: a report needs metrics of test or validation"
         )
     shown = "test" if "test" in splits else "validation"
     scores = splits[shown]
@@ -126,7 +125,7 @@ def render_report(results: Mapping[str, Any]) -> str:
 
 
 def _metric_cards(scores: Mapping[str, Any], validation: Mapping[str, Any]) -> list[MetricCard]:
-    """The headline metrics that were computed, with their intervals and the values on validation."""
+    """Returns the headline metrics in `scores`, with their intervals and their validation values."""
     cards = []
     for key, title, kind in _METRICS:
         if scores.get(key) is None:
@@ -146,7 +145,7 @@ def _metric_cards(scores: Mapping[str, Any], validation: Mapping[str, Any]) -> l
 
 
 def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
-    """The pairs of classes with the most mistakes, in descending order."""
+    """Returns the pairs of classes with the most mistakes, in descending order."""
     names = [row["label"] for row in scores["per_class"]]
     pairs = [
         ConfusedPair(true=names[i], predicted=names[j], count=count, fraction=count / sum(counts))
@@ -158,12 +157,12 @@ def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
 
 
 def _classes_by_recall(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of `per_class` in ascending order of recall; classes without images last."""
+    """Returns the rows of `per_class` in ascending order of recall, with classes without images last."""
     return sorted(scores["per_class"], key=lambda row: (row["recall"] is None, row["recall"] or 0.0, row["f1"] or 0.0))
 
 
 def _cost_table(cost: Mapping[str, Any]) -> CostTable:
-    """The total is the recorded one, or else the sum of the parts."""
+    """Returns the cost table. The total is the recorded total, or else the sum of the parts."""
     seconds = {name: value for name, value in cost.get("seconds", {}).items() if name != "total"}
     total = cost.get("seconds", {}).get("total", sum(seconds.values()))
     return CostTable(
@@ -180,14 +179,14 @@ def _cost_table(cost: Mapping[str, Any]) -> CostTable:
 
 
 def _by_name(value: Any) -> list[tuple[str, Any]]:
-    """Pairs (name, value) of a mapping; a single value gets an empty name; nothing gives no pairs."""
+    """Returns the pairs (name, value) of a mapping, ("", value) for a single value, and [] for an empty value."""
     if isinstance(value, Mapping):
         return [(name.replace("_", " "), each) for name, each in value.items()]
     return [("", value)] if value else []
 
 
 def _folded_text(part: Any) -> str:
-    """A plan as numbered descriptions; any other part of results.json as JSON."""
+    """Returns a plan as numbered sentences, and any other part of results.json as JSON."""
     if isinstance(part, list) and part and all("description" in item for item in part):
         return "\n".join(f"{i}. {item['description']}" for i, item in enumerate(part, 1))
     return json.dumps(part, indent=2, ensure_ascii=False)

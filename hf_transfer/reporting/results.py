@@ -1,4 +1,4 @@
-"""The output folder: config.yaml (run it again), results.json (read it from scripts), model/, report.html."""
+"""Writes the output folder of a run: config.yaml (repeats the run), results.json (for scripts) and report.html."""
 
 import importlib.metadata
 import json
@@ -17,14 +17,14 @@ from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import PhaseResult, RunResult, to_json
 
-SCHEMA_VERSION = 1  # raise it when a script that reads results.json would break
+SCHEMA_VERSION = 1  # raise the version if a change of results.json breaks scripts that read the file
 PACKAGES = (
     "hf-transfer-learning", "torch", "timm", "transformers", "datasets", "accelerate", "evaluate", "peft", "huggingface_hub",
 )  # fmt: skip
 
 
 def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
-    """The content of results.json. It holds no local path, user or host name: it travels."""
+    """Returns the content of results.json, which contains no local path, user or host name, because it is published."""
     data, strategy = session.data, session.config.strategy
     assert isinstance(strategy, Strategy)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
@@ -53,9 +53,9 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
 
 
 def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The resolved settings without the output folder, with public names in place of local paths.
+    """Returns all settings except the output folder, with public names in place of local paths.
 
-    `names`: of checkpoint and dataset; by default the last part of their paths.
+    `names`: the public names of "checkpoint" and "dataset"; the default is the last part of the path.
     """
     settings = to_settings(config)
     for name in ("checkpoint", "dataset"):
@@ -67,15 +67,15 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
 
 
 def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
-    """results.json and report.html, each complete or not at all."""
+    """Writes results.json and report.html. A failure leaves no incomplete results.json."""
     _write_whole(output_dir / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_report(results, output_dir / "report.html")
 
 
 def write_config(output_dir: Path, config: RunConfig, unrepeatable: Sequence[str] = ()) -> None:
-    """config.yaml: the resolved settings, written first, so that a failed run can be repeated too.
+    """Writes all settings to config.yaml, before the run starts, so that a failed run can be repeated too.
 
-    `unrepeatable`: sentences on what the settings do not say, as comments at the top.
+    `unrepeatable`: sentences about inputs that the settings do not contain, which become comments at the top of the file.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     header = ["These settings alone do not repeat the run:", *(f"- {line}" for line in unrepeatable)]
@@ -84,7 +84,7 @@ def write_config(output_dir: Path, config: RunConfig, unrepeatable: Sequence[str
 
 
 def read_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers."""
+    """Returns the versions of Python and of the packages that affect the results."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -95,7 +95,7 @@ def read_versions() -> dict[str, str]:
 
 
 def _describe_plan(result: RunResult) -> list[dict[str, Any]]:
-    """The phases; the first one's description also says what `auto` chose between."""
+    """Returns the phases as JSON. The description of the first phase includes the choice of `auto`."""
     plan = [_describe_phase(phase) for phase in result.phases]
     if result.choice is not None:
         plan[0]["description"] += f" ({describe_choice(result.choice)})"
@@ -103,7 +103,7 @@ def _describe_plan(result: RunResult) -> list[dict[str, Any]]:
 
 
 def _describe_phase(phase: PhaseResult) -> dict[str, Any]:
-    """A phase without its history and what it does not have."""
+    """Returns a phase as JSON with a sentence that describes it, without its history and without empty values."""
     values = {name: value for name, value in to_json(phase).items() if value is not None and name != "history"}
     return {**values, "cut": phase.cut or "pixels", "description": describe_phase(phase)}
 

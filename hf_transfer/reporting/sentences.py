@@ -1,22 +1,22 @@
-"""The sentences of logs, reports and cards about a run's records. (Advice is worded in `choosing/advise.py`.)"""
+"""Describes the records of a run in sentences, for logs, reports and cards. `choosing/advise.py` describes advice."""
 
 from hf_transfer.training.records import AutoChoice, Kept, Metrics, PhaseResult, Verdict
 
 
 def describe_phase(phase: PhaseResult) -> str:
-    """What a phase did, for the plan of results.json, the report and the card.
+    """Returns a sentence about what a phase did, for the plan of results.json, the report and the card.
 
     >>> from hf_transfer.training.records import Score
     >>> score = Score(accuracy=0.9, log_loss=0.3)
     >>> describe_phase(PhaseResult(policy="head", cut="features", optimizer="L-BFGS", epochs=0, num_trainable=20,
     ...                            kept=Kept.SOLUTION, score=score, regularization_c=0.1, num_features=9))
-    'head: logistic regression on 9 features per image, C = 0.1 chosen on held-out images; everything else frozen'
+    'head: logistic regression on 9 features per image, C = 0.1 chosen on held-out images; all other layers are frozen'
     """
     return _describe_solution(phase) if phase.is_solved else _describe_steps(phase)
 
 
 def describe_accuracy(metrics: Metrics) -> str:
-    """The accuracy with its confidence interval and the number of images."""
+    """Returns the accuracy as text, with its confidence interval and the number of images."""
     assert metrics.accuracy_interval is not None
     low, high = (100 * bound for bound in metrics.accuracy_interval)
     return (
@@ -25,29 +25,29 @@ def describe_accuracy(metrics: Metrics) -> str:
 
 
 def describe_kept(phase: PhaseResult) -> str:
-    """Which weights a phase of gradient steps kept."""
+    """Returns a clause about the weights that a phase of gradient steps kept."""
     if phase.kept is Kept.START:
-        return "kept its start, since no epoch was better beyond chance"
-    return f"kept epoch {phase.kept_epoch} by validation"
+        return "kept the weights from before the phase, because no epoch was significantly better"
+    return f"kept the weights of epoch {phase.kept_epoch}, selected on validation images"
 
 
 def describe_choice(choice: AutoChoice) -> str:
-    """What `auto` kept, and why."""
+    """Returns a sentence about the strategy whose result `auto` kept, with the reason."""
     if choice.verdict is Verdict.PROBE_ADVISED:
-        return "kept linear_probe, which was advised"
+        return "auto kept linear_probe, the advised strategy"
     if choice.verdict is Verdict.OVER_BUDGET:
         return (
-            f"kept linear_probe: {choice.advised} was advised but no longer fits into the budget "
-            f"({choice.estimated_s:.0f} s, {choice.left_s:.0f} s left)"
+            f"auto kept linear_probe: {choice.advised} was advised, but needs about {choice.estimated_s:.0f} s, "
+            f"and {choice.left_s:.0f} s of the budget are left"
         )
     if choice.verdict is Verdict.NO_EPOCH_BETTER:
-        return f"kept linear_probe: no epoch of {choice.advised} beat the probe it started from beyond chance"
+        return f"auto kept linear_probe: no epoch of {choice.advised} beat its initial probe significantly"
     assert choice.tuned is not None
     accuracies = (
         f"{100 * choice.tuned.accuracy:.1f} % for {choice.advised}, {100 * choice.probe.accuracy:.1f} % for the probe"
     )
     error = "" if choice.standard_error is None else f", standard error {100 * choice.standard_error:.1f} points"
-    return f"kept {choice.kept}: validation accuracy is {accuracies}{error}"
+    return f"auto kept {choice.kept}: validation accuracy is {accuracies}{error}"
 
 
 def _describe_solution(phase: PhaseResult) -> str:
@@ -55,10 +55,10 @@ def _describe_solution(phase: PhaseResult) -> str:
     source = features if phase.readout is None else f"{features} ({phase.readout})"
     sentence = (
         f"{phase.policy}: logistic regression on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
-        "everything else frozen"
+        "all other layers are frozen"
     )
     return (
-        f"{sentence}; fitted on validation images too, since no gradient step was better"
+        f"{sentence}; fitted on validation images too, because no epoch of gradient steps was better"
         if phase.refitted
         else sentence
     )
@@ -67,8 +67,8 @@ def _describe_solution(phase: PhaseResult) -> str:
 def _describe_steps(phase: PhaseResult) -> str:
     cut = "the pixels" if phase.cut is None else phase.cut
     sentence = (
-        f"{phase.policy}: {phase.num_trainable:,} parameters, cut at {cut}, {phase.optimizer} with learning rate {phase.lr:g} "
-        f"({phase.lr_scheduler_type}), up to {phase.epochs} epochs; {describe_kept(phase)}"
+        f"{phase.policy}: {phase.num_trainable:,} trained parameters, cut at {cut}, {phase.optimizer} with peak learning "
+        f"rate {phase.lr:g} ({phase.lr_scheduler_type}), up to {phase.epochs} epochs; {describe_kept(phase)}"
     )
     if phase.wise_ft_alpha is None:
         return sentence

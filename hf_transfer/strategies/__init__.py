@@ -1,1 +1,1 @@
-"""One strategy per file; see `hf_transfer.strategy` for what a file holds."""
+"""Training strategies, one per file. `hf_transfer.strategy` describes the content of such a file."""

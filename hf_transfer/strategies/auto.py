@@ -1,9 +1,10 @@
-"""Choose the strategy: advise, run the probe and then the advised strategy, and keep the better one.
+"""Choose the strategy: advise, train a probe and the advised strategy, and keep the better result.
 
-One pass of the frozen network shows how far a probe goes, how the images compare with upstream's, and what fine-tuning is
-expected to add (`hf-transfer advise` prints it). `--measure` first spends a third of the budget on short runs of the leading
-strategies. The probe and the most promising strategy within the budget run, and validation images decide between them. The
-settings of training hold for whichever strategy runs; those that are not given have that strategy's own defaults.
+The frozen network runs once over the images. The features show how accurate a probe is, how similar the images are to the
+pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). With `--measure`,
+short runs of the best candidates take the first third of the budget. Then the probe and the advised strategy are trained, and
+validation images decide which result is kept. A training setting that
+is given applies to every strategy, and each strategy has its own defaults for the others.
 """
 
 from dataclasses import dataclass
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 class Auto(GradientStrategy):
     """Settings of the strategy that chooses."""
 
-    budget_s: float | None = flag(None, "seconds that all runs together may take, roughly; none: no limit")
-    measure: bool = flag(False, "run the leading strategies briefly before choosing")
+    budget_s: float | None = flag(None, "approximate limit in seconds for all runs together; none: no limit")
+    measure: bool = flag(False, "train the best candidates briefly before choosing the strategy")
 
     def __post_init__(self) -> None:
         if self.budget_s is not None and not 0 < self.budget_s < float("inf"):
             raise ValueError(f"budget_s={self.budget_s}: choose more than 0 seconds")
 
     def run(self, session: "Session") -> "RunResult":
-        """Chooses and runs."""
+        """Chooses the strategy, and returns its result."""
         from hf_transfer.choosing.decide import choose_and_run
 
         return choose_and_run(session, measure=self.measure, budget_s=self.budget_s)

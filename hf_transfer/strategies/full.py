@@ -1,8 +1,8 @@
 """Full fine-tuning: train every layer, or the parameters of every layer that `--trains` or `--pattern` selects.
 
-Images are decoded once into memory-mapped pixels, and augmentation runs on the batch, on the device. The head starts
-untrained: with few images like those that the checkpoint has seen, `probe_then_full` does better. `--trains norms` trains
-normalization layers only, `--trains biases` is BitFit (arXiv 2106.10199).
+Images are decoded once into memory-mapped pixels, and batches are augmented on the device. The head starts untrained. If the
+images are few and similar to the pretraining images, `probe_then_full` is more accurate. `--trains norms` trains only the
+normalization layers and the head, and `--trains biases` only the biases and the head (BitFit, arXiv 2106.10199).
 """
 
 from dataclasses import dataclass
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 class Full(GradientStrategy):
     """Settings of full fine-tuning."""
 
-    trains: Literal["all", "norms", "biases"] = flag("all", "which parameters of every layer train, besides the head")
-    pattern: str | None = flag(None, "regular expression: train the parameters it matches by name, and the head")
+    trains: Literal["all", "norms", "biases"] = flag("all", "parameters that train in every layer, besides the head")
+    pattern: str | None = flag(None, "regular expression; parameters with a matching name train, and the head")
 
     def __post_init__(self) -> None:
         if self.pattern is not None and self.trains != "all":
-            raise ValueError(f"pattern={self.pattern!r} and trains={self.trains!r}: give one of them")
+            raise ValueError(f"pattern={self.pattern!r} and trains={self.trains!r}: give only one of the two")
 
     def plan(self, session: "Session") -> "Plan":
-        """One phase."""
+        """Returns one phase that trains the selected parameters."""
         from hf_transfer.training.phase import TrainPhase
 
         return [TrainPhase(policy=self._policy(), epochs=self.training.epochs, optimization=self.optimization)]
 
     def price(self, pricing: "Pricing") -> "Price":
-        """Decoding, and steps on everything."""
+        """Returns the cost of decoding the images and of training steps on every layer."""
         return pricing.price_steps(self.training.epochs, self._policy(), passes=1, solves_head=False)
 
     def _policy(self) -> "Policy":

@@ -1,8 +1,8 @@
-"""Gradual unfreezing: the head first, more layers in each phase, the whole network last (arXiv 1801.06146).
+"""Gradual unfreezing: train the head, then more layers in each phase, and finally the whole network (arXiv 1801.06146).
 
-The cut moves down with each phase. The first phases run on stored activations of the layers that are still frozen, so they
-cost little. The head is solved for; every later phase has its own optimizer and takes `--phase_epochs` epochs, the last one
-`--epochs`.
+The cut between frozen and trained layers moves down with each phase. Early phases are cheap, because they train on stored
+activations of the frozen layers. The first phase solves for the head. Each later phase starts a new optimizer, and trains for
+`--phase_epochs` epochs, or `--epochs` in the last phase.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 class Gradual(GradientStrategy):
     """Settings of gradual unfreezing."""
 
-    phases: int = flag(4, "number of phases: the first trains the head, the last everything")
+    phases: int = flag(4, "number of phases; the first trains the head, the last all layers")
     phase_epochs: int = flag(5, "epochs of each phase between the first and the last")
 
     def __post_init__(self) -> None:
         if self.phases < 2 or self.phase_epochs < 1:
-            raise ValueError(f"phases={self.phases}, phase_epochs={self.phase_epochs}: choose 2 or more, and 1 or more")
+            raise ValueError(
+                f"phases={self.phases}, phase_epochs={self.phase_epochs}: choose phases >= 2 and phase_epochs >= 1"
+            )
 
     def plan(self, session: "Session") -> "Plan":
-        """The head, then more and more layers."""
+        """Returns the phases: the head, then more and more layers."""
         from hf_transfer.network.policies import gradual
         from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 

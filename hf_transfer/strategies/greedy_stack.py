@@ -1,24 +1,17 @@
-"""Greedy supervised pretraining: stack and train layers one at a time, then all together (arXiv 1812.11446).
+"""Greedy supervised pretraining: add and train one layer at a time, then train all layers together (arXiv 1812.11446).
 
-New convolutional blocks (`--layers 4 --width 64`), the layers of an architecture (`--architecture resnet18`), or new blocks on
-a checkpoint's frozen layers (`--checkpoint ID --layers 2`). Each stage trains one layer with an auxiliary head on the stored
-activations of the layers below it (`--cache_views` augmented views per image; 0: fresh augmentation, and the layers below run
-again). `--architecture` gives a plain checkpoint of it; the others are transformers models whose code is saved beside the
-weights (`trust_remote_code=True`).
+The stack consists of new convolutional blocks (`--layers 4 --width 64`), of the layers of an architecture
+(`--architecture resnet18`), or of new blocks on a checkpoint's frozen layers (`--checkpoint ID --layers 2`). Each stage trains
+one layer with an auxiliary head on stored activations of the layers below, for `--cache_views` augmented views of each image
+(0: fresh augmentation). An architecture's stack is saved as a plain checkpoint. A stack with new blocks is saved as a
+transformers model with its code beside the weights (`trust_remote_code=True`).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hf_transfer.config import (
-    NO_CHECKPOINT,
-    AugmentationConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-    flag,
-)
+from hf_transfer.config import NO_CHECKPOINT, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig, flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -34,43 +27,48 @@ DEFAULT_LAYERS, DEFAULT_WIDTH, DEFAULT_DOWNSAMPLE = 3, 16, (2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyStackStrategy(GradientStrategy):
-    """Settings of greedy stacking. `epochs` are those of the fine-tuning at the end."""
+    """Settings of greedy stacking. `epochs` is the number of epochs of the fine-tuning at the end."""
 
     task_defaults: ClassVar[Mapping[str, Any]] = {"checkpoint": NO_CHECKPOINT}
 
     architecture: str | None = flag(
-        None, "grow the layers of this timm architecture or transformers model type; none: new blocks"
+        None, "timm architecture or transformers model type whose layers are stacked; none: stack new blocks"
     )
     model_args: str | None = flag(
-        None, """JSON object for the architecture's constructor, such as '{"stem_width": 8}'"""
+        None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
     )
-    image_size_px: int = flag(32, "side of the square that a network without a checkpoint takes")
-    layers: int | None = flag(None, "layers to grow; none: all of the architecture's, or three new blocks")
-    block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer: on a checkpoint only")
-    width: int | None = flag(None, "channels of the new blocks; none: 16, or those of the checkpoint's activation")
+    image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint")
+    layers: int | None = flag(None, "number of layers to stack; none: all of the architecture, or 3 new blocks")
+    block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer needs a checkpoint")
+    width: int | None = flag(None, "channels of the new blocks; none: 16, or the checkpoint's channels")
     downsample: str | None = flag(
-        None, "numbers of the blocks that halve the grid, such as 2,3; none: 2,3, or no block on a checkpoint"
+        None,
+        "numbers of the new blocks that halve height and width, such as 2,3; none: 2,3, or no block on a checkpoint",
     )
-    aux_hidden: int = flag(1, "k: hidden layers of a stage's problem, its own and k-1 in the auxiliary head: 1, 2 or 3")
+    aux_hidden: int = flag(
+        1, "hidden layers per stage: the stage's own layer, and k-1 in its auxiliary head; k is 1, 2 or 3"
+    )
     stack_after: str | None = flag(
-        None, "layer of the checkpoint that the new blocks follow (see `inspect`); none: its last"
+        None, "layer of the checkpoint after which new blocks are stacked (see `inspect`); none: the last layer"
     )
     stage_epochs: int = flag(8, "passes over the training images in each stage")
-    patience_layers: int = flag(0, "stop growing after this many layers without better validation; 0: grow all")
-    fine_tune: bool = flag(True, "train all layers together at the end; off: publishing must then be asked for")
-    fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer in fine-tuning")
+    patience_layers: int = flag(0, "stop after this many layers without better validation; 0: stack all layers")
+    fine_tune: bool = flag(True, "train all layers together at the end; off: publish needs --without_fine_tuning")
+    fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer in the fine-tuning at the end")
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3))
     training: TrainingConfig = field(default=TrainingConfig(freeze_batchnorm=False, cache_views=4))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
 
     def __post_init__(self) -> None:
         if self.architecture is None and self.model_args is not None:
-            raise ValueError(f"model_args={self.model_args}: needs an --architecture")
+            raise ValueError(f"model_args={self.model_args}: model_args needs an --architecture")
         if self.architecture is not None and (self.width, self.downsample, self.block) != (None, None, "conv"):
-            raise ValueError(f"width, downsample, block: apply to new blocks; {self.architecture} has its own layers")
+            raise ValueError(
+                f"width, downsample and block apply to new blocks, but {self.architecture} has its own layers"
+            )
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError for settings that need a checkpoint without one, and for an architecture beside one."""
+        """Raises ValueError for an architecture beside a checkpoint, and for settings that need the missing checkpoint."""
         on_checkpoint = self._is_on_checkpoint(config)
         if on_checkpoint and self.architecture is not None:
             raise ValueError(
@@ -80,7 +78,7 @@ class GreedyStackStrategy(GradientStrategy):
             raise ValueError("stack_after and block='transformer' need the activations of a --checkpoint")
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
-        """The checkpoint, or the architecture or blocks with random weights."""
+        """Returns the checkpoint, or the architecture or the new blocks with random weights."""
         from hf_transfer.network.backbone import create
         from hf_transfer.network.growing import create_blocks
 
@@ -98,7 +96,7 @@ class GreedyStackStrategy(GradientStrategy):
         return create_blocks(data.label_names, blocks, self._aux_head(config), image_size_px=self.image_size_px)
 
     def run(self, session: "Session") -> "RunResult":
-        """Grows the stack, then fine-tunes it."""
+        """Trains the stack layer by layer, then fine-tunes all layers together."""
         from hf_transfer.training.stages import GrowOptions, finish, grow
 
         options = GrowOptions(epochs=self.stage_epochs, patience_layers=self.patience_layers)
@@ -106,7 +104,7 @@ class GreedyStackStrategy(GradientStrategy):
         return finish(session, grown, lr=self.fine_tune_lr, fine_tunes=self.fine_tune)
 
     def make_stack(self, session: "Session") -> "GreedyStack":
-        """The layers to grow, each with its auxiliary head."""
+        """Returns the layers to stack, each with its auxiliary head."""
         from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on
 
         backbone, aux = session.backbone, self._aux_head(session.config)
@@ -124,7 +122,7 @@ class GreedyStackStrategy(GradientStrategy):
         return DEFAULT_LAYERS if self.layers is None else self.layers
 
     def _blocks(self, width: int | None, downsample: tuple[int, ...]) -> "BlockSpec":
-        """The new blocks; `width` and `downsample` hold where the settings say nothing."""
+        """Returns the new blocks. `width` and `downsample` are the defaults of settings that are None."""
         from hf_transfer.network.growing import BlockSpec, read_numbers
 
         return BlockSpec(

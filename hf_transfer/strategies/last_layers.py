@@ -1,8 +1,9 @@
-"""Partial fine-tuning: train the last layers and the head; everything below is frozen, computed once and stored.
+"""Partial fine-tuning: train the last layers and the head on stored activations of the frozen layers below.
 
-`--k` counts layers as `hf-transfer inspect` lists them (blocks, not stages); `--from_layer layer4` names the first one that
-trains. First the head is solved for on frozen features (`--no-probe_first` skips that), then all that trains takes gradient
-steps on stored activations. `--cache_views 8` stores augmented views; 0 augments in every epoch and runs the prefix each time.
+`--k` counts layers as `hf-transfer inspect` lists them (blocks, not stages). `--from_layer layer4` selects the first trained
+layer by name. The first phase solves for the head on frozen features (`--no-probe_first` skips it). The second phase trains the
+head and the last layers. `--cache_views 8` stores the activations of 8 augmented views of each image. With `--cache_views 0`,
+the frozen layers run on freshly augmented images in every epoch.
 """
 
 from dataclasses import dataclass
@@ -22,23 +23,23 @@ if TYPE_CHECKING:
 class LastLayers(GradientStrategy):
     """Settings of partial fine-tuning."""
 
-    k: int = flag(2, "how many layers below the head train; 0: only the head, by gradient steps")
-    from_layer: str | None = flag(None, "name or alias of the first layer that trains, instead of k")
-    probe_first: bool = flag(True, "solve for the head on frozen features before the first step")
+    k: int = flag(2, "number of layers below the head that train; 0: only the head trains")
+    from_layer: str | None = flag(None, "name or alias of the first layer that trains; replaces k")
+    probe_first: bool = flag(True, "solve for the head on frozen features before the gradient steps")
 
     def __post_init__(self) -> None:
         if self.k < 0:
             raise ValueError(f"k={self.k}: choose 0 or more layers")
 
     def plan(self, session: "Session") -> "Plan":
-        """The head, then the last layers."""
+        """Returns the phases: solving for the head, then training the last layers."""
         from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 
         steps = TrainPhase(policy=self._policy(), epochs=self.training.epochs, optimization=self.optimization)
         return [SolveHeadPhase(), steps] if self.probe_first else [steps]
 
     def price(self, pricing: "Pricing") -> "Price":
-        """Two passes, and steps above the cut."""
+        """Returns the cost of two passes over the images and of training steps above the cut."""
         return pricing.price_steps(self.training.epochs, self._policy(), passes=2, solves_head=self.probe_first)
 
     def _policy(self) -> "Policy":

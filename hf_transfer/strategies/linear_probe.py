@@ -1,8 +1,8 @@
 """Linear probe: run the frozen network once over the images, then solve for the new head.
 
-Everything before the head is frozen, so each image goes through the network once. What remains is a convex problem. L-BFGS
-solves it for a whole path of regularization strengths at once, for every way the head can read the network (`--readouts`).
-Held-out images choose, and the winner is fitted on train and validation images together.
+All layers before the head are frozen, so the head is the solution of a convex problem. L-BFGS solves the problem for many
+regularization strengths at once, and for every readout (a layer and pooling that give the head's input, `--readouts`). Held-out
+images select the best solution, which is then fitted to training and validation images together.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 class LinearProbe(Strategy):
     """Settings of the linear probe."""
 
-    select_by: SelectBy = flag("log_loss", "held-out metric that chooses the regularization")
-    folds: int = flag(5, "cross-validation folds over train and validation; 1: the validation split chooses")
+    select_by: SelectBy = flag("log_loss", "metric on held-out images that selects the regularization")
+    folds: int = flag(5, "number of cross-validation folds; 1: no folds, but the validation split alone")
     readouts: Sweep = flag(
         "all",
-        "what competes with the checkpoint's own features: other poolings of the last layer, earlier layers, or both (all); "
-        "takes no further pass, and wins only beyond chance",
+        "features to try besides the checkpoint's own: other poolings of the last layer, earlier layers, or both (all); they "
+        "replace the checkpoint's own features only if they are significantly better",
     )
 
     def plan(self, session: "Session") -> "Plan":
-        """The head alone."""
+        """Returns one phase that solves for the head."""
         from hf_transfer.training.phase import SolveHeadPhase
 
         return [SolveHeadPhase(sweep=self.readouts, folds=self.folds, select_by=self.select_by)]
 
     def price(self, pricing: "Pricing") -> "Price":
-        """One pass and one convex problem."""
+        """Returns the cost of one pass over the images and one convex problem."""
         return pricing.price_probe()

@@ -1,8 +1,8 @@
-"""Adapters: solve for the head on frozen features, then train LoRA or a relative beside the frozen weights (arXiv 2106.09685).
+"""Adapters: solve for the head on frozen features, then train LoRA or similar beside the frozen weights (arXiv 2106.09685).
 
-Adapters start as the identity, so the solved head fits from the first step. By default they are merged at the end, and the
-result is a plain checkpoint; `--no-merge` saves a PEFT adapter folder instead, a few percent of the size, which names its base
-by id. With `--adapter_layers last:4 --cache_views 8` everything below those layers runs once and is stored.
+New adapters do not change the network's output, so the solved head fits from the first step. At the end, the adapters are
+merged, and the result is a plain checkpoint. With `--no-merge`, the result is a PEFT adapter folder, which records the Hub id
+of the base and is much smaller. With `--adapter_layers last:4 --cache_views 8`, the output of the layers below is stored.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hf_transfer.training.pricing import Price, Pricing
     from hf_transfer.training.records import RunResult
 
-FORWARDS = 2.2  # per training step, in forwards of the network: a backward without gradients of frozen weights
-TRAINED_SHARE = 0.02  # of the parameters, roughly
+FORWARDS = 2.2  # cost of a training step in forward passes; frozen weights need no gradients
+TRAINED_SHARE = 0.02  # rough share of the parameters that train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,12 @@ class Lora(GradientStrategy):
     """Settings of the adapters."""
 
     adapter: AdapterConfig = field(default=AdapterConfig())
-    merge: bool = flag(True, "save a plain checkpoint; off: save an adapter folder that names its base by Hub id")
+    merge: bool = flag(True, "merge the adapters and save a plain checkpoint; off: save only the adapters")
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=1e-3, layer_decay=1.0))
     training: TrainingConfig = field(default=TrainingConfig(cache_views=0))
 
     def prepare(self, session: "Session") -> "Session":
-        """The session with adapters in its network."""
+        """Returns the session with adapters added to its network."""
         from hf_transfer.network.adapters import add_adapters, check_saved_apart
 
         adapter = replace(self.adapter, seed=session.config.seed)
@@ -41,7 +41,7 @@ class Lora(GradientStrategy):
         return session.with_network(adapted, chain)
 
     def plan(self, session: "Session") -> "Plan":
-        """The head, then head and adapters."""
+        """Returns the phases: solving for the head, then training head and adapters."""
         from hf_transfer.network.adapters import Adapted
         from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 
@@ -51,7 +51,7 @@ class Lora(GradientStrategy):
         return [SolveHeadPhase(sweep="none"), steps]
 
     def finish(self, session: "Session", result: "RunResult") -> "RunResult":
-        """With the adapters merged, if asked."""
+        """Returns the result with a description of the adapters, which are merged if `merge` is set."""
         from hf_transfer.network.adapters import Adapted, merge_adapters
 
         adapted = session.backbone
@@ -60,7 +60,7 @@ class Lora(GradientStrategy):
         return replace(result, backbone=merge_adapters(adapted) if self.merge else adapted, details=details)
 
     def price(self, pricing: "Pricing") -> "Price":
-        """A probe, and cheaper steps."""
+        """Returns the cost of a probe and of training steps that compute no gradients of frozen weights."""
         from hf_transfer.network.policies import full
 
         epochs = self.training.epochs

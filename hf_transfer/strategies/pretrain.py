@@ -1,21 +1,14 @@
-"""Supervised pretraining: train an architecture from random weights, with the loop that fine-tuning uses.
+"""Supervised pretraining: train an architecture from random weights, with the training loop of fine-tuning.
 
-The result is a plain checkpoint: every other strategy takes its `model/` folder as `--checkpoint`. `--image_size_px` builds the
-architecture for smaller or larger images than its own default.
+The result is a plain checkpoint, and every other strategy accepts its `model/` folder as `--checkpoint`. `--image_size_px` sets
+the size of the architecture's input images.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import (
-    NO_CHECKPOINT,
-    AugmentationConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainingConfig,
-    flag,
-)
+from hf_transfer.config import NO_CHECKPOINT, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig, flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -27,28 +20,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(GradientStrategy):
-    """Settings of supervised pretraining. There is no checkpoint."""
+    """Settings of supervised pretraining, which starts without a checkpoint."""
 
     task_defaults: ClassVar[Mapping[str, Any]] = {"checkpoint": NO_CHECKPOINT}
 
-    architecture: str = flag("test_resnet", "timm architecture or transformers model type; the default is a tiny one")
-    image_size_px: int | None = flag(32, "side of the square that the network takes; none: the architecture's own")
+    architecture: str = flag("test_resnet", "timm architecture or transformers model type; the default is tiny")
+    image_size_px: int | None = flag(32, "side of the square input images; none: the architecture's default")
     model_args: str | None = flag(
-        None, """JSON object for the architecture's constructor, such as '{"stem_width": 8}'"""
+        None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
     )
     training: TrainingConfig = field(default=TrainingConfig(epochs=30, freeze_batchnorm=False))
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3, layer_decay=1.0))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError for a checkpoint."""
+        """Raises ValueError if the settings name a checkpoint."""
         if config.model.checkpoint != NO_CHECKPOINT:
             raise ValueError(
-                f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights, `full` from a checkpoint"
+                f"checkpoint={config.model.checkpoint!r}: pretraining uses random weights; `full` starts from a checkpoint"
             )
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
-        """The architecture with random weights, drawn by the seed."""
+        """Returns the architecture with random weights drawn from the seed."""
         from hf_transfer.network.backbone import create
 
         return create(
@@ -60,7 +53,7 @@ class Pretrain(GradientStrategy):
         )
 
     def plan(self, session: "Session") -> "Plan":
-        """Everything, in one phase."""
+        """Returns one phase that trains all layers."""
         from hf_transfer.network.policies import full
         from hf_transfer.training.phase import TrainPhase
 

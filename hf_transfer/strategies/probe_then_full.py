@@ -1,8 +1,8 @@
 """LP-FT: solve for the head on frozen features, then fine-tune every layer from there (arXiv 2202.10054).
 
-A head that fits the frozen features keeps the first steps from distorting them. Lower layers move less than higher ones
-(`--layer_decay`). The last epoch that validates as well as the best one, up to chance, is kept, as a moving average of the
-weights; or the probe itself if no epoch is better.
+A head that fits the frozen features keeps the first steps from distorting the features. Lower layers have lower learning rates
+(`--layer_decay`). Training keeps a moving average of the weights, from the last epoch that is not significantly worse than the
+best epoch on validation images. If no epoch is significantly better than the probe, training keeps the probe.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class ProbeThenFull(GradientStrategy):
     """Settings of LP-FT."""
 
     def plan(self, session: "Session") -> "Plan":
-        """The head, then everything."""
+        """Returns the phases: solving for the head, then training all layers."""
         from hf_transfer.network.policies import full
         from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 
@@ -29,7 +29,7 @@ class ProbeThenFull(GradientStrategy):
         return [SolveHeadPhase(), steps]
 
     def price(self, pricing: "Pricing") -> "Price":
-        """A probe, and steps on everything."""
+        """Returns the cost of a probe and of training steps on all layers."""
         from hf_transfer.network.policies import full
 
         return pricing.price_steps(self.training.epochs, full(), passes=1, solves_head=True)
