@@ -14,7 +14,7 @@ import pytest
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
 from hf_transfer.choosing.candidates import find_candidates, make_command, to_k
 from hf_transfer.choosing.decide import choose_and_run, compare
-from hf_transfer.choosing.estimates import CurvePoint, DepthScore, LearningCurve
+from hf_transfer.choosing.expected_accuracy import CurvePoint, DepthScore, LearningCurve
 from hf_transfer.choosing.pilots import Pilot, run_pilots
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime
 from hf_transfer.choosing.suggestions import suggest

@@ -25,12 +25,12 @@ from hf_transfer.network.policies import Policy, full, last
 from hf_transfer.reporting.sentences import describe_phase
 from hf_transfer.strategy import Strategy
 from hf_transfer.training import phase
+from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import PhasesResult, run_phases
 from hf_transfer.training.plan import run_plan
 from hf_transfer.training.records import Kept, RunResult, Score
 from hf_transfer.training.selection import Validation, is_kept
-from hf_transfer.training.solve import fit_head
 from hf_transfer.training.steps import NonFiniteLossError
 from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
 
@@ -272,6 +272,17 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     train([last(1)], tmp_path)
     with pytest.raises(ValueError, match=r"lr was 0\.\d+, is 0\.5"):
         train([last(1)], tmp_path, resume=True, lr=0.5)
+
+
+def test_a_state_of_another_network_is_refused(tmp_path: Path) -> None:
+    """The same settings and the same path of the checkpoint, but one weight in it has changed."""
+    plan = [phase.train(last(1), epochs=1)]
+    run_phases(make_session("full", tmp_path), plan, checkpoints=tmp_path)
+    session = make_session("full", tmp_path, resume=True)
+    with torch.no_grad():
+        next(session.backbone.model.parameters()).view(-1)[0] += 1e-3
+    with pytest.raises(ValueError, match=r"network was '[0-9a-f]{32}', is '[0-9a-f]{32}'"):
+        run_phases(session, plan, checkpoints=tmp_path)
 
 
 @pytest.mark.parametrize(

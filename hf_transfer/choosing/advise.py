@@ -19,7 +19,8 @@ from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 
 from hf_transfer.choosing.candidates import find_candidates, make_command
-from hf_transfer.choosing.estimates import (
+from hf_transfer.choosing.evidence import Evidence, gather_evidence, read_head
+from hf_transfer.choosing.expected_accuracy import (
     MAX_ROWS,
     CrossValidation,
     DepthScore,
@@ -28,7 +29,6 @@ from hf_transfer.choosing.estimates import (
     draw_learning_curve,
     sample_rows,
 )
-from hf_transfer.choosing.evidence import Evidence, gather_evidence, read_head
 from hf_transfer.choosing.pilots import Pilot, run_pilots
 from hf_transfer.choosing.rule import DataRegime, choose, expect_accuracy
 from hf_transfer.choosing.scores import knn_hits

@@ -15,8 +15,8 @@ import numpy as np
 from accelerate import Accelerator
 from scipy.stats import kendalltau, spearmanr
 
-from hf_transfer.choosing.estimates import cross_validate, sample_rows
 from hf_transfer.choosing.evidence import gather_evidence
+from hf_transfer.choosing.expected_accuracy import cross_validate, sample_rows
 from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.config import RunConfig
 from hf_transfer.costs import Costs

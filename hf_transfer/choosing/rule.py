@@ -50,7 +50,7 @@ class DataRegime:
 
     @property
     def cell(self) -> str:
-        """The nearest corner of the table."""
+        """The corner cell of the rule's table that this data set is nearest to."""
         return CORNERS[(self.amount >= 0.5) + 2 * (self.similarity < 0.5)]
 
     @property

@@ -91,9 +91,9 @@ def find_targets(chain: Chain, adapter: AdapterConfig) -> Targets:
 
 @dataclass(frozen=True, kw_only=True)
 class _Observation:
-    """The names of modules that one forward called, with activations, or for a product of activations."""
+    """Three sets of module names, recorded during one forward of the network."""
 
-    called: frozenset[str]
+    called: frozenset[str]  # modules that were called
     fed: frozenset[str]  # modules called with a tensor that depends on the image
     mixing: frozenset[str]  # innermost modules that multiply two activations
 

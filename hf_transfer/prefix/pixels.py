@@ -115,7 +115,7 @@ class TrainingImages:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The fingerprint of the split's content, the side of the squares, and the augmentation with its seed."""
+        """What decides the stored pixels: the fingerprint of the split, the side of its squares, and the augmentation."""
         return {
             "data": self.split.fingerprint,
             "preprocessing": dict(self.preprocessing.spec),

@@ -86,7 +86,7 @@ def render_report(results: Mapping[str, Any]) -> str:
 
     Only `metrics` is required, with the metrics of `test` or `validation` (see `training.metrics.score`). Without a test split,
     the page shows validation metrics with the warning that they are optimistic. Every other part (strategy, checkpoint, data,
-    curves, cost, plan, details, config, versions) is shown if present. Rates and fingerprints may be one value, or a mapping.
+    curves, cost, plan, details, config, versions) is shown if present.
 
     Raises ValueError if `metrics` contains neither test nor validation, or if a curve cannot be drawn.
     """

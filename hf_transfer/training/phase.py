@@ -42,7 +42,7 @@ class SolveHeadPhase:
 
     If gradient steps follow, the head is fitted on the training images only. If no gradient step improves the head, or if no
     gradient steps follow, the run ends like `linear_probe`: the head is chosen by these settings and fitted on training and
-    validation images (see `training.solve`).
+    validation images (see `training.fit_head`).
     """
 
     policy: Policy = field(default_factory=head)

@@ -12,6 +12,7 @@ import torch
 from hf_transfer.config import to_settings
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
+from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
 from hf_transfer.prefix.sweep import move_model, use_fast_layout
 from hf_transfer.session import Session
@@ -19,17 +20,18 @@ from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import load_state, remove_state, save_state
 from hf_transfer.training.feeds import PhaseData, make_phase_data
+from hf_transfer.training.fit_head import describe_solution
 from hf_transfer.training.loop import train_phase
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.records import PhaseCost, PhaseResult, phase_from_json, to_json
-from hf_transfer.training.solve import describe_solution
 from hf_transfer.training.steps import PhaseRun
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 3  # increase this number when a run could not continue from older states in the same way
+STATE_FORMAT = 4  # increase this number when a run could not continue from older states in the same way
 
-# Settings that may change when a run is resumed, because they do not influence the result.
+# Settings that may change when a run is resumed: they do not influence the result, or (checkpoint, dataset) are paths, whose
+# content is compared by its hash.
 NOT_COMPARED = frozenset((
     "output_dir", "resume", "cache", "cache_gb", "num_workers", "tracker", "save_every", "checkpoint", "dataset", "base_model",
     "merge", "push_to_hub", "private",
@@ -242,7 +244,10 @@ def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
     """Returns the settings, data and plan that must equal those of a saved state, so that a run can resume from the state."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED}
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
-    return {"format": STATE_FORMAT, **settings, **splits, "plan": [phase.identity() for phase in plan]}
+    network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change
+    return {
+        "format": STATE_FORMAT, "network": network, **settings, **splits, "plan": [phase.identity() for phase in plan],
+    }  # fmt: skip
 
 
 def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

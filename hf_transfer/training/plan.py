@@ -9,6 +9,7 @@ from hf_transfer.session import Session
 from hf_transfer.training import wise
 from hf_transfer.training.evaluate import score_splits
 from hf_transfer.training.feeds import make_phase_data
+from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.loop import validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase
 from hf_transfer.training.phases import run_phases
@@ -24,7 +25,6 @@ from hf_transfer.training.records import (
     Score,
     to_json,
 )
-from hf_transfer.training.solve import fit_head
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def run_plan(session: Session, plan: Plan) -> RunResult:
     """Trains the session's network in place, phase by phase, and scores the network on validation images and test images.
 
     If the first phase solves for the head and no gradient step improves on this head, or if the plan has no gradient steps, the
-    result is a linear probe (`training.solve.fit_head`). This probe is fitted on validation images too, each of which is scored
+    result is a linear probe (see `training.fit_head`). This probe is fitted on validation images too, each of which is scored
     by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
 
     States are saved in the session's `checkpoints`. Raises the errors of `run_phases`.

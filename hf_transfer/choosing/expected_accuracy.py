@@ -17,7 +17,7 @@ from hf_transfer.training.folds import draw_folds
 from hf_transfer.training.lbfgs import SolverOptions
 from hf_transfer.training.probe import SPREAD_FLOOR, solve_path
 
-C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)  # coarser than that of `training.probe`: cross-validation solves it once per fold
 FOLDS = 5
 SOLVER = SolverOptions(
     tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR

@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from hf_transfer.choosing.estimates import (
+from hf_transfer.choosing.expected_accuracy import (
     CrossValidation,
     _fit_law,
     binomial_interval,
