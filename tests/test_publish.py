@@ -159,7 +159,7 @@ def test_a_model_that_is_not_the_measured_one_is_not_pushed(
     (run / "model" / "config.json").write_text(json.dumps(config))
     status, shown = push(hub, run, capsys)
     assert status == 2
-    assert "a different model than the one that was measured" in shown
+    assert "a different model than the model that was measured" in shown
     assert hub.requests == []
 
 
@@ -169,7 +169,7 @@ def test_a_model_that_is_not_the_measured_one_is_not_pushed(
     [
         (None, "hf auth login"),
         ("hf_wrong", "hf auth login"),
-        ("hf_reader", "use one with write access"),
+        ("hf_reader", "use a token with write access"),
         ("hf_bob", "a repository of your own"),
     ],
 )
