@@ -96,7 +96,7 @@ def use_fast_layout(model: torch.nn.Module) -> None:
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in model.modules():
         if getattr(module, "lora_magnitude_vector", None):  # peft's DoRA reads these kernels as matrices, by `view`
-            module.lora_A.to(memory_format=torch.contiguous_format)
+            module.lora_A.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _sweep_on_cpu(
