@@ -17,7 +17,9 @@ import torch
 
 from hf_transfer.flags import parse, read_config
 from hf_transfer.network.backbone import load
+from hf_transfer.runs import execute, open_session
 from hf_transfer.strategy import default_config
+from tests.sessions import make_config
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 300  # a hang is a failure, not a wait
@@ -182,6 +184,16 @@ def test_frozen_layers_are_saved_to_the_bit_and_trained_ones_change(tmp_path: Pa
     assert results["details"]["audited_tensors"] == len(
         [n for n in upstream if not n.startswith(TRAINED["last_layers"])]
     )
+
+
+@pytest.mark.parametrize("method", ["dora", "loha", "ia3"])
+def test_every_adapter_trains_on_convolutions(method: str, tmp_path: Path) -> None:
+    """Through the recipe, whose memory layout is channels last: peft's DoRA could not read such kernels."""
+    config = make_config("lora", adapter=method, epochs=1, images_per_class=4, output_dir=str(tmp_path))
+    result = execute(open_session(config, output_dir=tmp_path))
+    assert result.phases[-1].optimizer == "adamw"
+    assert result.phases[-1].num_trainable > 0
+    assert load(str(tmp_path / "model")).label_names == tuple("0123456789")
 
 
 def test_auto_says_what_it_chose_between(tmp_path: Path) -> None:
