@@ -220,10 +220,10 @@ def _find_or_make(groups: Sequence[_Group], request: StoreRequest) -> dict[str, 
             ranks.barrier()
     stores: dict[str, Store] = {}
     for group, folder in zip(groups, folders, strict=True):
-        found = _open(folder)
-        if found is None:
+        opened_now = _open(folder)
+        if opened_now is None:
             raise RuntimeError(f"another job removed the cache {folder.name} while this job opened it: run again")
-        stores |= group.named(found)
+        stores |= group.named(opened_now)
     ranks.barrier()  # all ranks have opened the stores before rank 0 may discard a store in its next call
     return stores
 
@@ -238,15 +238,15 @@ def _make_in_memory(request: StoreRequest) -> dict[str, Store]:
 
 def _discard_wrong(groups: Sequence[_Group], opened: list[dict[str, Store] | None], check: Check) -> list[Any]:
     """Removes the stores that `check` rejects from the disk, and returns `opened` with None in their places."""
-    stores = {n: s for group, found in zip(groups, opened, strict=True) if found for n, s in group.named(found).items()}
+    stores = {n: s for group, files in zip(groups, opened, strict=True) if files for n, s in group.named(files).items()}
     wrong = check(stores)
     for name in wrong:
         log.warning("the cache of %s differs from what the network computes now: discarding and rebuilding it", name)
         if stores[name].path is not None:
             _remove(stores[name].path)
     return [
-        None if found and not set(wrong).isdisjoint(g.arrays) else found
-        for g, found in zip(groups, opened, strict=True)
+        None if files and not set(wrong).isdisjoint(g.arrays) else files
+        for g, files in zip(groups, opened, strict=True)
     ]
 
 
@@ -263,7 +263,7 @@ def _complete(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
 
 def list_caches() -> list[CacheEntry]:
     """Returns all complete stores, least recently used first."""
-    found = []
+    entries = []
     for file in _root().glob(f"*/{META}"):
         if PARTIAL in file.parent.name:
             continue
@@ -276,8 +276,8 @@ def list_caches() -> list[CacheEntry]:
         except json.JSONDecodeError:
             meta = {"title": "damaged"}  # listed because it takes space and can be removed
         key, title, fields = file.parent.name, meta.get("title", ""), meta.get("fields", {})
-        found.append(CacheEntry(key=key, title=title, fields=fields, nbytes=nbytes, last_used=used))
-    return sorted(found, key=lambda entry: entry.last_used)
+        entries.append(CacheEntry(key=key, title=title, fields=fields, nbytes=nbytes, last_used=used))
+    return sorted(entries, key=lambda entry: entry.last_used)
 
 
 def clear_caches(keys: Sequence[str] | None = None) -> int:
