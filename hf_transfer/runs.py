@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import LoggerType, is_tensorboard_available, parse_flag_from_env, set_seed
+from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_available, parse_flag_from_env, set_seed
 
 from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
@@ -123,17 +124,32 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
 
 def start_logging() -> None:
     """Sends log lines to stderr: all of the main process, but only errors of other processes and chatty libraries."""
-    # As Accelerator would: the first PartialState of a process decides whether there are several, for all later ones.
-    is_main = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).is_main_process
+    # The first PartialState decides whether there are several processes, for the Accelerator too.
+    is_main = PartialState(cpu=_uses_cpu()).is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
-    """Returns the run's Accelerator. `accelerate launch` or its config file decides what the settings leave open."""
+    """Returns the run's Accelerator. `accelerate launch` or its config file decides what the settings leave open.
+
+    Raises RuntimeError if a launcher started several processes that would train independently of each other.
+    """
     AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
-    return Accelerator(**_accelerator_options(config, output_dir))
+    accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
+    started = get_int_from_env(["WORLD_SIZE"], 1)
+    if started != accelerator.num_processes:
+        raise RuntimeError(
+            f"the launcher started {started} processes (WORLD_SIZE), but accelerate connected {accelerator.num_processes}: "
+            "each process would train alone and write to the same folder"
+        )
+    return accelerator
+
+
+def _uses_cpu() -> bool:
+    """Whether the run is on the CPU. Accelerate must be told, or several processes on a CPU do not find each other."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def _accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def test_the_saved_prefix_is_upstreams_to_the_bit(first: tuple[Path, dict[str, A
 def test_two_processes_give_what_one_gives(first: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     _, results, _ = first
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_TRANSFER_CACHE": str(tmp_path / "cache")}
+    env = {"OMP_NUM_THREADS": "1", "HF_TRANSFER_CACHE": str(tmp_path / "cache")}  # nothing says that this is a CPU
     log = run_recipe("linear_probe", "--output_dir", str(tmp_path / "run"), launcher=launcher, env=env)
     assert log.count("wrote ") == 1  # two processes of one run, not two runs
     both = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -349,3 +350,11 @@ def test_advise_takes_a_task(folder: Path) -> None:
     advice = ht.Task(folder, **DATA).advise()
     assert advice.recommended in {estimate.strategy for estimate in advice.estimates}
     assert str(folder) in advice.command
+
+
+def test_processes_that_do_not_know_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    Accelerator(cpu=True)  # this process already believes that it is alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    task = ht.Task("sklearn/digits", images_per_class=4)
+    with pytest.raises(RuntimeError, match=r"the launcher started 2 processes \(WORLD_SIZE\), but accelerate connected 1"):
+        task.fit(ht.linear_probe())
