@@ -10,7 +10,7 @@ from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
 
 
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
-    """Fits the head on training and validation images, after held-out images chose the readout (how features are computed).
+    """Fits the head on training and validation images, after held-out images chose the readout (a way to compute features).
 
     Each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises RuntimeError if
     the whole network and the probe on stored features compute different logits.

@@ -127,7 +127,7 @@ def _prepare(run: PhaseRun, groups: list[dict[str, Any]], contexts: ExitStack) -
 
 
 def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
-    """Returns the tensors that a phase may change: trainable parameters, and buffers of its state_dict after the cut."""
+    """Returns the tensors that a phase may change: trainable parameters, and saved buffers after the frozen prefix."""
     chain = run.session.chain
     parameters = {n: p for n, p in chain.model.named_parameters() if n in run.names}
     saved = chain.model.state_dict(keep_vars=True)

@@ -177,7 +177,7 @@ def resample_indices(num_samples: int, *, seed: int, resamples: int) -> Iterator
 def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
     """Returns the 95 % bootstrap interval of the mean of values (N,), one per image.
 
-    To compare two models on the same images, pass the difference of their values, such as `Outcomes.hits`.
+    To compare two models on the same images, pass the differences per image, such as the differences of `Outcomes.hits`.
     """
     blocks = resample_indices(len(values), seed=seed, resamples=resamples)
     return _interval(np.concatenate([values[indices].mean(axis=1) for indices in blocks]))

@@ -241,7 +241,7 @@ def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) 
 
 
 def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
-    """Returns the settings, data and plan that must equal those of a saved state, so that a run can resume from the state."""
+    """Returns network, settings, data and plan. A run can resume only from a state with the same values."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED}
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change

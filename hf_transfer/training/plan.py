@@ -93,7 +93,7 @@ def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
     difference = abs(measured.nll - chosen_by.log_loss)
     if session.resources.precision == "fp32" and difference > VERIFIED_LOG_LOSS:
         raise RuntimeError(
-            f"the saved network has another validation log-loss than the chosen weights had in training, by {difference:.2g}"
+            f"the validation log-losses of the saved network and of the last phase differ by {difference:.2g}"
         )
 
 

@@ -177,9 +177,7 @@ def fit_probe(
     _check(train_x, train_y, num_classes, options.c_grid)
     _check(val_x, val_y, num_classes, options.c_grid)
     if train_x.shape[1] != val_x.shape[1]:
-        raise ValueError(
-            f"train has {train_x.shape[1]} features and validation {val_x.shape[1]}: use one readout for both"
-        )
+        raise ValueError(f"train has {train_x.shape[1]} features and validation {val_x.shape[1]}: give equal numbers")
     device, folds = train_x.device, options.folds
     targets = torch.cat([train_y.to(device), val_y.to(device)])
     in_train = torch.arange(len(targets), device=device) < len(train_y)
@@ -289,9 +287,7 @@ def _follow_path(
     assert best is not None
     assert fits is not None
     if len(c_grid) > 1 and best.c in (c_grid[0], c_grid[-1]):
-        log.info(
-            "linear probe: the best C, %g, is at the end of the grid: a wider grid of C may give a better probe", best.c
-        )
+        log.info("the best C of the probe, %g, is at the end of the grid: a wider grid may give a better probe", best.c)
     return path, best, fits
 
 
@@ -312,10 +308,10 @@ def _solve(
 def _check(features: Tensor, targets: Tensor, num_classes: int, c_grid: Sequence[float]) -> None:
     if features.ndim != 2 or tuple(targets.shape) != (len(features),) or not features.numel():
         raise ValueError(
-            f"features {tuple(features.shape)} and targets {tuple(targets.shape)}: give shapes (N, D) and (N,) above 0"
+            f"features {tuple(features.shape)} and targets {tuple(targets.shape)}: give shapes (N, D) and (N,), not empty"
         )
     if not features.is_floating_point() or targets.is_floating_point():
-        raise ValueError(f"features are {features.dtype}, targets {targets.dtype}: give floats and integers")
+        raise ValueError(f"features are {features.dtype}, targets {targets.dtype}: give float and integer tensors")
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: a probe needs 2 or more classes")
     low, high = int(targets.min()), int(targets.max())

@@ -159,9 +159,7 @@ def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Back
     with torch.no_grad():
         linear.weight.copy_(best.probe.weight.reshape(linear.weight.shape))
         if linear.bias is None:
-            raise ValueError(
-                f"the classifier {chain.classifier} has no bias, but a probe needs a bias: choose the strategy full"
-            )
+            raise ValueError(f"the classifier {chain.classifier} has no bias for the probe: choose the strategy full")
         linear.bias.copy_(best.probe.bias)
     return replace(backbone, model=model)
 

@@ -21,7 +21,7 @@ class Score:
     log_loss: float
 
     def rank(self, select_by: SelectBy) -> tuple[float, float]:
-        """Returns a sort key. Lower is better; among equal accuracies, the lower log-loss is better."""
+        """Returns a sort key, which is lower for a better score. Among equal accuracies, the lower log-loss is better."""
         return (-self.accuracy if select_by == "accuracy" else 0.0, self.log_loss)
 
 

@@ -175,7 +175,7 @@ def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True
 
 
 def find_best_depth(done: Sequence[PhaseResult], select_by: SelectBy) -> int:
-    """Returns the number of stages with the best validation score, or the smallest such number if scores are equal."""
+    """Returns the depth (number of stages) with the best validation score. Among equal scores, the smallest depth wins."""
     return min(range(len(done)), key=lambda i: done[i].score.rank(select_by)) + 1
 
 
@@ -204,7 +204,7 @@ def count_stage_flops(stage: Stage, *, stored: bool) -> StageFlops:
 
 
 def ensemble(by_stage: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the log (N, K) of the stages' mean probabilities, from logits (S, N, K). Each stage has twice the weight of the last one."""
+    """Returns logs (N, K) of the weighted mean of stage probabilities, from logits (S, N, K). Weights double per stage."""
     weights = ENSEMBLE_BASE ** np.arange(len(by_stage))
     combined: NDArray[np.float64] = logsumexp(
         log_softmax(by_stage.astype(np.float64), axis=-1), axis=0, b=(weights / weights.sum())[:, None, None]
