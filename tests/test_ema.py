@@ -167,7 +167,7 @@ def test_tensors_that_differ_from_the_averaged_ones_are_refused_and_nothing_chan
     before = cloned(named)
     fewer = {n: t for n, t in named.items() if n != "scalar"}
     reshaped = {**named, "weight": torch.ones(3, 4)}
-    with pytest.raises(ValueError, match="update: 1 tensors differ from the averaged ones in name or shape: scalar"):
+    with pytest.raises(ValueError, match="update: 1 tensors differ from the averaged tensors in name or shape: scalar"):
         averaged.update(fewer)
     with pytest.raises(ValueError, match=r"swapped: 1 .* weight"), averaged.swapped(reshaped):
         pass

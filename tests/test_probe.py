@@ -370,7 +370,7 @@ def test_two_rows_of_each_of_two_classes_are_enough() -> None:
         ({"features": torch.full((9, 4), 6e4, dtype=torch.float16) * 2}, "4 of 4 features contain nan, inf"),
         ({"features": torch.zeros(9, 4, 1)}, r"features \(9, 4, 1\) and targets \(9,\)"),
         ({"features": torch.zeros(8, 4)}, r"features \(8, 4\) and targets \(9,\)"),
-        ({"features": torch.zeros(9, 4, dtype=torch.int64)}, "give floats and integers"),
+        ({"features": torch.zeros(9, 4, dtype=torch.int64)}, "give float and integer tensors"),
         ({"row_weights": torch.ones(4)}, r"row_weights has shape \(4,\); give \(9,\) or \(1, 9\)"),
         ({"row_weights": torch.zeros(9)}, "not all 0"),
         ({"row_weights": -torch.ones(9)}, "finite, 0 or more"),

@@ -21,7 +21,7 @@ class Feed:
     """The source of a phase's inputs: `read` returns rows of a store, and `prepare` turns the rows into network inputs."""
 
     num_images: int
-    views: int | None  # number of stored views per image, which take turns; None: every epoch computes a new view
+    views: int | None  # number of stored views per image, used one per epoch in turn; None: a new view in every epoch
     read: Callable[[Rows], NDArray[np.generic]]
     prepare: Callable[[torch.Tensor, Rows], torch.Tensor]  # runs on the device
     is_pixels: bool  # whether `prepare` returns images, so that mixup and cutmix are possible
@@ -44,7 +44,7 @@ def draw_steps(num_images: int, images_a_step: int, *, seed: int, epoch: int) ->
 
 
 def take_share(step: Rows, *, rank: int, num_ranks: int, accumulate: int) -> list[Rows]:
-    """Returns the batches of one process in one step. Raises ValueError if a step has fewer images than processes."""
+    """Returns the batches of process `rank` in one step. Raises ValueError if a step has fewer images than processes."""
     if len(step) < num_ranks:
         raise ValueError(
             f"cannot divide a step of {len(step)} images among {num_ranks} processes: start fewer processes"

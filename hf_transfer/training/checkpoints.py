@@ -1,7 +1,7 @@
 """Saves and loads the state from which a run resumes.
 
-A state is one file with everything that the rest of the run depends on; an interrupted write leaves the old file. The file has
-the safetensors format, with JSON in its header for all values that are not tensors, so loading a state executes no code.
+A state is one file with everything that the rest of the run depends on. An interrupted write does not damage the old file. The
+format is safetensors, with JSON in the header for all values that are not tensors, so loading a state executes no code.
 """
 
 import json
@@ -17,7 +17,7 @@ _TENSOR, _TUPLE, _INT_KEYS = "__tensor__", "__tuple__", "__int_keys__"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (nested dicts and lists of tensors and JSON values) to `folder`, and then replaces the previous state."""
+    """Replaces the state file in `folder` by `state`, which contains nested dicts and lists of tensors and JSON values."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_pack(state, tensors))
@@ -27,7 +27,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:
-    """Returns the state in `folder` with its tensors on the CPU, or None if the folder contains no state."""
+    """Returns the state in `folder` with its tensors on the CPU, or None if the folder contains no saved state."""
     if not has_state(folder):
         return None
     with safe_open(folder / STATE, framework="pt") as file:
@@ -37,7 +37,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
 
 
 def has_state(folder: Path) -> bool:
-    """Returns whether `folder` contains a state."""
+    """Returns whether `folder` contains a saved state."""
     return (folder / STATE).is_file()
 
 

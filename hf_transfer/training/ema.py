@@ -1,7 +1,7 @@
 """An exponential moving average (EMA) of the weights, which a run evaluates and saves instead of the last weights.
 
 arXiv 1803.05407 shows why averaging weights along the training path helps. The formula is the same as in timm
-`utils/model_ema.py` (ModelEmaV3), with the warm-up of TensorFlow's ExponentialMovingAverage: the first weights fade quickly.
+`utils/model_ema.py` (ModelEmaV3), with the warm-up of TensorFlow's ExponentialMovingAverage (first weights fade fast).
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, named: Mapping[str, torch.Tensor]) -> None:
-        """Moves the averages towards the current tensors by the share 1 - min(decay, (1 + t) / (10 + t)), at step t."""
+        """Moves each average towards its tensor by the share 1 - min(decay, (1 + t) / (10 + t)), after t updates."""
         self._check(named, "update")
         decay = min(self.decay, (1 + self._updates) / (10 + self._updates))
         self._updates += 1
@@ -40,7 +40,7 @@ class Averaged:
 
     @contextmanager
     def swapped(self, named: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Replaces the values of the tensors by the averages inside the context, and restores the old values at its end."""
+        """Replaces the values of the tensors by the averages inside the context. Afterwards the old values are restored."""
         self._check(named, "swapped")
         with torch.no_grad():
             former = {name: tensor.detach().clone() for name, tensor in named.items()}
@@ -55,7 +55,7 @@ class Averaged:
         return {"updates": self._updates, "averages": dict(self._averages)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copies a saved state into this object. Raises ValueError if names or shapes of the tensors differ."""
+        """Copies saved averages into this object. Raises ValueError if the saved tensors have other names or shapes."""
         self._check(state["averages"], "load_state_dict")
         _copy(state["averages"], self._averages)
         self._updates = state["updates"]
@@ -65,7 +65,7 @@ class Averaged:
         other |= {n for n in named if n not in other and named[n].shape != self._averages[n].shape}
         if other:
             raise ValueError(
-                f"{where}: {len(other)} tensors differ from the averaged ones in name or shape: "
+                f"{where}: {len(other)} tensors differ from the averaged tensors in name or shape: "
                 f"{', '.join(sorted(other)[:5])}"
             )
 

@@ -1,4 +1,4 @@
-"""Computes the logits of a split from stored activations or from pixels: each image once, with any number of processes."""
+"""Computes the logits of all images of a data split, from stored activations or pixels, with any number of processes."""
 
 from collections.abc import Callable
 
@@ -64,14 +64,14 @@ def compute_image_logits(
 
 
 def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Metrics:
-    """Returns the metrics of the whole network on a split, whose images are read from files."""
+    """Returns the metrics of the whole network on a data split. The images of the split are read from files."""
     images = EvaluationImages(split=split, preprocessing=preprocessing)
     logits, labels = compute_image_logits(chain, images, split.labels, session.resources)
     return score(logits, labels, split.label_names, seed=session.config.seed)
 
 
 def score_splits(session: Session) -> dict[str, Metrics]:
-    """Returns the metrics of the session's whole network by split: validation, and test if the data set has a test split."""
+    """Returns the metrics of the whole network on the validation split and, if there is a test split, on the test split."""
     splits = [split for split in (session.data.validation, session.data.test) if split is not None]
     return {s.name: score_images(session.chain, session.backbone.preprocessing, s, session) for s in splits}
 

@@ -3,9 +3,9 @@
 | cut | cache_views | inputs in training | layers that run |
 |---|---|---|---|
 | at the pixels | any | resized images with new augmentation in every epoch | the whole network |
-| deeper | 1 | activations of each image, preprocessed as in evaluation | the part after the cut |
-| deeper | V > 1 | activations of V augmented views, which take turns | the part after the cut |
-| deeper | 0 | resized images with new augmentation in every epoch | the whole network, the prefix without gradients |
+| after a layer | 1 | activations of each image, preprocessed as in evaluation | the part after the cut |
+| after a layer | V > 1 | activations of V augmented views, one view per epoch in turn | the part after the cut |
+| after a layer | 0 | resized images with new augmentation in every epoch | the whole network, the prefix without gradients |
 """
 
 import logging
@@ -45,10 +45,10 @@ class PhaseData:
 def make_phase_data(
     session: Session, cut: Cut | None, *, through: Sequence[Cut] = (), before: PhaseData | None = None
 ) -> PhaseData:
-    """Returns the inputs of a phase whose frozen prefix ends at `cut`, from the cache or computed now.
+    """Returns the inputs of a phase whose frozen prefix ends at `cut`. Only inputs that are not cached are computed.
 
-    `through`: earlier cuts whose activations are stored too. The previous cut's activations are the inputs for the next cut,
-    so no layer runs twice. `before`: inputs of the previous phase, reused if these inputs are activations at one of the cuts.
+    `through`: earlier cuts whose activations are stored too. The activations at each cut are computed from the activations at
+    the previous cut, so no layer runs twice. `before`: inputs of the previous phase, reused if their cut is one of these cuts.
     """
     views = session.gradient.training.cache_views
     if cut is not None and views > 0:
@@ -87,7 +87,7 @@ def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | 
     if session.is_main:
         size_mb = len(training_images) * cut.bytes_per_image / 1e6
         log.info(
-            "training reads stored activations of the frozen prefix up to %s, for %s: %d forward passes, %.1f MB",
+            "training reads stored activations at the cut %s, for %s: %d forward passes through the frozen prefix, %.1f MB",
             cut.name, described, len(training_images), size_mb,
         )  # fmt: skip
     first, kept_train, kept_validation = _begin_at(way, before)
@@ -105,7 +105,7 @@ def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | 
 
 
 def _begin_at(way: Sequence[Cut], before: PhaseData | None) -> tuple[int, Store | None, Store | None]:
-    """Returns the index of the first cut to compute, and the training and validation stores that exist at this cut."""
+    """Returns the index in `way` of the previous phase's cut, and its training and validation stores, or (0, None, None)."""
     names = [cut.name for cut in way]
     if before is None or before.cut is None or before.cut.name not in names:
         return 0, None, None
@@ -113,7 +113,7 @@ def _begin_at(way: Sequence[Cut], before: PhaseData | None) -> tuple[int, Store 
 
 
 def _walk(session: Session, images: Images, way: Sequence[Cut], first: int, store: Store | None) -> tuple[Store, int]:
-    """Returns the store of activations at the last cut, and the number of images that passed through a part of the network."""
+    """Returns the activations at the last cut of `way`, and the number of images that passed through parts of the network."""
     passes, source = 0, images
     for i in range(first, len(way)):
         if i > first or store is None:

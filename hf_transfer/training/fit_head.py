@@ -1,4 +1,4 @@
-"""Runs the linear probe, from images to a scored model that has the best probe as its classifier."""
+"""Fits a linear probe, copies the probe into the classifier of the network, and scores the network."""
 
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
@@ -10,7 +10,7 @@ from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
 
 
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
-    """Fits the head on training and validation images, for the readout that held-out images choose.
+    """Fits the head on training and validation images, after held-out images chose the readout (a way to compute features).
 
     Each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises RuntimeError if
     the whole network and the probe on stored features compute different logits.
@@ -40,7 +40,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
 
 
 def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> PhaseResult:
-    """Returns the record of the phase that solved for the head, with the held-out score."""
+    """Returns the record of a phase whose head a solver computed, with the held-out score of the head."""
     readout, probe = best.readout, best.probe
     return PhaseResult(
         policy=phase.policy.name,

@@ -1,11 +1,11 @@
-"""Decides which rows each fit of a probe uses, which rows score the fit, and the weight of each row."""
+"""Decides which rows of features (one row per image) each fit of a probe uses, which rows score the fit, and their weights."""
 
 import torch
 from torch import Tensor
 
 
 def draw_folds(targets: Tensor, folds: int, seed: int) -> Tensor:
-    """Returns the fold (N,) that holds out each row. Folds are stratified by class, and sizes differ by at most 1."""
+    """Returns the fold (N,) that holds out each row. Folds are stratified by class, and fold sizes differ by at most 1."""
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     by_class = order[targets.cpu()[order].argsort(stable=True)]
     fold_of = torch.empty(len(targets), dtype=torch.int64)
@@ -14,18 +14,18 @@ def draw_folds(targets: Tensor, folds: int, seed: int) -> Tensor:
 
 
 def find_scored(targets: Tensor, fold_of: Tensor, folds: int) -> Tensor:
-    """Returns a mask (N,) of the held-out rows whose class also occurs among the rows of the fit."""
+    """Returns a mask (N,) of the rows that a fold holds out, and whose class also occurs among the rows outside this fold."""
     fitted = torch.stack([torch.isin(targets, targets[fold_of != fold]) for fold in range(folds)])
     scored = (fold_of >= 0) & fitted.gather(0, fold_of.clamp_min(0)[None])[0]
     if not bool(scored.any()):
         raise ValueError(
-            f"no class has both a row to fit on and a row to choose C by, among {len(targets)} rows: "
-            "give at least two rows of some class"
+            f"no class has both a row to fit on and a row to choose C by, among {len(targets)} rows (images): "
+            "give at least two images of one class"
         )
     return scored
 
 
 def balance(targets: Tensor, rows: Tensor, num_classes: int) -> Tensor:
-    """Returns weights (N,) that give each class in `rows` the same total. They sum to the number of rows; other rows get 0."""
+    """Returns weights (N,) of the rows in the mask `rows`, with equal sums per class and mean 1. Other rows get weight 0."""
     counts = torch.bincount(targets[rows], minlength=num_classes)
     return torch.where(rows, rows.sum() / ((counts > 0).sum() * counts.clamp_min(1)[targets]), 0.0)

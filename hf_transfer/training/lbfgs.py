@@ -1,4 +1,4 @@
-"""Minimizes many softmax regressions over one feature matrix together, by L-BFGS.
+"""Fits many softmax regressions to one feature matrix at the same time, by L-BFGS.
 
 P problems of K classes share the features (N, D). The problems differ only in the penalty and in the weights of the rows, so
 one matrix product, (P*K, D) x (D, N), serves all problems. The solver is fast and works in float32 for four reasons:
@@ -23,7 +23,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True, kw_only=True)
 class SolverOptions:
-    """Tolerance, limits of iterations and memory, and the spread floor of the solver."""
+    """The settings of the L-BFGS solver: tolerance, iteration limit, memory limit, and spread floor."""
 
     tol: float = 1e-10  # a problem stops when the estimated remaining gain is below this share of its objective
     max_iterations: int = 2000
@@ -33,7 +33,7 @@ class SolverOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """The data that all problems share. The last column of the features is 1: its weight is the bias, without penalty."""
+    """The data that all softmax regressions share. The last feature is always 1; its weight is the bias, without penalty."""
 
     features: Tensor  # (N, D + 1) float32, standardized
     targets: Tensor  # (N,) int64
@@ -60,7 +60,7 @@ def standardize(features: Tensor, targets: Tensor, num_classes: int, *, spread_f
     """Standardizes features (N, D) of any float type and computes the preconditioner. The input does not change.
 
     The variance of each feature is increased by the square of `spread_floor` times the median standard deviation, so that
-    features that hardly vary count less than the others. Raises ValueError if a feature is not finite.
+    features with small variance have less influence. Raises ValueError if a feature is not finite.
     """
     num_rows, num_features = features.shape
     columns = torch.ones(num_rows, num_features + 1, device=features.device)
@@ -70,7 +70,7 @@ def standardize(features: Tensor, targets: Tensor, num_classes: int, *, spread_f
     if not bool(torch.isfinite(std).all()):
         raise ValueError(
             f"{int((~torch.isfinite(std)).sum())} of {num_features} features contain nan, inf or values beyond float32. "
-            "A network in float16 may overflow: use --precision fp32 or bf16"
+            "A network in float16 may overflow: use --precision fp32 or --precision bf16"
         )
     typical = std.median()
     if typical == 0 and bool((std > 0).any()):  # most features are constant, such as inactive ReLU outputs
@@ -100,7 +100,7 @@ def minimize(
     """Returns weights (P, K, D + 1) that minimize penalty / 2 * ||W||^2 + sum_i row_weight_i * CE_i, and iterations (P,).
 
     Shapes: penalties (P,); row_weights (P, N), where each row sums to 1; start (P, K, D + 1), or None for zeros. A problem
-    stops when half its Newton decrement, which estimates the remaining gain, is below `tol` times its objective. As many
+    stops when half of its Newton decrement, which estimates the remaining gain, is below `tol` times its objective. As many
     problems run together as fit into memory, but at least one.
     """
     size = _count_fitting(problems, options.memory_bytes)
@@ -140,7 +140,7 @@ def _count_fitting(problems: Problems, memory_bytes: int | None) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Group:
-    """Problems that run together, with the formulas of gradient, objective, preconditioner and line search."""
+    """The problems that are solved together, with the formulas of gradient, objective, preconditioner and line search."""
 
     problems: Problems
     penalties: Tensor  # (P,)
@@ -150,7 +150,7 @@ class _Group:
         return replace(self, penalties=self.penalties[kept], row_weights=self.row_weights[kept])
 
     def gradient(self, weights: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gradient (P, K, D + 1), and the mean curvature p (1 - p) of each class (P, K)."""
+        """Returns the gradient (P, K, D + 1), and the mean curvature p (1 - p) of each class (P, K), for its probability p."""
         problems = self.problems
         probabilities = margins.softmax(1)
         curvature = torch.einsum("pkn,pn->pk", probabilities * (1 - probabilities), self.row_weights)
@@ -170,7 +170,7 @@ class _Group:
     def apply_inverse_hessian(
         self, curvature: Tensor, gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]
     ) -> Tensor:
-        """Runs the two-loop recursion (Nocedal and Wright, algorithm 7.4) around the preconditioner."""
+        """Multiplies `gradient` by L-BFGS's inverse Hessian, in two loops (Nocedal and Wright, algorithm 7.4)."""
         vector = gradient.clone()
         alphas = []
         for step, bend, rho in reversed(history):
@@ -186,7 +186,7 @@ class _Group:
         return vector
 
     def _precondition(self, curvature: Tensor, vector: Tensor) -> Tensor:
-        """Multiplies by the inverse of curvature * covariance + penalty, where the covariance is low-rank plus diagonal."""
+        """Multiplies `vector` by the inverse of curvature * covariance + penalty, with a low-rank plus diagonal covariance."""
         problems, penalties = self.problems, self.penalties[:, None, None]
         along = curvature[:, :, None] * problems.eigenvalues + penalties  # (P, K, R)
         rest = curvature[:, :, None] * problems.other_eigenvalues + penalties * problems.penalized
@@ -200,7 +200,7 @@ class _Group:
         """Returns step lengths (P,) at which the absolute slope is at most `_SLOPE_LEFT` times the initial slope.
 
         The objective along a line is convex, so the search is Newton's method on the derivative, and bisection or doubling if
-        a Newton step leaves the bracket. `change`: the margins of the direction.
+        a Newton step leaves the bracket. `change`: how much the margins change along `direction`, per unit of step length.
         """
         inner = self.penalties * _dot(weights, direction * self.problems.penalized)
         square = self.penalties * _dot(direction, direction * self.problems.penalized)

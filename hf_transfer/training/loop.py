@@ -48,8 +48,8 @@ class TrainedPhase:
 def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, Any] | None = None) -> TrainedPhase:
     """Trains the chain's model in place. Afterwards the model has the weights that `selection.Selection` chose.
 
-    `starts_trained`: whether the initial weights are kept unless an epoch is better beyond chance. `resumed`: the phase's
-    part of a saved state. Raises NonFiniteLossError, and FrozenChangedError if a frozen tensor has changed.
+    `starts_trained`: whether the initial weights are kept unless an epoch is better beyond chance. `resumed`: the saved state
+    of this phase. Raises NonFiniteLossError if the loss is not finite, and FrozenChangedError if a frozen tensor changed.
     """
     session, training = run.session, run.session.gradient.training
     chain, accelerator = session.chain, session.accelerator
@@ -96,7 +96,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
 
 
 def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validation:
-    """Scores `network` on the validation split, each image once."""
+    """Scores `network` once on every image of the validation split, or on the stored activations of the images."""
     labels = session.data.validation.labels
     if inputs.activations is not None:
         with eval_mode(session.chain.model), torch.no_grad():
@@ -112,7 +112,7 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
 
 
 def _prepare(run: PhaseRun, groups: list[dict[str, Any]], contexts: ExitStack) -> Trainable:
-    """Returns network and optimizer for the steps. Changes to the model are undone when `contexts` closes."""
+    """Returns the network and the optimizer of a phase. Closing `contexts` makes the model run all its layers again."""
     session, training = run.session, run.session.gradient.training
     optimizer = make_optimizer(groups, run.phase.optimization)
     network: nn.Module = contexts.enter_context(session.chain.part(start=run.inputs.cut))
@@ -127,7 +127,7 @@ def _prepare(run: PhaseRun, groups: list[dict[str, Any]], contexts: ExitStack) -
 
 
 def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
-    """Returns the tensors that a phase may change: the trainable parameters, and all saved buffers after the cut."""
+    """Returns the tensors that a phase may change: trainable parameters, and saved buffers after the frozen prefix."""
     chain = run.session.chain
     parameters = {n: p for n, p in chain.model.named_parameters() if n in run.names}
     saved = chain.model.state_dict(keep_vars=True)
@@ -196,7 +196,7 @@ def _stop_early(progress: Progress, selection: Selection, session: Session) -> N
 
 
 def _recompute_activations(model: Any) -> ExitStack:
-    """Turns on the model's gradient checkpointing until the context closes."""
+    """Turns on the model's gradient checkpointing until the returned stack is closed."""
     stack = ExitStack()
     if hasattr(model, "gradient_checkpointing_enable"):
         # Re-entrant checkpointing would lose the gradients of layers after a frozen part.
@@ -206,5 +206,5 @@ def _recompute_activations(model: Any) -> ExitStack:
         model.set_grad_checkpointing(True)
         stack.callback(model.set_grad_checkpointing, False)
     else:
-        raise ValueError(f"{type(model).__name__} supports no gradient checkpointing: drop --gradient_checkpointing")
+        raise ValueError(f"{type(model).__name__} supports no gradient checkpointing: omit --gradient_checkpointing")
     return stack

@@ -3,14 +3,14 @@
 `evaluate.load` downloads a script from the Hub. A subclass in a package needs no download, and works with `evaluate.combine`
 and `evaluate.evaluator` in the same way. The inputs of a metric are of two kinds:
 
-- Label metrics take `predictions` and `references`: accuracy, balanced accuracy, macro-F1, per class, confusion matrix.
-- Logit metrics take one or two numbers per image, computed from the logits, since storing rows of logits in Arrow costs a
-  hundred times more: top-k accuracy (`label_ranks`), negative log-likelihood (`label_log_probabilities`), and calibration
-  error (`confidences`, `hits`).
+- Accuracy, balanced accuracy, macro-F1, per-class metrics and confusion matrix take `predictions` and `references`.
+- Top-k accuracy (`label_ranks`), negative log-likelihood (`label_log_probabilities`) and calibration error (`confidences`,
+  `hits`) take one or two numbers per image, which are computed from the logits. Storing rows of logits in Arrow would cost a
+  hundred times more.
 
 Macro averages use only the classes that occur in the references, as scikit-learn's `balanced_accuracy_score` does, and
 `f1_score(average="macro", labels=present, zero_division=0)`. Import this module inside the function that needs the metrics,
-because the import of `evaluate` takes seconds.
+because this module imports `evaluate`, which takes seconds.
 """
 
 from dataclasses import dataclass
@@ -26,22 +26,22 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True, kw_only=True)
 class ClassCounts:
-    """The numbers of images of each class, each of shape (..., K)."""
+    """Three counts of images for each of K classes. Each count is an array of shape (..., K)."""
 
     hits: NDArray[np.int64]  # images of the class that are predicted correctly
     support: NDArray[np.int64]  # images whose label is the class
     predicted: NDArray[np.int64]  # images whose prediction is the class
 
     def accuracy(self) -> NDArray[np.float64]:
-        """Returns the share of all images that are predicted correctly, of shape (...)."""
+        """Returns the share of correctly predicted images, as an array of shape (...)."""
         return np.asarray(self.hits.sum(axis=-1) / self.support.sum(axis=-1))
 
     def balanced_accuracy(self) -> NDArray[np.float64]:
-        """Returns the mean recall of the classes that have images, of shape (...)."""
+        """Returns the mean recall of the classes that have images, as an array of shape (...)."""
         return self._mean_over_present(self.hits / np.maximum(self.support, 1))
 
     def macro_f1(self) -> NDArray[np.float64]:
-        """Returns the mean F1 of the classes that have images, of shape (...)."""
+        """Returns the mean F1 of the classes that have images, as an array of shape (...)."""
         return self._mean_over_present(2 * self.hits / np.maximum(self.support + self.predicted, 1))
 
     def _mean_over_present(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -55,9 +55,9 @@ def count_classes(matrix: NDArray[np.int64]) -> ClassCounts:
 
 
 class _Module(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
-    """The base class of the metrics. `columns` has the name and type of each input.
+    """The base class of the metrics. `columns` maps the name of each input to its type.
 
-    `format` is not set, because "numpy" would read float64 back as float32 and move confidences to other bins.
+    The metrics set no data format: the format "numpy" would round float64 to float32 and move confidences to other bins.
     """
 
     columns: ClassVar[dict[str, str]]
@@ -72,7 +72,7 @@ class _Module(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
 
 
 class _LabelModule(_Module):
-    """The base class of metrics of the confusion matrix. `num_classes` defaults to the largest label or prediction plus 1."""
+    """The base class of metrics computed from the confusion matrix. `num_classes` defaults to the largest class plus 1."""
 
     columns: ClassVar[dict[str, str]] = {"predictions": "int32", "references": "int32"}
 

@@ -2,8 +2,8 @@
 
 The logits are first reduced to a few columns (`Outcomes`) with one number per image. From these columns, `metric_modules`
 computes the metrics, and a percentile bootstrap over images (Efron & Tibshirani 1993, chapter 13) computes the intervals. The
-resamples depend only on the number of images and the seed, so the interval of a paired difference between two models on the
-same images is the `mean_interval` of the difference of their columns.
+resamples depend only on the number of images and the seed, so the interval of the difference between two models on the same
+images is the `mean_interval` of the differences per image.
 """
 
 import tempfile
@@ -43,7 +43,7 @@ class Outcomes:
 
     @property
     def score(self) -> Score:
-        """The accuracy and the log-loss."""
+        """The accuracy and the log-loss of the predictions."""
         return Score(accuracy=float(self.hits.mean()), log_loss=-float(self.label_log_probabilities.mean()))
 
 
@@ -65,8 +65,8 @@ def score(
     >>> score(np.eye(2), np.array([0, 0]), ("cat", "dog"), resamples=0).accuracy
     0.5
 
-    Raises ValueError for a split without images, shapes that do not agree, labels outside the classes, and logits that are
-    not finite.
+    Raises ValueError for a split without images, shapes that do not agree, labels outside 0..K-1, and logits that are not
+    finite.
     """
     outcomes = read_outcomes(logits, labels)
     num_classes = int(logits.shape[1])
@@ -123,7 +123,7 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
         )
     num_samples, num_classes = logits.shape
     if num_samples == 0:
-        raise ValueError("the split has no images to score: choose another split")
+        raise ValueError(f"a split with logits of shape {logits.shape} has no images to score: choose another split")
     if truth.dtype.kind not in "iu" or truth.min() < 0 or truth.max() >= num_classes:
         raise ValueError(
             f"labels of type {truth.dtype} from {truth.min()} to {truth.max()} for logits of "
@@ -166,7 +166,7 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
 
 
 def resample_indices(num_samples: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Yields blocks (R, num_samples) of random indices with replacement, `resamples` rows in total, determined by `seed`."""
+    """Yields bootstrap indices in blocks (R, num_samples), with `resamples` rows in total. `seed` determines all indices."""
     generator = np.random.default_rng(seed)
     rows_per_block = max(1, _BLOCK_ELEMENTS // num_samples)
     for start in range(0, resamples, rows_per_block):
@@ -177,7 +177,7 @@ def resample_indices(num_samples: int, *, seed: int, resamples: int) -> Iterator
 def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
     """Returns the 95 % bootstrap interval of the mean of values (N,), one per image.
 
-    To compare two models on the same images, pass the difference of their values, such as `Outcomes.hits`.
+    To compare two models on the same images, pass the differences per image, such as the differences of `Outcomes.hits`.
     """
     blocks = resample_indices(len(values), seed=seed, resamples=resamples)
     return _interval(np.concatenate([values[indices].mean(axis=1) for indices in blocks]))
@@ -262,6 +262,6 @@ def _note_absent_classes(rows: Sequence[ClassMetrics]) -> tuple[str, ...]:
         return ()
     named = ", ".join(absent[:_MAX_NAMED]) + (", ..." if len(absent) > _MAX_NAMED else "")
     return (
-        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}), and so no recall, precision or F1. "
+        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}), so no recall, precision or F1. "
         "Balanced accuracy and macro-F1 average over the other classes.",
     )

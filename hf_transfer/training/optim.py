@@ -2,7 +2,7 @@
 
 Each trainable parameter is in exactly one group; groups differ in the layer and in weight decay. Learning rates fall with the
 distance from the head along the chain (the network as a sequence of layers), by layer-wise decay (arXiv 2106.08254; 2111.06377
-section A.1). The schedule is a pure function of the step, so a resumed run need not restore it.
+section A.1). The schedule is a pure function of the step, so a resumed run does not restore a schedule.
 """
 
 import math
@@ -22,10 +22,10 @@ ONE_CYCLE_END = 1e-5
 
 
 def group_parameters(chain: Chain, trainable: Collection[str], optimization: OptimizerConfig) -> list[dict[str, Any]]:
-    """Returns parameter groups for torch's optimizers: up to two groups per layer, with and without weight decay.
+    """Returns parameter groups for torch's optimizers: groups of a layer differ in weight decay or learning rate.
 
     The keys of a group are `params`, `names`, `lr`, `initial_lr` and `weight_decay`. Groups are in the order of the layers.
-    Raises ValueError if nothing trains, or if a name is not a parameter of any layer.
+    Raises ValueError if `trainable` is empty, or if a name is not a parameter of any layer.
     """
     unknown = set(trainable) - {name for layer in chain.layers for name in layer.parameters}
     if unknown:
@@ -51,7 +51,7 @@ def group_parameters(chain: Chain, trainable: Collection[str], optimization: Opt
 
 
 def is_decayed(model: nn.Module, name: str) -> bool:
-    """Returns whether the parameter `name` gets weight decay, as kernels and matrices with the name "weight" do.
+    """Returns whether the parameter `name` gets weight decay: kernels and matrices whose name ends in "weight" do.
 
     Biases, norms, layer scales, class tokens, embeddings and relative position tables get no weight decay.
     """
@@ -71,11 +71,11 @@ def make_optimizer(groups: list[dict[str, Any]], optimization: OptimizerConfig) 
 
 
 def lr_factor(step: int, total_steps: int, optimization: OptimizerConfig) -> float:
-    """Returns the factor of every learning rate at optimizer step `step` (from 0) of a phase: above 0, at most 1.
+    """Returns the factor (above 0, at most 1) that scales all learning rates at optimizer step `step` (from 0) of a phase.
 
-    Warm-up takes round(warmup_ratio * total_steps) steps, but never the last step. The first step after warm-up has factor 1.
-    The schedules "cosine" and "linear" would reach 0 one step after the last. "one_cycle" (arXiv 1708.07120, as in fastai but
-    with constant momentum) follows cosines from 1/25 to 1 and down to 1e-5. Raises ValueError for a step outside the phase.
+    Warm-up takes round(warmup_ratio * total_steps) steps and ends before the last step. The first step after it has factor 1.
+    The schedules "cosine" and "linear" would reach 0 one step after the last step. "one_cycle" (arXiv 1708.07120, as in fastai
+    but with constant momentum) follows cosines from 1/25 to 1 and down to 1e-5. Raises ValueError for a step outside the phase.
     """
     if not 0 <= step < total_steps:
         raise ValueError(
@@ -101,7 +101,7 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def _head_parameters(chain: Chain) -> frozenset[str]:
-    """Returns the parameters of the last layer, or only of the classifier if no other layer has parameters."""
+    """Returns the parameter names of the last layer, or only of the classifier if no earlier layer has parameters."""
     if any(layer.parameters for layer in chain.layers[:-1]):
         return frozenset(chain.layers[-1].parameters)
     return frozenset(chain.classifier_parameters if chain.classifier is not None else ())

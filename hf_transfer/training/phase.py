@@ -27,7 +27,7 @@ class TrainPhase:
             raise ValueError(f"epochs={self.epochs}: a phase needs 1 epoch or more")
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides what the phase does, as JSON values."""
+        """Returns the settings that decide what the phase does, as JSON values."""
         return {
             "policy": self.policy.name,
             "epochs": self.epochs,
@@ -41,8 +41,8 @@ class SolveHeadPhase:
     """A phase that computes the head as the solution of a convex problem on frozen features (see `training.probe`).
 
     If gradient steps follow, the head is fitted on the training images only. If no gradient step improves the head, or if no
-    gradient steps follow, the run ends like `linear_probe`: the head is chosen by these settings and fitted on training and
-    validation images (see `training.fit_head`).
+    gradient steps follow, the run ends like the strategy `linear_probe`: these settings choose the head, which is fitted on
+    training and validation images (see `training.fit_head`).
     """
 
     policy: Policy = field(default_factory=head)
@@ -52,10 +52,10 @@ class SolveHeadPhase:
 
     def __post_init__(self) -> None:
         if self.folds < 1:
-            raise ValueError(f"folds={self.folds}: choose 1 (the validation split) or 2 and more (cross-validation)")
+            raise ValueError(f"folds={self.folds}: choose 1 (validation images choose C) or more (cross-validation)")
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides what the phase does, as JSON values."""
+        """Returns the settings that decide what the phase does, as JSON values."""
         return {"sweep": self.sweep, "folds": self.folds, "select_by": self.select_by}
 
 
@@ -72,7 +72,7 @@ def solve_head(*, sweep: Sweep = "all", folds: int = 5, select_by: SelectBy = "l
 
 
 def train(policy: Policy, *, epochs: int = 12, **optimization: Any) -> TrainPhase:
-    """Returns a phase of gradient steps on the parameters of `policy`, for a custom plan. Keywords are optimizer settings.
+    """Returns a phase of gradient steps on the parameters of `policy`, for a custom plan. Other keywords set the optimizer.
 
     >>> from hf_transfer import policies
     >>> train(policies.last(2), epochs=3, lr=1e-3).optimization.lr

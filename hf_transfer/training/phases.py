@@ -64,7 +64,7 @@ def run_phases(
     Before every phase except the first, `continues` decides from the earlier results whether to run the phase.
 
     With `resume`, the run continues from the state in `checkpoints`. On a CPU, the result is then the same to the last bit as
-    without the interruption. Raises ValueError, with the differences, if the state is from another plan, data set or setting.
+    without the interruption. Raises ValueError, with the differences, if plan, network, data or settings have changed.
     """
     run = _PlanRun(session, plan, checkpoints)
     run.restore()
@@ -107,7 +107,7 @@ class _PlanRun:
             log.info("resuming in phase %d of %d", min(len(self.done) + 1, len(self.plan)), len(self.plan))
         elif session.is_main and self.checkpoints is not None:
             if resume:
-                log.info("found no saved state in %s: starting fresh", self.checkpoints.name)
+                log.info("found no saved state in the folder %s: the run starts fresh", self.checkpoints.name)
             remove_state(self.checkpoints)
         session.accelerator.wait_for_everyone()
         self.audit = Audit(chain, None, frozenset().union(*self.selected))  # tensors that no phase trains
@@ -195,7 +195,7 @@ class _PlanRun:
         return start
 
     def _find_later_cuts(self, number: int) -> list[Cut]:
-        """Returns the cuts of later phases whose activations the probe's pass over the images stores on disk too.
+        """Returns the cuts of later phases whose activations can be stored in the same pass over the images as the features.
 
         A cut is left out if an earlier phase trains layers before the cut, because the stored activations would be outdated.
         """
@@ -221,12 +221,12 @@ class _PlanRun:
         if self.plan and all(isinstance(p, SolveHeadPhase) or c.lowest_cut(s) is not None for p, c, s in phases):
             raise ValueError(
                 f"mixup={augmentation.mixup}, cutmix={augmentation.cutmix}: a phase with a frozen prefix trains on stored "
-                "activations, not on images, which mixup and cutmix need: choose --cache_views 0, or drop both options"
+                "activations, not on images, which mixup and cutmix need: choose --cache_views 0, or omit --mixup and --cutmix"
             )
 
 
 def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) -> PhaseResult:
-    """Fits the head on training images only, and copies the head into the model."""
+    """Fits the head on training images only, and copies it into the model. Activations at the cuts `beside` are stored too."""
     with session.costs.part("features"):
         # The test split is scored once, at the end of the run, and not here.
         candidates, computed = readouts.extract_readouts(session.without_test(), sweep="none", beside=beside)
@@ -241,7 +241,7 @@ def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) 
 
 
 def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
-    """Returns the settings, data and plan that must equal those of a saved state, so that a run can resume from the state."""
+    """Returns network, settings, data and plan. A run can resume only from a state with the same values."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED}
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change
@@ -261,7 +261,7 @@ def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 
 def _load_model(chain: Chain, saved: Mapping[str, torch.Tensor]) -> None:
-    """Copies the saved tensors into the model, in place. Other memory formats would run kernels that round differently."""
+    """Copies saved values into the model's tensors, whose memory format must not change: other formats round differently."""
     own = chain.model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in own.items():

@@ -39,7 +39,7 @@ def run_plan(session: Session, plan: Plan) -> RunResult:
     result is a linear probe (see `training.fit_head`). This probe is fitted on validation images too, each of which is scored
     by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
 
-    States are saved in the session's `checkpoints`. Raises the errors of `run_phases`.
+    Saves states in the folder `session.checkpoints`. Raises the errors of `run_phases`.
     """
     if plan and all(isinstance(phase, SolveHeadPhase) for phase in plan):
         assert isinstance(plan[-1], SolveHeadPhase)
@@ -89,11 +89,11 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
 
 
 def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
-    """Raises RuntimeError if the validation log-loss of the saved network is not the log-loss during training."""
+    """Raises RuntimeError if the validation log-loss of the saved network differs from the log-loss of the chosen weights."""
     difference = abs(measured.nll - chosen_by.log_loss)
     if session.resources.precision == "fp32" and difference > VERIFIED_LOG_LOSS:
         raise RuntimeError(
-            f"the validation log-loss of the saved network differs by {difference:.2g} from the log-loss during training"
+            f"the validation log-losses of the saved network and of the last phase differ by {difference:.2g}"
         )
 
 

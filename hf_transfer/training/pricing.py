@@ -38,7 +38,7 @@ class Pricing:
     probe_seconds: float  # time of the solver for one head
 
     def price_probe(self) -> Price:
-        """Estimates one pass over the images and one solution for the head. Existing caches reduce the true cost."""
+        """Estimates a linear probe: one pass over the images, and one solved head. Existing caches reduce the true cost."""
         return Price(seconds=self._pass_seconds + self.probe_seconds, memory_bytes=self._base_bytes)
 
     def price_steps(
@@ -51,9 +51,9 @@ class Pricing:
         forwards: float = FORWARDS_PER_STEP,
         trained_share: float | None = None,
     ) -> Price:
-        """Estimates gradient steps on `policy`, after `passes` over the images and, with `solves_head`, a solved head.
+        """Estimates gradient steps on the parameters of `policy`, after `passes` passes over the images.
 
-        `trained_share`: the trained share of the parameters, if this differs from the policy's selection.
+        `solves_head`: whether a solver fits the head first. `trained_share`: share of trained parameters, if not `policy`'s.
         """
         chain, data = self.session.chain, self.session.data
         names = policy.select(chain)
@@ -90,7 +90,7 @@ class Pricing:
 
 
 def count_activation_bytes(chain: Chain, cut: Cut | None) -> int:
-    """Returns the bytes that autograd stores per image for the backward pass down to `cut`; None: through the whole network."""
+    """Returns the bytes that autograd stores per image for the backward pass down to `cut` (None: the whole network)."""
     like = next(chain.model.parameters())
     own = {t.untyped_storage().data_ptr() for t in (*chain.model.parameters(), *chain.model.buffers())}
     kept: dict[int, int] = {}

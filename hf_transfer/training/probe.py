@@ -1,9 +1,9 @@
-"""Fits the linear probe, a convex problem, for every regularization strength and every fold together.
+"""Fits the linear probe, a convex problem, for many regularization strengths and all folds at the same time.
 
 A probe is multinomial logistic regression on frozen features. Its only hyperparameter, C, is chosen on validation images: a
 larger C means weaker regularization. One batched solver (lbfgs.py) solves all (C, fold) problems over one feature matrix, in
 blocks of rising C. Small C takes a few iterations, large C hundreds. Each block starts from the solution of the previous
-block, and the path ends when validation is clearly worse, so the expensive values of C are solved only if necessary.
+block, and the path ends when the held-out score gets clearly worse, so the expensive values of C are solved only if necessary.
 
 The objective is ||W||^2 / 2 + C * sum_i w_i * CE_i with unpenalized biases, as in scikit-learn's `LogisticRegression` on
 standardized features. With two classes, C here is half of scikit-learn's C, because W here has two rows instead of one.
@@ -46,7 +46,7 @@ _FINAL_TOL = 1e-8  # tolerance for the chosen C
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """The solutions of P problems. Problem p has the logits `x @ weight[p].T + bias[p]` for raw features x."""
+    """The solutions of P logistic regressions. Problem p has the logits `x @ weight[p].T + bias[p]` for raw features x."""
 
     c: tuple[float, ...]
     weight: Tensor  # (P, K, D) float32
@@ -86,12 +86,12 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """The settings that choose and fit a probe.
+    """The settings for choosing C and fitting a probe.
 
     `folds`: with 1, the validation rows choose C; with k >= 2, stratified k-fold cross-validation over training and validation
-    rows chooses C. `seed` draws the folds. `select_by` "accuracy": among equal accuracies, the lowest log-loss wins.
-    `class_balance` "loss": all classes have equal weight, in the fit and in the choice. `refit` False: the head is fitted on
-    the training rows only.
+    rows chooses C. `seed` draws the folds. With `select_by` "accuracy", the lowest log-loss wins among equal
+    accuracies. With `class_balance` "loss", all classes have equal weight, both in the fit and in the choice of C. Without
+    `refit`, the head is fitted on the training rows only.
     """
 
     c_grid: Sequence[float] = DEFAULT_C_GRID
@@ -108,10 +108,10 @@ class ProbeOptions:
         _check_choice("select_by", self.select_by, ("log_loss", "accuracy"))
         _check_choice("class_balance", self.class_balance, ("none", "loss"))
         if self.folds < 1:
-            raise ValueError(f"folds={self.folds}: choose 1 (the given validation rows) or k >= 2 (cross-validation)")
+            raise ValueError(f"folds={self.folds}: choose 1 (validation rows choose C) or more (cross-validation)")
 
     def solver(self, tol: float) -> SolverOptions:
-        """Returns the options of the solver."""
+        """Returns options for the solver, with the tolerance `tol`."""
         return SolverOptions(tol=tol, max_iterations=self.max_iterations, memory_bytes=self.memory_bytes)
 
 
@@ -127,7 +127,7 @@ def solve_path(
     row_weights: Tensor | None = None,
     options: SolverOptions = DEFAULT_SOLVER,
 ) -> Path:
-    """Solves one problem for each C, on the device of the features.
+    """Solves one logistic regression for each C, on the device of the features.
 
     Inputs: features (N, D) of any float type; targets (N,) int64; row_weights (N,), or (P, N) with one row for each C. With the
     default `tol` of 1e-10, logits differ from the exact logits by about 1e-3 at most.
@@ -246,7 +246,7 @@ class _HeldOut:
         return logits
 
     def losses(self, fits: Tensor) -> Tensor:
-        """Returns the weighted losses (N,) of the rows, whose sum is the log-loss."""
+        """Returns the weighted loss (N,) of each row. The sum of all losses is the log-loss."""
         losses = F.cross_entropy(self.logits(fits), self.problems.targets, reduction="none")
         # `where` is needed because the loss is nan for rows that no fold holds out.
         return torch.where(self.weights > 0, losses, 0.0) * self.weights / self.weights.sum()
@@ -260,7 +260,7 @@ class _HeldOut:
 def _follow_path(
     held_out: _HeldOut, fit_weights: Tensor, options: ProbeOptions
 ) -> tuple[list[PathPoint], PathPoint, Tensor]:
-    """Returns the points of the path, the best point, and the fits (F, K, D + 1) of the best point. fit_weights: (F, N)."""
+    """Returns the solved points, the best point, and its fits (F, K, D + 1) for F folds. `fit_weights`: row weights (F, N)."""
     c_grid, num_folds = sorted(options.c_grid), len(fit_weights)
     path: list[PathPoint] = []
     best: PathPoint | None = None
@@ -287,19 +287,19 @@ def _follow_path(
     assert best is not None
     assert fits is not None
     if len(c_grid) > 1 and best.c in (c_grid[0], c_grid[-1]):
-        log.info("the best C, %g, is at the end of the grid: a wider grid may give a better probe", best.c)
+        log.info("the best C of the probe, %g, is at the end of the grid: a wider grid may give a better probe", best.c)
     return path, best, fits
 
 
 def _solve(
     problems: Problems, cs: Tensor, row_weights: Tensor, start: Tensor | None, options: SolverOptions
 ) -> tuple[Tensor, Tensor]:
-    """Runs `minimize` for values of C (P,) and row weights (P, N) that need not sum to 1. Rescaling keeps the minimum."""
+    """Runs `minimize` for P values of C and row weights (P, N). Rescales the weights to sum 1, with the same minimum."""
     totals = row_weights.sum(1)
     solutions, iterations = minimize(problems, 1 / (cs * totals), row_weights / totals[:, None], start, options)
     if stopped := int((iterations == options.max_iterations).sum()):
         log.warning(
-            "%d of %d problems stopped after %d iterations, before the solver converged",
+            "linear probe: %d of %d problems stopped after %d iterations, before the solver converged",
             stopped, len(cs), options.max_iterations,
         )  # fmt: skip
     return solutions, iterations
@@ -311,7 +311,7 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, c_grid: Sequence
             f"features {tuple(features.shape)} and targets {tuple(targets.shape)}: give shapes (N, D) and (N,), not empty"
         )
     if not features.is_floating_point() or targets.is_floating_point():
-        raise ValueError(f"features are {features.dtype}, targets {targets.dtype}: give floats and integers")
+        raise ValueError(f"features are {features.dtype}, targets {targets.dtype}: give float and integer tensors")
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: a probe needs 2 or more classes")
     low, high = int(targets.min()), int(targets.max())
@@ -325,7 +325,7 @@ def _check(features: Tensor, targets: Tensor, num_classes: int, c_grid: Sequence
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Turns off gradients, autocast, TF32 and bfloat16 products inside the context, because they impair convergence."""
+    """Turns off gradients, autocast, TF32 and bfloat16 inside the context, because low precision impairs convergence."""
     setting = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -68,7 +68,7 @@ def extract_readouts(
 ) -> tuple[list[ReadoutFeatures], int]:
     """Returns the features of every split for every readout, and the number of images that passed through the network.
 
-    `beside`: cuts whose activations the same pass stores for a later phase.
+    `beside`: cuts whose activations are stored in the same pass over the images, for a later phase.
     """
     chain, data, resources = session.chain, session.data, session.resources
     readouts = find_readouts(chain, sweep=sweep)
@@ -86,7 +86,7 @@ def extract_readouts(
 
 
 def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources) -> dict[str, Tap]:
-    """Returns, by name of the readout, the functions that compute the features during the pass."""
+    """Returns, for each readout's name, the function that computes the features during a pass over the images."""
     # Readouts with the same last layers share one function, and so one call per batch, since most of the time is setup.
     tails: dict[tuple[int, bool], Callable[[torch.Tensor], torch.Tensor]] = {}
     taps = {}
@@ -115,7 +115,7 @@ def choose_readout(
         for candidate in candidates:
             probe = _fit(candidate, session, options)
             log.info(
-                "fitted a probe on %s (%d features): C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
+                "fitted a probe on the readout %s (%d features): C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
                 candidate.readout.name, candidate.readout.num_features, probe.c, probe.score.log_loss,
                 100 * probe.score.accuracy, probe.seconds,
             )  # fmt: skip
@@ -137,7 +137,7 @@ def _fit(candidate: ReadoutFeatures, session: Session, options: ProbeOptions) ->
 def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> ProbeOptions:
     """Returns the options for the head of `phase`. Without `refit`, log-loss always chooses C.
 
-    With accuracy, few held-out images may choose a C whose head is almost 0, and training would lose the head's advantage.
+    Accuracy on few held-out images may choose a C whose head is almost 0, a bad start for the gradient steps that follow.
     """
     return ProbeOptions(
         select_by=phase.select_by if refit else "log_loss",
@@ -159,7 +159,7 @@ def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Back
     with torch.no_grad():
         linear.weight.copy_(best.probe.weight.reshape(linear.weight.shape))
         if linear.bias is None:
-            raise ValueError(f"{chain.classifier} has no bias, but a probe needs a bias: fine-tune the last layers")
+            raise ValueError(f"the classifier {chain.classifier} has no bias for the probe: choose the strategy full")
         linear.bias.copy_(best.probe.bias)
     return replace(backbone, model=model)
 

@@ -21,7 +21,7 @@ class Score:
     log_loss: float
 
     def rank(self, select_by: SelectBy) -> tuple[float, float]:
-        """Returns a sort key. Lower is better; among equal accuracies, the lower log-loss is better."""
+        """Returns a sort key, which is lower for a better score. Among equal accuracies, the lower log-loss is better."""
         return (-self.accuracy if select_by == "accuracy" else 0.0, self.log_loss)
 
 
@@ -47,7 +47,7 @@ class EpochRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCost:
-    """The seconds and the numbers of images of a phase: for filling the stores that the phase reads, and for training."""
+    """The time of a phase and its number of images, for computing the stored inputs and for training."""
 
     store_seconds: float = 0.0
     store_images: int = 0
@@ -57,7 +57,7 @@ class PhaseCost:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseResult:
-    """The settings and the result of one phase."""
+    """The settings of one phase, and the result of the phase."""
 
     policy: str
     cut: str | None  # name of the cut; None: at the pixels

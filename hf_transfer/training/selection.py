@@ -1,9 +1,9 @@
 """Chooses the weights that a phase keeps: the weights of the last epoch that is about as good as the best epoch.
 
 If the initial weights are already trained, an epoch replaces them only if its validation score is better by more than one
-standard error of the difference on the same images. A later epoch replaces the kept epoch unless it is worse than the best
-epoch by more than one standard error (Breiman et al. 1984, section 3.4.3). The best of many epochs on few images is partly
-luck, and the schedule and the moving average converge towards the end.
+standard error of the difference on the same images. A later epoch replaces the kept epoch unless the later epoch is worse than
+the best epoch by more than one standard error (Breiman et al. 1984, section 3.4.3). The best of many epochs on few images is
+partly luck, and the schedule and the moving average converge towards the end.
 """
 
 from collections.abc import Mapping
@@ -76,12 +76,12 @@ class Selection:
         return self._score
 
     def keep_start(self, validation: Validation) -> None:
-        """Keeps the initial weights, with whose score every epoch is compared."""
+        """Keeps the initial weights. Every later epoch is compared with the score of the initial weights."""
         self._start_scores = validation.per_example_scores
         self._keep(validation.score, None)
 
     def offer(self, validation: Validation, epoch: int) -> bool:
-        """Keeps the current weights, after `epoch` (from 1), if `is_kept` agrees. Returns whether the weights are kept."""
+        """Keeps the weights after `epoch` (from 1) if `is_kept` returns True for the scores. Returns whether it did."""
         if not is_kept(validation.per_example_scores, self._best_scores, self._start_scores):
             return False
         self._keep(validation.score, epoch)
@@ -96,7 +96,7 @@ class Selection:
                 tensor.copy_(self._weights[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state for `load_state_dict`."""
+        """Returns the kept weights and all scores, for `load_state_dict`."""
         return {
             "weights": self._weights,
             "best_scores": self._best_scores,
@@ -108,7 +108,7 @@ class Selection:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Loads a saved state, so that the selection continues from it."""
+        """Loads the weights and scores of an interrupted phase, so that the selection can continue."""
         self._weights = {name: tensor.to(self._live[name].device) for name, tensor in state["weights"].items()}
         self._best_scores, self._start_scores = state["best_scores"], state["start_scores"]
         self._score = Score(**state["score"]) if state["score"] else None

@@ -39,7 +39,7 @@ ENSEMBLE_BASE = 2.0  # weight of each stage in the ensemble, relative to the pre
 
 @dataclass(frozen=True, kw_only=True)
 class GrowOptions:
-    """The number of epochs of each stage, and the condition that stops growing."""
+    """The number of epochs per stage (one grown layer), and how many layers without improvement end the growth."""
 
     epochs: int
     patience_layers: int = 0  # stop after this many layers without a better validation score; 0: grow all layers
@@ -54,7 +54,7 @@ class GrowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """The accuracy by split and the cost of one trained stage."""
+    """The cost of one trained stage, and the accuracy of the stage on each split."""
 
     depth: int  # from 1
     layer: str
@@ -91,7 +91,7 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
     """
     settings = session.gradient
     if (settings.training.compile or settings.training.gradient_checkpointing) and session.is_main:
-        log.info("compile and gradient_checkpointing apply to fine-tuning only, not to the stages")
+        log.info("the settings compile and gradient_checkpointing apply to fine-tuning only, not to the stages")
     optimization = replace(settings.optimization, layer_decay=1.0)  # a stage trains a single layer
     plan = [
         TrainPhase(policy=s.policy, epochs=options.epochs, optimization=optimization, chain=s.chain, through=s.through)
@@ -131,7 +131,7 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
 def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True) -> RunResult:
     """Fine-tunes all layers of the grown network with the peak learning rate `lr`, and scores the result.
 
-    In a plain architecture, no stage trains the head, so a solver fits the head first. Layers that were not kept start from
+    In a plain architecture, no stage trains the head, so a solver fits the head first. Layers that `grown` dropped start from
     random weights. Raises ValueError if such layers would stay untrained.
     """
     stack = grown.stack
@@ -175,7 +175,7 @@ def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True
 
 
 def find_best_depth(done: Sequence[PhaseResult], select_by: SelectBy) -> int:
-    """Returns the number of stages with the best validation score, or the smallest such number if scores are equal."""
+    """Returns the depth (number of stages) with the best validation score. Among equal scores, the smallest depth wins."""
     return min(range(len(done)), key=lambda i: done[i].score.rank(select_by)) + 1
 
 
@@ -204,7 +204,7 @@ def count_stage_flops(stage: Stage, *, stored: bool) -> StageFlops:
 
 
 def ensemble(by_stage: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns log-probabilities (N, K) of the weighted mean of S stages, from logits (S, N, K). Weights double per stage."""
+    """Returns logs (N, K) of the weighted mean of stage probabilities, from logits (S, N, K). Weights double per stage."""
     weights = ENSEMBLE_BASE ** np.arange(len(by_stage))
     combined: NDArray[np.float64] = logsumexp(
         log_softmax(by_stage.astype(np.float64), axis=-1), axis=0, b=(weights / weights.sum())[:, None, None]

@@ -1,4 +1,4 @@
-"""Runs the optimizer steps of a phase, one epoch at a time, from any step."""
+"""Runs the optimizer steps of a phase, one epoch at a time. A resumed epoch continues after its last saved step."""
 
 import math
 import time
@@ -53,12 +53,12 @@ class PhaseRun:
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The names of the parameters that train."""
+        """The names of the parameters that the phase trains."""
         return self.phase.policy.select(self.session.chain)
 
     @cached_property
     def lowest_cut(self) -> Cut | None:
-        """The cut before which all layers are frozen, or None if the first layer trains."""
+        """The last cut with only frozen layers before it, or None if the first layer trains."""
         return self.session.chain.lowest_cut(self.names)
 
 
@@ -87,7 +87,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "Progress":
-        """Converts JSON values from a saved state, the inverse of `records.to_json`."""
+        """Creates a `Progress` from the JSON values of a saved state. The inverse is `records.to_json`."""
         history = [EpochRecord(**{**row, "validation": Score(**row["validation"])}) for row in state["history"]]
         return cls(**{**state, "history": history})
 
@@ -170,7 +170,7 @@ class Steps:
         )
 
     def _read_totals(self, totals: torch.Tensor, progress: Progress, bar: "tqdm[Any]") -> None:
-        """Adds the totals of all processes to `progress` and clears them. Raises NonFiniteLossError."""
+        """Adds `totals` of all processes to `progress`, and sets `totals` to 0. Raises NonFiniteLossError."""
         loss_sum, hits = self.accelerator.reduce(totals, "sum").tolist()
         totals.zero_()
         progress.loss_sum += loss_sum
@@ -184,7 +184,7 @@ class Steps:
         )
 
     def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:
-        """Yields, for each step, the indices of all images, and the batches of this process."""
+        """Yields, for each step, the image indices of all processes, and the batches of this process."""
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         accumulate = self.accumulate
         if self.device.type == "cpu" and not uses_batch_statistics(self.session.chain.model):

@@ -4,8 +4,8 @@
 
 The paper starts from a zero-shot classifier. Here the start is the pretrained network with a linear probe as its head. Mixtures
 are often better than both ends, and almost always better than the fine-tuned weights on images unlike the training images. Only
-trained parameters are interpolated, because all others are equal at both ends. With adapters, alpha 0 is the frozen network
-with a probe too, because an adapter starts as the identity.
+trained parameters are interpolated, because all other tensors are equal at both ends. With adapters, alpha 0 is the frozen
+network with a probe too, because an adapter starts as the identity.
 """
 
 import logging
@@ -42,7 +42,7 @@ class WiseResult:
 
 
 def copy_weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Returns copies of the named parameters."""
+    """Returns copies of the parameters of `model` whose names are in `names`."""
     return {n: p.detach().clone() for n, p in model.named_parameters() if n in set(names)}
 
 
