@@ -277,7 +277,7 @@ def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
     mistakes: list[tuple[Callable[[], object], str]] = [
         (lambda: new(layers=0), "layers=0: a stack needs at least one layer"),
         (lambda: new(layers=2, hidden=4), "choose 1 <= aux_hidden <= 3"),
-        (lambda: new(layers=2, downsample=(3,)), "there is no block 3; choose blocks from 1 to 2"),
+        (lambda: new(layers=2, downsample=(3,)), "there is no block 3; choose from 1 to 2"),
         (lambda: new(layers=4, downsample=(1, 2, 3, 4)), "cannot halve its grid"),
         (lambda: on(vit, vit_chain), "choose --block transformer"),
         (lambda: on(resnet, chain, after="layer9"), "its layers are stem, layer1.0"),

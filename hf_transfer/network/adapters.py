@@ -124,7 +124,7 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
 
 def _log_adapters(adapted: Adapted, targets: Targets) -> None:
     log.info(
-        "added %s to %d modules (%s): adapters and head have %s trainable parameters, %.2f %% of the %s of the plain model",
+        "added %s to %d modules (%s): adapters and head have %s trainable parameters, %.2f %% of %s in the plain model",
         adapted.adapter.name, len(targets.modules), ", ".join(shorten(targets.modules)), f"{adapted.num_trainable:,}",
         100 * adapted.trainable_share, f"{adapted.num_plain:,}",
     )  # fmt: skip
@@ -147,9 +147,7 @@ def merge_adapters(adapted: Adapted) -> Backbone:
     model.__dict__.pop("peft_config", None)
     other = adapted.plain_state ^ set(model.state_dict())
     if other:
-        raise RuntimeError(
-            f"merging {adapted.adapter.method} did not restore the model's tensors: {sorted(other)[:5]} differ"
-        )
+        raise RuntimeError(f"merging {adapted.adapter.method} changed tensor names of the model: {sorted(other)[:5]}")
     _check_same(before, _probe_logits(adapted), f"merging {adapted.adapter.method} adapters", "choose --no-merge")
     return Backbone(**{f.name: getattr(adapted, f.name) for f in fields(Backbone)})
 

@@ -65,9 +65,7 @@ def load(
     if labels is not None:
         repeated = sorted({name for name in labels if list(labels).count(name) > 1})
         if repeated or len(labels) < 2:
-            raise ValueError(
-                f"labels must be two or more different names; got {len(labels)} names, repeated are {repeated}"
-            )
+            raise ValueError(f"labels must be two or more different names; {len(labels)} given, repeated {repeated}")
     source = find_source(checkpoint, base_model=base_model, trust_remote_code=trust_remote_code)
     config = source.read_config()
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
@@ -175,9 +173,7 @@ def _create_transformers(
     config = AutoConfig.for_model(model_type)
     unknown = sorted(set(model_args) - set(config.to_dict()))
     if unknown:
-        raise ValueError(
-            f"model_args: {model_type} has no {unknown[0]}; choose from {', '.join(sorted(config.to_dict()))}"
-        )
+        raise ValueError(f"model_args: {model_type} has no {unknown[0]}; choose {', '.join(sorted(config.to_dict()))}")
     config.update(model_args)
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: i for i, name in enumerate(labels)}
@@ -228,9 +224,7 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
             **model_args,
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"{source.name}: the checkpoint's weights do not fit {config['architecture']}: {error}"
-        ) from error
+        raise ValueError(f"{source.name}: the weights do not fit {config['architecture']}: {error}") from error
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
     names = AutoConfig.from_pretrained(source.folder).id2label
     return model, tuple(str(names.get(i, f"LABEL_{i}")) for i in range(num_classes))
@@ -262,7 +256,7 @@ def _load_transformers(
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     missing = sorted(name for name in absent if shapes.get(name, (0,))[0] != config.num_labels)
     if missing:
-        raise ValueError(f"{source.name} lacks weights of layers before the head: {', '.join(missing[:5])}")
+        raise ValueError(f"{source.name} lacks weights outside the head: {', '.join(missing[:5])}")
     if labels is None and absent:
         raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
     if labels is not None and tuple(labels) != own_labels and not absent:

@@ -69,9 +69,7 @@ def grow_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
     names = [f"blocks.{i}" for i in range(len(model.blocks))]
     known = {layer.name for layer in chain.layers}
     if not set(names) <= known:
-        raise ValueError(
-            f"the network has no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}"
-        )
+        raise ValueError(f"no cut follows {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
     return stack_layers(backbone, chain, names, aux)
 
 
@@ -99,7 +97,7 @@ def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | N
 def grow_on(
     backbone: Backbone, chain: Chain, blocks: BlockSpec, aux: AuxiliaryHead, *, after: str | None = None
 ) -> GreedyStack:
-    """Returns a stack of new blocks behind a checkpoint's layer called `after` (None: the last layer). Its layers are frozen.
+    """Returns a stack of new blocks on the frozen layers of a checkpoint, which end with the layer `after` (None: the last).
 
     Raises ValueError if no layer is called `after`, or if blocks do not fit its activation (convolutions need a grid).
     """
@@ -152,19 +150,13 @@ def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[
         raise ValueError(f"width={width}: a block needs at least one channel; choose width >= 1")
     wrong = [n for n in downsample if not 1 <= n <= layers]
     if wrong:
-        raise ValueError(
-            f"downsample={_listed(downsample)}: there is no block {wrong[0]}; choose blocks from 1 to {layers}"
-        )
+        raise ValueError(f"downsample={_listed(downsample)}: there is no block {wrong[0]}; choose from 1 to {layers}")
     if kind == "transformer":
         if downsample:
-            raise ValueError(
-                f"downsample={_listed(downsample)}: transformer blocks cannot downsample; choose --block conv"
-            )
+            raise ValueError(f"downsample={_listed(downsample)}: transformer blocks cannot downsample; omit downsample")
         heads = max(1, width // 64)
         if width % heads:
-            raise ValueError(
-                f"width={width} is not divisible by {heads} attention heads; choose a width of 64, 128, 192, ..."
-            )
+            raise ValueError(f"width={width} is not divisible by {heads} attention heads; choose a multiple of 64")
         first = {"kind": kind, "channels": channels, "width": width, "layout": layout}
         return [first, *({**first, "channels": width, "layout": "tokens"} for _ in range(layers - 1))]
     if layout == "tokens":

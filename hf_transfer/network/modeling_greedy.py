@@ -161,9 +161,7 @@ class Body(nn.Module):
             return reached.activation
         finally:
             hook.remove()
-        raise RuntimeError(
-            f"the network did not call its module {name}: the installed library defines the network differently"
-        )
+        raise RuntimeError(f"the network did not call {name}: the installed library defines another architecture")
 
 
 class GreedyForImageClassification(PreTrainedModel):

@@ -100,9 +100,7 @@ def _from_timm(processor: Any) -> Preprocessing:
     config = processor.data_config
     *geometry, to_tensor, normalize = processor.val_transforms.transforms
     if not (hasattr(normalize, "mean") and "ToTensor" in type(to_tensor).__name__):
-        raise ValueError(
-            f"the checkpoint's transform does not end with ToTensor and Normalize: {processor.val_transforms}"
-        )
+        raise ValueError(f"the checkpoint's transform must end with ToTensor and Normalize: {processor.val_transforms}")
 
     def resize(image: Image.Image) -> NDArray[np.uint8]:
         for transform in geometry:

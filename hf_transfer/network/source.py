@@ -148,13 +148,9 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise ValueError(
-            f"{repo} is gated: accept the terms on the repository's Hub page, then run `hf auth login`"
-        ) from error
+        raise ValueError(f"{repo} is gated: accept the terms on its Hub page, then run `hf auth login`") from error
     except RevisionNotFoundError as error:
-        raise ValueError(
-            f"{repo} has no revision {revision!r}: choose a branch, a tag or a commit of {repo}"
-        ) from error
+        raise ValueError(f"{repo} has no revision {revision!r}: choose a branch, tag or commit of {repo}") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"the Hub has no model {repo!r} that you may read: check the id, or run `hf auth login` for a private model"

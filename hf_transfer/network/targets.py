@@ -61,9 +61,7 @@ def find_targets(chain: Chain, adapter: AdapterConfig) -> Targets:
             "with a linear classifier; choose the strategy last_layers instead"
         )
     if not len(chain):
-        raise ValueError(
-            f"{type(chain.model).__name__} has no layers between stem and head, so no module can be adapted"
-        )
+        raise ValueError(f"{type(chain.model).__name__} has no layers between stem and head: no module can be adapted")
     candidates = _find_candidates(chain, _observe(chain))
     is_named = adapter.targets in NAMED_TARGETS
     if is_named:

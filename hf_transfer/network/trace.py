@@ -97,9 +97,7 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
     first, graph = _record(model, image_shape, TRACE_BATCHES[0])
     second, _ = _record(model, image_shape, TRACE_BATCHES[1])
     if [(c.module, c.index) for c in first] != [(c.module, c.index) for c in second]:
-        raise ValueError(
-            f"{type(model).__name__} calls other modules at another batch size, so the network cannot be traced"
-        )
+        raise ValueError(f"{type(model).__name__} calls other modules at another batch size, and cannot be traced")
     for a, b in zip(first, second, strict=True):
         for leaf, other in zip(a.outputs + a.inputs, b.outputs + b.inputs, strict=True):
             leaf.per_image = _sizes_per_image(leaf.shape, other.shape)
