@@ -379,7 +379,7 @@ def test_a_map_that_is_not_called_is_left_alone_and_named(direct: Chain) -> None
 
 def test_convolutions_that_normalise_their_weight_are_refused() -> None:
     chain = build_chain(timm.create_model("nf_resnet26", num_classes=3), (3, 64, 64))
-    with pytest.raises(ValueError, match=r"could not be merged\. Fine-tune its last layers"):
+    with pytest.raises(ValueError, match=r"could not be merged\. Choose the strategy last_layers"):
         find_targets(chain, AdapterConfig())
 
 

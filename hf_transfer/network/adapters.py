@@ -44,7 +44,7 @@ SAME_RELATIVE = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Backbone):
-    """A backbone whose model contains adapters. It is saved as an adapter folder, or merged by `merge_adapters`."""
+    """A backbone whose model contains adapters. Save the adapters as a folder, or merge them with `merge_adapters`."""
 
     network: Any = field(repr=False)  # the PeftModel that wraps `model`
     adapter: AdapterConfig
@@ -75,7 +75,7 @@ class Adapted(Backbone):
         return self.num_trainable / self.num_plain
 
     def describe(self) -> dict[str, Any]:
-        """Returns the description of the adapters that results.json contains."""
+        """Returns the entries of results.json that describe the adapters."""
         return {
             "method": self.adapter.method,
             "rank": self.adapter.size if self.adapter.has_rank else None,
@@ -87,9 +87,9 @@ class Adapted(Backbone):
 
 
 def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tuple[Adapted, Chain]:
-    """Adds adapters to the backbone's model, in place, and returns the adapted backbone and its chain.
+    """Adds adapters to the backbone's model, in place, and returns the adapted backbone and the chain of its layers.
 
-    Raises ValueError, with the possible choices, if no module can be adapted as requested, or if the chain has no classifier.
+    Raises ValueError, with possible settings, if no module can be adapted as requested, or if the model has no linear head.
     """
     targets = find_targets(chain, adapter)
     assert chain.classifier is not None
@@ -103,7 +103,7 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
     network = _inject(model, adapter, targets.modules)
     trained = frozenset(n for n, p in model.named_parameters() if p.requires_grad and id(p) not in plain)
     after = _probe_logits(backbone)
-    _check_same(before, after, f"adding {adapter.method} adapters", "choose another --adapter")
+    _check_same(before, after, f"adding {adapter.method} adapters", "choose another method: --adapter")
     adapted = Adapted(
         **{f.name: getattr(backbone, f.name) for f in fields(Backbone)},
         network=network,
@@ -124,7 +124,7 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
 
 def _log_adapters(adapted: Adapted, targets: Targets) -> None:
     log.info(
-        "added %s to %d modules (%s): adapters and head have %s trainable parameters, %.2f %% of the plain model's %s",
+        "added %s to %d modules (%s): adapters and head have %s trainable parameters, %.2f %% of %s in the plain model",
         adapted.adapter.name, len(targets.modules), ", ".join(shorten(targets.modules)), f"{adapted.num_trainable:,}",
         100 * adapted.trainable_share, f"{adapted.num_plain:,}",
     )  # fmt: skip
@@ -133,7 +133,7 @@ def _log_adapters(adapted: Adapted, targets: Targets) -> None:
 
 
 def merge_adapters(adapted: Adapted) -> Backbone:
-    """Merges the adapters into the adapted modules, in place and on the CPU, and returns the backbone with its plain model.
+    """Merges the adapters into the adapted modules, in place and on the CPU, and returns the backbone without adapters.
 
     Raises RuntimeError if merging changes the logits.
     """
@@ -147,8 +147,8 @@ def merge_adapters(adapted: Adapted) -> Backbone:
     model.__dict__.pop("peft_config", None)
     other = adapted.plain_state ^ set(model.state_dict())
     if other:
-        raise RuntimeError(f"merging {adapted.adapter.method} did not restore the model: {sorted(other)[:5]} differ")
-    _check_same(before, _probe_logits(adapted), f"merging {adapted.adapter.method} adapters", "use --no-merge")
+        raise RuntimeError(f"merging {adapted.adapter.method} changed tensor names of the model: {sorted(other)[:5]}")
+    _check_same(before, _probe_logits(adapted), f"merging {adapted.adapter.method} adapters", "choose --no-merge")
     return Backbone(**{f.name: getattr(adapted, f.name) for f in fields(Backbone)})
 
 
@@ -170,7 +170,7 @@ def find_adapter(model: str) -> Path | None:
 
 
 def read_base(folder: Path) -> str:
-    """Returns the id of the checkpoint that the adapter was trained on: `owner/name`, or `owner/name@revision`."""
+    """Returns the id of the checkpoint that the adapter in `folder` was trained on: `owner/name`, or `owner/name@revision`."""
     config = json.loads((folder / ADAPTER_CONFIG).read_text())
     base_id, revision = config["base_model_name_or_path"], config.get("revision")
     return f"{base_id}@{revision}" if revision else str(base_id)
@@ -179,9 +179,9 @@ def read_base(folder: Path) -> str:
 def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Backbone | None = None) -> Backbone:
     """Loads the base checkpoint of an adapter folder, merges the adapters into it, and returns the plain backbone.
 
-    `checkpoint`: a folder or id to load the base from, if the recorded id cannot be reached. `base`: the base, already loaded,
-    to load several adapters on one base; it is not changed. Raises ValueError if this package did not save the folder, or if
-    the adapters were trained on a base with other weights.
+    `checkpoint`: the folder or Hub id of the base checkpoint (None: the id that the adapter folder records). `base`: the base
+    checkpoint if it is already loaded; its weights stay unchanged. Raises ValueError if this package did not save the adapter
+    folder, or if the adapters were trained on other weights than those of the base checkpoint.
     """
     from peft import PeftModel
 
@@ -196,7 +196,7 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
     if _hash_base(base.model, task["classifier"]) != task["base_weights"]:
         raise ValueError(
             f"the adapters in {folder.name!r} were trained on other weights than those of "
-            f"{checkpoint or base.source.name}: name the checkpoint that the adapters were trained on"
+            f"{checkpoint or base.source.name}: choose the checkpoint that the adapters were trained on"
         )
     with _quiet_peft():
         PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
@@ -207,7 +207,7 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
 
 
 def read_task(folder: Path) -> dict[str, Any]:
-    """Returns the contents of an adapter folder's task.json: label_names, classifier, library, base_weights, preprocessing."""
+    """Returns the contents of task.json in an adapter folder. Raises ValueError if this package did not save the folder."""
     if not is_adapter_folder(str(folder)) or not (folder / TASK).is_file():
         raise ValueError(f"{folder.name!r} is no adapter folder of hf-transfer: it lacks {ADAPTER_CONFIG} or {TASK}")
     task: dict[str, Any] = json.loads((folder / TASK).read_text())
@@ -217,18 +217,18 @@ def read_task(folder: Path) -> dict[str, Any]:
 def check_saved_apart(adapted: Adapted) -> str:
     """Returns the Hub id of the base checkpoint, after checking that the adapters can be saved without merging.
 
-    Raises ValueError, with the remedy, if that id is unknown, or if peft would mistake an adapted module for the head.
+    Raises ValueError, with the remedy, if the Hub id is unknown, or if peft would mistake an adapted module for the head.
     """
     if adapted.source.id is None:
         raise ValueError(
-            f"--no-merge: an adapter folder names its base checkpoint by a Hub id, and {adapted.source.name} does not record "
-            "its Hub id. Give --base_model owner/name, or save a merged model (--merge)"
+            f"--no-merge: an adapter folder names its base checkpoint by a Hub id, and {adapted.source.name} does not "
+            "record its Hub id. Give --base_model owner/name, or save a merged model (--merge)"
         )
     mistaken = [name for name in adapted.targets if name.endswith(adapted.classifier)]
     if mistaken:
         raise ValueError(
-            f"--no-merge: peft takes every module whose name ends with {adapted.classifier} for the head, and the name of the "
-            f"adapted module {mistaken[0]} ends so. Save a merged model (--merge), or choose other --targets"
+            f"--no-merge: peft takes every module whose name ends with {adapted.classifier} for the head, and "
+            f"{mistaken[0]}, which has an adapter, is such a module. Save a merged model (--merge), or choose other --targets"
         )
     return adapted.source.id
 
@@ -244,14 +244,14 @@ def _inject(model: nn.Module, adapter: AdapterConfig, targets: Mapping[str, nn.M
 
 
 def _as_target_modules(model: nn.Module, targets: Iterable[str]) -> list[str] | str:
-    """Returns `targets` as peft's target_modules: a list, or an expression for the full names if a list would match more."""
+    """Returns a value of peft's `target_modules` that matches only the modules `targets`: names, or a regular expression."""
     names = list(targets)  # peft adapts every module whose name ends with an entry of the list
     matched = [n for n, _ in model.named_modules() if any(n == t or n.endswith("." + t) for t in names)]
     return names if len(matched) == len(names) else "|".join(map(re.escape, names))
 
 
 def _assign_layers(chain: Chain, targets: Iterable[str]) -> Chain:
-    """Returns the chain after adapters were added: the tensors of an adapter belong to the layer of the adapted module."""
+    """Returns the chain with the adapters' tensors in its layers: an adapter belongs to the layer of the adapted module."""
     owners = {name: i for i, layer in enumerate(chain.layers) for name in (*layer.parameters, *layer.buffers)}
     layer_of_target = {t: owners[n] for t in targets for n in owners if n.rpartition(".")[0] == t}
 
@@ -280,9 +280,9 @@ def _assign_layers(chain: Chain, targets: Iterable[str]) -> Chain:
 
 
 def _plain_identity(model: nn.Module, plain: Mapping[int, str], modules: Mapping[str, str]) -> Callable[[], Identity]:
-    """Returns a function that gives the plain network's identity until an adapter changes, and later the adapted network's.
+    """Returns a function that returns the plain network's identity until an adapter changes, then the adapted network's own.
 
-    `plain`: the name of each tensor of the plain network, by the tensor's id. `modules`: descriptions of its modules.
+    `plain` maps id(tensor) to the name of the tensor in the plain network. `modules` describes the plain network's modules.
     """
     names = {name: plain.get(id(tensor), "") for name, tensor in named_tensors(model).items()}
 
@@ -294,7 +294,7 @@ def _plain_identity(model: nn.Module, plain: Mapping[int, str], modules: Mapping
 
 
 def _probe_logits(backbone: Backbone) -> torch.Tensor:
-    """Returns the logits (2, K) of two fixed noise images."""
+    """Returns the backbone's logits (2, K) for two fixed images of noise."""
     noise = torch.randn(2, *backbone.preprocessing.image_shape, generator=torch.Generator().manual_seed(0))
     with eval_mode(backbone.model), torch.no_grad():
         return compute_logits(backbone.model, noise.to(next(backbone.model.parameters()).device))
@@ -312,7 +312,7 @@ def _check_same(before: torch.Tensor, after: torch.Tensor, label: str, remedy: s
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Hides warnings of peft about steps that this module takes on purpose."""
+    """Hides the warnings of peft inside the context."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"peft\.")
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")

@@ -1,4 +1,4 @@
-"""Loads a pretrained checkpoint for a new task, as a plain timm or transformers model with its preprocessing and labels."""
+"""Loads or creates image classifiers of timm and transformers, with their preprocessing and the names of their labels."""
 
 import copy
 import difflib
@@ -30,12 +30,12 @@ log = logging.getLogger(__name__)
 
 
 class NoTrainedHeadError(ValueError):
-    """The checkpoint has no trained classifier, and no labels were given for a new one."""
+    """The checkpoint has no trained classifier, and no labels were given for a new classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A model of an unchanged timm or transformers class, with its preprocessing, its labels and the source of its files."""
+    """A model of an unchanged timm or transformers class, with the model's preprocessing, label names and source files."""
 
     model: nn.Module  # in float32 and eval mode
     library: Literal["timm", "transformers"]
@@ -59,13 +59,13 @@ def load(
     """Loads the checkpoint's model with its own head, or with a new head if `labels` differ from the checkpoint's labels.
 
     `checkpoint`: a Hub id (`timm/resnet18.a1_in1k`, `google/vit-base-patch16-224@main`), a folder in Hub layout, or
-    "embedded". Raises ValueError if `find_source` finds no such checkpoint, if labels repeat, if weights are missing or do not
-    fit, or if the checkpoint is not an image classifier.
+    "embedded". Raises ValueError if the checkpoint is not found, if labels repeat, if weights are missing or do
+    not fit the model, or if the checkpoint is not an image classifier.
     """
     if labels is not None:
         repeated = sorted({name for name in labels if list(labels).count(name) > 1})
         if repeated or len(labels) < 2:
-            raise ValueError(f"labels must be two or more different names; got {len(labels)}, with repeated {repeated}")
+            raise ValueError(f"labels must be two or more different names; {len(labels)} given, repeated {repeated}")
     source = find_source(checkpoint, base_model=base_model, trust_remote_code=trust_remote_code)
     config = source.read_config()
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
@@ -101,12 +101,12 @@ def create(
     model_args: str | None = None,
     seed: int = 0,
 ) -> Backbone:
-    """Creates a model with random weights and a head for `labels`, for pretraining from scratch.
+    """Creates a model with random weights and a head for `labels`.
 
     `architecture`: a timm name, or a transformers model type (`vit`, `convnext`, ...) with its default sizes. `image_size_px`:
     the side of the square input; None: the architecture's default. `model_args`: a JSON object with arguments of timm's
     constructor, or with fields of the transformers config. Raises ValueError if the architecture is unknown, or does not
-    accept the size or the arguments.
+    accept `image_size_px` or `model_args`.
     """
     given = _read_model_args(model_args)
     if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and architecture != "timm_wrapper":
@@ -126,8 +126,8 @@ def create(
         if image_size_px is not None and hasattr(model, "set_input_size"):
             model = timm.create_model(architecture, img_size=image_size_px, **arguments)
     except (TypeError, AssertionError, ValueError) as error:
-        settings = f"{image_size_px} px{f' and model_args={model_args}' if given else ''}"
-        raise ValueError(f"{architecture} cannot be created for {settings}: {error}") from error
+        settings = f"image_size_px={image_size_px}{f' and model_args={model_args}' if given else ''}"
+        raise ValueError(f"{architecture} cannot be created with {settings}: {error}") from error
     config = resolve_data_config({}, model=model) | size | {"crop_pct": 1.0}
     model.pretrained_cfg.update({k: config[k] for k in ("input_size", "crop_pct", "interpolation", "mean", "std")})
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
@@ -154,7 +154,7 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
 
 
 def _read_model_args(text: str | None) -> dict[str, Any]:
-    """Parses a JSON object. Raises ValueError for other text, and for an argument that other settings determine."""
+    """Parses model_args, a JSON object. Raises ValueError for other text, and for a key that other settings determine."""
     try:
         given = json.loads(text or "{}")
     except json.JSONDecodeError as error:
@@ -184,7 +184,7 @@ def _create_transformers(
     try:
         model = AutoModelForImageClassification.from_config(config)
     except (TypeError, AssertionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{model_type} cannot be created for {size_px} px: {error}") from error
+        raise ValueError(f"{model_type} cannot be created with image_size_px={size_px}: {error}") from error
     processor = ViTImageProcessor(size={"height": size_px, "width": size_px}, resample=Image.Resampling.BICUBIC)
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         folder = Path(parent, model_type)
@@ -200,7 +200,7 @@ def _register_greedy() -> None:
 
 
 def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
-    """Returns the timm model with its own head, and its labels. Loading is strict: a missing weight raises ValueError."""
+    """Returns the timm model with its own head, and the head's labels. Raises ValueError if a weight is missing."""
     pretrained_cfg = dict(config.get("pretrained_cfg") or {})
     num_classes = int(config.get("num_classes") or pretrained_cfg.get("num_classes") or 0)
     weights = {k.removeprefix("timm_model."): v for k, v in load_file(source.folder / "model.safetensors").items()}
@@ -211,7 +211,7 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
     if loading or not timm.is_model(config["architecture"]):
         unsafe = f"model_args {loading}" if loading else f"architecture {config['architecture']!r}"
         raise ValueError(
-            f"{source.name}: config.json has {unsafe}; use only an architecture of timm and arguments of that architecture"
+            f"{source.name}: config.json has {unsafe}; choose a checkpoint with only an architecture of timm and its arguments"
         )
     pretrained_cfg = {k: v for k, v in pretrained_cfg.items() if k not in ("source", "custom_load")}
     pretrained_cfg |= {"architecture": config["architecture"], "num_classes": num_classes, "state_dict": weights}

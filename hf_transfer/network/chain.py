@@ -40,7 +40,7 @@ CHAIN_FORMAT = 4  # increase it when the code may find other cuts in the same ne
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """The part of a network between two neighboring cuts. `parameters` and `buffers` are names in the model."""
+    """The part of a network between two neighboring cuts. `parameters` and `buffers` are names of its tensors in the model."""
 
     name: str
     aliases: tuple[str, ...]
@@ -89,14 +89,14 @@ class Chain:
 
     @property
     def classifier_parameters(self) -> tuple[str, ...]:
-        """Names of the classifier's parameters, or of all head parameters if no single linear map computes the logits."""
+        """Names of the classifier's parameters, or of all the head's parameters if no single linear map computes the logits."""
         head = self.layers[-1].parameters
         if self.classifier is None:
             return head
         return tuple(n for n in head if n.startswith(self.classifier + "."))
 
     def lowest_cut(self, trainable: Collection[str]) -> Cut | None:
-        """Returns the last cut that has no `trainable` parameter before it, or None if the first layer contains one."""
+        """Returns the last cut without `trainable` parameters before it, or None if the stem has a trainable parameter."""
         unknown = set(trainable) - {n for layer in self.layers for n in layer.parameters}
         if unknown:
             raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
@@ -125,7 +125,7 @@ class Chain:
         """Returns the activations (B, *cut.shape) at each of `cuts`, from one forward in eval mode without gradients.
 
         `inputs`: normalized images (B, 3, H, W) on the model's device or, if `start` is given, activations (B, *start.shape) at
-        that earlier cut. Only the layers after `start` then run. Trainable layers may use the returned activations as inputs,
+        that earlier cut. Then only the layers after `start` run. Trainable layers may use the returned activations as inputs,
         since the forward runs under no_grad and not under inference_mode.
         """
         part = Part(self.model, self.image_shape, start=start, ends=cuts)
@@ -133,7 +133,7 @@ class Chain:
             return part.activations(inputs)
 
     def fingerprint(self, cuts: Sequence[Cut]) -> dict[str, str]:
-        """Returns, for the name of each cut, a hash of the weights and the structure of the network before the cut."""
+        """Returns a dict from the name of each cut to a hash of the weights and the structure of the network before the cut."""
         identity = self.known_as() if self.known_as else identify(self.model)
         names = identity.tensor_names
         hashes = {names[n]: hash_tensors({names[n]: t}) for n, t in named_tensors(self.model).items() if names[n]}
@@ -155,7 +155,7 @@ class Chain:
         return replace(self, model=copy.deepcopy(self.model, shared))
 
     def part(self, start: Cut | None = None, end: Cut | None = None) -> Part:
-        """Returns the part of the network between two cuts, which is used as a context manager (see `Part`)."""
+        """Returns the part of the network between two cuts. Enter the part as a context manager before it runs (see `Part`)."""
         return Part(self.model, self.image_shape, start=start, ends=() if end is None else (end,))
 
 
@@ -163,7 +163,7 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
     """Builds the chain of `model` for images of `image_shape` (3, H, W).
 
     Every cut is verified: the split network must give the logits of the whole network. The weights are perturbed for this test,
-    since initial layer scales near zero would hide a wrong cut. Verified cuts are stored in `cache_dir` for the next call. The
+    since weights near zero (new layer scales) hide a wrong cut. Verified cuts are stored in `cache_dir` for the next call. The
     chain of a network without interior cuts has only stem and head, and `notes` says which cut remains.
     """
     notes: list[str] = []
@@ -219,9 +219,9 @@ def _empty(name: str) -> Layer:
 
 
 def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[tuple[str, int]]:
-    """Returns (name, graph node) of the tensors at the end of the stem, of every layer, and of the features, in order.
+    """Returns pairs, in order: the name of the stem, of a layer or of the features, and the graph node of its output tensor.
 
-    The last layer and the features may end at the same tensor, which then appears under two names.
+    If the last layer and the features have the same output tensor, its node appears twice, under two names.
     """
     # These names are reserved, so a module called "head" (SelecSLS) is part of the chain's head.
     layers = [(c, span) for c, span in find_layers(model, seen, classifier) if c.module not in (STEM, HEAD, FEATURES)]
@@ -236,9 +236,9 @@ def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[
 
 
 def _partition(seen: Trace, nodes: Sequence[int]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Assigns each parameter that reaches the logits to a segment: segment i ends at nodes[i], the last one at the logits.
+    """Returns, for each parameter that reaches the logits, the number of the last segment of the network that uses it.
 
-    Returns the segment of each parameter (the highest that uses it), and (lowest, highest) of parameters used in several.
+    Segment i ends at nodes[i]. Returns also, for each parameter that several segments use, the numbers (first, last) of these.
     """
     segments: dict[str, set[int]] = {}
     boundaries = [*nodes, 0]
@@ -252,7 +252,7 @@ def _partition(seen: Trace, nodes: Sequence[int]) -> tuple[dict[str, int], dict[
 def _make_layers(
     model: nn.Module, cuts: list[Cut], segment_of: Mapping[str, int], layer_of_buffer: Mapping[str, int]
 ) -> tuple[Layer, ...]:
-    """Returns the layers from stem to head. The features cut divides the head into two segments, which form one layer."""
+    """Returns the layers from stem to head. The segments before and after the features cut form one layer, the head."""
     names = [*(c.name for c in cuts), HEAD]
     parameters: list[list[str]] = [[] for _ in names]
     for name, _ in model.named_parameters():
@@ -272,7 +272,7 @@ def _make_layers(
 
 
 def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
-    """Returns the names of the modules (stages) that contain the layer, except modules that contain all layers."""
+    """Returns the names of the modules (stages) that contain the layer `name`, except modules that contain all layers."""
     parts = name.split(".")
     aliases = []
     for i in range(1, len(parts)):
@@ -284,7 +284,7 @@ def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
 
 
 def _assign_buffers(model: nn.Module, seen: Trace, cuts: list[Cut]) -> dict[str, int]:
-    """Returns the layer index of each buffer: the layer in which the last call of the buffer's module ends."""
+    """Returns, for each buffer's name, the index of the layer in which the last call of the buffer's module ends."""
     ticks = []
     for cut in cuts:
         call = next(c for c in seen.calls if (c.module, c.index) == (cut.site.module, cut.site.index))
@@ -306,7 +306,7 @@ def _verified(
     ends: list[tuple[str, int]],
     cache_dir: Path | None,
 ) -> dict[str, Cut]:
-    """Returns the cuts that pass verification, by name. `cache_dir` stores them under a hash of the network's structure."""
+    """Returns the verified cuts by name. They are read from a file in `cache_dir` or, without such a file, found and stored."""
     remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
     if remembered is not None and remembered.is_file():
         kept = {}
@@ -377,7 +377,7 @@ def _verify(model: nn.Module, image_shape: tuple[int, int, int], candidates: dic
                         difference = (suffix(activation) - whole).abs().max() / scale
                 except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
                     # The network fails on placeholders, so it cannot be cut at this site.
-                    log.debug("the network cannot be cut for %s at %s: %s", name, cut.site, error)
+                    log.debug("cut %s: the network cannot be split at %s: %s", name, cut.site, error)
                     continue
                 if difference <= VERIFIED_RELATIVE:
                     verified[name] = cut

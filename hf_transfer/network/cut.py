@@ -2,7 +2,7 @@
 
     suffix(prefix(x)) == model(x)
 
-A cut records where the tensor is read and replaced, and what earlier module calls return. `network.part` runs both functions.
+A cut records where its tensor is read and replaced, and what earlier calls return. `network.part` runs prefix and suffix.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Stub:
     cut_leaf: int | None = None  # index of the leaf that is the tensor at the cut
 
     def answer(self, activation: torch.Tensor, *, dense: bool) -> Any:
-        """Returns the call's placeholder outputs for `activation` (B, *cut.shape). With `dense`, all outputs are writable."""
+        """Returns the call's placeholder outputs for `activation` (B, *cut.shape). With `dense`, they are writable."""
         batch = activation.shape[0]
         answers = []
         for i, leaf in enumerate(self.leaves):
@@ -82,10 +82,10 @@ class Cut:
 
 
 def possible_sites(trace: Trace, node: int, prefer: str | None = None) -> list[Site]:
-    """Returns the sites where the tensor made by `node` may be read and replaced, likeliest first. They are not verified yet.
+    """Returns the sites where the tensor made by `node` may be read and replaced, likeliest first. The sites are not verified.
 
-    The order is: the only output of a module (of `prefer` first, then of the outermost module); the input of the first module
-    that takes the tensor, if all uses of the tensor lie inside that module; one of several outputs of a module.
+    The order is: modules that return only this tensor (`prefer`, then outer modules); the first module whose input is the
+    tensor, if all uses of the tensor lie inside that module; modules that return this tensor and others.
     """
     producers = [c for c in trace.calls if c.module and any(o.node == node for o in c.outputs)]
     producers.sort(key=lambda c: (c.module != prefer, c.start - c.end))
@@ -119,7 +119,7 @@ def _takes_every_use(trace: Trace, call: Call, node: int) -> bool:
 
 
 def make_cut(trace: Trace, name: str, site: Site) -> Cut | None:
-    """Returns the cut at `site`, or None if the tensor cannot be stored image by image (dimension 0 is not the batch)."""
+    """Returns the cut at `site`, or None if dimension 0 of the tensor at the site is not the batch."""
     target = next(c for c in trace.calls if (c.module, c.index) == (site.module, site.index))
     after = site.side == "after"
     leaf = (target.outputs if after else target.inputs)[site.leaf]

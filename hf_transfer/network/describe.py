@@ -1,4 +1,4 @@
-"""Formats the tables that `inspect` prints: the chain (the network's layers), and what each policy would train and store."""
+"""Formats the tables that `inspect` prints: the network's layers, and the trained parameters and cache size of each policy."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ BYTES_PER_PIXEL = 1  # if the cut is at the pixels, the cache stores uint8 value
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyCost:
-    """The number of parameters that a policy would train, the cut it would use, and the size of the cache."""
+    """The costs of one policy: the parameters that train, the cut whose activations are stored, and the bytes per image."""
 
     policy: str
     trainable: int
@@ -31,7 +31,7 @@ class StrategyCost:
 
 
 def count_flops(chain: Chain) -> tuple[int, dict[str, int]]:
-    """Returns the FLOPs of one image's forward, and the FLOPs before each cut. Only matrix products and convolutions count."""
+    """Returns the FLOPs (of matrix products and convolutions only) of one image's forward, and the FLOPs before each cut."""
     cuts, before, counter = chain.cuts, dict[str, int](), FlopCounterMode(display=False)
 
     def note(i: int, _: torch.Tensor) -> None:
@@ -43,7 +43,7 @@ def count_flops(chain: Chain) -> tuple[int, dict[str, int]]:
 
 
 def price_strategies(chain: Chain, policies: list[Policy] | None = None) -> list[StrategyCost]:
-    """Returns the cost of each policy, or of the policies that fit every network if `policies` is None."""
+    """Returns the cost of each policy in `policies`. None stands for the policies that suit every network."""
     if policies is None:
         policies = [head(), *(last(k) for k in (1, 2, 4) if k < len(chain)), norms(), biases(), full()]
     total_flops, before = count_flops(chain)
@@ -74,7 +74,7 @@ def _describe_cut(chain: Chain, cut: Cut | None) -> str:
 
 
 def format_chain(chain: Chain) -> str:
-    """Returns the table of layers and the table of policies, as text for a terminal."""
+    """Returns a table of the chain's layers and a table of policies, as text for a terminal."""
     total, before = count_flops(chain)
     sizes = {name: p.numel() for name, p in chain.model.named_parameters()}
     rows: list[tuple[str, ...]] = [("", "layer", "parameters", "activation", "bytes/image", "FLOPs", "aliases")]
@@ -98,7 +98,7 @@ def format_chain(chain: Chain) -> str:
 
 
 def format_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> str:
-    """Adds the adapters to the model and returns a table of the adapted modules and the trainable parameters."""
+    """Adds adapters to the backbone's model, and returns a table of the adapted modules and their trainable parameters."""
     targets = find_targets(chain, adapter)
     adapted, adapted_chain = add_adapters(backbone, chain, adapter)
     sizes = {name: p.numel() for name, p in adapted.model.named_parameters()}

@@ -42,7 +42,7 @@ IGNORED_CONFIG = frozenset({
 class Identity:
     """The names of a network's tensors and the descriptions of its modules, from which its fingerprint is computed.
 
-    The fingerprint leaves out tensors whose name here is "": they do not change the network's output.
+    Tensors whose name in `tensor_names` is "" do not change the network's output, and the fingerprint leaves them out.
     """
 
     tensor_names: Mapping[str, str]
@@ -50,12 +50,12 @@ class Identity:
 
 
 def identify(model: nn.Module) -> Identity:
-    """Returns the identity of a network under its own tensor names."""
+    """Returns the identity of `model`, with the names that its tensors have in `model`."""
     return Identity(tensor_names={n: n for n in named_tensors(model)}, modules=describe_modules(model))
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Returns all parameters and buffers by name, including non-persistent buffers. A tied tensor appears once."""
+    """Returns all parameters and buffers of `model` by name, including non-persistent buffers. A tied tensor appears once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -89,7 +89,7 @@ def describe_modules(model: nn.Module) -> dict[str, str]:
 
 
 class _Describer:
-    """Turns attributes into JSON values without memory addresses. A config that many modules share is described only once."""
+    """Turns a module's attributes into JSON values without memory addresses. A config that modules share is described once."""
 
     def __init__(self) -> None:
         self._configs: dict[int, Any] = {}
@@ -148,7 +148,7 @@ class _Describer:
         return [_describe_type(type(value)), self._describe_items(getattr(value, "__dict__", {}), depth)]
 
     def _describe_items(self, items: Mapping[Any, Any], depth: int) -> Any:
-        """Returns sorted pairs. Tensors inside attributes are left out, since modules cache values there on first use."""
+        """Returns sorted (key, value) pairs, without tensors inside attributes, since a forward may cache tensors there."""
         kept = {k: v for k, v in items.items() if not (depth and isinstance(v, torch.Tensor))}
         return sorted(
             ([json.dumps(self.describe(k, depth)), self.describe(v, depth)] for k, v in kept.items()),
@@ -167,7 +167,7 @@ class _Describer:
 
 
 def _describe_type(kind: Any) -> list[str]:
-    """Returns the type's module, its name, and a hash of its source file, or "" if a library of known version defines it."""
+    """Returns the type's module, name, and a hash of the source file ("" for types of libraries whose versions are known)."""
     library = kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins")
     return [kind.__module__, kind.__qualname__, "" if library else _hash_source(kind.__module__)]
 
@@ -187,8 +187,8 @@ def hash_part(
 ) -> str:
     """Returns a hash of the network before a cut: weights, buffers, and every module that may run before the cut.
 
-    All names are names in `identity`. `hashes`: hash of every tensor. `parameters`: all parameters. `before`: the parameters
-    before the cut. `called`: modules that run before the cut. A module is left out if all its parameters lie after the cut.
+    All names are names in `identity`. `hashes`: the hash of each tensor. `parameters`: all parameters. `before`: the parameters
+    before the cut. `called`: modules that run before the cut. Modules whose parameters all lie after the cut are left out.
     """
     parameters, before = set(parameters), set(before)
     holding, running = _enclosing(parameters), _enclosing(before) | _enclosing(f"{name}." for name in called)

@@ -40,12 +40,12 @@ def set_modes(chain: Chain, cut: Cut | None, trainable: Collection[str], *, free
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether some BatchNorm is in train mode, so that the output for one image depends on the other images of the batch."""
+    """Whether a BatchNorm of `model` is in train mode, so that an image's output depends on the other images of the batch."""
     return any(m.training and isinstance(m._buffers.get("running_mean"), torch.Tensor) for m in model.modules())
 
 
 class Audit:
-    """Hashes every frozen tensor when it is created; `check` compares the tensors with these hashes.
+    """Detects changes of frozen tensors. The constructor hashes each frozen tensor, and `check` compares the hashes.
 
     The frozen tensors are all parameters that do not train, all buffers before the cut (also non-persistent buffers), and the
     running statistics after the cut that `set_modes` freezes.
@@ -81,7 +81,7 @@ class Audit:
         raise FrozenChangedError(
             f"{len(changed)} of {len(self)} frozen tensors changed: {', '.join(changed[:NAMED_IN_ERROR])}{more}. The cached "
             "activations therefore no longer belong to this network. Running statistics change if a BatchNorm runs in train "
-            "mode (see set_modes). Frozen weights change only if code outside this phase's optimizer writes to them"
+            "mode: call set_modes in each epoch. Frozen weights change only if code outside the optimizer writes to them"
         )
 
 
@@ -90,7 +90,7 @@ def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def _modules_before(model: nn.Module, cut: Cut | None) -> set[nn.Module]:
-    """Returns the modules that run only before `cut`: the modules of the cut's stubs, and all their submodules."""
+    """Returns the modules that run only before `cut`, with all their submodules."""
     if cut is None:
         return set()
     modules = dict(model.named_modules())
@@ -111,7 +111,7 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def _frozen_norms(model: nn.Module, trainable: Collection[str], freeze_batchnorm: bool) -> set[nn.Module]:
-    """Returns the BatchNorms whose parameters are all frozen or, with `freeze_batchnorm`, all BatchNorms."""
+    """Returns the BatchNorms of `model` whose parameters are all frozen or, with `freeze_batchnorm`, all its BatchNorms."""
     training = {id(parameter) for name, parameter in model.named_parameters() if name in trainable}
     frozen = set()
     for module in model.modules():

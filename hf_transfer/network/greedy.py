@@ -1,4 +1,4 @@
-"""Greedy layer-wise training: the stages in which a network grows, one layer and one auxiliary head each (arXiv 1812.11446).
+"""Greedy layer-wise training (arXiv 1812.11446): a network grows in stages. Each stage trains a layer and an auxiliary head.
 
     stage 1:  stem -> layer 1 -> head 1
     stage 2:  stem -> layer 1 (frozen) -> layer 2 -> head 2
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyStack:
-    """The network with all its layers, and the auxiliary heads."""
+    """A network that is trained layer by layer, and its auxiliary heads."""
 
     backbone: Backbone
     chain: Chain  # the backbone's chain
@@ -56,12 +56,12 @@ class GreedyStack:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the network is a timm or transformers architecture. No stage trains the architecture's own head."""
+        """Whether the network is a timm or transformers architecture, whose own head no stage trains."""
         return not isinstance(self.backbone.model, GreedyForImageClassification)
 
     @property
     def grown(self) -> Part:
-        """The network with all auxiliary heads. It maps images to the concatenated logits (B, S * K) of the S stages."""
+        """The network with its S auxiliary heads, which maps images to the concatenated logits (B, S * K) of these heads."""
         assert isinstance(self.whole.model, Part)
         return self.whole.model
 
@@ -72,7 +72,7 @@ class GreedyStack:
         return self.grown.heads
 
     def first(self, depth: int) -> "GreedyStack":
-        """Returns the stack of the first `depth` stages. Network and heads are shared with this stack."""
+        """Returns a stack of the first `depth` stages, which shares its network and its heads with this stack."""
         stages = self.stages[:depth]
         heads = nn.ModuleDict(dict(list(self.aux_heads.items())[:depth]))
         grown = Part(self.grown.network, self.chain.image_shape, ends=self.grown.ends[:depth], heads=heads)
@@ -80,7 +80,7 @@ class GreedyStack:
         return replace(self, stages=stages, whole=whole, heads=self.heads[:depth])
 
     def finished(self, *, fine_tuned: bool) -> Backbone:
-        """Returns the trained network: the backbone if it is a plain architecture, else the grown blocks with the last head."""
+        """Returns the backbone itself if it is a plain architecture, else its trained blocks with the last auxiliary head."""
         if self.is_plain:
             return self.backbone
         model = self.backbone.model
@@ -98,9 +98,9 @@ class GreedyStack:
 
 
 def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], aux: AuxiliaryHead) -> GreedyStack:
-    """Builds the stack that grows the layers called `names`, one per stage.
+    """Builds the stack whose stages train the layers called `names`, one layer per stage.
 
-    Raises ValueError if `aux.hidden` is out of range, or if no head fits the activations.
+    Raises ValueError if `aux.hidden` is out of range, or if no auxiliary head fits a layer's activations.
     """
     cuts = [chain.cut(name) for name in names]
     specs = [plan_head(cut.shape, layout_of(cut.shape, chain.image_shape), aux.hidden) for cut in cuts]
@@ -130,7 +130,7 @@ def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], aux: Au
 
 
 def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
-    """Returns the layout of an activation; a grid has the image's aspect ratio. Raises ValueError if no layout fits."""
+    """Returns the layout of activations of `shape`: tokens, or a grid with the image's aspect ratio. Else raises ValueError."""
     if len(shape) == 2:
         return "tokens"
     if len(shape) == 3:
@@ -139,12 +139,12 @@ def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
             if rows * width == columns * height:
                 return layout  # type: ignore[return-value]
     raise ValueError(
-        f"no block fits activations of shape {tuple(shape)}, which are neither tokens (L, C) nor a grid with channels"
+        f"no block fits activations of shape {tuple(shape)}, which are neither tokens (L, C) nor grids with channels"
     )
 
 
 def plan_head(shape: Sequence[int], layout: Layout, hidden: int) -> dict[str, Any]:
-    """Returns an auxiliary head's arguments. `hidden` is the paper's k. Raises ValueError if `hidden` is out of range."""
+    """Returns the arguments of an auxiliary `Head`. Raises ValueError if `hidden` (k in arXiv 1812.11446) is out of range."""
     if not 1 <= hidden <= MAX_HIDDEN:
         raise ValueError(
             f"aux_hidden={hidden}: this setting counts the growing layer and the hidden layers of the auxiliary head; "
@@ -180,7 +180,7 @@ def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
 
 
 def _rename(layer: Layer, home: str) -> Layer:
-    """Returns `layer` with the prefix `home` in all names, for a network that is now the submodule `home` of another one."""
+    """Returns `layer` with the prefix `home` in all names, for a network that became the submodule `home`."""
     cut = layer.cut
     return replace(
         layer,

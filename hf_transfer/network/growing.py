@@ -36,7 +36,7 @@ class BlockSpec:
 
 
 def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, *, image_size_px: int) -> Backbone:
-    """Creates a network of convolutional blocks for square images. The width doubles at each downsampling after block 1.
+    """Creates a network of convolutional blocks for square images. Each downsampling after block 1 doubles the width.
 
     Raises ValueError if the blocks do not fit the image size.
     """
@@ -62,27 +62,27 @@ def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, 
 
 
 def grow_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
-    """Returns a stack whose stages are the new blocks of the backbone. Raises ValueError if a block has no cut after it."""
+    """Returns a stack whose stages train the backbone's new blocks, one each. Raises ValueError if no cut follows a block."""
     chain = backbone.chain(cache_dir=chain_dir())
     model = backbone.model
     assert isinstance(model, GreedyForImageClassification)
     names = [f"blocks.{i}" for i in range(len(model.blocks))]
     known = {layer.name for layer in chain.layers}
     if not set(names) <= known:
-        raise ValueError(f"found no cut after {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
+        raise ValueError(f"no cut follows {', '.join(sorted(set(names) - known))}: {'; '.join(chain.notes)}")
     return stack_layers(backbone, chain, names, aux)
 
 
 def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | None = None) -> GreedyStack:
-    """Returns a stack whose stages are the first `layers` layers (None: all) of a new architecture (see `backbone.create`).
+    """Returns a stack whose stages train the first `layers` layers (None: all) of a new network (see `backbone.create`).
 
-    Raises ValueError if the architecture's chain has no separate layers, or fewer than `layers`.
+    Raises ValueError if the network has no separate layers, or fewer than `layers` layers.
     """
     chain = backbone.chain(cache_dir=chain_dir())
     if len(chain) == 0 or any(layer.cut is None for layer in chain.layers[1:-1]):
         reason = chain.notes[0] if chain.notes else "it has no interior cuts"
         raise ValueError(
-            f"{backbone.source.name} has no chain of layers to grow one by one ({reason}): choose another --architecture, or "
+            f"{backbone.source.name} has no layers to grow one by one ({reason}): choose another --architecture, or "
             "train the whole network with recipes/pretrain.py"
         )
     count = len(chain) if layers is None else layers
@@ -97,14 +97,14 @@ def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | N
 def grow_on(
     backbone: Backbone, chain: Chain, blocks: BlockSpec, aux: AuxiliaryHead, *, after: str | None = None
 ) -> GreedyStack:
-    """Returns a stack of new blocks on the frozen layers of a checkpoint, up to the layer called `after` (None: the last).
+    """Returns a stack of new blocks on the frozen layers of a checkpoint, which end with the layer `after` (None: the last).
 
-    Raises ValueError if no layer has that name, or if the blocks do not fit its activation (a convolution needs a grid).
+    Raises ValueError if no layer is called `after`, or if blocks do not fit its activation (convolutions need a grid).
     """
     names = [layer.name for layer in chain.layers[:-1] if layer.cut is not None]
     if not names:
         raise ValueError(
-            f"{backbone.source.name} has no chain of layers to stack on ({'; '.join(chain.notes) or 'no cuts'}): choose "
+            f"{backbone.source.name} has no layers to stack blocks on ({'; '.join(chain.notes) or 'no cuts'}): choose "
             "another --checkpoint"
         )
     if after is not None and after not in names:
@@ -145,18 +145,18 @@ def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[
     kind, layers, downsample = spec.kind, spec.layers, spec.downsample
     width = channels if spec.width is None else spec.width
     if layers < 1:
-        raise ValueError(f"layers={layers}: a stack needs at least one layer; choose 1 or more")
+        raise ValueError(f"layers={layers}: a stack needs at least one layer; choose layers >= 1")
     if width < 1:
-        raise ValueError(f"width={width}: a block needs at least one channel; choose 1 or more")
+        raise ValueError(f"width={width}: a block needs at least one channel; choose width >= 1")
     wrong = [n for n in downsample if not 1 <= n <= layers]
     if wrong:
         raise ValueError(f"downsample={_listed(downsample)}: there is no block {wrong[0]}; choose from 1 to {layers}")
     if kind == "transformer":
         if downsample:
-            raise ValueError(f"downsample={_listed(downsample)}: transformer blocks cannot downsample; leave it out")
+            raise ValueError(f"downsample={_listed(downsample)}: transformer blocks cannot downsample; omit downsample")
         heads = max(1, width // 64)
         if width % heads:
-            raise ValueError(f"width={width}: not divisible by {heads} attention heads; choose a multiple of 64")
+            raise ValueError(f"width={width} is not divisible by {heads} attention heads; choose a multiple of 64")
         first = {"kind": kind, "channels": channels, "width": width, "layout": layout}
         return [first, *({**first, "channels": width, "layout": "tokens"} for _ in range(layers - 1))]
     if layout == "tokens":
@@ -169,7 +169,7 @@ def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[
         if halves and any(s % 2 or s < 2 * HEAD_SIDE for s in side):
             raise ValueError(
                 f"downsample={_listed(downsample)}: block {number} cannot halve its grid of {side[0]}x{side[1]}; both sides "
-                f"must be even and {2 * HEAD_SIDE} or more. Leave block {number} out, or choose larger images"
+                f"must be even and {2 * HEAD_SIDE} or more. Remove {number} from downsample, or choose larger images"
             )
         if halves:
             side = [s // 2 for s in side]
@@ -212,7 +212,7 @@ def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
 
 
 def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]:
-    """Returns the arguments of a `Body` that computes the backbone up to `cut`, without the modules after the cut."""
+    """Returns the description of a `Body` that contains the backbone's modules before `cut` and computes the cut's tensor."""
     model: Any = backbone.model
     kept, buffers = (set(names) for names in chain.before(cut))
     kept |= buffers

@@ -2,8 +2,8 @@
 
 A block is a module with at least two weights (kernels or matrices) whose input and output are tensors that every path from the
 image to the logits goes through (`Trace.spine`). Residual blocks, transformer blocks and inverted residuals are blocks, and so
-are the stages around them. A block that contains smaller blocks is replaced by these, unless another module of its class
-contains none: an inverted residual without a skip connection has possible cuts inside, and is still one layer.
+are the stages around them. The smaller blocks inside a block replace the block, unless another module of the same class
+contains no block: an inverted residual without a skip connection has possible cuts inside, and is still one layer.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ FEW_LAYERS = 3  # with fewer layers, modules with one weight also count as block
 
 
 def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list[tuple[Call, tuple[int, int]]]:
-    """Returns the layers between stem and head, in order, each with the positions of input and output in `trace.spine`."""
+    """Returns the layers between stem and head, in order, each with the positions of its input and output in `trace.spine`."""
     modules = dict(model.named_modules())
     declared = getattr(model, "layer_names", None)
     if declared is not None:  # a greedy network lists its layers itself
@@ -48,7 +48,7 @@ def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list
 def _bounded_calls(
     modules: dict[str, nn.Module], trace: Trace, *, min_weights: int
 ) -> list[tuple[Call, tuple[int, int]]]:
-    """Returns the calls of modules with enough weights that map one tensor of `trace.spine` to another, with both positions."""
+    """Returns the calls from one tensor of `trace.spine` to a later one, of modules with enough weights, and both positions."""
     position = {node: i for i, node in enumerate(trace.spine)}
     # A call belongs to the head if no parameter comes after it.
     behind = (i for i in reversed(position.values()) if trace.parameters_between(trace.spine[i], 0))
@@ -126,7 +126,7 @@ def _keeps_grid(trace: Trace, start: int, end: int) -> bool:
 
 
 def _num_weights(module: nn.Module) -> int:
-    """Returns the number of kernels and matrices. A scale of shape (1, 1, C) does not count."""
+    """Returns the number of kernels and matrices in `module`. A scale of shape (1, 1, C) does not count."""
     return sum(p.ndim >= 4 or sum(size > 1 for size in p.shape) >= 2 for p in module.parameters())
 
 

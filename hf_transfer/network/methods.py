@@ -16,7 +16,7 @@ from hf_transfer.config import AdapterConfig, AdapterName
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """An adapter method of peft."""
+    """How to configure one adapter method in peft."""
 
     config: str  # name of the config class in peft
     arguments: Mapping[str, Any] = field(default_factory=dict)  # fixed arguments of the config
@@ -42,7 +42,7 @@ def make_peft_config(adapter: AdapterConfig, target_modules: list[str] | str) ->
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Whether `module` is a Linear or Conv2d with the plain forward of that class, so that an adapter can be merged into it."""
+    """Whether `module` is a Linear or Conv2d with the forward of torch, so that an adapter can be merged into its weight."""
     if parametrize.is_parametrized(module):
         return False
     if isinstance(module, nn.Linear):
@@ -56,7 +56,7 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def find_misfit(adapter: AdapterConfig, module: Any) -> str | None:
-    """Returns the reason why the adapter does not fit a Linear or Conv2d, or None if it fits."""
+    """Returns the reason why the adapter does not fit a Linear or Conv2d, or None if the adapter fits."""
     if not adapter.has_rank:
         return None
     groups = getattr(module, "groups", 1)

@@ -65,13 +65,13 @@ class ConvBlock(nn.Module):
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
-        """Returns (B, width, H, W), or (B, width, H/2, W/2) if the block downsamples."""
+        """Returns activations (B, width, H, W), or (B, width, H/2, W/2) if the block downsamples."""
         grid = activation.permute(0, 3, 1, 2) if self.layout == "channels_last" else activation
         return F.relu(self.norm(self.conv(self.shuffle(grid))))
 
 
 class TokenBlock(nn.Module):
-    """A pre-norm transformer block, with a linear projection before it if the width changes. It takes any layout."""
+    """A pre-norm transformer block, with a linear projection before it if the width changes. Its input may have any layout."""
 
     def __init__(self, channels: int, width: int, layout: Layout = "tokens") -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class TokenBlock(nn.Module):
 class Head(nn.Module):
     """A classifier: hidden layers of the same kind as the blocks, then norm, average and a linear map.
 
-    `hidden`: the number of hidden layers, which is k - 1 in the paper's notation.
+    `hidden`: the number of hidden layers, which is k - 1 in arXiv 1812.11446.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Head(nn.Module):
 
 
 class Body(nn.Module):
-    """The first part of another network: computes the activation at one tensor of that network's forward, and stops there.
+    """The first part of another network: runs the other network's forward until a given tensor exists, and returns the tensor.
 
     Keys of `description`: `library`, with `architecture` and `model_args` (timm) or `config` (transformers). `side`, `module`,
     `index`, `leaf`: the position of the tensor among the outputs ("after") or inputs ("before") of a module's call. `dropped`:
@@ -137,7 +137,7 @@ class Body(nn.Module):
             self.network.set_submodule(name, nn.Identity())
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Returns the activation (B, ...) of normalized images (B, 3, H, W)."""
+        """Returns the tensor (B, ...) that `description` selects, for normalized images (B, 3, H, W)."""
         name, side, index, leaf = self.site
         calls = 0
 
@@ -161,11 +161,11 @@ class Body(nn.Module):
             return reached.activation
         finally:
             hook.remove()
-        raise RuntimeError(f"the forward did not call {name}: the installed library defines another architecture")
+        raise RuntimeError(f"the network did not call {name}: the installed library defines another architecture")
 
 
 class GreedyForImageClassification(PreTrainedModel):
-    """An image classifier of transformers that consists of an optional body, blocks and a head."""
+    """A transformers image classifier: an optional body (the first layers of another network), blocks and a head."""
 
     config_class = GreedyConfig
     main_input_name = "pixel_values"

@@ -22,7 +22,7 @@ from hf_transfer.network.forward import compute_logits, eval_mode
 class Part(nn.Module):
     """The part of a network from the cut `start` (None: from the image) to the cut in `ends` (empty: to the logits).
 
-    With `heads`, one head for each cut in `ends`, the part returns the concatenated logits (B, len(ends) * K) of the heads.
+    With `heads` (one head for each cut in `ends`) the part returns the concatenated logits (B, len(ends) * K) of the heads.
 
     A part with a start must be used as a context manager. Inside the context, run nothing else on the network, since module
     calls before the start return placeholders. A part trains under torch.compile (one graph, no recompilation from batch to
@@ -75,7 +75,7 @@ class Part(nn.Module):
         return self._run(inputs)
 
     def activations(self, inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the activations (B, *shape) at each of `ends`, from one forward that stops when all of them exist.
+        """Returns the activations (B, *shape) at each cut in `ends`, from one forward that stops when all activations exist.
 
         This method changes neither gradient settings nor train and eval modes.
         """
@@ -104,12 +104,12 @@ class Part(nn.Module):
         return int(counter.get_total_flops())
 
     def _run(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Runs the network from the start on and returns its logits."""
+        """Runs the network from the cut `start` on, and returns the logits."""
         if self.start is None:
             return compute_logits(self.network, inputs)
         if self.start.stubs and not self._patched and self._hook is None:
             raise RuntimeError(
-                "this part starts at a cut, so it must run inside `with part:`; outside, the network starts at the image"
+                "this part starts at a cut, so call it inside `with part:`; outside, the network starts at the image"
             )
         placeholder = torch.zeros((), dtype=inputs.dtype, device=inputs.device)
         # The inputs are copied because the network may write into them (an in-place ReLU), and they may be a view of a cache.
@@ -150,7 +150,7 @@ class Part(nn.Module):
             self._hook = None
 
     def _turn(self, side: str, module: str) -> int:
-        """Returns the zero-based index of this call of `module` in this forward. It is 0 if one forward has only one call."""
+        """Returns the number of earlier calls of `module` in this forward, or 0 if a forward calls the module only once."""
         if (side, module) not in self._turns:
             return 0
         turn = self._turns[side, module]

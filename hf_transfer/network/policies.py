@@ -12,7 +12,7 @@ from hf_transfer.network.chain import Chain
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """A rule that selects the parameters that train. `select` maps a chain (a network's layers) to their names."""
+    """A rule that selects the parameters that train. `select` returns their names for a chain (a network's layers)."""
 
     name: str
     select: Callable[[Chain], frozenset[str]]
@@ -39,7 +39,7 @@ def last(k: int) -> Policy:
 
 
 def from_layer(name: str) -> Policy:
-    """Trains the layer called `name`, or the first layer of the stage called `name`, and all later layers and the head.
+    """Trains the layer or stage called `name`, all later layers, and the head.
 
     `select` raises ValueError, with the names of all layers and stages, if no layer or stage has that name.
     """
@@ -85,7 +85,7 @@ def biases() -> Policy:
 def matching(pattern: str) -> Policy:
     """Trains the parameters whose names contain a match of the regular expression `pattern`, and the classifier.
 
-    Raises ValueError if the pattern does not compile. `select` raises ValueError if it matches no parameter of a layer.
+    Raises ValueError if the pattern does not compile. `select` raises ValueError if it matches no layer's parameter.
     """
     try:
         expression = re.compile(pattern)
@@ -115,7 +115,7 @@ def gradual(chain: Chain, phases: int) -> list[Policy]:
     """Returns one policy per phase of gradual unfreezing, from the last layer to the first (arXiv 1801.06146, section 3.3).
 
     The first phase trains the classifier, the last phase trains all parameters, and the phases between train `last(k)` with
-    evenly growing k. Raises ValueError for fewer than two phases, or more phases than one per layer (as in the paper).
+    evenly growing k. Raises ValueError for fewer than two phases, or for more phases than layers, stem and head.
     """
     # Step 0 is the classifier, step k the last k layers, and step `top` all. The stem is a step if it has parameters.
     top = max(1, len(chain) + bool(chain.layers[0].parameters))

@@ -1,7 +1,7 @@
-"""The image preprocessing of a checkpoint. Evaluation during training, the cache, the saved model and inference share it.
+"""The image preprocessing of a checkpoint. Training, the cache, the saved model and inference share it.
 
 The checkpoint's own timm transform or transformers image processor resizes and crops, so the pixels equal the output of plain
-`AutoImageProcessor`. This module only rescales and normalizes, on the device and in the same order of operations.
+`AutoImageProcessor`. This module only rescales and normalizes, on the device, as that processor does.
 """
 
 import tempfile
@@ -73,7 +73,7 @@ def quiet_transformers() -> Iterator[None]:
 def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Preprocessing:
     """Loads the preprocessing of the checkpoint in `folder` (Hub layout).
 
-    Raises ValueError if the checkpoint names no preprocessing, or one that does more than resize, crop, rescale and normalize.
+    Raises ValueError if the checkpoint names no preprocessing, or if it does more than resize, crop, rescale and normalize.
     """
     try:
         with quiet_transformers():
@@ -81,7 +81,7 @@ def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Prep
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"the checkpoint {folder.name} names no image preprocessing that transformers can read ({error}). "
-            "Remedy: add its preprocessor_config.json (or timm's `pretrained_cfg` in config.json)"
+            "Remedy: add preprocessor_config.json (or timm's `pretrained_cfg` in config.json) to the checkpoint"
         ) from error
     is_timm = hasattr(processor, "val_transforms")
     preprocessing = _from_timm(processor) if is_timm else _from_transformers(processor)
@@ -90,7 +90,7 @@ def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Prep
 
 
 def preprocessing_of_config(config: PreTrainedConfig, name: str) -> Preprocessing:
-    """Returns the preprocessing that would be loaded from a saved model with this config."""
+    """Returns the preprocessing that `load_preprocessing` would load from a folder with only this config."""
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         config.save_pretrained(Path(parent, name))
         return load_preprocessing(Path(parent, name))
@@ -100,7 +100,7 @@ def _from_timm(processor: Any) -> Preprocessing:
     config = processor.data_config
     *geometry, to_tensor, normalize = processor.val_transforms.transforms
     if not (hasattr(normalize, "mean") and "ToTensor" in type(to_tensor).__name__):
-        raise ValueError(f"the image transform does not end with ToTensor and Normalize: {processor.val_transforms}")
+        raise ValueError(f"the checkpoint's transform must end with ToTensor and Normalize: {processor.val_transforms}")
 
     def resize(image: Image.Image) -> NDArray[np.uint8]:
         for transform in geometry:
@@ -165,6 +165,6 @@ def _check_parity(preprocessing: Preprocessing) -> None:
     difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
     if not difference <= PARITY:
         raise ValueError(
-            f"{type(preprocessing.processor).__name__} does more than resize, crop, rescale and normalize (its normalized "
-            f"pixels differ by {difference:.2g}); such preprocessing is not supported"
+            f"{type(preprocessing.processor).__name__} does more than resize, crop, rescale and normalize (its output "
+            f"differs from these four steps by {difference:.2g}): choose a checkpoint without other steps"
         )

@@ -2,7 +2,7 @@
 
     image -> stem, layer 1 ... layer k -> (layers k+1 ... n left out) -> final norm -> pooling -> linear
 
-A readout is offered only if the network's timm or transformers class can be built with that depth and pooling (`depth=9`,
+A readout is offered only if the network's timm or transformers class can be built with its depth and pooling (`depth=9`,
 `global_pool="avg"`), so that saved models load without this package. To find out, the model variant is built. Its parameters
 must have the names and shapes of the network's parameters, except parameters of layers that are left out. All readouts share
 the activations of one forward.
@@ -59,14 +59,14 @@ class Readout:
 
 
 def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "all"]) -> list[Readout]:
-    """Returns the readouts, starting with the unchanged network. `sweep` adds other poolings, earlier layers, or both.
+    """Returns the readouts, the unchanged network's first. `sweep` says whether to add other poolings, earlier layers, or both.
 
     Raises ValueError if the network has no single linear classifier.
     """
     if chain.classifier is None or chain.features is None:
         raise ValueError(
             f"{type(chain.model).__name__} has no single linear classifier after a cut, so no linear probe can be solved; "
-            "fine-tune the last layers instead"
+            "choose the strategy last_layers instead"
         )
     own = Readout(
         layer=chain.layers[-2].name,
@@ -95,7 +95,7 @@ def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "a
 
 
 def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
-    """Yields the readout `full` at every smaller depth at which a model of the network's class can be built."""
+    """Yields a copy of the readout `full` for every smaller depth at which a model of the network's class can be built."""
     depth_argument = "num_hidden_layers" if isinstance(chain.model, PreTrainedModel) else "depth"
     for k in range(len(chain) - 1, 0, -1):
         layer, left_out = chain.layers[k], chain.layers[k + 1 : -1]
@@ -111,7 +111,7 @@ def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
 def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> torch.Tensor:
     """Returns the features (B, F), which are the classifier's input, for the activation (B, *cut.shape) at the readout's cut.
 
-    Runs the end of the network (final norm, pooling) on the activation and skips the layers between.
+    Runs only the end of the network (final norm, pooling) on the activation, and skips the layers after the readout's layer.
     """
     if readout.cut == chain.features:
         return activation.flatten(1)
@@ -166,7 +166,7 @@ def build_variant(
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Skips functions that initialize tensors on the meta device, since they take seconds and have no effect."""
+    """Skips functions that initialize tensors on the meta device, since such functions take seconds and have no effect."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Skips `func` if it fills a meta tensor, and calls it otherwise."""
@@ -178,7 +178,7 @@ class _Uninitialized(TorchFunctionMode):
 
 
 def _expresses(chain: Chain, changes: Mapping[str, Any], left_out: Sequence[str]) -> bool:
-    """Whether the network's class, built with `changes`, has exactly the network's parameters except those in `left_out`."""
+    """Whether the network's class, built with `changes`, has all the network's parameters except `left_out` and the head's."""
     try:
         with torch.device("meta"), _Uninitialized():
             variant = build_variant(chain, changes, num_classes=2, with_weights=False)

@@ -1,6 +1,6 @@
 """Finds the files of a checkpoint, on the Hub (by id and optional revision) or in a local folder in Hub layout.
 
-Only files that loading needs are downloaded: config, preprocessing, card and safetensors. Pickles are never downloaded.
+Only files that loading needs are downloaded: config, preprocessing, model card and safetensors. Pickles are never downloaded.
 """
 
 import json
@@ -34,7 +34,7 @@ HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint's files and its public name. `id` and `revision` may be published; the path `folder` never is."""
+    """A checkpoint's files and its public name. `id` and `revision` may be published, but never the path `folder`."""
 
     folder: Path
     id: str | None  # Hub id of the checkpoint, if known
@@ -93,7 +93,7 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
     unreachable: list[Exception] = []
 
     def fetch(name: str) -> Path | None:
-        """Returns the file, or None if the repository has no such file, or if none is cached and the Hub is unreachable."""
+        """Returns the file `name`, or None if it does not exist, or if it is not cached and the Hub is unreachable."""
         try:
             return Path(hf_hub_download(repo, name, revision=revision or None))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -148,9 +148,9 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
     try:
         yield
     except GatedRepoError as error:
-        raise ValueError(f"{repo} is gated: accept its terms on its Hub page, then run `hf auth login`") from error
+        raise ValueError(f"{repo} is gated: accept the terms on its Hub page, then run `hf auth login`") from error
     except RevisionNotFoundError as error:
-        raise ValueError(f"{repo} has no revision {revision!r}: name a branch, a tag or a commit of {repo}") from error
+        raise ValueError(f"{repo} has no revision {revision!r}: choose a branch, tag or commit of {repo}") from error
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"the Hub has no model {repo!r} that you may read: check the id, or run `hf auth login` for a private model"
@@ -158,7 +158,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ValueError(
             f"{repo} is not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE=1). "
-            f"Remedy: run `hf download {repo}` on a machine with a network, or name a local folder"
+            f"Remedy: run `hf download {repo}` on a machine with a network, or choose a local folder"
         ) from error
     except HFValidationError as error:
         raise ValueError(f"{repo!r} is not a Hub id: {error}") from error

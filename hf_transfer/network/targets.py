@@ -35,7 +35,7 @@ class Targets:
     left_out: Mapping[str, str]  # name of each requested module that cannot be adapted -> reason
 
     def describe_left_out(self) -> list[str]:
-        """Returns one line per group of modules that cannot be adapted: its name without numbers, its size, and a reason."""
+        """Returns a line per group of modules that cannot be adapted: name of the group, number of modules, and reason."""
         kinds: dict[str, list[str]] = {}
         for name in self.left_out:
             kinds.setdefault(shorten([name])[0], []).append(name)
@@ -52,16 +52,16 @@ def find_targets(chain: Chain, adapter: AdapterConfig) -> Targets:
     | mlp | all other Linear modules and 1x1 convolutions |
     | all | every Linear and Conv2d |
 
-    These four skip modules that the adapter does not fit. Other text is a regular expression for module names, also in the
-    stem; the adapter must fit all matching modules. Raises ValueError, with the choices, if no module can be adapted.
+    These four settings skip modules that the adapter does not fit. Other text is a regular expression for names, also in the
+    stem, and the adapter must fit all matching modules. Raises ValueError, with the choices, if no module can be adapted.
     """
     if chain.classifier is None:
         raise ValueError(
             f"{type(chain.model).__name__} has no single linear classifier after its layers, and adapters are trained together "
-            "with a linear classifier; fine-tune the last layers instead"
+            "with a linear classifier; choose the strategy last_layers instead"
         )
     if not len(chain):
-        raise ValueError(f"{type(chain.model).__name__} has no layers between stem and head: there is nothing to adapt")
+        raise ValueError(f"{type(chain.model).__name__} has no layers between stem and head: no module can be adapted")
     candidates = _find_candidates(chain, _observe(chain))
     is_named = adapter.targets in NAMED_TARGETS
     if is_named:
@@ -77,8 +77,8 @@ def find_targets(chain: Chain, adapter: AdapterConfig) -> Targets:
         wanted = [name for name in wanted if candidates.layers[name] >= lowest]
         if not wanted:
             raise ValueError(
-                f"targets={adapter.targets!r}: no such module lies in the layers {adapter.layers}; choose other targets, or a "
-                "larger K in last:K"
+                f"targets={adapter.targets!r}: no such module lies in the layers {adapter.layers}; choose other --targets, or "
+                "a larger K in --adapter_layers last:K"
             )
     chosen = {name: candidates.modules[name] for name in wanted}
     misfits = {n: reason for n, m in chosen.items() if (reason := find_misfit(adapter, m)) is not None}
@@ -99,7 +99,7 @@ class _Observation:
 
 
 class _ProductRecorder(TorchFunctionMode):
-    """Records the innermost running module whenever the network multiplies two activations."""
+    """Records which module is running (the innermost one) whenever the network multiplies two activations."""
 
     def __init__(self, stack: list[str]) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class _ProductRecorder(TorchFunctionMode):
 
 
 def _observe(chain: Chain) -> _Observation:
-    """Runs one forward in which only the image requires gradients, so that tensors with gradients depend on the image."""
+    """Records one forward in which only the image requires gradients, so that exactly its results require gradients."""
     model = chain.model
     stack = [""]
     called: set[str] = set()
@@ -162,7 +162,7 @@ class _Candidates:
 
 
 def _find_candidates(chain: Chain, seen: _Observation) -> _Candidates:
-    """Returns the modules before the head that can be adapted: called with an activation, and sharing no weight."""
+    """Returns the modules before the head that can be adapted. Each has an activation as input, and its own weight."""
     layers = {n.rpartition(".")[0]: i for i, layer in enumerate(chain.layers[:-1]) for n in layer.parameters}
     uses = Counter(id(p) for _, p in chain.model.named_parameters(remove_duplicate=False))
     adaptable = {n: m for n, m in chain.model.named_modules() if n in layers and is_adaptable(m)}
@@ -185,7 +185,7 @@ def _find_candidates(chain: Chain, seen: _Observation) -> _Candidates:
 
 
 def _find_attention(chain: Chain, candidates: Iterable[str], seen: _Observation) -> set[str]:
-    """Returns the attention modules: each multiplies activations, and contains the projections that compute these."""
+    """Returns the names of modules that multiply activations and contain the projections that compute these activations."""
     layers = {layer.name for layer in chain.layers}
     attention = set()
     for innermost in seen.mixing:
@@ -219,7 +219,7 @@ def _resolve_targets(adapter: AdapterConfig, groups: Mapping[str, list[str]]) ->
     if not possible:
         raise ValueError(
             f"adapter={adapter.method!r}: the layers of this network have no plain Linear or Conv2d, and adapters of modules "
-            "that pad or normalize by themselves could not be merged. Fine-tune its last layers instead"
+            "that pad or normalize by themselves could not be merged. Choose the strategy last_layers instead"
         )
     if adapter.targets == "auto":
         return "attention" if groups["attention"] else "all"
@@ -253,7 +253,7 @@ def _explain_misfit(
     misfits: Mapping[str, str],
     enough: Callable[[Iterable[bool]], bool],
 ) -> str:
-    """Returns the error message for `misfits`. `enough` is `any` or `all`: the number of modules that must fit."""
+    """Returns the message if the adapter does not fit `misfits`. `enough`: whether it must fit any or all `chosen` modules."""
 
     def fits(other: AdapterConfig) -> bool:
         return enough(find_misfit(other, module) is None for module in chosen.values())

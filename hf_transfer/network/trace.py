@@ -56,7 +56,7 @@ class Call:
 
 @dataclass(kw_only=True)
 class Trace:
-    """The record of one forward. It contains no activations, and numbers the nodes of the autograd graph."""
+    """The record of one forward without its activations. Each node of the autograd graph is represented by a number."""
 
     calls: list[Call]
     graph: "nx.DiGraph[int]"  # edges lead from a node to the nodes whose results it uses
@@ -97,7 +97,7 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
     first, graph = _record(model, image_shape, TRACE_BATCHES[0])
     second, _ = _record(model, image_shape, TRACE_BATCHES[1])
     if [(c.module, c.index) for c in first] != [(c.module, c.index) for c in second]:
-        raise ValueError(f"{type(model).__name__} calls other modules at another batch size, so it cannot be traced")
+        raise ValueError(f"{type(model).__name__} calls other modules at another batch size, and cannot be traced")
     for a, b in zip(first, second, strict=True):
         for leaf, other in zip(a.outputs + a.inputs, b.outputs + b.inputs, strict=True):
             leaf.per_image = _sizes_per_image(leaf.shape, other.shape)
@@ -110,7 +110,7 @@ def _sizes_per_image(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[i
 
 
 def _constant_rows(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns a tensor that is equal for all images (such as position encodings), or None if it depends on the image."""
+    """Returns the value of a tensor of two forwards if it is equal for all images (position encodings), else None."""
     if first is None or second is None:
         return None
     if first.shape == second.shape:
@@ -210,7 +210,7 @@ class _Recorder:
 
 
 def _read_graph(model: nn.Module, logits: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
-    """Returns the autograd graph of `logits` with numbered nodes, its dominators, and the parameter of each leaf node."""
+    """Returns the fields of `Trace` that describe the autograd graph of `logits`, and the number (`ids`) of each node."""
     if logits.grad_fn is None:
         raise ValueError(f"{type(model).__name__}: no gradient reaches the logits, so the network cannot be traced")
     names = {id(p): n for n, p in model.named_parameters()}  # a tied parameter appears only under its first name
