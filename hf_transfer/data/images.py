@@ -73,7 +73,7 @@ class BadImageError(ValueError):
 def read_image(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
     """Returns the image in `source` (a file's bytes or path, or a PIL image) in mode RGB, fully loaded, with no file left open.
 
-    Error messages call the image `name`. A PIL image is never modified; an upright RGB image is returned itself.
+    Error messages call the image `name`. A PIL image is never modified. An upright RGB PIL image is returned as it is.
 
     Raises:
         BadImageError: the file is missing, empty, truncated or not an image, or pixel values are in an ambiguous range.
@@ -144,14 +144,14 @@ def _from_floats(image: Image.Image, name: str) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0.0 and high <= 255.0):  # this test also refuses NaN
         raise BadImageError(
-            f"{name}: float pixels from {low:g} to {high:g}, but only 0 to 1 and 0 to 255 are known: save the image with 8 bits"
+            f"{name}: float pixels from {low:g} to {high:g}, outside the ranges 0 to 1 and 0 to 255: save the image with 8 bits"
         )
     scale = 255.0 if high <= 1.0 else 1.0
     return Image.fromarray(np.rint(values * scale).astype(np.uint8))
 
 
 def _upright(rgb: Image.Image, image: Image.Image, name: str) -> Image.Image:
-    """Returns `rgb` transposed by the EXIF orientation of `image`, the original of `rgb`."""
+    """Returns `rgb`, rotated or mirrored as the EXIF orientation of the original `image` says."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODER_ERRORS as error:

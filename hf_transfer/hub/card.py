@@ -39,7 +39,7 @@ __all__ = ["OUR_TAG", "address_card", "make_card"]
 
 
 def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> ModelCard:
-    """Returns README.md of the model saved in `folder`, and writes the charts of the card to `folder`."""
+    """Returns the card (README.md) of the model saved in `folder`, and writes the charts of the card to `folder`."""
     split = find_split(results)
     scores = results["metrics"][split]
     environment = make_environment("hub", is_markdown=True)
@@ -88,7 +88,7 @@ def address_card(text: str, repo_id: str, revision: str | None, verified: Sequen
 
 
 def _format_config(config: dict[str, Any]) -> Markup:
-    """Returns the settings as YAML for a code block in Markdown. Names that could end the block are quoted and escaped."""
+    """Returns the settings as YAML for a code block in Markdown. Text that could end the block is quoted and escaped."""
     text = yaml.safe_dump(config, sort_keys=False)
     if re.search("[<`]", text):
         text = yaml.safe_dump(config, sort_keys=False, default_style='"', width=math.inf).replace("<", r"\x3C")
@@ -110,13 +110,15 @@ def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dic
 
 
 def _limits(results: Mapping[str, Any], split: str) -> list[str]:
-    """Returns sentences that a reader should know before relying on the model."""
+    """Returns sentences about the limits of the model, for the card."""
     scores = results["metrics"][split]
     train = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < MIN_TRAIN_IMAGES}
     scored = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < MIN_SCORED_IMAGES}
-    limits = ["Metrics are for images from the same source as the training images; expect lower metrics elsewhere."]
+    limits = ["Metrics are for images from the same source as the training images; expect less for other images."]
     if scores["accuracy"] == 1.0:
-        limits.append("The model made no mistake on so few images, so the intervals do not show how rare mistakes are.")
+        limits.append(
+            "The model made no mistake on the few images, so the intervals do not show how rare mistakes are."
+        )
     if split != "test":
         limits.append(NO_TEST_SPLIT)
     if results["details"].get("fine_tuned") is False:
