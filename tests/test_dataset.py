@@ -213,7 +213,7 @@ def test_splits_can_be_named_by_flag(tmp_path: Path) -> None:
     without = load(tmp_path, train_split="fold1", test_split="none")
     assert without.test is None
     assert "'test'" in "".join(without.notes)
-    with pytest.raises(ValueError, match="no split folder 'fold9'; the folders with images are 'fold1', 'fold2'"):
+    with pytest.raises(ValueError, match="'fold9'; the folders with images are 'fold1', 'fold2', 'test'"):
         load(tmp_path, train_split="fold9")
 
 
@@ -407,9 +407,9 @@ def test_too_few_images_are_errors_that_count(tmp_path: Path) -> None:
     write(tmp_path, "ant/*9", "bee/*4", "cat/*1")
     with pytest.raises(ValueError, match=r"images_per_class=5: class 'cat' has only 1 .*--images_per_class 1"):
         load(tmp_path, images_per_class=5)
-    with pytest.raises(ValueError, match=r"one image to train on of 'cat'.*--validation_split"):
+    with pytest.raises(ValueError, match=r"one image of each of the classes 'cat'.*--validation_split"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="one image to train on of 'ant', 'bee', 'cat'"):
+    with pytest.raises(ValueError, match="one image of each of the classes 'ant', 'bee', 'cat'"):
         load(tmp_path, images_per_class=1)
 
 

@@ -323,7 +323,7 @@ def _map_crops(
 
 
 def _sample(pixels: Tensor, theta: Tensor, height_px: int, width_px: int) -> Tensor:
-    """Samples images (B, 3, H, W) float32 from pixels (B, S, S, 3) uint8 through the affine maps `theta` (B, 2, 3)."""
+    """Resamples `pixels` (B, S, S, 3) uint8 with the affine maps `theta` (B, 2, 3) to images (B, 3, H, W) float32."""
     x = torch.arange(width_px, device=pixels.device).view(1, 1, -1, 1) + (0.5 - width_px / 2)
     y = torch.arange(height_px, device=pixels.device).view(1, -1, 1, 1) + (0.5 - height_px / 2)
     # F.affine_grid is avoided, because its matrix product may round differently at another batch size.
@@ -334,7 +334,7 @@ def _sample(pixels: Tensor, theta: Tensor, height_px: int, width_px: int) -> Ten
 
 
 def _cover(boxes: Tensor, height_px: int, width_px: int) -> Tensor:
-    """Returns masks (B, 1, H, W) of the pixels whose centers lie in the boxes (B, 4)."""
+    """Returns masks (B, 1, H, W), True for the pixels whose centers lie in the image's box (left, top, width, height)."""
     left, top, width, height = boxes[:, :, None].unbind(1)  # (B, 1) each
     x = torch.arange(width_px, device=boxes.device) + 0.5
     y = torch.arange(height_px, device=boxes.device) + 0.5

@@ -51,7 +51,7 @@ class Data:
     license: str | None = None
     """The license that the dataset's card states, or None if no license is stated."""
     loading_notes: tuple[str, ...]
-    """The part of `notes` that is known without reading an image."""
+    """The sentences of `notes` that are known before images are read."""
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -290,7 +290,7 @@ def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[
 
 
 def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:
-    """Returns the split without unreadable images, and a note that lists the unreadable images."""
+    """Returns the split without unreadable images, and a list with one sentence about these images, or none."""
     problems = split.source.unreadable(split.rows, f"checking {split.name} images")
     if not problems:
         return split, []
@@ -300,7 +300,7 @@ def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split
     if is_train:
         _check_classes(kept.counts(), split.label_names, f"{where}, without unreadable images")
     if not len(kept):
-        raise ValueError(f"{where}: none of the {len(split):,} images of this split can be read")
+        raise ValueError(f"{where}: none of {len(split):,} images can be read")
     shown = [str(problem) for problem in problems.values()][:_MAX_LISTED_FILES]
     more = len(problems) - len(shown)
     return kept, [

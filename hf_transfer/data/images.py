@@ -67,7 +67,7 @@ _DECODER_ERRORS = (
 
 
 class BadImageError(ValueError):
-    """The error for an unreadable image. The message starts with the image's name and gives the reason."""
+    """The error for an unreadable image. Its message starts with the image's name and gives the reason."""
 
 
 def read_image(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
@@ -167,7 +167,7 @@ def _upright(rgb: Image.Image, image: Image.Image, name: str) -> Image.Image:
 
 
 def _diagnosis(source: bytes | Image.Image, error: Exception) -> str:
-    """Returns the reason why the bytes are not an image, with a remedy if there is one."""
+    """Returns the reason why `source` cannot be decoded, with a remedy if one is known."""
     if isinstance(error, Image.DecompressionBombError):
         return f"too large to decode safely ({error}); downscale the image"
     head = source[:512] if isinstance(source, bytes) else b""

@@ -35,7 +35,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """Returns the image's name in messages: its path inside the dataset, or "row 17"."""
+        """Returns the name of the image in messages: its path inside the dataset, or its row, such as "row 17"."""
 
     @abstractmethod
     def content(self, row: int) -> bytes:

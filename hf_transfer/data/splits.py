@@ -80,7 +80,7 @@ class Split:
             raise _with_remedy(error) from error
 
     def image_name(self, i: int) -> str:
-        """Returns the image's path inside the dataset, or "row 17" of the stored split."""
+        """Returns the path of image `i` inside the dataset, or its row in the stored split, such as "row 17"."""
         return self.source.name(int(self.rows[i]))
 
     @cached_property
@@ -192,7 +192,7 @@ def _with_remedy(error: BadImageError) -> BadImageError:
 
 
 def _rank_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Returns each image's rank (N,), its position in the shuffled order of its class."""
+    """Returns the rank (N,) of each image: the image's position in the shuffled order of its class."""
     ranks = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

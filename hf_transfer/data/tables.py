@@ -164,7 +164,7 @@ def _to_stored(tables: Any, name: str, columns: Columns, roots: Sequence[Path]) 
 
 
 def read_table(table: Any, columns: Columns, *, split: str, where: str, roots: Sequence[Path] = ()) -> LabeledImages:
-    """Returns the images and labels of one `Dataset`. Messages call the table `where` and a row "row 17 of split `split`".
+    """Returns the images and labels of one `Dataset`. Messages call the table `where`, and a row "row 17 of split `split`".
 
     For `roots`, see `TableSource`.
     """

@@ -1,4 +1,4 @@
-"""Calls the Hub. Transient failures are retried with backoff; all other failures become an error with a remedy."""
+"""Retries calls to the Hub after transient failures. All other failures become a PushError with a remedy."""
 
 import logging
 import time
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class PushError(RuntimeError):
-    """The error of a failed push. The run's files are unchanged, and the command can be repeated."""
+    """The error of a failed push to the Hub. The run's files are unchanged, and the same command can be repeated."""
 
 
 class Attempts:
-    """Calls the Hub about one repository. Errors end with `next_step`, a sentence that says what to do next."""
+    """Calls the Hub for one repository, with retries. Errors end with `next_step`, which says what the user can do next."""
 
     def __init__(self, repo_id: str, next_step: str) -> None:
         self.repo_id, self.next_step = repo_id, next_step

@@ -65,7 +65,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
 
 
 def address_card(text: str, repo_id: str, revision: str | None, verified: Sequence[Verified]) -> str:
-    """Returns the card as it is pushed, with the repository in place of FOLDER and with the verified libraries."""
+    """Returns the text of the card for the push: `repo_id` replaces FOLDER, and the results of `verified` are added."""
     suffix = f"@{revision}" if revision else ""
     text = re.sub(r"^<!-- local -->$.*?^<!-- /local -->\n*", "", text, flags=re.DOTALL | re.MULTILINE)
     text = text.replace("local-dir:FOLDER", f"hf-hub:{repo_id}{suffix}")
@@ -96,7 +96,7 @@ def _format_config(config: dict[str, Any]) -> Markup:
 
 
 def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dict[str, str]:
-    """Writes an SVG of each curve and, if classes are few, of the confusion matrix of `split`. Returns file names by title.
+    """Writes each curve, and the confusion matrix of `split` if classes are few, as SVG. Returns a dict from title to file.
 
     SVG files take a few kB, show text in any script, and need no drawing library.
     """
@@ -116,9 +116,7 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
     scored = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < MIN_SCORED_IMAGES}
     limits = ["Metrics are for images from the same source as the training images; expect less for other images."]
     if scores["accuracy"] == 1.0:
-        limits.append(
-            "The model made no mistake on the few images, so the intervals do not show how rare mistakes are."
-        )
+        limits.append("The model made no mistake on so few images, so the intervals do not show how rare mistakes are.")
     if split != "test":
         limits.append(NO_TEST_SPLIT)
     if results["details"].get("fine_tuned") is False:

@@ -23,7 +23,7 @@ SCORES = {
 
 
 def find_split(results: Mapping[str, Any]) -> str:
-    """Returns the split whose metrics the card states: test, or validation if there is no test split."""
+    """Returns the name of the split whose metrics the card shows: test, or validation if there is no test split."""
     return "test" if "test" in results["metrics"] else "validation"
 
 

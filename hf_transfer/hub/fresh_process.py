@@ -30,7 +30,7 @@ def compute(folder: Path, images: list[Any], library: str) -> tuple[Any, Any, li
 
 
 def _load_peft(folder: Path, images: list[Any]) -> tuple[Any, Any, list[str]]:
-    """Returns a model (the recorded base with a new head and the adapter), normalized `images`, and the label names."""
+    """Returns the base model with a new head and the adapter, the normalized pixels of `images`, and the label names."""
     from peft import PeftModel
 
     config = json.loads((folder / "adapter_config.json").read_text())

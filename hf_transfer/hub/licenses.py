@@ -27,7 +27,7 @@ UNSTATED = frozenset({"", "unknown", "none"})
 
 @dataclass(frozen=True, kw_only=True)
 class DerivedLicense:
-    """A model's license. `notes` are sentences for the card, in Markdown."""
+    """The license of a trained model. `notes` are sentences about this license for the model card, in Markdown."""
 
     id: str | None  # the Hub's id; None if no license can be stated
     name: str | None  # only if the id is `other`

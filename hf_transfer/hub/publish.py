@@ -67,7 +67,7 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """The repository and branch to push to, and the client that calls the Hub."""
+    """The repository and branch to push to, the Hub's client `api`, and `attempt`, which retries a call."""
 
     repo_id: str
     revision: str | None
@@ -126,7 +126,7 @@ def publish(
 
 
 def check_push(repo_id: str, *, token: str | None = None) -> None:
-    """Checks before training that the Hub would accept a push to `repo_id`.
+    """Checks, before training, that the Hub would accept a push to `repo_id`.
 
     Raises PushError if there is no valid token, the token cannot write to `repo_id`, or the card has another origin.
     """
@@ -142,7 +142,7 @@ def check_push(repo_id: str, *, token: str | None = None) -> None:
 
 
 def _command(run: Path, repo_id: str, options: PublishOptions, *, adapter: bool, base: str | None) -> str:
-    """Returns the command that repeats a push."""
+    """Returns the `hf-transfer publish` command that repeats this push."""
     values = {"--base": base, "--revision": options.revision}
     names = ("private", "create_pr", "overwrite", "without_fine_tuning")
     flags = {"--adapter": adapter} | {f"--{name}": getattr(options, name) for name in names}

@@ -1,4 +1,4 @@
-"""Checks that other libraries load a saved folder as the model that was measured, in a fresh process and on real images.
+"""Checks in a fresh process, on real images, that other libraries load a saved folder as the model that was measured.
 
 A run saves a few images of its scored split with the pixels and logits of the trained network (`write_reference`). `verify`
 starts a process without this package. This process loads the folder with transformers (a timm model also with timm), or loads
@@ -37,7 +37,7 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """The largest differences between the trained network and the model that one library loads from the folder."""
+    """The largest differences between the outputs of the trained network and of the saved model that one library loads."""
 
     library: str
     logits: float  # relative to the largest logit, or to 1 if that is more
