@@ -32,7 +32,7 @@ def notes_on_draws(
         )
         if not is_validation_drawn:
             notes.append(
-                f"All {len(validation):,} images of the validation split are used; images_per_class limits only train images."
+                f"The whole validation split is used ({len(validation):,} images); images_per_class limits only train."
             )
     if is_validation_drawn:
         notes.append(
