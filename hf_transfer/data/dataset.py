@@ -241,9 +241,7 @@ def _is_unlabeled(images: LabeledImages) -> bool:
 def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
     """Raises ValueError if a split is empty or has unlabeled images, or if train has one class or a class without images."""
     if not len(images.labels):
-        raise ValueError(
-            f"{where} is empty" + ("" if is_train else "; omit it: --validation_split or --test_split none")
-        )
+        raise ValueError(f"{where} is empty" + ("" if is_train else "; pass --test_split or --validation_split none"))
     unlabeled = np.flatnonzero(images.labels == UNLABELED)
     if unlabeled.size:
         some = [images.source.name(int(images.rows[i])) for i in unlabeled[:3]]
