@@ -207,7 +207,7 @@ def test_the_lowest_resolution_keeps_what_is_coarser_and_means() -> None:
 
 
 def test_a_resolution_above_the_networks_own_is_an_error() -> None:
-    with pytest.raises(ValueError, match=rf"min_resolution_px=25.*{SIZE}x{SIZE}; choose {SIZE} or less"):
+    with pytest.raises(ValueError, match=rf"min_resolution_px=25.*{SIZE}x{SIZE}; choose at most {SIZE}"):
         run(make_pixels(2), AugmentationConfig(min_resolution_px=SIZE + 1))
 
 

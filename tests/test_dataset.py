@@ -213,7 +213,7 @@ def test_splits_can_be_named_by_flag(tmp_path: Path) -> None:
     without = load(tmp_path, train_split="fold1", test_split="none")
     assert without.test is None
     assert "'test'" in "".join(without.notes)
-    with pytest.raises(ValueError, match="no split folder 'fold9'; folders with images: 'fold1', 'fold2', 'test'"):
+    with pytest.raises(ValueError, match="'fold9'; the folders with images are 'fold1', 'fold2', 'test'"):
         load(tmp_path, train_split="fold9")
 
 
@@ -340,7 +340,7 @@ def test_a_mixture_of_images_and_tables_is_refused(tmp_path: Path) -> None:
 def test_column_flags_are_refused_where_there_are_no_columns(tmp_path: Path) -> None:
     write(tmp_path, "a/*3", "b/*3")
     for field in ("image_column", "label_column"):
-        with pytest.raises(ValueError, match=f"{field}='x'.*leave --{field} out"):
+        with pytest.raises(ValueError, match=f"{field}='x'.*omit --{field}"):
             load(tmp_path, **{field: "x"})
         with pytest.raises(ValueError, match=f"{field}='x'"):
             load("sklearn/digits", **{field: "x"})
@@ -407,9 +407,9 @@ def test_too_few_images_are_errors_that_count(tmp_path: Path) -> None:
     write(tmp_path, "ant/*9", "bee/*4", "cat/*1")
     with pytest.raises(ValueError, match=r"images_per_class=5: class 'cat' has only 1 .*--images_per_class 1"):
         load(tmp_path, images_per_class=5)
-    with pytest.raises(ValueError, match=r"one image to train on of 'cat'.*--validation_split"):
+    with pytest.raises(ValueError, match=r"one image of each of the classes 'cat'.*--validation_split"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="one image to train on of 'ant', 'bee', 'cat'"):
+    with pytest.raises(ValueError, match="one image of each of the classes 'ant', 'bee', 'cat'"):
         load(tmp_path, images_per_class=1)
 
 
@@ -651,7 +651,7 @@ def test_labels_may_be_of_several_types(
         (table([0.5, 1.0, 2.25, 1.0]), r"2 of 4 labels are fractions \(0.5, 2.25\)"),
         (table(["a", None, "b", " "]), "2 of 4 images have no label.*'row 1', 'row 3'"),
         (table([0, 1, -1, 1]), "1 of 4 images have no label.*'row 2'"),
-        (table([0, 1, -5, 1]), "1 of 4 labels are -5, but all others are class indices from 0 up"),
+        (table([0, 1, -5, 1]), "1 of 4 labels are -5, but all other labels are class indices from 0 up"),
         (table([0.0, 1.0, float("nan"), None]), "2 of 4 images have no label"),
         (table(["a", "b", "a ", "b"]), "duplicate class names 'a', 'a '"),
         (table([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "b "])), "duplicate class names 'b', 'b '"),
@@ -682,7 +682,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     data = load(root, label_column="kind", image_column="other")
     assert data.label_names == ("a", "b")
     assert data.train.image(0).getpixel((0, 0)) == color(9)
-    with pytest.raises(ValueError, match="no column label_column='nope'; the table has columns 'image'"):
+    with pytest.raises(ValueError, match="no column label_column='nope', but has columns 'image'"):
         load(root, label_column="nope")
     with pytest.raises(ValueError, match="'kind' does not contain encoded images"):
         load(root, image_column="kind")

@@ -235,9 +235,9 @@ GOOD = [(array(i), i % 2) for i in range(6)]
         ([*GOOD, (array(0).astype(np.float32), 1)], r"image 6 is a float32 array of shape \(3, 4, 3\); give"),
         ([*GOOD, (np.zeros((3, 4, 4), np.uint8), 1)], r"image 6 is a uint8 array of shape \(3, 4, 4\); give"),
         ([*GOOD, (array(0), [1])], "label 6 is a list; give text or an integer"),
-        ([*GOOD, (array(0), "a")], "labels are of type int and str; classes are all text or all integers"),
+        ([*GOOD, (array(0), "a")], "labels are of type int and str; labels must be all text or all integers"),
         ([*GOOD, (array(0), 0.5)], r"1 of 7 labels are fractions \(0.5\)"),
-        ([*GOOD, (array(0), -5)], "1 of 7 labels are -5, but all others are class indices"),
+        ([*GOOD, (array(0), -5)], "1 of 7 labels are -5, but all other labels are class indices"),
         ([*GOOD, (array(0), None)], "1 of 7 images have no label.*'row 6'"),
         ([(array(0), 1), (array(1), 1)], "only one class, '1'"),
         ([("no/such/a.png", 0), ("no/such/b.png", 1)], r"none of 2 image files exists, the first is '.*a\.png'; relative"),
@@ -266,7 +266,7 @@ def test_a_missing_file_is_named_and_can_be_skipped(tmp_path: Path) -> None:
 def test_column_flags_are_refused_for_pairs() -> None:
     for field in ("image_column", "label_column"):
         with pytest.raises(
-            ValueError, match=rf"{field}='x': a list of \(image, label\) pairs has no columns; leave --{field}"
+            ValueError, match=rf"{field}='x': a list of \(image, label\) pairs has no columns; omit --{field}"
         ):
             load(GOOD, **{field: "x"})
 

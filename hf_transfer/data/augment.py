@@ -1,12 +1,12 @@
 """Augments training batches at random, on the device, and resizes the stored square images to the network's input size.
 
 The pixel store contains each image uncropped and resized to a square, with the image's original width and height. Crops are
-drawn in original pixels. The crop, the return to the original aspect ratio, the flip and the geometric operations of
-auto-augmentation form one affine map per image, so pixels are resampled once. Past its edges, an image is mirrored.
+drawn in original pixels. The crop, the return to the original aspect ratio, the flip and all geometric operations form one
+affine map per image, so pixels are resampled once. Beyond its edges, an image is continued by its mirror image.
 
-Every random number is a hash of (seed, epoch, image index, position). An image's augmentation therefore does not depend on the
-batch, the number of processes, or resuming. Unlike in the papers and in torchvision, boxes are not rounded to whole pixels,
-geometric operations run before color operations, and only operations that need whole gray levels round pixels.
+Each of an image's random numbers is a hash of the seed, the epoch, the image's index and the number's position. Augmentation
+therefore does not depend on the batch, the number of processes, or resuming. Unlike in torchvision, crops are not rounded to
+whole pixels, geometric operations run before color operations, and pixels are rounded only where whole gray levels are needed.
 """
 
 from functools import reduce
@@ -65,7 +65,7 @@ def augment(
     images are aliased if S is far above twice the output size.
 
     Raises:
-        ValueError: shapes or dtype do not match, or `min_resolution_px` exceeds the shorter output side.
+        ValueError: an argument has a wrong shape or dtype, or `min_resolution_px` exceeds the shorter output side.
     """
     sizes = np.asarray(sizes.cpu() if isinstance(sizes, Tensor) else sizes, np.float64)
     given = (pixels.dtype, tuple(pixels.shape[3:]), sizes.shape, uniform.shape)
@@ -110,9 +110,9 @@ def augment(
 def mix(images: Tensor, targets: Tensor, uniform: Floats, augmentation: AugmentationConfig) -> tuple[Tensor, Tensor]:
     """Returns images (B, 3, H, W) and targets (B, K) float, each mixed with its counterpart in the reversed batch.
 
-    Mixup follows arXiv:1710.09412 and cutmix arXiv:1905.04899, with boxes clipped at the edges and the pasted area as weight.
-    Each image draws a weight, a box, and mixup or cutmix with its random numbers in `uniform` (B, NUM_UNIFORM). The middle
-    image of an odd batch is its own partner. Inputs are not modified. If mixup and cutmix are off, returns the inputs.
+    Mixup follows arXiv:1710.09412, and cutmix arXiv:1905.04899. Cutmix clips boxes at image edges, and weights targets by
+    area. The rows of `uniform` (B, NUM_UNIFORM) decide each image's method, weight and box. In an odd batch, the middle image
+    is mixed with itself. Inputs are not modified. If mixup and cutmix are off, returns the inputs.
     """
     if not augmentation.is_mixing or len(images) == 0:
         return images, targets
@@ -135,12 +135,12 @@ def mix(images: Tensor, targets: Tensor, uniform: Floats, augmentation: Augmenta
 
 
 def draw_uniform(seed: int, epoch: int, indices: NDArray[np.int64], count: int = NUM_UNIFORM) -> Floats:
-    """Returns uniform numbers (B, count) in [0, 1), each a hash of seed, epoch, image index and position in the row.
+    """Returns uniform numbers (B, count) in [0, 1), each a hash of its seed, epoch, image index and column.
 
     `indices` (B,) are the images' positions in their split. The hash applies the finalizer of splitmix64 (Steele, Lea, Flood,
     OOPSLA 2014) to the four keys in turn.
     """
-    state = np.zeros((1, 1), np.uint64)  # arrays rather than scalars, which warn when they overflow
+    state = np.zeros((1, 1), np.uint64)  # an array, because NumPy warns when scalars overflow
     for key in ([[seed]], [[epoch]], np.asarray(indices)[:, None], np.arange(count)[None]):
         state = state + (np.asarray(key).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -150,10 +150,10 @@ def draw_uniform(seed: int, epoch: int, indices: NDArray[np.int64], count: int =
 
 
 def draw_crops(uniform: Floats, sizes: NDArray[Any], augmentation: AugmentationConfig, ratio: float) -> Floats:
-    """Returns crop boxes (B, 4) as left, top, width, height, in pixels of images with `sizes` (B, 2).
+    """Returns crop boxes (B, 4) as left, top, width, height, in pixels of original images with `sizes` (B, 2).
 
-    Draws random resized crops (arXiv:1409.4842) as torchvision's RandomResizedCrop does. If none of 10 candidates fits, the box
-    is the largest center crop with an allowed aspect ratio. If `crop_scale` is 1, the box is the largest center crop with
+    Draws random resized crops (arXiv:1409.4842) as torchvision's RandomResizedCrop does. If none of 10 boxes fits, the crop
+    is the largest center crop with an allowed aspect ratio. If `crop_scale` is 1, the crop is the largest center crop with
     aspect ratio `ratio` (the output's width / height). `uniform` (B, NUM_UNIFORM) are the images' random numbers.
     """
     if augmentation.crop_scale == 1.0:
@@ -166,7 +166,7 @@ def draw_crops(uniform: Floats, sizes: NDArray[Any], augmentation: AugmentationC
 def draw_operations(
     uniform: Floats, augmentation: AugmentationConfig, height_px: int, width_px: int
 ) -> tuple[NDArray[np.int64], Floats]:
-    """Draws operations (B, n), as indices into OPERATIONS, and their strengths (B, n), in the units of `_ranges`.
+    """Returns n random operations per image: indices into OPERATIONS (B, n), and strengths (B, n) in the units of `_ranges`.
 
     n is 2 for RandAugment (arXiv:1909.13719), 1 for TrivialAugment Wide (arXiv:2103.10158) and 0 without auto-augmentation.
     """
@@ -183,11 +183,11 @@ def draw_operations(
 
 
 def _ranges(is_wide: bool, height_px: int, width_px: int) -> dict[str, tuple[float, float, bool]]:
-    """Returns each operation's strength at magnitude 0, its strength at the largest magnitude, and whether its sign is random.
+    """Returns each operation's strengths at magnitude 0 and the largest magnitude, and whether the strength's sign is random.
 
     Shear is in pixels per pixel, translation in pixels and rotation in degrees. Brightness, saturation, contrast and sharpness
-    are factors. Posterize keeps that many bits, and solarize inverts values from its strength up. The ranges equal the ranges
-    of torchvision's RandAugment and TrivialAugmentWide.
+    are factors. The strength of posterize is the number of bits that remain. Solarize inverts values at or above its strength.
+    The ranges equal the ranges of torchvision's RandAugment and TrivialAugmentWide.
     """
     x_px, y_px = (32.0, 32.0) if is_wide else (150 / 331 * width_px, 150 / 331 * height_px)
     shear, degrees, factor, bits = (0.99, 135.0, 1.99, 2) if is_wide else (0.3, 30.0, 1.9, 4)
@@ -203,10 +203,10 @@ def _ranges(is_wide: bool, height_px: int, width_px: int) -> dict[str, tuple[flo
 
 
 def map_geometry(operations: NDArray[np.int64], strengths: Floats, height_px: int, width_px: int) -> Floats:
-    """Returns affine maps (B, 3, 3) from output positions to input positions, both in pixels right of and below the center.
+    """Returns affine maps (B, 3, 3) from output positions to input positions, in pixels right of and below the image's center.
 
-    The geometric operations among `operations` (B, n) are composed from left to right. As in torchvision, shears fix the upper
-    left corner, and positive angles rotate counterclockwise.
+    The geometric operations among `operations` (B, n) are composed from left to right. As in torchvision, shears do not move
+    the upper left corner, and positive angles rotate counterclockwise.
     """
     shear_x, shear_y, translate_x, translate_y, rotate = (
         np.where(operations == OPERATIONS.index(name), strengths, 0.0) for name in GEOMETRIC_OPERATIONS
@@ -220,9 +220,9 @@ def map_geometry(operations: NDArray[np.int64], strengths: Floats, height_px: in
 
 
 def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
-    """Applies one of COLOR_OPERATIONS to images (B, 3, H, W) in 0..255, each at its own strength (B,). May modify `images`.
+    """Applies a color operation to images (B, 3, H, W) in 0..255, with a `strength` (B,) per image. May modify `images`.
 
-    Formulas follow torchvision (transforms/v2/functional/_color.py). Strengths have the units of `_ranges`.
+    Formulas follow torchvision (transforms/v2/functional/_color.py). The units of `strength` are listed in `_ranges`.
     """
     strength = strength.view(-1, 1, 1, 1)
     if operation in ("posterize", "solarize", "autocontrast", "equalize"):
@@ -253,16 +253,16 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
 
 
 def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int) -> Tensor:
-    """Downsamples images (B, 3, H, W) to the resolutions that `uniform` (B,) selects, and upsamples them to H x W again.
+    """Downsamples images (B, 3, H, W) to resolutions chosen by the random numbers `uniform` (B,), and upsamples again.
 
     All NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
-    images' shorter side. Downsampling averages areas; upsampling is bicubic. Raises ValueError if the images are smaller.
+    images' shorter side, and ValueError is raised if that side is smaller. Downsampling averages areas; upsampling is bicubic.
     """
     height_px, width_px = images.shape[2:]
     side_px = min(height_px, width_px)
     if min_resolution_px > side_px:
         raise ValueError(
-            f"min_resolution_px={min_resolution_px}: the network's input is {width_px}x{height_px}; choose {side_px} or less"
+            f"min_resolution_px={min_resolution_px}: the network's input is {width_px}x{height_px}; choose at most {side_px}"
         )
     scales = np.geomspace(min_resolution_px / side_px, 1.0, NUM_RESOLUTIONS)
     drawn = (uniform * NUM_RESOLUTIONS).astype(np.int64)
@@ -285,7 +285,7 @@ def _gray(images: Tensor) -> Tensor:
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """Smooths the interior (B, 3, H - 2, W - 2) with weight 5/13 at the center and 1/13 around it, as Pillow does."""
+    """Returns smoothed images without borders (B, 3, H - 2, W - 2): weight 5/13 for a pixel, 1/13 for each of 8 neighbors."""
     rows = (images[:, :, :-2] + images[:, :, 1:-1]).add_(images[:, :, 2:])  # sums are faster than a convolution
     sums = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
     return sums.add_(images[:, :, 1:-1, 1:-1], alpha=4).div_(13)
@@ -294,7 +294,7 @@ def _smooth(images: Tensor) -> Tensor:
 def _draw_boxes(
     uniform: Floats, sizes: NDArray[Any], share: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Draws boxes (B, 4) with a uniform share of the area and log-uniform width / height; also returns which boxes fit (B,)."""
+    """Returns random boxes (B, 4), uniform in area and log-uniform in width / height, and whether each fits its image (B,)."""
     areas = (share[0] + (share[1] - share[0]) * uniform[:, :NUM_TRIES]) * sizes.prod(1, keepdims=True)
     low, high = np.log(ratio)
     ratios = np.exp(low + (high - low) * uniform[:, NUM_TRIES : 2 * NUM_TRIES])
@@ -313,7 +313,7 @@ def _center(sizes: NDArray[Any], ratio: Floats) -> Floats:
 def _map_crops(
     boxes: Floats, sizes: NDArray[Any], is_flipped: NDArray[np.bool_], height_px: int, width_px: int
 ) -> Floats:
-    """Returns affine maps (B, 3, 3) from pixels right of and below the output's center to -1..1 across the input image."""
+    """Returns affine maps (B, 3, 3) from output positions (pixels from the center) to input positions (-1..1 in the image)."""
     maps = np.tile(np.eye(3), (len(boxes), 1, 1))
     scale = 2 * boxes[:, 2:] / sizes / [width_px, height_px]
     maps[:, 0, 0] = np.where(is_flipped, -scale[:, 0], scale[:, 0])
@@ -323,7 +323,7 @@ def _map_crops(
 
 
 def _sample(pixels: Tensor, theta: Tensor, height_px: int, width_px: int) -> Tensor:
-    """Samples images (B, 3, H, W) float32 from pixels (B, S, S, 3) uint8 through the affine maps `theta` (B, 2, 3)."""
+    """Resamples `pixels` (B, S, S, 3) uint8 with the affine maps `theta` (B, 2, 3) to images (B, 3, H, W) float32."""
     x = torch.arange(width_px, device=pixels.device).view(1, 1, -1, 1) + (0.5 - width_px / 2)
     y = torch.arange(height_px, device=pixels.device).view(1, -1, 1, 1) + (0.5 - height_px / 2)
     # F.affine_grid is avoided, because its matrix product may round differently at another batch size.
@@ -334,7 +334,7 @@ def _sample(pixels: Tensor, theta: Tensor, height_px: int, width_px: int) -> Ten
 
 
 def _cover(boxes: Tensor, height_px: int, width_px: int) -> Tensor:
-    """Returns masks (B, 1, H, W) of the pixels whose centers lie in the boxes (B, 4)."""
+    """Returns masks (B, 1, H, W), True for the pixels whose centers lie in the image's box (left, top, width, height)."""
     left, top, width, height = boxes[:, :, None].unbind(1)  # (B, 1) each
     x = torch.arange(width_px, device=boxes.device) + 0.5
     y = torch.arange(height_px, device=boxes.device) + 0.5

@@ -1,7 +1,7 @@
 """Finds the image column and the label column of a table, and reads the labels.
 
 The user may name a column with a flag. Otherwise the column is found by its feature type (Image, ClassLabel), or else by a
-common name. Several candidates are an error: a table with fine and coarse labels has no default label column.
+name such as "image" or "label". Several candidates are an error: a table of fine and coarse labels needs a flag.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ def find_columns(features: Mapping[str, Any], columns: Columns, where: str) -> t
     """Returns the names of the image column and the label column of a `datasets` table.
 
     Raises:
-        ValueError: a column that the user named is missing or has the wrong type, or no column or several columns qualify.
+        ValueError: a column that the user named is missing or has the wrong type, or no or several columns are candidates.
     """
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     if not images:
@@ -47,8 +47,8 @@ def find_columns(features: Mapping[str, Any], columns: Columns, where: str) -> t
 def find_frame_columns(types: Mapping[str, str], columns: Columns, where: str) -> tuple[str, str]:
     """Returns the names of the image (or image path) column and the label column of a DataFrame.
 
-    `types` maps the names of the columns to their types as text. Raises ValueError if a column that the user named is missing,
-    or no column or several columns have a common name.
+    `types` maps each column's name to its type as text. Raises ValueError if a column that the user named is missing, or if no
+    column or several columns have a name such as "image" or "label".
     """
     return _choose(types, columns, _named_like(_IMAGE_NAMES, types) or _named_like(_PATH_NAMES, types), [], where)
 
@@ -59,7 +59,7 @@ def read_labels(column: pa.ChunkedArray, feature: Any, where: str) -> tuple[NDAr
     A ClassLabel column keeps all its class names, even names that no row uses. For other columns, see `index_labels`.
 
     Raises:
-        ValueError: labels that cannot be classes, duplicate names, or indices without a name in the ClassLabel.
+        ValueError: labels that cannot be classes, duplicate class names, or class indices without a name.
     """
     values = column.to_pylist()
     if not isinstance(feature, ClassLabel):
@@ -77,10 +77,10 @@ def read_labels(column: pa.ChunkedArray, feature: Any, where: str) -> tuple[NDAr
 def _choose(
     features: Mapping[str, Any], columns: Columns, images: list[str], labels: list[str], where: str
 ) -> tuple[str, str]:
-    """Returns the columns that the user named, or else the only candidates. Label columns are also found by common names."""
+    """Returns the names of the image and label columns: the columns that the user named, or else the only candidates."""
     for flag, named in (("image_column", columns.image), ("label_column", columns.label)):
         if named is not None and named not in features:
-            raise ValueError(f"{where}: no column {flag}={named!r}; the table has {_described(features)}")
+            raise ValueError(f"{where}: the table has no column {flag}={named!r}, but has {_described(features)}")
     image = columns.image or _only(images, "image", features, where)
     return image, columns.label or _only(labels or _named_like(_LABEL_NAMES, features), "label", features, where)
 
@@ -92,8 +92,8 @@ def _only(candidates: Sequence[str], kind: str, features: Mapping[str, Any], whe
         problem = f"several columns may contain the {kind}, {listed(candidates)}; choose one with --{kind}_column"
     else:
         problem = (
-            f"no column looks like the {kind}; name the column with --{kind}_column (a test split without labels can be"
-            " left out with --test_split none)"
+            f"no column looks like the {kind}; name a column with --{kind}_column, or omit a test split without labels with"
+            " --test_split none"
         )
     raise ValueError(f"{where}: {problem}. The table has {_described(features)}")
 

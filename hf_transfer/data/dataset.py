@@ -2,8 +2,8 @@
 
 A Hub id, an image folder, parquet or arrow files, the embedded digits and images in memory all become train, validation and
 test splits with the same class names. Problems that would silently make results wrong raise an error here, before anything
-expensive starts: labels that are missing, fractional or unknown to train, classes without images, splits too small to divide.
-`Data.notes` lists the decisions made for the user (validation drawn from train, no test split, images left out) and the images
+expensive starts: missing or fractional labels, classes that the train split lacks, classes without images, too few images.
+`Data.notes` lists the decisions made for the user (a validation split drawn from train, skipped images) and the images
 that occur in two splits or classes.
 
 The test split is never drawn from other data, and no other split is drawn from the test split.
@@ -51,7 +51,7 @@ class Data:
     license: str | None = None
     """The license that the dataset's card states, or None if no license is stated."""
     loading_notes: tuple[str, ...]
-    """The part of `notes` that is known without reading an image."""
+    """The sentences of `notes` that are known before images are read."""
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -126,10 +126,10 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
 
 
 def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, Split]:
-    """Loads the stored splits with labels, to evaluate a classifier with classes `label_names`. No split is drawn.
+    """Loads all stored splits that have labels, to evaluate a classifier of the classes `label_names`.
 
     Raises:
-        ValueError: a class is unknown, no split has labels, a split has some unlabeled images, or a dataset cannot be read.
+        ValueError: a class is not in `label_names`, no split or only part of a split has labels, or data are unreadable.
     """
     stored = _read(config, Columns(image=config.image_column, label=config.label_column))
     splits: dict[Role, Split] = {}
@@ -140,14 +140,14 @@ def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, 
         _check_labels(images, where, is_train=False)
         if unknown := _count_unknown(images, label_names):
             raise ValueError(
-                f"{where}: the model does not know {', '.join(unknown[:5])}; its classes are {listed(label_names)}"
+                f"{where}: the model does not know {', '.join(unknown[:5])}; the model's classes are {listed(label_names)}"
             )
         splits[role] = _split(images, role, label_names, where)
         if config.on_bad_image == "skip":
             splits[role], _ = _skip_bad_images(splits[role], where, is_train=False)
     if not splits:
         raise ValueError(
-            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; choose one with --test_split"
+            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name a split with --test_split"
         )
     return splits
 
@@ -167,8 +167,8 @@ def _read(config: DataConfig, columns: Columns) -> StoredData:
     )
     if is_file and path.suffix.casefold() not in TABLE_SUFFIXES:
         raise ValueError(
-            f"dataset={config.dataset!r} is a file, but not a parquet or arrow file; unpack an archive, and give images as the"
-            " folder that contains the class folders"
+            f"dataset={config.dataset!r} is a file, but not a parquet or arrow file; unpack an archive, and give the folder"
+            " that contains the class folders as --dataset"
         )
     if not is_file and (looks_like_path or path.suffix.casefold() in TABLE_SUFFIXES):
         raise ValueError(
@@ -193,14 +193,14 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
         )
     if has_images and table_files:
         raise ValueError(
-            f"dataset={config.dataset!r} contains image files and tables ({listed(table_files, 3)}); give the table file, or a"
-            " folder with only the images"
+            f"dataset={config.dataset!r} contains image files and tables ({listed(table_files, 3)}); set --dataset to one"
+            " table file, or to a folder without tables"
         )
     if table_files or metadata:
         for file in (*table_files, *metadata):
             if not (root / file).is_file():  # opening a FIFO or a device may block forever
                 raise ValueError(
-                    f"dataset={config.dataset!r}: {str(file)!r} is not a regular file; remove or replace it"
+                    f"dataset={config.dataset!r}: {str(file)!r} is not a regular file; remove or replace this file"
                 )
         from hf_transfer.data import tables
 
@@ -210,7 +210,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
 
 
 def _assign_roles(stored: StoredData, config: DataConfig, *, needs_train: bool = True) -> dict[Role, str]:
-    """Returns the stored split of each role: the split that the user named, or else the split with a common name."""
+    """Returns the name of each role's split: what the user named, or else the only name that says the role (such as "val")."""
     present = tuple(stored.splits)
     chosen = config.named_splits()
     for role, name in chosen.items():
@@ -224,8 +224,8 @@ def _assign_roles(stored: StoredData, config: DataConfig, *, needs_train: bool =
         candidates = [name for name in present if role_of(name) == role and name not in taken]
         if len(candidates) > 1:
             raise ValueError(
-                f"{stored.name}: {listed(candidates)} may each be the {role} split; choose one with --{role}_split (all splits:"
-                f" {listed(present)})"
+                f"{stored.name}: {listed(candidates)} may each be the {role} split; set --{role}_split to one of these (all"
+                f" splits: {listed(present)})"
             )
         if candidates:
             chosen[role] = candidates[0]
@@ -239,9 +239,9 @@ def _is_unlabeled(images: LabeledImages) -> bool:
 
 
 def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
-    """Raises ValueError for a split with no images or unlabeled images, and for a train split with unusable classes."""
+    """Raises ValueError if a split is empty or has unlabeled images, or if train has one class or a class without images."""
     if not len(images.labels):
-        raise ValueError(f"{where}: no images" + ("" if is_train else "; choose another split, or 'none'"))
+        raise ValueError(f"{where} is empty" + ("" if is_train else "; pass --test_split or --validation_split none"))
     unlabeled = np.flatnonzero(images.labels == UNLABELED)
     if unlabeled.size:
         some = [images.source.name(int(images.rows[i])) for i in unlabeled[:3]]
@@ -272,8 +272,8 @@ def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], wher
     index_of = {name: index for index, name in enumerate(label_names)}
     if unknown := _count_unknown(images, label_names):
         raise ValueError(
-            f"{where}: the train split does not have the classes {listed(unknown)}; it has {listed(label_names)}. Use the same"
-            f" names or leave the split out: --{role}_split none"
+            f"{where}: the train split does not have the classes {listed(unknown)}; its classes are {listed(label_names)}."
+            f" Rename these classes, or omit the {role} split: --{role}_split none"
         )
     new_labels = np.array([index_of.get(name, UNLABELED) for name in images.names], np.int64)
     labels = new_labels[images.labels]
@@ -281,7 +281,7 @@ def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], wher
 
 
 def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[str]:
-    """Names the classes that have images but are not among `label_names`, with the number of images of each class."""
+    """Returns the classes that have images but are not in `label_names`, each as text such as "cat (5 images)"."""
     counts = np.bincount(images.labels, minlength=len(images.names))
     named = [
         (name, count) for name, count in zip(images.names, counts, strict=True) if count and name not in label_names
@@ -290,8 +290,8 @@ def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[
 
 
 def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:
-    """Returns the split without unreadable images, and a note that lists the unreadable images."""
-    problems = split.source.unreadable(split.rows, f"checking {split.name}")
+    """Returns the split without unreadable images, and a list with one sentence about these images, or none."""
+    problems = split.source.unreadable(split.rows, f"checking {split.name} images")
     if not problems:
         return split, []
     for problem in problems.values():

@@ -4,8 +4,8 @@
     pets/train/cat/1.jpg         split folders with common names (splits.role_of)
     pets/data/train/cat/1.jpg    a folder that contains only one folder is skipped
 
-The folder is listed once; the rest follows from the names of folders and files. An ambiguous layout is an error, because
-a wrong guess would silently train on wrong labels. Files are sorted, so that their order is the same on every machine.
+Splits and classes are found by the names of folders and files alone. An ambiguous layout is an error, because training after a
+wrong guess would silently use wrong labels. Files are sorted, so that their order is the same on every machine.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Folder:
 
 
 def list_folder(root: Path) -> Folder:
-    """Lists everything below `root`. Symbolic links are followed, but not in circles.
+    """Returns a listing of everything below `root`. A symbolic link to a folder that contains this link is skipped.
 
     Raises:
         ValueError: a folder cannot be opened, or a link leads only to itself.
@@ -104,7 +104,7 @@ def list_folder(root: Path) -> Folder:
     except OSError as error:
         name = os.path.relpath(os.fsdecode(error.filename or root), root.parent)
         raise ValueError(
-            f"{name} cannot be read ({error.strerror}); give yourself access, or repair or remove this path"
+            f"{name} cannot be read ({error.strerror}); give yourself access to this path, or repair or remove it"
         ) from error
 
 
@@ -147,7 +147,7 @@ def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str
 
 
 def _skip_wrappers(folder: Folder, *, stop_at_splits: bool, named_splits: Collection[str] = ()) -> Folder:
-    """Returns `folder`, or the first folder below it that contains more than a single subfolder."""
+    """Returns the folder that contains the splits or classes, from `folder` down past folders with only one subfolder."""
     while True:
         inner = folder.folders_with_images()
         if folder.images or len(inner) != 1 or not inner[0].folders_with_images():
@@ -167,7 +167,7 @@ def _split_folders(folder: Folder, name: str, named_splits: Collection[str]) -> 
         missing = [split for split in named_splits if split not in present]
         if missing:
             raise ValueError(
-                f"{name}: no split folder {listed(missing)}; folders with images: {listed(sorted(present)) or 'none'}"
+                f"{name}: no split folder {listed(missing)}; the folders with images are {listed(sorted(present)) or 'none'}"
             )
         return folders
     split_like = [inner for inner in folders if role_of(inner.name)]

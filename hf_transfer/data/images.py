@@ -67,13 +67,13 @@ _DECODER_ERRORS = (
 
 
 class BadImageError(ValueError):
-    """The error for an unreadable image. The message starts with the image's name and gives the reason."""
+    """The error for an unreadable image. Its message starts with the image's name and gives the reason."""
 
 
 def read_image(source: bytes | str | Path | Image.Image, name: str) -> Image.Image:
     """Returns the image in `source` (a file's bytes or path, or a PIL image) in mode RGB, fully loaded, with no file left open.
 
-    Error messages call the image `name`. A PIL image is never modified; an upright RGB image is returned itself.
+    Error messages call the image `name`. A PIL image is never modified. An upright RGB PIL image is returned as it is.
 
     Raises:
         BadImageError: the file is missing, empty, truncated or not an image, or pixel values are in an ambiguous range.
@@ -144,14 +144,14 @@ def _from_floats(image: Image.Image, name: str) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     if not (low >= 0.0 and high <= 255.0):  # this test also refuses NaN
         raise BadImageError(
-            f"{name}: float pixels from {low:g} to {high:g}, but only 0 to 1 and 0 to 255 are known: save the image with 8 bits"
+            f"{name}: float pixels from {low:g} to {high:g}, outside the ranges 0 to 1 and 0 to 255: save the image with 8 bits"
         )
     scale = 255.0 if high <= 1.0 else 1.0
     return Image.fromarray(np.rint(values * scale).astype(np.uint8))
 
 
 def _upright(rgb: Image.Image, image: Image.Image, name: str) -> Image.Image:
-    """Returns `rgb` transposed by the EXIF orientation of `image`, the original of `rgb`."""
+    """Returns `rgb`, rotated or mirrored as the EXIF orientation of the original `image` says."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODER_ERRORS as error:
@@ -167,7 +167,7 @@ def _upright(rgb: Image.Image, image: Image.Image, name: str) -> Image.Image:
 
 
 def _diagnosis(source: bytes | Image.Image, error: Exception) -> str:
-    """Returns the reason why the bytes are not an image, with a remedy if there is one."""
+    """Returns the reason why `source` cannot be decoded, with a remedy if one is known."""
     if isinstance(error, Image.DecompressionBombError):
         return f"too large to decode safely ({error}); downscale the image"
     head = source[:512] if isinstance(source, bytes) else b""

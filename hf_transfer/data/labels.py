@@ -1,7 +1,7 @@
 """The form in which every data source returns a dataset: stored splits with class names and one label per row.
 
-Class names are compared without surrounding whitespace and in Unicode NFC, because macOS stores a folder name as different
-bytes. Names that become equal are an error, because only the data's owner knows whether the names mean the same class.
+Class names are compared without surrounding whitespace and in Unicode NFC, because macOS may store the same name
+as other bytes. Two names that become equal are an error, because only the data's owner knows whether both mean the same class.
 """
 
 import math
@@ -20,7 +20,7 @@ UNLABELED = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The table columns that the user named. A column that is None is found by its type or name."""
+    """The names of the image and label columns, as given by the user. A column without a name is found by type or name."""
 
     image: str | None = None
     label: str | None = None
@@ -29,7 +29,7 @@ class Columns:
         """Raises ValueError if a column is named although `owner` (such as "an image folder") has no columns."""
         for flag, name in (("image_column", self.image), ("label_column", self.label)):
             if name is not None:
-                raise ValueError(f"{flag}={name!r}: {owner} has no columns; leave --{flag} out")
+                raise ValueError(f"{flag}={name!r}: {owner} has no columns; omit --{flag}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64
     `values` are text, integers, booleans or whole floats. None, NaN, blank text and -1 mean "no label".
 
     Raises:
-        ValueError: labels are fractions, have mixed or other types, or include one negative integer, or class names repeat.
+        ValueError: labels are fractions, have mixed or other types, or include one negative integer, or names become equal.
     """
     counts = Counter(value for value in values if not _is_missing(value))
     if (
@@ -69,7 +69,7 @@ def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64
     ):
         kinds = sorted({type(value).__name__ for value in counts})
         raise ValueError(
-            f"{where}: labels are of type {' and '.join(kinds)}; classes are all text or all integers: choose another"
+            f"{where}: labels are of type {' and '.join(kinds)}; labels must be all text or all integers: choose another"
             " column with --label_column"
         )
     present: list[str | float] = sorted(counts)  # type: ignore[arg-type]
@@ -77,13 +77,13 @@ def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64
     if fractions:
         raise ValueError(
             f"{where}: {sum(counts[value] for value in fractions):,} of {len(values):,} labels are fractions"
-            f" ({listed(fractions, 3)}); classes are integers or text: choose another --label_column, or bin the values"
+            f" ({listed(fractions, 3)}); labels must be integers or text: choose another --label_column, or group the values"
         )
     negative = [value for value in present if type(value) is int and value < 0]
     if len(negative) == 1 < len(present):
         raise ValueError(
-            f"{where}: {counts[negative[0]]:,} of {len(values):,} labels are {negative[0]}, but all others are class indices"
-            f" from 0 up; mark images without a label with {UNLABELED}, or make the labels text"
+            f"{where}: {counts[negative[0]]:,} of {len(values):,} labels are {negative[0]}, but all other labels are class"
+            f" indices from 0 up; mark images without a label with {UNLABELED}, or store labels as text"
         )
     index_of = {value: index for index, value in enumerate(present)}
     labels = np.fromiter((index_of.get(value, UNLABELED) for value in values), np.int64, len(values))  # type: ignore[call-overload]

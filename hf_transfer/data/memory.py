@@ -18,14 +18,14 @@ from hf_transfer.data.sources import ImageSource
 
 _ImageLike = Path | bytes | Image.Image | NDArray[np.uint8]
 
-_ACCEPTED = "a datasets.Dataset, a DataFrame, a list of (image, label) pairs, or a dict from split names to these"
+_ACCEPTED = "a datasets.Dataset, a DataFrame, a list of (image, label) pairs, or a dict of these by split name"
 _PILLOW = threading.Lock()  # two threads must not load one lazily opened image at the same time
 
 
 class MemorySource(ImageSource):
     """Images in memory: paths of image files, encoded bytes, PIL images, or uint8 arrays (H, W) or (H, W, 3).
 
-    The name of an image file is its path below the folder that contains all files.
+    The name of an image file is its path relative to the deepest folder that contains all these files.
     """
 
     def __init__(self, images: Sequence[_ImageLike]) -> None:
@@ -35,14 +35,14 @@ class MemorySource(ImageSource):
         self._root = os.path.commonpath(folders) if folders else ""
 
     def name(self, row: int) -> str:
-        """Returns the path below the folder that contains all files, or "row 17" for an image that is not a file."""
+        """Returns an image file's path relative to the deepest folder with all files, or "row 17" for another image."""
         image = self._images[row]
         if not isinstance(image, Path):
             return f"row {row}"
         return os.fsencode(image.relative_to(self._root).as_posix()).decode("utf-8", "replace")
 
     def content(self, row: int) -> bytes:
-        """Returns the encoded image, or the mode, size and RGB pixels of a PIL image or an array."""
+        """Returns encoded bytes or a file's bytes unchanged, and for a PIL image or an array its mode, size and pixels."""
         image = self._images[row]
         if isinstance(image, bytes):
             return image
@@ -65,7 +65,7 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
 
     `images` is one of the following collections, or a mapping from split names to such collections:
 
-    - a `datasets.Dataset` (a `DatasetDict` is such a mapping); columns are found as in a Hub dataset;
+    - a `datasets.Dataset`, whose columns are found as in a Hub dataset (a `DatasetDict` is a mapping from split names);
     - a pandas DataFrame with a column of images and a column of labels;
     - a list or tuple of (image, label) pairs.
 

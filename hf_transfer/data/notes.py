@@ -23,7 +23,7 @@ def notes_on_draws(
     num_stored: int,
     is_validation_drawn: bool,
 ) -> list[str]:
-    """Says how the splits were drawn from the stored train split, which has `num_stored` images."""
+    """Returns sentences about how the splits were drawn from the stored train split, which has `num_stored` images."""
     notes = []
     if config.images_per_class is not None:
         used = len(train) + (len(validation) if is_validation_drawn else 0)
@@ -41,14 +41,14 @@ def notes_on_draws(
         )
     if test is None:
         notes.append(
-            "There is no test split, so no test result. Validation metrics are optimistic, as they also selected the settings."
+            "There is no test split, so no test result. Validation metrics are optimistic, as the settings were chosen by them."
             " Keep some labeled images aside as a test split."
         )
     return notes
 
 
 def notes_on_classes(train: Split, validation: Split, test: Split | None) -> list[str]:
-    """Names the classes that are imbalanced, missing from a split, or easily confused by name."""
+    """Returns sentences about class imbalance, classes missing from a split, and class names that differ only in case."""
     notes = []
     counts, names = train.counts(), train.label_names
     largest, smallest = int(counts.argmax()), int(counts.argmin())
@@ -64,12 +64,12 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
     folded = Counter(name.casefold() for name in names)
     alike = [name for name in names if folded[name.casefold()] > 1]
     if alike:
-        notes.append(f"Classes {listed(alike)} differ only in upper and lower case.")
+        notes.append(f"The class names {listed(alike)} differ only in upper and lower case.")
     return notes
 
 
 def notes_on_copies(splits: Sequence[Split]) -> list[str]:
-    """Names images with the same bytes in two splits, or in two classes. Reads every image that is not hashed yet."""
+    """Returns sentences about images whose bytes occur in two splits or two classes. Reads every image not hashed yet."""
     digests = np.concatenate([split.digests() for split in splits])
     _, firsts, contents = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     contents = contents.reshape(-1)  # (N,) over all splits: equal numbers mean equal bytes

@@ -1,8 +1,8 @@
 """Image sources: files in a folder, rows of a table, or an array of pixels.
 
 For each row of one stored split, a source returns the bytes that identify the image, the decoded image, and the image's name in
-messages. A source keeps no file open between reads, so it can be pickled into worker processes. Each row's content is hashed
-once, in threads (xxh3, 128 bits).
+messages. A source leaves no file open after a read, so worker processes can receive a pickled source. Each row's bytes are
+hashed once, in threads (xxh3, 128 bits).
 """
 
 import os
@@ -35,7 +35,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def name(self, row: int) -> str:
-        """Returns the image's name in messages: its path inside the dataset, or "row 17"."""
+        """Returns the name of the image in messages: its path inside the dataset, or its row, such as "row 17"."""
 
     @abstractmethod
     def content(self, row: int) -> bytes:
@@ -106,9 +106,9 @@ class FolderSource(ImageSource):
 class TableSource(ImageSource):
     """One column of a `datasets.Dataset`: encoded images, or paths of image files on this machine.
 
-    Error messages name the row and `split`, the split's stored name. A stored table may name only files below one of
-    `roots`, and relative paths start at the first root. The user's own table in memory has no roots and may name any file. A
-    file below a root is named by its path relative to the root.
+    Error messages contain the row and `split`, the split's stored name. A table on disk may contain only paths below one of
+    the folders `roots`, and relative paths start at the first of `roots`. The user's table in memory has no `roots` and may
+    contain any path. Messages show a path below one of `roots` relative to this folder.
     """
 
     def __init__(self, table: Any, column: str, split: str, roots: Sequence[Path] = ()) -> None:
@@ -119,7 +119,7 @@ class TableSource(ImageSource):
         self._roots = tuple(map(os.fspath, roots))
 
     def name(self, row: int) -> str:
-        """Returns the path below a root, or else the row number with the file name that the table stores."""
+        """Returns the stored path relative to one of the roots, or else "row 17", with the stored file name if there is one."""
         value = self._cell(row)
         path = value["path"].as_py() if _has_path(value) else None
         if not path:
@@ -130,29 +130,29 @@ class TableSource(ImageSource):
         return f"row {row} ({PurePath(path).name})"
 
     def content(self, row: int) -> bytes:
-        """Returns the encoded image, or the bytes of the file that the table names."""
+        """Returns the encoded image that the table contains, or the bytes of the file whose path the table contains."""
         value = self._cell(row).as_py()
         encoded, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
         if encoded is not None:
             return bytes(encoded)
         if path:
             return read_bytes(self._locate(path, row), self._where(row))
-        raise BadImageError(f"{self._where(row)}: the table contains no image here (None)")
+        raise BadImageError(f"{self._where(row)}: the table contains None instead of an image")
 
     def image(self, row: int) -> Image.Image:
-        """Returns the image in mode RGB. Error messages also name the split."""
+        """Returns the image in mode RGB. Error messages contain the image's name and the split's name."""
         return read_image(self.content(row), self._where(row))
 
     def _locate(self, path: str, row: int) -> str:
-        """Returns the file that a row names. Links below a root are followed, as in image folders."""
+        """Returns the file `path` that table row `row` contains. Symbolic links below one of the roots may lead anywhere."""
         if not self._roots:
             return path
         file = os.path.normpath(Path(self._roots[0], path))
         spellings = [] if "\0" in path else [PurePath(file), PurePath(os.path.realpath(file))]
         if not any(spelling.is_relative_to(root) for spelling in spellings for root in self._roots):
             raise BadImageError(
-                f"{self._where(row)}: the table names a file outside the dataset's folder; move the file into that folder, or"
-                " store the encoded image in the table"
+                f"{self._where(row)}: the table contains the path of a file outside the dataset's folder; move the file into"
+                " this folder, or store the encoded image in the table"
             )
         return file
 
@@ -171,7 +171,7 @@ class PixelSource(ImageSource):
         self._pixels = pixels
 
     def name(self, row: int) -> str:
-        """Returns "row 17"."""
+        """Returns the image's name in messages, such as "row 17"."""
         return f"row {row}"
 
     def content(self, row: int) -> bytes:

@@ -72,7 +72,7 @@ class Split:
         """Returns the image at position `i`, in mode RGB.
 
         Raises:
-            BadImageError: the image cannot be read; the message names its file or row.
+            BadImageError: the image cannot be read; the message starts with the image's path or row.
         """
         try:
             return self.source.image(int(self.rows[i]))
@@ -80,7 +80,7 @@ class Split:
             raise _with_remedy(error) from error
 
     def image_name(self, i: int) -> str:
-        """Returns the image's path inside the dataset, or "row 17" of the stored split."""
+        """Returns the path of image `i` inside the dataset, or its row in the stored split, such as "row 17"."""
         return self.source.name(int(self.rows[i]))
 
     @cached_property
@@ -136,10 +136,10 @@ def draw(
 ) -> tuple[Split, Split | None]:
     """Draws `images_per_class` images of each class and divides them into (train, validation), each in stored order.
 
-    With `images_per_class` None, all images are drawn. With `validation_fraction` None, the second result is None.
+    If `images_per_class` is None, all images are drawn. If `validation_fraction` is None, validation is None.
 
     Raises:
-        ValueError: a class has fewer than `images_per_class` images, or only one image, too few for a stratified split.
+        ValueError: a class has fewer than `images_per_class` images, or only one image for both train and validation.
     """
     counts = train.counts()
     if images_per_class is not None:
@@ -157,8 +157,8 @@ def draw(
     if counts.min() < 2:
         too_small = [train.label_names[k] for k in np.flatnonzero(counts < 2)]
         raise ValueError(
-            f"too few images to split off validation: only one image to train on of {listed(too_small)}, but train and"
-            " validation need one each; add images, or give a validation split with --validation_split"
+            f"too few images to draw a validation split: only one image of each of the classes {listed(too_small)}, but train"
+            " and validation need one each; add images, or name a stored validation split with --validation_split"
         )
     sizes = np.arange(int(counts.max()) + 1)
     is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
@@ -171,7 +171,7 @@ def draw(
 
 
 def role_of(split_name: str) -> Role | None:
-    """Returns the role of a split with a common name ("Training", "val", "test_set", "valid2017"), or None for other names."""
+    """Returns the role that a split's name says ("Training", "val", "test_set", "valid2017"), or None for other names."""
     words = set(re.findall(r"[^\W\d_]+", split_name.casefold())) - _FILLER_WORDS
     roles = {_ROLE_OF_WORD.get(word) for word in words}
     return roles.pop() if len(roles) == 1 else None
@@ -192,7 +192,7 @@ def _with_remedy(error: BadImageError) -> BadImageError:
 
 
 def _rank_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Returns each image's rank (N,), its position in the shuffled order of its class."""
+    """Returns the rank (N,) of each image: the image's position in the shuffled order of its class."""
     ranks = np.empty(len(labels), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -201,7 +201,7 @@ def _rank_in_class(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 
 
 def _validation_images(class_sizes: NDArray[np.int64], fraction: float) -> NDArray[np.int64]:
-    """Returns how many images of each class go to validation: the nearest integer, with at least one image on each side.
+    """Returns how many images of each class are drawn: `fraction` of the class, rounded, at least 1 and at most all but 1.
 
     The number grows by 0 or 1 when a class grows by one image, so an image's rank alone decides whether it is drawn.
     """

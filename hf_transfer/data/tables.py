@@ -1,7 +1,7 @@
 """Reads tables of images with `datasets`: Hub datasets, parquet and arrow files, metadata folders, datasets in memory.
 
 `datasets` finds, downloads and memory-maps the files. Images stay encoded until `read_image` decodes them. A Hub dataset is
-pinned to the commit that was read. Offline, `datasets` reads its cache; a cached revision that was not requested is an error.
+pinned to the commit that was read. Offline, `datasets` reads its cache, which must contain the requested revision.
 """
 
 import re
@@ -71,7 +71,7 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
         ) from error
     except (ValueError, DataFilesNotFoundError, DatasetsError) as error:
         raise ValueError(
-            f"dataset={dataset!r} cannot be read: {_with_cause(error)}. If it needs a config, name the config:"
+            f"dataset={dataset!r} cannot be read: {_with_cause(error)}. If the dataset needs a config, name the config:"
             f" --dataset {hub_id}:CONFIG"
         ) from error
     commit = builder.hash if _COMMIT.fullmatch(builder.hash or "") else None
@@ -133,13 +133,13 @@ def _is_empty(parquet: Path) -> bool:
 
 
 def _with_cause(error: Exception) -> str:
-    """Returns the error and its cause on one line, because `datasets` wraps the cause in "An error occurred"."""
+    """Returns the messages of `error` and its cause on one line, because `datasets` wraps the cause in "An error occurred"."""
     text = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
     return " ".join(text.split())
 
 
 def _notes_on_cache(builder: Any, hub_id: str, revision: str | None, commit: str | None) -> tuple[str, ...]:
-    """Returns a note if the cache was read. Raises ConnectionError if the cache may have another revision than requested."""
+    """Returns a note if `datasets` read its cache. Raises ConnectionError if the cache may contain another revision."""
     if not isinstance(builder, Cache):
         return ()
     is_same = revision is None or (commit is not None and len(revision) >= 7 and commit.startswith(revision))
@@ -164,7 +164,7 @@ def _to_stored(tables: Any, name: str, columns: Columns, roots: Sequence[Path]) 
 
 
 def read_table(table: Any, columns: Columns, *, split: str, where: str, roots: Sequence[Path] = ()) -> LabeledImages:
-    """Returns the images and labels of one `Dataset`. Messages call the table `where` and a row "row 17 of split `split`".
+    """Returns the images and labels of one `Dataset`. Messages call the table `where`, and a row "row 17 of split `split`".
 
     For `roots`, see `TableSource`.
     """

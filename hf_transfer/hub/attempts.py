@@ -1,4 +1,4 @@
-"""Calls the Hub. Transient failures are retried with backoff; all other failures become an error with a remedy."""
+"""Retries calls to the Hub after transient failures. All other failures become a PushError with a remedy."""
 
 import logging
 import time
@@ -18,11 +18,11 @@ T = TypeVar("T")
 
 
 class PushError(RuntimeError):
-    """The error of a failed push. The run's files are unchanged, and the command can be repeated."""
+    """The error of a failed push to the Hub. The run's files are unchanged, and the same command can be repeated."""
 
 
 class Attempts:
-    """Calls the Hub about one repository. Errors end with `next_step`, a sentence that says what to do next."""
+    """Calls the Hub for one repository, with retries. Errors end with `next_step`, which says what the user can do next."""
 
     def __init__(self, repo_id: str, next_step: str) -> None:
         self.repo_id, self.next_step = repo_id, next_step
@@ -45,7 +45,7 @@ class Attempts:
                     raise self.refuse(action, self._remedy(status, cause)) from error
                 if attempt == ATTEMPTS:
                     reason = f"the Hub answers {status}" if status else f"the connection fails ({type(cause).__name__})"
-                    raise self.refuse(action, f"{reason}, {ATTEMPTS} times") from error
+                    raise self.refuse(action, f"{reason}, in {ATTEMPTS} attempts") from error
                 log.info(
                     "the attempt to %s failed (%s); retrying in %.0f s", action, status or type(cause).__name__, wait_s
                 )
@@ -54,20 +54,20 @@ class Attempts:
         raise AssertionError("not reached")
 
     def refuse(self, action: str, reason: str) -> PushError:
-        """Returns the error for the caller to raise."""
+        """Returns a PushError for the caller to raise: `action` failed for `reason`, and the next step."""
         return PushError(f"could not {action}: {reason}. {self.next_step}")
 
     def _remedy(self, status: int, error: Exception) -> str:
         if status == 403:
             return no_write_access(self.repo_id)
         return {
-            401: "the token is missing or invalid: `hf auth login`, or set HF_TOKEN to a token with write access",
-            404: f"this token cannot see {self.repo_id}: someone else owns this private repository, or there is no such branch",
+            401: "the token is missing or invalid: run `hf auth login`, or set HF_TOKEN to a token with write access",
+            404: f"this token cannot see {self.repo_id}: someone else owns this private repository, or its branch is missing",
         }.get(status, f"the Hub answers {status}: {str(error).splitlines()[0] if str(error) else ''}")
 
 
 def no_write_access(repo_id: str) -> str:
-    """Returns the reason why a token without write access is refused, with the remedy."""
+    """Returns the sentence for a token that may not write to `repo_id`: the reason and the remedy."""
     return f"the token may not write to {repo_id.split('/')[0]!r}: use a token with write access, and a repository of your own"
 
 

@@ -39,7 +39,7 @@ __all__ = ["OUR_TAG", "address_card", "make_card"]
 
 
 def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> ModelCard:
-    """Returns README.md of the model saved in `folder`, and writes the charts of the card to `folder`."""
+    """Returns the card (README.md) of the model saved in `folder`, and writes the charts of the card to `folder`."""
     split = find_split(results)
     scores = results["metrics"][split]
     environment = make_environment("hub", is_markdown=True)
@@ -65,7 +65,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
 
 
 def address_card(text: str, repo_id: str, revision: str | None, verified: Sequence[Verified]) -> str:
-    """Returns the card as it is pushed, with the repository in place of FOLDER and with the verified libraries."""
+    """Returns the text of the card for the push: `repo_id` replaces FOLDER, and the results of `verified` are added."""
     suffix = f"@{revision}" if revision else ""
     text = re.sub(r"^<!-- local -->$.*?^<!-- /local -->\n*", "", text, flags=re.DOTALL | re.MULTILINE)
     text = text.replace("local-dir:FOLDER", f"hf-hub:{repo_id}{suffix}")
@@ -88,7 +88,7 @@ def address_card(text: str, repo_id: str, revision: str | None, verified: Sequen
 
 
 def _format_config(config: dict[str, Any]) -> Markup:
-    """Returns the settings as YAML for a code block in Markdown. Names that could end the block are quoted and escaped."""
+    """Returns the settings as YAML for a code block in Markdown. Text that could end the block is quoted and escaped."""
     text = yaml.safe_dump(config, sort_keys=False)
     if re.search("[<`]", text):
         text = yaml.safe_dump(config, sort_keys=False, default_style='"', width=math.inf).replace("<", r"\x3C")
@@ -96,7 +96,7 @@ def _format_config(config: dict[str, Any]) -> Markup:
 
 
 def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dict[str, str]:
-    """Writes an SVG of each curve and, if classes are few, of the confusion matrix of `split`. Returns file names by title.
+    """Writes each curve, and the confusion matrix of `split` if classes are few, as SVG. Returns a dict from title to file.
 
     SVG files take a few kB, show text in any script, and need no drawing library.
     """
@@ -110,11 +110,11 @@ def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dic
 
 
 def _limits(results: Mapping[str, Any], split: str) -> list[str]:
-    """Returns sentences that a reader should know before relying on the model."""
+    """Returns sentences about the limits of the model, for the card."""
     scores = results["metrics"][split]
     train = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < MIN_TRAIN_IMAGES}
     scored = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < MIN_SCORED_IMAGES}
-    limits = ["Metrics are for images from the same source as the training images; expect lower metrics elsewhere."]
+    limits = ["Metrics are for images from the same source as the training images; expect less for other images."]
     if scores["accuracy"] == 1.0:
         limits.append("The model made no mistake on so few images, so the intervals do not show how rare mistakes are.")
     if split != "test":

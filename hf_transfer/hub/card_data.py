@@ -1,4 +1,4 @@
-"""The card's metadata, under the names by which the Hub lists, filters and credits models."""
+"""Makes the model card's metadata, under the names by which the Hub lists, filters and credits models."""
 
 import re
 from collections.abc import Mapping
@@ -23,28 +23,28 @@ SCORES = {
 
 
 def find_split(results: Mapping[str, Any]) -> str:
-    """Returns the split whose metrics the card states: test, or validation if there is no test split."""
+    """Returns the name of the split whose metrics the card shows: test, or validation if there is no test split."""
     return "test" if "test" in results["metrics"] else "validation"
 
 
 def is_from_scratch(results: Mapping[str, Any]) -> bool:
-    """Whether training began from random weights (`pretrain`, and `greedy_stack` without a checkpoint)."""
+    """Whether training began from random weights (strategy `pretrain`, or `greedy_stack` without a checkpoint)."""
     return bool(results["config"]["checkpoint"] == NO_CHECKPOINT)
 
 
 def find_name(backbone: Backbone, results: Mapping[str, Any]) -> str:
-    """Returns the model's name, made of the names of base and dataset."""
+    """Returns the model's name, made of the names of the base model and the dataset."""
     return _remove_markup(f"{PurePath(backbone.source.name).name}-{PurePath(results['data']['name']).name}")
 
 
 def find_license(backbone: Backbone, results: Mapping[str, Any]) -> DerivedLicense:
-    """Returns the license of the model, derived from the licenses of base and dataset."""
+    """Returns the license of the model, derived from the licenses of the base model and the dataset."""
     has_base = not is_from_scratch(results)
     return derive_license(backbone.source.license, results["data"]["license"], has_base=has_base)
 
 
 def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardData:
-    """Returns the YAML block of the card."""
+    """Returns the metadata for the YAML block at the start of the model card."""
     split = find_split(results)
     scores, data = results["metrics"][split], results["data"]
     name = _remove_markup(data["name"])

@@ -1,4 +1,4 @@
-"""The script that `verify` runs: loads a folder with each library, without hf_transfer, and compares outputs with a reference.
+"""The script that `verify` runs. Each library loads a model folder without hf_transfer, and its outputs are compared.
 
 python fresh_process.py MODEL_FOLDER REFERENCE transformers timm   # or peft; prints a line of JSON for each library
 """
@@ -30,7 +30,7 @@ def compute(folder: Path, images: list[Any], library: str) -> tuple[Any, Any, li
 
 
 def _load_peft(folder: Path, images: list[Any]) -> tuple[Any, Any, list[str]]:
-    """Returns a model (the recorded base with a new head and the adapter), its normalized pixels, and its label names."""
+    """Returns the base model with a new head and the adapter, the normalized pixels of `images`, and the label names."""
     from peft import PeftModel
 
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -77,7 +77,7 @@ def _logits(model: Any, inputs: Any) -> Any:
 
 
 def main() -> None:
-    """Compares each library with the reference, and prints the differences."""
+    """Compares each library's outputs with the outputs in the reference file, and prints the differences as JSON."""
     sys.modules["hf_transfer"] = None  # type: ignore[assignment]  # published code must not need this package
     folder, reference, *libraries = sys.argv[1:]
     from PIL import Image
@@ -95,7 +95,7 @@ def main() -> None:
         result = {
             "logits": float((logits - expected).abs().max() / scale) if same_shape else 1e9,
             "pixels": float((inputs - expected_inputs).abs().max()) if same_shape else 1e9,
-            # A timm model has no label names if its checkpoint records no label names.
+            # A timm checkpoint may record no label names.
             "labels_agree": own_labels == labels or (library == "timm" and not own_labels),
         }
         print(json.dumps(result), flush=True)  # noqa: T201 - the parent process reads it

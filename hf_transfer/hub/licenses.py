@@ -1,7 +1,7 @@
-"""Derives the license of a model from the licenses of its base and its dataset, with notes where a license is unknown.
+"""Derives the license of a model from the licenses of its base model and its dataset, with notes for the card.
 
-The rules are a table, not legal advice. Permissive terms allow any license, all other terms bind the derived model, and two
-different binding licenses conflict. The derived license is always a license that the base or the dataset states.
+The rules are no legal advice. A permissive license allows any license of the derived model. Other licenses are binding, and
+two different binding licenses conflict. The derived license is always a license that the base or the dataset states.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ UNSTATED = frozenset({"", "unknown", "none"})
 
 @dataclass(frozen=True, kw_only=True)
 class DerivedLicense:
-    """A model's license. `notes` are sentences for the card, in Markdown."""
+    """The license of a trained model. `notes` are sentences about this license for the model card, in Markdown."""
 
     id: str | None  # the Hub's id; None if no license can be stated
     name: str | None  # only if the id is `other`
@@ -35,7 +35,7 @@ class DerivedLicense:
 
 
 def derive_license(base: str | None, data: str | None, *, has_base: bool = True) -> DerivedLicense:
-    """Returns the license of a model, given the licenses of its base and its dataset.
+    """Returns the license of a model, given the licenses of its base model and its dataset.
 
     A license that is not stated is None or "unknown". `has_base` is False for a model trained from random weights.
     """

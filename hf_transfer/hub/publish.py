@@ -1,6 +1,6 @@
-"""Pushes a saved run to the Hub. The model is verified before the push, and the push is safe to repeat until it succeeds.
+"""Pushes the model of a run to the Hub, after a verification of the saved model. A failed push can be repeated.
 
-Everything is on disk before the push, so a failed push loses nothing, and the same command resumes the push. Uploaded files are
+The model is on disk before the push, so a failed push loses nothing, and the same command repeats the push. Uploaded files are
 not sent again (LFS recognizes their content), and the model appears in one commit, completely or not at all.
 """
 
@@ -67,7 +67,7 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """The repository and branch to push to, and the client that calls the Hub."""
+    """The repository and branch to push to, the Hub's client `api`, and `attempt`, which retries a call."""
 
     repo_id: str
     revision: str | None
@@ -86,8 +86,8 @@ def publish(
 ) -> Published:
     """Pushes the model of a run to `repo_id` in one commit, after a fresh process has reproduced its logits.
 
-    `run` is the output folder of a recipe. An adapter is first merged into its base, unless `adapter=True`. `base`
-    replaces an unreachable recorded base by another folder or id. `token` defaults to the token of `hf auth login`.
+    `run` is the output folder of a recipe. An adapter is first merged into its base, unless `adapter=True`. `base` is a folder
+    or Hub id to load in place of the base that the adapter records. `token` defaults to the token of `hf auth login`.
 
     Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME or an adapter's base is unreachable,
     VerificationError if the saved model differs from the measured model, and PushError with a remedy if the Hub refuses.
@@ -126,12 +126,12 @@ def publish(
 
 
 def check_push(repo_id: str, *, token: str | None = None) -> None:
-    """Checks before training that the Hub would accept a push to `repo_id`.
+    """Checks, before training, that the Hub would accept a push to `repo_id`.
 
-    Raises PushError if there is no valid token, the token cannot write to `repo_id`, or hf_transfer did not write its card.
+    Raises PushError if there is no valid token, the token cannot write to `repo_id`, or the card has another origin.
     """
     repo_id, revision = split_repo_id(repo_id)
-    attempt = Attempts(repo_id, "Nothing was trained. Fix this first, or train without --push_to_hub and publish later")
+    attempt = Attempts(repo_id, "Nothing was trained. Fix this, or train without --push_to_hub and publish later")
     target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
     user = attempt("sign in", target.api.whoami)
     owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
@@ -142,7 +142,7 @@ def check_push(repo_id: str, *, token: str | None = None) -> None:
 
 
 def _command(run: Path, repo_id: str, options: PublishOptions, *, adapter: bool, base: str | None) -> str:
-    """Returns the command that repeats a push."""
+    """Returns the `hf-transfer publish` command that repeats this push."""
     values = {"--base": base, "--revision": options.revision}
     names = ("private", "create_pr", "overwrite", "without_fine_tuning")
     flags = {"--adapter": adapter} | {f"--{name}": getattr(options, name) for name in names}
@@ -156,10 +156,10 @@ def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base:
     model = run / "model"
     if not is_adapter_folder(str(model)):
         if adapter or base:
-            raise ValueError(f"{model} is a plain checkpoint, not an adapter: leave --adapter and --base out")
+            raise ValueError(f"{model} is a plain checkpoint, not an adapter: omit --adapter and --base")
         return model
     if adapter and base:
-        raise ValueError(f"base={base!r}: --base merges the adapter, but --adapter pushes it unmerged; choose one")
+        raise ValueError(f"base={base!r}: --adapter pushes an adapter without its base; omit --base or --adapter")
     recorded = read_base(model)
     try:
         if adapter:
@@ -169,7 +169,7 @@ def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base:
     except ValueError as error:
         remedy = "publish the merged model (--merge)" if adapter else "give a folder of the base with --base"
         raise ValueError(
-            f"the base of this adapter, {base or recorded}, cannot be loaded: {error}; otherwise, {remedy}"
+            f"the base of this adapter, {base or recorded}, cannot be loaded: {error}. You can also {remedy}"
         ) from error
     save_model(merged, results, run / MERGED)
     return run / MERGED
@@ -189,7 +189,7 @@ def _open_repository(target: _Target, options: PublishOptions) -> None:
 
 
 def _commit(target: _Target, files: Mapping[str, Path], card: str, message: str, *, create_pr: bool) -> str:
-    """Commits the files with this card, deletes files of an older model, and returns the URL."""
+    """Commits the files with `card` as README.md, deletes files of an older model, and returns the commit's URL."""
     api, attempt, repo_id, revision = target.api, target.attempt, target.repo_id, target.revision
     existing = attempt("list the files", lambda: api.list_repo_files(repo_id, revision=revision))
     old = [name for name in existing if name not in files and any(fnmatch(name, pattern) for pattern in LOADED)]

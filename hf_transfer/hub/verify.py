@@ -1,8 +1,8 @@
-"""Checks that other libraries load a saved folder as the model that was measured, in a fresh process and on real images.
+"""Checks in a fresh process, on real images, that other libraries load a saved folder as the model that was measured.
 
 A run saves a few images of its scored split with the pixels and logits of the trained network (`write_reference`). `verify`
-starts a process without this package, which loads the folder with transformers (and a timm model also with timm), or loads an
-adapter with peft onto its base from the Hub, and compares the outputs.
+starts a process without this package. This process loads the folder with transformers (a timm model also with timm), or loads
+an adapter and its base with peft, and compares the outputs with the saved outputs.
 """
 
 import json
@@ -32,12 +32,12 @@ TIMEOUT_S = 600
 
 
 class VerificationError(RuntimeError):
-    """A library loads a different model than the model that was measured, so the folder must not be published."""
+    """The error if a library loads another model from a folder than was measured. Such a folder must not be published."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """The largest differences between the trained network and the model that one library loads from the folder."""
+    """The largest differences between the outputs of the trained network and of the saved model that one library loads."""
 
     library: str
     logits: float  # relative to the largest logit, or to 1 if that is more
@@ -62,7 +62,7 @@ def write_reference(backbone: Backbone, split: Split, path: Path) -> None:
 def verify(
     model: Path, reference: Path, libraries: Sequence[str], *, tolerance: float = TOLERANCE
 ) -> tuple[Verified, ...]:
-    """Returns each library's differences from the reference. `tolerance` is for logits, relative to the largest logit.
+    """Returns how far each library's outputs are from the saved outputs. `tolerance` is for logits (relative).
 
     Raises VerificationError if a library cannot load the folder, or computes different outputs.
     """
