@@ -259,10 +259,7 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
         help="train the leading strategies briefly, and compare them on validation images",
     )
     parser.add_argument(
-        "--budget_s",
-        type=float,
-        metavar="S",
-        help="limit in seconds of the short runs; without --measure, of the advised run",
+        "--budget_s", type=float, metavar="S", help="limit in seconds for --measure, or else for the recommended run"
     )
     _add_json(parser)
     _add_run_settings(parser, ("data", "model", "compute", "optimization", "augmentation", "training"))

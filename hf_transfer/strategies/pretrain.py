@@ -24,9 +24,7 @@ class Pretrain(GradientStrategy):
 
     task_defaults: ClassVar[Mapping[str, Any]] = {"checkpoint": NO_CHECKPOINT}
 
-    architecture: str = flag(
-        "test_resnet", "timm architecture or transformers model type; the default is a tiny network"
-    )
+    architecture: str = flag("test_resnet", "timm architecture or transformers model type; default: a tiny network")
     image_size_px: int | None = flag(32, "side of the square input images; none: the architecture's default")
     model_args: str | None = flag(
         None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
