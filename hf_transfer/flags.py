@@ -1,4 +1,4 @@
-"""Reads settings from flags, which override the YAML file of `--config`, which overrides the strategy's defaults.
+"""Reads the settings of a run. Flags override the YAML file of `--config`, and the file overrides the strategy's defaults.
 
     config = parse("lora", prog="lora.py", description=__doc__)
 
@@ -75,7 +75,7 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
 
 
 def add_settings(parser: Any, settings: Sequence[Setting]) -> None:
-    """Adds a flag for each setting. The value of a flag is None if the command line does not give it."""
+    """Adds a flag for each setting. The value of a flag is None if the command line does not contain the flag."""
     for setting in settings:
         text = setting.help.replace("%", "%%")
         shown = "none" if setting.value is None else str(setting.value).replace("%", "%%")
@@ -100,7 +100,7 @@ def read_config(path: str, default: RunConfig) -> RunConfig:
     if not file.is_file():
         file = find_recipe(path) or file
     if not file.is_file():
-        raise ValueError(f"--config {path}: no such file, and no recipe of this name")
+        raise ValueError(f"--config {path}: there is no such file, and no recipe of this name")
     try:
         values = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:

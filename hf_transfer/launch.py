@@ -1,4 +1,4 @@
-"""Runs a strategy from its name and the command line: shared by recipes and `hf-transfer train`."""
+"""Runs a strategy with the settings of the command line. Recipes and `hf-transfer train` share this code."""
 
 import importlib
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def run_recipe(
 
 
 def run(config: RunConfig) -> "RunResult":
-    """Runs the strategy of `config`: loads the data, trains, writes the output folder, and pushes the model if asked."""
+    """Runs the strategy of `config`: loads the data, trains, writes the output folder, and pushes the model (`push_to_hub`)."""
     from hf_transfer.runs import execute, open_session, push, start_logging
 
     start_logging()

@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def cache_dir() -> Path:
-    """Returns $HF_TRANSFER_CACHE, else $HF_HOME/hf_transfer, else ~/.cache/huggingface/hf_transfer."""
+    """Returns the cache folder: $HF_TRANSFER_CACHE, else $HF_HOME/hf_transfer, else ~/.cache/huggingface/hf_transfer."""
     if own := os.environ.get("HF_TRANSFER_CACHE"):
         return Path(own).expanduser()
     home = os.environ.get("HF_HOME")
@@ -15,12 +15,12 @@ def cache_dir() -> Path:
 
 
 def chain_dir() -> Path:
-    """Returns the folder of the verified cuts of each network structure."""
+    """Returns the folder of files that list, for each network structure, the verified cuts (places to split the network)."""
     return cache_dir() / "chains"
 
 
 def recipes_dir() -> Path:
-    """Returns the recipes' folder, which lies inside an installed package, or beside the package in a clone."""
+    """Returns the recipes' folder, which lies inside an installed package, or beside the package in a Git clone."""
     installed = PACKAGE / "recipes"
     return installed if installed.is_dir() else PACKAGE.parent / "recipes"
 

@@ -46,7 +46,7 @@ class Run:
 
     @cached_property
     def metrics(self) -> Mapping[str, Metrics]:
-        """The metrics of the validation split, and of the test split if the data has one, by split name."""
+        """The metrics by split name: `validation`, and `test` if the data has a test split."""
         if self._result is not None:
             return self._result.metrics
         return {split: metrics_from_json(values) for split, values in self.results["metrics"].items()}
@@ -60,7 +60,7 @@ class Run:
 
     @property
     def validation(self) -> Metrics:
-        """The metrics on the validation split, which are optimistic, because they also selected the model."""
+        """The metrics on the validation split, which are optimistic, because the validation images also selected the model."""
         return self.metrics["validation"]
 
     @property
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def plan(self) -> list[str]:
-        """One sentence about what each phase did."""
+        """One sentence per phase, which says what the phase did."""
         return [phase["description"] for phase in self.results["plan"]]
 
     @cached_property
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def model(self) -> nn.Module:
-        """The plain timm or transformers model."""
+        """The trained network as a plain timm or transformers model."""
         return self.backbone.model
 
     def predict(self, images: Any, *, top_k: int = 5, batch_size: int = 32) -> list[Prediction]:
@@ -107,7 +107,7 @@ class Run:
         if folder == self.folder:
             return folder
         if (folder / "results.json").exists():
-            raise FileExistsError(f"{folder} holds a finished run: choose another folder, or delete it")
+            raise FileExistsError(f"{folder} contains a finished run: choose another folder, or delete this folder")
         if self._session is not None and self._result is not None:
             session = self._session.with_output(folder)
             if session.is_main:
@@ -122,7 +122,7 @@ class Run:
     def push(self, repo_id: str, options: PublishOptions | None = None) -> str | None:
         """Verifies the model, pushes it to OWNER/NAME on the Hub, and returns the model's URL.
 
-        A run that is not saved is first saved to `runs/<strategy>`, or to `runs/<strategy>_2` and so on if that exists.
+        A run that is not saved is first saved to `runs/<strategy>`, or to `runs/<strategy>_2` (`_3`, ...) if that exists.
         """
         folder = self.folder or self.save(_find_free_folder(Path("runs") / self.strategy))
         published = publish(folder, repo_id, adapter=isinstance(self.backbone, Adapted), options=options)
@@ -134,7 +134,7 @@ class Run:
 
 
 def load_run(folder: str | Path) -> Run:
-    """Returns the finished run in an output folder. Raises ValueError if the folder contains no finished run."""
+    """Returns the finished run that `folder` contains. Raises ValueError if the folder contains no finished run."""
     folder = Path(folder)
     if not (folder / "results.json").is_file() or not (folder / "model").is_dir():
         raise ValueError(f"{folder}: no finished run in this folder (results.json or model/ is missing)")

@@ -1,4 +1,4 @@
-"""Opens the session of a run from its settings, executes the run, and writes and pushes its results."""
+"""Opens the session (the shared objects) of a run, executes the run, and writes and pushes the results."""
 
 import logging
 import sys
@@ -38,9 +38,9 @@ def open_session(
     output_dir: Path | None = None,
     unrepeatable: Sequence[str] = (),
 ) -> Session:
-    """Starts processes and trackers, writes config.yaml, loads the data and the network, and returns the session.
+    """Starts the Accelerator and trackers, writes config.yaml, loads data and network, and returns all of these as a session.
 
-    `load` returns the splits; by default the settings name the splits. Without `output_dir`, the run writes only caches.
+    `load` returns the splits (default: the splits in the settings). Without `output_dir`, the run writes only caches.
     `unrepeatable`: sentences about inputs that config.yaml does not contain. Raises ValueError for an error in the settings,
     the data or the checkpoint, and PushError, before any download, if the Hub would refuse the push.
     """
@@ -89,13 +89,13 @@ def execute(session: Session) -> RunResult:
 def write_run(session: Session, result: RunResult) -> dict[str, Any]:
     """Writes model/, results.json and report.html in the main process, while the other processes wait.
 
-    Returns the content of results.json in the main process, and {} in the others.
+    Returns the content of results.json in the main process, and {} in the other processes.
     """
     results: dict[str, Any] = {}
     if session.is_main:
         assert session.output_dir is not None
         data, costs = session.data, session.costs
-        card = describe_run(session, result)  # its cost does not include saving
+        card = describe_run(session, result)  # the card's cost does not include saving
         with costs.part("save"):
             save_model(result.backbone, card, session.output_dir / "model")
             write_reference(result.backbone, data.test or data.validation, session.output_dir / REFERENCE)
@@ -109,7 +109,7 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
 
 
 def push(session: Session, result: RunResult, repo_id: str) -> str | None:
-    """Pushes the written run from the main process. Returns the model's URL there, and None in other processes.
+    """Pushes the written run to the Hub and returns the model's URL. In other processes than the main process, returns None.
 
     Raises VerificationError if the saved model differs from the trained network, and PushError if the push fails.
     """
@@ -123,7 +123,7 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
 
 
 def start_logging() -> None:
-    """Sends log lines to stderr: all of the main process, but only errors of other processes and chatty libraries."""
+    """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
     # The first PartialState decides whether there are several processes, for the Accelerator too.
     is_main = PartialState(cpu=_uses_cpu()).is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
@@ -132,7 +132,7 @@ def start_logging() -> None:
 
 
 def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
-    """Returns the run's Accelerator. `accelerate launch` or its config file decides what the settings leave open.
+    """Returns the run's Accelerator. `accelerate launch` or its config file decides options that the settings do not give.
 
     Raises RuntimeError if a launcher started several processes that would train independently of each other.
     """
@@ -148,7 +148,7 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
 
 
 def _uses_cpu() -> bool:
-    """Whether the run is on the CPU. Accelerate must be told, or several processes on a CPU do not find each other."""
+    """Whether the run is on the CPU. Without this argument, several processes on a CPU would not connect."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 

@@ -27,7 +27,7 @@ class Session:
     accelerator: Accelerator = field(default_factory=Accelerator)
     costs: Costs = field(default_factory=Costs)
     output_dir: Path | None = None
-    state_name: str = ""  # subfolder of `checkpoints`; a run with several plans has one for each
+    state_name: str = ""  # subfolder of `checkpoints`; a run with several plans has one subfolder per plan
     unrepeatable: tuple[str, ...] = ()  # sentences about inputs that config.yaml does not contain
     _chain: Chain | None = field(default=None, repr=False)
 
@@ -52,7 +52,7 @@ class Session:
 
     @property
     def gradient(self) -> GradientConfig:
-        """The strategy with its settings of gradient training. Raises TypeError if it takes no gradient steps."""
+        """The strategy, if it takes gradient steps. Raises TypeError for a strategy without gradient steps."""
         if not isinstance(self.config.strategy, GradientConfig):
             raise TypeError(f"{type(self.config.strategy).__name__} takes no gradient steps")
         return self.config.strategy
@@ -72,7 +72,7 @@ class Session:
         return replace(self, backbone=backbone, _chain=chain)
 
     def with_chain(self, chain: Chain) -> "Session":
-        """Returns the session with another chain of its network, such as the chain of one greedy stage."""
+        """Returns the session with another chain of the same network, such as the chain of one stage of greedy stacking."""
         return replace(self, _chain=chain)
 
     def with_strategy(self, strategy: StrategyConfig) -> "Session":
@@ -85,9 +85,9 @@ class Session:
         return replace(self, config=replace(self.config, output=output), output_dir=output_dir)
 
     def with_checkpoints(self, name: str) -> "Session":
-        """Returns the session with its training states in the subfolder `name`."""
+        """Returns a session that saves its training states in the subfolder `name` of `checkpoints`."""
         return replace(self, state_name=name)
 
     def without_test(self) -> "Session":
-        """Returns the session without its test split, for runs that choose a strategy."""
+        """Returns the session without its test split, so that test images cannot influence the choice of a strategy."""
         return replace(self, data=replace(self.data, test=None))

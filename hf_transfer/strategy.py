@@ -6,7 +6,7 @@ the help text, and the fields of its one `Strategy` class are the settings:
     config = default_config("lora")                    # the default settings of `hf-transfer train lora`
     strategy = make_strategy("lora", rank=8)           # the same as `ht.lora(rank=8)`
 
-Commands, recipes, Python and `auto` run the same object. Heavy modules are imported only when a strategy runs.
+Commands, recipes, Python and `auto` run the same `Strategy` object. Heavy modules are imported only when a strategy runs.
 """
 
 import importlib
@@ -117,7 +117,7 @@ def make_strategy(name: str, **settings: Any) -> Strategy:
 
 
 def strategy_function(name: str) -> Callable[..., Strategy]:
-    """Returns `ht.<name>`, a function that makes the strategy from keyword settings, with the docstring of its file."""
+    """Returns the function `ht.<name>`, which makes the strategy from keyword settings and has the docstring of its file."""
 
     def make(**settings: Any) -> Strategy:
         return make_strategy(name, **settings)

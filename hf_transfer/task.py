@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 IN_MEMORY = "images in memory"  # name of the data set in logs and cards if the user gives no name
 NOT_OF_A_TASK = {  # settings of a run that another method takes
-    "output_dir": "give it to fit, or to run.save",
-    "push_to_hub": "use run.push",
-    "private": "use run.push with PublishOptions(private=True)",
+    "output_dir": "give output_dir to Task.fit, or a folder to run.save",
+    "push_to_hub": "call run.push after Task.fit",
+    "private": "call run.push with PublishOptions(private=True)",
 }
 
 Phases = Sequence[SolveHeadPhase | TrainPhase]
@@ -46,7 +46,7 @@ class CustomPlan(GradientStrategy):
 
     @property
     def name(self) -> str:
-        """The name of the strategy in results and card."""
+        """The name of the strategy in results.json and in the model card."""
         return "custom_plan"
 
     def plan(self, session: Session) -> Phases:
@@ -55,7 +55,7 @@ class CustomPlan(GradientStrategy):
 
 
 class Task:
-    """Images, a checkpoint, and the settings of a run that do not belong to a strategy.
+    """The images, the checkpoint and the settings of a run, except the settings of the strategy.
 
     `images`: a folder, file or Hub id, as for `--dataset`; a `datasets.Dataset` or `DatasetDict`; a DataFrame of paths and
     labels; a list of (image, label) pairs; or a dict from split name to any of these (see `data.memory.read_memory`).
@@ -75,7 +75,7 @@ class Task:
             if name in NOT_OF_A_TASK:
                 raise ValueError(f"Task: {name} is no setting of a task; {NOT_OF_A_TASK[name]}")
         if is_name and "dataset" in settings:
-            raise ValueError(f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give one of them")
+            raise ValueError(f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give only one")
         self.images = None if is_name else images
         dataset = str(images) if is_name else settings.pop("dataset", IN_MEMORY)
         values = {"dataset": dataset, "checkpoint": checkpoint, **settings}
@@ -91,14 +91,14 @@ class Task:
 
         `strategy`: a strategy such as `ht.lora(rank=8)`, or a list of phases from `ht.solve_head` and `ht.train`.
         `settings`: further settings of the strategy, such as `hflip=0.0`. With `output_dir`, the run writes the same folder
-        as a recipe, saves training states, and resumes with `resume=True`; without, the run writes only caches.
+        as a recipe, saves training states, and resumes with `resume=True`. Otherwise, the run writes only caches.
         Raises ValueError for an error in settings, data or checkpoint.
         """
         session = self._open(_as_strategy(strategy, settings), output_dir)
         return Run(session=session, result=execute(session))
 
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
-        """Returns which strategy suits these images and this checkpoint (see `hf-transfer advise`)."""
+        """Returns advice on the strategy that suits these images and this checkpoint (see `hf-transfer advise`)."""
         from hf_transfer.choosing.advise import advise
         from hf_transfer.strategy import make_strategy
 
@@ -117,7 +117,7 @@ class Task:
 
     def _list_unrepeatable(self, strategy: Strategy) -> list[str]:
         """Returns sentences about the inputs of the run that config.yaml does not contain."""
-        lines = [] if self.images is None else ["the images were in memory: give them to hf_transfer.Task again"]
+        lines = [] if self.images is None else ["the images were in memory: give the same images to hf_transfer.Task"]
         if isinstance(strategy, CustomPlan):
             lines.append(f"the plan was made in Python for Task.fit, with {len(strategy.phases)} phases:")
             lines += [f"{phase.policy.name}: {json.dumps(phase.identity())}" for phase in strategy.phases]

@@ -3,7 +3,7 @@ r"""Gradual unfreezing: train the head, then more layers in each phase, and fina
     accelerate launch recipes/gradual.py --phases 4 \
         --checkpoint timm/mobilenetv2_100.ra_in1k --dataset path/to/images --output_dir runs/gradual
 
-The cut between frozen and trained layers moves down with each phase. Early phases are cheap, because they train on stored
+Each phase moves the cut between frozen and trained layers downward. Early phases are cheap, because they train on stored
 activations of the frozen layers. The first phase solves for the head. Each later phase starts a new optimizer, and trains for
 `--phase_epochs` epochs, or `--epochs` in the last phase.
 

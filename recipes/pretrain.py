@@ -3,7 +3,7 @@ r"""Supervised pretraining: train an architecture from random weights, with the 
     accelerate launch recipes/pretrain.py --architecture resnet18 \
         --dataset path/to/images --epochs 90 --output_dir runs/pretrained
 
-The result is a plain checkpoint, and every other recipe accepts its `model/` folder as `--checkpoint`. `--image_size_px` sets
+The result is a plain checkpoint, and every other recipe accepts the run's `model/` as `--checkpoint`. `--image_size_px` sets
 the size of the architecture's input images.
 """
 

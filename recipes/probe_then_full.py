@@ -1,4 +1,4 @@
-r"""LP-FT: solve for the head on frozen features, then fine-tune every layer from there (arXiv 2202.10054).
+r"""LP-FT (linear probe, then fine-tuning): solve for the head on frozen features, then train all layers (arXiv 2202.10054).
 
     accelerate launch recipes/probe_then_full.py \
         --checkpoint timm/mobilenetv2_100.ra_in1k --dataset path/to/images --output_dir runs/lpft

@@ -387,12 +387,12 @@ def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path,
 
 
 def test_memory_is_refused_under_several_ranks() -> None:
-    with pytest.raises(ValueError, match="several processes share them on disk: 'disk'"):
+    with pytest.raises(ValueError, match="for several processes, choose cache='disk'"):
         build(storage=MEMORY, ranks=Ranks(rank=0, count=2))
 
 
 def test_nothing_is_stored_under_none() -> None:
-    with pytest.raises(ValueError, match="'none' keeps nothing"):
+    with pytest.raises(ValueError, match="'none' stores no arrays"):
         build(storage=Storage(kind="none", reason="a test"))
 
 

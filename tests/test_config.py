@@ -165,7 +165,7 @@ def test_values_are_checked_before_anything_starts(
 
 
 def test_one_split_cannot_serve_twice() -> None:
-    with pytest.raises(ValueError, match="named for two splits"):
+    with pytest.raises(ValueError, match="named twice"):
         DataConfig(train_split="all", test_split="all")
 
 

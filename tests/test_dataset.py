@@ -850,7 +850,7 @@ def test_without_network_another_revision_is_refused(cached_hub_dataset: str) ->
         ({"seed": -1}, "seed=-1"),
         ({"dataset": " "}, "give a Hub id, a folder"),
         ({"train_split": "none"}, "training needs images; name a split"),
-        ({"validation_split": "x", "test_split": "x"}, "'x' is named for two splits"),
+        ({"validation_split": "x", "test_split": "x"}, "'x' is named twice"),
     ],
 )
 def test_config_refuses_values_that_make_no_sense(fields: dict[str, Any], message: str) -> None:

@@ -105,5 +105,5 @@ def test_the_start_survives_an_interruption(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_running_statistics_that_move_are_refused() -> None:
-    with pytest.raises(ValueError, match="running statistics belong to the weights at one end"):
+    with pytest.raises(ValueError, match="running statistics do not fit mixed weights"):
         make_config(wise_ft=True, freeze_batchnorm=False)

@@ -1,7 +1,7 @@
 """The cache of arrays (N, *shape) on disk. Each store (one or several arrays with the same rows) is a folder.
 
     <cache>/activations/<key>/meta.json             the store's description, and the exact size of every file; written last
-    <cache>/activations/<key>/<array>.<rank>.npy    the rows that one rank wrote, read as a memory map
+    <cache>/activations/<key>/<array>.<rank>.npy    the rows that one process (rank) wrote, read as a memory map
 
 The key is a hash of everything that determines the content. A store is written in a temporary folder that is renamed when it is
 complete, so no reader finds an incomplete store. If the cache is full, the least recently used stores are evicted.
@@ -56,7 +56,7 @@ class Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The processes that fill a store together. `broadcast` gives every rank the value of rank 0."""
+    """The processes (ranks) that fill a store together. `broadcast` gives every rank the value of rank 0."""
 
     rank: int = 0
     count: int = 1
@@ -89,10 +89,10 @@ def choose_storage(
     free_memory_bytes: int | None = None,
     free_disk_bytes: int | None = None,
 ) -> Storage:
-    """Chooses where to store `nbytes`: on disk if they fit, else in memory, else nowhere (recomputed when needed).
+    """Chooses where to store `nbytes` bytes: on disk if they fit, else in memory, else nowhere (recomputed at each use).
 
-    Stores that can be evicted count as free disk space. Free space is measured on the machine if it is not given. Raises
-    ValueError if the bytes do not fit in the requested place.
+    Stores that can be evicted count as free disk space. Free memory and disk space are measured if they are not given.
+    Raises ValueError if the bytes do not fit in the requested place.
     """
     if requested not in ("auto", "disk", "memory", "none"):
         raise ValueError(f"cache={requested!r}: choose one of auto, disk, memory, none")
@@ -114,7 +114,7 @@ def choose_storage(
         return Storage(kind="memory", reason=f"{size} are stored in memory ({memory / 1e9:,.1f} GB are free)")
     if requested == "memory":
         raise ValueError(
-            f"cache='memory': {size} are more than half of the free memory ({memory / 1e9:,.1f} GB): choose 'disk' or 'none'"
+            f"cache='memory': {size} are more than half of the free memory ({memory / 1e9:,.1f} GB): set cache='disk' or 'none'"
         )
     free = f"the disk cache ({room / 1e9:,.1f} GB) nor half of the free memory ({memory / 1e9:,.1f} GB)"
     return Storage(kind="none", reason=f"{size} fit into neither {free}, so they are recomputed at each use")
@@ -156,7 +156,7 @@ def cached_apart(
 ) -> dict[str, Store]:
     """Returns one store per array, as `cached` does, but with a separate key and folder for each array.
 
-    So a later request can find single arrays. `fill` is called once for all missing arrays.
+    A later request can therefore find each array separately. `fill` is called once for all missing arrays.
     """
     arrays = request.arrays
     groups = [_Group(fields=fields[n], arrays={n: arrays[n]}, title=titles[n], alias="array") for n in arrays]
@@ -182,14 +182,14 @@ class _Group:
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.arrays.values())
 
     def named(self, stores: Mapping[str, Any]) -> dict[str, Any]:
-        """Replaces array names on disk by the requested names."""
+        """Returns `stores` with the requested array names in place of the names on disk."""
         return {name: stores[self.alias or name] for name in self.arrays}
 
 
 def _find_or_make(groups: Sequence[_Group], request: StoreRequest) -> dict[str, Store]:
     storage, ranks, num_rows = request.storage, request.ranks, request.num_rows
     if storage.kind == "none":
-        raise ValueError("storage 'none' keeps nothing: run the network whenever its output is needed")
+        raise ValueError("storage 'none' stores no arrays: run the network whenever its output is needed")
     if storage.kind == "memory":
         return _make_in_memory(request)
     decided_by = [group.decided_by(num_rows) for group in groups]
@@ -230,14 +230,14 @@ def _find_or_make(groups: Sequence[_Group], request: StoreRequest) -> dict[str, 
 
 def _make_in_memory(request: StoreRequest) -> dict[str, Store]:
     if request.ranks.count > 1:
-        raise ValueError("cache='memory' keeps rows in one process, but several processes share them on disk: 'disk'")
+        raise ValueError("cache='memory' serves one process only: for several processes, choose cache='disk'")
     rows = {n: np.empty((request.num_rows, *shape), dtype) for n, (shape, dtype) in request.arrays.items()}
     request.fill(rows, 0)
     return {name: Store([array]) for name, array in rows.items()}
 
 
 def _discard_wrong(groups: Sequence[_Group], opened: list[dict[str, Store] | None], check: Check) -> list[Any]:
-    """Removes the stores that `check` rejects from the disk, and returns `opened` with None in their places."""
+    """Deletes the stores that `check` rejects, and returns `opened` with None in place of the deleted stores."""
     stores = {n: s for group, files in zip(groups, opened, strict=True) if files for n, s in group.named(files).items()}
     wrong = check(stores)
     for name in wrong:
@@ -281,7 +281,7 @@ def list_caches() -> list[CacheEntry]:
 
 
 def clear_caches(keys: Sequence[str] | None = None) -> int:
-    """Removes the stores called `keys`, or (None) all stores and the remains of unfinished runs. Returns the freed bytes.
+    """Removes the stores with these keys (None: all stores, and what unfinished runs left). Returns the number of freed bytes.
 
     Raises ValueError for an unknown key.
     """
@@ -317,14 +317,14 @@ def _fill_shards(missing: Sequence[tuple[_Group, Path]], request: StoreRequest) 
         for array in rows.values():
             array.flush()
     except BaseException:
-        if ranks.count == 1:  # other ranks may still be writing; with them, a later run removes the abandoned store
+        if ranks.count == 1:  # otherwise, other ranks may still write, and a later run removes the store
             for _, partial in missing:
                 _delete(partial)
         raise
 
 
 def _open(folder: Path) -> dict[str, Store] | None:
-    """Opens the stores in `folder` and marks them as used. Removes a damaged store, and returns None without a store."""
+    """Opens the stores in `folder` and marks them as used. Removes damaged stores. Returns None if no intact store is there."""
     try:
         os.utime(folder / META)
         meta = json.loads((folder / META).read_text())
@@ -411,7 +411,7 @@ def _partial_of(folder: Path) -> Path:
 
 
 def _shard(name: str, rank: int) -> str:
-    """Returns the name of a shard's file. It contains a hash, since array names may have characters that files may not."""
+    """Returns the file name of one rank's rows of an array: a hash, since `name` may have characters that files may not."""
     return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.{rank:05d}.npy"
 
 

@@ -56,7 +56,7 @@ class Extracted:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredActivations:
-    """Images given by their stored activations at a cut, as `prefix.pixels.Images`. Later layers run on the activations.
+    """Stored activations at a cut that are read as images (see `prefix.pixels.Images`). Later layers run on the activations.
 
     `through`: the cuts at which activations were stored one after another; `cut` is the last of these. Activations that were
     computed through other cuts may differ in the last bits, so they have other cache keys.
@@ -69,7 +69,7 @@ class StoredActivations:
 
     @property
     def name(self) -> str:
-        """The name of the images."""
+        """The name of the images that gave the activations."""
         return self.images.name
 
     @property
@@ -81,7 +81,7 @@ class StoredActivations:
         return len(self.store)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Returns stored activations (b, *cut.shape)."""
+        """Returns the stored activations (b, *cut.shape) of b images."""
         return self.store[rows]
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -209,7 +209,7 @@ class Recomputed(Store):
     def __init__(self, extraction: _Extraction, tap: Tap) -> None:
         # A zero-stride array has shape and dtype, and takes no memory.
         super().__init__([np.broadcast_to(np.float32(0), (len(extraction.images), *tap.shape))])
-        # The store has its own copy of the modules, since the network's modules may be in use as a part after a cut.
+        # The store has its own copy of the modules, since the network's modules may be in use as the layers after a cut.
         self._extraction = _Extraction(
             chain=extraction.chain.replicate(), images=extraction.images, taps={"": tap}, resources=extraction.resources
         )
@@ -226,8 +226,8 @@ def check_tolerance(resources: Resources) -> float:
     """Returns the largest allowed difference between stored and recomputed numbers, relative to the largest number of the row.
 
     Rows are computed again in another batch, for which a library may choose another kernel that rounds differently. In fp32
-    the tolerance is VERIFIED_RELATIVE. bf16 keeps 8 significant bits; fp16 and TF32 (in which a GPU may multiply fp32 matrices)
-    keep 11 bits. Over the layers, differences add up to several units of the last bit, and the tolerance is 16 units.
+    the tolerance is VERIFIED_RELATIVE. A bf16 number has 8 significant bits. An fp16 or TF32 number (a GPU may multiply fp32
+    matrices in TF32) has 11 significant bits. In these three formats, the tolerance is 16 units of the last significant bit.
     """
     if resources.precision == "bf16":
         return 16 * 2.0**-8

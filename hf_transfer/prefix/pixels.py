@@ -33,7 +33,7 @@ ROWS_PER_TASK = 16
 
 
 class Images(Protocol):
-    """Numbered images of one size."""
+    """Images of one size, which are read by number."""
 
     @property
     def name(self) -> str:
@@ -98,8 +98,8 @@ class TrainingSquares:
 class TrainingImages:
     """The augmented images of a split: row `epoch * num_images + i` is image i with the augmentation of that epoch.
 
-    The augmentation depends only on seed, epoch and i, not on the batch. The length covers `spec.views` epochs; rows of later
-    epochs can be read too.
+    The augmentation depends only on seed, epoch and i, not on the batch. `len` counts the rows of `spec.views` epochs, but
+    rows of later epochs can be read too.
     """
 
     split: Split
@@ -115,7 +115,7 @@ class TrainingImages:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What decides the stored pixels: the fingerprint of the split, the side of its squares, and the augmentation."""
+        """Everything that determines the network's input, such as the split's fingerprint, the augmentation and the seed."""
         return {
             "data": self.split.fingerprint,
             "preprocessing": dict(self.preprocessing.spec),
@@ -129,7 +129,7 @@ class TrainingImages:
         return self.spec.views * len(self.split)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Returns stored squares (b, S, S, 3)."""
+        """Returns the stored square images (b, S, S, 3)."""
         return self.squares[rows % len(self.split)]
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
@@ -164,7 +164,7 @@ class DecodedWhenRead(Store):
 
 
 def default_side_px(preprocessing: Preprocessing) -> int:
-    """Returns the default side of training squares: MARGIN times the input's longer side, rounded up to a multiple of 8."""
+    """Returns the default side of stored square images: MARGIN times the longer input side, rounded up to a multiple of 8."""
     return int(np.ceil(MARGIN * max(preprocessing.height_px, preprocessing.width_px) / 8)) * 8
 
 
@@ -192,7 +192,7 @@ def store_training_squares(
     if side_px < least:
         raise ValueError(
             f"train_side_px={side_px}: the network's input has {preprocessing.width_px}x{preprocessing.height_px} pixels; "
-            f"choose {least} or more, or 0 for {default_side_px(preprocessing)}"
+            f"choose {least} or more, or 0 for the default of {default_side_px(preprocessing)}"
         )
 
     def read(i: int) -> dict[str, NDArray[Any]]:
@@ -210,7 +210,7 @@ def store_training_squares(
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoding:
-    """The arrays that are stored for each image of a split, and the function that decodes an image to their values."""
+    """The arrays to store for each image of a split, and the function that returns one image's values in all arrays."""
 
     split: Split
     read: Callable[[int], dict[str, NDArray[Any]]]  # values by array name
@@ -228,7 +228,7 @@ class _Decoding:
         return {n for n, s in stores.items() if not np.array_equal(s[rows], np.stack([each[n] for each in decoded]))}
 
     def fill(self, rows: Mapping[str, NDArray[Any]], start: int, resources: Resources) -> int:
-        """Decodes images from number `start` on into `rows`, in threads, and returns the number of images."""
+        """Decodes the images from number `start` on into `rows`, in threads. Returns the number of decoded images."""
         count = len(next(iter(rows.values())))
         hidden = None if resources.accelerator.is_main_process else True  # None hides the bar if there is no terminal
         bar = tqdm(total=count, desc=f"{self.split.name} pixels", unit="img", disable=hidden)

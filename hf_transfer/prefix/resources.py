@@ -19,7 +19,7 @@ PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp
 
 
 def count_threads(num_workers: int) -> int:
-    """Returns the number of decoding threads of one process: `num_workers`, or one per core (at most 16) if it is 0."""
+    """Returns the number of decoding threads of one process: `num_workers`, or one per core (at most 16) for 0."""
     return num_workers or min(MAX_THREADS, os.cpu_count() or 1)
 
 
@@ -38,7 +38,7 @@ class Resources:
 
     @property
     def precision(self) -> Precision:
-        """The precision of the prefix. The setting `auto` takes accelerate's mixed precision."""
+        """The precision in which the prefix runs. With precision `auto`, this is accelerate's mixed precision."""
         if self.compute.precision != "auto":
             return self.compute.precision
         return PRECISIONS.get(self.accelerator.mixed_precision, "fp32")
@@ -64,13 +64,13 @@ class Resources:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
 
     def choose_storage(self, nbytes: int) -> Storage:
-        """Chooses where to store `nbytes` (see `cache.choose_storage`). Several processes store on disk to share the rows."""
+        """Chooses where to store `nbytes` (see `cache.choose_storage`). With several processes, `auto` means disk."""
         is_shared = self.accelerator.num_processes > 1 and self.compute.cache == "auto"
         requested = "disk" if is_shared else self.compute.cache
         return choose_storage(nbytes, requested, bound_bytes=self.max_disk_bytes)
 
     def keeping_results(self) -> "Resources":
-        """Returns the resources with `cache=none` replaced by memory, so that several readers can share one pass."""
+        """Returns the resources with `cache=none` replaced by memory, so that several readers share one pass."""
         if self.compute.cache != "none":
             return self
         return replace(self, compute=replace(self.compute, cache="memory"))

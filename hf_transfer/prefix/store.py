@@ -56,5 +56,5 @@ _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
 
 
 def open_paths() -> set[Path]:
-    """Returns the folders that open stores of this process read from. These folders must not be evicted."""
+    """Returns the folders from which this process's open stores are read. These folders must not be evicted."""
     return {store.path for store in _open_stores if store.path is not None}

@@ -1,4 +1,4 @@
-"""Runs a network, or its prefix, over many images.
+"""Runs a network, or its prefix (the layers before a cut), over many images.
 
 On a GPU, threads decode and resize the next images while the network runs (Pillow releases the interpreter lock). On a CPU,
 each thread decodes its own batches and runs the network on them.
@@ -36,9 +36,9 @@ def sweep(
     *,
     title: str | None = None,
 ) -> None:
-    """Calls `compute` on all `rows`, batch by batch in any order, in eval mode and without gradients.
+    """Calls `compute` on the images numbered `rows`, batch by batch in any order, in eval mode and without gradients.
 
-    `title`: title of a progress bar; None: no bar. On a CPU, several threads call `compute`, each with a copy of the modules.
+    `title`: title of a progress bar; None: no bar. On a CPU, several threads call `compute`, each with a copy of the network.
     """
     move_model(chain.model, resources)
     use_fast_layout(chain.model)
@@ -63,7 +63,7 @@ def sweep(
 def read_pixels(
     images: Images, rows: NDArray[np.int64], *, batch_size: int, num_workers: int
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yields uint8 batches (b, H, W, 3) of `rows` in order. Threads decode the next batches in advance."""
+    """Yields the images numbered `rows` in order, in uint8 batches (b, H, W, 3). Threads decode the next batches in advance."""
     threads = count_threads(num_workers)
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with ThreadPoolExecutor(threads) as pool:
@@ -86,7 +86,7 @@ def move_model(model: torch.nn.Module, resources: Resources) -> None:
     """Moves `model` to the device, in place.
 
     Several processes on a CPU have the devices cpu:0, cpu:1, ... On these, torch would replace the model's buffers at every
-    call, since it considers them different from cpu. Code that watches the running statistics would keep the old buffers.
+    call, since torch considers cpu:0 different from cpu. Code that watches the running statistics would keep the old buffers.
     """
     model.to(torch.device("cpu") if resources.device.type == "cpu" else resources.device)
 
@@ -107,7 +107,7 @@ def _sweep_on_cpu(
     resources: Resources,
     bar: "tqdm[Any]",
 ) -> None:
-    """Runs the sweep on a CPU: each thread decodes small batches of its own and runs them on its own copy of the modules.
+    """Runs `sweep` on a CPU: each thread decodes small batches and runs its own copy of the network's modules on these batches.
 
     This is faster than one forward at a time on all cores, since no core waits for another core or for the decoder. MobileNetV2
     on 2 cores is 1.1 to 1.3 times as fast, and several times as fast if other programs use the cores.

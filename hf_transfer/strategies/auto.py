@@ -1,10 +1,10 @@
-"""Choose the strategy: advise, train a probe and the advised strategy, and keep the better result.
+"""Choose a strategy: train a linear probe and the strategy that `advise` recommends, and keep the better result.
 
 The frozen network runs once over the images. The features show how accurate a probe is, how similar the images are to the
 pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). With `--measure`,
 short runs of the best candidates take the first third of the budget. Then the probe and the advised strategy are trained, and
-validation images decide which result is kept. A training setting that
-is given applies to every strategy, and each strategy has its own defaults for the others.
+validation images decide which result is kept. A training setting that the user
+gives applies to every strategy. For other settings, each strategy has its own defaults.
 """
 
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(GradientStrategy):
-    """Settings of the strategy that chooses."""
+    """Settings of the strategy `auto`, which chooses another strategy."""
 
     budget_s: float | None = flag(None, "approximate limit in seconds for all runs together; none: no limit")
-    measure: bool = flag(False, "train the best candidates briefly before choosing the strategy")
+    measure: bool = flag(False, "choose the strategy after short training runs of the best candidates")
 
     def __post_init__(self) -> None:
         if self.budget_s is not None and not 0 < self.budget_s < float("inf"):
             raise ValueError(f"budget_s={self.budget_s}: choose more than 0 seconds")
 
     def run(self, session: "Session") -> "RunResult":
-        """Chooses the strategy, and returns its result."""
+        """Trains a linear probe and the advised strategy, and returns the better result."""
         from hf_transfer.choosing.decide import choose_and_run
 
         return choose_and_run(session, measure=self.measure, budget_s=self.budget_s)

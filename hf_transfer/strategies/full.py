@@ -1,6 +1,6 @@
-"""Full fine-tuning: train every layer, or the parameters of every layer that `--trains` or `--pattern` selects.
+"""Full fine-tuning: train all parameters of the network, or only those that `--trains` or `--pattern` selects.
 
-Images are decoded once into memory-mapped pixels, and batches are augmented on the device. The head starts untrained. If the
+Images are decoded once into memory-mapped pixels, and batches are augmented on the device. The head starts at random. If the
 images are few and similar to the pretraining images, `probe_then_full` is more accurate. `--trains norms` trains only the
 normalization layers and the head, and `--trains biases` only the biases and the head (BitFit, arXiv 2106.10199).
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Full(GradientStrategy):
     """Settings of full fine-tuning."""
 
-    trains: Literal["all", "norms", "biases"] = flag("all", "parameters that train in every layer, besides the head")
-    pattern: str | None = flag(None, "regular expression; parameters with a matching name train, and the head")
+    trains: Literal["all", "norms", "biases"] = flag("all", "parameters to train in all layers; the head always trains")
+    pattern: str | None = flag(None, "regular expression; parameters with a matching name and the head are trained")
 
     def __post_init__(self) -> None:
         if self.pattern is not None and self.trains != "all":
@@ -36,7 +36,7 @@ class Full(GradientStrategy):
         return [TrainPhase(policy=self._policy(), epochs=self.training.epochs, optimization=self.optimization)]
 
     def price(self, pricing: "Pricing") -> "Price":
-        """Returns the cost of decoding the images and of training steps on every layer."""
+        """Returns the estimated cost: decoding the images once, and training steps on every layer."""
         return pricing.price_steps(self.training.epochs, self._policy(), passes=1, solves_head=False)
 
     def _policy(self) -> "Policy":

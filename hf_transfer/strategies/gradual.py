@@ -1,6 +1,6 @@
 """Gradual unfreezing: train the head, then more layers in each phase, and finally the whole network (arXiv 1801.06146).
 
-The cut between frozen and trained layers moves down with each phase. Early phases are cheap, because they train on stored
+Each phase moves the cut between frozen and trained layers downward. Early phases are cheap, because they train on stored
 activations of the frozen layers. The first phase solves for the head. Each later phase starts a new optimizer, and trains for
 `--phase_epochs` epochs, or `--epochs` in the last phase.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Gradual(GradientStrategy):
     """Settings of gradual unfreezing."""
 
-    phases: int = flag(4, "number of phases; the first trains the head, the last all layers")
+    phases: int = flag(4, "number of phases; the first phase trains the head, and the last phase trains all layers")
     phase_epochs: int = flag(5, "epochs of each phase between the first and the last")
 
     def __post_init__(self) -> None:
@@ -30,7 +30,7 @@ class Gradual(GradientStrategy):
             )
 
     def plan(self, session: "Session") -> "Plan":
-        """Returns the phases: the head, then more and more layers."""
+        """Returns the phases: solving for the head, then training more layers in each phase."""
         from hf_transfer.network.policies import gradual
         from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 

@@ -3,8 +3,8 @@
 The stack consists of new convolutional blocks (`--layers 4 --width 64`), of the layers of an architecture
 (`--architecture resnet18`), or of new blocks on a checkpoint's frozen layers (`--checkpoint ID --layers 2`). Each stage trains
 one layer with an auxiliary head on stored activations of the layers below, for `--cache_views` augmented views of each image
-(0: fresh augmentation). An architecture's stack is saved as a plain checkpoint. A stack with new blocks is saved as a
-transformers model with its code beside the weights (`trust_remote_code=True`).
+(0: fresh augmentation). A stack of an architecture's layers is saved as a plain checkpoint. A stack with new blocks is
+saved as a transformers model with its code beside the weights, and is loaded with `trust_remote_code=True`.
 """
 
 from collections.abc import Mapping
@@ -38,47 +38,47 @@ class GreedyStackStrategy(GradientStrategy):
         None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
     )
     image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint")
-    layers: int | None = flag(None, "number of layers to stack; none: all of the architecture, or 3 new blocks")
-    block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer needs a checkpoint")
-    width: int | None = flag(None, "channels of the new blocks; none: 16, or the checkpoint's channels")
+    layers: int | None = flag(None, "number of layers to stack; none: all layers of --architecture, or 3 new blocks")
+    block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer needs a --checkpoint")
+    width: int | None = flag(None, "channels of the new blocks; none: 16, or as many as the --checkpoint has")
     downsample: str | None = flag(
         None,
-        "numbers of the new blocks that halve height and width, such as 2,3; none: 2,3, or no block on a checkpoint",
+        "new blocks that halve height and width, by number, such as 2,3; none: 2,3, or with --checkpoint no block",
     )
     aux_hidden: int = flag(
-        1, "hidden layers per stage: the stage's own layer, and k-1 in its auxiliary head; k is 1, 2 or 3"
+        1, "hidden layers that a stage trains (1, 2 or 3): its own layer, and the others in its auxiliary head"
     )
     stack_after: str | None = flag(
-        None, "layer of the checkpoint after which new blocks are stacked (see `inspect`); none: the last layer"
+        None, "checkpoint's layer after which to stack new blocks (`hf-transfer inspect` lists layers); none: the last"
     )
     stage_epochs: int = flag(8, "passes over the training images in each stage")
-    patience_layers: int = flag(0, "stop after this many layers without better validation; 0: stack all layers")
-    fine_tune: bool = flag(True, "train all layers together at the end; off: publish needs --without_fine_tuning")
-    fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer in the fine-tuning at the end")
+    patience_layers: int = flag(0, "stop after this many layers without a better validation score; 0: stack all layers")
+    fine_tune: bool = flag(True, "train all layers together at the end; off: `publish` needs --without_fine_tuning")
+    fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer when all layers train together at the end")
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3))
     training: TrainingConfig = field(default=TrainingConfig(freeze_batchnorm=False, cache_views=4))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
 
     def __post_init__(self) -> None:
         if self.architecture is None and self.model_args is not None:
-            raise ValueError(f"model_args={self.model_args}: model_args needs an --architecture")
+            raise ValueError(f"model_args={self.model_args}: model_args needs --architecture NAME")
         if self.architecture is not None and (self.width, self.downsample, self.block) != (None, None, "conv"):
             raise ValueError(
                 f"width, downsample and block apply to new blocks, but {self.architecture} has its own layers"
             )
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError for an architecture beside a checkpoint, and for settings that need the missing checkpoint."""
+        """Raises ValueError for both an architecture and a checkpoint, or if a setting needs a checkpoint that is missing."""
         on_checkpoint = self._is_on_checkpoint(config)
         if on_checkpoint and self.architecture is not None:
             raise ValueError(
-                f"checkpoint={config.model.checkpoint!r}, architecture={self.architecture!r}: choose one of them"
+                f"checkpoint={config.model.checkpoint!r}, architecture={self.architecture!r}: give only one of the two"
             )
         if not on_checkpoint and (self.stack_after is not None or self.block == "transformer"):
-            raise ValueError("stack_after and block='transformer' need the activations of a --checkpoint")
+            raise ValueError("stack_after and block='transformer' need a checkpoint: add --checkpoint ID")
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
-        """Returns the checkpoint, or the architecture or the new blocks with random weights."""
+        """Returns the checkpoint's network or, without a checkpoint, the architecture or new blocks with random weights."""
         from hf_transfer.network.backbone import create
         from hf_transfer.network.growing import create_blocks
 
@@ -122,7 +122,7 @@ class GreedyStackStrategy(GradientStrategy):
         return DEFAULT_LAYERS if self.layers is None else self.layers
 
     def _blocks(self, width: int | None, downsample: tuple[int, ...]) -> "BlockSpec":
-        """Returns the new blocks. `width` and `downsample` are the defaults of settings that are None."""
+        """Returns the description of the new blocks. `width` and `downsample` replace settings of that name that are None."""
         from hf_transfer.network.growing import BlockSpec, read_numbers
 
         return BlockSpec(

@@ -1,9 +1,9 @@
 """Partial fine-tuning: train the last layers and the head on stored activations of the frozen layers below.
 
 `--k` counts layers as `hf-transfer inspect` lists them (blocks, not stages). `--from_layer layer4` selects the first trained
-layer by name. The first phase solves for the head on frozen features (`--no-probe_first` skips it). The second phase trains the
-head and the last layers. `--cache_views 8` stores the activations of 8 augmented views of each image. With `--cache_views 0`,
-the frozen layers run on freshly augmented images in every epoch.
+layer by name. The first phase solves for the head on frozen features (`--no-probe_first` skips this phase). The second
+phase trains the head and the last layers. `--cache_views 8` stores the activations of 8 augmented views of each image. With
+`--cache_views 0`, the frozen layers run on freshly augmented images in every epoch.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class LastLayers(GradientStrategy):
     """Settings of partial fine-tuning."""
 
     k: int = flag(2, "number of layers below the head that train; 0: only the head trains")
-    from_layer: str | None = flag(None, "name or alias of the first layer that trains; replaces k")
+    from_layer: str | None = flag(None, "name or alias of the first layer that trains; k then has no effect")
     probe_first: bool = flag(True, "solve for the head on frozen features before the gradient steps")
 
     def __post_init__(self) -> None:
@@ -39,7 +39,7 @@ class LastLayers(GradientStrategy):
         return [SolveHeadPhase(), steps] if self.probe_first else [steps]
 
     def price(self, pricing: "Pricing") -> "Price":
-        """Returns the cost of two passes over the images and of training steps above the cut."""
+        """Returns the estimated cost: two passes over the images, and training steps on the last layers."""
         return pricing.price_steps(self.training.epochs, self._policy(), passes=2, solves_head=self.probe_first)
 
     def _policy(self) -> "Policy":

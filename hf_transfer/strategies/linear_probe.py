@@ -2,7 +2,7 @@
 
 All layers before the head are frozen, so the head is the solution of a convex problem. L-BFGS solves the problem for many
 regularization strengths at once, and for every readout (a layer and pooling that give the head's input, `--readouts`). Held-out
-images select the best solution, which is then fitted to training and validation images together.
+images select the strength and the readout, and the head is then solved again on training and validation images together.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class LinearProbe(Strategy):
     """Settings of the linear probe."""
 
     select_by: SelectBy = flag("log_loss", "metric on held-out images that selects the regularization")
-    folds: int = flag(5, "number of cross-validation folds; 1: no folds, but the validation split alone")
+    folds: int = flag(5, "number of cross-validation folds; 1: only the validation split selects")
     readouts: Sweep = flag(
         "all",
-        "features to try besides the checkpoint's own: other poolings of the last layer, earlier layers, or both (all); they "
-        "replace the checkpoint's own features only if they are significantly better",
+        "features to compare with the checkpoint's own: other poolings of the last layer (pooling), earlier layers (layer), or "
+        "both (all). Only significantly better features replace the checkpoint's own",
     )
 
     def plan(self, session: "Session") -> "Plan":
@@ -36,5 +36,5 @@ class LinearProbe(Strategy):
         return [SolveHeadPhase(sweep=self.readouts, folds=self.folds, select_by=self.select_by)]
 
     def price(self, pricing: "Pricing") -> "Price":
-        """Returns the cost of one pass over the images and one convex problem."""
+        """Returns the estimated cost: one pass over the images, and solving one convex problem."""
         return pricing.price_probe()

@@ -1,8 +1,8 @@
-"""Adapters: solve for the head on frozen features, then train LoRA or similar beside the frozen weights (arXiv 2106.09685).
+"""Adapters: solve for the head on frozen features, then train LoRA or similar adapters beside the weights (arXiv 2106.09685).
 
 New adapters do not change the network's output, so the solved head fits from the first step. At the end, the adapters are
 merged, and the result is a plain checkpoint. With `--no-merge`, the result is a PEFT adapter folder, which records the Hub id
-of the base and is much smaller. With `--adapter_layers last:4 --cache_views 8`, the output of the layers below is stored.
+of the base and is much smaller. With `--adapter_layers last:4 --cache_views 8`, the output of the lower layers is stored.
 """
 
 from dataclasses import dataclass, field, replace
@@ -51,7 +51,7 @@ class Lora(GradientStrategy):
         return [SolveHeadPhase(sweep="none"), steps]
 
     def finish(self, session: "Session", result: "RunResult") -> "RunResult":
-        """Returns the result with a description of the adapters, which are merged if `merge` is set."""
+        """Returns the result with a description of the adapters. If `merge` is set, the adapters are merged into the base."""
         from hf_transfer.network.adapters import Adapted, merge_adapters
 
         adapted = session.backbone
@@ -60,7 +60,7 @@ class Lora(GradientStrategy):
         return replace(result, backbone=merge_adapters(adapted) if self.merge else adapted, details=details)
 
     def price(self, pricing: "Pricing") -> "Price":
-        """Returns the cost of a probe and of training steps that compute no gradients of frozen weights."""
+        """Returns the estimated cost: a linear probe, and training steps without gradients of the frozen weights."""
         from hf_transfer.network.policies import full
 
         epochs = self.training.epochs

@@ -1,6 +1,6 @@
 """Supervised pretraining: train an architecture from random weights, with the training loop of fine-tuning.
 
-The result is a plain checkpoint, and every other strategy accepts its `model/` folder as `--checkpoint`. `--image_size_px` sets
+The result is a plain checkpoint, and every other strategy accepts the run's `model/` as `--checkpoint`. `--image_size_px` sets
 the size of the architecture's input images.
 """
 
@@ -24,7 +24,7 @@ class Pretrain(GradientStrategy):
 
     task_defaults: ClassVar[Mapping[str, Any]] = {"checkpoint": NO_CHECKPOINT}
 
-    architecture: str = flag("test_resnet", "timm architecture or transformers model type; the default is tiny")
+    architecture: str = flag("test_resnet", "timm architecture or transformers model type; default: a tiny network")
     image_size_px: int | None = flag(32, "side of the square input images; none: the architecture's default")
     model_args: str | None = flag(
         None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
@@ -37,7 +37,7 @@ class Pretrain(GradientStrategy):
         """Raises ValueError if the settings name a checkpoint."""
         if config.model.checkpoint != NO_CHECKPOINT:
             raise ValueError(
-                f"checkpoint={config.model.checkpoint!r}: pretraining uses random weights; `full` starts from a checkpoint"
+                f"checkpoint={config.model.checkpoint!r}: to start from a checkpoint, choose the strategy `full`"
             )
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":

@@ -1,4 +1,4 @@
-"""LP-FT: solve for the head on frozen features, then fine-tune every layer from there (arXiv 2202.10054).
+"""LP-FT (linear probe, then fine-tuning): solve for the head on frozen features, then train all layers (arXiv 2202.10054).
 
 A head that fits the frozen features keeps the first steps from distorting the features. Lower layers have lower learning rates
 (`--layer_decay`). Training keeps a moving average of the weights, from the last epoch that is not significantly worse than the
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeThenFull(GradientStrategy):
-    """Settings of LP-FT."""
+    """Settings of LP-FT (linear probe, then fine-tuning)."""
 
     def plan(self, session: "Session") -> "Plan":
         """Returns the phases: solving for the head, then training all layers."""
@@ -29,7 +29,7 @@ class ProbeThenFull(GradientStrategy):
         return [SolveHeadPhase(), steps]
 
     def price(self, pricing: "Pricing") -> "Price":
-        """Returns the cost of a probe and of training steps on all layers."""
+        """Returns the estimated cost: a linear probe, and training steps on all layers."""
         from hf_transfer.network.policies import full
 
         return pricing.price_steps(self.training.epochs, full(), passes=1, solves_head=True)
