@@ -258,7 +258,7 @@ def _add_pilots(estimate: Estimate, probe: Estimate, pilots: Sequence[Pilot], nu
 
     The update is the mean of the estimated and the measured accuracy, weighted by 1 / variance. A trial run measures the gain
     over the probe on the same n validation images. The gain's variance is at most (misses of strategy and probe) / n^2, because
-    both can differ only on images that one of the two misses. Half a miss is added to each, so that the variance is never 0.
+    the gain depends only on images that exactly one of the two misses. Half a miss is added to each, so that the variance > 0.
     """
     base = next((p for p in pilots if p.strategy == "linear_probe"), None)
     mine = [p for p in pilots if p.strategy == estimate.strategy and p.epochs]

@@ -59,8 +59,8 @@ class Evidence:
 def gather_evidence(session: Session, *, head: Head | None, readouts: bool = True) -> Evidence:
     """Returns the evidence of all train and validation images. The network does not run if the cache contains the features.
 
-    `head` is the pretrained classifier from `read_head`. With `readouts`, the cache also receives every readout (features from
-    one layer with one pooling) that the linear probe tries. Raises ValueError without exactly one linear classifier.
+    `head` is the pretrained classifier from `read_head`. With `readouts`, the cache also receives the features of each layer
+    and pooling that the linear probe tries. Raises ValueError if the network does not have exactly one linear classifier.
     """
     chain, data, resources = session.chain, session.data, session.resources.keeping_results()
     own, *others = find_readouts(chain, sweep="all" if readouts else "none")

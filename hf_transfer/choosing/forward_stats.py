@@ -86,7 +86,7 @@ class _InputMoments:
     def compute_distance(self) -> float | None:
         """Returns KL(N(seen) | N(stored)) in nats: the median over channels, averaged over modules (None without modules).
 
-        The result is 0 if the inputs have the statistics of the pretraining data (arXiv 1603.04779; arXiv 1912.08795, equation 4).
+        Returns 0 if the inputs have the statistics of the pretraining data (arXiv 1603.04779; arXiv 1912.08795, equation 4).
         """
         distances = []
         for name, (count, total, squares) in self.seen.items():

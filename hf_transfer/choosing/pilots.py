@@ -1,7 +1,7 @@
 """Compares strategies on validation images by short trial runs (pilots), with successive halving within a time budget.
 
 Successive halving (arXiv 1502.07943, section 2) trains all strategies briefly, then the better half for longer, until one
-strategy is left or the time is over. A pilot is a strategy's run with fewer epochs. All pilots share one cache.
+strategy is left or the time is over. A pilot is a strategy's run with fewer epochs. All pilots read one cache.
 """
 
 import logging

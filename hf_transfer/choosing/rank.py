@@ -97,7 +97,7 @@ def rank(
     repeated = sorted({name for name in checkpoints if list(checkpoints).count(name) > 1})
     if repeated or not checkpoints:
         raise ValueError(
-            f"checkpoints {list(checkpoints)}: name one or more, and each only once (repeated: {', '.join(repeated) or 'none'})"
+            f"checkpoints {list(checkpoints)}: name at least one checkpoint, and none twice (repeated: {', '.join(repeated) or 'none'})"
         )
     if sample < 0:
         raise ValueError(f"sample={sample}: choose the number of images, 1 or more, or 0 for all images")
@@ -145,7 +145,7 @@ def sample_data(data: Data, sample: int, seed: int) -> Data:
 def correlate_with_probe(rows: Sequence[CheckpointScore]) -> dict[str, RankCorrelation]:
     """Returns how kNN accuracy and number of parameters correlate with probe accuracy, or {} for fewer than three checkpoints.
 
-    A predictor (one of these two) that has the same value for all checkpoints is omitted.
+    kNN accuracy or the number of parameters is omitted if it is the same for all checkpoints.
     """
     probe = [row.probe for row in rows]
     correlations = {}

@@ -65,7 +65,7 @@ class DataRegime:
         return np.array([(1 - x) * y, x * y, (1 - x) * (1 - y), x * (1 - y)])
 
     def describe(self) -> str:
-        """Returns a sentence: the corner case, and how far the amount and the similarity are from the nearest other case."""
+        """Returns a sentence with the nearest corner case, and the distances of amount and similarity from the boundaries."""
         boundary = math.sqrt(LITTLE * MUCH)
         factor = self.images_per_class / boundary
         amount = (

@@ -44,16 +44,14 @@ def suggest(
         ("interpolating frozen and fine-tuned weights (WiSE-FT)", "probe_then_full", {"wise_ft": True}),
     ):
         r = expect_log_ratio("lora" if name == "lora" else "probe_then_full", regime)
-        evidence = (
-            f"the error after fine-tuning is expected to be {100 * math.exp(r):.0f} % of the linear probe's error"
-        )
+        evidence = f"the error after fine-tuning is expected to be {100 * math.exp(r):.0f} % of the probe's error"
         command = make_command(session, replace_settings(candidates[name], settings))
         suggestions.append(Suggestion(title=title, evidence=evidence, command=command))
     rank = ["hf-transfer", "rank", "--dataset", session.config.data.dataset, session.config.model.checkpoint]
     suggestions.append(
         Suggestion(
             title="another checkpoint",
-            evidence=f"similarity is {regime.similarity:.2f} of 1; pretraining on more similar images may give better features",
+            evidence=f"similarity is {regime.similarity:.2f} of 1; a checkpoint pretrained on similar images may do better",
             command=f"{shlex.join(rank)} OTHER_CHECKPOINT ...",
         )
     )
@@ -68,7 +66,7 @@ def _suggest_labels(curve: LearningCurve) -> Suggestion:
     return Suggestion(
         title="more labels",
         evidence=(
-            f"the probe's error falls with images ** -{curve.exponent:.2f}: {100 * now.accuracy:.1f} % accuracy at "
+            f"the probe's error is proportional to images ** -{curve.exponent:.2f}: {100 * now.accuracy:.1f} % accuracy at "
             f"{now.images_per_class:.0f} images per class, expected {forecast}"
         ),
         command=None,

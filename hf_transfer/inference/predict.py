@@ -83,7 +83,9 @@ class _Inputs:
                 )
             image = Image.fromarray(image)
         elif not isinstance(image, (str, Path, Image.Image)):
-            raise BadImageError(f"{name}: {type(image).__name__}; give a path, a PIL image or a uint8 array (H, W, 3)")
+            raise BadImageError(
+                f"{name}: cannot read {type(image).__name__}; give a path, a PIL image or a uint8 array (H, W, 3)"
+            )
         return read_image(image, name)
 
 

@@ -129,7 +129,7 @@ def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
 
 
 def draw_curve(curve: Mapping[str, Any]) -> str:
-    """Returns the SVG text of one entry of `curves` in results.json. Raises ValueError if `lay_out_curve` raises it."""
+    """Returns the SVG text of one entry of `curves` in results.json. Raises ValueError if the curve cannot be drawn."""
     template = make_environment("reporting").get_template("curve.svg.jinja")
     return template.render(chart=lay_out_curve(curve), width=WIDTH, height=HEIGHT)
 

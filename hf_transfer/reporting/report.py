@@ -145,7 +145,7 @@ def _metric_cards(scores: Mapping[str, Any], validation: Mapping[str, Any]) -> l
 
 
 def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
-    """Returns the MAX_CONFUSED_PAIRS pairs of true and predicted class with the most mistakes, in descending order."""
+    """Returns at most MAX_CONFUSED_PAIRS pairs of true and predicted class, in descending order of the number of mistakes."""
     names = [row["label"] for row in scores["per_class"]]
     pairs = [
         ConfusedPair(true=names[i], predicted=names[j], count=count, fraction=count / sum(counts))
@@ -179,7 +179,7 @@ def _cost_table(cost: Mapping[str, Any]) -> CostTable:
 
 
 def _by_name(value: Any) -> list[tuple[str, Any]]:
-    """Returns the pairs (name, value) of a mapping, [("", value)] if `value` is a single value, and [] if it is empty."""
+    """Returns the pairs (name, value) of a mapping, [("", value)] if `value` is a single value, and [] if `value` is empty."""
     if isinstance(value, Mapping):
         return [(name.replace("_", " "), each) for name, each in value.items()]
     return [("", value)] if value else []
