@@ -292,7 +292,7 @@ def _explain(chosen: str, estimates: Mapping[str, Estimate], regime: DataRegime,
         if top.accuracy - best.accuracy < MIN_GAIN:
             return f"the probe reaches {accuracy}; no other strategy is expected to be better on {regime.cell} data"
         if budget_s is not None and top.seconds > budget_s:
-            return f"the probe reaches {accuracy}; {top.strategy} may be better, but exceeds the budget of {budget_s:.0f} s"
+            return f"the probe reaches {accuracy}; {top.strategy} may be better, but does not fit into {budget_s:.0f} s"
         gain = 100 * (top.accuracy - probe.accuracy)
         return f"the probe reaches {accuracy}; {top.strategy} is slower, and is expected to add only {gain:.1f} points"
     gain = 100 * (best.accuracy - probe.accuracy)

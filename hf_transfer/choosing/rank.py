@@ -97,7 +97,7 @@ def rank(
     repeated = sorted({name for name in checkpoints if list(checkpoints).count(name) > 1})
     if repeated or not checkpoints:
         raise ValueError(
-            f"checkpoints {list(checkpoints)}: name at least one checkpoint, and none twice (repeated: {', '.join(repeated) or 'none'})"
+            f"checkpoints {list(checkpoints)}: name at least one, and each once (repeated: {', '.join(repeated) or 'none'})"
         )
     if sample < 0:
         raise ValueError(f"sample={sample}: choose the number of images, 1 or more, or 0 for all images")

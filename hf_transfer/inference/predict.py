@@ -79,7 +79,7 @@ class _Inputs:
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise BadImageError(
-                    f"{name}: an array of shape {image.shape} and dtype {image.dtype}; give an RGB uint8 array (H, W, 3)"
+                    f"{name}: an array {image.shape} of {image.dtype}; give RGB pixels as a uint8 array (H, W, 3)"
                 )
             image = Image.fromarray(image)
         elif not isinstance(image, (str, Path, Image.Image)):
