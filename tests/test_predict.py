@@ -115,7 +115,7 @@ def test_images_in_memory_are_predicted_as_their_files_are(images: Path) -> None
         (np.zeros((8, 8, 4), np.uint8), r"an array \(8, 8, 4\)"),
         (np.zeros((8, 8, 3), np.float32), "of float32; give RGB"),
         (np.zeros((0, 8, 3), np.uint8), "image 1: "),
-        (b"bytes", "image 1: bytes; give a path, a PIL image or a uint8 array"),
+        (b"bytes", "image 1: cannot read bytes; give a path, a PIL image or a uint8 array"),
     ],
 )
 def test_an_input_that_is_not_an_image_is_named(images: Path, image: object, words: str) -> None:

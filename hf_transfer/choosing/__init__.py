@@ -1,1 +1,1 @@
-"""Chooses a checkpoint and a strategy from one pass of frozen networks over the images."""
+"""Ranks checkpoints and recommends a strategy for a data set, from the features of frozen networks."""

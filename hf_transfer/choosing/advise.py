@@ -1,11 +1,11 @@
-"""Advises which strategy suits a data set and a checkpoint, from a measured probe and an estimate of fine-tuning.
+"""Recommends a strategy for a data set and a checkpoint: the linear probe, or a strategy that fine-tunes layers.
 
     advice = advise(session)         # runs the frozen network once over train and validation, and caches the features
     print(format_advice(advice))
 
-The probe is cross-validated on the features. The gain of fine-tuning is predicted from the number of images and from
-their similarity to the pretraining images (see `rule`), or measured by short trial runs (see `pilots`). Test images are never
-read.
+The probe (logistic regression on the features) is cross-validated. The gain of fine-tuning is predicted from the number of
+images and from their similarity to the pretraining images (see `rule`), or measured by short trial runs (see `pilots`). Test
+images are never read.
 """
 
 import math
@@ -51,7 +51,7 @@ SOURCE_WORDS: Mapping[Source, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The accuracy and the cost of one strategy. `source` tells whether the accuracy was measured or predicted."""
+    """The estimated accuracy and cost of one strategy. `source` tells whether the accuracy was measured or predicted."""
 
     strategy: str
     accuracy: float
@@ -65,7 +65,7 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """The content of the advice that `hf-transfer advise` prints."""
+    """The advice for one data set and one checkpoint, which `hf-transfer advise` prints."""
 
     data_name: str
     checkpoint: str
@@ -89,7 +89,7 @@ class Advice:
         return next(e.command for e in self.estimates if e.strategy == self.recommended)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the advice as JSON values."""
+        """Returns the advice as a dictionary of JSON values."""
         return {
             "data": self.data_name,
             "checkpoint": self.checkpoint,
@@ -120,9 +120,9 @@ class Advice:
 def advise(session: Session, *, measure: bool = False, budget_s: float | None = None) -> Advice:
     """Returns the advice for the session's data and checkpoint.
 
-    With `measure`, the strategies with the best estimates train briefly, within `budget_s` seconds in total (default 600).
-    Without `measure`, `budget_s` limits the time of the recommended run. All processes must call this function. Raises
-    ValueError if the network has no single linear classifier.
+    With `measure`, the strategies also train briefly, best estimate first, for at most `budget_s` seconds in total (default
+    600). Without `measure`, `budget_s` limits the estimated time of the recommended strategy. In a distributed run, all
+    processes must call this function. Raises ValueError if the network does not have exactly one linear classifier.
     """
     session = session.without_test()
     clock = [time.perf_counter()]
@@ -154,7 +154,7 @@ def advise(session: Session, *, measure: bool = False, budget_s: float | None = 
 
 
 def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Evidence) -> Advice:
-    """Returns the advice without trial runs and without a recommendation."""
+    """Returns the advice with an estimate for every strategy, but without trial runs and without a recommendation."""
     data, seed = session.data, session.config.seed
     counts = data.train.counts() + data.validation.counts()
     similarity = measure_similarity(evidence)
@@ -198,7 +198,7 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
 def _score_depths(
     evidence: Evidence, rows: NDArray[np.int64], probe: CrossValidation, seed: int
 ) -> tuple[DepthScore, ...]:
-    """Returns the scores of `rows` at every depth. All depths use the C of `probe`, which was fitted to native features."""
+    """Returns the accuracies of kNN and of a probe (with the C of `probe`) at each depth, on the images with indices `rows`."""
     labels = evidence.labels[rows]
     scores = []
     for depth in evidence.depths:
@@ -236,7 +236,7 @@ def _estimate_strategy(strategy: Strategy, regime: DataRegime, probe: CrossValid
 
 
 def _recommend(advice: Advice, budget_s: float | None) -> Advice:
-    """Returns the advice with estimates updated by the trial runs, and with a recommendation and its reason."""
+    """Returns `advice` with a recommendation and its reason. Trial runs, if any, update the estimated accuracies first."""
     probe = next(e for e in advice.estimates if e.strategy == "linear_probe")
     num_validation = advice.num_images["validation"]
     estimates = {e.strategy: _add_pilots(e, probe, advice.pilots, num_validation) for e in advice.estimates}
@@ -256,9 +256,9 @@ def _recommend(advice: Advice, budget_s: float | None) -> Advice:
 def _add_pilots(estimate: Estimate, probe: Estimate, pilots: Sequence[Pilot], num_validation: int) -> Estimate:
     """Returns the estimate of a strategy, updated by the strategy's longest trial run.
 
-    The update is a precision-weighted mean. A trial run measures the gain over the probe's trial run on the same n validation
-    images. The variance of the gain is at most (misses of both runs) / n^2, because the runs can differ only on images that one
-    of the runs misses. Half a miss is added to each run, so that the variance is never 0.
+    The update is the mean of the estimated and the measured accuracy, weighted by 1 / variance. A trial run measures the gain
+    over the probe on the same n validation images. The gain's variance is at most (misses of strategy and probe) / n^2, because
+    the gain depends only on images that exactly one of the two misses. Half a miss is added to each, so that the variance > 0.
     """
     base = next((p for p in pilots if p.strategy == "linear_probe"), None)
     mine = [p for p in pilots if p.strategy == estimate.strategy and p.epochs]
@@ -290,13 +290,11 @@ def _explain(chosen: str, estimates: Mapping[str, Estimate], regime: DataRegime,
     )
     if chosen == "linear_probe":
         if top.accuracy - best.accuracy < MIN_GAIN:
-            return f"the probe reaches {accuracy}; no strategy is expected to be more accurate on {regime.cell} data"
+            return f"the probe reaches {accuracy}; no other strategy is expected to be better on {regime.cell} data"
         if budget_s is not None and top.seconds > budget_s:
-            return f"the probe reaches {accuracy}; {top.strategy} may be better, but needs more than {budget_s:.0f} s"
+            return f"the probe reaches {accuracy}; {top.strategy} may be better, but does not fit into {budget_s:.0f} s"
         gain = 100 * (top.accuracy - probe.accuracy)
-        return (
-            f"the probe reaches {accuracy}; {top.strategy} is expected to add {gain:.1f} points, too few for its cost"
-        )
+        return f"the probe reaches {accuracy}; {top.strategy} is slower, and is expected to add only {gain:.1f} points"
     gain = 100 * (best.accuracy - probe.accuracy)
     reason = (
         f"{chosen} is expected to reach {accuracy}, {gain:+.1f} points compared with the probe's {100 * probe.accuracy:.1f} %, "
@@ -305,5 +303,5 @@ def _explain(chosen: str, estimates: Mapping[str, Estimate], regime: DataRegime,
     return (
         reason
         if chosen == "full"
-        else f"{reason}; {chosen} keeps the probe unless validation accuracy improves beyond chance"
+        else f"{reason}; {chosen} returns the probe if no epoch is significantly better on validation images"
     )

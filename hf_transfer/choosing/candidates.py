@@ -1,4 +1,4 @@
-"""The candidate strategies of advice, with the settings of the session, and the command that runs each candidate."""
+"""Creates the strategies that `advise` compares, with the settings of the session, and the commands that run them."""
 
 import shlex
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from hf_transfer.config import RunConfig, changed_settings, list_settings, repla
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy, default_config, get_strategy
 
-# `tracker` and `resume` do not change the result. The other settings are in every command.
+# `tracker` and `resume` do not change the result. `make_command` adds the other three settings to every command.
 NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "output_dir"})
 
 
 def find_candidates(session: Session) -> dict[str, Strategy]:
-    """Returns every strategy of the rule, cheapest first, with the settings that the session's own strategy changes."""
+    """Returns all strategies of `rule.STRATEGIES` by name, cheapest first, with the settings that the session has changed."""
     own = session.config.strategy
     changed = changed_settings(own, type(own)())
     candidates = {name: _inherit(get_strategy(name)(), changed) for name in STRATEGIES}
@@ -26,13 +26,13 @@ def find_candidates(session: Session) -> dict[str, Strategy]:
 
 
 def to_k(strategy: Strategy) -> int:
-    """Returns the number of layers that a `last_layers` strategy trains."""
+    """Returns `k`, the number of layers that the strategy `last_layers` trains."""
     k: int = list_settings(strategy)["k"].value
     return k
 
 
 def make_command(session: Session, strategy: Strategy) -> str:
-    """Returns the command that runs `strategy` with the data, checkpoint and settings of the session."""
+    """Returns the `hf-transfer train` command that runs `strategy` with the data, checkpoint and settings of the session."""
     default = default_config(strategy.name)
     config: RunConfig = replace(session.config, strategy=strategy)
     changed = {k: v for k, v in changed_settings(config, default).items() if k not in NOT_IN_COMMAND}

@@ -1,7 +1,7 @@
-"""Trains the probe and the advised strategy, and keeps the strategy's result only if it is significantly better.
+"""Runs the strategy `auto`: trains the linear probe and the advised strategy, and keeps the better of the two results.
 
-Both results are compared on the validation images, which the scored probe was not fitted to. Only the kept network is scored on
-the test images. `rule.choose` selects the advised strategy, and `reporting/sentences.py` describes the choice.
+Validation images decide. The probe's validation score comes from a fit to the training images only. Only the kept network is
+scored on the test images. `rule.choose` selects the advised strategy, and `reporting/sentences.py` describes the choice.
 """
 
 import logging
@@ -27,10 +27,10 @@ DEFAULT_PILOT_S = 600.0
 
 
 def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -> RunResult:
-    """Advises, trains the probe and the advised strategy, and returns the better result with the reason in `choice`.
+    """Trains the linear probe and the strategy that `advise` recommends. Returns the better result, with a reason in `choice`.
 
-    The kept result is bitwise equal to a separate run of its strategy. `budget_s` limits the estimated time of the trial runs
-    and of the advised strategy's run. A run that has started is not interrupted.
+    The result is bitwise equal to the result of a separate run of the same strategy. `budget_s` limits the estimated time of
+    the trial runs (made if `measure`) and of the advised strategy's run. A run that has started is not interrupted.
     """
     started = time.perf_counter()
     pilot_s = PILOT_SHARE * budget_s if budget_s else DEFAULT_PILOT_S
@@ -38,7 +38,7 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
         advice = advise(session, measure=measure, budget_s=pilot_s if measure else budget_s)
     session.costs.count_images("advise", int(advice.cost["images_computed"]))
     if session.is_main:
-        log.info("auto advises %s: %s", advice.recommended, advice.reason)
+        log.info("auto recommends the strategy %s: %s", advice.recommended, advice.reason)
     candidates, unseen = find_candidates(session), session.without_test()
     probe = candidates["linear_probe"]
     result = probe.run(probe.restart(unseen))
@@ -56,7 +56,7 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
             choice = compare(choice, tuned)
             result = tuned if choice.kept == advice.recommended else result
     if session.is_main:
-        log.info("auto keeps the result of %s: %s", choice.kept, choice.verdict)
+        log.info("auto keeps the result of the strategy %s; verdict: %s", choice.kept, choice.verdict)
     metrics = dict(result.metrics)
     if session.data.test is not None:
         with session.costs.part("evaluate"):
@@ -66,7 +66,7 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
 
 
 def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
-    """Returns the choice between the probe and a fine-tuned network, judged on the same validation images."""
+    """Returns `choice` with a verdict: whether the fine-tuned result beats the probe on the same validation images."""
     accuracy, num_images = tuned.validation.accuracy, tuned.validation.num_samples
     error = None if tuned.phases[0].is_solved else standard_error(choice.probe.accuracy, accuracy, num_images)
     verdict = judge(accuracy - choice.probe.accuracy, error, tuned.phases[-1].kept)
@@ -75,11 +75,11 @@ def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
 
 
 def judge(gain: float, error: float | None, kept: Kept) -> Verdict:
-    """Returns the verdict on a fine-tuned network, from its `gain` in accuracy over the probe and its `kept` weights.
+    """Returns the verdict on a fine-tuned network, given its `gain` in accuracy over the probe and the weights it `kept`.
 
-    With `error`, training started from an untrained head. The gain must exceed this standard error, because the best epoch is
-    partly luck. Without `error`, training started from the probe, and kept an epoch only if it was significantly better, image
-    by image. Then the gain over the probe that is fitted to all images only has to be 0 or more.
+    If fine-tuning started from an untrained head, `error` is the standard error of the gain. The gain must exceed `error`,
+    because the best epoch is partly luck. If fine-tuning started from a solved probe, `error` is None: an epoch was kept only
+    if it was significantly better than this probe, so a gain of 0 is enough.
     """
     if error is None and kept is Kept.START:
         return Verdict.NO_EPOCH_BETTER
@@ -88,7 +88,7 @@ def judge(gain: float, error: float | None, kept: Kept) -> Verdict:
 
 
 def standard_error(first: float, second: float, num_images: int) -> float:
-    """Returns the standard error of the difference of two accuracies on `num_images` images."""
+    """Returns the standard error of the difference of two accuracies, each measured on `num_images` images."""
     return math.sqrt((first * (1 - first) + second * (1 - second)) / max(1, num_images))
 
 
@@ -99,7 +99,7 @@ def _score_test(session: Session, result: RunResult) -> Metrics:
 
 
 def _without_paths(advice: Advice, session: Session) -> dict[str, Any]:
-    """Returns the advice without local paths, because results.json and the card are published."""
+    """Returns the advice as JSON values, with public names in place of local paths, because results.json may be published."""
     config = session.config
     names: Mapping[str, str] = {config.model.checkpoint: advice.checkpoint, config.data.dataset: session.data.name}
 

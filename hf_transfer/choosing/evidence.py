@@ -1,7 +1,7 @@
-"""The evidence of advice: features at several depths and the pretrained head's logits, from one pass of the frozen network.
+"""Gathers what advice is based on: features of images at several depths of the frozen network, and the pretrained logits.
 
-The pass covers train and validation images, and never test images. A recipe makes the same pass with the same cache keys, so a
-run after the advice reads its features from the cache.
+One pass over the train and validation images computes all features and stores them in the cache, from which a later training
+run reads them. Test images are never read.
 """
 
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ from hf_transfer.training.readouts import tap_readouts
 NUM_DEPTHS = 4  # evenly spaced between the first layer and the last layer
 
 Head = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""A linear classifier of Z pretraining classes: weight (Z, F) and bias (Z,)."""
+"""The weight (Z, F) and the bias (Z,) of a linear classifier with F input features and Z pretraining classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Depth:
-    """The features of all images after one layer."""
+    """The features of all train and validation images after one layer of the network."""
 
     layer: str
     position: float  # share of the layers between stem and head up to and including `layer`
@@ -42,7 +42,7 @@ class Depth:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """The evidence of N images: the images of the train split, then those of the validation split."""
+    """The labels, features and pretrained logits of N images: first the train split, then the validation split."""
 
     labels: NDArray[np.int64]  # (N,)
     depths: tuple[Depth, ...]  # the last depth is native
@@ -52,15 +52,15 @@ class Evidence:
 
     @property
     def features(self) -> NDArray[np.float32]:
-        """The features (N, F) that the checkpoint's own classifier reads."""
+        """The features (N, F) of the N images after pooling, which are the input of the checkpoint's own classifier."""
         return self.depths[-1].features
 
 
 def gather_evidence(session: Session, *, head: Head | None, readouts: bool = True) -> Evidence:
-    """Returns the evidence from one pass over train and validation images, or from the cache if it contains the features.
+    """Returns the evidence of all train and validation images. The network does not run if the cache contains the features.
 
-    `head` is the pretrained classifier from `read_head`. With `readouts`, the pass also stores every readout (the features of
-    one layer and pooling) that the linear probe tries. Raises ValueError if the network has no single linear classifier.
+    `head` is the pretrained classifier from `read_head`. With `readouts`, the cache also receives the features of each layer
+    and pooling that the linear probe tries. Raises ValueError if the network does not have exactly one linear classifier.
     """
     chain, data, resources = session.chain, session.data, session.resources.keeping_results()
     own, *others = find_readouts(chain, sweep="all" if readouts else "none")
@@ -80,7 +80,7 @@ def gather_evidence(session: Session, *, head: Head | None, readouts: bool = Tru
         Depth(layer=cut.name, position=position, features=np.concatenate(parts[name]), is_native=False)
         for name, (cut, position) in means.items()
     ]
-    # If the network mean-pools its last layer, that mean equals the native features, and is left out.
+    # If the network mean-pools its last layer, the mean of this layer equals the native features, and is omitted.
     depths = [
         d for d in depths if d.features.shape != native.features.shape or not np.allclose(d.features, native.features)
     ]
@@ -94,7 +94,7 @@ def gather_evidence(session: Session, *, head: Head | None, readouts: bool = Tru
 
 
 def read_head(config: ModelConfig) -> Head | None:
-    """Returns the checkpoint's own classifier, or None if the checkpoint has no trained head that is one linear layer."""
+    """Returns the weight and bias of the checkpoint's own classifier, or None if the checkpoint has no trained linear head."""
     try:
         upstream = load(config.checkpoint, trust_remote_code=config.trust_remote_code)
     except NoTrainedHeadError:
@@ -109,14 +109,14 @@ def read_head(config: ModelConfig) -> Head | None:
 
 
 def spread_depths(chain: Chain) -> list[tuple[Cut, float]]:
-    """Returns up to NUM_DEPTHS evenly spaced cuts up to the last layer, each with the share of layers before the cut."""
+    """Returns up to NUM_DEPTHS evenly spaced cuts (positions between layers), and the share of layers before each cut."""
     inner = [layer.cut for layer in chain.layers[1:-1] if layer.cut is not None]
     wanted = {round(len(inner) * i / NUM_DEPTHS) for i in range(1, NUM_DEPTHS + 1)} - {0}
     return [(inner[k - 1], k / len(inner)) for k in sorted(wanted)]
 
 
 def tap_mean(cut: Cut, image_shape: tuple[int, int, int]) -> Tap:
-    """Returns a tap, which reads features at a cut: here the mean over positions, which is one number per channel."""
+    """Returns a `Tap` that reads the activation at `cut` and computes the mean of each channel over all positions."""
     channel = find_channel(cut.shape, image_shape)
     positions = tuple(i + 1 for i in range(len(cut.shape)) if i != channel)
     return Tap(cut=cut, pooling="mean", shape=(cut.shape[channel],), keep=partial(_mean, dims=positions))
@@ -125,7 +125,7 @@ def tap_mean(cut: Cut, image_shape: tuple[int, int, int]) -> Tap:
 def find_channel(shape: tuple[int, ...], image_shape: tuple[int, int, int]) -> int:
     """Returns the index of the channel dimension in the shape (C, H, W), (H, W, C) or (tokens, C) of one image's activation.
 
-    The shape is (C, H, W) if its last two numbers have the proportions of the image's height and width.
+    A shape of three numbers is read as (C, H, W) if the last two have the image's proportions, and as (H, W, C) otherwise.
     """
     if len(shape) == 3:
         height, width = image_shape[1:]

@@ -1,7 +1,7 @@
-"""Estimates the accuracy of a linear probe on frozen features, at several depths and for several numbers of labels.
+"""Cross-validates a linear probe on frozen features, and extrapolates the probe's accuracy to more labeled images.
 
-The fits to one feature matrix differ only in their regularization and row weights (for a fold or a subset of the rows), so all
-fits are one batched solve (see `training.probe`).
+All probes on one matrix of features are solved in one batch (see `training.probe`), because they differ only in their
+regularization and in the weights of the rows. A row that a probe does not train on has weight 0.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from hf_transfer.training.folds import draw_folds
 from hf_transfer.training.lbfgs import SolverOptions
 from hf_transfer.training.probe import SPREAD_FLOOR, solve_path
 
-C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)  # coarser than that of `training.probe`: cross-validation solves it once per fold
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)  # coarser than the grid of `training.probe`, because each C is solved once per fold
 FOLDS = 5
 SOLVER = SolverOptions(
     tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR
@@ -30,14 +30,14 @@ CURVE_RESAMPLES = 400
 
 @dataclass(frozen=True, kw_only=True)
 class CrossValidation:
-    """The result of a cross-validation, in which each row is predicted by a fit to the other folds."""
+    """The result of a cross-validation. Each row (image) is predicted by a probe that was fitted to the other folds."""
 
     hits: NDArray[np.bool_]  # (N,) whether each row is predicted correctly
     c: float | None = None  # the chosen inverse regularization strength
 
     @property
     def accuracy(self) -> float:
-        """The share of rows that are predicted correctly."""
+        """The share of images that are predicted correctly."""
         return float(self.hits.mean())
 
     @property
@@ -48,7 +48,7 @@ class CrossValidation:
 
 @dataclass(frozen=True, kw_only=True)
 class DepthScore:
-    """The accuracy of a probe and of kNN on the features after a layer."""
+    """The accuracy of a linear probe and the accuracy of kNN on the features after one layer."""
 
     layer: str
     position: float  # share of the layers up to and including `layer`
@@ -61,7 +61,7 @@ class DepthScore:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """The extrapolated accuracy for a number of labels, with the bounds of its 95 % interval."""
+    """One extrapolated point of a learning curve: the accuracy for a number of images per class, with a 95 % interval."""
 
     images_per_class: float
     accuracy: float
@@ -71,7 +71,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class LearningCurve:
-    """The probe's accuracy for several numbers of images per class, and a power law fitted to the probe's error."""
+    """The probe's accuracy for several numbers of images per class, and a power law that was fitted to the probe's errors."""
 
     images_per_class: tuple[float, ...]
     accuracy: tuple[float, ...]
@@ -80,14 +80,14 @@ class LearningCurve:
 
 
 def binomial_interval(hits: int, count: int) -> tuple[float, float]:
-    """Returns the exact 95 % interval of the share hits / count."""
+    """Returns the exact 95 % interval (low, high) of the success rate after `hits` successes in `count` trials."""
     low = 0.0 if hits == 0 else float(beta.ppf(0.025, hits, count - hits + 1))
     high = 1.0 if hits == count else float(beta.ppf(0.975, hits + 1, count - hits))
     return low, high
 
 
 def sample_rows(labels: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:
-    """Returns the sorted indices of at most `most` rows, stratified by class."""
+    """Returns the sorted indices of a random sample of at most `most` rows, stratified by class."""
     if len(labels) <= most:
         return np.arange(len(labels))
     fold_of = draw_folds(torch.from_numpy(labels), -(-len(labels) // most), seed)
@@ -102,7 +102,7 @@ def cross_validate(
     folds: int = FOLDS,
     seed: int = 0,
 ) -> CrossValidation:
-    """Returns the cross-validation of a linear probe on features (N, F), with the best C of `c_grid` by held-out log-loss."""
+    """Cross-validates a linear probe on features (N, F). Returns the result for the C with the lowest held-out log loss."""
     problem = _Problem.of(features, labels, folds, seed)
     masks = torch.stack([(problem.fold_of != fold).float() for fold in range(folds)])
     logits = problem.solve([c for c in c_grid for _ in range(folds)], masks.repeat(len(c_grid), 1))
@@ -119,11 +119,11 @@ def cross_validate(
 def draw_learning_curve(
     features: NDArray[Any], labels: NDArray[np.int64], *, c: float, folds: int = FOLDS, seed: int = 0
 ) -> LearningCurve:
-    """Returns the probe's accuracy on nested subsets of the rows, and a power law of its error (arXiv 1712.00409, section 3).
+    """Returns the probe's accuracy for growing shares of the training rows, and a power law fitted to the probe's error.
 
-    The law error(n) = a * n ** -b is fitted by weighted least squares in logarithms. The intervals come from a bootstrap over
-    images, in which each resample omits one subset size. The intervals cover noise and part of the uncertainty of the law,
-    which assumes that enough labels remove every error.
+    The law error(n) = a * n ** -b (arXiv 1712.00409, section 3) is fitted to logarithms by weighted least squares. Intervals
+    come from a bootstrap over images, in which each resample omits one share. The intervals cover noise and part of the
+    uncertainty of the law, which assumes that enough images remove every error.
     """
     problem = _Problem.of(features, labels, folds, seed)
     rank = _rank_in_class(problem.y, problem.fold_of, folds)
@@ -156,7 +156,7 @@ def draw_learning_curve(
 
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
-    """The features (N, F), labels (N,) and fold numbers (N,) of a cross-validation."""
+    """The input of a cross-validation: features `x` (N, F), labels `y` (N,) and fold numbers `fold_of` (N,)."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -168,17 +168,17 @@ class _Problem:
         return cls(x=torch.from_numpy(np.asarray(features, np.float32)), y=y, fold_of=draw_folds(y, folds, seed))
 
     def solve(self, cs: Sequence[float], row_weights: torch.Tensor) -> torch.Tensor:
-        """Returns the logits (P, N, K) of all N rows for each of the P solutions."""
+        """Fits P probes, one per C in `cs` and row of `row_weights` (P, N). Returns the logits (P, N, K) of all N rows."""
         path = solve_path(self.x, self.y, max(2, int(self.y.max()) + 1), cs, row_weights, SOLVER)
         return torch.einsum("nd,pkd->pnk", self.x, path.weight) + path.bias[:, None]
 
     def select_held_out(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns each row's held-out logits (N, K), selected by fold from `logits` (folds, N, K)."""
+        """Returns (N, K): each row's logits, out of `logits` (folds, N, K), by the probe that did not train on this row."""
         return logits[self.fold_of, torch.arange(len(self.y))]
 
 
 def _rank_in_class(y: torch.Tensor, fold_of: torch.Tensor, folds: int) -> torch.Tensor:
-    """Returns the random rank (folds, N) of each training row in its class, from 0 to below 1. Held-out rows have rank 2."""
+    """Returns ranks (folds, N): a random order of each class's training rows, from 0 to below 1, and 2 for held-out rows."""
     rank = torch.full((folds, len(y)), 2.0)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))
     for fold in range(folds):
@@ -190,7 +190,7 @@ def _rank_in_class(y: torch.Tensor, fold_of: torch.Tensor, folds: int) -> torch.
 
 
 def _fit_law(sizes: NDArray[Any], hits: NDArray[Any]) -> tuple[float, float]:
-    """Returns (intercept, slope >= 0) of log error = intercept - slope * log n, fitted to `hits` (sizes, N)."""
+    """Fits the line log(error) = intercept - slope * log(size) to `hits` (sizes, N). Returns (intercept, slope >= 0)."""
     misses, count = (~hits).sum(-1), hits.shape[-1]
     errors = np.log((misses + 0.5) / (count + 1))
     weights = (misses + 0.5) / (1 - misses / (count + 1))  # precision (1 / variance) of a log share

@@ -1,4 +1,4 @@
-"""Measures a forward pass over a few images: its speed, and how far BatchNorm inputs are from the stored statistics."""
+"""Measures the speed of a forward pass over a few images, and how far BatchNorm inputs are from the stored statistics."""
 
 import threading
 import time
@@ -18,14 +18,14 @@ from hf_transfer.prefix.sweep import sweep
 from hf_transfer.session import Session
 
 MAX_IMAGES = 32
-MAX_SHARE = 1 / 16  # largest share of the split's images; keeps the cost small
+MAX_SHARE = 1 / 16  # largest share of the training images to run on, so that the cost is small
 MIN_IMAGES = 8
-EPSILON = 1e-5  # smaller variances count as this
+EPSILON = 1e-5  # lower bound of each variance
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardStats:
-    """The statistics of a forward pass over `num_images` images."""
+    """The speed of a forward pass over `num_images` images, and the divergence of BatchNorm inputs from stored statistics."""
 
     num_images: int
     images_per_second: float  # in the run's precision
@@ -35,8 +35,8 @@ class ForwardStats:
 def measure_forward(session: Session) -> ForwardStats:
     """Returns the statistics of a forward pass over a few training images, which are spread evenly over the classes.
 
-    The network does not change. BatchNorm inputs are recorded in fp32. If the run has another precision, a second forward
-    pass measures the speed.
+    Running statistics of the network do not change. BatchNorm inputs are recorded in fp32. If the run has another precision,
+    a second forward pass measures the speed in this precision.
     """
     split, resources = session.data.train, session.resources
     count = min(len(split), MAX_IMAGES, max(MIN_IMAGES, round(MAX_SHARE * len(split))))
@@ -62,9 +62,9 @@ def measure_forward(session: Session) -> ForwardStats:
 
 
 class _InputMoments:
-    """The mean and variance over images and positions of the inputs of modules with running statistics.
+    """Accumulates the mean and the variance, over images and positions, of the inputs of each module with running statistics.
 
-    `stored`: running mean (C,) and running variance (C,) of each module, by module name.
+    `stored` maps the name of a module to the module's running mean (C,) and running variance (C,).
     """
 
     def __init__(self, stored: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -73,7 +73,7 @@ class _InputMoments:
         self.lock = threading.Lock()
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """Adds a batch of inputs (B, C, ...)."""
+        """Adds a batch of inputs `x` (B, C, ...) of the module `name`."""
         # On channels-last inputs, BatchNorm's own kernel is ten times faster than var_mean.
         _, mean, inverse_std = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, EPSILON)
         variance = (inverse_std**-2 - EPSILON).double().cpu()
@@ -84,9 +84,9 @@ class _InputMoments:
             self.seen[name] = (seen + count, total + count * mean, squares + count * (variance + mean**2))
 
     def compute_distance(self) -> float | None:
-        """Returns KL(N(seen) | N(stored)) in nats as the mean over modules of the median over channels; None without modules.
+        """Returns KL(N(seen) | N(stored)) in nats: the median over channels, averaged over modules (None without modules).
 
-        0 means that the inputs have the statistics of the pretraining data (arXiv 1603.04779; arXiv 1912.08795, equation 4).
+        Returns 0 if the inputs have the statistics of the pretraining data (arXiv 1603.04779; arXiv 1912.08795, equation 4).
         """
         distances = []
         for name, (count, total, squares) in self.seen.items():
@@ -102,7 +102,7 @@ class _InputMoments:
 
 @contextmanager
 def _record_batchnorm_inputs(model: nn.Module) -> Iterator[_InputMoments]:
-    """Records the inputs of modules with running statistics, also in copies of the model made in the `with` block."""
+    """Records inputs of modules with running statistics, in `model` and in copies of `model` made in the `with` block."""
     stored = {
         name: (module._buffers["running_mean"], module._buffers["running_var"])
         for name, module in model.named_modules()

@@ -1,7 +1,7 @@
 """Compares strategies on validation images by short trial runs (pilots), with successive halving within a time budget.
 
-Successive halving (arXiv 1502.07943, section 2) trains all strategies briefly, then the better half for longer, until one is
-left or the time is over. A pilot is a recipe's run with fewer epochs. The pilots share pixels and activations in the cache.
+Successive halving (arXiv 1502.07943, section 2) trains all strategies briefly, then the better half for longer, until one
+strategy is left or the time is over. A pilot is a strategy's run with fewer epochs. All pilots read one cache.
 """
 
 import logging
@@ -25,7 +25,7 @@ FIRST_SHARE = 1 / 6  # share of a full run's epochs in the first round; each lat
 
 @dataclass(frozen=True, kw_only=True)
 class Pilot:
-    """One short trial run, with the validation score of the weights that it would keep. The probe's run has 0 epochs."""
+    """One short trial run, with the validation score of the weights that the run selects. The linear probe has 0 epochs."""
 
     strategy: str
     epochs: int
@@ -36,10 +36,10 @@ class Pilot:
 def run_pilots(
     session: Session, candidates: Mapping[str, Strategy], full_run_seconds: Mapping[str, float], *, budget_s: float
 ) -> tuple[Pilot, ...]:
-    """Trains `candidates` (best expected first) in rounds. Each round has half as many strategies and twice the epochs.
+    """Trains `candidates` (best estimate first) in rounds. Each round trains the better half of them for twice the epochs.
 
     Every run starts from the checkpoint. A run is skipped if its estimated time (from `full_run_seconds`, or from the previous
-    round) exceeds the rest of `budget_s`. The probe runs first, and is fitted to the training images only, so that all
+    round) exceeds the rest of `budget_s`. The linear probe runs first, and is fitted to training images only, so that all
     runs are compared on the same validation images.
     """
     started = time.perf_counter()
@@ -54,7 +54,7 @@ def run_pilots(
             if per_epoch * epochs > remaining:
                 left.remove(name)
                 log.info(
-                    "skipping the trial run of %s, %d epochs: it needs about %.0f s, but %.0f s are left",
+                    "skipping the trial run of %s with %d epochs, which needs about %.0f s: %.0f s of the budget are left",
                     name, epochs, per_epoch * epochs, remaining,
                 )  # fmt: skip
                 continue
@@ -67,7 +67,7 @@ def run_pilots(
 
 
 def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) -> Pilot:
-    """Trains briefly from the checkpoint with `strategy`, or solves for the head if `strategy` is None."""
+    """Trains the checkpoint with `strategy` for a few epochs, or fits only a linear head if `strategy` is None."""
     started = time.perf_counter()
     with Costs() as costs:
         pilot = replace(session.without_test(), costs=costs, output_dir=None)
@@ -85,7 +85,7 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
         strategy=name, epochs=epochs, score=phases.done[-1].score, seconds=agree(time.perf_counter() - started)
     )
     log.info(
-        "trial run of %s, %d epochs: validation accuracy %.1f %%, %.0f s",
+        "the trial run of %s with %d epochs reached %.1f %% validation accuracy in %.0f s",
         name, epochs, 100 * result.score.accuracy, result.seconds,
     )  # fmt: skip
     return result
@@ -98,6 +98,6 @@ def _shorten(strategy: Strategy, epochs: int) -> GradientStrategy:
 
 
 def agree(seconds: float) -> float:
-    """Returns the main process's value of `seconds` in all processes, so that they take the same branch."""
+    """Returns the `seconds` of the main process in every process, so that all processes take the same branch."""
     agreed: float = broadcast_object_list([seconds])[0]
     return agreed

@@ -1,8 +1,8 @@
 """Ranks checkpoints for a data set by a cross-validated linear probe on the features of each frozen network.
 
-The table also shows kNN accuracy and the number of parameters, and the rank correlation of both columns with the probe. The
-number of parameters is a baseline that reads no image. On the usual benchmarks, an order by size correlates better with
-fine-tuned accuracy than LogME and other scores (arXiv 2510.06448).
+The ranking also shows each checkpoint's kNN accuracy and number of parameters, and how well both correlate with the probe's
+accuracy. The number of parameters is a baseline that reads no image. On common benchmarks, the number of parameters correlates
+better with fine-tuned accuracy than LogME and other scores do (arXiv 2510.06448).
 """
 
 import logging
@@ -27,13 +27,13 @@ from hf_transfer.session import Session
 
 log = logging.getLogger(__name__)
 
-SAMPLE = 2000  # images; 0: all
+SAMPLE = 2000  # default number of images; 0 means all
 MIN_CHECKPOINTS = 3  # a rank correlation of fewer checkpoints is meaningless
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointScore:
-    """One row of the ranking table: a checkpoint's accuracies (shares of held-out images) and costs."""
+    """One row of the ranking: a checkpoint with its accuracies (shares of held-out images) and its costs."""
 
     name: str
     probe: float
@@ -48,7 +48,7 @@ class CheckpointScore:
 
 @dataclass(frozen=True, kw_only=True)
 class RankCorrelation:
-    """The rank correlation of a column of the table with the probe's accuracy, from -1 to 1."""
+    """The rank correlations, from -1 to 1, of kNN accuracy or of the number of parameters with the probe's accuracy."""
 
     kendall: float
     spearman: float
@@ -56,7 +56,7 @@ class RankCorrelation:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """The scored checkpoints, sorted by the probe's accuracy, and the checkpoints that failed."""
+    """The scored checkpoints, sorted by the probe's accuracy, and the error messages of the checkpoints that failed."""
 
     data_name: str
     num_images: int
@@ -66,7 +66,7 @@ class Ranking:
     failures: Mapping[str, str]  # checkpoint -> error message
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the ranking as JSON values."""
+        """Returns the ranking as a dictionary of JSON values."""
         return {
             "data": self.data_name,
             "num_images": self.num_images,
@@ -89,18 +89,18 @@ PREDICTORS: Mapping[str, Callable[[CheckpointScore], float]] = {
 def rank(
     checkpoints: Sequence[str], config: RunConfig, *, sample: int = SAMPLE, accelerator: Accelerator | None = None
 ) -> Ranking:
-    """Returns `checkpoints` sorted by probe accuracy on at most `sample` train and validation images (0: all images).
+    """Ranks `checkpoints` by the accuracy of a linear probe on at most `sample` train and validation images (0: all images).
 
-    A checkpoint that cannot be loaded or scored is skipped and listed in `failures`. Raises ValueError for a repeated
-    checkpoint, an empty list, a negative sample, or an error in the data.
+    A checkpoint that cannot be loaded or scored is skipped and listed in `failures`. Raises ValueError if `checkpoints` is
+    empty or contains a checkpoint twice, if `sample` is negative, or if the data set is invalid.
     """
     repeated = sorted({name for name in checkpoints if list(checkpoints).count(name) > 1})
     if repeated or not checkpoints:
         raise ValueError(
-            f"checkpoints {list(checkpoints)}: give one or more, each once (repeated: {', '.join(repeated) or 'none'})"
+            f"checkpoints {list(checkpoints)}: name at least one, and each once (repeated: {', '.join(repeated) or 'none'})"
         )
     if sample < 0:
-        raise ValueError(f"sample={sample}: choose 0 (all images) or more")
+        raise ValueError(f"sample={sample}: choose the number of images, 1 or more, or 0 for all images")
     accelerator = accelerator or Accelerator()
     data = sample_data(load_data(config.data), sample, config.seed)
     rows, failures = [], {}
@@ -112,7 +112,7 @@ def rank(
                 session = Session(config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs)
                 rows.append(_score(checkpoint, session, started))
             except BadImageError:
-                raise  # a broken image stops every checkpoint
+                raise  # no checkpoint can be scored with a broken image
             except (ValueError, RuntimeError, OSError) as error:
                 failures[checkpoint] = str(error)
                 log.warning("skipping the checkpoint %s: %s", checkpoint, error)
@@ -128,7 +128,7 @@ def rank(
 
 
 def sample_data(data: Data, sample: int, seed: int) -> Data:
-    """Returns the data with at most `sample` images (0: all), stratified by class, and without the test split."""
+    """Returns `data` without the test split, and with a stratified sample of `sample` images (0: all) of the other splits."""
     labels = np.concatenate([data.train.labels, data.validation.labels])
     if not sample or len(labels) <= sample:
         return replace(data, test=None)
@@ -143,9 +143,9 @@ def sample_data(data: Data, sample: int, seed: int) -> Data:
 
 
 def correlate_with_probe(rows: Sequence[CheckpointScore]) -> dict[str, RankCorrelation]:
-    """Returns the rank correlation of each predictor with the probe's accuracy, or {} for fewer than three checkpoints.
+    """Returns how kNN accuracy and number of parameters correlate with probe accuracy, or {} for fewer than three checkpoints.
 
-    A predictor with equal values for all checkpoints is left out.
+    kNN accuracy or the number of parameters is omitted if it is the same for all checkpoints.
     """
     probe = [row.probe for row in rows]
     correlations = {}

@@ -1,10 +1,10 @@
-"""Predicts a strategy's error from the probe's error, with the classical 2x2 table of data amount and similarity.
+"""Predicts a strategy's error from the linear probe's error, the amount of data, and the similarity to pretraining images.
 
     error of a strategy = error of the probe * exp(r)
 
-The log error ratio r is interpolated in the strategy's row of TABLE between four corners: little data (10 images per class) or
-much data (1,000), on a log scale, that are different from the pretraining images or similar. The probe's error is measured on
-the data, and only the ratio is predicted. `benchmarks/fit_rule.py` fits TABLE to benchmark runs.
+TABLE contains each strategy's r for four corner cases: little data (10 images per class) or much data (1,000), which are
+similar to the pretraining images or different. Between these cases, r is interpolated, on a log scale of images per class.
+The probe's error is measured, and only r is predicted. `benchmarks/fit_rule.py` fits TABLE to benchmark runs.
 """
 
 import math
@@ -29,14 +29,14 @@ TABLE: Table = {
     "full": (0.68, -0.17, -0.46, -1.52),
 }
 """`python benchmarks/advise.py fit --out benchmarks/results/advise.jsonl` makes this table from 24 cells (3 data sets, 2
-checkpoints, 10 and 50 images per class, 2 seeds). Few runs have much data, so the prior dominates at those corners."""
+checkpoints, 10 and 50 images per class, 2 seeds). Few runs have much data, so for much data the prior of the fit dominates."""
 RESIDUAL = 0.33  # standard deviation of the measured log error ratios around the table
 WORTH = 0.005  # smallest gain in accuracy that justifies a costlier strategy
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataRegime:
-    """The position of a data set and a checkpoint in the 2x2 table."""
+    """The amount of data, and the similarity of the data to the checkpoint's pretraining images."""
 
     images_per_class: float
     similarity: float  # 0 (different) to 1 (similar)
@@ -50,7 +50,7 @@ class DataRegime:
 
     @property
     def cell(self) -> str:
-        """The corner cell of the rule's table that this data set is nearest to."""
+        """The nearest of the four corner cases, such as "little, different" (little data, unlike the pretraining images)."""
         return CORNERS[(self.amount >= 0.5) + 2 * (self.similarity < 0.5)]
 
     @property
@@ -60,12 +60,12 @@ class DataRegime:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """The bilinear interpolation weights (4,) of the corners."""
+        """The weights (4,) of the four corner cases in the bilinear interpolation."""
         x, y = self.amount, self.similarity
         return np.array([(1 - x) * y, x * y, (1 - x) * (1 - y), x * (1 - y)])
 
     def describe(self) -> str:
-        """Returns a sentence with the cell of the table and the distance to the cell's boundaries."""
+        """Returns a sentence with the nearest corner case, and the distances of amount and similarity from the boundaries."""
         boundary = math.sqrt(LITTLE * MUCH)
         factor = self.images_per_class / boundary
         amount = (
@@ -82,7 +82,7 @@ class DataRegime:
 
 
 def expect_log_ratio(strategy: str, regime: DataRegime, table: Table = TABLE) -> float:
-    """Returns the expected log error ratio of a strategy to the probe in a regime."""
+    """Returns the expected value of log(error of `strategy` / error of the probe) for a data set in `regime`."""
     return 0.0 if strategy == "linear_probe" else float(regime.weights @ np.array(table[strategy]))
 
 
@@ -97,7 +97,7 @@ def expect_accuracy(
     """Returns the expected (accuracy, low, high) of a strategy, where low and high bound a 95 % interval.
 
     `probe` is the measured (accuracy, low, high) of the probe. The interval covers the uncertainty of the probe's error and of
-    the ratio.
+    the ratio (error of the strategy / error of the probe).
     """
     probe_accuracy, probe_low, probe_high = probe
     if strategy == "linear_probe":
@@ -112,9 +112,9 @@ def expect_accuracy(
 
 
 def choose(accuracies: Mapping[str, float], seconds: Mapping[str, float], *, budget_s: float | None = None) -> str:
-    """Returns the fastest strategy whose accuracy is within WORTH of the best accuracy, among the strategies within budget.
+    """Returns the fastest strategy within budget that is at most WORTH less accurate than the best strategy within budget.
 
-    If no strategy is within budget, returns the fastest strategy.
+    If no strategy is within budget, returns the fastest strategy of all.
     """
     fitting = [s for s in accuracies if budget_s is None or seconds[s] <= budget_s]
     if not fitting:

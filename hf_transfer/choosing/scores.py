@@ -1,4 +1,4 @@
-"""Scores frozen features without training: accuracy of nearest neighbors, and softmax of the pretrained head's logits."""
+"""Scores frozen features without training, by the votes of nearest neighbors (kNN). Also computes the softmax of logits."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ BLOCK_ROWS = 1024  # number of rows that are compared with all rows at once
 
 
 def knn_hits(features: NDArray[Any], labels: NDArray[np.int64], *, neighbors: int = KNN_NEIGHBORS) -> NDArray[np.bool_]:
-    """Returns for each row (N,) whether its nearest neighbors in `features` (N, D) vote for the row's label (leave-one-out).
+    """Returns (N,): for each row of `features` (N, D), whether the votes of the nearest other rows predict the row's label.
 
     Neighbors are ranked by cosine similarity, and their votes are weighted by exp(similarity / 0.07) (arXiv 1805.01978, section
     3.4; arXiv 2104.14294, appendix F.1). If the smallest class has n rows, at most n - 1 neighbors vote, so that other classes
@@ -38,19 +38,19 @@ def knn_hits(features: NDArray[Any], labels: NDArray[np.int64], *, neighbors: in
 
 
 def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Returns the probabilities (N, Z) of logits (N, Z)."""
+    """Returns the softmax (N, Z) in float64 of logits (N, Z) over the Z classes."""
     z = np.asarray(logits, np.float64)
     e = np.exp(z - z.max(1, keepdims=True))
     return np.asarray(e / e.sum(1, keepdims=True))
 
 
 def _check(x: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the classes in `labels` and their numbers of rows."""
+    """Checks `x` and `labels`. Returns the classes in `labels`, and the number of rows of each class."""
     if x.ndim != 2 or labels.shape != (len(x),) or not len(x):
         raise ValueError(f"features {x.shape} and labels {labels.shape}: expected (N, D) and (N,) with N > 0")
     if not np.isfinite(x).all():
         raise ValueError(f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} feature rows are not finite")
     present, counts = np.unique(labels, return_counts=True)
     if len(present) < 2:
-        raise ValueError("only one class in the labels: a score needs at least two classes")
+        raise ValueError("only one class in the labels: nearest neighbors need at least two classes")
     return present, counts

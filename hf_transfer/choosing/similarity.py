@@ -6,7 +6,7 @@
 | label_information | a pretrained head | share of the labels' entropy explained: cross-fitted LEEP (arXiv 2002.12462) |
 | batchnorm | running statistics | divergence of BatchNorm inputs from stored statistics (arXiv 1603.04779, 1912.08795) |
 
-Each value is scaled between two anchors, 0 (different) and 1 (similar). The similarity is the mean of the available scores.
+ANCHORS scales each value to a score from 0 (different) to 1 (similar). The similarity is the mean of the available scores.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from hf_transfer.choosing.evidence import Evidence
 from hf_transfer.choosing.scores import softmax
 from hf_transfer.training.folds import draw_folds
 
-PSEUDO_COUNT = 0.1  # prior of each pretraining class: so many images with the frequencies of the labels
+PSEUDO_COUNT = 0.1  # number of prior images of each pretraining class, distributed like all labels
 # These anchors are not blind: they were rounded after a look at values on the data sets of benchmarks/advise.py.
 ANCHORS: Mapping[str, tuple[float, float]] = {
     "confidence": (0.10, 0.65),
@@ -39,7 +39,7 @@ CALIBRATION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One measure of similarity, with its value and its `score` from 0 (different) to 1 (similar)."""
+    """One measure of similarity to the pretraining images: its value, and its `score` from 0 (different) to 1 (similar)."""
 
     name: str
     value: float
@@ -48,7 +48,7 @@ class Measure:
 
     @classmethod
     def of(cls, name: str, value: float, words: str) -> "Measure":
-        """Returns the measure `name` with the score of `value` between the measure's anchors."""
+        """Returns the measure `name`, with `value` scaled to a score by the measure's two ANCHORS."""
         x, different, similar = value, *ANCHORS[name]
         if name == "batchnorm":  # a divergence is scored on a log scale
             x, different, similar = np.log(max(x, 1e-9)), np.log(different), np.log(similar)
@@ -58,14 +58,14 @@ class Measure:
 
 @dataclass(frozen=True, kw_only=True)
 class Similarity:
-    """The mean score of all measures, 0 to 1. `spread` is half the range of the scores; None for fewer than two measures."""
+    """The mean score of all measures, 0 to 1. `spread` is half the range of their scores, or None for fewer than two."""
 
     score: float
     spread: float | None
     measures: tuple[Measure, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the similarity as JSON values."""
+        """Returns the similarity as a dictionary of JSON values."""
         return {
             "score": self.score,
             "spread": self.spread,
@@ -75,7 +75,7 @@ class Similarity:
 
 
 def measure_similarity(evidence: Evidence) -> Similarity:
-    """Returns the similarity, which is 0.5 if the checkpoint has neither a trained head nor running statistics."""
+    """Returns how similar the images are to the pretraining images. The score is 0.5 if no measure is available."""
     measures = []
     if evidence.upstream_logits is not None:
         p = softmax(evidence.upstream_logits)
@@ -89,7 +89,7 @@ def measure_similarity(evidence: Evidence) -> Similarity:
         measures.append(Measure.of("label_information", compute_label_information(p, evidence.labels), words))
     stats = evidence.forward_stats
     if stats.batchnorm_distance is not None:
-        words = f"divergence of observed from stored statistics in nats, {stats.num_images} images"
+        words = f"divergence of BatchNorm inputs from the stored statistics in nats, on {stats.num_images} images"
         measures.append(Measure.of("batchnorm", stats.batchnorm_distance, words))
     scores = [m.score for m in measures]
     return Similarity(
@@ -104,8 +104,8 @@ def compute_label_information(
 ) -> float:
     """Returns the share, 0 to 1, of the labels' entropy that a head's `probabilities` (N, Z) explain: 1 + LEEP / H(labels).
 
-    P(y | z) is estimated on the images of the other folds. The original LEEP estimates P(y | z) on the scored images, and so
-    overestimates a head with a thousand classes on few images. A negative share is returned as 0.
+    P(label | pretraining class) is estimated on the images of the other folds. The original LEEP estimates it on the scored
+    images, and so overestimates a head with a thousand classes on few images. A negative share is returned as 0.
     """
     fold_of = draw_folds(torch.from_numpy(labels), folds, seed).numpy()
     one_hot = np.eye(int(labels.max()) + 1)[labels]

@@ -1,4 +1,4 @@
-"""Suggestions for data that are few and different from the pretraining images, with the evidence for each suggestion."""
+"""Suggests what to try if the data are few and different from the pretraining images, with evidence for each suggestion."""
 
 import math
 import shlex
@@ -15,7 +15,7 @@ from hf_transfer.strategy import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
-    """One suggestion, with its evidence, and with a command if a command can carry it out."""
+    """One suggestion to the user with its evidence. `command` tries the suggestion, and is None if no command can."""
 
     title: str
     evidence: str
@@ -29,7 +29,7 @@ def suggest(
     depths: Sequence[DepthScore],
     curve: LearningCurve,
 ) -> tuple[Suggestion, ...]:
-    """Returns suggestions if the data are few and different from the pretraining images, and () otherwise."""
+    """Returns suggestions if the data are few and different from the pretraining images, and an empty tuple otherwise."""
     if not regime.is_trouble:
         return ()
     suggestions = [_suggest_labels(curve)]
@@ -44,14 +44,14 @@ def suggest(
         ("interpolating frozen and fine-tuned weights (WiSE-FT)", "probe_then_full", {"wise_ft": True}),
     ):
         r = expect_log_ratio("lora" if name == "lora" else "probe_then_full", regime)
-        evidence = f"fine-tuning from a probe is expected to have {100 * math.exp(r):.0f} % of the probe's error"
+        evidence = f"the error after fine-tuning is expected to be {100 * math.exp(r):.0f} % of the probe's error"
         command = make_command(session, replace_settings(candidates[name], settings))
         suggestions.append(Suggestion(title=title, evidence=evidence, command=command))
     rank = ["hf-transfer", "rank", "--dataset", session.config.data.dataset, session.config.model.checkpoint]
     suggestions.append(
         Suggestion(
             title="another checkpoint",
-            evidence=f"similarity is {regime.similarity:.2f} of 1: a checkpoint pretrained on images like these may do better",
+            evidence=f"similarity is {regime.similarity:.2f} of 1; a checkpoint pretrained on similar images may do better",
             command=f"{shlex.join(rank)} OTHER_CHECKPOINT ...",
         )
     )
@@ -83,6 +83,6 @@ def _suggest_earlier_features(
     strategy = replace_settings(candidates["last_layers"], {"from_layer": first_trained})
     return Suggestion(
         title="features of earlier layers",
-        evidence=f"{100 * earlier.probe:.1f} % after {earlier.layer}, {100 * native.probe:.1f} % at the end: {verdict}",
+        evidence=f"probe: {100 * earlier.probe:.1f} % after {earlier.layer}, {100 * native.probe:.1f} % at the end; {verdict}",
         command=make_command(session, strategy) if is_better else None,
     )

@@ -1,4 +1,4 @@
-"""Formats advice and ranking as terminal text."""
+"""Formats the output of `hf-transfer advise` and `hf-transfer rank` as text for the terminal."""
 
 from collections.abc import Sequence
 
@@ -75,7 +75,7 @@ def format_advice(advice: Advice) -> str:
 
 
 def format_ranking(ranking: Ranking) -> str:
-    """Returns the table that `hf-transfer rank` prints."""
+    """Returns the text that `hf-transfer rank` prints: a table of checkpoints, rank correlations and skipped checkpoints."""
     lines = [f"{ranking.data_name}: {ranking.num_images:,} train and validation images, {ranking.num_classes} classes"]
     rows: list[Sequence[str]] = [("checkpoint", "probe, %", "95 % interval", "kNN, %", "parameters", "images/s")]
     rows += [
@@ -103,7 +103,7 @@ def format_ranking(ranking: Ranking) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns one line per row: the first column left-aligned, the others right-aligned."""
+    """Returns one line of text per row, with the first column left-aligned and all other columns right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

@@ -1,1 +1,1 @@
-"""Prediction with saved models, and evaluation of saved models."""
+"""Predicts labels with saved models, and evaluates saved models."""

@@ -18,9 +18,9 @@ ALL = "all"  # all labeled images of the data set
 def evaluate(
     checkpoint: str, data: DataConfig, *, split: str | None = None, trust_remote_code: bool = False
 ) -> Metrics:
-    """Returns the metrics of a saved model, with its own head, on one stored split or on `ALL` images of a labeled data set.
+    """Returns the metrics of a saved classifier on one split of a data set, or on all labeled images for split="all".
 
-    The default split is test, or `ALL` if the data set has no labeled test split. The data set's classes are matched to the
+    The default split is "test", or "all" if the data set has no labeled test split. The data set's classes are matched to the
     model's classes by name, and may be a subset in any order. Raises ValueError if the data set does not store the split, or
     has a class that the model lacks.
     """
@@ -30,14 +30,14 @@ def evaluate(
 def evaluate_split(
     checkpoint: str, data: DataConfig, *, split: str | None = None, trust_remote_code: bool = False
 ) -> tuple[str, Metrics]:
-    """Returns the name of the scored split ("train", "validation", "test" or "all"), and the metrics of `evaluate`."""
+    """Returns the name of the scored split ("train", "validation", "test" or "all"), and the metrics on this split."""
     backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
     splits = load_splits(data, backbone.label_names)
     split = split or ("test" if "test" in splits else ALL)
     chosen = [each for name, each in splits.items() if split in (name, ALL)]
     if not chosen:
         raise ValueError(
-            f"split={split!r}: {data.dataset} stores no such split with labels; choose {', '.join(splits)} or all"
+            f"split={split!r}: the data set {data.dataset} has no labeled split of this name; choose {', '.join(splits)} or all"
         )
     chain, resources = backbone.chain(), Resources(accelerator=Accelerator())
     scored = [

@@ -32,7 +32,7 @@ class Prediction:
 
 
 class UnreadableImagesError(BadImageError):
-    """Some images cannot be read: one error for each in `problems`, and `predictions` of all other images in order."""
+    """Some images cannot be read. `problems` has one error per unreadable image, and `predictions` covers all others."""
 
     def __init__(self, problems: Sequence[BadImageError], predictions: Sequence[Prediction]) -> None:
         super().__init__("; ".join(map(str, problems)))
@@ -41,7 +41,7 @@ class UnreadableImagesError(BadImageError):
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
-    """The images to classify, with the interface of `data.pixels.Images`."""
+    """The images to classify, with the interface of `prefix.pixels.Images`."""
 
     images: Sequence[ImageLike]
     preprocessing: Preprocessing
@@ -60,11 +60,11 @@ class _Inputs:
         return {"images": [self.name_of(i) for i in range(len(self))]}
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Returns the resized pixels (b, H, W, 3) uint8 of `rows`, black for an unreadable image, and extends `problems`."""
+        """Returns resized pixels (b, H, W, 3) uint8 of images `rows`. Unreadable ones are black; `problems` gets the errors."""
         return np.stack([self.preprocessing.pixels(self._decode(int(i))) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Returns normalized images (b, 3, H, W) float32 of `pixels` (b, H, W, 3) uint8."""
+        """Normalizes `pixels` (b, H, W, 3) uint8. Returns images (b, 3, H, W) float32."""
         return self.preprocessing.normalize(pixels)
 
     def _decode(self, index: int) -> Image.Image:
@@ -79,16 +79,18 @@ class _Inputs:
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise BadImageError(
-                    f"{name}: an array {image.shape} of {image.dtype}; give RGB pixels (H, W, 3) of uint8"
+                    f"{name}: an array {image.shape} of {image.dtype}; give RGB pixels as a uint8 array (H, W, 3)"
                 )
             image = Image.fromarray(image)
         elif not isinstance(image, (str, Path, Image.Image)):
-            raise BadImageError(f"{name}: {type(image).__name__}; give a path, a PIL image or a uint8 array (H, W, 3)")
+            raise BadImageError(
+                f"{name}: cannot read {type(image).__name__}; give a path, a PIL image or a uint8 array (H, W, 3)"
+            )
         return read_image(image, name)
 
 
 def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:
-    """Returns a saved classifier from a folder or Hub id. An adapter is merged into its base."""
+    """Loads a saved classifier from a folder or a Hub id. If `model` is an adapter, merges the adapter into its base model."""
     adapter = find_adapter(model)
     if adapter is not None:
         return load_adapted(adapter)
@@ -96,9 +98,9 @@ def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:
 
 
 def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_code: bool = False) -> Iterator[Backbone]:
-    """Yields the base with each adapter (folder or Hub id) in turn. The base is loaded once. Each adapter has its own labels.
+    """Loads `checkpoint` once, and yields the network with each adapter (folder or Hub id) and the adapter's labels in turn.
 
-    Raises ValueError for a folder without an adapter, and for an adapter that was trained on another base.
+    Raises ValueError for a folder without an adapter, and for an adapter that was trained on another checkpoint.
     """
     base: Backbone | None = None
     for name in adapters:
@@ -123,12 +125,12 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(path / image for image in list_folder(path).all_images())
             if not inside:
-                raise ValueError(f"{path}: no image in this folder")
+                raise ValueError(f"{path}: no image in this folder or below; give a folder with image files")
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise ValueError(f"{path}: no such file or folder (images are read from this machine, not from URLs)")
+            raise ValueError(f"{path}: no such file or folder; give a local path (images from URLs are not read)")
     return files
 
 
@@ -138,13 +140,13 @@ def predict(
     """Returns the `top_k` most likely labels of each image, in the order of `images`.
 
     An image is a path, a PIL image or an RGB uint8 array (H, W, 3) of any size. `num_workers` threads decode the images (0: one
-    per core). Moves the model to the accelerator's device and into eval mode. Raises ValueError for top_k or batch_size below
-    1, and UnreadableImagesError, with the names of the unreadable images and the predictions of all others.
+    thread per core). Moves the model to the accelerator's device and into eval mode. Raises ValueError for top_k or batch_size
+    below 1. Raises UnreadableImagesError, which contains all other predictions, if some images cannot be read.
 
         predict(load_saved("runs/x/model"), find_images(["photos/"]), top_k=3)
     """
     if top_k < 1 or batch_size < 1:
-        raise ValueError(f"top_k={top_k}, batch_size={batch_size}: choose 1 or more")
+        raise ValueError(f"top_k={top_k}, batch_size={batch_size}: choose 1 or more for both")
     device = Accelerator().device
     model = backbone.model.to(device).eval()
     use_fast_layout(model)

@@ -1,6 +1,6 @@
 """Draws the charts of a run as SVG: curves on axes, and the shaded cells of a confusion matrix.
 
-The report contains the charts inline (`chart.svg.jinja`). The card links to one file per chart (`draw_curve`, `draw_matrix`).
+The report contains the charts inline (`chart.svg.jinja`). The model card links to one SVG file per chart.
 """
 
 import math
@@ -22,7 +22,7 @@ _MAX_MARKED_POINTS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One cell of a confusion matrix. `shade` is its opacity, 0 to 1."""
+    """One cell of a confusion matrix, with its number of images. `shade` is the opacity of the cell, 0 to 1."""
 
     count: int
     shade: float
@@ -39,7 +39,7 @@ class Matrix:
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """One axis of a chart, which maps values from `low` to `high` to positions from `start` to `stop` in the SVG."""
+    """One axis of a chart. A value between `low` and `high` has a position between `start` and `stop` in the SVG."""
 
     low: float
     high: float
@@ -58,7 +58,7 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a chart: its SVG path, and its marked points, which are empty for a line of many points."""
+    """One line of a chart. `path` is an SVG path. `marks` are the points to mark, and are empty if there are many points."""
 
     name: str
     path: str
@@ -67,7 +67,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A curve of results.json with the positions that `chart.svg.jinja` draws."""
+    """The axes and lines of one entry of `curves` in results.json, ready for the template `chart.svg.jinja`."""
 
     title: str
     x_label: str
@@ -78,10 +78,10 @@ class Chart:
 
 
 def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
-    """Returns the confusion matrix of a split's scores, or None for more than MAX_MATRIX_CLASSES classes.
+    """Returns the confusion matrix in a split's scores, or None for more than MAX_MATRIX_CLASSES classes.
 
-    The shade of a cell is its fraction of the row, and the square root of this fraction for mistakes, so that rare mistakes are
-    visible.
+    The shade of a cell is the fraction of the row's images in the cell. For mistakes, the shade is the square root of this
+    fraction, so that rare mistakes are visible.
     """
     names = [row["label"] for row in scores["per_class"]]
     if len(names) > MAX_MATRIX_CLASSES:
@@ -101,17 +101,17 @@ def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
 
 
 def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
-    """Returns the chart of one entry of `curves` in results.json. Missing and non-finite points are gaps.
+    """Returns the chart of one entry of `curves` in results.json. Missing and non-finite points become gaps in the lines.
 
-    Raises ValueError, with the curve's title, if the curve has no finite point, or x <= 0 on a logarithmic axis.
+    Raises ValueError, with the curve's title, if the curve has no finite point, or a point with x <= 0 on a logarithmic axis.
     """
     is_log = bool(curve.get("x_log", False))
     series = [(line["name"], list(zip(line["x"], line["y"], strict=True))) for line in curve["series"]]
     points = [point for _, line in series for point in line if _is_drawable(point)]
     if not points:
-        raise ValueError(f"the curve {curve['title']!r} has no finite point: leave out the curve")
+        raise ValueError(f"the curve {curve['title']!r} has no finite point: remove the curve from results.json")
     if is_log and min(x for x, _ in points) <= 0:
-        raise ValueError(f"the curve {curve['title']!r} has x <= 0 on a logarithmic axis: set x_log to false")
+        raise ValueError(f"the curve {curve['title']!r} has x <= 0 on a logarithmic axis: choose x_log=False")
     y_low, y_high, y_ticks = _linear_scale([y for _, y in points], is_widened=True)
     left = 14 + _CHARACTER_WIDTH * max(len(label) for _, label in y_ticks)
     y_axis = Axis(low=y_low, high=y_high, start=HEIGHT - _BOTTOM, stop=_TOP, is_log=False, ticks=y_ticks)
@@ -129,13 +129,13 @@ def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
 
 
 def draw_curve(curve: Mapping[str, Any]) -> str:
-    """Returns the SVG text of one curve. Raises ValueError as `lay_out_curve` does."""
+    """Returns the SVG text of one entry of `curves` in results.json. Raises ValueError if the curve cannot be drawn."""
     template = make_environment("reporting").get_template("curve.svg.jinja")
     return template.render(chart=lay_out_curve(curve), width=WIDTH, height=HEIGHT)
 
 
 def draw_matrix(scores: Mapping[str, Any]) -> str | None:
-    """Returns the SVG text of a confusion matrix, or None for more than MAX_MATRIX_CLASSES classes."""
+    """Returns the SVG text of the confusion matrix in a split's scores, or None for more than MAX_MATRIX_CLASSES classes."""
     matrix = lay_out_matrix(scores)
     template = make_environment("reporting").get_template("confusion.svg.jinja")
     return None if matrix is None else template.render(matrix=matrix)
@@ -156,7 +156,7 @@ def _is_drawable(point: tuple[Any, Any]) -> bool:
 
 
 def _linear_scale(values: Sequence[float], *, is_widened: bool) -> tuple[float, float, list[tuple[float, str]]]:
-    """Returns (low, high, about five ticks). If `is_widened`, low and high are rounded outwards to whole steps."""
+    """Returns an axis's bounds and about five ticks. If `is_widened`, the bounds are multiples of the tick distance."""
     low, high = min(values), max(values)
     if low == high:
         margin = abs(low) / 10 or 0.5
@@ -173,7 +173,7 @@ def _linear_scale(values: Sequence[float], *, is_widened: bool) -> tuple[float, 
 
 
 def _log_scale(values: Sequence[float]) -> tuple[float, float, list[tuple[float, str]]]:
-    """Returns (low, high, ticks at powers of ten). With fewer than three powers, ticks are also at 2 and 5 times a power."""
+    """Returns a log axis's bounds and ticks: powers of ten, and 2 and 5 times each if there are fewer than three powers."""
     low, high = min(values), max(values)
     if low == high:
         low, high = low / 2, high * 2
@@ -195,7 +195,7 @@ def _tick(value: float, decimals: int) -> str:
 
 
 def _power_tick(value: float) -> str:
-    """Returns the label of a multiple of a power of ten, such as 10⁻⁴ or 2·10⁵."""
+    """Returns a tick label such as 10⁻⁴ or 2·10⁵. The value must be a multiple of a power of ten."""
     exponent = math.floor(math.log10(value) + 1e-9)
     factor = round(value / 10.0**exponent)
     power = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

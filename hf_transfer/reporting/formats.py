@@ -1,6 +1,6 @@
-"""Formats numbers for readers (percent, three digits, seconds, bytes), also as filters of Jinja templates.
+"""Formats numbers and text for readers, and makes the Jinja environments of the report, its charts and the model card.
 
-Text is escaped unless a template marks it `safe`: names of classes, files and datasets come from strangers.
+Templates escape all text unless they mark it `safe`, because names of classes, files and data sets may contain markup.
 """
 
 import html
@@ -18,9 +18,9 @@ _MARKUP = re.compile(r"([\\`*\[\]|~$]|^[-+#=]|(?<![^\W_])_|_(?![^\W_]))")
 
 
 def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
-    """Returns the Jinja environment of the templates in hf_transfer/`room`, in which a missing variable is an error.
+    """Returns the Jinja environment for the templates in the folder `room` of the package hf_transfer.
 
-    The environment escapes text for Markdown if `is_markdown`, and for HTML and SVG otherwise.
+    Templates escape text for Markdown if `is_markdown`, and for HTML and SVG otherwise. A missing variable is an error.
     """
     environment = Environment(
         loader=PackageLoader("hf_transfer", room),
@@ -43,40 +43,40 @@ def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
 
 
 def join_lines(text: str) -> str:
-    """Returns the text on one line. A sequence of whitespace and control characters becomes one space."""
+    """Returns `text` as one line. Each sequence of whitespace and control characters becomes one space."""
     return _BLANK.sub(" ", text).strip()
 
 
 def escape_markdown(value: Any) -> Any:
-    """Returns text as one line of Markdown without effective markup or HTML. Numbers and `Markup` stay unchanged."""
+    """Returns text as one line with Markdown and HTML markup escaped. Returns numbers and `Markup` unchanged."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     return Markup(_MARKUP.sub(r"\\\1", html.escape(_BLANK.sub(" ", value), quote=False)))
 
 
 def format_code(text: str) -> Markup:
-    """Returns text as a Markdown code span, or as plain text if the span could end early or show an escape."""
+    """Returns text as a Markdown code span, or as escaped plain text if the text contains a backtick, <, > or &."""
     is_plain = re.search(r"[`<>&]", text) is None
     return Markup(f"`{join_lines(text)}`") if is_plain else escape_markdown(text)
 
 
 def format_literal(value: Any) -> Markup:
-    """Returns the Python literal of `value`, for a code block in Markdown."""
+    """Returns `value` as a Python literal for a code block in Markdown."""
     return Markup(repr(value).replace("<", r"\x3c"))
 
 
 def _replace_control(value: Any) -> Any:
-    """Returns text with U+FFFD in place of the characters that XML forbids, and other values unchanged."""
+    """Replaces each character that XML forbids with U+FFFD if `value` is text. Returns any other value unchanged."""
     return _NOT_XML.sub("\ufffd", value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def format_percent(fraction: float | None) -> str:
-    """Returns 0.9314 as "93.1", without the percent sign, and None as a dash."""
+    """Returns a fraction in percent without the percent sign, such as "93.1" for 0.9314. Returns a dash for None."""
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def format_number(value: float) -> str:
-    """Returns three significant digits, with a space between thousands: 0.0123, 1.23, 12 300."""
+    """Returns a number as text such as 0.0123, 1.23 or 12 345, rounded to three significant digits or to an integer."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -93,5 +93,5 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Returns decimal megabytes or gigabytes: 640 MB, 1.52 GB."""
+    """Returns a number of bytes in decimal megabytes or gigabytes, such as 640 MB or 1.52 GB."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,8 +1,8 @@
 """Writes report.html, one self-contained page of a run's results.
 
-The page is made from results.json alone, so it can be written again at any time. Style and charts (SVG) are inline, and the
+The page depends only on results.json, so the page can be written again at any time. Styles and charts (SVG) are inline. The
 page loads no scripts, fonts or images. The template escapes text from the data set (class names, notes). The page follows the
-reader's light or dark setting, and fits a phone.
+reader's light or dark setting, and fits the screen of a phone.
 """
 
 import json
@@ -36,7 +36,7 @@ _FOLDED = [  # key, title
 
 @dataclass(frozen=True, kw_only=True)
 class MetricCard:
-    """One headline metric as text. `interval` and `validation` are empty if results.json does not contain these values."""
+    """One main metric as text. `interval` and `validation` (the value on validation images) are empty if not available."""
 
     title: str
     value: str
@@ -47,7 +47,7 @@ class MetricCard:
 
 @dataclass(frozen=True, kw_only=True)
 class ConfusedPair:
-    """The number of images of one class that were predicted as another class, and their fraction of the true class."""
+    """The number of images of class `true` that were predicted as `predicted`, and their fraction of class `true`."""
 
     true: str
     predicted: str
@@ -57,7 +57,7 @@ class ConfusedPair:
 
 @dataclass(frozen=True, kw_only=True)
 class CostPart:
-    """The seconds of one part of the run, and their fraction of the total."""
+    """The time of one part of the run, in seconds and as a fraction of the run's total time."""
 
     name: str
     seconds: float
@@ -66,7 +66,7 @@ class CostPart:
 
 @dataclass(frozen=True, kw_only=True)
 class CostTable:
-    """The `cost` of results.json for the page. `rates` are pairs (name, images per second)."""
+    """The costs of a run, read from results.json. `rates` contains one pair (name, images per second) per part of the run."""
 
     parts: Sequence[CostPart]
     total: float
@@ -77,7 +77,7 @@ class CostTable:
 
 
 def write_report(results: Mapping[str, Any], path: str | Path) -> None:
-    """Writes the page of `results` to `path`, and replaces an existing file."""
+    """Writes the HTML page of `results` (the content of results.json) to `path`, and replaces an existing file."""
     Path(path).write_text(render_report(results), encoding="utf-8")
 
 
@@ -85,15 +85,15 @@ def render_report(results: Mapping[str, Any]) -> str:
     """Returns the HTML page of `results`, the content of results.json.
 
     Only `metrics` is required, with the metrics of `test` or `validation` (see `training.metrics.score`). Without a test split,
-    the page shows validation metrics with the warning that they are optimistic. Every other part (strategy, checkpoint, data,
-    curves, cost, plan, details, config, versions) is shown if present.
+    the page shows validation metrics and warns that they are optimistic. Every other part of `results` (strategy, checkpoint,
+    data, curves, cost, plan, details, config, versions) is shown if present.
 
-    Raises ValueError if `metrics` contains neither test nor validation, or if a curve cannot be drawn.
+    Raises ValueError if `metrics` contains neither the test split nor the validation split, or if a curve cannot be drawn.
     """
     splits = {name: scores for name, scores in results.get("metrics", {}).items() if scores}
     if not splits.keys() & {"test", "validation"}:
         raise ValueError(
-            f"results.json has metrics of {sorted(splits) or 'no split'}: a report needs metrics of test or validation"
+            f"results.json has metrics of {sorted(splits) or 'no split'}: a report needs the test or validation split"
         )
     shown = "test" if "test" in splits else "validation"
     scores = splits[shown]
@@ -125,7 +125,7 @@ def render_report(results: Mapping[str, Any]) -> str:
 
 
 def _metric_cards(scores: Mapping[str, Any], validation: Mapping[str, Any]) -> list[MetricCard]:
-    """Returns the headline metrics in `scores`, with their intervals and their validation values."""
+    """Returns one card for each main metric in `scores`, with the metric's interval and its value in `validation`."""
     cards = []
     for key, title, kind in _METRICS:
         if scores.get(key) is None:
@@ -145,7 +145,7 @@ def _metric_cards(scores: Mapping[str, Any], validation: Mapping[str, Any]) -> l
 
 
 def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
-    """Returns the pairs of classes with the most mistakes, in descending order."""
+    """Returns at most MAX_CONFUSED_PAIRS pairs of true and predicted class, in descending order of the number of mistakes."""
     names = [row["label"] for row in scores["per_class"]]
     pairs = [
         ConfusedPair(true=names[i], predicted=names[j], count=count, fraction=count / sum(counts))
@@ -157,12 +157,12 @@ def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
 
 
 def _classes_by_recall(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Returns the rows of `per_class` in ascending order of recall, with classes without images last."""
+    """Returns the entries of `per_class`, one per class, in ascending order of recall. Classes without images come last."""
     return sorted(scores["per_class"], key=lambda row: (row["recall"] is None, row["recall"] or 0.0, row["f1"] or 0.0))
 
 
 def _cost_table(cost: Mapping[str, Any]) -> CostTable:
-    """Returns the cost table. The total is the recorded total, or else the sum of the parts."""
+    """Returns the cost table of the report. The total is the recorded total time, or else the sum of all parts."""
     seconds = {name: value for name, value in cost.get("seconds", {}).items() if name != "total"}
     total = cost.get("seconds", {}).get("total", sum(seconds.values()))
     return CostTable(
@@ -179,14 +179,14 @@ def _cost_table(cost: Mapping[str, Any]) -> CostTable:
 
 
 def _by_name(value: Any) -> list[tuple[str, Any]]:
-    """Returns the pairs (name, value) of a mapping, ("", value) for a single value, and [] for an empty value."""
+    """Returns the pairs (name, value) of a mapping, [("", value)] if `value` is a single value, and [] if `value` is empty."""
     if isinstance(value, Mapping):
         return [(name.replace("_", " "), each) for name, each in value.items()]
     return [("", value)] if value else []
 
 
 def _folded_text(part: Any) -> str:
-    """Returns a plan as numbered sentences, and any other part of results.json as JSON."""
+    """Returns the plan in results.json as numbered sentences, and any other part of results.json as JSON text."""
     if isinstance(part, list) and part and all("description" in item for item in part):
         return "\n".join(f"{i}. {item['description']}" for i, item in enumerate(part, 1))
     return json.dumps(part, indent=2, ensure_ascii=False)

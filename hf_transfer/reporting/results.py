@@ -1,4 +1,4 @@
-"""Writes the output folder of a run: config.yaml (repeats the run), results.json (for scripts) and report.html."""
+"""Writes the files of a run's output folder: config.yaml (to repeat the run), results.json (for scripts) and report.html."""
 
 import importlib.metadata
 import json
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
-    """Returns the content of results.json, which contains no local path, user or host name, because it is published."""
+    """Returns the content of results.json, without local paths, user names and host names, because the file is published."""
     data, strategy = session.data, session.config.strategy
     assert isinstance(strategy, Strategy)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
@@ -55,7 +55,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
 def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Returns all settings except the output folder, with public names in place of local paths.
 
-    `names`: the public names of "checkpoint" and "dataset"; the default is the last part of the path.
+    `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
     settings = to_settings(config)
     for name in ("checkpoint", "dataset"):
@@ -67,15 +67,15 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
 
 
 def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
-    """Writes results.json and report.html. A failure leaves no incomplete results.json."""
+    """Writes results.json and report.html. A failure does not leave an incomplete results.json."""
     _write_whole(output_dir / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_report(results, output_dir / "report.html")
 
 
 def write_config(output_dir: Path, config: RunConfig, unrepeatable: Sequence[str] = ()) -> None:
-    """Writes all settings to config.yaml, before the run starts, so that a failed run can be repeated too.
+    """Writes all settings to config.yaml. Call this before the run starts, so that a failed run can be repeated too.
 
-    `unrepeatable`: sentences about inputs that the settings do not contain, which become comments at the top of the file.
+    Each sentence in `unrepeatable` describes an input that the settings do not contain, and becomes a comment in the file.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     header = ["These settings alone do not repeat the run:", *(f"- {line}" for line in unrepeatable)]
@@ -95,7 +95,7 @@ def read_versions() -> dict[str, str]:
 
 
 def _describe_plan(result: RunResult) -> list[dict[str, Any]]:
-    """Returns the phases as JSON. The description of the first phase includes the choice of `auto`."""
+    """Returns the phases as JSON values. The first description also says which result the strategy `auto` kept, and why."""
     plan = [_describe_phase(phase) for phase in result.phases]
     if result.choice is not None:
         plan[0]["description"] += f" ({describe_choice(result.choice)})"
@@ -103,7 +103,7 @@ def _describe_plan(result: RunResult) -> list[dict[str, Any]]:
 
 
 def _describe_phase(phase: PhaseResult) -> dict[str, Any]:
-    """Returns a phase as JSON with a sentence that describes it, without its history and without empty values."""
+    """Returns a phase as JSON values with a sentence in `description`. The history and values of None are omitted."""
     values = {name: value for name, value in to_json(phase).items() if value is not None and name != "history"}
     return {**values, "cut": phase.cut or "pixels", "description": describe_phase(phase)}
 

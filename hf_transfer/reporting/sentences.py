@@ -1,10 +1,10 @@
-"""Describes the records of a run in sentences, for logs, reports and cards. `choosing/advise.py` describes advice."""
+"""Describes a run's phases, accuracy and choice of strategy in sentences, for logs, reports and model cards."""
 
 from hf_transfer.training.records import AutoChoice, Kept, Metrics, PhaseResult, Verdict
 
 
 def describe_phase(phase: PhaseResult) -> str:
-    """Returns a sentence about what a phase did, for the plan of results.json, the report and the card.
+    """Returns a sentence that says what the phase trained, with which method, and which weights it kept.
 
     >>> from hf_transfer.training.records import Score
     >>> score = Score(accuracy=0.9, log_loss=0.3)
@@ -16,7 +16,7 @@ def describe_phase(phase: PhaseResult) -> str:
 
 
 def describe_accuracy(metrics: Metrics) -> str:
-    """Returns the accuracy as text, with its confidence interval and the number of images."""
+    """Returns the accuracy in `metrics` as text, with its confidence interval and the number of images."""
     assert metrics.accuracy_interval is not None
     low, high = (100 * bound for bound in metrics.accuracy_interval)
     return (
@@ -25,20 +25,20 @@ def describe_accuracy(metrics: Metrics) -> str:
 
 
 def describe_kept(phase: PhaseResult) -> str:
-    """Returns a clause about the weights that a phase of gradient steps kept."""
+    """Returns a clause that says from which epoch a phase of gradient steps kept the weights."""
     if phase.kept is Kept.START:
         return "kept the weights from before the phase, because no epoch was significantly better"
     return f"kept the weights of epoch {phase.kept_epoch}, selected on validation images"
 
 
 def describe_choice(choice: AutoChoice) -> str:
-    """Returns a sentence about the strategy whose result `auto` kept, with the reason."""
+    """Returns a sentence that says which strategy's result the strategy `auto` kept, and why."""
     if choice.verdict is Verdict.PROBE_ADVISED:
         return "auto kept linear_probe, the advised strategy"
     if choice.verdict is Verdict.OVER_BUDGET:
         return (
-            f"auto kept linear_probe: {choice.advised} was advised, but needs about {choice.estimated_s:.0f} s, "
-            f"and {choice.left_s:.0f} s of the budget are left"
+            f"auto kept linear_probe: {choice.advised} was advised and needs about {choice.estimated_s:.0f} s, "
+            f"but only {choice.left_s:.0f} s of the budget are left"
         )
     if choice.verdict is Verdict.NO_EPOCH_BETTER:
         return f"auto kept linear_probe: no epoch of {choice.advised} beat its initial probe significantly"
