@@ -84,8 +84,9 @@ class Cut:
 def possible_sites(trace: Trace, node: int, prefer: str | None = None) -> list[Site]:
     """Returns the sites where the tensor made by `node` may be read and replaced, likeliest first. The sites are not verified.
 
-    The order is: modules that return only this tensor (`prefer`, then outer modules); the first module whose input is the
-    tensor, if all uses of the tensor lie inside that module; modules that return this tensor and others.
+    First come the modules that return only this tensor: the module called `prefer`, then the others from outer to inner. Then
+    comes the first module whose input is the tensor, if all uses of the tensor lie inside it. Last come modules that also
+    return other tensors.
     """
     producers = [c for c in trace.calls if c.module and any(o.node == node for o in c.outputs)]
     producers.sort(key=lambda c: (c.module != prefer, c.start - c.end))

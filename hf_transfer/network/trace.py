@@ -76,7 +76,7 @@ class Trace:
         return leaf.node is not None and leaf.node in self.from_image
 
     def parameters_between(self, start: int | None, end: int) -> set[str]:
-        """Returns the names of the parameters used between the nodes `start` (in `spine`; None: the image) and `end`."""
+        """Returns the names of the parameters used after the node `start` (None: after the image) and up to the node `end`."""
         reached: set[int] = set()
         todo = [end]
         while todo:

@@ -294,7 +294,7 @@ def _follow_path(
 def _solve(
     problems: Problems, cs: Tensor, row_weights: Tensor, start: Tensor | None, options: SolverOptions
 ) -> tuple[Tensor, Tensor]:
-    """Runs `minimize` for P values of C and row weights (P, N). Rescales the weights to sum 1, with the same minimum."""
+    """Solves P problems, each with its own C and its own weights of the N rows, and returns solutions and iteration counts."""
     totals = row_weights.sum(1)
     solutions, iterations = minimize(problems, 1 / (cs * totals), row_weights / totals[:, None], start, options)
     if stopped := int((iterations == options.max_iterations).sum()):
