@@ -158,7 +158,7 @@ class Part(nn.Module):
         return turn
 
     def _make_answer(self, name: str, forward: Any, table: dict[int, Stub]) -> Any:
-        """Returns a `forward` for the module. Calls whose number is in `table` return that placeholder, other calls run as usual."""
+        """Returns a `forward` for the module. Calls whose number is in `table` return its placeholder, others run as usual."""
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             stub = table.get(self._turn("forward", name))

@@ -178,7 +178,7 @@ class _Uninitialized(TorchFunctionMode):
 
 
 def _expresses(chain: Chain, changes: Mapping[str, Any], left_out: Sequence[str]) -> bool:
-    """Whether the network's class, built with `changes` to its configuration, still has all parameters but `left_out` and the head."""
+    """Whether the network's class, built with a changed configuration, still has all parameters but `left_out`."""
     try:
         with torch.device("meta"), _Uninitialized():
             variant = build_variant(chain, changes, num_classes=2, with_weights=False)
