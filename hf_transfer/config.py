@@ -258,7 +258,7 @@ class TrainingConfig:
         "at the end, mix the weights before fine-tuning (with the probe as head) and the weights after fine-tuning, and keep "
         "the mixture with the best validation score",
     )
-    early_stopping_patience: int = flag(0, "stop after this many epochs without a better validation score; 0: never")
+    early_stopping_patience: int = flag(0, "epochs without a better validation score that end a phase; 0: never")
     train_side_px: int = flag(
         0,
         "each training image is decoded once to a square with this side in pixels, and crops are cut from the square; 0: a "
@@ -272,7 +272,7 @@ class TrainingConfig:
     compile: bool = flag(False, "compile the trained layers with torch.compile: slower start, faster steps on a GPU")
     gradient_checkpointing: bool = flag(False, "save memory: recompute activations in the backward pass")
     tracker: str = flag("auto", "tracker: auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
-    resume: bool = flag(False, "resume exactly from the state in output_dir/checkpoints; start anew without a state")
+    resume: bool = flag(False, "continue the run saved in output_dir/checkpoints; without a saved run, start anew")
     save_every: int = flag(0, "optimizer steps between states saved within an epoch; 0: save only after each epoch")
 
     def __post_init__(self) -> None:
@@ -514,7 +514,7 @@ def _replace(config: T, values: Mapping[str, Any]) -> T:
 
 
 def _scalar(hint: Any) -> tuple[tuple[str, ...], type]:
-    """Returns (choices, type) of a type annotation such as `int`, `str | None` or `Literal["a", "b"]`."""
+    """Returns the allowed words and the value type of an annotation such as `int`, `str | None` or `Literal["a", "b"]`."""
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint), str
     if isinstance(hint, types.UnionType):

@@ -198,7 +198,7 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
 def _score_depths(
     evidence: Evidence, rows: NDArray[np.int64], probe: CrossValidation, seed: int
 ) -> tuple[DepthScore, ...]:
-    """Returns the accuracies of kNN and of a probe (with the C of `probe`) at each depth, on the images with indices `rows`."""
+    """Returns the accuracies of kNN and of a linear probe on the features of each depth, for the images with indices `rows`."""
     labels = evidence.labels[rows]
     scores = []
     for depth in evidence.depths:
@@ -236,7 +236,7 @@ def _estimate_strategy(strategy: Strategy, regime: DataRegime, probe: CrossValid
 
 
 def _recommend(advice: Advice, budget_s: float | None) -> Advice:
-    """Returns `advice` with a recommendation and its reason. Trial runs, if any, update the estimated accuracies first."""
+    """Returns the advice with a recommended strategy and a reason. Measured trial runs first update the estimates."""
     probe = next(e for e in advice.estimates if e.strategy == "linear_probe")
     num_validation = advice.num_images["validation"]
     estimates = {e.strategy: _add_pilots(e, probe, advice.pilots, num_validation) for e in advice.estimates}
@@ -258,7 +258,7 @@ def _add_pilots(estimate: Estimate, probe: Estimate, pilots: Sequence[Pilot], nu
 
     The update is the mean of the estimated and the measured accuracy, weighted by 1 / variance. A trial run measures the gain
     over the probe on the same n validation images. The gain's variance is at most (misses of strategy and probe) / n^2, because
-    the gain depends only on images that exactly one of the two misses. Half a miss is added to each, so that the variance > 0.
+    the gain depends only on images that exactly one of the two misses. Half a miss is added to each count of misses.
     """
     base = next((p for p in pilots if p.strategy == "linear_probe"), None)
     mine = [p for p in pilots if p.strategy == estimate.strategy and p.epochs]

@@ -27,10 +27,10 @@ DEFAULT_PILOT_S = 600.0
 
 
 def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -> RunResult:
-    """Trains the linear probe and the strategy that `advise` recommends. Returns the better result, with a reason in `choice`.
+    """Trains the linear probe and the strategy that `advise` recommends. Returns the better result with the reason.
 
     The result is bitwise equal to the result of a separate run of the same strategy. `budget_s` limits the estimated time of
-    the trial runs (made if `measure`) and of the advised strategy's run. A run that has started is not interrupted.
+    the advised strategy's run and, with `measure`, of the trial runs. A run that has started is not interrupted.
     """
     started = time.perf_counter()
     pilot_s = PILOT_SHARE * budget_s if budget_s else DEFAULT_PILOT_S

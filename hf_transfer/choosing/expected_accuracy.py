@@ -168,17 +168,17 @@ class _Problem:
         return cls(x=torch.from_numpy(np.asarray(features, np.float32)), y=y, fold_of=draw_folds(y, folds, seed))
 
     def solve(self, cs: Sequence[float], row_weights: torch.Tensor) -> torch.Tensor:
-        """Fits P probes, one per C in `cs` and row of `row_weights` (P, N). Returns the logits (P, N, K) of all N rows."""
+        """Fits one probe for each C in `cs`, with the image weights of the same position. Returns logits (P, N, K)."""
         path = solve_path(self.x, self.y, max(2, int(self.y.max()) + 1), cs, row_weights, SOLVER)
         return torch.einsum("nd,pkd->pnk", self.x, path.weight) + path.bias[:, None]
 
     def select_held_out(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns (N, K): each row's logits, out of `logits` (folds, N, K), by the probe that did not train on this row."""
+        """Returns, for each image, the logits of the probe that was not fitted to the image."""
         return logits[self.fold_of, torch.arange(len(self.y))]
 
 
 def _rank_in_class(y: torch.Tensor, fold_of: torch.Tensor, folds: int) -> torch.Tensor:
-    """Returns ranks (folds, N): a random order of each class's training rows, from 0 to below 1, and 2 for held-out rows."""
+    """Returns, for each fold and image, the image's random rank in its class, 0 to below 1. Held-out images get rank 2."""
     rank = torch.full((folds, len(y)), 2.0)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))
     for fold in range(folds):
@@ -190,7 +190,7 @@ def _rank_in_class(y: torch.Tensor, fold_of: torch.Tensor, folds: int) -> torch.
 
 
 def _fit_law(sizes: NDArray[Any], hits: NDArray[Any]) -> tuple[float, float]:
-    """Fits the line log(error) = intercept - slope * log(size) to `hits` (sizes, N). Returns (intercept, slope >= 0)."""
+    """Returns the intercept and the slope of the fitted line log(error) = intercept - slope * log(number of images)."""
     misses, count = (~hits).sum(-1), hits.shape[-1]
     errors = np.log((misses + 0.5) / (count + 1))
     weights = (misses + 0.5) / (1 - misses / (count + 1))  # precision (1 / variance) of a log share

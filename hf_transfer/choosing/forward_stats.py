@@ -73,7 +73,6 @@ class _InputMoments:
         self.lock = threading.Lock()
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """Adds a batch of inputs `x` (B, C, ...) of the module `name`."""
         # On channels-last inputs, BatchNorm's own kernel is ten times faster than var_mean.
         _, mean, inverse_std = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, EPSILON)
         variance = (inverse_std**-2 - EPSILON).double().cpu()
@@ -84,9 +83,9 @@ class _InputMoments:
             self.seen[name] = (seen + count, total + count * mean, squares + count * (variance + mean**2))
 
     def compute_distance(self) -> float | None:
-        """Returns KL(N(seen) | N(stored)) in nats: the median over channels, averaged over modules (None without modules).
+        """Returns the divergence KL(inputs | pretraining inputs) of normal distributions, or None without BatchNorm modules.
 
-        Returns 0 if the inputs have the statistics of the pretraining data (arXiv 1603.04779; arXiv 1912.08795, equation 4).
+        The divergence, in nats, is the median over channels and the mean over modules (arXiv 1603.04779; 1912.08795, eq. 4).
         """
         distances = []
         for name, (count, total, squares) in self.seen.items():
@@ -102,7 +101,7 @@ class _InputMoments:
 
 @contextmanager
 def _record_batchnorm_inputs(model: nn.Module) -> Iterator[_InputMoments]:
-    """Records inputs of modules with running statistics, in `model` and in copies of `model` made in the `with` block."""
+    """Records the inputs of BatchNorm modules in the model, and in copies of the model, until the `with` block ends."""
     stored = {
         name: (module._buffers["running_mean"], module._buffers["running_var"])
         for name, module in model.named_modules()

@@ -98,6 +98,6 @@ def _shorten(strategy: Strategy, epochs: int) -> GradientStrategy:
 
 
 def agree(seconds: float) -> float:
-    """Returns the `seconds` of the main process in every process, so that all processes take the same branch."""
+    """Returns the main process's value of `seconds` in every process, so that all processes take the same branch."""
     agreed: float = broadcast_object_list([seconds])[0]
     return agreed

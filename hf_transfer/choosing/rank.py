@@ -91,8 +91,8 @@ def rank(
 ) -> Ranking:
     """Ranks `checkpoints` by the accuracy of a linear probe on at most `sample` train and validation images (0: all images).
 
-    A checkpoint that cannot be loaded or scored is skipped and listed in `failures`. Raises ValueError if `checkpoints` is
-    empty or contains a checkpoint twice, if `sample` is negative, or if the data set is invalid.
+    A checkpoint that cannot be loaded or scored is skipped and listed in `Ranking.failures`. Raises ValueError if `checkpoints`
+    is empty or contains a checkpoint twice, if `sample` is negative, or if the data set is invalid.
     """
     repeated = sorted({name for name in checkpoints if list(checkpoints).count(name) > 1})
     if repeated or not checkpoints:
@@ -128,7 +128,7 @@ def rank(
 
 
 def sample_data(data: Data, sample: int, seed: int) -> Data:
-    """Returns `data` without the test split, and with a stratified sample of `sample` images (0: all) of the other splits."""
+    """Returns the data without the test split. The other splits keep a stratified sample of `sample` images, or all for 0."""
     labels = np.concatenate([data.train.labels, data.validation.labels])
     if not sample or len(labels) <= sample:
         return replace(data, test=None)

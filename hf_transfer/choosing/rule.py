@@ -82,7 +82,7 @@ class DataRegime:
 
 
 def expect_log_ratio(strategy: str, regime: DataRegime, table: Table = TABLE) -> float:
-    """Returns the expected value of log(error of `strategy` / error of the probe) for a data set in `regime`."""
+    """Returns the expected value of log(error of the strategy / error of the probe) for a data set in the given regime."""
     return 0.0 if strategy == "linear_probe" else float(regime.weights @ np.array(table[strategy]))
 
 

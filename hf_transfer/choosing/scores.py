@@ -45,9 +45,9 @@ def softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _check(x: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Checks `x` and `labels`. Returns the classes in `labels`, and the number of rows of each class."""
+    """Returns the classes and the number of images of each class. Raises ValueError for invalid features or labels."""
     if x.ndim != 2 or labels.shape != (len(x),) or not len(x):
-        raise ValueError(f"features {x.shape} and labels {labels.shape}: expected (N, D) and (N,) with N > 0")
+        raise ValueError(f"features {x.shape} and labels {labels.shape}: give shapes (N, D) and (N,) with N > 0")
     if not np.isfinite(x).all():
         raise ValueError(f"{int((~np.isfinite(x)).any(1).sum())} of {len(x)} feature rows are not finite")
     present, counts = np.unique(labels, return_counts=True)

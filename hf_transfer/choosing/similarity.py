@@ -48,7 +48,7 @@ class Measure:
 
     @classmethod
     def of(cls, name: str, value: float, words: str) -> "Measure":
-        """Returns the measure `name`, with `value` scaled to a score by the measure's two ANCHORS."""
+        """Returns the measure called `name`. Its score is the position of `value` between the measure's two ANCHORS."""
         x, different, similar = value, *ANCHORS[name]
         if name == "batchnorm":  # a divergence is scored on a log scale
             x, different, similar = np.log(max(x, 1e-9)), np.log(different), np.log(similar)

@@ -122,7 +122,7 @@ class GreedyStackStrategy(GradientStrategy):
         return DEFAULT_LAYERS if self.layers is None else self.layers
 
     def _blocks(self, width: int | None, downsample: tuple[int, ...]) -> "BlockSpec":
-        """Returns the description of the new blocks. `width` and `downsample` replace settings of that name that are None."""
+        """Returns the description of the new blocks. The arguments are the defaults of the settings with the same names."""
         from hf_transfer.network.growing import BlockSpec, read_numbers
 
         return BlockSpec(

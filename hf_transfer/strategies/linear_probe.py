@@ -22,7 +22,7 @@ class LinearProbe(Strategy):
     """Settings of the linear probe."""
 
     select_by: SelectBy = flag("log_loss", "metric on held-out images that selects the regularization")
-    folds: int = flag(5, "number of cross-validation folds that select C; 1: the validation split alone selects C")
+    folds: int = flag(5, "cross-validation folds that select the regularization; 1: the validation split selects it")
     readouts: Sweep = flag(
         "all",
         "features to compare with the checkpoint's own: other poolings of the last layer (pooling), earlier layers (layer), or "

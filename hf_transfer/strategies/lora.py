@@ -51,7 +51,7 @@ class Lora(GradientStrategy):
         return [SolveHeadPhase(sweep="none"), steps]
 
     def finish(self, session: "Session", result: "RunResult") -> "RunResult":
-        """Returns the result with a description of the adapters. If `merge` is set, the adapters are merged into the base."""
+        """Returns the result with a description of the adapters. With `merge`, the adapters are merged into the network."""
         from hf_transfer.network.adapters import Adapted, merge_adapters
 
         adapted = session.backbone
@@ -60,7 +60,7 @@ class Lora(GradientStrategy):
         return replace(result, backbone=merge_adapters(adapted) if self.merge else adapted, details=details)
 
     def price(self, pricing: "Pricing") -> "Price":
-        """Returns the estimated cost: a linear probe, and training steps without gradients of the frozen weights."""
+        """Returns the estimated cost: a linear probe, and training steps that compute no gradients of frozen weights."""
         from hf_transfer.network.policies import full
 
         epochs = self.training.epochs

@@ -105,7 +105,7 @@ def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | 
 
 
 def _begin_at(way: Sequence[Cut], before: PhaseData | None) -> tuple[int, Store | None, Store | None]:
-    """Returns the index in `way` of the previous phase's cut, and its training and validation stores, or (0, None, None)."""
+    """Returns the position of the previous phase's cut in `way` and the activations stored there, or (0, None, None)."""
     names = [cut.name for cut in way]
     if before is None or before.cut is None or before.cut.name not in names:
         return 0, None, None
@@ -113,7 +113,7 @@ def _begin_at(way: Sequence[Cut], before: PhaseData | None) -> tuple[int, Store 
 
 
 def _walk(session: Session, images: Images, way: Sequence[Cut], first: int, store: Store | None) -> tuple[Store, int]:
-    """Returns the activations at the last cut of `way`, and the number of images that passed through parts of the network."""
+    """Stores the activations at every cut of `way`. Returns the last activations and the number of computed images."""
     passes, source = 0, images
     for i in range(first, len(way)):
         if i > first or store is None:

@@ -115,7 +115,7 @@ def minimize(
 
 
 def _leading_eigenvectors(standardized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns approximate eigenvectors (D, R) and eigenvalues (R,) of the covariance, and the mean of the other eigenvalues."""
+    """Returns the approximate leading eigenvectors and eigenvalues of the covariance, and the mean of the other eigenvalues."""
     num_rows, num_features = standardized.shape
     rank = min(_RANK, num_rows, num_features)
     generator = torch.Generator().manual_seed(0)
@@ -150,7 +150,7 @@ class _Group:
         return replace(self, penalties=self.penalties[kept], row_weights=self.row_weights[kept])
 
     def gradient(self, weights: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gradient (P, K, D + 1), and the mean curvature p (1 - p) of each class (P, K), for its probability p."""
+        """Returns the gradient (P, K, D + 1) and, for each class, the mean curvature p (1 - p) at the class probability p."""
         problems = self.problems
         probabilities = margins.softmax(1)
         curvature = torch.einsum("pkn,pn->pk", probabilities * (1 - probabilities), self.row_weights)
@@ -163,14 +163,13 @@ class _Group:
         return gradient.addcmul_(penalty, weights), curvature.clamp_min(1e-7)
 
     def objective(self, weights: Tensor, margins: Tensor) -> Tensor:
-        """Returns the objective (P,) of each problem."""
         loss = (margins.logsumexp(1) * self.row_weights).sum(1)
         return loss + 0.5 * self.penalties * _dot(weights, weights * self.problems.penalized)
 
     def apply_inverse_hessian(
         self, curvature: Tensor, gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]
     ) -> Tensor:
-        """Multiplies `gradient` by L-BFGS's inverse Hessian, in two loops (Nocedal and Wright, algorithm 7.4)."""
+        """Multiplies the gradient by the inverse Hessian that L-BFGS estimates (Nocedal and Wright, algorithm 7.4)."""
         vector = gradient.clone()
         alphas = []
         for step, bend, rho in reversed(history):
@@ -186,7 +185,7 @@ class _Group:
         return vector
 
     def _precondition(self, curvature: Tensor, vector: Tensor) -> Tensor:
-        """Multiplies `vector` by the inverse of curvature * covariance + penalty, with a low-rank plus diagonal covariance."""
+        """Multiplies a vector by an approximate inverse Hessian, whose covariance is a low-rank plus a diagonal matrix."""
         problems, penalties = self.problems, self.penalties[:, None, None]
         along = curvature[:, :, None] * problems.eigenvalues + penalties  # (P, K, R)
         rest = curvature[:, :, None] * problems.other_eigenvalues + penalties * problems.penalized

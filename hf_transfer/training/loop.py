@@ -112,7 +112,7 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
 
 
 def _prepare(run: PhaseRun, groups: list[dict[str, Any]], contexts: ExitStack) -> Trainable:
-    """Returns the network and the optimizer of a phase. Closing `contexts` makes the model run all its layers again."""
+    """Prepares network and optimizer of a phase. After the caller closes `contexts`, the model runs all layers again."""
     session, training = run.session, run.session.gradient.training
     optimizer = make_optimizer(groups, run.phase.optimization)
     network: nn.Module = contexts.enter_context(session.chain.part(start=run.inputs.cut))

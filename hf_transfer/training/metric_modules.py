@@ -72,7 +72,7 @@ class _Module(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
 
 
 class _LabelModule(_Module):
-    """The base class of metrics computed from the confusion matrix. `num_classes` defaults to the largest class plus 1."""
+    """The base class of metrics computed from the confusion matrix. By default, `num_classes` is the largest class plus 1."""
 
     columns: ClassVar[dict[str, str]] = {"predictions": "int32", "references": "int32"}
 

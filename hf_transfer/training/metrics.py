@@ -244,7 +244,7 @@ def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: in
 
 
 def _count_rows(classes: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """Counts how often each of the values 0..width-1 occurs in each row of `classes` (R, N). Returns (R, width)."""
+    """Returns, for each row of `classes`, how often each of the values from 0 to width - 1 occurs."""
     num_rows = len(classes)
     flat = (classes + np.arange(num_rows)[:, None] * width).ravel()
     return np.bincount(flat, minlength=num_rows * width).reshape(num_rows, width)
@@ -262,6 +262,6 @@ def _note_absent_classes(rows: Sequence[ClassMetrics]) -> tuple[str, ...]:
         return ()
     named = ", ".join(absent[:_MAX_NAMED]) + (", ..." if len(absent) > _MAX_NAMED else "")
     return (
-        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}), so no recall, precision or F1. "
+        f"{len(absent)} of {len(rows)} classes have no image in this split ({named}), and so no recall, precision or F1. "
         "Balanced accuracy and macro-F1 average over the other classes.",
     )

@@ -22,7 +22,7 @@ ONE_CYCLE_END = 1e-5
 
 
 def group_parameters(chain: Chain, trainable: Collection[str], optimization: OptimizerConfig) -> list[dict[str, Any]]:
-    """Returns parameter groups for torch's optimizers: groups of a layer differ in weight decay or learning rate.
+    """Returns parameter groups for torch's optimizers. Groups of the same layer differ in weight decay or learning rate.
 
     The keys of a group are `params`, `names`, `lr`, `initial_lr` and `weight_decay`. Groups are in the order of the layers.
     Raises ValueError if `trainable` is empty, or if a name is not a parameter of any layer.

@@ -195,7 +195,7 @@ class _PlanRun:
         return start
 
     def _find_later_cuts(self, number: int) -> list[Cut]:
-        """Returns the cuts of later phases whose activations can be stored in the same pass over the images as the features.
+        """Returns the later phases' cuts whose activations one pass over the images can store together with the features.
 
         A cut is left out if an earlier phase trains layers before the cut, because the stored activations would be outdated.
         """
@@ -226,7 +226,7 @@ class _PlanRun:
 
 
 def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) -> PhaseResult:
-    """Fits the head on training images only, and copies it into the model. Activations at the cuts `beside` are stored too."""
+    """Fits the head on training images, and copies the head into the model. Stores the activations at the cuts `beside`."""
     with session.costs.part("features"):
         # The test split is scored once, at the end of the run, and not here.
         candidates, computed = readouts.extract_readouts(session.without_test(), sweep="none", beside=beside)
@@ -241,7 +241,7 @@ def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) 
 
 
 def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
-    """Returns network, settings, data and plan. A run can resume only from a state with the same values."""
+    """Describes network, settings, data and plan as JSON values. A run resumes only from a state with the same description."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED}
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change
@@ -261,7 +261,7 @@ def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
 
 
 def _load_model(chain: Chain, saved: Mapping[str, torch.Tensor]) -> None:
-    """Copies saved values into the model's tensors, whose memory format must not change: other formats round differently."""
+    """Copies saved values into the model's tensors in place, because tensors of another memory format round differently."""
     own = chain.model.state_dict(keep_vars=True)
     with torch.no_grad():
         for name, tensor in own.items():

@@ -53,7 +53,7 @@ class Pricing:
     ) -> Price:
         """Estimates gradient steps on the parameters of `policy`, after `passes` passes over the images.
 
-        `solves_head`: whether a solver fits the head first. `trained_share`: share of trained parameters, if not `policy`'s.
+        `solves_head`: whether a solver fits the head first. `trained_share` replaces the policy's share of trained parameters.
         """
         chain, data = self.session.chain, self.session.data
         names = policy.select(chain)
@@ -84,13 +84,13 @@ class Pricing:
         return anonymous_memory_bytes() if self._on_cpu else 4 * parameters
 
     def _share_above(self, cut: Cut | None) -> float:
-        """Returns the share of the FLOPs of a forward pass that comes after `cut`."""
+        """Returns the FLOPs of the layers after `cut` as a share of the FLOPs of a forward pass."""
         total, before = count_flops(self.session.chain)
         return 1.0 if cut is None or not total else 1 - before[cut.name] / total
 
 
 def count_activation_bytes(chain: Chain, cut: Cut | None) -> int:
-    """Returns the bytes that autograd stores per image for the backward pass down to `cut` (None: the whole network)."""
+    """Returns the bytes that autograd stores per image for the layers after `cut`. If `cut` is None, all layers count."""
     like = next(chain.model.parameters())
     own = {t.untyped_storage().data_ptr() for t in (*chain.model.parameters(), *chain.model.buffers())}
     kept: dict[int, int] = {}

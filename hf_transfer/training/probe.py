@@ -231,14 +231,14 @@ def choose_probe(probes: Sequence[Probe]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _HeldOut:
-    """Scores the fits (F, K, D + 1) of F folds. Each row is scored by the fit that has not seen the row."""
+    """The features, labels and weights of all images. The fit of a fold scores the images that the fold holds out."""
 
     problems: Problems
     fold_of: Tensor  # (N,) the fold that holds out each row; -1: no fold
     weights: Tensor  # (N,) the weight of each row in the score
 
     def logits(self, fits: Tensor) -> Tensor:
-        """Returns logits (N, K), with nan for rows that no fold holds out."""
+        """Returns the logits of all images, which are nan for images that no fold holds out."""
         logits = torch.full((len(self.fold_of), self.problems.num_classes), torch.nan, device=self.fold_of.device)
         for fold, fit in enumerate(fits):
             rows = (self.fold_of == fold).nonzero()[:, 0]
@@ -246,7 +246,7 @@ class _HeldOut:
         return logits
 
     def losses(self, fits: Tensor) -> Tensor:
-        """Returns the weighted loss (N,) of each row. The sum of all losses is the log-loss."""
+        """Returns the weighted loss of each image. The sum of the losses is the held-out log-loss."""
         losses = F.cross_entropy(self.logits(fits), self.problems.targets, reduction="none")
         # `where` is needed because the loss is nan for rows that no fold holds out.
         return torch.where(self.weights > 0, losses, 0.0) * self.weights / self.weights.sum()
@@ -260,7 +260,7 @@ class _HeldOut:
 def _follow_path(
     held_out: _HeldOut, fit_weights: Tensor, options: ProbeOptions
 ) -> tuple[list[PathPoint], PathPoint, Tensor]:
-    """Returns the solved points, the best point, and its fits (F, K, D + 1) for F folds. `fit_weights`: row weights (F, N)."""
+    """Solves for growing values of C. Returns a point for each C, the best point, and the fits of all folds for the best C."""
     c_grid, num_folds = sorted(options.c_grid), len(fit_weights)
     path: list[PathPoint] = []
     best: PathPoint | None = None
@@ -294,7 +294,7 @@ def _follow_path(
 def _solve(
     problems: Problems, cs: Tensor, row_weights: Tensor, start: Tensor | None, options: SolverOptions
 ) -> tuple[Tensor, Tensor]:
-    """Solves P problems, each with its own C and its own weights of the N rows, and returns solutions and iteration counts."""
+    """Solves one problem for each C in `cs` and row of `row_weights`. Returns the solutions and the numbers of iterations."""
     totals = row_weights.sum(1)
     solutions, iterations = minimize(problems, 1 / (cs * totals), row_weights / totals[:, None], start, options)
     if stopped := int((iterations == options.max_iterations).sum()):

@@ -81,7 +81,7 @@ class Selection:
         self._keep(validation.score, None)
 
     def offer(self, validation: Validation, epoch: int) -> bool:
-        """Keeps the weights after `epoch` (from 1) if `is_kept` returns True for the scores. Returns whether it did."""
+        """Keeps the weights after an epoch if `is_kept` accepts the scores. Returns whether the weights are kept."""
         if not is_kept(validation.per_example_scores, self._best_scores, self._start_scores):
             return False
         self._keep(validation.score, epoch)

@@ -204,7 +204,7 @@ def count_stage_flops(stage: Stage, *, stored: bool) -> StageFlops:
 
 
 def ensemble(by_stage: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns logs (N, K) of the weighted mean of stage probabilities, from logits (S, N, K). Weights double per stage."""
+    """Returns the logarithms (N, K) of the weighted mean of the stages' probabilities. Weights double from stage to stage."""
     weights = ENSEMBLE_BASE ** np.arange(len(by_stage))
     combined: NDArray[np.float64] = logsumexp(
         log_softmax(by_stage.astype(np.float64), axis=-1), axis=0, b=(weights / weights.sum())[:, None, None]

@@ -170,7 +170,7 @@ class Steps:
         )
 
     def _read_totals(self, totals: torch.Tensor, progress: Progress, bar: "tqdm[Any]") -> None:
-        """Adds `totals` of all processes to `progress`, and sets `totals` to 0. Raises NonFiniteLossError."""
+        """Adds every process's sums of loss and hits to `progress`, and resets the sums. Raises NonFiniteLossError."""
         loss_sum, hits = self.accelerator.reduce(totals, "sum").tolist()
         totals.zero_()
         progress.loss_sum += loss_sum
@@ -215,7 +215,7 @@ class Steps:
             trainable.average.update(trainable.state)
 
     def _accumulate(self, batch: Batch, epoch: int, scale: torch.Tensor, totals: torch.Tensor) -> None:
-        """Adds the gradient of one batch to the gradients, and the loss and the hits of the batch to `totals`."""
+        """Adds the gradient of one batch to the parameters' gradients, and the batch's loss and number of hits to `totals`."""
         indices, stored = batch
         feed, augmentation = self.run.inputs.feed, self.settings.augmentation
         inputs = feed.prepare(torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(indices, epoch))

@@ -48,7 +48,7 @@ def copy_weights(model: nn.Module, names: Collection[str]) -> dict[str, torch.Te
 
 @torch.no_grad()
 def set_weights(model: nn.Module, weights: Weights) -> None:
-    """Copies weights into the parameters with the same names, in place."""
+    """Copies weights into the parameters that have the same names."""
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         parameters[name].copy_(value)
