@@ -283,7 +283,7 @@ def test_without_any_cut_nothing_is_cached_and_the_chain_says_so() -> None:
     assert chain.cuts == ()
     assert chain.features is None
     assert layer_names(chain) == ["stem", "head"]
-    assert any("nothing can be cached" in note for note in chain.notes)
+    assert any("no activations can be cached" in note for note in chain.notes)
     assert chain.lowest_cut(chain.classifier_parameters) is None
 
 

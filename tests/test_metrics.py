@@ -297,7 +297,7 @@ for border in (4, 7, 0):  # rows 0..border-1 on rank 0, border..6 on rank 1
 empty = gather_logits(accelerator, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
 assert empty[0].shape == (0, 3) and empty[1].shape == (0,)
 for case, part, labels in (
-    ("rank 1 holds logits (2, 3) and 1 labels", np.zeros((2, 3)), np.zeros(2 - rank, int)),
+    ("rank 1 passes logits of shape (2, 3) and 1 labels", np.zeros((2, 3)), np.zeros(2 - rank, int)),
     ("(2, 4) and 2 labels, another rank logits of", np.zeros((2, 3 + rank)), np.zeros(2, int)),
 ):
     try:

@@ -37,7 +37,7 @@ class Pretrain(GradientStrategy):
         """Raises ValueError if the settings name a checkpoint."""
         if config.model.checkpoint != NO_CHECKPOINT:
             raise ValueError(
-                f"checkpoint={config.model.checkpoint!r}: to start from a checkpoint, choose the strategy `full`"
+                f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights; choose the strategy `full`"
             )
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
