@@ -509,7 +509,7 @@ def test_where_ten_gigabytes_are_stored(
 @pytest.mark.parametrize(
     ("requested", "message"),
     [
-        ("disk", "raise --cache_gb, free some disk"),
+        ("disk", "raise --cache_gb, free disk space"),
         ("memory", r"more than half of the free memory \(19.0 GB\)"),
         ("ram", "cache='ram': choose one of auto, disk, memory, none"),
     ],

@@ -159,7 +159,7 @@ def is_adapter_folder(checkpoint: str) -> bool:
 
 
 def find_adapter(model: str) -> Path | None:
-    """Returns the adapter folder that `model` (a folder or a Hub id) names, or None if `model` is no adapter.
+    """Returns the adapter folder that `model` (a folder or a Hub id) names, or None if `model` names no adapter.
 
     Raises ValueError, with the remedy, if the files cannot be downloaded from the Hub.
     """
@@ -244,14 +244,14 @@ def _inject(model: nn.Module, adapter: AdapterConfig, targets: Mapping[str, nn.M
 
 
 def _as_target_modules(model: nn.Module, targets: Iterable[str]) -> list[str] | str:
-    """Returns a value of peft's `target_modules` that matches only the modules `targets`: names, or a regular expression."""
+    """Returns the value of peft's setting `target_modules` that selects exactly the modules named in `targets`."""
     names = list(targets)  # peft adapts every module whose name ends with an entry of the list
     matched = [n for n, _ in model.named_modules() if any(n == t or n.endswith("." + t) for t in names)]
     return names if len(matched) == len(names) else "|".join(map(re.escape, names))
 
 
 def _assign_layers(chain: Chain, targets: Iterable[str]) -> Chain:
-    """Returns the chain with the adapters' tensors in its layers: an adapter belongs to the layer of the adapted module."""
+    """Returns a copy of the chain in which the tensors of each adapter belong to the layer of the adapted module."""
     owners = {name: i for i, layer in enumerate(chain.layers) for name in (*layer.parameters, *layer.buffers)}
     layer_of_target = {t: owners[n] for t in targets for n in owners if n.rpartition(".")[0] == t}
 
@@ -280,9 +280,9 @@ def _assign_layers(chain: Chain, targets: Iterable[str]) -> Chain:
 
 
 def _plain_identity(model: nn.Module, plain: Mapping[int, str], modules: Mapping[str, str]) -> Callable[[], Identity]:
-    """Returns a function that returns the plain network's identity until an adapter changes, then the adapted network's own.
+    """Returns a function whose result is the plain network's identity until an adapter changes, and later another identity.
 
-    `plain` maps id(tensor) to the name of the tensor in the plain network. `modules` describes the plain network's modules.
+    `plain` maps each tensor's id to the tensor's name in the plain network. `modules` describes the plain network's modules.
     """
     names = {name: plain.get(id(tensor), "") for name, tensor in named_tensors(model).items()}
 
@@ -312,7 +312,7 @@ def _check_same(before: torch.Tensor, after: torch.Tensor, label: str, remedy: s
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Hides the warnings of peft inside the context."""
+    """Hides the warnings of peft while the `with` block runs."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"peft\.")
         warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")

@@ -45,7 +45,7 @@ class Backbone:
     new_head: bool  # whether the classifier was created for these labels and is untrained
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
-        """Builds the model's chain (see `build_chain`)."""
+        """Builds the chain of the model (its layers in order) with `build_chain`."""
         return build_chain(self.model, self.preprocessing.image_shape, cache_dir=cache_dir)
 
 
@@ -154,7 +154,7 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
 
 
 def _read_model_args(text: str | None) -> dict[str, Any]:
-    """Parses model_args, a JSON object. Raises ValueError for other text, and for a key that other settings determine."""
+    """Parses the setting model_args. Raises ValueError if it is no JSON object, or has a key that other settings determine."""
     try:
         given = json.loads(text or "{}")
     except json.JSONDecodeError as error:
@@ -163,7 +163,7 @@ def _read_model_args(text: str | None) -> dict[str, Any]:
         raise ValueError(f'model_args={text}: give a JSON object such as {{"depth": 6}}')
     derived = sorted({"num_classes", "img_size", "image_size", "num_labels", "id2label", "label2id"} & set(given))
     if derived:
-        raise ValueError(f"model_args={text}: leave {derived[0]} out; the data and image_size_px determine its value")
+        raise ValueError(f"model_args={text}: omit {derived[0]}; the data and image_size_px determine its value")
     return given
 
 

@@ -40,7 +40,7 @@ CHAIN_FORMAT = 4  # increase it when the code may find other cuts in the same ne
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """The part of a network between two neighboring cuts. `parameters` and `buffers` are names of its tensors in the model."""
+    """The part of a network between two neighboring cuts. `parameters` and `buffers` name the layer's tensors in the model."""
 
     name: str
     aliases: tuple[str, ...]
@@ -89,14 +89,14 @@ class Chain:
 
     @property
     def classifier_parameters(self) -> tuple[str, ...]:
-        """Names of the classifier's parameters, or of all the head's parameters if no single linear map computes the logits."""
+        """The names of the classifier's parameters, or of all head parameters if no single linear map computes the logits."""
         head = self.layers[-1].parameters
         if self.classifier is None:
             return head
         return tuple(n for n in head if n.startswith(self.classifier + "."))
 
     def lowest_cut(self, trainable: Collection[str]) -> Cut | None:
-        """Returns the last cut without `trainable` parameters before it, or None if the stem has a trainable parameter."""
+        """Returns the last cut before which no parameter is in `trainable`, or None if the stem has a trainable parameter."""
         unknown = set(trainable) - {n for layer in self.layers for n in layer.parameters}
         if unknown:
             raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
@@ -122,7 +122,7 @@ class Chain:
         return [n for x in prefix for n in x.parameters], [n for x in prefix for n in x.buffers]
 
     def run_prefix(self, cuts: Sequence[Cut], inputs: torch.Tensor, *, start: Cut | None = None) -> list[torch.Tensor]:
-        """Returns the activations (B, *cut.shape) at each of `cuts`, from one forward in eval mode without gradients.
+        """Returns the activations (B, *cut.shape) at each cut in `cuts`, from one forward in eval mode without gradients.
 
         `inputs`: normalized images (B, 3, H, W) on the model's device or, if `start` is given, activations (B, *start.shape) at
         that earlier cut. Then only the layers after `start` run. Trainable layers may use the returned activations as inputs,
@@ -164,7 +164,7 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
 
     Every cut is verified: the split network must give the logits of the whole network. The weights are perturbed for this test,
     since weights near zero (new layer scales) hide a wrong cut. Verified cuts are stored in `cache_dir` for the next call. The
-    chain of a network without interior cuts has only stem and head, and `notes` says which cut remains.
+    chain of a network without interior cuts has only stem and head, and its field `notes` says which cut remains.
     """
     notes: list[str] = []
     try:
@@ -219,9 +219,9 @@ def _empty(name: str) -> Layer:
 
 
 def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[tuple[str, int]]:
-    """Returns pairs, in order: the name of the stem, of a layer or of the features, and the graph node of its output tensor.
+    """Returns, for the stem, each layer and the features in order, the name and the graph node that computes the output tensor.
 
-    If the last layer and the features have the same output tensor, its node appears twice, under two names.
+    If the last layer and the features have the same output tensor, the graph node appears twice, under two names.
     """
     # These names are reserved, so a module called "head" (SelecSLS) is part of the chain's head.
     layers = [(c, span) for c, span in find_layers(model, seen, classifier) if c.module not in (STEM, HEAD, FEATURES)]
@@ -236,9 +236,9 @@ def _layer_ends(model: nn.Module, seen: Trace, classifier: Call | None) -> list[
 
 
 def _partition(seen: Trace, nodes: Sequence[int]) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Returns, for each parameter that reaches the logits, the number of the last segment of the network that uses it.
+    """Divides the network into segments, of which segment i ends at the graph node `nodes[i]`.
 
-    Segment i ends at nodes[i]. Returns also, for each parameter that several segments use, the numbers (first, last) of these.
+    Returns the last segment that uses each parameter, and the first and last segment that use each shared parameter.
     """
     segments: dict[str, set[int]] = {}
     boundaries = [*nodes, 0]
@@ -252,7 +252,7 @@ def _partition(seen: Trace, nodes: Sequence[int]) -> tuple[dict[str, int], dict[
 def _make_layers(
     model: nn.Module, cuts: list[Cut], segment_of: Mapping[str, int], layer_of_buffer: Mapping[str, int]
 ) -> tuple[Layer, ...]:
-    """Returns the layers from stem to head. The segments before and after the features cut form one layer, the head."""
+    """Returns the layers from stem to head. The head contains the segments on both sides of the cut called features."""
     names = [*(c.name for c in cuts), HEAD]
     parameters: list[list[str]] = [[] for _ in names]
     for name, _ in model.named_parameters():
@@ -272,7 +272,7 @@ def _make_layers(
 
 
 def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
-    """Returns the names of the modules (stages) that contain the layer `name`, except modules that contain all layers."""
+    """Returns the names of the stages (modules that do not contain all layers) that contain the layer called `name`."""
     parts = name.split(".")
     aliases = []
     for i in range(1, len(parts)):
@@ -284,7 +284,7 @@ def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
 
 
 def _assign_buffers(model: nn.Module, seen: Trace, cuts: list[Cut]) -> dict[str, int]:
-    """Returns, for each buffer's name, the index of the layer in which the last call of the buffer's module ends."""
+    """Returns each buffer's layer number. A buffer belongs to the layer in which the last call of the buffer's module ends."""
     ticks = []
     for cut in cuts:
         call = next(c for c in seen.calls if (c.module, c.index) == (cut.site.module, cut.site.index))
@@ -306,7 +306,7 @@ def _verified(
     ends: list[tuple[str, int]],
     cache_dir: Path | None,
 ) -> dict[str, Cut]:
-    """Returns the verified cuts by name. They are read from a file in `cache_dir` or, without such a file, found and stored."""
+    """Returns the verified cuts by name. A file in the folder `cache_dir` stores the cuts for later calls."""
     remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
     if remembered is not None and remembered.is_file():
         kept = {}

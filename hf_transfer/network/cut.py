@@ -17,7 +17,7 @@ from hf_transfer.network.trace import Call, Leaf, Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """The place where a cut's tensor is read and replaced: one output ("after") or input ("before") of a module's call."""
+    """The place where a cut's tensor is read and replaced: a module call's output (side "after") or input (side "before")."""
 
     side: Literal["after", "before"]
     module: str
@@ -30,7 +30,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Stub:
-    """A module call before the cut. The suffix does not run the module; it returns placeholder outputs instead."""
+    """A module call before the cut, for which the suffix returns placeholder outputs instead of running the module."""
 
     module: str
     index: int
@@ -39,7 +39,7 @@ class Stub:
     cut_leaf: int | None = None  # index of the leaf that is the tensor at the cut
 
     def answer(self, activation: torch.Tensor, *, dense: bool) -> Any:
-        """Returns the call's placeholder outputs for `activation` (B, *cut.shape). With `dense`, they are writable."""
+        """Returns the call's outputs: `activation` at the cut, placeholders elsewhere. `dense`: placeholders are writable."""
         batch = activation.shape[0]
         answers = []
         for i, leaf in enumerate(self.leaves):
@@ -82,9 +82,9 @@ class Cut:
 
 
 def possible_sites(trace: Trace, node: int, prefer: str | None = None) -> list[Site]:
-    """Returns the sites where the tensor made by `node` may be read and replaced, likeliest first. The sites are not verified.
+    """Returns the possible sites, likeliest first, of the tensor that the graph node `node` computes. No site is verified yet.
 
-    First come the modules that return only this tensor: the module called `prefer`, then the others from outer to inner. Then
+    First come modules that return only this tensor: the module called `prefer`, then other modules from outer to inner. Then
     comes the first module whose input is the tensor, if all uses of the tensor lie inside it. Last come modules that also
     return other tensors.
     """
@@ -107,7 +107,7 @@ def _site(side: Literal["after", "before"], call: Call, leaves: Sequence[Leaf], 
 
 
 def _takes_every_use(trace: Trace, call: Call, node: int) -> bool:
-    """Whether every use of the tensor made by `node` happens inside `call`, so that replacing the call's input is enough."""
+    """Whether only `call` uses the tensor that the graph node `node` computes, so that replacing the call's input is enough."""
     inside: set[int] = set()
     todo = [o.node for o in call.outputs if o.node is not None and o.node != node]
     while todo:

@@ -89,7 +89,7 @@ def describe_modules(model: nn.Module) -> dict[str, str]:
 
 
 class _Describer:
-    """Turns a module's attributes into JSON values without memory addresses. A config that modules share is described once."""
+    """Turns a module's attributes into JSON values without memory addresses. It describes a config that modules share once."""
 
     def __init__(self) -> None:
         self._configs: dict[int, Any] = {}
@@ -148,7 +148,7 @@ class _Describer:
         return [_describe_type(type(value)), self._describe_items(getattr(value, "__dict__", {}), depth)]
 
     def _describe_items(self, items: Mapping[Any, Any], depth: int) -> Any:
-        """Returns sorted (key, value) pairs, without tensors inside attributes, since a forward may cache tensors there."""
+        """Returns pairs of key and described value, without tensors in attributes, since a forward may cache tensors there."""
         kept = {k: v for k, v in items.items() if not (depth and isinstance(v, torch.Tensor))}
         return sorted(
             ([json.dumps(self.describe(k, depth)), self.describe(v, depth)] for k, v in kept.items()),
@@ -167,7 +167,7 @@ class _Describer:
 
 
 def _describe_type(kind: Any) -> list[str]:
-    """Returns the type's module, name, and a hash of the source file ("" for types of libraries whose versions are known)."""
+    """Returns the module and name of the type `kind`, and a hash of its source file ("" if its library has a known version)."""
     library = kind.__module__.partition(".")[0] in (*LIBRARIES, "builtins")
     return [kind.__module__, kind.__qualname__, "" if library else _hash_source(kind.__module__)]
 
@@ -185,7 +185,7 @@ def hash_part(
     before: Iterable[str],
     called: Iterable[str],
 ) -> str:
-    """Returns a hash of the network before a cut: weights, buffers, and every module that may run before the cut.
+    """Returns a hash of the weights, the buffers and the modules that the network may use before a cut.
 
     All names are names in `identity`. `hashes`: the hash of each tensor. `parameters`: all parameters. `before`: the parameters
     before the cut. `called`: modules that run before the cut. Modules whose parameters all lie after the cut are left out.

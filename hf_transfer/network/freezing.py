@@ -31,8 +31,8 @@ def set_trainable(model: nn.Module, trainable: Collection[str]) -> None:
 def set_modes(chain: Chain, cut: Cut | None, trainable: Collection[str], *, freeze_batchnorm: bool = False) -> None:
     """Puts the model in train mode and its frozen modules in eval mode, in place. Call it at the start of each epoch.
 
-    Frozen are the modules before `cut`, and every BatchNorm whose parameters are all frozen or, with `freeze_batchnorm`, every
-    BatchNorm. Any module with running statistics counts as a BatchNorm.
+    Frozen are the modules before `cut`, and every BatchNorm whose parameters are all frozen. If `freeze_batchnorm` is true,
+    every BatchNorm is frozen. Any module with running statistics counts as a BatchNorm.
     """
     chain.model.train()
     for module in _modules_before(chain.model, cut) | _frozen_norms(chain.model, trainable, freeze_batchnorm):
@@ -111,7 +111,7 @@ def _has_state(module: nn.Module) -> bool:
 
 
 def _frozen_norms(model: nn.Module, trainable: Collection[str], freeze_batchnorm: bool) -> set[nn.Module]:
-    """Returns the BatchNorms of `model` whose parameters are all frozen or, with `freeze_batchnorm`, all its BatchNorms."""
+    """Returns the frozen BatchNorms: all if `freeze_batchnorm` is true, else each without a parameter in `trainable`."""
     training = {id(parameter) for name, parameter in model.named_parameters() if name in trainable}
     frozen = set()
     for module in model.modules():

@@ -80,7 +80,7 @@ class GreedyStack:
         return replace(self, stages=stages, whole=whole, heads=self.heads[:depth])
 
     def finished(self, *, fine_tuned: bool) -> Backbone:
-        """Returns the backbone itself if it is a plain architecture, else its trained blocks with the last auxiliary head."""
+        """Returns the backbone if it is a plain architecture, else a backbone of trained blocks and the last auxiliary head."""
         if self.is_plain:
             return self.backbone
         model = self.backbone.model
@@ -130,7 +130,7 @@ def stack_layers(backbone: Backbone, chain: Chain, names: Sequence[str], aux: Au
 
 
 def layout_of(shape: Sequence[int], image_shape: Sequence[int]) -> Layout:
-    """Returns the layout of activations of `shape`: tokens, or a grid with the image's aspect ratio. Else raises ValueError."""
+    """Returns the layout of activations of `shape`, tokens or a grid like the image. Raises ValueError for any other shape."""
     if len(shape) == 2:
         return "tokens"
     if len(shape) == 3:
@@ -161,7 +161,7 @@ def _always(names: frozenset[str]) -> Callable[[Chain], frozenset[str]]:
 
 
 def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
-    """Returns the chain of a stage's network. Parameters after the stage's last layer are listed as unused."""
+    """Returns the chain of the network of one stage. Parameters after the stage's last layer are listed as unused."""
     assert network.heads is not None
     (key,) = network.heads
     parameters = tuple(n for n, _ in network.named_parameters() if n.startswith("heads."))
@@ -180,7 +180,7 @@ def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
 
 
 def _rename(layer: Layer, home: str) -> Layer:
-    """Returns `layer` with the prefix `home` in all names, for a network that became the submodule `home`."""
+    """Returns a copy of `layer` in which all module names begin with `home`, the submodule that contains the network."""
     cut = layer.cut
     return replace(
         layer,

@@ -62,7 +62,7 @@ def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, 
 
 
 def grow_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
-    """Returns a stack whose stages train the backbone's new blocks, one each. Raises ValueError if no cut follows a block."""
+    """Returns a stack that trains one block of the backbone per stage. Raises ValueError if no cut follows a block."""
     chain = backbone.chain(cache_dir=chain_dir())
     model = backbone.model
     assert isinstance(model, GreedyForImageClassification)
@@ -97,7 +97,7 @@ def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | N
 def grow_on(
     backbone: Backbone, chain: Chain, blocks: BlockSpec, aux: AuxiliaryHead, *, after: str | None = None
 ) -> GreedyStack:
-    """Returns a stack of new blocks on the frozen layers of a checkpoint, which end with the layer `after` (None: the last).
+    """Returns a stack of new blocks on the frozen layers of a checkpoint, up to the layer called `after` (None: all layers).
 
     Raises ValueError if no layer is called `after`, or if blocks do not fit its activation (convolutions need a grid).
     """
@@ -190,7 +190,7 @@ def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[
 def _plan_last_head(
     blocks: Sequence[dict[str, Any]], shape: Sequence[int], layout: Layout, hidden: int
 ) -> dict[str, Any]:
-    """Returns the constructor arguments of the head after `blocks`. The input of the first block has shape `shape`."""
+    """Returns the constructor arguments of the head that follows `blocks`. The first block's input has the shape `shape`."""
     if blocks[-1]["kind"] == "transformer":
         return plan_head((1, blocks[-1]["width"]), "tokens", hidden)
     rows, columns = shape[1:] if layout == "channels_first" else shape[:2]
@@ -212,7 +212,7 @@ def _make(config: GreedyConfig, seed: int) -> GreedyForImageClassification:
 
 
 def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]:
-    """Returns the description of a `Body` that contains the backbone's modules before `cut` and computes the cut's tensor."""
+    """Returns the description from which the class `Body` builds the backbone's modules before `cut`."""
     model: Any = backbone.model
     kept, buffers = (set(names) for names in chain.before(cut))
     kept |= buffers

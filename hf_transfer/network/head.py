@@ -8,7 +8,7 @@ from hf_transfer.network.trace import Call, Trace
 
 
 def find_head(model: nn.Module, num_classes: int) -> str | None:
-    """Returns the name of the last registered Linear or Conv2d with `num_classes` outputs, or None if no module has them."""
+    """Returns the name of the last registered Linear or Conv2d with `num_classes` outputs, or None if no such module exists."""
     names = [name for name, module in model.named_modules() if _is_head(module, num_classes)]
     return names[-1] if names else None
 

@@ -16,7 +16,7 @@ FEW_LAYERS = 3  # with fewer layers, modules with one weight also count as block
 
 
 def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list[tuple[Call, tuple[int, int]]]:
-    """Returns the layers between stem and head, in order, each with the positions of its input and output in `trace.spine`."""
+    """Returns the layers between stem and head with the positions of their inputs and outputs on the main path."""
     modules = dict(model.named_modules())
     declared = getattr(model, "layer_names", None)
     if declared is not None:  # a greedy network lists its layers itself
@@ -48,7 +48,7 @@ def find_layers(model: nn.Module, trace: Trace, classifier: Call | None) -> list
 def _bounded_calls(
     modules: dict[str, nn.Module], trace: Trace, *, min_weights: int
 ) -> list[tuple[Call, tuple[int, int]]]:
-    """Returns the calls from one tensor of `trace.spine` to a later one, of modules with enough weights, and both positions."""
+    """Returns the calls of modules with enough weights, with the positions of their inputs and outputs on the main path."""
     position = {node: i for i, node in enumerate(trace.spine)}
     # A call belongs to the head if no parameter comes after it.
     behind = (i for i in reversed(position.values()) if trace.parameters_between(trace.spine[i], 0))
@@ -120,7 +120,7 @@ def _find_blocks(
 
 
 def _keeps_grid(trace: Trace, start: int, end: int) -> bool:
-    """Whether the shapes at two positions of `trace.spine` differ in at most one dimension, the number of channels."""
+    """Whether the tensors at positions `start` and `end` of the main path differ in shape only in the number of channels."""
     before, after = trace.shapes[trace.spine[start]], trace.shapes[trace.spine[end]]
     return len(before) == len(after) and sum(a != b for a, b in zip(before, after, strict=True)) <= 1
 

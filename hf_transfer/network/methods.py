@@ -16,7 +16,7 @@ from hf_transfer.config import AdapterConfig, AdapterName
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """How to configure one adapter method in peft."""
+    """The settings with which peft creates the adapters of one method."""
 
     config: str  # name of the config class in peft
     arguments: Mapping[str, Any] = field(default_factory=dict)  # fixed arguments of the config

@@ -205,7 +205,7 @@ class GreedyForImageClassification(PreTrainedModel):
 
 
 class _ReachedError(Exception):
-    """Stops the forward of the body's network once the activation exists."""
+    """Stops the forward of the body's network when the requested tensor exists."""
 
     def __init__(self, activation: torch.Tensor) -> None:
         super().__init__()

@@ -64,7 +64,7 @@ class Part(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns logits (B, K), or the activation (B, *shape) if the part ends at a cut, for `inputs` (B, *input_shape).
 
-        Raises RuntimeError if the part has a start and its context was not entered.
+        Raises RuntimeError if the part starts at a cut and is called outside its `with` block.
         """
         if self.heads is not None:
             logits = [head(a) for head, a in zip(self.heads.values(), self.activations(inputs), strict=True)]
@@ -150,7 +150,7 @@ class Part(nn.Module):
             self._hook = None
 
     def _turn(self, side: str, module: str) -> int:
-        """Returns the number of earlier calls of `module` in this forward, or 0 if a forward calls the module only once."""
+        """Returns how many calls of the module named `module` preceded the current call in this forward."""
         if (side, module) not in self._turns:
             return 0
         turn = self._turns[side, module]
@@ -158,7 +158,7 @@ class Part(nn.Module):
         return turn
 
     def _make_answer(self, name: str, forward: Any, table: dict[int, Stub]) -> Any:
-        """Returns a `forward` for the module. Calls whose number is in `table` return its placeholder, others run as usual."""
+        """Returns a replacement of `forward` that returns placeholders for the calls whose numbers are keys of `table`."""
 
         def answer(*args: Any, **kwargs: Any) -> Any:
             stub = table.get(self._turn("forward", name))
@@ -186,7 +186,7 @@ class _EndReachedError(Exception):
 
 @contextmanager
 def watch_cuts(network: nn.Module, cuts: Sequence[Cut], visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Calls `visit(i, activation)` inside the context whenever a forward of `network` reaches `cuts[i]`."""
+    """Calls `visit(i, activation)` whenever a forward of `network` in the `with` block reaches the cut `cuts[i]`."""
     modules = dict(network.named_modules())
     calls = [0] * len(cuts)
 

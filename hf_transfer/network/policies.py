@@ -85,7 +85,7 @@ def biases() -> Policy:
 def matching(pattern: str) -> Policy:
     """Trains the parameters whose names contain a match of the regular expression `pattern`, and the classifier.
 
-    Raises ValueError if the pattern does not compile. `select` raises ValueError if it matches no layer's parameter.
+    Raises ValueError if the pattern does not compile. `select` raises ValueError if the pattern matches no layer's parameter.
     """
     try:
         expression = re.compile(pattern)

@@ -61,7 +61,7 @@ class Preprocessing:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides warnings of transformers inside the context, since this package checks the loaded weights itself."""
+    """Hides warnings of transformers while the `with` block runs, since this package checks the loaded weights itself."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -73,7 +73,7 @@ def quiet_transformers() -> Iterator[None]:
 def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Preprocessing:
     """Loads the preprocessing of the checkpoint in `folder` (Hub layout).
 
-    Raises ValueError if the checkpoint names no preprocessing, or if it does more than resize, crop, rescale and normalize.
+    Raises ValueError if the checkpoint names no preprocessing, or one that does more than resize, crop, rescale and normalize.
     """
     try:
         with quiet_transformers():
@@ -90,7 +90,7 @@ def load_preprocessing(folder: Path, *, trust_remote_code: bool = False) -> Prep
 
 
 def preprocessing_of_config(config: PreTrainedConfig, name: str) -> Preprocessing:
-    """Returns the preprocessing that `load_preprocessing` would load from a folder with only this config."""
+    """Returns the preprocessing that `load_preprocessing` would load from a folder that contains only the config `config`."""
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         config.save_pretrained(Path(parent, name))
         return load_preprocessing(Path(parent, name))

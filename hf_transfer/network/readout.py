@@ -59,7 +59,7 @@ class Readout:
 
 
 def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "all"]) -> list[Readout]:
-    """Returns the readouts, the unchanged network's first. `sweep` says whether to add other poolings, earlier layers, or both.
+    """Returns the unchanged network's readout and, as `sweep` requests, readouts of other poolings, earlier layers, or both.
 
     Raises ValueError if the network has no single linear classifier.
     """
@@ -95,7 +95,7 @@ def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "a
 
 
 def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
-    """Yields a copy of the readout `full` for every smaller depth at which a model of the network's class can be built."""
+    """Yields one readout per smaller depth of the network that can be built, with the pooling of the readout `full`."""
     depth_argument = "num_hidden_layers" if isinstance(chain.model, PreTrainedModel) else "depth"
     for k in range(len(chain) - 1, 0, -1):
         layer, left_out = chain.layers[k], chain.layers[k + 1 : -1]
@@ -169,7 +169,6 @@ class _Uninitialized(TorchFunctionMode):
     """Skips functions that initialize tensors on the meta device, since such functions take seconds and have no effect."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Skips `func` if it fills a meta tensor, and calls it otherwise."""
         kwargs = kwargs or {}
         filled = args[0] if args else kwargs.get("tensor")  # torch.nn.init calls this argument `tensor`
         if getattr(func, "__name__", "") in _FILLING and isinstance(filled, torch.Tensor) and filled.is_meta:
@@ -178,7 +177,7 @@ class _Uninitialized(TorchFunctionMode):
 
 
 def _expresses(chain: Chain, changes: Mapping[str, Any], left_out: Sequence[str]) -> bool:
-    """Whether the network's class, built with a changed configuration, still has all parameters but `left_out`."""
+    """Whether the constructor arguments `changes` give a model that lacks only the parameters named in `left_out`."""
     try:
         with torch.device("meta"), _Uninitialized():
             variant = build_variant(chain, changes, num_classes=2, with_weights=False)

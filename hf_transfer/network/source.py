@@ -93,7 +93,7 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
     unreachable: list[Exception] = []
 
     def fetch(name: str) -> Path | None:
-        """Returns the file `name`, or None if it does not exist, or if it is not cached and the Hub is unreachable."""
+        """Returns the path of the file `name`, or None if it does not exist, or is not cached while the Hub is unreachable."""
         try:
             return Path(hf_hub_download(repo, name, revision=revision or None))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
@@ -144,7 +144,7 @@ def fetch_adapter(model: str) -> Path | None:
 
 @contextmanager
 def _explained(repo: str, revision: str) -> Iterator[None]:
-    """Turns errors of the Hub inside the context into a ValueError that names the remedy."""
+    """Replaces errors of the Hub in the `with` block by a ValueError that names the remedy."""
     try:
         yield
     except GatedRepoError as error:

@@ -99,7 +99,7 @@ class _Observation:
 
 
 class _ProductRecorder(TorchFunctionMode):
-    """Records which module is running (the innermost one) whenever the network multiplies two activations."""
+    """Records the innermost running module whenever the network multiplies two activations."""
 
     def __init__(self, stack: list[str]) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class _ProductRecorder(TorchFunctionMode):
 
 
 def _observe(chain: Chain) -> _Observation:
-    """Records one forward in which only the image requires gradients, so that exactly its results require gradients."""
+    """Runs one forward, and records the modules that it calls and the modules that use results computed from the image."""
     model = chain.model
     stack = [""]
     called: set[str] = set()
@@ -162,7 +162,7 @@ class _Candidates:
 
 
 def _find_candidates(chain: Chain, seen: _Observation) -> _Candidates:
-    """Returns the modules before the head that can be adapted. Each has an activation as input, and its own weight."""
+    """Returns each Linear and Conv2d before the head whose input depends on the image and whose weight no other module uses."""
     layers = {n.rpartition(".")[0]: i for i, layer in enumerate(chain.layers[:-1]) for n in layer.parameters}
     uses = Counter(id(p) for _, p in chain.model.named_parameters(remove_duplicate=False))
     adaptable = {n: m for n, m in chain.model.named_modules() if n in layers and is_adaptable(m)}
@@ -214,7 +214,7 @@ def _count_last_layers(adapter: AdapterConfig, chain: Chain) -> int:
 
 
 def _resolve_targets(adapter: AdapterConfig, groups: Mapping[str, list[str]]) -> str:
-    """Returns the name of the group that `adapter.targets` selects. Raises ValueError if that group is empty."""
+    """Returns the name of the module group that the setting `targets` selects. Raises ValueError if the group is empty."""
     possible = [name for name, members in groups.items() if members]
     if not possible:
         raise ValueError(
@@ -253,7 +253,7 @@ def _explain_misfit(
     misfits: Mapping[str, str],
     enough: Callable[[Iterable[bool]], bool],
 ) -> str:
-    """Returns the message if the adapter does not fit `misfits`. `enough`: whether it must fit any or all `chosen` modules."""
+    """Returns the error message for an adapter that does not fit the modules in `misfits`, with settings that would fit."""
 
     def fits(other: AdapterConfig) -> bool:
         return enough(find_misfit(other, module) is None for module in chosen.values())

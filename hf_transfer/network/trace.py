@@ -35,7 +35,7 @@ class Leaf:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Call:
-    """One call of a module. `start` and `end` are times, counted in events; calls inside this call lie between these times."""
+    """One call of a module. `start` and `end` are event numbers, between which the events of all calls inside this call lie."""
 
     module: str
     index: int  # zero-based call index of this module in the forward
@@ -110,7 +110,7 @@ def _sizes_per_image(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[i
 
 
 def _constant_rows(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns the value of a tensor of two forwards if it is equal for all images (position encodings), else None."""
+    """Returns a tensor's value in both forwards if all images have the same value (position encodings), and else None."""
     if first is None or second is None:
         return None
     if first.shape == second.shape:
@@ -121,7 +121,7 @@ def _constant_rows(first: torch.Tensor | None, second: torch.Tensor | None) -> t
 
 
 def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> tuple[list[Call], dict[str, Any]]:
-    """Returns the calls of one forward, and the other fields of its `Trace`."""
+    """Runs the model once on `batch` images, and returns the module calls and a dict of the other fields of `Trace`."""
     reference = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(batch, *image_shape, generator=generator).to(reference.device, reference.dtype)
@@ -153,7 +153,7 @@ def _record(model: nn.Module, image_shape: tuple[int, int, int], batch: int) -> 
 
 
 class _Recorder:
-    """Records every module call inside the context, through forward hooks."""
+    """Records, through forward hooks, every module call that happens in the `with` block."""
 
     def __init__(self, model: nn.Module) -> None:
         self.calls: list[Call] = []
@@ -210,7 +210,7 @@ class _Recorder:
 
 
 def _read_graph(model: nn.Module, logits: torch.Tensor, image: torch.Tensor) -> dict[str, Any]:
-    """Returns the fields of `Trace` that describe the autograd graph of `logits`, and the number (`ids`) of each node."""
+    """Returns the fields of `Trace` that describe the autograd graph of `logits`, and as "ids" the number of each node."""
     if logits.grad_fn is None:
         raise ValueError(f"{type(model).__name__}: no gradient reaches the logits, so the network cannot be traced")
     names = {id(p): n for n, p in model.named_parameters()}  # a tied parameter appears only under its first name

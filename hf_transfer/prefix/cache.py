@@ -76,7 +76,7 @@ class CacheEntry:
 
 
 def key_of(fields: Mapping[str, Any]) -> str:
-    """Returns a key of 32 hex digits that depends on every field (JSON values) and on FORMAT."""
+    """Returns a cache key of 32 hex digits that depends on the JSON values `fields` and on the constant FORMAT."""
     text = json.dumps({"format": FORMAT, "fields": fields}, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -107,7 +107,7 @@ def choose_storage(
         return Storage(kind="disk", reason=f"{size} are stored on disk (the cache may use {room / 1e9:,.1f} GB)")
     if requested == "disk":
         raise ValueError(
-            f"cache='disk': {size} exceed the {room / 1e9:,.1f} GB that the cache may use: raise --cache_gb, free some disk, "
+            f"cache='disk': {size} exceed the {room / 1e9:,.1f} GB that the cache may use: raise --cache_gb, free disk space, "
             "or set HF_TRANSFER_CACHE to a folder on another disk"
         )
     if nbytes <= SHARE_OF_MEMORY * memory:
@@ -182,7 +182,7 @@ class _Group:
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.arrays.values())
 
     def named(self, stores: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns `stores` with the requested array names in place of the names on disk."""
+        """Returns the stores under the array names of the request, which may differ from the names on disk."""
         return {name: stores[self.alias or name] for name in self.arrays}
 
 
@@ -237,7 +237,7 @@ def _make_in_memory(request: StoreRequest) -> dict[str, Store]:
 
 
 def _discard_wrong(groups: Sequence[_Group], opened: list[dict[str, Store] | None], check: Check) -> list[Any]:
-    """Deletes the stores that `check` rejects, and returns `opened` with None in place of the deleted stores."""
+    """Deletes the stores in which `check` finds wrong rows, and returns `opened` with None in place of each deleted store."""
     stores = {n: s for group, files in zip(groups, opened, strict=True) if files for n, s in group.named(files).items()}
     wrong = check(stores)
     for name in wrong:
@@ -281,7 +281,7 @@ def list_caches() -> list[CacheEntry]:
 
 
 def clear_caches(keys: Sequence[str] | None = None) -> int:
-    """Removes the stores with these keys (None: all stores, and what unfinished runs left). Returns the number of freed bytes.
+    """Removes the stores whose keys are in `keys` (None: all stores, also unfinished ones). Returns the number of freed bytes.
 
     Raises ValueError for an unknown key.
     """
@@ -324,7 +324,7 @@ def _fill_shards(missing: Sequence[tuple[_Group, Path]], request: StoreRequest) 
 
 
 def _open(folder: Path) -> dict[str, Store] | None:
-    """Opens the stores in `folder` and marks them as used. Removes damaged stores. Returns None if no intact store is there."""
+    """Returns the stores in `folder`, or None if the folder is missing or damaged. A damaged folder is removed."""
     try:
         os.utime(folder / META)
         meta = json.loads((folder / META).read_text())
@@ -352,7 +352,7 @@ def _evictable() -> list[CacheEntry]:
 
 
 def _evict_for(needed: int, bound_bytes: int) -> None:
-    """Evicts the least recently used stores until `needed` more bytes fit within `bound_bytes` and on the disk."""
+    """Evicts the least recently used stores until `needed` more bytes fit on the disk and into the limit `bound_bytes`."""
     excess = max(
         sum(entry.nbytes for entry in list_caches()) + needed - bound_bytes,
         needed + DISK_LEFT_BYTES - _free_disk(),
@@ -369,7 +369,7 @@ def _evict_for(needed: int, bound_bytes: int) -> None:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Holds the lock of the unfinished store `partial` inside the context. Raises Timeout if another job holds the lock."""
+    """Locks the unfinished store `partial` while the `with` block runs. Raises Timeout if another job holds the lock."""
     lock = FileLock(f"{partial}{LOCK}", timeout=0)
     with lock:
         Path(lock.lock_file).write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -411,7 +411,7 @@ def _partial_of(folder: Path) -> Path:
 
 
 def _shard(name: str, rank: int) -> str:
-    """Returns the file name of one rank's rows of an array: a hash, since `name` may have characters that files may not."""
+    """Returns a valid name for the file that contains the rows of the array `name` that the process `rank` writes."""
     return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.{rank:05d}.npy"
 
 

@@ -31,7 +31,7 @@ def keep_whole(activation: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Tap:
-    """A request to store the activation at a cut, or a function of the activation (`keep`, for example a pooling).
+    """A request to store the result of the function `keep` (for example a pooling) of the activation at a cut.
 
     Taps with the same `keep` object and equal activation shapes share one call of `keep` per batch.
     """
@@ -97,7 +97,7 @@ def tap_activation(cut: Cut) -> Tap:
 def extract(
     chain: Chain, preprocessing: Preprocessing, split: Split, taps: Mapping[str, Tap], resources: Resources
 ) -> Extracted:
-    """Stores all taps for the images of `split`, preprocessed as in evaluation (see `extract_images`)."""
+    """Stores the values that `taps` request for the images of `split`, preprocessed as in evaluation (see `extract_images`)."""
     return extract_images(chain, EvaluationImages(split=split, preprocessing=preprocessing), taps, resources)
 
 
@@ -148,7 +148,7 @@ class _Extraction:
         self.computed = self.checked = 0
 
     def keys(self) -> dict[str, dict[str, Any]]:
-        """Returns, for each tap, everything that determines the stored values, as JSON values for the cache key."""
+        """Returns the fields of each tap's cache key, which contain everything that determines the stored values."""
         cuts = [cut for tap in self.taps.values() for cut in (tap.cut, tap.through or tap.cut)]
         prints = self.chain.fingerprint(cuts)
         return {
@@ -164,7 +164,7 @@ class _Extraction:
         }
 
     def fill(self, rows: Mapping[str, NDArray[Any]], start: int) -> None:
-        """Computes the taps named in `rows` for the images from number `start` on, and writes the values into `rows`."""
+        """Computes the values of the images from number `start` on, and writes each tap's values into its array in `rows`."""
         self.computed = len(next(iter(rows.values())))
         wanted = np.arange(start, start + self.computed)
         self.compute(wanted, rows, title=f"{self.images.name} features")
@@ -179,7 +179,7 @@ class _Extraction:
         return {name for name, store in stores.items() if not _agree(store[rows], again[name], tolerance)}
 
     def compute(self, wanted: NDArray[np.int64], out: Mapping[str, NDArray[Any]], *, title: str | None = None) -> None:
-        """Computes the taps named in `out` for the images with the numbers `wanted`, and writes the values into `out`."""
+        """Computes the values of the images numbered `wanted`, and writes each tap's values into the tap's array in `out`."""
         taps = {name: self.taps[name] for name in out}
         one_tail_at_a_time = threading.Lock()  # `keep` may run modules that several threads share
         cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
@@ -215,7 +215,7 @@ class Recomputed(Store):
         )
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
-        """Computes the rows of a slice or an int array in one pass of the prefix."""
+        """Returns the rows that the slice or int array `rows` selects, computed in one pass of the prefix."""
         wanted = np.arange(len(self))[rows]
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         self._extraction.compute(wanted, {"": out})
@@ -237,7 +237,7 @@ def check_tolerance(resources: Resources) -> float:
 
 
 def _agree(stored: NDArray[Any], computed: NDArray[Any], tolerance: float) -> bool:
-    """Whether the rows (n, ...) differ by at most `tolerance`, relative to the largest number of each row."""
+    """Whether no number of `stored` and `computed` differs by more than `tolerance` times the largest number of its row."""
     for old, new in zip(stored, computed, strict=True):
         if not (np.abs(old - new).max() <= tolerance * np.abs(old).max() or np.array_equal(old, new, equal_nan=True)):
             return False

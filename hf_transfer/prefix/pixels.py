@@ -158,7 +158,7 @@ class DecodedWhenRead(Store):
         self._make = make
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
-        """Decodes the rows of a slice or an int array."""
+        """Returns the rows that the slice or int array `rows` selects, decoded now from the images."""
         wanted = np.arange(len(self))[rows]
         return np.stack([self._make(int(i)) for i in wanted]) if len(wanted) else np.empty((0, *self.shape[1:]))
 
@@ -210,7 +210,7 @@ def store_training_squares(
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoding:
-    """The arrays to store for each image of a split, and the function that returns one image's values in all arrays."""
+    """The arrays that are stored for a split, and a function that decodes one image to this image's values in the arrays."""
 
     split: Split
     read: Callable[[int], dict[str, NDArray[Any]]]  # values by array name
@@ -228,7 +228,7 @@ class _Decoding:
         return {n for n, s in stores.items() if not np.array_equal(s[rows], np.stack([each[n] for each in decoded]))}
 
     def fill(self, rows: Mapping[str, NDArray[Any]], start: int, resources: Resources) -> int:
-        """Decodes the images from number `start` on into `rows`, in threads. Returns the number of decoded images."""
+        """Decodes the images from number `start` on in threads, and writes them into `rows`. Returns the number of images."""
         count = len(next(iter(rows.values())))
         hidden = None if resources.accelerator.is_main_process else True  # None hides the bar if there is no terminal
         bar = tqdm(total=count, desc=f"{self.split.name} pixels", unit="img", disable=hidden)
@@ -251,7 +251,7 @@ class _Decoding:
 
 
 def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -> dict[str, Store]:
-    """Returns the stores of decoded values, from the cache or by decoding the split now."""
+    """Returns the stores of the arrays that `decoding` describes, from the cache or by decoding the images now."""
     split, arrays = decoding.split, decoding.arrays
     storage = resources.choose_storage(decoding.nbytes)
     if storage.kind == "none":

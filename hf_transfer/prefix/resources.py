@@ -19,7 +19,7 @@ PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp
 
 
 def count_threads(num_workers: int) -> int:
-    """Returns the number of decoding threads of one process: `num_workers`, or one per core (at most 16) for 0."""
+    """Returns the number of decoding threads of one process: `num_workers`, or one per core up to 16 if `num_workers` is 0."""
     return num_workers or min(MAX_THREADS, os.cpu_count() or 1)
 
 
@@ -70,7 +70,7 @@ class Resources:
         return choose_storage(nbytes, requested, bound_bytes=self.max_disk_bytes)
 
     def keeping_results(self) -> "Resources":
-        """Returns the resources with `cache=none` replaced by memory, so that several readers share one pass."""
+        """Returns resources with cache='memory' in place of cache='none', so that several readers share one pass."""
         if self.compute.cache != "none":
             return self
         return replace(self, compute=replace(self.compute, cache="memory"))

@@ -38,7 +38,7 @@ def sweep(
 ) -> None:
     """Calls `compute` on the images numbered `rows`, batch by batch in any order, in eval mode and without gradients.
 
-    `title`: title of a progress bar; None: no bar. On a CPU, several threads call `compute`, each with a copy of the network.
+    `title`: the progress bar's title; None: no bar. On a CPU, several threads call `compute`, each with a copy of the network.
     """
     move_model(chain.model, resources)
     use_fast_layout(chain.model)
