@@ -96,7 +96,7 @@ class Chain:
         return tuple(n for n in head if n.startswith(self.classifier + "."))
 
     def lowest_cut(self, trainable: Collection[str]) -> Cut | None:
-        """Returns the last cut before which no parameter is in `trainable`, or None if the stem has a trainable parameter."""
+        """Returns the last cut whose prefix has no parameter in `trainable`, or None if the stem has a trainable parameter."""
         unknown = set(trainable) - {n for layer in self.layers for n in layer.parameters}
         if unknown:
             raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
@@ -272,7 +272,7 @@ def _make_layers(
 
 
 def _aliases(name: str, names: list[str]) -> tuple[str, ...]:
-    """Returns the names of the stages (modules that do not contain all layers) that contain the layer called `name`."""
+    """Returns the names of the modules that contain the layer called `name`, without modules that contain all layers."""
     parts = name.split(".")
     aliases = []
     for i in range(1, len(parts)):

@@ -56,10 +56,10 @@ class Extracted:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredActivations:
-    """Stored activations at a cut that are read as images (see `prefix.pixels.Images`). Later layers run on the activations.
+    """Stored activations at a cut, which later layers take in place of images (see `prefix.pixels.Images`).
 
-    `through`: the cuts at which activations were stored one after another; `cut` is the last of these. Activations that were
-    computed through other cuts may differ in the last bits, so they have other cache keys.
+    `through`: the cuts in order, each computed from the activations stored at the cut before; `cut` is the last. Activations
+    that were computed through other cuts may differ in the last bits, so they have other cache keys.
     """
 
     images: Images
@@ -69,7 +69,7 @@ class StoredActivations:
 
     @property
     def name(self) -> str:
-        """The name of the images that gave the activations."""
+        """The name of the split whose images gave the activations."""
         return self.images.name
 
     @property

@@ -85,8 +85,8 @@ def read_pixels(
 def move_model(model: torch.nn.Module, resources: Resources) -> None:
     """Moves `model` to the device, in place.
 
-    Several processes on a CPU have the devices cpu:0, cpu:1, ... On these, torch would replace the model's buffers at every
-    call, since torch considers cpu:0 different from cpu. Code that watches the running statistics would keep the old buffers.
+    On a CPU this is the device `cpu`, also where Accelerate names it cpu:0, cpu:1, ... in several processes. Torch considers
+    cpu:0 different from cpu, and would replace the model's buffers, while other code holds the old ones.
     """
     model.to(torch.device("cpu") if resources.device.type == "cpu" else resources.device)
 

@@ -50,7 +50,7 @@ class ClassCounts:
 
 
 def count_classes(matrix: NDArray[np.int64]) -> ClassCounts:
-    """Returns the counts of the K classes, from a confusion matrix (K, K) of true classes (rows) and predictions (columns)."""
+    """Counts hits, images and predictions of each class, from a confusion matrix (K, K): rows are true, columns predicted."""
     return ClassCounts(hits=np.diagonal(matrix), support=matrix.sum(axis=1), predicted=matrix.sum(axis=0))
 
 
