@@ -39,7 +39,7 @@ class Stub:
     cut_leaf: int | None = None  # index of the leaf that is the tensor at the cut
 
     def answer(self, activation: torch.Tensor, *, dense: bool) -> Any:
-        """Returns what the replaced call returns: `activation` at the cut, else placeholders, with memory of their own if `dense`."""
+        """Returns the outputs of the replaced call: `activation` at the cut, else placeholders, with own memory if `dense`."""
         batch = activation.shape[0]
         answers = []
         for i, leaf in enumerate(self.leaves):
