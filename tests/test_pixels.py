@@ -90,5 +90,5 @@ def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preproce
 
 def test_a_side_below_the_networks_is_refused(split: Split, preprocessing: Preprocessing) -> None:
     spec = TrainingSquares(side_px=16, augmentation=PLAIN, seed=0)
-    with pytest.raises(ValueError, match=f"0 for {default_side_px(preprocessing)}"):
+    with pytest.raises(ValueError, match=f"0 for the default of {default_side_px(preprocessing)}"):
         store_training_squares(split, preprocessing, spec, resources())

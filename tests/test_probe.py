@@ -408,7 +408,7 @@ def test_other_features_in_validation_are_refused() -> None:
 
 def test_one_row_a_class_cannot_choose_c() -> None:
     features, targets = make_data(4, 4, 4)
-    with pytest.raises(ValueError, match="give at least two rows of some class"):
+    with pytest.raises(ValueError, match="give at least two images of one class"):
         fit_probe(features[:2], targets[:2], features[2:], targets[2:], 4)
 
 
