@@ -40,5 +40,5 @@ def test_invalid_features_are_refused() -> None:
         knn_hits(np.ones((3, 2)), np.zeros(3, np.int64))
     with pytest.raises(ValueError, match="1 of 2 feature rows are not finite"):
         knn_hits(np.array([[np.nan, 1.0], [1.0, 1.0]]), np.array([0, 1]))
-    with pytest.raises(ValueError, match=r"features \(3, 2\) and labels \(2,\): expected"):
+    with pytest.raises(ValueError, match=r"features \(3, 2\) and labels \(2,\): give shapes"):
         knn_hits(np.ones((3, 2)), np.array([0, 1]))
