@@ -19,6 +19,7 @@ from hf_transfer.config import (
     list_settings,
     replace_settings,
 )
+from hf_transfer.errors import one_line_errors
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.strategy import default_config, strategy_names
@@ -63,7 +64,7 @@ class Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command that the command line names. For a user's mistake, prints one line to stderr and exits with status 2."""
+    """Runs the command that the command line names. An error ends in one line (see `errors.one_line_errors`)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["train"] and len(words) > 1 and words[1] in strategy_names():
         run_recipe(words[1], prog=f"hf-transfer train {words[1]}", arguments=words[2:])
@@ -75,10 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_flags(sub)
     given = parser.parse_args(words)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
+    with one_line_errors(f"hf-transfer {given.command}"):
         text = COMMANDS[given.command].run(given)
-    except (ValueError, RuntimeError) as error:
-        parser.exit(2, f"hf-transfer {given.command}: {error}\n")
     sys.stdout.write(text + "\n")
 
 

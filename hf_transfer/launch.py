@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_transfer.config import RunConfig
+from hf_transfer.errors import one_line_errors
 from hf_transfer.flags import parse
 
 if TYPE_CHECKING:
@@ -18,10 +19,14 @@ def run_recipe(
     """Runs the strategy called `name` with the command line's settings.
 
     `description` is the text of `--help`: a recipe gives its own docstring, and the default is the strategy's docstring.
+    An error that the user can act on ends the process with one line (see `errors.one_line_errors`).
     """
     if description is None:
         description = importlib.import_module(f"hf_transfer.strategies.{name}").__doc__
-    return run(parse(name, prog=prog or f"{name}.py", description=description, arguments=arguments))
+    prog = prog or f"{name}.py"
+    config = parse(name, prog=prog, description=description, arguments=arguments)
+    with one_line_errors(prog):
+        return run(config)
 
 
 def run(config: RunConfig) -> "RunResult":

@@ -1,0 +1,38 @@
+"""Ends a command with one line instead of a traceback, and with an exit status that says who can help.
+
+Status 2: the user gave something wrong (ValueError). Status 1: the machine, the disk or the network failed (OSError,
+RuntimeError, ...). Any other error is a defect of this package and keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+TRACEBACK = "HF_TRANSFER_TRACEBACK"  # environment variable; 1: print the traceback of every error
+
+
+@contextmanager
+def one_line_errors(prog: str) -> Iterator[None]:
+    """Exits with `PROG: MESSAGE` on stderr if the `with` block raises an error that the user can act on.
+
+    A process that a launcher started beside others names its rank. Notes of the error (`add_note`) follow the message.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, MemoryError, EOFError, KeyboardInterrupt) as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        status = 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        rank = int(os.environ.get("RANK", "0"))
+        name = f"{prog} (process {rank})" if rank else prog
+        sys.stderr.write(f"{name}: {describe_error(error)}\n")
+        sys.exit(status)
+
+
+def describe_error(error: BaseException) -> str:
+    """Returns the message of an error and its notes in one line."""
+    text = str(error) or {"KeyboardInterrupt": "interrupted", "MemoryError": "out of memory"}.get(
+        type(error).__name__, type(error).__name__
+    )
+    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
