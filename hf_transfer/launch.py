@@ -35,12 +35,12 @@ def run(config: RunConfig) -> "RunResult":
 
     SIGINT and SIGTERM end the run with `Interrupted`, after a state was saved if the run is training.
     """
-    from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
-    from hf_transfer.runs import execute, open_session, push, start_logging
-
     assert isinstance(config.strategy, Strategy)
     name = config.strategy.name
     with catch_signals():
+        from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
+        from hf_transfer.runs import execute, open_session, push, start_logging
+
         start_logging()
         with open_folder(config.output, name) as folder, explains_how_to_continue(make_resume_command(name, folder)):
             session = open_session(config, output_dir=folder)

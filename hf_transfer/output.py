@@ -8,6 +8,7 @@
 Until the run is finished, its config lives in checkpoints/config.yaml, so that no model ever lies beside another run's config.
 """
 
+import json
 import logging
 import os
 import shlex
@@ -44,11 +45,11 @@ def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
         def choose() -> str:
             folder = _name_folder(output, strategy)
             locks.enter_context(lock_folder(folder))
-            if is_finished(folder) and not (output.overwrite_output_dir or output.resume):
-                raise ValueError(
-                    f"output_dir={folder} contains a finished run: choose another folder, or replace the run with "
-                    "--overwrite_output_dir"
-                )
+            if is_finished(folder) and not output.overwrite_output_dir:
+                if not output.resume:
+                    raise _refuse(folder, "a finished run")
+                if not _can_resume(folder, strategy):
+                    raise _refuse(folder, "a finished run, and no saved state of this strategy to resume")
             if output.output_dir is None:
                 log.info("output folder: %s", folder)
             return str(folder)
@@ -146,6 +147,18 @@ def make_resume_command(strategy: str, folder: Path) -> str:
     command = shlex.join([*program, "train", strategy, "--config", str(folder / CHECKPOINTS / CONFIG), "--resume"])
     processes = os.environ.get("WORLD_SIZE", "1")
     return command if processes == "1" else f"{command} (and the options of the launcher for {processes} processes)"
+
+
+def _refuse(folder: Path, content: str) -> ValueError:
+    return ValueError(
+        f"output_dir={folder} contains {content}: choose another folder, or replace the run with --overwrite_output_dir"
+    )
+
+
+def _can_resume(folder: Path, strategy: str) -> bool:
+    """Returns whether a finished run of `strategy` left a state, with which the network, data and settings are compared."""
+    has_states = any((folder / CHECKPOINTS).glob("**/*.safetensors"))
+    return has_states and json.loads((folder / RESULTS).read_text()).get("strategy") == strategy
 
 
 def _name_folder(output: OutputConfig, strategy: str) -> Path:

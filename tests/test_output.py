@@ -14,11 +14,20 @@ import torch
 import hf_transfer as ht
 from hf_transfer import runs
 from hf_transfer.config import OutputConfig
-from hf_transfer.errors import ContinuableError
+from hf_transfer.errors import ContinuableError, describe_error
 from hf_transfer.hub.save import save_model
+from hf_transfer.interrupts import Interrupted
 from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory
-from hf_transfer.output import find_free_folder, lock_folder, make_resume_command, open_folder, replace_results
-from hf_transfer.runs import execute
+from hf_transfer.output import (
+    explains_how_to_continue,
+    find_free_folder,
+    lock_folder,
+    make_resume_command,
+    open_folder,
+    replace_results,
+)
+from hf_transfer.runs import execute, push
+from hf_transfer.training.records import RunResult
 from tests.sessions import make_session
 
 HOLD = """
@@ -71,7 +80,15 @@ def test_a_named_folder_with_a_finished_run_is_refused_unless_asked(tmp_path: Pa
         ValueError, match=r"contains a finished run: choose another folder, or .*--overwrite_output_dir"
     ):
         choose(**named)
-    assert choose(**named, overwrite_output_dir=True) == choose(**named, resume=True) == folder
+    assert choose(**named, overwrite_output_dir=True) == folder
+    (folder / "checkpoints").mkdir()
+    for strategy, state in (("lora", "nothing"), ("full", "state.safetensors")):
+        (folder / "results.json").write_text(f'{{"strategy": "{strategy}"}}')
+        (folder / "checkpoints" / state).touch()
+        with pytest.raises(ValueError, match="no saved state of this strategy to resume"):
+            choose(**named, resume=True)
+    (folder / "results.json").write_text('{"strategy": "lora"}')
+    assert choose(**named, resume=True) == folder
     assert (folder / "results.json").exists()  # until the new run is finished
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
@@ -157,6 +174,23 @@ def test_a_full_disk_at_the_end_loses_no_weights(tmp_path: Path, monkeypatch: py
     assert result.resumed
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert not (tmp_path / "checkpoints" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), Interrupted(signal.SIGINT)])
+def test_a_push_that_ends_early_names_the_command_that_repeats_the_push(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished, so the command is `publish`, not `train --resume`."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(runs, "publish", fail)
+    session = make_session("full", tmp_path)
+    result = RunResult(backbone=session.backbone, phases=(), metrics={})
+    with pytest.raises(type(error)), explains_how_to_continue("hf-transfer train"):
+        push(session, result, "me/model")
+    assert describe_error(error).endswith(f"ontinue with hf-transfer publish {tmp_path} --repo_id me/model")
 
 
 def test_a_run_that_fails_early_can_be_repeated_and_leaves_the_old_run(tmp_path: Path) -> None:
