@@ -46,8 +46,9 @@ def _choose_status(error: BaseException) -> int:
 
 
 def describe_error(error: BaseException) -> str:
-    """Returns the message of an error and its notes in one line."""
+    """Returns the message of an error and its notes, which are further sentences, in one line."""
     text = str(error) or {"KeyboardInterrupt": "interrupted", "MemoryError": "out of memory"}.get(
         type(error).__name__, type(error).__name__
     )
-    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
+    notes = getattr(error, "__notes__", ())
+    return " ".join(". ".join([text.rstrip(".") if notes else text, *notes]).split())

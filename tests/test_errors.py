@@ -22,7 +22,7 @@ def test_an_error_ends_in_one_line(error: Exception, status: int, capsys: pytest
     assert stop.value.code == status
     assert len(lines) == 1
     assert lines[0].startswith("full.py: ")
-    assert lines[0].endswith("Free some.")
+    assert lines[0].endswith(". Free some.")
 
 
 def test_a_process_beside_others_names_its_rank(
