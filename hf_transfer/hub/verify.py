@@ -68,7 +68,10 @@ def verify(
     """
     # Without -P, the script's folder would come first on sys.path, and our files would hide modules of the same name.
     command = [sys.executable, "-P", fresh_process.__file__, str(model), str(reference), *libraries]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired as error:
+        raise VerificationError(f"loading {model} in a fresh process took more than {TIMEOUT_S} s") from error
     lines = [line for line in process.stdout.splitlines() if line.startswith("{")]
     verified = tuple(
         Verified(library=library, **json.loads(line)) for library, line in zip(libraries, lines, strict=False)
