@@ -110,13 +110,13 @@ class Run:
             return folder
         if is_finished(folder):
             raise FileExistsError(f"{folder} contains a finished run: choose another folder, or delete this folder")
-        if self._session is not None and self._result is not None:
-            session = self._session.with_output(folder)
-            with lock_folder(folder) if session.is_main else nullcontext():
-                write_run(session, self._result)
-        else:
-            assert self.folder is not None
-            shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
+        is_main = self._session is None or self._session.is_main
+        with lock_folder(folder) if is_main else nullcontext():
+            if self._session is not None and self._result is not None:
+                write_run(self._session.with_output(folder), self._result)
+            else:
+                assert self.folder is not None
+                shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
         self.folder = folder
         return folder
 

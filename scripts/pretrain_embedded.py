@@ -45,7 +45,9 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(2)  # sums are split by thread, so another number gives other bits
     config = read_config(str(ROOT / "recipes" / "greedy_digits.yaml"), default_config("greedy_stack"))
-    config = replace_settings(config, {"seed": given.seed, "num_workers": 2, "resume": given.resume})
+    config = replace_settings(
+        config, {"seed": given.seed, "num_workers": 2, "resume": given.resume, "overwrite_output_dir": True}
+    )
     result = run(config)
     export(Path(config.output.output_dir) / "model", given.output_dir)
     for stage in result.details["stages"]:
