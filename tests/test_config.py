@@ -18,7 +18,7 @@ from hf_transfer.config import (
     split_repo_id,
     to_settings,
 )
-from hf_transfer.flags import GROUPS, parse
+from hf_transfer.flags import GROUPS, parse, read_config
 from hf_transfer.strategy import Strategy, default_config, make_strategy, strategy_names
 
 ROOT = Path(__file__).parents[1]
@@ -231,3 +231,10 @@ def test_help_is_grouped_and_shows_the_most_used_flags_first(name: str, capsys: 
     assert len(rest) >= 4
     shown = [name for names in sections.values() for name in names if name != "config"]
     assert sorted(shown) == sorted(list_settings(default_config(name)))  # each once
+
+
+def test_an_old_settings_file_names_the_setting_that_replaced_save_every(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("save_every: 100\n")
+    with pytest.raises(ValueError, match="unknown setting 'save_every'; did you mean save_every_s"):
+        read_config(str(file), default_config("full"))

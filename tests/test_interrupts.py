@@ -23,6 +23,7 @@ from hf_transfer import interrupts
 from hf_transfer.errors import one_line_errors
 from hf_transfer.interrupts import Interrupted, catch_signals, deferred, received
 from hf_transfer.network.policies import full
+from hf_transfer.runs import execute
 from hf_transfer.session import Session
 from hf_transfer.training import phase
 from hf_transfer.training.checkpoints import load_state
@@ -46,6 +47,23 @@ def test_a_signal_ends_a_pass_at_once(number: int) -> None:
     assert stop.value.number == number
     assert signal.getsignal(number) is former
     assert not received()
+
+
+def test_a_signal_in_the_pass_over_the_images_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that decode and store do not hold it up, and nothing waits for a step of training."""
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path))
+    session = make_session("linear_probe")
+    batches = []
+
+    def count(*_: Any) -> None:
+        batches.append(1)
+        send(signal.SIGINT)
+
+    assert session.chain  # traced, in further forward passes
+    session.chain.model.register_forward_pre_hook(count)
+    with pytest.raises(Interrupted), catch_signals():
+        execute(session)
+    assert len(batches) == 1
 
 
 def test_training_ends_at_a_step_of_its_own_and_a_second_ctrl_c_ends_it_at_once() -> None:
