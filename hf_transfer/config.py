@@ -144,7 +144,18 @@ class ComputeConfig:
 class OutputConfig:
     """Settings of the output folder and of the push to the Hub."""
 
-    output_dir: str = flag("runs/{strategy}", "folder to which the run writes its config, results, model and report")
+    output_dir: str | None = flag(
+        None,
+        "folder to which the run writes its config, results, model and report; default: runs/STRATEGY or, if that exists, "
+        "runs/STRATEGY_2 and so on; with --resume, the newest unfinished one of these folders",
+    )
+    overwrite_output_dir: bool = flag(
+        False,
+        "replace the finished run in output_dir, when the new run has finished; otherwise such a folder is refused",
+    )
+    resume: bool = flag(
+        False, "continue the run saved in output_dir/checkpoints exactly; without a saved state, start fresh"
+    )
     push_to_hub: str | None = flag(
         None, "Hub repository OWNER/NAME[@branch] to push the finished model to; the token is checked before training"
     )
@@ -272,12 +283,13 @@ class TrainingConfig:
     compile: bool = flag(False, "compile the trained layers with torch.compile: slower start, faster steps on a GPU")
     gradient_checkpointing: bool = flag(False, "save memory: recompute activations in the backward pass")
     tracker: str = flag("auto", "tracker: auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
-    resume: bool = flag(False, "continue the run saved in output_dir/checkpoints; without a saved run, start anew")
-    save_every: int = flag(0, "optimizer steps between states saved within an epoch; 0: save only after each epoch")
+    save_every_s: float = flag(
+        300.0, "seconds between saved states within an epoch, for --resume; 0: save only after each epoch"
+    )
 
     def __post_init__(self) -> None:
         _check_range(
-            self, epochs=1, gradient_accumulation_steps=1, early_stopping_patience=0, cache_views=0, save_every=0,
+            self, epochs=1, gradient_accumulation_steps=1, early_stopping_patience=0, cache_views=0, save_every_s=0,
             max_grad_norm=0, train_side_px=0,
         )  # fmt: skip
         _check_below_one(self, "label_smoothing", "ema_decay")
@@ -465,7 +477,8 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
     "grad_checkpointing": "gradient_checkpointing",
     "scale": "crop_scale", "flip": "hflip", "colour": "color_jitter", "aa": "auto_augment", "reprob": "random_erasing",
     "erase": "random_erasing", "magnitude": "randaugment_magnitude", "least_side_px": "min_resolution_px",
-    "report_to": "tracker", "log_wandb": "tracker", "resume_from_checkpoint": "resume", "save_steps": "save_every",
+    "report_to": "tracker", "log_wandb": "tracker", "resume_from_checkpoint": "resume", "save_steps": "save_every_s",
+    "save_every": "save_every_s",
     "hub_model_id": "push_to_hub", "hub_private_repo": "private", "output": "output_dir", "r": "rank", "lora_r": "rank",
     "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets", "peft_type": "adapter",
     "model_kwargs": "model_args",

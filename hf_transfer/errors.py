@@ -1,15 +1,23 @@
 """Ends a command with one line instead of a traceback, and with an exit status that says who can help.
 
 Status 2: the user gave something wrong (ValueError). Status 1: the machine, the disk or the network failed (OSError,
-RuntimeError, ...). Any other error is a defect of this package and keeps its traceback.
+RuntimeError, ...). Status 130 or 143: SIGINT or SIGTERM ended the run. Any other error is a defect of this package and keeps
+its traceback.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hf_transfer.interrupts import Interrupted
+
 TRACEBACK = "HF_TRANSFER_TRACEBACK"  # environment variable; 1: print the traceback of every error
+
+
+class ContinuableError(RuntimeError):
+    """An error after which the same run can continue: its inputs are right, and its saved state is intact."""
 
 
 @contextmanager
@@ -23,11 +31,18 @@ def one_line_errors(prog: str) -> Iterator[None]:
     except (ValueError, OSError, RuntimeError, MemoryError, EOFError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        status = 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         rank = int(os.environ.get("RANK", "0"))
         name = f"{prog} (process {rank})" if rank else prog
-        sys.stderr.write(f"{name}: {describe_error(error)}\n")
-        sys.exit(status)
+        if not rank or not isinstance(error, Interrupted):  # all processes are interrupted together: one line says so
+            sys.stderr.write(f"{name}: {describe_error(error)}\n")
+        sys.exit(_choose_status(error))
+
+
+def _choose_status(error: BaseException) -> int:
+    """Returns the exit status: 2 for a user's mistake, 128 + number for a signal, as in a shell, and otherwise 1."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def describe_error(error: BaseException) -> str:

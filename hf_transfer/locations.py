@@ -1,9 +1,11 @@
-"""The folders of caches and of the package's recipes."""
+"""The folders of caches and of the package's recipes, and names in an output folder."""
 
 import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+CONFIG, RESULTS = "config.yaml", "results.json"  # files of an output folder
+CHECKPOINTS = "checkpoints"  # folder of an output folder: the saved states and, until the run is finished, config.yaml
 
 
 def cache_dir() -> Path:

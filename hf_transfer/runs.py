@@ -10,14 +10,19 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_available, parse_flag_from_env, set_seed
+from safetensors import SafetensorError
 
-from hf_transfer.config import GradientConfig, RunConfig
+from hf_transfer.config import GradientConfig, RunConfig, replace_settings
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.hub.publish import PublishOptions, check_push, publish
+from hf_transfer.errors import ContinuableError
+from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
+from hf_transfer.locations import CHECKPOINTS
 from hf_transfer.network.adapters import Adapted
+from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory, suggest_batches
+from hf_transfer.output import explains_how_to_continue, replace_results
 from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
@@ -38,9 +43,10 @@ def open_session(
     output_dir: Path | None = None,
     unrepeatable: Sequence[str] = (),
 ) -> Session:
-    """Starts the Accelerator and trackers, writes config.yaml, loads data and network, and returns all of these as a session.
+    """Starts the Accelerator and trackers, writes the config, loads data and network, and returns all of these as a session.
 
-    `load` returns the splits (default: the splits in the settings). Without `output_dir`, the run writes only caches.
+    `load` returns the splits (default: the splits in the settings). The config is written to checkpoints/config.yaml in
+    `output_dir`. Without `output_dir`, the run writes only caches.
     `unrepeatable`: sentences about inputs that config.yaml does not contain. Raises ValueError for an error in the settings,
     the data or the checkpoint, and PushError, before any download, if the Hub would refuse the push.
     """
@@ -51,7 +57,9 @@ def open_session(
         if config.output.push_to_hub is not None:
             check_push(config.output.push_to_hub)  # before hours of training
         if output_dir is not None:
-            write_config(output_dir, config, unrepeatable)
+            # The run can be repeated, or resumed, even if it fails before it is finished.
+            resumable = replace_settings(config, {"output_dir": str(output_dir)})
+            write_config(output_dir / CHECKPOINTS, resumable, unrepeatable)
     if accelerator.log_with:
         # A tracker may send the settings to a server, so they contain no local path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
@@ -76,10 +84,18 @@ def open_session(
 
 
 def execute(session: Session) -> RunResult:
-    """Trains with the session's strategy, scores the network, and writes the output folder if the session has one."""
+    """Trains with the session's strategy, scores the network, and writes the output folder if the session has one.
+
+    Raises FullMemoryError, with the settings that need less memory, if the memory of the machine or of the device is full.
+    """
     assert isinstance(session.strategy, Strategy)
     with session.costs:
-        result = session.strategy.run(session)
+        try:
+            result = session.strategy.run(session)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise FullMemoryError(suggest_batches(session)) from error
         if session.output_dir is not None:
             write_run(session, result)
     session.accelerator.end_training()
@@ -87,24 +103,38 @@ def execute(session: Session) -> RunResult:
 
 
 def write_run(session: Session, result: RunResult) -> dict[str, Any]:
-    """Writes model/, results.json and report.html in the main process, while the other processes wait.
+    """Writes config.yaml, model/, results.json and report.html in the main process, while the other processes wait.
 
-    Returns the content of results.json in the main process, and {} in the other processes.
+    Returns the content of results.json in the main process, and {} in the other processes. Raises ContinuableError if the disk
+    refuses a file; an older run in the folder is then unchanged.
     """
     results: dict[str, Any] = {}
     if session.is_main:
         assert session.output_dir is not None
-        data, costs = session.data, session.costs
-        card = describe_run(session, result)  # the card's cost does not include saving
-        with costs.part("save"):
-            save_model(result.backbone, card, session.output_dir / "model")
-            write_reference(result.backbone, data.test or data.validation, session.output_dir / REFERENCE)
-        results = describe_run(session, result)
-        write_results(session.output_dir, results)
+        try:
+            results = _write_results(session, result, session.output_dir)
+        except (OSError, SafetensorError) as error:
+            raise ContinuableError(
+                f"the results cannot be written to {session.output_dir} ({error}): free disk space, or make the folder "
+                "writable"
+            ) from error
         for split, metrics in result.metrics.items():
             log.info("%s: %s", split, describe_accuracy(metrics))
         log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
     session.accelerator.wait_for_everyone()
+    return results
+
+
+def _write_results(session: Session, result: RunResult, folder: Path) -> dict[str, Any]:
+    data, costs = session.data, session.costs
+    card = describe_run(session, result)  # the card's cost does not include saving
+    with replace_results(folder) as staging:
+        with costs.part("save"):
+            save_model(result.backbone, card, staging / "model")
+            write_reference(result.backbone, data.test or data.validation, staging / REFERENCE)
+        results = describe_run(session, result)
+        write_config(staging, session.config, session.unrepeatable)
+        write_results(staging, results)
     return results
 
 
@@ -116,19 +146,25 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
     if not session.is_main:
         return None
     assert session.output_dir is not None
-    options = PublishOptions(private=session.config.output.private)
-    published = publish(session.output_dir, repo_id, adapter=isinstance(result.backbone, Adapted), options=options)
+    options, adapter = PublishOptions(private=session.config.output.private), isinstance(result.backbone, Adapted)
+    command = publish_command(session.output_dir, repo_id, options, adapter=adapter)
+    with explains_how_to_continue(command, OSError):  # the run is finished: only the push is left
+        published = publish(session.output_dir, repo_id, adapter=adapter, options=options)
     log.info("published: %s", published.url)
     return published.url
 
 
 def start_logging() -> None:
     """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
-    # The first PartialState decides whether there are several processes, for the Accelerator too.
-    is_main = PartialState(cpu=_uses_cpu()).is_main_process
+    is_main = connect_processes().is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def connect_processes() -> PartialState:
+    """Connects the processes that a launcher started. The first call decides, for the Accelerator too."""
+    return PartialState(cpu=_uses_cpu())
 
 
 def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:

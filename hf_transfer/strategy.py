@@ -12,11 +12,11 @@ Commands, recipes, Python and `auto` run the same `Strategy` object. Heavy modul
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import GradientConfig, OutputConfig, RunConfig, StrategyConfig, replace_settings
+from hf_transfer.config import GradientConfig, RunConfig, StrategyConfig, replace_settings
 
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
@@ -130,5 +130,4 @@ def strategy_function(name: str) -> Callable[..., Strategy]:
 def default_config(name: str) -> RunConfig:
     """Returns the default settings of a run of the strategy `name`."""
     kind = get_strategy(name)
-    output = OutputConfig(output_dir=OutputConfig().output_dir.format(strategy=name))
-    return replace_settings(replace(RunConfig(strategy=kind()), output=output), kind.task_defaults)
+    return replace_settings(RunConfig(strategy=kind()), kind.task_defaults)

@@ -32,7 +32,7 @@ from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.methods import METHODS, AdapterConfig, is_adaptable
 from hf_transfer.network.targets import find_targets
 from hf_transfer.strategy import Strategy, default_config
-from hf_transfer.training.checkpoints import save_state
+from hf_transfer.training.checkpoints import StateWriter
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.plan import run_plan
 from hf_transfer.training.records import RunResult
@@ -457,19 +457,20 @@ def test_the_upstream_weights_keep_every_bit_and_the_adapters_move(tmp_path: Pat
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: dict[str, Any]
 ) -> None:
-    settings = {**adapters, "cache_views": 0, "save_every": 2}
+    settings = {**adapters, "cache_views": 0, "save_every_s": 1e-9}
     whole, _, _ = train(tmp_path / "whole", **settings)
     saves = 0
 
-    def stop_at_the_fourth(*arguments: Any) -> None:
+    def stop_at_the_fourth(writer: StateWriter, state: dict[str, Any]) -> None:
         nonlocal saves
         saves += 1
-        save_state(*arguments)
+        write(writer, state)
         if saves == 4:
             raise KeyboardInterrupt
 
+    write = StateWriter.write
     with monkeypatch.context() as patch:
-        patch.setattr("hf_transfer.training.phases.save_state", stop_at_the_fourth)
+        patch.setattr(StateWriter, "write", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "cut", **settings)
     resumed, result, _ = train(tmp_path / "cut", resume=True, **settings)

@@ -63,10 +63,6 @@ def test_saved_settings_repeat_the_run(name: str, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_the_output_folder_is_named_after_the_strategy() -> None:
-    assert parsed().output.output_dir == "runs/lora"
-
-
 def test_where_to_push_is_checked_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed("--push_to_hub", "me/my-model@v2", "--private").output.private
     assert split_repo_id("me/my-model@feature/x") == ("me/my-model", "feature/x")

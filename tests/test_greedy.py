@@ -102,7 +102,7 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    session = open_session(tmp_path_factory.mktemp("whole"), save_every=1)
+    session = open_session(tmp_path_factory.mktemp("whole"), save_every_s=1e-9)
     stack = make_stack(session)
     counts = count_block_images(stack)
     grown = grow_all(session, stack)
@@ -181,10 +181,10 @@ def test_resumed_equals_uninterrupted_across_stages(
     whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int, message: str
 ) -> None:
     """A fresh stack continues a stopped run to the same bits."""
-    session = open_session(tmp_path, save_every=1)
+    session = open_session(tmp_path, save_every_s=1e-9)
     with stopped_in_step(step):
         strategy_of(session).run(session)
-    again = open_session(tmp_path, save_every=1, resume=True)
+    again = open_session(tmp_path, save_every_s=1e-9, resume=True)
     with caplog.at_level("INFO", "hf_transfer"):
         resumed = strategy_of(again).run(again)
     assert message in caplog.messages

@@ -28,7 +28,7 @@ CASES = {  # strategy -> its settings
     "linear_probe": {},
     "full": {"epochs": 1, "tracker": "none"},
 }
-FILES = {"config.yaml", "results.json", "model", "report.html", "reference.safetensors"}
+FILES = {".lock", "config.yaml", "results.json", "model", "report.html", "reference.safetensors"}
 
 
 @pytest.fixture(scope="module", autouse=True)

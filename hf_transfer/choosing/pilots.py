@@ -93,7 +93,7 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
 
 def _shorten(strategy: Strategy, epochs: int) -> GradientStrategy:
     assert isinstance(strategy, GradientStrategy)
-    training = replace(strategy.training, epochs=max(1, epochs), resume=False, early_stopping_patience=0, wise_ft=False)
+    training = replace(strategy.training, epochs=max(1, epochs), early_stopping_patience=0, wise_ft=False)
     return replace(strategy, training=training)
 
 

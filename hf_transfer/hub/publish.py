@@ -40,7 +40,7 @@ LOADED = (
     "task.json",
 )  # fmt: skip
 
-__all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish"]
+__all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish", "publish_command"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def publish(
     files = {name: p for name, p in files.items() if not re.search(r"(^|/)\.", name)}
     url = None
     if not options.dry_run:
-        command = _command(run, repo_id, options, adapter=adapter, base=base)
+        command = publish_command(run, repo_id, options, adapter=adapter, base=base)
         attempt = Attempts(repo_id, f"Nothing is lost, because the run is on this disk. Repeat: {command}")
         revision = options.revision or branch
         target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
@@ -141,7 +141,9 @@ def check_push(repo_id: str, *, token: str | None = None) -> None:
     attempt("read the model card", lambda: _refuse_foreign_card(target))
 
 
-def _command(run: Path, repo_id: str, options: PublishOptions, *, adapter: bool, base: str | None) -> str:
+def publish_command(
+    run: Path, repo_id: str, options: PublishOptions, *, adapter: bool = False, base: str | None = None
+) -> str:
     """Returns the `hf-transfer publish` command that repeats this push."""
     values = {"--base": base, "--revision": options.revision}
     names = ("private", "create_pr", "overwrite", "without_fine_tuning")

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
+from hf_transfer.interrupts import deferred
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.session import Session
@@ -49,7 +50,8 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
     """Trains the chain's model in place. Afterwards the model has the weights that `selection.Selection` chose.
 
     `starts_trained`: whether the initial weights are kept unless an epoch is better beyond chance. `resumed`: the saved state
-    of this phase. Raises NonFiniteLossError if the loss is not finite, and FrozenChangedError if a frozen tensor changed.
+    of this phase. Raises NonFiniteLossError if the loss is not finite, FrozenChangedError if a frozen tensor changed, and
+    Interrupted, after a state was saved, if a signal asked the run to end.
     """
     session, training = run.session, run.session.gradient.training
     chain, accelerator = session.chain, session.accelerator
@@ -71,6 +73,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         def save() -> None:
             run.save(_read_state(progress, selection, trainable, accelerator))
 
+        contexts.enter_context(deferred())
         while progress.epoch < run.phase.epochs and not progress.stopped:
             steps.run_epoch(progress, save)
             with trainable.average.swapped(trainable.state) if trainable.average else nullcontext():

@@ -107,7 +107,7 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
         return True
 
     folder = session.checkpoints and session.checkpoints / STAGES
-    if folder is not None and session.is_main and not (settings.training.resume and has_state(folder)):
+    if folder is not None and session.is_main and not (session.config.output.resume and has_state(folder)):
         remove_state(folder.with_name(FINE_TUNING))  # a state of another grown network
     own = session.with_network(stack.backbone, stack.whole).with_strategy(_stage_settings(settings, options))
     ran = run_phases(own, plan, checkpoints=folder, continues=continues)
