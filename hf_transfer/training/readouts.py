@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
@@ -34,6 +35,7 @@ log = logging.getLogger(__name__)
 
 MAX_LINES = 6  # most lines in a chart
 VERIFIED_IMAGES = 8
+AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
 # Largest allowed difference between logits from pixels and logits from stored features, relative to the largest logit.
 VERIFIED_RELATIVE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
@@ -176,20 +178,42 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
     The difference is relative to the largest logit. Raises RuntimeError if the difference is larger than rounding explains,
     since the saved model would then not have the measured score.
     """
-    device = resources.device
-    rows = range(min(VERIFIED_IMAGES, len(split)))
-    pixels = np.stack([backbone.preprocessing.pixels(split.image(i)) for i in rows])
-    model = backbone.model.to(device)
-    with eval_mode(model), torch.no_grad():
-        whole = compute_logits(model, backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device)))
-        stored = best.compute_logits(torch.from_numpy(best.features.stores[split.name][: len(rows)]).to(device))
+    whole, stored = _compare_with_saved(backbone, best, split, resources, np.arange(min(VERIFIED_IMAGES, len(split))))
     difference = float((whole - stored).abs().max() / whole.abs().max().clamp(min=1.0))
     if not difference <= VERIFIED_RELATIVE[resources.precision]:
         raise RuntimeError(
             f"the logits of the whole network and of the probe on stored features differ by {difference:.2g} (relative) "
-            f"on {len(rows)} {split.name} images"
+            f"on {len(whole)} {split.name} images"
         )
     return difference
+
+
+def measures_saved(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> bool:
+    """Whether metrics of the probe on stored features are also metrics of the saved network in fp32.
+
+    In fp32, `verify_probe` has shown this. In lower precision, they must agree on AGREEING_IMAGES images of `split`: in every
+    predicted class, and in log-loss within AGREEING_LOG_LOSS.
+    """
+    if resources.precision == "fp32":
+        return True
+    rows = np.unique(np.linspace(0, len(split) - 1, AGREEING_IMAGES).astype(int))
+    whole, stored = _compare_with_saved(backbone, best, split, resources, rows)
+    labels = torch.from_numpy(split.labels[rows]).to(whole.device)
+    difference = float(F.cross_entropy(whole, labels) - F.cross_entropy(stored, labels))
+    return bool((whole.argmax(1) == stored.argmax(1)).all()) and abs(difference) <= AGREEING_LOG_LOSS
+
+
+def _compare_with_saved(
+    backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources, rows: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the logits (B, K) of the images `rows`, from pixels in fp32 and from stored features."""
+    device = resources.device
+    pixels = np.stack([backbone.preprocessing.pixels(split.image(int(i))) for i in rows])
+    model = backbone.model.to(device)
+    with eval_mode(model), torch.no_grad():
+        whole = compute_logits(model, backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device)))
+        stored = best.compute_logits(torch.from_numpy(best.features.stores[split.name][rows]).to(device))
+    return whole, stored
 
 
 def describe_readouts(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
