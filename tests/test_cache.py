@@ -367,6 +367,15 @@ def test_an_unfinished_store_of_other_content_or_batches_is_removed(root: Path, 
     assert len(list(root.iterdir())) == 1
 
 
+def test_an_unfinished_store_counts_as_free_for_the_job_that_continues_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(700, fill=Interrupting(600))
+    monkeypatch.setattr(storage, "free_disk_bytes", lambda: contents.DISK_LEFT_BYTES)  # the disk is full otherwise
+    rest = Interrupting(1000)
+    assert cached(FIELDS, request(ARRAYS, 700, rest, cache="auto")).storage.kind == "disk"
+    assert rest.rows == 700 - 512
+
+
 def test_a_chunk_holds_whole_batches() -> None:
     for batch_rows in (1, 3, 64, 1000):
         chunks = layout.make_layout(5000, 3, batch_rows).chunks(1)
@@ -551,30 +560,6 @@ def test_each_rank_writes_its_rows_and_reads_all(num_rows: int, root: Path, tmp_
     np.testing.assert_array_equal(build(num_rows, fill=must_not_fill)["features"][:], content(0, num_rows)["features"])
 
 
-def discard_as_rank(folder: Path, rank: int, count: int, num_rows: int) -> None:
-    ranks = FileRanks(folder, rank, count).as_ranks()
-    build(num_rows, ranks=ranks)
-    filled = []
-
-    def fill_again(missing: MissingRows) -> None:
-        filled.append(missing.start)
-        fill(missing)
-
-    def check(stores: Mapping[str, Store]) -> list[str]:
-        assert rank == 0, "rank 0 alone checks"
-        return ["features"]
-
-    build(num_rows, ranks=ranks, fill=fill_again, check=check)
-    assert filled == [num_rows * rank // count]
-
-
-def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "meet").mkdir()
-    join(*[start_process(discard_as_rank, tmp_path / "meet", rank, 2, 11) for rank in range(2)])
-    assert len(list(root.iterdir())) == 1
-    build(11, fill=must_not_fill, check=lambda stores: [])
-
-
 def test_nothing_is_stored_under_none(root: Path) -> None:
     stored = cached(FIELDS, request(ARRAYS, 10, must_not_fill, cache="none"))
     assert (stored.stores, stored.storage.kind) == ({}, "none")
@@ -629,6 +614,27 @@ def run_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
+
+
+def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path) -> None:
+    def work(ranks: Ranks) -> list[int]:
+        build(11, ranks=ranks)
+        filled = []
+
+        def fill_again(missing: MissingRows) -> None:
+            filled.append(missing.start)
+            fill(missing)
+
+        def check(stores: Mapping[str, Store]) -> list[str]:
+            assert ranks.rank == 0, "rank 0 alone checks"
+            return ["features"]
+
+        build(11, ranks=ranks, fill=fill_again, check=check)
+        return filled
+
+    assert run_ranks(2, work) == [[0], [5]]
+    assert len(list(root.iterdir())) == 1
+    build(11, fill=must_not_fill, check=lambda stores: [])
 
 
 @pytest.mark.parametrize("cache", ["disk", "memory"])

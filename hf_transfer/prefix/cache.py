@@ -19,7 +19,7 @@ from filelock import Timeout
 from numpy.typing import NDArray
 
 from hf_transfer.locations import describe_unwritable, report_unwritable, store_dir
-from hf_transfer.prefix.contents import delete, evict_for, list_partials, locked, partial_of, remove_abandoned
+from hf_transfer.prefix.contents import delete, evict_for, list_partials, locked, partial_of, remove_abandoned, size_of
 from hf_transfer.prefix.layout import (
     PROGRESS,
     Arrays,
@@ -160,7 +160,8 @@ class _Search:
         storage = Storage(kind="disk", reason=f"{self.nbytes / 1e6:,.1f} MB were found on disk")
         if any(lists):
             needed = max(request.num_rows * sum(self.groups[i].row_bytes() for i in missing) for missing in lists)
-            capacity = measure_capacity(ranks, request.bound_bytes, needs_disk=True)
+            reusable = sum(size_of(p) for folder in self.folders for p in list_partials(folder))
+            capacity = measure_capacity(ranks, request.bound_bytes, needs_disk=True, reusable_bytes=reusable)
             storage = choose_storage(needed, request.cache, capacity)
             if storage.kind == "disk" and (problem := self._build(lists[self.folder_group.leader])):
                 capacity = replace(capacity, disk_bytes=0, problem=problem)
@@ -193,7 +194,10 @@ class _Search:
                 )
                 discard(self.folders[number], warning)
                 self.opened[number] = None
-        return [i for i, opened in enumerate(self.opened) if opened is None]
+        missing = [i for i, opened in enumerate(self.opened) if opened is None]
+        if missing:
+            remove_abandoned(keep=[partial for i in missing for partial in list_partials(self.folders[i])])
+        return missing
 
     def _open_all(self) -> None:
         for i, folder in enumerate(self.folders):
@@ -222,15 +226,15 @@ class _Search:
             shards: list[UnfinishedShard] = []
 
             def claim() -> list[str]:
-                return [self._claim(i, layout, locks).name for i in missing] if group.is_leader else []
+                if not group.is_leader or not missing:
+                    return []
+                claimed = [self._claim(i, layout, locks) for i in missing]
+                remove_abandoned(keep=claimed)  # those of another layout
+                row_bytes = sum(self.groups[i].row_bytes() for i in missing)
+                evict_for(self.request.num_rows * row_bytes, self.request.bound_bytes)
+                return [partial.name for partial in claimed]
 
             def allocate() -> None:
-                if group.is_leader and missing:
-                    remove_abandoned(keep=partials)
-                    evict_for(
-                        self.request.num_rows * sum(self.groups[i].row_bytes() for i in missing),
-                        self.request.bound_bytes,
-                    )
                 for i, partial in zip(missing, partials, strict=True):
                     shards.append(UnfinishedShard(partial, group.index, self.groups[i].stored(), layout))
 
@@ -249,9 +253,10 @@ class _Search:
                 raise
             if outcomes.errors:
                 self._delete_unless_begun(partials)
-            checksums = [outcomes.check()[rank] for rank in group.members]
-            ranks.together(lambda: self._complete(missing, partials, layout, checksums))
-        return None
+            results = outcomes.check()
+            checksums = [results[rank] for rank in group.members]
+            _, problem = self._write_together(lambda: self._complete(missing, partials, layout, checksums))
+        return problem
 
     def _write_together(self, step: Callable[[], T]) -> tuple[list[T], str | None]:
         """Runs `step` on all ranks. Returns their values, and why a rank cannot write to its disk (None if all can)."""

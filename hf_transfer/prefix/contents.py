@@ -12,7 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -123,12 +123,21 @@ def list_partials(folder: Path) -> list[Path]:
     return [path for path in _list_paths() if path.name.startswith(f"{folder.name}{PARTIAL}") and path.suffix != LOCK]
 
 
+def size_of(path: Path) -> int:
+    """Returns the number of bytes of a file, or of the files in a folder; 0 if another job removes the path now."""
+    try:
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    except OSError:
+        return 0
+
+
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
     """Locks the unfinished store `partial` while the `with` block runs. Raises Timeout if another job holds the lock."""
     lock = FileLock(f"{partial}{LOCK}", timeout=0)
     with lock:
-        Path(lock.lock_file).write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with suppress(OSError):  # the name of the owner is for the log only, and does not fit on a full disk
+            Path(lock.lock_file).write_text(f"process {os.getpid()} on {socket.gethostname()}")
         try:
             yield
         finally:
@@ -178,9 +187,8 @@ def delete(path: Path) -> None:
 def _describe(path: Path) -> CacheEntry | None:
     """Returns the entry of a store, or None if another job has just removed it."""
     try:
-        files = list(path.iterdir()) if path.is_dir() else [path]
-        nbytes = sum(file.stat().st_size for file in files)
-        described = path / META if path / META in files else path
+        nbytes = size_of(path)
+        described = path / META if (path / META).exists() else path
         last_used = datetime.fromtimestamp(described.stat().st_mtime)
     except OSError:
         return None

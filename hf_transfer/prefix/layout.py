@@ -158,9 +158,13 @@ def can_continue(partial: Path, layout: Layout) -> bool:
 
 
 def write_layout(partial: Path, layout: Layout) -> None:
-    """Creates the folder of an unfinished store."""
+    """Creates the folder of an unfinished store. Raises OSError, and leaves no folder, if nothing can be written."""
     partial.mkdir(parents=True, exist_ok=True)
-    write_sealed(partial / LAYOUT, asdict(layout))
+    try:
+        write_sealed(partial / LAYOUT, asdict(layout))
+    except OSError:
+        delete(partial)
+        raise
 
 
 def complete(partial: Path, folder: Path, meta: Mapping[str, Any], layout: Layout, checksums: Checksums) -> None:

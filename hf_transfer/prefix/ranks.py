@@ -7,7 +7,6 @@ another node. All ranks run the same collectives in the same order, whatever the
 import logging
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,13 +119,11 @@ def _probe(ranks: Ranks, folder: Path) -> FolderGroup:
 
 
 def _write_token(token: Path) -> str | None:
-    """Writes a small file in the cache folder. Returns None, or a sentence that says why the file cannot be written."""
+    """Creates an empty file in the cache folder. Returns None, or a sentence that says why this is impossible."""
     try:
         token.parent.mkdir(parents=True, exist_ok=True)
-        token.write_text(token.name)
+        token.touch()  # without content, which a full disk would refuse before stores are evicted
     except OSError as error:
-        with suppress(OSError):
-            token.unlink(missing_ok=True)  # it exists without content if the disk is full
         report_unwritable(error)
         return describe_unwritable(error)
     return None

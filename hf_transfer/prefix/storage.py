@@ -62,13 +62,14 @@ def choose_storage(nbytes: int, requested: CacheKind, capacity: Capacity) -> Sto
     return Storage(kind="none", reason=f"{size} fit into neither {free}, so they are recomputed at each use")
 
 
-def measure_capacity(ranks: Ranks, bound_bytes: int | None, *, needs_disk: bool) -> Capacity:
+def measure_capacity(ranks: Ranks, bound_bytes: int | None, *, needs_disk: bool, reusable_bytes: int = 0) -> Capacity:
     """Returns the least capacity of all ranks, the same on every rank. The ranks of one machine share its memory.
 
-    `bound_bytes`: size limit of all stores together; None: the default limit. Without `needs_disk`, no folder is touched.
+    `bound_bytes`: size limit of all stores together; None: the default limit. `reusable_bytes`: size of the unfinished stores
+    that this job continues. Without `needs_disk`, no folder is touched.
     """
     problem = find_group(ranks).problem if needs_disk else None
-    disk_bytes = _measure_disk(bound_bytes) if needs_disk and problem is None else 0
+    disk_bytes = _measure_disk(bound_bytes, reusable_bytes) if needs_disk and problem is None else 0
     mine = Capacity(disk_bytes=disk_bytes, memory_bytes=psutil.virtual_memory().available, problem=problem)
     measured: list[tuple[str, Capacity]] = ranks.gather((socket.gethostname(), mine))
     ranks_on = Counter(host for host, _ in measured)
@@ -80,6 +81,6 @@ def measure_capacity(ranks: Ranks, bound_bytes: int | None, *, needs_disk: bool)
     )
 
 
-def _measure_disk(bound_bytes: int | None) -> int:
-    free = free_disk_bytes() + sum(entry.nbytes for entry in list_evictable()) - DISK_LEFT_BYTES
+def _measure_disk(bound_bytes: int | None, reusable_bytes: int) -> int:
+    free = free_disk_bytes() + reusable_bytes + sum(entry.nbytes for entry in list_evictable()) - DISK_LEFT_BYTES
     return min(free, default_bound_bytes() if bound_bytes is None else bound_bytes)
