@@ -748,6 +748,7 @@ def test_a_full_disk_costs_the_disk_alone(root: Path, caplog: pytest.LogCaptureF
     with files_of_at_most(5000):
         small = cached({"small": 1}, request(ARRAYS, 10, fill, cache="auto"))
         stored = cached(FIELDS, request(ARRAYS, 1000, fill, cache="auto"))
+        cached(FIELDS, request(ARRAYS, 1001, fill, cache="auto"))
         with pytest.raises(OSError, match=r"cache='disk': cannot write to the cache folder .*File too large"):
             build(2000, cache="disk")
     assert (small.storage.kind, stored.storage.kind) == ("disk", "memory")

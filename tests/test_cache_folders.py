@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from hf_transfer.config import list_settings
+from hf_transfer.strategy import default_config
 from tests.test_plan import assert_close
 from tests.test_recipes import RECIPES, run_ranks, run_recipe
 
@@ -16,8 +18,8 @@ UNEQUAL = ("auto", "greedy_stack", "pretrain")
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", RECIPES)
 def test_processes_without_a_shared_folder_train_as_one(name: str, count: int, tmp_path: Path) -> None:
-    flags = ["--images_per_class", "18", "--tracker", "none"]
-    flags += {"linear_probe": [], "auto": ["--budget_s", "60"]}.get(name, ["--epochs", "2"])
+    small = {"images_per_class": "18", "tracker": "none", "epochs": "2", "budget_s": "60"}
+    flags = [part for flag in small.keys() & list_settings(default_config(name)) for part in (f"--{flag}", small[flag])]
     caches = [tmp_path / f"cache {rank}" for rank in range(count)]
     run_ranks(name, *flags, "--batch_size", str(18 // count), "--output_dir", str(tmp_path / "many"), caches=caches)
     for cache in caches:
