@@ -131,7 +131,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache(given: argparse.Namespace) -> str:
-    from hf_transfer.prefix.cache import clear_caches, list_caches
+    from hf_transfer.prefix.contents import clear_caches, list_caches
 
     if given.clear is not None:
         return f"removed {clear_caches(given.clear or None) / 1e6:.1f} MB of stored activations"

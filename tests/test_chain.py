@@ -1,6 +1,5 @@
 """The chain is an ordered, complete partition of a network, named as people name its layers; and it says what it cannot do."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 import hf_transfer.network.chain as chain_module
 from hf_transfer.network.chain import FEATURES, Chain, build_chain
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.sealed import read_sealed, seal
 
 SHAPE = (3, 8, 8)
 
@@ -467,10 +467,38 @@ def test_verified_sites_are_remembered_by_structure(tmp_path: Path, monkeypatch:
         build_chain(make_model("ViT"), FAMILIES["ViT"].image_shape, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"garbage", bytes(range(256)), seal({"stem": 1}).encode(), b"[" * 10**6]
+)
+def test_a_damaged_file_of_sites_is_discarded_and_written_again(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, shape = Net().eval(), SHAPE
+    first = build_chain(model, shape, cache_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    intact = file.read_bytes()
+    file.write_bytes(damage)
+    for _ in range(2):
+        assert build_chain(model, shape, cache_dir=tmp_path).cuts == first.cuts
+    assert caplog.text.count("discarding the damaged file of verified cuts") == 1
+    assert file.read_bytes() == intact
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_sites_that_cannot_be_written_stop_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(blocked))
+    assert build_chain(Net().eval(), SHAPE, cache_dir=blocked / "chains").cuts
+    assert f"cannot write to the cache folder {blocked} (Not a directory): set HF_TRANSFER_CACHE" in caplog.text
+
+
 def test_remembered_sites_hold_nothing_of_the_machine(tmp_path: Path) -> None:
     build_chain(make_model("timm ViT"), FAMILIES["timm ViT"].image_shape, cache_dir=tmp_path)
     (file,) = tmp_path.iterdir()
-    assert set(json.loads(file.read_text())) == {"stem", "blocks.0", "blocks.1", FEATURES}
+    assert set(read_sealed(file)) == {"stem", "blocks.0", "blocks.1", FEATURES}
 
 
 def test_dropped_sites_are_explained_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:

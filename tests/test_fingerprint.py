@@ -31,7 +31,7 @@ from hf_transfer.network.chain import build_chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import describe_modules
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.prefix.cache import list_caches
+from hf_transfer.prefix.contents import list_caches
 from hf_transfer.prefix.extract import Extracted, StoredActivations, extract, extract_images, tap_activation
 from hf_transfer.prefix.pixels import EvaluationImages, store_evaluation_pixels
 from hf_transfer.prefix.resources import Resources

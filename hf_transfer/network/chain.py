@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_transfer.locations import report_unwritable
 from hf_transfer.network.cut import Cut, Site, make_cut, possible_sites
 from hf_transfer.network.fingerprint import (
     Identity,
@@ -29,13 +30,14 @@ from hf_transfer.network.head import find_classifier
 from hf_transfer.network.layers import find_layers
 from hf_transfer.network.part import Part
 from hf_transfer.network.trace import Call, Trace, trace
+from hf_transfer.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
 STEM, HEAD = "stem", "head"  # the first and the last layer
 FEATURES = "features"  # the cut before the classifier: one vector per image
 VERIFIED_RELATIVE = 1e-5  # largest allowed difference of logits in float32, relative to the largest logit
-CHAIN_FORMAT = 4  # increase it when the code may find other cuts in the same network
+CHAIN_FORMAT = 5  # increase it when the code may find other cuts in the same network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,13 +310,9 @@ def _verified(
 ) -> dict[str, Cut]:
     """Returns the verified cuts by name. A file in the folder `cache_dir` stores the cuts for later calls."""
     remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
-    if remembered is not None and remembered.is_file():
-        kept = {}
-        for name, (site, dense) in json.loads(remembered.read_text()).items():
-            cut = make_cut(seen, name, Site(**site))
-            if cut is not None:
-                kept[name] = replace(cut, dense=dense)
-        return kept
+    known = _read_cuts(remembered, seen) if remembered else None
+    if known is not None:
+        return known
     candidates = {
         name: [
             replace(cut, dense=dense)
@@ -326,12 +324,30 @@ def _verified(
     }
     verified = _verify(model, image_shape, candidates)
     if remembered is not None:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({name: (cut.site.__dict__, cut.dense) for name, cut in verified.items()})
-        partial = remembered.with_suffix(f".{id(verified):x}.tmp")
-        partial.write_text(text)
-        partial.replace(remembered)
+        _write_cuts(remembered, verified)
     return verified
+
+
+def _read_cuts(file: Path, seen: Trace) -> dict[str, Cut] | None:
+    """Returns the verified cuts that `file` lists, or None if the file is missing, unreadable or damaged."""
+    try:
+        sites = {name: (Site(**site), bool(dense)) for name, (site, dense) in read_sealed(file).items()}
+    except OSError as error:
+        log.debug("no verified cuts in %s: %s", file, error)
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning("discarding the damaged file of verified cuts %s (%s)", file, error)
+        return None
+    cuts = {name: (make_cut(seen, name, site), dense) for name, (site, dense) in sites.items()}
+    return {name: replace(cut, dense=dense) for name, (cut, dense) in cuts.items() if cut is not None}
+
+
+def _write_cuts(file: Path, cuts: Mapping[str, Cut]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(file, {name: (cut.site.__dict__, cut.dense) for name, cut in cuts.items()})
+    except OSError as error:
+        report_unwritable(error)
 
 
 def _structure_key(model: nn.Module, image_shape: tuple[int, int, int], ends: list[tuple[str, int]]) -> str:

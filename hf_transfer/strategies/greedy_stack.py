@@ -107,12 +107,13 @@ class GreedyStackStrategy(GradientStrategy):
         """Returns the layers to stack, each with its auxiliary head."""
         from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on
 
-        backbone, aux = session.backbone, self._aux_head(session.config)
+        backbone, aux, cache_dir = session.backbone, self._aux_head(session.config), session.resources.chain_dir
         if self._is_on_checkpoint(session.config):
-            return grow_on(backbone, session.chain, self._blocks(None, ()), aux, after=self.stack_after)
+            blocks = self._blocks(None, ())
+            return grow_on(backbone, session.chain, blocks, aux, after=self.stack_after, cache_dir=cache_dir)
         if self.architecture is not None:
-            return grow_architecture(backbone, aux, layers=self.layers)
-        return grow_blocks(backbone, aux)
+            return grow_architecture(backbone, aux, layers=self.layers, cache_dir=cache_dir)
+        return grow_blocks(backbone, aux, cache_dir=cache_dir)
 
     def _is_on_checkpoint(self, config: RunConfig) -> bool:
         return config.model.checkpoint != NO_CHECKPOINT
