@@ -1,6 +1,7 @@
 """Opens the session (the shared objects) of a run, executes the run, and writes and pushes the results."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.hub.publish import PublishOptions, check_push, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
+from hf_transfer.locations import presets_dir
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
@@ -124,6 +126,7 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
 
 def start_logging() -> None:
     """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
+    _refuse_deepspeed()
     # The first PartialState decides whether there are several processes, for the Accelerator too.
     is_main = PartialState(cpu=_uses_cpu()).is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
@@ -134,8 +137,11 @@ def start_logging() -> None:
 def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     """Returns the run's Accelerator. `accelerate launch` or its config file decides options that the settings do not give.
 
-    Raises RuntimeError if a launcher started several processes that would train independently of each other.
+    Raises RuntimeError if a launcher started several processes that would train independently of each other, and ValueError
+    for DeepSpeed.
     """
+    _refuse_deepspeed()
+    is_alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ  # accelerate may set WORLD_SIZE itself
     AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
     accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
     started = get_int_from_env(["WORLD_SIZE"], 1)
@@ -144,7 +150,21 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
             f"the launcher started {started} processes (WORLD_SIZE), but accelerate connected {accelerator.num_processes}: "
             "each process would train alone and write to the same folder"
         )
+    if is_alone and accelerator.num_processes == 1:
+        log.warning(
+            "MASTER_ADDR is set, but WORLD_SIZE is not: this process trains alone. To train in several processes, start them "
+            "with `accelerate launch` or `torchrun`"
+        )
     return accelerator
+
+
+def _refuse_deepspeed() -> None:
+    """Raises ValueError, before DeepSpeed is imported, if `accelerate launch` was told to use DeepSpeed."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "distributed_type=DEEPSPEED: DeepSpeed's engine would replace the optimizer steps, which hf_transfer takes itself; "
+            f"launch with {presets_dir() / 'multi_gpu.yaml'}, or with fsdp2.yaml beside it to divide the network among GPUs"
+        )
 
 
 def _uses_cpu() -> bool:
