@@ -13,7 +13,7 @@ from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.predict import Prediction, find_images, load_saved, predict
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
-from hf_transfer.reporting.results import describe_run, write_config
+from hf_transfer.reporting.results import describe_run, pin_revisions, write_config
 from hf_transfer.runs import write_run
 from hf_transfer.session import Session
 from hf_transfer.training.records import Metrics, RunResult, metrics_from_json
@@ -111,7 +111,7 @@ class Run:
         if self._session is not None and self._result is not None:
             session = self._session.with_output(folder)
             if session.is_main:
-                write_config(folder, session.config, session.unrepeatable)
+                write_config(folder, pin_revisions(session), session.unrepeatable)
             write_run(session, self._result)
         else:
             assert self.folder is not None

@@ -20,7 +20,7 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
 from hf_transfer.locations import presets_dir
 from hf_transfer.network.adapters import Adapted
-from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
+from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
@@ -66,7 +66,7 @@ def open_session(
     set_seed(config.seed)  # a new head is random
     with costs.part("checkpoint"), accelerator.main_process_first():
         backbone = config.strategy.load_backbone(config, data)
-    return Session(
+    session = Session(
         config=config,
         data=data,
         backbone=backbone,
@@ -75,6 +75,9 @@ def open_session(
         output_dir=output_dir,
         unrepeatable=tuple(unrepeatable),
     )
+    if session.is_main and output_dir is not None:
+        write_config(output_dir, pin_revisions(session), unrepeatable)
+    return session
 
 
 def execute(session: Session) -> RunResult:
