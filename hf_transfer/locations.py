@@ -53,6 +53,11 @@ def recipes_dir() -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / "recipes"
 
 
+def presets_dir() -> Path:
+    """Returns the folder of the configuration files for `accelerate launch --config_file`."""
+    return recipes_dir() / "accelerate"
+
+
 def find_recipe(name: str) -> Path | None:
     """Returns the YAML file of the recipe `name`, such as `lora` or `lora.yaml`; None if no recipe has this name."""
     file = recipes_dir() / f"{Path(name).name.removesuffix('.yaml')}.yaml"

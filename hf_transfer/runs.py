@@ -1,6 +1,7 @@
 """Opens the session (the shared objects) of a run, executes the run, and writes and pushes the results."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,11 +20,11 @@ from hf_transfer.errors import ContinuableError
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
-from hf_transfer.locations import CHECKPOINTS
+from hf_transfer.locations import CHECKPOINTS, presets_dir
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory, suggest_batches
 from hf_transfer.output import explains_how_to_continue, replace_results
-from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
+from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
@@ -72,7 +73,7 @@ def open_session(
     set_seed(config.seed)  # a new head is random
     with costs.part("checkpoint"), accelerator.main_process_first():
         backbone = config.strategy.load_backbone(config, data)
-    return Session(
+    session = Session(
         config=config,
         data=data,
         backbone=backbone,
@@ -81,6 +82,10 @@ def open_session(
         output_dir=output_dir,
         unrepeatable=tuple(unrepeatable),
     )
+    if session.is_main and output_dir is not None:
+        pinned = replace_settings(pin_revisions(session), {"output_dir": str(output_dir)})
+        write_config(output_dir / CHECKPOINTS, pinned, unrepeatable)
+    return session
 
 
 def execute(session: Session) -> RunResult:
@@ -133,7 +138,7 @@ def _write_results(session: Session, result: RunResult, folder: Path) -> dict[st
             save_model(result.backbone, card, staging / "model")
             write_reference(result.backbone, data.test or data.validation, staging / REFERENCE)
         results = describe_run(session, result)
-        write_config(staging, session.config, session.unrepeatable)
+        write_config(staging, pin_revisions(session), session.unrepeatable)
         write_results(staging, results)
     return results
 
@@ -164,14 +169,18 @@ def start_logging() -> None:
 
 def connect_processes() -> PartialState:
     """Connects the processes that a launcher started. The first call decides, for the Accelerator too."""
+    _refuse_deepspeed()
     return PartialState(cpu=_uses_cpu())
 
 
 def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     """Returns the run's Accelerator. `accelerate launch` or its config file decides options that the settings do not give.
 
-    Raises RuntimeError if a launcher started several processes that would train independently of each other.
+    Raises RuntimeError if a launcher started several processes that would train independently of each other, and ValueError
+    for DeepSpeed.
     """
+    _refuse_deepspeed()
+    is_alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ  # accelerate may set WORLD_SIZE itself
     AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
     accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
     started = get_int_from_env(["WORLD_SIZE"], 1)
@@ -180,7 +189,21 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
             f"the launcher started {started} processes (WORLD_SIZE), but accelerate connected {accelerator.num_processes}: "
             "each process would train alone and write to the same folder"
         )
+    if is_alone and accelerator.num_processes == 1:
+        log.warning(
+            "MASTER_ADDR is set, but WORLD_SIZE is not: this process trains alone. To train in several processes, start them "
+            "with `accelerate launch` or `torchrun`"
+        )
     return accelerator
+
+
+def _refuse_deepspeed() -> None:
+    """Raises ValueError, before DeepSpeed is imported, if `accelerate launch` was told to use DeepSpeed."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "distributed_type=DEEPSPEED: DeepSpeed's engine would replace the optimizer steps, which hf_transfer takes itself; "
+            f"launch with {presets_dir() / 'multi_gpu.yaml'}, or with fsdp2.yaml beside it to divide the network among GPUs"
+        )
 
 
 def _uses_cpu() -> bool:

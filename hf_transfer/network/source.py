@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT
+from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 OPTIONAL = ("preprocessor_config.json", "README.md")
@@ -69,6 +69,14 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     return _from_hub(checkpoint, base_model, trust_remote_code)
 
 
+def pin_checkpoint(checkpoint: str, source: Source) -> str:
+    """Returns `checkpoint` as `owner/name@commit` if `source` came from the Hub, and unchanged otherwise."""
+    is_local = checkpoint in (EMBEDDED_CHECKPOINT, NO_CHECKPOINT) or Path(checkpoint).expanduser().is_dir()
+    if is_local or source.revision is None:
+        return checkpoint
+    return f"{checkpoint.partition('@')[0]}@{source.revision}"
+
+
 def _from_folder(folder: Path, base_model: str | None) -> Source:
     if not (folder / "config.json").is_file():
         raise ValueError(f"the folder {folder.name!r} has no config.json: a checkpoint folder has Hub layout")
@@ -104,6 +112,8 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
 
     with _explained(repo, revision):
         config = fetch("config.json")
+        if config is not None:
+            revision = config.parent.name  # the commit: all files are of one commit, even if the branch moves meanwhile
         weights = next((name for name in WEIGHTS if config and fetch(name)), None)
         if weights is None and unreachable:
             raise unreachable[0]

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from hf_transfer.config import GradientConfig, RunConfig, to_settings
+from hf_transfer.config import GradientConfig, RunConfig, replace_settings, to_settings
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
 from hf_transfer.reporting.sentences import describe_choice, describe_phase
 from hf_transfer.session import Session
@@ -65,6 +66,15 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
         if path.exists():
             settings[name] = (names or {}).get(name, path.resolve().name)
     return {name: value for name, value in settings.items() if name not in OF_ONE_START}
+
+
+def pin_revisions(session: Session) -> RunConfig:
+    """Returns the session's settings with the commit (`ID@sha`) of the checkpoint and the data set that came from the Hub."""
+    config, data = session.config, session.data
+    pinned = {"checkpoint": pin_checkpoint(config.model.checkpoint, session.backbone.source)}
+    if data.revision is not None:
+        pinned["dataset"] = f"{config.data.dataset.partition('@')[0]}@{data.revision}"
+    return replace_settings(config, pinned)
 
 
 def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 
+from hf_transfer.capability import solver_device
 from hf_transfer.config import Sweep
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone
@@ -130,9 +131,9 @@ def choose_readout(
 
 
 def _fit(candidate: ReadoutFeatures, session: Session, options: ProbeOptions) -> Probe:
-    splits = (session.data.train, session.data.validation)
+    splits, device = (session.data.train, session.data.validation), solver_device(session.accelerator.device)
     train_y, val_y = (torch.from_numpy(split.labels) for split in splits)
-    train_x, val_x = (torch.from_numpy(candidate.stores[s.name][:]).to(session.accelerator.device) for s in splits)
+    train_x, val_x = (torch.from_numpy(candidate.stores[s.name][:]).to(device) for s in splits)
     return fit_probe(train_x, train_y, val_x, val_y, len(session.data.label_names), options)
 
 

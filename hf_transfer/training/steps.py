@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from hf_transfer.capability import accumulation_dtype
 from hf_transfer.data.augment import draw_uniform, mix
 from hf_transfer.interrupts import Interrupted, received
 from hf_transfer.network.cut import Cut
@@ -150,7 +151,8 @@ class Steps:
         epoch, phase = self.run.epochs_before + progress.epoch, self.run.phase
         set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
         steps = draw_steps(self.run.inputs.feed.num_images, self.images_per_step, seed=seed, epoch=epoch)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits since the last read
+        # Loss and hits since the last read.
+        totals = torch.zeros(2, dtype=accumulation_dtype(self.device), device=self.device)
         started = self._checked_s = self._saved_s = time.perf_counter()
         unread = 0  # number of steps since the loss was read
         with self._make_bar(progress) as bar:
