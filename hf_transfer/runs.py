@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_available, parse_flag_from_env, set_seed
 
+from hf_transfer import processes
 from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
@@ -31,6 +32,7 @@ CHATTY = ("httpx", "httpx2", "timm", "datasets", "transformers", "evaluate")
 MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our name -> accelerate's name
 
 
+@processes.ending_together()
 def open_session(
     config: RunConfig,
     *,
@@ -56,13 +58,13 @@ def open_session(
         # A tracker may send the settings to a server, so they contain no local path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
-    with costs.part("data"), accelerator.main_process_first():
+    with costs.part("data"), processes.main_first():
         data = load_data(config.data) if load is None else load()
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
     set_seed(config.seed)  # a new head is random
-    with costs.part("checkpoint"), accelerator.main_process_first():
+    with costs.part("checkpoint"), processes.main_first():
         backbone = config.strategy.load_backbone(config, data)
     return Session(
         config=config,
@@ -75,6 +77,7 @@ def open_session(
     )
 
 
+@processes.ending_together()
 def execute(session: Session) -> RunResult:
     """Trains with the session's strategy, scores the network, and writes the output folder if the session has one."""
     assert isinstance(session.strategy, Strategy)
@@ -104,10 +107,11 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
         for split, metrics in result.metrics.items():
             log.info("%s: %s", split, describe_accuracy(metrics))
         log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
-    session.accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     return results
 
 
+@processes.ending_together()
 def push(session: Session, result: RunResult, repo_id: str) -> str | None:
     """Pushes the written run to the Hub and returns the model's URL. In other processes than the main process, returns None.
 
@@ -125,7 +129,7 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
 def start_logging() -> None:
     """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
     # The first PartialState decides whether there are several processes, for the Accelerator too.
-    is_main = PartialState(cpu=_uses_cpu()).is_main_process
+    is_main = processes.start(cpu=_uses_cpu()).is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -136,6 +140,7 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
 
     Raises RuntimeError if a launcher started several processes that would train independently of each other.
     """
+    processes.start(cpu=_uses_cpu())
     AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
     accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
     started = get_int_from_env(["WORLD_SIZE"], 1)
@@ -144,6 +149,7 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
             f"the launcher started {started} processes (WORLD_SIZE), but accelerate connected {accelerator.num_processes}: "
             "each process would train alone and write to the same folder"
         )
+    processes.watch()
     return accelerator
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
 from hf_transfer.config import ComputeConfig, Precision
 from hf_transfer.prefix.cache import Ranks, Storage, choose_storage
+from hf_transfer.processes import run_on_main, wait_for_everyone
 
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
@@ -54,8 +54,8 @@ class Resources:
         return Ranks(
             rank=self.accelerator.process_index,
             count=self.accelerator.num_processes,
-            barrier=self.accelerator.wait_for_everyone,
-            broadcast=lambda value: broadcast_object_list([value])[0],
+            barrier=wait_for_everyone,
+            broadcast=lambda value: run_on_main(lambda: value),
         )
 
     def autocast(self) -> torch.autocast:

@@ -18,6 +18,7 @@ from torch import nn
 
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import Audit, set_trainable
+from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits
@@ -70,6 +71,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
 
         def save() -> None:
             run.save(_read_state(progress, selection, trainable, accelerator))
+            wait_for_everyone()  # the main process writes
 
         while progress.epoch < run.phase.epochs and not progress.stopped:
             steps.run_epoch(progress, save)
