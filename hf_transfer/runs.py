@@ -19,11 +19,14 @@ from hf_transfer.hub.publish import PublishOptions, check_push, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
 from hf_transfer.network.adapters import Adapted
+from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.freezing import has_batchnorm
 from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import RunResult
+from hf_transfer.training.sharding import uses_shards
 
 log = logging.getLogger("hf_transfer")
 
@@ -66,6 +69,11 @@ def open_session(
     set_seed(config.seed)  # a new head is random
     with costs.part("checkpoint"), processes.main_first():
         backbone = config.strategy.load_backbone(config, data)
+    if accelerator.is_main_process and accelerator.num_processes > 1 and _trains_statistics(config, backbone):
+        log.info(
+            "BatchNorm's statistics are those of each process's own batches, and the network is saved with those of process 0: "
+            "the result depends on the number of processes"
+        )
     return Session(
         config=config,
         data=data,
@@ -126,6 +134,13 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
     return published.url
 
 
+def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:
+    """Whether training uses a BatchNorm in train mode."""
+    strategy = config.strategy
+    is_frozen = not isinstance(strategy, GradientConfig) or strategy.training.freeze_batchnorm
+    return not is_frozen and has_batchnorm(backbone.model)
+
+
 def start_logging() -> None:
     """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
     # The first PartialState decides whether there are several processes, for the Accelerator too.
@@ -149,6 +164,8 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
             f"the launcher started {started} processes (WORLD_SIZE), but accelerate connected {accelerator.num_processes}: "
             "each process would train alone and write to the same folder"
         )
+    if uses_shards(accelerator) and isinstance(config.strategy, GradientConfig) and config.strategy.training.compile:
+        raise ValueError("compile with FSDP2: torch.compile is not supported for sharded networks: omit --compile")
     processes.watch()
     return accelerator
 
