@@ -39,6 +39,11 @@ def set_modes(chain: Chain, cut: Cut | None, trainable: Collection[str], *, free
         module.training = False  # eval() would also switch submodules, such as the dropout in timm's BatchNorm
 
 
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether a module of `model` has running statistics, in any mode."""
+    return any(isinstance(m._buffers.get("running_mean"), torch.Tensor) for m in model.modules())
+
+
 def uses_batch_statistics(model: nn.Module) -> bool:
     """Whether a BatchNorm of `model` is in train mode, so that an image's output depends on the other images of the batch."""
     return any(m.training and isinstance(m._buffers.get("running_mean"), torch.Tensor) for m in model.modules())

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from hf_transfer.capability import count_cores
 from hf_transfer.config import ComputeConfig, Precision
 from hf_transfer.locations import chain_dir
 from hf_transfer.prefix.ranks import Ranks
 from hf_transfer.prefix.storage import Storage, choose_storage, measure_capacity
+from hf_transfer.processes import gather
 
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
@@ -57,7 +57,7 @@ class Resources:
         return Ranks(
             rank=self.accelerator.process_index,
             count=self.accelerator.num_processes,
-            gather=lambda value: gather_object([value]),
+            gather=gather,
         )
 
     def autocast(self) -> torch.autocast:

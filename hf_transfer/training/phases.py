@@ -15,6 +15,7 @@ from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
 from hf_transfer.prefix.sweep import move_model, use_fast_layout
+from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
@@ -127,7 +128,7 @@ class _PlanRun:
             if resume:
                 log.info("found no saved state in the folder %s: the run starts fresh", self.checkpoints.name)
             remove_state(self.checkpoints)
-        session.accelerator.wait_for_everyone()
+        wait_for_everyone()
         self.audit = Audit(chain, None, frozenset().union(*self.selected))  # tensors that no phase trains
 
     def save(self, phase_state: PhaseState) -> None:
@@ -154,7 +155,7 @@ class _PlanRun:
             self.done.append(self._train(number, phase, session))
         self._phase_state = None
         self.save(None)  # a resumed run starts with the next phase
-        session.accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def _train(self, number: int, phase: TrainPhase, session: Session) -> PhaseResult:
         cut = session.chain.lowest_cut(self.selected[number])

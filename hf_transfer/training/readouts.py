@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
@@ -25,6 +24,7 @@ from hf_transfer.prefix.extract import Tap, extract, tap_activation
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
 from hf_transfer.prefix.sweep import move_model
+from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.training.evaluate import compute_stored_logits
 from hf_transfer.training.metrics import read_outcomes
@@ -113,8 +113,9 @@ def choose_readout(
 
     The network's own readout is the best unless the held-out gain of another readout is beyond chance.
     """
-    solved: list[Probe] = []
-    if session.is_main:
+
+    def solve() -> list[Probe]:
+        solved = []
         for candidate in candidates:
             probe = _fit(candidate, session, options)
             log.info(
@@ -124,9 +125,10 @@ def choose_readout(
             )  # fmt: skip
             tensors: dict[str, Any] = {n: v.cpu() for n, v in vars(probe).items() if isinstance(v, torch.Tensor)}
             solved.append(replace(probe, **tensors))
-    message: list[Any] = [solved]
-    broadcast_object_list(message)
-    probed = [ProbedReadout(features=f, probe=p) for f, p in zip(candidates, message[0], strict=True)]
+        return solved
+
+    probes = run_on_main(solve)
+    probed = [ProbedReadout(features=f, probe=p) for f, p in zip(candidates, probes, strict=True)]
     return probed[choose_probe([p.probe for p in probed])], probed
 
 
