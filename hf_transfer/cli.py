@@ -11,17 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer.config import (
-    EMBEDDED_CHECKPOINT,
-    AdapterConfig,
-    DataConfig,
-    RunConfig,
-    list_settings,
-    replace_settings,
-)
+from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, DataConfig, RunConfig
 from hf_transfer.errors import one_line_errors
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
+from hf_transfer.settings import list_settings, replace_settings
 from hf_transfer.strategy import default_config, strategy_names
 
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m

@@ -6,10 +6,14 @@ RuntimeError, ...). Any other error is a defect of this package and keeps its tr
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 TRACEBACK = "HF_TRANSFER_TRACEBACK"  # environment variable; 1: print the traceback of every error
+
+_UNSAFE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, bytes that are not UTF-8, line separators
+_REORDERING = frozenset({"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})  # of right-to-left text
 
 
 @contextmanager
@@ -35,4 +39,22 @@ def describe_error(error: BaseException) -> str:
     text = str(error) or {"KeyboardInterrupt": "interrupted", "MemoryError": "out of memory"}.get(
         type(error).__name__, type(error).__name__
     )
-    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
+    return join_lines(" ".join([text, *getattr(error, "__notes__", ())]))
+
+
+def join_lines(text: str) -> str:
+    """Returns `text` as one line that is safe to print on a terminal."""
+    return make_printable(" ".join(text.split()))
+
+
+def make_printable(line: str) -> str:
+    """Returns `line` with an escape sequence for each character that a terminal would obey or cannot show.
+
+    Such a character in the name of a class or a file could move the cursor, hide text, or end the program.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _UNSAFE or unicodedata.bidirectional(char) in _REORDERING
+        else char
+        for char in line
+    )

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import GradientConfig, OutputConfig, RunConfig, StrategyConfig, replace_settings
+from hf_transfer.config import GradientConfig, OutputConfig, RunConfig, StrategyConfig
+from hf_transfer.settings import replace_settings
 
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data

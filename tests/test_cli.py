@@ -93,7 +93,7 @@ def test_train_runs_a_strategy_and_its_model_predicts(capsys: pytest.CaptureFixt
             "hf-transfer train full: unknown argument --learning_rate; did you mean --lr?",
         ),
         (["advise", "--budget_s", "0"], "budget_s=0.0: choose more than 0 seconds"),
-        (["inspect", "--rank", "0"], "rank=0: choose 1 or more"),
+        (["inspect", "--rank", "0"], "rank=0: choose 1 <= rank"),
         (["rank", "embedded", "embedded"], "embedded"),
         (["predict", "embedded", "nowhere.png"], "no such file"),
         (["trian"], "invalid choice: 'trian'"),

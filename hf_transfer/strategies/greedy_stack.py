@@ -11,7 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hf_transfer.config import NO_CHECKPOINT, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig, flag
+from hf_transfer.config import (
+    COUNT,
+    COUNT_OR_NONE,
+    LEARNING_RATE,
+    NO_CHECKPOINT,
+    SIDE_PX,
+    AugmentationConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from hf_transfer.settings import Range, flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -37,24 +48,38 @@ class GreedyStackStrategy(GradientStrategy):
     model_args: str | None = flag(
         None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
     )
-    image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint")
-    layers: int | None = flag(None, "number of layers to stack; none: all layers of --architecture, or 3 new blocks")
+    image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint", allowed=SIDE_PX)
+    layers: int | None = flag(
+        None,
+        "number of layers to stack; none: all layers of --architecture, or 3 new blocks",
+        allowed=Range(lowest=1, highest=64),
+    )
     block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer needs a --checkpoint")
-    width: int | None = flag(None, "channels of the new blocks; none: 16, or as many as the --checkpoint has")
+    width: int | None = flag(
+        None,
+        "channels of the new blocks; none: 16, or as many as the --checkpoint has",
+        allowed=Range(lowest=1, highest=2**14),
+    )
     downsample: str | None = flag(
         None,
         "new blocks that halve height and width, by number, such as 2,3; none: 2,3, or with --checkpoint no block",
     )
     aux_hidden: int = flag(
-        1, "hidden layers that a stage trains (1, 2 or 3): its own layer, and the others in its auxiliary head"
+        1,
+        "hidden layers that a stage trains (1, 2 or 3): its own layer, and the others in its auxiliary head",
+        allowed=Range(lowest=1, highest=3),
     )
     stack_after: str | None = flag(
         None, "checkpoint's layer after which to stack new blocks (`hf-transfer inspect` lists layers); none: the last"
     )
-    stage_epochs: int = flag(8, "passes over the training images in each stage")
-    patience_layers: int = flag(0, "stop after this many layers without a better validation score; 0: stack all layers")
+    stage_epochs: int = flag(8, "passes over the training images in each stage", allowed=COUNT)
+    patience_layers: int = flag(
+        0, "stop after this many layers without a better validation score; 0: stack all layers", allowed=COUNT_OR_NONE
+    )
     fine_tune: bool = flag(True, "train all layers together at the end; off: `publish` needs --without_fine_tuning")
-    fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer when all layers train together at the end")
+    fine_tune_lr: float = flag(
+        1e-3, "peak learning rate of the last layer when all layers train together at the end", allowed=LEARNING_RATE
+    )
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3))
     training: TrainingConfig = field(default=TrainingConfig(freeze_batchnorm=False, cache_views=4))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import NO_CHECKPOINT, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig, flag
+from hf_transfer.config import NO_CHECKPOINT, SIDE_PX, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig
+from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ class Pretrain(GradientStrategy):
     task_defaults: ClassVar[Mapping[str, Any]] = {"checkpoint": NO_CHECKPOINT}
 
     architecture: str = flag("test_resnet", "timm architecture or transformers model type; default: a tiny network")
-    image_size_px: int | None = flag(32, "side of the square input images; none: the architecture's default")
+    image_size_px: int | None = flag(
+        32, "side of the square input images; none: the architecture's default", allowed=SIDE_PX
+    )
     model_args: str | None = flag(
         None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
     )
