@@ -33,7 +33,7 @@ PROBABILITY = Range(lowest=0, highest=1)
 COUNT = Range(lowest=1, highest=10**6)  # of epochs, batches, phases, ...
 COUNT_OR_NONE = Range(lowest=0, highest=10**6)
 LEARNING_RATE = Range(above=0, highest=1000)
-SIDE_PX = Range(lowest=1, highest=4096)
+INPUT_PX = Range(lowest=1, highest=2048)  # side of a network's input
 SIDE_PX_OR_NONE = Range(lowest=0, highest=4096)
 SECONDS = Range(above=0, highest=10**9)
 

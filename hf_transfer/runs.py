@@ -46,6 +46,7 @@ def open_session(
     """
     assert isinstance(config.strategy, Strategy)
     config.strategy.check(config)
+    config.strategy.find_network(config)
     accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
