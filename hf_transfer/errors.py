@@ -7,6 +7,7 @@ RuntimeError, ...). Any other error is a defect of this package and keeps its tr
 import os
 import sys
 import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,7 +24,10 @@ def one_line_errors(prog: str) -> Iterator[None]:
     A process that a launcher started beside others names its rank. Notes of the error (`add_note`) follow the message.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            # Pillow warns about oddities of a file without naming the file. An unreadable file is an error with its name.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
     except (ValueError, OSError, RuntimeError, MemoryError, EOFError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
