@@ -14,7 +14,7 @@ from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_availa
 from safetensors import SafetensorError
 
 from hf_transfer import processes
-from hf_transfer.config import GradientConfig, RunConfig, replace_settings
+from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.errors import ContinuableError
@@ -30,6 +30,7 @@ from hf_transfer.output import explains_how_to_continue, replace_results
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import RunResult
 from hf_transfer.training.sharding import uses_shards
@@ -58,6 +59,7 @@ def open_session(
     """
     assert isinstance(config.strategy, Strategy)
     config.strategy.check(config)
+    config.strategy.find_network(config)
     accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:

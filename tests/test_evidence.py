@@ -20,10 +20,11 @@ from hf_transfer.choosing.evidence import (
 )
 from hf_transfer.choosing.forward_stats import _record_batchnorm_inputs, measure_forward
 from hf_transfer.choosing.similarity import compute_label_information, measure_similarity
-from hf_transfer.config import ModelConfig, RunConfig, replace_settings
+from hf_transfer.config import ModelConfig, RunConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
 from tests.families import assert_same_state, built, state_of
 
 CONFIG = replace_settings(RunConfig(), {"images_per_class": 6, "batch_size": 16})

@@ -9,7 +9,6 @@ its cuts. An adapter's parameters belong to the layer of the adapted module. New
 `add_adapters` checks, so a head that was solved on the frozen features remains the right start.
 """
 
-import json
 import logging
 import re
 import warnings
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig
 from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.damage import read_json
 from hf_transfer.network.fingerprint import Identity, describe_modules, hash_tensors, identify, named_tensors
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.methods import make_peft_config
@@ -171,9 +172,13 @@ def find_adapter(model: str) -> Path | None:
 
 def read_base(folder: Path) -> str:
     """Returns the id of the checkpoint that the adapter in `folder` was trained on: `owner/name`, or `owner/name@revision`."""
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    base_id, revision = config["base_model_name_or_path"], config.get("revision")
-    return f"{base_id}@{revision}" if revision else str(base_id)
+    config = read_json(folder / ADAPTER_CONFIG)
+    base_id, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base_id, str):
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path: give an adapter that names its base"
+        )
+    return f"{base_id}@{revision}" if revision else base_id
 
 
 def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Backbone | None = None) -> Backbone:
@@ -198,8 +203,13 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
             f"the adapters in {folder.name!r} were trained on other weights than those of "
             f"{checkpoint or base.source.name}: choose the checkpoint that the adapters were trained on"
         )
-    with _quiet_peft():
-        PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
+    try:
+        with _quiet_peft():
+            PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
+    except (SafetensorError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"the adapter in {folder} is damaged or does not fit its base ({error}); download or save the adapter again"
+        ) from error
     base.model.__dict__.pop("peft_config", None)
     # The hash proves that these are the recorded checkpoint's weights, even if they were read from another place.
     source = replace(base.source, id=base_id, revision=revision or base.source.revision)
@@ -210,7 +220,10 @@ def read_task(folder: Path) -> dict[str, Any]:
     """Returns the contents of task.json in an adapter folder. Raises ValueError if this package did not save the folder."""
     if not is_adapter_folder(str(folder)) or not (folder / TASK).is_file():
         raise ValueError(f"{folder.name!r} is no adapter folder of hf-transfer: it lacks {ADAPTER_CONFIG} or {TASK}")
-    task: dict[str, Any] = json.loads((folder / TASK).read_text())
+    task = read_json(folder / TASK)
+    missing = sorted({"label_names", "classifier", "base_weights"} - task.keys())
+    if missing:
+        raise ValueError(f"{folder / TASK} is damaged: it lacks {missing[0]}; save the adapter again")
     return task
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import json
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -21,7 +20,9 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_transfer.network.chain import Chain, build_chain
+from hf_transfer.network.damage import explain_damage
 from hf_transfer.network.head import find_head
+from hf_transfer.network.model_args import is_unsafe_argument, read_model_args
 from hf_transfer.network.modeling_greedy import GreedyConfig, GreedyForImageClassification
 from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
 from hf_transfer.network.source import Source, find_source
@@ -49,6 +50,7 @@ class Backbone:
         return build_chain(self.model, self.preprocessing.image_shape, cache_dir=cache_dir)
 
 
+@explain_damage
 def load(
     checkpoint: str,
     labels: Sequence[str] | None = None,
@@ -108,16 +110,10 @@ def create(
     constructor, or with fields of the transformers config. Raises ValueError if the architecture is unknown, or does not
     accept `image_size_px` or `model_args`.
     """
-    given = _read_model_args(model_args)
-    if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and architecture != "timm_wrapper":
+    given = read_model_args(model_args)
+    check_architecture(architecture)
+    if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return _create_transformers(architecture, labels, image_size_px, given, seed)
-    if not timm.is_model(architecture):
-        known = [*timm.list_models(), *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
-        near = ", ".join(difflib.get_close_matches(architecture, known, n=3))
-        raise ValueError(
-            f"architecture={architecture!r}: neither timm nor transformers has an architecture of this name"
-            + (f"; similar names: {near}" if near else "")
-        )
     torch.manual_seed(seed)
     size = {} if image_size_px is None else {"input_size": (3, image_size_px, image_size_px)}
     arguments: dict[str, Any] = {"num_classes": len(labels), **given}
@@ -138,6 +134,17 @@ def create(
         return replace(load(str(folder), labels), new_head=True)
 
 
+def check_architecture(name: str) -> None:
+    """Raises ValueError, with similar names, if neither timm nor transformers has the architecture `name`."""
+    known = [*timm.list_models(), *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
+    if name == "timm_wrapper" or not (timm.is_model(name) or name in known):
+        near = ", ".join(difflib.get_close_matches(name, known, n=3))
+        raise ValueError(
+            f"architecture={name!r}: neither timm nor transformers has an architecture of this name"
+            f"; {f'similar names: {near}' if near else 'timm.list_models() lists the names of timm'}"
+        )
+
+
 def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
     """Returns a copy of the backbone with an untrained head for `labels`."""
     model: Any = copy.deepcopy(backbone.model)
@@ -151,20 +158,6 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
         model.config.label2id = {label: i for i, label in enumerate(labels)}
         model.num_labels = len(labels)
     return replace(backbone, model=model.eval(), label_names=tuple(labels), new_head=True)
-
-
-def _read_model_args(text: str | None) -> dict[str, Any]:
-    """Parses the setting model_args. Raises ValueError if it is no JSON object, or has a key that other settings determine."""
-    try:
-        given = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model_args={text}: this is not JSON ({error})") from error
-    if not isinstance(given, dict):
-        raise ValueError(f'model_args={text}: give a JSON object such as {{"depth": 6}}')
-    derived = sorted({"num_classes", "img_size", "image_size", "num_labels", "id2label", "label2id"} & set(given))
-    if derived:
-        raise ValueError(f"model_args={text}: omit {derived[0]}; the data and image_size_px determine its value")
-    return given
 
 
 def _create_transformers(
@@ -207,7 +200,7 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
     # timm itself may have written num_classes into model_args, and it must not be passed twice.
     model_args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
     # A downloaded config must not make timm load other files, since some of these may be pickles.
-    loading = [k for k in model_args if k.startswith("pretrained") or k in ("checkpoint_path", "cache_dir")]
+    loading = [k for k in model_args if is_unsafe_argument(k)]
     if loading or not timm.is_model(config["architecture"]):
         unsafe = f"model_args {loading}" if loading else f"architecture {config['architecture']!r}"
         raise ValueError(

@@ -9,13 +9,14 @@ from typing import Any
 
 import yaml
 
-from hf_transfer.config import GradientConfig, RunConfig, replace_settings, to_settings
+from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
 from hf_transfer.reporting.sentences import describe_choice, describe_phase
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import PhaseResult, RunResult, to_json
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from hf_transfer.config import to_settings
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import hash_tensors
@@ -17,6 +16,7 @@ from hf_transfer.network.freezing import Audit
 from hf_transfer.prefix.sweep import move_model, use_fast_layout
 from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
+from hf_transfer.settings import to_settings
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import StateWriter, remove_state, share_state
