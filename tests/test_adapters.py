@@ -94,7 +94,7 @@ def move(adapted: Adapted) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in adapted.model.named_parameters():
-            if name in adapted.trained or name.startswith(adapted.classifier):
+            if name in adapted.trained or adapted.head.owns(name):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 

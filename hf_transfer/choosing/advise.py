@@ -123,12 +123,12 @@ def advise(session: Session, *, measure: bool = False, budget_s: float | None = 
 
     With `measure`, the strategies also train briefly, best estimate first, for at most `budget_s` seconds in total (default
     600). Without `measure`, `budget_s` limits the estimated time of the recommended strategy. In a distributed run, all
-    processes must call this function. Raises ValueError if the network does not have exactly one linear classifier.
+    processes must call this function. Raises ValueError if the logits are not a weighted sum of linear maps.
     """
     session = session.without_test()
     clock = [time.perf_counter()]
     candidates = find_candidates(session)
-    head = read_head(session.config.model)
+    head = read_head(session.config.model, session.chain)
     clock.append(time.perf_counter())
     evidence = gather_evidence(session, head=head)
     clock.append(time.perf_counter())

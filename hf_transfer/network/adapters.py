@@ -28,6 +28,7 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.fingerprint import Identity, describe_modules, hash_tensors, identify, named_tensors
 from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.head import LinearHead
 from hf_transfer.network.methods import make_peft_config
 from hf_transfer.network.policies import Policy
 from hf_transfer.network.source import ADAPTER_CONFIG, fetch_adapter
@@ -51,9 +52,9 @@ class Adapted(Backbone):
     adapter: AdapterConfig
     targets: tuple[str, ...]
     trained: frozenset[str]  # names of the adapters' parameters
-    classifier: str
+    head: LinearHead
     num_plain: int  # parameters of the plain model
-    base_weights: str  # hash of the plain model without its classifier
+    base_weights: str  # hash of the plain model without its head
     plain_state: frozenset[str] = field(repr=False)  # names in the plain model's state dict
     buffers: Mapping[str, torch.Tensor] = field(repr=False)  # buffers of the plain model before training
 
@@ -66,9 +67,8 @@ class Adapted(Backbone):
     @property
     def num_trainable(self) -> int:
         """The number of trained parameters in the adapters and in the head."""
-        head = self.model.get_submodule(self.classifier)
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
-        return sum(sizes[name] for name in self.trained) + sum(p.numel() for p in head.parameters())
+        return sum(size for name, size in sizes.items() if name in self.trained or self.head.owns(name))
 
     @property
     def trainable_share(self) -> float:
@@ -93,10 +93,10 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
     Raises ValueError, with possible settings, if no module can be adapted as requested, or if the model has no linear head.
     """
     targets = find_targets(chain, adapter)
-    assert chain.classifier is not None
+    assert chain.head is not None
     model = backbone.model
     before = _probe_logits(backbone)
-    base_weights = _hash_base(model, chain.classifier)
+    base_weights = _hash_base(model, chain.head)
     plain_state = frozenset(model.state_dict())
     buffers = {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in plain_state}
     plain = {id(p): p.numel() for p in model.parameters()}
@@ -111,7 +111,7 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
         adapter=adapter,
         targets=tuple(targets.modules),
         trained=trained,
-        classifier=chain.classifier,
+        head=chain.head,
         num_plain=sum(plain.values()),
         base_weights=base_weights,
         plain_state=plain_state,
@@ -198,7 +198,9 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
         base = with_new_head(base, task["label_names"])
     else:
         base = load(checkpoint or recorded, task["label_names"], base_model=base_id)
-    if _hash_base(base.model, task["classifier"]) != task["base_weights"]:
+    names = task["classifier"]
+    head = LinearHead(modules=(names,) if isinstance(names, str) else tuple(names))  # older folders have one name
+    if _hash_base(base.model, head) != task["base_weights"]:
         raise ValueError(
             f"the adapters in {folder.name!r} were trained on other weights than those of "
             f"{checkpoint or base.source.name}: choose the checkpoint that the adapters were trained on"
@@ -237,10 +239,10 @@ def check_saved_apart(adapted: Adapted) -> str:
             f"--no-merge: an adapter folder names its base checkpoint by a Hub id, and {adapted.source.name} does not "
             "record its Hub id. Give --base_model owner/name, or save a merged model (--merge)"
         )
-    mistaken = [name for name in adapted.targets if name.endswith(adapted.classifier)]
+    mistaken = [name for name in adapted.targets if name.endswith(adapted.head.modules)]
     if mistaken:
         raise ValueError(
-            f"--no-merge: peft takes every module whose name ends with {adapted.classifier} for the head, and "
+            f"--no-merge: peft takes every module whose name ends with {' or '.join(adapted.head.modules)} for the head, and "
             f"{mistaken[0]}, which has an adapter, is such a module. Save a merged model (--merge), or choose other --targets"
         )
     return adapted.source.id
@@ -313,8 +315,8 @@ def _probe_logits(backbone: Backbone) -> torch.Tensor:
         return compute_logits(backbone.model, noise.to(next(backbone.model.parameters()).device))
 
 
-def _hash_base(model: nn.Module, classifier: str) -> str:
-    return hash_tensors({n: t for n, t in model.state_dict().items() if not n.startswith(classifier + ".")})
+def _hash_base(model: nn.Module, head: LinearHead) -> str:
+    return hash_tensors({n: t for n, t in model.state_dict().items() if not head.owns(n)})
 
 
 def _check_same(before: torch.Tensor, after: torch.Tensor, label: str, remedy: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from torch.nn import functional as F
 
 from hf_transfer.capability import solver_device
@@ -19,6 +18,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.head import write_probe
 from hf_transfer.network.readout import Readout, build_variant, find_readouts, read_features
 from hf_transfer.prefix.extract import Tap, extract, tap_activation
 from hf_transfer.prefix.resources import Resources
@@ -154,18 +154,11 @@ def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> Pr
 
 
 def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Backbone:
-    """Copies the probe into the classifier of the model for the best readout, and returns a backbone with this model."""
-    assert chain.classifier is not None
+    """Writes the probe into the head of the model for the best readout, and returns a backbone with this model."""
     model = chain.model
     if best.readout.changes:
         model = build_variant(chain, best.readout.changes, num_classes=len(backbone.label_names))
-    linear = model.get_submodule(chain.classifier)
-    assert isinstance(linear, nn.Linear | nn.Conv2d)
-    with torch.no_grad():
-        linear.weight.copy_(best.probe.weight.reshape(linear.weight.shape))
-        if linear.bias is None:
-            raise ValueError(f"the classifier {chain.classifier} has no bias for the probe: choose the strategy full")
-        linear.bias.copy_(best.probe.bias)
+    write_probe(model, best.readout.inputs, best.probe.weight, best.probe.bias)
     return replace(backbone, model=model)
 
 
