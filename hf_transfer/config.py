@@ -112,6 +112,11 @@ class ModelConfig:
     )
     base_model: str | None = flag(None, "Hub id to record as base model, if a local checkpoint does not name its base")
     trust_remote_code: bool = flag(False, "allow Python code that comes with the checkpoint")
+    preprocessing_from: str | None = flag(
+        None,
+        "Hub id, folder or preprocessor_config.json whose image preprocessing is used, for a checkpoint that names none or the "
+        "wrong one",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +234,12 @@ class AugmentationConfig:
         for name in ("mixup", "cutmix"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: choose 0 (off) or more, a Beta distribution's alpha")
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether any change to single images is on."""
+        off = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0, "min_resolution_px": 0, "random_erasing": 0.0}
+        return self.auto_augment != "none" or any(getattr(self, name) != value for name, value in off.items())
 
     @property
     def is_mixing(self) -> bool:
