@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ComputeConfig, DataConfig, RunConfig
+from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ComputeConfig, DataConfig, ModelConfig, RunConfig
 from hf_transfer.errors import describe_error, make_printable, one_line_errors
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
@@ -100,7 +100,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     help_text = "Hub id[@revision] or folder of the checkpoint (default: embedded)"
     parser.add_argument("checkpoint", nargs="?", default=EMBEDDED_CHECKPOINT, help=help_text)
     _add_trust(parser)
-    add_settings(parser, list(list_settings(AdapterConfig()).values()))
+    add_settings(parser, [list_settings(ModelConfig())["preprocessing_from"], *list_settings(AdapterConfig()).values()])
 
 
 def _inspect(given: argparse.Namespace) -> str:
@@ -109,7 +109,9 @@ def _inspect(given: argparse.Namespace) -> str:
     from hf_transfer.network.describe import format_adapters, format_chain
 
     settings = _given(given, AdapterConfig())
-    backbone = load(given.checkpoint, trust_remote_code=given.trust_remote_code)
+    backbone = load(
+        given.checkpoint, trust_remote_code=given.trust_remote_code, preprocessing_from=given.preprocessing_from
+    )
     preprocessing = backbone.preprocessing
     crop = f", crop {preprocessing.crop_pct}" if preprocessing.crop_pct else ""
     title = (

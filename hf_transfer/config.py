@@ -96,6 +96,11 @@ class ModelConfig(Settings):
     )
     base_model: str | None = flag(None, "Hub id to record as base model, if a local checkpoint does not name its base")
     trust_remote_code: bool = flag(False, "allow Python code that comes with the checkpoint")
+    preprocessing_from: str | None = flag(
+        None,
+        "Hub id, folder or preprocessor_config.json whose image preprocessing is used, for a checkpoint that names none or the "
+        "wrong one",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +230,12 @@ class AugmentationConfig(Settings):
         super().__post_init__()
         if not 1.0 <= self.crop_ratio < math.inf:
             raise ValueError(f"crop_ratio={self.crop_ratio}: larger side / smaller side of a crop; choose 1 or more")
+
+    @property
+    def changes_pixels(self) -> bool:
+        """Whether any change to single images is on."""
+        off = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0, "min_resolution_px": 0, "random_erasing": 0.0}
+        return self.auto_augment != "none" or any(getattr(self, name) != value for name, value in off.items())
 
     @property
     def is_mixing(self) -> bool:

@@ -57,7 +57,11 @@ class Strategy(StrategyConfig):
 
         model = config.model
         return load(
-            model.checkpoint, data.label_names, base_model=model.base_model, trust_remote_code=model.trust_remote_code
+            model.checkpoint,
+            data.label_names,
+            base_model=model.base_model,
+            trust_remote_code=model.trust_remote_code,
+            preprocessing_from=model.preprocessing_from,
         )
 
     def restart(self, session: "Session") -> "Session":

@@ -197,7 +197,8 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
     if base is not None:
         base = with_new_head(base, task["label_names"])
     else:
-        base = load(checkpoint or recorded, task["label_names"], base_model=base_id)
+        own = find_own_preprocessing(folder)
+        base = load(checkpoint or recorded, task["label_names"], base_model=base_id, preprocessing_from=own)
     names = task["classifier"]
     head = LinearHead(modules=(names,) if isinstance(names, str) else tuple(names))  # older folders have one name
     if _hash_base(base.model, head) != task["base_weights"]:
@@ -227,6 +228,12 @@ def read_task(folder: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{folder / TASK} is damaged: it lacks {missing[0]}; save the adapter again")
     return task
+
+
+def find_own_preprocessing(folder: Path) -> str | None:
+    """Returns the path of the preprocessing in an adapter folder, or None for timm, whose adapters use their base's."""
+    path = folder / "preprocessor_config.json"
+    return str(path) if path.is_file() else None
 
 
 def check_saved_apart(adapted: Adapted) -> str:

@@ -25,7 +25,7 @@ from hf_transfer.network.head import find_head
 from hf_transfer.network.model_args import is_unsafe_argument, read_model_args
 from hf_transfer.network.modeling_greedy import GreedyConfig, GreedyForImageClassification
 from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
-from hf_transfer.network.source import Source, find_source
+from hf_transfer.network.source import Source, find_preprocessing, find_source
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,14 @@ def load(
     *,
     base_model: str | None = None,
     trust_remote_code: bool = False,
+    preprocessing_from: str | None = None,
 ) -> Backbone:
     """Loads the checkpoint's model with its own head, or with a new head if `labels` differ from the checkpoint's labels.
 
     `checkpoint`: a Hub id (`timm/resnet18.a1_in1k`, `google/vit-base-patch16-224@main`), a folder in Hub layout, or
-    "embedded". Raises ValueError if the checkpoint is not found, if labels repeat, if weights are missing or do
-    not fit the model, or if the checkpoint is not an image classifier.
+    "embedded". `preprocessing_from`: a Hub id, folder or file whose preprocessing replaces the checkpoint's. Raises ValueError
+    if the checkpoint is not found, if labels repeat, if weights are missing or do not fit the model, or if the checkpoint is
+    not an image classifier.
     """
     if labels is not None:
         repeated = sorted({name for name in labels if list(labels).count(name) > 1})
@@ -73,7 +75,11 @@ def load(
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
     if not is_timm and "model_type" not in config:
         raise ValueError(f"{source.name}: config.json names neither a timm architecture nor a transformers model_type")
-    preprocessing = load_preprocessing(source.folder, trust_remote_code=trust_remote_code)
+    preprocessing = load_preprocessing(
+        source.folder,
+        trust_remote_code=trust_remote_code,
+        preprocessing_from=None if preprocessing_from is None else find_preprocessing(preprocessing_from),
+    )
     if is_timm:
         model, own_labels = _load_timm(source, config)
         if labels is None and not own_labels:

@@ -28,7 +28,11 @@ from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
 from hf_transfer.network.damage import INDEX, check_files, read_json
 
 WEIGHTS = ("model.safetensors", INDEX)
-OPTIONAL = ("preprocessor_config.json", "README.md")
+PREPROCESSING = (
+    "preprocessor_config.json",
+    "processor_config.json",
+)  # transformers 5 saves some processors as the latter
+OPTIONAL = (*PREPROCESSING, "README.md")
 ADAPTER_CONFIG = "adapter_config.json"  # the file in which peft describes an adapter
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -158,6 +162,36 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
         revision=config.parent.name,  # snapshots/<commit>
         license=_license(config.parent, card),
     )
+
+
+def find_preprocessing(origin: str) -> Path:
+    """Finds the preprocessing that `origin` names: a folder, a preprocessor_config.json, or a Hub id (`owner/name[@revision]`).
+
+    Returns the path of the folder or file. No weights are downloaded. Raises ValueError in the same cases as `find_source`.
+    """
+    path = Path(origin).expanduser()
+    if path.exists():
+        return path.resolve()
+    if not HUB_ID.fullmatch(origin):
+        raise ValueError(
+            f"preprocessing_from={origin!r}: neither a file or folder here nor a Hub id (owner/name or owner/name@revision)"
+        )
+    repo, _, revision = origin.partition("@")
+    files: list[str] = []
+    unreachable: list[Exception] = []
+    with _explained(repo, revision):
+        for name in (*PREPROCESSING, "config.json"):
+            try:
+                files.append(hf_hub_download(repo, name, revision=revision or None))
+            except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+                unreachable.append(error)
+            except EntryNotFoundError:
+                pass
+        if not files and unreachable:
+            raise unreachable[0]
+    if not files:
+        raise ValueError(f"preprocessing_from={origin!r}: the repository has neither {' nor '.join(PREPROCESSING)}")
+    return Path(files[0]).parent
 
 
 def fetch_adapter(model: str) -> Path | None:

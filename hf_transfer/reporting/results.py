@@ -62,9 +62,9 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
     settings = to_settings(config)
-    for name in ("checkpoint", "dataset"):
-        path = Path(settings[name]).expanduser()
-        if path.exists():
+    for name in ("checkpoint", "dataset", "preprocessing_from"):
+        path = Path(settings[name] or "").expanduser()
+        if settings[name] is not None and path.exists():
             settings[name] = (names or {}).get(name, path.resolve().name)
     return {name: value for name, value in settings.items() if name not in OF_ONE_START}
 

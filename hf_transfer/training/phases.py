@@ -33,11 +33,11 @@ STATE_FORMAT = 5  # increase this number when a run could not continue from olde
 
 # Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
 BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
-# Settings that may change when a run is resumed: they do not influence the result, or (checkpoint, dataset) are paths, whose
-# content is compared by its hash.
+# Settings that may change when a run is resumed: they do not influence the result, or (checkpoint, dataset,
+# preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "tracker", "save_every_s",
-    "checkpoint", "dataset", "base_model", "merge", "push_to_hub", "private",
+    "checkpoint", "dataset", "base_model", "preprocessing_from", "merge", "push_to_hub", "private",
 ))  # fmt: skip
 
 PhaseState = Mapping[str, Any] | None
@@ -90,6 +90,7 @@ class _PlanRun:
         # Select all parameters first, so that a policy that does not fit the network fails before anything runs.
         self.selected = [phase.policy.select(chain) for phase, chain in zip(plan, self.chains, strict=True)]
         self._check_mixing()
+        self._check_augmentation()
         self.done: list[PhaseResult] = []
         self.start: wise.Weights | None = None
         self.is_resumed = False
@@ -244,6 +245,20 @@ class _PlanRun:
                 "activations, not on images, which mixup and cutmix need: choose --cache_views 0, or omit --mixup and --cutmix"
             )
 
+    def _check_augmentation(self) -> None:
+        preprocessing, gradient = self.session.backbone.preprocessing, self.session.gradient
+        phases = zip(self.plan, self.chains, self.selected, strict=True)
+        reads_pixels = [c.lowest_cut(s) is None for p, c, s in phases if isinstance(p, TrainPhase)]
+        if preprocessing.colors is not None or not reads_pixels:
+            return
+        views = gradient.training.cache_views
+        if views > 1 or (gradient.augmentation.changes_pixels and (any(reads_pixels) or views == 0)):
+            raise ValueError(
+                f"{type(preprocessing.processor).__name__} changes colors in a way that cannot follow augmentation: choose the "
+                "strategy linear_probe, or last_layers with --cache_views 1, or omit augmentation (--crop_scale 1 --hflip 0 "
+                "--color_jitter 0 --cache_views 1)"
+            )
+
 
 def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) -> PhaseResult:
     """Fits the head on training images, and copies the head into the model. Stores the activations at the cuts `beside`."""
@@ -268,8 +283,10 @@ def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
         settings["batch_size"] = session.config.compute.batch_size  # BatchNorm's statistics are those of a batch
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change
+    preprocessing = dict(session.backbone.preprocessing.spec)
     return {
-        "format": STATE_FORMAT, "network": network, **settings, **splits, "plan": [phase.identity() for phase in plan],
+        "format": STATE_FORMAT, "network": network, "preprocessing": preprocessing, **settings, **splits,
+        "plan": [phase.identity() for phase in plan],
     }  # fmt: skip
 
 
