@@ -101,6 +101,9 @@ class DataConfig:
         return {role: name for role, name in flags.items() if name is not None and name != NO_SPLIT}
 
 
+Pooling = Literal["auto", "class"]  # of a checkpoint without a classifier (see ModelConfig)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Settings of the checkpoint that training starts from."""
@@ -112,6 +115,14 @@ class ModelConfig:
     )
     base_model: str | None = flag(None, "Hub id to record as base model, if a local checkpoint does not name its base")
     trust_remote_code: bool = flag(False, "allow Python code that comes with the checkpoint")
+    pooling: Pooling = flag(
+        "auto",
+        "pooling for a transformers checkpoint without a classifier; auto: the pooling that the checkpoint's own class "
+        "documents; class: the pooling of transformers' image-classification class",
+    )
+
+    def __post_init__(self) -> None:
+        _check_choice(self, "pooling", ("auto", "class"))
 
 
 @dataclass(frozen=True, kw_only=True)

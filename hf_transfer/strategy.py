@@ -50,7 +50,11 @@ class Strategy(StrategyConfig):
 
         model = config.model
         return load(
-            model.checkpoint, data.label_names, base_model=model.base_model, trust_remote_code=model.trust_remote_code
+            model.checkpoint,
+            data.label_names,
+            base_model=model.base_model,
+            trust_remote_code=model.trust_remote_code,
+            pooling=model.pooling,
         )
 
     def restart(self, session: "Session") -> "Session":
