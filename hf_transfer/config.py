@@ -85,6 +85,9 @@ class DataConfig(Settings):
         return {role: name for role, name in flags.items() if name is not None and name != NO_SPLIT}
 
 
+Pooling = Literal["auto", "class"]  # of a checkpoint without a classifier (see ModelConfig)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Settings):
     """Settings of the checkpoint that training starts from."""
@@ -100,6 +103,11 @@ class ModelConfig(Settings):
         None,
         "Hub id, folder or preprocessor_config.json whose image preprocessing is used, for a checkpoint that names none or the "
         "wrong one",
+    )
+    pooling: Pooling = flag(
+        "auto",
+        "pooling for a transformers checkpoint without a classifier; auto: the pooling that the checkpoint's own class "
+        "documents; class: the pooling of transformers' image-classification class",
     )
 
 

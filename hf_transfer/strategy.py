@@ -62,6 +62,7 @@ class Strategy(StrategyConfig):
             base_model=model.base_model,
             trust_remote_code=model.trust_remote_code,
             preprocessing_from=model.preprocessing_from,
+            pooling=model.pooling,
         )
 
     def restart(self, session: "Session") -> "Session":

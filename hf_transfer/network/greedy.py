@@ -193,5 +193,6 @@ def _rename(layer: Layer, home: str) -> Layer:
             site=replace(cut.site, module=f"{home}.{cut.site.module}"),
             stubs=tuple(replace(stub, module=f"{home}.{stub.module}") for stub in cut.stubs),
             repeated=frozenset(f"{home}.{n}" for n in cut.repeated),
+            later=frozenset(f"{home}.{n}" for n in cut.later),
         ),
     )
