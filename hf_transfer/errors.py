@@ -8,12 +8,17 @@ its traceback.
 import os
 import signal
 import sys
+import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hf_transfer.interrupts import Interrupted
 
 TRACEBACK = "HF_TRANSFER_TRACEBACK"  # environment variable; 1: print the traceback of every error
+
+_UNSAFE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, bytes that are not UTF-8, line separators
+_REORDERING = frozenset({"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})  # of right-to-left text
 
 
 class ContinuableError(RuntimeError):
@@ -27,7 +32,10 @@ def one_line_errors(prog: str) -> Iterator[None]:
     A process that a launcher started beside others names its rank. Notes of the error (`add_note`) follow the message.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            # Pillow warns about oddities of a file without naming the file. An unreadable file is an error with its name.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
     except (ValueError, OSError, RuntimeError, MemoryError, EOFError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
@@ -51,4 +59,22 @@ def describe_error(error: BaseException) -> str:
         type(error).__name__, type(error).__name__
     )
     notes = getattr(error, "__notes__", ())
-    return " ".join(". ".join([text.rstrip(".") if notes else text, *notes]).split())
+    return join_lines(". ".join([text.rstrip(".") if notes else text, *notes]))
+
+
+def join_lines(text: str) -> str:
+    """Returns `text` as one line that is safe to print on a terminal."""
+    return make_printable(" ".join(text.split()))
+
+
+def make_printable(line: str) -> str:
+    """Returns `line` with an escape sequence for each character that a terminal would obey or cannot show.
+
+    Such a character in the name of a class or a file could move the cursor, hide text, or end the program.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _UNSAFE or unicodedata.bidirectional(char) in _REORDERING
+        else char
+        for char in line
+    )

@@ -23,10 +23,14 @@ SAME_SIGNAL_S = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run. `remedy` is the command or call that continues the run."""
+    """A signal ended the run. `remedy` is the command or call that continues the run.
 
-    def __init__(self, number: int) -> None:
+    `is_shared`: whether all processes of the run raise this error at the same step.
+    """
+
+    def __init__(self, number: int, *, is_shared: bool = False) -> None:
         super().__init__(number)
+        self.is_shared = is_shared
         self.number = number  # of the signal
         self.remedy = ""
 

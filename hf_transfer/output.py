@@ -21,11 +21,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from hf_transfer.agreement import decide_on_main
 from hf_transfer.config import OutputConfig
 from hf_transfer.errors import ContinuableError
 from hf_transfer.interrupts import Interrupted
 from hf_transfer.locations import CHECKPOINTS, CONFIG, RESULTS
+from hf_transfer.processes import run_on_main
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
                 log.info("output folder: %s", folder)
             return str(folder)
 
-        yield Path(decide_on_main(choose))
+        yield Path(run_on_main(choose))
 
 
 @contextmanager

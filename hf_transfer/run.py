@@ -1,6 +1,5 @@
 """A finished run, in memory or in a folder: read its metrics, predict with its model, save it, and push it."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.predict import Prediction, find_images, load_saved, predict
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.damage import read_json
 from hf_transfer.output import LOCK, find_free_folder, is_finished, lock_folder
 from hf_transfer.reporting.results import describe_run
 from hf_transfer.runs import write_run
@@ -43,8 +43,7 @@ class Run:
         if self._session is not None and self._result is not None:
             return describe_run(self._session, self._result)
         assert self.folder is not None
-        results: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
-        return results
+        return read_json(self.folder / "results.json")
 
     @cached_property
     def metrics(self) -> Mapping[str, Metrics]:

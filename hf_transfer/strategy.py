@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import GradientConfig, RunConfig, StrategyConfig, replace_settings
+from hf_transfer.config import GradientConfig, RunConfig, StrategyConfig
+from hf_transfer.settings import replace_settings
 
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
@@ -44,13 +45,24 @@ class Strategy(StrategyConfig):
     def check(self, config: RunConfig) -> None:
         """Raises ValueError, before anything is loaded, if settings of the strategy contradict other settings of the run."""
 
+    def find_network(self, config: RunConfig) -> None:
+        """Raises ValueError, before images are read, if the checkpoint does not exist. Loads nothing."""
+        from hf_transfer.network.source import check_checkpoint
+
+        check_checkpoint(config.model.checkpoint)
+
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
         """Returns the network before training: the checkpoint with a new head for the data's labels."""
         from hf_transfer.network.backbone import load
 
         model = config.model
         return load(
-            model.checkpoint, data.label_names, base_model=model.base_model, trust_remote_code=model.trust_remote_code
+            model.checkpoint,
+            data.label_names,
+            base_model=model.base_model,
+            trust_remote_code=model.trust_remote_code,
+            preprocessing_from=model.preprocessing_from,
+            pooling=model.pooling,
         )
 
     def restart(self, session: "Session") -> "Session":

@@ -29,12 +29,11 @@ from hf_transfer.network.growing import (
     grow_architecture,
     grow_blocks,
     grow_on,
-    read_numbers,
 )
 from hf_transfer.network.modeling_greedy import Head
 from hf_transfer.reporting.results import describe_run
 from hf_transfer.session import Session
-from hf_transfer.strategies.greedy_stack import GreedyStackStrategy
+from hf_transfer.strategies.greedy_stack import GreedyStackStrategy, read_numbers
 from hf_transfer.training.records import RunResult
 from hf_transfer.training.stages import (
     Grown,
@@ -283,7 +282,9 @@ def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
         (lambda: on(resnet, chain, after="layer9"), "its layers are stem, layer1.0"),
         (lambda: on(resnet, chain, kind="transformer", downsample=(1,)), "transformer blocks cannot downsample"),
         (lambda: grow_architecture(resnet, AUX, layers=6), "choose 1 <= layers <= 5"),
-        (lambda: read_numbers("2;3"), "such as 2,3"),
+        (lambda: read_numbers("2;3", 3), "such as 2,3"),
+        (lambda: read_numbers("1,1", 3), "each once"),
+        (lambda: read_numbers("4", 3), "from 1 to 3"),
         (lambda: layout_of((8, 3, 5), (3, 16, 16)), "neither tokens"),
         (lambda: plan_head((8, 4, 4), "channels_first", 0), "aux_hidden=0"),
     ]

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from hf_transfer.choosing.rule import STRATEGIES
-from hf_transfer.config import RunConfig, changed_settings, list_settings, replace_settings
+from hf_transfer.config import RunConfig
 from hf_transfer.session import Session
+from hf_transfer.settings import changed_settings, list_settings, replace_settings
 from hf_transfer.strategy import Strategy, default_config, get_strategy
 
 # `tracker`, `resume` and `overwrite_output_dir` do not change the result. `make_command` adds the other three settings.

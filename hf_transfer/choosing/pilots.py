@@ -9,9 +9,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from accelerate.utils import broadcast_object_list
-
 from hf_transfer.costs import Costs
+from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import Plan, SolveHeadPhase
@@ -99,5 +98,4 @@ def _shorten(strategy: Strategy, epochs: int) -> GradientStrategy:
 
 def agree(seconds: float) -> float:
     """Returns the main process's value of `seconds` in every process, so that all processes take the same branch."""
-    agreed: float = broadcast_object_list([seconds])[0]
-    return agreed
+    return run_on_main(lambda: seconds)

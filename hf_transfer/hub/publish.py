@@ -4,7 +4,6 @@ The model is on disk before the push, so a failed push loses nothing, and the sa
 not sent again (LFS recognizes their content), and the model appears in one commit, completely or not at all.
 """
 
-import json
 import logging
 import re
 import shlex
@@ -28,6 +27,7 @@ from hf_transfer.hub.card import OUR_TAG, address_card
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import MERGED_TOLERANCE, REFERENCE, TOLERANCE, Verified, find_libraries, verify
 from hf_transfer.network.adapters import is_adapter_folder, load_adapted, read_base
+from hf_transfer.network.damage import read_json
 from hf_transfer.network.source import find_source
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def publish(
     if not (run / "model" / CARD).is_file() or not (run / "results.json").is_file():
         raise ValueError(f"{run}: no finished run (at its end, a recipe writes results.json and model/)")
     repo_id, branch = split_repo_id(repo_id)
-    results = json.loads((run / "results.json").read_text())
+    results = read_json(run / "results.json")
     if results["details"].get("fine_tuned") is False and not options.without_fine_tuning:
         raise ValueError(
             f"{run}: this greedy stack was not fine-tuned end to end, so its layers were never trained together. Run the "

@@ -9,12 +9,14 @@ from typing import Any
 
 import yaml
 
-from hf_transfer.config import GradientConfig, RunConfig, to_settings
+from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
 from hf_transfer.reporting.sentences import describe_choice, describe_phase
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import PhaseResult, RunResult, to_json
 
@@ -60,11 +62,20 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
     settings = to_settings(config)
-    for name in ("checkpoint", "dataset"):
-        path = Path(settings[name]).expanduser()
-        if path.exists():
+    for name in ("checkpoint", "dataset", "preprocessing_from"):
+        path = Path(settings[name] or "").expanduser()
+        if settings[name] is not None and path.exists():
             settings[name] = (names or {}).get(name, path.resolve().name)
     return {name: value for name, value in settings.items() if name not in OF_ONE_START}
+
+
+def pin_revisions(session: Session) -> RunConfig:
+    """Returns the session's settings with the commit (`ID@sha`) of the checkpoint and the data set that came from the Hub."""
+    config, data = session.config, session.data
+    pinned = {"checkpoint": pin_checkpoint(config.model.checkpoint, session.backbone.source)}
+    if data.revision is not None:
+        pinned["dataset"] = f"{config.data.dataset.partition('@')[0]}@{data.revision}"
+    return replace_settings(config, pinned)
 
 
 def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:

@@ -20,9 +20,9 @@ from accelerate.utils import broadcast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_transfer.agreement import decide_on_main
 from hf_transfer.errors import ContinuableError
 from hf_transfer.network.fingerprint import update_hash
+from hf_transfer.processes import run_on_main
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def share_state(folder: Path, accelerator: Accelerator) -> dict[str, Any] | None
         packed = None if state is None else _pack(state, tensors)
         return None if state is None else (packed, {name: (t.dtype, t.shape) for name, t in tensors.items()})
 
-    shared = decide_on_main(read)
+    shared = run_on_main(read)
     if shared is None:
         return None
     packed, kinds = shared

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from hf_transfer.config import to_settings
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
 from hf_transfer.prefix.sweep import move_model, use_fast_layout
+from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
+from hf_transfer.settings import to_settings
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import StateWriter, remove_state, share_state
@@ -32,11 +33,11 @@ STATE_FORMAT = 5  # increase this number when a run could not continue from olde
 
 # Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
 BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
-# Settings that may change when a run is resumed: they do not influence the result, or (checkpoint, dataset) are paths, whose
-# content is compared by its hash.
+# Settings that may change when a run is resumed: they do not influence the result, or (checkpoint, dataset,
+# preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "tracker", "save_every_s",
-    "checkpoint", "dataset", "base_model", "merge", "push_to_hub", "private",
+    "checkpoint", "dataset", "base_model", "preprocessing_from", "merge", "push_to_hub", "private",
 ))  # fmt: skip
 
 PhaseState = Mapping[str, Any] | None
@@ -89,6 +90,7 @@ class _PlanRun:
         # Select all parameters first, so that a policy that does not fit the network fails before anything runs.
         self.selected = [phase.policy.select(chain) for phase, chain in zip(plan, self.chains, strict=True)]
         self._check_mixing()
+        self._check_augmentation()
         self.done: list[PhaseResult] = []
         self.start: wise.Weights | None = None
         self.is_resumed = False
@@ -127,7 +129,7 @@ class _PlanRun:
             if resume:
                 log.info("found no saved state in the folder %s: the run starts fresh", self.checkpoints.name)
             remove_state(self.checkpoints)
-        session.accelerator.wait_for_everyone()
+        wait_for_everyone()
         self.audit = Audit(chain, None, frozenset().union(*self.selected))  # tensors that no phase trains
 
     def save(self, phase_state: PhaseState) -> None:
@@ -154,7 +156,7 @@ class _PlanRun:
             self.done.append(self._train(number, phase, session))
         self._phase_state = None
         self.save(None)  # a resumed run starts with the next phase
-        session.accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def _train(self, number: int, phase: TrainPhase, session: Session) -> PhaseResult:
         cut = session.chain.lowest_cut(self.selected[number])
@@ -243,6 +245,20 @@ class _PlanRun:
                 "activations, not on images, which mixup and cutmix need: choose --cache_views 0, or omit --mixup and --cutmix"
             )
 
+    def _check_augmentation(self) -> None:
+        preprocessing, gradient = self.session.backbone.preprocessing, self.session.gradient
+        phases = zip(self.plan, self.chains, self.selected, strict=True)
+        reads_pixels = [c.lowest_cut(s) is None for p, c, s in phases if isinstance(p, TrainPhase)]
+        if preprocessing.colors is not None or not reads_pixels:
+            return
+        views = gradient.training.cache_views
+        if views > 1 or (gradient.augmentation.changes_pixels and (any(reads_pixels) or views == 0)):
+            raise ValueError(
+                f"{type(preprocessing.processor).__name__} changes colors in a way that cannot follow augmentation: choose the "
+                "strategy linear_probe, or last_layers with --cache_views 1, or omit augmentation (--crop_scale 1 --hflip 0 "
+                "--color_jitter 0 --cache_views 1)"
+            )
+
 
 def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) -> PhaseResult:
     """Fits the head on training images, and copies the head into the model. Stores the activations at the cuts `beside`."""
@@ -267,8 +283,10 @@ def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
         settings["batch_size"] = session.config.compute.batch_size  # BatchNorm's statistics are those of a batch
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change
+    preprocessing = dict(session.backbone.preprocessing.spec)
     return {
-        "format": STATE_FORMAT, "network": network, **settings, **splits, "plan": [phase.identity() for phase in plan],
+        "format": STATE_FORMAT, "network": network, "preprocessing": preprocessing, **settings, **splits,
+        "plan": [phase.identity() for phase in plan],
     }  # fmt: skip
 
 

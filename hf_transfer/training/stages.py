@@ -150,7 +150,7 @@ def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True
         is_trained=not stack.is_plain,
     )
     plan: Plan = [
-        *([SolveHeadPhase(sweep="none")] if stack.is_plain and chain.classifier else []),
+        *([SolveHeadPhase(sweep="none")] if stack.is_plain and chain.head else []),
         *([phase] if fine_tunes else []),
     ]
     if session.is_main:

@@ -4,18 +4,20 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from hf_transfer.capability import accumulation_dtype
 from hf_transfer.data.augment import draw_uniform, mix
 from hf_transfer.interrupts import Interrupted, received
 from hf_transfer.network.cut import Cut
@@ -27,6 +29,7 @@ from hf_transfer.training.feeds import PhaseData
 from hf_transfer.training.optim import lr_factor, set_lr
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.records import EpochRecord, Score
+from hf_transfer.training.sharding import Shards
 
 # On a GPU, every read of the loss waits for the device. So the loss is read after this many steps, or this many seconds.
 CHECK_LOSS_EVERY, CHECK_LOSS_EVERY_S = 25, 2.0
@@ -70,9 +73,22 @@ class Trainable:
     """The network and the optimizer that Accelerate prepared, and the tensors that the steps may change."""
 
     network: nn.Module
+    evaluated: nn.Module  # the same weights without communication: processes may compute different numbers of batches
     optimizer: torch.optim.Optimizer
     state: dict[str, torch.Tensor]  # parameters that train, and running statistics
     average: Averaged | None
+    shards: Shards | None = None  # if parameters are divided among the processes; `evaluated` then has older weights
+
+    def no_sync(self, accelerator: Accelerator) -> AbstractContextManager[None]:
+        """Adds up gradients in each process, without communication, in the `with` block."""
+        context: AbstractContextManager[None]
+        context = self.shards.no_sync() if self.shards else accelerator.no_sync(self.network)
+        return context
+
+    def copy_back(self) -> None:
+        """Copies the weights into the session's network, if a sharded copy of the network trains. All processes must call."""
+        if self.shards is not None:
+            self.shards.copy_back()
 
 
 @dataclass(kw_only=True)
@@ -150,7 +166,8 @@ class Steps:
         epoch, phase = self.run.epochs_before + progress.epoch, self.run.phase
         set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
         steps = draw_steps(self.run.inputs.feed.num_images, self.images_per_step, seed=seed, epoch=epoch)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits since the last read
+        # Loss and hits since the last read.
+        totals = torch.zeros(2, dtype=accumulation_dtype(self.device), device=self.device)
         started = self._checked_s = self._saved_s = time.perf_counter()
         unread = 0  # number of steps since the loss was read
         with self._make_bar(progress) as bar:
@@ -177,7 +194,7 @@ class Steps:
                     save()
                     started = self._checked_s = self._saved_s = time.perf_counter()
                 if is_interrupted:
-                    raise Interrupted(received() or signal.SIGTERM)
+                    raise Interrupted(received() or signal.SIGTERM, is_shared=True)
 
     def _make_bar(self, progress: Progress) -> "tqdm[Any]":
         phase = self.run.phase
@@ -240,7 +257,7 @@ class Steps:
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
         for i, batch in enumerate(batches):
             is_last = i + 1 == len(batches)
-            with nullcontext() if is_last else accelerator.no_sync(trainable.network):
+            with nullcontext() if is_last else trainable.no_sync(accelerator):
                 self._accumulate(batch, epoch, scale, totals)
         max_norm = self.settings.training.max_grad_norm
         if max_norm:
