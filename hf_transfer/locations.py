@@ -1,4 +1,4 @@
-"""The folders of caches and of the package's recipes."""
+"""The folders of caches and of the package's recipes, and names in an output folder."""
 
 import logging
 import os
@@ -7,6 +7,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
+CONFIG, RESULTS = "config.yaml", "results.json"  # files of an output folder
+CHECKPOINTS = "checkpoints"  # folder of an output folder: the saved states and, until the run is finished, config.yaml
 
 
 def cache_dir() -> Path:
@@ -49,6 +51,11 @@ def recipes_dir() -> Path:
     """Returns the recipes' folder, which lies inside an installed package, or beside the package in a Git clone."""
     installed = PACKAGE / "recipes"
     return installed if installed.is_dir() else PACKAGE.parent / "recipes"
+
+
+def presets_dir() -> Path:
+    """Returns the folder of the configuration files for `accelerate launch --config_file`."""
+    return recipes_dir() / "accelerate"
 
 
 def find_recipe(name: str) -> Path | None:

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from hf_transfer.config import GradientConfig, RunConfig, StrategyConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data
+from hf_transfer.locations import CHECKPOINTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.prefix.resources import Resources
@@ -59,7 +60,7 @@ class Session:
     @property
     def checkpoints(self) -> Path | None:
         """The folder of the saved training states; None if the run has no output folder."""
-        return None if self.output_dir is None else self.output_dir / "checkpoints" / self.state_name
+        return None if self.output_dir is None else self.output_dir / CHECKPOINTS / self.state_name
 
     @property
     def is_main(self) -> bool:

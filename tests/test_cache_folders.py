@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from hf_transfer.config import list_settings
+from hf_transfer.settings import list_settings
 from hf_transfer.strategy import default_config
 from tests.test_plan import assert_close
 from tests.test_recipes import RECIPES, run_ranks, run_recipe

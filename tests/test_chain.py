@@ -61,14 +61,16 @@ def test_building_a_chain_leaves_no_mark(name: str) -> None:
 def test_features_are_one_vector_an_image_before_one_linear_map(name: str) -> None:
     model, chain = built(name)
     assert chain.features is not None
-    assert chain.classifier is not None
+    assert chain.head is not None
+    assert chain.head.is_direct
+    (name,) = chain.head.modules
     assert torch.Size(chain.features.shape).numel() == max(chain.features.shape)
     pixels = make_pixels(chain.image_shape, 2)
-    linear = model.get_submodule(chain.classifier)
+    linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     with torch.no_grad():
         torch.testing.assert_close(linear(chain.run_prefix([chain.features], pixels)[0]), compute_logits(model, pixels))
-    assert chain.classifier_parameters == (f"{chain.classifier}.weight", f"{chain.classifier}.bias")
+    assert chain.classifier_parameters == (f"{name}.weight", f"{name}.bias")
     assert not chain.notes
 
 
@@ -299,18 +301,19 @@ def test_a_network_that_cannot_be_traced_is_one_head_and_says_why() -> None:
     assert chain.classifier_parameters == chain.layers[-1].parameters
 
 
-def test_without_one_linear_map_the_whole_head_counts_as_classifier() -> None:
-    class TwoHeads(Net):
+def test_without_a_linear_head_the_whole_last_layer_counts_as_classifier() -> None:
+    class Maximum(Net):
         def __init__(self) -> None:
             super().__init__()
             self.second = nn.Linear(4, 5)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             pooled = self.pooled(x)
-            return (self.fc(pooled) + self.second(pooled)) / 2
+            return torch.maximum(self.fc(pooled), self.second(pooled))
 
-    chain = build_chain(TwoHeads().eval(), SHAPE)
-    assert chain.classifier is None
+    chain = build_chain(Maximum().eval(), SHAPE)
+    assert chain.head is None
+    assert any("not a weighted sum of the linear maps fc, second" in note for note in chain.notes)
     assert set(chain.classifier_parameters) == {"fc.weight", "fc.bias", "second.weight", "second.bias"}
     assert chain.lowest_cut(chain.classifier_parameters) is chain.cut("layers.2")
 
@@ -325,7 +328,7 @@ def test_an_inner_map_of_as_many_outputs_as_classes_is_not_the_classifier() -> N
             return self.mix(super().forward(x)[:, None])[:, 0]
 
     chain = build_chain(Late().eval(), SHAPE)
-    assert chain.classifier is None
+    assert chain.head is None
     assert {"fc.weight", "mix.weight"} <= set(chain.classifier_parameters)
 
 

@@ -26,7 +26,7 @@ from hf_transfer.network.fingerprint import (
     named_tensors,
 )
 from hf_transfer.network.forward import compute_logits, eval_mode
-from hf_transfer.network.head import find_classifier
+from hf_transfer.network.head import LinearHead, find_classifier, find_maps, measure_inputs
 from hf_transfer.network.layers import find_layers
 from hf_transfer.network.part import Part
 from hf_transfer.network.trace import Call, Trace, trace
@@ -58,8 +58,8 @@ class Chain:
     model: nn.Module
     image_shape: tuple[int, int, int]
     layers: tuple[Layer, ...]
-    classifier: str | None  # module name; None if no single linear map computes the logits
-    features: Cut | None  # the cut before the classifier, inside the head
+    head: LinearHead | None  # the linear maps whose weighted sum is the logits; None if the logits are no such sum
+    features: Cut | None  # the cut before these linear maps, from which a linear probe computes its features
     unused_parameters: tuple[str, ...]  # names of parameters that never reach the logits: frozen, and saved unchanged
     notes: tuple[str, ...]  # sentences for the user: which cuts were dropped, and why
     # Returns the identity that cache keys use, if this network equals another one (new adapters change no activation).
@@ -91,11 +91,9 @@ class Chain:
 
     @property
     def classifier_parameters(self) -> tuple[str, ...]:
-        """The names of the classifier's parameters, or of all head parameters if no single linear map computes the logits."""
-        head = self.layers[-1].parameters
-        if self.classifier is None:
-            return head
-        return tuple(n for n in head if n.startswith(self.classifier + "."))
+        """The names of the parameters of the linear head, or of the whole last layer if the head is not linear."""
+        last = self.layers[-1].parameters
+        return last if self.head is None else tuple(n for n in last if self.head.owns(n))
 
     def lowest_cut(self, trainable: Collection[str]) -> Cut | None:
         """Returns the last cut whose prefix has no parameter in `trainable`, or None if the stem has a trainable parameter."""
@@ -103,7 +101,9 @@ class Chain:
         if unknown:
             raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
         if self.features is not None and set(trainable) <= set(self.classifier_parameters):
-            return self.features
+            return (
+                self.features if self.features.stubs else None
+            )  # without stubs, the features are computed from the image
         below: Cut | None = None
         for layer in self.layers:
             if not set(trainable).isdisjoint(layer.parameters):
@@ -177,7 +177,7 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
             model=model,
             image_shape=image_shape,
             layers=(_empty(STEM), replace(_empty(HEAD), parameters=everything)),
-            classifier=None,
+            head=None,
             features=None,
             unused_parameters=(),
             notes=(f"this network has no cuts, so no activations can be cached: {error}",),
@@ -205,15 +205,37 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
     if not inner:
         fallback = "only the cut before the classifier" if features else "no cut, so no activations can be cached"
         notes.append(f"this network has no interior cuts; there is {fallback}")
+    head = LinearHead(modules=(classifier.module,)) if classifier else None
+    if features is None:
+        try:
+            head, features = _find_sum(model, image_shape, seen, inner)
+        except ValueError as error:
+            notes.append(f"no linear probe can be solved: {error}")
     return Chain(
         model=model,
         image_shape=image_shape,
         layers=_make_layers(model, inner, segment_of, _assign_buffers(model, seen, inner)),
-        classifier=classifier.module if classifier else None,
+        head=head,
         features=features,
         unused_parameters=tuple(n for n, _ in model.named_parameters() if n not in segment_of),
         notes=tuple(notes),
     )
+
+
+def _find_sum(
+    model: nn.Module, image_shape: tuple[int, int, int], seen: Trace, inner: Sequence[Cut]
+) -> tuple[LinearHead, Cut]:
+    """Returns the linear maps whose weighted sum is the logits, and the last cut before them: the image if `inner` is empty.
+
+    Raises ValueError if the logits are no such sum.
+    """
+    image = Site(side="before", module="", index=0, leaf=0)
+    cut = replace(inner[-1], name=FEATURES) if inner else make_cut(seen, FEATURES, image)
+    head = LinearHead(modules=find_maps(model, seen), is_direct=False)
+    if cut is None or not head.modules:
+        raise ValueError("no linear map computes the logits")
+    measure_inputs(model, image_shape, head, cut)
+    return head, cut
 
 
 def _empty(name: str) -> Layer:

@@ -141,14 +141,6 @@ def grow_on(
     return grow_blocks(base, aux, cache_dir=cache_dir)
 
 
-def read_numbers(text: str) -> tuple[int, ...]:
-    """Parses block numbers from text such as "2,3" (empty text: no numbers). Raises ValueError for other text."""
-    words = [word.strip() for word in text.split(",")] if text.strip() else []
-    if not all(word.isdigit() for word in words):
-        raise ValueError(f"downsample={text!r}: give the numbers of the blocks that halve the grid, such as 2,3")
-    return tuple(int(word) for word in words)
-
-
 def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[dict[str, Any]]:
     """Returns the constructor arguments of each block for activations of `shape`. Raises ValueError if a block does not fit."""
     channels, *side = shape if layout == "channels_first" else (shape[-1], *shape[:-1])

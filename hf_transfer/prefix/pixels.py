@@ -1,7 +1,7 @@
 """Reads images by number: threads decode them to pixels, and the device turns the pixels into the network's input.
 
 Evaluation uses exactly the pixels of the checkpoint's preprocessing. For training, each image is decoded once and resized to a
-larger uint8 square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so training epochs
+larger uint8 RGB square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so training epochs
 neither decode images nor hold them in memory.
 """
 
@@ -46,15 +46,15 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Returns uint8 pixels (b, height, width, 3). Several threads call this method."""
+        """Returns pixels (b, height, width, channels), uint8 or float32. Several threads call this method."""
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Turns pixels from `read`, which are now on the device, into normalized float32 images (b, 3, H, W)."""
+        """Turns pixels from `read`, which are now on the device, into normalized float32 images (b, C, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationImages:
-    """The images of a split, preprocessed as in evaluation: decoded from files, or read from `store` (N, H, W, 3)."""
+    """The images of a split, preprocessed as in evaluation: decoded from files, or read from `store` (N, H, W, C)."""
 
     split: Split
     preprocessing: Preprocessing
@@ -73,14 +73,14 @@ class EvaluationImages:
     def __len__(self) -> int:
         return len(self.split)
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Returns uint8 pixels (b, H, W, 3), resized and cropped."""
+    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Returns pixels (b, H, W, C), resized and cropped."""
         if self.store is not None:
             return self.store[rows]
         return np.stack([self.preprocessing.pixels(self.split.image(int(i))) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Returns normalized images (b, 3, H, W)."""
+        """Returns normalized images (b, C, H, W)."""
         return self.preprocessing.normalize(pixels)
 
 
@@ -133,7 +133,7 @@ class TrainingImages:
         return self.squares[rows % len(self.split)]
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Returns augmented and normalized images (b, 3, H, W)."""
+        """Returns augmented and normalized images (b, C, H, W)."""
         epochs, indices = np.divmod(rows, len(self.split))
         parts = [
             augment(
@@ -146,7 +146,7 @@ class TrainingImages:
             )
             for epoch in np.unique(epochs)  # in order, since a batch may end one epoch and start the next
         ]
-        return self.preprocessing.normalize_floats(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return self.preprocessing.normalize_augmented(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 class DecodedWhenRead(Store):
@@ -174,9 +174,10 @@ def store_evaluation_pixels(split: Split, preprocessing: Preprocessing, resource
     def read(i: int) -> dict[str, NDArray[Any]]:
         return {"pixels": preprocessing.pixels(split.image(i))}
 
-    shape = (preprocessing.height_px, preprocessing.width_px, 3)
     key = {"kind": "evaluation pixels", "preprocessing": dict(preprocessing.spec)}
-    decoding = _Decoding(split=split, read=read, arrays={"pixels": (shape, "uint8")})
+    decoding = _Decoding(
+        split=split, read=read, arrays={"pixels": (preprocessing.pixel_shape, preprocessing.pixel_type)}
+    )
     stores = _decode(decoding, key, resources)
     return EvaluationImages(split=split, preprocessing=preprocessing, store=stores["pixels"])
 

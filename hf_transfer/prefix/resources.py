@@ -1,18 +1,18 @@
 """The resources of a pass over images: processes, device, batch size, workers, precision, and the place of stored results."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
+from hf_transfer.capability import count_cores
 from hf_transfer.config import ComputeConfig, Precision
 from hf_transfer.locations import chain_dir
 from hf_transfer.prefix.ranks import Ranks
 from hf_transfer.prefix.storage import Storage, choose_storage, measure_capacity
+from hf_transfer.processes import gather
 
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
@@ -22,8 +22,8 @@ PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp
 
 
 def count_threads(num_workers: int) -> int:
-    """Returns the number of decoding threads of one process: `num_workers`, or one per core up to 16 if `num_workers` is 0."""
-    return num_workers or min(MAX_THREADS, os.cpu_count() or 1)
+    """Returns the number of decoding threads of one process: `num_workers`, else one per usable core, at most 16."""
+    return num_workers or min(MAX_THREADS, count_cores())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Resources:
         return Ranks(
             rank=self.accelerator.process_index,
             count=self.accelerator.num_processes,
-            gather=lambda value: gather_object([value]),
+            gather=gather,
         )
 
     def autocast(self) -> torch.autocast:

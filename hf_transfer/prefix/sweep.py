@@ -24,7 +24,7 @@ BATCHES_AHEAD = 3
 CPU_BATCH = 4  # small, so that the activations fit into the core's cache
 
 Compute = Callable[[Chain, torch.Tensor, int], None]
-"""Takes the chain to run, normalized images (b, 3, H, W) on the device, and the position of the first image among the rows."""
+"""Takes the chain to run, normalized images (b, C, H, W) on the device, and the position of the first image among the rows."""
 
 
 def sweep(
@@ -66,13 +66,13 @@ def batch_rows(resources: Resources) -> int:
 
 def read_pixels(
     images: Images, rows: NDArray[np.int64], *, batch_size: int, num_workers: int
-) -> Iterator[NDArray[np.uint8]]:
-    """Yields the images numbered `rows` in order, in uint8 batches (b, H, W, 3). Threads decode the next batches in advance."""
+) -> Iterator[NDArray[Any]]:
+    """Yields the pixels of the images numbered `rows` in order, in batches (b, H, W, C). Threads decode batches in advance."""
     threads = count_threads(num_workers)
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with ThreadPoolExecutor(threads) as pool:
 
-        def submit(batch: NDArray[np.int64]) -> list[Future[NDArray[np.uint8]]]:
+        def submit(batch: NDArray[np.int64]) -> list[Future[NDArray[Any]]]:
             return [pool.submit(images.read, part) for part in np.array_split(batch, min(threads, len(batch)))]
 
         ahead = deque(submit(batch) for batch in batches[:BATCHES_AHEAD])

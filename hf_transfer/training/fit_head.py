@@ -1,4 +1,4 @@
-"""Fits a linear probe, copies the probe into the classifier of the network, and scores the network."""
+"""Fits a linear probe, writes the probe into the head of the network, and scores the network."""
 
 import logging
 
