@@ -284,7 +284,7 @@ def overhead(given: argparse.Namespace) -> None:
     from hf_transfer.choosing.advise import advise
     from hf_transfer.network.chain import Chain
     from hf_transfer.network.forward import compute_logits
-    from hf_transfer.prefix.cache import clear_caches
+    from hf_transfer.prefix.contents import clear_caches
     from hf_transfer.prefix.pixels import EvaluationImages
     from hf_transfer.prefix.sweep import sweep
     from hf_transfer.runs import open_session

@@ -37,7 +37,7 @@ def run_recipe(name: str, *arguments: str, launcher: tuple[str, ...] = (), env: 
     return shown.stderr
 
 
-def run_ranks(name: str, *arguments: str, caches: list[Path]) -> str:
+def run_on_nodes(name: str, *arguments: str, caches: list[Path]) -> str:
     """Runs the recipe in one gloo process per cache folder, as nodes without a shared disk would. Returns rank 0's log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -124,7 +124,7 @@ def test_the_saved_prefix_is_upstreams_to_the_bit(first: tuple[Path, dict[str, A
 def test_two_processes_give_what_one_gives(first: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     _, results, _ = first
     caches = [tmp_path / f"cache of node {rank}" for rank in range(2)]
-    log = run_ranks("linear_probe", "--output_dir", str(tmp_path / "run"), caches=caches)  # nothing says: on a CPU
+    log = run_on_nodes("linear_probe", "--output_dir", str(tmp_path / "run"), caches=caches)  # nothing says: on a CPU
     assert "1 of 2 processes share the cache folder" in log
     assert log.count("wrote ") == 1  # two processes of one run, not two runs
     both = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -154,9 +154,8 @@ class _Search:
         self.folder_group = find_group(ranks)
         self.folders = [store_dir() / key_of(fields) for fields in self.fields]
         self.opened: list[dict[str, Store] | None] = [None for _ in self.groups]
-        lists = ranks.together(
-            self._find_missing
-        )  # the leaders decide, since another job may finish or evict a store now
+        # The leaders decide, since another job may finish or evict a store in this moment.
+        lists = ranks.together(self._find_missing)
         storage = Storage(kind="disk", reason=f"{self.nbytes / 1e6:,.1f} MB were found on disk")
         if any(lists):
             needed = max(request.num_rows * sum(self.groups[i].row_bytes() for i in missing) for missing in lists)
@@ -168,31 +167,29 @@ class _Search:
                 storage = choose_storage(needed, request.cache, capacity)
             if storage.kind != "disk":
                 return self._store_elsewhere(choose_storage(self.nbytes, request.cache, capacity))
-        ranks.together(self._open_all)  # all ranks open the stores before a leader may discard one in its next call
-        stores = {
-            n: s for g, opened in zip(self.groups, self.opened, strict=True) for n, s in g.named(opened or {}).items()
-        }
-        return Stored(stores=stores, storage=storage)
+        # All ranks open the stores before a leader may discard one in its next call.
+        ranks.together(self._open_all)
+        return Stored(stores=self._named_stores(), storage=storage)
+
+    def _named_stores(self) -> dict[str, Store]:
+        """Returns the open stores by array name."""
+        stores: dict[str, Store] = {}
+        for group, opened in zip(self.groups, self.opened, strict=True):
+            stores |= group.named(opened) if opened else {}
+        return stores
 
     def _find_missing(self) -> list[int]:
-        """Opens, verifies and checks the stores on the leader. Returns the numbers of the groups whose stores are missing."""
+        """Opens, verifies and checks the stores on the leader. Returns the numbers of the array groups that are missing."""
         if not self.folder_group.is_leader:
             return []
         # Open stores cannot be evicted, so the stores found here survive when space is made for the missing stores.
         self.opened = [open_store(folder) for folder in self.folders]
-        stores = {
-            n: s
-            for g, opened in zip(self.groups, self.opened, strict=True)
-            if opened
-            for n, s in g.named(opened).items()
-        }
+        stores = self._named_stores()
         if stores and self.request.check is not None and self.request.num_rows:
             for name in self.request.check(stores):
                 number = next(i for i, group in enumerate(self.groups) if name in group.arrays)
-                warning = (
-                    f"the cache of {name} differs from what the network computes now: discarding and rebuilding it"
-                )
-                discard(self.folders[number], warning)
+                reason = "differs from what the network computes now: discarding and rebuilding it"
+                discard(self.folders[number], f"the cache of {name} {reason}")
                 self.opened[number] = None
         missing = [i for i, opened in enumerate(self.opened) if opened is None]
         if missing:
@@ -296,12 +293,8 @@ class _Search:
         rows = layout.shard(group.index)
         progress = Progress(shards, layout.chunks(group.index))
         if len(progress.positions):
-            if len(progress.positions) < len(rows):
-                log.info(
-                    "continuing an interrupted job: %d of %d rows are stored",
-                    len(rows) - len(progress.positions),
-                    len(rows),
-                )
+            if stored := len(rows) - len(progress.positions):
+                log.info("continuing an interrupted job: %d of %d rows are stored", stored, len(rows))
             arrays = {
                 name: array
                 for i, shard in zip(missing, shards, strict=True)
