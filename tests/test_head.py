@@ -214,12 +214,18 @@ def test_shares_are_measured_again_after_training_and_are_part_of_the_cache_key(
 
 
 def test_maps_that_start_at_zero_are_measured_too() -> None:
-    model = Mean().eval()
-    for linear in (model.fc, model.second):
-        nn.init.zeros_(linear.weight)
-    chain = build_chain(model, SHAPE)
-    assert chain.head is not None
-    assert set(chain.head.modules) == {"fc", "second"}
+    """Their outputs are equal then, and the maximum of equal numbers has the gradients of their mean."""
+
+    class Maximum(Mean):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pooled = self.pooled(x)
+            return torch.maximum(self.fc(pooled), self.second(pooled))
+
+    for model in (Mean(), Maximum()):
+        for linear in (model.fc, model.second):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        assert (build_chain(model.eval(), SHAPE).head is None) == isinstance(model, Maximum)
 
 
 def test_what_is_no_weighted_sum_is_refused_with_the_strategies_that_work() -> None:

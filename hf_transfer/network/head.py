@@ -205,7 +205,7 @@ def _run_on_noise(
     """Runs the part after `cut` on random activations, with random numbers in place of the outputs of the head's maps.
 
     Returns the inputs (B, P, F) and the random outputs (B, P, K) of the maps by name, and the logits (B, K). Random outputs
-    show how the logits depend on the maps even if the maps' weights are zero. Raises ValueError if a map does not run once.
+    show how the logits depend on the maps even if the maps' weights are zero. Raises ValueError if a map does not run.
     """
     device = next(model.parameters()).device
     inputs: dict[str, torch.Tensor] = {}
@@ -215,8 +215,6 @@ def _run_on_noise(
         return torch.randn(shape, generator=generator).to(device)
 
     def replace(name: str, module: nn.Module, given: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
-        if name in outputs:
-            raise ValueError(f"{name} runs several times in one forward")
         inputs[name] = _by_position(module, given)
         output = outputs[name] = noise(*_by_position(module, made).shape).requires_grad_()
         # * 1.0 keeps in-place operations away from the leaf tensor.
