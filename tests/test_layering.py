@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_transfer"
 # A room may import from itself and from the rooms before it.
 ROOMS = (
     "config", "locations", "errors", "capability", "costs", "network", "data", "prefix", "session", "training", "strategy",
-    "flags", "choosing", "strategies", "inference", "reporting", "hub", "runs", "launch", "run", "task", "cli", "__main__",
+    "flags", "choosing", "strategies", "inference", "reporting", "hub", "runs", "launch", "run", "task", "doctor",
+    "cli", "__main__",
 )  # fmt: skip
 HEAVY = (
     "accelerate",
