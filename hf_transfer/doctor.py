@@ -177,8 +177,9 @@ def _check_memory() -> list[Finding]:
 
 
 def _check_hub() -> list[Finding]:
-    import httpx2
     from huggingface_hub import constants, get_session, get_token
+
+    from hf_transfer.hub.attempts import HTTP_ERRORS
 
     endpoint, token = constants.ENDPOINT, get_token()
     facts: dict[str, Any] = {"endpoint": endpoint, "has_token": token is not None, "offline": constants.HF_HUB_OFFLINE}
@@ -189,7 +190,7 @@ def _check_hub() -> list[Finding]:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         response = get_session().get(f"{endpoint}/api/whoami-v2", headers=headers, timeout=HUB_TIMEOUT_S)
         account = response.json()
-    except (httpx2.HTTPError, OSError, ValueError) as error:  # ValueError: the answer is not JSON
+    except (*HTTP_ERRORS, ValueError) as error:  # ValueError: the answer is not JSON
         text = f"{endpoint} cannot be reached ({describe_error(error)}), so only cached and local files load"
         remedy = "check network, proxy and HF_ENDPOINT; set HF_HUB_OFFLINE=1 on a machine without a network"
         return [Finding(topic="hub", status=Status.WARNING, text=text, remedy=remedy, facts=facts)]
