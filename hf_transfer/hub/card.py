@@ -49,6 +49,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         libraries=find_libraries(folder),
         has_own_code=has_own_code(folder),
         backbone=backbone,
+        mode="L" if backbone.preprocessing.channels == 1 else "RGB",
         is_from_scratch=is_from_scratch(results),
         adapter=backbone.describe() if isinstance(backbone, Adapted) else results["details"].get("adapter"),
         results=results,

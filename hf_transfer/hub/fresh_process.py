@@ -88,6 +88,8 @@ def main() -> None:
         names = sorted((n for n in file.keys() if n.startswith("image_")), key=lambda n: int(n[6:]))  # noqa: SIM118
         images = [Image.fromarray(file.get_tensor(name).numpy()) for name in names]
         expected_inputs, expected = file.get_tensor("inputs"), file.get_tensor("logits")
+    if expected_inputs.shape[1] == 1:  # a network of gray images
+        images = [image.convert("L") for image in images]
     scale = expected.abs().max().clamp(min=1.0)
     for library in libraries:
         inputs, logits, own_labels = compute(Path(folder), images, library)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hf_transfer.data.folders import list_folder
 from hf_transfer.data.images import BadImageError, read_image
-from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
+from hf_transfer.network.adapters import find_adapter, find_own_preprocessing, load_adapted, read_task
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
@@ -59,12 +59,12 @@ class _Inputs:
     def identity(self) -> dict[str, Any]:
         return {"images": [self.name_of(i) for i in range(len(self))]}
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Returns resized pixels (b, H, W, 3) uint8 of images `rows`. Unreadable ones are black; `problems` gets the errors."""
+    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Returns resized pixels (b, H, W, C) of images `rows`. Unreadable ones are black; `problems` gets the errors."""
         return np.stack([self.preprocessing.pixels(self._decode(int(i))) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Normalizes `pixels` (b, H, W, 3) uint8. Returns images (b, 3, H, W) float32."""
+        """Normalizes `pixels` (b, H, W, C). Returns images (b, C, H, W) float32."""
         return self.preprocessing.normalize(pixels)
 
     def _decode(self, index: int) -> Image.Image:
@@ -111,7 +111,8 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
             )
         if base is None:
             labels = read_task(folder)["label_names"]
-            base = load(checkpoint, labels, trust_remote_code=trust_remote_code)
+            own = find_own_preprocessing(folder)
+            base = load(checkpoint, labels, trust_remote_code=trust_remote_code, preprocessing_from=own)
         yield load_adapted(folder, base=base)
 
 

@@ -1,7 +1,7 @@
 """Reads images by number: threads decode them to pixels, and the device turns the pixels into the network's input.
 
 Evaluation uses exactly the pixels of the checkpoint's preprocessing. For training, each image is decoded once and resized to a
-larger uint8 square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so training epochs
+larger uint8 RGB square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so training epochs
 neither decode images nor hold them in memory.
 """
 
@@ -22,7 +22,7 @@ from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import augment, draw_uniform
 from hf_transfer.data.splits import Split
 from hf_transfer.network.preprocessing import Preprocessing
-from hf_transfer.prefix.cache import StoreRequest, cached
+from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.store import Store
 
@@ -46,15 +46,15 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Returns uint8 pixels (b, height, width, 3). Several threads call this method."""
+        """Returns pixels (b, height, width, channels), uint8 or float32. Several threads call this method."""
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Turns pixels from `read`, which are now on the device, into normalized float32 images (b, 3, H, W)."""
+        """Turns pixels from `read`, which are now on the device, into normalized float32 images (b, C, H, W)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationImages:
-    """The images of a split, preprocessed as in evaluation: decoded from files, or read from `store` (N, H, W, 3)."""
+    """The images of a split, preprocessed as in evaluation: decoded from files, or read from `store` (N, H, W, C)."""
 
     split: Split
     preprocessing: Preprocessing
@@ -73,14 +73,14 @@ class EvaluationImages:
     def __len__(self) -> int:
         return len(self.split)
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Returns uint8 pixels (b, H, W, 3), resized and cropped."""
+    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Returns pixels (b, H, W, C), resized and cropped."""
         if self.store is not None:
             return self.store[rows]
         return np.stack([self.preprocessing.pixels(self.split.image(int(i))) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Returns normalized images (b, 3, H, W)."""
+        """Returns normalized images (b, C, H, W)."""
         return self.preprocessing.normalize(pixels)
 
 
@@ -133,7 +133,7 @@ class TrainingImages:
         return self.squares[rows % len(self.split)]
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Returns augmented and normalized images (b, 3, H, W)."""
+        """Returns augmented and normalized images (b, C, H, W)."""
         epochs, indices = np.divmod(rows, len(self.split))
         parts = [
             augment(
@@ -146,7 +146,7 @@ class TrainingImages:
             )
             for epoch in np.unique(epochs)  # in order, since a batch may end one epoch and start the next
         ]
-        return self.preprocessing.normalize_floats(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return self.preprocessing.normalize_augmented(parts[0] if len(parts) == 1 else torch.cat(parts))
 
 
 class DecodedWhenRead(Store):
@@ -174,9 +174,10 @@ def store_evaluation_pixels(split: Split, preprocessing: Preprocessing, resource
     def read(i: int) -> dict[str, NDArray[Any]]:
         return {"pixels": preprocessing.pixels(split.image(i))}
 
-    shape = (preprocessing.height_px, preprocessing.width_px, 3)
     key = {"kind": "evaluation pixels", "preprocessing": dict(preprocessing.spec)}
-    decoding = _Decoding(split=split, read=read, arrays={"pixels": (shape, "uint8")})
+    decoding = _Decoding(
+        split=split, read=read, arrays={"pixels": (preprocessing.pixel_shape, preprocessing.pixel_type)}
+    )
     stores = _decode(decoding, key, resources)
     return EvaluationImages(split=split, preprocessing=preprocessing, store=stores["pixels"])
 
@@ -216,68 +217,66 @@ class _Decoding:
     read: Callable[[int], dict[str, NDArray[Any]]]  # values by array name
     arrays: Mapping[str, tuple[tuple[int, ...], str]]
 
-    @property
-    def nbytes(self) -> int:
-        rows = (int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self.arrays.values())
-        return len(self.split) * sum(rows)
-
     def check(self, stores: Mapping[str, Store]) -> set[str]:
         """Returns the names of the stores whose first or last row differs from what decoding gives now."""
         rows = np.unique([0, len(self.split) - 1])
         decoded = [self.read(int(i)) for i in rows]
         return {n for n, s in stores.items() if not np.array_equal(s[rows], np.stack([each[n] for each in decoded]))}
 
-    def fill(self, rows: Mapping[str, NDArray[Any]], start: int, resources: Resources) -> int:
-        """Decodes the images from number `start` on in threads, and writes them into `rows`. Returns the number of images."""
-        count = len(next(iter(rows.values())))
+    def fill(self, missing: MissingRows, resources: Resources) -> int:
+        """Decodes the images of the missing rows in threads, and writes them. Returns the number of images."""
+        positions = missing.positions
         hidden = None if resources.accelerator.is_main_process else True  # None hides the bar if there is no terminal
-        bar = tqdm(total=count, desc=f"{self.split.name} pixels", unit="img", disable=hidden)
+        bar = tqdm(total=len(positions), desc=f"{self.split.name} pixels", unit="img", disable=hidden)
 
         def work(first: int) -> int:
-            block = range(first, min(first + ROWS_PER_TASK, count))
+            block = positions[first : first + ROWS_PER_TASK]
             for i in block:
-                for name, value in self.read(start + i).items():
-                    rows[name][i] = value
+                for name, value in self.read(missing.start + int(i)).items():
+                    missing.arrays[name][i] = value
+            missing.mark(block)
             return len(block)
 
         threads = count_threads(resources.compute.num_workers)
         with bar, ThreadPoolExecutor(threads) as pool:
             try:
-                for done in pool.map(work, range(0, count, ROWS_PER_TASK)):
+                for done in pool.map(work, range(0, len(positions), ROWS_PER_TASK)):
                     bar.update(done)
             finally:
                 pool.shutdown(cancel_futures=True)  # cancels work after a bad image
-        return count
+        return len(positions)
 
 
 def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -> dict[str, Store]:
     """Returns the stores of the arrays that `decoding` describes, from the cache or by decoding the images now."""
     split, arrays = decoding.split, decoding.arrays
-    storage = resources.choose_storage(decoding.nbytes)
-    if storage.kind == "none":
-        log.info("pixels of %s: %s", split.name, storage.reason)
-        return {
-            name: DecodedWhenRead(lambda i, name=name: decoding.read(i)[name], (len(split), *shape), kind)
-            for name, (shape, kind) in arrays.items()
-        }
     num_decoded = 0
 
-    def fill(rows: Mapping[str, NDArray[Any]], start: int) -> None:
+    def fill(missing: MissingRows) -> None:
         nonlocal num_decoded
-        num_decoded = decoding.fill(rows, start, resources)
+        num_decoded = decoding.fill(missing, resources)
 
     request = StoreRequest(
         arrays=arrays,
         num_rows=len(split),
         fill=fill,
         check=decoding.check,
-        storage=storage,
+        cache=resources.compute.cache,
         ranks=resources.ranks,
         bound_bytes=resources.max_disk_bytes,
     )
     started = time.perf_counter()
-    stores = cached({**key, "data": split.fingerprint}, request, f"{key['kind']}, {len(split)} images")
+    # The fingerprint is needed on disk only, and is a hash of all images.
+    fields = {**key, "data": split.fingerprint} if resources.uses_disk else key
+    stored = cached(fields, request, f"{key['kind']}, {len(split)} images")
+    storage = stored.storage
+    if storage.kind == "none":
+        log.info("pixels of %s: %s", split.name, storage.reason)
+        return {
+            name: DecodedWhenRead(lambda i, name=name: decoding.read(i)[name], (len(split), *shape), kind)
+            for name, (shape, kind) in arrays.items()
+        }
     if resources.accelerator.is_main_process:
         rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "cached"
         log.info("pixels of %s: %d images, %s; %s", split.name, len(split), rate, storage.reason)
-    return stores
+    return dict(stored.stores)

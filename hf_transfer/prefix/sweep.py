@@ -24,7 +24,7 @@ BATCHES_AHEAD = 3
 CPU_BATCH = 4  # small, so that the activations fit into the core's cache
 
 Compute = Callable[[Chain, torch.Tensor, int], None]
-"""Takes the chain to run, normalized images (b, 3, H, W) on the device, and the position of the first image among the rows."""
+"""Takes the chain to run, normalized images (b, C, H, W) on the device, and the position of the first image among the rows."""
 
 
 def sweep(
@@ -48,10 +48,8 @@ def sweep(
         if resources.device.type == "cpu":
             _sweep_on_cpu(chain, images, rows, compute, resources, bar)
             return
-        start, compute_config = 0, resources.compute
-        for pixels in read_pixels(
-            images, rows, batch_size=compute_config.batch_size, num_workers=compute_config.num_workers
-        ):
+        start, num_workers = 0, resources.compute.num_workers
+        for pixels in read_pixels(images, rows, batch_size=batch_rows(resources), num_workers=num_workers):
             batch = rows[start : start + len(pixels)]
             on_device = torch.from_numpy(pixels).to(resources.device, non_blocking=True)
             with eval_mode(chain.model), torch.no_grad():
@@ -60,15 +58,21 @@ def sweep(
             bar.update(len(pixels))
 
 
+def batch_rows(resources: Resources) -> int:
+    """Returns the number of images that `sweep` passes to the network together."""
+    batch_size = resources.compute.batch_size
+    return min(batch_size, CPU_BATCH) if resources.device.type == "cpu" else batch_size
+
+
 def read_pixels(
     images: Images, rows: NDArray[np.int64], *, batch_size: int, num_workers: int
-) -> Iterator[NDArray[np.uint8]]:
-    """Yields the images numbered `rows` in order, in uint8 batches (b, H, W, 3). Threads decode the next batches in advance."""
+) -> Iterator[NDArray[Any]]:
+    """Yields the pixels of the images numbered `rows` in order, in batches (b, H, W, C). Threads decode batches in advance."""
     threads = count_threads(num_workers)
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     with ThreadPoolExecutor(threads) as pool:
 
-        def submit(batch: NDArray[np.int64]) -> list[Future[NDArray[np.uint8]]]:
+        def submit(batch: NDArray[np.int64]) -> list[Future[NDArray[Any]]]:
             return [pool.submit(images.read, part) for part in np.array_split(batch, min(threads, len(batch)))]
 
         ahead = deque(submit(batch) for batch in batches[:BATCHES_AHEAD])
@@ -112,7 +116,7 @@ def _sweep_on_cpu(
     This is faster than one forward at a time on all cores, since no core waits for another core or for the decoder. MobileNetV2
     on 2 cores is 1.1 to 1.3 times as fast, and several times as fast if other programs use the cores.
     """
-    size = min(resources.compute.batch_size, CPU_BATCH)
+    size = batch_rows(resources)
     threads = min(resources.compute.num_workers or torch.get_num_threads(), -(-len(rows) // size))
     if not threads:
         return

@@ -55,11 +55,20 @@ def make_phase_data(
         return _read_activations(session, [*through, cut], before)
     if cut is not None and session.is_main:
         log.info("cache_views is 0: every epoch runs the frozen prefix up to %s on newly augmented images", cut.name)
-    squares = _store_squares(session)
+    data, preprocessing = session.data, session.backbone.preprocessing
+    training_images: EvaluationImages | TrainingImages
+    if preprocessing.colors is None:  # `run_phases` has checked that augmentation is off
+        training_images, views_per_image = store_evaluation_pixels(data.train, preprocessing, session.resources), 1
+    else:
+        training_images, views_per_image = _store_squares(session), None
     feed = Feed(
-        num_images=len(session.data.train), views=None, read=squares.read, prepare=squares.prepare, is_pixels=True
+        num_images=len(data.train),
+        views=views_per_image,
+        read=training_images.read,
+        prepare=training_images.prepare,
+        is_pixels=True,
     )
-    images = store_evaluation_pixels(session.data.validation, session.backbone.preprocessing, session.resources)
+    images = store_evaluation_pixels(data.validation, preprocessing, session.resources)
     return PhaseData(feed=feed, cut=None, images=images)
 
 
