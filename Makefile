@@ -1,14 +1,16 @@
 # make demo    install into .venv and run the main job on the embedded checkpoint and data set
 # make test    install with the development tools and run the tests
 # make check   what CI runs: lint, format, types, tests
+# make test-oldest   the tests with the oldest supported versions of the dependencies, in an environment of their own
 # make soak    the slow suites: all strategies through all doors, to the bit
 # make wheel-check   build the wheel, install it into an empty environment, and use it outside the clone
 # make format  rewrite the files in the house format
 PYTHON ?= python3
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: demo test check soak wheel-check format
+.PHONY: demo test check test-oldest soak wheel-check format
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/linear_probe.py
@@ -21,6 +23,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) --no-print-directory test
+
+# Older versions warn about what newer ones have settled, so warnings are not errors here.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -q -W default $(TESTS)
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m soak
@@ -39,6 +45,12 @@ wheel-check:
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(OLDEST)/.installed: pyproject.toml scripts/oldest.py
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) scripts/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""The command `hf-transfer`, which trains, advises, ranks, inspects, predicts, evaluates, publishes, and manages caches.
+"""The command `hf-transfer`, which trains, advises, ranks, predicts, evaluates, publishes, manages caches, and more.
 
 Heavy modules are imported only when a command runs, so that `--help` is fast.
 """
@@ -41,6 +41,9 @@ given. If a push fails, nothing is lost: repeat the command. The token comes fro
 """
 ADVISE = """Say which strategy suits a data set and a checkpoint, before training. The frozen network runs once over the
 training and validation images, and the following run reuses the features. With --measure, the best candidates train briefly.
+"""
+DOCTOR = """Check versions, devices, threads, memory, the Hub, the cache and the recipes, and train a tiny network for a few
+seconds. Each line is ok, warning or problem, with a remedy. The exit status is 1 if there is a problem.
 """
 RANK = """Compare checkpoints on a data set. Each frozen network runs once over (a sample of) the training and validation
 images, and a linear probe and nearest neighbors are scored on the features. The table is sorted by the probe's accuracy.
@@ -298,6 +301,20 @@ def _rank(given: argparse.Namespace) -> str:
     return json.dumps(ranking.to_dict(), indent=1) if given.json else format_ranking(ranking)
 
 
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def _doctor(given: argparse.Namespace) -> str:
+    from hf_transfer.doctor import Status, examine, format_json, format_page, worst_status
+
+    findings = examine()
+    text = format_json(findings) if given.json else format_page(findings)
+    if worst_status(findings) is Status.PROBLEM:
+        sys.stdout.write(text + "\n")
+        sys.exit(1)
+    return text
+
+
 # --- shared flags -----------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +373,12 @@ COMMANDS = {
         summary="push the model of a finished run to the Hub", description=PUBLISH, add_flags=_add_publish, run=_publish
     ),
     "cache": Command(summary="list or remove stored activations", description=CACHE, add_flags=_add_cache, run=_cache),
+    "doctor": Command(
+        summary="check this installation and machine, with remedies",
+        description=DOCTOR,
+        add_flags=_add_json,
+        run=_doctor,
+    ),
 }
 
 if __name__ == "__main__":

@@ -5,10 +5,16 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import httpx2
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+try:
+    import httpx2 as httpx
+except ModuleNotFoundError:  # huggingface_hub below 2.0
+    import httpx  # type: ignore[import-not-found, no-redef]
+
 log = logging.getLogger(__name__)
+
+HTTP_ERRORS = (HfHubHTTPError, httpx.HTTPError, OSError)  # an error status, or no answer
 
 RETRIED = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5
@@ -35,10 +41,10 @@ class Attempts:
                 return call()
             except OfflineModeIsEnabled as error:
                 raise self.refuse(action, "HF_HUB_OFFLINE=1 is set; unset this variable") from error
-            except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError) as error:
+            except (*HTTP_ERRORS, RuntimeError) as error:
                 # huggingface_hub wraps any failure to upload a file in a RuntimeError.
                 cause = error.__cause__ if isinstance(error, RuntimeError) else error
-                if not isinstance(cause, (HfHubHTTPError, httpx2.HTTPError, OSError)):
+                if not isinstance(cause, HTTP_ERRORS):
                     raise
                 status = _status(cause)
                 if status is not None and status not in RETRIED:
