@@ -93,7 +93,9 @@ def _check_hub_id(checkpoint: str) -> None:
 
 def _from_folder(folder: Path, base_model: str | None) -> Source:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"the folder {folder.name!r} has no config.json: a checkpoint folder has Hub layout")
+        raise ValueError(
+            f"the folder {folder.name!r} has no config.json: give a folder in Hub layout, such as a run's model/"
+        )
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ValueError(_no_safetensors(folder.name, sorted(p.name for p in folder.glob("*.bin")) or ["no weights"]))
     check_files(folder)
