@@ -97,6 +97,12 @@ class ModelConfig(Settings):
     base_model: str | None = flag(None, "Hub id to record as base model, if a local checkpoint does not name its base")
     trust_remote_code: bool = flag(False, "allow Python code that comes with the checkpoint")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base_model is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?", self.base_model):
+            # The id is published, and a local path must not be.
+            raise ValueError(f"base_model={self.base_model!r} is no Hub id: give OWNER/NAME")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(Settings):

@@ -4,6 +4,7 @@ Status 2: the user gave something wrong (ValueError). Status 1: the machine, the
 RuntimeError, ...). Any other error is a defect of this package and keeps its traceback.
 """
 
+import logging
 import os
 import sys
 import unicodedata
@@ -49,6 +50,18 @@ def describe_error(error: BaseException) -> str:
 def join_lines(text: str) -> str:
     """Returns `text` as one line that is safe to print on a terminal."""
     return make_printable(" ".join(text.split()))
+
+
+def make_log_handler() -> logging.Handler:
+    """Returns a handler that writes each log message to stderr without characters that a terminal would obey."""
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return "\n".join(map(make_printable, super().format(record).split("\n")))
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(message)s"))
+    return handler
 
 
 def make_printable(line: str) -> str:

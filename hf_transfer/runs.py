@@ -1,7 +1,6 @@
 """Opens the session (the shared objects) of a run, executes the run, and writes and pushes the results."""
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_availa
 from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.errors import make_log_handler
 from hf_transfer.hub.publish import PublishOptions, check_push, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
@@ -127,7 +127,7 @@ def start_logging() -> None:
     """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
     # The first PartialState decides whether there are several processes, for the Accelerator too.
     is_main = PartialState(cpu=_uses_cpu()).is_main_process
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[make_log_handler()])
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -3,6 +3,7 @@
 Only files that loading needs are downloaded: config, preprocessing, model card and safetensors. Pickles are never downloaded.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from huggingface_hub.errors import (
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT
 from hf_transfer.network.damage import INDEX, check_files, read_json
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", INDEX)
 OPTIONAL = ("preprocessor_config.json", "README.md")
@@ -63,9 +66,18 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
             return _from_folder(folder, base_model)
     path = Path(checkpoint).expanduser()
     if _is_folder(path):
-        return _from_folder(path.resolve(), base_model)
-    _check_hub_id(checkpoint)
-    return _from_hub(checkpoint, base_model, trust_remote_code)
+        source = _from_folder(path.resolve(), base_model)
+    else:
+        _check_hub_id(checkpoint)
+        source = _from_hub(checkpoint, base_model, trust_remote_code)
+    if trust_remote_code:
+        for name in ("config.json", "preprocessor_config.json"):
+            code = read_json(source.folder / name).get("auto_map") if (source.folder / name).is_file() else None
+            if code:
+                log.warning(
+                    "running Python code that comes with %s, because of trust_remote_code: %s", source.name, code
+                )
+    return source
 
 
 def check_checkpoint(checkpoint: str) -> None:
