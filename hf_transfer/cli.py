@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ComputeConfig, DataConfig, ModelConfig, RunConfig
-from hf_transfer.errors import describe_error, make_printable, one_line_errors
+from hf_transfer.errors import describe_error, make_log_handler, make_printable, one_line_errors
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.settings import list_settings, replace_settings
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sub = commands.add_parser(name, help=command.summary, description=command.description)
         command.add_flags(sub)
     given = parser.parse_args(words)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[make_log_handler()])
     with one_line_errors(f"hf-transfer {given.command}"):
         text = COMMANDS[given.command].run(given)
     _print(text)

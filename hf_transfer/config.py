@@ -110,6 +110,12 @@ class ModelConfig(Settings):
         "documents; class: the pooling of transformers' image-classification class",
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base_model is not None and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(@[\w./-]+)?", self.base_model):
+            # The id is published, and a local path must not be.
+            raise ValueError(f"base_model={self.base_model!r} is no Hub id: give OWNER/NAME")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(Settings):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Costs:
         self._images: dict[str, int] = {}
         self._peak_bytes = 0
         self._stop = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        # A thread that held this object would never end if the run fails before `stop`.
+        self._sampler = threading.Thread(target=_sample, args=(weakref.ref(self), self._stop), daemon=True)
         self._sampler.start()
 
     def __enter__(self) -> "Costs":
@@ -82,10 +84,13 @@ class Costs:
             device=torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         )
 
-    def _sample(self) -> None:
-        while not self._stop.is_set():
-            self._peak_bytes = max(self._peak_bytes, anonymous_memory_bytes())
-            self._stop.wait(SAMPLE_EVERY_S)
+
+def _sample(costs: "weakref.ref[Costs]", stop: threading.Event) -> None:
+    """Measures the memory until `stop` is set or the costs are garbage."""
+    while not stop.is_set() and (owner := costs()) is not None:
+        owner._peak_bytes = max(owner._peak_bytes, anonymous_memory_bytes())
+        del owner
+        stop.wait(SAMPLE_EVERY_S)
 
 
 def anonymous_memory_bytes() -> int:

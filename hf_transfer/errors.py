@@ -5,6 +5,7 @@ RuntimeError, ...). Status 130 or 143: SIGINT or SIGTERM ended the run. Any othe
 its traceback.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -65,6 +66,18 @@ def describe_error(error: BaseException) -> str:
 def join_lines(text: str) -> str:
     """Returns `text` as one line that is safe to print on a terminal."""
     return make_printable(" ".join(text.split()))
+
+
+def make_log_handler() -> logging.Handler:
+    """Returns a handler that writes each log message to stderr without characters that a terminal would obey."""
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return "\n".join(map(make_printable, super().format(record).split("\n")))
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter("%(message)s"))
+    return handler
 
 
 def make_printable(line: str) -> str:

@@ -31,9 +31,14 @@ class Run:
     """
 
     def __init__(
-        self, *, session: Session | None = None, result: RunResult | None = None, folder: Path | None = None
+        self,
+        *,
+        session: Session | None = None,
+        result: RunResult | None = None,
+        folder: Path | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        self._session, self._result = session, result
+        self._session, self._result, self._trusts_code = session, result, trust_remote_code
         self.folder = folder if session is None else session.output_dir
         """The folder of the saved run; None if the run is not saved."""
 
@@ -80,7 +85,7 @@ class Run:
         if self._result is not None:
             return self._result.backbone
         assert self.folder is not None
-        return load_saved(str(self.folder / "model"), trust_remote_code=True)
+        return load_saved(str(self.folder / "model"), trust_remote_code=self._trusts_code)
 
     @property
     def model(self) -> nn.Module:
@@ -133,9 +138,12 @@ class Run:
         return f"<Run {self.strategy}: {accuracies}>"
 
 
-def load_run(folder: str | Path) -> Run:
-    """Returns the finished run that `folder` contains. Raises ValueError if the folder contains no finished run."""
+def load_run(folder: str | Path, *, trust_remote_code: bool = False) -> Run:
+    """Returns the finished run that `folder` contains. Raises ValueError if the folder contains no finished run.
+
+    `trust_remote_code`: run the Python code in the folder's model, if the model was fine-tuned from one with code of its own.
+    """
     folder = Path(folder)
     if not (folder / "results.json").is_file() or not (folder / "model").is_dir():
         raise ValueError(f"{folder}: no finished run in this folder (results.json or model/ is missing)")
-    return Run(folder=folder)
+    return Run(folder=folder, trust_remote_code=trust_remote_code)

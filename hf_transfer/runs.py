@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from hf_transfer import processes
 from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.errors import ContinuableError
+from hf_transfer.errors import ContinuableError, make_log_handler
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
@@ -183,7 +182,7 @@ def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:
 def start_logging() -> None:
     """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
     is_main = connect_processes().is_main_process
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[make_log_handler()])
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 

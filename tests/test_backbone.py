@@ -264,7 +264,7 @@ def test_what_is_neither_folder_nor_id_is_refused(name: str) -> None:
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no config\.json: a checkpoint folder has Hub layout"):
+    with pytest.raises(ValueError, match=r"has no config\.json: give a folder in Hub layout"):
         load(str(tmp_path))
 
 

@@ -140,7 +140,8 @@ def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, 
         _check_labels(images, where, is_train=False)
         if unknown := _count_unknown(images, label_names):
             raise ValueError(
-                f"{where}: the model does not know {', '.join(unknown[:5])}; the model's classes are {listed(label_names)}"
+                f"{where}: the model does not know {', '.join(unknown[:5])}; rename these classes as the model's classes: "
+                f"{listed(label_names)}"
             )
         splits[role] = _split(images, role, label_names, where)
         if config.on_bad_image == "skip":

@@ -25,7 +25,7 @@ from torch import nn
 from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig
 from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
-from hf_transfer.network.damage import read_json
+from hf_transfer.network.damage import check_weights, read_json
 from hf_transfer.network.fingerprint import Identity, describe_modules, hash_tensors, identify, named_tensors
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.head import LinearHead
@@ -192,6 +192,7 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
 
     folder = Path(folder).expanduser()
     task = read_task(folder)
+    check_weights(folder / "adapter_model.safetensors")  # without this file, peft would load a pickle
     recorded = read_base(folder)
     base_id, _, revision = recorded.partition("@")
     if base is not None:

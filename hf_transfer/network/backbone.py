@@ -76,7 +76,9 @@ def load(
     config = source.read_config()
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
     if not is_timm and "model_type" not in config:
-        raise ValueError(f"{source.name}: config.json names neither a timm architecture nor a transformers model_type")
+        raise ValueError(
+            f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
+        )
     upstream = None if is_timm else _find_upstream(source, trust_remote_code)
     preprocessing = load_preprocessing(
         source.folder,

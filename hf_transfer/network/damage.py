@@ -54,12 +54,17 @@ def check_files(folder: Path) -> None:
             read_json(folder / name)
     _check_num_classes(folder / "config.json")
     for file in _weight_files(folder):
-        _check_is_file(file)
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or truncated ({error}); {_REMEDY}") from error
+        check_weights(file)
+
+
+def check_weights(file: Path) -> None:
+    """Raises ValueError if a safetensors file is missing, no regular file, or has a damaged header."""
+    _check_is_file(file)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or truncated ({error}); {_REMEDY}") from error
 
 
 def explain_damage(load: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:

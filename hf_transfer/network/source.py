@@ -3,6 +3,7 @@
 Only files that loading needs are downloaded: config, preprocessing, model card and safetensors. Pickles are never downloaded.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from huggingface_hub.errors import (
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
 from hf_transfer.network.damage import INDEX, check_files, read_json
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = ("model.safetensors", INDEX)
 PREPROCESSING = (
@@ -67,9 +70,18 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
             return _from_folder(folder, base_model)
     path = Path(checkpoint).expanduser()
     if _is_folder(path):
-        return _from_folder(path.resolve(), base_model)
-    _check_hub_id(checkpoint)
-    return _from_hub(checkpoint, base_model, trust_remote_code)
+        source = _from_folder(path.resolve(), base_model)
+    else:
+        _check_hub_id(checkpoint)
+        source = _from_hub(checkpoint, base_model, trust_remote_code)
+    if trust_remote_code:
+        for name in ("config.json", "preprocessor_config.json"):
+            code = read_json(source.folder / name).get("auto_map") if (source.folder / name).is_file() else None
+            if code:
+                log.warning(
+                    "running Python code that comes with %s, because of trust_remote_code: %s", source.name, code
+                )
+    return source
 
 
 def pin_checkpoint(checkpoint: str, source: Source) -> str:
@@ -105,7 +117,9 @@ def _check_hub_id(checkpoint: str) -> None:
 
 def _from_folder(folder: Path, base_model: str | None) -> Source:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"the folder {folder.name!r} has no config.json: a checkpoint folder has Hub layout")
+        raise ValueError(
+            f"the folder {folder.name!r} has no config.json: give a folder in Hub layout, such as a run's model/"
+        )
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ValueError(_no_safetensors(folder.name, sorted(p.name for p in folder.glob("*.bin")) or ["no weights"]))
     check_files(folder)

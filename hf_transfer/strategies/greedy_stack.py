@@ -92,7 +92,7 @@ class GreedyStackStrategy(GradientStrategy):
             raise ValueError(f"model_args={self.model_args}: model_args needs --architecture NAME")
         if self.architecture is not None and (self.width, self.downsample, self.block) != (None, None, "conv"):
             raise ValueError(
-                f"width, downsample and block apply to new blocks, but {self.architecture} has its own layers"
+                f"width, downsample and block apply to new blocks, but {self.architecture} has its own layers: omit them"
             )
 
     def check(self, config: RunConfig) -> None:

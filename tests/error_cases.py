@@ -1,0 +1,350 @@
+"""The cases of docs/errors.md: command lines with a mistake. A case builds the files that its command line names.
+
+`tests/test_error_cases.py` runs each case, and `scripts/write_errors.py` writes the table of all lines.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from hf_transfer.cli import main
+from hf_transfer.settings import Setting, list_settings
+from hf_transfer.strategy import default_config, strategy_names
+
+EMBEDDED = Path(__file__).parents[1] / "hf_transfer" / "assets" / "embedded"
+PLACE = "path/to"  # stands for the folder with the files of a case
+
+Build = Callable[[Path], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorCase:
+    """A mistake (`trigger`, in words) and a command line that contains it. `{}` in a word is the folder that `build` fills."""
+
+    trigger: str
+    command: str
+    build: Build = lambda _: None
+
+    def run(self, folder: Path) -> tuple[int, str]:
+        """Runs the command in this process, with files in `folder`/to. Returns the exit status and the error line."""
+        folder = folder / Path(PLACE).name
+        folder.mkdir()
+        self.build(folder)
+        words = [word.replace("{}", str(folder)).replace("\\n", "\n") for word in self.command.split()]
+        output, errors = io.StringIO(), io.StringIO()
+        try:
+            with redirect_stdout(output), redirect_stderr(errors):
+                main(words)
+        except SystemExit as stop:
+            status = stop.code
+        else:
+            raise AssertionError(f"{self.command}: no error; the command printed {output.getvalue()[:200]}")
+        lines = [line for line in errors.getvalue().splitlines() if line.startswith("hf-transfer")]
+        assert len(lines) == 1, errors.getvalue()
+        assert isinstance(status, int)
+        line = lines[0].replace(str(folder), PLACE).replace(str(Path.cwd()), "path/to/current")
+        return status, re.sub(r"^hf-transfer[\w -]*: ", "", line)
+
+
+def images(folder: Path, *classes: str, count: int = 4) -> Path:
+    """Writes an image folder with `count` images of each class."""
+    for c, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8), (40 * i, 90 * c, 0)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def damage(name: str, change: Callable[[Path], object]) -> Build:
+    """Returns a builder that copies the embedded checkpoint to `model/`, and applies `change` to its file `name`."""
+
+    def build(folder: Path) -> None:
+        shutil.copytree(EMBEDDED, folder / "model")
+        change(folder / "model" / name)
+
+    return build
+
+
+def config_with(**values: object) -> Callable[[Path], object]:
+    """Returns a change that replaces values of a JSON file."""
+    return lambda file: file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def truncate(file: Path) -> None:
+    """Keeps the first half of a file."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(file: Path) -> None:
+    """Flips one bit in the header of a safetensors file."""
+    content = bytearray(file.read_bytes())
+    content[20] ^= 1
+    file.write_bytes(content)
+
+
+def replace_by_folder(file: Path) -> None:
+    """Puts a folder in the place of a file."""
+    file.unlink(missing_ok=True)
+    file.mkdir()
+
+
+def yaml(text: str | bytes) -> Build:
+    """Returns a builder that writes config.yaml."""
+    content = text if isinstance(text, bytes) else text.encode()
+    return lambda folder: (folder / "config.yaml").write_bytes(content)
+
+
+def image_folder(change: Callable[[Path], object] = lambda _: None, classes: tuple[str, ...] = ("a", "b")) -> Build:
+    """Returns a builder that writes the image folder `data`, and applies `change` to it."""
+    return lambda folder: change(images(folder / "data", *classes))
+
+
+def table(**columns: object) -> Build:
+    """Returns a builder that writes data.parquet: 8 images with labels 0 and 1, with `columns` in place of others."""
+
+    def build(folder: Path) -> None:
+        stream = io.BytesIO()
+        Image.new("RGB", (4, 4)).save(stream, "PNG")
+        cells = {"image": [{"bytes": stream.getvalue(), "path": None}] * 8, "label": [0, 1] * 4}
+        chosen = {name: cell for name, cell in (cells | columns).items() if cell is not None}
+        pq.write_table(pa.table(chosen), folder / "data.parquet")
+
+    return build
+
+
+def _value_cases() -> Iterator[ErrorCase]:
+    """Yields one case for each setting with a range or a choice, and for one setting of each type."""
+    known: dict[str, tuple[str, Setting]] = {}
+    for strategy in ("full", *strategy_names()):
+        for setting in list_settings(default_config(strategy)).values():
+            known.setdefault(setting.name, (strategy, setting))
+    for strategy, setting in known.values():
+        command = f"train {strategy} --{setting.name}"
+        if setting.allowed is not None:
+            wrong = "-1" if setting.kind is int else "nan"
+            yield ErrorCase(trigger=f"`--{setting.name}` out of range", command=f"{command} {wrong}")
+        elif setting.choices:
+            yield ErrorCase(trigger=f"`--{setting.name}` with an unknown word", command=f"{command} nonsense")
+
+
+VALUES = tuple(_value_cases())
+
+SETTINGS = (
+    ErrorCase(trigger="text for a whole number", command="train full --seed one"),
+    ErrorCase(trigger="a fraction for a whole number", command="train full --epochs 1.5"),
+    ErrorCase(trigger="text for a number", command="train full --lr fast"),
+    ErrorCase(trigger="an unknown flag", command="train full --learning_rate 1"),
+    ErrorCase(trigger="an unknown strategy", command="train lroa"),
+    ErrorCase(trigger="an unknown command", command="trian"),
+    ErrorCase(trigger="a push to no repository", command="train full --push_to_hub me"),
+    ErrorCase(trigger="`--private` without a push", command="train full --private"),
+    ErrorCase(
+        trigger="`--wise_ft` with trained BatchNorm statistics", command="train full --wise_ft --no-freeze_batchnorm"
+    ),
+    ErrorCase(trigger="one split for two purposes", command="train full --train_split all --test_split all"),
+    ErrorCase(trigger="no split to train on", command="train full --train_split none"),
+    ErrorCase(trigger="both ways to choose parameters", command="train full --pattern x --trains norms"),
+    ErrorCase(trigger="a broken regular expression", command="train full --pattern ("),
+    ErrorCase(trigger="a rank for adapters without rank", command="train lora --adapter ia3 --rank 4"),
+    ErrorCase(trigger="a wrong list of layers for adapters", command="train lora --adapter_layers first:1"),
+    ErrorCase(trigger="pretraining from a checkpoint", command="train pretrain --checkpoint embedded"),
+    ErrorCase(trigger="an unknown architecture", command="train pretrain --architecture resnet81"),
+    ErrorCase(trigger="`--model_args` that is no JSON", command="train pretrain --model_args {"),
+    ErrorCase(
+        trigger="`--model_args` that loads a file", command='train pretrain --model_args {"checkpoint_path":"x"}'
+    ),
+    ErrorCase(trigger="a repeated block in `--downsample`", command="train greedy_stack --downsample 1,1,1"),
+    ErrorCase(
+        trigger="`--downsample` for an architecture", command="train greedy_stack --architecture resnet18 --width 8"
+    ),
+    ErrorCase(trigger="transformer blocks without a checkpoint", command="train greedy_stack --block transformer"),
+    ErrorCase(trigger="more layers than the network has", command="train last_layers --k 1000 --output_dir {}/run"),
+    ErrorCase(trigger="a layer that does not exist", command="train last_layers --from_layer x --output_dir {}/run"),
+    ErrorCase(
+        trigger="more images per class than there are", command="train full --images_per_class 9999 --output_dir {}/run"
+    ),
+    ErrorCase(trigger="a checkpoint twice", command="rank embedded embedded"),
+    ErrorCase(trigger="a negative sample", command="rank embedded --sample -1"),
+    ErrorCase(trigger="no label to print", command="predict embedded x.png --top_k 0"),
+    ErrorCase(trigger="an unknown cache", command="cache --clear nothing"),
+)
+
+YAML: tuple[tuple[str, str | bytes], ...] = (
+    ("a list", "- lr\n- 1\n"),
+    ("an unknown name", "bach_size: 8\n"),
+    ("a wrong type", "seed: [1, 2]\n"),
+    ("nested settings", "lr:\n  head: 1\n"),
+    ("a name given twice", "lr: 1\nlr: 2\n"),
+    ("a tab", "lr:\n\t1\n"),
+    ("an alias", "lr: &x 1\nseed: *x\n"),
+    ("a binary file", b"\xff\xfe\x00\x01"),
+    ("a Python object", "lr: !!python/name:os.system\n"),
+    ("a huge file", "#" * 10**6 + "\n"),
+    ("an empty text", "output_dir: ''\n"),
+)
+
+CONFIGS = (
+    ErrorCase(trigger="a missing file", command="train full --config {}/nothing.yaml"),
+    *(ErrorCase(trigger=t, command="train full --config {}/config.yaml", build=yaml(text)) for t, text in YAML),
+)
+
+DATA = (
+    ErrorCase(trigger="a missing folder", command="train full --dataset {}/nothing"),
+    ErrorCase(trigger="neither folder nor Hub id", command="train full --dataset http://x/y"),
+    ErrorCase(trigger="a format of `datasets`", command="train full --dataset imagefolder"),
+    ErrorCase(
+        trigger="an archive",
+        command="train full --dataset {}/data.zip",
+        build=lambda folder: (folder / "data.zip").write_bytes(b"PK"),
+    ),
+    ErrorCase(trigger="an empty folder", command="train full --dataset {}"),
+    ErrorCase(trigger="one class", command="train full --dataset {}/data", build=image_folder(classes=("a",))),
+    ErrorCase(
+        trigger="an empty class",
+        command="train full --dataset {}/data",
+        build=image_folder(lambda d: (d / "c").mkdir()),
+    ),
+    ErrorCase(
+        trigger="images without labels",
+        command="train full --dataset {}/data",
+        build=lambda folder: images(folder, "data"),
+    ),
+    ErrorCase(
+        trigger="one image per class", command="train full --dataset {}/data --images_per_class 1", build=image_folder()
+    ),
+    ErrorCase(
+        trigger="names that are equal up to Unicode form",
+        command="train full --dataset {}/data",
+        build=image_folder(classes=("\u00e9", "e\u0301")),
+    ),
+    ErrorCase(
+        trigger="a class of the test split only",
+        command="train full --dataset {}",
+        build=lambda folder: (images(folder / "train", "a", "b"), images(folder / "test", "a", "c")),
+    ),
+    ErrorCase(
+        trigger="a link to itself",
+        command="train full --dataset {}/data",
+        build=image_folder(lambda d: (d / "x").symlink_to(d / "x")),
+    ),
+    ErrorCase(
+        trigger="an empty image",
+        command="train full --dataset {}/data --output_dir {}/run",
+        build=image_folder(lambda d: (d / "a" / "x.png").write_bytes(b"")),
+    ),
+    ErrorCase(
+        trigger="a truncated image",
+        command="predict embedded {}/data",
+        build=image_folder(lambda d: truncate(d / "a" / "1.png")),
+    ),
+    ErrorCase(
+        trigger="a web page in place of an image",
+        command="predict embedded {}/data",
+        build=image_folder(lambda d: (d / "a" / "1.png").write_text("<html>")),
+    ),
+    ErrorCase(
+        trigger="a FIFO in place of an image",
+        command="predict embedded {}/data",
+        build=image_folder(lambda d: os.mkfifo(d / "a" / "x.png")),
+    ),
+    ErrorCase(trigger="a missing image", command="predict embedded {}/nothing.png"),
+    ErrorCase(
+        trigger="a column that does not exist",
+        command="train full --dataset {}/data.parquet --label_column x",
+        build=table(),
+    ),
+    ErrorCase(
+        trigger="several label columns", command="train full --dataset {}/data.parquet", build=table(target=[0, 1] * 4)
+    ),
+    ErrorCase(trigger="no label column", command="train full --dataset {}/data.parquet", build=table(label=None)),
+    ErrorCase(
+        trigger="fractions as labels", command="train full --dataset {}/data.parquet", build=table(label=[0.5, 1.0] * 4)
+    ),
+    ErrorCase(
+        trigger="missing labels", command="train full --dataset {}/data.parquet", build=table(label=[None, 1] * 4)
+    ),
+    ErrorCase(
+        trigger="one negative label", command="train full --dataset {}/data.parquet", build=table(label=[-5, 1] * 4)
+    ),
+    ErrorCase(
+        trigger="several labels per image", command="train full --dataset {}/data.parquet", build=table(label=[[0]] * 8)
+    ),
+    ErrorCase(
+        trigger="a path outside the data set",
+        command="train full --dataset {}/data.parquet --output_dir {}/run",
+        build=table(image=[{"bytes": None, "path": "/etc/passwd"}] * 8),
+    ),
+    ErrorCase(
+        trigger="a damaged parquet file",
+        command="train full --dataset {}/data.parquet",
+        build=lambda folder: (folder / "data.parquet").write_bytes(b"PAR1"),
+    ),
+    ErrorCase(
+        trigger="a parquet file without rows",
+        command="train full --dataset {}/data.parquet",
+        build=table(image=pa.array([], pa.binary()), label=pa.array([], pa.int64())),
+    ),
+    ErrorCase(
+        trigger="a class that the model does not know",
+        command="evaluate embedded --dataset {}/data",
+        build=image_folder(),
+    ),
+    ErrorCase(
+        trigger="a split that is not stored", command="evaluate embedded --dataset sklearn/digits --split validation"
+    ),
+)
+
+WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+DAMAGES: tuple[tuple[str, str, Callable[[Path], object]], ...] = (
+    ("pickled weights", WEIGHTS, lambda file: file.rename(file.with_name("pytorch_model.bin"))),
+    ("truncated weights", WEIGHTS, truncate),
+    ("empty weights", WEIGHTS, lambda file: file.write_bytes(b"")),
+    ("a flipped bit in the header of the weights", WEIGHTS, flip),
+    ("a folder in place of the weights", WEIGHTS, replace_by_folder),
+    ("a truncated config.json", CONFIG, truncate),
+    ("a list in config.json", CONFIG, lambda file: file.write_text("[]")),
+    ("a config.json that names no model", CONFIG, lambda file: file.write_text("{}")),
+    ("a wrong type in config.json", CONFIG, config_with(model_args=[1])),
+    ("a config.json that loads another file", CONFIG, config_with(model_args={"checkpoint_path": "x.pth"})),
+    ("10**12 classes in config.json", CONFIG, config_with(num_classes=10**12)),
+    ("an unknown architecture in config.json", CONFIG, config_with(architecture="nothing")),
+    ("weights of another architecture", CONFIG, config_with(architecture="resnet50")),
+    ("a truncated preprocessor_config.json", PREPROCESSOR, lambda file: file.write_text("{")),
+    ("a folder in place of preprocessor_config.json", PREPROCESSOR, replace_by_folder),
+)
+
+CHECKPOINTS = (
+    ErrorCase(trigger="neither folder nor Hub id", command="inspect ./nowhere"),
+    ErrorCase(trigger="a folder without checkpoint", command="inspect {}"),
+    *(ErrorCase(trigger=t, command="inspect {}/model", build=damage(name, change)) for t, name, change in DAMAGES),
+    ErrorCase(
+        trigger="an adapter that is none", command="predict embedded {}/data --adapter {}/data", build=image_folder()
+    ),
+    ErrorCase(trigger="a run that is not finished", command="publish {}/run --repo_id me/model"),
+)
+
+SECTIONS = {
+    "Settings": SETTINGS,
+    "YAML files": CONFIGS,
+    "Data sets and images": DATA,
+    "Checkpoints, models and runs": CHECKPOINTS,
+    "Values that are not allowed": VALUES,
+}
+ALL = tuple(case for cases in SECTIONS.values() for case in cases)
+
+
+def format_row(case: ErrorCase, status: int, line: str) -> str:
+    """Returns the row of docs/errors.md for a case."""
+    shown = line if len(line) <= 600 else f"{line[:600]} ..."
+    shown = shown.replace("|", "\\|").replace("`", "'")
+    return f"| {case.trigger} | `{shown}` | {status} |"
