@@ -7,7 +7,6 @@ import timm
 import torch
 import xxhash
 from families import FAMILIES, built, make_model, make_pixels, randomize
-from tests.headless import LAYOUTS
 from torch import nn
 from transformers import DINOv3ViTConfig
 
@@ -18,6 +17,7 @@ from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.freezing import Audit, FrozenChangedError, set_modes, set_trainable
 from hf_transfer.network.modeling_backbone import BackboneConfig, BackboneForImageClassification
 from hf_transfer.network.policies import biases, full, head, last, matching, norms
+from tests.headless import LAYOUTS
 
 
 def make(name: str) -> tuple[nn.Module, Chain]:
@@ -178,7 +178,9 @@ def test_frozen_positions_are_not_drawn_at_random(library: str) -> None:
     with chain.part(cut) as suffix:
         torch.testing.assert_close(suffix(stored), whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
     set_modes(chain, None, full().select(chain))
-    assert not torch.equal(compute_logits(model, pixels), compute_logits(model, pixels))  # what trains keeps its augmentation
+    assert not torch.equal(
+        compute_logits(model, pixels), compute_logits(model, pixels)
+    )  # what trains keeps its augmentation
 
 
 def norms_by_mode(model: nn.Module) -> tuple[set[str], set[str]]:

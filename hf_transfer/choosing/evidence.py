@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from hf_transfer.choosing.forward_stats import ForwardStats, measure_forward
 from hf_transfer.config import ModelConfig
-from hf_transfer.network.backbone import NoTrainedHeadError, load
+from hf_transfer.network.backbone import load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.head import find_head
 from hf_transfer.network.readout import find_readouts
+from hf_transfer.network.transformers_models import NoTrainedHeadError
 from hf_transfer.prefix.extract import Tap, extract_images
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.session import Session

@@ -110,8 +110,13 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
                 f"adapter={name!r} is no adapter: give a model folder saved with --no-merge, or the Hub id of an adapter"
             )
         if base is None:
-            labels = read_task(folder)["label_names"]
-            base = load(checkpoint, labels, trust_remote_code=trust_remote_code)
+            task = read_task(folder)
+            base = load(
+                checkpoint,
+                task["label_names"],
+                trust_remote_code=trust_remote_code,
+                pooling=task.get("pooling", "auto"),
+            )
         yield load_adapted(folder, base=base)
 
 

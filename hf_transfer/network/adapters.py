@@ -192,7 +192,9 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
     if base is not None:
         base = with_new_head(base, task["label_names"])
     else:
-        base = load(checkpoint or recorded, task["label_names"], base_model=base_id)
+        base = load(
+            checkpoint or recorded, task["label_names"], base_model=base_id, pooling=task.get("pooling", "auto")
+        )
     if _hash_base(base.model, task["classifier"]) != task["base_weights"]:
         raise ValueError(
             f"the adapters in {folder.name!r} were trained on other weights than those of "

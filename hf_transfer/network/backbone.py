@@ -42,7 +42,9 @@ class Backbone:
     label_names: tuple[str, ...]
     source: Source
     new_head: bool  # whether the classifier was created for these labels and is untrained
-    is_auto_class: bool = True  # whether timm or AutoModelForImageClassification creates this class from the source
+    is_auto_class: bool = (
+        True  # whether plain timm or AutoModelForImageClassification creates this class from the source
+    )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
@@ -94,6 +96,7 @@ def load(
         given = None if labels is None else tuple(labels)
         model, own_labels = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
         new_head = labels is not None and tuple(labels) != own_labels
+        is_auto_class = type(model)._auto_class is None  # else the class comes with the checkpoint's code
     return Backbone(
         model=model.float().eval(),
         library="timm" if is_timm else "transformers",
@@ -109,7 +112,7 @@ def load(
 def _find_upstream(source: Source, trust_remote_code: bool) -> Upstream | PreTrainedConfig:
     """Returns the config of an image classifier of transformers, or the original class of any other checkpoint."""
     register_own_classes()
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     if "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {}):
         return config
     upstream = find_upstream(source, config)
