@@ -212,7 +212,7 @@ def _check_hub() -> list[Finding]:
 
 
 def _check_cache() -> list[Finding]:
-    from hf_transfer.prefix.cache import default_bound_bytes, list_caches
+    from hf_transfer.prefix.contents import default_bound_bytes, list_caches
 
     folder = cache_dir()
     facts: dict[str, Any] = {"folder": str(folder)}

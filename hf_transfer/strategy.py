@@ -55,15 +55,7 @@ class Strategy(StrategyConfig):
         """Returns the network before training: the checkpoint with a new head for the data's labels."""
         from hf_transfer.network.backbone import load
 
-        model = config.model
-        return load(
-            model.checkpoint,
-            data.label_names,
-            base_model=model.base_model,
-            trust_remote_code=model.trust_remote_code,
-            preprocessing_from=model.preprocessing_from,
-            pooling=model.pooling,
-        )
+        return load(config.model, data.label_names)
 
     def restart(self, session: "Session") -> "Session":
         """Returns the session with this strategy and a freshly loaded network, as at the start of a separate run."""

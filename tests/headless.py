@@ -83,13 +83,13 @@ _SAM2_VISION = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How to create one checkpoint, and the class as which it must load ("" for the generic class of this package)."""
+    """How to create one checkpoint, and the class as which it must load."""
 
     config: str
     model: str
     processor: str = "ViTImageProcessor"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    expected: str = ""
+    expected: str = "BackboneForImageClassification"
     pooling: str = "pooler_output"  # of the generic class
     image_px: int = IMAGE_PX
 

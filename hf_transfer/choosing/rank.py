@@ -108,10 +108,7 @@ def rank(
         for checkpoint in checkpoints:
             try:
                 started = time.perf_counter()
-                model = config.model
-                backbone = load(
-                    checkpoint, data.label_names, trust_remote_code=model.trust_remote_code, pooling=model.pooling
-                )
+                backbone = load(replace(config.model, checkpoint=checkpoint), data.label_names)
                 session = Session(config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs)
                 rows.append(_score(checkpoint, session, started))
             except BadImageError:

@@ -92,6 +92,7 @@ def _save_adapter(adapted: Adapted, folder: Path) -> None:
         "label_names": list(adapted.label_names),
         "classifier": list(adapted.head.modules),
         "base_weights": adapted.base_weights,
+        "pooling": adapted.pooling,
         "preprocessing": dict(adapted.preprocessing.spec),
     }
     if isinstance(adapted.model, PreTrainedModel):

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
+from hf_transfer.config import ModelConfig
 from hf_transfer.data.folders import list_folder
 from hf_transfer.data.images import BadImageError, read_image
 from hf_transfer.network.adapters import find_adapter, find_own_preprocessing, load_adapted, read_task
@@ -110,9 +111,14 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
                 f"adapter={name!r} is no adapter: give a model folder saved with --no-merge, or the Hub id of an adapter"
             )
         if base is None:
-            labels = read_task(folder)["label_names"]
-            own = find_own_preprocessing(folder)
-            base = load(checkpoint, labels, trust_remote_code=trust_remote_code, preprocessing_from=own)
+            task = read_task(folder)
+            settings = ModelConfig(
+                checkpoint=checkpoint,
+                trust_remote_code=trust_remote_code,
+                preprocessing_from=find_own_preprocessing(folder),
+                pooling=task.get("pooling", "auto"),
+            )
+            base = load(settings, task["label_names"])
         yield load_adapted(folder, base=base)
 
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig
+from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ModelConfig
 from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.damage import check_weights, read_json
@@ -198,8 +198,13 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
     if base is not None:
         base = with_new_head(base, task["label_names"])
     else:
-        own = find_own_preprocessing(folder)
-        base = load(checkpoint or recorded, task["label_names"], base_model=base_id, preprocessing_from=own)
+        settings = ModelConfig(
+            checkpoint=checkpoint or recorded,
+            base_model=base_id,
+            preprocessing_from=find_own_preprocessing(folder),
+            pooling=task.get("pooling", "auto"),
+        )
+        base = load(settings, task["label_names"])
     names = task["classifier"]
     head = LinearHead(modules=(names,) if isinstance(names, str) else tuple(names))  # older folders have one name
     if _hash_base(base.model, head) != task["base_weights"]:

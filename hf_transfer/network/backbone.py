@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-from hf_transfer.config import Pooling
+from hf_transfer.config import ModelConfig, Pooling
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.damage import explain_damage
 from hf_transfer.network.headless import Upstream, find_upstream, load_headless, own_classes
@@ -43,7 +43,9 @@ class Backbone:
     label_names: tuple[str, ...]
     source: Source
     new_head: bool  # whether the classifier was created for these labels and is untrained
-    is_auto_class: bool = True  # whether timm or AutoModelForImageClassification creates this class from the source
+    is_auto_class: bool = (
+        True  # whether plain timm or AutoModelForImageClassification creates this class from the source
+    )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
@@ -52,27 +54,24 @@ class Backbone:
 
 
 @explain_damage
-def load(
-    checkpoint: str,
-    labels: Sequence[str] | None = None,
-    *,
-    base_model: str | None = None,
-    trust_remote_code: bool = False,
-    preprocessing_from: str | None = None,
-    pooling: Pooling = "auto",
-) -> Backbone:
+def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, **settings: Any) -> Backbone:
     """Loads the checkpoint's model with its own head, or with a new head if `labels` differ from the checkpoint's labels.
 
     `checkpoint`: a Hub id (`timm/resnet18.a1_in1k`, `google/vit-base-patch16-224@main`), a folder in Hub layout, or
-    "embedded". `preprocessing_from`: a Hub id, folder or file whose preprocessing replaces the checkpoint's. `pooling`: see
-    `headless.load_headless`. Raises ValueError if the checkpoint is not found, if labels repeat, if weights are missing or do
-    not fit the model, or if the checkpoint does not take images.
+    "embedded"; or a ModelConfig, which names the checkpoint. `settings`: other fields of ModelConfig. Raises ValueError if the
+    checkpoint is not found, if labels repeat, if weights are missing or do not fit the model, or if the checkpoint does not
+    take images.
     """
+    model_config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig(checkpoint=checkpoint)
+    model_config = replace(model_config, **settings)
+    trust_remote_code, pooling = model_config.trust_remote_code, model_config.pooling
     if labels is not None:
         repeated = sorted({name for name in labels if list(labels).count(name) > 1})
         if repeated or len(labels) < 2:
             raise ValueError(f"labels must be two or more different names; {len(labels)} given, repeated {repeated}")
-    source = find_source(checkpoint, base_model=base_model, trust_remote_code=trust_remote_code)
+    source = find_source(
+        model_config.checkpoint, base_model=model_config.base_model, trust_remote_code=trust_remote_code
+    )
     config = source.read_config()
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
     if not is_timm and "model_type" not in config:
@@ -80,10 +79,11 @@ def load(
             f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
         )
     upstream = None if is_timm else _find_upstream(source, trust_remote_code)
+    origin = model_config.preprocessing_from
     preprocessing = load_preprocessing(
         source.folder,
         trust_remote_code=trust_remote_code,
-        preprocessing_from=None if preprocessing_from is None else find_preprocessing(preprocessing_from),
+        preprocessing_from=None if origin is None else find_preprocessing(origin),
     )
     is_auto_class = True
     if upstream is None:
@@ -104,6 +104,7 @@ def load(
         given = None if labels is None else tuple(labels)
         model, own_labels = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
         new_head = labels is not None and tuple(labels) != own_labels
+        is_auto_class = type(model)._auto_class is None  # else the class comes with the checkpoint's code
     return Backbone(
         model=model.float().eval(),
         library="timm" if is_timm else "transformers",
@@ -119,7 +120,7 @@ def load(
 def _find_upstream(source: Source, trust_remote_code: bool) -> Upstream | PreTrainedConfig:
     """Returns the config of an image classifier of transformers, or the original class of any other checkpoint."""
     register_own_classes()
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     if "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {}):
         return config
     upstream = find_upstream(source, config)

@@ -13,6 +13,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
+from hf_transfer.config import ModelConfig
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -67,18 +69,21 @@ def check_weights(file: Path) -> None:
         raise ValueError(f"{file} is damaged or truncated ({error}); {_REMEDY}") from error
 
 
-def explain_damage(load: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
-    """Decorates a function that loads a checkpoint by name: an error about wrong contents of a file becomes a ValueError."""
+def explain_damage(
+    load: Callable[Concatenate[str | ModelConfig, P], R],
+) -> Callable[Concatenate[str | ModelConfig, P], R]:
+    """Decorates a function that loads a checkpoint: an error about wrong contents of a file becomes a ValueError."""
 
     @functools.wraps(load)
-    def load_or_explain(checkpoint: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def load_or_explain(checkpoint: str | ModelConfig, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return load(checkpoint, *args, **kwargs)
         except (ValueError, *_WRONG_CONTENTS) as error:
             if isinstance(error, ValueError) and _is_own(error):
                 raise
+            name = checkpoint.checkpoint if isinstance(checkpoint, ModelConfig) else checkpoint
             raise ValueError(
-                f"{checkpoint} cannot be loaded: its config.json, preprocessor_config.json or weights are damaged or not "
+                f"{name} cannot be loaded: its config.json, preprocessor_config.json or weights are damaged or not "
                 f"supported ({type(error).__name__}: {error}); download the checkpoint again, or choose another"
             ) from error
 

@@ -235,6 +235,11 @@ def _describe_body(backbone: Backbone, chain: Chain, cut: Cut) -> dict[str, Any]
     names = [layer.name for layer in chain.layers[1:-1]]
     layers = names[: names.index(cut.name) + 1] if cut.name in names else []
     site = {**vars(cut.site), "layers": layers}
+    if isinstance(model, PreTrainedModel) and model._auto_class is not None:
+        raise ValueError(
+            f"{backbone.source.name}: blocks cannot be stacked on a network that is saved with its own code; choose "
+            "--pooling class, or another --checkpoint"
+        )
     if isinstance(model, PreTrainedModel):
         return {"library": "transformers", "config": model.config.to_diff_dict(), "dropped": dropped, **site}
     arguments = {k: v for k, v in dict(getattr(model, "_model_args", {})).items() if k != "num_classes"}

@@ -112,7 +112,8 @@ def load_headless(
     expected = _compute(source, tower, image_shape)
     other = ""  # the class that computes the hidden states, but has another pooling
     for kind, settings in _candidates(upstream.config, tower):
-        loaded = _try_class(source, kind, settings, labels)
+        set_labels(settings, labels)
+        loaded = _try_class(source, kind, settings, tower)
         if loaded is None or not (agrees := _compare(loaded[0], expected)).hidden:
             continue
         if agrees.pooled or pooling == "class":
@@ -162,7 +163,7 @@ def own_classes(config: type[PreTrainedConfig]) -> tuple[type[PreTrainedModel], 
     """Returns the image-classification classes that transformers has for a config of the class `config`."""
     if config not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         return ()
-    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config]
+    classes: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[config]
     return classes if isinstance(classes, tuple) else (classes,)
 
 
@@ -182,7 +183,7 @@ def _find_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         return own_classes(type(config))[0]
     if type(config) not in MODEL_MAPPING:
         return None
-    classes = MODEL_MAPPING[type(config)]
+    classes: Any = MODEL_MAPPING[type(config)]
     kind = classes[0] if isinstance(classes, tuple) else classes
     return kind if issubclass(kind, PreTrainedModel) else None
 
@@ -237,8 +238,8 @@ def _candidates(
     for known in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         kind = own_classes(known)[0]
         if known.sub_configs.get("vision_config") is type(tower.config):
-            yield kind, known(vision_config=settings)
-        elif kind.base_model_prefix == tower.base_model_prefix and hasattr(tower.config, "hidden_size"):
+            yield kind, known(vision_config=settings)  # type: ignore[call-arg]
+        elif not known.sub_configs and kind.base_model_prefix == tower.base_model_prefix:
             own = set(known().to_dict()) - {
                 "model_type",
                 "architectures",
@@ -250,27 +251,41 @@ def _candidates(
 
 
 def _try_class(
-    source: Source, kind: type[PreTrainedModel], config: PreTrainedConfig, labels: tuple[str, ...]
+    source: Source, kind: type[PreTrainedModel], config: PreTrainedConfig, tower: PreTrainedModel
 ) -> tuple[PreTrainedModel, Weights] | None:
     """Returns the checkpoint as a model of the class `kind`, or None if weights outside the class's head are missing."""
-    set_labels(config, labels)
     try:
         model, info = load_class(kind, source, config)
-        weights = compare_weights(source, model, info, find_heads(model).parameters)
     except (ValueError, RuntimeError) as error:
-        log.debug("%s does not fit %s: %s", source.name, kind.__name__, error)
+        log.debug("%s cannot be created for %s: %s", kind.__name__, source.name, error)
         return None
-    return model, weights
+    heads = find_heads(model).parameters
+    try:
+        return model, compare_weights(source, model, info, heads)
+    except ValueError as error:
+        log.debug("%s does not fit %s: %s", source.name, kind.__name__, error)
+    # The class may not know the file's names of a tower's tensors, but its module may have the names of the tower's module.
+    inner, state = _find_backbone(model), tower.state_dict()
+    if inner is None or {n: t.shape for n, t in inner.state_dict().items()} != {n: t.shape for n, t in state.items()}:
+        return None
+    inner.load_state_dict(state)
+    return model, Weights(new=heads, identity=frozenset(), unused=frozenset())
+
+
+def _find_backbone(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Returns the one network inside the classifier `model`, or None if there are several or none."""
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else None
 
 
 def _compare(model: PreTrainedModel, expected: _Features) -> _Agreement:
     """Runs the classifier `model` on the images of `expected`, and compares what its backbone and its head receive."""
-    backbones = [m for _, m in model.named_children() if isinstance(m, PreTrainedModel)]
-    if len(backbones) != 1:
+    backbone = _find_backbone(model)
+    if backbone is None:
         return _Agreement(hidden=False, pooled=False)
     seen: dict[str, Any] = {}
     inputs: list[torch.Tensor] = []
-    handles = [backbones[0].register_forward_hook(lambda _, __, output: seen.update(output=output))]
+    handles = [backbone.register_forward_hook(lambda _, __, output: seen.update(output=output))]
     for name in find_heads(model).linear:
         head = model.get_submodule(name)
         handles.append(head.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(1))))

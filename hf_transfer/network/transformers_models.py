@@ -77,7 +77,8 @@ def load_classifier(
     Raises ValueError if weights outside the classifier are missing, and NoTrainedHeadError if the classifier's weights are
     missing and no labels are given.
     """
-    own_labels = tuple(str(config.id2label[i]) for i in sorted(config.id2label))
+    id2label: dict[Any, Any] = dict(config.id2label or {})
+    own_labels = tuple(str(id2label[i]) for i in sorted(id2label))
     if labels is not None:
         set_labels(config, labels)
     arguments = {"trust_remote_code": trust_remote_code}
@@ -118,8 +119,9 @@ def load_class(
 
 def set_labels(config: PreTrainedConfig, labels: Iterable[str]) -> None:
     """Writes the names of the classes into `config`, in place."""
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {name: i for i, name in config.id2label.items()}
+    names = dict(enumerate(labels))
+    config.id2label = names
+    config.label2id = {name: i for i, name in names.items()}
 
 
 @contextmanager
@@ -156,7 +158,8 @@ def renew_heads(model: PreTrainedModel, labels: Iterable[str]) -> None:
     """Replaces all classifiers of `model` by untrained ones for `labels`, in place."""
     linear = find_heads(model).linear
     set_labels(model.config, labels)
-    model.num_labels = count = int(model.config.num_labels or 0)
+    count = int(model.config.num_labels or 0)
+    model.num_labels = count  # type: ignore[assignment]
     for name in linear:
         module: Any = model.get_submodule(name)
         module.weight = nn.Parameter(module.weight.new_empty(count, *module.weight.shape[1:]))

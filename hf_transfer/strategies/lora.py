@@ -5,6 +5,7 @@ merged, and the result is a plain checkpoint. With `--no-merge`, the result is a
 of the base and is much smaller. With `--adapter_layers last:4 --cache_views 8`, the output of the lower layers is stored.
 """
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from hf_transfer.training.phase import Plan
     from hf_transfer.training.pricing import Price, Pricing
     from hf_transfer.training.records import RunResult
+
+log = logging.getLogger(__name__)
 
 FORWARDS = 2.2  # cost of a training step in forward passes; frozen weights need no gradients
 TRAINED_SHARE = 0.02  # rough share of the parameters that train
@@ -37,7 +40,12 @@ class Lora(GradientStrategy):
 
         adapter = replace(self.adapter, seed=session.config.seed)
         adapted, chain = add_adapters(session.backbone, session.chain, adapter)
-        if not self.merge:
+        if not self.merge and not adapted.is_auto_class:
+            log.info(
+                "the adapters will be merged (--merge): plain peft cannot create their base, since "
+                "AutoModelForImageClassification does not load %s as %s", adapted.source.name, type(adapted.model).__name__,
+            )  # fmt: skip
+        elif not self.merge:
             check_saved_apart(adapted)
         return session.with_network(adapted, chain)
 
@@ -52,13 +60,14 @@ class Lora(GradientStrategy):
         return [SolveHeadPhase(sweep="none"), steps]
 
     def finish(self, session: "Session", result: "RunResult") -> "RunResult":
-        """Returns the result with a description of the adapters. With `merge`, the adapters are merged into the network."""
+        """Returns the result with a description of the adapters, which are merged if `merge` is set or peft needs the base."""
         from hf_transfer.network.adapters import Adapted, merge_adapters
 
         adapted = session.backbone
         assert isinstance(adapted, Adapted)
         details = {**result.details, "adapter": adapted.describe()}
-        return replace(result, backbone=merge_adapters(adapted) if self.merge else adapted, details=details)
+        merge = self.merge or not adapted.is_auto_class
+        return replace(result, backbone=merge_adapters(adapted) if merge else adapted, details=details)
 
     def price(self, pricing: "Pricing") -> "Price":
         """Returns the estimated cost: a linear probe, and training steps that compute no gradients of frozen weights."""
