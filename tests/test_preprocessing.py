@@ -212,11 +212,12 @@ def check_refused(name: str, folder: Path, **settings: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", EXCEPTIONS)
+@pytest.mark.parametrize("name", [*EXCEPTIONS, "Cohere2VisionImageProcessor", "VideoMAEImageProcessor"])
 def test_inputs_that_are_not_one_image_of_one_size_are_refused(name: str, tmp_path: Path) -> None:
     settings = {
         "ImageGPTImageProcessor": {"clusters": [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], "size": {"height": 16, "width": 16}},
         "TextNetImageProcessor": {"size": {"shortest_edge": 32}},
+        "Cohere2VisionImageProcessor": {"size": {"height": 256, "width": 256}},  # cuts only larger images into tiles
     }
     check_refused(name, tmp_path, **settings.get(name, {}))
 
@@ -340,7 +341,7 @@ def test_a_processor_without_constant_colors_works_without_augmentation(tmp_path
     assert execute(session).test.accuracy >= 0
     plain = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0}
     assert execute(make_session("full", **given, **plain)).test.accuracy >= 0
-    for strategy, settings in (("full", {}), ("last_layers", {"cache_views": 2, "k": 1}), ("probe_then_full", {})):
+    for strategy, settings in (("full", {}), ("last_layers", {"cache_views": 2, "k": 1}), ("auto", {})):
         session = make_session(strategy, **given, **settings)
         with pytest.raises(ValueError, match="cannot follow augmentation: choose the strategy linear_probe") as error:
             execute(session)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from hf_transfer.data.folders import list_folder
 from hf_transfer.data.images import BadImageError, read_image
-from hf_transfer.network.adapters import find_adapter, find_own_preprocessing, load_adapted, read_task
+from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
@@ -111,8 +111,7 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
             )
         if base is None:
             labels = read_task(folder)["label_names"]
-            own = find_own_preprocessing(folder)
-            base = load(checkpoint, labels, trust_remote_code=trust_remote_code, preprocessing_from=own)
+            base = load(checkpoint, labels, trust_remote_code=trust_remote_code)
         yield load_adapted(folder, base=base)
 
 

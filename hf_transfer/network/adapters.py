@@ -192,8 +192,10 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
     if base is not None:
         base = with_new_head(base, task["label_names"])
     else:
-        own = find_own_preprocessing(folder)
-        base = load(checkpoint or recorded, task["label_names"], base_model=base_id, preprocessing_from=own)
+        # A timm adapter has no such file; its base's preprocessing is the adapter's.
+        own = folder / "preprocessor_config.json"
+        replaced = str(own) if checkpoint is None and own.is_file() else None
+        base = load(checkpoint or recorded, task["label_names"], base_model=base_id, preprocessing_from=replaced)
     if _hash_base(base.model, task["classifier"]) != task["base_weights"]:
         raise ValueError(
             f"the adapters in {folder.name!r} were trained on other weights than those of "
@@ -213,12 +215,6 @@ def read_task(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder.name!r} is no adapter folder of hf-transfer: it lacks {ADAPTER_CONFIG} or {TASK}")
     task: dict[str, Any] = json.loads((folder / TASK).read_text())
     return task
-
-
-def find_own_preprocessing(folder: Path) -> str | None:
-    """Returns the path of the preprocessing in an adapter folder, or None for timm, whose adapters use their base's."""
-    path = folder / "preprocessor_config.json"
-    return str(path) if path.is_file() else None
 
 
 def check_saved_apart(adapted: Adapted) -> str:
