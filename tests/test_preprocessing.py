@@ -1,6 +1,7 @@
 """Pixels are those of the checkpoint's own processor, whatever the order of its steps, before and after it is saved."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -421,6 +422,30 @@ def test_preprocessing_from_replaces_missing_preprocessing_and_is_saved(tmp_path
         load(str(upstream), preprocessing_from="./missing")
     with pytest.raises(ValueError, match="not in the local Hub cache"):
         load(str(upstream), preprocessing_from="owner/name")
+
+
+def in_hub_cache(name: str) -> Path:
+    """The snapshot folder of `someone/<name>` in the Hub cache of this test session."""
+    repo, commit = (
+        Path(os.environ["HF_HOME"], "hub", f"models--someone--{name}"),
+        "0123456789abcdef0123456789abcdef01234567",
+    )
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def test_an_adapter_brings_the_preprocessing_that_its_base_lacks(tmp_path: Path) -> None:
+    base = write_vit(in_hub_cache("without-preprocessing"))
+    (base / "preprocessor_config.json").unlink()
+    write_settings(in_hub_cache("with-preprocessing"), **SETTINGS)
+    given = {"checkpoint": "someone/without-preprocessing", "preprocessing_from": "someone/with-preprocessing"}
+    execute(make_session("lora", tmp_path / "run", **given, merge=False, epochs=1, rank=2))
+    colors = load_saved(str(tmp_path / "run" / "model")).preprocessing.colors
+    assert colors is not None
+    assert colors.mean == (0.1, 0.1, 0.1)
 
 
 def test_preprocessing_of_the_other_library_is_refused(tmp_path: Path) -> None:
