@@ -27,7 +27,7 @@ from fit_rule import BenchmarkRun, choose_by_textbook, fit_table  # benchmarks/f
 
 from hf_transfer.choosing.decide import judge, standard_error
 from hf_transfer.choosing.rule import CORNERS, STRATEGIES, DataRegime, choose, expect_accuracy
-from hf_transfer.config import replace_settings
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from hf_transfer.training.records import Kept, Verdict
 

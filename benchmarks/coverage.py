@@ -209,7 +209,7 @@ def _check(build: Callable[[], Candidate]) -> Iterator[dict[str, Any]]:
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_layers": len(inner),
         "layers": inner,
-        "classifier": chain.classifier,
+        "head": list(chain.head.modules) if chain.head is not None else [],
         "features": list(chain.features.shape) if chain.features is not None else None,
         "num_cuts": len(chain.cuts),
         "num_blocks": blocks,
@@ -400,7 +400,7 @@ def _progress(row: dict[str, Any]) -> str:
     return (
         f"{'ok  ' if _is_covered(row) else 'WEAK'} {row['library']} {row['family']} {row['architecture']} {row['image_px']} px "
         f"{row['num_parameters'] / 1e6:.1f} M: {row['num_layers']} layers ({ends}), {row['num_cuts']} cuts, "
-        f"{row['num_blocks'] - len(row['missed_blocks'])}/{row['num_blocks']} blocks, classifier {row['classifier']} "
+        f"{row['num_blocks'] - len(row['missed_blocks'])}/{row['num_blocks']} blocks, head {' + '.join(row['head'])} "
         f"{row['features']}, {row['seconds']} s{missed} {row['notes'] or ''} {row['failures'] or ''}"
     )
 
@@ -417,7 +417,7 @@ def _totals(rows: list[dict[str, Any]]) -> str:
             f"{library}: {sum(map(_is_covered, good))} of {len(own)} families are cut between their layers, exactly "
             f"({sum(r['num_cuts'] for r in good)} cuts); {blocks - missed} of {blocks} independently found blocks end at a "
             f"cut, in {whole} of {sum(r['num_blocks'] > 0 for r in good)} families all of them; "
-            f"{sum(r['classifier'] is not None for r in good)} families with one linear classifier"
+            f"{sum(bool(r['head']) for r in good)} families with a linear head"
         )
     return "\n".join(lines)
 

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_transfer.config import RunConfig, replace_settings
+from hf_transfer.config import RunConfig
 from hf_transfer.launch import run
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.policies import full
 from hf_transfer.runs import open_session
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategies.greedy_stack import GreedyStackStrategy
 from hf_transfer.strategy import default_config
 from hf_transfer.training.phase import TrainPhase

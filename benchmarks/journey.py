@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from hf_transfer.config import NO_SPLIT, RunConfig, replace_settings
+from hf_transfer.config import NO_SPLIT, RunConfig
 from hf_transfer.launch import run
 from hf_transfer.network.policies import full
 from hf_transfer.runs import open_session
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.plan import run_plan

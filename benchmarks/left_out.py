@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from advise import CHECKPOINTS, SETS  # benchmarks/advise.py
 
-from hf_transfer.config import RunConfig, replace_settings
+from hf_transfer.config import RunConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.data.splits import Split
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.runs import open_session
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, default_config
 from hf_transfer.training import loop
 from hf_transfer.training.evaluate import compute_image_logits

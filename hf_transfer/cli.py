@@ -11,18 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer.config import (
-    EMBEDDED_CHECKPOINT,
-    AdapterConfig,
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    list_settings,
-    replace_settings,
-)
-from hf_transfer.errors import one_line_errors
+from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ComputeConfig, DataConfig, ModelConfig, RunConfig
+from hf_transfer.errors import describe_error, make_printable, one_line_errors
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
+from hf_transfer.settings import list_settings, replace_settings
 from hf_transfer.strategy import default_config, strategy_names
 
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
@@ -39,8 +32,8 @@ PREDICT = """Print the most likely labels of image files, or of all images in fo
 any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With --adapter, which may be
 repeated, the model is the base of the given adapters. The base is loaded once, and each adapter predicts in turn.
 """
-EVALUATE = """Print accuracy, balanced accuracy and macro-F1 (with 95 % intervals) and log-loss of a saved model on a labeled
-data set. The classes of the data set are matched to the model's classes by name.
+EVALUATE = """Print accuracy, balanced accuracy and macro-F1 (with 95 % intervals) and log-loss of a saved model on all labeled
+images of a data set, or on one split (--split test). The data set's classes are matched to the model's classes by name.
 """
 PUBLISH = """Push the model of a finished run to the Hub in one commit. Before the push, a fresh process loads the saved model
 and checks that its outputs equal those of the trained network. An adapter is merged into its base first, unless --adapter is
@@ -79,7 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     with one_line_errors(f"hf-transfer {given.command}"):
         text = COMMANDS[given.command].run(given)
-    sys.stdout.write(text + "\n")
+    _print(text)
+
+
+def _print(text: str) -> None:
+    """Prints lines without characters that a terminal would obey, since names of classes and files may contain them."""
+    sys.stdout.write("".join(f"{make_printable(line)}\n" for line in text.split("\n")))
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -134,7 +132,7 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache(given: argparse.Namespace) -> str:
-    from hf_transfer.prefix.cache import clear_caches, list_caches
+    from hf_transfer.prefix.contents import clear_caches, list_caches
 
     if given.clear is not None:
         return f"removed {clear_caches(given.clear or None) / 1e6:.1f} MB of stored activations"
@@ -154,7 +152,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     help_text = "folder or Hub id of an adapter whose base is the model; may be repeated"
     parser.add_argument("--adapter", action="append", metavar="ADAPTER", help=help_text)
     parser.add_argument("--top_k", type=int, default=3, help="number of labels to print per image (default: 3)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per batch (default: 32)")
+    add_settings(parser, [list_settings(ComputeConfig())["batch_size"]])
     _add_json(parser)
     _add_trust(parser)
 
@@ -162,6 +160,9 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _predict(given: argparse.Namespace) -> str:
     from hf_transfer.inference.predict import UnreadableImagesError, find_images, load_saved, predict, switch_adapters
 
+    batch_size = replace_settings(ComputeConfig(), _given(given, ComputeConfig())).batch_size
+    if given.top_k < 1:
+        raise ValueError(f"top_k={given.top_k}: choose 1 or more labels per image")
     images = find_images(given.images)  # a wrong path fails before the model is loaded
     trust = given.trust_remote_code
     if given.adapter:
@@ -174,19 +175,19 @@ def _predict(given: argparse.Namespace) -> str:
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         lines += [f"{name}:"] if name else []
         try:
-            predictions = predict(backbone, images, top_k=given.top_k, batch_size=given.batch_size)
+            predictions = predict(backbone, images, top_k=given.top_k, batch_size=batch_size)
         except UnreadableImagesError as error:
             predictions, problems = list(error.predictions), error.problems
         for p in predictions:
             scores = list(zip(p.labels, p.probabilities, strict=True))
             labels = [{"label": label, "score": score} for label, score in scores]
             rows.append({"image": p.image} | ({"adapter": name} if name else {}) | {"labels": labels})
-            shown = ", ".join(f"{label} {100 * score:.1f} %" for label, score in scores)
-            lines.append(f"{p.image.ljust(width)}  {shown}")
+            shown = ", ".join(f"{make_printable(label)} {100 * score:.1f} %" for label, score in scores)
+            lines.append(f"{make_printable(p.image).ljust(width)}  {shown}")
     text = json.dumps(rows, indent=1) if given.json else "\n".join(lines)
     if problems:
-        sys.stdout.write(text + "\n")
-        sys.stderr.write("".join(f"hf-transfer predict: {problem}\n" for problem in problems))
+        _print(text)
+        sys.stderr.write("".join(f"hf-transfer predict: {describe_error(problem)}\n" for problem in problems))
         sys.exit(1)
     return text
 
@@ -194,8 +195,9 @@ def _predict(given: argparse.Namespace) -> str:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id[@revision] or folder of the model")
     parser.add_argument("--dataset", required=True, help="labeled images: Hub id, folder, parquet or arrow file")
-    help_text = "split to evaluate (default: test, or all labeled images if there is no test split)"
-    parser.add_argument("--split", choices=("train", "validation", "test", "all"), help=help_text)
+    help_text = "split to evaluate (default: all labeled images of the data set)"
+    splits = ("train", "validation", "test", "all")
+    parser.add_argument("--split", choices=splits, default="all", help=help_text)
     _add_json(parser)
     _add_trust(parser)
 
@@ -272,8 +274,7 @@ def _advise(given: argparse.Namespace) -> str:
     from hf_transfer.choosing.table import format_advice
     from hf_transfer.runs import open_session
 
-    if given.budget_s is not None and not 0 < given.budget_s < float("inf"):
-        raise ValueError(f"budget_s={given.budget_s}: choose more than 0 seconds")
+    list_settings(default_config("auto"))["budget_s"].check(given.budget_s)
     session = open_session(_run_config(given))
     advice = advise(session, measure=given.measure, budget_s=given.budget_s)
     return json.dumps(advice.to_dict(), indent=1) if given.json else format_advice(advice)

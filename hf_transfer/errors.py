@@ -1,15 +1,28 @@
 """Ends a command with one line instead of a traceback, and with an exit status that says who can help.
 
 Status 2: the user gave something wrong (ValueError). Status 1: the machine, the disk or the network failed (OSError,
-RuntimeError, ...). Any other error is a defect of this package and keeps its traceback.
+RuntimeError, ...). Status 130 or 143: SIGINT or SIGTERM ended the run. Any other error is a defect of this package and keeps
+its traceback.
 """
 
 import os
+import signal
 import sys
+import unicodedata
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hf_transfer.interrupts import Interrupted
+
 TRACEBACK = "HF_TRANSFER_TRACEBACK"  # environment variable; 1: print the traceback of every error
+
+_UNSAFE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, bytes that are not UTF-8, line separators
+_REORDERING = frozenset({"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})  # of right-to-left text
+
+
+class ContinuableError(RuntimeError):
+    """An error after which the same run can continue: its inputs are right, and its saved state is intact."""
 
 
 @contextmanager
@@ -19,15 +32,25 @@ def one_line_errors(prog: str) -> Iterator[None]:
     A process that a launcher started beside others names its rank. Notes of the error (`add_note`) follow the message.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            # Pillow warns about oddities of a file without naming the file. An unreadable file is an error with its name.
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            yield
     except (ValueError, OSError, RuntimeError, MemoryError, EOFError, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
-        status = 2 if isinstance(error, ValueError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         rank = int(os.environ.get("RANK", "0"))
         name = f"{prog} (process {rank})" if rank else prog
-        sys.stderr.write(f"{name}: {describe_error(error)}\n")
-        sys.exit(status)
+        if not rank or not isinstance(error, Interrupted):  # all processes are interrupted together: one line says so
+            sys.stderr.write(f"{name}: {describe_error(error)}\n")
+        sys.exit(_choose_status(error))
+
+
+def _choose_status(error: BaseException) -> int:
+    """Returns the exit status: 2 for a user's mistake, 128 + number for a signal, as in a shell, and otherwise 1."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def describe_error(error: BaseException) -> str:
@@ -35,4 +58,22 @@ def describe_error(error: BaseException) -> str:
     text = str(error) or {"KeyboardInterrupt": "interrupted", "MemoryError": "out of memory"}.get(
         type(error).__name__, type(error).__name__
     )
-    return " ".join(" ".join([text, *getattr(error, "__notes__", ())]).split())
+    return join_lines(" ".join([text, *getattr(error, "__notes__", ())]))
+
+
+def join_lines(text: str) -> str:
+    """Returns `text` as one line that is safe to print on a terminal."""
+    return make_printable(" ".join(text.split()))
+
+
+def make_printable(line: str) -> str:
+    """Returns `line` with an escape sequence for each character that a terminal would obey or cannot show.
+
+    Such a character in the name of a class or a file could move the cursor, hide text, or end the program.
+    """
+    return "".join(
+        char.encode("unicode_escape").decode()
+        if unicodedata.category(char) in _UNSAFE or unicodedata.bidirectional(char) in _REORDERING
+        else char
+        for char in line
+    )

@@ -2,12 +2,13 @@
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_transfer.config import RunConfig
 from hf_transfer.errors import one_line_errors
 from hf_transfer.flags import parse
+from hf_transfer.interrupts import catch_signals
+from hf_transfer.strategy import Strategy
 
 if TYPE_CHECKING:
     from hf_transfer.training.records import RunResult
@@ -30,12 +31,20 @@ def run_recipe(
 
 
 def run(config: RunConfig) -> "RunResult":
-    """Runs the strategy of `config`: loads the data, trains, writes the output folder, and pushes the model (`push_to_hub`)."""
-    from hf_transfer.runs import execute, open_session, push, start_logging
+    """Runs the strategy of `config`: loads the data, trains, writes the output folder, and pushes the model (`push_to_hub`).
 
-    start_logging()
-    session = open_session(config, output_dir=Path(config.output.output_dir))
-    result = execute(session)
-    if config.output.push_to_hub is not None:
-        push(session, result, config.output.push_to_hub)
+    SIGINT and SIGTERM end the run with `Interrupted`, after a state was saved if the run is training.
+    """
+    assert isinstance(config.strategy, Strategy)
+    name = config.strategy.name
+    with catch_signals():
+        from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
+        from hf_transfer.runs import execute, open_session, push, start_logging
+
+        start_logging()
+        with open_folder(config.output, name) as folder, explains_how_to_continue(make_resume_command(name, folder)):
+            session = open_session(config, output_dir=folder)
+            result = execute(session)
+            if config.output.push_to_hub is not None:
+                push(session, result, config.output.push_to_hub)
     return result

@@ -1,17 +1,22 @@
-"""The folders of caches and of the package's recipes."""
+"""The folders of caches and of the package's recipes, and names in an output folder."""
 
+import logging
 import os
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 PACKAGE = Path(__file__).resolve().parent
+CONFIG, RESULTS = "config.yaml", "results.json"  # files of an output folder
+CHECKPOINTS = "checkpoints"  # folder of an output folder: the saved states and, until the run is finished, config.yaml
 
 
 def cache_dir() -> Path:
     """Returns the cache folder: $HF_TRANSFER_CACHE, else $HF_HOME/hf_transfer, else ~/.cache/huggingface/hf_transfer."""
     if own := os.environ.get("HF_TRANSFER_CACHE"):
-        return Path(own).expanduser()
+        return Path(own).expanduser().absolute()
     home = os.environ.get("HF_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hf_transfer"
+    return ((Path(home).expanduser() if home else Path.home() / ".cache" / "huggingface") / "hf_transfer").absolute()
 
 
 def chain_dir() -> Path:
@@ -19,10 +24,38 @@ def chain_dir() -> Path:
     return cache_dir() / "chains"
 
 
+def store_dir() -> Path:
+    """Returns the folder of stored pixels and activations."""
+    return cache_dir() / "activations"
+
+
+_reported: set[Path] = set()
+
+
+def report_unwritable(error: OSError) -> None:
+    """Logs once per cache folder that nothing can be written there, and that the run continues without."""
+    folder = cache_dir()
+    if folder not in _reported:
+        _reported.add(folder)
+        log.warning("%s; the run continues without storing on disk", describe_unwritable(error))
+
+
+def describe_unwritable(error: OSError) -> str:
+    """Returns a sentence that names the cache folder, the error of writing there, and the remedy."""
+    reason = "a file has the name of a folder" if isinstance(error, FileExistsError) else error.strerror or str(error)
+    remedy = "set HF_TRANSFER_CACHE to a writable folder with free space"
+    return f"cannot write to the cache folder {cache_dir()} ({reason}): {remedy}"
+
+
 def recipes_dir() -> Path:
     """Returns the recipes' folder, which lies inside an installed package, or beside the package in a Git clone."""
     installed = PACKAGE / "recipes"
     return installed if installed.is_dir() else PACKAGE.parent / "recipes"
+
+
+def presets_dir() -> Path:
+    """Returns the folder of the configuration files for `accelerate launch --config_file`."""
+    return recipes_dir() / "accelerate"
 
 
 def find_recipe(name: str) -> Path | None:

@@ -1,8 +1,8 @@
 """A finished run, in memory or in a folder: read its metrics, predict with its model, save it, and push it."""
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.predict import Prediction, find_images, load_saved, predict
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
-from hf_transfer.reporting.results import describe_run, write_config
+from hf_transfer.network.damage import read_json
+from hf_transfer.output import LOCK, find_free_folder, is_finished, lock_folder
+from hf_transfer.reporting.results import describe_run
 from hf_transfer.runs import write_run
 from hf_transfer.session import Session
 from hf_transfer.training.records import Metrics, RunResult, metrics_from_json
@@ -41,8 +43,7 @@ class Run:
         if self._session is not None and self._result is not None:
             return describe_run(self._session, self._result)
         assert self.folder is not None
-        results: dict[str, Any] = json.loads((self.folder / "results.json").read_text())
-        return results
+        return read_json(self.folder / "results.json")
 
     @cached_property
     def metrics(self) -> Mapping[str, Metrics]:
@@ -101,21 +102,20 @@ class Run:
     def save(self, folder: str | Path) -> Path:
         """Writes config.yaml, results.json, model/ and report.html to `folder`, as a recipe does. Returns the folder.
 
-        Raises FileExistsError if the folder contains another run.
+        Raises FileExistsError if the folder contains another run, and ValueError if another run is writing to the folder.
         """
         folder = Path(folder)
         if folder == self.folder:
             return folder
-        if (folder / "results.json").exists():
+        if is_finished(folder):
             raise FileExistsError(f"{folder} contains a finished run: choose another folder, or delete this folder")
         if self._session is not None and self._result is not None:
             session = self._session.with_output(folder)
-            if session.is_main:
-                write_config(folder, session.config, session.unrepeatable)
-            write_run(session, self._result)
+            with lock_folder(folder) if session.is_main else nullcontext():
+                write_run(session, self._result)
         else:
             assert self.folder is not None
-            shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+            shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
         self.folder = folder
         return folder
 
@@ -124,7 +124,7 @@ class Run:
 
         A run that is not saved is first saved to `runs/<strategy>`, or to `runs/<strategy>_2` (`_3`, ...) if that exists.
         """
-        folder = self.folder or self.save(_find_free_folder(Path("runs") / self.strategy))
+        folder = self.folder or self.save(find_free_folder(Path("runs") / self.strategy))
         published = publish(folder, repo_id, adapter=isinstance(self.backbone, Adapted), options=options)
         return published.url
 
@@ -139,8 +139,3 @@ def load_run(folder: str | Path) -> Run:
     if not (folder / "results.json").is_file() or not (folder / "model").is_dir():
         raise ValueError(f"{folder}: no finished run in this folder (results.json or model/ is missing)")
     return Run(folder=folder)
-
-
-def _find_free_folder(folder: Path) -> Path:
-    numbered = (folder.with_name(f"{folder.name}_{number}") for number in range(2, 10**6))
-    return next(f for f in (folder, *numbered) if not f.exists())

@@ -1,6 +1,7 @@
 """Opens the session (the shared objects) of a run, executes the run, and writes and pushes the results."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,19 +11,29 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_available, parse_flag_from_env, set_seed
+from safetensors import SafetensorError
 
+from hf_transfer import processes
 from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.hub.publish import PublishOptions, check_push, publish
+from hf_transfer.errors import ContinuableError
+from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
+from hf_transfer.locations import CHECKPOINTS, presets_dir
 from hf_transfer.network.adapters import Adapted
-from hf_transfer.reporting.results import describe_run, public_settings, write_config, write_results
+from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.freezing import has_batchnorm
+from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory, suggest_batches
+from hf_transfer.output import explains_how_to_continue, replace_results
+from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import RunResult
+from hf_transfer.training.sharding import uses_shards
 
 log = logging.getLogger("hf_transfer")
 
@@ -31,6 +42,7 @@ CHATTY = ("httpx", "httpx2", "timm", "datasets", "transformers", "evaluate")
 MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our name -> accelerate's name
 
 
+@processes.ending_together()
 def open_session(
     config: RunConfig,
     *,
@@ -38,33 +50,42 @@ def open_session(
     output_dir: Path | None = None,
     unrepeatable: Sequence[str] = (),
 ) -> Session:
-    """Starts the Accelerator and trackers, writes config.yaml, loads data and network, and returns all of these as a session.
+    """Starts the Accelerator and trackers, writes the config, loads data and network, and returns all of these as a session.
 
-    `load` returns the splits (default: the splits in the settings). Without `output_dir`, the run writes only caches.
+    `load` returns the splits (default: the splits in the settings). The config is written to checkpoints/config.yaml in
+    `output_dir`. Without `output_dir`, the run writes only caches.
     `unrepeatable`: sentences about inputs that config.yaml does not contain. Raises ValueError for an error in the settings,
     the data or the checkpoint, and PushError, before any download, if the Hub would refuse the push.
     """
     assert isinstance(config.strategy, Strategy)
     config.strategy.check(config)
+    config.strategy.find_network(config)
     accelerator, costs = open_accelerator(config, output_dir), Costs()
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
             check_push(config.output.push_to_hub)  # before hours of training
         if output_dir is not None:
-            write_config(output_dir, config, unrepeatable)
+            # The run can be repeated, or resumed, even if it fails before it is finished.
+            resumable = replace_settings(config, {"output_dir": str(output_dir)})
+            write_config(output_dir / CHECKPOINTS, resumable, unrepeatable)
     if accelerator.log_with:
         # A tracker may send the settings to a server, so they contain no local path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
-    with costs.part("data"), accelerator.main_process_first():
+    with costs.part("data"), processes.main_first():
         data = load_data(config.data) if load is None else load()
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)
     set_seed(config.seed)  # a new head is random
-    with costs.part("checkpoint"), accelerator.main_process_first():
+    with costs.part("checkpoint"), processes.main_first():
         backbone = config.strategy.load_backbone(config, data)
-    return Session(
+    if accelerator.is_main_process and accelerator.num_processes > 1 and _trains_statistics(config, backbone):
+        log.info(
+            "BatchNorm's statistics are those of each process's own batches, and the network is saved with those of process 0: "
+            "the result depends on the number of processes"
+        )
+    session = Session(
         config=config,
         data=data,
         backbone=backbone,
@@ -73,13 +94,26 @@ def open_session(
         output_dir=output_dir,
         unrepeatable=tuple(unrepeatable),
     )
+    if session.is_main and output_dir is not None:
+        pinned = replace_settings(pin_revisions(session), {"output_dir": str(output_dir)})
+        write_config(output_dir / CHECKPOINTS, pinned, unrepeatable)
+    return session
 
 
+@processes.ending_together()
 def execute(session: Session) -> RunResult:
-    """Trains with the session's strategy, scores the network, and writes the output folder if the session has one."""
+    """Trains with the session's strategy, scores the network, and writes the output folder if the session has one.
+
+    Raises FullMemoryError, with the settings that need less memory, if the memory of the machine or of the device is full.
+    """
     assert isinstance(session.strategy, Strategy)
     with session.costs:
-        result = session.strategy.run(session)
+        try:
+            result = session.strategy.run(session)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise FullMemoryError(suggest_batches(session)) from error
         if session.output_dir is not None:
             write_run(session, result)
     session.accelerator.end_training()
@@ -87,27 +121,42 @@ def execute(session: Session) -> RunResult:
 
 
 def write_run(session: Session, result: RunResult) -> dict[str, Any]:
-    """Writes model/, results.json and report.html in the main process, while the other processes wait.
+    """Writes config.yaml, model/, results.json and report.html in the main process, while the other processes wait.
 
-    Returns the content of results.json in the main process, and {} in the other processes.
+    Returns the content of results.json in the main process, and {} in the other processes. Raises ContinuableError if the disk
+    refuses a file; an older run in the folder is then unchanged.
     """
     results: dict[str, Any] = {}
     if session.is_main:
         assert session.output_dir is not None
-        data, costs = session.data, session.costs
-        card = describe_run(session, result)  # the card's cost does not include saving
-        with costs.part("save"):
-            save_model(result.backbone, card, session.output_dir / "model")
-            write_reference(result.backbone, data.test or data.validation, session.output_dir / REFERENCE)
-        results = describe_run(session, result)
-        write_results(session.output_dir, results)
+        try:
+            results = _write_results(session, result, session.output_dir)
+        except (OSError, SafetensorError) as error:
+            raise ContinuableError(
+                f"the results cannot be written to {session.output_dir} ({error}): free disk space, or make the folder "
+                "writable"
+            ) from error
         for split, metrics in result.metrics.items():
             log.info("%s: %s", split, describe_accuracy(metrics))
         log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
-    session.accelerator.wait_for_everyone()
+    processes.wait_for_everyone()
     return results
 
 
+def _write_results(session: Session, result: RunResult, folder: Path) -> dict[str, Any]:
+    data, costs = session.data, session.costs
+    card = describe_run(session, result)  # the card's cost does not include saving
+    with replace_results(folder) as staging:
+        with costs.part("save"):
+            save_model(result.backbone, card, staging / "model")
+            write_reference(result.backbone, data.test or data.validation, staging / REFERENCE)
+        results = describe_run(session, result)
+        write_config(staging, pin_revisions(session), session.unrepeatable)
+        write_results(staging, results)
+    return results
+
+
+@processes.ending_together()
 def push(session: Session, result: RunResult, repo_id: str) -> str | None:
     """Pushes the written run to the Hub and returns the model's URL. In other processes than the main process, returns None.
 
@@ -116,26 +165,43 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
     if not session.is_main:
         return None
     assert session.output_dir is not None
-    options = PublishOptions(private=session.config.output.private)
-    published = publish(session.output_dir, repo_id, adapter=isinstance(result.backbone, Adapted), options=options)
+    options, adapter = PublishOptions(private=session.config.output.private), isinstance(result.backbone, Adapted)
+    command = publish_command(session.output_dir, repo_id, options, adapter=adapter)
+    with explains_how_to_continue(command, OSError):  # the run is finished: only the push is left
+        published = publish(session.output_dir, repo_id, adapter=adapter, options=options)
     log.info("published: %s", published.url)
     return published.url
 
 
+def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:
+    """Whether training uses a BatchNorm in train mode."""
+    strategy = config.strategy
+    is_frozen = not isinstance(strategy, GradientConfig) or strategy.training.freeze_batchnorm
+    return not is_frozen and has_batchnorm(backbone.model)
+
+
 def start_logging() -> None:
     """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
-    # The first PartialState decides whether there are several processes, for the Accelerator too.
-    is_main = PartialState(cpu=_uses_cpu()).is_main_process
+    is_main = connect_processes().is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def connect_processes() -> PartialState:
+    """Connects the processes that a launcher started. The first call decides, for the Accelerator too."""
+    _refuse_deepspeed()
+    return processes.start(cpu=_uses_cpu())
+
+
 def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     """Returns the run's Accelerator. `accelerate launch` or its config file decides options that the settings do not give.
 
-    Raises RuntimeError if a launcher started several processes that would train independently of each other.
+    Raises RuntimeError if a launcher started several processes that would train independently of each other, and ValueError
+    for DeepSpeed.
     """
+    is_alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ  # accelerate may set WORLD_SIZE itself
+    connect_processes()
     AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
     accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
     started = get_int_from_env(["WORLD_SIZE"], 1)
@@ -144,7 +210,24 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
             f"the launcher started {started} processes (WORLD_SIZE), but accelerate connected {accelerator.num_processes}: "
             "each process would train alone and write to the same folder"
         )
+    if is_alone and accelerator.num_processes == 1:
+        log.warning(
+            "MASTER_ADDR is set, but WORLD_SIZE is not: this process trains alone. To train in several processes, start them "
+            "with `accelerate launch` or `torchrun`"
+        )
+    if uses_shards(accelerator) and isinstance(config.strategy, GradientConfig) and config.strategy.training.compile:
+        raise ValueError("compile with FSDP2: torch.compile is not supported for sharded networks: omit --compile")
+    processes.watch()
     return accelerator
+
+
+def _refuse_deepspeed() -> None:
+    """Raises ValueError, before DeepSpeed is imported, if `accelerate launch` was told to use DeepSpeed."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "distributed_type=DEEPSPEED: DeepSpeed's engine would replace the optimizer steps, which hf_transfer takes itself; "
+            f"launch with {presets_dir() / 'multi_gpu.yaml'}, or with fsdp2.yaml beside it to divide the network among GPUs"
+        )
 
 
 def _uses_cpu() -> bool:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from hf_transfer.config import GradientConfig, RunConfig, StrategyConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data
-from hf_transfer.locations import chain_dir
+from hf_transfer.locations import CHECKPOINTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.prefix.resources import Resources
@@ -36,7 +36,7 @@ class Session:
         """The chain (the network as a sequence of layers), traced and verified at the first access."""
         if self._chain is None:
             with self.costs.part("chain"):
-                object.__setattr__(self, "_chain", self.backbone.chain(cache_dir=chain_dir()))
+                object.__setattr__(self, "_chain", self.backbone.chain(cache_dir=self.resources.chain_dir))
         assert self._chain is not None
         return self._chain
 
@@ -60,7 +60,7 @@ class Session:
     @property
     def checkpoints(self) -> Path | None:
         """The folder of the saved training states; None if the run has no output folder."""
-        return None if self.output_dir is None else self.output_dir / "checkpoints" / self.state_name
+        return None if self.output_dir is None else self.output_dir / CHECKPOINTS / self.state_name
 
     @property
     def is_main(self) -> bool:

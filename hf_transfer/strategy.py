@@ -12,11 +12,12 @@ Commands, recipes, Python and `auto` run the same `Strategy` object. Heavy modul
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import GradientConfig, OutputConfig, RunConfig, StrategyConfig, replace_settings
+from hf_transfer.config import GradientConfig, RunConfig, StrategyConfig
+from hf_transfer.settings import replace_settings
 
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
@@ -44,6 +45,12 @@ class Strategy(StrategyConfig):
     def check(self, config: RunConfig) -> None:
         """Raises ValueError, before anything is loaded, if settings of the strategy contradict other settings of the run."""
 
+    def find_network(self, config: RunConfig) -> None:
+        """Raises ValueError, before images are read, if the checkpoint does not exist. Loads nothing."""
+        from hf_transfer.network.source import check_checkpoint
+
+        check_checkpoint(config.model.checkpoint)
+
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
         """Returns the network before training: the checkpoint with a new head for the data's labels."""
         from hf_transfer.network.backbone import load
@@ -55,6 +62,7 @@ class Strategy(StrategyConfig):
             base_model=model.base_model,
             trust_remote_code=model.trust_remote_code,
             preprocessing_from=model.preprocessing_from,
+            pooling=model.pooling,
         )
 
     def restart(self, session: "Session") -> "Session":
@@ -134,5 +142,4 @@ def strategy_function(name: str) -> Callable[..., Strategy]:
 def default_config(name: str) -> RunConfig:
     """Returns the default settings of a run of the strategy `name`."""
     kind = get_strategy(name)
-    output = OutputConfig(output_dir=OutputConfig().output_dir.format(strategy=name))
-    return replace_settings(replace(RunConfig(strategy=kind()), output=output), kind.task_defaults)
+    return replace_settings(RunConfig(strategy=kind()), kind.task_defaults)

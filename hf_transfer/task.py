@@ -12,16 +12,20 @@
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig, replace_settings
+from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig
 from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.interrupts import catch_signals
+from hf_transfer.output import explains_how_to_continue, open_folder
 from hf_transfer.run import Run
-from hf_transfer.runs import execute, open_session
+from hf_transfer.runs import connect_processes, execute, open_session
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 IN_MEMORY = "images in memory"  # name of the data set in logs and cards if the user gives no name
 NOT_OF_A_TASK = {  # settings of a run that another method takes
     "output_dir": "give output_dir to Task.fit, or a folder to run.save",
+    "overwrite_output_dir": "give overwrite_output_dir to Task.fit",
+    "resume": "give resume to Task.fit",
     "push_to_hub": "call run.push after Task.fit",
     "private": "call run.push with PublishOptions(private=True)",
 }
@@ -86,29 +92,53 @@ class Task:
         """The splits, loaded and checked at the first access."""
         return load_data(self.config.data, self.images)
 
-    def fit(self, strategy: Strategy | Phases, *, output_dir: str | Path | None = None, **settings: Any) -> Run:
+    def fit(
+        self,
+        strategy: Strategy | Phases,
+        *,
+        output_dir: str | Path | None = None,
+        overwrite_output_dir: bool = False,
+        resume: bool = False,
+        **settings: Any,
+    ) -> Run:
         """Trains with a strategy, scores the trained network, and returns the run.
 
         `strategy`: a strategy such as `ht.lora(rank=8)`, or a list of phases from `ht.solve_head` and `ht.train`.
         `settings`: further settings of the strategy, such as `hflip=0.0`. With `output_dir`, the run writes the same folder
-        as a recipe, saves training states, and resumes with `resume=True`. Otherwise, the run writes only caches.
-        Raises ValueError for an error in settings, data or checkpoint.
+        as a recipe, and saves training states, from which `resume=True` continues. A folder with a finished run is refused
+        without `resume` or `overwrite_output_dir`. Without `output_dir`, the run writes only caches.
+        Raises ValueError for an error in settings, data, checkpoint or folder, and `Interrupted`, which is a
+        KeyboardInterrupt, after a signal (SIGINT or SIGTERM).
         """
-        session = self._open(_as_strategy(strategy, settings), output_dir)
-        return Run(session=session, result=execute(session))
+        strategy = _as_strategy(strategy, settings)
+        if output_dir is None and (resume or overwrite_output_dir):
+            raise ValueError("resume and overwrite_output_dir need a folder: give output_dir too")
+        output = OutputConfig(
+            output_dir=None if output_dir is None else str(output_dir),
+            overwrite_output_dir=overwrite_output_dir,
+            resume=resume,
+        )
+        with ExitStack() as contexts:
+            contexts.enter_context(catch_signals())
+            folder = None
+            if output_dir is not None:
+                connect_processes()
+                folder = contexts.enter_context(open_folder(output, strategy.name))
+                call = f"fit(..., output_dir={str(folder)!r}, resume=True)"
+                contexts.enter_context(explains_how_to_continue(call))
+            session = self._open(strategy, output, folder)
+            return Run(session=session, result=execute(session))
 
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
         """Returns advice on the strategy that suits these images and this checkpoint (see `hf-transfer advise`)."""
         from hf_transfer.choosing.advise import advise
         from hf_transfer.strategy import make_strategy
 
-        session = self._open(make_strategy("auto", tracker="none"), None)
+        session = self._open(make_strategy("auto", tracker="none"), OutputConfig(), None)
         with session.costs:
             return advise(session, measure=measure, budget_s=budget_s)
 
-    def _open(self, strategy: Strategy, output_dir: str | Path | None) -> Session:
-        folder = None if output_dir is None else Path(output_dir)
-        output = OutputConfig(output_dir=str(folder or f"runs/{strategy.name}"))
+    def _open(self, strategy: Strategy, output: OutputConfig, folder: Path | None) -> Session:
         config = replace(self.config, strategy=strategy, output=output)
         if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
             config = replace_settings(config, strategy.task_defaults)

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_transfer.config import replace_settings
 from hf_transfer.flags import read_config
 from hf_transfer.launch import run
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,5 @@
-"""A small Hub on loopback for tests: enough for the real huggingface_hub client to create, push to, read and list repositories.
+"""A small Hub on loopback for tests: enough for the real huggingface_hub client to create, push to, read and list repositories,
+and for `datasets` to read data sets.
 
     with HubServer(tokens={"hf_alice": Token("alice", "write")}) as hub:
         HfApi(endpoint=hub.url, token="hf_alice").create_repo("alice/model")
@@ -345,6 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _NAME = r"([^/]+/[^/]+)"
+_KIND = "(?:models|datasets)"
 _ROUTES: list[tuple[str, Callable[..., None]]] = [
     (r"/api/whoami-v2", _Handler._whoami),
     (r"/api/validate-yaml", _Handler._validate_yaml),
@@ -353,11 +355,11 @@ _ROUTES: list[tuple[str, Callable[..., None]]] = [
     (rf"/{_NAME}\.git/info/lfs/objects/batch", _Handler._lfs_batch),
     (rf"/api/models/{_NAME}/preupload/(.+)", _Handler._preupload),
     (rf"/api/models/{_NAME}/commit/(.+)", _Handler._commit),
-    (rf"/api/models/{_NAME}/revision/(.+)", _Handler._revision),
-    (rf"/api/models/{_NAME}/refs", _Handler._refs),
-    (rf"/api/models/{_NAME}/branch/(.+)", _Handler._branch),
-    (rf"/api/models/{_NAME}/tree/([^/]+)(?:/(.+))?", _Handler._tree),
-    (rf"/api/models/{_NAME}/paths-info/(.+)", _Handler._paths_info),
-    (rf"/api/models/{_NAME}()", lambda handler, body, query, name, _: handler._revision(body, query, name, None)),
-    (rf"/{_NAME}/resolve/([^/]+)/(.+)", _Handler._resolve),
+    (rf"/api/{_KIND}/{_NAME}/revision/(.+)", _Handler._revision),
+    (rf"/api/{_KIND}/{_NAME}/refs", _Handler._refs),
+    (rf"/api/{_KIND}/{_NAME}/branch/(.+)", _Handler._branch),
+    (rf"/api/{_KIND}/{_NAME}/tree/([^/]+)(?:/(.+))?", _Handler._tree),
+    (rf"/api/{_KIND}/{_NAME}/paths-info/(.+)", _Handler._paths_info),
+    (rf"/api/{_KIND}/{_NAME}()", lambda handler, body, query, name, _: handler._revision(body, query, name, None)),
+    (rf"/(?:datasets/)?{_NAME}/resolve/([^/]+)/(.+)", _Handler._resolve),
 ]

@@ -4,10 +4,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hf_transfer.config import DataConfig, RunConfig, list_settings, replace_settings
+from hf_transfer.config import DataConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.runs import open_session
 from hf_transfer.session import Session
+from hf_transfer.settings import list_settings, replace_settings
 from hf_transfer.strategy import default_config
 
 SMALL = {"images_per_class": 8, "epochs": 2, "batch_size": 16, "tracker": "none"}

@@ -16,7 +16,6 @@ from sessions import make_session
 from torch import nn
 
 from hf_transfer.cli import main
-from hf_transfer.config import list_settings
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.adapters import (
     Adapted,
@@ -31,8 +30,9 @@ from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.methods import METHODS, AdapterConfig, is_adaptable
 from hf_transfer.network.targets import find_targets
+from hf_transfer.settings import list_settings
 from hf_transfer.strategy import Strategy, default_config
-from hf_transfer.training.checkpoints import save_state
+from hf_transfer.training.checkpoints import StateWriter
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.plan import run_plan
 from hf_transfer.training.records import RunResult
@@ -94,7 +94,7 @@ def move(adapted: Adapted) -> None:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in adapted.model.named_parameters():
-            if name in adapted.trained or name.startswith(adapted.classifier):
+            if name in adapted.trained or adapted.head.owns(name):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -330,12 +330,12 @@ def test_what_cannot_be_adapted_is_refused_with_what_can(
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"method": "lorra"}, "choose one of lora, dora, loha, ia3"),
-        ({"rank": 0}, "choose 1 or more"),
-        ({"alpha": 0.0}, "choose more than 0"),
+        ({"method": "lorra"}, "choose 'lora' or 'dora' or 'loha' or 'ia3'"),
+        ({"rank": 0}, "choose 1 <= rank"),
+        ({"alpha": 0.0}, "choose 0 < alpha"),
         ({"method": "ia3", "rank": 4}, "ia3 has no rank"),
         ({"method": "ia3", "alpha": 4.0}, "ia3 has no alpha"),
-        ({"targets": "("}, "or a regular expression: "),
+        ({"targets": "("}, "is not a regular expression"),
         ({"layers": "first:1"}, "choose all, or last:K"),
     ],
 )
@@ -457,19 +457,20 @@ def test_the_upstream_weights_keep_every_bit_and_the_adapters_move(tmp_path: Pat
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: dict[str, Any]
 ) -> None:
-    settings = {**adapters, "cache_views": 0, "save_every": 2}
+    settings = {**adapters, "cache_views": 0, "save_every_s": 1e-9}
     whole, _, _ = train(tmp_path / "whole", **settings)
     saves = 0
 
-    def stop_at_the_fourth(*arguments: Any) -> None:
+    def stop_at_the_fourth(writer: StateWriter, state: dict[str, Any]) -> None:
         nonlocal saves
         saves += 1
-        save_state(*arguments)
+        write(writer, state)
         if saves == 4:
             raise KeyboardInterrupt
 
+    write = StateWriter.write
     with monkeypatch.context() as patch:
-        patch.setattr("hf_transfer.training.phases.save_state", stop_at_the_fourth)
+        patch.setattr(StateWriter, "write", stop_at_the_fourth)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "cut", **settings)
     resumed, result, _ = train(tmp_path / "cut", resume=True, **settings)

@@ -295,7 +295,7 @@ def test_an_architecture_that_timm_does_not_know_is_refused(tmp_path: Path) -> N
 def test_a_transformers_model_that_classifies_no_images_is_refused(tmp_path: Path) -> None:
     publish_transformers(tmp_path)
     edit_config(tmp_path, lambda config: config.update(model_type="bert"))
-    with pytest.raises(ValueError, match="cannot be loaded as an image classifier"):
+    with pytest.raises(ValueError, match="BertModel takes text; choose"):
         load(str(tmp_path), OTHER)
 
 

@@ -1,38 +1,39 @@
 """Stores are complete or absent, whatever happens while they are built; keys show every difference; size is bounded."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
 import pickle
+import resource
+import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from filelock import FileLock
 
-from hf_transfer.prefix import cache
-from hf_transfer.prefix.cache import (
-    Arrays,
-    Ranks,
-    Storage,
-    StoreRequest,
-    cached,
-    choose_storage,
-    clear_caches,
-    key_of,
-    list_caches,
-)
+import hf_transfer.prefix.ranks as ranks_module
+from hf_transfer import locations
+from hf_transfer.prefix import cache, contents, layout, storage
+from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached, key_of
+from hf_transfer.prefix.contents import clear_caches, list_caches
+from hf_transfer.prefix.layout import Arrays
+from hf_transfer.prefix.ranks import Ranks
+from hf_transfer.prefix.storage import Capacity, choose_storage, measure_capacity
 from hf_transfer.prefix.store import Array, Store
+from hf_transfer.sealed import seal
 
-DISK = Storage(kind="disk", reason="a test")
-MEMORY = Storage(kind="memory", reason="a test")
 ARRAYS: Arrays = {"features": ((3,), "float32"), "after:blocks.1/x": ((2, 2), "uint8")}
 FIELDS = {"weights": "abc", "cut": "blocks.1"}
 GB = 10**9
@@ -54,32 +55,32 @@ def content(start: int, count: int) -> dict[str, Array]:
     }
 
 
-def fill(rows: Mapping[str, Array], start: int) -> None:
-    for name, values in content(start, len(rows["features"])).items():
-        rows[name][:] = values
+def fill(missing: MissingRows) -> None:
+    for name, values in content(missing.start, len(missing.arrays["features"])).items():
+        missing.arrays[name][missing.positions] = values[missing.positions]
 
 
-def must_not_fill(rows: Mapping[str, Array], start: int) -> None:
+def must_not_fill(missing: MissingRows) -> None:
     raise AssertionError("the store should have been found")
 
 
 def request(arrays: Arrays, num_rows: int, fill: Callable[..., None], **given: Any) -> StoreRequest:
-    return StoreRequest(arrays=arrays, num_rows=num_rows, fill=fill, **{"storage": DISK, **given})
+    return StoreRequest(arrays=arrays, num_rows=num_rows, fill=fill, **{"cache": "disk", **given})
 
 
 def build(
     num_rows: int = 10, *, fields: Mapping[str, Any] = FIELDS, fill: Callable[..., None] = fill, **given: Any
 ) -> dict[str, Store]:
     title = given.pop("title", "")
-    return cached(fields, request(ARRAYS, num_rows, fill, **given), title)
+    return dict(cached(fields, request(ARRAYS, num_rows, fill, **given), title).stores)
 
 
 def build_bytes(name: str, num_bytes: int, *, bound_bytes: int | None = None) -> Store:
-    def write(rows: Mapping[str, Array], start: int) -> None:
-        rows["x"][:] = len(name)
+    def write(missing: MissingRows) -> None:
+        missing.arrays["x"][:] = len(name)
 
     arrays = {"x": ((num_bytes,), "uint8")}
-    return cached({"name": name}, request(arrays, 1, write, bound_bytes=bound_bytes), name)["x"]
+    return cached({"name": name}, request(arrays, 1, write, bound_bytes=bound_bytes), name).stores["x"]
 
 
 def titles() -> list[str]:
@@ -88,28 +89,24 @@ def titles() -> list[str]:
 
 @dataclass
 class FileRanks:
-    """Barrier and broadcast between several processes, through files alone."""
+    """Gathers values of several processes through files alone."""
 
     folder: Path
     rank: int
     count: int
     step: int = field(default=0, init=False)
 
-    def barrier(self) -> None:
+    def gather(self, value: Any) -> list[Any]:
         self.step += 1
-        (self.folder / f"{self.step}.{self.rank}").touch()
-        wait_for(lambda: len(list(self.folder.glob(f"{self.step}.*"))) == self.count)
-
-    def broadcast(self, value: Any) -> Any:
-        file = self.folder / f"value.{self.step}"
-        if self.rank == 0:
-            file.with_suffix(".tmp").write_bytes(pickle.dumps(value))
-            file.with_suffix(".tmp").rename(file)
-        wait_for(file.exists)
-        return pickle.loads(file.read_bytes())
+        files = [self.folder / f"{self.step}.{rank}" for rank in range(self.count)]
+        mine = files[self.rank]
+        mine.with_name(f"{mine.name}.tmp").write_bytes(pickle.dumps(value))
+        mine.with_name(f"{mine.name}.tmp").rename(mine)
+        wait_for(lambda: all(file.exists() for file in files))
+        return [pickle.loads(file.read_bytes()) for file in files]
 
     def as_ranks(self) -> Ranks:
-        return Ranks(rank=self.rank, count=self.count, barrier=self.barrier, broadcast=self.broadcast)
+        return Ranks(rank=self.rank, count=self.count, gather=self.gather)
 
 
 def wait_for(is_true: Callable[[], bool]) -> None:
@@ -134,9 +131,9 @@ def join(*processes: BaseProcess) -> None:
 # Reading and writing
 
 
-@pytest.mark.parametrize("storage", [DISK, MEMORY])
-def test_what_is_read_is_what_was_written(storage: Storage) -> None:
-    stores = build(storage=storage)
+@pytest.mark.parametrize("storage", ["disk", "memory"])
+def test_what_is_read_is_what_was_written(storage: str) -> None:
+    stores = build(cache=storage)
     assert set(stores) == set(ARRAYS)
     for name, values in content(0, 10).items():
         store = stores[name]
@@ -162,7 +159,7 @@ def test_a_store_is_found_the_second_time() -> None:
 
 
 def test_memory_leaves_nothing_on_disk(root: Path) -> None:
-    assert build(storage=MEMORY)["features"].path is None
+    assert build(cache="memory")["features"].path is None
     assert not root.exists()
 
 
@@ -231,7 +228,7 @@ def test_other_arrays_or_rows_are_another_store() -> None:
     build()
     build(num_rows=11)
     for arrays in ({"features": ((3,), "float64")}, {"features": ((4,), "float32")}):
-        cached(FIELDS, request(arrays, 10, lambda rows, start: None))
+        cached(FIELDS, request(arrays, 10, lambda missing: None))
     assert len(list_caches()) == 4
 
 
@@ -239,8 +236,8 @@ def test_other_arrays_or_rows_are_another_store() -> None:
 
 
 def test_a_fill_that_raises_leaves_nothing(root: Path) -> None:
-    def fail(rows: Mapping[str, Array], start: int) -> None:
-        fill(rows, start)
+    def fail(missing: MissingRows) -> None:
+        fill(missing)
         raise OSError("the image cannot be read")
 
     with pytest.raises(OSError, match="the image cannot be read"):
@@ -251,7 +248,7 @@ def test_a_fill_that_raises_leaves_nothing(root: Path) -> None:
 
 
 def test_an_interrupt_leaves_nothing(root: Path) -> None:
-    def interrupt(rows: Mapping[str, Array], start: int) -> None:
+    def interrupt(missing: MissingRows) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -260,8 +257,8 @@ def test_an_interrupt_leaves_nothing(root: Path) -> None:
 
 
 def hang_in_fill(started: Path) -> None:
-    def hang(rows: Mapping[str, Array], start: int) -> None:
-        fill(rows, start)
+    def hang(missing: MissingRows) -> None:
+        fill(missing)
         started.touch()
         time.sleep(PATIENCE_S)
 
@@ -296,6 +293,122 @@ def test_an_unfinished_store_is_kept_while_its_lock_is_held(root: Path, caplog: 
     assert list(root.iterdir()) == []
 
 
+class Interrupting:
+    """Computes rows in batches until `limit` rows are done, and then raises `error`. Counts the rows."""
+
+    def __init__(self, limit: int, error: BaseException | None = None) -> None:
+        self.limit, self.error, self.rows = limit, error or KeyboardInterrupt(), 0
+
+    def __call__(self, missing: MissingRows) -> None:
+        values = content(missing.start, len(missing.arrays["features"]))
+        for batch in np.array_split(missing.positions, -(-len(missing.positions) // 10)):
+            if self.rows >= self.limit:
+                raise self.error
+            for name, array in missing.arrays.items():
+                array[batch] = values[name][batch]
+            self.rows += len(batch)
+            missing.mark(batch)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), RuntimeError("out of memory")])
+def test_an_interrupted_pass_is_continued_from_its_finished_chunks(
+    root: Path, error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(type(error)):
+        build(700, fill=Interrupting(600, error))
+    assert list_caches() == []
+    rest = Interrupting(1000)
+    with caplog.at_level(logging.INFO):
+        stores = build(700, fill=rest)
+    assert rest.rows == 700 - 512
+    assert "continuing an interrupted job: 512 of 700 rows are stored" in caplog.text
+    for name, values in content(0, 700).items():
+        np.testing.assert_array_equal(stores[name][:], values)
+    forget_verified()
+    build(700, fill=must_not_fill)
+    [folder] = root.iterdir()
+    assert {file.suffix for file in folder.iterdir()} == {".npy", ".json"}
+    assert len(list(folder.iterdir())) == 1 + len(ARRAYS)
+
+
+@pytest.mark.parametrize("damage", ["rows", "progress", "header", "shorter", "no file"])
+def test_a_damaged_chunk_of_an_unfinished_store_is_computed_again(root: Path, damage: str) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(700, fill=Interrupting(600))
+    [partial] = (path for path in root.iterdir() if path.is_dir())
+    file, progress = sorted(partial.glob("*.npy"))[0], partial / "progress.00000"
+    if damage == "rows":
+        rows = np.load(file, mmap_mode="r+")
+        rows[3] += 1
+        rows.flush()
+    elif damage == "progress":
+        progress.write_bytes(b"\xff" + progress.read_bytes()[:-10])  # both lines
+    elif damage == "header":
+        file.write_bytes(b"0" * 100 + file.read_bytes()[100:])
+    elif damage == "shorter":
+        os.truncate(file, file.stat().st_size - 5)
+    else:
+        file.unlink()
+    rest = Interrupting(1000)
+    stores = build(700, fill=rest)
+    # The file that is too short lacks only rows of the last chunk, which was not finished.
+    assert rest.rows == {"rows": 700 - 256, "shorter": 700 - 512}.get(damage, 700)
+    for name, values in content(0, 700).items():
+        np.testing.assert_array_equal(stores[name][:], values)
+
+
+@pytest.mark.parametrize("other", [{"batch_rows": 9}, {"fields": {"other": 1}}])
+def test_an_unfinished_store_of_other_content_or_batches_is_removed(root: Path, other: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(700, fill=Interrupting(600))
+    rest = Interrupting(1000)
+    build(700, fill=rest, **other)
+    assert rest.rows == 700
+    assert len(list(root.iterdir())) == 1
+
+
+def test_an_unfinished_store_counts_as_free_for_the_job_that_continues_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        build(700, fill=Interrupting(600))
+    monkeypatch.setattr(storage, "free_disk_bytes", lambda: contents.DISK_LEFT_BYTES)  # the disk is full otherwise
+    rest = Interrupting(1000)
+    assert cached(FIELDS, request(ARRAYS, 700, rest, cache="auto")).storage.kind == "disk"
+    assert rest.rows == 700 - 512
+
+
+def test_a_chunk_holds_whole_batches() -> None:
+    for batch_rows in (1, 3, 64, 1000):
+        chunks = layout.make_layout(5000, 3, batch_rows).chunks(1)
+        assert all((chunk.stop - chunk.start) % batch_rows == 0 for chunk in chunks[:-1])
+        assert all(chunk.stop - chunk.start >= layout.CHUNK_ROWS for chunk in chunks[:-1])
+
+
+def hang_after_600(started: Path) -> None:
+    def hang(missing: MissingRows) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            Interrupting(600)(missing)
+        started.touch()
+        time.sleep(PATIENCE_S)
+
+    build(700, fill=hang)
+
+
+def test_a_killed_pass_is_continued_while_other_jobs_leave_it_alone(root: Path, tmp_path: Path) -> None:
+    process = start_process(hang_after_600, tmp_path / "started")
+    wait_for((tmp_path / "started").exists)
+    own = Interrupting(1000)
+    build(700, fill=own)
+    assert own.rows == 700, "its process is alive, so this job computes a store of its own"
+    process.kill()
+    process.join()
+    clear_caches([entry.key for entry in list_caches()])
+    rest = Interrupting(1000)
+    stores = build(700, fill=rest)
+    assert rest.rows == 700 - 512
+    np.testing.assert_array_equal(stores["features"][:], content(0, 700)["features"])
+    assert len(list(root.iterdir())) == 1
+
+
 @pytest.mark.parametrize("damage", ["shorter", "longer", "missing", "empty", "header", "meta"])
 def test_a_damaged_store_is_not_read_but_rebuilt(damage: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = build()["features"].path
@@ -313,20 +426,105 @@ def test_a_damaged_store_is_not_read_but_rebuilt(damage: str, root: Path, caplog
         file.write_bytes(b"0" * file.stat().st_size)
     else:
         (folder / "meta.json").write_text("{")
+    forget_verified()
     filled = []
     with caplog.at_level(logging.WARNING):
-        stores = build(fill=lambda rows, start: (fill(rows, start), filled.append(start)))  # type: ignore[func-returns-value]
+        stores = build(fill=lambda missing: (fill(missing), filled.append(missing.start)))  # type: ignore[func-returns-value]
     assert filled == [0]
     assert "discarding the damaged cache" in caplog.text
     np.testing.assert_array_equal(stores["features"][:], content(0, 10)["features"])
     assert len(list(root.iterdir())) == 1
 
 
+def forget_verified() -> None:
+    """What a new process knows: no store is verified."""
+    layout._verified.clear()
+
+
+def test_a_flipped_bit_anywhere_is_detected_or_harmless(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    expected = content(0, 300)  # two chunks
+    filled: list[int] = []
+
+    def count(missing: MissingRows) -> None:
+        filled.append(len(missing.positions))
+        fill(missing)
+
+    harmless = []
+    for i in range(50):
+        folder = build(300, fill=count)["features"].path
+        assert folder is not None
+        files = sorted(folder.iterdir())
+        file = files[i % len(files)]
+        damaged = bytearray(file.read_bytes())
+        place = int(rng.integers(0, 128 if i % 2 else len(damaged)))  # every second flip is in a header
+        damaged[place] ^= 1 << int(rng.integers(0, 8))
+        file.write_bytes(damaged)
+        forget_verified()
+        filled.clear()
+        stores = build(300, fill=count)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(stores[name][:], values)
+        if not filled:
+            harmless.append((file.suffix, place))
+            clear_caches()
+    assert len(files) == 1 + len(ARRAYS)
+    assert all(suffix == ".npy" and place < 128 for suffix, place in harmless), "meta.json gives shape and dtype"
+    assert caplog.text.count("discarding the damaged cache") == 50 - len(harmless) > 20
+
+
+def test_rows_are_verified_once_by_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    verified = []
+    verify = layout._verify
+    monkeypatch.setattr(layout, "_verify", lambda folder, *rest: (verified.append(folder), verify(folder, *rest)))
+    build()
+    build()
+    assert verified == [], "it wrote them"
+    forget_verified()
+    build()
+    build()
+    assert len(verified) == 1
+
+
+DAMAGED_META = {
+    "empty": b"",
+    "no content": b"{}",
+    "a number": b"1",
+    "binary": bytes(range(256)),
+    "deep": b"[" * 100_000,
+    "missing keys": seal({}).encode(),
+    "wrong types": seal({"layout": [1], "fields": "x", "files": 3, "title": 4}).encode(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_META)
+def test_a_damaged_description_is_listed_discarded_and_cleared(
+    damage: str, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = build()["features"].path
+    assert folder is not None
+    for step in ("rebuild", "clear"):
+        (folder / "meta.json").write_bytes(DAMAGED_META[damage])
+        [entry] = list_caches()
+        assert entry.title.startswith("damaged")
+        assert entry.nbytes > 100
+        if step == "rebuild":
+            np.testing.assert_array_equal(build()["features"][:], content(0, 10)["features"])
+            assert caplog.text.count("discarding the damaged cache") == 1
+        else:
+            assert clear_caches([entry.key]) == entry.nbytes
+    (root / "0123").write_text("a file")
+    (root / "4567" / "meta.json").mkdir(parents=True)
+    assert len(list_caches()) == 2
+    clear_caches()
+    assert list(root.iterdir()) == []
+
+
 def build_at_once(folder: Path, name: str) -> None:
-    def write(rows: Mapping[str, Array], start: int) -> None:
+    def write(missing: MissingRows) -> None:
         (folder / name).touch()
         wait_for(lambda: len(list(folder.iterdir())) == 2)  # both found nothing and are building
-        fill(rows, start)
+        fill(missing)
 
     stores = build(fill=write)
     np.testing.assert_array_equal(stores["features"][:], content(0, 10)["features"])
@@ -362,38 +560,245 @@ def test_each_rank_writes_its_rows_and_reads_all(num_rows: int, root: Path, tmp_
     np.testing.assert_array_equal(build(num_rows, fill=must_not_fill)["features"][:], content(0, num_rows)["features"])
 
 
-def discard_as_rank(folder: Path, rank: int, count: int, num_rows: int) -> None:
-    ranks = FileRanks(folder, rank, count).as_ranks()
-    build(num_rows, ranks=ranks)
+def test_nothing_is_stored_under_none(root: Path) -> None:
+    stored = cached(FIELDS, request(ARRAYS, 10, must_not_fill, cache="none"))
+    assert (stored.stores, stored.storage.kind) == ({}, "none")
+    assert not root.parent.exists()
+
+
+def build_in_own_folder(tmp: Path, rank: int, count: int, num_rows: int, is_warm: bool) -> None:
+    os.environ["HF_TRANSFER_CACHE"] = str(tmp / f"cache {rank}")
+    if is_warm:
+        build(num_rows)
     filled = []
 
-    def fill_again(rows: Mapping[str, Array], start: int) -> None:
-        filled.append(start)
-        fill(rows, start)
+    def fill_and_count(missing: MissingRows) -> None:
+        filled.append(len(missing.positions))
+        fill(missing)
 
-    def check(stores: Mapping[str, Store]) -> list[str]:
-        assert rank == 0, "rank 0 alone checks"
-        return ["features"]
+    (tmp / "meet").mkdir(exist_ok=True)
+    ranks = FileRanks(tmp / "meet", rank, count).as_ranks()
+    stores = build(num_rows, ranks=ranks, fill=fill_and_count, cache="auto")
+    assert filled == ([] if is_warm else [num_rows])
+    for name, values in content(0, num_rows).items():
+        np.testing.assert_array_equal(stores[name][:], values)
 
-    build(num_rows, ranks=ranks, fill=fill_again, check=check)
-    assert filled == [num_rows * rank // count]
+
+@pytest.mark.parametrize("is_warm", [False, True])
+def test_ranks_with_a_folder_each_keep_a_store_each(is_warm: bool, tmp_path: Path) -> None:
+    """Also where one of the folders holds the store already."""
+    join(
+        start_process(build_in_own_folder, tmp_path, 0, 2, 11, is_warm),
+        start_process(build_in_own_folder, tmp_path, 1, 2, 11, False),
+    )
+    assert all(len(list((tmp_path / f"cache {rank}" / "activations").iterdir())) == 1 for rank in range(2))
 
 
-def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path, tmp_path: Path) -> None:
-    (tmp_path / "meet").mkdir()
-    join(*[start_process(discard_as_rank, tmp_path / "meet", rank, 2, 11) for rank in range(2)])
+def run_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
+    """What `work` returns or raises on each of `count` ranks, which are threads of this process."""
+    values: list[Any] = [None] * count
+    barrier = threading.Barrier(count, timeout=PATIENCE_S)
+
+    def run(rank: int) -> Any:
+        def gather(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait()
+            gathered = pickle.loads(pickle.dumps(values))
+            barrier.wait()
+            return list(gathered)
+
+        try:
+            return work(Ranks(rank=rank, count=count, gather=gather))
+        except Exception as error:  # noqa: BLE001  compared by the test
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path) -> None:
+    def work(ranks: Ranks) -> list[int]:
+        build(11, ranks=ranks)
+        filled = []
+
+        def fill_again(missing: MissingRows) -> None:
+            filled.append(missing.start)
+            fill(missing)
+
+        def check(stores: Mapping[str, Store]) -> list[str]:
+            assert ranks.rank == 0, "rank 0 alone checks"
+            return ["features"]
+
+        build(11, ranks=ranks, fill=fill_again, check=check)
+        return filled
+
+    assert run_ranks(2, work) == [[0], [5]]
     assert len(list(root.iterdir())) == 1
     build(11, fill=must_not_fill, check=lambda stores: [])
 
 
-def test_memory_is_refused_under_several_ranks() -> None:
-    with pytest.raises(ValueError, match="for several processes, choose cache='disk'"):
-        build(storage=MEMORY, ranks=Ranks(rank=0, count=2))
+@pytest.mark.parametrize("cache", ["disk", "memory"])
+def test_a_rank_that_fails_ends_all_ranks_with_its_message(cache: str, root: Path) -> None:
+    def work(ranks: Ranks) -> Any:
+        def fail(missing: MissingRows) -> None:
+            if ranks.rank == 1:
+                raise ValueError("b/03.png cannot be read")
+            fill(missing)
+
+        return build(20, ranks=ranks, fill=fail, cache=cache)
+
+    errors = run_ranks(3, work)
+    assert [type(error) for error in errors] == [ValueError] * 3
+    messages = [str(error) for error in errors]
+    assert messages[1] == "b/03.png cannot be read"
+    assert messages[0] == messages[2] == "process 1 failed: b/03.png cannot be read"
+    assert list_caches() == []
 
 
-def test_nothing_is_stored_under_none() -> None:
-    with pytest.raises(ValueError, match="'none' stores no arrays"):
-        build(storage=Storage(kind="none", reason="a test"))
+def test_a_check_that_fails_on_rank_0_ends_all_ranks(root: Path) -> None:
+    def work(ranks: Ranks) -> Any:
+        def check(stores: Mapping[str, Store]) -> list[str]:
+            raise RuntimeError("the device has no memory")
+
+        return build(ranks=ranks, check=check)
+
+    build()
+    errors = run_ranks(2, work)
+    assert [str(error) for error in errors] == [
+        "the device has no memory", "process 0 failed: the device has no memory",
+    ]  # fmt: skip
+
+
+def test_memory_under_several_ranks_holds_all_rows_on_each(root: Path) -> None:
+    for stores in run_ranks(2, lambda ranks: build(20, ranks=ranks, cache="memory")):
+        np.testing.assert_array_equal(stores["features"][:], content(0, 20)["features"])
+    assert not root.exists()
+
+
+def test_ranks_of_one_machine_share_its_memory_and_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([8 * GB, 4 * GB])
+    monkeypatch.setattr(storage.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    chosen = run_ranks(2, lambda ranks: measure_capacity(ranks, None, needs_disk=False))
+    assert [each.memory_bytes for each in chosen] == [2 * GB, 2 * GB]
+
+
+def test_two_ranks_continue_their_own_chunks(root: Path) -> None:
+    def interrupt(ranks: Ranks) -> Any:
+        return build(1400, ranks=ranks, fill=Interrupting(600, RuntimeError("killed")))
+
+    def finish(ranks: Ranks) -> Any:
+        rest = Interrupting(1000)
+        np.testing.assert_array_equal(build(1400, ranks=ranks, fill=rest)["features"][:], content(0, 1400)["features"])
+        return rest.rows
+
+    assert {type(error) for error in run_ranks(2, interrupt)} == {RuntimeError}
+    assert run_ranks(2, finish) == [700 - 512, 700 - 512]
+    assert len(list(root.iterdir())) == 1
+
+
+# A folder that cannot be used
+
+
+def reset_reports() -> None:
+    """What a new process knows: nothing of the folder."""
+    ranks_module._groups.clear()
+    locations._reported.clear()
+
+
+@pytest.mark.parametrize("blocked", ["", "activations"])
+def test_a_file_in_place_of_the_folder_costs_the_disk_alone(
+    blocked: str, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = root.parent / blocked
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("")
+    for _ in range(2):
+        stored = cached(FIELDS, request(ARRAYS, 10, fill, cache="auto"))
+        assert stored.storage.kind == "memory"
+        np.testing.assert_array_equal(stored.stores["features"][:], content(0, 10)["features"])
+    [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert line.startswith(f"cannot write to the cache folder {root.parent} (")
+    assert "set HF_TRANSFER_CACHE to a writable folder with free space; the run continues without" in line
+    with pytest.raises(OSError, match=r"cache='disk': cannot write to the cache folder .*: set HF_TRANSFER_CACHE"):
+        build(cache="disk")
+    assert list_caches() == []
+    assert clear_caches() == 0
+
+
+def test_a_relative_folder_with_missing_parents_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TRANSFER_CACHE", "missing/parent/cache")
+    path = build()["features"].path
+    assert path is not None
+    assert path.parent == tmp_path / "missing" / "parent" / "cache" / "activations"
+
+
+@contextlib.contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """Writing beyond `nbytes` bytes of a file raises an OSError, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_the_disk_alone(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with files_of_at_most(5000):
+        small = cached({"small": 1}, request(ARRAYS, 10, fill, cache="auto"))
+        stored = cached(FIELDS, request(ARRAYS, 1000, fill, cache="auto"))
+        cached(FIELDS, request(ARRAYS, 1001, fill, cache="auto"))
+        with pytest.raises(OSError, match=r"cache='disk': cannot write to the cache folder .*File too large"):
+            build(2000, cache="disk")
+    assert (small.storage.kind, stored.storage.kind) == ("disk", "memory")
+    np.testing.assert_array_equal(stored.stores["features"][:], content(0, 1000)["features"])
+    assert caplog.text.count("the run continues without storing on disk") == 1
+    assert len(list(root.iterdir())) == 1, "the small one"
+
+
+def test_a_warm_store_is_read_from_a_folder_without_space(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build()
+    reset_reports()
+    with files_of_at_most(0):
+        warm = cached(FIELDS, request(ARRAYS, 10, must_not_fill, cache="auto"))
+        assert warm.storage.kind == "disk"
+        assert cached(FIELDS, request(ARRAYS, 11, fill, cache="auto")).storage.kind == "memory"
+    assert len(list(root.iterdir())) == 1
+
+
+def read_as_another_user(cache_dir: Path, log: Path) -> None:
+    import mmap  # noqa: F401  imported by numpy later, when this user may not read the interpreter's folder
+
+    if os.getuid() == 0:
+        os.setgid(65534)
+        os.setuid(65534)
+    os.environ["HF_TRANSFER_CACHE"] = str(cache_dir)
+    logging.basicConfig(filename=log)
+    warm = cached(FIELDS, request(ARRAYS, 10, must_not_fill, cache="auto"))
+    assert warm.storage.kind == "disk"
+    assert np.array_equal(warm.stores["features"][:], content(0, 10)["features"])
+    assert cached(FIELDS, request(ARRAYS, 11, fill, cache="auto")).storage.kind == "memory"
+    with contextlib.suppress(OSError):
+        clear_caches()
+
+
+def test_a_warm_store_of_another_user_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders cannot be entered by other users
+        cache_dir, log = Path(name) / "cache", Path(name) / "log"
+        monkeypatch.setenv("HF_TRANSFER_CACHE", str(cache_dir))
+        folder = build()["features"].path
+        assert folder is not None
+        Path(name).chmod(0o777)
+        for path in (cache_dir, folder.parent, folder):
+            path.chmod(0o555)
+        join(start_process(read_as_another_user, cache_dir, log))
+        lines = log.read_text().splitlines()
+        assert len(lines) == 1
+        assert f"cannot write to the cache folder {cache_dir} (Permission denied)" in lines[0]
+        assert len(list_caches()) == 1
+        for path in (cache_dir, folder.parent, folder):
+            path.chmod(0o755)
 
 
 # Bounded, listed, cleared
@@ -417,7 +822,7 @@ def test_old_stores_are_evicted_before_the_new_one_is_written() -> None:
     build_bytes("a", 1000)
     seen = []
 
-    def list_titles(rows: Mapping[str, Array], start: int) -> None:
+    def list_titles(missing: MissingRows) -> None:
         seen.extend(titles())
 
     cached({}, request({"x": ((1000,), "uint8")}, 1, list_titles, bound_bytes=1500), "b")
@@ -499,11 +904,10 @@ def test_no_caches_yet() -> None:
 def test_where_ten_gigabytes_are_stored(
     requested: Any, free_disk: int, free_memory: int, bound: int, kind: str
 ) -> None:
-    storage = choose_storage(
-        10 * GB, requested, bound_bytes=bound, free_memory_bytes=free_memory, free_disk_bytes=free_disk
-    )
-    assert storage.kind == kind
-    assert "10,000.0 MB" in storage.reason
+    capacity = Capacity(disk_bytes=min(bound, free_disk - contents.DISK_LEFT_BYTES), memory_bytes=free_memory)
+    chosen = choose_storage(10 * GB, requested, capacity)
+    assert chosen.kind == kind
+    assert "10,000.0 MB" in chosen.reason
 
 
 @pytest.mark.parametrize(
@@ -516,22 +920,27 @@ def test_where_ten_gigabytes_are_stored(
 )
 def test_storage_that_was_requested_and_does_not_fit_is_refused(requested: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        choose_storage(10 * GB, requested, bound_bytes=5 * GB, free_memory_bytes=19 * GB, free_disk_bytes=100 * GB)
+        choose_storage(10 * GB, requested, Capacity(disk_bytes=5 * GB, memory_bytes=19 * GB))
 
 
-def test_stores_that_can_be_evicted_count_as_free() -> None:
-    def choose() -> str:
-        return choose_storage(
-            50_000, "auto", bound_bytes=GB, free_memory_bytes=0, free_disk_bytes=cache.DISK_LEFT_BYTES
-        ).kind
+def test_stores_that_can_be_evicted_count_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        storage, "free_disk_bytes", lambda: contents.DISK_LEFT_BYTES
+    )  # the real number changes meanwhile
 
-    assert choose() == "none"
-    store = build_bytes("old", 60_000)
-    assert choose() == "none", "it is open"
+    def measure() -> int:
+        return measure_capacity(Ranks(), None, needs_disk=True).disk_bytes
+
+    assert measure() == 0
+    with monkeypatch.context() as context:
+        context.setattr(storage, "free_disk_bytes", contents.free_disk_bytes)
+        store = build_bytes("old", 60_000)
+    assert measure() == 0, "it is open"
     del store
-    assert choose() == "disk"
+    assert measure() > 60_000
 
 
 def test_free_space_is_read_from_the_machine() -> None:
-    assert choose_storage(1000, "memory").kind == "memory"
-    assert 0 < cache.default_bound_bytes() <= 50 * GB
+    capacity = measure_capacity(Ranks(), None, needs_disk=True)
+    assert capacity.memory_bytes > 0
+    assert 0 < capacity.disk_bytes <= contents.default_bound_bytes() <= 50 * GB

@@ -1,6 +1,5 @@
 """The chain is an ordered, complete partition of a network, named as people name its layers; and it says what it cannot do."""
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 import hf_transfer.network.chain as chain_module
 from hf_transfer.network.chain import FEATURES, Chain, build_chain
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.sealed import read_sealed, seal
 
 SHAPE = (3, 8, 8)
 
@@ -61,14 +61,16 @@ def test_building_a_chain_leaves_no_mark(name: str) -> None:
 def test_features_are_one_vector_an_image_before_one_linear_map(name: str) -> None:
     model, chain = built(name)
     assert chain.features is not None
-    assert chain.classifier is not None
+    assert chain.head is not None
+    assert chain.head.is_direct
+    (name,) = chain.head.modules
     assert torch.Size(chain.features.shape).numel() == max(chain.features.shape)
     pixels = make_pixels(chain.image_shape, 2)
-    linear = model.get_submodule(chain.classifier)
+    linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     with torch.no_grad():
         torch.testing.assert_close(linear(chain.run_prefix([chain.features], pixels)[0]), compute_logits(model, pixels))
-    assert chain.classifier_parameters == (f"{chain.classifier}.weight", f"{chain.classifier}.bias")
+    assert chain.classifier_parameters == (f"{name}.weight", f"{name}.bias")
     assert not chain.notes
 
 
@@ -299,18 +301,19 @@ def test_a_network_that_cannot_be_traced_is_one_head_and_says_why() -> None:
     assert chain.classifier_parameters == chain.layers[-1].parameters
 
 
-def test_without_one_linear_map_the_whole_head_counts_as_classifier() -> None:
-    class TwoHeads(Net):
+def test_without_a_linear_head_the_whole_last_layer_counts_as_classifier() -> None:
+    class Maximum(Net):
         def __init__(self) -> None:
             super().__init__()
             self.second = nn.Linear(4, 5)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             pooled = self.pooled(x)
-            return (self.fc(pooled) + self.second(pooled)) / 2
+            return torch.maximum(self.fc(pooled), self.second(pooled))
 
-    chain = build_chain(TwoHeads().eval(), SHAPE)
-    assert chain.classifier is None
+    chain = build_chain(Maximum().eval(), SHAPE)
+    assert chain.head is None
+    assert any("not a weighted sum of the linear maps fc, second" in note for note in chain.notes)
     assert set(chain.classifier_parameters) == {"fc.weight", "fc.bias", "second.weight", "second.bias"}
     assert chain.lowest_cut(chain.classifier_parameters) is chain.cut("layers.2")
 
@@ -325,7 +328,7 @@ def test_an_inner_map_of_as_many_outputs_as_classes_is_not_the_classifier() -> N
             return self.mix(super().forward(x)[:, None])[:, 0]
 
     chain = build_chain(Late().eval(), SHAPE)
-    assert chain.classifier is None
+    assert chain.head is None
     assert {"fc.weight", "mix.weight"} <= set(chain.classifier_parameters)
 
 
@@ -467,10 +470,38 @@ def test_verified_sites_are_remembered_by_structure(tmp_path: Path, monkeypatch:
         build_chain(make_model("ViT"), FAMILIES["ViT"].image_shape, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage", [b"", b"{}", b"garbage", bytes(range(256)), seal({"stem": 1}).encode(), b"[" * 10**6]
+)
+def test_a_damaged_file_of_sites_is_discarded_and_written_again(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, shape = Net().eval(), SHAPE
+    first = build_chain(model, shape, cache_dir=tmp_path)
+    (file,) = tmp_path.iterdir()
+    intact = file.read_bytes()
+    file.write_bytes(damage)
+    for _ in range(2):
+        assert build_chain(model, shape, cache_dir=tmp_path).cuts == first.cuts
+    assert caplog.text.count("discarding the damaged file of verified cuts") == 1
+    assert file.read_bytes() == intact
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_sites_that_cannot_be_written_stop_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(blocked))
+    assert build_chain(Net().eval(), SHAPE, cache_dir=blocked / "chains").cuts
+    assert f"cannot write to the cache folder {blocked} (Not a directory): set HF_TRANSFER_CACHE" in caplog.text
+
+
 def test_remembered_sites_hold_nothing_of_the_machine(tmp_path: Path) -> None:
     build_chain(make_model("timm ViT"), FAMILIES["timm ViT"].image_shape, cache_dir=tmp_path)
     (file,) = tmp_path.iterdir()
-    assert set(json.loads(file.read_text())) == {"stem", "blocks.0", "blocks.1", FEATURES}
+    assert set(read_sealed(file)) == {"stem", "blocks.0", "blocks.1", FEATURES}
 
 
 def test_dropped_sites_are_explained_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:

@@ -60,6 +60,8 @@ def test_predict_and_evaluate_print_a_table_or_json(capsys: pytest.CaptureFixtur
     assert len(rows[0]["labels"]) == 3
     assert rows[0]["labels"][0]["label"] in shown or rows[0]["image"] != image
     main(["evaluate", "embedded", "--dataset", str(tmp_path)])
+    assert capsys.readouterr().out.startswith("all: 12 images")
+    main(["evaluate", "embedded", "--dataset", str(tmp_path), "--split", "test"])
     assert capsys.readouterr().out.startswith("test: 6 images")
     main(["evaluate", "embedded", "--dataset", str(tmp_path), "--split", "train", "--json"])
     assert json.loads(capsys.readouterr().out)["num_samples"] == 6  # nothing is split off
@@ -92,8 +94,8 @@ def test_train_runs_a_strategy_and_its_model_predicts(capsys: pytest.CaptureFixt
             ["train", "full", "--learning_rate", "1"],
             "hf-transfer train full: unknown argument --learning_rate; did you mean --lr?",
         ),
-        (["advise", "--budget_s", "0"], "budget_s=0.0: choose more than 0 seconds"),
-        (["inspect", "--rank", "0"], "rank=0: choose 1 or more"),
+        (["advise", "--budget_s", "0"], "budget_s=0.0: choose 0 < budget_s"),
+        (["inspect", "--rank", "0"], "rank=0: choose 1 <= rank"),
         (["rank", "embedded", "embedded"], "embedded"),
         (["predict", "embedded", "nowhere.png"], "no such file"),
         (["trian"], "invalid choice: 'trian'"),

@@ -845,7 +845,7 @@ def test_without_network_another_revision_is_refused(cached_hub_dataset: str) ->
     [
         ({"validation_fraction": 1.0}, r"validation_fraction=1\.0"),
         ({"validation_fraction": 0.0}, r"0 < validation_fraction < 1"),
-        ({"images_per_class": 0}, "images_per_class=0: choose 1 or more"),
+        ({"images_per_class": 0}, "images_per_class=0: choose 1 <= images_per_class"),
         ({"on_bad_image": "ignore"}, "on_bad_image='ignore': choose 'error' or 'skip'"),
         ({"seed": -1}, "seed=-1"),
         ({"dataset": " "}, "give a Hub id, a folder"),

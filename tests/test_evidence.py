@@ -20,10 +20,11 @@ from hf_transfer.choosing.evidence import (
 )
 from hf_transfer.choosing.forward_stats import _record_batchnorm_inputs, measure_forward
 from hf_transfer.choosing.similarity import compute_label_information, measure_similarity
-from hf_transfer.config import ModelConfig, RunConfig, replace_settings
+from hf_transfer.config import ModelConfig, RunConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
 from tests.families import assert_same_state, built, state_of
 
 CONFIG = replace_settings(RunConfig(), {"images_per_class": 6, "batch_size": 16})
@@ -41,7 +42,7 @@ def change(session: Session, **settings: object) -> Session:
 
 
 def gather(session: Session) -> Evidence:
-    return gather_evidence(session, head=read_head(ModelConfig()))
+    return gather_evidence(session, head=read_head(ModelConfig(), session.chain))
 
 
 def test_upstreams_predictions_are_those_of_the_whole_network(session: Session) -> None:
@@ -56,16 +57,16 @@ def test_upstreams_predictions_are_those_of_the_whole_network(session: Session) 
     assert evidence.labels.tolist() == [*data.train.labels, *data.validation.labels]
 
 
-def test_a_checkpoint_without_head_has_no_upstream_predictions(tmp_path: Path) -> None:
+def test_a_checkpoint_without_head_has_no_upstream_predictions(session: Session, tmp_path: Path) -> None:
     """Self-supervised checkpoints have no head. Any other error is raised, whatever the folder is called."""
     headless = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8)
     timm.models.save_for_hf(headless, str(tmp_path / "body"), safe_serialization=True)
-    assert read_head(ModelConfig(checkpoint=str(tmp_path / "body"))) is None
+    assert read_head(ModelConfig(checkpoint=str(tmp_path / "body")), session.chain) is None
     broken = tmp_path / "no trained head"
     timm.models.save_for_hf(headless, str(broken), safe_serialization=True)
     (broken / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="names neither"):
-        read_head(ModelConfig(checkpoint=str(broken)))
+        read_head(ModelConfig(checkpoint=str(broken)), session.chain)
 
 
 def test_depths_are_means_over_positions(session: Session) -> None:

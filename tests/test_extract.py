@@ -17,7 +17,8 @@ from hf_transfer.data.images import BadImageError
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
-from hf_transfer.prefix.cache import clear_caches, list_caches
+from hf_transfer.prefix import layout
+from hf_transfer.prefix.contents import clear_caches, list_caches
 from hf_transfer.prefix.extract import Extracted, Tap, extract, tap_activation
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
@@ -175,6 +176,56 @@ def test_pixels_come_in_order_whatever_the_threads(network: tuple[Backbone, Chai
         batches = list(read_pixels(images, np.array(rows), batch_size=3, num_workers=threads))
         np.testing.assert_array_equal(np.concatenate(batches), expected)
         assert {len(b) for b in batches[:-1]} == {3}
+
+
+class KilledAfter:
+    """A split of which `limit` images can be read before an interrupt. `read` lists the images that were read."""
+
+    def __init__(self, split: Split, limit: int) -> None:
+        self.split, self.limit = split, limit
+        self.read: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.split, name)
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def image(self, i: int) -> Any:
+        if len(self.read) == self.limit:
+            raise KeyboardInterrupt
+        self.read.append(i)
+        return self.split.image(i)
+
+
+def test_a_pass_that_was_interrupted_computes_only_the_rest(
+    network: tuple[Backbone, Chain], train: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "CHUNK_ROWS", 6)  # two batches of 3
+    settings = {"batch_size": 3, "num_workers": 1}
+    whole = {name: store[:] for name, store in extract_from(network, train, **settings).stores.items()}
+    clear_caches()
+    with pytest.raises(KeyboardInterrupt):
+        extract_from(network, KilledAfter(train, 14), **settings)  # type: ignore[arg-type]
+    assert list_caches() == []
+    rest = KilledAfter(train, 100)
+    extracted = extract_from(network, rest, **settings)  # type: ignore[arg-type]
+    assert extracted.images == len(rest.read) == len(train) - 12
+    for name, values in whole.items():
+        np.testing.assert_array_equal(extracted.stores[name][:], values)  # to the bit: the same batches ran
+
+
+def test_without_a_cache_no_folder_is_touched(
+    network: tuple[Backbone, Chain], train: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the images' hashes are needed for a key."""
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setattr(Split, "fingerprint", property(lambda split: pytest.fail("needed for a key only")))
+    resources = Resources(accelerator=Accelerator(), compute=ComputeConfig(cache="none"))
+    assert resources.chain_dir is None
+    store = extract_from(network, train, cache="none").stores["features"]
+    assert store[np.array([1])].shape == (1, store.shape[1])
+    assert resources.choose_storage(1000).kind == "none"
 
 
 def test_a_bad_image_is_named_and_leaves_no_store(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_transfer.choosing.rank import rank
-from hf_transfer.config import AdapterConfig, ComputeConfig, DataConfig, replace_settings
+from hf_transfer.config import AdapterConfig, ComputeConfig, DataConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import cache_dir
@@ -31,10 +31,11 @@ from hf_transfer.network.chain import build_chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import describe_modules
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.prefix.cache import list_caches
+from hf_transfer.prefix.contents import list_caches
 from hf_transfer.prefix.extract import Extracted, StoredActivations, extract, extract_images, tap_activation
 from hf_transfer.prefix.pixels import EvaluationImages, store_evaluation_pixels
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from tests.families import FAMILIES, built, make_model, make_pixels, randomize
 from tests.test_recipes import run_recipe

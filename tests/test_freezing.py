@@ -3,17 +3,21 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import timm
 import torch
 import xxhash
-from families import FAMILIES, built, make_model, make_pixels
+from families import FAMILIES, built, make_model, make_pixels, randomize
 from torch import nn
+from transformers import DINOv3ViTConfig
 
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import update_hash
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.freezing import Audit, FrozenChangedError, set_modes, set_trainable
+from hf_transfer.network.modeling_backbone import BackboneConfig, BackboneForImageClassification
 from hf_transfer.network.policies import biases, full, head, last, matching, norms
+from tests.headless import LAYOUTS
 
 
 def make(name: str) -> tuple[nn.Module, Chain]:
@@ -132,6 +136,51 @@ def test_what_runs_before_the_cut_is_in_eval_and_what_runs_behind_it_in_train(
         assert {n for n in before if model.get_submodule(n).training} == set()
         assert {n for n in behind if not model.get_submodule(n).training} == set()
         assert model.training
+
+
+def dinov3(library: str) -> nn.Module:
+    """A DINOv3 whose positions are rescaled at random in train mode, by a module without parameters."""
+    torch.manual_seed(0)
+    if library == "timm":
+        sizes = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "rope_rescale_coords": 2.0}
+        model: nn.Module = timm.create_model("vit_small_patch16_dinov3", num_classes=5, **sizes)
+    else:
+        layout = LAYOUTS["DINOv3"]
+        settings = {"pos_embed_rescale": 2.0, "pos_embed_jitter": None, **layout.settings}
+        tower = DINOv3ViTConfig(**settings)
+        backbone = {
+            "module": "transformers.models.dinov3_vit.modeling_dinov3_vit", "class": layout.model,
+            "config": tower.to_dict(), "arguments": {},
+        }  # fmt: skip
+        config = BackboneConfig(backbone=backbone, num_features=32, num_labels=5)
+        model = BackboneForImageClassification(config)
+    randomize(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 4 if parameter.ndim == 2 else 1  # else attention hardly depends on positions
+    return model.eval()
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_frozen_positions_are_not_drawn_at_random(library: str) -> None:
+    """Law 4: the part after the cut uses the positions that the stored activations were computed with."""
+    model = dinov3(library)
+    chain = build_chain(model, (3, 32, 32))
+    trainable = last(1).select(chain)
+    cut = chain.lowest_cut(trainable)
+    assert cut is not None
+    pixels = make_pixels(chain.image_shape, 2)
+    whole = compute_logits(model, pixels).detach()
+    model.train()
+    assert not torch.equal(compute_logits(model, pixels), compute_logits(model, pixels))  # at random in train mode
+    set_modes(chain, cut, trainable)
+    (stored,) = chain.run_prefix([cut], pixels)
+    with chain.part(cut) as suffix:
+        torch.testing.assert_close(suffix(stored), whole, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
+    set_modes(chain, None, full().select(chain))
+    assert not torch.equal(
+        compute_logits(model, pixels), compute_logits(model, pixels)
+    )  # what trains keeps its augmentation
 
 
 def norms_by_mode(model: nn.Module) -> tuple[set[str], set[str]]:

@@ -29,12 +29,11 @@ from hf_transfer.network.growing import (
     grow_architecture,
     grow_blocks,
     grow_on,
-    read_numbers,
 )
 from hf_transfer.network.modeling_greedy import Head
 from hf_transfer.reporting.results import describe_run
 from hf_transfer.session import Session
-from hf_transfer.strategies.greedy_stack import GreedyStackStrategy
+from hf_transfer.strategies.greedy_stack import GreedyStackStrategy, read_numbers
 from hf_transfer.training.records import RunResult
 from hf_transfer.training.stages import (
     Grown,
@@ -102,7 +101,7 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    session = open_session(tmp_path_factory.mktemp("whole"), save_every=1)
+    session = open_session(tmp_path_factory.mktemp("whole"), save_every_s=1e-9)
     stack = make_stack(session)
     counts = count_block_images(stack)
     grown = grow_all(session, stack)
@@ -181,10 +180,10 @@ def test_resumed_equals_uninterrupted_across_stages(
     whole: Whole, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int, message: str
 ) -> None:
     """A fresh stack continues a stopped run to the same bits."""
-    session = open_session(tmp_path, save_every=1)
+    session = open_session(tmp_path, save_every_s=1e-9)
     with stopped_in_step(step):
         strategy_of(session).run(session)
-    again = open_session(tmp_path, save_every=1, resume=True)
+    again = open_session(tmp_path, save_every_s=1e-9, resume=True)
     with caplog.at_level("INFO", "hf_transfer"):
         resumed = strategy_of(again).run(again)
     assert message in caplog.messages
@@ -283,7 +282,9 @@ def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
         (lambda: on(resnet, chain, after="layer9"), "its layers are stem, layer1.0"),
         (lambda: on(resnet, chain, kind="transformer", downsample=(1,)), "transformer blocks cannot downsample"),
         (lambda: grow_architecture(resnet, AUX, layers=6), "choose 1 <= layers <= 5"),
-        (lambda: read_numbers("2;3"), "such as 2,3"),
+        (lambda: read_numbers("2;3", 3), "such as 2,3"),
+        (lambda: read_numbers("1,1", 3), "each once"),
+        (lambda: read_numbers("4", 3), "from 1 to 3"),
         (lambda: layout_of((8, 3, 5), (3, 16, 16)), "neither tokens"),
         (lambda: plan_head((8, 4, 4), "channels_first", 0), "aux_hidden=0"),
     ]

@@ -11,8 +11,10 @@ from PIL import Image
 from hf_transfer.config import AugmentationConfig, ComputeConfig, DataConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.data.splits import Split
+from hf_transfer.locations import cache_dir
 from hf_transfer.network.backbone import load
 from hf_transfer.network.preprocessing import Preprocessing
+from hf_transfer.prefix import layout, pixels
 from hf_transfer.prefix.pixels import (
     EvaluationImages,
     TrainingSquares,
@@ -21,6 +23,7 @@ from hf_transfer.prefix.pixels import (
     store_training_squares,
 )
 from hf_transfer.prefix.resources import Resources
+from tests.test_extract import KilledAfter
 
 PLAIN = AugmentationConfig(crop_scale=1.0, hflip=0.0, color_jitter=0.0)
 
@@ -73,6 +76,37 @@ def test_squares_hold_the_whole_image_and_its_size(split: Split, preprocessing: 
         expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(stored.read(np.array([i]))[0], expected)
         assert stored.sizes[np.array([i])][0].tolist() == list(image.size)
+
+
+def test_interrupted_decoding_continues_from_its_finished_chunks(
+    split: Split, preprocessing: Preprocessing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(pixels, "ROWS_PER_TASK", 2)
+    spec = TrainingSquares(side_px=48, augmentation=PLAIN, seed=0)
+    whole = store_training_squares(split, preprocessing, spec, resources("memory")).read(np.arange(len(split)))
+    one_thread = Resources(accelerator=Accelerator(), compute=ComputeConfig(num_workers=1))
+    with pytest.raises(KeyboardInterrupt):
+        store_training_squares(KilledAfter(split, 11), preprocessing, spec, one_thread)  # type: ignore[arg-type]
+    rest = KilledAfter(split, 100)
+    stored = store_training_squares(rest, preprocessing, spec, one_thread)  # type: ignore[arg-type]
+    assert sorted(rest.read) == list(range(8, len(split)))
+    np.testing.assert_array_equal(stored.read(np.arange(len(split))), whole)
+
+
+def test_a_flipped_bit_of_stored_pixels_is_detected(
+    split: Split, preprocessing: Preprocessing, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a row that the check of the first and last row does not see."""
+    expected = store_evaluation_pixels(split, preprocessing, resources()).read(np.arange(len(split)))
+    (file,) = (cache_dir() / "activations").glob("*/*.npy")
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    layout._verified.clear()  # as in a new process
+    mended = store_evaluation_pixels(split, preprocessing, resources()).read(np.arange(len(split)))
+    assert "discarding the damaged cache" in caplog.text
+    np.testing.assert_array_equal(mended, expected)
 
 
 def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preprocessing: Preprocessing) -> None:

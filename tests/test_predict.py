@@ -159,7 +159,7 @@ def test_adapters_are_switched_on_one_base(
         adapted, _ = add_adapters(backbone, backbone.chain(), AdapterConfig(method=method))
         with torch.no_grad():
             for parameter_name, parameter in adapted.model.named_parameters():
-                if parameter_name in adapted.trained or parameter_name.startswith(adapted.classifier):
+                if parameter_name in adapted.trained or adapted.head.owns(parameter_name):
                     parameter += 0.1 * torch.randn(parameter.shape)
         save_model(adapted, results_for(adapted), tmp_path / adapter)
     paths = [str(tmp_path / adapter) for adapter in kinds]

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from hf_transfer.choosing.rank import CheckpointScore, RankCorrelation, Ranking, correlate_with_probe, rank, sample_data
 from hf_transfer.choosing.table import format_ranking
 from hf_transfer.cli import main
-from hf_transfer.config import RunConfig, replace_settings
+from hf_transfer.config import RunConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
+from hf_transfer.settings import replace_settings
 
 CONFIG = replace_settings(RunConfig(), {"images_per_class": 12})
 

@@ -21,8 +21,10 @@ def test_every_readout_is_a_plain_model_with_the_same_features(name: str) -> Non
         plain = build_variant(chain, readout.changes, num_classes=5)
         assert type(plain) is type(model)
         taken: list[torch.Tensor] = []
-        assert chain.classifier is not None
-        plain.get_submodule(chain.classifier).register_forward_pre_hook(lambda _, args, to=taken: to.append(args[0]))
+        assert chain.head is not None
+        plain.get_submodule(chain.head.modules[0]).register_forward_pre_hook(
+            lambda _, args, to=taken: to.append(args[0])
+        )
         with torch.no_grad():
             plain(pixels)
         torch.testing.assert_close(features, taken[0].flatten(1), rtol=1e-5, atol=1e-5)
@@ -56,8 +58,8 @@ def test_reading_leaves_the_network_as_it_was() -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_a_network_without_one_linear_classifier_is_refused() -> None:
+def test_a_network_without_a_linear_head_is_refused() -> None:
     _, chain = built("timm ViT")
-    without = Chain(**{**chain.__dict__, "classifier": None})
-    with pytest.raises(ValueError, match="no single linear classifier"):
+    without = Chain(**{**chain.__dict__, "head": None})
+    with pytest.raises(ValueError, match="not a weighted sum of linear maps"):
         find_readouts(without, sweep="none")

@@ -1,12 +1,15 @@
 """Every recipe, as a user runs it: with no argument, from a file, and on several processes."""
 
 import ast
+import contextlib
 import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,28 @@ def run_recipe(name: str, *arguments: str, launcher: tuple[str, ...] = (), env: 
     return shown.stderr
 
 
+def run_ranks(name: str, *arguments: str, caches: list[Path]) -> str:
+    """Runs the recipe in one gloo process per cache folder, as nodes without a shared disk would. Returns rank 0's log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(len(caches)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *arguments]
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in caches]
+        processes = []
+        for rank, (cache, log) in enumerate(zip(caches, logs, strict=True)):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "HF_TRANSFER_CACHE": str(cache)}
+            processes.append(subprocess.Popen(command, env={**os.environ, **common, **own}, stderr=log, stdout=log))
+            stack.callback(processes[-1].kill)
+        for process, log in zip(processes, logs, strict=True):
+            status = process.wait(timeout=TIMEOUT_S)
+            log.seek(0)
+            assert status == 0, log.read()[-3000:]
+        logs[0].seek(0)
+        return logs[0].read()
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     """The linear probe with no argument but its folder."""
@@ -45,7 +70,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 def test_the_output_folder_is_the_contract(first: tuple[Path, dict[str, Any], str]) -> None:
     folder, results, _ = first
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "results.json", "model", "report.html", "reference.safetensors"
+        ".lock", "config.yaml", "results.json", "model", "report.html", "reference.safetensors"
     }  # fmt: skip
     model = {p.name for p in (folder / "model").iterdir()}
     pictures = {"confusion_matrix.svg", *(f"curve_{i}.svg" for i in range(1, len(results["curves"]) + 1))}
@@ -98,9 +123,9 @@ def test_the_saved_prefix_is_upstreams_to_the_bit(first: tuple[Path, dict[str, A
 
 def test_two_processes_give_what_one_gives(first: tuple[Path, dict[str, Any], str], tmp_path: Path) -> None:
     _, results, _ = first
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    env = {"OMP_NUM_THREADS": "1", "HF_TRANSFER_CACHE": str(tmp_path / "cache")}  # nothing says that this is a CPU
-    log = run_recipe("linear_probe", "--output_dir", str(tmp_path / "run"), launcher=launcher, env=env)
+    caches = [tmp_path / f"cache of node {rank}" for rank in range(2)]
+    log = run_ranks("linear_probe", "--output_dir", str(tmp_path / "run"), caches=caches)  # nothing says: on a CPU
+    assert "1 of 2 processes share the cache folder" in log
     assert log.count("wrote ") == 1  # two processes of one run, not two runs
     both = json.loads((tmp_path / "run" / "results.json").read_text())
     assert both["metrics"]["test"]["num_samples"] == results["metrics"]["test"]["num_samples"]  # each counts once

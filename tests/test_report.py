@@ -12,10 +12,11 @@ import jsonschema
 import numpy as np
 import pytest
 
-from hf_transfer.config import RunConfig, replace_settings
+from hf_transfer.config import RunConfig
 from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.reporting.report import NO_TEST_SPLIT, render_report, write_report
 from hf_transfer.reporting.results import public_settings
+from hf_transfer.settings import replace_settings
 from hf_transfer.training.metrics import score
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 import hf_transfer as ht
 from hf_transfer import launch
-from hf_transfer.config import RunConfig, replace_settings
+from hf_transfer.config import RunConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.run import Run
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config, get_strategy, strategy_names
 
 DATA = {"images_per_class": 4, "seed": 3}
@@ -28,7 +29,7 @@ CASES = {  # strategy -> its settings
     "linear_probe": {},
     "full": {"epochs": 1, "tracker": "none"},
 }
-FILES = {"config.yaml", "results.json", "model", "report.html", "reference.safetensors"}
+FILES = {".lock", "config.yaml", "results.json", "model", "report.html", "reference.safetensors"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -42,6 +42,11 @@ def test_the_wheel_is_what_is_imported(installed: Path, tmp_path: Path) -> None:
     assert Path(shown.stdout.strip()).is_relative_to(installed)
 
 
+def test_the_presets_for_accelerate_are_in_the_wheel(installed: Path) -> None:
+    packed = {file.name for file in (installed / "hf_transfer" / "recipes" / "accelerate").iterdir()}
+    assert packed == {file.name for file in (ROOT / "recipes" / "accelerate").iterdir()} != set()
+
+
 def test_the_command_trains_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     run(installed, tmp_path, "hf-transfer", "train", "linear_probe", "--images_per_class", "20")
     results = json.loads((tmp_path / "runs" / "linear_probe" / "results.json").read_text())

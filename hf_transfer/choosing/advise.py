@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
 
 from hf_transfer.choosing.candidates import find_candidates, make_command
@@ -34,6 +33,7 @@ from hf_transfer.choosing.rule import DataRegime, choose, expect_accuracy
 from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.choosing.similarity import Similarity, measure_similarity
 from hf_transfer.choosing.suggestions import Suggestion, suggest
+from hf_transfer.processes import ending_together, run_on_main
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.pricing import Price, Pricing
@@ -117,24 +117,22 @@ class Advice:
         }
 
 
+@ending_together()
 def advise(session: Session, *, measure: bool = False, budget_s: float | None = None) -> Advice:
     """Returns the advice for the session's data and checkpoint.
 
     With `measure`, the strategies also train briefly, best estimate first, for at most `budget_s` seconds in total (default
     600). Without `measure`, `budget_s` limits the estimated time of the recommended strategy. In a distributed run, all
-    processes must call this function. Raises ValueError if the network does not have exactly one linear classifier.
+    processes must call this function. Raises ValueError if the logits are not a weighted sum of linear maps.
     """
     session = session.without_test()
     clock = [time.perf_counter()]
     candidates = find_candidates(session)
-    head = read_head(session.config.model)
+    head = read_head(session.config.model, session.chain)
     clock.append(time.perf_counter())
     evidence = gather_evidence(session, head=head)
     clock.append(time.perf_counter())
-    shared: list[Advice | None] = [None]
-    if session.is_main:
-        shared = [_estimate(session, candidates, evidence)]
-    advice: Advice = broadcast_object_list(shared)[0]
+    advice = run_on_main(lambda: _estimate(session, candidates, evidence))
     clock.append(time.perf_counter())
     if measure:
         by_accuracy = sorted(advice.estimates, key=lambda e: -e.accuracy)
@@ -149,8 +147,7 @@ def advise(session: Session, *, measure: bool = False, budget_s: float | None = 
     clock.append(time.perf_counter())
     cost = dict(zip(("loading", "features", "estimates", "pilots"), np.diff(clock).tolist(), strict=True))
     advice = replace(advice, cost=cost | {"images_computed": float(evidence.images_computed)})
-    final: Advice = broadcast_object_list([_recommend(advice, budget_s)])[0]
-    return final
+    return run_on_main(lambda: _recommend(advice, budget_s))
 
 
 def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Evidence) -> Advice:

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from hf_transfer.choosing.rule import STRATEGIES
-from hf_transfer.config import RunConfig, changed_settings, list_settings, replace_settings
+from hf_transfer.config import RunConfig
 from hf_transfer.session import Session
+from hf_transfer.settings import changed_settings, list_settings, replace_settings
 from hf_transfer.strategy import Strategy, default_config, get_strategy
 
-# `tracker` and `resume` do not change the result. `make_command` adds the other three settings to every command.
-NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "output_dir"})
+# `tracker`, `resume` and `overwrite_output_dir` do not change the result. `make_command` adds the other three settings.
+NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "overwrite_output_dir", "output_dir"})
 
 
 def find_candidates(session: Session) -> dict[str, Strategy]:

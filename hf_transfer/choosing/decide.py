@@ -15,7 +15,6 @@ from typing import Any
 from hf_transfer.choosing.advise import Advice, advise
 from hf_transfer.choosing.candidates import find_candidates
 from hf_transfer.choosing.pilots import agree
-from hf_transfer.locations import chain_dir
 from hf_transfer.session import Session
 from hf_transfer.training.evaluate import score_images
 from hf_transfer.training.feeds import check_augmentation
@@ -96,7 +95,7 @@ def standard_error(first: float, second: float, num_images: int) -> float:
 
 def _score_test(session: Session, result: RunResult) -> Metrics:
     assert session.data.test is not None
-    chain = result.backbone.chain(cache_dir=chain_dir())
+    chain = result.backbone.chain(cache_dir=session.resources.chain_dir)
     return score_images(chain, result.backbone.preprocessing, session.data.test, session)
 
 

@@ -6,7 +6,6 @@ run reads them. Test images are never read.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from hf_transfer.config import ModelConfig
 from hf_transfer.network.backbone import NoTrainedHeadError, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
-from hf_transfer.network.head import find_head
+from hf_transfer.network.head import measure_inputs, read_probe
 from hf_transfer.network.readout import find_readouts
 from hf_transfer.prefix.extract import Tap, extract_images
 from hf_transfer.prefix.pixels import EvaluationImages
@@ -26,8 +25,8 @@ from hf_transfer.training.readouts import tap_readouts
 
 NUM_DEPTHS = 4  # evenly spaced between the first layer and the last layer
 
-Head = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""The weight (Z, F) and the bias (Z,) of a linear classifier with F input features and Z pretraining classes."""
+LinearMap = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""The weight (Z, F) and the bias (Z,) of a linear map from F features to the logits of Z pretraining classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +55,11 @@ class Evidence:
         return self.depths[-1].features
 
 
-def gather_evidence(session: Session, *, head: Head | None, readouts: bool = True) -> Evidence:
+def gather_evidence(session: Session, *, head: LinearMap | None, readouts: bool = True) -> Evidence:
     """Returns the evidence of all train and validation images. The network does not run if the cache contains the features.
 
     `head` is the pretrained classifier from `read_head`. With `readouts`, the cache also receives the features of each layer
-    and pooling that the linear probe tries. Raises ValueError if the network does not have exactly one linear classifier.
+    and pooling that the linear probe tries. Raises ValueError if the logits are not a weighted sum of linear maps.
     """
     chain, data, resources = session.chain, session.data, session.resources.keeping_results()
     own, *others = find_readouts(chain, sweep="all" if readouts else "none")
@@ -93,19 +92,20 @@ def gather_evidence(session: Session, *, head: Head | None, readouts: bool = Tru
     )
 
 
-def read_head(config: ModelConfig) -> Head | None:
-    """Returns the weight and bias of the checkpoint's own classifier, or None if the checkpoint has no trained linear head."""
+def read_head(config: ModelConfig, chain: Chain) -> LinearMap | None:
+    """Returns the checkpoint's own head as one linear map of the features, or None if the checkpoint has no trained head.
+
+    `chain`: the chain of the checkpoint's network with a new head. A new head consists of the same linear maps.
+    """
+    if chain.head is None or chain.features is None:
+        return None
     try:
         upstream = load(config.checkpoint, trust_remote_code=config.trust_remote_code)
     except NoTrainedHeadError:
         return None
-    num_classes = len(upstream.label_names)
-    name = find_head(upstream.model, num_classes)
-    head: Any = None if name is None else upstream.model.get_submodule(name)
-    if head is None or head.weight[0].numel() != head.weight.shape[1]:
-        return None
-    weight, bias = head.weight.detach().flatten(1).numpy(), head.bias
-    return weight, np.zeros(num_classes, np.float32) if bias is None else bias.detach().numpy()
+    inputs = measure_inputs(chain.model, chain.image_shape, chain.head, chain.features)
+    weight, bias = read_probe(upstream.model, inputs)
+    return weight.numpy(), bias.numpy()
 
 
 def spread_depths(chain: Chain) -> list[tuple[Cut, float]]:

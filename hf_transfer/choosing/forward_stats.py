@@ -75,8 +75,8 @@ class _InputMoments:
     def add(self, name: str, x: torch.Tensor) -> None:
         # On channels-last inputs, BatchNorm's own kernel is ten times faster than var_mean.
         _, mean, inverse_std = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, EPSILON)
-        variance = (inverse_std**-2 - EPSILON).double().cpu()
-        mean = mean.double().cpu()
+        variance = (inverse_std**-2 - EPSILON).cpu().double()
+        mean = mean.cpu().double()
         count = x.numel() // x.shape[1]
         with self.lock:
             seen, total, squares = self.seen.get(name, (0, torch.zeros_like(mean), torch.zeros_like(mean)))
@@ -89,7 +89,7 @@ class _InputMoments:
         """
         distances = []
         for name, (count, total, squares) in self.seen.items():
-            stored_mean, stored_var = (buffer.double().cpu() for buffer in self.stored[name])
+            stored_mean, stored_var = (buffer.cpu().double() for buffer in self.stored[name])
             mean = total / count
             var = (squares / count - mean**2).clamp_min(EPSILON) + EPSILON
             stored_var = stored_var.clamp_min(0) + EPSILON

@@ -9,9 +9,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from accelerate.utils import broadcast_object_list
-
 from hf_transfer.costs import Costs
+from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import Plan, SolveHeadPhase
@@ -93,11 +92,10 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
 
 def _shorten(strategy: Strategy, epochs: int) -> GradientStrategy:
     assert isinstance(strategy, GradientStrategy)
-    training = replace(strategy.training, epochs=max(1, epochs), resume=False, early_stopping_patience=0, wise_ft=False)
+    training = replace(strategy.training, epochs=max(1, epochs), early_stopping_patience=0, wise_ft=False)
     return replace(strategy, training=training)
 
 
 def agree(seconds: float) -> float:
     """Returns the main process's value of `seconds` in every process, so that all processes take the same branch."""
-    agreed: float = broadcast_object_list([seconds])[0]
-    return agreed
+    return run_on_main(lambda: seconds)

@@ -108,7 +108,10 @@ def rank(
         for checkpoint in checkpoints:
             try:
                 started = time.perf_counter()
-                backbone = load(checkpoint, data.label_names, trust_remote_code=config.model.trust_remote_code)
+                model = config.model
+                backbone = load(
+                    checkpoint, data.label_names, trust_remote_code=model.trust_remote_code, pooling=model.pooling
+                )
                 session = Session(config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs)
                 rows.append(_score(checkpoint, session, started))
             except BadImageError:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hf_transfer.choosing.candidates import make_command
 from hf_transfer.choosing.expected_accuracy import DepthScore, LearningCurve
 from hf_transfer.choosing.rule import DataRegime, expect_log_ratio
-from hf_transfer.config import replace_settings
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 
 

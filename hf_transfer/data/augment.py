@@ -20,6 +20,7 @@ import torchvision.transforms.v2.functional as tv
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_transfer.capability import accumulation_dtype
 from hf_transfer.config import MAX_MAGNITUDE, AugmentationConfig
 
 Floats = NDArray[np.float64]
@@ -102,7 +103,7 @@ def augment(
     if augmentation.min_resolution_px > 0:
         images = lower_resolution(images, uniform[:, _RESOLUTION], augmentation.min_resolution_px)
     if augmentation.random_erasing > 0:
-        mean = images.mean((2, 3), keepdim=True, dtype=torch.float64).float()
+        mean = images.mean((2, 3), keepdim=True, dtype=accumulation_dtype(images.device)).float()
         images = torch.where(_cover(box, height_px, width_px), mean, images)
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -234,7 +235,7 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
             images = _blend(images, _gray(images), strength)
         case "contrast":
             # In float64, the mean does not depend on the summation order, which varies with batch size.
-            mean = _gray(images).mean((1, 2, 3), keepdim=True, dtype=torch.float64).float()
+            mean = _gray(images).mean((1, 2, 3), keepdim=True, dtype=accumulation_dtype(images.device)).float()
             images = _blend(images, mean, strength)
         case "sharpness" if min(images.shape[2:]) > 2:
             _blend(images[:, :, 1:-1, 1:-1], _smooth(images), strength)  # border pixels stay unchanged

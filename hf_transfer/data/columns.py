@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.data.labels import UNLABELED, Columns, clean_names, index_labels, listed
 
+_BINARY = ("binary", "large_binary")
 _IMAGE_NAMES = frozenset({"image", "images", "img", "imgs", "picture", "photo"})
 _PATH_NAMES = frozenset({"path", "file", "filename", "filepath", "file_name", "file_path", "image_path", "image_file"})
 _LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "target", "targets", "category", "y"})
@@ -100,9 +101,10 @@ def _only(candidates: Sequence[str], kind: str, features: Mapping[str, Any], whe
 
 def _may_hold_images(feature: Any) -> bool:
     if isinstance(feature, Mapping):  # an Image column that lost its metadata
-        return "bytes" in feature
+        kinds = {name: getattr(feature.get(name), "dtype", None) for name in ("bytes", "path")}
+        return kinds["bytes"] in (*_BINARY, "null") and kinds["path"] in ("string", "large_string", "null", None)
     if isinstance(feature, Value):
-        return feature.dtype in ("binary", "large_binary")
+        return feature.dtype in _BINARY
     return isinstance(feature, Image)
 
 

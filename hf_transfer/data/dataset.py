@@ -184,8 +184,10 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
     top = list_folder(root)
     has_images = any(top.all_images())
     other_files = [PurePosixPath(file) for file in top.all_other_files()]
-    metadata = [file for file in other_files if file.name in METADATA_NAMES]
-    table_files = [file for file in other_files if file.suffix.casefold() in TABLE_SUFFIXES and file not in metadata]
+    metadata = [str(file) for file in other_files if file.name in METADATA_NAMES]
+    table_files = [
+        str(file) for file in other_files if file.suffix.casefold() in TABLE_SUFFIXES and str(file) not in metadata
+    ]
     if not has_images and not table_files:
         raise ValueError(
             f"dataset={config.dataset!r}: no image in this folder ({len(other_files):,} other files); expected"
@@ -200,7 +202,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
         for file in (*table_files, *metadata):
             if not (root / file).is_file():  # opening a FIFO or a device may block forever
                 raise ValueError(
-                    f"dataset={config.dataset!r}: {str(file)!r} is not a regular file; remove or replace this file"
+                    f"dataset={config.dataset!r}: {file!r} is not a regular file; remove or replace this file"
                 )
         from hf_transfer.data import tables
 

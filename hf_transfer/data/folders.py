@@ -31,6 +31,10 @@ _LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle
 # Hidden folders that may contain images, but are never meant as a class.
 _HIDDEN_LITTER = frozenset({".cache", ".git", ".ipynb_checkpoints", ".thumbnails", ".trash", ".trashes"})
 
+_MAX_DEPTH = 100  # folders inside each other
+_MAX_VISITS = 200  # of one folder, through different symbolic links
+_MAX_NAME = 300  # letters of a path in a message
+
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
 METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
 
@@ -77,11 +81,20 @@ def list_folder(root: Path) -> Folder:
     """Returns a listing of everything below `root`. A symbolic link to a folder that contains this link is skipped.
 
     Raises:
-        ValueError: a folder cannot be opened, or a link leads only to itself.
+        ValueError: a folder cannot be opened, a link leads only to itself, folders are nested too deeply, or links between
+            folders form too many paths.
     """
+    visits: Counter[tuple[int, int]] = Counter()
 
-    def walk(folder: Path, path: str, above: frozenset[Path]) -> Folder:
-        real = folder.resolve()
+    def walk(folder: Path, path: str, above: frozenset[tuple[int, int]]) -> Folder:
+        status = os.stat(folder)  # noqa: PTH116
+        own = (status.st_dev, status.st_ino)
+        visits[own] += 1
+        if len(above) > _MAX_DEPTH or visits[own] > _MAX_VISITS:
+            raise ValueError(
+                f"{root.name}/{path[:_MAX_NAME]}: folders are nested more than {_MAX_DEPTH} deep, or symbolic links lead "
+                f"to one folder on more than {_MAX_VISITS} ways; move the images, or remove the links"
+            )
         images, other_files, folders, hidden = [], [], [], []
         with os.scandir(folder) as unsorted:
             entries = sorted(unsorted, key=lambda entry: unicodedata.normalize("NFC", entry.name))
@@ -91,8 +104,9 @@ def list_folder(root: Path) -> Folder:
                 if entry.is_dir() and _is_hidden_class(entry):
                     hidden.append(entry_path)
             elif entry.is_dir():
-                if Path(entry.path).resolve() not in above | {real}:
-                    folders.append(walk(Path(entry.path), entry_path, above | {real}))
+                target = os.stat(entry.path)  # noqa: PTH116 - on Windows, entry.stat() has no inode
+                if (target.st_dev, target.st_ino) not in above | {own}:
+                    folders.append(walk(Path(entry.path), entry_path, above | {own}))
             elif PurePosixPath(entry.name).suffix.casefold() in IMAGE_SUFFIXES:
                 images.append(entry_path)  # also a broken link, which raises an error when it is read
             else:
@@ -102,7 +116,7 @@ def list_folder(root: Path) -> Folder:
     try:
         return walk(root, "", frozenset())
     except OSError as error:
-        name = os.path.relpath(os.fsdecode(error.filename or root), root.parent)
+        name = os.path.relpath(os.fsdecode(error.filename or root), root.parent)[:_MAX_NAME]
         raise ValueError(
             f"{name} cannot be read ({error.strerror}); give yourself access to this path, or repair or remove it"
         ) from error

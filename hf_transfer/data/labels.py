@@ -99,6 +99,8 @@ def clean_names(names: Sequence[str], where: str) -> tuple[str, ...]:
     """
     spellings: dict[str, list[str]] = {}
     for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: class name {name!r} is not text; store the class names as text")
         clean = unicodedata.normalize("NFC", name.strip())
         if not clean or any("\ud800" <= letter <= "\udfff" for letter in clean):
             raise ValueError(f"{where}: class name {name!r} is blank or not valid text; rename the class")

@@ -21,6 +21,7 @@ from hf_transfer.data.images import BadImageError, read_bytes, read_image
 
 _DIGEST_BYTES = 16
 _ROWS_PER_TASK = 64
+_MAX_NAME = 100  # letters of a file name in a message
 
 
 class ImageSource(ABC):
@@ -127,7 +128,7 @@ class TableSource(ImageSource):
         for root in self._roots:
             if PurePath(path).is_relative_to(root):
                 return PurePath(path).relative_to(root).as_posix()
-        return f"row {row} ({PurePath(path).name})"
+        return f"row {row} ({PurePath(path).name[:_MAX_NAME]})"
 
     def content(self, row: int) -> bytes:
         """Returns the encoded image that the table contains, or the bytes of the file whose path the table contains."""

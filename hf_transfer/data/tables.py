@@ -5,7 +5,8 @@ pinned to the commit that was read. Offline, `datasets` reads its cache, which m
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -27,7 +30,7 @@ from hf_transfer.data.sources import TableSource
 from hf_transfer.data.splits import public_name
 
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^:@]+))?(?:@(?P<revision>[^:@\s]+))?")
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^:@/\\]+))?(?:@(?P<revision>[^:@\s]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -45,10 +48,10 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
             " a Hub id has the form owner/name, owner/name:config or owner/name:config@revision"
         )
     hub_id, config, revision = match["id"], match["config"], match["revision"]
+    if hub_id in _PACKAGED_DATASETS_MODULES:  # formats such as "imagefolder" or "csv" would read the current folder
+        raise ValueError(f"dataset={dataset!r} is a file format of `datasets`; give the folder or file itself")
     try:
         builder = datasets.load_dataset_builder(hub_id, config, revision=revision)
-        if builder.repo_id is None:  # formats such as "imagefolder" or "csv" would read the current folder
-            raise ValueError("this name is a file format of `datasets`; give the folder or file itself")
         builder.download_and_prepare()
         tables = builder.as_dataset()
     except DatasetNotFoundError as error:
@@ -86,6 +89,8 @@ def read_table_file(path: Path, columns: Columns) -> StoredData:
     """Reads one parquet or arrow file as the train split."""
     path = path.resolve()
     kind = path.suffix.casefold().lstrip(".")
+    if kind == "arrow":
+        _checked(path, partial(_check_arrow, path))
     tables = _loaded(path, kind, data_files={"train": str(path)})
     return _to_stored(tables, public_name(path), columns, (path.parent,))
 
@@ -95,6 +100,8 @@ def read_table_folder(root: Path, columns: Columns) -> StoredData:
 
     `datasets` finds splits as on the Hub: by the names of files and folders, and by the header of the README.
     """
+    for file in sorted(root.rglob("*.arrow")):
+        _checked(file, partial(_check_arrow, file))
     if any((root / marker).is_file() for marker in _SAVED_BY_DATASETS):
         tables = _checked(root, partial(datasets.load_from_disk, str(root)))
     else:
@@ -114,27 +121,56 @@ def _loaded(path: Path, *arguments: Any, **named: Any) -> Any:
 
 def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
-        return read()
-    except (ValueError, OSError, LookupError, TypeError, AttributeError, DatasetsError) as error:
+        with _quiet_datasets():
+            return read()
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, DatasetsError, pa.ArrowException) as error:
         # All errors that damaged files raise in `datasets` and pyarrow. pyarrow's ArrowInvalid is a ValueError.
         empty = [
             file.name for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet"))) if _is_empty(file)
         ]
         if empty:
             raise ValueError(f"{path.name}: no rows in {listed(empty)}; add images or remove the file") from error
-        raise ValueError(f"{path.name} cannot be read: {_with_cause(error)}") from error
+        raise ValueError(
+            f"{path.name} cannot be read: {_with_cause(error)}; repair, replace or remove the damaged file"
+        ) from error
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Hides messages of `datasets` about a damaged file, since the error that follows names the file and the cause."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
+def _check_arrow(file: Path) -> None:
+    """Raises ArrowInvalid for a damaged file, which could otherwise crash the process. Reads sizes and text, but no images."""
+    with pa.memory_map(str(file)) as source:
+        try:
+            reader = pa.ipc.open_file(source)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        except pa.ArrowInvalid:
+            source.seek(0)
+            batches = iter(pa.ipc.open_stream(source))
+        for batch in batches:
+            batch.validate(full=True)
 
 
 def _is_empty(parquet: Path) -> bool:
     try:
         return bool(pq.read_metadata(parquet).num_rows == 0)
-    except (ValueError, OSError):  # a damaged file or an arrow file, whose error the caller reports
+    except (ValueError, OSError, pa.ArrowException):  # a damaged file or an arrow file, whose error the caller reports
         return False
 
 
 def _with_cause(error: Exception) -> str:
     """Returns the messages of `error` and its cause on one line, because `datasets` wraps the cause in "An error occurred"."""
-    text = f"{error} ({error.__cause__})" if error.__cause__ else str(error) or type(error).__name__
+    text = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+    if not text or isinstance(error, (LookupError, TypeError, AttributeError)):  # their messages say little
+        text = f"unexpected contents, {type(error).__name__} {text}"
     return " ".join(text.split())
 
 

@@ -4,7 +4,6 @@ The model is on disk before the push, so a failed push loses nothing, and the sa
 not sent again (LFS recognizes their content), and the model appears in one commit, completely or not at all.
 """
 
-import json
 import logging
 import re
 import shlex
@@ -28,6 +27,7 @@ from hf_transfer.hub.card import OUR_TAG, address_card
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import MERGED_TOLERANCE, REFERENCE, TOLERANCE, Verified, find_libraries, verify
 from hf_transfer.network.adapters import is_adapter_folder, load_adapted, read_base
+from hf_transfer.network.damage import read_json
 from hf_transfer.network.source import find_source
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ LOADED = (
     "task.json",
 )  # fmt: skip
 
-__all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish"]
+__all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish", "publish_command"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +98,7 @@ def publish(
     if not (run / "model" / CARD).is_file() or not (run / "results.json").is_file():
         raise ValueError(f"{run}: no finished run (at its end, a recipe writes results.json and model/)")
     repo_id, branch = split_repo_id(repo_id)
-    results = json.loads((run / "results.json").read_text())
+    results = read_json(run / "results.json")
     if results["details"].get("fine_tuned") is False and not options.without_fine_tuning:
         raise ValueError(
             f"{run}: this greedy stack was not fine-tuned end to end, so its layers were never trained together. Run the "
@@ -114,7 +114,7 @@ def publish(
     files = {name: p for name, p in files.items() if not re.search(r"(^|/)\.", name)}
     url = None
     if not options.dry_run:
-        command = _command(run, repo_id, options, adapter=adapter, base=base)
+        command = publish_command(run, repo_id, options, adapter=adapter, base=base)
         attempt = Attempts(repo_id, f"Nothing is lost, because the run is on this disk. Repeat: {command}")
         revision = options.revision or branch
         target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
@@ -141,7 +141,9 @@ def check_push(repo_id: str, *, token: str | None = None) -> None:
     attempt("read the model card", lambda: _refuse_foreign_card(target))
 
 
-def _command(run: Path, repo_id: str, options: PublishOptions, *, adapter: bool, base: str | None) -> str:
+def publish_command(
+    run: Path, repo_id: str, options: PublishOptions, *, adapter: bool = False, base: str | None = None
+) -> str:
     """Returns the `hf-transfer publish` command that repeats this push."""
     values = {"--base": base, "--revision": options.revision}
     names = ("private", "create_pr", "overwrite", "without_fine_tuning")

@@ -76,7 +76,7 @@ def _save_adapter(adapted: Adapted, folder: Path) -> None:
     config.inference_mode = True
     buffers = dict(adapted.model.named_buffers())
     changed = {n.rpartition(".")[0] for n, old in adapted.buffers.items() if not torch.equal(old, buffers[n].cpu())}
-    config.modules_to_save = [adapted.classifier, *sorted(changed)]
+    config.modules_to_save = [*adapted.head.modules, *sorted(changed)]
     # peft matches the ends of module names, so it expects all these modules in the file.
     saved = [n for n, _ in adapted.model.named_modules() if n.endswith(tuple(config.modules_to_save))]
     weights = get_peft_model_state_dict(adapted.network, save_embedding_layers=False)
@@ -90,7 +90,7 @@ def _save_adapter(adapted: Adapted, folder: Path) -> None:
     task = {
         "library": adapted.library,
         "label_names": list(adapted.label_names),
-        "classifier": adapted.classifier,
+        "classifier": list(adapted.head.modules),
         "base_weights": adapted.base_weights,
         "preprocessing": dict(adapted.preprocessing.spec),
     }

@@ -15,12 +15,10 @@ from hf_transfer.training.records import Metrics
 ALL = "all"  # all labeled images of the data set
 
 
-def evaluate(
-    checkpoint: str, data: DataConfig, *, split: str | None = None, trust_remote_code: bool = False
-) -> Metrics:
-    """Returns the metrics of a saved classifier on one split of a data set, or on all labeled images for split="all".
+def evaluate(checkpoint: str, data: DataConfig, *, split: str = ALL, trust_remote_code: bool = False) -> Metrics:
+    """Returns the metrics of a saved classifier on one split of a data set, or on all its labeled images.
 
-    The default split is "test", or "all" if the data set has no labeled test split. The data set's classes are matched to the
+    The default is "all". The data set's classes are matched to the
     model's classes by name, and may be a subset in any order. Raises ValueError if the data set does not store the split, or
     has a class that the model lacks.
     """
@@ -28,12 +26,11 @@ def evaluate(
 
 
 def evaluate_split(
-    checkpoint: str, data: DataConfig, *, split: str | None = None, trust_remote_code: bool = False
+    checkpoint: str, data: DataConfig, *, split: str = ALL, trust_remote_code: bool = False
 ) -> tuple[str, Metrics]:
     """Returns the name of the scored split ("train", "validation", "test" or "all"), and the metrics on this split."""
     backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
     splits = load_splits(data, backbone.label_names)
-    split = split or ("test" if "test" in splits else ALL)
     chosen = [each for name, each in splits.items() if split in (name, ALL)]
     if not chosen:
         raise ValueError(

@@ -9,7 +9,6 @@ its cuts. An adapter's parameters belong to the layer of the adapted module. New
 `add_adapters` checks, so a head that was solved on the frozen features remains the right start.
 """
 
-import json
 import logging
 import re
 import warnings
@@ -20,13 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig
 from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.damage import read_json
 from hf_transfer.network.fingerprint import Identity, describe_modules, hash_tensors, identify, named_tensors
 from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.head import LinearHead
 from hf_transfer.network.methods import make_peft_config
 from hf_transfer.network.policies import Policy
 from hf_transfer.network.source import ADAPTER_CONFIG, fetch_adapter
@@ -50,9 +52,9 @@ class Adapted(Backbone):
     adapter: AdapterConfig
     targets: tuple[str, ...]
     trained: frozenset[str]  # names of the adapters' parameters
-    classifier: str
+    head: LinearHead
     num_plain: int  # parameters of the plain model
-    base_weights: str  # hash of the plain model without its classifier
+    base_weights: str  # hash of the plain model without its head
     plain_state: frozenset[str] = field(repr=False)  # names in the plain model's state dict
     buffers: Mapping[str, torch.Tensor] = field(repr=False)  # buffers of the plain model before training
 
@@ -65,9 +67,8 @@ class Adapted(Backbone):
     @property
     def num_trainable(self) -> int:
         """The number of trained parameters in the adapters and in the head."""
-        head = self.model.get_submodule(self.classifier)
         sizes = {name: p.numel() for name, p in self.model.named_parameters()}
-        return sum(sizes[name] for name in self.trained) + sum(p.numel() for p in head.parameters())
+        return sum(size for name, size in sizes.items() if name in self.trained or self.head.owns(name))
 
     @property
     def trainable_share(self) -> float:
@@ -92,10 +93,10 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
     Raises ValueError, with possible settings, if no module can be adapted as requested, or if the model has no linear head.
     """
     targets = find_targets(chain, adapter)
-    assert chain.classifier is not None
+    assert chain.head is not None
     model = backbone.model
     before = _probe_logits(backbone)
-    base_weights = _hash_base(model, chain.classifier)
+    base_weights = _hash_base(model, chain.head)
     plain_state = frozenset(model.state_dict())
     buffers = {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in plain_state}
     plain = {id(p): p.numel() for p in model.parameters()}
@@ -110,7 +111,7 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
         adapter=adapter,
         targets=tuple(targets.modules),
         trained=trained,
-        classifier=chain.classifier,
+        head=chain.head,
         num_plain=sum(plain.values()),
         base_weights=base_weights,
         plain_state=plain_state,
@@ -171,9 +172,13 @@ def find_adapter(model: str) -> Path | None:
 
 def read_base(folder: Path) -> str:
     """Returns the id of the checkpoint that the adapter in `folder` was trained on: `owner/name`, or `owner/name@revision`."""
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    base_id, revision = config["base_model_name_or_path"], config.get("revision")
-    return f"{base_id}@{revision}" if revision else str(base_id)
+    config = read_json(folder / ADAPTER_CONFIG)
+    base_id, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base_id, str):
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG} names no base_model_name_or_path: give an adapter that names its base"
+        )
+    return f"{base_id}@{revision}" if revision else base_id
 
 
 def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Backbone | None = None) -> Backbone:
@@ -196,13 +201,20 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
         own = folder / "preprocessor_config.json"
         replaced = str(own) if checkpoint is None and own.is_file() else None
         base = load(checkpoint or recorded, task["label_names"], base_model=base_id, preprocessing_from=replaced)
-    if _hash_base(base.model, task["classifier"]) != task["base_weights"]:
+    names = task["classifier"]
+    head = LinearHead(modules=(names,) if isinstance(names, str) else tuple(names))  # older folders have one name
+    if _hash_base(base.model, head) != task["base_weights"]:
         raise ValueError(
             f"the adapters in {folder.name!r} were trained on other weights than those of "
             f"{checkpoint or base.source.name}: choose the checkpoint that the adapters were trained on"
         )
-    with _quiet_peft():
-        PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
+    try:
+        with _quiet_peft():
+            PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
+    except (SafetensorError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"the adapter in {folder} is damaged or does not fit its base ({error}); download or save the adapter again"
+        ) from error
     base.model.__dict__.pop("peft_config", None)
     # The hash proves that these are the recorded checkpoint's weights, even if they were read from another place.
     source = replace(base.source, id=base_id, revision=revision or base.source.revision)
@@ -213,7 +225,10 @@ def read_task(folder: Path) -> dict[str, Any]:
     """Returns the contents of task.json in an adapter folder. Raises ValueError if this package did not save the folder."""
     if not is_adapter_folder(str(folder)) or not (folder / TASK).is_file():
         raise ValueError(f"{folder.name!r} is no adapter folder of hf-transfer: it lacks {ADAPTER_CONFIG} or {TASK}")
-    task: dict[str, Any] = json.loads((folder / TASK).read_text())
+    task = read_json(folder / TASK)
+    missing = sorted({"label_names", "classifier", "base_weights"} - task.keys())
+    if missing:
+        raise ValueError(f"{folder / TASK} is damaged: it lacks {missing[0]}; save the adapter again")
     return task
 
 
@@ -227,10 +242,10 @@ def check_saved_apart(adapted: Adapted) -> str:
             f"--no-merge: an adapter folder names its base checkpoint by a Hub id, and {adapted.source.name} does not "
             "record its Hub id. Give --base_model owner/name, or save a merged model (--merge)"
         )
-    mistaken = [name for name in adapted.targets if name.endswith(adapted.classifier)]
+    mistaken = [name for name in adapted.targets if name.endswith(adapted.head.modules)]
     if mistaken:
         raise ValueError(
-            f"--no-merge: peft takes every module whose name ends with {adapted.classifier} for the head, and "
+            f"--no-merge: peft takes every module whose name ends with {' or '.join(adapted.head.modules)} for the head, and "
             f"{mistaken[0]}, which has an adapter, is such a module. Save a merged model (--merge), or choose other --targets"
         )
     return adapted.source.id
@@ -303,8 +318,8 @@ def _probe_logits(backbone: Backbone) -> torch.Tensor:
         return compute_logits(backbone.model, noise.to(next(backbone.model.parameters()).device))
 
 
-def _hash_base(model: nn.Module, classifier: str) -> str:
-    return hash_tensors({n: t for n, t in model.state_dict().items() if not n.startswith(classifier + ".")})
+def _hash_base(model: nn.Module, head: LinearHead) -> str:
+    return hash_tensors({n: t for n, t in model.state_dict().items() if not head.owns(n)})
 
 
 def _check_same(before: torch.Tensor, after: torch.Tensor, label: str, remedy: str) -> None:

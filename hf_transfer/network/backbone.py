@@ -2,8 +2,6 @@
 
 import copy
 import difflib
-import json
-import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +15,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from timm.data.config import resolve_data_config
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from hf_transfer.config import Pooling
 from hf_transfer.network.chain import Chain, build_chain
-from hf_transfer.network.head import find_head
-from hf_transfer.network.modeling_greedy import GreedyConfig, GreedyForImageClassification
-from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
+from hf_transfer.network.damage import explain_damage
+from hf_transfer.network.headless import Upstream, find_upstream, load_headless, own_classes
+from hf_transfer.network.model_args import is_unsafe_argument, read_model_args
+from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing
 from hf_transfer.network.source import Source, find_preprocessing, find_source
-
-log = logging.getLogger(__name__)
-
-
-class NoTrainedHeadError(ValueError):
-    """The checkpoint has no trained classifier, and no labels were given for a new classifier."""
+from hf_transfer.network.transformers_models import (
+    NoTrainedHeadError,
+    load_classifier,
+    register_own_classes,
+    renew_heads,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,15 @@ class Backbone:
     label_names: tuple[str, ...]
     source: Source
     new_head: bool  # whether the classifier was created for these labels and is untrained
+    is_auto_class: bool = True  # whether timm or AutoModelForImageClassification creates this class from the source
+    pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
         """Builds the chain of the model (its layers in order) with `build_chain`."""
         return build_chain(self.model, self.preprocessing.image_shape, cache_dir=cache_dir)
 
 
+@explain_damage
 def load(
     checkpoint: str,
     labels: Sequence[str] | None = None,
@@ -56,13 +59,14 @@ def load(
     base_model: str | None = None,
     trust_remote_code: bool = False,
     preprocessing_from: str | None = None,
+    pooling: Pooling = "auto",
 ) -> Backbone:
     """Loads the checkpoint's model with its own head, or with a new head if `labels` differ from the checkpoint's labels.
 
     `checkpoint`: a Hub id (`timm/resnet18.a1_in1k`, `google/vit-base-patch16-224@main`), a folder in Hub layout, or
-    "embedded". `preprocessing_from`: a Hub id, folder or file whose preprocessing replaces the checkpoint's. Raises ValueError
-    if the checkpoint is not found, if labels repeat, if weights are missing or do not fit the model, or if the checkpoint is
-    not an image classifier.
+    "embedded". `preprocessing_from`: a Hub id, folder or file whose preprocessing replaces the checkpoint's. `pooling`: see
+    `headless.load_headless`. Raises ValueError if the checkpoint is not found, if labels repeat, if weights are missing or do
+    not fit the model, or if the checkpoint does not take images.
     """
     if labels is not None:
         repeated = sorted({name for name in labels if list(labels).count(name) > 1})
@@ -73,12 +77,14 @@ def load(
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
     if not is_timm and "model_type" not in config:
         raise ValueError(f"{source.name}: config.json names neither a timm architecture nor a transformers model_type")
+    upstream = None if is_timm else _find_upstream(source, trust_remote_code)
     preprocessing = load_preprocessing(
         source.folder,
         trust_remote_code=trust_remote_code,
         preprocessing_from=None if preprocessing_from is None else find_preprocessing(preprocessing_from),
     )
-    if is_timm:
+    is_auto_class = True
+    if upstream is None:
         model, own_labels = _load_timm(source, config)
         if labels is None and not own_labels:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
@@ -86,8 +92,15 @@ def load(
         if new_head:
             assert labels is not None
             model.reset_classifier(len(labels))  # type: ignore[operator]
+    elif isinstance(upstream, Upstream):
+        if labels is None:
+            raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
+        own_labels, new_head = (), True
+        model = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
+        is_auto_class = type(model) in own_classes(type(upstream.config))
     else:
-        model, own_labels = _load_transformers(source, labels, trust_remote_code)
+        given = None if labels is None else tuple(labels)
+        model, own_labels = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
         new_head = labels is not None and tuple(labels) != own_labels
     return Backbone(
         model=model.float().eval(),
@@ -96,7 +109,19 @@ def load(
         label_names=tuple(labels) if labels is not None else own_labels,
         source=source,
         new_head=new_head,
+        is_auto_class=is_auto_class,
+        pooling=pooling,
     )
+
+
+def _find_upstream(source: Source, trust_remote_code: bool) -> Upstream | PreTrainedConfig:
+    """Returns the config of an image classifier of transformers, or the original class of any other checkpoint."""
+    register_own_classes()
+    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    if "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {}):
+        return config
+    upstream = find_upstream(source, config)
+    return config if upstream.is_classifier() else upstream
 
 
 def create(
@@ -114,16 +139,10 @@ def create(
     constructor, or with fields of the transformers config. Raises ValueError if the architecture is unknown, or does not
     accept `image_size_px` or `model_args`.
     """
-    given = _read_model_args(model_args)
-    if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and architecture != "timm_wrapper":
+    given = read_model_args(model_args)
+    check_architecture(architecture)
+    if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return _create_transformers(architecture, labels, image_size_px, given, seed)
-    if not timm.is_model(architecture):
-        known = [*timm.list_models(), *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
-        near = ", ".join(difflib.get_close_matches(architecture, known, n=3))
-        raise ValueError(
-            f"architecture={architecture!r}: neither timm nor transformers has an architecture of this name"
-            + (f"; similar names: {near}" if near else "")
-        )
     torch.manual_seed(seed)
     size = {} if image_size_px is None else {"input_size": (3, image_size_px, image_size_px)}
     arguments: dict[str, Any] = {"num_classes": len(labels), **given}
@@ -144,33 +163,25 @@ def create(
         return replace(load(str(folder), labels), new_head=True)
 
 
+def check_architecture(name: str) -> None:
+    """Raises ValueError, with similar names, if neither timm nor transformers has the architecture `name`."""
+    known = [*timm.list_models(), *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
+    if name == "timm_wrapper" or not (timm.is_model(name) or name in known):
+        near = ", ".join(difflib.get_close_matches(name, known, n=3))
+        raise ValueError(
+            f"architecture={name!r}: neither timm nor transformers has an architecture of this name"
+            f"; {f'similar names: {near}' if near else 'timm.list_models() lists the names of timm'}"
+        )
+
+
 def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
     """Returns a copy of the backbone with an untrained head for `labels`."""
     model: Any = copy.deepcopy(backbone.model)
     if backbone.library == "timm":
         model.reset_classifier(len(labels))
     else:
-        name = find_head(model, model.config.num_labels)
-        head = model.get_submodule(name)
-        model.set_submodule(name, nn.Linear(head.in_features, len(labels), bias=head.bias is not None))
-        model.config.id2label = dict(enumerate(labels))
-        model.config.label2id = {label: i for i, label in enumerate(labels)}
-        model.num_labels = len(labels)
+        renew_heads(model, labels)
     return replace(backbone, model=model.eval(), label_names=tuple(labels), new_head=True)
-
-
-def _read_model_args(text: str | None) -> dict[str, Any]:
-    """Parses the setting model_args. Raises ValueError if it is no JSON object, or has a key that other settings determine."""
-    try:
-        given = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model_args={text}: this is not JSON ({error})") from error
-    if not isinstance(given, dict):
-        raise ValueError(f'model_args={text}: give a JSON object such as {{"depth": 6}}')
-    derived = sorted({"num_classes", "img_size", "image_size", "num_labels", "id2label", "label2id"} & set(given))
-    if derived:
-        raise ValueError(f"model_args={text}: omit {derived[0]}; the data and image_size_px determine its value")
-    return given
 
 
 def _create_transformers(
@@ -199,12 +210,6 @@ def _create_transformers(
         return replace(load(str(folder), labels), new_head=True)
 
 
-def _register_greedy() -> None:
-    """Registers the greedy network's classes with transformers, so that saved models load without `trust_remote_code`."""
-    AutoConfig.register(GreedyConfig.model_type, GreedyConfig, exist_ok=True)
-    AutoModelForImageClassification.register(GreedyConfig, GreedyForImageClassification, exist_ok=True)
-
-
 def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
     """Returns the timm model with its own head, and the head's labels. Raises ValueError if a weight is missing."""
     pretrained_cfg = dict(config.get("pretrained_cfg") or {})
@@ -213,7 +218,7 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
     # timm itself may have written num_classes into model_args, and it must not be passed twice.
     model_args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
     # A downloaded config must not make timm load other files, since some of these may be pickles.
-    loading = [k for k in model_args if k.startswith("pretrained") or k in ("checkpoint_path", "cache_dir")]
+    loading = [k for k in model_args if is_unsafe_argument(k)]
     if loading or not timm.is_model(config["architecture"]):
         unsafe = f"model_args {loading}" if loading else f"architecture {config['architecture']!r}"
         raise ValueError(
@@ -234,38 +239,3 @@ def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
     names = AutoConfig.from_pretrained(source.folder).id2label
     return model, tuple(str(names.get(i, f"LABEL_{i}")) for i in range(num_classes))
-
-
-def _load_transformers(
-    source: Source, labels: Sequence[str] | None, trust_remote_code: bool
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    _register_greedy()
-    config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    own_labels = tuple(str(config.id2label[i]) for i in sorted(config.id2label))
-    if labels is not None:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: i for i, name in enumerate(labels)}
-    try:
-        with quiet_transformers():
-            model, info = AutoModelForImageClassification.from_pretrained(
-                source.folder,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{source.name} cannot be loaded as an image classifier: {error}") from error
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    missing = sorted(name for name in absent if shapes.get(name, (0,))[0] != config.num_labels)
-    if missing:
-        raise ValueError(f"{source.name} lacks weights outside the head: {', '.join(missing[:5])}")
-    if labels is None and absent:
-        raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
-    if labels is not None and tuple(labels) != own_labels and not absent:
-        # The task has as many classes as the checkpoint, so the checkpoint's head was loaded, and must be replaced.
-        model.get_submodule(find_head(model, config.num_labels)).reset_parameters()
-    return model, own_labels

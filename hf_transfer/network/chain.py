@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_transfer.locations import report_unwritable
 from hf_transfer.network.cut import Cut, Site, make_cut, possible_sites
 from hf_transfer.network.fingerprint import (
     Identity,
@@ -25,17 +26,18 @@ from hf_transfer.network.fingerprint import (
     named_tensors,
 )
 from hf_transfer.network.forward import compute_logits, eval_mode
-from hf_transfer.network.head import find_classifier
+from hf_transfer.network.head import LinearHead, find_classifier, find_maps, measure_inputs
 from hf_transfer.network.layers import find_layers
 from hf_transfer.network.part import Part
 from hf_transfer.network.trace import Call, Trace, trace
+from hf_transfer.sealed import read_sealed, write_sealed
 
 log = logging.getLogger(__name__)
 
 STEM, HEAD = "stem", "head"  # the first and the last layer
 FEATURES = "features"  # the cut before the classifier: one vector per image
 VERIFIED_RELATIVE = 1e-5  # largest allowed difference of logits in float32, relative to the largest logit
-CHAIN_FORMAT = 4  # increase it when the code may find other cuts in the same network
+CHAIN_FORMAT = 5  # increase it when the code may find other cuts in the same network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,8 @@ class Chain:
     model: nn.Module
     image_shape: tuple[int, int, int]
     layers: tuple[Layer, ...]
-    classifier: str | None  # module name; None if no single linear map computes the logits
-    features: Cut | None  # the cut before the classifier, inside the head
+    head: LinearHead | None  # the linear maps whose weighted sum is the logits; None if the logits are no such sum
+    features: Cut | None  # the cut before these linear maps, from which a linear probe computes its features
     unused_parameters: tuple[str, ...]  # names of parameters that never reach the logits: frozen, and saved unchanged
     notes: tuple[str, ...]  # sentences for the user: which cuts were dropped, and why
     # Returns the identity that cache keys use, if this network equals another one (new adapters change no activation).
@@ -89,11 +91,9 @@ class Chain:
 
     @property
     def classifier_parameters(self) -> tuple[str, ...]:
-        """The names of the classifier's parameters, or of all head parameters if no single linear map computes the logits."""
-        head = self.layers[-1].parameters
-        if self.classifier is None:
-            return head
-        return tuple(n for n in head if n.startswith(self.classifier + "."))
+        """The names of the parameters of the linear head, or of the whole last layer if the head is not linear."""
+        last = self.layers[-1].parameters
+        return last if self.head is None else tuple(n for n in last if self.head.owns(n))
 
     def lowest_cut(self, trainable: Collection[str]) -> Cut | None:
         """Returns the last cut whose prefix has no parameter in `trainable`, or None if the stem has a trainable parameter."""
@@ -101,7 +101,9 @@ class Chain:
         if unknown:
             raise ValueError(f"not parameters of this chain: {', '.join(sorted(unknown)[:5])}")
         if self.features is not None and set(trainable) <= set(self.classifier_parameters):
-            return self.features
+            return (
+                self.features if self.features.stubs else None
+            )  # without stubs, the features are computed from the image
         below: Cut | None = None
         for layer in self.layers:
             if not set(trainable).isdisjoint(layer.parameters):
@@ -175,7 +177,7 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
             model=model,
             image_shape=image_shape,
             layers=(_empty(STEM), replace(_empty(HEAD), parameters=everything)),
-            classifier=None,
+            head=None,
             features=None,
             unused_parameters=(),
             notes=(f"this network has no cuts, so no activations can be cached: {error}",),
@@ -203,15 +205,37 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
     if not inner:
         fallback = "only the cut before the classifier" if features else "no cut, so no activations can be cached"
         notes.append(f"this network has no interior cuts; there is {fallback}")
+    head = LinearHead(modules=(classifier.module,)) if classifier else None
+    if features is None:
+        try:
+            head, features = _find_sum(model, image_shape, seen, inner)
+        except ValueError as error:
+            notes.append(f"no linear probe can be solved: {error}")
     return Chain(
         model=model,
         image_shape=image_shape,
         layers=_make_layers(model, inner, segment_of, _assign_buffers(model, seen, inner)),
-        classifier=classifier.module if classifier else None,
+        head=head,
         features=features,
         unused_parameters=tuple(n for n, _ in model.named_parameters() if n not in segment_of),
         notes=tuple(notes),
     )
+
+
+def _find_sum(
+    model: nn.Module, image_shape: tuple[int, int, int], seen: Trace, inner: Sequence[Cut]
+) -> tuple[LinearHead, Cut]:
+    """Returns the linear maps whose weighted sum is the logits, and the last cut before them: the image if `inner` is empty.
+
+    Raises ValueError if the logits are no such sum.
+    """
+    image = Site(side="before", module="", index=0, leaf=0)
+    cut = replace(inner[-1], name=FEATURES) if inner else make_cut(seen, FEATURES, image)
+    head = LinearHead(modules=find_maps(model, seen), is_direct=False)
+    if cut is None or not head.modules:
+        raise ValueError("no linear map computes the logits")
+    measure_inputs(model, image_shape, head, cut)
+    return head, cut
 
 
 def _empty(name: str) -> Layer:
@@ -308,13 +332,9 @@ def _verified(
 ) -> dict[str, Cut]:
     """Returns the verified cuts by name. A file in the folder `cache_dir` stores the cuts for later calls."""
     remembered = cache_dir / f"{_structure_key(model, image_shape, ends)}.json" if cache_dir else None
-    if remembered is not None and remembered.is_file():
-        kept = {}
-        for name, (site, dense) in json.loads(remembered.read_text()).items():
-            cut = make_cut(seen, name, Site(**site))
-            if cut is not None:
-                kept[name] = replace(cut, dense=dense)
-        return kept
+    known = _read_cuts(remembered, seen) if remembered else None
+    if known is not None:
+        return known
     candidates = {
         name: [
             replace(cut, dense=dense)
@@ -326,12 +346,30 @@ def _verified(
     }
     verified = _verify(model, image_shape, candidates)
     if remembered is not None:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({name: (cut.site.__dict__, cut.dense) for name, cut in verified.items()})
-        partial = remembered.with_suffix(f".{id(verified):x}.tmp")
-        partial.write_text(text)
-        partial.replace(remembered)
+        _write_cuts(remembered, verified)
     return verified
+
+
+def _read_cuts(file: Path, seen: Trace) -> dict[str, Cut] | None:
+    """Returns the verified cuts that `file` lists, or None if the file is missing, unreadable or damaged."""
+    try:
+        sites = {name: (Site(**site), bool(dense)) for name, (site, dense) in read_sealed(file).items()}
+    except OSError as error:
+        log.debug("no verified cuts in %s: %s", file, error)
+        return None
+    except (ValueError, TypeError, AttributeError) as error:
+        log.warning("discarding the damaged file of verified cuts %s (%s)", file, error)
+        return None
+    cuts = {name: (make_cut(seen, name, site), dense) for name, (site, dense) in sites.items()}
+    return {name: replace(cut, dense=dense) for name, (cut, dense) in cuts.items() if cut is not None}
+
+
+def _write_cuts(file: Path, cuts: Mapping[str, Cut]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_sealed(file, {name: (cut.site.__dict__, cut.dense) for name, cut in cuts.items()})
+    except OSError as error:
+        report_unwritable(error)
 
 
 def _structure_key(model: nn.Module, image_shape: tuple[int, int, int], ends: list[tuple[str, int]]) -> str:

@@ -71,6 +71,7 @@ class Cut:
     stubs: tuple[Stub, ...]
     dense: bool = False  # whether placeholders must be writable, since the network modifies them in place
     repeated: frozenset[str]  # the modules among stubs and site that one forward calls more than once
+    later: frozenset[str]  # the modules that run after the cut, at least in part
 
     def __deepcopy__(self, memo: Any) -> "Cut":
         return self  # cuts are immutable, so copies of modules for other threads may share them
@@ -150,6 +151,7 @@ def make_cut(trace: Trace, name: str, site: Site) -> Cut | None:
         dtype=leaf.dtype,
         stubs=tuple(stubs),
         repeated=frozenset(c.module for c in trace.calls if c.index > 0 and c.module in involved),
+        later=frozenset(c.module for c in trace.calls if c.end > tick),
     )
 
 

@@ -112,7 +112,8 @@ def format_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) ->
         prefixes = tuple(f"{name}." for name in names)
         rows.append(make_row(kind, len(names), sum(sizes[n] for n in adapted.trained if n.startswith(prefixes))))
     rows.append(make_row("adapters", len(targets.modules), sum(sizes[n] for n in adapted.trained)))
-    rows.append(make_row(f"{chain.classifier}, the head", 1, sum(sizes[n] for n in chain.classifier_parameters)))
+    maps = () if chain.head is None else chain.head.modules
+    rows.append(make_row(f"{', '.join(maps)}, the head", len(maps), sum(sizes[n] for n in chain.classifier_parameters)))
     cut = _describe_cut(chain, adapted_chain.lowest_cut(adapted.policy().select(adapted_chain)))
     return "\n".join([adapter.name, "", *_align(rows), "", f"cut: {cut}", *targets.describe_left_out()])
 

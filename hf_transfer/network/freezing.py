@@ -31,12 +31,18 @@ def set_trainable(model: nn.Module, trainable: Collection[str]) -> None:
 def set_modes(chain: Chain, cut: Cut | None, trainable: Collection[str], *, freeze_batchnorm: bool = False) -> None:
     """Puts the model in train mode and its frozen modules in eval mode, in place. Call it at the start of each epoch.
 
-    Frozen are the modules before `cut`, and every BatchNorm whose parameters are all frozen. If `freeze_batchnorm` is true,
-    every BatchNorm is frozen. Any module with running statistics counts as a BatchNorm.
+    Frozen are the modules before `cut`, modules without parameters that no call after `cut` reaches (position encodings, which
+    may be random in train mode), and every BatchNorm whose parameters are all frozen. If `freeze_batchnorm` is true, every
+    BatchNorm is frozen. Any module with running statistics counts as a BatchNorm.
     """
     chain.model.train()
     for module in _modules_before(chain.model, cut) | _frozen_norms(chain.model, trainable, freeze_batchnorm):
         module.training = False  # eval() would also switch submodules, such as the dropout in timm's BatchNorm
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether a module of `model` has running statistics, in any mode."""
+    return any(isinstance(m._buffers.get("running_mean"), torch.Tensor) for m in model.modules())
 
 
 def uses_batch_statistics(model: nn.Module) -> bool:
@@ -90,7 +96,7 @@ def _tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
 
 
 def _modules_before(model: nn.Module, cut: Cut | None) -> set[nn.Module]:
-    """Returns the modules that run only before `cut`, with all their submodules."""
+    """Returns the modules that run only before `cut`, and the modules without parameters that do not run after it."""
     if cut is None:
         return set()
     modules = dict(model.named_modules())
@@ -103,7 +109,10 @@ def _modules_before(model: nn.Module, cut: Cut | None) -> set[nn.Module]:
         for name, module in model.named_modules(remove_duplicate=False)
         if not any(name == stub or name.startswith(stub + ".") for stub in stubs)
     }
-    return {module for module in before if module not in elsewhere or _has_state(module)}
+    # Position encodings serve both sides of the cut, and a forward may use a module without calling it (timm's DINOv3).
+    later = {modules[name] for name in cut.later if name in modules}
+    unreached = {m for m in modules.values() if m not in later and next(m.parameters(), None) is None}
+    return {module for module in before if module not in elsewhere or _has_state(module)} | unreached
 
 
 def _has_state(module: nn.Module) -> bool:

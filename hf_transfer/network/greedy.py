@@ -19,6 +19,7 @@ from torch import nn
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import HEAD, Chain, Layer
 from hf_transfer.network.cut import Cut
+from hf_transfer.network.head import LinearHead
 from hf_transfer.network.modeling_greedy import HEAD_SIDE, GreedyConfig, GreedyForImageClassification, Head, Layout
 from hf_transfer.network.part import Part
 from hf_transfer.network.policies import Policy
@@ -172,7 +173,7 @@ def _stage_chain(network: Part, chain: Chain, layers: Sequence[Layer]) -> Chain:
         model=network,
         image_shape=chain.image_shape,
         layers=(*layers, head),
-        classifier=f"heads.{key}.linear",
+        head=LinearHead(modules=(f"heads.{key}.linear",)),
         features=None,
         unused_parameters=tuple(n for n, _ in network.named_parameters() if n not in known),
         notes=chain.notes,
@@ -192,5 +193,6 @@ def _rename(layer: Layer, home: str) -> Layer:
             site=replace(cut.site, module=f"{home}.{cut.site.module}"),
             stubs=tuple(replace(stub, module=f"{home}.{stub.module}") for stub in cut.stubs),
             repeated=frozenset(f"{home}.{n}" for n in cut.repeated),
+            later=frozenset(f"{home}.{n}" for n in cut.later),
         ),
     )

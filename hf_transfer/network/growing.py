@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
@@ -61,9 +60,12 @@ def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, 
     )
 
 
-def grow_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
-    """Returns a stack that trains one block of the backbone per stage. Raises ValueError if no cut follows a block."""
-    chain = backbone.chain(cache_dir=chain_dir())
+def grow_blocks(backbone: Backbone, aux: AuxiliaryHead, *, cache_dir: Path | None = None) -> GreedyStack:
+    """Returns a stack that trains one block of the backbone per stage. Raises ValueError if no cut follows a block.
+
+    `cache_dir`: the folder of verified cuts (see `chain.build_chain`).
+    """
+    chain = backbone.chain(cache_dir=cache_dir)
     model = backbone.model
     assert isinstance(model, GreedyForImageClassification)
     names = [f"blocks.{i}" for i in range(len(model.blocks))]
@@ -73,12 +75,14 @@ def grow_blocks(backbone: Backbone, aux: AuxiliaryHead) -> GreedyStack:
     return stack_layers(backbone, chain, names, aux)
 
 
-def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | None = None) -> GreedyStack:
+def grow_architecture(
+    backbone: Backbone, aux: AuxiliaryHead, *, layers: int | None = None, cache_dir: Path | None = None
+) -> GreedyStack:
     """Returns a stack whose stages train the first `layers` layers (None: all) of a new network (see `backbone.create`).
 
     Raises ValueError if the network has no separate layers, or fewer than `layers` layers.
     """
-    chain = backbone.chain(cache_dir=chain_dir())
+    chain = backbone.chain(cache_dir=cache_dir)
     if len(chain) == 0 or any(layer.cut is None for layer in chain.layers[1:-1]):
         reason = chain.notes[0] if chain.notes else "it has no interior cuts"
         raise ValueError(
@@ -95,7 +99,13 @@ def grow_architecture(backbone: Backbone, aux: AuxiliaryHead, *, layers: int | N
 
 
 def grow_on(
-    backbone: Backbone, chain: Chain, blocks: BlockSpec, aux: AuxiliaryHead, *, after: str | None = None
+    backbone: Backbone,
+    chain: Chain,
+    blocks: BlockSpec,
+    aux: AuxiliaryHead,
+    *,
+    after: str | None = None,
+    cache_dir: Path | None = None,
 ) -> GreedyStack:
     """Returns a stack of new blocks on the frozen layers of a checkpoint, up to the layer called `after` (None: all layers).
 
@@ -128,15 +138,7 @@ def grow_on(
     own = set(grown.body.network.state_dict())
     grown.body.network.load_state_dict({n: t for n, t in model.state_dict().items() if n in own})
     base = replace(backbone, model=grown, library="transformers", new_head=True)
-    return grow_blocks(base, aux)
-
-
-def read_numbers(text: str) -> tuple[int, ...]:
-    """Parses block numbers from text such as "2,3" (empty text: no numbers). Raises ValueError for other text."""
-    words = [word.strip() for word in text.split(",")] if text.strip() else []
-    if not all(word.isdigit() for word in words):
-        raise ValueError(f"downsample={text!r}: give the numbers of the blocks that halve the grid, such as 2,3")
-    return tuple(int(word) for word in words)
+    return grow_blocks(base, aux, cache_dir=cache_dir)
 
 
 def _plan_blocks(spec: BlockSpec, shape: Sequence[int], layout: Layout) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut, Site
 from hf_transfer.network.forward import eval_mode
+from hf_transfer.network.head import HeadInput, check_bias, count_features, measure_inputs, read_inputs
 from hf_transfer.network.part import Part
 
 _FILLING = {
@@ -50,6 +51,7 @@ class Readout:
     changes: Mapping[str, Any]  # constructor arguments that give the model variant this depth and pooling
     cut: Cut  # where the activation is read: the end of `layer`, or the network's own features
     num_features: int
+    inputs: tuple[HeadInput, ...] = field(repr=False)  # the head's inputs, whose features the readout concatenates
     model: nn.Module = field(repr=False)  # the variant with this pooling and all layers, sharing the network's weights
 
     @property
@@ -61,24 +63,28 @@ class Readout:
 def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "all"]) -> list[Readout]:
     """Returns the unchanged network's readout and, as `sweep` requests, readouts of other poolings, earlier layers, or both.
 
-    Raises ValueError if the network has no single linear classifier.
+    A head of several linear maps has only the unchanged network's readout. Raises ValueError if the network's logits are not a
+    weighted sum of linear maps, or if these maps have no bias.
     """
-    if chain.classifier is None or chain.features is None:
+    if chain.head is None or chain.features is None:
         raise ValueError(
-            f"{type(chain.model).__name__} has no single linear classifier after a cut, so no linear probe can be solved; "
-            "choose the strategy last_layers instead"
+            f"{type(chain.model).__name__}: the logits are not a weighted sum of linear maps, so no linear probe can be "
+            "solved; choose the strategy full, or last_layers with --no-probe_first"
         )
+    inputs = measure_inputs(chain.model, chain.image_shape, chain.head, chain.features)
+    check_bias(chain.model, inputs)
     own = Readout(
         layer=chain.layers[-2].name,
         pooling=NATIVE,
         changes={},
         cut=chain.features,
-        num_features=int(torch.Size(chain.features.shape).numel()),
+        num_features=count_features(chain.model, inputs),
+        inputs=inputs,
         model=chain.model,
     )
     readouts = [own]
     last = chain.layers[-2].cut
-    if last is None:
+    if last is None or not chain.head.is_direct:
         return readouts
     if sweep in ("pooling", "all") and not isinstance(chain.model, PreTrainedModel):
         own_pool = getattr(chain.model, "global_pool", None)
@@ -109,18 +115,20 @@ def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
 
 
 def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> torch.Tensor:
-    """Returns the features (B, F), which are the classifier's input, for the activation (B, *cut.shape) at the readout's cut.
+    """Returns the features (B, F), which are the head's input, for the activation (B, *cut.shape) at the readout's cut.
 
     Runs only the end of the network (final norm, pooling) on the activation, and skips the layers after the readout's layer.
     """
+    assert chain.head is not None
+    if not chain.head.is_direct:
+        return read_inputs(chain.model, chain.image_shape, readout.inputs, readout.cut, activation)
     if readout.cut == chain.features:
         return activation.flatten(1)
     last = chain.layers[-2].cut
     assert last is not None
-    assert chain.classifier is not None
     assert chain.features is not None
-    # The variant may use other modules for pooling, but its classifier has the same name.
-    end = replace(chain.features, site=Site(side="before", module=chain.classifier, index=0, leaf=0))
+    # The variant may use other modules for pooling, but its linear map has the same name.
+    end = replace(chain.features, site=Site(side="before", module=chain.head.modules[0], index=0, leaf=0))
     with (
         eval_mode(readout.model),
         torch.no_grad(),
@@ -160,7 +168,8 @@ def build_variant(
     if not with_weights:
         return variant
     weights = model.state_dict()
-    own = {n for n in variant.state_dict() if n in weights and not n.startswith(f"{chain.classifier}.")}
+    assert chain.head is not None
+    own = {n for n in variant.state_dict() if n in weights and not chain.head.owns(n)}
     variant.load_state_dict({n: weights[n] for n in own}, strict=False, assign=True)  # shares the tensors
     return variant.eval()
 
@@ -186,8 +195,8 @@ def _expresses(chain: Chain, changes: Mapping[str, Any], left_out: Sequence[str]
         return False
 
     def body(model: nn.Module) -> dict[str, tuple[int, ...]]:
-        named = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        return {n: s for n, s in named.items() if not n.startswith(f"{chain.classifier}.")}
+        assert chain.head is not None
+        return {n: tuple(p.shape) for n, p in model.named_parameters() if not chain.head.owns(n)}
 
     expected = {n: s for n, s in body(chain.model).items() if n not in set(left_out)}
     return body(variant) == expected

@@ -3,7 +3,7 @@
 Only files that loading needs are downloaded: config, preprocessing, model card and safetensors. Pickles are never downloaded.
 """
 
-import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,9 +24,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT
+from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
+from hf_transfer.network.damage import INDEX, check_files, read_json
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHTS = ("model.safetensors", INDEX)
 PREPROCESSING = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -52,8 +53,7 @@ class Source:
 
     def read_config(self) -> dict[str, Any]:
         """Returns the contents of the checkpoint's config.json."""
-        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
-        return config
+        return read_json(self.folder / "config.json")
 
 
 def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -66,11 +66,41 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
         with resources.as_file(resources.files("hf_transfer") / "assets" / EMBEDDED_CHECKPOINT) as folder:
             return _from_folder(folder, base_model)
     path = Path(checkpoint).expanduser()
-    if path.is_dir():
+    if _is_folder(path):
         return _from_folder(path.resolve(), base_model)
-    if not HUB_ID.fullmatch(checkpoint):
-        raise ValueError(f"{checkpoint!r} is neither a folder here nor a Hub id (owner/name or owner/name@revision)")
+    _check_hub_id(checkpoint)
     return _from_hub(checkpoint, base_model, trust_remote_code)
+
+
+def pin_checkpoint(checkpoint: str, source: Source) -> str:
+    """Returns `checkpoint` as `owner/name@commit` if `source` came from the Hub, and unchanged otherwise."""
+    is_local = checkpoint in (EMBEDDED_CHECKPOINT, NO_CHECKPOINT) or _is_folder(Path(checkpoint).expanduser())
+    if is_local or source.revision is None:
+        return checkpoint
+    return f"{checkpoint.partition('@')[0]}@{source.revision}"
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Raises ValueError if `checkpoint` is neither "embedded" nor a sound folder nor a Hub id. Needs no network."""
+    path = Path(checkpoint).expanduser()
+    if checkpoint == EMBEDDED_CHECKPOINT:
+        return
+    if _is_folder(path):
+        _from_folder(path.resolve(), None)
+    else:
+        _check_hub_id(checkpoint)
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - pathlib raises an OSError for a name that is too long
+
+
+def _check_hub_id(checkpoint: str) -> None:
+    if not HUB_ID.fullmatch(checkpoint):
+        raise ValueError(
+            f"checkpoint={checkpoint!r} is neither a folder here nor a Hub id; give a folder in Hub layout, owner/name or "
+            "owner/name@revision"
+        )
 
 
 def _from_folder(folder: Path, base_model: str | None) -> Source:
@@ -78,6 +108,7 @@ def _from_folder(folder: Path, base_model: str | None) -> Source:
         raise ValueError(f"the folder {folder.name!r} has no config.json: a checkpoint folder has Hub layout")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ValueError(_no_safetensors(folder.name, sorted(p.name for p in folder.glob("*.bin")) or ["no weights"]))
+    check_files(folder)
     card = _card_data(folder)
     recorded = card.get("base_model")
     if isinstance(recorded, list):
@@ -108,6 +139,8 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
 
     with _explained(repo, revision):
         config = fetch("config.json")
+        if config is not None:
+            revision = config.parent.name  # the commit: all files are of one commit, even if the branch moves meanwhile
         weights = next((name for name in WEIGHTS if config and fetch(name)), None)
         if weights is None and unreachable:
             raise unreachable[0]
@@ -121,6 +154,7 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
             fetch(name)
         if trust_remote_code:
             snapshot_download(repo, revision=revision or None, allow_patterns=["*.py"])
+    check_files(config.parent)
     card = _card_data(config.parent)
     return Source(
         folder=config.parent,
@@ -212,16 +246,20 @@ def _card_data(folder: Path) -> dict[str, Any]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
-    data = ModelCard(card.read_text(), ignore_metadata_errors=True).data
+    try:
+        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (ValueError, TypeError, AttributeError):  # a damaged card is no obstacle to loading the weights
+        return {}
     return {key: data.get(key) for key in ("base_model", "license", "license_name")}
 
 
 def _license(folder: Path, card: dict[str, Any]) -> str | None:
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
+    pretrained = config.get("pretrained_cfg")
     name = (
         card.get("license_name")
         or card.get("license")
         or config.get("license")
-        or config.get("pretrained_cfg", {}).get("license")
+        or (pretrained.get("license") if isinstance(pretrained, dict) else None)
     )
     return str(name) if name else None

@@ -55,10 +55,10 @@ def find_targets(chain: Chain, adapter: AdapterConfig) -> Targets:
     These four settings skip modules that the adapter does not fit. Other text is a regular expression for names, also in the
     stem, and the adapter must fit all matching modules. Raises ValueError, with the choices, if no module can be adapted.
     """
-    if chain.classifier is None:
+    if chain.head is None:
         raise ValueError(
-            f"{type(chain.model).__name__} has no single linear classifier after its layers, and adapters are trained together "
-            "with a linear classifier; choose the strategy last_layers instead"
+            f"{type(chain.model).__name__}: the logits are not a weighted sum of linear maps, and adapters are trained "
+            "together with such a head; choose the strategy full, or last_layers with --no-probe_first"
         )
     if not len(chain):
         raise ValueError(f"{type(chain.model).__name__} has no layers between stem and head: no module can be adapted")
@@ -233,8 +233,9 @@ def _resolve_targets(adapter: AdapterConfig, groups: Mapping[str, list[str]]) ->
 
 def _explain_no_match(chain: Chain, adapter: AdapterConfig, candidates: _Candidates) -> str:
     matched = [n for n, _ in chain.model.named_modules() if n and re.search(adapter.targets, n)]
-    if chain.classifier in matched:
-        but = f" but the head ({chain.classifier}), which trains without an adapter"
+    of_head = [name for name in chain.head.modules if name in matched] if chain.head is not None else []
+    if of_head:
+        but = f" but the head ({', '.join(of_head)}), which trains without an adapter"
     elif matched:
         but = f" of the kind that {adapter.method} adapts, but {', '.join(matched[:3])}"
     else:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from hf_transfer.data.splits import Split
 from hf_transfer.network.chain import VERIFIED_RELATIVE, Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.preprocessing import Preprocessing
-from hf_transfer.prefix.cache import Storage, StoreRequest, cached_apart
+from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached_apart
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.storage import Storage
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import sweep
+from hf_transfer.prefix.sweep import batch_rows, sweep
 
 log = logging.getLogger(__name__)
 
@@ -108,25 +109,27 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
     rows, and all processes can read all rows. Raises BadImageError, with the image's name, if an image cannot be decoded.
     """
     arrays = {name: (tap.shape, "float32") for name, tap in taps.items()}
-    nbytes = sum(len(images) * int(np.prod(shape)) * 4 for shape, _ in arrays.values())
-    storage = resources.choose_storage(nbytes)
     extraction = _Extraction(chain=chain, images=images, taps=taps, resources=resources)
-    if storage.kind == "none":
-        log.info("activations of %s: %s", images.name, storage.reason)
-        recomputed = {name: Recomputed(extraction, tap) for name, tap in taps.items()}
-        return Extracted(stores=recomputed, images=0, checked_rows=0, seconds=0.0, storage=storage)
     started = time.perf_counter()
     request = StoreRequest(
         arrays=arrays,
         num_rows=len(images),
         fill=extraction.fill,
         check=extraction.check,
-        storage=storage,
+        cache=resources.compute.cache,
+        batch_rows=batch_rows(resources),
         ranks=resources.ranks,
         bound_bytes=resources.max_disk_bytes,
     )
     titles = {name: f"{type(chain.model).__name__}, {len(images)} images, {name}" for name in taps}
-    stores = cached_apart(extraction.keys(), request, titles)
+    # Keys are needed on disk only, and contain a hash of all images.
+    keys: dict[str, dict[str, Any]] = extraction.keys() if resources.uses_disk else {name: {} for name in taps}
+    stored = cached_apart(keys, request, titles)
+    stores, storage = stored.stores, stored.storage
+    if storage.kind == "none":
+        log.info("activations of %s: %s", images.name, storage.reason)
+        recomputed = {name: Recomputed(extraction, tap) for name, tap in taps.items()}
+        return Extracted(stores=recomputed, images=0, checked_rows=0, seconds=0.0, storage=storage)
     seconds = time.perf_counter() - started
     if resources.accelerator.is_main_process:
         origin = f"{extraction.computed / seconds:.0f} images/s" if extraction.computed else "found in the cache"
@@ -163,24 +166,52 @@ class _Extraction:
             for name, tap in self.taps.items()
         }
 
-    def fill(self, rows: Mapping[str, NDArray[Any]], start: int) -> None:
-        """Computes the values of the images from number `start` on, and writes each tap's values into its array in `rows`."""
-        self.computed = len(next(iter(rows.values())))
-        wanted = np.arange(start, start + self.computed)
-        self.compute(wanted, rows, title=f"{self.images.name} features")
+    def fill(self, missing: MissingRows) -> None:
+        """Computes the values of the missing rows, and writes each tap's values into the tap's array."""
+        self.computed = len(missing.positions)
+
+        def write(start: int, values: Mapping[str, NDArray[Any]]) -> None:
+            count = len(next(iter(values.values())))
+            positions = missing.positions[start : start + count]
+            for name, rows in values.items():
+                missing.arrays[name][positions] = rows
+            missing.mark(positions)
+
+        title = f"{self.images.name} features"
+        self.compute(missing.start + missing.positions, list(missing.arrays), write, title=title)
 
     def check(self, stores: Mapping[str, Store]) -> set[str]:
         """Returns the names of the stores whose first or last row differs from what the chain computes now."""
         rows = np.unique([0, len(self.images) - 1])
         self.checked = len(rows)
-        again = {name: np.empty((len(rows), *self.taps[name].shape), np.float32) for name in stores}
-        self.compute(rows, again)
+        again = self.compute_rows(rows, list(stores))
         tolerance = check_tolerance(self.resources)
         return {name for name, store in stores.items() if not _agree(store[rows], again[name], tolerance)}
 
-    def compute(self, wanted: NDArray[np.int64], out: Mapping[str, NDArray[Any]], *, title: str | None = None) -> None:
-        """Computes the values of the images numbered `wanted`, and writes each tap's values into the tap's array in `out`."""
-        taps = {name: self.taps[name] for name in out}
+    def compute_rows(self, wanted: NDArray[np.int64], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Returns the values of the images numbered `wanted`, for each tap in `names`."""
+        out = {name: np.empty((len(wanted), *self.taps[name].shape), np.float32) for name in names}
+
+        def write(start: int, values: Mapping[str, NDArray[Any]]) -> None:
+            for name, rows in values.items():
+                out[name][start : start + len(rows)] = rows
+
+        self.compute(wanted, names, write)
+        return out
+
+    def compute(
+        self,
+        wanted: NDArray[np.int64],
+        names: Sequence[str],
+        write: Callable[[int, Mapping[str, NDArray[Any]]], None],
+        *,
+        title: str | None = None,
+    ) -> None:
+        """Computes the values of the images numbered `wanted` for each tap in `names`, and calls `write` with each batch.
+
+        `write` takes the position of the batch's first image in `wanted`, and the values by tap name. Several threads call it.
+        """
+        taps = {name: self.taps[name] for name in names}
         one_tail_at_a_time = threading.Lock()  # `keep` may run modules that several threads share
         cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
         start_cut = self.images.cut if isinstance(self.images, StoredActivations) else None
@@ -192,13 +223,14 @@ class _Extraction:
             with self.resources.autocast():
                 read = replica.run_prefix(cuts, batch, start=start_cut)
             activations = dict(zip((c.name for c in cuts), read, strict=True))
+            values: dict[str, NDArray[Any]] = {}
             with one_tail_at_a_time:
-                for names in groups.values():
-                    inputs = [activations[taps[name].cut.name].float() for name in names]
+                for members in groups.values():
+                    inputs = [activations[taps[name].cut.name].float() for name in members]
                     joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-                    kept = taps[names[0]].keep(joined).cpu().numpy()
-                    for i, name in enumerate(names):
-                        out[name][start : start + len(batch)] = kept[i * len(batch) : (i + 1) * len(batch)]
+                    kept = taps[members[0]].keep(joined).cpu().numpy()
+                    values |= {n: kept[i * len(batch) : (i + 1) * len(batch)] for i, n in enumerate(members)}
+            write(start, values)
 
         sweep(self.chain, self.images, wanted, compute, self.resources, title=title)
 
@@ -216,10 +248,7 @@ class Recomputed(Store):
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
         """Returns the rows that the slice or int array `rows` selects, computed in one pass of the prefix."""
-        wanted = np.arange(len(self))[rows]
-        out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
-        self._extraction.compute(wanted, {"": out})
-        return out
+        return self._extraction.compute_rows(np.arange(len(self))[rows], [""])[""]
 
 
 def check_tolerance(resources: Resources) -> float:

@@ -22,7 +22,7 @@ from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import augment, draw_uniform
 from hf_transfer.data.splits import Split
 from hf_transfer.network.preprocessing import Preprocessing
-from hf_transfer.prefix.cache import StoreRequest, cached
+from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.store import Store
 
@@ -217,68 +217,66 @@ class _Decoding:
     read: Callable[[int], dict[str, NDArray[Any]]]  # values by array name
     arrays: Mapping[str, tuple[tuple[int, ...], str]]
 
-    @property
-    def nbytes(self) -> int:
-        rows = (int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self.arrays.values())
-        return len(self.split) * sum(rows)
-
     def check(self, stores: Mapping[str, Store]) -> set[str]:
         """Returns the names of the stores whose first or last row differs from what decoding gives now."""
         rows = np.unique([0, len(self.split) - 1])
         decoded = [self.read(int(i)) for i in rows]
         return {n for n, s in stores.items() if not np.array_equal(s[rows], np.stack([each[n] for each in decoded]))}
 
-    def fill(self, rows: Mapping[str, NDArray[Any]], start: int, resources: Resources) -> int:
-        """Decodes the images from number `start` on in threads, and writes them into `rows`. Returns the number of images."""
-        count = len(next(iter(rows.values())))
+    def fill(self, missing: MissingRows, resources: Resources) -> int:
+        """Decodes the images of the missing rows in threads, and writes them. Returns the number of images."""
+        positions = missing.positions
         hidden = None if resources.accelerator.is_main_process else True  # None hides the bar if there is no terminal
-        bar = tqdm(total=count, desc=f"{self.split.name} pixels", unit="img", disable=hidden)
+        bar = tqdm(total=len(positions), desc=f"{self.split.name} pixels", unit="img", disable=hidden)
 
         def work(first: int) -> int:
-            block = range(first, min(first + ROWS_PER_TASK, count))
+            block = positions[first : first + ROWS_PER_TASK]
             for i in block:
-                for name, value in self.read(start + i).items():
-                    rows[name][i] = value
+                for name, value in self.read(missing.start + int(i)).items():
+                    missing.arrays[name][i] = value
+            missing.mark(block)
             return len(block)
 
         threads = count_threads(resources.compute.num_workers)
         with bar, ThreadPoolExecutor(threads) as pool:
             try:
-                for done in pool.map(work, range(0, count, ROWS_PER_TASK)):
+                for done in pool.map(work, range(0, len(positions), ROWS_PER_TASK)):
                     bar.update(done)
             finally:
                 pool.shutdown(cancel_futures=True)  # cancels work after a bad image
-        return count
+        return len(positions)
 
 
 def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -> dict[str, Store]:
     """Returns the stores of the arrays that `decoding` describes, from the cache or by decoding the images now."""
     split, arrays = decoding.split, decoding.arrays
-    storage = resources.choose_storage(decoding.nbytes)
-    if storage.kind == "none":
-        log.info("pixels of %s: %s", split.name, storage.reason)
-        return {
-            name: DecodedWhenRead(lambda i, name=name: decoding.read(i)[name], (len(split), *shape), kind)
-            for name, (shape, kind) in arrays.items()
-        }
     num_decoded = 0
 
-    def fill(rows: Mapping[str, NDArray[Any]], start: int) -> None:
+    def fill(missing: MissingRows) -> None:
         nonlocal num_decoded
-        num_decoded = decoding.fill(rows, start, resources)
+        num_decoded = decoding.fill(missing, resources)
 
     request = StoreRequest(
         arrays=arrays,
         num_rows=len(split),
         fill=fill,
         check=decoding.check,
-        storage=storage,
+        cache=resources.compute.cache,
         ranks=resources.ranks,
         bound_bytes=resources.max_disk_bytes,
     )
     started = time.perf_counter()
-    stores = cached({**key, "data": split.fingerprint}, request, f"{key['kind']}, {len(split)} images")
+    # The fingerprint is needed on disk only, and is a hash of all images.
+    fields = {**key, "data": split.fingerprint} if resources.uses_disk else key
+    stored = cached(fields, request, f"{key['kind']}, {len(split)} images")
+    storage = stored.storage
+    if storage.kind == "none":
+        log.info("pixels of %s: %s", split.name, storage.reason)
+        return {
+            name: DecodedWhenRead(lambda i, name=name: decoding.read(i)[name], (len(split), *shape), kind)
+            for name, (shape, kind) in arrays.items()
+        }
     if resources.accelerator.is_main_process:
         rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "cached"
         log.info("pixels of %s: %d images, %s; %s", split.name, len(split), rate, storage.reason)
-    return stores
+    return dict(stored.stores)

@@ -1,15 +1,18 @@
 """The resources of a pass over images: processes, device, batch size, workers, precision, and the place of stored results."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 
+from hf_transfer.capability import count_cores
 from hf_transfer.config import ComputeConfig, Precision
-from hf_transfer.prefix.cache import Ranks, Storage, choose_storage
+from hf_transfer.locations import chain_dir
+from hf_transfer.prefix.ranks import Ranks
+from hf_transfer.prefix.storage import Storage, choose_storage, measure_capacity
+from hf_transfer.processes import gather
 
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
@@ -19,8 +22,8 @@ PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp
 
 
 def count_threads(num_workers: int) -> int:
-    """Returns the number of decoding threads of one process: `num_workers`, or one per core up to 16 if `num_workers` is 0."""
-    return num_workers or min(MAX_THREADS, os.cpu_count() or 1)
+    """Returns the number of decoding threads of one process: `num_workers`, else one per usable core, at most 16."""
+    return num_workers or min(MAX_THREADS, count_cores())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +57,7 @@ class Resources:
         return Ranks(
             rank=self.accelerator.process_index,
             count=self.accelerator.num_processes,
-            barrier=self.accelerator.wait_for_everyone,
-            broadcast=lambda value: broadcast_object_list([value])[0],
+            gather=gather,
         )
 
     def autocast(self) -> torch.autocast:
@@ -63,11 +65,20 @@ class Resources:
         dtype = DTYPES[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
 
+    @property
+    def uses_disk(self) -> bool:
+        """Whether stores may lie on disk."""
+        return self.compute.cache in ("auto", "disk")
+
+    @property
+    def chain_dir(self) -> Path | None:
+        """The folder of verified cuts; None with cache='none', which touches no folder."""
+        return None if self.compute.cache == "none" else chain_dir()
+
     def choose_storage(self, nbytes: int) -> Storage:
-        """Chooses where to store `nbytes` (see `cache.choose_storage`). With several processes, `auto` means disk."""
-        is_shared = self.accelerator.num_processes > 1 and self.compute.cache == "auto"
-        requested = "disk" if is_shared else self.compute.cache
-        return choose_storage(nbytes, requested, bound_bytes=self.max_disk_bytes)
+        """Chooses where to store `nbytes`, the same on all ranks, which must all call this method."""
+        capacity = measure_capacity(self.ranks, self.max_disk_bytes, needs_disk=self.uses_disk)
+        return choose_storage(nbytes, self.compute.cache, capacity)
 
     def keeping_results(self) -> "Resources":
         """Returns resources with cache='memory' in place of cache='none', so that several readers share one pass."""

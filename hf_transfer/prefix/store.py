@@ -15,7 +15,9 @@ class Store:
     """A read-only array whose rows lie in one or several shards, in order. Reading returns copies."""
 
     def __init__(self, shards: Sequence[Array], path: Path | None = None) -> None:
-        self._shards = list(shards)
+        self._shards = [
+            np.asarray(shard) for shard in shards
+        ]  # indexing a plain array is faster than indexing a memory map
         self._starts = np.cumsum([0, *(len(s) for s in shards)])
         self.path = path
         if path is not None:
@@ -42,7 +44,10 @@ class Store:
     def __getitem__(self, rows: slice | Array) -> Array:
         """Returns the rows of a slice or an int array, which may repeat rows, change their order, and count from the end."""
         if len(self._shards) == 1:
-            return np.array(self._shards[0][rows])
+            chosen = self._shards[0][rows]
+            return (
+                chosen.copy() if isinstance(rows, slice) else chosen
+            )  # indexing with an array copies the rows already
         wanted = np.arange(len(self))[rows]
         out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         shard_of = np.searchsorted(self._starts, wanted, side="right") - 1

@@ -9,15 +9,19 @@ from typing import Any
 
 import yaml
 
-from hf_transfer.config import GradientConfig, RunConfig, to_settings
+from hf_transfer.config import GradientConfig, RunConfig
+from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
 from hf_transfer.reporting.sentences import describe_choice, describe_phase
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import PhaseResult, RunResult, to_json
 
 SCHEMA_VERSION = 1  # raise the version if a change of results.json breaks scripts that read the file
+OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume")  # settings that are left out of results.json
 PACKAGES = (
     "hf-transfer-learning", "torch", "timm", "transformers", "datasets", "accelerate", "evaluate", "peft", "huggingface_hub",
 )  # fmt: skip
@@ -53,7 +57,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
 
 
 def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Returns all settings except the output folder, with public names in place of local paths.
+    """Returns all settings except those in OF_ONE_START, with public names in place of local paths.
 
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
@@ -62,25 +66,34 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
         path = Path(settings[name] or "").expanduser()
         if settings[name] is not None and path.exists():
             settings[name] = (names or {}).get(name, path.resolve().name)
-    del settings["output_dir"]
-    return settings
+    return {name: value for name, value in settings.items() if name not in OF_ONE_START}
+
+
+def pin_revisions(session: Session) -> RunConfig:
+    """Returns the session's settings with the commit (`ID@sha`) of the checkpoint and the data set that came from the Hub."""
+    config, data = session.config, session.data
+    pinned = {"checkpoint": pin_checkpoint(config.model.checkpoint, session.backbone.source)}
+    if data.revision is not None:
+        pinned["dataset"] = f"{config.data.dataset.partition('@')[0]}@{data.revision}"
+    return replace_settings(config, pinned)
 
 
 def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
-    """Writes results.json and report.html. A failure does not leave an incomplete results.json."""
-    _write_whole(output_dir / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    """Writes report.html and results.json. A failure does not leave an incomplete results.json."""
     write_report(results, output_dir / "report.html")
+    _write_whole(output_dir / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
 def write_config(output_dir: Path, config: RunConfig, unrepeatable: Sequence[str] = ()) -> None:
-    """Writes all settings to config.yaml. Call this before the run starts, so that a failed run can be repeated too.
+    """Writes all settings to config.yaml, except that the file neither resumes a run nor overwrites a run.
 
     Each sentence in `unrepeatable` describes an input that the settings do not contain, and becomes a comment in the file.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     header = ["These settings alone do not repeat the run:", *(f"- {line}" for line in unrepeatable)]
     comments = "".join(f"# {line}\n" for line in header) if unrepeatable else ""
-    _write_whole(output_dir / "config.yaml", comments + yaml.safe_dump(to_settings(config), sort_keys=False))
+    settings = {**to_settings(config), "overwrite_output_dir": False, "resume": False}
+    _write_whole(output_dir / CONFIG, comments + yaml.safe_dump(settings, sort_keys=False))
 
 
 def read_versions() -> dict[str, str]:

@@ -10,7 +10,8 @@ gives applies to every strategy. For other settings, each strategy has its own d
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_transfer.config import flag
+from hf_transfer.config import SECONDS
+from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -22,12 +23,10 @@ if TYPE_CHECKING:
 class Auto(GradientStrategy):
     """Settings of the strategy `auto`, which chooses another strategy."""
 
-    budget_s: float | None = flag(None, "approximate limit in seconds for all runs together; none: no limit")
+    budget_s: float | None = flag(
+        None, "approximate limit in seconds for all runs together; none: no limit", allowed=SECONDS
+    )
     measure: bool = flag(False, "choose the strategy after short training runs of the best candidates")
-
-    def __post_init__(self) -> None:
-        if self.budget_s is not None and not 0 < self.budget_s < float("inf"):
-            raise ValueError(f"budget_s={self.budget_s}: choose more than 0 seconds")
 
     def run(self, session: "Session") -> "RunResult":
         """Trains a linear probe and the advised strategy, and returns the better result."""

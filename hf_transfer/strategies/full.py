@@ -8,7 +8,8 @@ normalization layers and the head, and `--trains biases` only the biases and the
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from hf_transfer.config import flag
+from hf_transfer.config import check_pattern
+from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ class Full(GradientStrategy):
     pattern: str | None = flag(None, "regular expression; parameters with a matching name and the head are trained")
 
     def __post_init__(self) -> None:
-        if self.pattern is not None and self.trains != "all":
-            raise ValueError(f"pattern={self.pattern!r} and trains={self.trains!r}: give only one of the two")
+        super().__post_init__()
+        if self.pattern is not None:
+            check_pattern("pattern", self.pattern)
+            if self.trains != "all":
+                raise ValueError(f"pattern={self.pattern!r} and trains={self.trains!r}: give only one of the two")
 
     def plan(self, session: "Session") -> "Plan":
         """Returns one phase that trains the selected parameters."""

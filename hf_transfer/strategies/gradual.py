@@ -8,7 +8,8 @@ activations of the frozen layers. The first phase solves for the head. Each late
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_transfer.config import flag
+from hf_transfer.config import COUNT
+from hf_transfer.settings import Range, flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -20,14 +21,12 @@ if TYPE_CHECKING:
 class Gradual(GradientStrategy):
     """Settings of gradual unfreezing."""
 
-    phases: int = flag(4, "number of phases; the first phase trains the head, and the last phase trains all layers")
-    phase_epochs: int = flag(5, "epochs of each phase between the first and the last")
-
-    def __post_init__(self) -> None:
-        if self.phases < 2 or self.phase_epochs < 1:
-            raise ValueError(
-                f"phases={self.phases}, phase_epochs={self.phase_epochs}: choose phases >= 2 and phase_epochs >= 1"
-            )
+    phases: int = flag(
+        4,
+        "number of phases; the first phase trains the head, and the last phase trains all layers",
+        allowed=Range(lowest=2, highest=1000),
+    )
+    phase_epochs: int = flag(5, "epochs of each phase between the first and the last", allowed=COUNT)
 
     def plan(self, session: "Session") -> "Plan":
         """Returns the phases: solving for the head, then training more layers in each phase."""

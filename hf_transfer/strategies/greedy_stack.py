@@ -7,11 +7,23 @@ one layer with an auxiliary head on stored activations of the layers below, for 
 saved as a transformers model with its code beside the weights, and is loaded with `trust_remote_code=True`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from hf_transfer.config import NO_CHECKPOINT, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig, flag
+from hf_transfer.config import (
+    COUNT,
+    COUNT_OR_NONE,
+    INPUT_PX,
+    LEARNING_RATE,
+    NO_CHECKPOINT,
+    AugmentationConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from hf_transfer.settings import Range, flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -37,29 +49,45 @@ class GreedyStackStrategy(GradientStrategy):
     model_args: str | None = flag(
         None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
     )
-    image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint")
-    layers: int | None = flag(None, "number of layers to stack; none: all layers of --architecture, or 3 new blocks")
+    image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint", allowed=INPUT_PX)
+    layers: int | None = flag(
+        None,
+        "number of layers to stack; none: all layers of --architecture, or 3 new blocks",
+        allowed=Range(lowest=1, highest=64),
+    )
     block: Literal["conv", "transformer"] = flag("conv", "kind of the new blocks; transformer needs a --checkpoint")
-    width: int | None = flag(None, "channels of the new blocks; none: 16, or as many as the --checkpoint has")
+    width: int | None = flag(
+        None,
+        "channels of the new blocks; none: 16, or as many as the --checkpoint has",
+        allowed=Range(lowest=1, highest=2**14),
+    )
     downsample: str | None = flag(
         None,
-        "new blocks that halve height and width, by number, such as 2,3; none: 2,3, or with --checkpoint no block",
+        "new blocks that halve height and width, by number, such as 2,3; 0: no block; none: 2,3, or with --checkpoint no block",
     )
     aux_hidden: int = flag(
-        1, "hidden layers that a stage trains (1, 2 or 3): its own layer, and the others in its auxiliary head"
+        1,
+        "hidden layers that a stage trains (1, 2 or 3): its own layer, and the others in its auxiliary head",
+        allowed=Range(lowest=1, highest=3),
     )
     stack_after: str | None = flag(
         None, "checkpoint's layer after which to stack new blocks (`hf-transfer inspect` lists layers); none: the last"
     )
-    stage_epochs: int = flag(8, "passes over the training images in each stage")
-    patience_layers: int = flag(0, "stop after this many layers without a better validation score; 0: stack all layers")
+    stage_epochs: int = flag(8, "passes over the training images in each stage", allowed=COUNT)
+    patience_layers: int = flag(
+        0, "stop after this many layers without a better validation score; 0: stack all layers", allowed=COUNT_OR_NONE
+    )
     fine_tune: bool = flag(True, "train all layers together at the end; off: `publish` needs --without_fine_tuning")
-    fine_tune_lr: float = flag(1e-3, "peak learning rate of the last layer when all layers train together at the end")
+    fine_tune_lr: float = flag(
+        1e-3, "peak learning rate of the last layer when all layers train together at the end", allowed=LEARNING_RATE
+    )
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3))
     training: TrainingConfig = field(default=TrainingConfig(freeze_batchnorm=False, cache_views=4))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        read_numbers(self.downsample, self._num_blocks)
         if self.architecture is None and self.model_args is not None:
             raise ValueError(f"model_args={self.model_args}: model_args needs --architecture NAME")
         if self.architecture is not None and (self.width, self.downsample, self.block) != (None, None, "conv"):
@@ -69,6 +97,9 @@ class GreedyStackStrategy(GradientStrategy):
 
     def check(self, config: RunConfig) -> None:
         """Raises ValueError for both an architecture and a checkpoint, or if a setting needs a checkpoint that is missing."""
+        from hf_transfer.network.model_args import read_model_args
+
+        read_model_args(self.model_args)
         on_checkpoint = self._is_on_checkpoint(config)
         if on_checkpoint and self.architecture is not None:
             raise ValueError(
@@ -76,6 +107,15 @@ class GreedyStackStrategy(GradientStrategy):
             )
         if not on_checkpoint and (self.stack_after is not None or self.block == "transformer"):
             raise ValueError("stack_after and block='transformer' need a checkpoint: add --checkpoint ID")
+
+    def find_network(self, config: RunConfig) -> None:
+        """Raises ValueError if the checkpoint or the architecture does not exist."""
+        from hf_transfer.network.backbone import check_architecture
+
+        if self.architecture is not None:
+            check_architecture(self.architecture)
+        elif self._is_on_checkpoint(config):
+            super().find_network(config)
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
         """Returns the checkpoint's network or, without a checkpoint, the architecture or new blocks with random weights."""
@@ -107,12 +147,13 @@ class GreedyStackStrategy(GradientStrategy):
         """Returns the layers to stack, each with its auxiliary head."""
         from hf_transfer.network.growing import grow_architecture, grow_blocks, grow_on
 
-        backbone, aux = session.backbone, self._aux_head(session.config)
+        backbone, aux, cache_dir = session.backbone, self._aux_head(session.config), session.resources.chain_dir
         if self._is_on_checkpoint(session.config):
-            return grow_on(backbone, session.chain, self._blocks(None, ()), aux, after=self.stack_after)
+            blocks = self._blocks(None, ())
+            return grow_on(backbone, session.chain, blocks, aux, after=self.stack_after, cache_dir=cache_dir)
         if self.architecture is not None:
-            return grow_architecture(backbone, aux, layers=self.layers)
-        return grow_blocks(backbone, aux)
+            return grow_architecture(backbone, aux, layers=self.layers, cache_dir=cache_dir)
+        return grow_blocks(backbone, aux, cache_dir=cache_dir)
 
     def _is_on_checkpoint(self, config: RunConfig) -> bool:
         return config.model.checkpoint != NO_CHECKPOINT
@@ -123,16 +164,30 @@ class GreedyStackStrategy(GradientStrategy):
 
     def _blocks(self, width: int | None, downsample: tuple[int, ...]) -> "BlockSpec":
         """Returns the description of the new blocks. The arguments are the defaults of the settings with the same names."""
-        from hf_transfer.network.growing import BlockSpec, read_numbers
+        from hf_transfer.network.growing import BlockSpec
 
         return BlockSpec(
             kind=self.block,
             layers=self._num_blocks,
             width=width if self.width is None else self.width,
-            downsample=downsample if self.downsample is None else read_numbers(self.downsample),
+            downsample=downsample if self.downsample is None else read_numbers(self.downsample, self._num_blocks),
         )
 
     def _aux_head(self, config: RunConfig) -> "AuxiliaryHead":
         from hf_transfer.network.greedy import AuxiliaryHead
 
         return AuxiliaryHead(hidden=self.aux_hidden, seed=config.seed)
+
+
+def read_numbers(text: str | None, num_blocks: int) -> tuple[int, ...]:
+    """Returns the block numbers in text such as "2,3"; no number for "0" and for None.
+
+    Raises ValueError for other text, for a number that is given twice, and for a number without a block.
+    """
+    words = [] if text is None or text.strip() == "0" else [word.strip() for word in text.split(",")]
+    numbers = tuple(int(word) if re.fullmatch("[0-9]{1,6}", word) else 0 for word in words)
+    if not all(1 <= number <= num_blocks for number in numbers) or len(set(numbers)) < len(numbers):
+        raise ValueError(
+            f"downsample={text!r}: give numbers of blocks from 1 to {num_blocks}, each once, such as 2,3; or 0 for no block"
+        )
+    return numbers

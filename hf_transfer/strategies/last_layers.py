@@ -9,7 +9,8 @@ phase trains the head and the last layers. `--cache_views 8` stores the activati
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_transfer.config import flag
+from hf_transfer.config import COUNT_OR_NONE
+from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -23,13 +24,9 @@ if TYPE_CHECKING:
 class LastLayers(GradientStrategy):
     """Settings of partial fine-tuning."""
 
-    k: int = flag(2, "number of layers below the head that train; 0: only the head trains")
+    k: int = flag(2, "number of layers below the head that train; 0: only the head trains", allowed=COUNT_OR_NONE)
     from_layer: str | None = flag(None, "name or alias of the first layer that trains; k then has no effect")
     probe_first: bool = flag(True, "solve for the head on frozen features before the gradient steps")
-
-    def __post_init__(self) -> None:
-        if self.k < 0:
-            raise ValueError(f"k={self.k}: choose 0 or more layers")
 
     def plan(self, session: "Session") -> "Plan":
         """Returns the phases: solving for the head, then training the last layers."""

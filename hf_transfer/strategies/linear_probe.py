@@ -8,7 +8,8 @@ images select the strength and the readout, and the head is then solved again on
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_transfer.config import SelectBy, Sweep, flag
+from hf_transfer.config import SelectBy, Sweep
+from hf_transfer.settings import Range, flag
 from hf_transfer.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -22,7 +23,11 @@ class LinearProbe(Strategy):
     """Settings of the linear probe."""
 
     select_by: SelectBy = flag("log_loss", "metric on held-out images that selects the regularization")
-    folds: int = flag(5, "cross-validation folds that select the regularization; 1: the validation split selects it")
+    folds: int = flag(
+        5,
+        "cross-validation folds that select the regularization; 1: the validation split selects it",
+        allowed=Range(lowest=1, highest=1000),
+    )
     readouts: Sweep = flag(
         "all",
         "features to compare with the checkpoint's own: other poolings of the last layer (pooling), earlier layers (layer), or "

@@ -8,7 +8,8 @@ of the base and is much smaller. With `--adapter_layers last:4 --cache_views 8`,
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from hf_transfer.config import AdapterConfig, OptimizerConfig, TrainingConfig, flag
+from hf_transfer.config import AdapterConfig, OptimizerConfig, TrainingConfig
+from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:

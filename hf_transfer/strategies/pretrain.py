@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import NO_CHECKPOINT, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig, flag
+from hf_transfer.config import INPUT_PX, NO_CHECKPOINT, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig
+from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ class Pretrain(GradientStrategy):
     task_defaults: ClassVar[Mapping[str, Any]] = {"checkpoint": NO_CHECKPOINT}
 
     architecture: str = flag("test_resnet", "timm architecture or transformers model type; default: a tiny network")
-    image_size_px: int | None = flag(32, "side of the square input images; none: the architecture's default")
+    image_size_px: int | None = flag(
+        32, "side of the square input images; none: the architecture's default", allowed=INPUT_PX
+    )
     model_args: str | None = flag(
         None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
     )
@@ -34,11 +37,20 @@ class Pretrain(GradientStrategy):
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError if the settings name a checkpoint."""
+        """Raises ValueError if the settings name a checkpoint, or if `model_args` is no JSON object."""
+        from hf_transfer.network.model_args import read_model_args
+
+        read_model_args(self.model_args)
         if config.model.checkpoint != NO_CHECKPOINT:
             raise ValueError(
                 f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights; choose the strategy `full`"
             )
+
+    def find_network(self, config: RunConfig) -> None:
+        """Raises ValueError if neither timm nor transformers has the architecture."""
+        from hf_transfer.network.backbone import check_architecture
+
+        check_architecture(self.architecture)
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
         """Returns the architecture with random weights drawn from the seed."""

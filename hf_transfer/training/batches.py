@@ -50,7 +50,8 @@ def take_share(step: Rows, *, rank: int, num_ranks: int, accumulate: int) -> lis
             f"cannot divide a step of {len(step)} images among {num_ranks} processes: start fewer processes"
         )
     own = np.array_split(step, num_ranks)[rank]
-    return np.array_split(own, min(accumulate, len(own)))
+    # Every process takes the same number of batches, since gathering sharded parameters for a batch needs all processes.
+    return np.array_split(own, min(accumulate, len(step) // num_ranks))
 
 
 def read_ahead(wanted: Iterable[Rows], read: Callable[[Rows], NDArray[np.generic]]) -> Iterator[NDArray[np.generic]]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 class Averaged:
@@ -32,8 +33,8 @@ class Averaged:
         self._updates += 1
         floats = [name for name, tensor in named.items() if tensor.is_floating_point()]
         if floats:
-            live = [_as_average(named[name]) for name in floats]
-            torch._foreach_lerp_([self._averages[name] for name in floats], live, 1 - decay)
+            live = [_own(_as_average(named[name])) for name in floats]
+            torch._foreach_lerp_([_own(self._averages[name]) for name in floats], live, 1 - decay)
         for name, tensor in named.items():
             if not tensor.is_floating_point():
                 self._averages[name].copy_(tensor)
@@ -68,6 +69,11 @@ class Averaged:
                 f"{where}: {len(other)} tensors differ from the averaged tensors in name or shape: "
                 f"{', '.join(sorted(other)[:5])}"
             )
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns this process's shard of a sharded tensor, and any other tensor unchanged."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _as_average(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Computes the logits of all images of a data split, from stored activations or pixels, with any number of processes."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -47,14 +48,20 @@ def compute_stored_logits(
 
 
 def compute_image_logits(
-    chain: Chain, images: Images, labels: Labels, resources: Resources, *, shows_progress: bool = True
+    chain: Chain,
+    images: Images,
+    labels: Labels,
+    resources: Resources,
+    *,
+    shows_progress: bool = True,
+    fp32: bool = False,
 ) -> LogitsAndLabels:
-    """Returns the logits of the whole network in eval mode for `images`."""
+    """Returns the logits of the whole network in eval mode for `images`, in the precision of the run or in fp32."""
     share = _take_share(len(images), resources)
     rows: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(share)
 
     def compute(replica: Chain, batch: torch.Tensor, start: int) -> None:
-        with resources.accelerator.autocast():
+        with nullcontext() if fp32 else resources.accelerator.autocast():
             logits = compute_logits(replica.model, batch)
         rows[start : start + len(batch)] = list(logits.float().cpu().numpy())
 
@@ -64,9 +71,13 @@ def compute_image_logits(
 
 
 def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Metrics:
-    """Returns the metrics of the whole network on a data split. The images of the split are read from files."""
+    """Returns the metrics of the whole network on a data split, in fp32. The images of the split are read from files.
+
+    Metrics are always measured in fp32, because the saved weights are fp32 and users load them so, whatever the precision of
+    the run.
+    """
     images = EvaluationImages(split=split, preprocessing=preprocessing)
-    logits, labels = compute_image_logits(chain, images, split.labels, session.resources)
+    logits, labels = compute_image_logits(chain, images, split.labels, session.resources, fp32=True)
     return score(logits, labels, split.label_names, seed=session.config.seed)
 
 

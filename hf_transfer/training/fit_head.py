@@ -1,12 +1,18 @@
-"""Fits a linear probe, copies the probe into the classifier of the network, and scores the network."""
+"""Fits a linear probe, writes the probe into the head of the network, and scores the network."""
 
+import logging
+
+from hf_transfer.locations import chain_dir
+from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
 from hf_transfer.training import readouts
-from hf_transfer.training.evaluate import compute_stored_logits
+from hf_transfer.training.evaluate import compute_stored_logits, score_images
 from hf_transfer.training.metrics import score
 from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
+
+log = logging.getLogger(__name__)
 
 
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
@@ -27,7 +33,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     audit.check()  # all weights except the head equal the pretrained weights to the last bit
     with session.costs.part("evaluate"):
         difference = readouts.verify_probe(trained, best, data.validation, session.resources)
-        metrics = _score(session, best)
+        metrics = _score(session, trained, best)
     return RunResult(
         backbone=trained,
         phases=(describe_solution(best, phase),),
@@ -56,10 +62,19 @@ def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> Ph
     )
 
 
-def _score(session: Session, best: readouts.ProbedReadout) -> dict[str, Metrics]:
+def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) -> dict[str, Metrics]:
+    """Scores held-out fits on the validation split, and the solved head on the test split.
+
+    In low precision, the test metrics come from stored features only if the saved network, in fp32, agrees with the features.
+    """
     data, seed = session.data, session.config.seed
     metrics = {"validation": score(best.probe.validation_logits, data.validation.labels, data.label_names, seed=seed)}
-    if data.test is not None:
+    if data.test is not None and not readouts.measures_saved(trained, best, data.test, session.resources):
+        if session.is_main:
+            log.info("the network in fp32 differs from the features in %s: scoring again", session.resources.precision)
+        chain = trained.chain(cache_dir=chain_dir())
+        metrics["test"] = score_images(chain, trained.preprocessing, data.test, session)
+    elif data.test is not None:
         logits, labels = compute_stored_logits(
             best.compute_logits, best.features.stores["test"], data.test.labels, session.resources
         )

@@ -1,13 +1,14 @@
 """Runs one phase of gradient steps, which can be resumed at any step.
 
 The parameters that the phase's policy selects are trained, and all other tensors stay the same to the last bit. With many
-processes, Accelerate wraps network and optimizer, and the loss is scaled so that a step equals a step of one process.
+processes, Accelerate wraps network and optimizer, or `sharding` divides the trained part among the processes. The loss is
+scaled so that a step equals a step of one process.
 """
 
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
+from hf_transfer.interrupts import deferred
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import Audit, set_trainable
+from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits
@@ -25,6 +28,7 @@ from hf_transfer.training.feeds import PhaseData
 from hf_transfer.training.optim import group_parameters, make_optimizer
 from hf_transfer.training.records import EpochRecord, Kept, Score, to_json
 from hf_transfer.training.selection import Selection, Validation, score_validation
+from hf_transfer.training.sharding import Shards, gather, split_like, uses_shards
 from hf_transfer.training.steps import PhaseRun, Progress, Steps, Trainable
 
 log = logging.getLogger(__name__)
@@ -49,39 +53,43 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
     """Trains the chain's model in place. Afterwards the model has the weights that `selection.Selection` chose.
 
     `starts_trained`: whether the initial weights are kept unless an epoch is better beyond chance. `resumed`: the saved state
-    of this phase. Raises NonFiniteLossError if the loss is not finite, and FrozenChangedError if a frozen tensor changed.
+    of this phase. Raises NonFiniteLossError if the loss is not finite, FrozenChangedError if a frozen tensor changed, and
+    Interrupted, after a state was saved, if a signal asked the run to end.
     """
     session, training = run.session, run.session.gradient.training
     chain, accelerator = session.chain, session.accelerator
     set_trainable(chain.model, run.names)
     audit = Audit(chain, run.lowest_cut, run.names, freeze_batchnorm=training.freeze_batchnorm)
-    groups = group_parameters(chain, run.names, run.phase.optimization)
     progress = Progress()
     with ExitStack() as contexts:
-        trainable = _prepare(run, groups, contexts)
+        trained_run, trainable = _prepare(run, contexts)
         selection = Selection(trainable.state, training.select_by)
         if resumed is not None:
             progress = Progress.from_json(resumed["progress"])
-            selection.load_state_dict(resumed["selection"])
-            _restore(resumed, trainable, accelerator)
+            _restore(resumed, selection, trainable, accelerator)
         elif starts_trained:
-            selection.keep_start(validate(trainable.network, session, run.inputs))
-        steps = Steps(run, trainable)
+            selection.keep_start(validate(trainable.evaluated, session, run.inputs))
+        steps = Steps(trained_run, trainable)
 
         def save() -> None:
+            trainable.copy_back()
             run.save(_read_state(progress, selection, trainable, accelerator))
+            wait_for_everyone()  # the main process writes
 
+        contexts.enter_context(deferred())
         while progress.epoch < run.phase.epochs and not progress.stopped:
             steps.run_epoch(progress, save)
             with trainable.average.swapped(trainable.state) if trainable.average else nullcontext():
                 _agree_on_statistics(trainable.state, accelerator)
-                validation = validate(trainable.network, session, run.inputs)
+                trainable.copy_back()
+                validation = validate(trainable.evaluated, session, run.inputs)
                 is_kept = selection.offer(validation, progress.epoch + 1)
             _log_epoch(progress.finish_epoch(validation.score), run, is_kept=is_kept)
             _stop_early(progress, selection, session)
             save()
+        selection.restore()
+        trainable.copy_back()
         accelerator.free_memory()
-    selection.restore()
     audit.check()
     rates = [record.images_per_second for record in progress.history]
     return TrainedPhase(
@@ -89,7 +97,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         kept=selection.kept,
         kept_epoch=selection.epoch,
         score=selection.score,
-        num_trainable=sum(p.numel() for group in groups for p in group["params"]),
+        num_trainable=sum(p.numel() for name, p in chain.model.named_parameters() if name in run.names),
         images_per_second=float(np.median(rates[1:] or rates)),
         images=sum(record.images for record in progress.history),
     )
@@ -111,19 +119,37 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
     return score_validation(logits, truth, session.gradient.training.select_by)
 
 
-def _prepare(run: PhaseRun, groups: list[dict[str, Any]], contexts: ExitStack) -> Trainable:
-    """Prepares network and optimizer of a phase. After the caller closes `contexts`, the model runs all layers again."""
-    session, training = run.session, run.session.gradient.training
-    optimizer = make_optimizer(groups, run.phase.optimization)
-    network: nn.Module = contexts.enter_context(session.chain.part(start=run.inputs.cut))
+def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
+    """Prepares network and optimizer of a phase. After the caller closes `contexts`, the model runs all layers again.
+
+    The returned run is about the network that trains: a sharded copy, or the network itself.
+    """
+    session, accelerator, training = run.session, run.session.accelerator, run.session.gradient.training
+    shards = Shards(session.chain, run.lowest_cut, accelerator.device) if uses_shards(accelerator) else None
+    if shards is not None:
+        run = replace(run, session=session.with_chain(shards.chain))
+    chain = run.session.chain
+    network: nn.Module = contexts.enter_context(chain.part(start=run.inputs.cut))
     if training.gradient_checkpointing:
-        contexts.enter_context(_recompute_activations(session.chain.model))
-    compiled = torch.compile(network) if training.compile else network
-    prepared, optimizer = session.accelerator.prepare(compiled, optimizer)
+        contexts.enter_context(_recompute_activations(chain.model))
+    optimizer = make_optimizer(group_parameters(chain, run.names, run.phase.optimization), run.phase.optimization)
+    evaluated: nn.Module
+    if shards is not None:
+        evaluated = contexts.enter_context(session.chain.part(start=run.inputs.cut))
+        # In evaluation mode, Accelerate adds autocast and does not wrap the network again.
+        for part in (network, evaluated):
+            accelerator.prepare_model(part, device_placement=False, evaluation_mode=True)
+        prepared, optimizer = network, accelerator.prepare_optimizer(optimizer)
+    else:
+        evaluated = torch.compile(network) if training.compile else network  # type: ignore[assignment]
+        prepared, optimizer = accelerator.prepare(evaluated, optimizer)
     # This must come after `prepare`, which gives the network new buffers if there are several processes.
     state = _find_trainable_state(run)
     average = Averaged(state, training.ema_decay) if training.ema_decay else None
-    return Trainable(network=prepared, optimizer=optimizer, state=state, average=average)
+    trainable = Trainable(
+        network=prepared, evaluated=evaluated, optimizer=optimizer, state=state, average=average, shards=shards
+    )
+    return run, trainable
 
 
 def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
@@ -147,24 +173,30 @@ def _agree_on_statistics(state: Mapping[str, torch.Tensor], accelerator: Acceler
 def _read_state(
     progress: Progress, selection: Selection, trainable: Trainable, accelerator: Accelerator
 ) -> dict[str, Any]:
-    return {
+    """Returns the state of the phase, with whole tensors in place of shards."""
+    state: dict[str, Any] = gather({
         "progress": to_json(progress),
         "selection": selection.state_dict(),
         "optimizer": trainable.optimizer.state_dict(),
         "average": trainable.average.state_dict() if trainable.average else None,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-    }
+    })  # fmt: skip
+    return state
 
 
-def _restore(resumed: Mapping[str, Any], trainable: Trainable, accelerator: Accelerator) -> None:
+def _restore(resumed: Mapping[str, Any], selection: Selection, trainable: Trainable, accelerator: Accelerator) -> None:
+    weights = split_like(resumed["selection"]["weights"], trainable.state)
+    selection.load_state_dict({**resumed["selection"], "weights": weights})
     trainable.optimizer.load_state_dict(resumed["optimizer"])
     for parameter, state in trainable.optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 # Use the memory format of the parameter: other formats run other kernels, which round differently.
-                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                (own,) = split_like({"": value}, {"": parameter}).values()
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(own)
     if trainable.average is not None:
-        trainable.average.load_state_dict(resumed["average"])
+        averages = split_like(resumed["average"]["averages"], trainable.state)
+        trainable.average.load_state_dict({**resumed["average"], "averages": averages})
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(resumed["scaler"])
 

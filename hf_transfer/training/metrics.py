@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hf_transfer.processes import wait_for_everyone
 from hf_transfer.training.records import ClassMetrics, Metrics, Score
 
 CONFIDENCE_LEVEL = 0.95
@@ -195,6 +196,7 @@ def gather_logits(
     # All ranks convert to the same types, since a rank without rows does not know the types of the other ranks.
     logits = _to_numpy(logits).astype(np.float32)
     labels = _to_numpy(labels).astype(np.int64, casting="same_kind")
+    wait_for_everyone()  # ranks may differ in speed by more than a collective's timeout
     shape = torch.tensor([[*logits.shape, len(labels)]], device=accelerator.device)
     shapes = accelerator.gather(shape).tolist()
     num_classes = max(shapes)[1]  # of the rank with the most rows

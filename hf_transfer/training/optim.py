@@ -104,7 +104,7 @@ def _head_parameters(chain: Chain) -> frozenset[str]:
     """Returns the parameter names of the last layer, or only of the classifier if no earlier layer has parameters."""
     if any(layer.parameters for layer in chain.layers[:-1]):
         return frozenset(chain.layers[-1].parameters)
-    return frozenset(chain.classifier_parameters if chain.classifier is not None else ())
+    return frozenset(chain.classifier_parameters if chain.head is not None else ())
 
 
 def _cosine(start: float, end: float, passed: float) -> float:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_transfer.config import OptimizerConfig, SelectBy, Sweep, replace_settings
+from hf_transfer.config import OptimizerConfig, SelectBy, Sweep
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.policies import Policy, head
+from hf_transfer.settings import replace_settings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,32 +9,35 @@ from typing import Any
 
 import torch
 
-from hf_transfer.config import to_settings
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
 from hf_transfer.prefix.sweep import move_model, use_fast_layout
+from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
+from hf_transfer.settings import to_settings
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
-from hf_transfer.training.checkpoints import load_state, remove_state, save_state
+from hf_transfer.training.checkpoints import StateWriter, remove_state, share_state
 from hf_transfer.training.feeds import PhaseData, check_augmentation, make_phase_data
 from hf_transfer.training.fit_head import describe_solution
 from hf_transfer.training.loop import train_phase
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.records import PhaseCost, PhaseResult, phase_from_json, to_json
-from hf_transfer.training.steps import PhaseRun
+from hf_transfer.training.steps import PhaseRun, count_accumulated, count_images_per_step
 
 log = logging.getLogger(__name__)
 
 STATE_FORMAT = 5  # increase this number when a run could not continue from older states in the same way
 
+# Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
+BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 # Settings that may change when a run is resumed: they do not influence the result, or (checkpoint, dataset,
 # preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
-    "output_dir", "resume", "cache", "cache_gb", "num_workers", "tracker", "save_every", "checkpoint", "dataset", "base_model",
-    "preprocessing_from", "merge", "push_to_hub", "private",
+    "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "tracker", "save_every_s",
+    "checkpoint", "dataset", "base_model", "preprocessing_from", "merge", "push_to_hub", "private",
 ))  # fmt: skip
 
 PhaseState = Mapping[str, Any] | None
@@ -64,15 +67,19 @@ def run_phases(
     Before every phase except the first, `continues` decides from the earlier results whether to run the phase.
 
     With `resume`, the run continues from the state in `checkpoints`. On a CPU, the result is then the same to the last bit as
-    without the interruption. Raises ValueError, with the differences, if plan, network, data or settings have changed.
+    without the interruption. Raises ValueError, with the differences, if plan, network, data or settings have changed, and
+    ContinuableError if a state cannot be saved. The last state is on the disk when this function ends.
     """
     run = _PlanRun(session, plan, checkpoints)
-    run.restore()
-    for number in range(len(run.done), len(plan)):
-        if run.done and not continues(run.done):
-            break
-        run.run_phase(number)
-    run.audit.check()
+    try:
+        run.restore()
+        for number in range(len(run.done), len(plan)):
+            if run.done and not continues(run.done):
+                break
+            run.run_phase(number)
+        run.audit.check()
+    finally:
+        run.close()
     return PhasesResult(done=tuple(run.done), resumed=run.is_resumed, num_audited=len(run.audit), start=run.start)
 
 
@@ -94,6 +101,12 @@ class _PlanRun:
         self._phase_state: PhaseState = None  # state of the interrupted phase
         self._inputs: PhaseData | None = None  # inputs of the previous phase
         self._identity = _describe_identity(session, plan)
+        self._writer = StateWriter(checkpoints) if session.is_main and checkpoints is not None else None
+
+    def close(self) -> None:
+        """Waits until the last state is saved."""
+        if self._writer is not None:
+            self._writer.close()
 
     def restore(self) -> None:
         """Moves the network to its device and, with `resume`, loads the saved state if there is a saved state."""
@@ -102,10 +115,16 @@ class _PlanRun:
             keep_freed_memory()
         move_model(chain.model, session.resources)
         use_fast_layout(chain.model)
-        resume = session.gradient.training.resume
-        state = load_state(self.checkpoints) if resume and self.checkpoints is not None else None
+        resume = session.config.output.resume
+        state = share_state(self.checkpoints, session.accelerator) if resume and self.checkpoints is not None else None
         if state is not None:
             _check_same(state["identity"], self._identity)
+            if session.is_main and state["batches"] != (now := _describe_batches(session)):
+                log.warning(
+                    "the saved state is from %s, and the run continues with %s: the result is the same up to rounding if the "
+                    "network has no dropout and trains no BatchNorm",
+                    state["batches"], now,
+                )  # fmt: skip
             _load_model(chain, state["model"])
             self.done = [phase_from_json(row) for row in state["done"]]
             self.start, self._phase_state, self.is_resumed = state["start"], state["phase"], True
@@ -114,19 +133,20 @@ class _PlanRun:
             if resume:
                 log.info("found no saved state in the folder %s: the run starts fresh", self.checkpoints.name)
             remove_state(self.checkpoints)
-        session.accelerator.wait_for_everyone()
+        wait_for_everyone()
         self.audit = Audit(chain, None, frozenset().union(*self.selected))  # tensors that no phase trains
 
     def save(self, phase_state: PhaseState) -> None:
-        if self.session.is_main and self.checkpoints is not None:
+        if self._writer is not None:
             state = {
                 "identity": self._identity,
+                "batches": _describe_batches(self.session),
                 "done": to_json(self.done),
                 "phase": phase_state,
                 "model": self.session.chain.model.state_dict(),
                 "start": self.start,
             }
-            save_state(self.checkpoints, state)
+            self._writer.write(state)
 
     def run_phase(self, number: int) -> None:
         phase, session = self.plan[number], self.session.with_chain(self.chains[number])
@@ -140,7 +160,7 @@ class _PlanRun:
             self.done.append(self._train(number, phase, session))
         self._phase_state = None
         self.save(None)  # a resumed run starts with the next phase
-        session.accelerator.wait_for_everyone()
+        wait_for_everyone()
 
     def _train(self, number: int, phase: TrainPhase, session: Session) -> PhaseResult:
         cut = session.chain.lowest_cut(self.selected[number])
@@ -247,7 +267,10 @@ def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) 
 
 def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
     """Describes network, settings, data and plan as JSON values. A run resumes only from a state with the same description."""
-    settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED}
+    settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED | BATCHES}
+    settings["images_per_step"] = count_images_per_step(session)
+    if not session.gradient.training.freeze_batchnorm:
+        settings["batch_size"] = session.config.compute.batch_size  # BatchNorm's statistics are those of a batch
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change
     preprocessing = dict(session.backbone.preprocessing.spec)
@@ -257,13 +280,18 @@ def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _describe_batches(session: Session) -> str:
+    processes, accumulated = session.accelerator.num_processes, count_accumulated(session)
+    return f"{processes} processes with {accumulated} batches of {session.config.compute.batch_size} images per step"
+
+
 def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     names = [k for k in {**saved, **current} if saved.get(k) != current.get(k)]
     if names:
         changes = "; ".join(f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in names[:5])
         raise ValueError(
-            f"--resume: the saved state is from a run with other settings: {changes}. Give the same settings (see config.yaml "
-            "in the output folder), or start fresh without --resume"
+            f"--resume: the saved state is from a run with other settings: {changes}. Give the same settings (see "
+            "checkpoints/config.yaml in the output folder), or start fresh without --resume"
         )
 
 

@@ -1,9 +1,10 @@
 """Runs a plan (a list of phases) and scores the trained network."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from hf_transfer.config import Precision
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.session import Session
 from hf_transfer.training import wise
@@ -28,8 +29,9 @@ from hf_transfer.training.records import (
 
 log = logging.getLogger(__name__)
 
-# Largest allowed difference between the log-loss during training and the log-loss of the saved network, in fp32.
-VERIFIED_LOG_LOSS = 1e-3
+# Largest expected difference between the validation log-loss of the chosen weights, which the last phase computed in the
+# precision of the run, and the log-loss of the saved network, which is computed in fp32.
+VERIFIED_LOG_LOSS: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 
 
 def run_plan(session: Session, plan: Plan) -> RunResult:
@@ -89,12 +91,21 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
 
 
 def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
-    """Raises RuntimeError if the validation log-loss of the saved network differs from the log-loss of the chosen weights."""
-    difference = abs(measured.nll - chosen_by.log_loss)
-    if session.resources.precision == "fp32" and difference > VERIFIED_LOG_LOSS:
-        raise RuntimeError(
-            f"the validation log-losses of the saved network and of the last phase differ by {difference:.2g}"
-        )
+    """Compares the validation log-loss of the saved network with the log-loss that chose the weights.
+
+    In fp32, raises RuntimeError if they differ by more than rounding explains. In other precisions, logs a warning, because
+    rounding may add up, and the metrics are of the saved network in any case.
+    """
+    precision = session.resources.precision
+    if abs(measured.nll - chosen_by.log_loss) <= VERIFIED_LOG_LOSS[precision]:
+        return
+    message = (
+        f"the saved network has a validation log-loss of {measured.nll:.4f} in fp32, but the chosen weights had "
+        f"{chosen_by.log_loss:.4f} in the last phase in {precision}"
+    )
+    if precision == "fp32":
+        raise RuntimeError(message)
+    log.warning("%s: weights were chosen by imprecise scores; --precision fp32 avoids this", message)
 
 
 def _interpolate(start: wise.Weights, session: Session) -> wise.WiseResult:

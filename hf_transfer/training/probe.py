@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_transfer.capability import accumulation_dtype
 from hf_transfer.config import ClassBalance, SelectBy
 from hf_transfer.training.folds import balance, draw_folds, find_scored
 from hf_transfer.training.lbfgs import Problems, SolverOptions, minimize, standardize
@@ -51,7 +52,7 @@ class Path:
     c: tuple[float, ...]
     weight: Tensor  # (P, K, D) float32
     bias: Tensor  # (P, K) float32
-    objective: Tensor  # (P,) float64: ||W||^2 / 2 + C * sum_i w_i * CE_i, W on standardized features
+    objective: Tensor  # (P,) accumulation_dtype: ||W||^2 / 2 + C * sum_i w_i * CE_i, W on standardized features
     iterations: Tensor  # (P,) int64
 
 
@@ -136,6 +137,7 @@ def solve_path(
     """
     _check(features, targets, num_classes, c_grid)
     num_rows, device = len(features), features.device
+    dtype = accumulation_dtype(device)
     if row_weights is None:
         row_weights = torch.ones(num_rows)
     if tuple(row_weights.shape) not in {(num_rows,), (len(c_grid), num_rows)}:
@@ -150,13 +152,13 @@ def solve_path(
         problems = standardize(features, targets.to(device), num_classes, spread_floor=options.spread_floor)
         cs = torch.tensor(list(c_grid), dtype=torch.float32, device=device)
         solutions, iterations = _solve(problems, cs, row_weights, None, options)
-        # Compute one problem at a time, because the float64 margins of all problems may not fit into memory.
+        # Compute one problem at a time, because the margins of all problems may not fit into memory.
         losses = [
-            (problems.margins(w[None])[0].double().logsumexp(0) * r).sum()
+            (problems.margins(w[None])[0].to(dtype).logsumexp(0) * r).sum()
             for w, r in zip(solutions, row_weights, strict=True)
         ]
         weight, bias = problems.unstandardize(solutions)
-    objective = 0.5 * solutions[:, :, :-1].double().square().sum((1, 2)) + cs * torch.stack(losses)
+    objective = 0.5 * solutions[:, :, :-1].to(dtype).square().sum((1, 2)) + cs * torch.stack(losses)
     return Path(c=tuple(c_grid), weight=weight, bias=bias, objective=objective, iterations=iterations)
 
 

@@ -8,21 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
-from torch import nn
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from hf_transfer.capability import solver_device
 from hf_transfer.config import Sweep
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.network.head import write_probe
 from hf_transfer.network.readout import Readout, build_variant, find_readouts, read_features
 from hf_transfer.prefix.extract import Tap, extract, tap_activation
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
 from hf_transfer.prefix.sweep import move_model
+from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.training.evaluate import compute_stored_logits
 from hf_transfer.training.metrics import read_outcomes
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 MAX_LINES = 6  # most lines in a chart
 VERIFIED_IMAGES = 8
+AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
 # Largest allowed difference between logits from pixels and logits from stored features, relative to the largest logit.
 VERIFIED_RELATIVE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
@@ -110,8 +113,9 @@ def choose_readout(
 
     The network's own readout is the best unless the held-out gain of another readout is beyond chance.
     """
-    solved: list[Probe] = []
-    if session.is_main:
+
+    def solve() -> list[Probe]:
+        solved = []
         for candidate in candidates:
             probe = _fit(candidate, session, options)
             log.info(
@@ -121,16 +125,17 @@ def choose_readout(
             )  # fmt: skip
             tensors: dict[str, Any] = {n: v.cpu() for n, v in vars(probe).items() if isinstance(v, torch.Tensor)}
             solved.append(replace(probe, **tensors))
-    message: list[Any] = [solved]
-    broadcast_object_list(message)
-    probed = [ProbedReadout(features=f, probe=p) for f, p in zip(candidates, message[0], strict=True)]
+        return solved
+
+    probes = run_on_main(solve)
+    probed = [ProbedReadout(features=f, probe=p) for f, p in zip(candidates, probes, strict=True)]
     return probed[choose_probe([p.probe for p in probed])], probed
 
 
 def _fit(candidate: ReadoutFeatures, session: Session, options: ProbeOptions) -> Probe:
-    splits = (session.data.train, session.data.validation)
+    splits, device = (session.data.train, session.data.validation), solver_device(session.accelerator.device)
     train_y, val_y = (torch.from_numpy(split.labels) for split in splits)
-    train_x, val_x = (torch.from_numpy(candidate.stores[s.name][:]).to(session.accelerator.device) for s in splits)
+    train_x, val_x = (torch.from_numpy(candidate.stores[s.name][:]).to(device) for s in splits)
     return fit_probe(train_x, train_y, val_x, val_y, len(session.data.label_names), options)
 
 
@@ -149,18 +154,11 @@ def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> Pr
 
 
 def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Backbone:
-    """Copies the probe into the classifier of the model for the best readout, and returns a backbone with this model."""
-    assert chain.classifier is not None
+    """Writes the probe into the head of the model for the best readout, and returns a backbone with this model."""
     model = chain.model
     if best.readout.changes:
         model = build_variant(chain, best.readout.changes, num_classes=len(backbone.label_names))
-    linear = model.get_submodule(chain.classifier)
-    assert isinstance(linear, nn.Linear | nn.Conv2d)
-    with torch.no_grad():
-        linear.weight.copy_(best.probe.weight.reshape(linear.weight.shape))
-        if linear.bias is None:
-            raise ValueError(f"the classifier {chain.classifier} has no bias for the probe: choose the strategy full")
-        linear.bias.copy_(best.probe.bias)
+    write_probe(model, best.readout.inputs, best.probe.weight, best.probe.bias)
     return replace(backbone, model=model)
 
 
@@ -176,20 +174,42 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
     The difference is relative to the largest logit. Raises RuntimeError if the difference is larger than rounding explains,
     since the saved model would then not have the measured score.
     """
-    device = resources.device
-    rows = range(min(VERIFIED_IMAGES, len(split)))
-    pixels = np.stack([backbone.preprocessing.pixels(split.image(i)) for i in rows])
-    model = backbone.model.to(device)
-    with eval_mode(model), torch.no_grad():
-        whole = compute_logits(model, backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device)))
-        stored = best.compute_logits(torch.from_numpy(best.features.stores[split.name][: len(rows)]).to(device))
+    whole, stored = _compare_with_saved(backbone, best, split, resources, np.arange(min(VERIFIED_IMAGES, len(split))))
     difference = float((whole - stored).abs().max() / whole.abs().max().clamp(min=1.0))
     if not difference <= VERIFIED_RELATIVE[resources.precision]:
         raise RuntimeError(
             f"the logits of the whole network and of the probe on stored features differ by {difference:.2g} (relative) "
-            f"on {len(rows)} {split.name} images"
+            f"on {len(whole)} {split.name} images"
         )
     return difference
+
+
+def measures_saved(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> bool:
+    """Whether metrics of the probe on stored features are also metrics of the saved network in fp32.
+
+    In fp32, `verify_probe` has shown this. In lower precision, they must agree on AGREEING_IMAGES images of `split`: in every
+    predicted class, and in log-loss within AGREEING_LOG_LOSS.
+    """
+    if resources.precision == "fp32":
+        return True
+    rows = np.unique(np.linspace(0, len(split) - 1, AGREEING_IMAGES).astype(int))
+    whole, stored = _compare_with_saved(backbone, best, split, resources, rows)
+    labels = torch.from_numpy(split.labels[rows]).to(whole.device)
+    difference = float(F.cross_entropy(whole, labels) - F.cross_entropy(stored, labels))
+    return bool((whole.argmax(1) == stored.argmax(1)).all()) and abs(difference) <= AGREEING_LOG_LOSS
+
+
+def _compare_with_saved(
+    backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources, rows: NDArray[np.int64]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the logits (B, K) of the images `rows`, from pixels in fp32 and from stored features."""
+    device = resources.device
+    pixels = np.stack([backbone.preprocessing.pixels(split.image(int(i))) for i in rows])
+    model = backbone.model.to(device)
+    with eval_mode(model), torch.no_grad():
+        whole = compute_logits(model, backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device)))
+        stored = best.compute_logits(torch.from_numpy(best.features.stores[split.name][rows]).to(device))
+    return whole, stored
 
 
 def describe_readouts(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:

@@ -107,7 +107,7 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
         return True
 
     folder = session.checkpoints and session.checkpoints / STAGES
-    if folder is not None and session.is_main and not (settings.training.resume and has_state(folder)):
+    if folder is not None and session.is_main and not (session.config.output.resume and has_state(folder)):
         remove_state(folder.with_name(FINE_TUNING))  # a state of another grown network
     own = session.with_network(stack.backbone, stack.whole).with_strategy(_stage_settings(settings, options))
     ran = run_phases(own, plan, checkpoints=folder, continues=continues)
@@ -150,7 +150,7 @@ def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True
         is_trained=not stack.is_plain,
     )
     plan: Plan = [
-        *([SolveHeadPhase(sweep="none")] if stack.is_plain and chain.classifier else []),
+        *([SolveHeadPhase(sweep="none")] if stack.is_plain and chain.head else []),
         *([phase] if fine_tunes else []),
     ]
     if session.is_main:

@@ -1,21 +1,25 @@
 """Runs the optimizer steps of a phase, one epoch at a time. A resumed epoch continues after its last saved step."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from hf_transfer.capability import accumulation_dtype
 from hf_transfer.data.augment import draw_uniform, mix
+from hf_transfer.interrupts import Interrupted, received
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import set_modes, uses_batch_statistics
 from hf_transfer.session import Session
@@ -25,8 +29,10 @@ from hf_transfer.training.feeds import PhaseData
 from hf_transfer.training.optim import lr_factor, set_lr
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.records import EpochRecord, Score
+from hf_transfer.training.sharding import Shards
 
-CHECK_LOSS_EVERY = 25  # steps on a GPU, since every read of the loss waits for the device
+# On a GPU, every read of the loss waits for the device. So the loss is read after this many steps, or this many seconds.
+CHECK_LOSS_EVERY, CHECK_LOSS_EVERY_S = 25, 2.0
 # Batch size on a CPU, where a larger batch takes more memory without being faster. For MobileNetV2 and DeiT-Tiny on 2 cores, 32
 # images take three times the memory of 8 images, and speeds differ by less than 7 %.
 CPU_BATCH = 8
@@ -67,9 +73,22 @@ class Trainable:
     """The network and the optimizer that Accelerate prepared, and the tensors that the steps may change."""
 
     network: nn.Module
+    evaluated: nn.Module  # the same weights without communication: processes may compute different numbers of batches
     optimizer: torch.optim.Optimizer
     state: dict[str, torch.Tensor]  # parameters that train, and running statistics
     average: Averaged | None
+    shards: Shards | None = None  # if parameters are divided among the processes; `evaluated` then has older weights
+
+    def no_sync(self, accelerator: Accelerator) -> AbstractContextManager[None]:
+        """Adds up gradients in each process, without communication, in the `with` block."""
+        context: AbstractContextManager[None]
+        context = self.shards.no_sync() if self.shards else accelerator.no_sync(self.network)
+        return context
+
+    def copy_back(self) -> None:
+        """Copies the weights into the session's network, if a sharded copy of the network trains. All processes must call."""
+        if self.shards is not None:
+            self.shards.copy_back()
 
 
 @dataclass(kw_only=True)
@@ -108,6 +127,18 @@ class Progress:
         return record
 
 
+def count_accumulated(session: Session) -> int:
+    """Returns the number of batches of each process per optimizer step."""
+    # `accelerate launch` has an option --gradient_accumulation_steps too: the larger value wins.
+    own = session.gradient.training.gradient_accumulation_steps
+    return max(own, int(session.accelerator.gradient_accumulation_steps))
+
+
+def count_images_per_step(session: Session) -> int:
+    """Returns the number of images per optimizer step, in all processes together."""
+    return session.config.compute.batch_size * count_accumulated(session) * int(session.accelerator.num_processes)
+
+
 class Steps:
     """The optimizer steps of one phase."""
 
@@ -120,22 +151,25 @@ class Steps:
         counts = torch.from_numpy(train.counts()).float().to(self.device)
         balanced = counts.sum() / (len(counts) * counts)
         self.class_weights = balanced if self.settings.class_balance == "loss" else torch.ones_like(counts)
-        training = self.settings.training
-        # `accelerate launch` has an option --gradient_accumulation_steps too: the larger value wins.
-        self.accumulate = max(training.gradient_accumulation_steps, self.accelerator.gradient_accumulation_steps)
-        batch_size = run.session.config.compute.batch_size
-        self.images_per_step = batch_size * self.accumulate * self.accelerator.num_processes
+        self.accumulate = count_accumulated(run.session)
+        self.images_per_step = count_images_per_step(run.session)
         self.steps_per_epoch = count_steps(run.inputs.feed.num_images, self.images_per_step)
-        self.check_loss_every = 1 if self.device.type == "cpu" else CHECK_LOSS_EVERY
+        self._steps_to_check = 1  # number of steps until the next read of the loss
+        self._checked_s = self._saved_s = 0.0  # times of the last read of the loss, and of the last state
 
     def run_epoch(self, progress: Progress, save: Callable[[], None]) -> None:
-        """Runs the remaining steps of the current epoch. The caller ends the epoch with `Progress.finish_epoch`."""
+        """Runs the remaining steps of the current epoch. The caller ends the epoch with `Progress.finish_epoch`.
+
+        Calls `save` from time to time. After a signal, saves a state too, and raises Interrupted in every process.
+        """
         training, seed = self.settings.training, self.session.config.seed
         epoch, phase = self.run.epochs_before + progress.epoch, self.run.phase
         set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
         steps = draw_steps(self.run.inputs.feed.num_images, self.images_per_step, seed=seed, epoch=epoch)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss and hits since the last read
-        started = time.perf_counter()
+        # Loss and hits since the last read.
+        totals = torch.zeros(2, dtype=accumulation_dtype(self.device), device=self.device)
+        started = self._checked_s = self._saved_s = time.perf_counter()
+        unread = 0  # number of steps since the loss was read
         with self._make_bar(progress) as bar:
             for step, batches in self._read_batches(steps[progress.step :], epoch):
                 number = progress.epoch * self.steps_per_epoch + progress.step
@@ -150,13 +184,17 @@ class Steps:
                 progress.seconds += now - started
                 started = now
                 bar.update()
+                unread += 1
                 is_last = progress.step == self.steps_per_epoch
-                is_saved = training.save_every and (number + 1) % training.save_every == 0 and not is_last
-                if progress.step % self.check_loss_every == 0 or is_last or is_saved:
-                    self._read_totals(totals, progress, bar)
-                if is_saved:
+                if not (is_last or unread >= self._steps_to_check or self._can_stop_alone()):
+                    continue
+                is_due, is_interrupted = self._read_totals(totals, unread, progress, bar)
+                unread = 0
+                if is_interrupted or (is_due and not is_last):
                     save()
-                    started = time.perf_counter()
+                    started = self._checked_s = self._saved_s = time.perf_counter()
+                if is_interrupted:
+                    raise Interrupted(received() or signal.SIGTERM, is_shared=True)
 
     def _make_bar(self, progress: Progress) -> "tqdm[Any]":
         phase = self.run.phase
@@ -169,10 +207,25 @@ class Steps:
             leave=progress.epoch + 1 == phase.epochs,
         )
 
-    def _read_totals(self, totals: torch.Tensor, progress: Progress, bar: "tqdm[Any]") -> None:
-        """Adds every process's sums of loss and hits to `progress`, and resets the sums. Raises NonFiniteLossError."""
-        loss_sum, hits = self.accelerator.reduce(totals, "sum").tolist()
+    def _can_stop_alone(self) -> bool:
+        return bool(received()) and self.accelerator.num_processes == 1
+
+    def _read_totals(self, totals: torch.Tensor, steps: int, progress: Progress, bar: "tqdm[Any]") -> tuple[bool, bool]:
+        """Adds every process's sums of loss and hits over `steps` steps to `progress`, and resets the sums.
+
+        Returns whether the main process wants to save a state, and whether any process received a signal to end. All
+        processes get the same answers, since these travel with the sums. Raises NonFiniteLossError.
+        """
+        now, every_s = time.perf_counter(), self.settings.training.save_every_s
+        is_due = self.accelerator.is_main_process and every_s > 0 and now - self._saved_s >= every_s
+        votes = totals.new_tensor([now - self._checked_s, is_due, received() > 0])
+        sums = self.accelerator.reduce(torch.cat([totals, votes]), "sum").tolist()
+        loss_sum, hits, seconds, num_due, num_interrupted = sums
         totals.zero_()
+        self._checked_s = time.perf_counter()
+        if self.device.type != "cpu":
+            seconds_per_step = seconds / self.accelerator.num_processes / steps
+            self._steps_to_check = max(1, min(CHECK_LOSS_EVERY, int(CHECK_LOSS_EVERY_S / max(seconds_per_step, 1e-9))))
         progress.loss_sum += loss_sum
         progress.hits += hits
         if not math.isfinite(progress.loss_sum):
@@ -182,6 +235,7 @@ class Steps:
             accuracy=f"{100 * progress.hits / progress.images:.1f} %",
             img_s=f"{progress.images / max(progress.seconds, 1e-9):.0f}",
         )
+        return num_due > 0, num_interrupted > 0
 
     def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:
         """Yields, for each step, the image indices of all processes, and the batches of this process."""
@@ -203,7 +257,7 @@ class Steps:
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
         for i, batch in enumerate(batches):
             is_last = i + 1 == len(batches)
-            with nullcontext() if is_last else accelerator.no_sync(trainable.network):
+            with nullcontext() if is_last else trainable.no_sync(accelerator):
                 self._accumulate(batch, epoch, scale, totals)
         max_norm = self.settings.training.max_grad_norm
         if max_norm:

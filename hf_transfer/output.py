@@ -1,0 +1,177 @@
+"""The output folder of a run: which folder it is, who may write to it, and how its results appear there.
+
+    with open_folder(config, "lora") as folder:     # chosen, and locked for other runs on all machines that see the folder
+        ...
+        with replace_results(folder) as staging:    # written beside the old results, which vanish when all is written
+            ...
+
+Until the run is finished, its config lives in checkpoints/config.yaml, so that no model ever lies beside another run's config.
+"""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hf_transfer.config import OutputConfig
+from hf_transfer.errors import ContinuableError
+from hf_transfer.interrupts import Interrupted
+from hf_transfer.locations import CHECKPOINTS, CONFIG, RESULTS
+from hf_transfer.processes import run_on_main
+
+log = logging.getLogger(__name__)
+
+LOCK, STAGING = ".lock", ".saving"
+OLD_RESULTS = (RESULTS, CONFIG, "report.html", "predictions.parquet", "reference.safetensors", "merged", "model")
+
+
+@contextmanager
+def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
+    """Chooses and creates the output folder of a run, and locks the folder during the `with` block.
+
+    The main process decides for all processes. Raises ValueError if another run has locked the folder, or if the folder
+    contains a finished run that the settings neither overwrite nor resume, and OSError if the folder is not writable.
+    """
+    with ExitStack() as locks:
+
+        def choose() -> str:
+            folder = _name_folder(output, strategy)
+            locks.enter_context(lock_folder(folder))
+            if is_finished(folder) and not output.overwrite_output_dir:
+                if not output.resume:
+                    raise _refuse(folder, "a finished run")
+                if not _can_resume(folder, strategy):
+                    raise _refuse(folder, "a finished run, and no saved state of this strategy to resume")
+            if output.output_dir is None:
+                log.info("output folder: %s", folder)
+            return str(folder)
+
+        yield Path(run_on_main(choose))
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Creates `folder`, and locks it during the `with` block. The system frees the lock of a process that is killed.
+
+    Raises ValueError, with the process and host that has the lock, if another run has locked the folder.
+    """
+    path = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"output_dir={folder} is a file, or lies below a file: choose a folder") from None
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"output_dir={folder}: another run ({path.read_text() or 'just started'}) writes to this folder: choose another "
+            "folder, or wait until that run has ended"
+        ) from None
+    with lock:
+        lock.release()  # the `with` statement has acquired the lock a second time
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+
+
+def is_finished(folder: Path) -> bool:
+    """Returns whether `folder` contains a finished run."""
+    return (folder / RESULTS).exists()
+
+
+def find_free_folder(folder: Path) -> Path:
+    """Creates and returns `folder` or, if that exists, the folder with the first free number, such as `lora_2`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        free = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        try:
+            free.mkdir()
+        except FileExistsError:
+            continue
+        return free
+    raise AssertionError("not reached")
+
+
+@contextmanager
+def replace_results(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder to write all results to. After the `with` block, these replace the old results in `folder`.
+
+    At every moment, `folder` contains a whole old run, parts of one run without results.json, or the whole new run.
+    """
+    staging = folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for name in OLD_RESULTS:  # results.json first: without it, nobody takes the rest for a finished run
+            old = folder / name
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink(missing_ok=True)
+        for new in sorted(staging.iterdir(), key=lambda path: (path.name == RESULTS, path.name)):
+            new.replace(folder / new.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    (folder / CHECKPOINTS / CONFIG).unlink(missing_ok=True)
+    if (folder / CHECKPOINTS).is_dir() and not any((folder / CHECKPOINTS).iterdir()):
+        (folder / CHECKPOINTS).rmdir()
+
+
+@contextmanager
+def explains_how_to_continue(remedy: str, *errors: type[Exception]) -> Iterator[None]:
+    """Adds `remedy`, the command or call that continues the run, to Interrupted, to ContinuableError and to `errors`."""
+    try:
+        yield
+    except Interrupted as error:
+        error.remedy = error.remedy or remedy
+        raise
+    except Exception as error:
+        if isinstance(error, (ContinuableError, *errors)):
+            error.add_note(f"Then continue with {remedy}")
+        raise
+
+
+def make_resume_command(strategy: str, folder: Path) -> str:
+    """Returns the command that continues the unfinished run in `folder`."""
+    launcher = [name for name in os.environ if name.startswith("ACCELERATE_") or name == "WORLD_SIZE"]
+    program = ["accelerate", "launch", "-m", "hf_transfer"] if launcher else ["hf-transfer"]
+    command = shlex.join([*program, "train", strategy, "--config", str(folder / CHECKPOINTS / CONFIG), "--resume"])
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return command if processes == "1" else f"{command} (and the options of the launcher for {processes} processes)"
+
+
+def _refuse(folder: Path, content: str) -> ValueError:
+    return ValueError(
+        f"output_dir={folder} contains {content}: choose another folder, or replace the run with --overwrite_output_dir"
+    )
+
+
+def _can_resume(folder: Path, strategy: str) -> bool:
+    """Returns whether a finished run of `strategy` left a state, with which the network, data and settings are compared."""
+    has_states = any((folder / CHECKPOINTS).glob("**/*.safetensors"))
+    return has_states and json.loads((folder / RESULTS).read_text()).get("strategy") == strategy
+
+
+def _name_folder(output: OutputConfig, strategy: str) -> Path:
+    if output.output_dir is not None:
+        return Path(output.output_dir).expanduser()
+    default = Path("runs") / strategy
+    if output.resume:
+        started = [c for c in default.parent.glob(f"{strategy}*/{CHECKPOINTS}/{CONFIG}") if _is_numbered(c, strategy)]
+        if started:
+            return max(started, key=lambda config: config.stat().st_mtime).parents[1]
+    return find_free_folder(default)
+
+
+def _is_numbered(config: Path, strategy: str) -> bool:
+    number = config.parents[1].name.removeprefix(strategy)
+    return not number or (number[0] == "_" and number[1:].isdigit())

@@ -1,0 +1,300 @@
+"""The files of one store: how they are written, verified, and continued after a killed job.
+
+    meta.json              title, fields, layout, and the size and the checksums of every file; sealed, and written last
+    <array>.<shard>.npy    the rows that one rank wrote, read as a memory map
+    layout.json            only in an unfinished store: its layout
+    progress.<shard>       only in an unfinished store: one sealed line for each finished chunk, with the checksums of its rows
+
+A shard is divided into chunks of `chunk_rows` rows. Each chunk of each file has a checksum (xxh3, 64 bits), which is computed
+when the chunk is finished. A store's checksums are verified when a process first opens the store.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from hf_transfer.prefix.contents import META, delete, remove_store
+from hf_transfer.prefix.store import Array, Store
+from hf_transfer.sealed import read_sealed, seal, unseal, write_sealed
+
+log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, tuple[tuple[int, ...], str]]
+"""Array name -> (shape of one row, dtype)."""
+
+Checksums = dict[str, list[str]]
+"""File name -> checksum of each chunk."""
+
+LAYOUT, PROGRESS = "layout.json", "progress."
+CHUNK_ROWS = 256  # least number of rows in a chunk
+BLOCK_BYTES = 2**20  # bytes that are read at once to verify a file
+VERIFYING_THREADS = 4
+
+_verified: set[tuple[Path, int]] = (
+    set()
+)  # folders, with the inode of meta.json, whose checksums this process has verified
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the rows of a store are divided into shards, one per rank, and into chunks."""
+
+    num_rows: int
+    num_shards: int
+    chunk_rows: int
+
+    def shard(self, index: int) -> range:
+        """Returns the rows of a shard."""
+        start, stop = (self.num_rows * i // self.num_shards for i in (index, index + 1))
+        return range(start, stop)
+
+    def chunks(self, index: int) -> list[slice]:
+        """Returns the positions of each chunk within a shard."""
+        count = len(self.shard(index))
+        return [slice(i, min(i + self.chunk_rows, count)) for i in range(0, count, self.chunk_rows)]
+
+
+def make_layout(num_rows: int, num_shards: int, batch_rows: int) -> Layout:
+    """Returns a layout with chunks of whole batches of `batch_rows` rows, so that a continued job computes the same batches."""
+    return Layout(num_rows=num_rows, num_shards=num_shards, chunk_rows=-(-CHUNK_ROWS // batch_rows) * batch_rows)
+
+
+class UnfinishedShard:
+    """The rows of one store that one rank writes. `checksums` has those of each finished chunk, by file name."""
+
+    def __init__(self, folder: Path, index: int, arrays: Arrays, layout: Layout) -> None:
+        """Opens or creates the files in `folder`. Raises OSError if the disk has too little space."""
+        self._progress = folder / f"{PROGRESS}{index:05d}"
+        self._chunks = layout.chunks(index)
+        self.arrays: dict[str, Array] = {}
+        self._files: dict[str, str] = {}
+        count = len(layout.shard(index))
+        for name, (shape, dtype) in arrays.items():
+            file = folder / _shard_name(name, index)
+            self._files[file.name] = name
+            self.arrays[name] = _open_for_writing(file, (count, *shape), np.dtype(dtype))
+        self.checksums = self._read_progress()
+
+    def finish(self, chunk: int) -> None:
+        """Records that the rows of a chunk are written."""
+        self.checksums[chunk] = self._compute(chunk)
+        line = f"{seal([chunk, self.checksums[chunk]])}\n".encode()
+        try:
+            with self._progress.open("ab", buffering=0) as file:
+                file.write(line)
+        except OSError as error:
+            log.debug("chunk %d cannot be recorded, so a continued job would compute it again: %s", chunk, error)
+
+    def list_checksums(self) -> Checksums:
+        """Returns the checksums of all chunks of every file, and records the chunks that are not recorded yet."""
+        for chunk in range(len(self._chunks)):
+            if chunk not in self.checksums:
+                self.finish(chunk)
+        return {file: [self.checksums[i][file] for i in range(len(self._chunks))] for file in self._files}
+
+    def _compute(self, chunk: int) -> dict[str, str]:
+        rows = self._chunks[chunk]
+        return {file: xxhash.xxh3_64_hexdigest(self.arrays[name][rows].data) for file, name in self._files.items()}
+
+    def _read_progress(self) -> dict[int, dict[str, str]]:
+        """Returns the recorded checksums of the chunks whose rows match them."""
+        recorded = {}
+        lines = self._progress.read_bytes().splitlines() if self._progress.exists() else []
+        for line in lines:
+            try:
+                chunk, checksums = unseal(line)
+            except (ValueError, TypeError):
+                continue  # the job was killed while it wrote this line
+            if chunk in range(len(self._chunks)):
+                recorded[chunk] = checksums
+        with ThreadPoolExecutor(VERIFYING_THREADS) as pool:
+            actual = dict(zip(recorded, pool.map(self._compute, recorded), strict=True))
+        return {chunk: checksums for chunk, checksums in recorded.items() if actual[chunk] == checksums}
+
+
+class Progress:
+    """The progress of one pass that fills the shards of several stores together.
+
+    `positions`: the positions of the rows that the pass must compute, because their chunk is not finished in every shard.
+    """
+
+    def __init__(self, shards: Sequence[UnfinishedShard], chunks: Sequence[slice]) -> None:
+        self._shards, self._lock = shards, threading.Lock()
+        self._chunk_rows = chunks[0].stop if chunks else 1
+        unfinished = [i for i in range(len(chunks)) if any(i not in shard.checksums for shard in shards)]
+        self._rows_left = {i: chunks[i].stop - chunks[i].start for i in unfinished}
+        ranges = [np.arange(chunks[i].start, chunks[i].stop) for i in unfinished]
+        self.positions = np.concatenate([np.arange(0), *ranges])
+
+    def mark(self, positions: NDArray[np.int64]) -> None:
+        """Records each chunk of which no row is missing after the rows at `positions`. Several threads call this method."""
+        finished = []
+        with self._lock:
+            for chunk, count in zip(*np.unique(positions // self._chunk_rows, return_counts=True), strict=True):
+                self._rows_left[int(chunk)] -= int(count)
+                if not self._rows_left[int(chunk)]:
+                    finished.append(int(chunk))
+        for chunk in finished:
+            for shard in self._shards:
+                shard.finish(chunk)
+
+
+def can_continue(partial: Path, layout: Layout) -> bool:
+    """Whether an unfinished store has this layout."""
+    try:
+        return bool(read_sealed(partial / LAYOUT) == asdict(layout))
+    except (OSError, ValueError):
+        return False
+
+
+def write_layout(partial: Path, layout: Layout) -> None:
+    """Creates the folder of an unfinished store. Raises OSError, and leaves no folder, if nothing can be written."""
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        write_sealed(partial / LAYOUT, asdict(layout))
+    except OSError:
+        delete(partial)
+        raise
+
+
+def complete(partial: Path, folder: Path, meta: Mapping[str, Any], layout: Layout, checksums: Checksums) -> None:
+    """Writes meta.json into the unfinished store, and renames the store to `folder`."""
+    files = {name: {"size": (partial / name).stat().st_size, "checksums": values} for name, values in checksums.items()}
+    write_sealed(partial / META, {**meta, "layout": asdict(layout), "files": files})
+    for file in partial.iterdir():
+        if file.name != META and file.name not in checksums:
+            file.unlink()
+    try:
+        partial.rename(folder)
+    except OSError:
+        if open_store(folder) is None:  # a damaged store had this name, and is removed now
+            partial.rename(folder)
+        else:
+            delete(partial)  # another job has completed this store, and equal keys mean equal contents
+    _verified.add((folder, (folder / META).stat().st_ino))  # the checksums are those of the rows that were written
+
+
+def open_store(folder: Path, *, verify: bool = True) -> dict[str, Store] | None:
+    """Returns the stores in `folder` by array name, or None if the folder is missing or damaged. A damaged folder is removed.
+
+    With `verify`, the first call of this process compares all rows with their checksums.
+    """
+    try:
+        meta = read_sealed(folder / META)
+        layout, arrays = Layout(**meta["layout"]), meta["fields"]["arrays"]
+        shards = {
+            name: [
+                _map_file(folder / _shard_name(name, i), meta["files"], (len(layout.shard(i)), *shape), np.dtype(dtype))
+                for i in range(layout.num_shards)
+            ]
+            for name, (shape, dtype) in arrays.items()
+        }
+        identity = (folder, (folder / META).stat().st_ino)
+        if verify and identity not in _verified:
+            _verify(folder, meta["files"], layout, {n: np.dtype(d).itemsize * _size(s) for n, (s, d) in arrays.items()})
+            _verified.add(identity)
+        _mark_used(folder)
+        return {name: Store(arrays, folder) for name, arrays in shards.items()}
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not folder.exists():
+            return None
+        reason: Exception = error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error
+    discard(folder, f"discarding the damaged cache {folder.name} ({reason})")
+    return None
+
+
+def discard(folder: Path, warning: str) -> None:
+    """Logs `warning`, and removes a store if possible."""
+    log.warning("%s", warning)
+    try:
+        remove_store(folder)
+    except OSError as error:
+        log.warning(
+            "cannot remove the cache %s (%s): remove it as the user who owns it", folder, error.strerror or error
+        )
+
+
+def _open_for_writing(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Returns a memory map of all rows of a shard: of the existing file if it has this shape, else of a new file."""
+    try:
+        array = np.lib.format.open_memmap(file, mode="r+")
+        is_usable = array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
+    except (FileNotFoundError, ValueError):
+        is_usable = False
+    if not is_usable:
+        array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # A full disk raises an error here. Without this, writing to the memory map would kill the process.
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array
+
+
+def _map_file(file: Path, files: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Returns a memory map of a shard's rows. meta.json gives shape and dtype, since the file's own header may be damaged."""
+    size = file.stat().st_size
+    if size != files[file.name]["size"]:
+        raise ValueError(f"{file.name} has {size} bytes instead of {files[file.name]['size']}")
+    return np.memmap(file, mode="r", dtype=dtype, shape=shape, offset=size - dtype.itemsize * _size(shape))
+
+
+def _verify(folder: Path, files: Mapping[str, Any], layout: Layout, row_bytes: Mapping[str, int]) -> None:
+    """Raises ValueError if a chunk of a file does not have its checksum."""
+    work = []
+    for name, nbytes in row_bytes.items():
+        for i in range(layout.num_shards):
+            file = folder / _shard_name(name, i)
+            recorded = files[file.name]
+            header_bytes = recorded["size"] - nbytes * len(layout.shard(i))
+            chunks = [
+                (header_bytes + chunk.start * nbytes, header_bytes + chunk.stop * nbytes) for chunk in layout.chunks(i)
+            ]
+            work += [(file, *span, expected) for span, expected in zip(chunks, recorded["checksums"], strict=True)]
+    with ThreadPoolExecutor(VERIFYING_THREADS) as pool:
+        actual = pool.map(lambda span: _read_checksum(*span[:3]), work)
+        wrong = [span[0].name for span, checksum in zip(work, actual, strict=True) if checksum != span[3]]
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {len(work)} chunks do not have the recorded checksum")
+
+
+def _read_checksum(file: Path, start: int, stop: int) -> str:
+    """Returns the checksum of a range of bytes, which are read: a read error of a memory map would kill the process."""
+    checksum = xxhash.xxh3_64()
+    block = memoryview(bytearray(min(BLOCK_BYTES, stop - start)))
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(start)
+        while start < stop:
+            count = opened.readinto(block[: stop - start])
+            if not count:
+                raise ValueError(f"{file.name} ends early")
+            checksum.update(block[:count])
+            start += count
+    return checksum.hexdigest()
+
+
+def _mark_used(folder: Path) -> None:
+    try:
+        os.utime(folder / META)
+    except OSError:
+        return  # the store belongs to another user, or the disk is read-only
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _shard_name(name: str, index: int) -> str:
+    """Returns a valid name for the file that contains the rows of the array `name` that one rank writes."""
+    return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.{index:05d}.npy"

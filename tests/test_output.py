@@ -1,0 +1,245 @@
+"""The output folder: one run at a time, no run overwritten unasked, and never one run's model beside another's config."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import hf_transfer as ht
+from hf_transfer import runs
+from hf_transfer.config import OutputConfig
+from hf_transfer.errors import ContinuableError, describe_error
+from hf_transfer.hub.save import save_model
+from hf_transfer.interrupts import Interrupted
+from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory
+from hf_transfer.output import (
+    explains_how_to_continue,
+    find_free_folder,
+    lock_folder,
+    make_resume_command,
+    open_folder,
+    replace_results,
+)
+from hf_transfer.runs import execute, push
+from hf_transfer.training.records import RunResult
+from tests.sessions import make_session
+
+HOLD = """
+import sys
+from hf_transfer.config import OutputConfig
+from hf_transfer.output import open_folder
+try:
+    with open_folder(OutputConfig(output_dir=sys.argv[1]), "lora"):
+        print("runs", flush=True)
+        sys.stdin.read()
+except ValueError as error:
+    print(error, flush=True)
+"""
+
+
+def test_of_two_runs_started_at_once_one_is_refused(tmp_path: Path) -> None:
+    """Real processes; the system frees the lock of the one that is killed."""
+    command = [sys.executable, "-W", "ignore", "-c", HOLD, str(tmp_path / "run")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    try:
+        lines = {process.stdout.readline().strip(): process for process in both}
+        holder = lines.pop("runs")
+        [refused] = lines
+        assert f"another run (process {holder.pid} on {os.uname().nodename}) writes to this folder" in refused
+        with pytest.raises(ValueError, match=f"process {holder.pid} "), lock_folder(tmp_path / "run"):
+            pass
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        with lock_folder(tmp_path / "run"):
+            pass
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+
+
+def choose(**settings: Any) -> Path:
+    with open_folder(OutputConfig(**settings), "lora") as folder:
+        return folder
+
+
+def test_a_named_folder_with_a_finished_run_is_refused_unless_asked(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    named = {"output_dir": str(folder)}
+    assert choose(**named) == folder
+    assert choose(**named) == folder  # it is unfinished
+    (folder / "results.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"contains a finished run: choose another folder, or .*--overwrite_output_dir"
+    ):
+        choose(**named)
+    assert choose(**named, overwrite_output_dir=True) == folder
+    (folder / "checkpoints").mkdir()
+    for strategy, state in (("lora", "nothing"), ("full", "state.safetensors")):
+        (folder / "results.json").write_text(f'{{"strategy": "{strategy}"}}')
+        (folder / "checkpoints" / state).touch()
+        with pytest.raises(ValueError, match="no saved state of this strategy to resume"):
+            choose(**named, resume=True)
+    (folder / "results.json").write_text('{"strategy": "lora"}')
+    assert choose(**named, resume=True) == folder
+    assert (folder / "results.json").exists()  # until the new run is finished
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        choose(output_dir=str(tmp_path / "file"))
+
+
+def test_without_a_name_a_run_takes_the_next_folder_and_resume_the_newest_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [choose() for _ in range(3)]
+    assert [str(folder) for folder in folders] == ["runs/lora", "runs/lora_2", "runs/lora_3"]
+    for i, name in enumerate(("lora_2", "lora", "lora_x")):
+        config = Path("runs", name, "checkpoints", "config.yaml")
+        config.parent.mkdir(parents=True)
+        config.touch()
+        os.utime(config, (i, i))
+    assert choose(resume=True) == Path("runs/lora")
+    assert find_free_folder(Path("runs/full")) == Path("runs/full")
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A folder with the results of an old run."""
+    (tmp_path / "model").mkdir()
+    for name in ("model/weights", "config.yaml", "results.json", "report.html"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "config.yaml").write_text("new")
+    return tmp_path
+
+
+def test_results_are_replaced_all_at_once(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before every change in the folder, whatever lies there is of one run, and results.json means that all is there."""
+    names = ("results.json", "config.yaml", "model/weights", "report.html")
+    seen = []
+
+    def look(call: Any) -> Any:
+        def looking(path: Path, *arguments: Any, **options: Any) -> Any:
+            runs = {name: (finished / name).read_text() for name in names if (finished / name).exists()}
+            assert len(set(runs.values())) <= 1
+            assert "results.json" not in runs or len(runs) >= 3  # a new run may have no report
+            seen.append(runs)
+            return call(path, *arguments, **options)
+
+        return looking
+
+    for name in ("replace", "unlink"):
+        monkeypatch.setattr(Path, name, look(getattr(Path, name)))
+    with replace_results(finished) as staging:
+        (staging / "model").mkdir()
+        for name in ("model/weights", "config.yaml", "results.json"):
+            (staging / name).write_text("new")
+    assert {} in seen
+    assert {path.name for path in finished.iterdir()} == {"model", "config.yaml", "results.json"}
+    assert (finished / "model" / "weights").read_text() == "new"
+
+
+def test_an_error_while_writing_leaves_the_old_results(finished: Path) -> None:
+    with pytest.raises(FileNotFoundError), replace_results(finished) as staging:
+        (staging / "no folder" / "config.yaml").write_text("new")
+    assert (finished / "config.yaml").read_text() == "old"
+    assert (finished / "checkpoints" / "config.yaml").exists()
+    assert not (finished / ".saving").exists()
+
+
+def test_a_full_disk_at_the_end_loses_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the folder, and the resumed run only saves."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_full_disk(*arguments: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+        save_model(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_model", save_on_full_disk)
+        with pytest.raises(ContinuableError, match=f"results cannot be written to {tmp_path} .*free disk space"):
+            execute(make_session("full", tmp_path, epochs=1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not (tmp_path / "results.json").exists()
+    assert (tmp_path / "checkpoints" / "config.yaml").exists()
+    result = execute(make_session("full", tmp_path, epochs=1, resume=True))
+    assert result.resumed
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    assert not (tmp_path / "checkpoints" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), Interrupted(signal.SIGINT)])
+def test_a_push_that_ends_early_names_the_command_that_repeats_the_push(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is finished, so the command is `publish`, not `train --resume`."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(runs, "publish", fail)
+    session = make_session("full", tmp_path)
+    result = RunResult(backbone=session.backbone, phases=(), metrics={})
+    with pytest.raises(type(error)), explains_how_to_continue("hf-transfer train"):
+        push(session, result, "me/model")
+    assert describe_error(error).endswith(f"ontinue with hf-transfer publish {tmp_path} --repo_id me/model")
+
+
+def test_a_run_that_fails_early_can_be_repeated_and_leaves_the_old_run(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("{}")
+    task = ht.Task("sklearn/digits", checkpoint=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere"):
+        task.fit(ht.linear_probe(), output_dir=tmp_path, overwrite_output_dir=True)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoints", "results.json"}
+    with pytest.raises(ValueError, match="give output_dir too"):
+        task.fit(ht.linear_probe(), resume=True)
+
+
+def test_the_command_that_continues_uses_the_launcher_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("ACCELERATE_") or n == "WORLD_SIZE"]:
+        monkeypatch.delenv(name)
+    short = "train lora --config runs/x/checkpoints/config.yaml --resume"
+    assert make_resume_command("lora", Path("runs/x")) == f"hf-transfer {short}"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert make_resume_command("lora", Path("runs/x")).startswith(f"accelerate launch -m hf_transfer {short} (and ")
+
+
+@pytest.mark.parametrize(
+    ("error", "settings", "pair"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), {}, "--batch_size 8 --gradient_accumulation_steps 2"),
+        (MemoryError(), {"batch_size": 9}, "--batch_size 3 --gradient_accumulation_steps 3"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+            {"gradient_accumulation_steps": 3},
+            "--batch_size 8 --gradient_accumulation_steps 6",
+        ),
+        (MemoryError(), {"batch_size": 1}, "--gradient_checkpointing"),
+    ],
+)
+def test_full_memory_names_the_batches_that_give_the_same_result(
+    error: Exception, settings: dict[str, Any], pair: str
+) -> None:
+    session = make_session("full", **settings)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    session.chain.model.register_forward_pre_hook(fail)
+    with pytest.raises(FullMemoryError, match=f"batch_size={session.config.compute.batch_size} and .*{pair}"):
+        execute(session)
+
+
+def test_a_real_allocation_that_fails_is_recognized() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+    assert not is_out_of_memory(RuntimeError("no card"))

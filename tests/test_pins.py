@@ -1,0 +1,100 @@
+"""config.yaml of a run on a checkpoint and a data set of the Hub names their commits, so that it repeats the run."""
+
+import io
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+from PIL import Image
+
+from hf_transfer.flags import read_config
+from hf_transfer.network.backbone import load
+from hf_transfer.network.source import Source, find_source, pin_checkpoint
+from hf_transfer.runs import execute, open_session
+from hf_transfer.strategy import default_config
+from tests.hub_server import Files, HubServer, Repository
+from tests.sessions import make_config
+from tests.test_publish import TOKENS, signed_in
+
+
+def make_checkpoint(change: float) -> Files:
+    """The files of the embedded checkpoint, with one layer's weights scaled by 1 + `change`."""
+    from safetensors.torch import load, save
+
+    folder = Path(str(resources.files("hf_transfer") / "assets" / "embedded"))
+    weights = load((folder / "model.safetensors").read_bytes())
+    stem = next(name for name in weights if name.endswith(".weight"))
+    weights[stem] = weights[stem] * (1 + change)
+    return {
+        "config.json": ((folder / "config.json").read_bytes(), False),
+        "model.safetensors": (save(weights, {"format": "pt"}), True),
+    }
+
+
+def make_dataset(brightness: int) -> Files:
+    """A parquet file with 12 images of two classes."""
+    generator = np.random.default_rng(brightness)
+    pixels = generator.integers(0, brightness, (12, 8, 8, 3), dtype=np.uint8)
+    table = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(image) for image in pixels], "label": [0, 1] * 6},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}),
+    )
+    file = io.BytesIO()
+    table.to_parquet(file)
+    # At the root, because the server's list of files has no folders.
+    return {"train-00000-of-00001.parquet": (file.getvalue(), True)}
+
+
+@pytest.mark.parametrize("checkpoint", ["embedded", "none", "{folder}"])
+def test_what_is_not_from_the_hub_has_no_commit(checkpoint: str, tmp_path: Path) -> None:
+    source = Source(folder=tmp_path, id="bob/upstream", revision="0" * 40, license=None)  # a snapshot in the Hub cache
+    name = checkpoint.format(folder=tmp_path)
+    assert pin_checkpoint(name, source) == name
+    assert pin_checkpoint("bob/upstream", source) == f"bob/upstream@{'0' * 40}"
+    assert pin_checkpoint("bob/upstream", replace(source, revision=None)) == "bob/upstream"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    with HubServer(TOKENS) as server, signed_in(server, tmp_path, None):
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+        for name in ("bob/upstream", "bob/pets"):
+            server.repositories[name] = Repository(name, is_private=False)
+        yield server
+
+
+def test_config_yaml_repeats_the_run_after_the_branches_moved(hub: HubServer, tmp_path: Path) -> None:
+    upstream, pets = (hub.repositories[name] for name in ("bob/upstream", "bob/pets"))
+    first = (upstream.commit(make_checkpoint(0), "main"), pets.commit(make_dataset(100), "main"))
+    names = {"checkpoint": "bob/upstream@main", "dataset": "bob/pets"}
+    config = make_config("linear_probe", readouts="none", folds=2, images_per_class=None, **names)
+    execute(open_session(config, output_dir=tmp_path / "run"))
+    file = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(file.read_text())
+    assert (settings["checkpoint"], settings["dataset"]) == (f"bob/upstream@{first[0]}", f"bob/pets@{first[1]}")
+
+    upstream.commit(make_checkpoint(1), "main")
+    pets.commit(make_dataset(250), "main")
+    again = read_config(str(file), default_config("linear_probe"))
+    for name, repeated in (("again", again), ("moved", config)):
+        execute(open_session(repeated, output_dir=tmp_path / name))
+    weights = {name: load(str(tmp_path / name / "model")).model.state_dict() for name in ("run", "again", "moved")}
+    assert all(torch.equal(value, weights["again"][name]) for name, value in weights["run"].items())
+    assert any(not torch.equal(value, weights["moved"][name]) for name, value in weights["run"].items())
+    assert yaml.safe_load((tmp_path / "again" / "config.yaml").read_text()) == settings
+
+    requests = len(hub.requests)
+    newest = upstream.branches["main"]
+    with pytest.MonkeyPatch.context() as patch:  # undone before `signed_in` restores the same constant
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert pin_checkpoint("bob/upstream@main", find_source("bob/upstream@main")) == f"bob/upstream@{newest}"
+    assert len(hub.requests) == requests
