@@ -1,6 +1,7 @@
 """Pixels are those of the checkpoint's own processor, whatever the order of its steps, before and after it is saved."""
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -212,11 +213,12 @@ def check_refused(name: str, folder: Path, **settings: Any) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", EXCEPTIONS)
+@pytest.mark.parametrize("name", [*EXCEPTIONS, "Cohere2VisionImageProcessor", "VideoMAEImageProcessor"])
 def test_inputs_that_are_not_one_image_of_one_size_are_refused(name: str, tmp_path: Path) -> None:
     settings = {
         "ImageGPTImageProcessor": {"clusters": [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]], "size": {"height": 16, "width": 16}},
         "TextNetImageProcessor": {"size": {"shortest_edge": 32}},
+        "Cohere2VisionImageProcessor": {"size": {"height": 256, "width": 256}},  # cuts only larger images into tiles
     }
     check_refused(name, tmp_path, **settings.get(name, {}))
 
@@ -340,7 +342,7 @@ def test_a_processor_without_constant_colors_works_without_augmentation(tmp_path
     assert execute(session).test.accuracy >= 0
     plain = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0}
     assert execute(make_session("full", **given, **plain)).test.accuracy >= 0
-    for strategy, settings in (("full", {}), ("last_layers", {"cache_views": 2, "k": 1}), ("probe_then_full", {})):
+    for strategy, settings in (("full", {}), ("last_layers", {"cache_views": 2, "k": 1}), ("auto", {})):
         session = make_session(strategy, **given, **settings)
         with pytest.raises(ValueError, match="cannot follow augmentation: choose the strategy linear_probe") as error:
             execute(session)
@@ -420,6 +422,30 @@ def test_preprocessing_from_replaces_missing_preprocessing_and_is_saved(tmp_path
         load(str(upstream), preprocessing_from="./missing")
     with pytest.raises(ValueError, match="not in the local Hub cache"):
         load(str(upstream), preprocessing_from="owner/name")
+
+
+def in_hub_cache(name: str) -> Path:
+    """The snapshot folder of `someone/<name>` in the Hub cache of this test session."""
+    repo, commit = (
+        Path(os.environ["HF_HOME"], "hub", f"models--someone--{name}"),
+        "0123456789abcdef0123456789abcdef01234567",
+    )
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    return snapshot
+
+
+def test_an_adapter_brings_the_preprocessing_that_its_base_lacks(tmp_path: Path) -> None:
+    base = write_vit(in_hub_cache("without-preprocessing"))
+    (base / "preprocessor_config.json").unlink()
+    write_settings(in_hub_cache("with-preprocessing"), **SETTINGS)
+    given = {"checkpoint": "someone/without-preprocessing", "preprocessing_from": "someone/with-preprocessing"}
+    execute(make_session("lora", tmp_path / "run", **given, merge=False, epochs=1, rank=2))
+    colors = load_saved(str(tmp_path / "run" / "model")).preprocessing.colors
+    assert colors is not None
+    assert colors.mean == (0.1, 0.1, 0.1)
 
 
 def test_preprocessing_of_the_other_library_is_refused(tmp_path: Path) -> None:

@@ -11,10 +11,9 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_transfer.config import ModelConfig
 from hf_transfer.data.folders import list_folder
 from hf_transfer.data.images import BadImageError, read_image
-from hf_transfer.network.adapters import find_adapter, find_own_preprocessing, load_adapted, read_task
+from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
@@ -112,13 +111,8 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
             )
         if base is None:
             task = read_task(folder)
-            settings = ModelConfig(
-                checkpoint=checkpoint,
-                trust_remote_code=trust_remote_code,
-                preprocessing_from=find_own_preprocessing(folder),
-                pooling=task.get("pooling", "auto"),
-            )
-            base = load(settings, task["label_names"])
+            pooling = task.get("pooling", "auto")
+            base = load(checkpoint, task["label_names"], trust_remote_code=trust_remote_code, pooling=pooling)
         yield load_adapted(folder, base=base)
 
 

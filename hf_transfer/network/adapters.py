@@ -198,10 +198,12 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
     if base is not None:
         base = with_new_head(base, task["label_names"])
     else:
+        # A timm adapter has no such file; its base's preprocessing is the adapter's.
+        own = folder / "preprocessor_config.json"
         settings = ModelConfig(
             checkpoint=checkpoint or recorded,
             base_model=base_id,
-            preprocessing_from=find_own_preprocessing(folder),
+            preprocessing_from=str(own) if checkpoint is None and own.is_file() else None,
             pooling=task.get("pooling", "auto"),
         )
         base = load(settings, task["label_names"])
@@ -234,12 +236,6 @@ def read_task(folder: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{folder / TASK} is damaged: it lacks {missing[0]}; save the adapter again")
     return task
-
-
-def find_own_preprocessing(folder: Path) -> str | None:
-    """Returns the path of the preprocessing in an adapter folder, or None for timm, whose adapters use their base's."""
-    path = folder / "preprocessor_config.json"
-    return str(path) if path.is_file() else None
 
 
 def check_saved_apart(adapted: Adapted) -> str:

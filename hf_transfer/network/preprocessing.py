@@ -311,9 +311,8 @@ def _fit(preprocessing: Preprocessing, outputs: Sequence[torch.Tensor]) -> Prepr
     if preprocessing.colors is not None and _measure_difference(preprocessing, outputs) <= PARITY:
         return preprocessing
     processor, colors = preprocessing.processor, preprocessing.colors
-    candidates = (
-        [] if colors is None else [colors, colors.reverse()]
-    )  # PP-LCNet reverses channels without naming the step
+    # PP-LCNet reverses the channels, and no setting names this step.
+    candidates = [] if colors is None else [colors, colors.reverse()]
     return replace(
         preprocessing,
         pixel_type="float32",

@@ -42,6 +42,21 @@ class PhaseData:
     num_computed: int = 0  # number of images that passed through the prefix to fill the stores
 
 
+def check_augmentation(session: Session, *, reads_pixels: bool) -> None:
+    """Raises ValueError if training needs augmented images, and the checkpoint's preprocessing cannot normalize them.
+
+    `reads_pixels`: whether a phase trains the network from its first layer on.
+    """
+    preprocessing, views = session.backbone.preprocessing, session.gradient.training.cache_views
+    augments = session.gradient.augmentation.changes_pixels and (reads_pixels or views == 0)
+    if preprocessing.colors is None and (views > 1 or augments):
+        raise ValueError(
+            f"{type(preprocessing.processor).__name__} changes colors in a way that cannot follow augmentation: choose the "
+            "strategy linear_probe, or last_layers with --cache_views 1, or omit augmentation (--crop_scale 1 --hflip 0 "
+            "--color_jitter 0 --cache_views 1)"
+        )
+
+
 def make_phase_data(
     session: Session, cut: Cut | None, *, through: Sequence[Cut] = (), before: PhaseData | None = None
 ) -> PhaseData:
@@ -57,7 +72,7 @@ def make_phase_data(
         log.info("cache_views is 0: every epoch runs the frozen prefix up to %s on newly augmented images", cut.name)
     data, preprocessing = session.data, session.backbone.preprocessing
     training_images: EvaluationImages | TrainingImages
-    if preprocessing.colors is None:  # `run_phases` has checked that augmentation is off
+    if preprocessing.colors is None:  # and `check_augmentation` passed
         training_images, views_per_image = store_evaluation_pixels(data.train, preprocessing, session.resources), 1
     else:
         training_images, views_per_image = _store_squares(session), None

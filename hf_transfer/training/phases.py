@@ -20,7 +20,7 @@ from hf_transfer.settings import to_settings
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import StateWriter, remove_state, share_state
-from hf_transfer.training.feeds import PhaseData, make_phase_data
+from hf_transfer.training.feeds import PhaseData, check_augmentation, make_phase_data
 from hf_transfer.training.fit_head import describe_solution
 from hf_transfer.training.loop import train_phase
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
@@ -90,7 +90,11 @@ class _PlanRun:
         # Select all parameters first, so that a policy that does not fit the network fails before anything runs.
         self.selected = [phase.policy.select(chain) for phase, chain in zip(plan, self.chains, strict=True)]
         self._check_mixing()
-        self._check_augmentation()
+        gradient = [
+            (c, s) for p, c, s in zip(plan, self.chains, self.selected, strict=True) if isinstance(p, TrainPhase)
+        ]
+        if gradient:
+            check_augmentation(session, reads_pixels=any(chain.lowest_cut(names) is None for chain, names in gradient))
         self.done: list[PhaseResult] = []
         self.start: wise.Weights | None = None
         self.is_resumed = False
@@ -243,20 +247,6 @@ class _PlanRun:
             raise ValueError(
                 f"mixup={augmentation.mixup}, cutmix={augmentation.cutmix}: a phase with a frozen prefix trains on stored "
                 "activations, not on images, which mixup and cutmix need: choose --cache_views 0, or omit --mixup and --cutmix"
-            )
-
-    def _check_augmentation(self) -> None:
-        preprocessing, gradient = self.session.backbone.preprocessing, self.session.gradient
-        phases = zip(self.plan, self.chains, self.selected, strict=True)
-        reads_pixels = [c.lowest_cut(s) is None for p, c, s in phases if isinstance(p, TrainPhase)]
-        if preprocessing.colors is not None or not reads_pixels:
-            return
-        views = gradient.training.cache_views
-        if views > 1 or (gradient.augmentation.changes_pixels and (any(reads_pixels) or views == 0)):
-            raise ValueError(
-                f"{type(preprocessing.processor).__name__} changes colors in a way that cannot follow augmentation: choose the "
-                "strategy linear_probe, or last_layers with --cache_views 1, or omit augmentation (--crop_scale 1 --hflip 0 "
-                "--color_jitter 0 --cache_views 1)"
             )
 
 
