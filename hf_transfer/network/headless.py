@@ -71,8 +71,9 @@ def find_upstream(source: Source, config: PreTrainedConfig) -> Upstream:
     if upstream.is_classifier():
         return upstream
     for owner in (config, getattr(config, "vision_config", config)):
-        if getattr(owner, "num_frames", None):
-            raise ValueError(f"{source.name}: {kind.__name__} takes videos; choose a checkpoint for single images")
+        if getattr(owner, "num_frames", None) or getattr(owner, "num_detection_tokens", None):
+            purpose = "takes videos" if getattr(owner, "num_frames", None) else "is a detector"
+            raise ValueError(f"{source.name}: {kind.__name__} {purpose}; choose a checkpoint for single images")
     with on_meta():
         towers = list(_find_towers(kind(config)))
     if not towers:
@@ -266,7 +267,9 @@ def _try_class(
         log.debug("%s does not fit %s: %s", source.name, kind.__name__, error)
     # The class may not know the file's names of a tower's tensors, but its module may have the names of the tower's module.
     inner, state = _find_backbone(model), tower.state_dict()
-    if inner is None or {n: t.shape for n, t in inner.state_dict().items()} != {n: t.shape for n, t in state.items()}:
+    if inner is None or len(model.state_dict()) != len(state) + len(heads):
+        return None  # a norm between the tower and the head, for example
+    if {n: t.shape for n, t in inner.state_dict().items()} != {n: t.shape for n, t in state.items()}:
         return None
     inner.load_state_dict(state)
     return model, Weights(new=heads, identity=frozenset(), unused=frozenset())
@@ -297,7 +300,7 @@ def _compare(model: PreTrainedModel, expected: _Features) -> _Agreement:
             handle.remove()
     pooled = expected.pooled
     return _Agreement(
-        hidden=_is_same(seen["output"][0], expected.hidden),
+        hidden=_is_same(getattr(seen["output"], "last_hidden_state", seen["output"][0]), expected.hidden),
         pooled=pooled is None or any(_is_same(each, pooled) for each in inputs),
     )
 

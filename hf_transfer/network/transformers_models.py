@@ -232,8 +232,11 @@ def find_changed_weights(model: nn.Module, folder: Path, new: Collection[str]) -
     """Returns the names of the tensors of `model`, without those in `new`, that equal no tensor of the checkpoint's files.
 
     Tensors are compared by a hash of their float32 values, so the names that the files give to the tensors do not matter.
+    transformers may split a matrix for queries, keys and values (RADIO), so a third of such a matrix counts as a tensor.
     """
-    stored = {_hash(tensor) for _, tensor in _read(folder)}
+    stored = {
+        _hash(part) for name, tensor in _read(folder) for part in (tensor, *(tensor.chunk(3) if "qkv" in name else ()))
+    }
     return [n for n, t in model.state_dict().items() if n not in new and _hash(t) not in stored]
 
 
