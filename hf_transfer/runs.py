@@ -26,7 +26,7 @@ from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import RunResult
-from hf_transfer.training.sharding import uses_shards
+from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
 log = logging.getLogger("hf_transfer")
 
@@ -164,8 +164,8 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
             f"the launcher started {started} processes (WORLD_SIZE), but accelerate connected {accelerator.num_processes}: "
             "each process would train alone and write to the same folder"
         )
-    if uses_shards(accelerator) and isinstance(config.strategy, GradientConfig) and config.strategy.training.compile:
-        raise ValueError("compile with FSDP2: torch.compile is not supported for sharded networks: omit --compile")
+    if uses_shards(accelerator):
+        prepare_sharding(config.strategy)
     processes.watch()
     return accelerator
 
