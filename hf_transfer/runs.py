@@ -166,6 +166,10 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
         )
     if uses_shards(accelerator):
         prepare_sharding(config.strategy)
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.is_main_process:
+        log.warning(
+            "accelerate's config asks for FSDP, which needs a GPU: each process trains a whole copy of the network"
+        )
     processes.watch()
     return accelerator
 

@@ -4,19 +4,23 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from hf_transfer.strategy import Strategy
 from hf_transfer.training import loop
-from hf_transfer.training.sharding import SHARD_ON_CPU, gather
+from hf_transfer.training.batches import take_share
+from hf_transfer.training.sharding import SHARD_ON_CPU, gather, prepare_sharding, uses_shards
 from hf_transfer.training.steps import Steps
 from tests.ranks import run_ranks, started_ranks
-from tests.sessions import make_session
+from tests.sessions import make_config, make_session
 
 # SGD's update is linear in the gradient. AdamW divides by the gradient's size, which magnifies rounding in tiny gradients.
 LINEAR: Mapping[str, Any] = {"optimizer": "sgd", "lr": 0.05, "epochs": 2}
@@ -130,3 +134,28 @@ def test_shards_train_as_one_process(tmp_path: Path, strategy: str) -> None:
     assert_close(one, train_ranks(tmp_path, strategy, 3, shards=True))
     if strategy in KILL_AT:
         assert_close(one, train_killed_and_resumed(tmp_path, strategy, kill_at=KILL_AT[strategy]))
+
+
+@pytest.mark.parametrize(
+    ("fsdp_version", "precision", "message"),
+    [(1, "no", "fsdp_version 1: .* set fsdp_version: 2"), (2, "fp16", "fp16 with FSDP2: choose --precision bf16")],
+)
+def test_fsdp_that_is_not_supported_is_refused(fsdp_version: int, precision: str, message: str) -> None:
+    # Accelerate makes a state with FSDP only on a GPU.
+    accelerator = SimpleNamespace(
+        distributed_type=DistributedType.FSDP, is_fsdp2=fsdp_version == 2, mixed_precision=precision
+    )
+    with pytest.raises(ValueError, match=message):
+        uses_shards(accelerator)  # type: ignore[arg-type]
+
+
+def test_compiling_a_sharded_network_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"compile=True with FSDP2: .* omit --compile"):
+        prepare_sharding(make_config("full", compile=True).strategy)
+
+
+def test_all_processes_take_the_same_number_of_batches() -> None:
+    step = np.arange(7)
+    shares = [take_share(step, rank=rank, num_ranks=3, accumulate=3) for rank in range(3)]
+    assert [len(share) for share in shares] == [2, 2, 2]
+    assert sorted(np.concatenate([batch for share in shares for batch in share])) == list(range(7))
