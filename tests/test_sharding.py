@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+from hf_transfer import processes
 from hf_transfer.strategy import Strategy
 from hf_transfer.training import loop
 from hf_transfer.training.batches import take_share
@@ -39,6 +40,7 @@ KILL_AT = {"full": 4, "gradual": 10}  # the second step of an epoch, after which
 TOLERANCE = 1e-5
 
 
+@processes.ending_together()
 def train(strategy: str, weights: Path, settings: Mapping[str, Any], kill_at: int | None = None) -> tuple[bool, bool]:
     """Trains, and writes the weights of the main process. Returns whether parameters were shards, and whether the run resumed.
 
@@ -71,7 +73,7 @@ def train(strategy: str, weights: Path, settings: Mapping[str, Any], kill_at: in
 def train_ranks(folder: Path, strategy: str, count: int, *, shards: bool = False, resume: bool = False) -> Path:
     """The file with the weights of a run in `count` processes, several of which accumulate gradients."""
     weights = folder / f"{strategy}-{count}{'-sharded' * shards}.weights"
-    own = SETTINGS[strategy] | divide_batch(count)
+    own = SETTINGS[strategy] | (divide_batch(count) if strategy in TRAINED else {})
     own |= {"resume": True} if resume else {}
     env = {SHARD_ON_CPU: "1"} if shards else {}
     results = run_ranks(train, count, strategy, weights, own, folder=folder / f"log-{count}", env=env)
