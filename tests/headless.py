@@ -127,7 +127,7 @@ def _whole(vision: Mapping[str, Any] = _VIT, text: Mapping[str, Any] = _TEXT) ->
 
 LAYOUTS: dict[str, Layout] = {
     "MAE": Layout(config="ViTMAEConfig", model="ViTMAEForPreTraining", settings=_MAE, expected="ViTForImageClassification"),
-    "ViT": Layout(config="ViTConfig", model="ViTModel", settings=_VIT),
+    "ViT": Layout(config="ViTConfig", model="ViTModel", settings=_VIT, expected="ViTForImageClassification"),
     "ViT, masked images": Layout(
         config="ViTConfig", model="ViTForMaskedImageModeling", settings={**_VIT, "encoder_stride": 8},
         expected="ViTForImageClassification",
@@ -176,11 +176,18 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "I-JEPA": Layout(config="IJepaConfig", model="IJepaModel", settings=_VIT, expected="IJepaForImageClassification"),
     "MSN": Layout(config="ViTMSNConfig", model="ViTMSNModel", settings=_VIT, expected="ViTMSNForImageClassification"),
-    "DINOv2": Layout(config="Dinov2Config", model="Dinov2Model", processor="BitImageProcessor", settings=_DINO),
-    "DINOv2 with registers": Layout(
-        config="Dinov2WithRegistersConfig", model="Dinov2WithRegistersModel", processor="BitImageProcessor", settings=_DINO
+    "DINOv2": Layout(
+        config="Dinov2Config", model="Dinov2Model", processor="BitImageProcessor", settings=_DINO,
+        expected="Dinov2ForImageClassification",
     ),
-    "DINOv2, backbone": Layout(config="Dinov2Config", model="Dinov2Backbone", processor="BitImageProcessor", settings=_DINO),
+    "DINOv2 with registers": Layout(
+        config="Dinov2WithRegistersConfig", model="Dinov2WithRegistersModel", processor="BitImageProcessor", settings=_DINO,
+        expected="Dinov2WithRegistersForImageClassification",
+    ),
+    "DINOv2, backbone": Layout(
+        config="Dinov2Config", model="Dinov2Backbone", processor="BitImageProcessor", settings=_DINO,
+        expected="Dinov2ForImageClassification",
+    ),
     "DINOv3": Layout(
         config="DINOv3ViTConfig", model="DINOv3ViTModel", processor="DINOv3ViTImageProcessor",
         settings={**_VIT, "num_register_tokens": 2},

@@ -1,8 +1,9 @@
 """Makes image classifiers of transformers checkpoints that are none: backbones, vision towers, pretraining models.
 
 A classification class of transformers over the same modules is used if, on the same pixels, its last hidden state equals the
-original class's, and its pooling is the documented one (`pooler_output`). Equal names of tensors prove nothing, since networks
-with equal names may compute different functions. Every other backbone gets `modeling_backbone.BackboneForImageClassification`.
+original class's, and its pooling is the documented one (`pooler_output`, unless upstream makes the pooler optional). Equal
+names of tensors prove nothing, since networks with equal names may compute different functions. Every other backbone gets
+`modeling_backbone.BackboneForImageClassification`.
 """
 
 import copy
@@ -298,11 +299,20 @@ def _compare(model: PreTrainedModel, expected: _Features) -> _Agreement:
     finally:
         for handle in handles:
             handle.remove()
-    pooled = expected.pooled
     return _Agreement(
         hidden=_is_same(getattr(seen["output"], "last_hidden_state", seen["output"][0]), expected.hidden),
-        pooled=pooled is None or any(_is_same(each, pooled) for each in inputs),
+        pooled=_leaves_out_pooler(backbone) or any(_contains(each, expected.pooled) for each in inputs),
     )
+
+
+def _leaves_out_pooler(backbone: PreTrainedModel) -> bool:
+    """Whether upstream makes the pooler optional (ViT, DeiT, BEiT): its classifiers leave out the pretraining task's pooler."""
+    return "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters
+
+
+def _contains(features: torch.Tensor, pooled: torch.Tensor | None) -> bool:
+    """Whether `features` (B, F) are the pooled feature, or begin with it (DINOv2's classifier appends the mean of the grid)."""
+    return pooled is None or _is_same(features[:, : pooled.shape[1]], pooled)
 
 
 def _is_same(value: torch.Tensor, expected: torch.Tensor) -> bool:
