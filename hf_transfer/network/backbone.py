@@ -23,7 +23,8 @@ from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.damage import explain_damage
 from hf_transfer.network.headless import Upstream, find_upstream, load_headless, own_classes
 from hf_transfer.network.model_args import is_unsafe_argument, read_model_args
-from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing
+from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
+from hf_transfer.network.remote_code import check_trust, explained_code, find_remote_class
 from hf_transfer.network.source import Source, find_preprocessing, find_source
 from hf_transfer.network.transformers_models import (
     NoTrainedHeadError,
@@ -74,7 +75,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
     )
     config = source.read_config()
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
-    if not is_timm and "model_type" not in config:
+    if not is_timm and not config.keys() & {"model_type", "auto_map"}:
         raise ValueError(
             f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
         )
@@ -120,9 +121,15 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
 def _find_upstream(source: Source, trust_remote_code: bool) -> Upstream | PreTrainedConfig:
     """Returns the config of an image classifier of transformers, or the original class of any other checkpoint."""
     register_own_classes()
-    config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    if "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {}):
+    check_trust(source, trust_remote_code=trust_remote_code)
+    with explained_code(source), quiet_transformers():
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    auto_map = getattr(config, "auto_map", None) or {}
+    if "AutoModelForImageClassification" in auto_map:
         return config
+    if trust_remote_code and auto_map:
+        kind, code = find_remote_class(source, config)
+        return Upstream(config=config, kind=kind, tower="", code=code)
     upstream = find_upstream(source, config)
     return config if upstream.is_classifier() else upstream
 
