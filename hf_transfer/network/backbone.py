@@ -28,6 +28,7 @@ from hf_transfer.network.remote_code import check_trust, explained_code, find_re
 from hf_transfer.network.source import Source, find_preprocessing, find_source
 from hf_transfer.network.transformers_models import (
     NoTrainedHeadError,
+    Weights,
     load_classifier,
     register_own_classes,
     renew_heads,
@@ -48,6 +49,7 @@ class Backbone:
         True  # whether plain timm or AutoModelForImageClassification creates this class from the source
     )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
+    weights: Weights | None = None  # how the tensors of the checkpoint differ from the model's; None: not compared
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
         """Builds the chain of the model (its layers in order) with `build_chain`."""
@@ -86,7 +88,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         trust_remote_code=trust_remote_code,
         preprocessing_from=None if origin is None else find_preprocessing(origin),
     )
-    is_auto_class = True
+    is_auto_class, weights = True, None
     if upstream is None:
         model, own_labels = _load_timm(source, config)
         if labels is None and not own_labels:
@@ -99,11 +101,11 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         if labels is None:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         own_labels, new_head = (), True
-        model = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
+        model, weights = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
         is_auto_class = type(model) in own_classes(type(upstream.config))
     else:
         given = None if labels is None else tuple(labels)
-        model, own_labels = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
+        model, own_labels, weights = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
         new_head = labels is not None and tuple(labels) != own_labels
         is_auto_class = type(model)._auto_class is None  # else the class comes with the checkpoint's code
     return Backbone(
@@ -115,7 +117,16 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         new_head=new_head,
         is_auto_class=is_auto_class,
         pooling=pooling,
+        weights=weights,
     )
+
+
+def load_for_inspection(model_config: ModelConfig) -> Backbone:
+    """Loads the checkpoint with its own head, or with a new head for two labels if the checkpoint has no trained head."""
+    try:
+        return load(model_config)
+    except NoTrainedHeadError:
+        return load(model_config, ("label 0", "label 1"))
 
 
 def _find_upstream(source: Source, trust_remote_code: bool) -> Upstream | PreTrainedConfig:

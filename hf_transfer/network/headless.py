@@ -102,8 +102,8 @@ def load_headless(
     image_shape: tuple[int, int, int],
     *,
     pooling: Pooling = "auto",
-) -> PreTrainedModel:
-    """Returns a classifier with a new head for `labels` on the checkpoint's backbone.
+) -> tuple[PreTrainedModel, Weights]:
+    """Returns a classifier with a new head for `labels` on the checkpoint's backbone, and how the checkpoint's tensors differ.
 
     `pooling`: "class" accepts a classification class whose pooling is not the documented one. Raises ValueError if weights of
     the backbone are missing, if the backbone's output is random, or if `pooling` is "class" and no class fits.
@@ -126,7 +126,7 @@ def load_headless(
         if agrees.pooled or pooling == "class":
             log.info("%s: the backbone of %s is loaded as %s", source.name, upstream.kind.__name__, kind.__name__)
             loaded[1].log(source)
-            return loaded[0]
+            return loaded
         other = kind.__name__
     name = type(tower).__name__
     if pooling == "class":
@@ -145,8 +145,9 @@ def load_headless(
         "%s: the classifier is a linear head on %s with the pooling %s, since %s. The saved model contains its code, so that "
         "loading it needs trust_remote_code=True", source.name, name, model.config.pooling, reason,
     )  # fmt: skip
-    replace(weights, unused=weights.unused | outer).log(source)
-    return model
+    weights = replace(weights, unused=weights.unused | outer)
+    weights.log(source)
+    return model, weights
 
 
 @dataclass(frozen=True, kw_only=True)
