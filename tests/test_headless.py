@@ -249,7 +249,7 @@ def test_what_takes_no_single_images_is_refused_before_its_weights_are_read(
 ) -> None:
     settings = getattr(transformers, config)(architectures=[model])
     settings.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    save_file({}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=said) as caught:
         load(str(tmp_path), LABELS)
     assert "choose a checkpoint" in str(caught.value)

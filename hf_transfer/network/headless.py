@@ -22,7 +22,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from hf_transfer.config import Pooling
 from hf_transfer.network.forward import eval_mode
-from hf_transfer.network.modeling_backbone import BackboneConfig, BackboneForImageClassification, PooledFeature
+from hf_transfer.network.modeling_backbone import (
+    BackboneForImageClassification,
+    PooledFeature,
+    RemoteBackboneForImageClassification,
+    name_outputs,
+)
+from hf_transfer.network.remote_code import RemoteCode
 from hf_transfer.network.source import Source
 from hf_transfer.network.transformers_models import (
     Weights,
@@ -51,6 +57,7 @@ class Upstream:
     config: PreTrainedConfig
     kind: type[PreTrainedModel]
     tower: str  # module name; "": the whole network
+    code: RemoteCode | None = None  # the code of `kind`; None: `kind` is a class of transformers
 
     def is_classifier(self) -> bool:
         """Whether transformers' image-classification class is the original class."""
@@ -97,8 +104,8 @@ def load_headless(
     image_shape: tuple[int, int, int],
     *,
     pooling: Pooling = "auto",
-) -> PreTrainedModel:
-    """Returns a classifier with a new head for `labels` on the checkpoint's backbone.
+) -> tuple[PreTrainedModel, Weights]:
+    """Returns a classifier with a new head for `labels` on the checkpoint's backbone, and how the checkpoint's tensors differ.
 
     `pooling`: "class" accepts a classification class whose pooling is not the documented one. Raises ValueError if weights of
     the backbone are missing, if the backbone's output is random, or if `pooling` is "class" and no class fits.
@@ -113,7 +120,7 @@ def load_headless(
             module.is_mae = False
     expected = _compute(source, tower, image_shape)
     other = ""  # the class that computes the hidden states, but has another pooling
-    for kind, settings in _candidates(upstream.config, tower):
+    for kind, settings in _candidates(upstream.config, tower) if upstream.code is None else ():
         set_labels(settings, labels)
         loaded = _try_class(source, kind, settings, tower)
         if loaded is None or not (agrees := _compare(loaded[0], expected)).hidden:
@@ -121,7 +128,7 @@ def load_headless(
         if agrees.pooled or pooling == "class":
             log.info("%s: the backbone of %s is loaded as %s", source.name, upstream.kind.__name__, kind.__name__)
             loaded[1].log(source)
-            return loaded[0]
+            return loaded
         other = kind.__name__
     name = type(tower).__name__
     if pooling == "class":
@@ -132,7 +139,7 @@ def load_headless(
     weights = compare_weights(source, whole, info, inside=f"{upstream.tower}." if upstream.tower else "")
     inner = {id(p) for p in tower.parameters()}
     outer = {n for n, p in whole.named_parameters() if id(p) not in inner}
-    model = _make_generic(tower, expected, labels)
+    model = _make_generic(tower, expected, labels, upstream.code)
     reason = (
         f"{other} pools otherwise (--pooling class accepts this)" if other else "transformers has no classifier for it"
     )
@@ -140,8 +147,9 @@ def load_headless(
         "%s: the classifier is a linear head on %s with the pooling %s, since %s. The saved model contains its code, so that "
         "loading it needs trust_remote_code=True", source.name, name, model.config.pooling, reason,
     )  # fmt: skip
-    replace(weights, unused=weights.unused | outer).log(source)
-    return model
+    weights = replace(weights, unused=weights.unused | outer)
+    weights.log(source)
+    return model, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,13 +219,13 @@ def _compute(source: Source, tower: PreTrainedModel, image_shape: tuple[int, int
     arguments: dict[str, torch.Tensor] = {}
     with eval_mode(tower), torch.no_grad():
         try:
-            output = tower(pixel_values=pixels)
+            output = name_outputs(tower(pixels))
             hidden = output.last_hidden_state
             if any(p.name == "noise" for p in _inputs(tower)) and hidden.ndim == 3:
                 # The order of a masked autoencoder's patches is the order of this noise.
                 arguments["noise"] = torch.arange(hidden.shape[1] - 1.0).expand(len(hidden), -1)
-            first, again = (tower(pixel_values=pixels, **arguments) for _ in range(2))
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            first, again = (name_outputs(tower(pixels, **arguments)) for _ in range(2))
+        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, LookupError) as error:
             raise ValueError(
                 f"{source.name}: {type(tower).__name__} fails on images of {image_shape}: {error}"
             ) from error
@@ -321,22 +329,25 @@ def _is_same(value: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _make_generic(
-    tower: PreTrainedModel, expected: _Features, labels: tuple[str, ...]
+    tower: PreTrainedModel, expected: _Features, labels: tuple[str, ...], code: RemoteCode | None
 ) -> BackboneForImageClassification:
-    """Returns a classifier around `tower`, which it shares, with a new head."""
+    """Returns a classifier around `tower`, which it shares, with a new head. `code`: the code of the class of `tower`."""
     settings = tower.config.to_dict()
-    for name in ("transformers_version", "architectures", "_name_or_path", "dtype", "id2label", "label2id"):
+    for name in ("transformers_version", "architectures", "_name_or_path", "dtype", "id2label", "label2id", "auto_map"):
         settings.pop(name, None)
     pooling, skipped, size = _choose_pooling(tower.config, expected)
+    chosen: dict[str, Any] = {"pooling": pooling, "skipped_tokens": skipped, "num_features": size}
+    kind: type[BackboneForImageClassification] = BackboneForImageClassification
     description = {"module": type(tower).__module__, "class": type(tower).__name__, "config": settings}
+    if code is not None:
+        kind, chosen["name_or_path"] = RemoteBackboneForImageClassification, code.origin
+        description = {"class": code.reference, "config": settings}
     named = {n: type(m) for n, m in tower.named_modules()}
     for arguments in ({}, {"add_pooling_layer": False}):
-        config = BackboneConfig(
-            backbone={**description, "arguments": arguments}, pooling=pooling, skipped_tokens=skipped, num_features=size
-        )
+        config = kind.config_class(backbone={**description, "arguments": arguments}, **chosen)
         set_labels(config, labels)
         with on_meta():
-            model = BackboneForImageClassification(config)
+            model = kind(config)
         if {n: type(m) for n, m in model.backbone.named_modules()} == named:
             break
     else:

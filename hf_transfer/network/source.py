@@ -74,14 +74,24 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     else:
         _check_hub_id(checkpoint)
         source = _from_hub(checkpoint, base_model, trust_remote_code)
-    if trust_remote_code:
-        for name in ("config.json", "preprocessor_config.json"):
-            code = read_json(source.folder / name).get("auto_map") if (source.folder / name).is_file() else None
-            if code:
-                log.warning(
-                    "running Python code that comes with %s, because of trust_remote_code: %s", source.name, code
-                )
+    if trust_remote_code and (files := list_code(source.folder)):
+        place = "a local folder" if source.revision is None else f"commit {source.revision}"
+        template = "running Python code that comes with %s (%s), because of trust_remote_code: %s"
+        log.warning(template, source.name, place, ", ".join(files))
     return source
+
+
+def list_code(folder: Path) -> list[str]:
+    """Returns the Python files of the checkpoint in `folder`, and the files of other repositories that the checkpoint names.
+
+    The list is empty if neither the model nor the preprocessing has Python code of its own.
+    """
+    named: set[str] = set()
+    for name in ("config.json", "preprocessor_config.json"):
+        auto_map = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
+        references = auto_map.values() if isinstance(auto_map, dict) else ()
+        named |= {f"{str(reference).rpartition('.')[0]}.py" for reference in references if reference}
+    return sorted(named | {path.name for path in folder.glob("*.py")}) if named else []
 
 
 def pin_checkpoint(checkpoint: str, source: Source) -> str:

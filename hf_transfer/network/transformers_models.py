@@ -53,10 +53,13 @@ class Weights:
         """Logs which norms are new, and which tensors stay behind, by the first part of their names."""
         for norm in sorted(self.identity):
             log.info("%s lacks the weights of %s: this norm starts with weight 1 and bias 0", source.name, norm)
+        if self.unused:
+            log.info("%s: number of tensors that the classifier does not use: %s", source.name, self.count_unused())
+
+    def count_unused(self) -> str:
+        """Returns the first parts of the names of the unused tensors, each with the number of tensors, as text."""
         counts = Counter(name.partition(".")[0] for name in self.unused)
-        if counts:
-            listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-            log.info("%s: number of tensors that the classifier does not use: %s", source.name, listed)
+        return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
 
 
 def register_own_classes() -> None:
@@ -71,8 +74,10 @@ def register_own_classes() -> None:
 
 def load_classifier(
     source: Source, config: PreTrainedConfig, labels: tuple[str, ...] | None, *, trust_remote_code: bool
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Returns a checkpoint's classifier and the checkpoint's own labels. The classifier is new if `labels` differ from these.
+) -> tuple[PreTrainedModel, tuple[str, ...], Weights]:
+    """Returns a checkpoint's classifier, the checkpoint's own labels, and how the checkpoint's tensors differ.
+
+    The classifier is new if `labels` differ from the checkpoint's own.
 
     Raises ValueError if weights outside the classifier are missing, and NoTrainedHeadError if the classifier's weights are
     missing and no labels are given.
@@ -94,7 +99,7 @@ def load_classifier(
         for name in heads.linear:
             if not absent or not set(_tensors_of(model, name)) <= absent:
                 model.get_submodule(name).reset_parameters()  # type: ignore[operator]
-    return model, own_labels
+    return model, own_labels, weights
 
 
 def load_class(
