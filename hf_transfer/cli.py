@@ -103,7 +103,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     help_text = "Hub id[@revision] or folder of the checkpoint (default: embedded)"
     parser.add_argument("checkpoint", nargs="?", default=EMBEDDED_CHECKPOINT, help=help_text)
     _add_trust(parser)
-    add_settings(parser, [list_settings(ModelConfig())["preprocessing_from"], *list_settings(AdapterConfig()).values()])
+    own = list_settings(ModelConfig())
+    add_settings(parser, [own["preprocessing_from"], own["model_args"], *list_settings(AdapterConfig()).values()])
 
 
 def _inspect(given: argparse.Namespace) -> str:
@@ -113,7 +114,10 @@ def _inspect(given: argparse.Namespace) -> str:
 
     settings = _given(given, AdapterConfig())
     backbone = load(
-        given.checkpoint, trust_remote_code=given.trust_remote_code, preprocessing_from=given.preprocessing_from
+        given.checkpoint,
+        trust_remote_code=given.trust_remote_code,
+        preprocessing_from=given.preprocessing_from,
+        model_args=given.model_args,
     )
     preprocessing = backbone.preprocessing
     crop = f", crop {preprocessing.crop_pct}" if preprocessing.crop_pct else ""
