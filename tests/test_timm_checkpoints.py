@@ -92,7 +92,7 @@ def test_arguments_of_the_card_give_upstreams_features_and_are_published(
     assert torch.equal(features(backbone.model, pixels), features(upstream, pixels))
     assert not backbone.is_auto_class  # plain timm creates another network from upstream's files
     assert backbone.model_args == json.dumps(FORGOTTEN)
-    assert "empty pooling: the default of vit_giant_patch14_dinov2, 'token', is used and saved" in caplog.text
+    assert "names no pooling: the default of vit_giant_patch14_dinov2, 'token', is used and saved" in caplog.text
     assert "layers GluMlp, LayerNorm, SiLU" in caplog.text
     assert_published(backbone, tmp_path / "saved")
 
@@ -157,12 +157,24 @@ def test_a_file_without_the_heads_weights_gets_a_new_head(tmp_path: Path) -> Non
     assert load(str(tmp_path), LABELS).new_head
 
 
-def test_an_encoder_without_classifier_ends_in_one_line(tmp_path: Path) -> None:
-    """timm's encoders of multimodal models have no reset_classifier."""
-    publish(tmp_path, **VIT)
-    edit_config(tmp_path, lambda config: config.update(architecture="mobilenetv5_300m_enc", model_args={}))
-    with pytest.raises(ValueError, match="MobileNetV5Encoder is an encoder without a classifier"):
-        load(str(tmp_path), LABELS)
+ENCODERS: dict[str, dict[str, Any]] = {
+    "deepseek_vit_412m": {"out_features": 8, "img_size": 84},
+    "qwen3_vit_88m": {"img_size": 64},
+    "gemma4_vit_167m": {"img_size": 96, "intermediate_size": 32, "head_dim": 12, "position_embedding_size": 64},
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_an_encoder_gets_timms_classifier_over_it(name: str, tmp_path: Path) -> None:
+    """timm's image encoders of multimodal models have no reset_classifier."""
+    arguments = {"embed_dim": 24, "depth": 2, "num_heads": 2, **ENCODERS[name]}
+    upstream: Any = publish(tmp_path / "upstream", f"{name}_enc", px=arguments["img_size"], **arguments)
+    backbone = load(str(tmp_path / "upstream"), LABELS)
+    model: Any = backbone.model
+    pixels = make_pixels(backbone.preprocessing.image_shape, 1)
+    with torch.no_grad():
+        assert torch.equal(model.encoder.forward_features(pixels), upstream.forward_features(pixels))
+    assert_published(backbone, tmp_path / "saved")
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

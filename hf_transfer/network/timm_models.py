@@ -33,8 +33,9 @@ from hf_transfer.network.transformers_models import (
 
 log = logging.getLogger(__name__)
 
-# Tensors that a network without its pretraining task does not need, although they are no part of a decoder or text tower.
-PRETRAINING_ONLY = ("mask_token", "logit_scale", "logit_bias")
+ENCODER = "_enc"  # end of the names of timm's encoders of multimodal models, which have no classifier
+# Names of tensors that only the pretraining task needs begin so, beside those of decoders and text towers.
+PRETRAINING_ONLY = ("mask_token", "logit_scale", "logit_bias", "encoder.aligner.", "encoder.merger.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,24 +62,23 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
     if timm cannot create the network.
     """
     arguments = _read_arguments(source, config)
-    pretrained_cfg = {
-        k: v for k, v in (config.get("pretrained_cfg") or {}).items() if k not in ("source", "custom_load")
-    }
-    has_pooling = "" not in (arguments.get("global_pool"), pretrained_cfg.get("global_pool"))
-    arguments = {**arguments, **given}
-    if arguments.get("global_pool") == "":
-        del arguments["global_pool"]
-    if pretrained_cfg.get("global_pool") == "":
-        del pretrained_cfg["global_pool"]
-    architecture = _find_architecture(source, config["architecture"], arguments)
-    counts = (config.get("num_classes"), pretrained_cfg.get("num_classes"), 0)
+    cfg = {k: v for k, v in (config.get("pretrained_cfg") or {}).items() if k not in ("source", "custom_load")}
+    name = _find_classifier(source, config["architecture"])
+    # An encoder may have a pooling that its classifier does not know.
+    is_default = "" in (arguments.get("global_pool"), cfg.get("global_pool")) or name != config["architecture"]
+    if is_default:
+        arguments.pop("global_pool", None)
+        cfg.pop("global_pool", None)
+    arguments |= {k: v for k, v in given.items() if (k, v) != ("global_pool", "")}
+    architecture = _find_architecture(source, name, arguments)
+    counts = (config.get("num_classes"), cfg.get("num_classes"), 0)
     num_classes = int(next(count for count in counts if count is not None))
     weights = {name.removeprefix("timm_model."): tensor for name, tensor in read_tensors(source.folder)}
-    pretrained_cfg |= {"architecture": architecture.name, "num_classes": num_classes, "state_dict": weights}
-    model, loaded = _create(source, architecture, pretrained_cfg)
+    cfg |= {"architecture": architecture.name, "num_classes": num_classes, "state_dict": weights}
+    model, loaded = _create(source, architecture, cfg)
     loaded.log(source)
-    if not has_pooling and "global_pool" not in given:
-        log.info("%s has an empty pooling: the default of %s, %r, is used and saved", source.name, architecture.name,
+    if is_default and "global_pool" not in arguments:
+        log.info("%s names no pooling: the default of %s, %r, is used and saved", source.name, architecture.name,
                  getattr(model, "global_pool", "its own"))  # fmt: skip
     is_projection = num_classes > 0 and _is_projection(config)
     if is_projection:
@@ -91,7 +91,7 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
     return TimmModel(
         model=model,
         label_names=tuple(str(names.get(i, f"LABEL_{i}")) for i in range(num_classes if has_classes else 0)),
-        is_plain=not given and has_pooling and not loaded.identity and _is_one_file(source),
+        is_plain=not (given or is_default or loaded.identity) and _is_one_file(source),
     )
 
 
@@ -107,6 +107,19 @@ def _read_arguments(source: Source, config: Mapping[str, Any]) -> dict[str, Any]
             f"{source.name}: config.json has {unsafe}; choose a checkpoint with only an architecture of timm and its arguments"
         )
     return arguments
+
+
+def _find_classifier(source: Source, name: str) -> str:
+    """Returns the architecture `name`, or the classifier over it if `name` is timm's image encoder of a multimodal model."""
+    if not name.endswith(ENCODER):
+        return name
+    classifier = name.removesuffix(ENCODER)
+    if not timm.is_model(classifier):
+        raise ValueError(
+            f"{source.name}: {name} is an encoder, for which timm has no classifier; choose another architecture"
+        )
+    log.info("%s: the encoder %s is loaded and saved as %s, timm's classifier over it", source.name, name, classifier)
+    return classifier
 
 
 def _is_one_file(source: Source) -> bool:
@@ -126,6 +139,8 @@ def _create(
 
     def complete(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         nonlocal differences
+        if hasattr(model, "encoder") and not any(name.startswith("encoder.") for name in state):
+            state = {f"encoder.{name}": tensor for name, tensor in state.items()}
         differences = _compare(source, architecture, state, model)
         own = model.state_dict()
         absent = {n for n in own if n in differences.new or n.rpartition(".")[0] in differences.identity}
@@ -147,11 +162,6 @@ def _create(
             f"{source.name}: timm cannot create {architecture.name} with {_format(architecture.arguments)}: {error}"
         ) from error
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
-    if not hasattr(model, "reset_classifier"):
-        raise ValueError(
-            f"{source.name}: timm's {type(model).__name__} is an encoder without a classifier, and timm could not load one; "
-            "choose a checkpoint of another architecture"
-        )
     return model, differences
 
 
@@ -206,7 +216,7 @@ def _compare(
     foreign = {
         name
         for name in unexpected - head
-        if (name.partition(".")[0] in children or "." not in name) and name not in PRETRAINING_ONLY
+        if (name.partition(".")[0] in children or "." not in name) and not name.startswith(PRETRAINING_ONLY)
     }
     # timm itself sums or repeats the kernels of the first convolution for another number of channels.
     first = model.pretrained_cfg.get("first_conv") or ()  # type: ignore[operator, union-attr]
