@@ -106,7 +106,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_trust(parser)
     _add_json(parser)
     own = list_settings(ModelConfig())
-    add_settings(parser, [own["preprocessing_from"], own["pooling"], *list_settings(AdapterConfig()).values()])
+    shown = [own["preprocessing_from"], own["pooling"], own["model_args"]]
+    add_settings(parser, [*shown, *list_settings(AdapterConfig()).values()])
 
 
 def _inspect(given: argparse.Namespace) -> str:

@@ -104,6 +104,11 @@ class ModelConfig(Settings):
         "Hub id, folder or preprocessor_config.json whose image preprocessing is used, for a checkpoint that names none or the "
         "wrong one",
     )
+    model_args: str | None = flag(
+        None,
+        """arguments of the architecture's constructor as a JSON object, such as '{"init_values": 1e-5}', that config.json """
+        "lacks or that change a new network; layers by their names in timm.layers or torch.nn",
+    )
     pooling: Pooling = flag(
         "auto",
         "pooling for a transformers checkpoint without a classifier; auto: the pooling that the checkpoint's own class "

@@ -43,7 +43,13 @@ class Strategy(StrategyConfig):
         return type(self).__module__.rpartition(".")[2]
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError, before anything is loaded, if settings of the strategy contradict other settings of the run."""
+        """Raises ValueError, before anything is loaded, if settings of the strategy contradict other settings of the run.
+
+        A subclass that overrides this method calls it first.
+        """
+        from hf_transfer.network.model_args import read_model_args
+
+        read_model_args(config.model.model_args)
 
     def find_network(self, config: RunConfig) -> None:
         """Raises ValueError, before images are read, if the checkpoint does not exist. Loads nothing."""

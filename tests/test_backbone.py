@@ -268,13 +268,13 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         load(str(tmp_path))
 
 
-@pytest.mark.parametrize(("left", "said"), [(["pytorch_model.bin"], "pytorch_model.bin"), ([], "no weights")])
-def test_pickled_weights_are_refused(left: list[str], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.pth", "tf_model.h5", "flax_model.msgpack", "model.onnx", None])
+def test_weights_in_another_format_are_refused(name: str | None, tmp_path: Path) -> None:
     publish_timm(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    for name in left:
-        (tmp_path / name).write_bytes(b"a pickle")
-    with pytest.raises(ValueError, match=rf"no model.safetensors \(found: {said}\).*Pickled weights can run code"):
+    if name is not None:
+        (tmp_path / name).write_bytes(b"weights")
+    with pytest.raises(ValueError, match=rf"has none of model.safetensors, .*\(its weights: {name or 'none'}\)"):
         load(str(tmp_path))
 
 

@@ -3,7 +3,7 @@
 import copy
 import difflib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,6 @@ import timm
 import timm.models
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from timm.data.config import resolve_data_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessor
@@ -22,13 +21,15 @@ from hf_transfer.config import ModelConfig, Pooling
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.damage import explain_damage
 from hf_transfer.network.headless import Upstream, find_upstream, load_headless, own_classes
-from hf_transfer.network.model_args import is_unsafe_argument, read_model_args
+from hf_transfer.network.model_args import read_model_args
 from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
 from hf_transfer.network.remote_code import check_trust, explained_code, find_remote_class
 from hf_transfer.network.source import Source, find_preprocessing, find_source
+from hf_transfer.network.timm_models import load_timm
 from hf_transfer.network.transformers_models import (
     NoTrainedHeadError,
     Weights,
+    apply_model_args,
     load_classifier,
     register_own_classes,
     renew_heads,
@@ -49,6 +50,7 @@ class Backbone:
         True  # whether plain timm or AutoModelForImageClassification creates this class from the source
     )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
+    model_args: str | None = None  # the setting with which the checkpoint was loaded
     weights: Weights | None = None  # how the tensors of the checkpoint differ from the model's; None: not compared
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
@@ -81,7 +83,8 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         raise ValueError(
             f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
         )
-    upstream = None if is_timm else _find_upstream(source, trust_remote_code)
+    given_args = read_model_args(model_config.model_args)
+    upstream = None if is_timm else _find_upstream(source, trust_remote_code, given_args)
     origin = model_config.preprocessing_from
     preprocessing = load_preprocessing(
         source.folder,
@@ -90,7 +93,8 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
     )
     is_auto_class, weights = True, None
     if upstream is None:
-        model, own_labels = _load_timm(source, config)
+        loaded = load_timm(source, config, given_args)
+        model, own_labels, is_auto_class = loaded.model, loaded.label_names, loaded.is_plain
         if labels is None and not own_labels:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         new_head = labels is not None and tuple(labels) != own_labels
@@ -102,12 +106,13 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         own_labels, new_head = (), True
         model, weights = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
-        is_auto_class = type(model) in own_classes(type(upstream.config))
+        is_auto_class = type(model) in own_classes(type(upstream.config)) and not given_args
     else:
         given = None if labels is None else tuple(labels)
         model, own_labels, weights = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
         new_head = labels is not None and tuple(labels) != own_labels
-        is_auto_class = type(model)._auto_class is None  # else the class comes with the checkpoint's code
+        # Otherwise the class comes with the checkpoint's code.
+        is_auto_class = type(model)._auto_class is None and not given_args
     return Backbone(
         model=model.float().eval(),
         library="timm" if is_timm else "transformers",
@@ -117,6 +122,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         new_head=new_head,
         is_auto_class=is_auto_class,
         pooling=pooling,
+        model_args=model_config.model_args,
         weights=weights,
     )
 
@@ -129,12 +135,15 @@ def load_for_inspection(model_config: ModelConfig) -> Backbone:
         return load(model_config, ("label 0", "label 1"))
 
 
-def _find_upstream(source: Source, trust_remote_code: bool) -> Upstream | PreTrainedConfig:
+def _find_upstream(
+    source: Source, trust_remote_code: bool, given_args: Mapping[str, Any]
+) -> Upstream | PreTrainedConfig:
     """Returns the config of an image classifier of transformers, or the original class of any other checkpoint."""
     register_own_classes()
     check_trust(source, trust_remote_code=trust_remote_code)
     with explained_code(source), quiet_transformers():
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    apply_model_args(config, given_args)
     auto_map = getattr(config, "auto_map", None) or {}
     if "AutoModelForImageClassification" in auto_map:
         return config
@@ -209,10 +218,7 @@ def _create_transformers(
     model_type: str, labels: Sequence[str], image_size_px: int | None, model_args: dict[str, Any], seed: int
 ) -> Backbone:
     config = AutoConfig.for_model(model_type)
-    unknown = sorted(set(model_args) - set(config.to_dict()))
-    if unknown:
-        raise ValueError(f"model_args: {model_type} has no {unknown[0]}; choose {', '.join(sorted(config.to_dict()))}")
-    config.update(model_args)
+    apply_model_args(config, model_args)
     config.id2label = dict(enumerate(labels))
     config.label2id = {name: i for i, name in enumerate(labels)}
     size_px = image_size_px or getattr(config, "image_size", None) or 224
@@ -229,34 +235,3 @@ def _create_transformers(
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return replace(load(str(folder), labels), new_head=True)
-
-
-def _load_timm(source: Source, config: dict[str, Any]) -> tuple[nn.Module, tuple[str, ...]]:
-    """Returns the timm model with its own head, and the head's labels. Raises ValueError if a weight is missing."""
-    pretrained_cfg = dict(config.get("pretrained_cfg") or {})
-    num_classes = int(config.get("num_classes") or pretrained_cfg.get("num_classes") or 0)
-    weights = {k.removeprefix("timm_model."): v for k, v in load_file(source.folder / "model.safetensors").items()}
-    # timm itself may have written num_classes into model_args, and it must not be passed twice.
-    model_args = {k: v for k, v in (config.get("model_args") or {}).items() if k != "num_classes"}
-    # A downloaded config must not make timm load other files, since some of these may be pickles.
-    loading = [k for k in model_args if is_unsafe_argument(k)]
-    if loading or not timm.is_model(config["architecture"]):
-        unsafe = f"model_args {loading}" if loading else f"architecture {config['architecture']!r}"
-        raise ValueError(
-            f"{source.name}: config.json has {unsafe}; choose a checkpoint with only an architecture of timm and its arguments"
-        )
-    pretrained_cfg = {k: v for k, v in pretrained_cfg.items() if k not in ("source", "custom_load")}
-    pretrained_cfg |= {"architecture": config["architecture"], "num_classes": num_classes, "state_dict": weights}
-    try:
-        model: nn.Module = timm.create_model(
-            config["architecture"],
-            pretrained=True,
-            pretrained_cfg=pretrained_cfg,
-            num_classes=num_classes,
-            **model_args,
-        )
-    except RuntimeError as error:
-        raise ValueError(f"{source.name}: the weights do not fit {config['architecture']}: {error}") from error
-    model.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
-    names = AutoConfig.from_pretrained(source.folder).id2label
-    return model, tuple(str(names.get(i, f"LABEL_{i}")) for i in range(num_classes))

@@ -5,11 +5,13 @@ Errors of libraries become a ValueError here, so that no caller has to know how 
 
 import functools
 import json
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from traceback import walk_tb
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
@@ -19,7 +21,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_CLASSES = 10**6
-INDEX = "model.safetensors.index.json"
+# The files of weights in order of preference, as transformers chooses. An index names the files of weights in shards.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 _JSON_FILES = ("config.json", "preprocessor_config.json", "processor_config.json")
 _REMEDY = "download the file again (hf download --force-download), or copy it again from its source"
 # Errors that libraries raise for a file with the right syntax and wrong contents.
@@ -48,15 +56,18 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_files(folder: Path) -> None:
     """Raises ValueError if a JSON file or the header of a weights file in a checkpoint folder is damaged.
 
-    Damaged values of the weights cannot be recognized.
+    Also refuses a pickle that contains anything but tensors. Damaged values of the weights cannot be recognized.
     """
     for name in _JSON_FILES:
         if (folder / name).exists():
             _check_is_file(folder / name)
             read_json(folder / name)
     _check_num_classes(folder / "config.json")
-    for file in _weight_files(folder):
-        check_weights(file)
+    for file in find_weights(folder):
+        if is_pickled(file):
+            _read_pickled(file)
+        else:
+            check_weights(file)
 
 
 def check_weights(file: Path) -> None:
@@ -67,6 +78,55 @@ def check_weights(file: Path) -> None:
             tensors.keys()
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or truncated ({error}); {_REMEDY}") from error
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """Returns the files of weights that a checkpoint folder uses: safetensors or, if there are none, pickles.
+
+    Returns [] if there are no weights. Raises ValueError if an index of weights in shards is damaged.
+    """
+    name = next((name for name in WEIGHTS if (folder / name).exists()), None)
+    if name is None or not name.endswith(".json"):
+        return [] if name is None else [folder / name]
+    _check_is_file(folder / name)
+    names = read_json(folder / name).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(map(_is_file_name, names.values())):
+        raise ValueError(f"{folder / name} is damaged: weight_map must name files in the same folder; {_REMEDY}")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def is_pickled(file: Path) -> bool:
+    """Whether a file of weights is a pickle."""
+    return file.suffix == ".bin"
+
+
+def read_tensors(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields name and value of the tensors in a checkpoint's files whose name is in `names` (None: of all tensors)."""
+    for path in [] if names is not None and not names else find_weights(folder):
+        if is_pickled(path):
+            tensors = _read_pickled(path)
+            yield from ((name, tensor) for name, tensor in tensors.items() if names is None or name in names)
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if names is None or name in names:
+                    yield name, file.get_tensor(name)
+
+
+def _read_pickled(file: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors in a pickle, without running its code. Raises ValueError if it contains anything else."""
+    _check_is_file(file)
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # a damaged or hostile pickle makes torch raise errors of any class
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+        raise ValueError(
+            f"{file} is damaged, or contains more than tensors, which is refused because a pickle can run code "
+            f"({reason.strip() or str(error).partition(chr(10))[0]}); {_REMEDY}, or choose a checkpoint with safetensors"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{file} contains more than a dictionary of tensors; choose a checkpoint with safetensors")
+    return content
 
 
 def explain_damage(
@@ -105,20 +165,10 @@ def _check_num_classes(config_file: Path) -> None:
             raise ValueError(f"{config_file} is damaged: {name} is {value!r}, not 0 to {MAX_CLASSES}; {_REMEDY}")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if not (folder / INDEX).exists():
-        return [folder / "model.safetensors"]
-    _check_is_file(folder / INDEX)
-    names = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(map(_is_file_name, names.values())):
-        raise ValueError(f"{folder / INDEX} is damaged: weight_map must name files in the same folder; {_REMEDY}")
-    return [folder / name for name in sorted(set(names.values()))]
-
-
 def _is_file_name(name: Any) -> bool:
     return (
         isinstance(name, str)
-        and name.endswith(".safetensors")
+        and name.endswith((".safetensors", ".bin"))
         and PurePosixPath(name).name == name
         and "\\" not in name
     )

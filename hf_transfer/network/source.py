@@ -1,19 +1,20 @@
 """Finds the files of a checkpoint, on the Hub (by id and optional revision) or in a local folder in Hub layout.
 
-Only files that loading needs are downloaded: config, preprocessing, model card and safetensors. Pickles are never downloaded.
+Only files that loading needs are downloaded: config, preprocessing, model card and weights. Pickled weights are downloaded only
+if a checkpoint has no safetensors.
 """
 
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -26,17 +27,31 @@ from huggingface_hub.errors import (
 )
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
-from hf_transfer.network.damage import INDEX, check_files, read_json
+from hf_transfer.network.damage import WEIGHTS, check_files, find_weights, is_pickled, read_json
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = ("model.safetensors", INDEX)
 PREPROCESSING = (
     "preprocessor_config.json",
     "processor_config.json",
 )  # transformers 5 saves some processors as the latter
 OPTIONAL = (*PREPROCESSING, "README.md")
 ADAPTER_CONFIG = "adapter_config.json"  # the file in which peft describes an adapter
+OPEN_CLIP = "open_clip_config.json"
+OTHER_FORMATS = (".bin", ".safetensors", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".onnx", ".npz", ".tflite", ".gguf")
+NAMED = 5  # files in a message
+# timm's image towers of open_clip checkpoints, by the last part of the open_clip checkpoint's Hub id.
+TIMM_TWINS = {
+    "CLIP-ViT-B-32-laion2B-s34B-b79K": "timm/vit_base_patch32_clip_224.laion2b",
+    "CLIP-ViT-B-16-laion2B-s34B-b88K": "timm/vit_base_patch16_clip_224.laion2b",
+    "CLIP-ViT-L-14-laion2B-s32B-b82K": "timm/vit_large_patch14_clip_224.laion2b",
+    "CLIP-ViT-H-14-laion2B-s32B-b79K": "timm/vit_huge_patch14_clip_224.laion2b",
+    "CLIP-ViT-g-14-laion2B-s12B-b42K": "timm/vit_giant_patch14_clip_224.laion2b",
+    "CLIP-ViT-bigG-14-laion2B-39B-b160k": "timm/vit_gigantic_patch14_clip_224.laion2b",
+    "CLIP-ViT-B-32-DataComp.XL-s13B-b90K": "timm/vit_base_patch32_clip_224.datacompxl",
+    "CLIP-ViT-B-16-DataComp.XL-s13B-b90K": "timm/vit_base_patch16_clip_224.datacompxl",
+    "CLIP-ViT-L-14-DataComp.XL-s13B-b90K": "timm/vit_large_patch14_clip_224.datacompxl",
+}
 HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -63,7 +78,7 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     """Finds the files of `checkpoint`: a Hub id (`owner/name` or `owner/name@revision`), a folder, or "embedded".
 
     `base_model`: the Hub id of the checkpoint, for a folder that does not record an id. Raises ValueError, with the remedy, for
-    an unknown id or revision, a gated or private repository, a missing network, or a checkpoint without safetensors weights.
+    an unknown id or revision, a gated or private repository, a missing network, or weights in another format.
     """
     if checkpoint == EMBEDDED_CHECKPOINT:
         with resources.as_file(resources.files("hf_transfer") / "assets" / EMBEDDED_CHECKPOINT) as folder:
@@ -74,6 +89,13 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     else:
         _check_hub_id(checkpoint)
         source = _from_hub(checkpoint, base_model, trust_remote_code)
+    if source.read_config().get("quantization_config") is not None:
+        raise ValueError(
+            f"{source.name} has quantized weights, which cannot be fine-tuned here: choose the checkpoint that was quantized"
+        )
+    pickled = [file.name for file in find_weights(source.folder) if is_pickled(file)]
+    if pickled:
+        log.info("%s: reading tensors, and nothing else, from the pickle %s", source.name, ", ".join(pickled))
     if trust_remote_code and (files := list_code(source.folder)):
         place = "a local folder" if source.revision is None else f"commit {source.revision}"
         template = "running Python code that comes with %s (%s), because of trust_remote_code: %s"
@@ -126,12 +148,18 @@ def _check_hub_id(checkpoint: str) -> None:
 
 
 def _from_folder(folder: Path, base_model: str | None) -> Source:
-    if not (folder / "config.json").is_file():
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    is_complete = "config.json" in files and bool(set(WEIGHTS) & set(files))
+    if OPEN_CLIP in files and not is_complete:
+        raise ValueError(_explain_open_clip(base_model or folder.name))
+    if "config.json" not in files:
+        other = [name for name in files if name.endswith(OTHER_FORMATS)]
+        reason = f" (its files: {', '.join(other[:NAMED])})" if other else ""
         raise ValueError(
-            f"the folder {folder.name!r} has no config.json: give a folder in Hub layout, such as a run's model/"
+            f"the folder {folder.name!r} has no config.json{reason}: give a folder in Hub layout, such as a run's model/"
         )
-    if not any((folder / name).is_file() for name in WEIGHTS):
-        raise ValueError(_no_safetensors(folder.name, sorted(p.name for p in folder.glob("*.bin")) or ["no weights"]))
+    if not is_complete:
+        raise ValueError(_explain_weights(folder.name, files))
     check_files(folder)
     card = _card_data(folder)
     recorded = card.get("base_model")
@@ -168,12 +196,17 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
         weights = next((name for name in WEIGHTS if config and fetch(name)), None)
         if weights is None and unreachable:
             raise unreachable[0]
-        if config is None:
-            raise ValueError(f"{repo} has no config.json: it is not a timm or transformers checkpoint")
-        if weights is None:
-            raise ValueError(_no_safetensors(repo, ["other formats only"]))
+        if config is None or weights is None:
+            siblings = HfApi().model_info(repo, revision=revision or None).siblings or []
+            files = sorted(sibling.rfilename for sibling in siblings)
+            if OPEN_CLIP in files:
+                raise ValueError(_explain_open_clip(repo))
+            if config is None:
+                raise ValueError(f"{repo} has no config.json: it is not a timm or transformers checkpoint")
+            raise ValueError(_explain_weights(repo, files))
         if weights.endswith(".index.json"):
-            snapshot_download(repo, revision=revision or None, allow_patterns=["*.safetensors"])
+            shards = [file.name for file in find_weights(config.parent)]
+            snapshot_download(repo, revision=revision or None, allow_patterns=shards)
         for name in OPTIONAL:
             fetch(name)
         if trust_remote_code:
@@ -258,12 +291,23 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         raise ValueError(f"the download of {repo} from the Hub failed ({error}): try again") from error
 
 
-def _no_safetensors(name: str, files: list[str]) -> str:
+def _explain_weights(name: str, files: Sequence[str]) -> str:
+    """Returns the error message for a checkpoint whose `files` contain no weights that can be read."""
+    other = [file for file in files if file.endswith(OTHER_FORMATS)]
     return (
-        f"{name} has no model.safetensors (found: {', '.join(files)}). Pickled weights can run code, so they are not "
-        "loaded. Remedy: ask the author for safetensors or, if you trust the pickled weights, load them with transformers and "
-        "save them with model.save_pretrained"
+        f"{name} has none of {', '.join(WEIGHTS)} (its weights: {', '.join(other[:NAMED]) or 'none'}). Remedy: ask the author "
+        "for safetensors, or load the weights with the author's own code and save them with timm or transformers"
     )
+
+
+def _explain_open_clip(name: str) -> str:
+    twin = TIMM_TWINS.get(name.rpartition("/")[2])
+    remedy = (
+        f"choose --checkpoint {twin}, its image tower"
+        if twin
+        else "search the organization timm on the Hub for its image tower"
+    )
+    return f"{name} is an open_clip checkpoint, which neither timm nor transformers describes: {remedy}"
 
 
 def _card_data(folder: Path) -> dict[str, Any]:

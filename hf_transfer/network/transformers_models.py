@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
+from hf_transfer.network.damage import find_weights, is_pickled, read_tensors
 from hf_transfer.network.fingerprint import update_hash
 from hf_transfer.network.modeling_backbone import BackboneConfig, BackboneForImageClassification
 from hf_transfer.network.modeling_greedy import GreedyConfig, GreedyForImageClassification
@@ -102,6 +102,20 @@ def load_classifier(
     return model, own_labels, weights
 
 
+def apply_model_args(config: PreTrainedConfig, given: Mapping[str, Any]) -> None:
+    """Changes fields of `config`, in place; fields of a nested config by a nested object. Raises ValueError for other names."""
+    known = config.to_dict()
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"model_args: {config.model_type} has no {unknown[0]}; choose {', '.join(sorted(known))}")
+    for name, value in given.items():
+        nested = getattr(config, name)
+        if isinstance(nested, PreTrainedConfig) and isinstance(value, dict):
+            apply_model_args(nested, value)
+        else:
+            config.update({name: value})
+
+
 def load_class(
     kind: Any, source: Source, config: PreTrainedConfig, **arguments: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
@@ -113,7 +127,7 @@ def load_class(
                 config=config,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
-                use_safetensors=True,
+                use_safetensors=not any(map(is_pickled, find_weights(source.folder))),
                 output_loading_info=True,
                 **arguments,
             )
@@ -188,19 +202,25 @@ def compare_weights(
     absent = {name for name in absent if name.startswith(inside)}
     body = absent - set(heads)
     renamed = {twin: name for name in body if (twin := _spell_norm(name, model)) in unexpected}
-    for twin, tensor in _read(source.folder, renamed):
+    for twin, tensor in read_tensors(source.folder, renamed):
         model.get_parameter(renamed[twin]).data.copy_(tensor)
     body -= set(renamed.values())
-    identity = {name for name in body if _starts_as_identity(model, name, unexpected)}
-    missing = sorted(body - identity)
+    identity = {name for name in body if starts_as_identity(model, name, unexpected)}
+    missing = body - identity
     if missing:
-        more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
-        raise ValueError(f"{source.name} lacks weights outside the head: {', '.join(missing[:NAMED])}{more}")
+        raise ValueError(f"{source.name} lacks weights outside the head: {shorten_names(missing)}")
     return Weights(
         new=frozenset(absent & set(heads)),
         identity=frozenset(name.rpartition(".")[0] for name in identity),
         unused=frozenset(unexpected - set(renamed)),
     )
+
+
+def shorten_names(names: Iterable[str]) -> str:
+    """Returns the first names in alphabetical order, and the number of the others, as text."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - NAMED} more" if len(ordered) > NAMED else ""
+    return f"{', '.join(ordered[:NAMED])}{more}"
 
 
 def _spell_norm(name: str, model: PreTrainedModel) -> str:
@@ -220,17 +240,24 @@ def _is_affine_norm(module: nn.Module) -> bool:
     )
 
 
-def _starts_as_identity(model: PreTrainedModel, name: str, unexpected: Collection[str]) -> bool:
+def starts_as_identity(model: nn.Module, name: str, unexpected: Collection[str]) -> bool:
     """Whether `name` is a parameter of a new norm behind the last layer, and none of the `unexpected` keys belongs to it."""
     norm = name.rpartition(".")[0]
     if not _is_affine_norm(model.get_submodule(norm)):
         return False
     names = [n for n, _ in model.named_modules()]
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and _repeats(m)]
     last = max((i for i, n in enumerate(names) if any(n.startswith(f"{x}.") for x in layers)), default=-1)
-    tail = norm.removeprefix(f"{model.base_model_prefix}.")
+    tail = norm.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
     leftover = {key.rpartition(".")[0] for key in unexpected}
     return names.index(norm) > last and not any(f".{key}".endswith(f".{tail}") for key in leftover)
+
+
+def _repeats(container: nn.ModuleList | nn.Sequential) -> bool:
+    """Whether `container` is a list of modules, or a sequence that contains several modules of one class."""
+    return len(container) > 0 and (
+        isinstance(container, nn.ModuleList) or len(container) > len(set(map(type, container)))
+    )
 
 
 def find_changed_weights(model: nn.Module, folder: Path, new: Collection[str]) -> list[str]:
@@ -240,7 +267,9 @@ def find_changed_weights(model: nn.Module, folder: Path, new: Collection[str]) -
     transformers may split a matrix for queries, keys and values (RADIO), so a third of such a matrix counts as a tensor.
     """
     stored = {
-        _hash(part) for name, tensor in _read(folder) for part in (tensor, *(tensor.chunk(3) if "qkv" in name else ()))
+        _hash(part)
+        for name, tensor in read_tensors(folder)
+        for part in (tensor, *(tensor.chunk(3) if "qkv" in name else ()))
     }
     return [n for n, t in model.state_dict().items() if n not in new and _hash(t) not in stored]
 
@@ -249,14 +278,3 @@ def _hash(tensor: torch.Tensor) -> str:
     digest = xxhash.xxh3_128()
     update_hash(digest, "", tensor.float() if tensor.is_floating_point() else tensor)
     return digest.hexdigest()
-
-
-def _read(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields name and tensor of the checkpoint's tensors (None: of all), one at a time."""
-    if names is not None and not names:
-        return
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if names is None or name in names:
-                    yield name, file.get_tensor(name)

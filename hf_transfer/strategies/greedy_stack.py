@@ -46,9 +46,6 @@ class GreedyStackStrategy(GradientStrategy):
     architecture: str | None = flag(
         None, "timm architecture or transformers model type whose layers are stacked; none: stack new blocks"
     )
-    model_args: str | None = flag(
-        None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
-    )
     image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint", allowed=INPUT_PX)
     layers: int | None = flag(
         None,
@@ -88,8 +85,6 @@ class GreedyStackStrategy(GradientStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         read_numbers(self.downsample, self._num_blocks)
-        if self.architecture is None and self.model_args is not None:
-            raise ValueError(f"model_args={self.model_args}: model_args needs --architecture NAME")
         if self.architecture is not None and (self.width, self.downsample, self.block) != (None, None, "conv"):
             raise ValueError(
                 f"width, downsample and block apply to new blocks, but {self.architecture} has its own layers: omit them"
@@ -97,10 +92,12 @@ class GreedyStackStrategy(GradientStrategy):
 
     def check(self, config: RunConfig) -> None:
         """Raises ValueError for both an architecture and a checkpoint, or if a setting needs a checkpoint that is missing."""
-        from hf_transfer.network.model_args import read_model_args
-
-        read_model_args(self.model_args)
+        super().check(config)
         on_checkpoint = self._is_on_checkpoint(config)
+        if self.architecture is None and not on_checkpoint and config.model.model_args is not None:
+            raise ValueError(
+                f"model_args={config.model.model_args}: model_args needs --architecture NAME or --checkpoint ID"
+            )
         if on_checkpoint and self.architecture is not None:
             raise ValueError(
                 f"checkpoint={config.model.checkpoint!r}, architecture={self.architecture!r}: give only one of the two"
@@ -129,7 +126,7 @@ class GreedyStackStrategy(GradientStrategy):
                 self.architecture,
                 data.label_names,
                 image_size_px=self.image_size_px,
-                model_args=self.model_args,
+                model_args=config.model.model_args,
                 seed=config.seed,
             )
         blocks = self._blocks(DEFAULT_WIDTH, tuple(n for n in DEFAULT_DOWNSAMPLE if n <= self._num_blocks))

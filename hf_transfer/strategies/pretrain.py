@@ -29,18 +29,13 @@ class Pretrain(GradientStrategy):
     image_size_px: int | None = flag(
         32, "side of the square input images; none: the architecture's default", allowed=INPUT_PX
     )
-    model_args: str | None = flag(
-        None, """arguments of the architecture's constructor as a JSON object, such as '{"stem_width": 8}'"""
-    )
     training: TrainingConfig = field(default=TrainingConfig(epochs=30, freeze_batchnorm=False))
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3, layer_decay=1.0))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError if the settings name a checkpoint, or if `model_args` is no JSON object."""
-        from hf_transfer.network.model_args import read_model_args
-
-        read_model_args(self.model_args)
+        """Raises ValueError if the settings name a checkpoint."""
+        super().check(config)
         if config.model.checkpoint != NO_CHECKPOINT:
             raise ValueError(
                 f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights; choose the strategy `full`"
@@ -60,7 +55,7 @@ class Pretrain(GradientStrategy):
             self.architecture,
             data.label_names,
             image_size_px=self.image_size_px,
-            model_args=self.model_args,
+            model_args=config.model.model_args,
             seed=config.seed,
         )
 
