@@ -210,7 +210,8 @@ def _make_timm(names: list[str], folder: Path) -> Made:
 
 def _save_timm(model: Any, folder: Path, px: int, arguments: dict[str, Any], **settings: Any) -> Made:
     model.pretrained_cfg.update(input_size=(3, px, px), crop_pct=1.0, num_classes=0)
-    timm.models.save_for_hf(model, str(folder), safe_serialization=True, model_args=arguments or None)
+    model._model_args = dict(arguments)
+    timm.models.save_for_hf(model, str(folder), safe_serialization=True)
 
     def compare(backbone: Backbone, pixels: torch.Tensor) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         ours: Any = backbone.model

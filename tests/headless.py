@@ -302,7 +302,7 @@ def tower_of(name: str, model: transformers.PreTrainedModel) -> transformers.Pre
             module.is_mae = False
     if hasattr(model.config, "mask_ratio"):
         model.config.mask_ratio = 0.0
-    for child in (
+    towers = (
         "vision_model",
         "vision_encoder",
         "vit",
@@ -310,9 +310,12 @@ def tower_of(name: str, model: transformers.PreTrainedModel) -> transformers.Pre
         "swin",
         "hiera",
         "segformer",
-        model.base_model_prefix,
+        "deit",
+        "swinv2",
+        "focalnet",
         "",
-    ):
+    )
+    for child in towers:
         if isinstance(getattr(model, child, None), transformers.PreTrainedModel):
             return getattr(model, child)  # type: ignore[no-any-return]
     if not name.endswith("backbone"):
