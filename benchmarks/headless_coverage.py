@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import PIXEL_TOLERANCE, TOLERANCE, find_libraries, write_reference
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.training.plan import run_plan
 from tests.families import make_pixels, randomize
 from tests.headless import LAYOUTS, MORE_LAYOUTS, Layout, our_features, upstream_features
 from tests.remote import KINDS, write_checkpoint
@@ -274,7 +275,8 @@ def check_case(case: Case, folder: Path, dataset: Path) -> dict[str, Any]:
         if made.compare is not None:
             pixels = make_pixels(backbone.preprocessing.image_shape, 2)
             row["failures"] += [text for pair in made.compare(backbone, pixels) if (text := _differ(*pair))]
-        result = session.config.strategy.run(session)
+        solve, *steps = session.config.strategy.plan(session)
+        result = run_plan(session, [replace(solve, sweep="none", folds=1), *steps])
     except ValueError as error:
         is_right = case.refused is not None and case.refused in str(error) and "\n" not in str(error)
         return row | {"refused": str(error), "failures": [] if is_right else [f"refused: {error}"]}

@@ -22,7 +22,7 @@ from hf_transfer.prefix.contents import clear_caches, list_caches
 from hf_transfer.prefix.extract import Extracted, Tap, extract, tap_activation
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.prefix.sweep import read_pixels
+from hf_transfer.prefix.sweep import read_pixels, use_fast_layout
 from tests.test_save import write_upstream
 
 
@@ -249,3 +249,13 @@ def test_the_choice_of_storage_is_logged(
     with caplog.at_level(logging.INFO):
         extract_from(network, train)
     assert "on disk" in caplog.text
+
+
+def test_the_fast_layout_leaves_kernels_of_3d_convolutions() -> None:
+    """timm's lambda networks have such kernels, and channels-last needs four dimensions."""
+    model = torch.nn.ModuleList([torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(1, 4, 3)])
+    parameters = list(model.parameters())
+    use_fast_layout(model)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[call-arg]
+    assert model[1].weight.is_contiguous()
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))

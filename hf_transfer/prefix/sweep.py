@@ -97,7 +97,9 @@ def move_model(model: torch.nn.Module, resources: Resources) -> None:
 
 def use_fast_layout(model: torch.nn.Module) -> None:
     """Switches `model` to channels-last memory, in place. MobileNetV2 then runs 1.5 to 2 times as fast on a CPU."""
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:  # `model.to` also converts kernels of 3-d convolutions, and fails
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
     for module in model.modules():
         if getattr(module, "lora_magnitude_vector", None):  # peft's DoRA reads these kernels as matrices, by `view`
             module.lora_A.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
