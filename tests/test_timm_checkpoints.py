@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import find_libraries, verify
-from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
 from tests.families import make_pixels, randomize
 from tests.test_backbone import edit_config, edit_weights
@@ -358,3 +358,12 @@ def test_a_fresh_process_loads_what_arguments_of_the_card_made(tmp_path: Path) -
     run = make_run(load(str(tmp_path / "upstream"), LABELS, model_args=json.dumps(FORGOTTEN)), tmp_path / "run")
     model = run / "model"
     assert np.isfinite([v.logits for v in verify(model, run / "reference.safetensors", find_libraries(model))]).all()
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    """CoaT's blocks share their position encodings, and safetensors refuses tensors that share memory."""
+    sizes = {"embed_dims": [16, 16, 16, 16], "serial_depths": [2, 1, 1, 1]}
+    backbone = create("coat_lite_tiny", LABELS, image_size_px=32, model_args=json.dumps(sizes))
+    state = backbone.model.state_dict()
+    assert state["serial_blocks1.0.cpe.proj.weight"].data_ptr() == state["serial_blocks1.1.cpe.proj.weight"].data_ptr()
+    assert_published(backbone, tmp_path / "model")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm.models
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from hf_transfer.hub.card import make_card
 from hf_transfer.network.adapters import TASK, Adapted, check_saved_apart
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.timm_models import save_timm
 
 
 def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> None:
@@ -46,12 +46,11 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
 
 
 def _save_timm(backbone: Backbone, folder: Path) -> None:
-    timm.models.save_for_hf(
+    save_timm(
         backbone.model,
-        str(folder),
+        folder,
         model_config={"label_names": list(backbone.label_names)},
         data_config=dict(backbone.preprocessing.processor.data_config),
-        safe_serialization=True,
     )
     path = folder / "config.json"
     config = json.loads(path.read_text())

@@ -25,7 +25,7 @@ from hf_transfer.network.model_args import read_model_args
 from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
 from hf_transfer.network.remote_code import check_trust, explained_code, find_remote_class
 from hf_transfer.network.source import Source, find_preprocessing, find_source
-from hf_transfer.network.timm_models import load_timm
+from hf_transfer.network.timm_models import load_timm, save_timm
 from hf_transfer.network.transformers_models import (
     NoTrainedHeadError,
     Weights,
@@ -189,7 +189,7 @@ def create(
         # The model is saved as a checkpoint folder, so that it is loaded like every other checkpoint.
         folder = Path(parent, architecture)
         described = {"model_config": {"label_names": list(labels)}, "model_args": given or None}
-        timm.models.save_for_hf(model, str(folder), safe_serialization=True, **described)
+        save_timm(model, folder, **described)
         return replace(load(str(folder), labels), new_head=True)
 
 

@@ -10,10 +10,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import timm
 import timm.layers
+import timm.models
 import timm.models._builder as builder
 import torch
 from torch import nn
@@ -53,6 +55,23 @@ class _Architecture:
 
     name: str
     arguments: Mapping[str, Any]
+
+
+def save_timm(model: nn.Module, folder: Path, **settings: Any) -> None:
+    """Saves `model` as timm's `save_for_hf` does, also if tensors share memory (as in CoaT), which safetensors refuses."""
+
+    def copy_shared(_: nn.Module, state: dict[str, torch.Tensor], *__: Any) -> None:
+        seen = set()
+        for name, tensor in state.items():
+            if tensor.data_ptr() in seen:
+                state[name] = tensor.clone()
+            seen.add(tensor.data_ptr())
+
+    handle = model.register_state_dict_post_hook(copy_shared)
+    try:
+        timm.models.save_for_hf(model, str(folder), safe_serialization=True, **settings)
+    finally:
+        handle.remove()
 
 
 def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any]) -> TimmModel:
