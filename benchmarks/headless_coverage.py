@@ -200,6 +200,7 @@ def _make_timm(names: list[str], folder: Path) -> Made:
                     raise NotImplementedError("more parameters than this benchmark builds")
                 torch.manual_seed(0)
                 model: Any = randomize(timm.create_model(name, num_classes=0, **arguments)).eval()
+                _calibrate(model, torch.randn(8, 3, px, px))
                 with torch.no_grad():
                     output = model(torch.randn(2, 3, px, px))
                 assert isinstance(output, torch.Tensor), "the output is no tensor"
@@ -210,6 +211,19 @@ def _make_timm(names: list[str], folder: Path) -> Made:
     if any(isinstance(error, NotImplementedError) for error in errors):
         raise NotImplementedError(f"left out: {name} has {count(name, {}) / 1e6:.0f} M parameters")
     raise RuntimeError("; ".join(f"{type(error).__name__}: {str(error)[:100]}" for error in errors[-2:]))
+
+
+def _calibrate(model: nn.Module, pixels: torch.Tensor) -> None:
+    """Sets the statistics of BatchNorm to those of `pixels`. With random ones, activations explode, and logits are rounding."""
+    norms = [(module, module.momentum) for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module, _ in norms:
+        module.momentum = 1.0
+        module.train()
+    with torch.no_grad():
+        model(pixels)
+    for module, momentum in norms:
+        module.momentum = momentum
+    model.eval()
 
 
 def _save_timm(model: Any, folder: Path, px: int, arguments: dict[str, Any], **settings: Any) -> Made:
