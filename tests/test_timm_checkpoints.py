@@ -20,8 +20,9 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import find_libraries, verify
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.transformers_models import find_changed_weights
 from tests.families import make_pixels, randomize
-from tests.test_backbone import edit_config, edit_weights
+from tests.test_backbone import OWN, edit_config, edit_weights, publish_transformers
 from tests.test_publish import make_run
 from tests.test_save import results_for
 
@@ -305,6 +306,18 @@ def test_shards_and_pickles_load_and_are_published_as_safetensors(
     assert_published(backbone, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("kind", ["bin", "shards of bin"])
+def test_pickles_of_transformers_load(kind: str, tmp_path: Path) -> None:
+    expected = publish_transformers(tmp_path).state_dict()
+    store(tmp_path, kind)
+    backbone = load(str(tmp_path), OWN)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in backbone.model.state_dict().items())
+    edit_config(tmp_path, lambda config: config.update(architectures=["ViTModel"]))
+    assert not find_changed_weights(
+        load(str(tmp_path), LABELS).model, tmp_path, {"classifier.weight", "classifier.bias"}
+    )
+
+
 class Hostile:
     """A pickle of this object, read by `pickle.load`, creates a folder."""
 
@@ -315,9 +328,10 @@ class Hostile:
         return os.mkdir, (str(self.folder),)
 
 
+@pytest.mark.parametrize("is_timm", [True, False])
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_hostile_pickle_executes_nothing(is_zip: bool, tmp_path: Path) -> None:
-    publish(tmp_path / "upstream", **VIT)
+def test_a_hostile_pickle_executes_nothing(is_zip: bool, is_timm: bool, tmp_path: Path) -> None:
+    publish(tmp_path / "upstream", **VIT) if is_timm else publish_transformers(tmp_path / "upstream")
     (tmp_path / "upstream" / "model.safetensors").unlink()
     file, touched = tmp_path / "upstream" / "pytorch_model.bin", tmp_path / "touched"
     torch.save({"norm.weight": Hostile(touched)}, file, _use_new_zipfile_serialization=is_zip)

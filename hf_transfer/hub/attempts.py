@@ -5,16 +5,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
-try:
-    import httpx2 as httpx
-except ModuleNotFoundError:  # huggingface_hub below 2.0
-    import httpx  # type: ignore[import-not-found, no-redef]
+from hf_transfer.network.source import HTTP_ERRORS
 
 log = logging.getLogger(__name__)
-
-HTTP_ERRORS = (HfHubHTTPError, httpx.HTTPError, OSError)  # an error status, or no answer
 
 RETRIED = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5

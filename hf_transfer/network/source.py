@@ -26,10 +26,18 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+try:
+    import httpx2 as httpx
+except ModuleNotFoundError:  # huggingface_hub below 2.0
+    import httpx  # type: ignore[import-not-found, no-redef]
+
 from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
 from hf_transfer.network.damage import WEIGHTS, check_files, find_weights, is_pickled, read_json
 
 log = logging.getLogger(__name__)
+
+HTTP_ERRORS = (HfHubHTTPError, httpx.HTTPError, OSError)  # an error status, or no answer
+NAME_TIMEOUT_S = 5
 
 PREPROCESSING = (
     "preprocessor_config.json",
@@ -205,10 +213,24 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
     card = _card_data(config.parent)
     return Source(
         folder=config.parent,
-        id=base_model or repo,
+        id=base_model or _find_current_name(repo),
         revision=config.parent.name,  # snapshots/<commit>
         license=_license(config.parent, card),
     )
+
+
+def _find_current_name(repo: str) -> str:
+    """Returns the repository's name on the Hub, which redirects from the old name of a renamed repository.
+
+    Returns `repo` if the Hub cannot be asked.
+    """
+    try:
+        name = HfApi().model_info(repo, timeout=NAME_TIMEOUT_S).id
+    except (OfflineModeIsEnabled, *HTTP_ERRORS):
+        return repo  # the files are in the local cache
+    if name != repo:
+        log.info("%s was renamed on the Hub: its name is now %s, which is recorded", repo, name)
+    return str(name)
 
 
 def find_preprocessing(origin: str) -> Path:
