@@ -16,6 +16,7 @@ import timm
 import timm.layers
 import timm.models._builder as builder
 import torch
+from timm.data.imagenet_info import infer_imagenet_subset
 from torch import nn
 from transformers import AutoConfig
 
@@ -194,7 +195,7 @@ def _after_filter(change: Callable[[dict[str, torch.Tensor], nn.Module], dict[st
 
         load_pretrained(model, filter_fn=filter_fn, **settings)
 
-    builder.load_pretrained = load
+    builder.load_pretrained = load  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -243,10 +244,11 @@ def _compare(
 
 def _tensors_of_heads(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> list[str]:
     """Returns the names of the classifiers' tensors in `state` and in the network."""
-    default = timm.get_pretrained_cfg(model.pretrained_cfg["architecture"])  # type: ignore[index]
+    own: Any = model.pretrained_cfg
+    default = timm.get_pretrained_cfg(own["architecture"])
     heads: set[str] = set()
-    for cfg in (model.pretrained_cfg, default.to_dict() if default else {}):
-        names = cfg.get("classifier") or ()  # type: ignore[union-attr]
+    for cfg in (own, default.to_dict() if default else {}):
+        names = cfg.get("classifier") or ()
         heads |= {names} if isinstance(names, str) else set(names)
     prefixes = tuple(f"{name}." for name in heads)
     return [name for name in {*model.state_dict(), *(state or {})} if name.startswith(prefixes)]
@@ -255,7 +257,7 @@ def _tensors_of_heads(model: nn.Module, state: Mapping[str, torch.Tensor] | None
 def _is_projection(config: Mapping[str, Any]) -> bool:
     """Whether the outputs are features of a CLIP-like image tower, which have no labels, and not classes."""
     cfg = config.get("pretrained_cfg") or {}
-    if config.get("label_names") or cfg.get("label_names") or timm.data.infer_imagenet_subset(dict(config)):
+    if config.get("label_names") or cfg.get("label_names") or infer_imagenet_subset(dict(config)):
         return False
     return "clip" in f"{config['architecture']} {cfg.get('tag') or ''}".lower()
 
