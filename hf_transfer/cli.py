@@ -109,20 +109,22 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(given: argparse.Namespace) -> str:
     from hf_transfer.locations import chain_dir
-    from hf_transfer.network.backbone import load
     from hf_transfer.network.describe import format_adapters, format_chain
+    from hf_transfer.network.peft_checkpoints import PLACEHOLDERS, load_checkpoint
+    from hf_transfer.network.transformers_models import NoTrainedHeadError
 
     settings = _given(given, AdapterConfig())
-    backbone = load(
-        given.checkpoint,
-        trust_remote_code=given.trust_remote_code,
-        preprocessing_from=given.preprocessing_from,
-        model_args=given.model_args,
-    )
+    logging.getLogger("hf_transfer").setLevel(logging.INFO)  # what loading changed, and the network's arguments
+    config = replace_settings(ModelConfig(), {**_given(given, ModelConfig()), "checkpoint": given.checkpoint})
+    try:
+        backbone = load_checkpoint(config)
+        classes = f"{len(backbone.label_names)} classes"
+    except NoTrainedHeadError:
+        backbone, classes = load_checkpoint(config, PLACEHOLDERS), "no classes (the table has a head for two)"
     preprocessing = backbone.preprocessing
     crop = f", crop {preprocessing.crop_pct}" if preprocessing.crop_pct else ""
     title = (
-        f"{backbone.source.name} ({backbone.library} {type(backbone.model).__name__}), {len(backbone.label_names)} classes, "
+        f"{backbone.source.name} ({backbone.library} {type(backbone.model).__name__}), {classes}, "
         f"{preprocessing.height_px}x{preprocessing.width_px} px {preprocessing.interpolation}{crop}"
     )
     chain = backbone.chain(cache_dir=chain_dir())

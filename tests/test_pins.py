@@ -17,14 +17,17 @@ import yaml
 from huggingface_hub import constants
 from PIL import Image
 
+from hf_transfer.config import ModelConfig
 from hf_transfer.flags import read_config
 from hf_transfer.network.backbone import load
+from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.network.source import Source, find_source, pin_checkpoint
 from hf_transfer.runs import execute, open_session
 from hf_transfer.strategy import default_config
 from tests.hub_server import Files, HubServer, Repository
 from tests.sessions import make_config
 from tests.test_publish import TOKENS, signed_in
+from tests.test_timm_checkpoints import VIT, publish, publish_adapter
 
 
 def make_checkpoint(change: float) -> Files:
@@ -129,6 +132,23 @@ def test_what_the_hub_refuses_ends_in_one_line(hub: HubServer, name: str, messag
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         load(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_peft_repository_is_pinned_at_its_own_commit(hub: HubServer, tmp_path: Path) -> None:
+    def read(folder: Path) -> Files:
+        return {path.name: (path.read_bytes(), path.suffix == ".safetensors") for path in folder.iterdir()}
+
+    publish(tmp_path / "upstream", **VIT)
+    publish_adapter(tmp_path / "upstream", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tmp_path / "upstream"), "bob/upstream"))
+    hub.repositories["bob/upstream"].commit(read(tmp_path / "upstream"), "main")
+    hub.repositories["bob/adapter"] = Repository("bob/adapter", is_private=False)
+    commit = hub.repositories["bob/adapter"].commit(read(tmp_path / "adapter"), "main")
+    backbone = load_checkpoint(ModelConfig(checkpoint="bob/adapter"), ("cat", "dog"))
+    assert (backbone.source.id, backbone.source.revision) == ("bob/adapter", commit)
+    assert pin_checkpoint("bob/adapter", backbone.source) == f"bob/adapter@{commit}"
+    assert not backbone.is_auto_class
 
 
 def test_pickles_are_downloaded_only_without_safetensors(hub: HubServer, tmp_path: Path) -> None:

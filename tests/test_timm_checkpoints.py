@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import timm.models
 import torch
@@ -16,10 +17,13 @@ from timm.layers import SwiGLUPacked
 from torch import nn
 from transformers import AutoModelForImageClassification
 
+from hf_transfer.cli import main
+from hf_transfer.config import ModelConfig
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import find_libraries, verify
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.network.transformers_models import find_changed_weights
 from tests.families import make_pixels, randomize
 from tests.test_backbone import OWN, edit_config, edit_weights, publish_transformers
@@ -92,7 +96,6 @@ def test_arguments_of_the_card_give_upstreams_features_and_are_published(
     pixels = make_pixels((3, PX, PX), 2)
     assert torch.equal(features(backbone.model, pixels), features(upstream, pixels))
     assert not backbone.is_auto_class  # plain timm creates another network from upstream's files
-    assert backbone.model_args == json.dumps(FORGOTTEN)
     assert "names no pooling: the default of vit_giant_patch14_dinov2, 'token', is used and saved" in caplog.text
     assert "layers GluMlp, LayerNorm, SiLU" in caplog.text
     assert_published(backbone, tmp_path / "saved")
@@ -363,6 +366,60 @@ def test_an_open_clip_folder_names_its_twin_in_timm(name: str, remedy: str, tmp_
     (folder / "open_clip_pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=f"is an open_clip checkpoint, .*: {remedy}"):
         load(str(folder), LABELS)
+
+
+# --- PEFT repositories ------------------------------------------------------------------------------------------------
+
+
+def publish_adapter(base: Path, folder: Path, **settings: Any) -> nn.Module:
+    """Writes a random LoRA adapter, with a head of four classes, as peft saves it; returns the merged network."""
+    torch.manual_seed(1)
+    model: Any = timm.create_model(f"local-dir:{base}", pretrained=True, num_classes=4)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"], init_lora_weights=False, **settings)
+    network: Any = peft.get_peft_model(model, config)
+    network.peft_config["default"].base_model_name_or_path = str(base)
+    network.save_pretrained(folder)
+    merged: nn.Module = network.merge_and_unload().eval()
+    return merged
+
+
+def test_a_peft_repository_is_merged_into_its_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    upstream = publish(tmp_path / "upstream", **VIT)
+    merged = publish_adapter(tmp_path / "upstream", tmp_path / "adapter")
+    config = ModelConfig(checkpoint=str(tmp_path / "adapter"))
+    with caplog.at_level(logging.INFO):
+        backbone = load_checkpoint(config, LABELS)
+    assert "merged into 2 modules of its base" in caplog.text
+    assert caplog.text.endswith(": blocks.0.attn.qkv, blocks.1.attn.qkv\n")
+    pixels = make_pixels((3, PX, PX), 2)
+    assert torch.equal(features(backbone.model, pixels), features(merged, pixels))
+    assert not torch.allclose(features(backbone.model, pixels), features(upstream, pixels))
+    assert backbone.new_head
+    assert all(p.requires_grad for p in backbone.model.parameters())
+    assert_published(backbone, tmp_path / "saved")
+    with pytest.raises(ValueError, match="names no labels: give labels"):
+        load_checkpoint(config)
+
+
+def test_an_adapter_of_another_network_ends_in_one_line(tmp_path: Path) -> None:
+    publish(tmp_path / "upstream", **VIT)
+    publish(tmp_path / "other", **VIT | {"embed_dim": 32})
+    publish_adapter(tmp_path / "upstream", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace("/upstream", "/other"))
+    with pytest.raises(ValueError, match="does not fit its base") as caught:
+        load_checkpoint(ModelConfig(checkpoint=str(tmp_path / "adapter")), LABELS)
+    assert "\n" not in str(caught.value)
+
+
+def test_inspect_shows_the_arguments_of_a_feature_extractor(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish_pathology(tmp_path)
+    main(["inspect", str(tmp_path), "--model_args", json.dumps(FORGOTTEN)])
+    assert "no classes (the table has a head for two)" in capsys.readouterr().out
+    assert '"reg_tokens": 2' in caplog.text
+    assert "layers GluMlp, LayerNorm, SiLU" in caplog.text
 
 
 @pytest.mark.soak

@@ -48,7 +48,6 @@ class Backbone:
         True  # whether plain timm or AutoModelForImageClassification creates this class from the source
     )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
-    model_args: str | None = None  # the setting with which the checkpoint was loaded
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
         """Builds the chain of the model (its layers in order) with `build_chain`."""
@@ -119,7 +118,6 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         new_head=new_head,
         is_auto_class=is_auto_class,
         pooling=pooling,
-        model_args=model_config.model_args,
     )
 
 

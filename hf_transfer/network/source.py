@@ -128,6 +128,8 @@ def check_checkpoint(checkpoint: str) -> None:
     if checkpoint == EMBEDDED_CHECKPOINT:
         return
     if _is_folder(path):
+        if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
+            return  # its base is found when it is loaded
         _from_folder(path.resolve(), None)
     else:
         _check_hub_id(checkpoint)

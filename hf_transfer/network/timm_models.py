@@ -157,7 +157,8 @@ def _create(
                 **architecture.arguments,
             )
     except RuntimeError as error:
-        raise ValueError(f"{source.name}: the weights do not fit {architecture.name}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source.name}: the weights do not fit {architecture.name}: {reason}") from error
     except (TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"{source.name}: timm cannot create {architecture.name} with {_format(architecture.arguments)}: {error}"
