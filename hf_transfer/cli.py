@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ComputeConfig, DataConfig, ModelConfig, RunConfig
@@ -21,7 +21,8 @@ from hf_transfer.strategy import default_config, strategy_names
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
 hf_transfer train NAME` trains in several processes.
 """
-INSPECT = """Print the chain of a checkpoint (the network as a sequence of layers): the parameters, activation shape, bytes
+INSPECT = """Say what happens to a checkpoint: its class and pooling, preprocessing, cuts, head and size, and what stays behind.
+Then print its chain (the network as a sequence of layers): the parameters, activation shape, bytes
 per image in the cache and share of the FLOPs of each layer. Then print which part of the chain each strategy would train, and
 how much it would store. With --adapter, print the modules that would get adapters, and the number of their parameters.
 """
@@ -103,34 +104,28 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     help_text = "Hub id[@revision] or folder of the checkpoint (default: embedded)"
     parser.add_argument("checkpoint", nargs="?", default=EMBEDDED_CHECKPOINT, help=help_text)
     _add_trust(parser)
+    _add_json(parser)
     own = list_settings(ModelConfig())
-    add_settings(parser, [own["preprocessing_from"], own["model_args"], *list_settings(AdapterConfig()).values()])
+    shown = [own["preprocessing_from"], own["pooling"], own["model_args"]]
+    add_settings(parser, [*shown, *list_settings(AdapterConfig()).values()])
 
 
 def _inspect(given: argparse.Namespace) -> str:
     from hf_transfer.locations import chain_dir
-    from hf_transfer.network.describe import format_adapters, format_chain
-    from hf_transfer.network.peft_checkpoints import PLACEHOLDERS, load_checkpoint
-    from hf_transfer.network.transformers_models import NoTrainedHeadError
+    from hf_transfer.network.describe import describe_checkpoint, format_adapters, format_chain, list_chain
+    from hf_transfer.network.peft_checkpoints import load_for_inspection
 
     settings = _given(given, AdapterConfig())
-    logging.getLogger("hf_transfer").setLevel(logging.INFO)  # what loading changed, and the network's arguments
-    config = replace_settings(ModelConfig(), {**_given(given, ModelConfig()), "checkpoint": given.checkpoint})
-    try:
-        backbone = load_checkpoint(config)
-        classes = f"{len(backbone.label_names)} classes"
-    except NoTrainedHeadError:
-        backbone, classes = load_checkpoint(config, PLACEHOLDERS), "no classes (the table has a head for two)"
-    preprocessing = backbone.preprocessing
-    crop = f", crop {preprocessing.crop_pct}" if preprocessing.crop_pct else ""
-    title = (
-        f"{backbone.source.name} ({backbone.library} {type(backbone.model).__name__}), {classes}, "
-        f"{preprocessing.height_px}x{preprocessing.width_px} px {preprocessing.interpolation}{crop}"
-    )
+    if settings and given.json:
+        raise ValueError("--json lists layers and strategies, but no adapters: give --json or settings of adapters")
+    backbone = load_for_inspection(replace_settings(ModelConfig(), _given(given, ModelConfig())))
     chain = backbone.chain(cache_dir=chain_dir())
+    overview = describe_checkpoint(backbone, chain)
+    if given.json:
+        return json.dumps(asdict(overview) | list_chain(chain), indent=1)
     if not settings:
-        return f"{title}\n\n{format_chain(chain)}"
-    return f"{title}\n\n{format_adapters(backbone, chain, replace_settings(AdapterConfig(), settings))}"
+        return f"{overview.format()}\n\n{format_chain(chain)}"
+    return f"{overview.format()}\n\n{format_adapters(backbone, chain, replace_settings(AdapterConfig(), settings))}"
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------

@@ -224,18 +224,18 @@ def _check_cache() -> list[Finding]:
         text = f"the cache folder {folder} cannot be written to ({describe_error(error)})"
         remedy = "set HF_TRANSFER_CACHE to a folder that you may write to"
         return [Finding(topic="cache", status=Status.PROBLEM, text=text, remedy=remedy, facts=facts)]
-    free = shutil.disk_usage(folder).free
-    try:
-        nbytes = sum(entry.nbytes for entry in list_caches())
-    except Exception as error:  # noqa: BLE001 - any damage of the stored files
-        text, remedy = f"the cache {folder} is damaged ({describe_error(error)})", f"delete the folder {folder}"
-        return [Finding(topic="cache", status=Status.PROBLEM, text=text, remedy=remedy, facts=facts)]
+    free, entries = shutil.disk_usage(folder).free, list_caches()
+    nbytes, damaged = sum(entry.nbytes for entry in entries), [entry.key for entry in entries if not entry.fields]
     limit = default_bound_bytes()
     facts |= {"nbytes": nbytes, "limit_bytes": limit, "free_bytes": free}
     text = (
         f"{folder} is writable; {nbytes / 1e9:.2f} GB of activations (limit {limit / 1e9:.0f} GB, see --cache_gb); "
         f"{free / 1e9:.1f} GB of disk are free"
     )
+    if damaged:
+        text += f"; {len(damaged)} stores are damaged, or of another version, and only take space"
+        remedy = f"`hf-transfer cache --clear {' '.join(damaged[:3])}`"
+        return [Finding(topic="cache", status=Status.WARNING, text=text, remedy=remedy, facts=facts)]
     if free >= LITTLE_DISK_BYTES:
         return [Finding(topic="cache", text=text, facts=facts)]
     remedy = "free disk space, run `hf-transfer cache --clear`, or set HF_TRANSFER_CACHE to a folder on another disk"

@@ -32,7 +32,7 @@ from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import RunResult
-from hf_transfer.training.sharding import uses_shards
+from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
 log = logging.getLogger("hf_transfer")
 
@@ -214,8 +214,12 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
             "MASTER_ADDR is set, but WORLD_SIZE is not: this process trains alone. To train in several processes, start them "
             "with `accelerate launch` or `torchrun`"
         )
-    if uses_shards(accelerator) and isinstance(config.strategy, GradientConfig) and config.strategy.training.compile:
-        raise ValueError("compile with FSDP2: torch.compile is not supported for sharded networks: omit --compile")
+    if uses_shards(accelerator):
+        prepare_sharding(config.strategy)
+    elif parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.is_main_process:
+        log.warning(
+            "accelerate's config asks for FSDP, which needs a GPU: each process trains a whole copy of the network"
+        )
     processes.watch()
     return accelerator
 

@@ -127,7 +127,7 @@ def _whole(vision: Mapping[str, Any] = _VIT, text: Mapping[str, Any] = _TEXT) ->
 
 LAYOUTS: dict[str, Layout] = {
     "MAE": Layout(config="ViTMAEConfig", model="ViTMAEForPreTraining", settings=_MAE, expected="ViTForImageClassification"),
-    "ViT": Layout(config="ViTConfig", model="ViTModel", settings=_VIT),
+    "ViT": Layout(config="ViTConfig", model="ViTModel", settings=_VIT, expected="ViTForImageClassification"),
     "ViT, masked images": Layout(
         config="ViTConfig", model="ViTForMaskedImageModeling", settings={**_VIT, "encoder_stride": 8},
         expected="ViTForImageClassification",
@@ -158,13 +158,36 @@ LAYOUTS: dict[str, Layout] = {
         config="HieraConfig", model="HieraForPreTraining", settings=_HIERA, image_px=64,
         expected="HieraForImageClassification",
     ),
+    "SwiftFormer": Layout(
+        config="SwiftFormerConfig", model="SwiftFormerModel", settings={"embed_dims": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
+        image_px=64, pooling="channels_first",
+    ),
+    "LeViT": Layout(
+        config="LevitConfig", model="LevitModel", image_px=64, expected="LevitForImageClassification",
+        settings={"image_size": 64, "hidden_sizes": [16, 16, 32], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1],
+                  "key_dim": [8, 8, 8]},
+    ),
+    "RADIO": Layout(config="RadioConfig", model="RadioModel", settings=_VIT, pooling="tokens"),
+    "Segformer": Layout(
+        config="SegformerConfig", model="SegformerForSemanticSegmentation", image_px=64,
+        expected="SegformerForImageClassification",
+        settings={"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2],
+                  "decoder_hidden_size": 8},
+    ),
     "I-JEPA": Layout(config="IJepaConfig", model="IJepaModel", settings=_VIT, expected="IJepaForImageClassification"),
     "MSN": Layout(config="ViTMSNConfig", model="ViTMSNModel", settings=_VIT, expected="ViTMSNForImageClassification"),
-    "DINOv2": Layout(config="Dinov2Config", model="Dinov2Model", processor="BitImageProcessor", settings=_DINO),
-    "DINOv2 with registers": Layout(
-        config="Dinov2WithRegistersConfig", model="Dinov2WithRegistersModel", processor="BitImageProcessor", settings=_DINO
+    "DINOv2": Layout(
+        config="Dinov2Config", model="Dinov2Model", processor="BitImageProcessor", settings=_DINO,
+        expected="Dinov2ForImageClassification",
     ),
-    "DINOv2, backbone": Layout(config="Dinov2Config", model="Dinov2Backbone", processor="BitImageProcessor", settings=_DINO),
+    "DINOv2 with registers": Layout(
+        config="Dinov2WithRegistersConfig", model="Dinov2WithRegistersModel", processor="BitImageProcessor", settings=_DINO,
+        expected="Dinov2WithRegistersForImageClassification",
+    ),
+    "DINOv2, backbone": Layout(
+        config="Dinov2Config", model="Dinov2Backbone", processor="BitImageProcessor", settings=_DINO,
+        expected="Dinov2ForImageClassification",
+    ),
     "DINOv3": Layout(
         config="DINOv3ViTConfig", model="DINOv3ViTModel", processor="DINOv3ViTImageProcessor",
         settings={**_VIT, "num_register_tokens": 2},

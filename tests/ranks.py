@@ -51,7 +51,7 @@ def started_ranks(
     ranks = []
     for rank in range(count):
         receiver, sender = _context.Pipe(duplex=False)
-        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else dict(env or {})
+        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else shared
         printed = folder / f"printed-{rank}"
         process = _context.Process(target=_run, args=(work, arguments, own, printed, sender))
         process.start()

@@ -7,13 +7,19 @@ import pytest
 from PIL import Image
 
 from hf_transfer.cli import main
+from tests.headless import LAYOUTS
 
 
 def test_inspect_prints_the_chain_and_the_strategies(capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect"])
     shown = capsys.readouterr().out
     lines = shown.splitlines()
-    assert lines[0].startswith("embedded (timm ResNet), 10 classes, 32x32 px bicubic")
+    assert [line.partition(":")[0] for line in lines[:6]] == ["network", "preprocessing", "cuts", "head", "size", ""]
+    assert lines[0] == "network: embedded, timm ResNet, pooling: avg"
+    assert lines[1].startswith("preprocessing: 3 channels, 32x32 pixels, bicubic")
+    assert lines[2] == "cuts: 10 verified cuts; 8 layers, layer1.0 ... layer4.1"
+    assert lines[3] == "head: trained for 10 labels (0, 1, 2, ...); affine: fc of 80 features"
+    assert lines[4] == "size: 400,952 parameters without the head, 1.6 MB"
     names = [line.split()[1] for line in lines if line[:1].isdigit()]
     assert names == ["stem", *(f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)), "head"]
     strategies = {line.split()[0]: line for line in lines if line}
@@ -22,6 +28,26 @@ def test_inspect_prints_the_chain_and_the_strategies(capsys: pytest.CaptureFixtu
     assert strategies["full"].endswith("100.0 %")
     shares = [float(line.split("%")[0].split()[-1]) for line in lines if line[:1].isdigit()]
     assert sum(shares) == pytest.approx(100, abs=0.6)  # of the FLOPs, each rounded
+
+
+def test_inspect_says_what_happens_to_a_checkpoint_without_a_head(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    LAYOUTS["MAE"].save(tmp_path)
+    main(["inspect", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    name = f"{tmp_path.name}, transformers ViTForImageClassification, from ViTMAEForPreTraining"
+    assert lines[0] == f"network: {name}, pooling: that of the class"
+    assert lines[3] == "head: none yet: a new one is trained; affine: classifier of 32 features"
+    assert "stay behind: decoder (" in lines[4]
+    LAYOUTS["CLIP"].save(tmp_path)
+    main(["inspect", str(tmp_path), "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["network"].endswith("BackboneForImageClassification, from CLIPModel, pooling: pooler_output")
+    assert "text_model (" in shown["size"]
+    assert shown["layers"][0]["name"] == "stem"
+    main(["inspect", str(tmp_path), "--pooling", "class"])
+    assert "transformers CLIPForImageClassification" in capsys.readouterr().out
 
 
 def test_a_mistake_is_one_line_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:

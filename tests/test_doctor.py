@@ -10,6 +10,7 @@ import pytest
 from hf_transfer import capability, doctor
 from hf_transfer.cli import main
 from hf_transfer.doctor import CHECKS, Finding, Status, examine, format_page
+from hf_transfer.locations import store_dir
 from tests.hub_server import HubServer
 from tests.test_publish import TOKENS, signed_in
 
@@ -57,6 +58,9 @@ def test_a_writable_cache_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     assert finding.facts["free_bytes"] > 0
     monkeypatch.setattr(doctor, "LITTLE_DISK_BYTES", 10**18)
     assert run_check("cache").status is Status.WARNING
+    (store_dir() / "abc").mkdir(parents=True)
+    (store_dir() / "abc" / "meta.json").write_text("{}")
+    assert run_check("cache").remedy == "`hf-transfer cache --clear abc`"
 
 
 def test_a_check_that_raises_an_error_does_not_stop_the_others() -> None:

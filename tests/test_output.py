@@ -195,7 +195,7 @@ def test_a_push_that_ends_early_names_the_command_that_repeats_the_push(
 
 def test_a_run_that_fails_early_can_be_repeated_and_leaves_the_old_run(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("{}")
-    task = ht.Task("sklearn/digits", checkpoint=str(tmp_path / "nowhere"))
+    task = ht.Task(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere"):
         task.fit(ht.linear_probe(), output_dir=tmp_path, overwrite_output_dir=True)
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoints", "results.json"}

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hf_transfer import processes
 from tests.ranks import run_ranks, started_ranks
 
 TIMEOUT_S = 2  # of collectives
+KILLED = "it was killed, ran out of memory, or its machine failed"
 
 
 def connect() -> int:
@@ -67,8 +70,8 @@ def fail(failing: int, kind: str, waiting: str) -> None:
     [
         (0, "raises", "the disk of this machine is full"),
         (1, "raises", "the disk of this machine is full"),
-        (0, "killed", "it was killed, ran out of memory, or its machine failed"),
-        (1, "killed", "it was killed, ran out of memory, or its machine failed"),
+        (0, "killed", KILLED),
+        (1, "killed", KILLED),
     ],
 )
 def test_a_process_that_dies_ends_the_others(
@@ -104,3 +107,69 @@ def test_one_process_waits_for_nobody() -> None:
         pass
     assert processes.run_on_main(lambda: 3) == 3
     assert PartialState().num_processes == 1
+
+
+DYING = """
+import os, signal, sys
+from hf_transfer.launch import run_recipe
+from hf_transfer.prefix import extract
+from hf_transfer.training.steps import Steps
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["RANK"] == "1":
+    if sys.argv.pop(1) == "pass":
+        extract.sweep = die
+    else:
+        Steps._take_step = die
+else:
+    sys.argv.pop(1)
+run_recipe("last_layers")
+"""
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("place", ["pass", "step"])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_killed_process_of_a_launcher_ends_the_run_within_a_minute(tmp_path: Path, launcher: str, place: str) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(DYING)
+    flags = ["--images_per_class", "8", "--tracker", "none", "--output_dir", str(tmp_path / "run")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HF_TRANSFER_CACHE": str(tmp_path / "cache")}
+    started = time.monotonic()
+    shown = subprocess.run(
+        [sys.executable, "-m", *LAUNCHERS[launcher], str(script), place, *flags],
+        env=env, capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert shown.returncode == 1
+    assert f"process 0 ends because process 1 ended: {KILLED}" in shown.stderr.splitlines()
+    assert not (tmp_path / "run" / "model").exists()
+    assert time.monotonic() - started < 120  # of which the imports take some
+
+
+@pytest.mark.soak
+def test_the_slow_solve_of_a_run_does_not_time_out(tmp_path: Path) -> None:
+    env = {processes.TIMEOUT: "5", "HF_TRANSFER_CACHE": str(tmp_path / "cache")}
+    assert run_ranks(probe_slowly, 2, tmp_path / "run", folder=tmp_path, env=env) == [True, True]
+
+
+def probe_slowly(folder: Path) -> bool:
+    from hf_transfer.runs import execute
+    from hf_transfer.training import readouts
+    from tests.sessions import make_session
+
+    fit = readouts._fit
+
+    def fit_slowly(*arguments: Any) -> Any:
+        time.sleep(8)
+        return fit(*arguments)
+
+    readouts._fit = fit_slowly
+    session = make_session("linear_probe", output_dir=folder, readouts="none")
+    execute(session)
+    return (folder / "results.json").exists()

@@ -22,6 +22,10 @@ class PushError(RuntimeError):
     """The error of a failed push to the Hub. The run's files are unchanged, and the same command can be repeated."""
 
 
+class RefusedPushError(PushError, ValueError):
+    """The error of a push that fails until the user changes something: the token, the repository or a flag."""
+
+
 class Attempts:
     """Calls the Hub for one repository, with retries. Errors end with `next_step`, which says what the user can do next."""
 
@@ -46,7 +50,7 @@ class Attempts:
                     raise self.refuse(action, self._remedy(status, cause)) from error
                 if attempt == ATTEMPTS:
                     reason = f"the Hub answers {status}" if status else f"the connection fails ({type(cause).__name__})"
-                    raise self.refuse(action, f"{reason}, in {ATTEMPTS} attempts") from error
+                    raise PushError(self._explain(action, f"{reason}, in {ATTEMPTS} attempts")) from error
                 log.info(
                     "the attempt to %s failed (%s); retrying in %.0f s", action, status or type(cause).__name__, wait_s
                 )
@@ -54,9 +58,12 @@ class Attempts:
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
         raise AssertionError("not reached")
 
-    def refuse(self, action: str, reason: str) -> PushError:
-        """Returns a PushError for the caller to raise: `action` failed for `reason`, and the next step."""
-        return PushError(f"could not {action}: {reason}. {self.next_step}")
+    def refuse(self, action: str, reason: str) -> RefusedPushError:
+        """Returns an error for the caller to raise: `action` failed for `reason`, and the next step."""
+        return RefusedPushError(self._explain(action, reason))
+
+    def _explain(self, action: str, reason: str) -> str:
+        return f"could not {action}: {reason}. {self.next_step}"
 
     def _remedy(self, status: int, error: Exception) -> str:
         if status == 403:

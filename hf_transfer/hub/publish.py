@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_transfer.config import split_repo_id
-from hf_transfer.hub.attempts import Attempts, PushError, no_write_access
+from hf_transfer.hub.attempts import Attempts, PushError, RefusedPushError, no_write_access
 from hf_transfer.hub.card import OUR_TAG, address_card
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import MERGED_TOLERANCE, REFERENCE, TOLERANCE, Verified, find_libraries, verify
@@ -212,7 +212,7 @@ def _refuse_foreign_card(target: _Target) -> None:
     except (EntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
         return
     if OUR_TAG not in (ModelCard.load(path).data.get("tags") or []):
-        raise PushError(
+        raise RefusedPushError(
             f"hf_transfer did not write the card of {target.repo_id}, and a push would replace this card. Choose another "
             "repository, or publish with --overwrite"
         )

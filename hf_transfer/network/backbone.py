@@ -22,11 +22,13 @@ from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.damage import explain_damage
 from hf_transfer.network.headless import Upstream, find_upstream, load_headless, own_classes
 from hf_transfer.network.model_args import read_model_args
-from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing
+from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
+from hf_transfer.network.remote_code import check_trust, explained_code, find_remote_class
 from hf_transfer.network.source import Source, find_preprocessing, find_source
 from hf_transfer.network.timm_models import load_timm
 from hf_transfer.network.transformers_models import (
     NoTrainedHeadError,
+    Weights,
     apply_model_args,
     load_classifier,
     register_own_classes,
@@ -48,6 +50,7 @@ class Backbone:
         True  # whether plain timm or AutoModelForImageClassification creates this class from the source
     )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
+    weights: Weights | None = None  # how the tensors of the checkpoint differ from the model's; None: not compared
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
         """Builds the chain of the model (its layers in order) with `build_chain`."""
@@ -75,7 +78,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
     )
     config = source.read_config()
     is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
-    if not is_timm and "model_type" not in config:
+    if not is_timm and not config.keys() & {"model_type", "auto_map"}:
         raise ValueError(
             f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
         )
@@ -87,10 +90,11 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         trust_remote_code=trust_remote_code,
         preprocessing_from=None if origin is None else find_preprocessing(origin),
     )
-    is_auto_class = True
+    is_auto_class, weights = True, None
     if upstream is None:
         loaded = load_timm(source, config, given_args)
         model, own_labels, is_auto_class = loaded.model, loaded.label_names, loaded.is_plain
+        weights = loaded.weights
         if labels is None and not own_labels:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         new_head = labels is not None and tuple(labels) != own_labels
@@ -101,11 +105,11 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         if labels is None:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         own_labels, new_head = (), True
-        model = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
+        model, weights = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
         is_auto_class = type(model) in own_classes(type(upstream.config)) and not given_args
     else:
         given = None if labels is None else tuple(labels)
-        model, own_labels = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
+        model, own_labels, weights = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
         new_head = labels is not None and tuple(labels) != own_labels
         # Otherwise the class comes with the checkpoint's code.
         is_auto_class = type(model)._auto_class is None and not given_args
@@ -118,6 +122,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         new_head=new_head,
         is_auto_class=is_auto_class,
         pooling=pooling,
+        weights=weights,
     )
 
 
@@ -126,10 +131,16 @@ def _find_upstream(
 ) -> Upstream | PreTrainedConfig:
     """Returns the config of an image classifier of transformers, or the original class of any other checkpoint."""
     register_own_classes()
-    config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    check_trust(source, trust_remote_code=trust_remote_code)
+    with explained_code(source), quiet_transformers():
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     apply_model_args(config, given_args)
-    if "AutoModelForImageClassification" in (getattr(config, "auto_map", None) or {}):
+    auto_map = getattr(config, "auto_map", None) or {}
+    if "AutoModelForImageClassification" in auto_map:
         return config
+    if trust_remote_code and auto_map:
+        kind, code = find_remote_class(source, config)
+        return Upstream(config=config, kind=kind, tower="", code=code)
     upstream = find_upstream(source, config)
     return config if upstream.is_classifier() else upstream
 

@@ -1,6 +1,8 @@
 """Formats the tables that `inspect` prints: the network's layers, and the trained parameters and cache size of each policy."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +16,10 @@ from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.part import watch_cuts
 from hf_transfer.network.policies import Policy, biases, full, head, last, norms
 from hf_transfer.network.targets import find_targets, shorten
+from hf_transfer.network.timm_models import describe_architecture
 
+BYTES_PER_PARAMETER = 4  # float32
+NAMED_LABELS = 3
 BYTES_PER_PIXEL = 1  # if the cut is at the pixels, the cache stores uint8 values
 
 
@@ -28,6 +33,64 @@ class StrategyCost:
     cut: str
     bytes_per_image: int
     flops_share: float  # FLOPs after the cut, which every epoch computes, divided by the FLOPs of one forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """What happens to a checkpoint: five lines of text above the table of its layers."""
+
+    network: str  # name, library, class and pooling
+    preprocessing: str
+    cuts: str
+    head: str
+    size: str
+
+    def format(self) -> str:
+        """Returns the five lines."""
+        return "\n".join(f"{name}: {value}" for name, value in dataclasses.asdict(self).items())
+
+
+def describe_checkpoint(backbone: Backbone, chain: Chain) -> Overview:
+    """Returns the overview of a checkpoint that was loaded with its own head if it has one."""
+    model: Any = backbone.model
+    source, inner = backbone.source, [layer.name for layer in chain.layers[1:-1]]
+    saved_as = [name for name in source.read_config().get("architectures") or [] if name != type(model).__name__]
+    origin = f", from {saved_as[0]}" if saved_as else ""
+    layers = f"{len(inner)} layers, {inner[0]} ... {inner[-1]}" if inner else "no layers between stem and head"
+    labels = ", ".join(backbone.label_names[:NAMED_LABELS])
+    more = ", ..." if len(backbone.label_names) > NAMED_LABELS else ""
+    head = f"trained for {len(backbone.label_names)} labels ({labels}{more})"
+    if backbone.new_head:
+        head = "none yet: a new one is trained"
+    kind = "not affine, so that no linear probe is solved"
+    if chain.head is not None:
+        maps = ", ".join(
+            f"{name} of {model.get_submodule(name).weight.shape[1]:,} features" for name in chain.head.modules
+        )
+        kind = f"affine: {maps}"
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    body = sum(sizes.values()) - sum(sizes[name] for name in chain.classifier_parameters)
+    weights = backbone.weights
+    unused = f"; tensors that stay behind: {weights.count_unused()}" if weights is not None and weights.unused else ""
+    built = f", {describe_architecture(model)}" if backbone.library == "timm" else ""
+    network = f"{source.name}, {backbone.library} {type(model).__name__}{origin}"
+    return Overview(
+        network=f"{network}, pooling: {_find_pooling(backbone)}{built}",
+        preprocessing=f"{backbone.preprocessing.channels} channels, {backbone.preprocessing.describe()}",
+        cuts=f"{len(chain.cuts)} verified cuts; {layers}",
+        head=f"{head}; {kind}",
+        size=f"{body:,} parameters without the head, {body * BYTES_PER_PARAMETER / 1e6:,.1f} MB{unused}",
+    )
+
+
+def _find_pooling(backbone: Backbone) -> str:
+    """Returns the name of the pooling before the classifier, if the model states one."""
+    model: Any = backbone.model
+    if backbone.library == "transformers":
+        return getattr(model.config, "pooling", None) or "that of the class"
+    poolings = (getattr(owner, "global_pool", None) for owner in (model, getattr(model, "head", None)))
+    names = (getattr(pooling, "pool_type", pooling) for pooling in poolings)
+    return next((name for name in names if isinstance(name, str) and name), "that of the class")
 
 
 def count_flops(chain: Chain) -> tuple[int, dict[str, int]]:
@@ -71,6 +134,22 @@ def _describe_cut(chain: Chain, cut: Cut | None) -> str:
     if cut is None:
         return "at the pixels"
     return "before the classifier" if cut == chain.features else f"after {cut.name}"
+
+
+def list_chain(chain: Chain) -> dict[str, Any]:
+    """Returns the chain's layers and the costs of the policies as JSON values."""
+    sizes = {name: p.numel() for name, p in chain.model.named_parameters()}
+    layers = [
+        {
+            "name": layer.name,
+            "aliases": list(layer.aliases),
+            "num_parameters": sum(sizes[n] for n in layer.parameters),
+            "activation": None if layer.cut is None else list(layer.cut.shape),
+        }
+        for layer in chain.layers
+    ]
+    strategies = [dataclasses.asdict(cost) for cost in price_strategies(chain)]
+    return {"layers": layers, "strategies": strategies, "unused_parameters": list(chain.unused_parameters)}
 
 
 def format_chain(chain: Chain) -> str:

@@ -1,8 +1,9 @@
 """Makes image classifiers of transformers checkpoints that are none: backbones, vision towers, pretraining models.
 
 A classification class of transformers over the same modules is used if, on the same pixels, its last hidden state equals the
-original class's, and its pooling is the documented one (`pooler_output`). Equal names of tensors prove nothing, since networks
-with equal names may compute different functions. Every other backbone gets `modeling_backbone.BackboneForImageClassification`.
+original class's, and its pooling is the documented one (`pooler_output`, unless upstream makes the pooler optional). Equal
+names of tensors prove nothing, since networks with equal names may compute different functions. Every other backbone gets
+`modeling_backbone.BackboneForImageClassification`.
 """
 
 import copy
@@ -21,7 +22,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from hf_transfer.config import Pooling
 from hf_transfer.network.forward import eval_mode
-from hf_transfer.network.modeling_backbone import BackboneConfig, BackboneForImageClassification, PooledFeature
+from hf_transfer.network.modeling_backbone import (
+    BackboneForImageClassification,
+    PooledFeature,
+    RemoteBackboneForImageClassification,
+    name_outputs,
+)
+from hf_transfer.network.remote_code import RemoteCode
 from hf_transfer.network.source import Source
 from hf_transfer.network.transformers_models import (
     Weights,
@@ -50,6 +57,7 @@ class Upstream:
     config: PreTrainedConfig
     kind: type[PreTrainedModel]
     tower: str  # module name; "": the whole network
+    code: RemoteCode | None = None  # the code of `kind`; None: `kind` is a class of transformers
 
     def is_classifier(self) -> bool:
         """Whether transformers' image-classification class is the original class."""
@@ -71,8 +79,9 @@ def find_upstream(source: Source, config: PreTrainedConfig) -> Upstream:
     if upstream.is_classifier():
         return upstream
     for owner in (config, getattr(config, "vision_config", config)):
-        if getattr(owner, "num_frames", None):
-            raise ValueError(f"{source.name}: {kind.__name__} takes videos; choose a checkpoint for single images")
+        if getattr(owner, "num_frames", None) or getattr(owner, "num_detection_tokens", None):
+            purpose = "takes videos" if getattr(owner, "num_frames", None) else "is a detector"
+            raise ValueError(f"{source.name}: {kind.__name__} {purpose}; choose a checkpoint for single images")
     with on_meta():
         towers = list(_find_towers(kind(config)))
     if not towers:
@@ -95,8 +104,8 @@ def load_headless(
     image_shape: tuple[int, int, int],
     *,
     pooling: Pooling = "auto",
-) -> PreTrainedModel:
-    """Returns a classifier with a new head for `labels` on the checkpoint's backbone.
+) -> tuple[PreTrainedModel, Weights]:
+    """Returns a classifier with a new head for `labels` on the checkpoint's backbone, and how the checkpoint's tensors differ.
 
     `pooling`: "class" accepts a classification class whose pooling is not the documented one. Raises ValueError if weights of
     the backbone are missing, if the backbone's output is random, or if `pooling` is "class" and no class fits.
@@ -111,7 +120,7 @@ def load_headless(
             module.is_mae = False
     expected = _compute(source, tower, image_shape)
     other = ""  # the class that computes the hidden states, but has another pooling
-    for kind, settings in _candidates(upstream.config, tower):
+    for kind, settings in _candidates(upstream.config, tower) if upstream.code is None else ():
         set_labels(settings, labels)
         loaded = _try_class(source, kind, settings, tower)
         if loaded is None or not (agrees := _compare(loaded[0], expected)).hidden:
@@ -119,7 +128,7 @@ def load_headless(
         if agrees.pooled or pooling == "class":
             log.info("%s: the backbone of %s is loaded as %s", source.name, upstream.kind.__name__, kind.__name__)
             loaded[1].log(source)
-            return loaded[0]
+            return loaded
         other = kind.__name__
     name = type(tower).__name__
     if pooling == "class":
@@ -130,7 +139,7 @@ def load_headless(
     weights = compare_weights(source, whole, info, inside=f"{upstream.tower}." if upstream.tower else "")
     inner = {id(p) for p in tower.parameters()}
     outer = {n for n, p in whole.named_parameters() if id(p) not in inner}
-    model = _make_generic(tower, expected, labels)
+    model = _make_generic(tower, expected, labels, upstream.code)
     reason = (
         f"{other} pools otherwise (--pooling class accepts this)" if other else "transformers has no classifier for it"
     )
@@ -138,8 +147,9 @@ def load_headless(
         "%s: the classifier is a linear head on %s with the pooling %s, since %s. The saved model contains its code, so that "
         "loading it needs trust_remote_code=True", source.name, name, model.config.pooling, reason,
     )  # fmt: skip
-    replace(weights, unused=weights.unused | outer).log(source)
-    return model
+    weights = replace(weights, unused=weights.unused | outer)
+    weights.log(source)
+    return model, weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,13 +219,13 @@ def _compute(source: Source, tower: PreTrainedModel, image_shape: tuple[int, int
     arguments: dict[str, torch.Tensor] = {}
     with eval_mode(tower), torch.no_grad():
         try:
-            output = tower(pixel_values=pixels)
+            output = name_outputs(tower(pixels))
             hidden = output.last_hidden_state
             if any(p.name == "noise" for p in _inputs(tower)) and hidden.ndim == 3:
                 # The order of a masked autoencoder's patches is the order of this noise.
                 arguments["noise"] = torch.arange(hidden.shape[1] - 1.0).expand(len(hidden), -1)
-            first, again = (tower(pixel_values=pixels, **arguments) for _ in range(2))
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+            first, again = (name_outputs(tower(pixels, **arguments)) for _ in range(2))
+        except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, LookupError) as error:
             raise ValueError(
                 f"{source.name}: {type(tower).__name__} fails on images of {image_shape}: {error}"
             ) from error
@@ -266,7 +276,9 @@ def _try_class(
         log.debug("%s does not fit %s: %s", source.name, kind.__name__, error)
     # The class may not know the file's names of a tower's tensors, but its module may have the names of the tower's module.
     inner, state = _find_backbone(model), tower.state_dict()
-    if inner is None or {n: t.shape for n, t in inner.state_dict().items()} != {n: t.shape for n, t in state.items()}:
+    if inner is None or len(model.state_dict()) != len(state) + len(heads):
+        return None  # a norm between the tower and the head, for example
+    if {n: t.shape for n, t in inner.state_dict().items()} != {n: t.shape for n, t in state.items()}:
         return None
     inner.load_state_dict(state)
     return model, Weights(new=heads, identity=frozenset(), unused=frozenset())
@@ -295,11 +307,20 @@ def _compare(model: PreTrainedModel, expected: _Features) -> _Agreement:
     finally:
         for handle in handles:
             handle.remove()
-    pooled = expected.pooled
     return _Agreement(
-        hidden=_is_same(seen["output"][0], expected.hidden),
-        pooled=pooled is None or any(_is_same(each, pooled) for each in inputs),
+        hidden=_is_same(getattr(seen["output"], "last_hidden_state", seen["output"][0]), expected.hidden),
+        pooled=_leaves_out_pooler(backbone) or any(_contains(each, expected.pooled) for each in inputs),
     )
+
+
+def _leaves_out_pooler(backbone: PreTrainedModel) -> bool:
+    """Whether upstream makes the pooler optional (ViT, DeiT, BEiT): its classifiers leave out the pretraining task's pooler."""
+    return "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters
+
+
+def _contains(features: torch.Tensor, pooled: torch.Tensor | None) -> bool:
+    """Whether `features` (B, F) are the pooled feature, or begin with it (DINOv2's classifier appends the mean of the grid)."""
+    return pooled is None or _is_same(features[:, : pooled.shape[1]], pooled)
 
 
 def _is_same(value: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -308,22 +329,25 @@ def _is_same(value: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _make_generic(
-    tower: PreTrainedModel, expected: _Features, labels: tuple[str, ...]
+    tower: PreTrainedModel, expected: _Features, labels: tuple[str, ...], code: RemoteCode | None
 ) -> BackboneForImageClassification:
-    """Returns a classifier around `tower`, which it shares, with a new head."""
+    """Returns a classifier around `tower`, which it shares, with a new head. `code`: the code of the class of `tower`."""
     settings = tower.config.to_dict()
-    for name in ("transformers_version", "architectures", "_name_or_path", "dtype", "id2label", "label2id"):
+    for name in ("transformers_version", "architectures", "_name_or_path", "dtype", "id2label", "label2id", "auto_map"):
         settings.pop(name, None)
     pooling, skipped, size = _choose_pooling(tower.config, expected)
+    chosen: dict[str, Any] = {"pooling": pooling, "skipped_tokens": skipped, "num_features": size}
+    kind: type[BackboneForImageClassification] = BackboneForImageClassification
     description = {"module": type(tower).__module__, "class": type(tower).__name__, "config": settings}
+    if code is not None:
+        kind, chosen["name_or_path"] = RemoteBackboneForImageClassification, code.origin
+        description = {"class": code.reference, "config": settings}
     named = {n: type(m) for n, m in tower.named_modules()}
     for arguments in ({}, {"add_pooling_layer": False}):
-        config = BackboneConfig(
-            backbone={**description, "arguments": arguments}, pooling=pooling, skipped_tokens=skipped, num_features=size
-        )
+        config = kind.config_class(backbone={**description, "arguments": arguments}, **chosen)
         set_labels(config, labels)
         with on_meta():
-            model = BackboneForImageClassification(config)
+            model = kind(config)
         if {n: type(m) for n, m in model.backbone.named_modules()} == named:
             break
     else:

@@ -47,6 +47,14 @@ def load_checkpoint(model_config: ModelConfig, labels: Sequence[str] | None = No
     return replace(backbone, source=source, is_auto_class=False)
 
 
+def load_for_inspection(model_config: ModelConfig) -> Backbone:
+    """Loads the checkpoint with its own head, or with a new head for two labels if the checkpoint has no trained head."""
+    try:
+        return load_checkpoint(model_config)
+    except NoTrainedHeadError:
+        return load_checkpoint(model_config, PLACEHOLDERS)
+
+
 def _merge(folder: Path, model_config: ModelConfig) -> Backbone:
     """Returns the base of an adapter that another program saved, with the adapter merged, and without label names.
 

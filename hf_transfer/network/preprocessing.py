@@ -147,13 +147,16 @@ class Preprocessing:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides warnings of transformers while the `with` block runs, since this package checks the loaded weights itself."""
-    before = transformers.logging.get_verbosity()
+    """Hides warnings and progress bars of transformers in the `with` block, since this package checks the weights itself."""
+    before, shows_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(before)
+        if shows_bars:
+            transformers.logging.enable_progress_bar()
 
 
 def load_preprocessing(

@@ -69,7 +69,7 @@ def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "a
     if chain.head is None or chain.features is None:
         raise ValueError(
             f"{type(chain.model).__name__}: the logits are not a weighted sum of linear maps, so no linear probe can be "
-            "solved; choose the strategy full, or last_layers with --no-probe_first"
+            "solved; choose the strategy full, or last_layers with --no-probe_first, both without --wise_ft"
         )
     inputs = measure_inputs(chain.model, chain.image_shape, chain.head, chain.features)
     check_bias(chain.model, inputs)

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -26,17 +27,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-try:
-    import httpx2 as httpx
-except ModuleNotFoundError:  # huggingface_hub below 2.0
-    import httpx  # type: ignore[import-not-found, no-redef]
-
 from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
 from hf_transfer.network.damage import WEIGHTS, check_files, find_weights, is_pickled, read_json
 
 log = logging.getLogger(__name__)
 
-HTTP_ERRORS = (HfHubHTTPError, httpx.HTTPError, OSError)  # an error status, or no answer
+HTTP_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError)  # an error status, or no answer
 NAME_TIMEOUT_S = 5
 
 PREPROCESSING = (
@@ -104,14 +100,24 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     pickled = [file.name for file in find_weights(source.folder) if is_pickled(file)]
     if pickled:
         log.info("%s: reading tensors, and nothing else, from the pickle %s", source.name, ", ".join(pickled))
-    if trust_remote_code:
-        for name in ("config.json", "preprocessor_config.json"):
-            code = read_json(source.folder / name).get("auto_map") if (source.folder / name).is_file() else None
-            if code:
-                log.warning(
-                    "running Python code that comes with %s, because of trust_remote_code: %s", source.name, code
-                )
+    if trust_remote_code and (files := list_code(source.folder)):
+        place = "a local folder" if source.revision is None else f"commit {source.revision}"
+        template = "running Python code that comes with %s (%s), because of trust_remote_code: %s"
+        log.warning(template, source.name, place, ", ".join(files))
     return source
+
+
+def list_code(folder: Path) -> list[str]:
+    """Returns the Python files of the checkpoint in `folder`, and the files of other repositories that the checkpoint names.
+
+    The list is empty if neither the model nor the preprocessing has Python code of its own.
+    """
+    named: set[str] = set()
+    for name in ("config.json", "preprocessor_config.json"):
+        auto_map = read_json(folder / name).get("auto_map") if (folder / name).is_file() else None
+        references = auto_map.values() if isinstance(auto_map, dict) else ()
+        named |= {f"{str(reference).rpartition('.')[0]}.py" for reference in references if reference}
+    return sorted(named | {path.name for path in folder.glob("*.py")}) if named else []
 
 
 def pin_checkpoint(checkpoint: str, source: Source) -> str:

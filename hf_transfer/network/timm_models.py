@@ -45,6 +45,7 @@ class TimmModel:
 
     model: nn.Module
     label_names: tuple[str, ...]
+    weights: Weights
     is_plain: bool  # whether timm creates the same network from the checkpoint's files
 
 
@@ -86,12 +87,13 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
         log.info("%s: its %d outputs are a projection and no classes, so a new head replaces the projection",
                  source.name, num_classes)  # fmt: skip
     _log_changed(source, model, weights, loaded)
-    log.info("%s", _describe(source, architecture, model))
+    log.info("%s: timm %s", source.name, describe_architecture(model))
     names = AutoConfig.from_pretrained(source.folder).id2label
     has_classes = not (is_projection or loaded.new)
     return TimmModel(
         model=model,
         label_names=tuple(str(names.get(i, f"LABEL_{i}")) for i in range(num_classes if has_classes else 0)),
+        weights=loaded,
         is_plain=not (given or is_default or loaded.identity) and _is_one_file(source),
     )
 
@@ -368,16 +370,18 @@ _BUILDER_SETTINGS = frozenset({
 })  # fmt: skip
 
 
-def _describe(source: Source, architecture: _Architecture, model: nn.Module) -> str:
-    """Returns a line with the architecture, its arguments, and the classes of the network's activations and norms.
+def describe_architecture(model: nn.Module) -> str:
+    """Returns the architecture, its arguments, and the classes of the activations, norms and perceptrons, as text.
 
-    Networks with other activations have equal names and shapes of tensors, so that only people can compare this line with the
+    Networks with other activations have equal names and shapes of tensors, so that only people can compare this text with the
     model card.
     """
+    own: Any = model
     modules = {type(m).__name__: type(m).__module__ for m in model.modules()}
     layers = sorted(n for n, m in modules.items() if "activation" in m or "Norm" in n or "LU" in n or "Mlp" in n)
-    arguments = f" with {_format(architecture.arguments)}" if architecture.arguments else ""
-    return f"{source.name}: timm architecture {architecture.name}{arguments}; layers {', '.join(layers)}"
+    arguments = {name: value for name, value in getattr(own, "_model_args", {}).items() if name != "num_classes"}
+    given = f" with {_format(arguments)}" if arguments else ""
+    return f"architecture {own.pretrained_cfg['architecture']}{given}, layers {', '.join(layers)}"
 
 
 def _format(arguments: Mapping[str, Any]) -> str:

@@ -53,10 +53,13 @@ class Weights:
         """Logs which norms are new, and which tensors stay behind, by the first part of their names."""
         for norm in sorted(self.identity):
             log.info("%s lacks the weights of %s: this norm starts with weight 1 and bias 0", source.name, norm)
+        if self.unused:
+            log.info("%s: number of tensors that the classifier does not use: %s", source.name, self.count_unused())
+
+    def count_unused(self) -> str:
+        """Returns the first parts of the names of the unused tensors, each with the number of tensors, as text."""
         counts = Counter(name.partition(".")[0] for name in self.unused)
-        if counts:
-            listed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
-            log.info("%s: number of tensors that the classifier does not use: %s", source.name, listed)
+        return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
 
 
 def register_own_classes() -> None:
@@ -71,8 +74,10 @@ def register_own_classes() -> None:
 
 def load_classifier(
     source: Source, config: PreTrainedConfig, labels: tuple[str, ...] | None, *, trust_remote_code: bool
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """Returns a checkpoint's classifier and the checkpoint's own labels. The classifier is new if `labels` differ from these.
+) -> tuple[PreTrainedModel, tuple[str, ...], Weights]:
+    """Returns a checkpoint's classifier, the checkpoint's own labels, and how the checkpoint's tensors differ.
+
+    The classifier is new if `labels` differ from the checkpoint's own.
 
     Raises ValueError if weights outside the classifier are missing, and NoTrainedHeadError if the classifier's weights are
     missing and no labels are given.
@@ -94,7 +99,7 @@ def load_classifier(
         for name in heads.linear:
             if not absent or not set(_tensors_of(model, name)) <= absent:
                 model.get_submodule(name).reset_parameters()  # type: ignore[operator]
-    return model, own_labels
+    return model, own_labels, weights
 
 
 def apply_model_args(config: PreTrainedConfig, given: Mapping[str, Any]) -> None:
@@ -259,8 +264,13 @@ def find_changed_weights(model: nn.Module, folder: Path, new: Collection[str]) -
     """Returns the names of the tensors of `model`, without those in `new`, that equal no tensor of the checkpoint's files.
 
     Tensors are compared by a hash of their float32 values, so the names that the files give to the tensors do not matter.
+    transformers may split a matrix for queries, keys and values (RADIO), so a third of such a matrix counts as a tensor.
     """
-    stored = {_hash(tensor) for _, tensor in read_tensors(folder)}
+    stored = {
+        _hash(part)
+        for name, tensor in read_tensors(folder)
+        for part in (tensor, *(tensor.chunk(3) if "qkv" in name else ()))
+    }
     return [n for n, t in model.state_dict().items() if n not in new and _hash(t) not in stored]
 
 

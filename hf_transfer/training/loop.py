@@ -141,7 +141,8 @@ def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
             accelerator.prepare_model(part, device_placement=False, evaluation_mode=True)
         prepared, optimizer = network, accelerator.prepare_optimizer(optimizer)
     else:
-        evaluated = torch.compile(network) if training.compile else network  # type: ignore[assignment]
+        compiled: Any = torch.compile(network) if training.compile else network
+        evaluated = compiled
         prepared, optimizer = accelerator.prepare(evaluated, optimizer)
     # This must come after `prepare`, which gives the network new buffers if there are several processes.
     state = _find_trainable_state(run)

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
+from hf_transfer.config import GradientConfig, StrategyConfig
 from hf_transfer.network.chain import HEAD, STEM, Chain
 from hf_transfer.network.cut import Cut
 
@@ -37,6 +38,14 @@ def uses_shards(accelerator: Accelerator) -> bool:
     if accelerator.mixed_precision == "fp16":
         raise ValueError("precision fp16 with FSDP2: choose --precision bf16 or --precision fp32")
     return True
+
+
+def prepare_sharding(strategy: StrategyConfig) -> None:
+    """Checks that phases of `strategy` can be sharded, before anything is loaded. Raises ValueError with --compile."""
+    if isinstance(strategy, GradientConfig) and strategy.training.compile:
+        raise ValueError("compile=True with FSDP2: sharded networks cannot be compiled: omit --compile")
+    # Otherwise transformers loads the weights in one process only. Every process runs the frozen prefix.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 class Shards:
