@@ -4,12 +4,13 @@ A config.json may lack arguments that only the checkpoint's model card names (`-
 extractor. timm's own filter translates the names of tensors, so this module compares what comes out of this filter.
 """
 
+import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -76,6 +77,8 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
     counts = (config.get("num_classes"), cfg.get("num_classes"), 0)
     num_classes = int(next(count for count in counts if count is not None))
     weights = {name.removeprefix("timm_model."): tensor for name, tensor in read_tensors(source.folder)}
+    if is_default or "global_pool" in given:
+        architecture = _keep_norm(architecture, weights)
     cfg |= {"architecture": architecture.name, "num_classes": num_classes, "state_dict": weights}
     model, loaded = _create(source, architecture, cfg)
     loaded.log(source)
@@ -233,10 +236,13 @@ def _compare(
         f"has weights of other shapes than {architecture.name}": reshaped,
     }
     if any(problems.values()):
+        example = (
+            {"global_pool": "avg"} if any(name.startswith("attn_pool.") for name in missing) else {"init_values": 1e-5}
+        )
         listed = " and ".join(f"{problem}: {shorten_names(names)}" for problem, names in problems.items() if names)
         raise ValueError(
             f"{source.name} {listed}. Remedy: if the model card creates the network with "
-            f"""arguments that config.json lacks, give them, such as --model_args '{{"init_values": 1e-5}}'"""
+            f"arguments that config.json lacks, give them, such as --model_args '{json.dumps(example)}'"
         )
     return Weights(
         new=frozenset(new),
@@ -292,6 +298,22 @@ def _find_architecture(source: Source, name: str, arguments: Mapping[str, Any]) 
     log.info("%s: %s with %s is saved as %s, since timm reads no classes of layers from a config.json", source.name, name,
              _format(arguments), twin.name)  # fmt: skip
     return twin
+
+
+def _keep_norm(architecture: _Architecture, names: Container[str]) -> _Architecture:
+    """Returns the architecture with the norm before the pooling if the file has this norm, and no norm behind the pooling.
+
+    Some poolings of timm move the norm behind the pooling, where the file's norm would compute something else.
+    """
+    if "norm.weight" not in names or "fc_norm.weight" in names:
+        return architecture
+    with on_meta():
+        model = timm.create_model(architecture.name, num_classes=0, **architecture.arguments)
+    known = inspect.signature(type(model)).parameters
+    setting = next((name for name in ("fc_norm", "use_fc_norm") if name in known), None)
+    if setting is None or "fc_norm.weight" not in model.state_dict():
+        return architecture
+    return replace(architecture, arguments={**architecture.arguments, setting: False})
 
 
 def _find_layer(value: Any) -> Any:
