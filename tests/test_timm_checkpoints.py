@@ -12,6 +12,7 @@ import numpy as np
 import peft
 import pytest
 import timm.models
+import timm.models._builder as builder
 import torch
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
@@ -96,6 +97,7 @@ def test_arguments_of_the_card_give_upstreams_features_and_are_published(
         backbone = load(str(tmp_path / "upstream"), LABELS, model_args=json.dumps(FORGOTTEN))
     pixels = make_pixels((3, PX, PX), 2)
     assert torch.equal(features(backbone.model, pixels), features(upstream, pixels))
+    assert builder.load_pretrained.__module__ == builder.__name__  # timm's own function is in its place again
     assert not backbone.is_auto_class  # plain timm creates another network from upstream's files
     assert "names no pooling: the default of vit_giant_patch14_dinov2, 'token', is used and saved" in caplog.text
     assert "layers GluMlp, LayerNorm, SiLU" in caplog.text

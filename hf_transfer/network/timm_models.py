@@ -340,7 +340,7 @@ def _find_twin(name: str, wanted: Mapping[str, Any]) -> _Architecture | None:
         layers = {k: v for k, v in target.items() if callable(v) and k in wanted}
         if any(own.get(k) is not v for k, v in layers.items() if k not in ("act_layer", "norm_layer")):
             continue
-        changed = {k: target.get(k) for k in {*target, *own} if target.get(k) != own.get(k)}
+        changed = {k: target.get(k) for k in sorted({*target, *own}) if target.get(k) != own.get(k)}
         arguments = {k: _to_json(v) for k, v in changed.items()} | ({"img_size": list(size)} if size else {})
         try:
             json.dumps(arguments)
