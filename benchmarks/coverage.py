@@ -2,13 +2,14 @@
 
     python benchmarks/coverage.py                       # all, into docs/coverage.md
     python benchmarks/coverage.py --only 'swin|resnet'  # some, printed, and kept with --json
+    python benchmarks/coverage.py --library headless    # checkpoints without a classifier: see headless_coverage.py
     python benchmarks/coverage.py --merge A.json B.json # docs/coverage.md from several such runs
 
 A timm family is a module file and the first word of its models' names; its smallest member stands for it. A transformers
 family is an entry of the image-classification mapping, with a small configuration. Weights are random, images small where
 the network allows it. Four checks, on other weights, images and batch size than the chain's own verification saw:
 
-- the layers and the orphans hold every parameter exactly once;
+- the layers and the unused parameters hold every parameter exactly once;
 - at every cut, suffix(prefix(x)) is the network's logits;
 - behind the middle cut a step in train mode gives gradients to the parameters that a plain step reaches, to no other;
 - at every block boundary there is a cut. Blocks are found here by another rule than the package's: the innermost
@@ -42,7 +43,13 @@ from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.trace import Call, Trace, trace
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for the checkpoints in tests/
+
+from benchmarks.headless_coverage import format_section, format_totals, is_covered, run_cases  # noqa: E402
+
+DOCS = ROOT / "docs"
+HEADLESS = "headless"
 NUM_CLASSES = 7
 BATCH = 3
 IMAGE_PX = (64, 96, 112, 128)  # tried in this order, then the network's own size
@@ -53,7 +60,7 @@ TIMEOUT_S = 600
 def main() -> None:
     """Chains every family, prints a line for each, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", choices=["timm", "transformers", "all"], default="all")
+    parser.add_argument("--library", choices=["timm", "transformers", "all", "headless"], default="all")
     parser.add_argument("--only", metavar="REGEX", help="only families whose name this finds; nothing is written")
     parser.add_argument("--json", type=Path, help="where the rows of --only go")
     parser.add_argument(
@@ -66,19 +73,24 @@ def main() -> None:
         return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)  # before any fork: OpenMP's threads would not survive it
     rows = []
-    for library, family, build in _families(options.library):
-        if options.only and not re.search(options.only, f"{library} {family}"):
-            continue
-        row = {"library": library, "family": family, **_in_a_process(build)}
+    is_headless = options.library == HEADLESS
+    for row in run_cases(_run_apart, options.only) if is_headless else _run_families(options.library, options.only):
         rows.append(row)
         print(_progress(row), flush=True)
-    print(_totals(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    if not options.only and options.library == "all":
+        if options.json:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(format_totals(rows) if is_headless else _totals(rows))
+    if not options.only and options.library in ("all", HEADLESS):
         _write_docs(rows)
+
+
+def _run_families(library: str, only: str | None) -> Iterator[dict[str, Any]]:
+    for name, family, build in _families(library):
+        if not only or re.search(only, f"{name} {family}"):
+            yield {"library": name, "family": family, **_run_apart(lambda build=build: _check(build))}
 
 
 # --- families -----------------------------------------------------------------------------------------------------------
@@ -214,7 +226,7 @@ def _check(build: Callable[[], Candidate]) -> Iterator[dict[str, Any]]:
         "num_cuts": len(chain.cuts),
         "num_blocks": blocks,
         "missed_blocks": missed,
-        "orphans": list(chain.orphans),
+        "unused_parameters": list(chain.unused_parameters),
         "notes": list(chain.notes),
         "seconds": round(seconds, 2),
     }
@@ -229,7 +241,7 @@ def _check(build: Callable[[], Candidate]) -> Iterator[dict[str, Any]]:
 
 
 def _check_partition(chain: Chain) -> list[str]:
-    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.orphans)
+    placed = [n for layer in chain.layers for n in layer.parameters] + list(chain.unused_parameters)
     names = [n for n, _ in chain.model.named_parameters()]
     wrong = {n for n, count in Counter(placed).items() if count > 1} ^ (set(placed) ^ set(names))
     duplicates = [n for n, count in Counter(layer.name for layer in chain.layers).items() if count > 1]
@@ -355,10 +367,10 @@ def _blocks(model: nn.Module, seen: Trace) -> list[tuple[Call, int]]:
 # --- running and telling ------------------------------------------------------------------------------------------------
 
 
-def _in_a_process(build: Callable[[], Candidate]) -> dict[str, Any]:
+def _run_apart(check: Callable[[], Iterator[dict[str, Any]]]) -> dict[str, Any]:
     """The row of one family, from a process of its own: neither a crash nor a hang stops the others."""
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(build, theirs))
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(check, theirs))
     process.start()
     theirs.close()
     row: dict[str, Any] = {"error": "its process died"}
@@ -373,11 +385,11 @@ def _in_a_process(build: Callable[[], Candidate]) -> dict[str, Any]:
     return row
 
 
-def _work(build: Callable[[], Candidate], pipe: Connection) -> None:
+def _work(check: Callable[[], Iterator[dict[str, Any]]], pipe: Connection) -> None:
     try:
-        for row in _check(build):
+        for row in check():
             pipe.send(row)
-    except NotAnImageNetworkError as error:
+    except (NotAnImageNetworkError, NotImplementedError) as error:
         pipe.send({"skipped": str(error)})
     except Exception as error:  # noqa: BLE001 - any: it becomes a row of the table
         traceback.print_exc(file=sys.stderr)
@@ -391,6 +403,9 @@ def _is_covered(row: dict[str, Any]) -> bool:
 
 
 def _progress(row: dict[str, Any]) -> str:
+    if row["library"] == HEADLESS:
+        failures = row.get("error") or row.get("skipped") or row["failures"] or row["refused"] or ""
+        return f"{'ok  ' if is_covered(row) else 'FAIL'} {row['family']}: {row.get('class', '')} {failures}"
     if "skipped" in row:
         return f"skip {row['library']} {row['family']}: {row['skipped']}"
     if "error" in row:
@@ -423,8 +438,17 @@ def _totals(rows: list[dict[str, Any]]) -> str:
 
 
 def _write_docs(rows: list[dict[str, Any]]) -> None:
-    DOCS.mkdir(exist_ok=True)
-    (DOCS / "coverage.md").write_text(_markdown(rows))
+    """Writes the tables of `rows` into docs/coverage.md, and keeps the other tables."""
+    file = DOCS / "coverage.md"
+    heading = format_section([])[0]
+    main, _, rest = file.read_text().partition(heading)
+    section = heading + rest if rest else ""
+    headless = [row for row in rows if row["library"] == HEADLESS]
+    if len(headless) < len(rows):
+        main = _markdown([row for row in rows if row["library"] != HEADLESS]) + "\n"
+    if headless:
+        section = "\n".join(format_section(headless))
+    file.write_text(f"{main.rstrip()}\n\n{section}".rstrip() + "\n")
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

@@ -90,7 +90,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            scale = 0.3 if parameter.ndim < 2 else 0.1 * float(parameter.std()) + 0.02
+            scale = 0.3 if parameter.ndim < 2 or parameter.numel() == 1 else 0.1 * float(parameter.std()) + 0.02
             parameter += scale * torch.randn(parameter.shape, generator=generator)
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):

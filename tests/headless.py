@@ -11,6 +11,9 @@ from typing import Any
 import torch
 import transformers
 
+from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.transformers_models import find_heads
 from tests.families import randomize
 
 IMAGE_PX = 32
@@ -236,3 +239,121 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "MLCD": Layout(config="MLCDVisionConfig", model="MLCDVisionModel", processor="CLIPImageProcessor", settings=_VIT),
 }  # fmt: skip
+
+# Layouts that only the slow tests and benchmarks/coverage.py load.
+MORE_LAYOUTS: dict[str, Layout] = {
+    "DeiT, masked images": Layout(
+        config="DeiTConfig", model="DeiTForMaskedImageModeling", settings={**_VIT, "encoder_stride": 8},
+        expected="DeiTForImageClassification",
+    ),
+    "Swin 2, masked images": Layout(
+        config="Swinv2Config", model="Swinv2ForMaskedImageModeling", settings={**_SWIN, "num_heads": [2, 2, 2, 2]}, image_px=64,
+        expected="Swinv2ForImageClassification",
+    ),
+    "FocalNet, masked images": Layout(
+        config="FocalNetConfig", model="FocalNetForMaskedImageModeling",
+        settings={"image_size": 64, "embed_dim": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}, image_px=64,
+        expected="FocalNetForImageClassification",
+    ),
+    "ConvNeXt, backbone": Layout(
+        config="ConvNextConfig", model="ConvNextBackbone", settings=_STAGES, expected="ConvNextForImageClassification"
+    ),
+    "ConvNeXt 2, backbone": Layout(
+        config="ConvNextV2Config", model="ConvNextV2Backbone", settings=_STAGES, expected="ConvNextV2ForImageClassification"
+    ),
+    "Hiera, backbone": Layout(
+        config="HieraConfig", model="HieraBackbone", settings=_HIERA, image_px=64, expected="HieraForImageClassification"
+    ),
+    "DINOv2 with registers, backbone": Layout(
+        config="Dinov2WithRegistersConfig", model="Dinov2WithRegistersBackbone", processor="BitImageProcessor", settings=_DINO,
+        expected="Dinov2WithRegistersForImageClassification",
+    ),
+    "PVT 2, backbone": Layout(
+        config="PvtV2Config", model="PvtV2Backbone", image_px=64, expected="PvtV2ForImageClassification",
+        settings={"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]},
+    ),
+    "BEiT, backbone": Layout(
+        config="BeitConfig", model="BeitBackbone", processor="BeitImageProcessor",
+        settings={**_VIT, "use_mean_pooling": True}, expected="BeitForImageClassification",
+    ),
+    "ViT of gray images": Layout(
+        config="ViTConfig", model="ViTModel", settings={**_VIT, "num_channels": 1}, expected="ViTForImageClassification"
+    ),
+    "EfficientNet": Layout(
+        config="EfficientNetConfig", model="EfficientNetModel", processor="EfficientNetImageProcessor", image_px=64,
+        settings={"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320, "image_size": 64},
+        expected="EfficientNetForImageClassification",
+    ),
+    "MobileNetV2": Layout(
+        config="MobileNetV2Config", model="MobileNetV2Model", processor="MobileNetV2ImageProcessor", image_px=64,
+        settings={"depth_multiplier": 0.25, "image_size": 64}, expected="MobileNetV2ForImageClassification",
+    ),
+    "SigLIP tower without pooling": Layout(
+        config="SiglipVisionConfig", model="SiglipVisionModel", processor="SiglipImageProcessor",
+        settings={**_VIT, "vision_use_head": False}, expected="SiglipForImageClassification",
+    ),
+}  # fmt: skip
+
+
+def tower_of(name: str, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The part of upstream's model that sees the image, with masking off."""
+    for module in model.modules():
+        if hasattr(module, "is_mae"):
+            module.is_mae = False
+    if hasattr(model.config, "mask_ratio"):
+        model.config.mask_ratio = 0.0
+    towers = (
+        "vision_model",
+        "vision_encoder",
+        "vit",
+        "beit",
+        "swin",
+        "hiera",
+        "segformer",
+        "deit",
+        "swinv2",
+        "focalnet",
+        "",
+    )
+    for child in towers:
+        if isinstance(getattr(model, child, None), transformers.PreTrainedModel):
+            return getattr(model, child)  # type: ignore[no-any-return]
+    if not name.endswith("backbone"):
+        return model
+    # A Backbone has the weights of the model of the same config, which has a last hidden state.
+    whole: transformers.PreTrainedModel = transformers.AutoModel.from_config(model.config)
+    missing, _ = whole.load_state_dict(model.state_dict(), strict=False)
+    assert all("layernorm" in key for key in missing)
+    return whole.eval()  # type: ignore[no-any-return]
+
+
+def upstream_features(
+    name: str, model: transformers.PreTrainedModel, pixels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Upstream's own last hidden state and, where its class documents one, the pooled feature."""
+    tower = tower_of(name, model)
+    patches = (pixels.shape[-1] // 8) ** 2
+    arguments = {"noise": torch.arange(float(patches)).expand(len(pixels), -1)} if name == "MAE" else {}
+    with torch.no_grad():
+        output = tower(pixel_values=pixels, **arguments)
+    pooled = getattr(output, "pooler_output", None)
+    return output.last_hidden_state, None if pooled is None else pooled.flatten(1)
+
+
+def our_features(found: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What our backbone gives, and what our head receives."""
+    seen: dict[str, torch.Tensor] = {}
+    model: Any = found.model
+    (backbone,) = (m for m in model.children() if isinstance(m, transformers.PreTrainedModel))
+    handles = [
+        backbone.register_forward_hook(
+            lambda _, __, output: seen.update(hidden=getattr(output, "last_hidden_state", output[0]))
+        )
+    ]
+    head = model.get_submodule(find_heads(model).linear[0])
+    handles.append(head.register_forward_pre_hook(lambda _, args: seen.update(pooled=args[0])))
+    with torch.no_grad():
+        compute_logits(model, pixels)
+    for handle in handles:
+        handle.remove()
+    return seen["hidden"], seen["pooled"]

@@ -15,12 +15,12 @@ from torch import nn
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import find_libraries, verify, write_reference
 from hf_transfer.network.adapters import merge_adapters
-from hf_transfer.network.backbone import Backbone, load, with_new_head
+from hf_transfer.network.backbone import load, with_new_head
 from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.transformers_models import find_changed_weights, find_heads
 from tests.families import make_pixels, randomize
-from tests.headless import LAYOUTS, Layout
+from tests.headless import LAYOUTS, MORE_LAYOUTS, Layout, our_features, upstream_features
 from tests.sessions import make_session
 from tests.test_save import results_for
 
@@ -29,58 +29,9 @@ PROCESSOR = "ViTImageProcessor"  # for tests of networks, whatever their own pro
 FAST = (
     "MAE", "ViT", "BEiT, masked images", "Swin, backbone", "DINOv3", "CLIP", "ChineseCLIP tower", "SAM",
 )  # fmt: skip
-EVERY = [pytest.param(name, marks=() if name in FAST else pytest.mark.soak) for name in LAYOUTS]
-
-
-def tower_of(name: str, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
-    """The part of upstream's model that sees the image, with masking off."""
-    for module in model.modules():
-        if hasattr(module, "is_mae"):
-            module.is_mae = False
-    if hasattr(model.config, "mask_ratio"):
-        model.config.mask_ratio = 0.0
-    for child in ("vision_model", "vision_encoder", "vit", "beit", "swin", "hiera", "segformer", ""):
-        if isinstance(getattr(model, child, None), transformers.PreTrainedModel):
-            return getattr(model, child)  # type: ignore[no-any-return]
-    if not name.endswith("backbone"):
-        return model
-    # A Backbone has the weights of the model of the same config, which has a last hidden state.
-    whole: transformers.PreTrainedModel = transformers.AutoModel.from_config(model.config)
-    missing, _ = whole.load_state_dict(model.state_dict(), strict=False)
-    assert all("layernorm" in key for key in missing)
-    return whole.eval()  # type: ignore[no-any-return]
-
-
-def upstream_features(
-    name: str, model: transformers.PreTrainedModel, pixels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Upstream's own last hidden state and, where its class documents one, the pooled feature."""
-    tower = tower_of(name, model)
-    patches = (pixels.shape[-1] // 8) ** 2
-    arguments = {"noise": torch.arange(float(patches)).expand(len(pixels), -1)} if name == "MAE" else {}
-    with torch.no_grad():
-        output = tower(pixel_values=pixels, **arguments)
-    pooled = getattr(output, "pooler_output", None)
-    return output.last_hidden_state, None if pooled is None else pooled.flatten(1)
-
-
-def our_features(found: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What our backbone gives, and what our head receives."""
-    seen: dict[str, torch.Tensor] = {}
-    model: Any = found.model
-    (backbone,) = (m for m in model.children() if isinstance(m, transformers.PreTrainedModel))
-    handles = [
-        backbone.register_forward_hook(
-            lambda _, __, output: seen.update(hidden=getattr(output, "last_hidden_state", output[0]))
-        )
-    ]
-    head = model.get_submodule(find_heads(model).linear[0])
-    handles.append(head.register_forward_pre_hook(lambda _, args: seen.update(pooled=args[0])))
-    with torch.no_grad():
-        compute_logits(model, pixels)
-    for handle in handles:
-        handle.remove()
-    return seen["hidden"], seen["pooled"]
+EVERY = [
+    pytest.param(name, marks=() if name in FAST else pytest.mark.soak, id=name) for name in {**LAYOUTS, **MORE_LAYOUTS}
+]
 
 
 def assert_same(value: torch.Tensor, expected: torch.Tensor) -> None:
@@ -101,7 +52,7 @@ def edit_weights(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
 def test_upstreams_function_and_weights_under_a_new_head(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    layout = LAYOUTS[name]
+    layout = {**LAYOUTS, **MORE_LAYOUTS}[name]
     upstream = layout.save(tmp_path, processor=PROCESSOR)
     with caplog.at_level(logging.INFO):
         found = load(str(tmp_path), LABELS)
@@ -111,7 +62,7 @@ def test_upstreams_function_and_weights_under_a_new_head(
     hidden, pooled = upstream_features(name, upstream, pixels)
     ours, features = our_features(found, pixels)
     assert_same(ours, hidden)
-    if name == "ViT":  # its classifier leaves out the pooler, and reads the class token
+    if name in ("ViT", "ViT of gray images"):  # its classifier leaves out the pooler, and reads the class token
         assert_same(features, hidden[:, 0])
     elif pooled is not None:  # DINOv2's classifier appends the mean of the grid
         assert_same(features[:, : pooled.shape[1]], pooled)
