@@ -237,12 +237,14 @@ def _compare(
     }
     if any(problems.values()):
         example = (
-            {"global_pool": "avg"} if any(name.startswith("attn_pool.") for name in missing) else {"init_values": 1e-5}
+            '{"global_pool": "avg"}'
+            if any(name.startswith("attn_pool.") for name in missing)
+            else '{"init_values": 1e-5}'
         )
         listed = " and ".join(f"{problem}: {shorten_names(names)}" for problem, names in problems.items() if names)
         raise ValueError(
             f"{source.name} {listed}. Remedy: if the model card creates the network with "
-            f"arguments that config.json lacks, give them, such as --model_args '{json.dumps(example)}'"
+            f"arguments that config.json lacks, give them, such as --model_args '{example}'"
         )
     return Weights(
         new=frozenset(new),
