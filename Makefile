@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python recipes/linear_probe.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

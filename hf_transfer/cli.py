@@ -112,8 +112,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(given: argparse.Namespace) -> str:
     from hf_transfer.locations import chain_dir
-    from hf_transfer.network.backbone import load_for_inspection
     from hf_transfer.network.describe import describe_checkpoint, format_adapters, format_chain, list_chain
+    from hf_transfer.network.peft_checkpoints import load_for_inspection
 
     settings = _given(given, AdapterConfig())
     if settings and given.json:

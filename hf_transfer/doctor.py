@@ -179,7 +179,7 @@ def _check_memory() -> list[Finding]:
 def _check_hub() -> list[Finding]:
     from huggingface_hub import constants, get_session, get_token
 
-    from hf_transfer.hub.attempts import HTTP_ERRORS
+    from hf_transfer.network.source import HTTP_ERRORS
 
     endpoint, token = constants.ENDPOINT, get_token()
     facts: dict[str, Any] = {"endpoint": endpoint, "has_token": token is not None, "offline": constants.HF_HUB_OFFLINE}

@@ -59,9 +59,9 @@ class Strategy(StrategyConfig):
 
     def load_backbone(self, config: RunConfig, data: "Data") -> "Backbone":
         """Returns the network before training: the checkpoint with a new head for the data's labels."""
-        from hf_transfer.network.backbone import load
+        from hf_transfer.network.peft_checkpoints import load_checkpoint
 
-        return load(config.model, data.label_names)
+        return load_checkpoint(config.model, data.label_names)
 
     def restart(self, session: "Session") -> "Session":
         """Returns the session with this strategy and a freshly loaded network, as at the start of a separate run."""

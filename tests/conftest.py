@@ -15,8 +15,8 @@ os.environ.update(
     HF_HOME=str(_scratch / "huggingface"),
     HF_TRANSFER_CACHE=str(_scratch / "hf_transfer"),
 )
-# The same number on every machine: sums are then split alike, and gloo processes don't crowd.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# One thread on every machine: sums are then split alike, and neither gloo processes nor pytest's workers crowd.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _SHARED_DATA_VARIABLE = "HF_TRANSFER_SHARED_DATA"
 

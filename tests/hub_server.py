@@ -47,6 +47,7 @@ class Repository:
     is_private: bool
     commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    is_gated: bool = False  # nobody has accepted the terms
 
     def commit(self, files: Files, branch: str) -> str:
         """Adds a commit to `branch`; returns its hash."""
@@ -105,6 +106,7 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.renamed: dict[str, str] = {}  # old name -> name
         self.faults: dict[int, int] = {}  # zero-based request index -> status, or DROP
         self.lock = threading.Lock()
         self.before_answer: Callable[[int], None] = lambda number: None
@@ -200,9 +202,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(401 if token is None else 404, "RepoNotFound", "Repository not found")
         if writes:
             self._writer(name.split("/")[0])
+        elif repository.is_gated and "/resolve/" in self.path:
+            raise RefusedError(403, "GatedRepo", f"Access to model {name} is restricted")
         return repository
 
     def _answer(self, body: bytes) -> None:
+        for old, new in self.server_hub.renamed.items():
+            if f"/{old}/" in f"{urlsplit(self.path).path}/":
+                self._send(307, headers={"Location": self.path.replace(old, new, 1)})
+                return
         url = urlsplit(self.path)
         path = unquote(url.path)
         for pattern, answer in _ROUTES:

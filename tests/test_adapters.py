@@ -507,7 +507,7 @@ def test_two_processes_train_the_same_adapters(tmp_path: Path) -> None:
 def test_a_recipe_without_a_base_id_stops_before_it_trains(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="Give --base_model owner/name"):
         run_recipe("lora", "--no-merge", "--output_dir", str(tmp_path))
-    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "checkpoints" / "state.safetensors").exists()
 
 
 def test_the_flag_lists_the_methods() -> None:

@@ -15,7 +15,8 @@ def test_inspect_prints_the_chain_and_the_strategies(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     lines = shown.splitlines()
     assert [line.partition(":")[0] for line in lines[:6]] == ["network", "preprocessing", "cuts", "head", "size", ""]
-    assert lines[0] == "network: embedded, timm ResNet, pooling: avg"
+    assert lines[0].startswith("network: embedded, timm ResNet, pooling: avg, architecture resnet18d with {")
+    assert lines[0].endswith("}, layers BatchNorm2d, ReLU")
     assert lines[1].startswith("preprocessing: 3 channels, 32x32 pixels, bicubic")
     assert lines[2] == "cuts: 10 verified cuts; 8 layers, layer1.0 ... layer4.1"
     assert lines[3] == "head: trained for 10 labels (0, 1, 2, ...); affine: fc of 80 features"

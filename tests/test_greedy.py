@@ -415,7 +415,7 @@ def test_arguments_make_an_architecture_narrower_and_are_saved_with_it(tmp_path:
     [
         ("resnet18d", "{stem_width: 8}", "not JSON"),
         ("resnet18d", "[8]", "give a JSON object"),
-        ("resnet18d", '{"num_classes": 3}', "omit num_classes; the data"),
+        ("resnet18d", '{"num_classes": 3}', "omit num_classes; labels and"),
         ("resnet18d", '{"stem_height": 8}', "cannot be created .*stem_height"),
         ("mobilenet_v2", '{"depth": 8}', "mobilenet_v2 has no depth; choose .*depth_multiplier"),
     ],

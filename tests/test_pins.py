@@ -1,6 +1,8 @@
 """config.yaml of a run on a checkpoint and a data set of the Hub names their commits, so that it repeats the run."""
 
 import io
+import logging
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
@@ -9,19 +11,23 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from huggingface_hub import constants
 from PIL import Image
 
+from hf_transfer.config import ModelConfig
 from hf_transfer.flags import read_config
 from hf_transfer.network.backbone import load
+from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.network.source import Source, find_source, pin_checkpoint
 from hf_transfer.runs import execute, open_session
 from hf_transfer.strategy import default_config
 from tests.hub_server import Files, HubServer, Repository
 from tests.sessions import make_config
 from tests.test_publish import TOKENS, signed_in
+from tests.test_timm_checkpoints import VIT, publish, publish_adapter
 
 
 def make_checkpoint(change: float) -> Files:
@@ -98,3 +104,76 @@ def test_config_yaml_repeats_the_run_after_the_branches_moved(hub: HubServer, tm
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert pin_checkpoint("bob/upstream@main", find_source("bob/upstream@main")) == f"bob/upstream@{newest}"
     assert len(hub.requests) == requests
+
+
+def test_a_renamed_repository_is_recorded_by_its_new_name(hub: HubServer, caplog: pytest.LogCaptureFixture) -> None:
+    commit = hub.repositories["bob/upstream"].commit(make_checkpoint(0), "main")
+    hub.renamed["alice/old"] = "bob/upstream"
+    with caplog.at_level(logging.INFO):
+        source = load("alice/old").source
+    assert (source.id, source.revision) == ("bob/upstream", commit)
+    assert "alice/old was renamed on the Hub: its name is now bob/upstream, which is recorded" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bob/gated", "bob/gated is gated: accept the terms on its Hub page, then run `hf auth login`"),
+        ("bob/private", "the Hub has no model 'bob/private' that you may read: check the id, or run `hf auth login`"),
+        ("bob/missing", "the Hub has no model 'bob/missing' that you may read"),
+        ("bob/upstream@v2", "bob/upstream has no revision 'v2': choose a branch, tag or commit of bob/upstream"),
+    ],
+)
+def test_what_the_hub_refuses_ends_in_one_line(hub: HubServer, name: str, message: str) -> None:
+    hub.repositories["bob/upstream"].commit(make_checkpoint(0), "main")
+    for other in ("gated", "private"):
+        hub.repositories[f"bob/{other}"] = Repository(f"bob/{other}", other == "private", is_gated=other == "gated")
+        hub.repositories[f"bob/{other}"].commit(make_checkpoint(0), "main")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_peft_repository_is_pinned_at_its_own_commit(hub: HubServer, tmp_path: Path) -> None:
+    def read(folder: Path) -> Files:
+        return {path.name: (path.read_bytes(), path.suffix == ".safetensors") for path in folder.iterdir()}
+
+    publish(tmp_path / "upstream", **VIT)
+    publish_adapter(tmp_path / "upstream", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(tmp_path / "upstream"), "bob/upstream"))
+    hub.repositories["bob/upstream"].commit(read(tmp_path / "upstream"), "main")
+    hub.repositories["bob/adapter"] = Repository("bob/adapter", is_private=False)
+    commit = hub.repositories["bob/adapter"].commit(read(tmp_path / "adapter"), "main")
+    backbone = load_checkpoint(ModelConfig(checkpoint="bob/adapter"), ("cat", "dog"))
+    assert (backbone.source.id, backbone.source.revision) == ("bob/adapter", commit)
+    assert pin_checkpoint("bob/adapter", backbone.source) == f"bob/adapter@{commit}"
+    assert not backbone.is_auto_class
+
+
+def test_pickles_are_downloaded_only_without_safetensors(hub: HubServer, tmp_path: Path) -> None:
+    files = make_checkpoint(0)
+    weights = io.BytesIO()
+    torch.save(safetensors.torch.load(files["model.safetensors"][0]), weights)
+    hub.repositories["bob/upstream"].commit({**files, "pytorch_model.bin": (weights.getvalue(), True)}, "main")
+    expected = load("bob/upstream").model.state_dict()
+    assert not any(".bin" in request for request in hub.requests)
+    hub.repositories["bob/pickled"] = Repository("bob/pickled", is_private=False)
+    pickled = {"config.json": files["config.json"], "pytorch_model.bin": (weights.getvalue(), True)}
+    hub.repositories["bob/pickled"].commit(pickled, "main")
+    assert all(torch.equal(t, expected[n]) for n, t in load("bob/pickled").model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["config.json", "model.pth"], "bob/other has none of model.safetensors, .* (its weights: model.pth)"),
+        (["open_clip_config.json", "open_clip_model.safetensors"], "bob/other is an open_clip checkpoint"),
+        (["README.md"], "bob/other has no config.json"),
+    ],
+)  # fmt: skip
+def test_a_repository_in_another_format_ends_in_one_line(hub: HubServer, files: list[str], message: str) -> None:
+    hub.repositories["bob/other"] = Repository("bob/other", is_private=False)
+    hub.repositories["bob/other"].commit(dict.fromkeys(files, (b"{}", False)), "main")
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        load("bob/other")

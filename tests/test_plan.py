@@ -117,7 +117,7 @@ def test_a_frozen_buffer_that_changes_fails_the_run(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_with_remedies(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError, match="a lower --lr"):
-        train([full()], tmp_path, lr=1e30, max_grad_norm=0.0, warmup_ratio=0.0, ema_decay=0.0)
+        train([full()], tmp_path, lr=1000.0, max_grad_norm=0.0, warmup_ratio=0.0, ema_decay=0.0)
 
 
 def test_a_plan_that_only_solves_for_the_head_equals_the_linear_probe_to_the_bit(tmp_path: Path) -> None:

@@ -3,25 +3,32 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import timm.models
+import timm.models._builder as builder
 import torch
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
 from torch import nn
 from transformers import AutoModelForImageClassification
 
+from hf_transfer.cli import main
+from hf_transfer.config import ModelConfig
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import find_libraries, verify
 from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.peft_checkpoints import load_checkpoint
+from hf_transfer.network.transformers_models import find_changed_weights
 from tests.families import make_pixels, randomize
-from tests.test_backbone import edit_config, edit_weights
+from tests.test_backbone import OWN, edit_config, edit_weights, publish_transformers
 from tests.test_publish import make_run
 from tests.test_save import results_for
 
@@ -74,8 +81,8 @@ def assert_published(backbone: Backbone, folder: Path) -> None:
     own = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     wrapped = AutoModelForImageClassification.from_pretrained(folder).eval()
     with torch.no_grad():
-        torch.testing.assert_close(own(pixels), expected, rtol=0, atol=0)
-        torch.testing.assert_close(wrapped(pixels).logits, expected, rtol=0, atol=0)
+        torch.testing.assert_close(own(pixels), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(wrapped(pixels).logits, expected, rtol=1e-5, atol=1e-6)
     assert not list(folder.glob("*.bin"))
 
 
@@ -90,8 +97,8 @@ def test_arguments_of_the_card_give_upstreams_features_and_are_published(
         backbone = load(str(tmp_path / "upstream"), LABELS, model_args=json.dumps(FORGOTTEN))
     pixels = make_pixels((3, PX, PX), 2)
     assert torch.equal(features(backbone.model, pixels), features(upstream, pixels))
+    assert builder.load_pretrained.__module__ == builder.__name__  # timm's own function is in its place again
     assert not backbone.is_auto_class  # plain timm creates another network from upstream's files
-    assert backbone.model_args == json.dumps(FORGOTTEN)
     assert "names no pooling: the default of vit_giant_patch14_dinov2, 'token', is used and saved" in caplog.text
     assert "layers GluMlp, LayerNorm, SiLU" in caplog.text
     assert_published(backbone, tmp_path / "saved")
@@ -137,6 +144,27 @@ def test_wrong_arguments_end_in_one_line(given: str, message: str, tmp_path: Pat
 # --- heads and poolings -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("architecture", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "test_vit2"])
+def test_an_empty_pooling_becomes_the_default_behind_the_files_norm(architecture: str, tmp_path: Path) -> None:
+    """The default pooling of these networks has a norm behind it, and an empty one a norm before it, which is in the file."""
+    upstream: Any = publish(tmp_path / "upstream", architecture, px=32, **POOLED, global_pool="")
+    backbone = load(str(tmp_path / "upstream"), LABELS)
+    pixels = make_pixels((3, 32, 32), 2)
+    with torch.no_grad():
+        tokens = upstream.forward_features(pixels)
+    expected = tokens[:, upstream.num_prefix_tokens :].mean(1)
+    torch.testing.assert_close(features(backbone.model, pixels), expected)
+    assert_published(backbone, tmp_path / "saved")
+
+
+def test_a_missing_attention_pool_has_a_remedy(tmp_path: Path) -> None:
+    publish(tmp_path / "upstream", "vit_base_patch16_siglip_224", px=32, **POOLED, global_pool="")
+    remedy = '{"global_pool": "avg"}'
+    with pytest.raises(ValueError, match=re.escape(f"--model_args '{remedy}'")):
+        load(str(tmp_path / "upstream"), LABELS)
+    assert_published(load(str(tmp_path / "upstream"), LABELS, model_args=remedy), tmp_path / "saved")
+
+
 def test_a_projection_is_no_classifier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     upstream = publish(tmp_path, "vit_base_patch32_clip_224", **{**VIT, "num_classes": 16})
     with pytest.raises(ValueError, match="has no trained head: give labels"):
@@ -157,6 +185,7 @@ def test_a_file_without_the_heads_weights_gets_a_new_head(tmp_path: Path) -> Non
     assert load(str(tmp_path), LABELS).new_head
 
 
+POOLED = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2}
 ENCODERS: dict[str, dict[str, Any]] = {
     "deepseek_vit_412m": {"out_features": 8, "img_size": 84},
     "qwen3_vit_88m": {"img_size": 64},
@@ -305,6 +334,17 @@ def test_shards_and_pickles_load_and_are_published_as_safetensors(
     assert_published(backbone, tmp_path / "saved")
 
 
+@pytest.mark.parametrize("kind", ["bin", "shards of bin"])
+def test_pickles_of_transformers_load(kind: str, tmp_path: Path) -> None:
+    expected = publish_transformers(tmp_path).state_dict()
+    store(tmp_path, kind)
+    backbone = load(str(tmp_path), OWN)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in backbone.model.state_dict().items())
+    assert not find_changed_weights(
+        load(str(tmp_path), LABELS).model, tmp_path, {"classifier.weight", "classifier.bias"}
+    )
+
+
 class Hostile:
     """A pickle of this object, read by `pickle.load`, creates a folder."""
 
@@ -315,9 +355,10 @@ class Hostile:
         return os.mkdir, (str(self.folder),)
 
 
+@pytest.mark.parametrize("is_timm", [True, False])
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_hostile_pickle_executes_nothing(is_zip: bool, tmp_path: Path) -> None:
-    publish(tmp_path / "upstream", **VIT)
+def test_a_hostile_pickle_executes_nothing(is_zip: bool, is_timm: bool, tmp_path: Path) -> None:
+    publish(tmp_path / "upstream", **VIT) if is_timm else publish_transformers(tmp_path / "upstream")
     (tmp_path / "upstream" / "model.safetensors").unlink()
     file, touched = tmp_path / "upstream" / "pytorch_model.bin", tmp_path / "touched"
     torch.save({"norm.weight": Hostile(touched)}, file, _use_new_zipfile_serialization=is_zip)
@@ -350,6 +391,58 @@ def test_an_open_clip_folder_names_its_twin_in_timm(name: str, remedy: str, tmp_
     (folder / "open_clip_pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=f"is an open_clip checkpoint, .*: {remedy}"):
         load(str(folder), LABELS)
+
+
+# --- PEFT repositories ------------------------------------------------------------------------------------------------
+
+
+def publish_adapter(base: Path, folder: Path, **settings: Any) -> nn.Module:
+    """Writes a random LoRA adapter, with a head of four classes, as peft saves it; returns the merged network."""
+    torch.manual_seed(1)
+    model: Any = timm.create_model(f"local-dir:{base}", pretrained=True, num_classes=4)
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"], init_lora_weights=False, **settings)
+    network: Any = peft.get_peft_model(model, config)
+    network.peft_config["default"].base_model_name_or_path = str(base)
+    network.save_pretrained(folder)
+    merged: nn.Module = network.merge_and_unload().eval()
+    return merged
+
+
+def test_a_peft_repository_is_merged_into_its_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    upstream = publish(tmp_path / "upstream", **VIT)
+    merged = publish_adapter(tmp_path / "upstream", tmp_path / "adapter")
+    config = ModelConfig(checkpoint=str(tmp_path / "adapter"))
+    with caplog.at_level(logging.INFO):
+        backbone = load_checkpoint(config, LABELS)
+    assert "merged into 2 modules of its base" in caplog.text
+    assert caplog.text.endswith(": blocks.0.attn.qkv, blocks.1.attn.qkv\n")
+    pixels = make_pixels((3, PX, PX), 2)
+    assert torch.equal(features(backbone.model, pixels), features(merged, pixels))
+    assert not torch.allclose(features(backbone.model, pixels), features(upstream, pixels))
+    assert backbone.new_head
+    assert all(p.requires_grad for p in backbone.model.parameters())
+    assert_published(backbone, tmp_path / "saved")
+    with pytest.raises(ValueError, match="names no labels: give labels"):
+        load_checkpoint(config)
+
+
+def test_an_adapter_of_another_network_ends_in_one_line(tmp_path: Path) -> None:
+    publish(tmp_path / "upstream", **VIT)
+    publish(tmp_path / "other", **VIT | {"embed_dim": 32})
+    publish_adapter(tmp_path / "upstream", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace("/upstream", "/other"))
+    with pytest.raises(ValueError, match="does not fit its base") as caught:
+        load_checkpoint(ModelConfig(checkpoint=str(tmp_path / "adapter")), LABELS)
+    assert "\n" not in str(caught.value)
+
+
+def test_inspect_shows_the_arguments_of_a_feature_extractor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    publish_pathology(tmp_path)
+    main(["inspect", str(tmp_path), "--model_args", json.dumps(FORGOTTEN)])
+    shown = capsys.readouterr().out
+    assert '"reg_tokens": 2' in shown
+    assert "layers GluMlp, LayerNorm, SiLU" in shown
 
 
 @pytest.mark.soak

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from hf_transfer.choosing.forward_stats import ForwardStats, measure_forward
 from hf_transfer.config import ModelConfig
-from hf_transfer.network.backbone import load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.head import measure_inputs, read_probe
+from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.network.readout import find_readouts
 from hf_transfer.network.transformers_models import NoTrainedHeadError
 from hf_transfer.prefix.extract import Tap, extract_images
@@ -101,7 +101,7 @@ def read_head(config: ModelConfig, chain: Chain) -> LinearMap | None:
     if chain.head is None or chain.features is None:
         return None
     try:
-        upstream = load(config)
+        upstream = load_checkpoint(config)
     except NoTrainedHeadError:
         return None
     inputs = measure_inputs(chain.model, chain.image_shape, chain.head, chain.features)

@@ -22,7 +22,7 @@ from hf_transfer.config import RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.images import BadImageError
-from hf_transfer.network.backbone import load
+from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.session import Session
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def rank(
         for checkpoint in checkpoints:
             try:
                 started = time.perf_counter()
-                backbone = load(replace(config.model, checkpoint=checkpoint), data.label_names)
+                backbone = load_checkpoint(replace(config.model, checkpoint=checkpoint), data.label_names)
                 session = Session(config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs)
                 rows.append(_score(checkpoint, session, started))
             except BadImageError:

@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-import httpx2
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from hf_transfer.network.source import HTTP_ERRORS
 
 log = logging.getLogger(__name__)
-
-HTTP_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError)  # an error status, or no answer
 
 RETRIED = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5

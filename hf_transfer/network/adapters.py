@@ -141,7 +141,7 @@ def merge_adapters(adapted: Adapted) -> Backbone:
     model = adapted.model
     model.cpu()  # a GPU may compute convolutions less precisely than the comparison of logits requires
     before = _probe_logits(adapted)
-    with _quiet_peft():
+    with quiet_peft():
         merged = adapted.network.merge_and_unload(safe_merge=True)
     assert merged is model
     # merge_and_unload leaves this attribute on the model, and peft would warn about it when adapters are added again.
@@ -215,7 +215,7 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
             f"{checkpoint or base.source.name}: choose the checkpoint that the adapters were trained on"
         )
     try:
-        with _quiet_peft():
+        with quiet_peft():
             PeftModel.from_pretrained(base.model, str(folder)).merge_and_unload(safe_merge=True)
     except (SafetensorError, RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise ValueError(
@@ -262,7 +262,7 @@ def _inject(model: nn.Module, adapter: AdapterConfig, targets: Mapping[str, nn.M
 
     config = make_peft_config(adapter, _as_target_modules(model, targets))
     # The adapters' weights are drawn on the CPU from a seed, so they are equal on every device and in every process.
-    with torch.random.fork_rng(devices=[]), _quiet_peft():
+    with torch.random.fork_rng(devices=[]), quiet_peft():
         torch.manual_seed(adapter.seed)
         return peft.get_peft_model(model, config)
 
@@ -335,7 +335,7 @@ def _check_same(before: torch.Tensor, after: torch.Tensor, label: str, remedy: s
 
 
 @contextmanager
-def _quiet_peft() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
     """Hides the warnings of peft while the `with` block runs."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"peft\.")

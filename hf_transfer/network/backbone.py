@@ -50,7 +50,6 @@ class Backbone:
         True  # whether plain timm or AutoModelForImageClassification creates this class from the source
     )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
-    model_args: str | None = None  # the setting with which the checkpoint was loaded
     weights: Weights | None = None  # how the tensors of the checkpoint differ from the model's; None: not compared
 
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
@@ -95,6 +94,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
     if upstream is None:
         loaded = load_timm(source, config, given_args)
         model, own_labels, is_auto_class = loaded.model, loaded.label_names, loaded.is_plain
+        weights = loaded.weights
         if labels is None and not own_labels:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         new_head = labels is not None and tuple(labels) != own_labels
@@ -122,17 +122,8 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         new_head=new_head,
         is_auto_class=is_auto_class,
         pooling=pooling,
-        model_args=model_config.model_args,
         weights=weights,
     )
-
-
-def load_for_inspection(model_config: ModelConfig) -> Backbone:
-    """Loads the checkpoint with its own head, or with a new head for two labels if the checkpoint has no trained head."""
-    try:
-        return load(model_config)
-    except NoTrainedHeadError:
-        return load(model_config, ("label 0", "label 1"))
 
 
 def _find_upstream(

@@ -16,6 +16,7 @@ from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.part import watch_cuts
 from hf_transfer.network.policies import Policy, biases, full, head, last, norms
 from hf_transfer.network.targets import find_targets, shorten
+from hf_transfer.network.timm_models import describe_architecture
 
 BYTES_PER_PARAMETER = 4  # float32
 NAMED_LABELS = 3
@@ -71,8 +72,10 @@ def describe_checkpoint(backbone: Backbone, chain: Chain) -> Overview:
     body = sum(sizes.values()) - sum(sizes[name] for name in chain.classifier_parameters)
     weights = backbone.weights
     unused = f"; tensors that stay behind: {weights.count_unused()}" if weights is not None and weights.unused else ""
+    built = f", {describe_architecture(model)}" if backbone.library == "timm" else ""
+    network = f"{source.name}, {backbone.library} {type(model).__name__}{origin}"
     return Overview(
-        network=f"{source.name}, {backbone.library} {type(model).__name__}{origin}, pooling: {_find_pooling(backbone)}",
+        network=f"{network}, pooling: {_find_pooling(backbone)}{built}",
         preprocessing=f"{backbone.preprocessing.channels} channels, {backbone.preprocessing.describe()}",
         cuts=f"{len(chain.cuts)} verified cuts; {layers}",
         head=f"{head}; {kind}",

@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import httpx2
 from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -30,6 +31,9 @@ from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
 from hf_transfer.network.damage import WEIGHTS, check_files, find_weights, is_pickled, read_json
 
 log = logging.getLogger(__name__)
+
+HTTP_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError)  # an error status, or no answer
+NAME_TIMEOUT_S = 5
 
 PREPROCESSING = (
     "preprocessor_config.json",
@@ -130,6 +134,8 @@ def check_checkpoint(checkpoint: str) -> None:
     if checkpoint == EMBEDDED_CHECKPOINT:
         return
     if _is_folder(path):
+        if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
+            return  # its base is found when it is loaded
         _from_folder(path.resolve(), None)
     else:
         _check_hub_id(checkpoint)
@@ -215,10 +221,24 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
     card = _card_data(config.parent)
     return Source(
         folder=config.parent,
-        id=base_model or repo,
+        id=base_model or _find_current_name(repo),
         revision=config.parent.name,  # snapshots/<commit>
         license=_license(config.parent, card),
     )
+
+
+def _find_current_name(repo: str) -> str:
+    """Returns the repository's name on the Hub, which redirects from the old name of a renamed repository.
+
+    Returns `repo` if the Hub cannot be asked.
+    """
+    try:
+        name = HfApi().model_info(repo, timeout=NAME_TIMEOUT_S).id
+    except (OfflineModeIsEnabled, *HTTP_ERRORS):
+        return repo  # the files are in the local cache
+    if name != repo:
+        log.info("%s was renamed on the Hub: its name is now %s, which is recorded", repo, name)
+    return str(name)
 
 
 def find_preprocessing(origin: str) -> Path:

@@ -4,12 +4,13 @@ A config.json may lack arguments that only the checkpoint's model card names (`-
 extractor. timm's own filter translates the names of tensors, so this module compares what comes out of this filter.
 """
 
+import inspect
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import timm.layers
 import timm.models
 import timm.models._builder as builder
 import torch
+from timm.data.imagenet_info import infer_imagenet_subset
 from torch import nn
 from transformers import AutoConfig
 
@@ -46,6 +48,7 @@ class TimmModel:
 
     model: nn.Module
     label_names: tuple[str, ...]
+    weights: Weights
     is_plain: bool  # whether timm creates the same network from the checkpoint's files
 
 
@@ -93,6 +96,8 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
     counts = (config.get("num_classes"), cfg.get("num_classes"), 0)
     num_classes = int(next(count for count in counts if count is not None))
     weights = {name.removeprefix("timm_model."): tensor for name, tensor in read_tensors(source.folder)}
+    if is_default or "global_pool" in given:
+        architecture = _keep_norm(architecture, weights)
     cfg |= {"architecture": architecture.name, "num_classes": num_classes, "state_dict": weights}
     model, loaded = _create(source, architecture, cfg)
     loaded.log(source)
@@ -104,12 +109,13 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
         log.info("%s: its %d outputs are a projection and no classes, so a new head replaces the projection",
                  source.name, num_classes)  # fmt: skip
     _log_changed(source, model, weights, loaded)
-    log.info("%s", _describe(source, architecture, model))
+    log.info("%s: timm %s", source.name, describe_architecture(model))
     names = AutoConfig.from_pretrained(source.folder).id2label
     has_classes = not (is_projection or loaded.new)
     return TimmModel(
         model=model,
         label_names=tuple(str(names.get(i, f"LABEL_{i}")) for i in range(num_classes if has_classes else 0)),
+        weights=loaded,
         is_plain=not (given or is_default or loaded.identity) and _is_one_file(source),
     )
 
@@ -175,7 +181,8 @@ def _create(
                 **architecture.arguments,
             )
     except RuntimeError as error:
-        raise ValueError(f"{source.name}: the weights do not fit {architecture.name}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source.name}: the weights do not fit {architecture.name}: {reason}") from error
     except (TypeError, LookupError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"{source.name}: timm cannot create {architecture.name} with {_format(architecture.arguments)}: {error}"
@@ -213,7 +220,7 @@ def _after_filter(change: Callable[[dict[str, torch.Tensor], nn.Module], dict[st
 
         load_pretrained(model, filter_fn=filter_fn, **settings)
 
-    builder.load_pretrained = load
+    builder.load_pretrained = load  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -248,10 +255,15 @@ def _compare(
         f"has weights of other shapes than {architecture.name}": reshaped,
     }
     if any(problems.values()):
+        example = (
+            '{"global_pool": "avg"}'
+            if any(name.startswith("attn_pool.") for name in missing)
+            else '{"init_values": 1e-5}'
+        )
         listed = " and ".join(f"{problem}: {shorten_names(names)}" for problem, names in problems.items() if names)
         raise ValueError(
             f"{source.name} {listed}. Remedy: if the model card creates the network with "
-            f"""arguments that config.json lacks, give them, such as --model_args '{{"init_values": 1e-5}}'"""
+            f"arguments that config.json lacks, give them, such as --model_args '{example}'"
         )
     return Weights(
         new=frozenset(new),
@@ -262,10 +274,11 @@ def _compare(
 
 def _tensors_of_heads(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> list[str]:
     """Returns the names of the classifiers' tensors in `state` and in the network."""
-    default = timm.get_pretrained_cfg(model.pretrained_cfg["architecture"])  # type: ignore[index]
+    own: Any = model.pretrained_cfg
+    default = timm.get_pretrained_cfg(own["architecture"])
     heads: set[str] = set()
-    for cfg in (model.pretrained_cfg, default.to_dict() if default else {}):
-        names = cfg.get("classifier") or ()  # type: ignore[union-attr]
+    for cfg in (own, default.to_dict() if default else {}):
+        names = cfg.get("classifier") or ()
         heads |= {names} if isinstance(names, str) else set(names)
     prefixes = tuple(f"{name}." for name in heads)
     return [name for name in {*model.state_dict(), *(state or {})} if name.startswith(prefixes)]
@@ -274,7 +287,7 @@ def _tensors_of_heads(model: nn.Module, state: Mapping[str, torch.Tensor] | None
 def _is_projection(config: Mapping[str, Any]) -> bool:
     """Whether the outputs are features of a CLIP-like image tower, which have no labels, and not classes."""
     cfg = config.get("pretrained_cfg") or {}
-    if config.get("label_names") or cfg.get("label_names") or timm.data.infer_imagenet_subset(dict(config)):
+    if config.get("label_names") or cfg.get("label_names") or infer_imagenet_subset(dict(config)):
         return False
     return "clip" in f"{config['architecture']} {cfg.get('tag') or ''}".lower()
 
@@ -308,6 +321,22 @@ def _find_architecture(source: Source, name: str, arguments: Mapping[str, Any]) 
     return twin
 
 
+def _keep_norm(architecture: _Architecture, names: Container[str]) -> _Architecture:
+    """Returns the architecture with the norm before the pooling if the file has this norm, and no norm behind the pooling.
+
+    Some poolings of timm move the norm behind the pooling, where the file's norm would compute something else.
+    """
+    if "norm.weight" not in names or "fc_norm.weight" in names:
+        return architecture
+    with on_meta():
+        model = timm.create_model(architecture.name, num_classes=0, **architecture.arguments)
+    known = inspect.signature(type(model)).parameters
+    setting = next((name for name in ("fc_norm", "use_fc_norm") if name in known), None)
+    if setting is None or "fc_norm.weight" not in model.state_dict():
+        return architecture
+    return replace(architecture, arguments={**architecture.arguments, setting: False})
+
+
 def _find_layer(value: Any) -> Any:
     """Returns the class or function that `value` names in timm.layers or torch.nn, or None."""
     if not isinstance(value, str):
@@ -332,7 +361,7 @@ def _find_twin(name: str, wanted: Mapping[str, Any]) -> _Architecture | None:
         layers = {k: v for k, v in target.items() if callable(v) and k in wanted}
         if any(own.get(k) is not v for k, v in layers.items() if k not in ("act_layer", "norm_layer")):
             continue
-        changed = {k: target.get(k) for k in {*target, *own} if target.get(k) != own.get(k)}
+        changed = {k: target.get(k) for k in sorted({*target, *own}) if target.get(k) != own.get(k)}
         arguments = {k: _to_json(v) for k, v in changed.items()} | ({"img_size": list(size)} if size else {})
         try:
             json.dumps(arguments)
@@ -384,16 +413,18 @@ _BUILDER_SETTINGS = frozenset({
 })  # fmt: skip
 
 
-def _describe(source: Source, architecture: _Architecture, model: nn.Module) -> str:
-    """Returns a line with the architecture, its arguments, and the classes of the network's activations and norms.
+def describe_architecture(model: nn.Module) -> str:
+    """Returns the architecture, its arguments, and the classes of the activations, norms and perceptrons, as text.
 
-    Networks with other activations have equal names and shapes of tensors, so that only people can compare this line with the
+    Networks with other activations have equal names and shapes of tensors, so that only people can compare this text with the
     model card.
     """
+    own: Any = model
     modules = {type(m).__name__: type(m).__module__ for m in model.modules()}
     layers = sorted(n for n, m in modules.items() if "activation" in m or "Norm" in n or "LU" in n or "Mlp" in n)
-    arguments = f" with {_format(architecture.arguments)}" if architecture.arguments else ""
-    return f"{source.name}: timm architecture {architecture.name}{arguments}; layers {', '.join(layers)}"
+    arguments = {name: value for name, value in getattr(own, "_model_args", {}).items() if name != "num_classes"}
+    given = f" with {_format(arguments)}" if arguments else ""
+    return f"architecture {own.pretrained_cfg['architecture']}{given}, layers {', '.join(layers)}"
 
 
 def _format(arguments: Mapping[str, Any]) -> str:

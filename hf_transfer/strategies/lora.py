@@ -42,8 +42,9 @@ class Lora(GradientStrategy):
         adapted, chain = add_adapters(session.backbone, session.chain, adapter)
         if not self.merge and not adapted.is_auto_class:
             log.info(
-                "the adapters will be merged (--merge): plain peft cannot create their base, since "
-                "AutoModelForImageClassification does not load %s as %s", adapted.source.name, type(adapted.model).__name__,
+                "the adapters will be merged (--merge): plain peft cannot create their base, since neither timm nor "
+                "AutoModelForImageClassification loads the files of %s as this %s", adapted.source.name,
+                type(adapted.model).__name__,
             )  # fmt: skip
         elif not self.merge:
             check_saved_apart(adapted)

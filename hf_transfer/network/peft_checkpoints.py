@@ -1,0 +1,103 @@
+"""Loads the checkpoint that training starts from, which may be a PEFT repository: its base with the adapter merged."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_transfer.config import ModelConfig
+from hf_transfer.network.adapters import TASK, find_adapter, load_adapted, quiet_peft, read_base
+from hf_transfer.network.backbone import Backbone, load, with_new_head
+from hf_transfer.network.damage import check_weights
+from hf_transfer.network.transformers_models import NoTrainedHeadError, shorten_names
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of the names of tensors in an adapter's file
+MAX_LETTERS = 300  # of peft's reason in an error message
+PLACEHOLDERS = ("0", "1")  # labels of a head that the adapter's head, or a new one, replaces
+
+
+def load_checkpoint(model_config: ModelConfig, labels: Sequence[str] | None = None) -> Backbone:
+    """Loads the checkpoint of `model_config`. If it is a PEFT repository, loads its base and merges the adapter.
+
+    Raises ValueError in the same cases as `backbone.load`, and if the adapter does not fit its base.
+    """
+    checkpoint = model_config.checkpoint
+    folder = find_adapter(checkpoint)
+    if folder is None:
+        return load(model_config, labels)
+    check_weights(folder / WEIGHTS)  # without this file, peft would load a pickle
+    backbone = load_adapted(folder) if (folder / TASK).is_file() else _merge(folder, model_config)
+    modules = _find_merged(backbone.model, load_file(folder / WEIGHTS))
+    log.info("%s is an adapter: merged into %d modules of its base %s: %s", checkpoint, len(modules), read_base(folder),
+             shorten_names(modules))  # fmt: skip
+    if labels is None and not backbone.label_names:
+        raise NoTrainedHeadError(f"the adapter {checkpoint} names no labels: give labels for a new head")
+    if labels is not None and tuple(labels) != backbone.label_names:
+        backbone = with_new_head(backbone, labels)
+    source = backbone.source
+    if not Path(checkpoint).expanduser().is_dir():  # from the Hub: a snapshot's folder has the name of its commit
+        source = replace(source, id=checkpoint.partition("@")[0], revision=folder.name)
+    return replace(backbone, source=source, is_auto_class=False)
+
+
+def load_for_inspection(model_config: ModelConfig) -> Backbone:
+    """Loads the checkpoint with its own head, or with a new head for two labels if the checkpoint has no trained head."""
+    try:
+        return load_checkpoint(model_config)
+    except NoTrainedHeadError:
+        return load_checkpoint(model_config, PLACEHOLDERS)
+
+
+def _merge(folder: Path, model_config: ModelConfig) -> Backbone:
+    """Returns the base of an adapter that another program saved, with the adapter merged, and without label names.
+
+    Raises ValueError if the adapter does not fit its base.
+    """
+    import peft  # imported here because the import takes seconds, and runs without adapters do not need peft
+
+    base = load(replace(model_config, checkpoint=read_base(folder), base_model=None), PLACEHOLDERS)
+    tensors, own = load_file(folder / WEIGHTS), base.model.state_dict()
+    # The adapter may contain a head. Its number of classes is the first dimension of a tensor that has another one here.
+    saved = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    counts = {
+        t.shape[0] for n, t in saved.items() if n in own and own[n].shape[1:] == t.shape[1:] and own[n].shape != t.shape
+    }
+    if len(counts) == 1:
+        base = with_new_head(base, [str(i) for i in range(counts.pop())])
+    try:
+        with quiet_peft():
+            network = peft.get_peft_model(base.model, peft.PeftConfig.from_pretrained(str(folder)))
+            result: Any = peft.set_peft_model_state_dict(network, tensors)
+            foreign = result.unexpected_keys
+            if foreign:
+                raise LookupError(f"the base has no {shorten_names(foreign)}")
+            network.merge_and_unload(safe_merge=True)
+    except (RuntimeError, TypeError, LookupError, AttributeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:MAX_LETTERS]
+        raise ValueError(
+            f"the adapter in {folder.name!r} does not fit its base {read_base(folder)} ({reason}); choose an adapter of an "
+            "image classifier, or merge it with the code that trained it"
+        ) from error
+    base.model.__dict__.pop("peft_config", None)
+    base.model.requires_grad_(True)
+    return replace(base, model=base.model.eval(), label_names=(), new_head=True)
+
+
+def _find_merged(model: nn.Module, tensors: Iterable[str]) -> list[str]:
+    """Returns the names of the modules of `model` that the adapter's `tensors` change, without those saved as a whole."""
+    modules, whole = dict(model.named_modules()), set(model.state_dict())
+    merged = set()
+    for name in (tensor.removeprefix(PREFIX) for tensor in tensors):
+        module = name
+        while module and module not in modules:
+            module = module.rpartition(".")[0]
+        if module and name not in whole:
+            merged.add(module)
+    return sorted(merged)
