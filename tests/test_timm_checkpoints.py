@@ -460,3 +460,19 @@ def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
     state = backbone.model.state_dict()
     assert state["serial_blocks1.0.cpe.proj.weight"].data_ptr() == state["serial_blocks1.1.cpe.proj.weight"].data_ptr()
     assert_published(backbone, tmp_path / "model")
+
+
+def test_a_network_that_timm_creates_otherwise_for_its_own_weights_is_published_with_the_difference(
+    tmp_path: Path,
+) -> None:
+    """timm gives fbnetc another epsilon only if pretrained=True, which transformers does not pass."""
+    publish(tmp_path / "upstream", "fbnetc_100", px=32, num_classes=3)
+    backbone = load(str(tmp_path / "upstream"), LABELS)
+    assert {m.eps for m in backbone.model.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
+    assert_published(backbone, tmp_path / "saved")
+
+
+def test_no_other_architecture_depends_on_pretrained() -> None:
+    sources = Path(timm.models.__file__).parent.glob("*.py")
+    conditions = [f.stem for f in sources for _ in re.finditer(r"^ +if pretrained:$", f.read_text(), re.MULTILINE)]
+    assert sorted(conditions) == ["_builder", "_registry", "efficientnet"]

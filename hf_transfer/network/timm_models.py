@@ -40,6 +40,9 @@ log = logging.getLogger(__name__)
 ENCODER = "_enc"  # end of the names of timm's encoders of multimodal models, which have no classifier
 # Names of tensors that only the pretraining task needs begin so, beside those of decoders and text towers.
 PRETRAINING_ONLY = ("mask_token", "logit_scale", "logit_bias", "encoder.aligner.", "encoder.merger.")
+# Arguments that timm adds only if it loads its own weights, which transformers' TimmWrapper does not let timm do. So they are
+# given, and published, explicitly: otherwise TimmWrapper would compute other logits from the saved file.
+ONLY_PRETRAINED: Mapping[str, Mapping[str, Any]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,7 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
         arguments.pop("global_pool", None)
         cfg.pop("global_pool", None)
     arguments |= {k: v for k, v in given.items() if (k, v) != ("global_pool", "")}
+    arguments = {**ONLY_PRETRAINED.get(name, {}), **arguments}
     architecture = _find_architecture(source, name, arguments)
     counts = (config.get("num_classes"), cfg.get("num_classes"), 0)
     num_classes = int(next(count for count in counts if count is not None))
