@@ -69,10 +69,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
     model_config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig(checkpoint=checkpoint)
     model_config = replace(model_config, **settings)
     trust_remote_code, pooling = model_config.trust_remote_code, model_config.pooling
-    if labels is not None:
-        repeated = sorted({name for name in labels if list(labels).count(name) > 1})
-        if repeated or len(labels) < 2:
-            raise ValueError(f"labels must be two or more different names; {len(labels)} given, repeated {repeated}")
+    _check_labels(labels)
     source = find_source(
         model_config.checkpoint, base_model=model_config.base_model, trust_remote_code=trust_remote_code
     )
@@ -98,8 +95,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         if labels is None and not own_labels:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         new_head = labels is not None and tuple(labels) != own_labels
-        if new_head:
-            assert labels is not None
+        if labels is not None and new_head:
             model.reset_classifier(len(labels))  # type: ignore[operator]
     elif isinstance(upstream, Upstream):
         if labels is None:
@@ -124,6 +120,14 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         pooling=pooling,
         weights=weights,
     )
+
+
+def _check_labels(labels: Sequence[str] | None) -> None:
+    """Raises ValueError if `labels` are fewer than two names, or if a name repeats."""
+    if labels is not None:
+        repeated = sorted({name for name in labels if list(labels).count(name) > 1})
+        if repeated or len(labels) < 2:
+            raise ValueError(f"labels must be two or more different names; {len(labels)} given, repeated {repeated}")
 
 
 def _find_upstream(

@@ -121,10 +121,10 @@ def measure_inputs(
             groups.append([name])
         else:
             group.append(name)
-    found = tuple(HeadInput(modules=tuple(g), shares=tuple(shares[n].cpu() for n in g)) for g in groups)
-    if min(float(i.total.sum()) for i in found) <= 0:
+    measured = tuple(HeadInput(modules=tuple(g), shares=tuple(shares[n].cpu() for n in g)) for g in groups)
+    if min(float(i.total.sum()) for i in measured) <= 0:
         raise ValueError(f"one of the linear maps {', '.join(head.modules)} has no positive share in the logits")
-    return found
+    return measured
 
 
 def read_inputs(
