@@ -293,6 +293,18 @@ def test_an_unfinished_store_is_kept_while_its_lock_is_held(root: Path, caplog: 
     assert list(root.iterdir()) == []
 
 
+def test_what_a_job_left_beside_a_finished_store_is_removed_when_the_store_is_found(root: Path) -> None:
+    """A job may be killed after it has completed the store and before it has removed its lock."""
+    build()
+    (key,) = (entry.key for entry in list_caches())
+    other = root / f"{'0' * 32}.partial.aaaaaaaa"  # another job may continue it
+    for left in (root / f"{key}.partial.bbbbbbbb", other):
+        left.mkdir()
+        Path(f"{left}.lock").touch()
+    build(fill=must_not_fill)
+    assert {path.name for path in root.iterdir()} == {key, other.name, f"{other.name}.lock"}
+
+
 class Interrupting:
     """Computes rows in batches until `limit` rows are done, and then raises `error`. Counts the rows."""
 

@@ -194,6 +194,9 @@ class _Search:
         missing = [i for i, opened in enumerate(self.opened) if opened is None]
         if missing:
             remove_abandoned(keep=[partial for i in missing for partial in list_partials(self.folders[i])])
+        elif self.folder_group.problem is None:
+            # A job may have been killed between completing a store and removing its lock.
+            remove_abandoned(keys=[folder.name for folder in self.folders])
         return missing
 
     def _open_all(self) -> None:

@@ -144,12 +144,12 @@ def locked(partial: Path) -> Iterator[None]:
             Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def remove_abandoned(keep: Collection[Path] = ()) -> None:
+def remove_abandoned(keep: Collection[Path] = (), keys: Collection[str] | None = None) -> None:
     """Removes the unfinished stores and files of ended jobs, whose locks the operating system has released.
 
-    `keep`: unfinished stores of this job.
+    `keep`: unfinished stores of this job. `keys`: the keys of the stores whose leftovers are removed; None: all keys.
     """
-    paths = _list_paths()
+    paths = [p for p in _list_paths() if keys is None or p.name.partition(PARTIAL)[0] in keys]
     for partial in {path.with_name(path.name.removesuffix(LOCK)) for path in paths if PARTIAL in path.name} - set(keep):
         try:
             with locked(partial):
