@@ -230,6 +230,10 @@ def _save_timm(model: Any, folder: Path, px: int, arguments: dict[str, Any], **s
     model.pretrained_cfg.update(input_size=(3, px, px), crop_pct=1.0, num_classes=0)
     model._model_args = dict(arguments)
     save_timm(model, folder)
+    if (
+        not settings
+    ):  # config.json is complete: upstream's network is the one that timm loads, which sets fbnetc's epsilon
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
     def compare(backbone: Backbone, pixels: torch.Tensor) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
         ours: Any = backbone.model

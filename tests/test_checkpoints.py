@@ -180,3 +180,12 @@ def test_the_main_process_alone_reads_the_state(tmp_path: Path) -> None:
     first, second = share(tmp_path / "0", tmp_path / "1")
     assert "exp_avg" in first
     assert second == first
+
+
+def test_a_writer_removes_what_a_killed_run_left_of_its_last_write(tmp_path: Path) -> None:
+    save_state(tmp_path, {"step": 1})
+    for name in (".tmpABC123", "state.safetensors.partial"):  # safetensors' own temporary file, and ours
+        (tmp_path / name).write_bytes(b"half a state")
+    StateWriter(tmp_path).close()
+    assert {path.name for path in tmp_path.iterdir()} == {"state.safetensors"}
+    assert load_state(tmp_path) == {"step": 1}

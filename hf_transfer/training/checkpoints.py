@@ -43,6 +43,8 @@ class StateWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        for left in (*folder.glob(".tmp*"), *folder.glob("*.partial")):  # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf_transfer-state")
         self._pending: Future[None] | None = None
 
