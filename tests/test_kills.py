@@ -1,6 +1,6 @@
 """A killed run loses nothing: it is resumed, and its weights equal those of an uninterrupted run to the last bit.
 
-`make soak` runs all of it; CI kills one run of each kind (`test_plan.py` kills one at a state, too).
+`make soak` runs this file. CI kills one run at a state (`test_plan.py`) and one in the pass (`test_cache.py`).
 """
 
 import os
