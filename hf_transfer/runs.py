@@ -225,7 +225,7 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
 
 
 def _refuse_deepspeed() -> None:
-    """Raises ValueError, before DeepSpeed is imported, if `accelerate launch` was told to use DeepSpeed."""
+    """Raises ValueError, before DeepSpeed is imported, if `accelerate launch` was started with DeepSpeed."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
             "distributed_type=DEEPSPEED: DeepSpeed's engine would replace the optimizer steps, which hf_transfer takes itself; "

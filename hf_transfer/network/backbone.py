@@ -66,8 +66,8 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
     checkpoint is not found, if labels repeat, if weights are missing or do not fit the model, or if the checkpoint does not
     take images.
     """
-    model_config = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig(checkpoint=checkpoint)
-    model_config = replace(model_config, **settings)
+    named = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig(checkpoint=checkpoint)
+    model_config = replace(named, **settings)
     trust_remote_code, pooling = model_config.trust_remote_code, model_config.pooling
     _check_labels(labels)
     source = find_source(
@@ -90,8 +90,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
     is_auto_class, weights = True, None
     if upstream is None:
         loaded = load_timm(source, config, given_args)
-        model, own_labels, is_auto_class = loaded.model, loaded.label_names, loaded.is_plain
-        weights = loaded.weights
+        model, own_labels, is_auto_class, weights = loaded.model, loaded.label_names, loaded.is_plain, loaded.weights
         if labels is None and not own_labels:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         new_head = labels is not None and tuple(labels) != own_labels
