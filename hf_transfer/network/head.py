@@ -54,12 +54,6 @@ class HeadInput:
         return torch.stack(self.shares).sum(0)
 
 
-def find_head(model: nn.Module, num_classes: int) -> str | None:
-    """Returns the name of the last registered Linear or Conv2d with `num_classes` outputs, or None if no such module exists."""
-    names = [name for name, module in model.named_modules() if _is_map(module, num_classes)]
-    return names[-1] if names else None
-
-
 def find_classifier(model: nn.Module, trace: Trace) -> Call | None:
     """Returns the call of the linear map from one vector per image to the logits, or None if there is no such map."""
     modules = dict(model.named_modules())
