@@ -282,27 +282,27 @@ def overhead(given: argparse.Namespace) -> None:
     import torch
 
     from hf_transfer.choosing.advise import advise
-    from hf_transfer.network.chain import Chain
-    from hf_transfer.network.forward import compute_logits
     from hf_transfer.prefix.contents import clear_caches
+    from hf_transfer.prefix.engines import ModuleRunner
     from hf_transfer.prefix.pixels import EvaluationImages
-    from hf_transfer.prefix.sweep import sweep
+    from hf_transfer.prefix.sweep import move_model, sweep, use_fast_layout
+    from hf_transfer.prefix.taps import Logits
     from hf_transfer.runs import open_session
-
-    def run_bare(replica: Chain, batch: torch.Tensor, _: int) -> None:
-        compute_logits(replica.model, batch)
 
     for name, checkpoint in itertools.product(given.sets, given.checkpoints):
         settings = make_settings(given, name, checkpoint, given.sizes[0]) | {"tracker": "none"}
         session = open_session(replace_settings(default_config("auto"), settings))
         data, chain = session.data, session.chain
         _ = (data.train.fingerprint, data.validation.fingerprint)  # hashing files is part of neither
+        move_model(chain.model, session.resources)
+        use_fast_layout(chain.model)
+        bare_runner = ModuleRunner(module=Logits(chain.model), autocast=session.resources.autocast)
         ratios = []
         for _turn in range(3):
             started, cpu = time.perf_counter(), time.process_time()
             for split in (data.train, data.validation):
                 images = EvaluationImages(split=split, preprocessing=session.backbone.preprocessing)
-                sweep(chain, images, np.arange(len(split)), run_bare, session.resources)
+                sweep(bare_runner, images, np.arange(len(split)), lambda start, values: None, session.resources)
             bare, bare_cpu = time.perf_counter() - started, time.process_time() - cpu
             clear_caches()  # all of HF_TRANSFER_CACHE: name a folder of its own
             cpu = time.process_time()

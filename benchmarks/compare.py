@@ -31,7 +31,7 @@ def compute_hits(folder: str, dataset: str) -> Any:
         raise SystemExit(f"{folder} knows {backbone.label_names}, the data set {data.label_names}")
     images = EvaluationImages(split=data.test, preprocessing=backbone.preprocessing)
     resources = Resources(accelerator=Accelerator())
-    logits, labels = compute_image_logits(backbone.chain(), images, data.test.labels, resources)
+    logits, labels = compute_image_logits(backbone.model, images, data.test.labels, resources)
     return read_outcomes(logits, labels).hits.astype(np.float64)
 
 

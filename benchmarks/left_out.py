@@ -78,7 +78,7 @@ def watching(others: Split) -> Iterator[list[JudgedEpoch]]:
         validation = plain(network, session, inputs)
         images = EvaluationImages(split=others, preprocessing=session.backbone.preprocessing)
         logits, labels = compute_image_logits(
-            session.chain, images, others.labels, session.resources, shows_progress=False
+            session.chain.model, images, others.labels, session.resources, shows_progress=False
         )
         judged = 100 * float((logits.argmax(1) == labels).mean())
         epochs.append(JudgedEpoch(validation=validation, judged=judged))

@@ -156,7 +156,8 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     help_text = "folder or Hub id of an adapter whose base is the model; may be repeated"
     parser.add_argument("--adapter", action="append", metavar="ADAPTER", help=help_text)
     parser.add_argument("--top_k", type=int, default=3, help="number of labels to print per image (default: 3)")
-    add_settings(parser, [list_settings(ComputeConfig())["batch_size"]])
+    settings = list_settings(ComputeConfig())
+    add_settings(parser, [settings[name] for name in ("batch_size", "num_workers", "engine")])
     _add_json(parser)
     _add_trust(parser)
 
@@ -164,7 +165,8 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 def _predict(given: argparse.Namespace) -> str:
     from hf_transfer.inference.predict import UnreadableImagesError, find_images, load_saved, predict, switch_adapters
 
-    batch_size = replace_settings(ComputeConfig(), _given(given, ComputeConfig())).batch_size
+    compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
+    settings = {name: getattr(compute, name) for name in ("batch_size", "num_workers", "engine")}
     if given.top_k < 1:
         raise ValueError(f"top_k={given.top_k}: choose 1 or more labels per image")
     images = find_images(given.images)  # a wrong path fails before the model is loaded
@@ -179,7 +181,7 @@ def _predict(given: argparse.Namespace) -> str:
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         lines += [f"{name}:"] if name else []
         try:
-            predictions = predict(backbone, images, top_k=given.top_k, batch_size=batch_size)
+            predictions = predict(backbone, images, top_k=given.top_k, **settings)
         except UnreadableImagesError as error:
             predictions, problems = list(error.predictions), error.problems
         for p in predictions:
@@ -202,6 +204,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     help_text = "split to evaluate (default: all labeled images of the data set)"
     splits = ("train", "validation", "test", "all")
     parser.add_argument("--split", choices=splits, default="all", help=help_text)
+    settings = list_settings(ComputeConfig())
+    add_settings(parser, [settings[name] for name in ("batch_size", "num_workers", "engine")])
     _add_json(parser)
     _add_trust(parser)
 
@@ -210,7 +214,9 @@ def _evaluate(given: argparse.Namespace) -> str:
     from hf_transfer.inference.evaluate import evaluate_split
 
     data = DataConfig(dataset=given.dataset)
-    split, metrics = evaluate_split(given.model, data, split=given.split, trust_remote_code=given.trust_remote_code)
+    compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
+    trust = given.trust_remote_code
+    split, metrics = evaluate_split(given.model, data, split=given.split, compute=compute, trust_remote_code=trust)
     if given.json:
         return json.dumps(metrics.to_dict(), indent=1)
     lines = [f"{split}: {metrics.num_samples:,} images"]

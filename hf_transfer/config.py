@@ -122,6 +122,10 @@ class ModelConfig(Settings):
             raise ValueError(f"base_model={self.base_model!r} is no Hub id: give OWNER/NAME")
 
 
+Engine = Literal["eager", "folded", "compiled", "openvino"]
+EngineChoice = Literal["auto", "measure", "eager", "folded", "compiled", "openvino"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(Settings):
     """Settings of batch size, threads, precision and cache."""
@@ -134,6 +138,12 @@ class ComputeConfig(Settings):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto", "floating-point precision of all passes; auto: the precision that `accelerate launch` sets, else fp32"
+    )
+    engine: EngineChoice = flag(
+        "auto",
+        "what runs the frozen layers: the network as it is (eager), with BatchNorm folded into convolutions (folded), "
+        "torch.compile (compiled), or OpenVINO (extra openvino); auto: by network, device and number of images; "
+        "measure: the fastest on this machine",
     )
     cache: Literal["auto", "disk", "memory", "none"] = flag(
         "auto", "where to store the frozen layers' output; auto: disk, else memory; none: recompute it at each use"

@@ -13,14 +13,15 @@ from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_availa
 from safetensors import SafetensorError
 
 from hf_transfer import processes
-from hf_transfer.config import GradientConfig, RunConfig
+from hf_transfer.config import Engine, GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.errors import ContinuableError, make_log_handler
+from hf_transfer.flags import read_config
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, write_reference
-from hf_transfer.locations import CHECKPOINTS, presets_dir
+from hf_transfer.locations import CHECKPOINTS, CONFIG, presets_dir
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import has_batchnorm
@@ -60,10 +61,12 @@ def open_session(
     config.strategy.check(config)
     config.strategy.find_network(config)
     accelerator, costs = open_accelerator(config, output_dir), Costs()
+    stored_engine: Engine | None = None
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
             check_push(config.output.push_to_hub)  # before hours of training
         if output_dir is not None:
+            stored_engine = _read_engine(output_dir, config) if config.output.resume else None
             # The run can be repeated, or resumed, even if it fails before it is finished.
             resumable = replace_settings(config, {"output_dir": str(output_dir)})
             write_config(output_dir / CHECKPOINTS, resumable, unrepeatable)
@@ -93,6 +96,8 @@ def open_session(
         output_dir=output_dir,
         unrepeatable=tuple(unrepeatable),
     )
+    with costs.part("engine"):
+        session = session.with_engine(stored=processes.run_on_main(lambda: stored_engine))
     if session.is_main and output_dir is not None:
         pinned = replace_settings(pin_revisions(session), {"output_dir": str(output_dir)})
         write_config(output_dir / CHECKPOINTS, pinned, unrepeatable)
@@ -170,6 +175,15 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
         published = publish(session.output_dir, repo_id, adapter=adapter, options=options)
     log.info("published: %s", published.url)
     return published.url
+
+
+def _read_engine(output_dir: Path, config: RunConfig) -> Engine | None:
+    """Returns the engine of the unfinished run in `output_dir`, or None if its config does not say it."""
+    try:
+        engine = read_config(str(output_dir / CHECKPOINTS / CONFIG), config).compute.engine
+    except ValueError:  # no config, or a damaged one; the saved state has the settings too
+        return None
+    return None if engine == "auto" or engine == "measure" else engine
 
 
 def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:

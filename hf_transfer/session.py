@@ -5,13 +5,16 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from hf_transfer.config import GradientConfig, RunConfig, StrategyConfig
+from hf_transfer.config import Engine, GradientConfig, RunConfig, StrategyConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data
 from hf_transfer.locations import CHECKPOINTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
+from hf_transfer.prefix.engine_choice import decide_engine
+from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.settings import replace_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,23 @@ class Session:
     def with_strategy(self, strategy: StrategyConfig) -> "Session":
         """Returns the session with another strategy."""
         return replace(self, config=replace(self.config, strategy=strategy))
+
+    def with_engine(self, *, stored: Engine | None = None) -> "Session":
+        """Returns the session with the engine that runs the frozen network, as decided from data and network.
+
+        `stored`: the engine of the interrupted run that this run resumes. All processes must call this method.
+        """
+        data, backbone = self.data, self.backbone
+        splits = [split for split in (data.train, data.validation, data.test) if split is not None]
+        engine = decide_engine(
+            backbone.model,
+            EvaluationImages(split=data.train, preprocessing=backbone.preprocessing),
+            self.resources,
+            image_shape=backbone.preprocessing.image_shape,
+            num_images=sum(map(len, splits)),
+            stored=stored,
+        )
+        return replace(self, config=replace_settings(self.config, {"engine": engine}))
 
     def with_output(self, output_dir: Path) -> "Session":
         """Returns the session with another output folder."""

@@ -19,10 +19,11 @@ from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.prefix import layout
 from hf_transfer.prefix.contents import clear_caches, list_caches
-from hf_transfer.prefix.extract import Extracted, Tap, extract, tap_activation
+from hf_transfer.prefix.extract import Extracted, extract
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.sweep import read_pixels, use_fast_layout
+from hf_transfer.prefix.taps import Tap, tap_activation
 from tests.test_save import write_upstream
 
 
@@ -259,3 +260,22 @@ def test_the_fast_layout_leaves_kernels_of_3d_convolutions() -> None:
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[call-arg]
     assert model[1].weight.is_contiguous()
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+def test_engines_share_no_store_and_each_finds_its_own(network: tuple[Backbone, Chain], train: Split) -> None:
+    exact = extract_from(network, train, engine="eager")
+    folded = extract_from(network, train, engine="folded")
+    assert (exact.images, folded.images) == (len(train), len(train))
+    for name, store in folded.stores.items():
+        np.testing.assert_allclose(store[:], exact.stores[name][:], rtol=1e-4, atol=1e-5)
+    again = extract_from(network, train, engine="folded")
+    assert (again.images, again.checked_rows) == (0, 2)
+
+
+@pytest.mark.parametrize("cache", ["disk", "memory", "none"])
+def test_every_store_is_filled_by_the_engine(network: tuple[Backbone, Chain], train: Split, cache: str) -> None:
+    exact = extract_from(network, train, engine="eager", cache=cache)
+    folded = extract_from(network, train, engine="folded", cache=cache)
+    for name, store in folded.stores.items():
+        difference = np.abs(store[:] - exact.stores[name][:]).max()
+        assert 0 < difference < 1e-4 * np.abs(exact.stores[name][:]).max()  # to the bit only if the engine was ignored

@@ -32,9 +32,10 @@ from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import describe_modules
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.prefix.contents import list_caches
-from hf_transfer.prefix.extract import Extracted, StoredActivations, extract, extract_images, tap_activation
+from hf_transfer.prefix.extract import Extracted, StoredActivations, extract, extract_images
 from hf_transfer.prefix.pixels import EvaluationImages, store_evaluation_pixels
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.taps import tap_activation
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from tests.families import FAMILIES, built, make_model, make_pixels, randomize

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_transfer.network.chain import Chain
-from hf_transfer.network.readout import build_variant, find_readouts, read_features
+from hf_transfer.network.readout import Tail, build_variant, find_readouts, read_features
 from tests.families import FAMILIES, built, make_pixels
 
 WITH_CLASSIFIER = [n for n in FAMILIES if n != "timm LeViT"]
@@ -63,3 +63,20 @@ def test_a_network_without_a_linear_head_is_refused() -> None:
     without = Chain(**{**chain.__dict__, "head": None})
     with pytest.raises(ValueError, match="not a weighted sum of linear maps"):
         find_readouts(without, sweep="none")
+
+
+@pytest.mark.parametrize(("pooling", "num_tokens"), [("token", 1), ("avg", None)])
+def test_a_readout_of_the_class_token_reads_this_token_alone(pooling: str, num_tokens: int | None) -> None:
+    _, chain = built("timm ViT")
+    pixels = make_pixels(chain.image_shape, 3)
+    checked = 0
+    for readout in find_readouts(chain, sweep="all"):
+        is_token = readout.pooling == "token" or (readout.pooling == "native" and readout.cut != chain.features)
+        if (pooling == "token") != is_token or (not is_token and readout.pooling != pooling):
+            continue
+        tail = Tail(readout, chain)
+        assert tail.num_tokens == num_tokens
+        (activation,) = chain.run_prefix([readout.cut], pixels)
+        torch.testing.assert_close(tail(activation), read_features(readout, chain, activation), rtol=1e-5, atol=1e-6)
+        checked += 1
+    assert checked

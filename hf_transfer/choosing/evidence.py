@@ -5,7 +5,6 @@ run reads them. Test images are never read.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -19,8 +18,9 @@ from hf_transfer.network.head import measure_inputs, read_probe
 from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.network.readout import find_readouts
 from hf_transfer.network.transformers_models import NoTrainedHeadError
-from hf_transfer.prefix.extract import Tap, extract_images
+from hf_transfer.prefix.extract import extract_images
 from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.prefix.taps import Tap
 from hf_transfer.session import Session
 from hf_transfer.training.readouts import tap_readouts
 
@@ -120,7 +120,7 @@ def tap_mean(cut: Cut, image_shape: tuple[int, int, int]) -> Tap:
     """Returns a `Tap` that reads the activation at `cut` and computes the mean of each channel over all positions."""
     channel = find_channel(cut.shape, image_shape)
     positions = tuple(i + 1 for i in range(len(cut.shape)) if i != channel)
-    return Tap(cut=cut, pooling="mean", shape=(cut.shape[channel],), keep=partial(_mean, dims=positions))
+    return Tap(cut=cut, pooling="mean", shape=(cut.shape[channel],), keep=_Mean(positions))
 
 
 def find_channel(shape: tuple[int, ...], image_shape: tuple[int, int, int]) -> int:
@@ -135,5 +135,12 @@ def find_channel(shape: tuple[int, ...], image_shape: tuple[int, int, int]) -> i
     return len(shape) - 1
 
 
-def _mean(activation: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-    return activation.mean(dims) if dims else activation
+class _Mean(torch.nn.Module):
+    """Computes the mean over the dimensions `dims`, or returns the input unchanged if there are none."""
+
+    def __init__(self, dims: tuple[int, ...]) -> None:
+        super().__init__()
+        self.dims = dims
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        return activation.mean(self.dims) if self.dims else activation

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_transfer.network.chain import Chain
-from hf_transfer.network.forward import compute_logits
+from hf_transfer.prefix.engines import ModuleRunner
 from hf_transfer.prefix.pixels import EvaluationImages
-from hf_transfer.prefix.sweep import sweep
+from hf_transfer.prefix.sweep import move_model, sweep, use_fast_layout
+from hf_transfer.prefix.taps import Logits
 from hf_transfer.session import Session
 
 MAX_IMAGES = 32
@@ -45,15 +45,16 @@ def measure_forward(session: Session) -> ForwardStats:
     images = EvaluationImages(split=split, preprocessing=session.backbone.preprocessing)
 
     def measure_speed(*, in_precision: bool) -> float:
-        def forward(replica: Chain, batch: torch.Tensor, _: int) -> None:
-            # Autocast applies only to the thread that enters the context, so each thread enters it here.
-            with resources.autocast() if in_precision else nullcontext():
-                compute_logits(replica.model, batch).sum().item()  # item() waits for the GPU
+        def wait(_: int, values: list[torch.Tensor]) -> None:
+            values[0].sum().item()  # item() waits for the GPU
 
+        autocast = resources.autocast if in_precision else nullcontext
         started = time.perf_counter()
-        sweep(session.chain, images, rows, forward, resources)
+        sweep(ModuleRunner(module=Logits(session.chain.model), autocast=autocast), images, rows, wait, resources)
         return count / (time.perf_counter() - started)
 
+    move_model(session.chain.model, resources)
+    use_fast_layout(session.chain.model)
     with _record_batchnorm_inputs(session.chain.model) as moments:
         speed = measure_speed(in_precision=False)
     if resources.precision != "fp32":

@@ -110,7 +110,7 @@ def rank(
                 started = time.perf_counter()
                 backbone = load_checkpoint(replace(config.model, checkpoint=checkpoint), data.label_names)
                 session = Session(config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs)
-                rows.append(_score(checkpoint, session, started))
+                rows.append(_score(checkpoint, session.with_engine(), started))
             except BadImageError:
                 raise  # no checkpoint can be scored with a broken image
             except (ValueError, RuntimeError, OSError) as error:

@@ -1,32 +1,50 @@
 """Computes the metrics of a saved classifier on a labeled data set."""
 
+import logging
+
 import numpy as np
 from accelerate import Accelerator
+from torch import nn
 
-from hf_transfer.config import DataConfig
+from hf_transfer.config import ComputeConfig, DataConfig, Engine
 from hf_transfer.data.dataset import load_splits
 from hf_transfer.inference.predict import load_saved
+from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.training.evaluate import compute_image_logits
+from hf_transfer.training.evaluate import LogitsAndLabels, agrees_with_eager, compute_image_logits
 from hf_transfer.training.metrics import score
 from hf_transfer.training.records import Metrics
 
+log = logging.getLogger(__name__)
+
+DEFAULT_COMPUTE = ComputeConfig()
 ALL = "all"  # all labeled images of the data set
 
 
-def evaluate(checkpoint: str, data: DataConfig, *, split: str = ALL, trust_remote_code: bool = False) -> Metrics:
-    """Returns the metrics of a saved classifier on one split of a data set, or on all its labeled images.
+def evaluate(
+    checkpoint: str,
+    data: DataConfig,
+    *,
+    split: str = ALL,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
+    trust_remote_code: bool = False,
+) -> Metrics:
+    """Returns the metrics of a saved classifier on one split of a data set, or on all its labeled images (the default).
 
-    The default is "all". The data set's classes are matched to the
-    model's classes by name, and may be a subset in any order. Raises ValueError if the data set does not store the split, or
-    has a class that the model lacks.
+    The data set's classes are matched to the model's classes by name, and may be a subset in any order. `compute` chooses the
+    engine. Raises ValueError if the data set does not store the split, or has a class that the model lacks.
     """
-    return evaluate_split(checkpoint, data, split=split, trust_remote_code=trust_remote_code)[1]
+    return evaluate_split(checkpoint, data, split=split, compute=compute, trust_remote_code=trust_remote_code)[1]
 
 
 def evaluate_split(
-    checkpoint: str, data: DataConfig, *, split: str = ALL, trust_remote_code: bool = False
+    checkpoint: str,
+    data: DataConfig,
+    *,
+    split: str = ALL,
+    compute: ComputeConfig = DEFAULT_COMPUTE,
+    trust_remote_code: bool = False,
 ) -> tuple[str, Metrics]:
     """Returns the name of the scored split ("train", "validation", "test" or "all"), and the metrics on this split."""
     backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
@@ -36,12 +54,28 @@ def evaluate_split(
         raise ValueError(
             f"split={split!r}: the data set {data.dataset} has no labeled split of this name; choose {', '.join(splits)} or all"
         )
-    chain, resources = backbone.chain(), Resources(accelerator=Accelerator())
-    scored = [
-        compute_image_logits(
-            chain, EvaluationImages(split=s, preprocessing=backbone.preprocessing), s.labels, resources
-        )
-        for s in chosen
-    ]
+    resources = Resources(accelerator=Accelerator(), compute=compute)
+    preprocessing = backbone.preprocessing
+    images = [EvaluationImages(split=s, preprocessing=preprocessing) for s in chosen]
+    engine = decide_engine(
+        backbone.model,
+        images[0],
+        resources,
+        image_shape=preprocessing.image_shape,
+        num_images=sum(map(len, chosen)),
+    )
+    scored = [_compute_logits(backbone.model, each, resources, engine) for each in images]
     logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
     return split, score(logits, labels, backbone.label_names, seed=data.seed)
+
+
+def _compute_logits(
+    model: nn.Module, images: EvaluationImages, resources: Resources, engine: Engine
+) -> LogitsAndLabels:
+    """Returns the logits by `engine` if they agree with eager fp32 on some images, and else the logits of eager."""
+    labels = images.split.labels
+    logits, truth = compute_image_logits(model, images, labels, resources, engine=engine)
+    if engine == "eager" or agrees_with_eager(logits, model, images, labels, resources):
+        return logits, truth
+    log.warning("engine %s predicts other classes than the saved model: eager computes the metrics again", engine)
+    return compute_image_logits(model, images, labels, resources, fp32=True)

@@ -11,13 +11,15 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
+from hf_transfer.config import ComputeConfig, EngineChoice
 from hf_transfer.data.folders import list_folder
 from hf_transfer.data.images import BadImageError, read_image
 from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
 from hf_transfer.network.backbone import Backbone, load
-from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
-from hf_transfer.prefix.sweep import read_pixels, use_fast_layout
+from hf_transfer.prefix.engine_choice import decide_engine
+from hf_transfer.prefix.resources import Resources
+from hf_transfer.training.evaluate import compute_image_logits
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 
@@ -136,34 +138,44 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
 
 
 def predict(
-    backbone: Backbone, images: Sequence[ImageLike], *, top_k: int = 5, batch_size: int = 32, num_workers: int = 0
+    backbone: Backbone,
+    images: Sequence[ImageLike],
+    *,
+    top_k: int = 5,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    engine: EngineChoice = "auto",
 ) -> list[Prediction]:
     """Returns the `top_k` most likely labels of each image, in the order of `images`.
 
-    An image is a path, a PIL image or an RGB uint8 array (H, W, 3) of any size. `num_workers` threads decode the images (0: one
-    thread per core). Moves the model to the accelerator's device and into eval mode. Raises ValueError for top_k or batch_size
-    below 1. Raises UnreadableImagesError, which contains all other predictions, if some images cannot be read.
+    An image is a path, a PIL image or an RGB uint8 array (H, W, 3) of any size. `num_workers` threads decode the images and, on
+    a CPU, run the network (0: one thread per core). `engine` is the setting of training runs. Moves the model to the
+    accelerator's device and into eval mode. Raises ValueError for top_k or batch_size below 1, and UnreadableImagesError,
+    which contains all other predictions, if some images cannot be read.
 
         predict(load_saved("runs/x/model"), find_images(["photos/"]), top_k=3)
     """
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k}, batch_size={batch_size}: choose 1 or more for both")
-    device = Accelerator().device
-    model = backbone.model.to(device).eval()
-    use_fast_layout(model)
+    compute = ComputeConfig(batch_size=batch_size, num_workers=num_workers, engine=engine)
+    resources = Resources(accelerator=Accelerator(), compute=compute)
     inputs = _Inputs(images=images, preprocessing=backbone.preprocessing)
-    predictions: list[Prediction] = []
-    index = 0
-    for pixels in read_pixels(inputs, np.arange(len(inputs)), batch_size=batch_size, num_workers=num_workers):
-        with torch.inference_mode():
-            batch = backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device))
-            probabilities, classes = compute_logits(model, batch).float().softmax(1).sort(1, descending=True)
-        for values, order in zip(probabilities[:, :top_k].tolist(), classes[:, :top_k].tolist(), strict=True):
-            labels = tuple(backbone.label_names[i] for i in order)
-            if index not in inputs.problems:
-                name = inputs.name_of(index)
-                predictions.append(Prediction(image=name, labels=labels, probabilities=tuple(values)))
-            index += 1
+    if not len(inputs):
+        return []
+    shape = backbone.preprocessing.image_shape
+    chosen = decide_engine(backbone.model, inputs, resources, image_shape=shape, num_images=len(inputs))
+    unused = np.zeros(len(inputs), np.int64)
+    logits, _ = compute_image_logits(backbone.model.eval(), inputs, unused, resources, engine=chosen)
+    probabilities, classes = torch.from_numpy(logits).softmax(1).sort(1, descending=True)
+    predictions = [
+        Prediction(
+            image=inputs.name_of(i), labels=tuple(backbone.label_names[k] for k in order), probabilities=tuple(values)
+        )
+        for i, (values, order) in enumerate(
+            zip(probabilities[:, :top_k].tolist(), classes[:, :top_k].tolist(), strict=True)
+        )
+        if i not in inputs.problems
+    ]
     if inputs.problems:
         raise UnreadableImagesError([inputs.problems[i] for i in sorted(inputs.problems)], predictions)
     return predictions

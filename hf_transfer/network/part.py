@@ -84,7 +84,8 @@ class Part(nn.Module):
 
         def keep(i: int, activation: torch.Tensor) -> None:
             reached[i] = activation
-            if len(reached) == len(self.ends):
+            # torch.export cannot trace a module that raises. It removes the layers after the ends, which nothing uses.
+            if len(reached) == len(self.ends) and not torch.compiler.is_exporting():
                 raise stop
             reached[i] = activation.clone()  # later modules may write into the activation (an in-place ReLU)
 
@@ -123,17 +124,17 @@ class Part(nn.Module):
     def __enter__(self) -> Self:
         if self.start is None:
             return self
-        modules = dict(self.network.named_modules())
         tables: dict[str, dict[int, Stub]] = {}
         for stub in self.start.stubs:
             tables.setdefault(stub.module, {})[stub.index] = stub
         for name, table in tables.items():
-            module = modules[name]
+            module = self.network.get_submodule(name)
             self._patched.append((module, module.__dict__.get("forward")))
             module.forward = self._make_answer(name, module.forward, table)
         site = self.start.site
         if site.side == "before":
-            self._hook = modules[site.module].register_forward_pre_hook(self._swap_input, with_kwargs=True)
+            module = self.network.get_submodule(site.module)
+            self._hook = module.register_forward_pre_hook(self._swap_input, with_kwargs=True)
         return self
 
     def __exit__(
@@ -187,7 +188,6 @@ class _EndReachedError(Exception):
 @contextmanager
 def watch_cuts(network: nn.Module, cuts: Sequence[Cut], visit: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
     """Calls `visit(i, activation)` whenever a forward of `network` in the `with` block reaches the cut `cuts[i]`."""
-    modules = dict(network.named_modules())
     calls = [0] * len(cuts)
 
     def count(i: int, tree: Any) -> None:
@@ -197,7 +197,7 @@ def watch_cuts(network: nn.Module, cuts: Sequence[Cut], visit: Callable[[int, to
 
     handles = []
     for i, cut in enumerate(cuts):
-        module = modules[cut.site.module]
+        module = network.get_submodule(cut.site.module)
         if cut.site.side == "after":
             hook = module.register_forward_hook(lambda _, __, output, i=i: count(i, output))
         else:

@@ -138,6 +138,40 @@ def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> t
     return features.flatten(1)
 
 
+class Tail(nn.Module):
+    """Computes the features (B, F) of a readout from the activation (B, *cut.shape) at the readout's cut.
+
+    A readout of the class token is computed from this token alone, if that gives the same features.
+    """
+
+    def __init__(self, readout: Readout, chain: Chain) -> None:
+        super().__init__()
+        self.readout, self.chain = readout, chain
+        self.networks = nn.ModuleList([readout.model, chain.model])  # so that copies for threads share the tensors
+        self.num_tokens = 1 if self._reads_one_token() else None
+
+    def forward(self, activation: torch.Tensor) -> torch.Tensor:
+        """Returns the features (B, F). The module must be in eval mode."""
+        if self.num_tokens is not None:
+            activation = activation[:, : self.num_tokens]
+        return read_features(self.readout, self.chain, activation)
+
+    def _reads_one_token(self) -> bool:
+        """Whether the features of random activations depend on the first token only."""
+        cut = self.readout.cut
+        if self.readout.pooling == "avg" or cut == self.chain.features or len(cut.shape) != 2:
+            return False
+        weight = next(self.chain.model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        activation = torch.randn(2, *cut.shape, generator=generator).to(weight.device)
+        whole = read_features(self.readout, self.chain, activation)
+        try:
+            part = read_features(self.readout, self.chain, activation[:, :1])
+        except (RuntimeError, IndexError, ValueError):  # the network needs all tokens
+            return False
+        return torch.allclose(part, whole, rtol=1e-5, atol=1e-6)
+
+
 def _count_features(readout: Readout, chain: Chain) -> int:
     weight = next(chain.model.parameters())
     zeros = torch.zeros(1, *readout.cut.shape, device=weight.device)

@@ -1,7 +1,6 @@
 """Runs the frozen prefix once over all images and stores, for each image, the activation at a cut or a pooled vector."""
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,37 +10,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
 from hf_transfer.network.chain import VERIFIED_RELATIVE, Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached_apart
+from hf_transfer.prefix.engines import Runner, describe_engine, engine_tolerance
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.storage import Storage
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import batch_rows, sweep
+from hf_transfer.prefix.sweep import batch_rows, count_replicas, move_model, prepare_for, sweep, use_fast_layout
+from hf_transfer.prefix.taps import Extractor, Tap
 
 log = logging.getLogger(__name__)
-
-
-def keep_whole(activation: torch.Tensor) -> torch.Tensor:
-    """Returns the activation unchanged."""
-    return activation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tap:
-    """A request to store the result of the function `keep` (for example a pooling) of the activation at a cut.
-
-    Taps with the same `keep` object and equal activation shapes share one call of `keep` per batch.
-    """
-
-    cut: Cut
-    pooling: str = "none"
-    shape: tuple[int, ...]  # shape of one image's stored value
-    through: Cut | None = None  # a later cut, if `keep` runs the layers up to that cut
-    keep: Callable[[torch.Tensor], torch.Tensor] = keep_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +71,6 @@ class StoredActivations:
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
         """Returns the activations unchanged."""
         return pixels
-
-
-def tap_activation(cut: Cut) -> Tap:
-    """Returns the tap that stores the whole activation at `cut`."""
-    return Tap(cut=cut, shape=cut.shape)
 
 
 def extract(
@@ -161,6 +139,7 @@ class _Extraction:
                 **self.images.identity,
                 "precision": self.resources.precision,
                 "device": self.resources.device.type,
+                "engine": describe_engine(self.resources.engine),
                 "tap": [tap.cut.name, tap.pooling],
             }
             for name, tap in self.taps.items()
@@ -184,11 +163,15 @@ class _Extraction:
         """Returns the names of the stores whose first or last row differs from what the chain computes now."""
         rows = np.unique([0, len(self.images) - 1])
         self.checked = len(rows)
-        again = self.compute_rows(rows, list(stores))
+        again = self.compute_rows(rows, list(stores), engine="eager")  # another engine would take seconds to prepare
         tolerance = check_tolerance(self.resources)
+        if self.resources.engine != "eager":
+            tolerance = max(tolerance, engine_tolerance(self.resources))
         return {name for name, store in stores.items() if not _agree(store[rows], again[name], tolerance)}
 
-    def compute_rows(self, wanted: NDArray[np.int64], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    def compute_rows(
+        self, wanted: NDArray[np.int64], names: Sequence[str], *, engine: Engine | None = None
+    ) -> dict[str, NDArray[np.float32]]:
         """Returns the values of the images numbered `wanted`, for each tap in `names`."""
         out = {name: np.empty((len(wanted), *self.taps[name].shape), np.float32) for name in names}
 
@@ -196,7 +179,7 @@ class _Extraction:
             for name, rows in values.items():
                 out[name][start : start + len(rows)] = rows
 
-        self.compute(wanted, names, write)
+        self.compute(wanted, names, write, engine=engine)
         return out
 
     def compute(
@@ -206,33 +189,51 @@ class _Extraction:
         write: Callable[[int, Mapping[str, NDArray[Any]]], None],
         *,
         title: str | None = None,
+        engine: Engine | None = None,
     ) -> None:
         """Computes the values of the images numbered `wanted` for each tap in `names`, and calls `write` with each batch.
 
         `write` takes the position of the batch's first image in `wanted`, and the values by tap name. Several threads call it.
         """
-        taps = {name: self.taps[name] for name in names}
-        one_tail_at_a_time = threading.Lock()  # `keep` may run modules that several threads share
-        cuts = list({tap.cut.name: tap.cut for tap in taps.values()}.values())
-        start_cut = self.images.cut if isinstance(self.images, StoredActivations) else None
-        groups: dict[tuple[int | str, tuple[int, ...]], list[str]] = {}
-        for name, tap in taps.items():
-            groups.setdefault((name if tap.keep is keep_whole else id(tap.keep), tap.cut.shape), []).append(name)
+        runner = self._prepare(tuple(names), engine or self.resources.engine, wanted)
 
-        def compute(replica: Chain, batch: torch.Tensor, start: int) -> None:
-            with self.resources.autocast():
-                read = replica.run_prefix(cuts, batch, start=start_cut)
-            activations = dict(zip((c.name for c in cuts), read, strict=True))
-            values: dict[str, NDArray[Any]] = {}
-            with one_tail_at_a_time:
-                for members in groups.values():
-                    inputs = [activations[taps[name].cut.name].float() for name in members]
-                    joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-                    kept = taps[members[0]].keep(joined).cpu().numpy()
-                    values |= {n: kept[i * len(batch) : (i + 1) * len(batch)] for i, n in enumerate(members)}
-            write(start, values)
+        def write_named(start: int, values: list[torch.Tensor]) -> None:
+            write(start, {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)})
 
-        sweep(self.chain, self.images, wanted, compute, self.resources, title=title)
+        sweep(runner, self.images, wanted, write_named, self.resources, title=title)
+
+    def _prepare(self, names: tuple[str, ...], engine: Engine, wanted: NDArray[np.int64]) -> Runner:
+        """Returns the function from images to the values of the taps in `names`, as `engine` runs it."""
+        move_model(self.chain.model, self.resources)
+        use_fast_layout(self.chain.model)
+        start = self.images.cut if isinstance(self.images, StoredActivations) else None
+        extractor = Extractor(self.chain, {name: self.taps[name] for name in names}, start=start)
+        if engine not in ("compiled", "openvino"):
+            return prepare_for(extractor, self.images, wanted, engine, self.resources)
+        cuts = [tap.cut for tap in self.taps.values()] + ([start] if start else [])
+        prints = self.chain.fingerprint(cuts)
+        taps = [(prints[tap.cut.name], tap.cut.name, tap.pooling, tap.shape) for tap in self.taps.values()]
+        threads = count_replicas(self.resources, len(self.images))
+        key = repr((engine, self.resources.precision, threads, start and prints[start.name], names, taps))
+        return _prepared.get(key, lambda: prepare_for(extractor, self.images, wanted, engine, self.resources))
+
+
+class _LastPrepared:
+    """Keeps the network that was prepared last, since the splits of a data set run through the same network one by one."""
+
+    def __init__(self) -> None:
+        self._key = ""
+        self._runner: Runner | None = None
+
+    def get(self, key: str, make: Callable[[], Runner]) -> Runner:
+        if self._key != key or self._runner is None:
+            self._runner, self._key = None, ""  # frees the memory of the last network before the next one is prepared
+            self._runner = make()
+            self._key = key
+        return self._runner
+
+
+_prepared = _LastPrepared()
 
 
 class Recomputed(Store):

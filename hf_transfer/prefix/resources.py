@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from hf_transfer.capability import count_cores
-from hf_transfer.config import ComputeConfig, Precision
+from hf_transfer.config import ComputeConfig, Engine, Precision
 from hf_transfer.locations import chain_dir
 from hf_transfer.prefix.ranks import Ranks
 from hf_transfer.prefix.storage import Storage, choose_storage, measure_capacity
@@ -45,6 +45,12 @@ class Resources:
         if self.compute.precision != "auto":
             return self.compute.precision
         return PRECISIONS.get(self.accelerator.mixed_precision, "fp32")
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs the frozen network. A run decides it before it starts; elsewhere, `auto` means eager."""
+        engine = self.compute.engine
+        return "eager" if engine == "auto" or engine == "measure" else engine
 
     @property
     def max_disk_bytes(self) -> int | None:

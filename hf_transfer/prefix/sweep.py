@@ -4,6 +4,7 @@ On a GPU, threads decode and resize the next images while the network runs (Pill
 each thread decodes its own batches and runs the network on them.
 """
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,47 +16,65 @@ import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from hf_transfer.network.chain import Chain
-from hf_transfer.network.forward import eval_mode
+from hf_transfer.config import Engine
+from hf_transfer.prefix.engines import BatchFunction, ModuleRunner, Runner, prepare
 from hf_transfer.prefix.pixels import Images
 from hf_transfer.prefix.resources import Resources, count_threads
+from hf_transfer.prefix.taps import Extractor, Logits
 
 BATCHES_AHEAD = 3
 CPU_BATCH = 4  # small, so that the activations fit into the core's cache
 
-Compute = Callable[[Chain, torch.Tensor, int], None]
-"""Takes the chain to run, normalized images (b, C, H, W) on the device, and the position of the first image among the rows."""
+Write = Callable[[int, list[torch.Tensor]], None]
+"""Takes the position of the batch's first image among the rows, and the batch's values."""
 
 
 def sweep(
-    chain: Chain,
+    runner: Runner,
     images: Images,
     rows: NDArray[np.int64],
-    compute: Compute,
+    write: Write,
     resources: Resources,
     *,
     title: str | None = None,
 ) -> None:
-    """Calls `compute` on the images numbered `rows`, batch by batch in any order, in eval mode and without gradients.
+    """Runs a network on the images numbered `rows`, batch by batch, and calls `write` with each batch's values, in any order.
 
-    `title`: the progress bar's title; None: no bar. On a CPU, several threads call `compute`, each with a copy of the network.
+    `title`: the progress bar's title; None: no bar. On a CPU, several threads run the network and call `write`.
     """
-    move_model(chain.model, resources)
-    use_fast_layout(chain.model)
     # disable=None hides the bar if the output is not a terminal.
     is_hidden = True if title is None or not resources.accelerator.is_main_process else None
     with tqdm(total=len(rows), desc=title, unit="img", disable=is_hidden) as bar:
         if resources.device.type == "cpu":
-            _sweep_on_cpu(chain, images, rows, compute, resources, bar)
+            _sweep_on_cpu(runner, images, rows, write, resources, bar)
             return
+        (function,) = runner.functions(1)
         start, num_workers = 0, resources.compute.num_workers
         for pixels in read_pixels(images, rows, batch_size=batch_rows(resources), num_workers=num_workers):
             batch = rows[start : start + len(pixels)]
             on_device = torch.from_numpy(pixels).to(resources.device, non_blocking=True)
-            with eval_mode(chain.model), torch.no_grad():
-                compute(chain, images.prepare(on_device, batch), start)
+            write(start, function(images.prepare(on_device, batch)))
             start += len(pixels)
             bar.update(len(pixels))
+
+
+def prepare_for(
+    module: Extractor | Logits, images: Images, rows: NDArray[np.int64], engine: Engine, resources: Resources
+) -> Runner:
+    """Returns `module` as `engine` runs it on the images numbered `rows`, checked on the first of these images."""
+    if engine == "eager" or not len(rows):
+        return ModuleRunner(module=module, autocast=resources.autocast)
+    batch = np.resize(rows[: batch_rows(resources)], batch_rows(resources))  # a full batch: few rows are repeated
+    pixels = torch.from_numpy(images.read(batch)).to(resources.device)
+    samples = images.prepare(pixels, batch)
+    return prepare(engine, module, samples, resources, count=count_replicas(resources, len(images)))
+
+
+def count_replicas(resources: Resources, num_rows: int) -> int:
+    """Returns the number of threads of this process that run a network on `num_rows` images at the same time."""
+    if resources.device.type != "cpu":
+        return 1
+    return min(resources.compute.num_workers or torch.get_num_threads(), -(-num_rows // batch_rows(resources)))
 
 
 def batch_rows(resources: Resources) -> int:
@@ -106,42 +125,35 @@ def use_fast_layout(model: torch.nn.Module) -> None:
 
 
 def _sweep_on_cpu(
-    chain: Chain,
-    images: Images,
-    rows: NDArray[np.int64],
-    compute: Compute,
-    resources: Resources,
-    bar: "tqdm[Any]",
+    runner: Runner, images: Images, rows: NDArray[np.int64], write: Write, resources: Resources, bar: "tqdm[Any]"
 ) -> None:
-    """Runs `sweep` on a CPU: each thread decodes small batches and runs its own copy of the network's modules on these batches.
+    """Runs `sweep` on a CPU: each thread decodes small batches and runs its own copy of the network on these batches.
 
     This is faster than one forward at a time on all cores, since no core waits for another core or for the decoder. MobileNetV2
     on 2 cores is 1.1 to 1.3 times as fast, and several times as fast if other programs use the cores.
     """
     size = batch_rows(resources)
-    threads = min(resources.compute.num_workers or torch.get_num_threads(), -(-len(rows) // size))
-    if not threads:
-        return
-    own = threading.local()
-    # All copies are made before any thread runs, since hooks and modes must not be copied while a module runs.
-    replicas = deque(chain.replicate() for _ in range(threads))
+    starts = itertools.count(0, size)  # `next` on a count is atomic
+    stops = threading.Event()
 
-    def prepare() -> None:
+    def work(function: BatchFunction) -> None:
         torch.set_num_threads(1)  # only for this worker thread
-        own.chain = replicas.popleft()
-        own.chain.model.eval()
+        for start in starts:
+            batch = rows[start : start + size]
+            if not len(batch) or stops.is_set():
+                return
+            pixels = torch.from_numpy(images.read(batch))
+            with torch.no_grad():
+                prepared = images.prepare(pixels, batch)
+            write(start, function(prepared))
+            bar.update(len(batch))
 
-    def work(start: int) -> int:
-        batch = rows[start : start + size]
-        pixels = torch.from_numpy(images.read(batch))
-        with torch.no_grad():
-            compute(own.chain, images.prepare(pixels, batch), start)
-        return len(batch)
-
-    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
-        batches = [pool.submit(work, start) for start in range(0, len(rows), size)]
+    functions = runner.functions(count_replicas(resources, len(rows)))
+    if not functions:
+        return
+    with ThreadPoolExecutor(len(functions)) as pool:
         try:
-            for batch in as_completed(batches):
-                bar.update(batch.result())
+            for worker in as_completed([pool.submit(work, function) for function in functions]):
+                worker.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # cancels work after a bad image
+            stops.set()  # ends the other threads after a bad image

@@ -6,18 +6,24 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F
 
+from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
 from hf_transfer.network.chain import Chain
-from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import Preprocessing
+from hf_transfer.prefix.engines import ModuleRunner, Runner
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import sweep
+from hf_transfer.prefix.sweep import move_model, prepare_for, sweep, use_fast_layout
+from hf_transfer.prefix.taps import Logits
 from hf_transfer.session import Session
 from hf_transfer.training.metrics import gather_logits, score
 from hf_transfer.training.records import Metrics
+
+AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
 
 Labels = NDArray[np.int64]
 LogitsAndLabels = tuple[NDArray[np.float32], Labels]
@@ -48,24 +54,34 @@ def compute_stored_logits(
 
 
 def compute_image_logits(
-    chain: Chain,
+    model: nn.Module,
     images: Images,
     labels: Labels,
     resources: Resources,
     *,
     shows_progress: bool = True,
     fp32: bool = False,
+    engine: Engine = "eager",
 ) -> LogitsAndLabels:
-    """Returns the logits of the whole network in eval mode for `images`, in the precision of the run or in fp32."""
+    """Returns the logits of the whole network in eval mode for `images`, in the precision of the run or in fp32.
+
+    Engines run frozen networks: while a network trains, `engine` must be "eager".
+    """
     share = _take_share(len(images), resources)
     rows: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(share)
 
-    def compute(replica: Chain, batch: torch.Tensor, start: int) -> None:
-        with nullcontext() if fp32 else resources.accelerator.autocast():
-            logits = compute_logits(replica.model, batch)
-        rows[start : start + len(batch)] = list(logits.float().cpu().numpy())
+    def write(start: int, values: list[torch.Tensor]) -> None:
+        rows[start : start + len(values[0])] = list(values[0].cpu().numpy())
 
-    sweep(chain, images, share, compute, resources, title=f"{images.name} images" if shows_progress else None)
+    move_model(model, resources)
+    use_fast_layout(model)
+    module = Logits(model)
+    if engine == "eager":
+        autocast = nullcontext if fp32 else resources.accelerator.autocast
+        runner: Runner = ModuleRunner(module=module, autocast=autocast)
+    else:
+        runner = prepare_for(module, images, share, engine, resources)
+    sweep(runner, images, share, write, resources, title=f"{images.name} images" if shows_progress else None)
     own = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
     return gather_logits(resources.accelerator, own, labels[share])
 
@@ -77,7 +93,7 @@ def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, sessi
     the run.
     """
     images = EvaluationImages(split=split, preprocessing=preprocessing)
-    logits, labels = compute_image_logits(chain, images, split.labels, session.resources, fp32=True)
+    logits, labels = compute_image_logits(chain.model, images, split.labels, session.resources, fp32=True)
     return score(logits, labels, split.label_names, seed=session.config.seed)
 
 
@@ -85,6 +101,29 @@ def score_splits(session: Session) -> dict[str, Metrics]:
     """Returns the metrics of the whole network on the validation split and, if there is a test split, on the test split."""
     splits = [split for split in (session.data.validation, session.data.test) if split is not None]
     return {s.name: score_images(session.chain, session.backbone.preprocessing, s, session) for s in splits}
+
+
+def agrees_with_eager(
+    logits: NDArray[np.float32], model: nn.Module, images: Images, labels: Labels, resources: Resources
+) -> bool:
+    """Whether `logits` (N, K) of the images agree with eager fp32 on AGREEING_IMAGES images.
+
+    They must agree in every predicted class, and in log-loss within AGREEING_LOG_LOSS.
+    """
+    rows = np.unique(np.linspace(0, len(images) - 1, AGREEING_IMAGES).astype(int))
+    exact: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+
+    def write(start: int, values: list[torch.Tensor]) -> None:
+        exact[start : start + len(values[0])] = list(values[0].cpu())
+
+    sweep(ModuleRunner(module=Logits(model), autocast=nullcontext), images, rows, write, resources)
+    return agrees(torch.from_numpy(logits[rows]), torch.stack(exact), torch.from_numpy(labels[rows]))
+
+
+def agrees(logits: torch.Tensor, exact: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Whether logits (B, K) have the predicted classes of `exact`, and the log-loss up to AGREEING_LOG_LOSS."""
+    difference = float(F.cross_entropy(logits, labels) - F.cross_entropy(exact, labels))
+    return bool((logits.argmax(1) == exact.argmax(1)).all()) and abs(difference) <= AGREEING_LOG_LOSS
 
 
 def _take_share(count: int, resources: Resources) -> Labels:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_transfer.network.cut import Cut
-from hf_transfer.prefix.extract import StoredActivations, extract_images, tap_activation
+from hf_transfer.prefix.extract import StoredActivations, extract_images
 from hf_transfer.prefix.pixels import (
     EvaluationImages,
     Images,
@@ -24,6 +24,7 @@ from hf_transfer.prefix.pixels import (
     store_training_squares,
 )
 from hf_transfer.prefix.store import Store
+from hf_transfer.prefix.taps import tap_activation
 from hf_transfer.session import Session
 from hf_transfer.training.batches import Feed
 

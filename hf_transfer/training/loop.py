@@ -114,7 +114,7 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
     else:
         assert inputs.images is not None
         logits, truth = compute_image_logits(
-            session.chain, inputs.images, labels, session.resources, shows_progress=False
+            session.chain.model, inputs.images, labels, session.resources, shows_progress=False
         )
     return score_validation(logits, truth, session.gradient.training.select_by)
 

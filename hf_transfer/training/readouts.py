@@ -1,9 +1,8 @@
 """Fits a linear probe on every readout (a way to compute features from the frozen network), and chooses the best readout."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,15 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.head import write_probe
-from hf_transfer.network.readout import Readout, build_variant, find_readouts, read_features
-from hf_transfer.prefix.extract import Tap, extract, tap_activation
+from hf_transfer.network.readout import Readout, Tail, build_variant, find_readouts
+from hf_transfer.prefix.extract import extract
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
 from hf_transfer.prefix.sweep import move_model
+from hf_transfer.prefix.taps import Tap, tap_activation
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
-from hf_transfer.training.evaluate import compute_stored_logits
+from hf_transfer.training.evaluate import AGREEING_IMAGES, agrees, compute_stored_logits
 from hf_transfer.training.metrics import read_outcomes
 from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.probe import Probe, ProbeOptions, choose_probe, fit_probe
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 MAX_LINES = 6  # most lines in a chart
 VERIFIED_IMAGES = 8
-AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
 # Largest allowed difference between logits from pixels and logits from stored features, relative to the largest logit.
 VERIFIED_RELATIVE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
@@ -90,18 +89,20 @@ def extract_readouts(
 
 def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources) -> dict[str, Tap]:
     """Returns, for each readout's name, the function that computes the features during a pass over the images."""
-    # Readouts with the same last layers share one function, and so one call per batch, since most of the time is setup.
-    tails: dict[tuple[int, bool], Callable[[torch.Tensor], torch.Tensor]] = {}
+    # Readouts with the same last layers share one module, and so one call per batch, since most of the time is setup.
+    tails: dict[tuple[int, bool], Tail] = {}
     taps = {}
     for r in readouts:
         move_model(r.model, resources)
-        keep = tails.setdefault((id(r.model), r.cut == chain.features), partial(read_features, r, chain))
+        shared = (id(r.model), r.cut == chain.features)
+        if shared not in tails:
+            tails[shared] = Tail(r, chain)
         taps[r.name] = Tap(
             cut=r.cut,
             pooling=f"{r.pooling} {dict(r.changes)}",
             shape=(r.num_features,),
             through=chain.features,
-            keep=keep,
+            keep=tails[shared],
         )
     return taps
 
@@ -187,16 +188,14 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
 def measures_saved(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> bool:
     """Whether metrics of the probe on stored features are also metrics of the saved network in fp32.
 
-    In fp32, `verify_probe` has shown this. In lower precision, they must agree on AGREEING_IMAGES images of `split`: in every
-    predicted class, and in log-loss within AGREEING_LOG_LOSS.
+    For fp32 features from the engine eager, `verify_probe` has shown this. In lower precision or with another engine, they must
+    agree on AGREEING_IMAGES images of `split`: in every predicted class, and in log-loss within AGREEING_LOG_LOSS.
     """
-    if resources.precision == "fp32":
+    if resources.precision == "fp32" and resources.engine == "eager":
         return True
     rows = np.unique(np.linspace(0, len(split) - 1, AGREEING_IMAGES).astype(int))
     whole, stored = _compare_with_saved(backbone, best, split, resources, rows)
-    labels = torch.from_numpy(split.labels[rows]).to(whole.device)
-    difference = float(F.cross_entropy(whole, labels) - F.cross_entropy(stored, labels))
-    return bool((whole.argmax(1) == stored.argmax(1)).all()) and abs(difference) <= AGREEING_LOG_LOSS
+    return agrees(stored, whole, torch.from_numpy(split.labels[rows]).to(whole.device))
 
 
 def _compare_with_saved(

@@ -228,7 +228,7 @@ def _score_stages(session: Session, stack: GreedyStack) -> tuple[list[dict[str, 
         if split is None:
             continue
         images = EvaluationImages(split=split, preprocessing=stack.backbone.preprocessing)
-        logits, labels = compute_image_logits(stack.whole, images, split.labels, session.resources)
+        logits, labels = compute_image_logits(stack.whole.model, images, split.labels, session.resources)
         stages = logits.reshape(len(labels), len(stack.stages), -1).transpose(1, 0, 2)  # (S, N, K)
         for accuracy, each in zip(by_stage, stages, strict=True):
             accuracy[split.name] = read_outcomes(each, labels).score.accuracy

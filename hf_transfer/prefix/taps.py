@@ -1,0 +1,107 @@
+"""What one pass over images stores: for each tap, a function of the activation at a cut. `Extractor` computes all taps."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import nn
+
+from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
+from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.part import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tap:
+    """A request to store the output of the module `keep` (for example a pooling) for the activation at a cut.
+
+    Taps with the same `keep` and equal activation shapes share one call of `keep` per batch.
+    """
+
+    cut: Cut
+    pooling: str = "none"
+    shape: tuple[int, ...]  # shape of one image's stored value
+    through: Cut | None = None  # a later cut, if `keep` runs the layers up to that cut
+    keep: nn.Module = field(default_factory=nn.Identity, repr=False)
+
+
+def tap_activation(cut: Cut) -> Tap:
+    """Returns the tap that stores the whole activation at `cut`."""
+    return Tap(cut=cut, shape=cut.shape)
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """Returns a copy for another thread, in eval mode. Modules (with their hooks) are copied, tensors are shared."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    copied: nn.Module = copy.deepcopy(module, shared).eval()
+    return copied
+
+
+class Extractor(nn.Module):
+    """The function from images (B, C, H, W), or from activations at the cut `start`, to the values of all taps, in order."""
+
+    def __init__(self, chain: Chain, taps: Mapping[str, Tap], *, start: Cut | None = None) -> None:
+        super().__init__()
+        self.names = tuple(taps)
+        self.shapes = tuple(tap.shape for tap in taps.values())
+        cuts = {tap.cut.name: tap.cut for tap in taps.values()}
+        self.part = Part(chain.model, chain.image_shape, start=start, ends=list(cuts.values()))
+        # Each group of taps has one `keep` and activations of one shape. A tap is (its position, the position of its cut).
+        groups: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
+        keeps: dict[tuple[int, tuple[int, ...]], nn.Module] = {}
+        order = list(cuts)
+        for i, tap in enumerate(taps.values()):
+            key = (id(tap.keep), tap.cut.shape)
+            groups.setdefault(key, []).append((i, order.index(tap.cut.name)))
+            keeps[key] = tap.keep
+        self.keeps = nn.ModuleList(keeps.values())
+        self.groups = tuple(groups.values())
+
+    @property
+    def kept_modules(self) -> set[nn.Module]:
+        """The modules whose own inputs or outputs are read, so that they must keep computing these tensors."""
+        sites = [cut.site for cut in (*self.part.ends, *([self.part.start] if self.part.start else []))]
+        return {self.part.network.get_submodule(site.module) for site in sites}
+
+    def forward(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the float32 values (B, *shape) of each tap. The module must be in eval mode, under `no_grad`."""
+        with self.part:
+            activations = self.part.activations(inputs)
+        values: list[torch.Tensor] = [inputs] * len(self.names)
+        for keep, members in zip(self.keeps, self.groups, strict=True):
+            given = [activations[cut].float() for _, cut in members]
+            kept = keep(given[0] if len(given) == 1 else torch.cat(given))
+            for (i, _), value in zip(members, kept.split(len(inputs)), strict=True):
+                values[i] = value
+        return values
+
+    def replicate(self) -> Self:
+        """Returns a copy that another thread can run at the same time. Tensors are shared."""
+        copied = replicate(self)
+        assert isinstance(copied, type(self))
+        return copied
+
+
+class Logits(nn.Module):
+    """The function from images (B, C, H, W) to the logits (B, K) of a whole network, as a list of one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def kept_modules(self) -> set[nn.Module]:
+        """No module: only the logits are read."""
+        return set()
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the float32 logits (B, K), as a list of one tensor."""
+        return [compute_logits(self.model, images).float()]
+
+
+def concatenate(values: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    """Returns the values of several batches as one list, in which each tap has one tensor for all images."""
+    return [torch.cat(list(each)) for each in zip(*values, strict=True)]
