@@ -4,13 +4,14 @@
 # make test-oldest   the tests with the oldest supported versions of the dependencies, in an environment of their own
 # make soak    the slow suites: all strategies through all doors, to the bit
 # make wheel-check   build the wheel, install it into an empty environment, and use it outside the clone
+# make bench DATA=FOLDER   images per second against the bare network and two peers (checkpoints/ and datasets/ in DATA), and the figure
 # make format  rewrite the files in the house format
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: demo test check test-oldest soak wheel-check format
+.PHONY: demo test check test-oldest soak bench wheel-check format
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/linear_probe.py
@@ -30,6 +31,16 @@ test-oldest: $(OLDEST)/.installed
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m soak
+
+BENCH_CHECKPOINT ?= $(DATA)/checkpoints/mobilenetv2_100.tflite_quant_in1k
+BENCH_DATASET ?= $(DATA)/datasets/trashnet
+BENCH_RESULT ?= benchmarks/results/throughput_mobilenetv2.json
+
+bench: $(VENV)/.installed-dev
+	test -d "$(DATA)" || { echo "make bench: DATA=$(DATA) is no folder; it needs checkpoints/ and datasets/"; exit 2; }
+	$(BIN)/python benchmarks/throughput.py --checkpoint "$(BENCH_CHECKPOINT)" --dataset "$(BENCH_DATASET)" \
+		--output $(BENCH_RESULT) $(BENCH_FLAGS)
+	$(BIN)/python benchmarks/draw_throughput.py benchmarks/results/throughput_*.json --output docs/throughput.svg
 
 wheel-check:
 	set -e; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \

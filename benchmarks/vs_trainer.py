@@ -11,10 +11,14 @@ sampled RssAnon of the process and its workers. The peers:
                   suits what trains: 1e-2 for a head alone, else 1e-4; cosine.
   trainer_layout  the same, given our layout: channels-last weights and images, frozen layers in eval without gradients.
 
+`before` is a whole job of ours by the package of an earlier commit (--baseline CHECKOUT).
+
 `bare` is the ceiling of our prefix pass: the same network fed from memory, in the fastest layout that was found.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -24,6 +28,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +37,7 @@ import psutil
 
 BATCH_SIZE = 32
 LAST_LAYERS = 2
-RUNS = ("ours", "trainer", "trainer_layout", "bare")
+RUNS = ("ours", "trainer", "trainer_layout", "bare", "before")
 
 
 def sample_memory(process: psutil.Process, found: dict[str, int], stop: threading.Event) -> None:
@@ -47,23 +53,35 @@ def sample_memory(process: psutil.Process, found: dict[str, int], stop: threadin
         stop.wait(0.05)
 
 
+@contextmanager
+def watch_memory(pid: int) -> Iterator[dict[str, int]]:
+    """Samples the memory of a process and its children in the `with` block, into the item `peak` of the yielded dict."""
+    peak: dict[str, int] = {"peak": 0}
+    stop = threading.Event()
+    watcher = threading.Thread(target=sample_memory, args=(psutil.Process(pid), peak, stop))
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        watcher.join()
+
+
 def run_child(kind: str, given: argparse.Namespace) -> dict[str, Any]:
     """One run in a fresh process with empty caches: what it printed last, as JSON, and its peak memory."""
+    # The earlier commit runs the benchmark's code of today with its own package.
+    root = given.baseline if kind == "before" else str(Path(__file__).resolve().parents[1])
     command = [sys.executable, __file__, "--child", kind, "--checkpoint", given.checkpoint, "--dataset", given.dataset]
     command += ["--strategy", given.strategy, "--trainable", str(given.trainable)]
     command += ["--epochs", str(given.epochs), "--workers", str(given.workers), "--threads", str(given.threads)]
     with tempfile.TemporaryDirectory() as scratch:
         environment = {**os.environ, "HF_TRANSFER_CACHE": f"{scratch}/cache", "HF_DATASETS_CACHE": f"{scratch}/data"}
+        environment["PYTHONPATH"] = root
         environment["OMP_NUM_THREADS"] = str(given.threads)
         environment["TOKENIZERS_PARALLELISM"] = "false"
         child = subprocess.Popen([*command, "--scratch", scratch], env=environment, stdout=subprocess.PIPE, text=True)
-        peak: dict[str, int] = {}
-        stop = threading.Event()
-        watcher = threading.Thread(target=sample_memory, args=(psutil.Process(child.pid), peak, stop))
-        watcher.start()
-        output, _ = child.communicate()
-        stop.set()
-        watcher.join()
+        with watch_memory(child.pid) as peak:
+            output, _ = child.communicate()
         if child.returncode != 0:
             raise SystemExit(f"{kind} failed with status {child.returncode}")
     return {**json.loads(output.strip().splitlines()[-1]), "peak_memory_bytes": peak["peak"]}
@@ -123,7 +141,7 @@ def run_trainer(given: argparse.Namespace, *, our_layout: bool) -> dict[str, Any
         "dataloader_num_workers": given.workers,
         "seed": 0,
     }
-    trainable = set(json.loads(Path(given.trainable).read_text()))
+    trainable = None if given.trainable is None else set(json.loads(Path(given.trainable).read_text()))
     return trainer_example.train(
         given.checkpoint, given.dataset, given.scratch, arguments, trainable=trainable, our_layout=our_layout
     )
@@ -140,7 +158,7 @@ def run_bare(given: argparse.Namespace) -> dict[str, Any]:
     rates = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         model = model.to(memory_format=layout)
-        for batch in (8, 16, 32, 64):
+        for batch in (4, 8, 16, 32, 64):
             pixels = torch.randn(batch, 3, height, width).to(memory_format=layout)
             times = []
             with torch.no_grad():
@@ -167,7 +185,7 @@ def summarise(given: argparse.Namespace, found: dict[str, list[dict[str, Any]]])
     }
     ratios = {
         f"{name} seconds / ours": middle[name]["seconds"] / middle["ours"]["seconds"]
-        for name in ("trainer", "trainer_layout")
+        for name in ("trainer", "trainer_layout", "before")
         if name in middle and "ours" in middle
     }
     if "bare" in middle and "ours" in middle and given.strategy == "probe":
@@ -175,13 +193,23 @@ def summarise(given: argparse.Namespace, found: dict[str, list[dict[str, Any]]])
     return {"medians": middle, "ratios": ratios}
 
 
+def describe_machine(threads: int) -> dict[str, Any]:
+    """Returns the processor, its number formats, the threads, the versions and the date."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    formats = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    versions = {n: importlib.metadata.version(n) for n in ("torch", "timm", "transformers", "pillow")}
+    if importlib.util.find_spec("openvino"):
+        versions["openvino"] = importlib.metadata.version("openvino")
+    return {"cpu": cpu, "formats": formats, "threads": threads, "date": time.strftime("%Y-%m-%d"), "versions": versions}
+
+
 def write_summary(given: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
     """Every figure so far, with the device's name, as JSON; after each round, so that a run that is stopped leaves some."""
     if not given.output:
         return
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    machine = {"cpu": cpu, "threads": given.threads, "date": time.strftime("%Y-%m-%d")}
+    machine = describe_machine(given.threads)
     rounds = min(len(runs) for runs in found.values())
     settings = {
         "strategy": given.strategy,
@@ -207,7 +235,8 @@ def main() -> None:
         "--workers", type=int, default=2, help="the peer's data-loader workers: take the better of 0 and 2"
     )
     parser.add_argument("--threads", type=int, default=2, help="torch threads of each run")
-    parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=RUNS)
+    parser.add_argument("--runs", nargs="*", choices=RUNS, help="default: all; `before` needs --baseline")
+    parser.add_argument("--baseline", help="checkout of an earlier commit, whose whole job is the run `before`")
     parser.add_argument("--output", type=Path, help="JSON file for every figure, with the device's name")
     parser.add_argument("--child", choices=(*RUNS, "names"), help=argparse.SUPPRESS)
     parser.add_argument("--trainable", help=argparse.SUPPRESS)
@@ -216,6 +245,7 @@ def main() -> None:
     if given.child:
         functions = {
             "ours": run_ours,
+            "before": run_ours,
             "trainer": lambda g: run_trainer(g, our_layout=False),
             "trainer_layout": lambda g: run_trainer(g, our_layout=True),
             "bare": run_bare,
@@ -223,6 +253,7 @@ def main() -> None:
         }
         print(json.dumps(functions[given.child](given)))
         return
+    given.runs = given.runs or [run for run in RUNS if run != "before" or given.baseline]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in given.runs}
     names = Path(tempfile.mkdtemp()) / "trainable.json"
     names.write_text(json.dumps(run_child("names", given)["trainable"]))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -384,7 +385,7 @@ def test_an_unfinished_store_counts_as_free_for_the_job_that_continues_it(monkey
         build(700, fill=Interrupting(600))
     monkeypatch.setattr(storage, "free_disk_bytes", lambda: contents.DISK_LEFT_BYTES)  # the disk is full otherwise
     rest = Interrupting(1000)
-    assert cached(FIELDS, request(ARRAYS, 700, rest, cache="auto")).storage.kind == "disk"
+    assert kind_of(cached(FIELDS, request(ARRAYS, 700, rest, cache="auto"))) == "disk"
     assert rest.rows == 700 - 512
 
 
@@ -572,9 +573,82 @@ def test_each_rank_writes_its_rows_and_reads_all(num_rows: int, root: Path, tmp_
     np.testing.assert_array_equal(build(num_rows, fill=must_not_fill)["features"][:], content(0, num_rows)["features"])
 
 
+def kind_of(stored: cache.Stored) -> str:
+    """Where all arrays of a request are."""
+    (kind,) = {each.kind for each in stored.storages.values()}
+    return kind
+
+
+def limit_capacity(monkeypatch: pytest.MonkeyPatch, disk_bytes: int, memory_bytes: int) -> None:
+    capacity = Capacity(disk_bytes=disk_bytes, memory_bytes=memory_bytes)
+    monkeypatch.setattr(cache, "measure_capacity", lambda *_, **__: capacity)
+
+
+def build_apart(num_rows: int, fill: Any, ranks: Ranks | None = None) -> cache.Stored:
+    fields = {name: {"kind": "test", "name": name} for name in ARRAYS}
+    made = request(ARRAYS, num_rows, fill, cache="auto")
+    return cache.cached_apart(fields, replace(made, ranks=ranks or Ranks()), dict.fromkeys(ARRAYS, ""))
+
+
+def fill_any(missing: MissingRows) -> None:
+    for name, array in missing.arrays.items():
+        array[missing.positions] = content(missing.start, len(array))[name][missing.positions]
+
+
+def count_rows(counts: list[int]) -> Any:
+    def fill_and_count(missing: MissingRows) -> None:
+        counts.append(len(missing.positions))
+        fill_any(missing)
+
+    return fill_and_count
+
+
+def sizes_of(num_rows: int) -> list[int]:
+    return sorted(num_rows * math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in ARRAYS.values())
+
+
+@pytest.mark.parametrize(
+    ("num_on_disk", "num_in_memory"), [(len(ARRAYS), 0), (len(ARRAYS) - 1, 1), (0, 1), (1, 0), (0, len(ARRAYS))]
+)
+def test_each_array_is_stored_where_it_fits_and_one_pass_fills_all(
+    monkeypatch: pytest.MonkeyPatch, num_on_disk: int, num_in_memory: int
+) -> None:
+    sizes = sizes_of(30)
+    in_memory = sizes[num_on_disk : num_on_disk + num_in_memory]
+    limit_capacity(monkeypatch, sum(sizes[:num_on_disk]), 2 * sum(in_memory))
+    counts: list[int] = []
+    stored = build_apart(30, count_rows(counts))
+    kinds = sorted(each.kind for each in stored.storages.values())
+    num_left = len(ARRAYS) - num_on_disk - num_in_memory
+    assert kinds == ["disk"] * num_on_disk + ["memory"] * num_in_memory + ["none"] * num_left
+    assert counts == ([30] if stored.stores else [])
+    for name, store in stored.stores.items():
+        np.testing.assert_array_equal(store[:], content(0, 30)[name])
+
+
+def test_rows_in_memory_that_the_pass_for_the_disk_left_out_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = sizes_of(30)
+    limit_capacity(monkeypatch, sizes[0], 2 * sum(sizes[1:]))
+    build_apart(30, fill_any)
+    counts: list[int] = []
+    stored = build_apart(30, count_rows(counts))  # the array on disk is there, those in memory are not
+    assert counts == [30]
+    for name, store in stored.stores.items():
+        np.testing.assert_array_equal(store[:], content(0, 30)[name])
+
+
+def test_every_rank_has_all_rows_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = sizes_of(30)
+    limit_capacity(monkeypatch, sizes[0], 2 * sum(sizes[1:]))
+    for stored in run_ranks(2, lambda ranks: build_apart(30, fill_any, ranks)):
+        assert len(stored.stores) == len(ARRAYS)
+        for name, store in stored.stores.items():
+            np.testing.assert_array_equal(store[:], content(0, 30)[name])
+
+
 def test_nothing_is_stored_under_none(root: Path) -> None:
     stored = cached(FIELDS, request(ARRAYS, 10, must_not_fill, cache="none"))
-    assert (stored.stores, stored.storage.kind) == ({}, "none")
+    assert (stored.stores, kind_of(stored)) == ({}, "none")
     assert not root.parent.exists()
 
 
@@ -726,7 +800,7 @@ def test_a_file_in_place_of_the_folder_costs_the_disk_alone(
     place.write_text("")
     for _ in range(2):
         stored = cached(FIELDS, request(ARRAYS, 10, fill, cache="auto"))
-        assert stored.storage.kind == "memory"
+        assert kind_of(stored) == "memory"
         np.testing.assert_array_equal(stored.stores["features"][:], content(0, 10)["features"])
     [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert line.startswith(f"cannot write to the cache folder {root.parent} (")
@@ -763,7 +837,7 @@ def test_a_full_disk_costs_the_disk_alone(root: Path, caplog: pytest.LogCaptureF
         cached(FIELDS, request(ARRAYS, 1001, fill, cache="auto"))
         with pytest.raises(OSError, match=r"cache='disk': cannot write to the cache folder .*File too large"):
             build(2000, cache="disk")
-    assert (small.storage.kind, stored.storage.kind) == ("disk", "memory")
+    assert (kind_of(small), kind_of(stored)) == ("disk", "memory")
     np.testing.assert_array_equal(stored.stores["features"][:], content(0, 1000)["features"])
     assert caplog.text.count("the run continues without storing on disk") == 1
     assert len(list(root.iterdir())) == 1, "the small one"
@@ -774,8 +848,8 @@ def test_a_warm_store_is_read_from_a_folder_without_space(root: Path, caplog: py
     reset_reports()
     with files_of_at_most(0):
         warm = cached(FIELDS, request(ARRAYS, 10, must_not_fill, cache="auto"))
-        assert warm.storage.kind == "disk"
-        assert cached(FIELDS, request(ARRAYS, 11, fill, cache="auto")).storage.kind == "memory"
+        assert kind_of(warm) == "disk"
+        assert kind_of(cached(FIELDS, request(ARRAYS, 11, fill, cache="auto"))) == "memory"
     assert len(list(root.iterdir())) == 1
 
 
@@ -788,9 +862,9 @@ def read_as_another_user(cache_dir: Path, log: Path) -> None:
     os.environ["HF_TRANSFER_CACHE"] = str(cache_dir)
     logging.basicConfig(filename=log)
     warm = cached(FIELDS, request(ARRAYS, 10, must_not_fill, cache="auto"))
-    assert warm.storage.kind == "disk"
+    assert kind_of(warm) == "disk"
     assert np.array_equal(warm.stores["features"][:], content(0, 10)["features"])
-    assert cached(FIELDS, request(ARRAYS, 11, fill, cache="auto")).storage.kind == "memory"
+    assert kind_of(cached(FIELDS, request(ARRAYS, 11, fill, cache="auto"))) == "memory"
     with contextlib.suppress(OSError):
         clear_caches()
 

@@ -12,6 +12,7 @@ from hf_transfer.config import ComputeConfig, DataConfig
 from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.inference.predict import predict
 from hf_transfer.locations import CHECKPOINTS, CONFIG
+from hf_transfer.prefix.extract import Recomputed
 from hf_transfer.runs import execute
 from hf_transfer.training.probe import ProbeOptions
 from hf_transfer.training.readouts import choose_readout, extract_readouts, install_probe, measures_saved
@@ -85,3 +86,11 @@ def test_evaluate_and_predict_run_by_an_engine(tmp_path: Path, caplog: pytest.Lo
     for a, b in zip(by_eager, by_folded, strict=True):
         assert a.labels == b.labels
         np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-4)
+
+
+def test_without_a_cache_one_pass_serves_all_readouts() -> None:
+    session = make_session("linear_probe", cache="none")
+    readouts, computed = extract_readouts(session, sweep="all")
+    assert readouts
+    assert computed == sum(len(s) for s in (session.data.train, session.data.validation, session.data.test) if s)
+    assert all(not isinstance(store, Recomputed) for each in readouts for store in each.stores.values())

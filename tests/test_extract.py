@@ -87,7 +87,7 @@ def direct(backbone: Backbone, chain: Chain, split: Split) -> dict[str, np.ndarr
 def test_stored_equals_computed(network: tuple[Backbone, Chain], train: Split, cache: str) -> None:
     backbone, chain = network
     extracted = extract_from(network, train, batch_size=4, cache=cache)
-    assert extracted.storage.kind == cache
+    assert {storage.kind for storage in extracted.storages.values()} == {cache}
     for name, expected in direct(backbone, chain, train).items():
         store = extracted.stores[name]
         assert store.shape == expected.shape

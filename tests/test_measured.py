@@ -11,7 +11,7 @@ from sessions import make_session
 from hf_transfer.inference.predict import load_saved
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.runs import execute
-from hf_transfer.training import plan, readouts
+from hf_transfer.training import evaluate, plan
 
 LOG_LOSS = 1e-3  # a probe in low precision is scored on its features if these agree with the saved network so far
 
@@ -43,11 +43,12 @@ def test_metrics_are_of_the_saved_file(
     assert reported["nll"] == pytest.approx(log_loss, abs=LOG_LOSS if strategy == "linear_probe" else 1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"engine": "folded"}])
 def test_a_probe_that_disagrees_with_the_saved_network_is_scored_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    settings: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(readouts, "AGREEING_LOG_LOSS", -1.0)
-    session = make_session("linear_probe", tmp_path / "run", precision="bf16")
+    monkeypatch.setattr(evaluate, "AGREEING_LOG_LOSS", -1.0)
+    session = make_session("linear_probe", tmp_path / "run", **settings)
     with caplog.at_level("INFO"):
         execute(session)
     assert "scoring again" in caplog.text

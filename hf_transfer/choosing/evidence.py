@@ -20,7 +20,7 @@ from hf_transfer.network.readout import find_readouts
 from hf_transfer.network.transformers_models import NoTrainedHeadError
 from hf_transfer.prefix.extract import extract_images
 from hf_transfer.prefix.pixels import EvaluationImages
-from hf_transfer.prefix.taps import Tap
+from hf_transfer.prefix.taps import Tap, count_bytes
 from hf_transfer.session import Session
 from hf_transfer.training.readouts import tap_readouts
 
@@ -62,11 +62,12 @@ def gather_evidence(session: Session, *, head: LinearMap | None, readouts: bool 
     `head` is the pretrained classifier from `read_head`. With `readouts`, the cache also receives the features of each layer
     and pooling that the linear probe tries. Raises ValueError if the logits are not a weighted sum of linear maps.
     """
-    chain, data, resources = session.chain, session.data, session.resources.keeping_results()
+    chain, data, resources = session.chain, session.data, session.resources
     own, *others = find_readouts(chain, sweep="all" if readouts else "none")
     means = {f"mean after {cut.name}": (cut, position) for cut, position in spread_depths(chain)}
     taps = tap_readouts(chain, [own, *others], resources)
     taps |= {name: tap_mean(cut, chain.image_shape) for name, (cut, _) in means.items()}
+    resources = resources.keeping_results(count_bytes(taps) * (len(data.train) + len(data.validation)))
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in (own.name, *means)}
     images_computed = 0
     for split in (data.train, data.validation):

@@ -35,7 +35,7 @@ from hf_transfer.prefix.layout import (
     write_layout,
 )
 from hf_transfer.prefix.ranks import Ranks, find_group
-from hf_transfer.prefix.storage import CacheKind, Storage, choose_storage, measure_capacity
+from hf_transfer.prefix.storage import CacheKind, Storage, choose_storages, measure_capacity
 from hf_transfer.prefix.store import Array, Store
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,10 @@ class StoreRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """The stores by array name, and where they are. There are none if the storage is 'none'."""
+    """The stores by array name, and where each array is. An array whose storage is 'none' has no store."""
 
     stores: Mapping[str, Store]
-    storage: Storage
+    storages: Mapping[str, Storage]
 
 
 def key_of(fields: Mapping[str, Any]) -> str:
@@ -144,32 +144,62 @@ class _Search:
     def __init__(self, groups: Sequence[_Group], request: StoreRequest) -> None:
         self.groups, self.request, self.ranks = groups, request, request.ranks
         self.fields = [group.decided_by(request.num_rows) for group in groups]
-        self.nbytes = request.num_rows * sum(group.row_bytes() for group in groups)
+        self.sizes = {i: request.num_rows * group.row_bytes() for i, group in enumerate(groups)}
+        self.storages: dict[int, Storage] = {}
+        self.opened: list[dict[str, Store] | None] = [None for _ in groups]
+        self.in_memory: dict[str, Array] = {}
+        self.is_filled = np.zeros(request.num_rows, np.bool_)  # which rows of all arrays in memory are computed
 
     def run(self) -> Stored:
         request, ranks = self.request, self.ranks
         if request.cache in ("memory", "none"):
             capacity = measure_capacity(ranks, None, needs_disk=False)
-            return self._store_elsewhere(choose_storage(self.nbytes, request.cache, capacity))
+            self._plan(choose_storages(self.sizes, request.cache, capacity))
+        else:
+            self._search_disk()
+        self._complete_memory()
+        stores = self._named_stores() | {name: Store([array]) for name, array in self.in_memory.items()}
+        by_name = {name: self.storages[i] for i, group in enumerate(self.groups) for name in group.arrays}
+        return Stored(stores=stores, storages=by_name)
+
+    def _plan(self, chosen: Mapping[int, Storage]) -> None:
+        """Records where groups of arrays are stored, and allocates the arrays that are stored in memory."""
+        self.storages |= chosen
+        for i, storage in chosen.items():
+            if storage.kind == "memory":
+                for name, (shape, dtype) in self.groups[i].arrays.items():
+                    self.in_memory[name] = np.empty((self.request.num_rows, *shape), dtype)
+                self.is_filled[:] = False
+
+    def _search_disk(self) -> None:
+        """Opens the stores that are on disk, and builds the missing ones there if they fit."""
+        request, ranks = self.request, self.ranks
         self.folder_group = find_group(ranks)
         self.folders = [store_dir() / key_of(fields) for fields in self.fields]
-        self.opened: list[dict[str, Store] | None] = [None for _ in self.groups]
         # The leaders decide, since another job may finish or evict a store in this moment.
         lists = ranks.together(self._find_missing)
-        storage = Storage(kind="disk", reason=f"{self.nbytes / 1e6:,.1f} MB were found on disk")
-        if any(lists):
-            needed = max(request.num_rows * sum(self.groups[i].row_bytes() for i in missing) for missing in lists)
-            reusable = sum(size_of(p) for folder in self.folders for p in list_partials(folder))
+        missing = sorted({i for each in lists for i in each})
+        found = [i for i in range(len(self.groups)) if i not in missing]
+        reason = f"{sum(self.sizes[i] for i in found) / 1e6:,.1f} MB were found on disk"
+        self.storages = dict.fromkeys(found, Storage(kind="disk", reason=reason))
+        if missing:
+            reusable = sum(size_of(p) for i in missing for p in list_partials(self.folders[i]))
             capacity = measure_capacity(ranks, request.bound_bytes, needs_disk=True, reusable_bytes=reusable)
-            storage = choose_storage(needed, request.cache, capacity)
-            if storage.kind == "disk" and (problem := self._build(lists[self.folder_group.leader])):
+            sizes = {i: self.sizes[i] for i in missing}
+            self._plan(choose_storages(sizes, request.cache, capacity))
+            on_disk = [i for i in missing if self.storages[i].kind == "disk"]
+            own = [i for i in lists[self.folder_group.leader] if i in on_disk]
+            if on_disk and (problem := self._build(own)):
                 capacity = replace(capacity, disk_bytes=0, problem=problem)
-                storage = choose_storage(needed, request.cache, capacity)
-            if storage.kind != "disk":
-                return self._store_elsewhere(choose_storage(self.nbytes, request.cache, capacity))
+                self._plan(choose_storages({i: self.sizes[i] for i in on_disk}, request.cache, capacity))
         # All ranks open the stores before a leader may discard one in its next call.
         ranks.together(self._open_all)
-        return Stored(stores=self._named_stores(), storage=storage)
+
+    def _complete_memory(self) -> None:
+        """Computes, on every rank, the rows in memory that no pass for the disk has computed."""
+        rest = np.flatnonzero(~self.is_filled)
+        missing = MissingRows(arrays=self.in_memory, start=0, positions=rest, mark=lambda positions: None)
+        self.ranks.together(lambda: self.request.fill(missing) if self.in_memory and len(rest) else None)
 
     def _named_stores(self) -> dict[str, Store]:
         """Returns the open stores by array name."""
@@ -201,21 +231,11 @@ class _Search:
 
     def _open_all(self) -> None:
         for i, folder in enumerate(self.folders):
+            if self.storages[i].kind != "disk":
+                continue
             self.opened[i] = self.opened[i] or open_store(folder, verify=False)
             if self.opened[i] is None:
                 raise RuntimeError(f"another job removed the cache {folder.name} while this job opened it: run again")
-
-    def _store_elsewhere(self, storage: Storage) -> Stored:
-        """Computes all rows on every rank and keeps them in memory, or nothing if the storage is 'none'."""
-        request = self.request
-        if storage.kind == "none":
-            return Stored(stores={}, storage=storage)
-        arrays = {n: np.empty((request.num_rows, *shape), dtype) for n, (shape, dtype) in request.arrays.items()}
-        missing = MissingRows(
-            arrays=arrays, start=0, positions=np.arange(request.num_rows), mark=lambda positions: None
-        )
-        self.ranks.together(lambda: request.fill(missing))
-        return Stored(stores={name: Store([array]) for name, array in arrays.items()}, storage=storage)
 
     def _build(self, missing: Sequence[int]) -> str | None:
         """Computes the missing stores on disk. Returns None, or why nothing can be written."""
@@ -303,9 +323,11 @@ class _Search:
                 for i, shard in zip(missing, shards, strict=True)
                 for name, array in self.groups[i].named(shard.arrays).items()
             }
+            arrays |= {name: array[rows.start : rows.stop] for name, array in self.in_memory.items()}
             self.request.fill(
                 MissingRows(arrays=arrays, start=rows.start, positions=progress.positions, mark=progress.mark)
             )
+            self.is_filled[rows.start + progress.positions] = True
         return [shard.list_checksums() for shard in shards]
 
     def _complete(

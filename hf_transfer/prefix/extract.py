@@ -35,7 +35,7 @@ class Extracted:
     images: int  # number of images that this process computed; 0 if all stores were in the cache
     checked_rows: int  # number of rows that this process computed again to check stores from the cache
     seconds: float
-    storage: Storage
+    storages: Mapping[str, Storage]  # by tap name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +103,19 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
     # Keys are needed on disk only, and contain a hash of all images.
     keys: dict[str, dict[str, Any]] = extraction.keys() if resources.uses_disk else {name: {} for name in taps}
     stored = cached_apart(keys, request, titles)
-    stores, storage = stored.stores, stored.storage
-    if storage.kind == "none":
-        log.info("activations of %s: %s", images.name, storage.reason)
-        recomputed = {name: Recomputed(extraction, tap) for name, tap in taps.items()}
-        return Extracted(stores=recomputed, images=0, checked_rows=0, seconds=0.0, storage=storage)
+    recomputed = {name: Recomputed(extraction, taps[name]) for name in taps if name not in stored.stores}
     seconds = time.perf_counter() - started
     if resources.accelerator.is_main_process:
         origin = f"{extraction.computed / seconds:.0f} images/s" if extraction.computed else "found in the cache"
-        log.info("activations of %s: %d images, %s; %s", images.name, len(images), origin, storage.reason)
+        origin = "none computed" if not stored.stores else origin
+        places = "; ".join(dict.fromkeys(storage.reason for storage in stored.storages.values()))
+        log.info("activations of %s: %d images, %s; %s", images.name, len(images), origin, places)
     return Extracted(
-        stores=stores,
+        stores={**stored.stores, **recomputed},
         images=extraction.computed,
         checked_rows=extraction.checked,
         seconds=seconds,
-        storage=storage,
+        storages=stored.storages,
     )
 
 
@@ -147,7 +145,7 @@ class _Extraction:
 
     def fill(self, missing: MissingRows) -> None:
         """Computes the values of the missing rows, and writes each tap's values into the tap's array."""
-        self.computed = len(missing.positions)
+        self.computed += len(missing.positions)
 
         def write(start: int, values: Mapping[str, NDArray[Any]]) -> None:
             count = len(next(iter(values.values())))

@@ -269,7 +269,7 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
     # The fingerprint is needed on disk only, and is a hash of all images.
     fields = {**key, "data": split.fingerprint} if resources.uses_disk else key
     stored = cached(fields, request, f"{key['kind']}, {len(split)} images")
-    storage = stored.storage
+    (storage,) = set(stored.storages.values())
     if storage.kind == "none":
         log.info("pixels of %s: %s", split.name, storage.reason)
         return {

@@ -11,7 +11,7 @@ from hf_transfer.capability import count_cores
 from hf_transfer.config import ComputeConfig, Engine, Precision
 from hf_transfer.locations import chain_dir
 from hf_transfer.prefix.ranks import Ranks
-from hf_transfer.prefix.storage import Storage, choose_storage, measure_capacity
+from hf_transfer.prefix.storage import SHARE_OF_MEMORY, Storage, choose_storage, measure_capacity
 from hf_transfer.processes import gather
 
 DTYPES: Mapping[Precision, torch.dtype] = {
@@ -86,8 +86,14 @@ class Resources:
         capacity = measure_capacity(self.ranks, self.max_disk_bytes, needs_disk=self.uses_disk)
         return choose_storage(nbytes, self.compute.cache, capacity)
 
-    def keeping_results(self) -> "Resources":
-        """Returns resources with cache='memory' in place of cache='none', so that several readers share one pass."""
+    def keeping_results(self, nbytes: int) -> "Resources":
+        """Returns resources with cache='memory' in place of cache='none', so that several readers share one pass.
+
+        Resources stay unchanged if `nbytes` bytes do not fit in memory. All ranks must call this method.
+        """
         if self.compute.cache != "none":
+            return self
+        capacity = measure_capacity(self.ranks, None, needs_disk=False)
+        if nbytes > SHARE_OF_MEMORY * capacity.memory_bytes:
             return self
         return replace(self, compute=replace(self.compute, cache="memory"))

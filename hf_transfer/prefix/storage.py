@@ -2,8 +2,9 @@
 
 import socket
 from collections import Counter
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import psutil
 
@@ -12,6 +13,7 @@ from hf_transfer.prefix.ranks import Ranks, find_group
 
 SHARE_OF_MEMORY = 0.5  # stores may use this share of the free memory; the network and the solver need the rest
 
+Key = TypeVar("Key", bound=Hashable)
 CacheKind = Literal["auto", "disk", "memory", "none"]
 
 
@@ -37,29 +39,73 @@ def choose_storage(nbytes: int, requested: CacheKind, capacity: Capacity) -> Sto
 
     Raises ValueError if the bytes do not fit in the requested place, and OSError if the requested disk is not writable.
     """
+    return choose_storages({"": nbytes}, requested, capacity)[""]
+
+
+def choose_storages(sizes: Mapping[Key, int], requested: CacheKind, capacity: Capacity) -> dict[Key, Storage]:
+    """Chooses where to store each of several arrays, whose sizes in bytes are given. Small arrays come first.
+
+    So if not all arrays fit on disk, the largest are in memory or recomputed. Raises errors as `choose_storage` does.
+    """
     if requested not in ("auto", "disk", "memory", "none"):
         raise ValueError(f"cache={requested!r}: choose one of auto, disk, memory, none")
-    size = f"{nbytes / 1e6:,.1f} MB"
-    if requested == "none":
-        return Storage(kind="none", reason=f"{size} are not stored, as requested, but recomputed at each use")
-    room, memory = max(0, capacity.disk_bytes), capacity.memory_bytes
-    if requested == "disk" and capacity.problem is not None:
-        raise OSError(f"cache='disk': {capacity.problem}")
-    if requested in ("auto", "disk") and capacity.problem is None and nbytes <= room:
-        return Storage(kind="disk", reason=f"{size} are stored on disk (the cache may use {room / 1e9:,.1f} GB)")
+    total = sum(sizes.values())
+    has_disk = requested in ("auto", "disk") and capacity.problem is None
+    disk_left = max(0, capacity.disk_bytes) if has_disk else 0
+    memory_left = SHARE_OF_MEMORY * capacity.memory_bytes if requested in ("auto", "memory") else 0.0
     if requested == "disk":
+        _require_disk(total, capacity)
+    if requested == "memory" and total > memory_left:
         raise ValueError(
-            f"cache='disk': {size} exceed the {room / 1e9:,.1f} GB that the cache may use: raise --cache_gb, free disk space, "
-            "or set HF_TRANSFER_CACHE to a folder on another disk"
+            f"cache='memory': {_format(total)} are more than half of the free memory "
+            f"({capacity.memory_bytes / 1e9:,.1f} GB): set cache='disk' or 'none'"
         )
-    if nbytes <= SHARE_OF_MEMORY * memory:
-        return Storage(kind="memory", reason=f"{size} are stored in memory ({memory / 1e9:,.1f} GB are free)")
-    if requested == "memory":
+    kinds: dict[Key, Literal["disk", "memory", "none"]] = {}
+    for key, nbytes in sorted(sizes.items(), key=lambda item: item[1]):
+        if has_disk and nbytes <= disk_left:
+            kinds[key] = "disk"
+            disk_left -= nbytes
+        elif requested in ("auto", "memory") and nbytes <= memory_left:
+            kinds[key] = "memory"
+            memory_left -= nbytes
+        else:
+            kinds[key] = "none"
+    storages = {
+        kind: Storage(
+            kind=kind, reason=_explain(kind, sum(sizes[k] for k in sizes if kinds[k] == kind), requested, capacity)
+        )
+        for kind in set(kinds.values())
+    }
+    return {key: storages[kinds[key]] for key in sizes}
+
+
+def _require_disk(nbytes: int, capacity: Capacity) -> None:
+    if capacity.problem is not None:
+        raise OSError(f"cache='disk': {capacity.problem}")
+    if nbytes > max(0, capacity.disk_bytes):
         raise ValueError(
-            f"cache='memory': {size} are more than half of the free memory ({memory / 1e9:,.1f} GB): set cache='disk' or 'none'"
+            f"cache='disk': {_format(nbytes)} exceed the {max(0, capacity.disk_bytes) / 1e9:,.1f} GB that the cache may use: "
+            "raise --cache_gb, free disk space, or set HF_TRANSFER_CACHE to a folder on another disk"
         )
-    free = f"the disk cache ({room / 1e9:,.1f} GB) nor half of the free memory ({memory / 1e9:,.1f} GB)"
-    return Storage(kind="none", reason=f"{size} fit into neither {free}, so they are recomputed at each use")
+
+
+def _explain(kind: str, nbytes: int, requested: CacheKind, capacity: Capacity) -> str:
+    """Returns why `nbytes` bytes are stored in the place `kind`."""
+    room, memory = f"{max(0, capacity.disk_bytes) / 1e9:,.1f} GB", f"{capacity.memory_bytes / 1e9:,.1f} GB"
+    if kind == "disk":
+        return f"{_format(nbytes)} are stored on disk (the cache may use {room})"
+    if kind == "memory":
+        return f"{_format(nbytes)} are stored in memory ({memory} are free)"
+    if requested == "none":
+        return f"{_format(nbytes)} are not stored, as requested, but recomputed at each use"
+    return (
+        f"{_format(nbytes)} fit into neither the disk cache ({room}) nor half of the free memory ({memory}), so they are "
+        "recomputed at each use"
+    )
+
+
+def _format(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"
 
 
 def measure_capacity(ranks: Ranks, bound_bytes: int | None, *, needs_disk: bool, reusable_bytes: int = 0) -> Capacity:

@@ -1,6 +1,7 @@
 """What one pass over images stores: for each tap, a function of the activation at a cut. `Extractor` computes all taps."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
@@ -26,6 +27,11 @@ class Tap:
     shape: tuple[int, ...]  # shape of one image's stored value
     through: Cut | None = None  # a later cut, if `keep` runs the layers up to that cut
     keep: nn.Module = field(default_factory=nn.Identity, repr=False)
+
+
+def count_bytes(taps: Mapping[str, Tap]) -> int:
+    """Returns the bytes per image of all taps together, in float32."""
+    return sum(4 * math.prod(tap.shape) for tap in taps.values())
 
 
 def tap_activation(cut: Cut) -> Tap:

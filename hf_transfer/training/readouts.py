@@ -23,7 +23,7 @@ from hf_transfer.prefix.extract import extract
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
 from hf_transfer.prefix.sweep import move_model
-from hf_transfer.prefix.taps import Tap, tap_activation
+from hf_transfer.prefix.taps import Tap, count_bytes, tap_activation
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.training.evaluate import AGREEING_IMAGES, agrees, compute_stored_logits
@@ -77,11 +77,12 @@ def extract_readouts(
     taps = tap_readouts(chain, readouts, resources) | {cut.name: tap_activation(cut) for cut in beside}
     stores: dict[str, Mapping[str, Store]] = {}
     computed = 0
-    for split in (data.train, data.validation, data.test):
-        if split is not None:
-            extracted = extract(chain, session.backbone.preprocessing, split, taps, resources)
-            stores[split.name] = extracted.stores
-            computed += extracted.images
+    splits = [split for split in (data.train, data.validation, data.test) if split is not None]
+    resources = resources.keeping_results(count_bytes(taps) * sum(map(len, splits)))
+    for split in splits:
+        extracted = extract(chain, session.backbone.preprocessing, split, taps, resources)
+        stores[split.name] = extracted.stores
+        computed += extracted.images
     return [
         ReadoutFeatures(readout=r, stores={split: named[r.name] for split, named in stores.items()}) for r in readouts
     ], computed
