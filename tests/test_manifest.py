@@ -195,14 +195,16 @@ def test_an_unwritable_folder_only_costs_time(
     assert caplog.text.count("cannot write to the cache folder") == 1
 
 
-def test_after_a_missing_file_only_that_file_is_read(root: Path, tmp_path: Path) -> None:
-    last = root / name(COUNT - 1)
-    content = last.read_bytes()
-    last.unlink()
-    with pytest.raises(BadImageError, match=r"5\.png: the file cannot be opened"):
+def test_after_a_missing_file_the_files_before_it_are_not_read_again(root: Path, tmp_path: Path) -> None:
+    missing = root / name(3)
+    content = missing.read_bytes()
+    missing.unlink()
+    with pytest.raises(BadImageError, match=r"3\.png: the file cannot be opened"):
         digest(root, tmp_path / "manifests")
-    last.write_bytes(content)
-    assert digest(root, tmp_path / "manifests")[1] == [COUNT - 1]
+    missing.write_bytes(content)
+    digests, read = digest(root, tmp_path / "manifests")
+    assert read == [3, 4, 5]
+    assert np.array_equal(digests, digest(root, None)[0])
 
 
 def test_without_a_change_time_every_file_is_read(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
