@@ -6,9 +6,11 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from accelerate import Accelerator
@@ -20,6 +22,7 @@ from hf_transfer.data import manifest, sources
 from hf_transfer.data.dataset import load_data
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.manifest import ENTRY, Manifest, is_stable
+from hf_transfer.data.memory import MemorySource
 from hf_transfer.data.paths import PackedPaths
 from hf_transfer.data.sources import FolderSource
 from hf_transfer.data.splits import Split
@@ -234,6 +237,63 @@ def test_a_session_writes_manifests_unless_the_cache_is_none(
     assert locations.manifest_dir().exists() == (cache != "none")
     fingerprints = [split.fingerprint for split in session.data.splits]
     assert fingerprints == [split.fingerprint for split in load_data(DataConfig(dataset=str(dataset))).splits]
+
+
+def count_reads(source: sources.ImageSource, manifests: Path) -> int:
+    """The number of images that are read for their digests, which are those without a manifest."""
+    content, read = source.content, []
+    source.content = lambda row: (read.append(row), content(row))[1]  # type: ignore[method-assign]
+    rows = np.arange(len(source))
+    digests = source.digests(rows, manifests)
+    source.content = content  # type: ignore[method-assign]
+    source._is_hashed[:] = False
+    assert np.array_equal(digests, source.digests(rows))
+    return len(read)
+
+
+def write_table(root: Path) -> None:
+    images = [b"image %d" % row for row in range(COUNT)]
+    table = datasets.Dataset.from_dict({"image": images, "label": [row % 2 for row in range(COUNT)]})
+    table.save_to_disk(str(root))
+
+
+def write_metadata(root: Path) -> None:
+    write_images(root)
+    lines = [f"train/{name(row)},{'ab'[row % 2]}" for row in range(COUNT)]
+    (root / "metadata.csv").write_text("\n".join(["file_name,label", *lines]) + "\n")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the csv open
+@pytest.mark.parametrize(
+    ("build", "edited", "changed"),
+    [(write_table, "data-00000-of-00001.arrow", COUNT), (write_metadata, f"train/{name(1)}", 1)],
+    ids=["table of encoded images", "metadata with paths"],
+)
+def test_tables_have_manifests(
+    tmp_path: Path, build: Callable[[Path], object], edited: str, changed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "MARGIN_S", TICK_S / 2)
+    build(tmp_path / "table")
+    load = partial(load_data, DataConfig(dataset=str(tmp_path / "table"), validation_fraction=0.4))
+
+    def count() -> int:
+        source = load().train.source
+        time.sleep(TICK_S)  # `datasets` may have just written its copy
+        return count_reads(source, tmp_path / "manifests")
+
+    assert [count(), count()] == [COUNT, 0]
+    file = tmp_path / "table" / edited
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content)
+    assert [count(), count()] == [changed, 0]
+
+
+def test_paths_in_memory_have_manifests_and_pixels_have_none(root: Path, tmp_path: Path) -> None:
+    paths = [root / name(row) for row in range(COUNT)]
+    assert [count_reads(MemorySource(paths), tmp_path / "manifests") for _ in range(2)] == [COUNT, 0]
+    pixels = np.zeros((2, 3), np.uint8)
+    assert [count_reads(MemorySource([pixels]), tmp_path / "manifests") for _ in range(2)] == [1, 1]
 
 
 def write_images(root: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The manifest of an image folder: the `stat` record of each file with the hash of the file's bytes.
+"""The manifest of a data set: the `stat` record of each image's file with the hash of the image's bytes.
 
 A later run hashes only the files whose path, size, mtime, ctime or inode differ from the manifest. No program can set a
 file's ctime, so the manifest also detects an edit that restores the size and the mtime. The manifest leaves out two kinds of
@@ -8,10 +8,11 @@ files, since an edit might not change their times (Git calls such an index entry
   steps of up to 2 seconds;
 - a file whose ctime is a whole second, because some file systems (FAT, squashfs, many network drives) have no real ctime.
 
-The device is not compared: its number changes when a disk is mounted again. A manifest is a cache: if it is missing or damaged,
-all files are hashed.
+For a table of encoded images, the `stat` records of all files of the table stand for each row. The device is not compared,
+because its number changes when a disk is mounted again. A manifest is a cache: if it is missing or damaged, all images are
+hashed.
 
-<cache>/manifests/<hash of the folder's path>    a checksum, then one ENTRY per file, sorted by path
+<cache>/manifests/<hash of the folder, or of the table's files>    a checksum, then one ENTRY per image, sorted by path
 """
 
 import logging
@@ -49,7 +50,7 @@ _SECOND_NS = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The entries of an image folder's files, sorted by path. `file` contains the manifest."""
+    """The entries of a data set's images, sorted by path. `file` contains the manifest."""
 
     file: Path
     entries: NDArray[np.void]  # (N,) ENTRY
@@ -81,9 +82,9 @@ class Manifest:
             report_unwritable(error)
 
 
-def read_manifest(folder: Path, root: str) -> Manifest:
-    """Returns the manifest of the image folder `root` from the folder of manifests; without entries if there is none."""
-    file = folder / xxhash.xxh3_128_hexdigest(os.fsencode(f"{FORMAT}\0{root}"))
+def read_manifest(folder: Path, subject: str) -> Manifest:
+    """Returns the manifest of `subject`, an image folder or a table, from the folder of manifests. A new one has no entries."""
+    file = folder / xxhash.xxh3_128_hexdigest(os.fsencode(f"{FORMAT}\0{subject}"))
     try:
         content = file.read_bytes()
     except OSError:
@@ -126,3 +127,14 @@ def is_stable(files: NDArray[np.void], read_ns: int) -> NDArray[np.bool_]:
     has_fraction = files["ctime_ns"] % _SECOND_NS != 0
     stable: NDArray[np.bool_] = has_fraction & (newest < read_ns - int(MARGIN_S * _SECOND_NS))
     return stable
+
+
+def repeat_status(files: NDArray[np.void], rows: NDArray[np.int64]) -> NDArray[np.void]:
+    """Returns a record per table row (n,) ENTRY, which changes if one of the table's `files` (m,) ENTRY changes."""
+    records = np.zeros(len(rows), ENTRY)
+    records["path"] = rows
+    if len(files) and (files["ctime_ns"] % _SECOND_NS).all():  # otherwise the zero record is never entered
+        records["size"] = files["size"].sum()
+        records["mtime_ns"], records["ctime_ns"] = files["mtime_ns"].max(), files["ctime_ns"].max()
+        records["inode"] = xxhash.xxh3_64_intdigest(files.tobytes())
+    return records

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hf_transfer.data.images import BadImageError, read_bytes, read_image
-from hf_transfer.data.manifest import DIGEST_BYTES, HAS_CTIME, is_stable, read_manifest, read_status
+from hf_transfer.data.manifest import DIGEST_BYTES, HAS_CTIME, is_stable, read_manifest, read_status, repeat_status
 from hf_transfer.data.paths import PackedPaths
 
 _ROWS_PER_TASK = 64
@@ -58,7 +58,9 @@ class ImageSource(ABC):
         `manifests`: a folder of manifests, from which hashes of unchanged files are read; None: every image is hashed.
         """
         missing = np.unique(rows[~self._is_hashed[rows]])
-        if missing.size:
+        if manifests is None or not HAS_CTIME:
+            self._hash(missing)
+        elif missing.size:
             self._find_digests(missing, manifests)
         return self._digests[rows]
 
@@ -67,8 +69,27 @@ class ImageSource(ABC):
         self._digests[rows] = digests
         self._is_hashed[rows] = True
 
-    def _find_digests(self, rows: NDArray[np.int64], manifests: Path | None) -> None:
-        self._hash(rows)
+    def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]] | None:
+        """Returns the subject of the manifest and the `stat` records (n,) of the images; None if they are not in files."""
+        return None
+
+    def _find_digests(self, rows: NDArray[np.int64], manifests: Path) -> None:
+        """Reads the hashes of unchanged images from the manifest, hashes the other images, and updates the manifest."""
+        read_ns, status = time.time_ns(), self._read_status(rows)
+        if status is None:
+            self._hash(rows)
+            return
+        subject, files = status
+        manifest = read_manifest(manifests, subject)
+        is_known = manifest.look_up(files)
+        self.set_digests(rows[is_known], files["digest"][is_known])
+        try:
+            self._hash(rows[~is_known])
+        finally:  # after an error of one file or an interrupt, the next run hashes only the rest
+            files["digest"] = self._digests[rows]
+            is_entry = self._is_hashed[rows] & is_stable(files, read_ns)
+            if is_entry[~is_known].any():
+                manifest.write(files[is_entry])
 
     def _hash(self, rows: NDArray[np.int64]) -> None:
         """Hashes the images in `rows`, in threads."""
@@ -125,22 +146,8 @@ class FolderSource(ImageSource):
         """Returns the file's bytes."""
         return read_bytes(Path(self._root, self._paths[row]), self.name(row))
 
-    def _find_digests(self, rows: NDArray[np.int64], manifests: Path | None) -> None:
-        if manifests is None or not HAS_CTIME:
-            self._hash(rows)
-            return
-        manifest, read_ns = read_manifest(manifests, self._root), time.time_ns()
-        files = read_status(self._root, self._paths, rows)
-        is_known = manifest.look_up(files)
-        self.set_digests(rows[is_known], files["digest"][is_known])
-        changed = np.flatnonzero(~is_known)
-        try:
-            self._hash(rows[changed])
-        finally:  # after an error of one file or an interrupt, the next run hashes only the rest
-            files["digest"] = self._digests[rows]
-            done = files[self._is_hashed[rows] & is_stable(files, read_ns)]
-            if changed.size:
-                manifest.write(done)
+    def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]]:
+        return self._root, read_status(self._root, self._paths, rows)
 
 
 class TableSource(ImageSource):
@@ -182,6 +189,27 @@ class TableSource(ImageSource):
     def image(self, row: int) -> Image.Image:
         """Returns the image in mode RGB. Error messages contain the image's name and the split's name."""
         return read_image(self.content(row), self._where(row))
+
+    def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]] | None:
+        import pyarrow.compute as pc
+
+        if not self._roots:
+            return None  # the user's table in memory may change without a change of its files
+        column = self._table.data.column(0)
+        is_struct = hasattr(column.type, "fields")
+        encoded = pc.struct_field(column, "bytes") if is_struct else column
+        is_encoded = pc.is_valid(encoded).to_numpy()[rows]
+        if is_encoded.all():
+            names = [each["filename"] for each in self._table.cache_files]
+            files = read_status("", PackedPaths(names), np.arange(len(names)))
+            return f"{self._table._fingerprint} {self._table.column_names} {names}", repeat_status(files, rows)
+        if is_encoded.any() or not is_struct or column.type.get_field_index("path") < 0:
+            return None
+        paths = pc.struct_field(column, "path").take(rows)
+        if paths.null_count:
+            return None
+        located = PackedPaths(self._locate(*each) for each in zip(paths.to_pylist(), rows.tolist(), strict=True))
+        return self._roots[0], read_status("", located, np.arange(len(rows)))
 
     def _locate(self, path: str, row: int) -> str:
         """Returns the file `path` that table row `row` contains. Symbolic links below one of the roots may lead anywhere."""
