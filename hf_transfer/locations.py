@@ -24,6 +24,11 @@ def chain_dir() -> Path:
     return cache_dir() / "chains"
 
 
+def manifest_dir() -> Path:
+    """Returns the folder of manifests, which list the hashes of the files in image folders."""
+    return cache_dir() / "manifests"
+
+
 def store_dir() -> Path:
     """Returns the folder of stored pixels and activations."""
     return cache_dir() / "activations"

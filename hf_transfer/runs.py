@@ -27,6 +27,8 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import has_batchnorm
 from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory, suggest_batches
 from hf_transfer.output import explains_how_to_continue, replace_results
+from hf_transfer.prefix.digests import share_digests
+from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
@@ -76,6 +78,8 @@ def open_session(
         accelerator.init_trackers("hf_transfer", config=plain)
     with costs.part("data"), processes.main_first():
         data = load_data(config.data) if load is None else load()
+    with costs.part("data"):
+        share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))
     if accelerator.is_main_process:
         for note in data.notes:
             log.info("%s", note)

@@ -27,9 +27,14 @@ def unseal(text: str | bytes) -> Any:
 
 def write_sealed(file: Path, content: Any) -> None:
     """Writes the JSON value `content` and its checksum to `file`, so that readers see the old or the new file, never a part."""
+    replace_file(file, seal(content).encode())
+
+
+def replace_file(file: Path, content: bytes) -> None:
+    """Writes `content` to `file`, so that readers see the old or the new file, never a part."""
     partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        partial.write_text(seal(content))
+        partial.write_bytes(content)
         partial.replace(file)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -23,6 +23,8 @@ from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.images import BadImageError
 from hf_transfer.network.peft_checkpoints import load_checkpoint
+from hf_transfer.prefix.digests import share_digests
+from hf_transfer.prefix.resources import Resources
 from hf_transfer.session import Session
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ def rank(
         raise ValueError(f"sample={sample}: choose the number of images, 1 or more, or 0 for all images")
     accelerator = accelerator or Accelerator()
     data = sample_data(load_data(config.data), sample, config.seed)
+    share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))
     rows, failures = [], {}
     with Costs() as costs:
         for checkpoint in checkpoints:

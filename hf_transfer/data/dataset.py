@@ -53,6 +53,11 @@ class Data:
     loading_notes: tuple[str, ...]
     """The sentences of `notes` that are known before images are read."""
 
+    @property
+    def splits(self) -> list[Split]:
+        """The train, validation and test splits, without a missing test split."""
+        return [split for split in (self.train, self.validation, self.test) if split is not None]
+
     @cached_property
     def notes(self) -> tuple[str, ...]:
         """The sentences about the data for the log, the report and the card. The first access reads every image's bytes.
@@ -60,8 +65,7 @@ class Data:
         Raises:
             BadImageError: a file is missing or cannot be opened.
         """
-        splits = [split for split in (self.train, self.validation, self.test) if split is not None]
-        return (*self.loading_notes, *notes_on_copies(splits))
+        return (*self.loading_notes, *notes_on_copies(self.splits))
 
 
 def load_data(config: DataConfig, images: Any = None) -> Data:

@@ -14,6 +14,8 @@ from PIL import Image
 
 from hf_transfer.data.images import read_bytes, read_image
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData, index_labels
+from hf_transfer.data.manifest import read_status
+from hf_transfer.data.paths import PackedPaths
 from hf_transfer.data.sources import ImageSource
 
 _ImageLike = Path | bytes | Image.Image | NDArray[np.uint8]
@@ -50,6 +52,13 @@ class MemorySource(ImageSource):
             return read_bytes(image, self.name(row))
         rgb = self.image(row)
         return repr((rgb.mode, rgb.size)).encode() + rgb.tobytes()
+
+    def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]] | None:
+        images = [self._images[row] for row in rows.tolist()]
+        paths = [os.fspath(image) for image in images if isinstance(image, Path)]
+        if len(paths) < len(images):
+            return None
+        return self._root, read_status("", PackedPaths(paths), np.arange(len(paths)))
 
     def image(self, row: int) -> Image.Image:
         """Returns the image in mode RGB."""

@@ -70,26 +70,35 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
 
 def notes_on_copies(splits: Sequence[Split]) -> list[str]:
     """Returns sentences about images whose bytes occur in two splits or two classes. Reads every image not hashed yet."""
-    digests = np.concatenate([split.digests() for split in splits])
+    digests = np.concatenate([split.digests() for split in splits]).view("<u8")
     _, firsts, contents = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     contents = contents.reshape(-1)  # (N,) over all splits: equal numbers mean equal bytes
-    contents_of = np.split(contents, np.cumsum([len(split) for split in splits])[:-1])
+    starts = np.cumsum([0, *map(len, splits)])
     notes = []
-    for (split, own), (other, others) in combinations(zip(splits, contents_of, strict=True), 2):
-        position_of = {content: i for i, content in enumerate(own.tolist())}
-        copies = [(j, position_of[content]) for j, content in enumerate(others.tolist()) if content in position_of]
-        if copies:
-            shown = [f"{other.image_name(j)!r} is {split.image_name(i)!r}" for j, i in copies[:_MAX_LISTED_COPIES]]
+    for (k, split), (m, other) in combinations(enumerate(splits), 2):
+        position_of = np.full(len(firsts), -1)  # by content: a position in `split`, or -1
+        position_of[contents[starts[k] : starts[k + 1]]] = np.arange(len(split))
+        positions = position_of[contents[starts[m] : starts[m + 1]]]
+        copies = np.flatnonzero(positions >= 0)
+        if copies.size:
+            shown = [
+                f"{other.image_name(j)!r} is {split.image_name(positions[j])!r}" for j in copies[:_MAX_LISTED_COPIES]
+            ]
             notes.append(
-                f"The {other.name} split repeats images of {split.name}, byte for byte ({len(copies):,} of {len(other):,}):"
-                f" {', '.join(shown)}{', ...' if len(copies) > len(shown) else ''}. Metrics on {other.name} are optimistic;"
+                f"The {other.name} split repeats images of {split.name}, byte for byte ({copies.size:,} of {len(other):,}):"
+                f" {', '.join(shown)}{', ...' if copies.size > len(shown) else ''}. Metrics on {other.name} are optimistic;"
                 " remove the copies from one of the two splits."
             )
     labels = np.concatenate([split.labels for split in splits])
     contradictions = np.flatnonzero(labels != labels[firsts][contents])
+
+    def describe(image: int) -> str:
+        k = int(np.searchsorted(starts, image, side="right")) - 1
+        split, i = splits[k], image - starts[k]
+        return f"{split.image_name(i)!r} ({split.label_names[split.labels[i]]})"
+
     if contradictions.size:
-        names = [f"{s.image_name(i)!r} ({s.label_names[s.labels[i]]})" for s in splits for i in range(len(s))]
-        shown = [f"{names[firsts[contents[i]]]} is {names[i]}" for i in contradictions[:_MAX_LISTED_COPIES]]
+        shown = [f"{describe(firsts[contents[i]])} is {describe(i)}" for i in contradictions[:_MAX_LISTED_COPIES]]
         notes.append(
             f"Classes share images, byte for byte ({contradictions.size:,}): {', '.join(shown)}"
             f"{', ...' if contradictions.size > len(shown) else ''}. At least one of the labels is wrong; remove one copy."

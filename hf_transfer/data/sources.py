@@ -6,6 +6,7 @@ hashed once, in threads (xxh3, 128 bits).
 """
 
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hf_transfer.data.images import BadImageError, read_bytes, read_image
+from hf_transfer.data.manifest import DIGEST_BYTES, HAS_CTIME, is_stable, read_manifest, read_status, repeat_status
+from hf_transfer.data.paths import PackedPaths
 
-_DIGEST_BYTES = 16
 _ROWS_PER_TASK = 64
 _MAX_NAME = 100  # letters of a file name in a message
 
@@ -28,7 +30,7 @@ class ImageSource(ABC):
     """The images of one stored split, accessed by row."""
 
     def __init__(self, num_rows: int) -> None:
-        self._digests: NDArray[np.uint8] = np.zeros((num_rows, _DIGEST_BYTES), np.uint8)
+        self._digests: NDArray[np.uint8] = np.zeros((num_rows, DIGEST_BYTES), np.uint8)
         self._is_hashed: NDArray[np.bool_] = np.zeros(num_rows, np.bool_)
 
     def __len__(self) -> int:
@@ -50,40 +52,81 @@ class ImageSource(ABC):
         """
         return read_image(self.content(row), self.name(row))
 
-    def digests(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Returns content hashes (len(rows), 16) uint8 of the images in `rows`."""
-        missing = np.unique(rows[~self._is_hashed[rows]])
+    def digests(self, rows: NDArray[np.int64], manifests: Path | None = None) -> NDArray[np.uint8]:
+        """Returns content hashes (len(rows), 16) uint8 of the images in `rows`.
 
-        def hash_rows(block: NDArray[np.int64]) -> None:
-            for row in block.tolist():
+        `manifests`: a folder of manifests, from which hashes of unchanged files are read; None: every image is hashed.
+        """
+        missing = np.unique(rows[~self._is_hashed[rows]])
+        if manifests is None or not HAS_CTIME:
+            self._hash(missing)
+        elif missing.size:
+            self._find_digests(missing, manifests)
+        return self._digests[rows]
+
+    def set_digests(self, rows: NDArray[np.int64], digests: NDArray[np.uint8]) -> None:
+        """Stores content hashes (len(rows), 16) that another process computed."""
+        self._digests[rows] = digests
+        self._is_hashed[rows] = True
+
+    def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]] | None:
+        """Returns the subject of the manifest and the `stat` records (n,) of the images; None if they are not in files."""
+        return None
+
+    def _find_digests(self, rows: NDArray[np.int64], manifests: Path) -> None:
+        """Reads the hashes of unchanged images from the manifest, hashes the other images, and updates the manifest."""
+        read_ns, status = time.time_ns(), self._read_status(rows)
+        if status is None:
+            self._hash(rows)
+            return
+        subject, files = status
+        manifest = read_manifest(manifests, subject)
+        is_known = manifest.look_up(files)
+        self.set_digests(rows[is_known], files["digest"][is_known])
+        try:
+            self._hash(rows[~is_known])
+        finally:  # after an error of one file or an interrupt, the next run hashes only the rest
+            files["digest"] = self._digests[rows]
+            is_entry = self._is_hashed[rows] & is_stable(files, read_ns)
+            if is_entry[~is_known].any():
+                manifest.write(files[is_entry])
+
+    def _hash(self, rows: NDArray[np.int64]) -> None:
+        """Hashes the images in `rows`, in threads."""
+
+        def hash_rows(start: int) -> None:
+            for row in rows[start : start + _ROWS_PER_TASK].tolist():
                 digest = xxhash.xxh3_128_digest(self.content(row))
                 self._digests[row] = np.frombuffer(digest, np.uint8)
                 self._is_hashed[row] = True
 
-        blocks = [missing[i : i + _ROWS_PER_TASK] for i in range(0, len(missing), _ROWS_PER_TASK)]
         with ThreadPoolExecutor() as threads:
-            for _ in threads.map(hash_rows, blocks):
-                pass
-        return self._digests[rows]
+            try:
+                for _ in threads.map(hash_rows, range(0, len(rows), _ROWS_PER_TASK)):
+                    pass
+            finally:
+                threads.shutdown(cancel_futures=True)  # after a bad image or an interrupt
 
     def unreadable(self, rows: NDArray[np.int64], title: str) -> dict[int, BadImageError]:
         """Decodes the images in `rows`, in threads, with a progress bar, and returns the errors of unreadable images by row."""
         from tqdm.auto import tqdm
 
-        def problem(row: int) -> BadImageError | None:
-            try:
-                self.image(row)
-            except BadImageError as error:
-                return error
-            return None
+        problems: dict[int, BadImageError] = {}
 
-        numbers = rows.tolist()
-        with ThreadPoolExecutor() as threads:
-            # disable=None: no bar unless the output is a terminal
-            problems = list(
-                tqdm(threads.map(problem, numbers), total=len(numbers), desc=title, unit="image", disable=None)
-            )
-        return {row: error for row, error in zip(numbers, problems, strict=True) if error}
+        def check(start: int) -> int:
+            block = rows[start : start + _ROWS_PER_TASK].tolist()
+            for row in block:
+                try:
+                    self.image(row)
+                except BadImageError as error:
+                    problems[row] = error
+            return len(block)
+
+        # disable=None: no bar unless the output is a terminal
+        with ThreadPoolExecutor() as threads, tqdm(total=len(rows), desc=title, unit="image", disable=None) as bar:
+            for count in threads.map(check, range(0, len(rows), _ROWS_PER_TASK)):
+                bar.update(count)
+        return {row: problems[row] for row in rows.tolist() if row in problems}
 
 
 class FolderSource(ImageSource):
@@ -92,16 +135,19 @@ class FolderSource(ImageSource):
     def __init__(self, root: Path, paths: Sequence[str]) -> None:
         super().__init__(len(paths))
         self._root = os.fspath(root)
-        self._paths = tuple(paths)
+        self._paths = PackedPaths(paths)
 
     def name(self, row: int) -> str:
         """Returns the path below the root, with forward slashes."""
         # A name that is not UTF-8 on disk cannot be printed or written to a report.
-        return os.fsencode(self._paths[row]).decode("utf-8", "replace")
+        return self._paths.encoded(row).decode("utf-8", "replace")
 
     def content(self, row: int) -> bytes:
         """Returns the file's bytes."""
         return read_bytes(Path(self._root, self._paths[row]), self.name(row))
+
+    def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]]:
+        return self._root, read_status(self._root, self._paths, rows)
 
 
 class TableSource(ImageSource):
@@ -143,6 +189,27 @@ class TableSource(ImageSource):
     def image(self, row: int) -> Image.Image:
         """Returns the image in mode RGB. Error messages contain the image's name and the split's name."""
         return read_image(self.content(row), self._where(row))
+
+    def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]] | None:
+        import pyarrow.compute as pc
+
+        if not self._roots:
+            return None  # the user's table in memory may change without a change of its files
+        column = self._table.data.column(0)
+        is_struct = hasattr(column.type, "fields")
+        encoded = pc.struct_field(column, "bytes") if is_struct else column
+        is_encoded = pc.is_valid(encoded).to_numpy()[rows]
+        if is_encoded.all():
+            names = [each["filename"] for each in self._table.cache_files]
+            files = read_status("", PackedPaths(names), np.arange(len(names)))
+            return f"{self._table._fingerprint} {self._table.column_names} {names}", repeat_status(files, rows)
+        if is_encoded.any() or not is_struct or column.type.get_field_index("path") < 0:
+            return None
+        paths = pc.struct_field(column, "path").take(rows)
+        if paths.null_count:
+            return None
+        located = PackedPaths(self._locate(*each) for each in zip(paths.to_pylist(), rows.tolist(), strict=True))
+        return self._roots[0], read_status("", located, np.arange(len(rows)))
 
     def _locate(self, path: str, row: int) -> str:
         """Returns the file `path` that table row `row` contains. Symbolic links below one of the roots may lead anywhere."""

@@ -98,14 +98,16 @@ class Split:
         digest.update(self.digests().tobytes())
         return digest.hexdigest()
 
-    def digests(self) -> NDArray[np.uint8]:
+    def digests(self, manifests: Path | None = None) -> NDArray[np.uint8]:
         """Returns hashes (N, 16) of the images' bytes. The first call reads every image's bytes.
+
+        `manifests`: a folder of manifests, from which hashes of unchanged files are read instead.
 
         Raises:
             BadImageError: a file is missing or cannot be opened.
         """
         try:
-            return self.source.digests(self.rows)
+            return self.source.digests(self.rows, manifests)
         except BadImageError as error:
             raise _with_remedy(error) from error
 
