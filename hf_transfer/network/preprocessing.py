@@ -36,7 +36,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "preprocessor_config.json"
-SIZE_SETTINGS = ("size", "crop_size", "pad_size", "max_image_size")  # of transformers' processors
+SIZE_SETTINGS = ("size", "crop_size", "pad_size")  # of transformers' processors
 PARITY = 1e-5  # largest allowed difference from the checkpoint's processor, in normalized pixels (within +-3)
 COLOR_PARITY = 1e-4  # the same for the colors of images of one color, which only augmented images depend on
 SAMPLE_SIZES_PX = ((149, 113), (96, 64), (64, 64), (200, 50), (40, 160), (31, 47))  # width and height
@@ -206,9 +206,7 @@ def resize_preprocessing(preprocessing: Preprocessing, image_size_px: int) -> Pr
     factors |= {"shortest_edge": max(rows, columns), "longest_edge": min(rows, columns)}
     for name in SIZE_SETTINGS:
         sizes = getattr(processor, name, None)
-        if isinstance(sizes, int):
-            setattr(processor, name, round(sizes * min(rows, columns)))
-        elif sizes is not None:
+        if sizes is not None:
             setattr(processor, name, type(sizes)(**{k: round(v * factors.get(k, 1)) for k, v in dict(sizes).items()}))
     resized = _from_transformers(processor, preprocessing.channels)
     if (resized.height_px, resized.width_px) != (image_size_px, image_size_px):
