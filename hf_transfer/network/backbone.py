@@ -83,11 +83,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         model_config.checkpoint, base_model=model_config.base_model, trust_remote_code=trust_remote_code
     )
     config = source.read_config()
-    is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
-    if not is_timm and not config.keys() & {"model_type", "auto_map"}:
-        raise ValueError(
-            f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
-        )
+    is_timm = _is_timm(source, config)
     given_args = read_model_args(model_config.model_args)
     upstream = None if is_timm else _find_upstream(source, trust_remote_code, given_args)
     origin = model_config.preprocessing_from
@@ -129,6 +125,16 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         weights=weights,
     )
     return with_image_size(backbone, model_config.image_size_px)
+
+
+def _is_timm(source: Source, config: Mapping[str, Any]) -> bool:
+    """Whether `config` describes a timm model. Raises ValueError if it describes no transformers model either."""
+    is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
+    if not is_timm and not config.keys() & {"model_type", "auto_map"}:
+        raise ValueError(
+            f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
+        )
+    return is_timm
 
 
 def with_image_size(backbone: Backbone, image_size_px: int | None) -> Backbone:

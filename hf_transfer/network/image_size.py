@@ -25,7 +25,7 @@ from hf_transfer.network.transformers_models import shorten_names
 
 SAME_RELATIVE = 1e-4  # largest allowed difference from the network's own interpolation, relative to the largest value
 SIZE_STEP_PX = 32  # most networks halve the grid five times
-NUM_STEPS = 8  # larger sizes that are tried for an error message
+NUM_STEPS = 8  # smaller and larger sizes that are tried for an error message
 MAX_LETTERS = 300  # of a library's reason in an error message
 
 INTERPOLATE = "interpolate_pos_encoding"  # a method of transformers' embeddings, and an argument of `forward`
@@ -48,10 +48,11 @@ def resize_network(model: nn.Module, before: tuple[int, int, int], image_size_px
     try:
         resized: nn.Module = resize(model, before, image_size_px)
     except _FAILURES as error:
-        reason = " ".join(str(error).split())
+        reason, nearest = " ".join(str(error).split()), list[int]()
         if names := re.findall(r"size mismatch for (\S+):", reason):
             reason = f"timm does not resize {shorten_names(names)}"
-        nearest = _find_sizes(lambda size_px: resize(copy.deepcopy(model), before, size_px), image_size_px, patch_px)
+        else:
+            nearest = _find_sizes(lambda size: resize(copy.deepcopy(model), before, size), image_size_px, patch_px)
         others = " or ".join(str(size_px) for size_px in nearest if size_px != before[1])
         raise ValueError(
             f"image_size_px={image_size_px}: {type(model).__name__} does not take images of this size "
@@ -63,8 +64,8 @@ def resize_network(model: nn.Module, before: tuple[int, int, int], image_size_px
 def _find_sizes(resize: Callable[[int], nn.Module], image_size_px: int, patch_px: int) -> list[int]:
     """Returns the nearest smaller and the nearest larger size for which `resize` succeeds."""
     step = math.lcm(SIZE_STEP_PX, patch_px)
-    above = image_size_px // step + 1
-    smaller = (step * i for i in range(-(-image_size_px // step) - 1, 0, -1))
+    below, above = -(-image_size_px // step) - 1, image_size_px // step + 1
+    smaller = (step * i for i in range(below, max(below - NUM_STEPS, 0), -1))
     larger = (step * i for i in range(above, above + NUM_STEPS))
     sizes = (next((s for s in candidates if _succeeds(resize, s)), None) for candidates in (smaller, larger))
     return [size_px for size_px in sizes if size_px is not None]
