@@ -106,7 +106,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_trust(parser)
     _add_json(parser)
     own = list_settings(ModelConfig())
-    shown = [own["preprocessing_from"], own["pooling"], own["model_args"]]
+    shown = [own[name] for name in ("image_size_px", "preprocessing_from", "pooling", "model_args")]
     add_settings(parser, [*shown, *list_settings(AdapterConfig()).values()])
 
 
@@ -295,6 +295,7 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", type=int, metavar="N", help="maximum number of images (default: 2000; 0: all)")
     _add_json(parser)
     _add_trust(parser)
+    add_settings(parser, [list_settings(ModelConfig())["image_size_px"]])
     _add_run_settings(parser, ("data", "compute"))
 
 

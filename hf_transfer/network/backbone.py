@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,14 @@ from hf_transfer.config import ModelConfig, Pooling
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.damage import explain_damage
 from hf_transfer.network.headless import Upstream, find_upstream, load_headless, own_classes
+from hf_transfer.network.image_size import resize_network
 from hf_transfer.network.model_args import read_model_args
-from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing, quiet_transformers
+from hf_transfer.network.preprocessing import (
+    Preprocessing,
+    load_preprocessing,
+    quiet_transformers,
+    resize_preprocessing,
+)
 from hf_transfer.network.remote_code import check_trust, explained_code, find_remote_class
 from hf_transfer.network.source import Source, find_preprocessing, find_source
 from hf_transfer.network.timm_models import load_timm, save_timm
@@ -34,6 +41,8 @@ from hf_transfer.network.transformers_models import (
     register_own_classes,
     renew_heads,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,7 @@ class Backbone:
     source: Source
     new_head: bool  # whether the classifier was created for these labels and is untrained
     is_auto_class: bool = (
-        True  # whether plain timm or AutoModelForImageClassification creates this class from the source
+        True  # whether plain timm or AutoModelForImageClassification creates this network from the source
     )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
     weights: Weights | None = None  # how the tensors of the checkpoint differ from the model's; None: not compared
@@ -74,11 +83,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         model_config.checkpoint, base_model=model_config.base_model, trust_remote_code=trust_remote_code
     )
     config = source.read_config()
-    is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
-    if not is_timm and not config.keys() & {"model_type", "auto_map"}:
-        raise ValueError(
-            f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
-        )
+    is_timm = _is_timm(source, config)
     given_args = read_model_args(model_config.model_args)
     upstream = None if is_timm else _find_upstream(source, trust_remote_code, given_args)
     origin = model_config.preprocessing_from
@@ -108,7 +113,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         new_head = labels is not None and tuple(labels) != own_labels
         # Otherwise the class comes with the checkpoint's code.
         is_auto_class = type(model)._auto_class is None and not given_args
-    return Backbone(
+    backbone = Backbone(
         model=model.float().eval(),
         library="timm" if is_timm else "transformers",
         preprocessing=preprocessing,
@@ -119,6 +124,33 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         pooling=pooling,
         weights=weights,
     )
+    return with_image_size(backbone, model_config.image_size_px)
+
+
+def _is_timm(source: Source, config: Mapping[str, Any]) -> bool:
+    """Whether `config` describes a timm model. Raises ValueError if it describes no transformers model either."""
+    is_timm = "architecture" in config and config.get("model_type") in (None, "timm_wrapper")
+    if not is_timm and not config.keys() & {"model_type", "auto_map"}:
+        raise ValueError(
+            f"{source.name}: config.json names neither a timm architecture nor a transformers model_type; choose another"
+        )
+    return is_timm
+
+
+def with_image_size(backbone: Backbone, image_size_px: int | None) -> Backbone:
+    """Returns the backbone for square images with sides of `image_size_px` (None: of its own size), and their preprocessing.
+
+    Tables of positions are resized, and all other weights are shared. Raises ValueError, with sizes that are possible, if the
+    network or its preprocessing cannot have this size.
+    """
+    before = backbone.preprocessing
+    if image_size_px is None or before.image_shape[1:] == (image_size_px, image_size_px):
+        return backbone
+    model = resize_network(backbone.model, before.image_shape, image_size_px)
+    preprocessing = resize_preprocessing(before, image_size_px)
+    size = f"{image_size_px}x{image_size_px}"
+    log.info("%s: images of %s pixels in place of %dx%d", backbone.source.name, size, before.height_px, before.width_px)
+    return replace(backbone, model=model, preprocessing=preprocessing, is_auto_class=False)
 
 
 def _check_labels(labels: Sequence[str] | None) -> None:

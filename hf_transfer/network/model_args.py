@@ -18,7 +18,7 @@ def read_model_args(text: str | None) -> dict[str, Any]:
         raise ValueError(f'model_args={text}: give a JSON object such as {{"depth": 6}}')
     derived = sorted(_DERIVED & set(given))
     if derived:
-        raise ValueError(f"model_args={text}: omit {derived[0]}; labels and image size determine its value")
+        raise ValueError(f"model_args={text}: omit {derived[0]}; labels and --image_size_px determine its value")
     refused = sorted(key for key in given if is_unsafe_argument(key))
     if refused:
         raise ValueError(f"model_args={text}: omit {refused[0]}; weights come from --checkpoint alone")

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_transfer.config import ModelConfig
 from hf_transfer.network.adapters import TASK, find_adapter, load_adapted, quiet_peft, read_base
-from hf_transfer.network.backbone import Backbone, load, with_new_head
+from hf_transfer.network.backbone import Backbone, load, with_image_size, with_new_head
 from hf_transfer.network.damage import check_weights
 from hf_transfer.network.transformers_models import NoTrainedHeadError, shorten_names
 
@@ -41,6 +41,7 @@ def load_checkpoint(model_config: ModelConfig, labels: Sequence[str] | None = No
         raise NoTrainedHeadError(f"the adapter {checkpoint} names no labels: give labels for a new head")
     if labels is not None and tuple(labels) != backbone.label_names:
         backbone = with_new_head(backbone, labels)
+    backbone = with_image_size(backbone, model_config.image_size_px)  # the adapter fits the base at its own size
     source = backbone.source
     if not Path(checkpoint).expanduser().is_dir():  # from the Hub: a snapshot's folder has the name of its commit
         source = replace(source, id=checkpoint.partition("@")[0], revision=folder.name)
@@ -62,7 +63,8 @@ def _merge(folder: Path, model_config: ModelConfig) -> Backbone:
     """
     import peft  # imported here because the import takes seconds, and runs without adapters do not need peft
 
-    base = load(replace(model_config, checkpoint=read_base(folder), base_model=None), PLACEHOLDERS)
+    settings = replace(model_config, checkpoint=read_base(folder), base_model=None, image_size_px=None)
+    base = load(settings, PLACEHOLDERS)
     tensors, own = load_file(folder / WEIGHTS), base.model.state_dict()
     # The adapter may contain a head. Its number of classes is the first dimension of a tensor that has another one here.
     saved = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}

@@ -12,6 +12,7 @@ plain `AutoImageProcessor`, whatever the order of its steps:
 `load_preprocessing` decides between the three cases by comparing outputs on images of six sizes.
 """
 
+import copy
 import hashlib
 import inspect
 import json
@@ -35,6 +36,7 @@ from transformers import AutoImageProcessor, PreTrainedConfig
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "preprocessor_config.json"
+SIZE_SETTINGS = ("size", "crop_size", "pad_size")  # of transformers' processors
 PARITY = 1e-5  # largest allowed difference from the checkpoint's processor, in normalized pixels (within +-3)
 COLOR_PARITY = 1e-4  # the same for the colors of images of one color, which only augmented images depend on
 SAMPLE_SIZES_PX = ((149, 113), (96, 64), (64, 64), (200, 50), (40, 160), (31, 47))  # width and height
@@ -186,6 +188,33 @@ def load_preprocessing(
     if channels == 1:
         processor = _make_gray(processor, folder.name)
     return _from_timm(processor) if is_timm else _from_transformers(processor, channels)
+
+
+def resize_preprocessing(preprocessing: Preprocessing, image_size_px: int) -> Preprocessing:
+    """Returns the preprocessing with output images of `image_size_px` squared, and the same share of each image cropped.
+
+    Raises ValueError if the processor's output does not follow its settings of sizes.
+    """
+    height, width, processor = preprocessing.height_px, preprocessing.width_px, preprocessing.processor
+    if hasattr(processor, "val_transforms"):
+        size = (preprocessing.channels, image_size_px, image_size_px)
+        config = {**processor.data_config, "input_size": size}
+        return _from_timm(type(processor)(pretrained_cfg=config, architecture=processor.architecture))
+    processor = copy.deepcopy(processor)
+    rows, columns = image_size_px / height, image_size_px / width
+    factors = {"height": rows, "max_height": rows, "width": columns, "max_width": columns}
+    factors |= {"shortest_edge": max(rows, columns), "longest_edge": min(rows, columns)}
+    for name in SIZE_SETTINGS:
+        sizes = getattr(processor, name, None)
+        if sizes is not None:
+            setattr(processor, name, type(sizes)(**{k: round(v * factors.get(k, 1)) for k, v in dict(sizes).items()}))
+    resized = _from_transformers(processor, preprocessing.channels)
+    if (resized.height_px, resized.width_px) != (image_size_px, image_size_px):
+        raise ValueError(
+            f"image_size_px={image_size_px}: {type(processor).__name__} then gives images of {resized.width_px}x"
+            f"{resized.height_px} pixels; omit image_size_px, or choose other preprocessing (--preprocessing_from)"
+        )
+    return resized
 
 
 def preprocessing_of_config(config: PreTrainedConfig, name: str) -> Preprocessing:

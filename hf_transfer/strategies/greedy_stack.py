@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from hf_transfer.config import (
     COUNT,
     COUNT_OR_NONE,
-    INPUT_PX,
     LEARNING_RATE,
+    NEW_IMAGE_SIZE_PX,
     NO_CHECKPOINT,
     AugmentationConfig,
     OptimizerConfig,
@@ -46,7 +46,6 @@ class GreedyStackStrategy(GradientStrategy):
     architecture: str | None = flag(
         None, "timm architecture or transformers model type whose layers are stacked; none: stack new blocks"
     )
-    image_size_px: int = flag(32, "side of the square input images of a network without a checkpoint", allowed=INPUT_PX)
     layers: int | None = flag(
         None,
         "number of layers to stack; none: all layers of --architecture, or 3 new blocks",
@@ -121,16 +120,17 @@ class GreedyStackStrategy(GradientStrategy):
 
         if self._is_on_checkpoint(config):
             return super().load_backbone(config, data)
+        size_px = config.model.image_size_px or NEW_IMAGE_SIZE_PX
         if self.architecture is not None:
             return create(
                 self.architecture,
                 data.label_names,
-                image_size_px=self.image_size_px,
+                image_size_px=size_px,
                 model_args=config.model.model_args,
                 seed=config.seed,
             )
         blocks = self._blocks(DEFAULT_WIDTH, tuple(n for n in DEFAULT_DOWNSAMPLE if n <= self._num_blocks))
-        return create_blocks(data.label_names, blocks, self._aux_head(config), image_size_px=self.image_size_px)
+        return create_blocks(data.label_names, blocks, self._aux_head(config), image_size_px=size_px)
 
     def run(self, session: "Session") -> "RunResult":
         """Trains the stack layer by layer, then fine-tunes all layers together."""

@@ -43,8 +43,9 @@ class Lora(GradientStrategy):
         if not self.merge and not adapted.is_auto_class:
             log.info(
                 "the adapters will be merged (--merge): plain peft cannot create their base, since neither timm nor "
-                "AutoModelForImageClassification loads the files of %s as this %s", adapted.source.name,
-                type(adapted.model).__name__,
+                "AutoModelForImageClassification loads the files of %s as this %s for images of %dx%d pixels",
+                adapted.source.name, type(adapted.model).__name__, adapted.preprocessing.height_px,
+                adapted.preprocessing.width_px,
             )  # fmt: skip
         elif not self.merge:
             check_saved_apart(adapted)

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import INPUT_PX, NO_CHECKPOINT, AugmentationConfig, OptimizerConfig, RunConfig, TrainingConfig
+from hf_transfer.config import (
+    NEW_IMAGE_SIZE_PX,
+    NO_CHECKPOINT,
+    AugmentationConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
@@ -26,9 +33,6 @@ class Pretrain(GradientStrategy):
     task_defaults: ClassVar[Mapping[str, Any]] = {"checkpoint": NO_CHECKPOINT}
 
     architecture: str = flag("test_resnet", "timm architecture or transformers model type; default: a tiny network")
-    image_size_px: int | None = flag(
-        32, "side of the square input images; none: the architecture's default", allowed=INPUT_PX
-    )
     training: TrainingConfig = field(default=TrainingConfig(epochs=30, freeze_batchnorm=False))
     optimization: OptimizerConfig = field(default=OptimizerConfig(lr=3e-3, layer_decay=1.0))
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
@@ -54,7 +58,7 @@ class Pretrain(GradientStrategy):
         return create(
             self.architecture,
             data.label_names,
-            image_size_px=self.image_size_px,
+            image_size_px=config.model.image_size_px or NEW_IMAGE_SIZE_PX,
             model_args=config.model.model_args,
             seed=config.seed,
         )
