@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_transfer.data.images import BadImageError, read_bytes, read_image
+from hf_transfer.data.images import BadImageError, read_bytes, read_image, read_reduced
 
 _DIGEST_BYTES = 16
 _ROWS_PER_TASK = 64
@@ -48,7 +48,19 @@ class ImageSource(ABC):
         Raises:
             BadImageError: the image cannot be read.
         """
-        return read_image(self.content(row), self.name(row))
+        return self.reduced_image(row)[0]
+
+    def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """Returns the image in mode RGB, possibly reduced (see `images.read_reduced`), and its original width and height.
+
+        Raises:
+            BadImageError: the image cannot be read.
+        """
+        return read_reduced(self.content(row), self._where(row), least_px)
+
+    def _where(self, row: int) -> str:
+        """Returns the image's name in error messages."""
+        return self.name(row)
 
     def digests(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Returns content hashes (len(rows), 16) uint8 of the images in `rows`."""
@@ -140,10 +152,6 @@ class TableSource(ImageSource):
             return read_bytes(self._locate(path, row), self._where(row))
         raise BadImageError(f"{self._where(row)}: the table contains None instead of an image")
 
-    def image(self, row: int) -> Image.Image:
-        """Returns the image in mode RGB. Error messages contain the image's name and the split's name."""
-        return read_image(self.content(row), self._where(row))
-
     def _locate(self, path: str, row: int) -> str:
         """Returns the file `path` that table row `row` contains. Symbolic links below one of the roots may lead anywhere."""
         if not self._roots:
@@ -180,9 +188,10 @@ class PixelSource(ImageSource):
         pixels: bytes = self._pixels[row].tobytes()
         return repr(self._pixels.shape[1:]).encode() + pixels
 
-    def image(self, row: int) -> Image.Image:
-        """Returns the image in mode RGB."""
-        return read_image(Image.fromarray(self._pixels[row]), self.name(row))
+    def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """Returns the whole image in mode RGB, and its width and height."""
+        image = read_image(Image.fromarray(self._pixels[row]), self.name(row))
+        return image, image.size
 
 
 def _has_path(value: Any) -> bool:
