@@ -32,6 +32,7 @@ from hf_transfer.prefix.pixels import (
 )
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.sweep import read_all_pixels, read_pixels
+from tests.sessions import make_session
 from tests.test_extract import KilledAfter
 
 PLAIN = AugmentationConfig(crop_scale=1.0, hflip=0.0, color_jitter=0.0)
@@ -249,3 +250,20 @@ def test_squares_of_large_photos_are_those_of_the_whole_photo(tmp_path: Path, pr
     assert 0 < drift.mean < 1.5
     assert 0 < drift.share < 1
     assert drift.largest >= 1
+
+
+@pytest.mark.parametrize(("strategy", "cache"), [("linear_probe", "disk"), ("full", "disk"), ("full", "memory")])
+def test_a_run_decodes_each_image_once(strategy: str, cache: str, tmp_path: Path) -> None:
+    """Except the few validation images on which the saved probe is compared with its stored features."""
+    settings = {"epochs": 1} if strategy == "full" else {"readouts": "none"}
+    session = make_session(strategy, tmp_path, cache=cache, images_per_class=4, **settings)
+    (train, trained), (validation, validated), (test, tested) = (
+        counted(split)
+        for split in (session.data.train, session.data.validation, session.data.test.select(range(20)))  # type: ignore[union-attr]
+    )
+    data = replace(session.data, train=train, validation=validation, test=test)
+    session.strategy.run(replace(session, data=data))  # type: ignore[attr-defined]
+    for split, source in ((train, trained), (test, tested)):
+        assert source.decoded == dict.fromkeys(split.rows.tolist(), 1)
+    again = set(range(8)) if strategy == "linear_probe" else set()
+    assert validated.decoded == {row: 1 + (i in again) for i, row in enumerate(validation.rows.tolist())}

@@ -80,7 +80,7 @@ def _run(session: Session, plan: Plan) -> RunResult:
         assert first is not None
         return _end_as_probe(session, first, result)
     with session.costs.part("evaluate"):
-        metrics = score_splits(session)
+        metrics = score_splits(session, ran.validation_images)
     if done:
         _verify(metrics["validation"], done[-1].score, session)
     return replace(result, metrics=metrics)
