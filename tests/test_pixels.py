@@ -31,7 +31,7 @@ from hf_transfer.prefix.pixels import (
     store_training_squares,
 )
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.prefix.sweep import read_all_pixels, read_pixels
+from hf_transfer.prefix.sweep import read_all_pixels, read_pixels, sweep
 from tests.sessions import make_session
 from tests.test_extract import KilledAfter
 
@@ -174,6 +174,9 @@ READERS: dict[str, Callable[[Split, Preprocessing, Resources], Any]] = {
     "batches": lambda s, p, r: list(
         read_pixels(EvaluationImages(split=s, preprocessing=p), np.arange(len(s)), batch_size=4, num_workers=2)
     ),
+    "a pass on the CPU": lambda s, p, r: sweep(
+        load("embedded").chain(), EvaluationImages(split=s, preprocessing=p), np.arange(8), lambda *batch: None, r
+    ),
     "few images": lambda s, p, r: read_all_pixels(EvaluationImages(split=s, preprocessing=p), np.arange(4), r),
 }
 
@@ -182,7 +185,7 @@ READERS: dict[str, Callable[[Split, Preprocessing, Resources], Any]] = {
     ("reader", "cache"),
     [
         ("stored pixels", "disk"), ("stored squares", "memory"), ("squares in one batch", "none"),
-        ("sizes in one batch", "none"), ("batches", "none"), ("few images", "none"),
+        ("sizes in one batch", "none"), ("batches", "none"), ("a pass on the CPU", "none"), ("few images", "none"),
     ],
 )  # fmt: skip
 def test_two_threads_decode_at_the_same_time(
