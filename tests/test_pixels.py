@@ -270,3 +270,20 @@ def test_a_run_decodes_each_image_once(strategy: str, cache: str, tmp_path: Path
         assert source.decoded == dict.fromkeys(split.rows.tolist(), 1)
     again = set(range(8)) if strategy == "linear_probe" else set()
     assert validated.decoded == {row: 1 + (i in again) for i, row in enumerate(validation.rows.tolist())}
+
+
+def test_decoding_leaves_torch_its_threads() -> None:
+    """Also if the caller's thread has not used torch's threads when the decoders start, as in a new thread."""
+    before, counts = torch.get_num_threads(), list[int]()
+
+    def decode() -> None:
+        torch.set_num_threads(3)
+        with pixels._open_pool(2) as pool:
+            counts.extend(pool.map(lambda _: torch.get_num_threads(), range(4)))
+        counts.append(torch.get_num_threads())
+
+    caller = threading.Thread(target=decode)
+    caller.start()
+    caller.join()
+    torch.set_num_threads(before)
+    assert counts == [1, 1, 1, 1, 3]

@@ -290,6 +290,7 @@ class _Decoder:
 
 def _open_pool(num_workers: int) -> ThreadPoolExecutor:
     """Returns threads that decode images. Each resizes alone: torch's own threads would compete with the other decoders."""
+    torch.get_num_threads()  # otherwise a caller that has not used torch's threads yet would inherit the number 1 below
     return ThreadPoolExecutor(count_threads(num_workers), "decode", initializer=partial(torch.set_num_threads, 1))
 
 
