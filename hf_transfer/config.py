@@ -24,6 +24,7 @@ NO_SPLIT = "none"  # value of a `..._split` setting for a split that is not used
 MAX_MAGNITUDE = 30  # RandAugment has the 31 magnitudes 0 to 30
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Decoder = Literal["exact", "fast"]
 SelectBy = Literal["accuracy", "log_loss"]
 ClassBalance = Literal["none", "loss"]
 Sweep = Literal["none", "pooling", "layer", "all"]
@@ -150,6 +151,11 @@ class ComputeConfig(Settings):
         "what runs the frozen layers: the network as it is (eager), with BatchNorm folded into convolutions (folded), "
         "torch.compile (compiled), or OpenVINO (extra openvino); auto: by network, device and number of images; "
         "measure: the fastest on this machine",
+    )
+    decoder: Decoder = flag(
+        "exact",
+        "pixels of the frozen layers and of validation; exact: as published with the checkpoint; fast: resized by torch, and "
+        "large JPEGs decoded at a fraction of their size. The metrics of the saved model are always of the published pixels",
     )
     cache: Literal["auto", "disk", "memory", "none"] = flag(
         "auto", "where to store the frozen layers' output; auto: disk, else memory; none: recompute it at each use"

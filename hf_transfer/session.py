@@ -11,6 +11,7 @@ from hf_transfer.data.dataset import Data
 from hf_transfer.locations import CHECKPOINTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
@@ -47,6 +48,14 @@ class Session:
     def resources(self) -> Resources:
         """The processes, threads, memory and precision that a pass over images may use."""
         return Resources(accelerator=self.accelerator, compute=self.config.compute)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The preprocessing of images that select weights and fill stores: exact, or fast with `decoder fast`.
+
+        The saved model, and its metrics, have `backbone.preprocessing`.
+        """
+        return self.backbone.preprocessing.decoded_by(self.config.compute.decoder)
 
     @property
     def strategy(self) -> StrategyConfig:

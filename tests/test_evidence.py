@@ -175,10 +175,10 @@ def test_digits_are_like_digits_and_noise_is_not(session: Session) -> None:
         def __len__(self) -> int:
             return len(self.split)  # type: ignore[arg-type]
 
-        def image(self, i: int) -> object:
+        def reduced_image(self, i: int, least_px: int | None = None) -> object:
             from PIL import Image
 
-            return Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+            return Image.fromarray(np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)), (32, 32)
 
     noisy = replace(session.data, train=Noisy(session.data.train))  # type: ignore[arg-type]
     noise, digits = measure_forward(replace(session, data=noisy)), measure_forward(session)

@@ -192,11 +192,11 @@ class KilledAfter:
     def __len__(self) -> int:
         return len(self.split)
 
-    def image(self, i: int) -> Any:
+    def reduced_image(self, i: int, least_px: int | None = None) -> Any:
         if len(self.read) == self.limit:
             raise KeyboardInterrupt
         self.read.append(i)
-        return self.split.image(i)
+        return self.split.reduced_image(i, least_px)
 
 
 def test_a_pass_that_was_interrupted_computes_only_the_rest(

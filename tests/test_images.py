@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from hf_transfer.data.images import BadImageError, read_image
+from hf_transfer.data.images import BadImageError, read_image, read_reduced
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -220,3 +220,55 @@ def test_text_chunks_do_not_disturb() -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 1000)
     assert (pixels(encoded(photo(), pnginfo=info)) == np.asarray(photo())).all()
+
+
+def detailed(width: int, height: int) -> Image.Image:
+    """A smooth random image, which JPEG keeps almost unchanged."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(
+    ("least_px", "size"), [(None, (401, 299)), (300, (401, 299)), (150, (401, 299)), (149, (200, 150)), (30, (50, 37))]
+)
+def test_a_jpeg_is_reduced_only_as_far_as_both_sides_allow(least_px: int | None, size: tuple[int, int]) -> None:
+    jpeg = encoded(detailed(401, 299), "JPEG", quality=95)
+    image, original = read_reduced(jpeg, "it", least_px)
+    assert (image.size, original) == (size, (401, 299))
+    expected = read_image(jpeg, "it").resize(size, Image.Resampling.BOX)
+    # Less than half a pixel of stretching; 7 levels with the partial column 51 and row 38.
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(expected)).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_reduced_jpeg_is_upright_and_states_its_upright_size(mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    jpeg = encoded(detailed(400, 200).convert(mode), "JPEG", exif=exif, quality=95)
+    whole = read_image(jpeg, "it")
+    image, original = read_reduced(jpeg, "it", 100)
+    assert original == whole.size == ((200, 400) if orientation > 4 else (400, 200))
+    assert image.size == (whole.width // 2, whole.height // 2)
+    difference = np.asarray(image).astype(int) - np.asarray(whole.resize(image.size, Image.Resampling.BOX))
+    assert np.abs(difference).mean() < 2
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "GIF", "BMP", "WEBP", "TIFF"])
+def test_other_formats_are_never_reduced(file_format: str) -> None:
+    content = encoded(detailed(200, 160), file_format)
+    image, original = read_reduced(content, "it", 20)
+    assert image.size == original == (200, 160)
+    assert (np.asarray(image) == np.asarray(read_image(content, "it"))).all()
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.7, 0.95])
+def test_a_truncated_jpeg_is_the_same_error_when_it_is_reduced(kept: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise), "JPEG")
+    errors = []
+    for least_px in (None, 32):
+        with pytest.raises(BadImageError, match=r"^ants/a\.jpg: ") as caught:
+            read_reduced(whole[: int(len(whole) * kept)], "ants/a.jpg", least_px)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]

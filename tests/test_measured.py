@@ -3,16 +3,19 @@
 import json
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
 from sessions import make_session
 
 from hf_transfer.inference.predict import load_saved
+from hf_transfer.network import resizing
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.runs import execute
 from hf_transfer.training import evaluate, plan
 
+SCHEMA = Path(__file__).resolve().parents[1] / "hf_transfer" / "reporting" / "results.schema.json"
 LOG_LOSS = 1e-3  # a probe in low precision is scored on its features if these agree with the saved network so far
 
 
@@ -65,3 +68,41 @@ def test_scores_that_chose_other_weights_are_reported(
     assert "chosen by imprecise scores" in caplog.text
     with pytest.raises(RuntimeError, match="the saved network has a validation log-loss"):
         execute(make_session("full", tmp_path / "fp32", precision="fp32", epochs=1))
+
+
+@pytest.mark.parametrize("strategy", ["linear_probe", "full"])
+def test_metrics_are_of_the_published_pixels_however_wrong_the_fast_ones_are(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
+    kernels = resizing.interpolate
+    monkeypatch.setattr(
+        resizing, "interpolate", lambda images, *size, **options: kernels(images, *size, **options).flip(2)
+    )
+    settings = {"readouts": "none"} if strategy == "linear_probe" else {"epochs": 1}
+    session = make_session(strategy, tmp_path / "run", decoder="fast", **settings)
+    with caplog.at_level("INFO"):
+        execute(session)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    accuracy, log_loss = measure(tmp_path / "run" / "model", session)
+    assert results["metrics"]["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert results["metrics"]["test"]["nll"] == pytest.approx(log_loss, abs=1e-5)
+    assert results["details"]["decoder_drift"]["mean"] > 10
+    assert f"up to {results['details']['decoder_drift']['largest']:.3g} levels" in caplog.text
+    expected = {"linear_probe": ("scoring again", "of the fast decoder's pixels"), "full": ("by imprecise scores",)}
+    assert all(sentence in caplog.text for sentence in expected[strategy])
+
+
+def test_metrics_with_the_fast_decoder_pass_the_check_and_the_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
+    session = make_session("linear_probe", tmp_path / "run", decoder="fast", readouts="none")
+    with caplog.at_level("INFO"):
+        execute(session)
+    assert "scoring again" not in caplog.text
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    jsonschema.validate(results, json.loads(SCHEMA.read_text()))
+    assert results["details"]["decoder_drift"]["largest"] <= 2
+    assert results["config"]["decoder"] == "fast"
+    assert "decoder" not in results["checkpoint"]["preprocessing"], "the saved model has the published preprocessing"

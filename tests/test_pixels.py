@@ -1,6 +1,11 @@
-"""Stored pixels are those of evaluation, and training squares hold the whole image."""
+"""Stored pixels are those of evaluation, training squares hold the whole image, and threads decode on every path."""
 
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +15,14 @@ from PIL import Image
 
 from hf_transfer.config import AugmentationConfig, ComputeConfig, DataConfig
 from hf_transfer.data.dataset import load_data
+from hf_transfer.data.images import BadImageError
+from hf_transfer.data.sources import ImageSource
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import cache_dir
 from hf_transfer.network.backbone import load
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix import layout, pixels
+from hf_transfer.prefix.drift import measure_drift
 from hf_transfer.prefix.pixels import (
     EvaluationImages,
     TrainingSquares,
@@ -23,6 +31,8 @@ from hf_transfer.prefix.pixels import (
     store_training_squares,
 )
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.sweep import read_all_pixels, read_pixels, sweep
+from tests.sessions import make_session
 from tests.test_extract import KilledAfter
 
 PLAIN = AugmentationConfig(crop_scale=1.0, hflip=0.0, color_jitter=0.0)
@@ -73,8 +83,10 @@ def test_squares_hold_the_whole_image_and_its_size(split: Split, preprocessing: 
     stored = store_training_squares(split, preprocessing, spec, resources(cache))
     for i in (0, len(split) - 1):
         image = split.image(i)
-        expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC))
-        np.testing.assert_array_equal(stored.read(np.array([i]))[0], expected)
+        expected = np.asarray(image.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(stored.read(np.array([i]))[0] - expected).max() <= 2, (
+            "torch's kernels round their weights to 16 bits"
+        )
         assert stored.sizes[np.array([i])][0].tolist() == list(image.size)
 
 
@@ -126,3 +138,152 @@ def test_a_side_below_the_networks_is_refused(split: Split, preprocessing: Prepr
     spec = TrainingSquares(side_px=16, augmentation=PLAIN, seed=0)
     with pytest.raises(ValueError, match=f"0 for the default of {default_side_px(preprocessing)}"):
         store_training_squares(split, preprocessing, spec, resources())
+
+
+class CountingSource(ImageSource):
+    """A source that counts how often each row is decoded. With `threads`, a decode waits until so many run at the same time."""
+
+    def __init__(self, source: ImageSource, threads: int = 1) -> None:
+        super().__init__(len(source))
+        self._source, self._barrier = source, threading.Barrier(threads, timeout=10)
+        self.decoded: Counter[int] = Counter()
+
+    def name(self, row: int) -> str:
+        return self._source.name(row)
+
+    def content(self, row: int) -> bytes:
+        return self._source.content(row)
+
+    def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        self.decoded[row] += 1
+        self._barrier.wait()
+        return self._source.reduced_image(row, least_px)
+
+
+def counted(split: Split, threads: int = 1) -> tuple[Split, CountingSource]:
+    source = CountingSource(split.source, threads)
+    return replace(split, source=source), source
+
+
+SPEC = TrainingSquares(side_px=48, augmentation=PLAIN, seed=0)
+READERS: dict[str, Callable[[Split, Preprocessing, Resources], Any]] = {
+    "stored pixels": store_evaluation_pixels,
+    "stored squares": lambda s, p, r: store_training_squares(s, p, SPEC, r),
+    "squares in one batch": lambda s, p, r: store_training_squares(s, p, SPEC, r).read(np.arange(len(s))),
+    "sizes in one batch": lambda s, p, r: store_training_squares(s, p, SPEC, r).sizes[:],
+    "batches": lambda s, p, r: list(
+        read_pixels(EvaluationImages(split=s, preprocessing=p), np.arange(len(s)), batch_size=4, num_workers=2)
+    ),
+    "a pass on the CPU": lambda s, p, r: sweep(
+        load("embedded").chain(), EvaluationImages(split=s, preprocessing=p), np.arange(8), lambda *batch: None, r
+    ),
+    "few images": lambda s, p, r: read_all_pixels(EvaluationImages(split=s, preprocessing=p), np.arange(4), r),
+}
+
+
+@pytest.mark.parametrize(
+    ("reader", "cache"),
+    [
+        ("stored pixels", "disk"), ("stored squares", "memory"), ("squares in one batch", "none"),
+        ("sizes in one batch", "none"), ("batches", "none"), ("a pass on the CPU", "none"), ("few images", "none"),
+    ],
+)  # fmt: skip
+def test_two_threads_decode_at_the_same_time(
+    reader: str, cache: str, split: Split, preprocessing: Preprocessing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the first thread would wait in vain for the second, and the barrier would break."""
+    monkeypatch.setattr(pixels, "ROWS_PER_TASK", 1)
+    even = split.select(np.arange(len(split) // 2 * 2))
+    two, source = counted(even, threads=2)
+    two_threads = Resources(accelerator=Accelerator(), compute=ComputeConfig(cache=cache, num_workers=2))  # type: ignore[arg-type]
+    READERS[reader](two, preprocessing, two_threads)
+    assert set(source.decoded.values()) == {1}
+
+
+@pytest.mark.parametrize("cache", ["disk", "memory", "none"])
+def test_an_image_is_decoded_once_for_its_square_and_its_size(
+    split: Split, preprocessing: Preprocessing, cache: str
+) -> None:
+    once, source = counted(split)
+    images = store_training_squares(once, preprocessing, SPEC, resources(cache))
+    rows = np.arange(len(split))
+    prepared = images.prepare(torch.from_numpy(images.read(rows)), rows)
+    assert source.decoded == dict.fromkeys(split.rows.tolist(), 1)
+    assert len(prepared) == len(split)
+    images.prepare(torch.from_numpy(images.read(rows[:2])), rows[:2])  # the next epoch
+    assert source.decoded[int(split.rows[0])] == (2 if cache == "none" else 1)
+
+
+def test_rows_that_are_decoded_when_read_may_repeat_and_an_error_names_the_image(
+    split: Split, preprocessing: Preprocessing, tmp_path: Path
+) -> None:
+    images = store_training_squares(split, preprocessing, SPEC, resources("none"))
+    stored = store_training_squares(split, preprocessing, SPEC, resources("memory"))
+    for rows in (np.array([3, 0, 3]), np.array([], np.int64), slice(2, 5), slice(None)):
+        np.testing.assert_array_equal(images.squares[rows], stored.squares[rows])
+        np.testing.assert_array_equal(images.sizes[rows], stored.sizes[rows])
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(4):
+            Image.new("RGB", (20, 20)).save(tmp_path / label / f"{i}.png")
+    damaged = load_data(DataConfig(dataset=str(tmp_path), validation_fraction=0.25)).train
+    (tmp_path / damaged.image_name(1)).write_bytes(b"nothing")
+    with pytest.raises(BadImageError, match=f"^{damaged.image_name(1)}: .*on_bad_image skip"):
+        store_training_squares(damaged, preprocessing, SPEC, resources("none")).read(np.arange(len(damaged)))
+
+
+def test_squares_of_large_photos_are_those_of_the_whole_photo(tmp_path: Path, preprocessing: Preprocessing) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    photo, exif = Image.fromarray(coarse).resize((600, 400), Image.Resampling.BICUBIC), Image.Exif()
+    for label, orientation in (("a", 1), ("b", 6)):
+        (tmp_path / label).mkdir()
+        exif[0x0112] = orientation
+        for i in range(2):
+            photo.save(tmp_path / label / f"{i}.jpg", exif=exif, quality=95)
+    photos = load_data(DataConfig(dataset=str(tmp_path), validation_fraction=0.5)).train
+    images = store_training_squares(photos, preprocessing, SPEC, resources("memory"))
+    for i in range(2):
+        whole = photos.image(i)
+        assert photos.reduced_image(i, 96)[0].size != whole.size
+        assert tuple(images.sizes[np.array([i])][0]) == whole.size
+        expected = np.asarray(whole.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(images.squares[np.array([i])][0] - expected).mean() < 1
+    drift = measure_drift(photos, preprocessing, resources("none"))
+    assert drift.num_images == 2
+    assert 0 < drift.mean < 1.5
+    assert 0 < drift.share < 1
+    assert drift.largest >= 1
+
+
+@pytest.mark.parametrize(("strategy", "cache"), [("linear_probe", "disk"), ("full", "disk"), ("full", "memory")])
+def test_a_run_decodes_each_image_once(strategy: str, cache: str, tmp_path: Path) -> None:
+    """Except the few validation images on which the saved probe is compared with its stored features."""
+    settings = {"epochs": 1} if strategy == "full" else {"readouts": "none"}
+    session = make_session(strategy, tmp_path, cache=cache, images_per_class=4, **settings)
+    (train, trained), (validation, validated), (test, tested) = (
+        counted(split)
+        for split in (session.data.train, session.data.validation, session.data.test.select(range(20)))  # type: ignore[union-attr]
+    )
+    data = replace(session.data, train=train, validation=validation, test=test)
+    session.strategy.run(replace(session, data=data))  # type: ignore[attr-defined]
+    for split, source in ((train, trained), (test, tested)):
+        assert source.decoded == dict.fromkeys(split.rows.tolist(), 1)
+    again = set(range(8)) if strategy == "linear_probe" else set()
+    assert validated.decoded == {row: 1 + (i in again) for i, row in enumerate(validation.rows.tolist())}
+
+
+def test_decoding_leaves_torch_its_threads() -> None:
+    """Also if the caller's thread has not used torch's threads when the decoders start, as in a new thread."""
+    before, counts = torch.get_num_threads(), list[int]()
+
+    def decode() -> None:
+        torch.set_num_threads(3)
+        with pixels._open_pool(2) as pool:
+            counts.extend(pool.map(lambda _: torch.get_num_threads(), range(4)))
+        counts.append(torch.get_num_threads())
+
+    caller = threading.Thread(target=decode)
+    caller.start()
+    caller.join()
+    torch.set_num_threads(before)
+    assert counts == [1, 1, 1, 1, 3]

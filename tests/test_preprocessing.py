@@ -3,6 +3,7 @@
 import json
 import os
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from transformers.models.auto.image_processing_auto import (
 from hf_transfer.cli import main
 from hf_transfer.config import AugmentationConfig, ComputeConfig
 from hf_transfer.data.dataset import Data
-from hf_transfer.data.images import read_image
+from hf_transfer.data.images import read_image, read_reduced
 from hf_transfer.hub.fresh_process import compute
 from hf_transfer.hub.verify import REFERENCE, find_libraries, verify
 from hf_transfer.inference.predict import load_saved, predict
@@ -288,6 +289,60 @@ def make_data(folder: Path) -> Data:
     from hf_transfer.data.dataset import load_data
 
     return load_data(DataConfig(dataset=str(folder), validation_fraction=0.25))
+
+
+# --- the fast approximation -------------------------------------------------------------------------------------------
+
+
+def encode_jpeg(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def write_timm_settings(folder: Path, config: dict[str, Any]) -> Path:
+    """Writes the config.json of a timm checkpoint without weights."""
+    folder.mkdir()
+    content = {"architecture": "resnet18", "num_classes": 3, "pretrained_cfg": config}
+    (folder / "config.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("config", TIMM_CONFIGS)
+def test_fast_pixels_are_close_to_the_published_pixels(config: dict[str, Any], tmp_path: Path) -> None:
+    """On images of all sizes and modes, so the crop is at the same place."""
+    exact = load_preprocessing(write_timm_settings(tmp_path / "model", config))
+    fast = exact.decoded_by("fast")
+    for image in photos(20):
+        difference = np.abs(fast.pixels(image).astype(int) - exact.pixels(image).astype(int))
+        assert difference.mean() < 0.5  # a crop that is shifted by one pixel differs by more than 5
+    is_plain = config.get("crop_mode") is None
+    assert (fast.native_resize is not None) == is_plain
+    assert exact.decoded_by("exact") is exact
+    assert fast.spec != exact.spec
+    assert exact.least_px is None
+
+
+@pytest.mark.parametrize("side_px", [(400, 300), (1203, 905), (906, 1605), (2048, 1536)])
+def test_fast_pixels_of_large_jpegs_are_close(side_px: tuple[int, int], tmp_path: Path) -> None:
+    exact = load_preprocessing(write_timm_settings(tmp_path / "model", TIMM_CONFIGS[0]))
+    coarse = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    jpeg = encode_jpeg(Image.fromarray(coarse).resize(side_px, Image.Resampling.BICUBIC))
+    reduced, size = read_reduced(jpeg, "it", exact.fast.least_px)
+    assert size == side_px
+    assert reduced.width < side_px[0]
+    difference = exact.fast.pixels(reduced).astype(int) - exact.pixels(read_image(jpeg, "it"))
+    assert np.abs(difference).mean() < 1.5  # a shift by one pixel changes these images by 9 levels
+
+
+@pytest.mark.parametrize("resizes", [True, False])
+def test_images_are_reduced_only_if_the_processor_resizes_them(resizes: bool, tmp_path: Path) -> None:
+    """A processor that cuts the center out of the image as it is must get the whole image."""
+    settings = {"size": {"shortest_edge": 32}, "crop_size": {"height": 24, "width": 24}, "do_resize": resizes}
+    exact = load_preprocessing(write_settings(tmp_path / "model", "CLIPImageProcessor", **settings))
+    assert (exact.fast.least_px is not None) == resizes
+    for image in photos(4):
+        np.testing.assert_array_equal(exact.fast.pixels(image), exact.pixels(image))  # the processor itself uses torch
 
 
 # --- networks that train on such pixels -------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def gather_evidence(session: Session, *, head: LinearMap | None, readouts: bool 
     parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in (own.name, *means)}
     images_computed = 0
     for split in (data.train, data.validation):
-        images = EvaluationImages(split=split, preprocessing=session.backbone.preprocessing)
+        images = EvaluationImages(split=split, preprocessing=session.preprocessing)
         extracted = extract_images(chain, images, taps, resources)
         images_computed += extracted.images
         for name, features in parts.items():

@@ -42,7 +42,7 @@ def measure_forward(session: Session) -> ForwardStats:
     count = min(len(split), MAX_IMAGES, max(MIN_IMAGES, round(MAX_SHARE * len(split))))
     by_class = np.argsort(split.labels, kind="stable")
     rows = np.sort(by_class[np.linspace(0, len(split) - 1, count).round().astype(int)]).astype(np.int64)
-    images = EvaluationImages(split=split, preprocessing=session.backbone.preprocessing)
+    images = EvaluationImages(split=split, preprocessing=session.preprocessing)
 
     def measure_speed(*, in_precision: bool) -> float:
         def wait(_: int, values: list[torch.Tensor]) -> None:

@@ -10,6 +10,10 @@ Pillow decodes the file. Decisions that Pillow leaves to its caller are made her
 - Color profiles are not applied, because the pipelines that pretrained the checkpoints did not apply color profiles.
 
 A truncated file is an error, not an image with a gray lower half.
+
+Pillow decodes on every path. torchvision's decoder is deprecated, and TorchCodec's wheel for Linux needs CUDA's libraries. Both
+save about 0.2 ms per image, and neither decodes a JPEG at a fraction of its size, which saves 30 ms and more for a photo of 12
+megapixels (`read_reduced`).
 """
 
 import errno
@@ -46,6 +50,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPPING = {_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}  # these exchange width and height
 
 # Errors that concern only this one file, not the whole disk or process.
 _FILE_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
@@ -78,18 +83,34 @@ def read_image(source: bytes | str | Path | Image.Image, name: str) -> Image.Ima
     Raises:
         BadImageError: the file is missing, empty, truncated or not an image, or pixel values are in an ambiguous range.
     """
+    return read_reduced(source, name)[0]
+
+
+def read_reduced(
+    source: bytes | str | Path | Image.Image, name: str, least_px: int | None = None
+) -> tuple[Image.Image, tuple[int, int]]:
+    """Returns the image as `read_image` does, but possibly reduced, together with the original width and height in pixels.
+
+    With `least_px`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if both of its sides keep at least `least_px` pixels. The
+    decoder then computes fewer pixels, each a mean of the original ones. Raises the errors of `read_image`.
+    """
     if isinstance(source, (str, Path)):
         source = read_bytes(source, name)
     if isinstance(source, bytes) and not source:
         raise BadImageError(f"{name}: the file is empty (0 bytes)")
     try:
         image = Image.open(BytesIO(source)) if isinstance(source, bytes) else source
-        image.load()
+        size, reduced = image.size, None
+        if least_px is not None and isinstance(source, bytes):
+            reduced = image.draft(None, (least_px, least_px))  # None for all formats but JPEG
+        image.load()  # may also correct the size of some other formats
+        width_px, height_px = image.size if reduced is None else size
     except _DECODER_ERRORS as error:
         raise BadImageError(f"{name}: {_diagnosis(source, error)}") from error
     if 0 in image.size:
         raise BadImageError(f"{name}: the image has no pixels ({image.width} x {image.height})")
-    return _upright(_rgb(image, name), image, name)
+    rgb, is_turned = _upright(_drop_partial(_rgb(image, name), reduced), image, name)
+    return rgb, (height_px, width_px) if is_turned else (width_px, height_px)
 
 
 def read_bytes(path: str | Path, name: str) -> bytes:
@@ -106,6 +127,17 @@ def read_bytes(path: str | Path, name: str) -> bytes:
         if error.errno not in _FILE_ERRORS:  # a failing disk or too many open files must not pass for a bad image
             raise
         raise BadImageError(f"{name}: the file cannot be opened ({os.strerror(error.errno)})") from error
+
+
+def _drop_partial(rgb: Image.Image, reduced: tuple[str, tuple[int, int, float, float]] | None) -> Image.Image:
+    """Returns a reduced image without a last column or row of which less than half is in the original image.
+
+    At 1/8, an image 401 pixels wide gets 51 columns, and would be stretched by 51 / 50.125.
+    """
+    if reduced is None:
+        return rgb
+    width, height = (round(side) for side in reduced[1][2:])
+    return rgb if rgb.size == (width, height) else rgb.crop((0, 0, width, height))
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
@@ -150,20 +182,20 @@ def _from_floats(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(np.rint(values * scale).astype(np.uint8))
 
 
-def _upright(rgb: Image.Image, image: Image.Image, name: str) -> Image.Image:
-    """Returns `rgb`, rotated or mirrored as the EXIF orientation of the original `image` says."""
+def _upright(rgb: Image.Image, image: Image.Image, name: str) -> tuple[Image.Image, bool]:
+    """Returns `rgb`, rotated or mirrored as the EXIF orientation of `image` says, and whether width and height are swapped."""
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODER_ERRORS as error:
         # The pixels are sound, and viewers show such a file as it is stored.
         logger.warning("%s: the EXIF block cannot be read (%s); the image is assumed to be upright", name, error)
-        return rgb
+        return rgb, False
     method = _UPRIGHT.get(orientation)
     if method is None:
-        return rgb
+        return rgb, False
     upright = rgb.transpose(method)
     upright.info = {}  # with the EXIF block, the next reader would rotate the image again
-    return upright
+    return upright, method in _SWAPPING
 
 
 def _diagnosis(source: bytes | Image.Image, error: Exception) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_transfer.data.images import read_bytes, read_image
+from hf_transfer.data.images import read_bytes, read_reduced
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData, index_labels
 from hf_transfer.data.manifest import read_status
 from hf_transfer.data.paths import PackedPaths
@@ -60,13 +60,15 @@ class MemorySource(ImageSource):
             return None
         return self._root, read_status("", PackedPaths(paths), np.arange(len(paths)))
 
-    def image(self, row: int) -> Image.Image:
-        """Returns the image in mode RGB."""
+    def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """Returns the image in mode RGB, reduced only if it is encoded, and its original width and height."""
         image = self._images[row]
         if isinstance(image, Image.Image):
             with _PILLOW:
-                return read_image(image, self.name(row))
-        return read_image(Image.fromarray(image) if isinstance(image, np.ndarray) else image, self.name(row))
+                return read_reduced(image, self.name(row))
+        return read_reduced(
+            Image.fromarray(image) if isinstance(image, np.ndarray) else image, self.name(row), least_px
+        )
 
 
 def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:

@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_transfer.data.images import BadImageError, read_bytes, read_image
+from hf_transfer.data.images import BadImageError, read_bytes, read_image, read_reduced
 from hf_transfer.data.manifest import DIGEST_BYTES, HAS_CTIME, is_stable, read_manifest, read_status, repeat_status
 from hf_transfer.data.paths import PackedPaths
 
@@ -50,7 +50,19 @@ class ImageSource(ABC):
         Raises:
             BadImageError: the image cannot be read.
         """
-        return read_image(self.content(row), self.name(row))
+        return self.reduced_image(row)[0]
+
+    def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """Returns the image in mode RGB, possibly reduced (see `images.read_reduced`), and its original width and height.
+
+        Raises:
+            BadImageError: the image cannot be read.
+        """
+        return read_reduced(self.content(row), self._where(row), least_px)
+
+    def _where(self, row: int) -> str:
+        """Returns the image's name in error messages."""
+        return self.name(row)
 
     def digests(self, rows: NDArray[np.int64], manifests: Path | None = None) -> NDArray[np.uint8]:
         """Returns content hashes (len(rows), 16) uint8 of the images in `rows`.
@@ -186,10 +198,6 @@ class TableSource(ImageSource):
             return read_bytes(self._locate(path, row), self._where(row))
         raise BadImageError(f"{self._where(row)}: the table contains None instead of an image")
 
-    def image(self, row: int) -> Image.Image:
-        """Returns the image in mode RGB. Error messages contain the image's name and the split's name."""
-        return read_image(self.content(row), self._where(row))
-
     def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]] | None:
         import pyarrow.compute as pc
 
@@ -247,9 +255,10 @@ class PixelSource(ImageSource):
         pixels: bytes = self._pixels[row].tobytes()
         return repr(self._pixels.shape[1:]).encode() + pixels
 
-    def image(self, row: int) -> Image.Image:
-        """Returns the image in mode RGB."""
-        return read_image(Image.fromarray(self._pixels[row]), self.name(row))
+    def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """Returns the whole image in mode RGB, and its width and height."""
+        image = read_image(Image.fromarray(self._pixels[row]), self.name(row))
+        return image, image.size
 
 
 def _has_path(value: Any) -> bool:

@@ -74,8 +74,16 @@ class Split:
         Raises:
             BadImageError: the image cannot be read; the message starts with the image's path or row.
         """
+        return self.reduced_image(i)[0]
+
+    def reduced_image(self, i: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """Returns image `i` in mode RGB, possibly reduced (see `images.read_reduced`), and its original width and height.
+
+        Raises:
+            BadImageError: the image cannot be read; the message starts with the image's path or row.
+        """
         try:
-            return self.source.image(int(self.rows[i]))
+            return self.source.reduced_image(int(self.rows[i]), least_px)
         except BadImageError as error:
             raise _with_remedy(error) from error
 

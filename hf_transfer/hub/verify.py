@@ -48,13 +48,13 @@ class Verified:
 def write_reference(backbone: Backbone, split: Split, path: Path) -> None:
     """Writes NUM_IMAGES images spread over `split` to `path`, with the normalized pixels and logits (CPU, float32)."""
     rows = np.unique(np.linspace(0, len(split) - 1, NUM_IMAGES).astype(int)).tolist()
-    images = [np.asarray(split.image(i)) for i in rows]
-    pixels = torch.from_numpy(np.stack([backbone.preprocessing.pixels(split.image(i)) for i in rows]))
+    images = [split.image(i) for i in rows]
+    pixels = torch.from_numpy(np.stack([backbone.preprocessing.pixels(image) for image in images]))
     model = backbone.model.cpu().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     with eval_mode(model), torch.no_grad():
         inputs = backbone.preprocessing.normalize(pixels).contiguous()
         logits = compute_logits(model, inputs)
-    tensors = {f"image_{i}": torch.from_numpy(image.copy()) for i, image in enumerate(images)}
+    tensors = {f"image_{i}": torch.from_numpy(np.array(image)) for i, image in enumerate(images)}
     tensors |= {"inputs": inputs, "logits": logits.contiguous()}
     save_file(tensors, path, metadata={"labels": json.dumps(list(backbone.label_names))})
 

@@ -10,6 +10,8 @@ plain `AutoImageProcessor`, whatever the order of its steps:
 - If a processor changes colors in another way, its network cannot train on augmented images.
 
 `load_preprocessing` decides between the three cases by comparing outputs on images of six sizes.
+
+`Preprocessing.fast` is a faster approximation. A saved model never uses it.
 """
 
 import copy
@@ -21,7 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,16 +33,22 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision.transforms import CenterCrop, Resize
 from transformers import AutoImageProcessor, PreTrainedConfig
+
+from hf_transfer.config import Decoder
+from hf_transfer.network import resizing
 
 log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "preprocessor_config.json"
 SIZE_SETTINGS = ("size", "crop_size", "pad_size")  # of transformers' processors
 PARITY = 1e-5  # largest allowed difference from the checkpoint's processor, in normalized pixels (within +-3)
+MAX_CHANGE = 0.05  # largest mean change of pixels by reducing the image first, relative to their standard deviation
 COLOR_PARITY = 1e-4  # the same for the colors of images of one color, which only augmented images depend on
 SAMPLE_SIZES_PX = ((149, 113), (96, 64), (64, 64), (200, 50), (40, 160), (31, 47))  # width and height
 SAMPLE_COLORS = ((0, 0, 0), (255, 255, 255), (200, 30, 90))
+DEFAULT_CROP_PCT = 0.875  # of processors that do not state it
 LUMINANCE = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # the weights of Pillow's convert("L")
 
 # A processor raises such an error for an image that the processor cannot take.
@@ -104,6 +112,8 @@ class Preprocessing:
     spec: Mapping[str, Any]  # everything that determines the pixels, as JSON values for cache keys
     processor: Any = field(repr=False)  # the checkpoint's image processor, which is saved beside the weights
     resize: Callable[[Image.Image], Pixels] = field(repr=False)  # takes an RGB image or, for one channel, a gray image
+    native_resize: Callable[[Image.Image], Pixels] | None = field(default=None, repr=False)  # by torch, if possible
+    least_px: int | None = None  # images may be reduced to sides of at least this many pixels; None: not reduced
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -118,6 +128,24 @@ class Preprocessing:
     def pixels(self, image: Image.Image) -> Pixels:
         """Returns an RGB image as pixels (H, W, C) of type `pixel_type`, resized and cropped as for evaluation."""
         return self.resize(image if self.channels == 3 else image.convert("L"))
+
+    def decoded_by(self, decoder: Decoder) -> "Preprocessing":
+        """Returns this preprocessing, or its fast approximation for the decoder `fast`."""
+        return self.fast if decoder == "fast" else self
+
+    @cached_property
+    def fast(self) -> "Preprocessing":
+        """This preprocessing with torch's kernels, and with large JPEGs decoded at a fraction of their size, where possible.
+
+        Its pixels differ a little from the pixels of the checkpoint's processor, so its cache keys differ too.
+        """
+        resize = self.native_resize or self.resize
+        least_px = None
+        if self.native_resize is not None or _ignores_scale(self):
+            resized_px = max(self.height_px, self.width_px) / (self.crop_pct or DEFAULT_CROP_PCT)
+            least_px = int(np.ceil(resizing.REDUCING_GAP * resized_px))
+        version = f"fast {resizing.KERNELS_VERSION}"
+        return replace(self, resize=resize, least_px=least_px, spec={**self.spec, "decoder": version})
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Returns pixels (B, H, W, C) as normalized float32 (B, C, H, W), in channels-last memory on the same device."""
@@ -308,8 +336,32 @@ def _from_timm(processor: Any) -> Preprocessing:
         spec={"library": "timm", "version": timm.__version__, **{k: str(v) for k, v in config.items()}},
         processor=processor,
         resize=resize,
+        native_resize=_find_native(geometry),
     )
     return _fit(preprocessing, _run_on_samples(processor, channels))
+
+
+def _find_native(geometry: Sequence[Any]) -> Callable[[Image.Image], Pixels] | None:
+    """Returns a function that computes the transforms `geometry` with torch's kernels, or None for other transforms."""
+    if [type(transform) for transform in geometry] != [Resize, CenterCrop]:
+        return None
+    resize, crop = geometry
+    kernel, sizes = resize.interpolation.value, np.atleast_1d(resize.size)
+    if kernel not in ("bilinear", "bicubic") or resize.max_size is not None or min(sizes) < max(crop.size):
+        return None
+    return partial(_resize_and_crop, sizes=tuple(sizes.tolist()), crop=tuple(crop.size), kernel=kernel)
+
+
+def _resize_and_crop(
+    image: Image.Image, *, sizes: tuple[int, ...], crop: tuple[int, int], kernel: resizing.Filter
+) -> NDArray[np.uint8]:
+    """Returns the center (H, W, C) of the resized image. `sizes`: height and width, or the shorter side alone, in pixels."""
+    width, height = image.size
+    shorter = min(width, height)
+    resized = sizes if len(sizes) == 2 else (int(sizes[0] * height / shorter), int(sizes[0] * width / shorter))
+    top, left = (round((resized[i] - crop[i]) / 2) for i in range(2))
+    pixels = resizing.resize(image, resized[0], resized[1], kernel)
+    return np.ascontiguousarray(pixels[top : top + crop[0], left : left + crop[1]])
 
 
 def _from_transformers(processor: Any, channels: int) -> Preprocessing:
@@ -348,6 +400,7 @@ def _fit(preprocessing: Preprocessing, outputs: Sequence[torch.Tensor]) -> Prepr
     return replace(
         preprocessing,
         pixel_type="float32",
+        native_resize=None,
         colors=next((c for c in candidates if _has_colors(processor, c)), None),
         spec={**preprocessing.spec, "pixels": "float32", "version": transformers.__version__},
         resize=partial(_run_whole, processor),
@@ -424,6 +477,18 @@ def _measure_difference(preprocessing: Preprocessing, outputs: Sequence[torch.Te
         own = preprocessing.normalize(torch.from_numpy(pixels.copy())[None])[0]
         differences.append(float((own - output).abs().max()))
     return max(differences) if all(np.isfinite(differences)) else float("inf")
+
+
+def _ignores_scale(preprocessing: Preprocessing) -> bool:
+    """Whether pixels of a smooth image hardly change if the image is reduced first. They do if a part is cut out unresized."""
+    side = 4 * max(preprocessing.height_px, preprocessing.width_px)
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+    try:
+        whole, reduced = (preprocessing.pixels(image).astype(np.float32) for image in (smooth, smooth.reduce(2)))
+    except _PROCESSOR_ERRORS:
+        return False
+    return bool(np.abs(whole - reduced).mean() <= MAX_CHANGE * whole.std())
 
 
 def _has_colors(processor: Any, colors: Colors) -> bool:

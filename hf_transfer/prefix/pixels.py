@@ -1,8 +1,8 @@
 """Reads images by number: threads decode them to pixels, and the device turns the pixels into the network's input.
 
-Evaluation uses exactly the pixels of the checkpoint's preprocessing. For training, each image is decoded once and resized to a
-larger uint8 RGB square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so training epochs
-neither decode images nor hold them in memory.
+Evaluation uses exactly the pixels of the checkpoint's preprocessing, unless the preprocessing is a fast approximation (`decoder
+fast`). For training, each image is decoded once and resized by torch to a larger uint8 RGB square, from which each epoch draws
+its own augmentation. Stored pixels are memory-mapped, so training epochs neither decode images nor hold them in memory.
 """
 
 import logging
@@ -10,17 +10,18 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm.auto import tqdm
 
 from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import augment, draw_uniform
 from hf_transfer.data.splits import Split
+from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MARGIN = 1.15  # side of the training square divided by the side of the network's input (1 / crop_pct for crop_pct 0.87)
 ROWS_PER_TASK = 16
+_SQUARES_VERSION = f"torch {resizing.KERNELS_VERSION}"
+_MAX_REMEMBERED_BYTES = 64  # of one image's value; smaller values are kept when an image is decoded
 
 
 class Images(Protocol):
@@ -77,7 +80,7 @@ class EvaluationImages:
         """Returns pixels (b, H, W, C), resized and cropped."""
         if self.store is not None:
             return self.store[rows]
-        return np.stack([self.preprocessing.pixels(self.split.image(int(i))) for i in rows])
+        return np.stack([read_evaluation_pixels(self.split, self.preprocessing, int(i)) for i in rows])
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
         """Returns normalized images (b, C, H, W)."""
@@ -120,6 +123,7 @@ class TrainingImages:
             "data": self.split.fingerprint,
             "preprocessing": dict(self.preprocessing.spec),
             "side": self.squares.shape[1],
+            "squares": _SQUARES_VERSION,
             "views": self.spec.views,
             "augmentation": repr(self.spec.augmentation),
             "seed": self.spec.seed,
@@ -152,15 +156,15 @@ class TrainingImages:
 class DecodedWhenRead(Store):
     """A store that decodes rows from the images each time they are read, instead of storing them."""
 
-    def __init__(self, make: Any, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, decoder: "_Decoder", name: str) -> None:
         # A zero-stride array has shape and dtype, and takes no memory.
-        super().__init__([np.broadcast_to(np.zeros((), dtype), shape)])
-        self._make = make
+        shape, dtype = decoder.decoding.arrays[name]
+        super().__init__([np.broadcast_to(np.zeros((), dtype), (len(decoder.decoding.split), *shape))])
+        self._decoder, self._name = decoder, name
 
     def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
-        """Returns the rows that the slice or int array `rows` selects, decoded now from the images."""
-        wanted = np.arange(len(self))[rows]
-        return np.stack([self._make(int(i)) for i in wanted]) if len(wanted) else np.empty((0, *self.shape[1:]))
+        """Returns the rows that the slice or int array `rows` selects, decoded now from the images in threads."""
+        return self._decoder.read(self._name, np.arange(len(self))[rows])
 
 
 def default_side_px(preprocessing: Preprocessing) -> int:
@@ -168,11 +172,16 @@ def default_side_px(preprocessing: Preprocessing) -> int:
     return int(np.ceil(MARGIN * max(preprocessing.height_px, preprocessing.width_px) / 8)) * 8
 
 
+def read_evaluation_pixels(split: Split, preprocessing: Preprocessing, i: int) -> NDArray[Any]:
+    """Returns the pixels (H, W, C) of image `i`, decoded now, resized and cropped as in evaluation."""
+    return preprocessing.pixels(split.reduced_image(i, preprocessing.least_px)[0])
+
+
 def store_evaluation_pixels(split: Split, preprocessing: Preprocessing, resources: Resources) -> EvaluationImages:
     """Decodes the split once to exactly the pixels that evaluation uses, and stores the pixels."""
 
     def read(i: int) -> dict[str, NDArray[Any]]:
-        return {"pixels": preprocessing.pixels(split.image(i))}
+        return {"pixels": read_evaluation_pixels(split, preprocessing, i)}
 
     key = {"kind": "evaluation pixels", "preprocessing": dict(preprocessing.spec)}
     decoding = _Decoding(
@@ -197,13 +206,12 @@ def store_training_squares(
         )
 
     def read(i: int) -> dict[str, NDArray[Any]]:
-        image = split.image(i)
-        square = image.resize((side_px, side_px), Image.Resampling.BICUBIC)
-        return {"squares": np.asarray(square), "sizes": np.array(image.size, np.int32)}
+        image, size = split.reduced_image(i, resizing.REDUCING_GAP * side_px)
+        return {"squares": resizing.resize(image, side_px, side_px, "bicubic"), "sizes": np.array(size, np.int32)}
 
     arrays = {"squares": ((side_px, side_px, 3), "uint8"), "sizes": ((2,), "int32")}
     decoding = _Decoding(split=split, read=read, arrays=arrays)
-    stores = _decode(decoding, {"kind": "training squares"}, resources)
+    stores = _decode(decoding, {"kind": "training squares", "resize": _SQUARES_VERSION}, resources)
     return TrainingImages(
         split=split, preprocessing=preprocessing, squares=stores["squares"], sizes=stores["sizes"], spec=spec
     )
@@ -237,14 +245,53 @@ class _Decoding:
             missing.mark(block)
             return len(block)
 
-        threads = count_threads(resources.compute.num_workers)
-        with bar, ThreadPoolExecutor(threads) as pool:
+        with bar, _open_pool(resources.compute.num_workers) as pool:
             try:
                 for done in pool.map(work, range(0, len(positions), ROWS_PER_TASK)):
                     bar.update(done)
             finally:
                 pool.shutdown(cancel_futures=True)  # cancels work after a bad image
         return len(positions)
+
+
+class _Decoder:
+    """Decodes images in threads each time their values are read, and remembers small values, such as sizes.
+
+    So an image whose square was read is not decoded again for its size.
+    """
+
+    def __init__(self, decoding: _Decoding, num_workers: int) -> None:
+        self.decoding, self._pool = decoding, _open_pool(num_workers)
+        self._remembered = {
+            name: np.zeros((len(decoding.split), *shape), dtype)
+            for name, (shape, dtype) in decoding.arrays.items()
+            if np.prod(shape) * np.dtype(dtype).itemsize <= _MAX_REMEMBERED_BYTES
+        }
+        self._is_decoded = np.zeros(len(decoding.split), np.bool_)
+
+    def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Returns the values of the images `rows` in the array `name`."""
+        if name in self._remembered:
+            missing = np.unique(rows[~self._is_decoded[rows]])
+            for _ in self._pool.map(self._read_one, missing):
+                pass
+            return self._remembered[name][rows]
+        shape, dtype = self.decoding.arrays[name]
+        values = [decoded[name] for decoded in self._pool.map(self._read_one, rows)]
+        return np.stack(values) if values else np.empty((0, *shape), dtype)
+
+    def _read_one(self, row: np.int64) -> dict[str, NDArray[Any]]:
+        values = self.decoding.read(int(row))
+        for name, remembered in self._remembered.items():
+            remembered[row] = values[name]
+        self._is_decoded[row] = True
+        return values
+
+
+def _open_pool(num_workers: int) -> ThreadPoolExecutor:
+    """Returns threads that decode images. Each resizes alone: torch's own threads would compete with the other decoders."""
+    torch.get_num_threads()  # otherwise a caller that has not used torch's threads yet would inherit the number 1 below
+    return ThreadPoolExecutor(count_threads(num_workers), "decode", initializer=partial(torch.set_num_threads, 1))
 
 
 def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -> dict[str, Store]:
@@ -272,10 +319,8 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
     (storage,) = set(stored.storages.values())
     if storage.kind == "none":
         log.info("pixels of %s: %s", split.name, storage.reason)
-        return {
-            name: DecodedWhenRead(lambda i, name=name: decoding.read(i)[name], (len(split), *shape), kind)
-            for name, (shape, kind) in arrays.items()
-        }
+        decoder = _Decoder(decoding, resources.compute.num_workers)
+        return {name: DecodedWhenRead(decoder, name) for name in arrays}
     if resources.accelerator.is_main_process:
         rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "cached"
         log.info("pixels of %s: %d images, %s; %s", split.name, len(split), rate, storage.reason)

@@ -105,6 +105,11 @@ def read_pixels(
             pool.shutdown(cancel_futures=True)  # cancels work after a bad image, or if the caller stops reading
 
 
+def read_all_pixels(images: Images, rows: NDArray[np.int64], resources: Resources) -> NDArray[Any]:
+    """Returns the pixels (b, H, W, C) of the few images numbered `rows`, which threads decode."""
+    return next(read_pixels(images, rows, batch_size=len(rows), num_workers=resources.compute.num_workers))
+
+
 def move_model(model: torch.nn.Module, resources: Resources) -> None:
     """Moves `model` to the device, in place.
 

@@ -87,20 +87,34 @@ def compute_image_logits(
 
 
 def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Metrics:
-    """Returns the metrics of the whole network on a data split, in fp32. The images of the split are read from files.
+    """Returns the metrics of the whole network on a data split, in fp32. The images of the split are read from files."""
+    return _score(chain, EvaluationImages(split=split, preprocessing=preprocessing), session)
+
+
+def _score(chain: Chain, images: EvaluationImages, session: Session) -> Metrics:
+    """Returns the metrics of the whole network on `images`, in fp32.
 
     Metrics are always measured in fp32, because the saved weights are fp32 and users load them so, whatever the precision of
     the run.
     """
-    images = EvaluationImages(split=split, preprocessing=preprocessing)
+    split = images.split
     logits, labels = compute_image_logits(chain.model, images, split.labels, session.resources, fp32=True)
     return score(logits, labels, split.label_names, seed=session.config.seed)
 
 
-def score_splits(session: Session) -> dict[str, Metrics]:
-    """Returns the metrics of the whole network on the validation split and, if there is a test split, on the test split."""
-    splits = [split for split in (session.data.validation, session.data.test) if split is not None]
-    return {s.name: score_images(session.chain, session.backbone.preprocessing, s, session) for s in splits}
+def score_splits(session: Session, stored: EvaluationImages | None = None) -> dict[str, Metrics]:
+    """Returns the metrics of the whole network on the validation split and, if there is a test split, on the test split.
+
+    `stored`: the validation images with stored pixels, which are read if they are the published pixels.
+    """
+    published, metrics = session.backbone.preprocessing, dict[str, Metrics]()
+    for split in (session.data.validation, session.data.test):
+        if split is not None:
+            is_stored = stored is not None and stored.split is split and stored.preprocessing is published
+            images = stored if is_stored else EvaluationImages(split=split, preprocessing=published)
+            assert images is not None
+            metrics[split.name] = _score(session.chain, images, session)
+    return metrics
 
 
 def agrees_with_eager(

@@ -71,7 +71,7 @@ def make_phase_data(
         return _read_activations(session, [*through, cut], before)
     if cut is not None and session.is_main:
         log.info("cache_views is 0: every epoch runs the frozen prefix up to %s on newly augmented images", cut.name)
-    data, preprocessing = session.data, session.backbone.preprocessing
+    data, preprocessing = session.data, session.preprocessing
     training_images: EvaluationImages | TrainingImages
     if preprocessing.colors is None:  # and `check_augmentation` passed
         training_images, views_per_image = store_evaluation_pixels(data.train, preprocessing, session.resources), 1
@@ -89,7 +89,7 @@ def make_phase_data(
 
 
 def _store_squares(session: Session) -> TrainingImages:
-    training, preprocessing = session.gradient.training, session.backbone.preprocessing
+    training, preprocessing = session.gradient.training, session.preprocessing
     squares = TrainingSquares(
         side_px=training.train_side_px or default_side_px(preprocessing),
         augmentation=session.gradient.augmentation,
@@ -101,10 +101,10 @@ def _store_squares(session: Session) -> TrainingImages:
 
 def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | None) -> PhaseData:
     cut, views, data = way[-1], session.gradient.training.cache_views, session.data
-    evaluated = EvaluationImages(split=data.validation, preprocessing=session.backbone.preprocessing)
+    evaluated = EvaluationImages(split=data.validation, preprocessing=session.preprocessing)
     training_images: EvaluationImages | TrainingImages
     if views == 1:
-        training_images = EvaluationImages(split=data.train, preprocessing=session.backbone.preprocessing)
+        training_images = EvaluationImages(split=data.train, preprocessing=session.preprocessing)
         described = "one view of each image without augmentation"
     else:
         training_images = _store_squares(session)

@@ -65,13 +65,22 @@ def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> Ph
 def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) -> dict[str, Metrics]:
     """Scores held-out fits on the validation split, and the solved head on the test split.
 
-    In low precision, the test metrics come from stored features only if the saved network, in fp32, agrees with the features.
+    In low precision or with fast pixels, the test metrics come from stored features only if the saved network, in fp32 on the
+    published pixels, agrees with the features.
     """
-    data, seed = session.data, session.config.seed
+    data, seed, compute = session.data, session.config.seed, session.config.compute
     metrics = {"validation": score(best.probe.validation_logits, data.validation.labels, data.label_names, seed=seed)}
+    if compute.decoder == "fast" and not readouts.measures_saved(trained, best, data.validation, session.resources):
+        log.warning(
+            "the validation metrics are of the fast decoder's pixels, on which the saved network differs from the published "
+            "pixels: --decoder exact avoids this"
+        )
     if data.test is not None and not readouts.measures_saved(trained, best, data.test, session.resources):
         if session.is_main:
-            log.info("the network in fp32 differs from the features in %s: scoring again", session.resources.precision)
+            log.info(
+                "the saved network on the published pixels differs from the features in %s with decoder %s: scoring again",
+                session.resources.precision, compute.decoder,
+            )  # fmt: skip
         chain = trained.chain(cache_dir=chain_dir())
         metrics["test"] = score_images(chain, trained.preprocessing, data.test, session)
     elif data.test is not None:

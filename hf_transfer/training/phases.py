@@ -13,6 +13,7 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
+from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.sweep import move_model, use_fast_layout
 from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
@@ -51,6 +52,7 @@ class PhasesResult:
     done: tuple[PhaseResult, ...]
     resumed: bool
     num_audited: int  # number of tensors that no phase may change
+    validation_images: EvaluationImages | None = None  # the pixels that the last phase read, if it read pixels
     start: wise.Weights | None  # for WiSE-FT: the weights before the first gradient step on the whole network
 
 
@@ -80,7 +82,13 @@ def run_phases(
         run.audit.check()
     finally:
         run.close()
-    return PhasesResult(done=tuple(run.done), resumed=run.is_resumed, num_audited=len(run.audit), start=run.start)
+    return PhasesResult(
+        done=tuple(run.done),
+        resumed=run.is_resumed,
+        num_audited=len(run.audit),
+        start=run.start,
+        validation_images=run.validation_images,
+    )
 
 
 class _PlanRun:
@@ -102,6 +110,10 @@ class _PlanRun:
         self._inputs: PhaseData | None = None  # inputs of the previous phase
         self._identity = _describe_identity(session, plan)
         self._writer = StateWriter(checkpoints) if session.is_main and checkpoints is not None else None
+
+    @property
+    def validation_images(self) -> EvaluationImages | None:
+        return None if self._inputs is None else self._inputs.images
 
     def close(self) -> None:
         """Waits until the last state is saved."""

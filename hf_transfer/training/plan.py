@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hf_transfer.config import Precision
 from hf_transfer.network.freezing import set_trainable
+from hf_transfer.prefix.drift import measure_drift
 from hf_transfer.session import Session
 from hf_transfer.training import wise
 from hf_transfer.training.evaluate import score_splits
@@ -43,6 +44,14 @@ def run_plan(session: Session, plan: Plan) -> RunResult:
 
     Saves states in the folder `session.checkpoints`. Raises the errors of `run_phases`.
     """
+    if session.config.compute.decoder == "exact":
+        return _run(session, plan)
+    drift = measure_drift(session.data.validation, session.backbone.preprocessing, session.resources)
+    result = _run(session, plan)
+    return replace(result, details={**result.details, "decoder_drift": to_json(drift)})
+
+
+def _run(session: Session, plan: Plan) -> RunResult:
     if plan and all(isinstance(phase, SolveHeadPhase) for phase in plan):
         assert isinstance(plan[-1], SolveHeadPhase)
         return fit_head(session, plan[-1])
@@ -71,7 +80,7 @@ def run_plan(session: Session, plan: Plan) -> RunResult:
         assert first is not None
         return _end_as_probe(session, first, result)
     with session.costs.part("evaluate"):
-        metrics = score_splits(session)
+        metrics = score_splits(session, ran.validation_images)
     if done:
         _verify(metrics["validation"], done[-1].score, session)
     return replace(result, metrics=metrics)
@@ -93,19 +102,19 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
 def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
     """Compares the validation log-loss of the saved network with the log-loss that chose the weights.
 
-    In fp32, raises RuntimeError if they differ by more than rounding explains. In other precisions, logs a warning, because
-    rounding may add up, and the metrics are of the saved network in any case.
+    In fp32 on exact pixels, raises RuntimeError if they differ by more than rounding explains. In other precisions, and on fast
+    pixels, logs a warning, because differences may add up, and the metrics are of the saved network in any case.
     """
-    precision = session.resources.precision
+    precision, decoder = session.resources.precision, session.config.compute.decoder
     if abs(measured.nll - chosen_by.log_loss) <= VERIFIED_LOG_LOSS[precision]:
         return
     message = (
         f"the saved network has a validation log-loss of {measured.nll:.4f} in fp32, but the chosen weights had "
-        f"{chosen_by.log_loss:.4f} in the last phase in {precision}"
+        f"{chosen_by.log_loss:.4f} in the last phase in {precision} with decoder {decoder}"
     )
-    if precision == "fp32":
+    if precision == "fp32" and decoder == "exact":
         raise RuntimeError(message)
-    log.warning("%s: weights were chosen by imprecise scores; --precision fp32 avoids this", message)
+    log.warning("%s: weights were chosen by imprecise scores; --precision fp32 and --decoder exact avoid this", message)
 
 
 def _interpolate(start: wise.Weights, session: Session) -> wise.WiseResult:

@@ -20,9 +20,10 @@ from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.head import write_probe
 from hf_transfer.network.readout import Readout, Tail, build_variant, find_readouts
 from hf_transfer.prefix.extract import extract
+from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import move_model
+from hf_transfer.prefix.sweep import move_model, read_all_pixels
 from hf_transfer.prefix.taps import Tap, count_bytes, tap_activation
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
@@ -80,7 +81,7 @@ def extract_readouts(
     splits = [split for split in (data.train, data.validation, data.test) if split is not None]
     resources = resources.keeping_results(count_bytes(taps) * sum(map(len, splits)))
     for split in splits:
-        extracted = extract(chain, session.backbone.preprocessing, split, taps, resources)
+        extracted = extract(chain, session.preprocessing, split, taps, resources)
         stores[split.name] = extracted.stores
         computed += extracted.images
     return [
@@ -176,7 +177,11 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
     The difference is relative to the largest logit. Raises RuntimeError if the difference is larger than rounding explains,
     since the saved model would then not have the measured score.
     """
-    whole, stored = _compare_with_saved(backbone, best, split, resources, np.arange(min(VERIFIED_IMAGES, len(split))))
+    same_pixels = EvaluationImages(
+        split=split, preprocessing=backbone.preprocessing.decoded_by(resources.compute.decoder)
+    )
+    rows = np.arange(min(VERIFIED_IMAGES, len(split)))
+    whole, stored = _compare_with_stored(backbone, best, same_pixels, resources, rows)
     difference = float((whole - stored).abs().max() / whole.abs().max().clamp(min=1.0))
     if not difference <= VERIFIED_RELATIVE[resources.precision]:
         raise RuntimeError(
@@ -187,28 +192,29 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
 
 
 def measures_saved(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> bool:
-    """Whether metrics of the probe on stored features are also metrics of the saved network in fp32.
+    """Whether metrics of the probe on stored features are also metrics of the saved network, in fp32 on the published pixels.
 
-    For fp32 features from the engine eager, `verify_probe` has shown this. In lower precision or with another engine, they must
-    agree on AGREEING_IMAGES images of `split`: in every predicted class, and in log-loss within AGREEING_LOG_LOSS.
+    For fp32 features of exact pixels from the engine eager, `verify_probe` has shown this. Otherwise, they must agree on
+    AGREEING_IMAGES images of `split`: in every predicted class, and in log-loss within AGREEING_LOG_LOSS.
     """
-    if resources.precision == "fp32" and resources.engine == "eager":
+    if resources.precision == "fp32" and resources.engine == "eager" and resources.compute.decoder == "exact":
         return True
     rows = np.unique(np.linspace(0, len(split) - 1, AGREEING_IMAGES).astype(int))
-    whole, stored = _compare_with_saved(backbone, best, split, resources, rows)
+    published = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
+    whole, stored = _compare_with_stored(backbone, best, published, resources, rows)
     return agrees(stored, whole, torch.from_numpy(split.labels[rows]).to(whole.device))
 
 
-def _compare_with_saved(
-    backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources, rows: NDArray[np.int64]
+def _compare_with_stored(
+    backbone: Backbone, best: ProbedReadout, images: EvaluationImages, resources: Resources, rows: NDArray[np.int64]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the logits (B, K) of the images `rows`, from pixels in fp32 and from stored features."""
     device = resources.device
-    pixels = np.stack([backbone.preprocessing.pixels(split.image(int(i))) for i in rows])
+    pixels = torch.from_numpy(read_all_pixels(images, rows, resources)).to(device)
     model = backbone.model.to(device)
     with eval_mode(model), torch.no_grad():
-        whole = compute_logits(model, backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device)))
-        stored = best.compute_logits(torch.from_numpy(best.features.stores[split.name][rows]).to(device))
+        whole = compute_logits(model, images.prepare(pixels, rows))
+        stored = best.compute_logits(torch.from_numpy(best.features.stores[images.name][rows]).to(device))
     return whole, stored
 
 
