@@ -16,6 +16,7 @@ from hf_transfer.errors import describe_error, make_log_handler, make_printable,
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.settings import list_settings, replace_settings
+from hf_transfer.startup import fast_imports
 from hf_transfer.strategy import default_config, strategy_names
 
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
@@ -162,7 +163,14 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(given: argparse.Namespace) -> str:
-    from hf_transfer.inference.predict import UnreadableImagesError, find_images, load_saved, predict, switch_adapters
+    with fast_imports():
+        from hf_transfer.inference.predict import (
+            UnreadableImagesError,
+            find_images,
+            load_saved,
+            predict,
+            switch_adapters,
+        )
 
     batch_size = replace_settings(ComputeConfig(), _given(given, ComputeConfig())).batch_size
     if given.top_k < 1:
@@ -207,7 +215,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> str:
-    from hf_transfer.inference.evaluate import evaluate_split
+    with fast_imports():
+        from hf_transfer.inference.evaluate import evaluate_split
 
     data = DataConfig(dataset=given.dataset)
     split, metrics = evaluate_split(given.model, data, split=given.split, trust_remote_code=given.trust_remote_code)
@@ -274,9 +283,10 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
 
 
 def _advise(given: argparse.Namespace) -> str:
-    from hf_transfer.choosing.advise import advise
-    from hf_transfer.choosing.table import format_advice
-    from hf_transfer.runs import open_session
+    with fast_imports():
+        from hf_transfer.choosing.advise import advise
+        from hf_transfer.choosing.table import format_advice
+        from hf_transfer.runs import open_session
 
     list_settings(default_config("auto"))["budget_s"].check(given.budget_s)
     session = open_session(_run_config(given))
@@ -293,8 +303,9 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def _rank(given: argparse.Namespace) -> str:
-    from hf_transfer.choosing.rank import SAMPLE, rank
-    from hf_transfer.choosing.table import format_ranking
+    with fast_imports():
+        from hf_transfer.choosing.rank import SAMPLE, rank
+        from hf_transfer.choosing.table import format_ranking
 
     ranking = rank(given.checkpoints, _run_config(given), sample=SAMPLE if given.sample is None else given.sample)
     if not ranking.rows:
