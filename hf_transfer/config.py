@@ -132,6 +132,12 @@ class ComputeConfig(Settings):
         "threads per process that decode images and, on a CPU, run the network; 0: one per core, at most 16",
         allowed=Range(lowest=0, highest=512),
     )
+    num_threads: int = flag(
+        0,
+        "threads per process that compute on a CPU; 0: one per usable core, shared by the processes of a machine; a plain "
+        "`python` follows OMP_NUM_THREADS. Results of other numbers of threads differ in the last bits",
+        allowed=Range(lowest=0, highest=512),
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto", "floating-point precision of all passes; auto: the precision that `accelerate launch` sets, else fp32"
     )

@@ -146,17 +146,20 @@ def _check_devices() -> list[Finding]:
 def _check_threads() -> list[Finding]:
     import torch
 
-    from hf_transfer.capability import count_cores
+    from hf_transfer import threads
 
-    cores, threads, setting = count_cores(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    cores, setting = threads.count_physical_cores(), os.environ.get("OMP_NUM_THREADS")
+    share = max(1, cores // threads.count_neighbors())
+    threads.set_num_threads(0, torch.device("cpu"))
+    chosen = torch.get_num_threads()
     text = (
-        f"torch uses {threads} threads for {cores} usable cores (OMP_NUM_THREADS is {setting or 'not set'}); "
-        "`accelerate launch` without a preset gives each process one thread if OMP_NUM_THREADS is not set"
+        f"a run on the CPU computes with {chosen} threads, on {cores} usable cores (OMP_NUM_THREADS is {setting or 'not set'}; "
+        "--num_threads chooses another number)"
     )
-    facts = {"num_threads": threads, "num_cores": cores, "OMP_NUM_THREADS": setting}
-    if threads == cores:
+    facts = {"num_threads": chosen, "num_cores": cores, "OMP_NUM_THREADS": setting}
+    if chosen == share:
         return [Finding(topic="threads", text=text, facts=facts)]
-    remedy = f"export OMP_NUM_THREADS={cores}; with several processes on this machine, divide the cores among them"
+    remedy = f"unset OMP_NUM_THREADS, or give --num_threads {share} to train"
     return [Finding(topic="threads", status=Status.WARNING, text=text, remedy=remedy, facts=facts)]
 
 

@@ -31,6 +31,7 @@ from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
+from hf_transfer.threads import set_num_threads
 from hf_transfer.training.records import RunResult
 from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
@@ -203,6 +204,7 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     connect_processes()
     AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
     accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
+    set_num_threads(config.compute.num_threads, accelerator.device)
     started = get_int_from_env(["WORLD_SIZE"], 1)
     if started != accelerator.num_processes:
         raise RuntimeError(

@@ -13,6 +13,7 @@ from hf_transfer.locations import chain_dir
 from hf_transfer.prefix.ranks import Ranks
 from hf_transfer.prefix.storage import Storage, choose_storage, measure_capacity
 from hf_transfer.processes import gather
+from hf_transfer.threads import count_neighbors
 
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
@@ -22,8 +23,8 @@ PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp
 
 
 def count_threads(num_workers: int) -> int:
-    """Returns the number of decoding threads of one process: `num_workers`, else one per usable core, at most 16."""
-    return num_workers or min(MAX_THREADS, count_cores())
+    """Returns the number of decoding threads of one process: `num_workers`, else its share of the usable cores, at most 16."""
+    return num_workers or min(MAX_THREADS, max(1, count_cores() // count_neighbors()))
 
 
 @dataclass(frozen=True, kw_only=True)
