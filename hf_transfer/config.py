@@ -122,6 +122,9 @@ class ModelConfig(Settings):
             raise ValueError(f"base_model={self.base_model!r} is no Hub id: give OWNER/NAME")
 
 
+Switch = Literal["auto", "on", "off"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig(Settings):
     """Settings of batch size, threads, precision and cache."""
@@ -141,6 +144,14 @@ class ComputeConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
         "auto", "floating-point precision of all passes; auto: the precision that `accelerate launch` sets, else fp32"
     )
+    frozen_batch_size: int = flag(
+        0,
+        "images that frozen layers take together; 0: 4 on a CPU, where more images leave the core's cache, else batch_size",
+        allowed=Range(lowest=0, highest=2**16),
+    )
+    channels_last: Switch = flag("auto", "channels-last memory layout of convolutions; auto: on, which is faster")
+    fused_optimizer: Switch = flag("auto", "optimizer that updates all parameters in one kernel; auto: off")
+    tf32: Switch = flag("auto", "round float32 products on an NVIDIA GPU to TF32, which is faster; auto: off")
     cache: Literal["auto", "disk", "memory", "none"] = flag(
         "auto", "where to store the frozen layers' output; auto: disk, else memory; none: recompute it at each use"
     )

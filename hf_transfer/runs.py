@@ -26,6 +26,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import has_batchnorm
 from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory, suggest_batches
 from hf_transfer.output import explains_how_to_continue, replace_results
+from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
@@ -205,6 +206,11 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
     accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
     set_num_threads(config.compute.num_threads, accelerator.device)
+    choices = Resources(accelerator=accelerator, compute=config.compute).choices
+    if accelerator.device.type == "cuda":  # torch's own default rounds the products of convolutions to TF32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = choices.tf32
+    if accelerator.is_main_process:
+        log.info("computing on %s; %d CPU threads", choices.describe(), torch.get_num_threads())
     started = get_int_from_env(["WORLD_SIZE"], 1)
     if started != accelerator.num_processes:
         raise RuntimeError(

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from hf_transfer.capability import count_cores
+from hf_transfer.capability import capability_of, count_cores
+from hf_transfer.choices import Choices, choose
 from hf_transfer.config import ComputeConfig, Precision
 from hf_transfer.locations import chain_dir
 from hf_transfer.prefix.ranks import Ranks
@@ -46,6 +47,11 @@ class Resources:
         if self.compute.precision != "auto":
             return self.compute.precision
         return PRECISIONS.get(self.accelerator.mixed_precision, "fp32")
+
+    @property
+    def choices(self) -> Choices:
+        """How the network computes on the device."""
+        return choose(capability_of(self.device), self.compute, launcher_precision=self.precision)
 
     @property
     def max_disk_bytes(self) -> int | None:

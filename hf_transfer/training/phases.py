@@ -114,7 +114,7 @@ class _PlanRun:
         if session.accelerator.device.type == "cpu":
             keep_freed_memory()
         move_model(chain.model, session.resources)
-        use_fast_layout(chain.model)
+        use_fast_layout(chain.model, channels_last=session.resources.choices.channels_last)
         resume = session.config.output.resume
         state = share_state(self.checkpoints, session.accelerator) if resume and self.checkpoints is not None else None
         if state is not None:
