@@ -16,7 +16,7 @@ from hf_transfer.errors import describe_error, make_log_handler, make_printable,
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.settings import list_settings, replace_settings
-from hf_transfer.startup import fast_imports
+from hf_transfer.startup import fast_imports, limit_spinning
 from hf_transfer.strategy import default_config, strategy_names
 
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sub = commands.add_parser(name, help=command.summary, description=command.description)
         command.add_flags(sub)
     given = parser.parse_args(words)
+    limit_spinning()
     logging.basicConfig(level=logging.WARNING, handlers=[make_log_handler()])
     with one_line_errors(f"hf-transfer {given.command}"):
         text = COMMANDS[given.command].run(given)

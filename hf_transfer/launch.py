@@ -8,7 +8,7 @@ from hf_transfer.config import RunConfig
 from hf_transfer.errors import one_line_errors
 from hf_transfer.flags import parse
 from hf_transfer.interrupts import catch_signals
-from hf_transfer.startup import exempt_from_collection, fast_imports
+from hf_transfer.startup import exempt_from_collection, fast_imports, limit_spinning
 from hf_transfer.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def run_recipe(
     if description is None:
         description = importlib.import_module(f"hf_transfer.strategies.{name}").__doc__
     prog = prog or f"{name}.py"
+    limit_spinning()
     config = parse(name, prog=prog, description=description, arguments=arguments)
     with one_line_errors(prog):
         return run(config)

@@ -72,7 +72,7 @@ def make_optimizer(
     # timm's "sgd" is SGD with Nesterov momentum, which must be above 0. timm's "momentum" is SGD without Nesterov momentum.
     is_plain = optimization.optimizer == "sgd" and optimization.momentum == 0
     name = "momentum" if is_plain else optimization.optimizer
-    options = {"fused": True} if fused else {}
+    options: dict[str, Any] = {"fused": True} if fused else {}
     return create_optimizer_v2(groups, opt=name, lr=optimization.lr, momentum=optimization.momentum, **options)
 
 
