@@ -285,7 +285,7 @@ def overhead(given: argparse.Namespace) -> None:
     from hf_transfer.prefix.contents import clear_caches
     from hf_transfer.prefix.engines import ModuleRunner
     from hf_transfer.prefix.pixels import EvaluationImages
-    from hf_transfer.prefix.sweep import move_model, sweep, use_fast_layout
+    from hf_transfer.prefix.sweep import place_model, sweep
     from hf_transfer.prefix.taps import Logits
     from hf_transfer.runs import open_session
 
@@ -294,8 +294,7 @@ def overhead(given: argparse.Namespace) -> None:
         session = open_session(replace_settings(default_config("auto"), settings))
         data, chain = session.data, session.chain
         _ = (data.train.fingerprint, data.validation.fingerprint)  # hashing files is part of neither
-        move_model(chain.model, session.resources)
-        use_fast_layout(chain.model)
+        place_model(chain.model, session.resources)
         bare_runner = ModuleRunner(module=Logits(chain.model), autocast=session.resources.autocast)
         ratios = []
         for _turn in range(3):

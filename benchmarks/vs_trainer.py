@@ -102,9 +102,9 @@ def run_ours(given: argparse.Namespace) -> dict[str, Any]:
 
     # Imported before the clock starts, as the peer's imports are.
     from hf_transfer.prefix import extract
-    from hf_transfer.training import evaluate, metric_modules, plan, readouts
+    from hf_transfer.training import evaluate, metrics, plan, readouts
 
-    assert all((ht.Task, extract, evaluate, metric_modules, plan, readouts))
+    assert all((ht.Task, extract, evaluate, metrics, plan, readouts))
     started = time.perf_counter()
     task = ht.Task(given.dataset, given.checkpoint, batch_size=BATCH_SIZE)
     steps = {"epochs": given.epochs, "tracker": "none"}

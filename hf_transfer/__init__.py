@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 from typing import Any
 
+from hf_transfer.startup import fast_imports
 from hf_transfer.strategy import strategy_function, strategy_names
 
 __version__ = "0.1.0"
@@ -54,8 +55,9 @@ def __getattr__(name: str) -> Any:
         return strategy_function(name)
     if name not in _HOME_OF:
         raise AttributeError(f"module 'hf_transfer' has no attribute {name!r}")
-    home = importlib.import_module(f"hf_transfer.{_HOME_OF[name]}")
-    return importlib.import_module(f"hf_transfer.network.{name}") if name == "policies" else getattr(home, name)
+    with fast_imports():
+        home = importlib.import_module(f"hf_transfer.{_HOME_OF[name]}")
+        return importlib.import_module(f"hf_transfer.network.{name}") if name == "policies" else getattr(home, name)
 
 
 def __dir__() -> list[str]:

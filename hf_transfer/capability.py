@@ -4,6 +4,7 @@ Inside a container, the cores and the memory of the machine are not the ones tha
 process's control groups (cgroups v1 and v2) count too.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -125,6 +126,12 @@ def describe_capability(facts: MachineFacts) -> Capability:
         has_fused_optimizers=facts.has_fused_optimizers,
         can_compile=facts.has_compiler and (is_cpu or (facts.device_type == "cuda" and facts.has_triton)),
     )
+
+
+@functools.cache
+def capability_of(device: torch.device) -> Capability:
+    """Returns what this machine and `device` can do. The facts are read once for each process."""
+    return describe_capability(read_facts(device))
 
 
 def count_cores() -> int:

@@ -16,6 +16,7 @@ from hf_transfer.errors import describe_error, make_log_handler, make_printable,
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.settings import list_settings, replace_settings
+from hf_transfer.startup import fast_imports, limit_spinning
 from hf_transfer.strategy import default_config, strategy_names
 
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sub = commands.add_parser(name, help=command.summary, description=command.description)
         command.add_flags(sub)
     given = parser.parse_args(words)
+    limit_spinning()
     logging.basicConfig(level=logging.WARNING, handlers=[make_log_handler()])
     with one_line_errors(f"hf-transfer {given.command}"):
         text = COMMANDS[given.command].run(given)
@@ -163,7 +165,14 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(given: argparse.Namespace) -> str:
-    from hf_transfer.inference.predict import UnreadableImagesError, find_images, load_saved, predict, switch_adapters
+    with fast_imports():
+        from hf_transfer.inference.predict import (
+            UnreadableImagesError,
+            find_images,
+            load_saved,
+            predict,
+            switch_adapters,
+        )
 
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
     settings = {name: getattr(compute, name) for name in ("batch_size", "num_workers", "engine")}
@@ -211,7 +220,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> str:
-    from hf_transfer.inference.evaluate import evaluate_split
+    with fast_imports():
+        from hf_transfer.inference.evaluate import evaluate_split
 
     data = DataConfig(dataset=given.dataset)
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
@@ -280,9 +290,10 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
 
 
 def _advise(given: argparse.Namespace) -> str:
-    from hf_transfer.choosing.advise import advise
-    from hf_transfer.choosing.table import format_advice
-    from hf_transfer.runs import open_session
+    with fast_imports():
+        from hf_transfer.choosing.advise import advise
+        from hf_transfer.choosing.table import format_advice
+        from hf_transfer.runs import open_session
 
     list_settings(default_config("auto"))["budget_s"].check(given.budget_s)
     session = open_session(_run_config(given))
@@ -300,8 +311,9 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
 
 
 def _rank(given: argparse.Namespace) -> str:
-    from hf_transfer.choosing.rank import SAMPLE, rank
-    from hf_transfer.choosing.table import format_ranking
+    with fast_imports():
+        from hf_transfer.choosing.rank import SAMPLE, rank
+        from hf_transfer.choosing.table import format_ranking
 
     ranking = rank(given.checkpoints, _run_config(given), sample=SAMPLE if given.sample is None else given.sample)
     if not ranking.rows:

@@ -131,6 +131,7 @@ class ModelConfig(Settings):
 
 Engine = Literal["eager", "folded", "compiled", "openvino"]
 EngineChoice = Literal["auto", "measure", "eager", "folded", "compiled", "openvino"]
+Switch = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,12 @@ class ComputeConfig(Settings):
     num_workers: int = flag(
         0,
         "threads per process that decode images and, on a CPU, run the network; 0: one per core, at most 16",
+        allowed=Range(lowest=0, highest=512),
+    )
+    num_threads: int = flag(
+        0,
+        "threads per process that compute on a CPU; 0: one per usable core, shared by the processes of a machine; a plain "
+        "`python` follows OMP_NUM_THREADS. Results of other numbers of threads differ in the last bits",
         allowed=Range(lowest=0, highest=512),
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = flag(
@@ -157,6 +164,14 @@ class ComputeConfig(Settings):
         "pixels of the frozen layers and of validation; exact: as published with the checkpoint; fast: resized by torch, and "
         "large JPEGs decoded at a fraction of their size. The metrics of the saved model are always of the published pixels",
     )
+    frozen_batch_size: int = flag(
+        0,
+        "images that frozen layers take together; 0: 4 on a CPU, where more images leave the core's cache, else batch_size",
+        allowed=Range(lowest=0, highest=2**16),
+    )
+    channels_last: Switch = flag("auto", "channels-last memory layout of convolutions; auto: on, which is faster")
+    fused_optimizer: Switch = flag("auto", "optimizer that updates all parameters in one kernel; auto: off")
+    tf32: Switch = flag("auto", "round float32 products on an NVIDIA GPU to TF32, which is faster; auto: off")
     cache: Literal["auto", "disk", "memory", "none"] = flag(
         "auto", "where to store the frozen layers' output; auto: disk, else memory; none: recompute it at each use"
     )

@@ -119,11 +119,13 @@ def _check_versions() -> list[Finding]:
 def _check_devices() -> list[Finding]:
     import torch
 
-    from hf_transfer.capability import describe_capability, list_devices, read_facts
+    from hf_transfer.capability import capability_of, list_devices
+    from hf_transfer.choices import choose
+    from hf_transfer.config import ComputeConfig
 
     findings = []
     for device in list_devices():
-        described = describe_capability(read_facts(device))
+        described, compute = capability_of(device), ComputeConfig()
         memory_bytes = described.device_memory_bytes or described.memory_bytes
         abilities = {
             "bf16": described.has_bf16, "TF32": described.has_tf32, "AMX": described.has_amx, "float64": described.has_float64,
@@ -132,7 +134,8 @@ def _check_devices() -> list[Finding]:
         can, cannot = ([name for name, value in abilities.items() if value is wanted] for wanted in (True, False))
         text = (
             f"{device.type}: {described.device_name}, {memory_bytes / 1e9:.1f} GB, {described.num_cores} usable CPU cores; "
-            f"has {', '.join(can) or 'nothing'}; lacks {', '.join(cannot) or 'nothing'}"
+            f"has {', '.join(can) or 'nothing'}; lacks {', '.join(cannot) or 'nothing'}. "
+            f"By default, runs compute on {choose(described, compute).describe()}"
         )
         findings.append(Finding(topic="devices", text=text, facts=asdict(described)))
     if not torch.accelerator.is_available() and (torch.version.cuda or shutil.which("nvidia-smi")):
@@ -146,17 +149,20 @@ def _check_devices() -> list[Finding]:
 def _check_threads() -> list[Finding]:
     import torch
 
-    from hf_transfer.capability import count_cores
+    from hf_transfer import threads
 
-    cores, threads, setting = count_cores(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    cores, setting = threads.count_physical_cores(), os.environ.get("OMP_NUM_THREADS")
+    share = max(1, cores // threads.count_neighbors())
+    threads.set_num_threads(0, torch.device("cpu"))
+    chosen = torch.get_num_threads()
     text = (
-        f"torch uses {threads} threads for {cores} usable cores (OMP_NUM_THREADS is {setting or 'not set'}); "
-        "`accelerate launch` without a preset gives each process one thread if OMP_NUM_THREADS is not set"
+        f"a run on the CPU computes with {chosen} threads, on {cores} usable cores (OMP_NUM_THREADS is {setting or 'not set'}; "
+        "--num_threads chooses another number)"
     )
-    facts = {"num_threads": threads, "num_cores": cores, "OMP_NUM_THREADS": setting}
-    if threads == cores:
+    facts = {"num_threads": chosen, "num_cores": cores, "OMP_NUM_THREADS": setting}
+    if chosen == share:
         return [Finding(topic="threads", text=text, facts=facts)]
-    remedy = f"export OMP_NUM_THREADS={cores}; with several processes on this machine, divide the cores among them"
+    remedy = f"unset OMP_NUM_THREADS, or give --num_threads {share} to train"
     return [Finding(topic="threads", status=Status.WARNING, text=text, remedy=remedy, facts=facts)]
 
 

@@ -8,6 +8,7 @@ from hf_transfer.config import RunConfig
 from hf_transfer.errors import one_line_errors
 from hf_transfer.flags import parse
 from hf_transfer.interrupts import catch_signals
+from hf_transfer.startup import exempt_from_collection, fast_imports, limit_spinning
 from hf_transfer.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def run_recipe(
     if description is None:
         description = importlib.import_module(f"hf_transfer.strategies.{name}").__doc__
     prog = prog or f"{name}.py"
+    limit_spinning()
     config = parse(name, prog=prog, description=description, arguments=arguments)
     with one_line_errors(prog):
         return run(config)
@@ -38,9 +40,10 @@ def run(config: RunConfig) -> "RunResult":
     assert isinstance(config.strategy, Strategy)
     name = config.strategy.name
     with catch_signals():
-        from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
-        from hf_transfer.runs import execute, open_session, push, start_logging
-
+        with fast_imports():
+            from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
+            from hf_transfer.runs import execute, open_session, push, start_logging
+        exempt_from_collection()
         start_logging()
         with open_folder(config.output, name) as folder, explains_how_to_continue(make_resume_command(name, folder)):
             session = open_session(config, output_dir=folder)

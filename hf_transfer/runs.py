@@ -34,6 +34,7 @@ from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
+from hf_transfer.threads import set_num_threads
 from hf_transfer.training.records import RunResult
 from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
@@ -221,6 +222,12 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     connect_processes()
     AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
     accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
+    set_num_threads(config.compute.num_threads, accelerator.device)
+    choices = Resources(accelerator=accelerator, compute=config.compute).choices
+    if accelerator.device.type == "cuda":  # torch's own default rounds the products of convolutions to TF32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = choices.tf32
+    if accelerator.is_main_process:
+        log.info("computing on %s; %d CPU threads", choices.describe(), torch.get_num_threads())
     started = get_int_from_env(["WORLD_SIZE"], 1)
     if started != accelerator.num_processes:
         raise RuntimeError(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_transfer import capability, doctor
+from hf_transfer import capability, doctor, threads
 from hf_transfer.cli import main
 from hf_transfer.doctor import CHECKS, Finding, Status, examine, format_page
 from hf_transfer.locations import store_dir
@@ -124,7 +124,7 @@ def test_the_names_of_the_download_accelerator_are_a_warning(tmp_path: Path, mon
 def test_idle_cores_are_a_warning(cores: int | None, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.setattr(capability, "count_cores", lambda: cores or torch.get_num_threads())
+    monkeypatch.setattr(threads, "count_physical_cores", lambda: cores or torch.get_num_threads())
     assert run_check("threads").status is status
 
 

@@ -14,9 +14,9 @@ from hf_transfer.strategy import strategy_names
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_transfer"
 # A room may import from itself and from the rooms before it.
 ROOMS = (
-    "settings", "config", "locations", "interrupts", "errors", "sealed", "processes", "capability", "costs", "network", "data",
-    "prefix", "session", "training", "strategy", "flags", "choosing", "strategies", "inference", "reporting", "hub",
-    "out_of_memory", "output", "runs", "launch", "run", "task", "doctor", "cli", "__main__",
+    "settings", "config", "locations", "interrupts", "errors", "sealed", "processes", "startup", "capability", "threads",
+    "choices", "costs", "network", "data", "prefix", "session", "training", "strategy", "flags", "choosing", "strategies",
+    "inference", "reporting", "hub", "out_of_memory", "output", "runs", "launch", "run", "task", "doctor", "cli", "__main__",
 )  # fmt: skip
 HEAVY = (
     "accelerate",

@@ -243,6 +243,28 @@ def test_mistakes_are_named(logits: Any, labels: Any, names: str, message: str) 
         score(logits, labels, list(names))
 
 
+def test_the_modules_of_evaluate_compute_what_a_run_reports() -> None:
+    import evaluate
+
+    from hf_transfer.training import metric_modules as modules
+
+    logits, labels = _random_case(200, 7, [0, 1, 2, 4, 6])
+    outcomes, expected = read_outcomes(logits, labels), score(logits, labels, _names(7), resamples=0)
+    used = [modules.Accuracy, modules.BalancedAccuracy, modules.MacroF1, modules.PerClass, modules.ConfusionMatrix]
+    used += [modules.NegativeLogLikelihood, modules.CalibrationError, modules.TopKAccuracy]
+    combined = evaluate.combine([module(keep_in_memory=True) for module in used])
+    combined.add_batch(
+        predictions=outcomes.predictions, references=outcomes.labels, label_ranks=outcomes.label_ranks,
+        label_log_probabilities=outcomes.label_log_probabilities, confidences=outcomes.confidences, hits=outcomes.hits,
+    )  # fmt: skip
+    values = combined.compute(num_classes=7)
+    rows = tuple(ClassMetrics(label=n, **row) for n, row in zip(_names(7), values.pop("per_class"), strict=True))
+    assert rows == expected.per_class
+    assert tuple(map(tuple, values.pop("confusion_matrix"))) == expected.confusion_matrix
+    for name, value in values.items():
+        assert value == getattr(expected, name), name
+
+
 def test_modules_need_no_network_and_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import evaluate
 

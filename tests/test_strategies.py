@@ -33,7 +33,7 @@ SHORT: dict[str, dict[str, object]] = {
     "greedy_stack": {"epochs": 1, "stage_epochs": 1, "layers": 2},
     "auto": {"epochs": 2},
 }
-FEW_IMAGES = {"images_per_class": 20, "num_workers": 1}
+FEW_IMAGES = {"images_per_class": 20, "num_workers": 1, "num_threads": 1}
 
 
 def to_flags(settings: dict[str, object]) -> list[str]:
@@ -90,13 +90,13 @@ def test_four_doors_give_the_same_bits(name: str, tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("name", strategy_names())
 def test_four_doors_give_the_same_bits_on_the_embedded_default(name: str, tmp_path: Path) -> None:
-    hashes = run_all_doors(name, SHORT[name], {"num_workers": 1}, tmp_path)
+    hashes = run_all_doors(name, SHORT[name], {"num_workers": 1, "num_threads": 1}, tmp_path)
     assert len(set(hashes.values())) == 1, hashes
 
 
 @pytest.mark.soak
 def test_what_auto_keeps_within_a_budget_equals_that_strategy_alone(tmp_path: Path) -> None:
-    settings: dict[str, object] = {"num_workers": 1, "epochs": 2, "images_per_class": 20}
+    settings: dict[str, object] = {"num_workers": 1, "num_threads": 1, "epochs": 2, "images_per_class": 20}
     run("-m", "hf_transfer", "train", "auto", *to_flags({**settings, "budget_s": 600.0}), folder=tmp_path)
     kept = ht.load_run(tmp_path / "runs" / "auto").results["details"]["auto"]["kept"]
     if kept == "linear_probe":

@@ -13,7 +13,7 @@ from torch import nn
 
 from hf_transfer.prefix.engines import ModuleRunner
 from hf_transfer.prefix.pixels import EvaluationImages
-from hf_transfer.prefix.sweep import move_model, sweep, use_fast_layout
+from hf_transfer.prefix.sweep import place_model, sweep
 from hf_transfer.prefix.taps import Logits
 from hf_transfer.session import Session
 
@@ -53,8 +53,7 @@ def measure_forward(session: Session) -> ForwardStats:
         sweep(ModuleRunner(module=Logits(session.chain.model), autocast=autocast), images, rows, wait, resources)
         return count / (time.perf_counter() - started)
 
-    move_model(session.chain.model, resources)
-    use_fast_layout(session.chain.model)
+    place_model(session.chain.model, resources)
     with _record_batchnorm_inputs(session.chain.model) as moments:
         speed = measure_speed(in_precision=False)
     if resources.precision != "fp32":

@@ -15,7 +15,7 @@ from hf_transfer.network.folding import has_foldable_norms
 from hf_transfer.network.part import Part
 from hf_transfer.prefix.pixels import Images
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.prefix.sweep import move_model, prepare_for, sweep, use_fast_layout
+from hf_transfer.prefix.sweep import place_model, prepare_for, sweep
 from hf_transfer.prefix.taps import Logits
 from hf_transfer.processes import run_on_main
 
@@ -114,7 +114,7 @@ def decide_engine(
         return given
 
     def decide() -> Engine:
-        move_model(model, resources)
+        place_model(model, resources)
         work = Workload(
             device_type=device.type,
             precision=resources.precision,
@@ -136,7 +136,6 @@ def decide_engine(
 
 def _measure(model: nn.Module, images: Images, resources: Resources, work: Workload) -> Engine:
     """Returns the engine with the shortest estimated time for all images, including its preparation."""
-    use_fast_layout(model)
     module = Logits(model)
     rows = np.arange(min(len(images), MEASURED_IMAGES))
     estimates: dict[Engine, float] = {}

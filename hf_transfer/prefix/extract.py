@@ -21,7 +21,7 @@ from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.storage import Storage
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import batch_rows, count_replicas, move_model, prepare_for, sweep, use_fast_layout
+from hf_transfer.prefix.sweep import batch_rows, count_replicas, place_model, prepare_for, sweep
 from hf_transfer.prefix.taps import Extractor, Tap
 
 log = logging.getLogger(__name__)
@@ -202,8 +202,7 @@ class _Extraction:
 
     def _prepare(self, names: tuple[str, ...], engine: Engine, wanted: NDArray[np.int64]) -> Runner:
         """Returns the function from images to the values of the taps in `names`, as `engine` runs it."""
-        move_model(self.chain.model, self.resources)
-        use_fast_layout(self.chain.model)
+        place_model(self.chain.model, self.resources)
         start = self.images.cut if isinstance(self.images, StoredActivations) else None
         extractor = Extractor(self.chain, {name: self.taps[name] for name in names}, start=start)
         if engine not in ("compiled", "openvino"):

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from hf_transfer.capability import count_cores
+from hf_transfer.capability import capability_of, count_cores
+from hf_transfer.choices import Choices, choose
 from hf_transfer.config import ComputeConfig, Engine, Precision
 from hf_transfer.locations import chain_dir
 from hf_transfer.prefix.ranks import Ranks
 from hf_transfer.prefix.storage import SHARE_OF_MEMORY, Storage, choose_storage, measure_capacity
 from hf_transfer.processes import gather
+from hf_transfer.threads import count_neighbors
 
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
@@ -22,8 +24,8 @@ PRECISIONS: Mapping[str, Precision] = {"no": "fp32", "bf16": "bf16", "fp16": "fp
 
 
 def count_threads(num_workers: int) -> int:
-    """Returns the number of decoding threads of one process: `num_workers`, else one per usable core, at most 16."""
-    return num_workers or min(MAX_THREADS, count_cores())
+    """Returns the number of decoding threads of one process: `num_workers`, else its share of the usable cores, at most 16."""
+    return num_workers or min(MAX_THREADS, max(1, count_cores() // count_neighbors()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,11 @@ class Resources:
         """The engine that runs the frozen network. A run decides it before it starts; elsewhere, `auto` means eager."""
         engine = self.compute.engine
         return "eager" if engine == "auto" or engine == "measure" else engine
+
+    @property
+    def choices(self) -> Choices:
+        """How the network computes on the device."""
+        return choose(capability_of(self.device), self.compute, launcher_precision=self.precision)
 
     @property
     def max_disk_bytes(self) -> int | None:

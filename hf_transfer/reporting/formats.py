@@ -3,6 +3,7 @@
 Templates escape all text unless they mark it `safe`, because names of classes, files and data sets may contain markup.
 """
 
+import functools
 import html
 import math
 import re
@@ -17,6 +18,7 @@ _NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 _MARKUP = re.compile(r"([\\`*\[\]|~$]|^[-+#=]|(?<![^\W_])_|_(?![^\W_]))")
 
 
+@functools.cache  # so that a template is compiled once
 def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
     """Returns the Jinja environment for the templates in the folder `room` of the package hf_transfer.
 

@@ -12,6 +12,7 @@ import yaml
 from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.fingerprint import read_version
 from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
 from hf_transfer.reporting.sentences import describe_choice, describe_phase
@@ -101,7 +102,7 @@ def read_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            versions[name] = importlib.metadata.version(name)
+            versions[name] = read_version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions

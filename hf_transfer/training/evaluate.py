@@ -17,7 +17,7 @@ from hf_transfer.prefix.engines import ModuleRunner, Runner
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import move_model, prepare_for, sweep, use_fast_layout
+from hf_transfer.prefix.sweep import place_model, prepare_for, sweep
 from hf_transfer.prefix.taps import Logits
 from hf_transfer.session import Session
 from hf_transfer.training.metrics import gather_logits, score
@@ -73,8 +73,7 @@ def compute_image_logits(
     def write(start: int, values: list[torch.Tensor]) -> None:
         rows[start : start + len(values[0])] = list(values[0].cpu().numpy())
 
-    move_model(model, resources)
-    use_fast_layout(model)
+    place_model(model, resources)
     module = Logits(model)
     if engine == "eager":
         autocast = nullcontext if fp32 else resources.accelerator.autocast

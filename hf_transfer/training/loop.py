@@ -132,7 +132,8 @@ def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
     network: nn.Module = contexts.enter_context(chain.part(start=run.inputs.cut))
     if training.gradient_checkpointing:
         contexts.enter_context(_recompute_activations(chain.model))
-    optimizer = make_optimizer(group_parameters(chain, run.names, run.phase.optimization), run.phase.optimization)
+    groups = group_parameters(chain, run.names, run.phase.optimization)
+    optimizer = make_optimizer(groups, run.phase.optimization, fused=session.resources.choices.fused_optimizer)
     evaluated: nn.Module
     if shards is not None:
         evaluated = contexts.enter_context(session.chain.part(start=run.inputs.cut))

@@ -1,12 +1,11 @@
 """Computes the metrics of a classifier on one split, with confidence intervals.
 
-The logits are first reduced to a few columns (`Outcomes`) with one number per image. From these columns, `metric_modules`
+The logits are first reduced to a few columns (`Outcomes`) with one number per image. From these columns, `formulas`
 computes the metrics, and a percentile bootstrap over images (Efron & Tibshirani 1993, chapter 13) computes the intervals. The
 resamples depend only on the number of images and the seed, so the interval of the difference between two models on the same
 images is the `mean_interval` of the differences per image.
 """
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_transfer.processes import wait_for_everyone
+from hf_transfer.training.formulas import (
+    ClassCounts,
+    calibration_error,
+    confusion_matrix,
+    count_classes,
+    negative_log_likelihood,
+    score_classes,
+    top_k_accuracy,
+)
 from hf_transfer.training.records import ClassMetrics, Metrics, Score
 
 CONFIDENCE_LEVEL = 0.95
@@ -75,7 +83,7 @@ def score(
         raise ValueError(f"{len(label_names)} label names for logits of {num_classes} classes: give one name per class")
     if resamples < 0:
         raise ValueError(f"resamples={resamples}: choose 0 (no confidence intervals) or a positive number")
-    values = _compute(outcomes, num_classes, seed)
+    values = _compute(outcomes, num_classes)
     rows = [ClassMetrics(label=name, **row) for name, row in zip(label_names, values.pop("per_class"), strict=True)]
     matrix = tuple(tuple(row) for row in values.pop("confusion_matrix"))
     if resamples:
@@ -89,28 +97,21 @@ def score(
     )
 
 
-def _compute(outcomes: Outcomes, num_classes: int, seed: int) -> dict[str, Any]:
-    """Returns the metrics by name, computed by the library `evaluate`."""
-    import evaluate  # this import takes seconds, so it comes after the checks
-
-    from hf_transfer.training import metric_modules as modules
-
-    used = [modules.Accuracy, modules.BalancedAccuracy, modules.MacroF1, modules.PerClass]
-    used += [modules.ConfusionMatrix, modules.NegativeLogLikelihood, modules.CalibrationError]
+def _compute(outcomes: Outcomes, num_classes: int) -> dict[str, Any]:
+    """Returns the metrics by name."""
+    matrix = confusion_matrix(outcomes.labels, outcomes.predictions, num_classes)
+    counts = count_classes(matrix)
+    values = {
+        "accuracy": float(counts.accuracy()),
+        "balanced_accuracy": float(counts.balanced_accuracy()),
+        "macro_f1": float(counts.macro_f1()),
+        "per_class": score_classes(matrix),
+        "confusion_matrix": matrix.tolist(),
+        "nll": negative_log_likelihood(outcomes.label_log_probabilities),
+        "ece": calibration_error(outcomes.confidences, outcomes.hits),
+    }
     if num_classes > TOP_K:
-        used.append(modules.TopKAccuracy)
-    # With default settings, `evaluate` would leave empty folders in the user's cache.
-    with tempfile.TemporaryDirectory(prefix="hf_transfer-") as folder:
-        combined = evaluate.combine([module(keep_in_memory=True, cache_dir=folder, seed=seed) for module in used])
-        combined.add_batch(
-            predictions=outcomes.predictions,
-            references=outcomes.labels,
-            label_ranks=outcomes.label_ranks,
-            label_log_probabilities=outcomes.label_log_probabilities,
-            confidences=outcomes.confidences,
-            hits=outcomes.hits,
-        )
-        values: dict[str, Any] = combined.compute(num_classes=num_classes)
+        values[f"top{TOP_K}_accuracy"] = top_k_accuracy(outcomes.label_ranks, TOP_K)
     return values
 
 
@@ -228,8 +229,6 @@ def _to_numpy(values: NDArray[Any] | Tensor) -> NDArray[Any]:
 
 def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
     """Returns the intervals of accuracy, balanced accuracy, macro-F1 and NLL, all from the same resamples."""
-    from hf_transfer.training.metric_modules import ClassCounts
-
     hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # class K: wrong predictions
     drawn: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):

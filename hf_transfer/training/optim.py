@@ -62,12 +62,18 @@ def is_decayed(model: nn.Module, name: str) -> bool:
     return sum(size > 1 for size in module.get_parameter(own_name).shape) >= 2  # GRN's scale is (1, 1, 1, C)
 
 
-def make_optimizer(groups: list[dict[str, Any]], optimization: OptimizerConfig) -> torch.optim.Optimizer:
-    """Returns timm's optimizer for the parameter groups, each of which has its own learning rate and weight decay."""
+def make_optimizer(
+    groups: list[dict[str, Any]], optimization: OptimizerConfig, *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Returns timm's optimizer for the parameter groups, each of which has its own learning rate and weight decay.
+
+    `fused`: whether one kernel updates all parameters; otherwise torch decides.
+    """
     # timm's "sgd" is SGD with Nesterov momentum, which must be above 0. timm's "momentum" is SGD without Nesterov momentum.
     is_plain = optimization.optimizer == "sgd" and optimization.momentum == 0
     name = "momentum" if is_plain else optimization.optimizer
-    return create_optimizer_v2(groups, opt=name, lr=optimization.lr, momentum=optimization.momentum)
+    options: dict[str, Any] = {"fused": True} if fused else {}
+    return create_optimizer_v2(groups, opt=name, lr=optimization.lr, momentum=optimization.momentum, **options)
 
 
 def lr_factor(step: int, total_steps: int, optimization: OptimizerConfig) -> float:

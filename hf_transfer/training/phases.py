@@ -14,7 +14,7 @@ from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
 from hf_transfer.prefix.pixels import EvaluationImages
-from hf_transfer.prefix.sweep import move_model, use_fast_layout
+from hf_transfer.prefix.sweep import place_model
 from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
 from hf_transfer.settings import to_settings
@@ -37,8 +37,8 @@ BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 # Settings that may change when a run is resumed: they do not influence the result, or (checkpoint, dataset,
 # preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
-    "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "tracker", "save_every_s",
-    "checkpoint", "dataset", "base_model", "preprocessing_from", "merge", "push_to_hub", "private",
+    "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "num_threads", "tracker",
+    "save_every_s", "checkpoint", "dataset", "base_model", "preprocessing_from", "merge", "push_to_hub", "private",
 ))  # fmt: skip
 
 PhaseState = Mapping[str, Any] | None
@@ -125,8 +125,7 @@ class _PlanRun:
         session, chain = self.session, self.session.chain
         if session.accelerator.device.type == "cpu":
             keep_freed_memory()
-        move_model(chain.model, session.resources)
-        use_fast_layout(chain.model)
+        place_model(chain.model, session.resources)
         resume = session.config.output.resume
         state = share_state(self.checkpoints, session.accelerator) if resume and self.checkpoints is not None else None
         if state is not None:
