@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from hf_transfer.training import lbfgs
+from hf_transfer.training.features import RawFeatures
 from hf_transfer.training.folds import draw_folds
 from hf_transfer.training.lbfgs import SolverOptions
 from hf_transfer.training.probe import ProbeOptions, choose_probe, fit_probe, solve_path
@@ -129,9 +130,10 @@ def test_a_floor_limits_features_that_hardly_vary() -> None:
     std = varying.std(0, correction=0)
     for dead in (0, 5):
         features = torch.cat([varying, torch.ones(200, dead)], 1)
-        plain = lbfgs.standardize(features, targets, 2).inverse_std[:3]
+        raw = RawFeatures(arrays=[features], device=features.device)
+        plain = lbfgs.standardize(raw, targets, 2).features.inverse_std[:3]
         torch.testing.assert_close(plain, 1 / std)
-        floored = lbfgs.standardize(features, targets, 2, spread_floor=1.0).inverse_std[:3]
+        floored = lbfgs.standardize(raw, targets, 2, spread_floor=1.0).features.inverse_std[:3]
         torch.testing.assert_close(floored, (std.square() + std[1].square()).rsqrt())
 
 
