@@ -5,7 +5,7 @@ features that do not fit into memory stay where they are stored, and every produ
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_transfer.capability import accumulation_dtype, limit_memory
 
 BLOCK_BYTES = 2**26  # size of one block, if features are read in blocks
+ROTATED_RATIO = 2  # so many times more features than images make a rotation worth its time
 _TINY = 1e-30
 
 
@@ -95,7 +96,8 @@ class StandardizedFeatures:
     raw: RawFeatures
     mean: Tensor  # (D,) mean of the raw features
     inverse_std: Tensor  # (D,) 0 for a constant feature
-    kept: Tensor | None  # (N, D + 1), if all rows fit into memory
+    kept: Tensor | None  # (N, number of columns), if all rows fit into memory
+    rotation: Tensor | None = None  # (D, R) orthonormal; each row is a combination of these R directions
 
     @classmethod
     def of(cls, raw: RawFeatures, spread_floor: float) -> "StandardizedFeatures":
@@ -121,7 +123,7 @@ class StandardizedFeatures:
     @property
     def num_columns(self) -> int:
         """The number of features, with the column of ones."""
-        return self.raw.num_features + 1
+        return (self.raw.num_features if self.rotation is None else self.rotation.shape[1]) + 1
 
     def blocks(self) -> Iterator[Tensor]:
         """Yields blocks (n, D + 1) of all rows in order, which the caller must not change."""
@@ -132,9 +134,24 @@ class StandardizedFeatures:
             block[:, :-1].sub_(self.mean).mul_(self.inverse_std)
             yield block
 
+    def rotate(self) -> "StandardizedFeatures":
+        """Returns N features instead of D, if N images have at least 2 * N features in memory; otherwise, returns `self`.
+
+        The images span at most N directions, in which the solution lies, since the penalty is the same in every direction.
+        """
+        if self.kept is None or self.raw.num_features < ROTATED_RATIO * self.raw.num_rows:
+            return self
+        rows = self.kept[:, :-1].T.to(accumulation_dtype(self.kept.device))
+        rotation, coordinates = torch.linalg.qr(rows)
+        kept = torch.cat([coordinates.T.float(), self.kept[:, -1:]], 1)
+        return replace(self, kept=kept, rotation=rotation.float())
+
     def unstandardize(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weight (..., K, D) and bias (..., K) for raw features, from weights (..., K, D + 1)."""
-        weight = weights[..., :-1] * self.inverse_std
+        """Returns weight (..., K, D) and bias (..., K) for raw features, from weights (..., K, number of columns)."""
+        weight = weights[..., :-1]
+        if self.rotation is not None:
+            weight = weight @ self.rotation.T
+        weight = weight * self.inverse_std
         return weight, weights[..., -1] - weight @ self.mean
 
 
