@@ -4,7 +4,7 @@
     python benchmarks/solver.py --checkpoint FOLDER --dataset IMAGE_FOLDER --images_per_class 100 --baseline /tmp/baseline
 
 The readouts of the checkpoint are computed once and repeated, with a little noise, until there are --readouts of them. Each
-solver runs in a process of its own, in turn A B A B ...; its clock starts after imports and when the features are in memory. The
+solver runs in a process of its own, in turn A B A B ...; its clock starts when the features are in memory. The
 baseline fits one readout after the other with torch's own number of threads, as its `choose_readout` does; --threads sets that
 number for both. Beside a busy process means: one process per core that multiplies matrices all the time.
 

@@ -46,13 +46,16 @@ DeiT-Tiny, whose features come from a LayerNorm."""
 
 FINAL_TOL = 1e-8  # tolerance for the chosen C, relative to the objective
 _PATIENCE = 4.0  # the path ends when C is this factor above the best C
-MARGIN = 0.05
-"""A readout is not solved further if its held-out log-loss on a coarse path is higher than the lowest one by more than this
-share and by more than a standard error of the paired difference.
+COARSE_MARGIN = 0.05
+"""After a coarse path, a readout may win if its held-out log-loss is at most this share above the lowest one, or less than a
+standard error of the paired difference.
 
 On DeiT-Tiny's 24 readouts of 1,000 images, the log-loss on the coarse path was 0.4 to 3 % above the log-loss of the whole
 problem, so two readouts that differ by 5 % keep their order. On 100 images, the two differed by up to 9 %, which is less than a
 standard error."""
+
+NEAR_MARGIN = 0.01
+"""After a fine path near the best C, a readout may win if its held-out log-loss is at most this share above the lowest one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,8 @@ class _Steps:
 
 
 _FINE = _Steps(tol=1e-5, stride=1, block=2)  # enough to compare values of C
-_COARSE = _Steps(tol=1e-3, stride=2, block=1)  # enough to compare readouts
+_COARSE = _Steps(tol=1e-3, stride=2, block=1)  # enough to compare readouts of different quality
+_NEAR = _Steps(tol=1e-5, stride=1, block=3)  # for the values of C between those of a coarse path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,14 +259,38 @@ def fit_probes(
     summaries: dict[int, ProbeSummary] = {}
     with _full_precision():
         if len(readouts) > 1 and options.select_by == "log_loss":
-            scouted = map_on_cores(lambda features: _scout(features, folds, options), readouts, device)
-            lowest = min((losses for _, losses in scouted), key=lambda losses: float(losses.sum()))
-            summaries = {i: s for i, (s, losses) in enumerate(scouted) if i > 0 and _is_clearly_worse(losses, lowest)}
+            summaries = _scout_all(readouts, folds, options)
         rest = [i for i in range(len(readouts)) if i not in summaries]
         fitted = map_on_cores(lambda i: _fit(readouts[i], folds, options), rest, device)
     probes = dict(zip(rest, fitted, strict=True))
     summaries |= {i: probe.summary for i, probe in probes.items()}
     return probes, [summaries[i] for i in range(len(readouts))]
+
+
+def _scout_all(readouts: Sequence[RawFeatures], folds: Folds, options: ProbeOptions) -> dict[int, ProbeSummary]:
+    """Returns summaries of the readouts that cannot win, by number. The first readout is not among them."""
+    device = readouts[0].device
+    coarse = map_on_cores(lambda features: _scout(features, folds, options, _COARSE), readouts, device)
+    lowest = min((losses for _, losses in coarse), key=lambda losses: float(losses.sum()))
+    lost, rest = {}, []
+    for i, (summary, losses) in enumerate(coarse):
+        excess = losses - lowest
+        highest = torch.maximum(COARSE_MARGIN * lowest.sum(), excess.std() * len(excess) ** 0.5)
+        if i > 0 and excess.sum() > highest:
+            lost[i] = summary
+        else:
+            rest.append(i)
+    if len(rest) <= 2:
+        return lost
+
+    def look_near(i: int) -> ProbeSummary:
+        c_grid = sorted(options.c_grid)
+        best = c_grid.index(coarse[i][0].c)
+        return _scout(readouts[i], folds, replace(options, c_grid=c_grid[max(0, best - 1) : best + 2]), _NEAR)[0]
+
+    near = map_on_cores(look_near, rest, device)
+    highest_near = (1 + NEAR_MARGIN) * min(summary.score.log_loss for summary in near)
+    return lost | {i: s for i, s in zip(rest, near, strict=True) if i > 0 and s.score.log_loss > highest_near}
 
 
 def _draw_folds(targets: Tensor, num_train: int, num_classes: int, options: ProbeOptions) -> Folds:
@@ -284,20 +312,15 @@ def _draw_folds(targets: Tensor, num_train: int, num_classes: int, options: Prob
     )
 
 
-def _is_clearly_worse(losses: Tensor, lowest: Tensor) -> bool:
-    excess = losses - lowest
-    return bool(excess.sum() > torch.maximum(MARGIN * lowest.sum(), excess.std() * len(excess) ** 0.5))
-
-
-def _scout(features: RawFeatures, folds: Folds, options: ProbeOptions) -> tuple[ProbeSummary, Tensor]:
-    """Returns a summary of a coarse path, and the weighted held-out losses (N,) for the best C of this path."""
+def _scout(features: RawFeatures, folds: Folds, options: ProbeOptions, steps: _Steps) -> tuple[ProbeSummary, Tensor]:
+    """Returns a summary of a path, and the weighted held-out losses (N,) for the best C of this path."""
     started = time.perf_counter()
     problems = standardize(features, folds.targets, folds.num_classes, spread_floor=options.spread_floor)
     held_out = _HeldOut(problems=problems, folds=folds)
-    path, best, fits = _follow_path(held_out, options, _COARSE)
+    path, best, fits = _follow_path(held_out, options, steps)
     losses = held_out.losses(held_out.logits(fits))
     seconds = time.perf_counter() - started
-    return ProbeSummary(c=best.c, score=best.score, path=tuple(path), tolerance=_COARSE.tol, seconds=seconds), losses
+    return ProbeSummary(c=best.c, score=best.score, path=tuple(path), tolerance=steps.tol, seconds=seconds), losses
 
 
 def _fit(features: RawFeatures, folds: Folds, options: ProbeOptions) -> Probe:
