@@ -451,12 +451,15 @@ def test_only_readouts_that_may_win_are_solved_to_the_end_and_the_choice_is_the_
 def test_accuracy_selects_among_readouts_that_are_all_solved_to_the_end() -> None:
     """The log-loss at the most accurate C says nothing about the lowest log-loss of another readout."""
     features, targets = make_data(100, 8, 3)
+    features = features + 20 * torch.nn.functional.one_hot(targets, 8)
     parts = split_four_to_one(features, targets)
     noise = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     readouts = [RawFeatures(arrays=[f[:80], f[80:]], device=f.device) for f in (torch.cat([parts[0], parts[2]]), noise)]
-    options = ProbeOptions(select_by="accuracy", c_grid=(1e-3, 1e-1))
-    probes, _ = fit_probes(readouts, parts[1], parts[3], 3, options)
-    assert list(probes) == [0, 1]
+    for options, expected in (
+        (ProbeOptions(select_by="accuracy", c_grid=(1e-2, 1e-1, 1.0)), [0, 1]),
+        (ProbeOptions(select_by="log_loss", c_grid=(1e-2, 1e-1, 1.0)), [0]),
+    ):
+        assert list(fit_probes(readouts, parts[1], parts[3], 3, options)[0]) == expected
 
 
 class RowsOnDisk:
@@ -515,15 +518,19 @@ def test_few_images_are_solved_in_the_directions_that_they_span(monkeypatch: pyt
 def test_each_calculation_has_one_torch_thread_and_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "count_cores", lambda: 4)
     cpu, before = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(2)  # also where the tests run with one thread
 
     def describe(_: int) -> tuple[int, int, bool]:
         return torch.get_num_threads(), workers.count_workers(cpu), torch.is_grad_enabled()
 
-    assert workers.map_on_cores(describe, range(2), cpu) == [(1, 2, False)] * 2
-    assert workers.map_on_cores(describe, range(9), cpu) == [(1, 1, False)] * 9
-    nested = workers.map_on_cores(lambda i: workers.map_on_cores(describe, range(2), cpu), [0], cpu)
-    assert nested == [[(1, 2, False)] * 2], "one calculation has all cores for its own parts"
-    assert torch.get_num_threads() == before
+    try:
+        assert workers.map_on_cores(describe, range(2), cpu) == [(1, 2, False)] * 2
+        assert workers.map_on_cores(describe, range(9), cpu) == [(1, 1, False)] * 9
+        nested = workers.map_on_cores(lambda i: workers.map_on_cores(describe, range(2), cpu), [0], cpu)
+        assert nested == [[(1, 2, False)] * 2], "one calculation has all cores for its own parts"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     with pytest.raises(ZeroDivisionError):
         workers.map_on_cores(lambda i: 1 // i, range(3), cpu)
 
