@@ -12,10 +12,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from hf_transfer.training import lbfgs
+from hf_transfer.training import features as features_module
+from hf_transfer.training import lbfgs, workers
+from hf_transfer.training.features import RawFeatures, StandardizedFeatures
 from hf_transfer.training.folds import draw_folds
 from hf_transfer.training.lbfgs import SolverOptions
-from hf_transfer.training.probe import ProbeOptions, choose_probe, fit_probe, solve_path
+from hf_transfer.training.probe import FINAL_TOL, ProbeOptions, choose_probe, fit_probe, fit_probes, solve_path
 
 DEVICES = [
     "cpu",
@@ -129,9 +131,10 @@ def test_a_floor_limits_features_that_hardly_vary() -> None:
     std = varying.std(0, correction=0)
     for dead in (0, 5):
         features = torch.cat([varying, torch.ones(200, dead)], 1)
-        plain = lbfgs.standardize(features, targets, 2).inverse_std[:3]
+        raw = RawFeatures(arrays=[features], device=features.device)
+        plain = lbfgs.standardize(raw, targets, 2).features.inverse_std[:3]
         torch.testing.assert_close(plain, 1 / std)
-        floored = lbfgs.standardize(features, targets, 2, spread_floor=1.0).inverse_std[:3]
+        floored = lbfgs.standardize(raw, targets, 2, spread_floor=1.0).features.inverse_std[:3]
         torch.testing.assert_close(floored, (std.square() + std[1].square()).rsqrt())
 
 
@@ -423,3 +426,123 @@ def test_preconditioner_saves_iterations(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(lbfgs, "_RANK", rank)
         iterations.append(solve_path(features, targets, 4, [1e-2]).iterations.item())
     assert iterations[1] < 0.7 * iterations[0]
+
+
+def test_only_readouts_that_may_win_are_solved_to_the_end_and_the_choice_is_the_same() -> None:
+    features, targets = make_data(300, 20, 3)
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(300, 20, generator=generator)
+    better = torch.cat(
+        [features, 2 * torch.nn.functional.one_hot(targets, 3) + torch.randn(300, 3, generator=generator)], 1
+    )
+    parts = [split_four_to_one(f, targets) for f in (features, noise, better, better + 1e-3 * noise[:, :1])]
+    readouts = [RawFeatures(arrays=[p[0], p[2]], device=p[0].device) for p in parts]
+    probes, summaries = fit_probes(readouts, parts[0][1], parts[0][3], 3)
+    alone = [fit_probe(*p, 3) for p in parts]
+    assert list(probes) == [0, 2, 3], "the first readout, and those that may win"
+    assert list(probes)[choose_probe(list(probes.values()))] == choose_probe(alone) != 0
+    for i, probe in probes.items():
+        assert torch.equal(probe.weight, alone[i].weight)
+        assert summaries[i].tolerance == FINAL_TOL
+    assert summaries[1].tolerance > FINAL_TOL
+    assert len(summaries[1].path) < len(alone[1].path)
+
+
+def test_accuracy_selects_among_readouts_that_are_all_solved_to_the_end() -> None:
+    """The log-loss at the most accurate C says nothing about the lowest log-loss of another readout."""
+    features, targets = make_data(100, 8, 3)
+    features = features + 20 * torch.nn.functional.one_hot(targets, 8)
+    parts = split_four_to_one(features, targets)
+    noise = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
+    readouts = [RawFeatures(arrays=[f[:80], f[80:]], device=f.device) for f in (torch.cat([parts[0], parts[2]]), noise)]
+    for options, expected in (
+        (ProbeOptions(select_by="accuracy", c_grid=(1e-2, 1e-1, 1.0)), [0, 1]),
+        (ProbeOptions(select_by="log_loss", c_grid=(1e-2, 1e-1, 1.0)), [0]),
+    ):
+        assert list(fit_probes(readouts, parts[1], parts[3], 3, options)[0]) == expected
+
+
+class RowsOnDisk:
+    """An array that counts the rows that are read together."""
+
+    def __init__(self, array: NDArray[np.float32]) -> None:
+        self.array, self.most = array, 0
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        self.most = max(self.most, rows.stop - rows.start)
+        return self.array[rows].copy()
+
+
+def test_features_beyond_the_memory_limit_are_read_in_blocks_with_the_same_solution() -> None:
+    """Sums over blocks round differently, by about 1e-7; the solver stops at 1e-8 of the objective, so errors hardly grow."""
+    parts = split_four_to_one(*make_data(300, 20, 3))
+    stored = [RowsOnDisk(parts[i].numpy()) for i in (0, 2)]
+    whole, blocks = (
+        fit_probes([RawFeatures(arrays=stored, device=parts[0].device, memory_bytes=limit)], parts[1], parts[3], 3)[0][
+            0
+        ]
+        for limit in (10**9, 4 * 21 * 64)
+    )
+    largest = float(whole.weight.abs().max())
+    assert blocks.c == whole.c
+    torch.testing.assert_close(blocks.weight, whole.weight, atol=1e-5 * largest, rtol=0)
+    torch.testing.assert_close(blocks.validation_logits, whole.validation_logits, atol=1e-4, rtol=1e-4)
+    assert max(rows.most for rows in stored) == 240, "all training rows at once"
+    streamed = [RowsOnDisk(parts[i].numpy()) for i in (0, 2)]
+    raw = RawFeatures(arrays=streamed, device=parts[0].device, memory_bytes=4 * 21 * 64)
+    fit_probes([raw], parts[1], parts[3], 3)
+    assert max(rows.most for rows in streamed) == 64
+    assert StandardizedFeatures.of(raw, 1.0).kept is None
+
+
+def test_few_images_are_solved_in_the_directions_that_they_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rotation changes rounding only."""
+    parts = split_four_to_one(*make_data(40, 200, 3))
+    rotated = fit_probe(*parts, 3)
+    raw = RawFeatures(arrays=[parts[0], parts[2]], device=parts[0].device)
+    assert lbfgs.standardize(raw, parts[1], 3).num_columns == 41
+    monkeypatch.setattr(features_module, "ROTATED_RATIO", 1e9)
+    plain = fit_probe(*parts, 3)
+    assert rotated.c == plain.c
+    assert rotated.weight.shape == plain.weight.shape == (3, 200)
+    torch.testing.assert_close(rotated.weight, plain.weight, atol=1e-5 * float(plain.weight.abs().max()), rtol=0)
+
+
+def test_each_calculation_has_one_torch_thread_and_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "count_cores", lambda: 4)
+    cpu, before = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(2)  # also where the tests run with one thread
+
+    def describe(_: int) -> tuple[int, int, bool]:
+        return torch.get_num_threads(), workers.count_workers(cpu), torch.is_grad_enabled()
+
+    try:
+        assert workers.map_on_cores(describe, range(2), cpu) == [(1, 2, False)] * 2
+        assert workers.map_on_cores(describe, range(9), cpu) == [(1, 1, False)] * 9
+        nested = workers.map_on_cores(lambda i: workers.map_on_cores(describe, range(2), cpu), [0], cpu)
+        assert nested == [[(1, 2, False)] * 2], "one calculation has all cores for its own parts"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ZeroDivisionError):
+        workers.map_on_cores(lambda i: 1 // i, range(3), cpu)
+
+
+def test_large_problems_are_shared_out_among_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, targets = make_data(200, 30, 4)
+    whole = solve_path(features, targets, 4, C_GRID)
+    monkeypatch.setattr(workers, "count_cores", lambda: 2)
+    monkeypatch.setattr(lbfgs, "_SPLIT_BYTES", 0)
+    groups = []
+    minimize_group = lbfgs._minimize_group
+    monkeypatch.setattr(lbfgs, "_minimize_group", lambda *a: groups.append(len(a[0].penalties)) or minimize_group(*a))
+    shared = solve_path(features, targets, 4, C_GRID)
+    assert sorted(groups) == [1, 2]
+    torch.testing.assert_close(whole.weight, shared.weight, atol=1e-4, rtol=1e-3)

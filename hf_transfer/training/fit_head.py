@@ -28,7 +28,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     session.costs.count_images("features", computed)
     with session.costs.part("probe"):
         options = readouts.probe_options(session, phase, refit=True)
-        best, probed = readouts.choose_readout(candidates, session, options)
+        best, scored = readouts.choose_readout(candidates, session, options)
         trained = readouts.install_probe(session.backbone, chain, best)
     audit.check()  # all weights except the head equal the pretrained weights to the last bit
     with session.costs.part("evaluate"):
@@ -38,10 +38,10 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         backbone=trained,
         phases=(describe_solution(best, phase),),
         metrics=metrics,
-        curves=readouts.draw_regularization(probed),
+        curves=readouts.draw_regularization(scored),
         kept_probe=True,
         num_audited=len(audit),
-        details=readouts.describe_readouts(best, probed) | {"whole_network_differs_by": difference},
+        details=readouts.describe_readouts(best, scored) | {"whole_network_differs_by": difference},
     )
 
 

@@ -1,7 +1,22 @@
 """Decides which rows of features (one row per image) each fit of a probe uses, which rows score the fit, and their weights."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folds:
+    """The rows on which the fits of a probe are fitted and scored. The rows are training rows, then validation rows."""
+
+    targets: Tensor  # (N,) int64
+    num_classes: int
+    is_train: Tensor  # (N,)
+    fold_of: Tensor  # (N,) the fold that holds out each row; -1: no fold
+    fit_weights: Tensor  # (number of folds, N) the weight of each row in the fit of a fold
+    head_weights: Tensor  # (N,) the weight of each row in the fit of the head
+    score_weights: Tensor  # (N,) the weight of each row in the score
 
 
 def draw_folds(targets: Tensor, folds: int, seed: int) -> Tensor:

@@ -1,23 +1,33 @@
 """Fits many softmax regressions to one feature matrix at the same time, by L-BFGS.
 
 P problems of K classes share the features (N, D). The problems differ only in the penalty and in the weights of the rows, so
-one matrix product, (P*K, D) x (D, N), serves all problems. The solver is fast and works in float32 for four reasons:
+one matrix product, (P*K, D) x (D, N), serves all problems. The solver is fast and works in float32 for six reasons:
 - Logits are linear in the weights, so the line search needs no matrix product. An iteration takes one product for the logits
-  of the direction and one for the gradient. The search is Newton's method on the exact derivative, with a bracket.
+  of the direction and one for the gradient. The search is Newton's method on the exact derivative, with a bracket. Its last
+  step has computed the probabilities that the next gradient needs.
 - The leading eigenvectors of the feature covariance, from a randomized range finder, precondition every problem. Each iteration
   rescales the eigenvalues by the curvature of each class (Frangella, Tropp, Udell, arXiv 2110.02820).
+- The history of steps is a few small matrices, so an iteration takes a few products instead of a loop over the history.
 - The solver stores margins (logits minus the logit of the true class), so gradients of well-separated rows stay precise.
 - A converged problem leaves the batch.
+- Many features of few images are rotated into the few directions that the images span.
+
+On a CPU, groups of problems are solved side by side, each with one torch thread (see `workers`).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hf_transfer.training.features import RawFeatures, StandardizedFeatures
+from hf_transfer.training.workers import count_workers, map_on_cores
+
 HISTORY = 10  # number of stored pairs (step, change of the gradient)
 _RANK = 128  # number of eigenvectors in the preconditioner
 _SLOPE_LEFT = 0.1  # a line search ends when the slope has fallen to this share of the initial slope
+_SPLIT_BYTES = 2**29  # bytes that one product touches, above which the problems are shared out among the cores
 _TINY = 1e-30
 
 
@@ -35,62 +45,62 @@ class SolverOptions:
 class Problems:
     """The data that all softmax regressions share. The last feature is always 1; its weight is the bias, without penalty."""
 
-    features: Tensor  # (N, D + 1) float32, standardized
+    features: StandardizedFeatures  # N rows of D + 1 features
     targets: Tensor  # (N,) int64
     num_classes: int
-    mean: Tensor  # (D,) mean of the raw features
-    inverse_std: Tensor  # (D,) 0 for a constant feature
     penalized: Tensor  # (D + 1,) 1 for features, 0 for the bias
     eigenvectors: Tensor  # (D + 1, R) leading eigenvectors of the covariance; 0 for the bias
     eigenvalues: Tensor  # (R,)
     other_eigenvalues: Tensor  # (D + 1,) mean of the remaining eigenvalues; 1 for the bias
 
+    @property
+    def num_columns(self) -> int:
+        """The number of weights of one class, with the bias."""
+        return len(self.penalized)
+
     def margins(self, weights: Tensor) -> Tensor:
         """Returns margins (P, K, N): the logit of each class minus the logit of the true class. Weights: (P, K, D + 1)."""
-        logits = (weights.flatten(0, 1) @ self.features.T).view(len(weights), self.num_classes, -1)
-        return logits - logits.gather(1, self.targets.expand(len(weights), 1, -1))
+        flat = weights.flatten(0, 1)
+        logits = _concatenate([flat @ block.T for block in self.features.blocks()])
+        logits = logits.view(len(weights), self.num_classes, -1)
+        return logits.sub_(logits.gather(1, self.targets.expand(len(weights), 1, -1)))
 
-    def unstandardize(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weight (..., K, D) and bias (..., K) for raw features, from weights for standardized features."""
-        weight = weights[..., :-1] * self.inverse_std
-        return weight, weights[..., -1] - weight @ self.mean
+    def sum_over_rows(self, residuals: Tensor) -> Tensor:
+        """Returns sums (P, K, D + 1) of the features of all rows, with the factors `residuals` (P, K, N)."""
+        flat, start = residuals.flatten(0, 1), 0
+        total: Tensor | None = None
+        for block in self.features.blocks():
+            product = flat[:, start : start + len(block)] @ block
+            total = product if total is None else total.add_(product)
+            start += len(block)
+        assert total is not None
+        return total.view(*residuals.shape[:2], -1)
 
 
-def standardize(features: Tensor, targets: Tensor, num_classes: int, *, spread_floor: float = 0.0) -> Problems:
-    """Standardizes features (N, D) of any float type and computes the preconditioner. The input does not change.
+def standardize(features: RawFeatures, targets: Tensor, num_classes: int, *, spread_floor: float = 0.0) -> Problems:
+    """Standardizes features and computes the preconditioner. The input does not change.
 
     The variance of each feature is increased by the square of `spread_floor` times the median standard deviation, so that
     features with small variance have less influence. Raises ValueError if a feature is not finite.
     """
-    num_rows, num_features = features.shape
-    columns = torch.ones(num_rows, num_features + 1, device=features.device)
-    columns[:, :-1] = features  # float32 from here on
-    raw = columns[:, :-1]
-    std, mean = torch.std_mean(raw, dim=0, correction=0)
-    if not bool(torch.isfinite(std).all()):
-        raise ValueError(
-            f"{int((~torch.isfinite(std)).sum())} of {num_features} features contain nan, inf or values beyond float32. "
-            "A network in float16 may overflow: use --precision fp32 or --precision bf16"
-        )
-    typical = std.median()
-    if typical == 0 and bool((std > 0).any()):  # most features are constant, such as inactive ReLU outputs
-        typical = std[std > 0].median()
-    floored = (std.square() + (spread_floor * typical) ** 2).sqrt()
-    # The computed standard deviation of a constant column is not 0 but a rounding error.
-    inverse_std = torch.where(std > 1e-6 * mean.abs(), 1 / floored.clamp_min(_TINY), 0.0)
-    raw.sub_(mean).mul_(inverse_std)
-    vectors, values, others = _leading_eigenvectors(raw)
-    one = torch.ones(1, device=features.device)
+    standardized = StandardizedFeatures.of(features, spread_floor)
+    vectors, values, others = _leading_eigenvectors(standardized)
+    standardized = standardized.rotate()
+    if standardized.rotation is not None:
+        vectors = standardized.rotation.T @ vectors
+    num_columns, device = standardized.num_columns, features.device
+    penalized = torch.ones(num_columns, device=device)
+    penalized[-1] = 0
+    other_eigenvalues = others.expand(num_columns).clone()
+    other_eigenvalues[-1] = 1
     return Problems(
-        features=columns,
+        features=standardized,
         targets=targets,
         num_classes=num_classes,
-        mean=mean,
-        inverse_std=inverse_std,
-        penalized=torch.cat([torch.ones_like(mean), 0 * one]),
+        penalized=penalized,
         eigenvectors=torch.cat([vectors, torch.zeros_like(vectors[:1])]),
         eigenvalues=values,
-        other_eigenvalues=torch.cat([others.expand(num_features), one]),
+        other_eigenvalues=other_eigenvalues,
     )
 
 
@@ -103,39 +113,98 @@ def minimize(
     stops when half of its Newton decrement, which estimates the remaining gain, is below `tol` times its objective. As many
     problems run together as fit into memory, but at least one.
     """
-    size = _count_fitting(problems, options.memory_bytes)
-    solutions, iterations = [], []
-    for first in range(0, len(penalties), size):
+    workers, device = count_workers(penalties.device), penalties.device
+    size = _count_fitting(problems, options.memory_bytes, workers)
+    if len(penalties) * problems.num_classes * problems.features.raw.nbytes > _SPLIT_BYTES:
+        size = min(size, -(-len(penalties) // workers))
+
+    def solve(first: int) -> tuple[Tensor, Tensor]:
         part = slice(first, first + size)
         group = _Group(problems=problems, penalties=penalties[part], row_weights=row_weights[part])
-        weights, spent = _minimize_group(group, None if start is None else start[part], options)
-        solutions.append(weights)
-        iterations.append(spent)
-    return torch.cat(solutions), torch.cat(iterations)
+        return _minimize_group(group, None if start is None else start[part], options)
+
+    solved = map_on_cores(solve, range(0, len(penalties), size), device)
+    return torch.cat([weights for weights, _ in solved]), torch.cat([iterations for _, iterations in solved])
 
 
-def _leading_eigenvectors(standardized: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the approximate leading eigenvectors and eigenvalues of the covariance, and the mean of the other eigenvalues."""
-    num_rows, num_features = standardized.shape
+def _leading_eigenvectors(features: StandardizedFeatures) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the approximate leading eigenvectors and eigenvalues of the covariance, and the mean of the other eigenvalues.
+
+    The eigenvectors (D, R) and the eigenvalues (R,) are those of features without the column of ones.
+    """
+    num_rows, num_features = features.raw.num_rows, features.raw.num_features
     rank = min(_RANK, num_rows, num_features)
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(num_features, rank, generator=generator).to(standardized.device)
+    basis = torch.randn(num_features, rank, generator=generator).to(features.raw.device)
     for _ in range(2):
-        basis = torch.linalg.qr(standardized.T @ (standardized @ basis))[0]
-    projected = standardized @ basis
-    values, rotation = torch.linalg.eigh(projected.T @ projected / num_rows)
+        product = torch.zeros_like(basis)
+        for x in _without_ones(features):
+            product.addmm_(x.T, x @ basis)
+        basis = torch.linalg.qr(product)[0]
+    covariance, squares = torch.zeros_like(basis[:rank]), torch.zeros_like(basis[0, 0])
+    for x in _without_ones(features):
+        projected = x @ basis
+        covariance.addmm_(projected.T, projected)
+        squares += x.square().sum()
+    values, rotation = torch.linalg.eigh(covariance / num_rows)
     values = values.clamp_min(0.0)
-    remaining = standardized.square().sum() / num_rows - values.sum()
+    remaining = squares / num_rows - values.sum()
     return basis @ rotation, values, remaining.clamp_min(1e-3) / max(1, num_features - rank)
 
 
-def _count_fitting(problems: Problems, memory_bytes: int | None) -> int:
+def _without_ones(features: StandardizedFeatures) -> Iterator[Tensor]:
+    return (block[:, :-1] for block in features.blocks())
+
+
+def _count_fitting(problems: Problems, memory_bytes: int | None, workers: int) -> int:
+    """Returns how many problems one of `workers` groups, which are solved at the same time, may have."""
     if memory_bytes is None:
-        device = problems.features.device
+        device = problems.targets.device
         memory_bytes = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
-    num_rows, num_columns = problems.features.shape
-    bytes_each = 4 * problems.num_classes * (6 * num_rows + (2 * HISTORY + 8) * num_columns)
-    return max(1, memory_bytes // bytes_each)
+    num_rows, num_columns = problems.features.raw.num_rows, problems.num_columns
+    bytes_each = 4 * problems.num_classes * (7 * num_rows + (2 * HISTORY + 8) * num_columns)
+    return max(1, memory_bytes // workers // bytes_each)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _History:
+    """The last steps and changes of the gradient of P problems: pairs from the oldest to the newest, M at most.
+
+    A pair that rounding has spoiled is a pair of zeros, whose product on the diagonal is 1.
+    """
+
+    steps: Tensor  # (P, M, K * (D + 1))
+    bends: Tensor  # (P, M, K * (D + 1))
+    products: Tensor  # (P, M, M): step i times bend j, 0 below the diagonal
+
+    @classmethod
+    def empty(cls, weights: Tensor) -> "_History":
+        """Returns a history without pairs for problems with the weights (P, K, D + 1)."""
+        pairs = weights.flatten(1)[:, None][:, :0]
+        return cls(steps=pairs, bends=pairs, products=weights.new_empty(len(weights), 0, 0))
+
+    def __len__(self) -> int:
+        return self.steps.shape[1]
+
+    def select(self, kept: Tensor) -> "_History":
+        return _History(steps=self.steps[kept], bends=self.bends[kept], products=self.products[kept])
+
+    def add(self, step: Tensor, bend: Tensor) -> "_History":
+        """Returns the history with one more pair for each problem, and without its oldest pair if the history is full."""
+        step, bend = step.flatten(1), bend.flatten(1)
+        # In exact arithmetic s.y > 0. Near the optimum, rounding can violate this; such a pair is ignored.
+        product = _dot(step, bend)
+        is_sound = product > 1e-7 * (_dot(step, step) * _dot(bend, bend)).sqrt()
+        if not bool(is_sound.all()):
+            step, bend = (torch.where(is_sound[:, None], t, 0.0) for t in (step, bend))
+            product = torch.where(is_sound, product, 1.0)
+        first = max(0, len(self) + 1 - HISTORY)
+        steps = torch.cat([self.steps[:, first:], step[:, None]], 1)
+        bends = torch.cat([self.bends[:, first:], bend[:, None]], 1)
+        products = torch.nn.functional.pad(self.products[:, first:, first:], (0, 1, 0, 1))
+        products[:, :, -1] = _times(steps, bend)
+        products[:, -1, -1] = product
+        return _History(steps=steps, bends=bends, products=products)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,121 +218,161 @@ class _Group:
     def select(self, kept: Tensor) -> "_Group":
         return replace(self, penalties=self.penalties[kept], row_weights=self.row_weights[kept])
 
-    def gradient(self, weights: Tensor, margins: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the gradient (P, K, D + 1) and, for each class, the mean curvature p (1 - p) at the class probability p."""
+    def gradient(self, weights: Tensor, probabilities: Tensor) -> "_Gradient":
+        """Returns the gradient at `weights`. Overwrites the probabilities (P, K, N) of the classes at `weights`."""
         problems = self.problems
-        probabilities = margins.softmax(1)
-        curvature = torch.einsum("pkn,pn->pk", probabilities * (1 - probabilities), self.row_weights)
+        curvature = torch.einsum("pkn,pn->pk", (1 - probabilities).mul_(probabilities), self.row_weights)
         truth = problems.targets.expand(len(weights), 1, -1)
+        of_truth = probabilities.gather(1, truth)[:, 0]
         residuals = probabilities.scatter_(1, truth, 0.0)
-        residuals.scatter_(1, truth, -residuals.sum(1, keepdim=True))  # equals p - 1, without cancellation of digits
+        of_others = residuals.sum(1)  # equals 1 - of_truth, without cancellation of digits
+        residuals.scatter_(1, truth, -of_others[:, None])
         residuals.mul_(self.row_weights[:, None])
-        gradient = (residuals.flatten(0, 1) @ problems.features).view_as(weights)
+        gradient = problems.sum_over_rows(residuals)
         penalty = self.penalties[:, None, None] * problems.penalized
-        return gradient.addcmul_(penalty, weights), curvature.clamp_min(1e-7)
+        losses = torch.where(of_others < 0.5, -torch.log1p(-of_others), -of_truth.clamp_min(_TINY).log())
+        objective = (losses * self.row_weights).sum(1) + 0.5 * _dot(weights, weights * penalty)
+        return _Gradient(
+            value=gradient.addcmul_(penalty, weights), curvature=curvature.clamp_min(1e-7), objective=objective
+        )
 
-    def objective(self, weights: Tensor, margins: Tensor) -> Tensor:
-        loss = (margins.logsumexp(1) * self.row_weights).sum(1)
-        return loss + 0.5 * self.penalties * _dot(weights, weights * self.problems.penalized)
+    def apply_inverse_hessian(self, gradient: "_Gradient", history: _History) -> Tensor:
+        """Multiplies the gradient by the inverse Hessian that L-BFGS estimates.
 
-    def apply_inverse_hessian(
-        self, curvature: Tensor, gradient: Tensor, history: list[tuple[Tensor, Tensor, Tensor]]
-    ) -> Tensor:
-        """Multiplies the gradient by the inverse Hessian that L-BFGS estimates (Nocedal and Wright, algorithm 7.4)."""
-        vector = gradient.clone()
-        alphas = []
-        for step, bend, rho in reversed(history):
-            alphas.append(rho * _dot(step, vector))
-            vector.addcmul_(bend, alphas[-1][:, None, None], value=-1)
-        vector = self._precondition(curvature, vector)
-        if history:
-            _, bend, rho = history[-1]
-            scale = 1 / (rho * _dot(bend, self._precondition(curvature, bend))).clamp_min(_TINY)
-            vector.mul_(torch.where(rho > 0, scale, 1.0)[:, None, None])
-        for (step, bend, rho), alpha in zip(history, reversed(alphas), strict=True):
-            vector.addcmul_(step, (alpha - rho * _dot(bend, vector))[:, None, None])
-        return vector
+        This is the two-loop recursion of Nocedal and Wright, algorithm 7.4. Each loop is the solution of a triangular system,
+        as in the compact representation of Byrd, Nocedal and Schnabel (1994).
+        """
+        value = gradient.value
+        if not len(history):
+            return self._precondition(gradient.curvature, value)
+        products = history.products
+        alphas = torch.linalg.solve_triangular(
+            products, _times(history.steps, value.flatten(1))[:, :, None], upper=True
+        )
+        vector = value - _combine(alphas[:, :, 0], history.bends).view_as(value)
+        bend = history.bends[:, -1]
+        both = self._precondition(gradient.curvature, torch.stack([vector, bend.view_as(value)]))
+        diagonal = products.diagonal(dim1=1, dim2=2)
+        # A pair of zeros has no scale.
+        scale = torch.where(bend.any(1), diagonal[:, -1] / _dot(bend, both[1]).clamp_min(_TINY), 1.0)
+        vector = both[0] * scale[:, None, None]
+        rest = diagonal * alphas[:, :, 0] - _times(history.bends, vector.flatten(1))
+        factors = torch.linalg.solve_triangular(products.transpose(1, 2), rest[:, :, None], upper=False)
+        return vector.add_(_combine(factors[:, :, 0], history.steps).view_as(value))
 
     def _precondition(self, curvature: Tensor, vector: Tensor) -> Tensor:
-        """Multiplies a vector by an approximate inverse Hessian, whose covariance is a low-rank plus a diagonal matrix."""
+        """Multiplies vectors (..., P, K, D + 1) by an approximate inverse Hessian.
+
+        The Hessian is approximated with a covariance that is a low-rank plus a diagonal matrix.
+        """
         problems, penalties = self.problems, self.penalties[:, None, None]
         along = curvature[:, :, None] * problems.eigenvalues + penalties  # (P, K, R)
         rest = curvature[:, :, None] * problems.other_eigenvalues + penalties * problems.penalized
         inside = vector @ problems.eigenvectors
         # `rest` is the same number for all features. It differs for the bias, whose eigenvector entries are 0.
-        applied = vector / rest + (inside * (1 / along - 1 / rest[:, :, :1])) @ problems.eigenvectors.T
+        inside.mul_(1 / along - 1 / rest[:, :, :1])
+        applied = (vector / rest).add_(inside @ problems.eigenvectors.T)
         # Adding the same vector to all classes changes no probability: choose the solution whose classes sum to 0.
-        return applied - applied.mean(1, keepdim=True)
+        return applied.sub_(applied.mean(-2, keepdim=True))
 
-    def search(self, weights: Tensor, margins: Tensor, direction: Tensor, change: Tensor, slope: Tensor) -> Tensor:
-        """Returns step lengths (P,) at which the absolute slope is at most `_SLOPE_LEFT` times the initial slope.
+    def search(self, weights: Tensor, margins: Tensor, direction: Tensor, change: Tensor, slope: Tensor) -> "_Line":
+        """Finds step lengths (P,) at which the absolute slope is at most `_SLOPE_LEFT` times the initial slope.
 
         The objective along a line is convex, so the search is Newton's method on the derivative, and bisection or doubling if
         a Newton step leaves the bracket. `change`: how much the margins change along `direction`, per unit of step length.
         """
-        inner = self.penalties * _dot(weights, direction * self.problems.penalized)
-        square = self.penalties * _dot(direction, direction * self.problems.penalized)
+        penalized = direction * (self.penalties[:, None, None] * self.problems.penalized)
+        inner, square = _dot(weights, penalized), _dot(direction, penalized)
         length = torch.ones_like(slope)
         low, high = torch.zeros_like(slope), torch.full_like(slope, torch.inf)
         for _ in range(30):
-            probabilities = torch.addcmul(margins, length[:, None, None], change).softmax(1)
-            weighted = probabilities.mul_(change)
+            line = _Line.at(length, margins, change)
+            weighted = line.probabilities * change
             mean = weighted.sum(1)
             first = (mean * self.row_weights).sum(1) + inner + length * square
             is_done = first.abs() <= -_SLOPE_LEFT * slope
             if bool(is_done.all()):
-                break
+                return line
             second = ((weighted.mul_(change).sum(1) - mean.square()) * self.row_weights).sum(1) + square
             low, high = torch.where(first < 0, length, low), torch.where(first > 0, length, high)
             newton = length - first / second.clamp_min(_TINY)
             fallback = torch.where(high.isinf(), 2 * length, 0.5 * (low + high))
             newton = torch.where((newton > low) & (newton < high), newton.minimum(4 * length), fallback)
             length = torch.where(is_done, length, newton)
-        return length
+        return _Line.at(length, margins, change)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradient:
+    """The gradient and the objective of P problems at some weights."""
+
+    value: Tensor  # (P, K, D + 1)
+    curvature: Tensor  # (P, K) mean of p (1 - p) over the rows, at the class probability p
+    objective: Tensor  # (P,)
+
+    def select(self, kept: Tensor) -> "_Gradient":
+        return _Gradient(value=self.value[kept], curvature=self.curvature[kept], objective=self.objective[kept])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """Margins and probabilities (P, K, N) of P problems after a step of some length (P,) along a direction."""
+
+    length: Tensor
+    margins: Tensor
+    probabilities: Tensor
+
+    @classmethod
+    def at(cls, length: Tensor, margins: Tensor, change: Tensor) -> "_Line":
+        after = torch.addcmul(margins, length[:, None, None], change)
+        return cls(length=length, margins=after, probabilities=after.softmax(1))
 
 
 def _minimize_group(group: _Group, start: Tensor | None, options: SolverOptions) -> tuple[Tensor, Tensor]:
-    problems, device = group.problems, group.problems.features.device
-    shape = (len(group.penalties), problems.num_classes, problems.features.shape[1])
+    problems, device = group.problems, group.penalties.device
+    shape = (len(group.penalties), problems.num_classes, problems.num_columns)
     weights = torch.zeros(shape, device=device) if start is None else start.clone()
     solutions = torch.empty_like(weights)
     iterations = torch.zeros(shape[0], dtype=torch.int64, device=device)
     index = torch.arange(shape[0], device=device)
     margins = problems.margins(weights)
-    gradient, curvature = group.gradient(weights, margins)
-    history: list[tuple[Tensor, Tensor, Tensor]] = []
+    gradient, history = group.gradient(weights, margins.softmax(1)), _History.empty(weights)
     for iteration in range(options.max_iterations + 1):
-        direction = -group.apply_inverse_hessian(curvature, gradient, history)
-        slope = _dot(gradient, direction)
-        is_done = -0.5 * slope <= options.tol * group.objective(weights, margins)
-        is_done |= iteration == options.max_iterations
-        if bool(is_done.any()):
+        direction = group.apply_inverse_hessian(gradient, history).neg_()
+        slope = _dot(gradient.value, direction)
+        is_done = -0.5 * slope <= options.tol * gradient.objective
+        if iteration == options.max_iterations:
+            is_done[:] = True
+        if num_done := int(is_done.sum()):
             solutions[index[is_done]] = weights[is_done]
             iterations[index[is_done]] = iteration
-            kept = ~is_done
-            if not bool(kept.any()):
+            if num_done == len(index):
                 break
-            group = group.select(kept)
-            index, weights, margins, gradient, direction, slope = (
-                t[kept] for t in (index, weights, margins, gradient, direction, slope)
-            )
-            history = [(s[kept], y[kept], rho[kept]) for s, y, rho in history]
-        change = problems.margins(direction)
-        length = group.search(weights, margins, direction, change, slope)[:, None, None]
-        margins.addcmul_(length, change)
-        step = length * direction
-        weights = weights + step
-        before = gradient
-        gradient, curvature = group.gradient(weights, margins)
-        bend = gradient - before
-        # In exact arithmetic s.y > 0. Near the optimum, rounding can violate this; such a pair is ignored (rho = 0).
-        product = _dot(step, bend)
-        is_sound = product > 1e-7 * (_dot(step, step) * _dot(bend, bend)).sqrt()
-        history.append((step, bend, torch.where(is_sound, 1 / product.clamp_min(_TINY), 0.0)))
-        del history[:-HISTORY]
+            kept = ~is_done
+            group, gradient, history = group.select(kept), gradient.select(kept), history.select(kept)
+            index, weights, margins, direction, slope = (t[kept] for t in (index, weights, margins, direction, slope))
+        line = group.search(weights, margins, direction, problems.margins(direction), slope)
+        step = line.length[:, None, None] * direction
+        weights, margins, before = weights + step, line.margins, gradient.value
+        gradient = group.gradient(weights, line.probabilities)
+        history = history.add(step, gradient.value - before)
     return solutions, iterations
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     product: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
     return product
+
+
+def _times(rows: Tensor, vector: Tensor) -> Tensor:
+    """Returns the products (P, M) of the rows (P, M, n) and the vectors (P, n)."""
+    return torch.bmm(vector[:, None], rows.transpose(1, 2))[:, 0]  # several times as fast as rows @ vector
+
+
+def _combine(factors: Tensor, rows: Tensor) -> Tensor:
+    """Returns sums (P, n) of the rows (P, M, n), with the factors (P, M)."""
+    return torch.bmm(factors[:, None], rows)[:, 0]
+
+
+def _concatenate(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -1,4 +1,4 @@
-"""Fits a linear probe on every readout (a way to compute features from the frozen network), and chooses the best readout."""
+"""Fits linear probes on readouts (ways to compute features from the frozen network), and chooses the best readout."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,12 @@ from hf_transfer.prefix.taps import Tap, count_bytes, tap_activation
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.training.evaluate import AGREEING_IMAGES, agrees, compute_stored_logits
+from hf_transfer.training.features import RawFeatures, default_memory
 from hf_transfer.training.metrics import read_outcomes
 from hf_transfer.training.phase import SolveHeadPhase
-from hf_transfer.training.probe import Probe, ProbeOptions, choose_probe, fit_probe
+from hf_transfer.training.probe import FINAL_TOL, Probe, ProbeOptions, ProbeSummary, choose_probe, fit_probes
 from hf_transfer.training.records import Curve, Json, Line, Score
+from hf_transfer.training.workers import count_workers
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,14 @@ class ProbedReadout:
     def compute_logits(self, features: torch.Tensor) -> torch.Tensor:
         """Returns logits (B, K) for features (B, F)."""
         return F.linear(features, self.probe.weight.to(features.device), self.probe.bias.to(features.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredReadout:
+    """A readout with the held-out score of its probe."""
+
+    readout: Readout
+    summary: ProbeSummary
 
 
 def extract_readouts(
@@ -111,35 +121,36 @@ def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources
 
 def choose_readout(
     candidates: Sequence[ReadoutFeatures], session: Session, options: ProbeOptions
-) -> tuple[ProbedReadout, list[ProbedReadout]]:
-    """Fits a probe on every readout, on the main process. Returns the best readout and all readouts, on every process.
+) -> tuple[ProbedReadout, list[ScoredReadout]]:
+    """Fits probes on the readouts, on the main process. Returns the best readout and all scores, on every process.
 
     The network's own readout is the best unless the held-out gain of another readout is beyond chance.
     """
 
-    def solve() -> list[Probe]:
-        solved = []
-        for candidate in candidates:
-            probe = _fit(candidate, session, options)
+    def solve() -> tuple[int, Probe, list[ProbeSummary]]:
+        splits, device = (session.data.train, session.data.validation), solver_device(session.accelerator.device)
+        train_y, val_y = (torch.from_numpy(split.labels) for split in splits)
+        # As many readouts as there are cores are in memory at the same time.
+        share = default_memory(device) // min(count_workers(device), len(candidates))
+        readouts = [
+            RawFeatures(arrays=[c.stores[s.name] for s in splits], device=device, memory_bytes=share)
+            for c in candidates
+        ]
+        probes, summaries = fit_probes(readouts, train_y, val_y, len(session.data.label_names), options)
+        for candidate, summary in zip(candidates, summaries, strict=True):
             log.info(
-                "fitted a probe on the readout %s (%d features): C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
-                candidate.readout.name, candidate.readout.num_features, probe.c, probe.score.log_loss,
-                100 * probe.score.accuracy, probe.seconds,
+                "fitted a probe on the readout %s (%d features)%s: C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
+                candidate.readout.name, candidate.readout.num_features,
+                "" if summary.tolerance == FINAL_TOL else ", coarsely since another readout is better",
+                summary.c, summary.score.log_loss, 100 * summary.score.accuracy, summary.seconds,
             )  # fmt: skip
-            tensors: dict[str, Any] = {n: v.cpu() for n, v in vars(probe).items() if isinstance(v, torch.Tensor)}
-            solved.append(replace(probe, **tensors))
-        return solved
+        chosen = list(probes)[choose_probe(list(probes.values()))]
+        tensors: dict[str, Any] = {n: v.cpu() for n, v in vars(probes[chosen]).items() if isinstance(v, torch.Tensor)}
+        return chosen, replace(probes[chosen], **tensors), summaries
 
-    probes = run_on_main(solve)
-    probed = [ProbedReadout(features=f, probe=p) for f, p in zip(candidates, probes, strict=True)]
-    return probed[choose_probe([p.probe for p in probed])], probed
-
-
-def _fit(candidate: ReadoutFeatures, session: Session, options: ProbeOptions) -> Probe:
-    splits, device = (session.data.train, session.data.validation), solver_device(session.accelerator.device)
-    train_y, val_y = (torch.from_numpy(split.labels) for split in splits)
-    train_x, val_x = (torch.from_numpy(candidate.stores[s.name][:]).to(device) for s in splits)
-    return fit_probe(train_x, train_y, val_x, val_y, len(session.data.label_names), options)
+    chosen, probe, summaries = run_on_main(solve)
+    scored = [ScoredReadout(readout=c.readout, summary=s) for c, s in zip(candidates, summaries, strict=True)]
+    return ProbedReadout(features=candidates[chosen], probe=probe), scored
 
 
 def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> ProbeOptions:
@@ -218,8 +229,11 @@ def _compare_with_stored(
     return whole, stored
 
 
-def describe_readouts(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> dict[str, Json]:
-    """Returns the name of the chosen readout, and size, C and held-out score of every readout, for results.json."""
+def describe_readouts(best: ProbedReadout, scored: Sequence[ScoredReadout]) -> dict[str, Json]:
+    """Returns the name of the chosen readout, and size, C and held-out score of every readout, for results.json.
+
+    `tolerance` tells which readouts were solved exactly, and which only until it was clear that another readout is better.
+    """
     return {
         "chosen": best.readout.name,
         "readouts": [
@@ -227,23 +241,26 @@ def describe_readouts(best: ProbedReadout, probed: Sequence[ProbedReadout]) -> d
                 "name": p.readout.name,
                 "num_features": p.readout.num_features,
                 "changes": dict(p.readout.changes),
-                "c": p.probe.c,
-                "held_out_log_loss": p.probe.score.log_loss,
-                "held_out_accuracy": p.probe.score.accuracy,
-                "solver_seconds": p.probe.seconds,
+                "c": p.summary.c,
+                "held_out_log_loss": p.summary.score.log_loss,
+                "held_out_accuracy": p.summary.score.accuracy,
+                "tolerance": p.summary.tolerance,
+                "solver_seconds": p.summary.seconds,
             }
-            for p in probed
+            for p in scored
         ],
     }
 
 
-def draw_regularization(probed: Sequence[ProbedReadout]) -> tuple[Curve, ...]:
+def draw_regularization(scored: Sequence[ScoredReadout]) -> tuple[Curve, ...]:
     """Returns charts of held-out log-loss and accuracy against C, with one line per readout."""
     curves = []
     for key, title in (("log_loss", "Held-out log-loss"), ("accuracy", "Held-out accuracy")):
         series = [
-            Line(name=p.readout.name, x=[q.c for q in p.probe.path], y=[getattr(q.score, key) for q in p.probe.path])
-            for p in probed[:MAX_LINES]
+            Line(
+                name=p.readout.name, x=[q.c for q in p.summary.path], y=[getattr(q.score, key) for q in p.summary.path]
+            )
+            for p in scored[:MAX_LINES]
         ]
         label = "C (weaker regularization to the right)"
         curves.append(Curve(title=f"{title} against C", x_label=label, y_label=title, x_log=True, series=series))
