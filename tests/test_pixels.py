@@ -31,7 +31,8 @@ from hf_transfer.prefix.pixels import (
     store_training_squares,
 )
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.prefix.sweep import read_all_pixels, read_pixels, sweep
+from hf_transfer.prefix.sweep import read_all_pixels, read_pixels
+from hf_transfer.training.evaluate import compute_image_logits
 from tests.sessions import make_session
 from tests.test_extract import KilledAfter
 
@@ -174,8 +175,8 @@ READERS: dict[str, Callable[[Split, Preprocessing, Resources], Any]] = {
     "batches": lambda s, p, r: list(
         read_pixels(EvaluationImages(split=s, preprocessing=p), np.arange(len(s)), batch_size=4, num_workers=2)
     ),
-    "a pass on the CPU": lambda s, p, r: sweep(
-        load("embedded").chain(), EvaluationImages(split=s, preprocessing=p), np.arange(8), lambda *batch: None, r
+    "a pass on the CPU": lambda s, p, r: compute_image_logits(
+        load("embedded").model, EvaluationImages(split=s.select(np.arange(8)), preprocessing=p), s.labels[:8], r
     ),
     "few images": lambda s, p, r: read_all_pixels(EvaluationImages(split=s, preprocessing=p), np.arange(4), r),
 }
