@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from hf_transfer.config import Engine
+from hf_transfer.prefix.allocator import keep_freed_memory
 from hf_transfer.prefix.engines import BatchFunction, ModuleRunner, Runner, prepare
 from hf_transfer.prefix.pixels import Images
 from hf_transfer.prefix.resources import Resources, count_threads
@@ -161,6 +162,7 @@ def _sweep_on_cpu(
             write(start, function(prepared))
             bar.update(len(batch))
 
+    keep_freed_memory()
     functions = runner.functions(count_replicas(resources, len(rows)))
     if not functions:
         return

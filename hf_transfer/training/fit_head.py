@@ -1,11 +1,13 @@
 """Fits a linear probe, writes the probe into the head of the network, and scores the network."""
 
 import logging
+from dataclasses import replace
 
 from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
 from hf_transfer.training import readouts
 from hf_transfer.training.evaluate import compute_stored_logits, score_images
 from hf_transfer.training.metrics import score
@@ -31,6 +33,13 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         best, scored = readouts.choose_readout(candidates, session, options)
         trained = readouts.install_probe(session.backbone, chain, best)
     audit.check()  # all weights except the head equal the pretrained weights to the last bit
+    is_exact = session.config.compute.decoder == "exact"
+    if not is_exact and not readouts.measures_saved(trained, best, data.validation, session.resources):
+        log.warning(
+            "the saved network predicts otherwise on the published pixels than on those of the fast decoder: fitting the probe "
+            "again on the published pixels"
+        )
+        return fit_head(replace(session, config=replace_settings(session.config, {"decoder": "exact"})), phase)
     with session.costs.part("evaluate"):
         difference = readouts.verify_probe(trained, best, data.validation, session.resources)
         metrics = _score(session, trained, best)
@@ -70,11 +79,6 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
     """
     data, seed, compute = session.data, session.config.seed, session.config.compute
     metrics = {"validation": score(best.probe.validation_logits, data.validation.labels, data.label_names, seed=seed)}
-    if compute.decoder == "fast" and not readouts.measures_saved(trained, best, data.validation, session.resources):
-        log.warning(
-            "the validation metrics are of the fast decoder's pixels, on which the saved network differs from the published "
-            "pixels: --decoder exact avoids this"
-        )
     if data.test is not None and not readouts.measures_saved(trained, best, data.test, session.resources):
         if session.is_main:
             log.info(

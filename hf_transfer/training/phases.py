@@ -13,13 +13,13 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
+from hf_transfer.prefix.allocator import keep_freed_memory
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.sweep import place_model
 from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
 from hf_transfer.settings import to_settings
 from hf_transfer.training import readouts, wise
-from hf_transfer.training.allocator import keep_freed_memory
 from hf_transfer.training.checkpoints import StateWriter, remove_state, share_state
 from hf_transfer.training.feeds import PhaseData, check_augmentation, make_phase_data
 from hf_transfer.training.fit_head import describe_solution
