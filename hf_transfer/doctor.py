@@ -122,6 +122,7 @@ def _check_devices() -> list[Finding]:
     from hf_transfer.capability import capability_of, list_devices
     from hf_transfer.choices import choose
     from hf_transfer.config import ComputeConfig
+    from hf_transfer.prefix.engine_choice import has_openvino
 
     findings = []
     for device in list_devices():
@@ -137,6 +138,12 @@ def _check_devices() -> list[Finding]:
             f"has {', '.join(can) or 'nothing'}; lacks {', '.join(cannot) or 'nothing'}. "
             f"By default, runs compute on {choose(described, compute).describe()}"
         )
+        if device.type == "cpu":
+            name = (
+                f"openvino {importlib.metadata.version('openvino')}" if has_openvino() else "openvino is not installed"
+            )
+            compiled = ", compiled" if described.can_compile else ""
+            text += f"; engines of frozen layers: eager, folded{compiled}; {name}"
         findings.append(Finding(topic="devices", text=text, facts=asdict(described)))
     if not torch.accelerator.is_available() and (torch.version.cuda or shutil.which("nvidia-smi")):
         cause = "torch is built for CUDA" if torch.version.cuda else "this machine has NVIDIA's driver"

@@ -24,7 +24,8 @@ from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.image_size import resize_network
 from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.network.preprocessing import load_preprocessing, quiet_transformers, resize_preprocessing
-from hf_transfer.prefix.extract import extract, tap_activation
+from hf_transfer.prefix.extract import extract
+from hf_transfer.prefix.taps import tap_activation
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.phases import _describe_identity
 from tests.families import FAMILIES, make_model, make_pixels

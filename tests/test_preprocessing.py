@@ -402,7 +402,13 @@ def test_a_processor_without_constant_colors_works_without_augmentation(tmp_path
         with pytest.raises(ValueError, match="cannot follow augmentation: choose the strategy linear_probe") as error:
             execute(session)
         assert "\n" not in str(error.value)
-        assert session.costs.read().seconds.keys() <= {"data", "checkpoint", "chain", "total"}  # nothing heavy ran
+        assert session.costs.read().seconds.keys() <= {
+            "data",
+            "checkpoint",
+            "engine",
+            "chain",
+            "total",
+        }  # nothing heavy ran
 
 
 # --- channels ---------------------------------------------------------------------------------------------------------------
