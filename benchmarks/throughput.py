@@ -11,7 +11,7 @@ hashing, decoding, preparing the engine, the network, and writing.
 | row | images per second of |
 |---|---|
 | bare | the network alone in eager float32, fed from memory: all cores, the fastest of two layouts and five batch sizes |
-| pass | `linear_probe --readouts native`: the pass over train, validation and test images |
+| pass | `linear_probe --readouts none`: the pass over train, validation and test images |
 | pass_eager, pass_folded, pass_openvino | the same with `--engine` |
 | pass_bf16 | the same with `--precision bf16`, by OpenVINO if it is installed |
 | probe | `linear_probe` as a whole, from start to end of the process |
@@ -36,11 +36,11 @@ from vs_trainer import describe_machine, run_bare, run_trainer, watch_memory
 
 BATCH_SIZE = 32
 OURS: dict[str, tuple[str, list[str]]] = {
-    "pass": ("linear_probe", ["--readouts", "native"]),
-    "pass_eager": ("linear_probe", ["--readouts", "native", "--engine", "eager"]),
-    "pass_folded": ("linear_probe", ["--readouts", "native", "--engine", "folded"]),
-    "pass_openvino": ("linear_probe", ["--readouts", "native", "--engine", "openvino"]),
-    "pass_bf16": ("linear_probe", ["--readouts", "native", "--precision", "bf16"]),
+    "pass": ("linear_probe", ["--readouts", "none"]),
+    "pass_eager": ("linear_probe", ["--readouts", "none", "--engine", "eager"]),
+    "pass_folded": ("linear_probe", ["--readouts", "none", "--engine", "folded"]),
+    "pass_openvino": ("linear_probe", ["--readouts", "none", "--engine", "openvino"]),
+    "pass_bf16": ("linear_probe", ["--readouts", "none", "--precision", "bf16"]),
     "probe": ("linear_probe", []),
     "last_layers": ("last_layers", ["--k", "2", "--epochs", "3", "--tracker", "none"]),
     "full": ("full", ["--epochs", "2", "--tracker", "none"]),

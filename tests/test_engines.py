@@ -15,6 +15,7 @@ from hf_transfer.config import ComputeConfig
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.fingerprint import hash_tensors, named_tensors
 from hf_transfer.network.folding import FoldedNorm, fold_norms, has_foldable_norms
+from hf_transfer.network.packing import PackedConvolution, pack_convolutions
 from hf_transfer.network.readout import find_readouts
 from hf_transfer.prefix.engine_choice import Workload, check_engine, choose_engine, list_candidates
 from hf_transfer.prefix.engines import ModuleRunner, describe_engine, prepare
@@ -66,7 +67,7 @@ def test_folding_changes_no_logits_and_no_tensor_of_the_network(name: str) -> No
     expected = run(ModuleRunner(module=extractor, autocast=torch.no_grad), pixels)
     copied = extractor.replicate()
     num_norms = sum(isinstance(module, nn.BatchNorm2d) for module in copied.modules())
-    assert fold_norms(copied, lambda: copied(pixels[:1]), kept=copied.kept_modules) >= num_norms // 2 > 0
+    assert fold_norms(copied, lambda: copied(pixels[:1]), kept=copied.kept_modules).__len__() >= num_norms // 2 > 0
     with torch.no_grad():
         assert_close(copied(pixels), expected, 1e-5)
     assert hash_tensors(named_tensors(model)) == before
@@ -96,7 +97,7 @@ def test_only_a_norm_that_a_convolution_of_its_own_feeds_is_folded() -> None:
             nn.init.uniform_(module.weight, 0.5, 2)
     x = torch.randn(2, 3, 8, 8)
     expected = model(x)
-    assert fold_norms(model, lambda: model(x)) == 1
+    assert len(fold_norms(model, lambda: model(x))) == 1
     assert [name for name, module in model.named_modules() if isinstance(module, FoldedNorm)] == ["last"]
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -270,3 +271,21 @@ def test_values_are_float32_arrays_of_the_taps_shapes() -> None:
     for value, tap in zip(values, taps.values(), strict=True):
         assert np.asarray(value).shape == (2, *tap.shape)
         assert value.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["timm MobileNetV2", "timm ResNet", "timm MobileNetV3", "ResNet"])
+def test_packed_convolutions_compute_the_same_with_their_activations(name: str) -> None:
+    _, chain = built(name)
+    extractor = Extractor(chain, {cut.name: tap_activation(cut) for cut in chain.cuts})
+    pixels = make_pixels(chain.image_shape, BATCH).contiguous(memory_format=torch.channels_last)
+    expected = run(ModuleRunner(module=extractor, autocast=torch.no_grad), pixels)
+    copied = extractor.replicate()
+    folded = fold_norms(copied, lambda: copied(pixels[:1]), kept=copied.kept_modules)
+    assert pack_convolutions(copied, lambda: copied(pixels), folded, kept=copied.kept_modules) > 5
+    packed = [module for module in copied.modules() if isinstance(module, PackedConvolution)]
+    joined = {module.activation[0] for module in packed} - {"none"}
+    assert joined == {"timm MobileNetV2": {"hardtanh"}, "timm ResNet": set(), "timm MobileNetV3": {"relu", "hardswish"},
+                      "ResNet": set()}[name]  # fmt: skip
+    with torch.no_grad():
+        assert_close(copied(pixels), expected, 1e-5)
+        assert_close(copied.replicate()(pixels[:1]), [value[:1] for value in expected], 1e-5)

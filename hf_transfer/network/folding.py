@@ -41,8 +41,10 @@ def has_foldable_norms(model: nn.Module) -> bool:
     return not kinds.isdisjoint(CONVOLUTIONS) and not kinds.isdisjoint(NORMS)
 
 
-def fold_norms(model: nn.Module, run: Callable[[], Any], *, kept: Collection[nn.Module] = ()) -> int:
-    """Folds each BatchNorm of `model` into the convolution that computes its input. Returns the number of folded norms.
+def fold_norms(
+    model: nn.Module, run: Callable[[], Any], *, kept: Collection[nn.Module] = ()
+) -> dict[nn.Module, FoldedNorm]:
+    """Folds each BatchNorm of `model` into the convolution before it. Returns what is left of the norm for each convolution.
 
     Changes `model` in place, but replaces tensors instead of writing into them, so copies that share its tensors stay as they
     are. `run` runs the model once in eval mode, which shows the order of the modules. Modules in `kept` are not folded.
@@ -51,7 +53,7 @@ def fold_norms(model: nn.Module, run: Callable[[], Any], *, kept: Collection[nn.
         run()
     convolutions, norms = (Counter(pair[i] for pair in pairs) for i in (0, 1))
     names = {module: name for name, module in model.named_modules()}
-    folded = 0
+    folded: dict[nn.Module, FoldedNorm] = {}
     for convolution, norm in pairs:
         is_shared = convolutions[convolution] > 1 or norms[norm] > 1
         if is_shared or convolution in kept or norm in kept or norm.running_mean is None:
@@ -63,8 +65,8 @@ def fold_norms(model: nn.Module, run: Callable[[], Any], *, kept: Collection[nn.
         convolution.weight = nn.Parameter(weight.detach().to(memory_format=layout), requires_grad=False)
         convolution.bias = nn.Parameter(bias.detach(), requires_grad=False)
         parent, _, name = names[norm].rpartition(".")
-        setattr(model.get_submodule(parent), name, FoldedNorm(norm))
-        folded += 1
+        folded[convolution] = FoldedNorm(norm)
+        setattr(model.get_submodule(parent), name, folded[convolution])
     return folded
 
 

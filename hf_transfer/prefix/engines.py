@@ -27,6 +27,7 @@ import torch
 
 from hf_transfer.config import Engine
 from hf_transfer.network.folding import fold_norms
+from hf_transfer.network.packing import pack_convolutions
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.taps import Extractor, Logits, replicate
 
@@ -138,18 +139,21 @@ def _run_alone(function: BatchFunction, batch: torch.Tensor) -> list[torch.Tenso
 # --- the engines ------------------------------------------------------------------------------------------------------
 
 
-def _fold(module: Extractor | Logits, samples: torch.Tensor) -> Extractor | Logits:
-    """Returns a copy of `module` with folded norms."""
+def _fold(module: Extractor | Logits, samples: torch.Tensor, *, packs: bool = False) -> Extractor | Logits:
+    """Returns a copy of `module` with folded norms and, with `packs`, with packed convolutions."""
     copied = replicate(module)
     assert isinstance(copied, Extractor | Logits)
-    fold_norms(copied, lambda: copied(samples[:1]), kept=copied.kept_modules)
+    folded = fold_norms(copied, lambda: copied(samples[:1]), kept=copied.kept_modules)
+    if packs:
+        pack_convolutions(copied, lambda: copied(samples), folded, kept=copied.kept_modules)
     return copied
 
 
 def _prepare_folded(
     module: Extractor | Logits, samples: torch.Tensor, resources: Resources, count: int
 ) -> ModuleRunner:
-    return ModuleRunner(module=_fold(module, samples), autocast=resources.autocast)
+    is_plain = samples.device.type == "cpu" and resources.precision == "fp32"  # packed convolutions compute in float32
+    return ModuleRunner(module=_fold(module, samples, packs=is_plain), autocast=resources.autocast)
 
 
 def _export(module: Extractor | Logits, samples: torch.Tensor) -> Any:

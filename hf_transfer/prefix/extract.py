@@ -205,13 +205,21 @@ class _Extraction:
         place_model(self.chain.model, self.resources)
         start = self.images.cut if isinstance(self.images, StoredActivations) else None
         extractor = Extractor(self.chain, {name: self.taps[name] for name in names}, start=start)
-        if engine not in ("compiled", "openvino"):
+        if engine == "eager":
             return prepare_for(extractor, self.images, wanted, engine, self.resources)
         cuts = [tap.cut for tap in self.taps.values()] + ([start] if start else [])
         prints = self.chain.fingerprint(cuts)
         taps = [(prints[tap.cut.name], tap.cut.name, tap.pooling, tap.shape) for tap in self.taps.values()]
-        threads = count_replicas(self.resources, len(self.images))
-        key = repr((engine, self.resources.precision, threads, start and prints[start.name], names, taps))
+        key = repr(
+            (
+                engine,
+                self.resources.precision,
+                count_replicas(self.resources),
+                start and prints[start.name],
+                names,
+                taps,
+            )
+        )
         return _prepared.get(key, lambda: prepare_for(extractor, self.images, wanted, engine, self.resources))
 
 

@@ -67,14 +67,12 @@ def prepare_for(
     batch = np.resize(rows[: batch_rows(resources)], batch_rows(resources))  # a full batch: few rows are repeated
     pixels = torch.from_numpy(images.read(batch)).to(resources.device)
     samples = images.prepare(pixels, batch)
-    return prepare(engine, module, samples, resources, count=count_replicas(resources, len(images)))
+    return prepare(engine, module, samples, resources, count=count_replicas(resources))
 
 
-def count_replicas(resources: Resources, num_rows: int) -> int:
-    """Returns the number of threads of this process that run a network on `num_rows` images at the same time."""
-    if resources.device.type != "cpu":
-        return 1
-    return min(resources.compute.num_workers or torch.get_num_threads(), -(-num_rows // batch_rows(resources)))
+def count_replicas(resources: Resources) -> int:
+    """Returns the number of threads of this process that run a network at the same time."""
+    return 1 if resources.device.type != "cpu" else resources.compute.num_workers or torch.get_num_threads()
 
 
 def batch_rows(resources: Resources) -> int:
@@ -163,7 +161,7 @@ def _sweep_on_cpu(
             bar.update(len(batch))
 
     keep_freed_memory()
-    functions = runner.functions(count_replicas(resources, len(rows)))
+    functions = runner.functions(min(count_replicas(resources), -(-len(rows) // size)))
     if not functions:
         return
     with ThreadPoolExecutor(len(functions)) as pool:

@@ -124,13 +124,22 @@ def agrees_with_eager(
     They must agree in every predicted class, and in log-loss within AGREEING_LOG_LOSS.
     """
     rows = np.unique(np.linspace(0, len(images) - 1, AGREEING_IMAGES).astype(int))
-    exact: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    exact = compute_exact_logits(model, images, rows, resources)
+    return agrees(torch.from_numpy(logits[rows]), exact, torch.from_numpy(labels[rows]))
+
+
+def compute_exact_logits(
+    model: nn.Module, images: Images, rows: NDArray[np.int64], resources: Resources
+) -> torch.Tensor:
+    """Returns the logits (B, K) of the images `rows` by eager in fp32, on the CPU."""
+    place_model(model, resources)
+    logits: list[torch.Tensor] = [torch.empty(0)] * len(rows)
 
     def write(start: int, values: list[torch.Tensor]) -> None:
-        exact[start : start + len(values[0])] = list(values[0].cpu())
+        logits[start : start + len(values[0])] = list(values[0].cpu())
 
     sweep(ModuleRunner(module=Logits(model), autocast=nullcontext), images, rows, write, resources)
-    return agrees(torch.from_numpy(logits[rows]), torch.stack(exact), torch.from_numpy(labels[rows]))
+    return torch.stack(logits)
 
 
 def agrees(logits: torch.Tensor, exact: torch.Tensor, labels: torch.Tensor) -> bool:

@@ -16,18 +16,17 @@ from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
-from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.head import write_probe
 from hf_transfer.network.readout import Readout, Tail, build_variant, find_readouts
 from hf_transfer.prefix.extract import extract
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import move_model, read_all_pixels
+from hf_transfer.prefix.sweep import move_model
 from hf_transfer.prefix.taps import Tap, count_bytes, tap_activation
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
-from hf_transfer.training.evaluate import AGREEING_IMAGES, agrees, compute_stored_logits
+from hf_transfer.training.evaluate import AGREEING_IMAGES, agrees, compute_exact_logits, compute_stored_logits
 from hf_transfer.training.features import RawFeatures, default_memory
 from hf_transfer.training.metrics import read_outcomes
 from hf_transfer.training.phase import SolveHeadPhase
@@ -213,19 +212,16 @@ def measures_saved(backbone: Backbone, best: ProbedReadout, split: Split, resour
     rows = np.unique(np.linspace(0, len(split) - 1, AGREEING_IMAGES).astype(int))
     published = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
     whole, stored = _compare_with_stored(backbone, best, published, resources, rows)
-    return agrees(stored, whole, torch.from_numpy(split.labels[rows]).to(whole.device))
+    return agrees(stored, whole, torch.from_numpy(split.labels[rows]))
 
 
 def _compare_with_stored(
     backbone: Backbone, best: ProbedReadout, images: EvaluationImages, resources: Resources, rows: NDArray[np.int64]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the logits (B, K) of the images `rows`, from pixels in fp32 and from stored features."""
-    device = resources.device
-    pixels = torch.from_numpy(read_all_pixels(images, rows, resources)).to(device)
-    model = backbone.model.to(device)
-    with eval_mode(model), torch.no_grad():
-        whole = compute_logits(model, images.prepare(pixels, rows))
-        stored = best.compute_logits(torch.from_numpy(best.features.stores[images.name][rows]).to(device))
+    whole = compute_exact_logits(backbone.model, images, rows, resources)
+    with torch.no_grad():
+        stored = best.compute_logits(torch.from_numpy(best.features.stores[images.name][rows]))
     return whole, stored
 
 
