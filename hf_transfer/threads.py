@@ -6,6 +6,7 @@ user did not set the variable: `accelerate launch` even for one process, which t
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import torch
@@ -58,6 +59,12 @@ def set_num_threads(requested: int, device: torch.device) -> None:
     if chosen != current:
         torch.set_num_threads(chosen)
     _replaced = (own, chosen)
+
+
+def open_workers(count: int, name: str = "") -> ThreadPoolExecutor:
+    """Returns `count` threads, in each of which torch computes with one thread, so that they never wait for each other."""
+    torch.get_num_threads()  # otherwise a caller that has not used torch's threads yet would inherit the number 1 below
+    return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def count_physical_cores() -> int:

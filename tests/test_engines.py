@@ -45,6 +45,12 @@ def run(runner: Any, pixels: torch.Tensor) -> list[torch.Tensor]:
     return values
 
 
+def replicate_extractor(extractor: Extractor) -> Extractor:
+    copied = replicate(extractor)
+    assert isinstance(copied, Extractor)
+    return copied
+
+
 def require(engine: str) -> None:
     if engine == "openvino":
         pytest.importorskip("openvino")
@@ -65,7 +71,7 @@ def test_folding_changes_no_logits_and_no_tensor_of_the_network(name: str) -> No
     before = hash_tensors(named_tensors(model))
     extractor = Extractor(chain, {cut.name: tap_activation(cut) for cut in chain.cuts})
     expected = run(ModuleRunner(module=extractor, autocast=torch.no_grad), pixels)
-    copied = extractor.replicate()
+    copied = replicate_extractor(extractor)
     num_norms = sum(isinstance(module, nn.BatchNorm2d) for module in copied.modules())
     assert fold_norms(copied, lambda: copied(pixels[:1]), kept=copied.kept_modules).__len__() >= num_norms // 2 > 0
     with torch.no_grad():
@@ -279,7 +285,7 @@ def test_packed_convolutions_compute_the_same_with_their_activations(name: str) 
     extractor = Extractor(chain, {cut.name: tap_activation(cut) for cut in chain.cuts})
     pixels = make_pixels(chain.image_shape, BATCH).contiguous(memory_format=torch.channels_last)
     expected = run(ModuleRunner(module=extractor, autocast=torch.no_grad), pixels)
-    copied = extractor.replicate()
+    copied = replicate_extractor(extractor)
     folded = fold_norms(copied, lambda: copied(pixels[:1]), kept=copied.kept_modules)
     assert pack_convolutions(copied, lambda: copied(pixels), folded, kept=copied.kept_modules) > 5
     packed = [module for module in copied.modules() if isinstance(module, PackedConvolution)]
@@ -288,4 +294,4 @@ def test_packed_convolutions_compute_the_same_with_their_activations(name: str) 
                       "ResNet": set()}[name]  # fmt: skip
     with torch.no_grad():
         assert_close(copied(pixels), expected, 1e-5)
-        assert_close(copied.replicate()(pixels[:1]), [value[:1] for value in expected], 1e-5)
+        assert_close(replicate(copied)(pixels[:1]), [value[:1] for value in expected], 1e-5)

@@ -17,6 +17,7 @@ from hf_transfer.data.images import BadImageError
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.readout import find_readouts
 from hf_transfer.prefix import layout
 from hf_transfer.prefix.contents import clear_caches, list_caches
 from hf_transfer.prefix.extract import Extracted, extract
@@ -24,6 +25,7 @@ from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.sweep import read_pixels, use_fast_layout
 from hf_transfer.prefix.taps import Tap, tap_activation
+from hf_transfer.training.readouts import tap_readouts
 from tests.test_save import write_upstream
 
 
@@ -279,3 +281,27 @@ def test_every_store_is_filled_by_the_engine(network: tuple[Backbone, Chain], tr
     for name, store in folded.stores.items():
         difference = np.abs(store[:] - exact.stores[name][:]).max()
         assert 0 < difference < 1e-4 * np.abs(exact.stores[name][:]).max()  # to the bit only if the engine was ignored
+
+
+def test_a_prepared_network_is_not_used_after_its_later_weights_changed(train: Split, tmp_path: Path) -> None:
+    """The tail of a readout runs layers after the tap's cut, so their weights tell prepared networks apart too."""
+    pytest.importorskip("openvino")
+    write_upstream("timm ViT", tmp_path / "upstream")
+    backbone = load(str(tmp_path / "upstream"), ("a", "b"))
+    chain = backbone.chain()
+    resources = Resources(accelerator=Accelerator(), compute=ComputeConfig(cache="memory", engine="openvino"))
+    pooled = [readout for readout in find_readouts(chain, sweep="pooling") if readout.cut != chain.features]
+    taps_of = tap_readouts(chain, pooled, resources)
+    assert taps_of
+
+    def read(engine: str) -> np.ndarray:
+        chosen = replace(resources, compute=replace(resources.compute, engine=engine))
+        stores = extract(chain, backbone.preprocessing, train, taps_of, chosen).stores
+        return np.concatenate([store[:] for store in stores.values()], 1)
+
+    before = read("openvino")
+    with torch.no_grad():
+        dict(chain.model.named_parameters())["norm.bias"].add_(1.0)
+    exact, converted = read("eager"), read("openvino")
+    assert np.abs(exact - before).max() > 0.1
+    np.testing.assert_allclose(converted, exact, rtol=1e-4, atol=1e-4)

@@ -32,6 +32,7 @@ from hf_transfer.prefix.pixels import (
 )
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.sweep import read_all_pixels, read_pixels
+from hf_transfer.threads import open_workers
 from hf_transfer.training.evaluate import compute_image_logits
 from tests.sessions import make_session
 from tests.test_extract import KilledAfter
@@ -279,7 +280,7 @@ def test_decoding_leaves_torch_its_threads() -> None:
 
     def decode() -> None:
         torch.set_num_threads(3)
-        with pixels._open_pool(2) as pool:
+        with open_workers(2) as pool:
             counts.extend(pool.map(lambda _: torch.get_num_threads(), range(4)))
         counts.append(torch.get_num_threads())
 

@@ -78,4 +78,4 @@ def _compute_logits(
     if engine == "eager" or agrees_with_eager(logits, model, images, labels, resources):
         return logits, truth
     log.warning("engine %s predicts other classes than the saved model: eager computes the metrics again", engine)
-    return compute_image_logits(model, images, labels, resources, fp32=True)
+    return compute_image_logits(model, images, labels, resources.in_fp32())

@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 from torch import nn
 
-from hf_transfer.capability import describe_capability, read_facts
+from hf_transfer.capability import capability_of
 from hf_transfer.config import Engine
 from hf_transfer.network.folding import has_foldable_norms
 from hf_transfer.network.part import Part
@@ -106,7 +106,7 @@ def decide_engine(
     `stored`: the engine of the interrupted run that this run resumes. Raises ValueError if the engine cannot run here.
     """
     requested, device = resources.compute.engine, resources.device
-    capability = describe_capability(read_facts(device))
+    capability = capability_of(device)
     given = stored if requested in ("auto", "measure") else requested
     if given is not None:
         assert given in ENGINES

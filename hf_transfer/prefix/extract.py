@@ -125,15 +125,15 @@ class _Extraction:
     def __init__(self, *, chain: Chain, images: Images, taps: Mapping[str, Tap], resources: Resources) -> None:
         self.chain, self.images, self.taps, self.resources = chain, images, taps, resources
         self.computed = self.checked = 0
+        self._prints: dict[str, list[str]] | None = None  # of the frozen network, which a read need not hash again
 
     def keys(self) -> dict[str, dict[str, Any]]:
         """Returns the fields of each tap's cache key, which contain everything that determines the stored values."""
-        cuts = [cut for tap in self.taps.values() for cut in (tap.cut, tap.through or tap.cut)]
-        prints = self.chain.fingerprint(cuts)
+        networks = self._identify_networks()
         return {
             name: {
                 "kind": "activations",
-                "network": sorted({prints[tap.cut.name], prints[(tap.through or tap.cut).name]}),
+                "network": networks[name],
                 **self.images.identity,
                 "precision": self.resources.precision,
                 "device": self.resources.device.type,
@@ -142,6 +142,12 @@ class _Extraction:
             }
             for name, tap in self.taps.items()
         }
+
+    def _identify_networks(self) -> dict[str, list[str]]:
+        """Returns, for each tap, the hashes of the network up to its cut and up to the last cut that its module reaches."""
+        ends = {name: (tap.cut, tap.through or tap.cut) for name, tap in self.taps.items()}
+        prints = self.chain.fingerprint([cut for both in ends.values() for cut in both])
+        return {name: sorted({prints[cut.name] for cut in both}) for name, both in ends.items()}
 
     def fill(self, missing: MissingRows) -> None:
         """Computes the values of the missing rows, and writes each tap's values into the tap's array."""
@@ -204,22 +210,14 @@ class _Extraction:
         """Returns the function from images to the values of the taps in `names`, as `engine` runs it."""
         place_model(self.chain.model, self.resources)
         start = self.images.cut if isinstance(self.images, StoredActivations) else None
-        extractor = Extractor(self.chain, {name: self.taps[name] for name in names}, start=start)
+        taps = {name: self.taps[name] for name in names}
+        extractor = Extractor(self.chain, taps, start=start)
         if engine == "eager":
             return prepare_for(extractor, self.images, wanted, engine, self.resources)
-        cuts = [tap.cut for tap in self.taps.values()] + ([start] if start else [])
-        prints = self.chain.fingerprint(cuts)
-        taps = [(prints[tap.cut.name], tap.cut.name, tap.pooling, tap.shape) for tap in self.taps.values()]
-        key = repr(
-            (
-                engine,
-                self.resources.precision,
-                count_replicas(self.resources),
-                start and prints[start.name],
-                names,
-                taps,
-            )
-        )
+        if self._prints is None:
+            self._prints = self._identify_networks()
+        described = [(self._prints[name], tap.cut.name, tap.pooling, tap.shape) for name, tap in taps.items()]
+        key = repr((engine, self.resources.precision, count_replicas(self.resources), start and start.name, described))
         return _prepared.get(key, lambda: prepare_for(extractor, self.images, wanted, engine, self.resources))
 
 

@@ -8,9 +8,7 @@ its own augmentation. Stored pixels are memory-mapped, so training epochs neithe
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +24,7 @@ from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.store import Store
+from hf_transfer.threads import open_workers
 
 log = logging.getLogger(__name__)
 
@@ -245,7 +244,7 @@ class _Decoding:
             missing.mark(block)
             return len(block)
 
-        with bar, _open_pool(resources.compute.num_workers) as pool:
+        with bar, open_workers(count_threads(resources.compute.num_workers), "decode") as pool:
             try:
                 for done in pool.map(work, range(0, len(positions), ROWS_PER_TASK)):
                     bar.update(done)
@@ -261,7 +260,7 @@ class _Decoder:
     """
 
     def __init__(self, decoding: _Decoding, num_workers: int) -> None:
-        self.decoding, self._pool = decoding, _open_pool(num_workers)
+        self.decoding, self._pool = decoding, open_workers(count_threads(num_workers), "decode")
         self._remembered = {
             name: np.zeros((len(decoding.split), *shape), dtype)
             for name, (shape, dtype) in decoding.arrays.items()
@@ -286,12 +285,6 @@ class _Decoder:
             remembered[row] = values[name]
         self._is_decoded[row] = True
         return values
-
-
-def _open_pool(num_workers: int) -> ThreadPoolExecutor:
-    """Returns threads that decode images. Each resizes alone: torch's own threads would compete with the other decoders."""
-    torch.get_num_threads()  # otherwise a caller that has not used torch's threads yet would inherit the number 1 below
-    return ThreadPoolExecutor(count_threads(num_workers), "decode", initializer=partial(torch.set_num_threads, 1))
 
 
 def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -> dict[str, Store]:

@@ -73,6 +73,10 @@ class Resources:
             gather=gather,
         )
 
+    def in_fp32(self) -> "Resources":
+        """Returns the same resources, in which the network computes in fp32."""
+        return replace(self, compute=replace(self.compute, precision="fp32"))
+
     def autocast(self) -> torch.autocast:
         """Returns the autocast context in which the prefix runs."""
         dtype = DTYPES[self.precision]

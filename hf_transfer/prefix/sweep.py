@@ -22,6 +22,7 @@ from hf_transfer.prefix.engines import BatchFunction, ModuleRunner, Runner, prep
 from hf_transfer.prefix.pixels import Images
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.taps import Extractor, Logits
+from hf_transfer.threads import open_workers
 
 BATCHES_AHEAD = 3
 
@@ -149,7 +150,6 @@ def _sweep_on_cpu(
     stops = threading.Event()
 
     def work(function: BatchFunction) -> None:
-        torch.set_num_threads(1)  # only for this worker thread
         for start in starts:
             batch = rows[start : start + size]
             if not len(batch) or stops.is_set():
@@ -164,7 +164,7 @@ def _sweep_on_cpu(
     functions = runner.functions(min(count_replicas(resources), -(-len(rows) // size)))
     if not functions:
         return
-    with ThreadPoolExecutor(len(functions)) as pool:
+    with open_workers(len(functions)) as pool:
         try:
             for worker in as_completed([pool.submit(work, function) for function in functions]):
                 worker.result()

@@ -2,9 +2,8 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
 
 import torch
 from torch import nn
@@ -51,8 +50,7 @@ class Extractor(nn.Module):
 
     def __init__(self, chain: Chain, taps: Mapping[str, Tap], *, start: Cut | None = None) -> None:
         super().__init__()
-        self.names = tuple(taps)
-        self.shapes = tuple(tap.shape for tap in taps.values())
+        self.num_taps = len(taps)
         cuts = {tap.cut.name: tap.cut for tap in taps.values()}
         self.part = Part(chain.model, chain.image_shape, start=start, ends=list(cuts.values()))
         # Each group of taps has one `keep` and activations of one shape. A tap is (its position, the position of its cut).
@@ -76,19 +74,13 @@ class Extractor(nn.Module):
         """Returns the float32 values (B, *shape) of each tap. The module must be in eval mode, under `no_grad`."""
         with self.part:
             activations = self.part.activations(inputs)
-        values: list[torch.Tensor] = [inputs] * len(self.names)
+        values: list[torch.Tensor] = [inputs] * self.num_taps
         for keep, members in zip(self.keeps, self.groups, strict=True):
             given = [activations[cut].float() for _, cut in members]
             kept = keep(given[0] if len(given) == 1 else torch.cat(given))
             for (i, _), value in zip(members, kept.split(len(inputs)), strict=True):
                 values[i] = value
         return values
-
-    def replicate(self) -> Self:
-        """Returns a copy that another thread can run at the same time. Tensors are shared."""
-        copied = replicate(self)
-        assert isinstance(copied, type(self))
-        return copied
 
 
 class Logits(nn.Module):
@@ -106,8 +98,3 @@ class Logits(nn.Module):
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Returns the float32 logits (B, K), as a list of one tensor."""
         return [compute_logits(self.model, images).float()]
-
-
-def concatenate(values: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-    """Returns the values of several batches as one list, in which each tap has one tensor for all images."""
-    return [torch.cat(list(each)) for each in zip(*values, strict=True)]

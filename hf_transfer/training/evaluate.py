@@ -13,7 +13,7 @@ from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.preprocessing import Preprocessing
-from hf_transfer.prefix.engines import ModuleRunner, Runner
+from hf_transfer.prefix.engines import ModuleRunner
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
@@ -60,10 +60,9 @@ def compute_image_logits(
     resources: Resources,
     *,
     shows_progress: bool = True,
-    fp32: bool = False,
     engine: Engine = "eager",
 ) -> LogitsAndLabels:
-    """Returns the logits of the whole network in eval mode for `images`, in the precision of the run or in fp32.
+    """Returns the logits of the whole network in eval mode for `images`, in the precision of `resources`.
 
     Engines run frozen networks: while a network trains, `engine` must be "eager".
     """
@@ -74,12 +73,7 @@ def compute_image_logits(
         rows[start : start + len(values[0])] = list(values[0].cpu().numpy())
 
     place_model(model, resources)
-    module = Logits(model)
-    if engine == "eager":
-        autocast = nullcontext if fp32 else resources.accelerator.autocast
-        runner: Runner = ModuleRunner(module=module, autocast=autocast)
-    else:
-        runner = prepare_for(module, images, share, engine, resources)
+    runner = prepare_for(Logits(model), images, share, engine, resources)
     sweep(runner, images, share, write, resources, title=f"{images.name} images" if shows_progress else None)
     own = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
     return gather_logits(resources.accelerator, own, labels[share])
@@ -97,7 +91,7 @@ def _score(chain: Chain, images: EvaluationImages, session: Session) -> Metrics:
     the run.
     """
     split = images.split
-    logits, labels = compute_image_logits(chain.model, images, split.labels, session.resources, fp32=True)
+    logits, labels = compute_image_logits(chain.model, images, split.labels, session.resources.in_fp32())
     return score(logits, labels, split.label_names, seed=session.config.seed)
 
 

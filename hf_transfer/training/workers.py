@@ -46,6 +46,7 @@ def map_on_cores(work: Callable[[Item], Result], items: Iterable[Item], device: 
     if device.type != "cpu" or (is_worker and (cores == 1 or len(items) == 1)):
         return [run(item) for item in items]
     workers = max(1, min(cores, len(items)))
+    torch.get_num_threads()  # otherwise this thread could inherit the number 1 of the workers
     with ThreadPoolExecutor(workers, initializer=_become_worker, initargs=(max(1, cores // workers),)) as pool:
         futures = [pool.submit(run, item) for item in items]
         try:
