@@ -100,7 +100,7 @@ def extract_readouts(
 
 def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources) -> dict[str, Tap]:
     """Returns, for each readout's name, the function that computes the features during a pass over the images."""
-    # Readouts with the same last layers share one module, and so one call per batch, since most of the time is setup.
+    # Readouts with the same last layers share one module and, if most of its time is setup, one call per batch.
     tails: dict[tuple[int, bool], Tail] = {}
     taps = {}
     for r in readouts:
@@ -114,6 +114,7 @@ def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources
             shape=(r.num_features,),
             through=chain.features,
             keep=tails[shared],
+            joins=not tails[shared].is_direct,
         )
     return taps
 
