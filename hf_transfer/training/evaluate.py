@@ -20,7 +20,7 @@ from hf_transfer.prefix.engines import ModuleRunner
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import place_model, prepare_for, sweep
+from hf_transfer.prefix.sweep import place_model, prepare_for, sweep, to_fast_layout
 from hf_transfer.prefix.taps import Logits
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
@@ -57,7 +57,7 @@ def compute_stored_logits(
     with torch.no_grad():
         for i in range(0, len(share), batch_size):
             activations = torch.from_numpy(store[share[i : i + batch_size]]).to(resources.device)
-            parts.append(network(activations).float().cpu().numpy())
+            parts.append(network(to_fast_layout(activations, resources)).float().cpu().numpy())
     own = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
     return gather_logits(resources.accelerator, own, labels[share])
 
