@@ -30,8 +30,9 @@ from hf_transfer.training.records import Metrics
 log = logging.getLogger(__name__)
 
 AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
-# The check takes as long as the slowest useful engine (`folded`, a fifth faster than eager) saves on this number of images.
-IMAGES_FOR_CHECK = 5 * AGREEING_IMAGES
+# An engine must save more than the check costs. For MobileNetV2, `folded` with its check takes less CPU time than eager from
+# about 600 images on (docs/speed.md), of which the rule in `engine_choice` counts about 80 for its preparation.
+IMAGES_FOR_CHECK = 8 * AGREEING_IMAGES
 
 LogitRows = NDArray[np.float32]
 Labels = NDArray[np.int64]
