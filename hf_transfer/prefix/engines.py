@@ -240,7 +240,7 @@ def _trace(module: Extractor | Logits, samples: torch.Tensor) -> Any:
         for name, parameter in list(child.named_parameters(recurse=False)):
             setattr(child, name, torch.nn.Parameter(parameter.detach(), requires_grad=False))  # constants of the trace
     with torch.no_grad(), warnings.catch_warnings():
-        with _FixedComputation():
+        with _FixedComputation():  # type: ignore[no-untyped-call]
             folded(samples[:1])
         warnings.simplefilter("ignore")  # TorchScript is deprecated, and asks about what _FixedComputation has checked
         return torch.jit.trace(lambda batch: tuple(folded(batch)), (samples,), check_trace=False)
