@@ -232,7 +232,7 @@ class _FixedComputation(TorchDispatchMode):
 def _trace(module: Extractor | Logits, samples: torch.Tensor) -> Any:
     """Returns the TorchScript graph of `module`, with folded norms, for batches of the size of `samples`.
 
-    OpenVINO converts such a graph in a fifth of the time of a torch.export program. Raises TypeError if the computation
+    Preparing a network takes a third of the time that it takes from a torch.export program. Raises TypeError if the computation
     depends on the numbers in the batch.
     """
     folded = _fold(module, samples)
@@ -253,7 +253,7 @@ def _prepare_openvino(
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    # openvino.convert_model does the same in twice the time, and reports the conversion to OpenVINO's makers.
+    # openvino.convert_model takes longer for the same, and reports the conversion to OpenVINO's makers.
     frontend = FrontEndManager().load_by_framework("pytorch")
     decoder = TorchScriptPythonDecoder(_trace(module, samples))  # a variable, since the frontend keeps no reference
     model = frontend.convert(frontend.load(decoder))
