@@ -26,7 +26,7 @@ from hf_transfer.hub.verify import find_libraries, verify
 from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.peft_checkpoints import load_checkpoint
-from hf_transfer.network.transformers_models import find_changed_weights
+from hf_transfer.network.weights import find_changed_weights
 from tests.families import make_pixels, randomize
 from tests.test_backbone import OWN, edit_config, edit_weights, publish_transformers
 from tests.test_publish import make_run
