@@ -29,6 +29,9 @@ class TimmProcessor:
         """Returns the one image as `pixel_values` (1, C, H, W), as processors of transformers do for `return_tensors="pt"`."""
         return {"pixel_values": self.val_transforms(images)[None]}
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes nothing to `folder`, since timm's preprocessing is part of the network's config.json."""
+
 
 def find_timm_processor(folder: Path) -> TimmProcessor | None:
     """Returns the processor of the timm checkpoint in `folder`, or None if transformers must choose the processor."""
