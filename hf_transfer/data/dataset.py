@@ -284,7 +284,14 @@ def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], wher
         )
     new_labels = np.array([index_of.get(name, UNLABELED) for name in images.names], np.int64)
     labels = new_labels[images.labels]
-    return Split(name=role, source=images.source, rows=images.rows, labels=labels, label_names=label_names)
+    return Split(
+        name=role,
+        source=images.source,
+        rows=images.rows,
+        labels=labels,
+        label_names=label_names,
+        groups=images.groups,
+    )
 
 
 def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[str]:

@@ -41,6 +41,9 @@ class LabeledImages:
     labels: NDArray[np.int64]
     names: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    groups: NDArray[np.str_] | None = (
+        None  # (N,) the group (patient, camera, video, ...) of each image, if groups are named
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

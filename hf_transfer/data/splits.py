@@ -58,6 +58,9 @@ class Split:
     rows: NDArray[np.int64]  # (N,) `split[i]` is row `rows[i]` of the source
     labels: NDArray[np.int64]  # (N,) indices into label_names
     label_names: tuple[str, ...]
+    groups: NDArray[np.str_] | None = (
+        None  # (N,) the group (patient, camera, video, ...) of each image, if groups are named
+    )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,6 +141,7 @@ class Split:
             rows=self.rows[positions],
             labels=self.labels[positions],
             label_names=self.label_names,
+            groups=None if self.groups is None else self.groups[positions],
         )
 
 
