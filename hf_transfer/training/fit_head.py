@@ -4,15 +4,15 @@ import logging
 from dataclasses import replace
 
 from hf_transfer.locations import chain_dir
+from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.training import readouts
 from hf_transfer.training.evaluate import compute_stored_logits, score_images
-from hf_transfer.training.metrics import score
 from hf_transfer.training.phase import SolveHeadPhase
-from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
+from hf_transfer.training.records import Kept, PhaseResult, RunResult
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
     published pixels, agrees with the features.
     """
     data, seed, compute = session.data, session.config.seed, session.config.compute
-    metrics = {"validation": score(best.probe.validation_logits, data.validation.labels, data.label_names, seed=seed)}
+    logits, labels = best.probe.validation_logits, data.validation.labels
+    metrics = {"validation": data.target.compute_metrics(logits, labels, seed=seed)}
     if data.test is not None and not readouts.measures_saved(session, trained, best, data.test):
         if session.is_main:
             log.info(
@@ -88,8 +89,8 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
         chain = trained.chain(cache_dir=chain_dir())
         metrics["test"] = score_images(chain, trained.preprocessing, data.test, session)
     elif data.test is not None:
-        logits, labels = compute_stored_logits(
+        test_logits, test_labels = compute_stored_logits(
             best.compute_logits, best.features.stores["test"], data.test.labels, session.resources
         )
-        metrics["test"] = score(logits, labels, data.label_names, seed=seed)
+        metrics["test"] = data.target.compute_metrics(test_logits, test_labels, seed=seed)
     return metrics
