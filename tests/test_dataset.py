@@ -684,7 +684,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     assert data.train.image(0).getpixel((0, 0)) == color(9)
     with pytest.raises(ValueError, match="no column label_column='nope', but has columns 'image'"):
         load(root, label_column="nope")
-    with pytest.raises(ValueError, match="'kind' does not contain encoded images"):
+    with pytest.raises(ValueError, match=r"column 'kind': 4 of 4 image files do not exist: 'a', 'b', .* --image_root"):
         load(root, image_column="kind")
 
 
@@ -798,9 +798,9 @@ def test_names_that_lead_nowhere(dataset: str, message: str, tmp_path: Path, mon
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "images.zip").write_bytes(b"PK")
-    with pytest.raises(ValueError, match="unpack an archive"):
-        load(tmp_path / "images.zip")
+    (tmp_path / "images.7z").write_bytes(b"7z")
+    with pytest.raises(ValueError, match="neither a table"):
+        load(tmp_path / "images.7z")
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """Finds the image column and the label column of a table, and reads the labels.
 
 The user may name a column with a flag. Otherwise the column is found by its feature type (Image, ClassLabel), or else by a
-name such as "image" or "label". Several candidates are an error: a table of fine and coarse labels needs a flag.
+name such as "image" or "label". Several candidates are an error: a table of fine and coarse labels needs a flag. Images are
+encoded, arrays of pixels, or paths of files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Image, Value
+from datasets import Array2D, Array3D, ClassLabel, Image, LargeList, List, Value
 from numpy.typing import NDArray
 
 from hf_transfer.data.labels import UNLABELED, Columns, clean_names, index_labels, listed
@@ -17,32 +18,61 @@ from hf_transfer.data.labels import UNLABELED, Columns, clean_names, index_label
 _BINARY = ("binary", "large_binary")
 _IMAGE_NAMES = frozenset({"image", "images", "img", "imgs", "picture", "photo"})
 _PATH_NAMES = frozenset({"path", "file", "filename", "filepath", "file_name", "file_path", "image_path", "image_file"})
-_LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "target", "targets", "category", "y"})
+_LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "target", "targets", "category", "y", "cls"})
+WEBDATASET_TEXT = "txt"  # the column of a WebDataset with text; the label if there is no other candidate
+_TEXT = ("string", "large_string")
 
 
-def find_columns(features: Mapping[str, Any], columns: Columns, where: str) -> tuple[str, str]:
+def find_columns(features: Mapping[str, Any], columns: Columns, where: str, *, has_files: bool) -> tuple[str, str]:
     """Returns the names of the image column and the label column of a `datasets` table.
+
+    `has_files`: the table may contain paths of image files on this machine.
 
     Raises:
         ValueError: a column that the user named is missing or has the wrong type, or no or several columns are candidates.
     """
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     if not images:
-        images = [name for name, feature in features.items() if _may_hold_images(feature)]
+        images = [name for name, feature in features.items() if _may_hold_images(feature) or holds_pixels(feature)]
         images = _named_like(_IMAGE_NAMES, images) or images
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if not images and has_files:
+        paths = [name for name, feature in features.items() if holds_paths(feature)]
+        images = _named_like(_IMAGE_NAMES, paths) or _named_like(_PATH_NAMES, paths)
+    labels = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, ClassLabel) and name not in (columns.group, columns.split)
+    ]
     image, label = _choose(features, columns, images, labels, where)
-    if not _may_hold_images(features[image]):
+    is_image = _may_hold_images(features[image]) or holds_pixels(features[image])
+    if not is_image and not (has_files and holds_paths(features[image])):
         raise ValueError(
-            f"{where}: column {image!r} does not contain encoded images; the table has {_described(features)}. If the"
-            " table names image files, put the files into a folder with a metadata.csv"
+            f"{where}: column {image!r} does not contain encoded images, arrays of pixels (H, W) or (H, W, 3)"
+            f"{', or paths of image files' if has_files else ''}; the table has {_described(features)}"
         )
+    if columns.image_root is not None and not holds_paths(features[image]):
+        raise ValueError(f"{where}: image_root: column {image!r} contains images, not paths; omit --image_root")
     if not isinstance(features[label], (ClassLabel, Value)):
         raise ValueError(
             f"{where}: column {label!r} contains several values per row, but each image needs exactly one class. The table"
             f" has {_described(features)}"
         )
     return image, label
+
+
+def holds_paths(feature: Any) -> bool:
+    """Whether a column contains text, which may be paths of image files."""
+    return isinstance(feature, Value) and feature.dtype in _TEXT
+
+
+def holds_pixels(feature: Any) -> bool:
+    """Whether a column contains arrays of integers of two or three dimensions, as nested lists, Array2D or Array3D."""
+    if isinstance(feature, Array2D | Array3D):
+        return "int" in feature.dtype
+    depth = 0
+    while isinstance(feature, List | LargeList):
+        feature, depth = feature.feature, depth + 1
+    return depth in (2, 3) and isinstance(feature, Value) and "int" in feature.dtype
 
 
 def find_frame_columns(types: Mapping[str, str], columns: Columns, where: str) -> tuple[str, str]:
@@ -79,11 +109,20 @@ def _choose(
     features: Mapping[str, Any], columns: Columns, images: list[str], labels: list[str], where: str
 ) -> tuple[str, str]:
     """Returns the names of the image and label columns: the columns that the user named, or else the only candidates."""
-    for flag, named in (("image_column", columns.image), ("label_column", columns.label)):
+    for flag, named in (("image_column", columns.image), *(("label_column", name) for name in columns.labels)):
         if named is not None and named not in features:
             raise ValueError(f"{where}: the table has no column {flag}={named!r}, but has {_described(features)}")
+    if len(columns.labels) > 1:
+        raise ValueError(
+            f"{where}: label_columns={list(columns.labels)}: each image needs exactly one class, so choose one --label_column"
+        )
     image = columns.image or _only(images, "image", features, where)
-    return image, columns.label or _only(labels or _named_like(_LABEL_NAMES, features), "label", features, where)
+    if columns.labels:
+        return image, columns.labels[0]
+    taken = {image, columns.group, columns.split}
+    named_like = [name for name in _named_like(_LABEL_NAMES, features) if name not in taken]
+    labels = labels or named_like or [name for name in (WEBDATASET_TEXT,) if name in features]
+    return image, _only(labels, "label", features, where)
 
 
 def _only(candidates: Sequence[str], kind: str, features: Mapping[str, Any], where: str) -> str:

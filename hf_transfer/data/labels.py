@@ -9,27 +9,42 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.data.sources import ImageSource
+from hf_transfer.data.where import Condition
 
 UNLABELED = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The names of the image and label columns, as given by the user. A column without a name is found by type or name."""
+    """The columns and rows of a table that the user chose. An image or label column without a name is found by type or name."""
 
     image: str | None = None
-    label: str | None = None
+    labels: tuple[str, ...] = ()  # several columns: one label each
+    group: str | None = None
+    split: str | None = None
+    where: tuple[Condition, ...] = ()  # the used rows meet all conditions
+    image_root: Path | None = None  # the folder at which paths in the table start; None: the table's own folder
+    skips_bad_images: bool = False  # whether missing files are no error
 
     def refuse(self, owner: str) -> None:
         """Raises ValueError if a column is named although `owner` (such as "an image folder") has no columns."""
-        for flag, name in (("image_column", self.image), ("label_column", self.label)):
+        chosen = {
+            "image_column": self.image,
+            "label_columns" if len(self.labels) > 1 else "label_column": ", ".join(self.labels) or None,
+            "group_column": self.group,
+            "split_column": self.split,
+            "where": self.where[0].column if self.where else None,
+            "image_root": self.image_root,
+        }
+        for flag, name in chosen.items():
             if name is not None:
-                raise ValueError(f"{flag}={name!r}: {owner} has no columns; omit --{flag}")
+                raise ValueError(f"{flag}={str(name)!r}: {owner} has no columns; omit --{flag}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +107,13 @@ def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64
     labels = np.fromiter((index_of.get(value, UNLABELED) for value in values), np.int64, len(values))  # type: ignore[call-overload]
     texts = [str(int(value)) if isinstance(value, float) else str(value) for value in present]
     return labels, clean_names(texts, where)
+
+
+def drop_unused(labels: NDArray[np.int64], names: tuple[str, ...]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Returns labels (N,) and class names without the classes that no label uses."""
+    used = np.unique(labels[labels != UNLABELED])
+    new_labels = np.where(labels == UNLABELED, UNLABELED, np.searchsorted(used, labels))
+    return new_labels, tuple(names[i] for i in used.tolist())
 
 
 def clean_names(names: Sequence[str], where: str) -> tuple[str, ...]:
