@@ -27,9 +27,8 @@ PATHS = [f"{'ab'[i % 2]}/{i}.png" for i in range(8)]
 
 def table(root: Path, paths: list[Any] = PATHS, name: str = "image", file: str = "labels.csv") -> Path:
     root.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame({name: paths, "label": [str(path)[0] if path in PATHS else "b" for path in paths]}).to_csv(
-        root / file, index=False
-    )
+    labels = ["a" if Path(str(path)).parent.name == "a" else "b" for path in paths]
+    pd.DataFrame({name: paths, "label": labels}).to_csv(root / file, index=False)
     return root / file
 
 

@@ -7,12 +7,15 @@ files below the folder are written (`tarfile`'s filter "data"); an archive that 
 """
 
 import gzip
+import io
 import os
 import shutil
 import tarfile
 import uuid
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
@@ -48,7 +51,7 @@ def is_webdataset(path: Path) -> bool:
     if _is_zip(path):
         return False
     try:
-        with tarfile.open(path) as tar:
+        with _open_tar(path) as tar:
             files = [
                 PurePosixPath(member.name) for member, _ in zip(tar, range(_SAMPLE), strict=False) if member.isfile()
             ]
@@ -146,9 +149,21 @@ def _write_zip(path: Path, target: Path) -> None:
             archive.extract(member, target)
 
 
+@contextmanager
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
+    """Opens a tar. Raises ReadError for a truncated tar without compression, which `tarfile` would read as a shorter one."""
+    with tarfile.open(path) as archive:
+        if isinstance(archive.fileobj, io.BufferedReader):
+            with path.open("rb") as file:
+                file.seek(max(file.seek(0, os.SEEK_END) - tarfile.BLOCKSIZE, 0))
+                if any(file.read()):
+                    raise tarfile.ReadError("the end of the archive is missing")
+        yield archive
+
+
 def _write_tar(path: Path, target: Path) -> None:
     budget = _Budget()
-    with tarfile.open(path) as archive:
+    with _open_tar(path) as archive:
         for member in archive:
             budget.take(member.size)
             if member.isfile() or member.isdir() or member.islnk() or member.issym():
