@@ -52,6 +52,11 @@ RANK = """Compare checkpoints on a data set. Each frozen network runs once over 
 images, and a linear probe and nearest neighbors are scored on the features. The table is sorted by the probe's accuracy.
 """
 
+EVALUATED_DATA = (  # settings of the data set that `evaluate` takes
+    "image_column", "image_root", "label_column", "label_columns", "split_column", "where", "train_split", "validation_split",
+    "test_split", "on_bad_image",
+)  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -219,7 +224,9 @@ def _predict(given: argparse.Namespace) -> str:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id[@revision] or folder of the model")
-    parser.add_argument("--dataset", required=True, help="labeled images: Hub id, folder, parquet or arrow file")
+    data = list_settings(DataConfig())
+    parser.add_argument("--dataset", required=True, help=data["dataset"].help)
+    add_settings(parser, [data[name] for name in EVALUATED_DATA])
     help_text = "split to evaluate (default: all labeled images of the data set)"
     splits = ("train", "validation", "test", "all")
     parser.add_argument("--split", choices=splits, default="all", help=help_text)
@@ -233,7 +240,7 @@ def _evaluate(given: argparse.Namespace) -> str:
     with fast_imports():
         from hf_transfer.inference.evaluate import evaluate_split
 
-    data = DataConfig(dataset=given.dataset)
+    data = replace_settings(DataConfig(), _given(given, DataConfig()))
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
     trust = given.trust_remote_code
     split, metrics = evaluate_split(given.model, data, split=given.split, compute=compute, trust_remote_code=trust)

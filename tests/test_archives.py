@@ -152,13 +152,13 @@ def test_a_truncated_archive_leaves_nothing_behind(kind: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_an_archive_larger_than_the_disk_is_refused(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_archive_larger_than_the_disk_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = Path(shutil.make_archive(str(tmp_path / "pets"), kind, folder(tmp_path / "pets")))
     free = shutil.disk_usage(tmp_path).free
     monkeypatch.setattr(archives, "DISK_LEFT_BYTES", free - 100)
-    with pytest.raises(ValueError, match="it contains more than .* must stay free: free disk space, or set HF_TRANSFER_CACHE"):
+    with pytest.raises(
+        ValueError, match=r"it contains more than .* must stay free: free disk space, or set HF_TRANSFER_CACHE"
+    ):
         load(archive)
     assert not archives.list_unpacked()
 
@@ -166,7 +166,9 @@ def test_an_archive_larger_than_the_disk_is_refused(
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     archive = Path(shutil.make_archive(str(tmp_path / "pets"), "zip", folder(tmp_path / "pets")))
-    with pytest.raises(OSError, match=r"pets.zip cannot be unpacked: cannot write to the cache folder .*; or unpack it"):
+    with pytest.raises(
+        OSError, match=r"pets.zip cannot be unpacked: cannot write to the cache folder .*; or unpack it"
+    ):
         load(archive)
 
 
@@ -175,7 +177,7 @@ def test_a_tar_that_ends_early_is_refused_wherever_it_ends(tmp_path: Path) -> No
     content = archive.read_bytes()
     for size in range(512, len(content.rstrip(b"\0")) + 1, 512):
         archive.write_bytes(content[:size])
-        with pytest.raises(ValueError, match="pets.tar cannot be unpacked"):
+        with pytest.raises(ValueError, match=r"pets.tar cannot be unpacked"):
             load(archive)
 
 
@@ -212,7 +214,12 @@ def test_a_webdataset_tar_is_a_table(fields: Callable[[int], dict[str, bytes]], 
 
 
 def test_shards_in_a_folder_are_divided_by_their_names(tmp_path: Path) -> None:
-    for name, rows in {"train-000": range(6), "train-001": range(6, 12), "val-000": range(12, 16), "test": range(16, 20)}.items():
+    for name, rows in {
+        "train-000": range(6),
+        "train-001": range(6, 12),
+        "val-000": range(12, 16),
+        "test": range(16, 20),
+    }.items():
         shard(tmp_path / "pets" / f"{name}.tar", rows, LABELS["json"])
     data = load(tmp_path / "pets", group_column="patient", where="patient != p0")
     assert [len(split) for split in data.splits] == [10, 4, 4]

@@ -53,7 +53,10 @@ def test_arrays_of_pixels_are_images(pixels: np.ndarray, feature: Any, tmp_path:
 
 def test_images_of_several_sizes_have_several_digests(tmp_path: Path) -> None:
     images = [np.zeros((2, 6), np.uint8).tolist(), np.zeros((6, 2), np.uint8).tolist()] * 4
-    pq.write_table(pa.table({"image": pa.array(images, pa.list_(pa.list_(pa.uint8()))), "label": [0, 1] * 4}), tmp_path / "x.parquet")
+    pq.write_table(
+        pa.table({"image": pa.array(images, pa.list_(pa.list_(pa.uint8()))), "label": [0, 1] * 4}),
+        tmp_path / "x.parquet",
+    )
     train = load(tmp_path / "x.parquet").train
     assert train.image(0).size == (6, 2)
     assert len({bytes(digest) for digest in train.digests(tmp_path / "manifests")}) == 2
@@ -104,7 +107,11 @@ def test_a_configuration_of_a_folder_follows_a_colon(tmp_path: Path) -> None:
     root = with_configs(tmp_path / "pets")
     data = load(f"{root}:fine")
     assert (data.name, data.license, data.label_names) == ("pets:fine", "mit", ("a1", "a2", "b1", "b2"))
-    with pytest.raises(ValueError, match="pets has the configurations 'coarse', 'fine'; choose one .* path/to/pets:NAME"):
+    with pytest.raises(
+        ValueError, match=r"pets has the configurations 'coarse', 'fine'; choose one .* path/to/pets:NAME"
+    ):
         load(root)
-    with pytest.raises(ValueError, match="pets has the configurations 'coarse', 'fine'; choose one .* path/to/pets:NAME"):
+    with pytest.raises(
+        ValueError, match=r"pets has the configurations 'coarse', 'fine'; choose one .* path/to/pets:NAME"
+    ):
         load(f"{root}:other")

@@ -1,6 +1,5 @@
 """A table of paths is a data set of files: the same images and keys as the folder, and mistakes are named before training."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def test_paths_start_at_image_root(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(root)
     assert load(absolute, image_root=str(tmp_path / "link")).train.image_name(0) in PATHS
     with pytest.raises(
-        ValueError, match="8 of 8 paths are not below the folder 'tables': '/.*give the folder that contains"
+        ValueError, match=r"8 of 8 paths are not below the folder 'tables': '/.*give the folder that contains"
     ):
         load(absolute)
     with pytest.raises(ValueError, match="image_root='nowhere': no such folder"):
@@ -130,7 +129,7 @@ def test_missing_files_can_be_skipped_like_unreadable_ones(tmp_path: Path) -> No
 def test_links_below_the_folder_may_lead_anywhere(tmp_path: Path) -> None:
     root = pictures(tmp_path / "elsewhere")
     (tmp_path / "pets").mkdir()
-    os.symlink(root / "a", tmp_path / "pets" / "a")
-    os.symlink(root / "b", tmp_path / "pets" / "b")
+    for name in ("a", "b"):
+        (tmp_path / "pets" / name).symlink_to(root / name)
     data = load(table(tmp_path / "pets"))
     assert pickle.loads(pickle.dumps(data.train)).image(0).size == (4, 3)

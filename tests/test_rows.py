@@ -145,13 +145,13 @@ def test_rows_without_a_split_or_group_are_named(tmp_path: Path) -> None:
 def test_a_column_that_is_missing_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no column {name}='x', but has 'image', 'label', 'part'"):
         load(as_frame(tmp_path), **{name: "x"})
-    with pytest.raises(ValueError, match="no column where='x', but has 'image', 'label'"):
+    with pytest.raises(ValueError, match=r"no column 'x' \(of --where\), but has 'image', 'label'"):
         load(as_frame(tmp_path), where="x == 1")
 
 
 def test_conditions_that_no_row_meets_say_what_the_column_contains(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match="no row is left after the condition on column 'part'.*'train', 'val', 'test'; change"
+        ValueError, match=r"no row is left after the condition on column 'part'.*'train', 'val', 'test'; change"
     ):
         load(as_frame(tmp_path), where="part == tset")
 
@@ -185,7 +185,7 @@ def test_several_label_columns_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"label_columns=\['label', 'year'\]: each image needs exactly one class"):
         load(as_frame(tmp_path), label_columns=("label", "year"))
     assert load(as_frame(tmp_path), label_columns=("label",)).label_names == ("a", "b")
-    with pytest.raises(ValueError, match="label_column='a' and label_columns=.*give only one"):
+    with pytest.raises(ValueError, match=r"label_column='a' and label_columns=.*give only one"):
         DataConfig(label_column="a", label_columns=("b", "c"))
 
 

@@ -58,7 +58,7 @@ def test_usual_forms_are_read(text: str, suffix: str, tmp_path: Path) -> None:
     ("text", "suffix", "message"),
     [
         ("", ".csv", "the file is empty"),
-        ("x,y\n", ".csv", "no rows"),
+        ("x,y\n", ".csv", "the table has no rows"),
         ("x,x\na,b\n", ".csv", "several columns are called 'x'; rename one"),
         ("x,y\na\n", ".csv", "CSV parse error: Row #2: Expected 2 columns, got 1"),
         ("x,y\n\u00e9,1\n".encode("latin-1"), ".csv", "not UTF-8 text .*; save it as UTF-8"),

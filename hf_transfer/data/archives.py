@@ -6,6 +6,7 @@ A changed archive is unpacked again, and replaces the older copy. `hf-transfer c
 files below the folder are written (`tarfile`'s filter "data"); an archive that does not fit on the disk is refused.
 """
 
+import errno
 import gzip
 import io
 import os
@@ -35,6 +36,7 @@ _PARTIAL, _LOCK = ".partial", ".lock"
 _DAMAGED = (  # errors of a damaged archive; RuntimeError: an encrypted zip
     tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, LZMAError, EOFError, ValueError, RuntimeError,
 )  # fmt: skip
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 def is_archive(path: Path) -> bool:
@@ -122,7 +124,9 @@ def _write(path: Path, content: Path) -> None:
         target.mkdir(parents=True)
         try:
             (_write_zip if _is_zip(path) else _write_tar)(path, target)
-        except _DAMAGED as error:
+        except (*_DAMAGED, OSError) as error:
+            if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+                raise
             raise _damaged(path, error) from error
         for older in list_unpacked():
             if older.name.startswith(f"{folder.name.partition('.')[0]}.") and older != partial:

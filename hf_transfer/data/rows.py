@@ -29,7 +29,8 @@ class Cells:
     def column(self, flag: str, name: str, where: str) -> Sequence[object]:
         """Returns the column that the user named with `flag`. Raises ValueError if the table has no such column."""
         if name not in self.names:
-            raise ValueError(f"{where}: the table has no column {flag}={name!r}, but has {listed(self.names, 20)}")
+            shown = f"{name!r} (of --where)" if flag == "where" else f"{flag}={name!r}"
+            raise ValueError(f"{where}: the table has no column {shown}, but has {listed(self.names, 20)}")
         return self.read(name)
 
 

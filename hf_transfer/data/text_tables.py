@@ -45,7 +45,7 @@ def read_text_table(path: Path) -> datasets.Dataset:
     if repeated:
         raise ValueError(f"several columns are called {repeated[0]!r}; rename one")
     if not table.num_rows:
-        raise ValueError("no rows; add images")
+        raise ValueError("the table has no rows")
     return datasets.Dataset(table)
 
 
