@@ -59,6 +59,14 @@ def test_an_archive_is_its_folder(kind: str, base: str, tmp_path: Path) -> None:
     assert fingerprints(packed) == fingerprints(data)
 
 
+def test_a_zip_may_have_backslashes_between_folders(tmp_path: Path) -> None:
+    zipped(tmp_path / "pets.zip", *(f"pets\\{name}\\{i}.png" for name in "ab" for i in range(4)))
+    assert load(tmp_path / "pets.zip").label_names == ("a", "b")
+    zipped(tmp_path / "evil.zip", "..\\..\\evil.png")
+    with pytest.raises(ValueError, match="leads out of the archive's folder"):
+        load(tmp_path / "evil.zip")
+
+
 def test_an_archive_is_unpacked_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = Path(shutil.make_archive(str(tmp_path / "pets"), "zip", folder(tmp_path / "pets")))
     first = fingerprints(load(archive))

@@ -54,6 +54,15 @@ def test_saved_settings_repeat_the_run(name: str, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_list_of_columns_survives_the_file(tmp_path: Path) -> None:
+    config = parse("full", prog="try", description="", arguments=["--label_columns", "a", "b c", "--seed", "1"])
+    assert config.data.label_columns == ("a", "b c")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_settings(config)))
+    assert parse("full", prog="try", description="", arguments=["--config", str(tmp_path / "config.yaml")]) == config
+    with pytest.raises(ValueError, match=r"label_columns=\['a', 'a'\]: choose a list of one or more different texts"):
+        replace_settings(config, {"label_columns": ["a", "a"]})
+
+
 def test_where_to_push_is_checked_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed("--push_to_hub", "me/my-model@v2", "--private").output.private
     assert split_repo_id("me/my-model@feature/x") == ("me/my-model", "feature/x")

@@ -130,6 +130,17 @@ def test_a_command_runs_and_its_config_repeats_it(command: str, root: Path, monk
         assert str(root) not in file.read_text()
 
 
+def test_evaluate_takes_the_columns(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(root)
+    [command] = re.findall(r"    hf-transfer (evaluate .*)", TEXT)
+    if not Path("runs/folder/model").is_dir():
+        main(["train", "linear_probe", "--dataset", "pets", "--output_dir", "runs/folder"])
+    main(shlex.split(command))
+    assert "test: 7 images" in capsys.readouterr().out
+
+
 def test_every_form_has_a_command() -> None:
     given = {shlex.split(command)[4] for command in COMMANDS}
     assert given >= {

@@ -831,6 +831,16 @@ def test_without_network_the_cached_revision_is_read_and_said(cached_hub_dataset
     assert load(f"owner/insects@{cached_hub_dataset}").revision == cached_hub_dataset
 
 
+def test_a_hub_dataset_has_columns(cached_hub_dataset: str) -> None:
+    with pytest.raises(ValueError, match="the data are already divided into 'train', 'test'; omit --split_column"):
+        load("owner/insects", split_column="label")
+    data = load("owner/insects", label_column="label", group_column="label", where="label in [ant, bee]")
+    assert data.train.groups is not None
+    assert sorted(set(data.train.groups.tolist())) == ["ant", "bee"]
+    with pytest.raises(ValueError, match="split 'train': no row is left after the condition on column 'label'"):
+        load("owner/insects", where="label == cat")
+
+
 def test_without_network_another_revision_is_refused(cached_hub_dataset: str) -> None:
     for revision in ("main", "v2", "f" * 40):
         with pytest.raises(ConnectionError, match=f"revision '{revision}'.*owner/insects@{cached_hub_dataset}"):

@@ -198,6 +198,18 @@ def test_classes_without_rows_are_dropped_by_where_alone() -> None:
     assert load(("memory", table.select(range(6))), where="label in [c, b, a]").label_names == ("c", "b", "a")
 
 
+def test_paths_of_a_frame_start_at_image_root(tmp_path: Path) -> None:
+    pictures(tmp_path / "pets")
+    table = frame(image=[f"{i}.png" for i in range(24)])
+    assert numbers(load(("memory", table), split_column="part", image_root=str(tmp_path / "pets")).train) == list(
+        range(8)
+    )
+    with pytest.raises(ValueError, match=r"none of 24 image files exists.* relative paths start at image_root"):
+        load(("memory", table))
+    stored = datasets.Dataset.from_pandas(table)
+    assert len(load(("memory", stored), image_root=str(tmp_path / "pets")).train) == 20
+
+
 def test_a_task_takes_the_flags_as_keywords(tmp_path: Path) -> None:
     data = ht.Task(as_frame(tmp_path)[1], split_column="part", where="year > 2016", label_columns=["label"]).data
     assert numbers(data.train) == list(range(2, 8))

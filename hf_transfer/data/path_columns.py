@@ -59,10 +59,11 @@ def read_paths(
 def _below(path: str, root: Path) -> str:
     """Returns a path relative to `root`, with forward slashes, or "" if it is not below `root`."""
     file = os.path.normpath(Path(root, path))
-    for spelling in (PurePath(file), PurePath(os.path.realpath(file))):
-        if spelling.is_relative_to(root) and spelling != root:
-            return spelling.relative_to(root).as_posix()
-    return ""
+    spelling = PurePath(file)
+    if not spelling.is_relative_to(root):  # the root may have another spelling, through symbolic links
+        spelling = PurePath(os.path.realpath(file))
+    is_below = spelling.is_relative_to(root) and spelling != root
+    return spelling.relative_to(root).as_posix() if is_below else ""
 
 
 def _check_repeated(paths: Sequence[str], where: str) -> None:
