@@ -27,8 +27,9 @@ Then print its chain (the network as a sequence of layers): the parameters, acti
 per image in the cache and share of the FLOPs of each layer. Then print which part of the chain each strategy would train, and
 how much it would store. With --adapter, print the modules that would get adapters, and the number of their parameters.
 """
-CACHE = """List or remove stored activations. A cache is never stale, because its name is a hash of the network, the
-preprocessing and the images. When the caches reach the limit (--cache_gb), the least recently used caches are evicted.
+CACHE = """List or remove stored activations and unpacked archives. A cache is never stale, because its name is a hash of the
+network, the preprocessing and the images. When the caches reach the limit (--cache_gb), the least recently used caches are
+evicted. Unpacked archives do not count; --clear without a key removes them too.
 """
 PREDICT = """Print the most likely labels of image files, or of all images in folders. The model is a run's model/ folder, or
 any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With --adapter, which may be
@@ -50,6 +51,11 @@ seconds. Each line is ok, warning or problem, with a remedy. The exit status is 
 RANK = """Compare checkpoints on a data set. Each frozen network runs once over (a sample of) the training and validation
 images, and a linear probe and nearest neighbors are scored on the features. The table is sorted by the probe's accuracy.
 """
+
+EVALUATED_DATA = (  # settings of the data set that `evaluate` takes
+    "image_column", "image_root", "label_column", "label_columns", "split_column", "where", "train_split", "validation_split",
+    "test_split", "on_bad_image",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +144,24 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache(given: argparse.Namespace) -> str:
+    from hf_transfer.data.archives import clear_unpacked, count_bytes, list_unpacked
     from hf_transfer.prefix.contents import clear_caches, list_caches
 
+    if given.clear:
+        return f"removed {clear_caches(given.clear) / 1e6:.1f} MB of stored activations"
     if given.clear is not None:
-        return f"removed {clear_caches(given.clear or None) / 1e6:.1f} MB of stored activations"
-    entries = list_caches()
-    if not entries:
+        removed = f"removed {clear_caches() / 1e6:.1f} MB of stored activations"
+        unpacked_bytes = clear_unpacked()
+        return f"{removed} and {unpacked_bytes / 1e6:.1f} MB of unpacked archives" if unpacked_bytes else removed
+    entries, unpacked = list_caches(), {folder: count_bytes(folder) for folder in list_unpacked()}
+    if not entries and not unpacked:
         return "no caches"
     lines = [f"{e.key}  {e.nbytes / 1e6:10.1f} MB  last used {e.last_used:%Y-%m-%d %H:%M}  {e.title}" for e in entries]
-    return "\n".join([*lines, f"{len(entries)} caches, {sum(e.nbytes for e in entries) / 1e6:.1f} MB"])
+    for folder, nbytes in unpacked.items():
+        names = ", ".join(path.name for path in folder.iterdir())
+        lines.append(f"{folder.name}  {nbytes / 1e6:10.1f} MB  unpacked archive {names}")
+    total = sum(e.nbytes for e in entries) + sum(unpacked.values())
+    return "\n".join([*lines, f"{len(entries) + len(unpacked)} caches, {total / 1e6:.1f} MB"])
 
 
 # --- predict and evaluate ---------------------------------------------------------------------------------------------
@@ -210,7 +225,9 @@ def _predict(given: argparse.Namespace) -> str:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id[@revision] or folder of the model")
-    parser.add_argument("--dataset", required=True, help="labeled images: Hub id, folder, parquet or arrow file")
+    data = list_settings(DataConfig())
+    parser.add_argument("--dataset", required=True, help=data["dataset"].help)
+    add_settings(parser, [data[name] for name in EVALUATED_DATA])
     help_text = "split to evaluate (default: all labeled images of the data set)"
     splits = ("train", "validation", "test", "all")
     parser.add_argument("--split", choices=splits, default="all", help=help_text)
@@ -224,7 +241,7 @@ def _evaluate(given: argparse.Namespace) -> str:
     with fast_imports():
         from hf_transfer.inference.evaluate import evaluate_split
 
-    data = DataConfig(dataset=given.dataset)
+    data = replace_settings(DataConfig(), _given(given, DataConfig()))
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
     trust = given.trust_remote_code
     found = evaluate_split(given.model, data, split=given.split, compute=compute, trust_remote_code=trust)

@@ -64,9 +64,11 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
     settings = to_settings(config)
-    for name in ("checkpoint", "dataset", "preprocessing_from"):
+    for name in ("checkpoint", "dataset", "image_root", "preprocessing_from"):
         path = Path(settings[name] or "").expanduser()
-        if settings[name] is not None and path.exists():
+        folder = Path(str(settings[name]).rpartition(":")[0]).expanduser()  # of a data set folder:config
+        is_local = path.exists() or (folder != Path() and folder.is_dir())
+        if settings[name] is not None and is_local:
             settings[name] = (names or {}).get(name, path.resolve().name)
     return {name: value for name, value in settings.items() if name not in OF_ONE_START}
 

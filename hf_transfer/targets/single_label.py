@@ -99,6 +99,12 @@ class SingleLabel(Target):
         translated: NDArray[np.int64] = indices[labels]  # the last entry is that of -1
         return translated
 
+    def drop_unused(self, labels: Labels) -> tuple[SingleLabel, Labels]:
+        """Returns the target and the labels without classes that no image has."""
+        used = np.unique(labels[labels != UNLABELED])
+        new_labels = np.where(labels == UNLABELED, UNLABELED, np.searchsorted(used, labels))
+        return SingleLabel(names=tuple(self.names[i] for i in used.tolist())), new_labels
+
     def stratify(self, labels: Labels) -> NDArray[np.int64]:
         """Returns the classes: every class is divided evenly."""
         return labels

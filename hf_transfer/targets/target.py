@@ -137,6 +137,10 @@ class Target(ABC):
         """
         return labels
 
+    def drop_unused(self, labels: Labels) -> tuple[Self, Labels]:
+        """Returns the target and the labels without classes that no image has."""
+        return self, labels
+
     def list_unknown(self, labels: Labels, source: Target) -> list[str]:
         """Returns the names that occur in labels of the target `source` but not in this target: "cat (5 images)", ..."""
         counts = zip(source.names, source.count(labels).tolist(), strict=True)
