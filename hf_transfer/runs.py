@@ -35,6 +35,7 @@ from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.threads import set_num_threads
+from hf_transfer.training.finish import finish_target
 from hf_transfer.training.records import RunResult
 from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
@@ -118,7 +119,7 @@ def execute(session: Session) -> RunResult:
     assert isinstance(session.strategy, Strategy)
     with session.costs:
         try:
-            result = session.strategy.run(session)
+            result = finish_target(session, session.strategy.run(session))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -345,7 +345,9 @@ DATA = (
     ),
     ErrorCase(trigger="no label column", command="train full --dataset {}/data.parquet", build=table(label=None)),
     ErrorCase(
-        trigger="fractions as labels", command="train full --dataset {}/data.parquet", build=table(label=[0.5, 1.0] * 4)
+        trigger="fractions as classes",
+        command="train full --dataset {}/data.parquet --problem_type single_label_classification",
+        build=table(label=[0.5, 1.0] * 4),
     ),
     ErrorCase(
         trigger="missing labels", command="train full --dataset {}/data.parquet", build=table(label=[None, 1] * 4)
@@ -354,7 +356,9 @@ DATA = (
         trigger="one negative label", command="train full --dataset {}/data.parquet", build=table(label=[-5, 1] * 4)
     ),
     ErrorCase(
-        trigger="several labels per image", command="train full --dataset {}/data.parquet", build=table(label=[[0]] * 8)
+        trigger="a label that every image has",
+        command="train full --dataset {}/data.parquet",
+        build=table(label=[[0]] * 8),
     ),
     ErrorCase(
         trigger="a path outside the data set",

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from hf_transfer.config import GradientConfig, RunConfig
+from hf_transfer.data.splits import Split
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.fingerprint import read_version
@@ -50,12 +51,18 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
             "license": data.license,
             "fingerprint": {name: split.fingerprint for name, split in splits.items() if split is not None},
             "num_images": {name: len(split) for name, split in splits.items() if split is not None},
-            "train_images_per_class": dict(zip(data.label_names, data.train.counts().tolist(), strict=True)),
+            "train_images_per_class": _count_images(data.train),
             "notes": list(data.notes),
         },
         "checkpoint": _describe_checkpoint(result.backbone),
         "config": public_settings(session.config, {"checkpoint": session.backbone.source.name, "dataset": data.name}),
     }
+
+
+def _count_images(train: Split) -> dict[str, int]:
+    """Returns the number of training images that have each label; {} if the target has no labels to count."""
+    counts = train.counts()
+    return dict(zip(train.label_names, counts.tolist(), strict=True)) if train.target.counts_labels else {}
 
 
 def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -> dict[str, Any]:

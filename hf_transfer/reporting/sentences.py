@@ -17,13 +17,11 @@ def describe_phase(phase: PhaseResult) -> str:
 
 
 def describe_quality(metrics: Metrics) -> str:
-    """Returns the quality in `metrics` as text, with its confidence interval and the number of images."""
+    """Returns the quality in `metrics` as text, with its confidence interval, if it has one, and the number of images."""
     score = metrics.score
-    low, high = (100 * bound for bound in metrics.intervals[score.names[0]])
-    return (
-        f"{score.titles[0]} {100 * score.quality:.1f} % (95 % interval {low:.1f} to {high:.1f}, "
-        f"{metrics.num_samples} images)"
-    )
+    bounds = metrics.intervals.get(score.names[0])
+    interval = "" if bounds is None else f"95 % interval {100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}, "
+    return f"{score.titles[0]} {100 * score.quality:.1f} % ({interval}{metrics.num_samples} images)"
 
 
 def describe_kept(phase: PhaseResult) -> str:

@@ -188,6 +188,14 @@ class SingleLabel(Target):
         """Returns the softmax (B, K)."""
         return logits.softmax(1)
 
+    def describe_network(self) -> str:
+        """Returns that it is an image classifier, with the number of classes."""
+        return f"an image classifier with {len(self.names)} classes"
+
+    def write_decision(self, names: str) -> list[str]:
+        """Returns a line that prints the class with the largest logit."""
+        return [f"print({names}[int(logits.argmax())])"]
+
     def order_outputs(self, activated: Tensor) -> Tensor:
         """Returns the classes (B, K) by falling probability."""
         return activated.argsort(1, descending=True)

@@ -92,6 +92,9 @@ class Target(ABC):
     has_classes: ClassVar[bool] = False
     """Whether every image has exactly one class, so that classes can be balanced, or drawn with equal numbers of images."""
 
+    counts_labels: ClassVar[bool] = True
+    """Whether `count` says how many images have each label; numbers have no such counts."""
+
     names: tuple[str, ...]
     """The names of the labels: of the classes, of the labels, or of the numbers."""
 
@@ -221,6 +224,14 @@ class Target(ABC):
     def activate(self, logits: Tensor) -> Tensor:
         """Returns what users see: probabilities or numbers (B, K)."""
         return logits
+
+    @abstractmethod
+    def describe_network(self) -> str:
+        """Returns what a network with this target is, such as "an image classifier with 3 classes"."""
+
+    @abstractmethod
+    def write_decision(self, names: str) -> list[str]:
+        """Returns lines of Python that print what `logits` (1, K) say. `names`: an expression for the names by number."""
 
     def order_outputs(self, activated: Tensor) -> Tensor:
         """Returns the columns (B, K) of `activated` in the order in which users read them."""
