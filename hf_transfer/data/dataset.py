@@ -11,7 +11,7 @@ The test split is never drawn from other data, and no other split is drawn from 
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, UPSTREAM_DATASET, DataConfig
+from hf_transfer.data.edits import edit_splits
 from hf_transfer.data.embedded import read_digits, read_mnist
 from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, list_folder, read_folder
 from hf_transfer.data.labels import UNLABELED, Columns, LabeledImages, StoredData, listed
@@ -103,8 +104,11 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         _check_labels(stored_split, where[role], is_train=role == "train")
         notes += stored_split.notes
         splits[role] = _split(stored_split, role, label_names, where[role])
-        if config.on_bad_image == "skip":
-            splits[role], notes_on_skipped = _skip_bad_images(splits[role], where[role], is_train=role == "train")
+    splits, notes_on_edits = _edit(splits, config, where)
+    notes += notes_on_edits
+    if config.on_bad_image == "skip":
+        for role, split in splits.items():
+            splits[role], notes_on_skipped = _skip_bad_images(split, where[role], is_train=role == "train")
             notes += notes_on_skipped
 
     fraction = None if "validation" in splits else config.validation_fraction
@@ -137,7 +141,8 @@ def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, 
     """
     stored = _read(config, Columns(image=config.image_column, label=config.label_column))
     splits: dict[Role, Split] = {}
-    for role, name in _assign_roles(stored, config, needs_train=False).items():
+    names_by_role = _assign_roles(stored, config, needs_train=False)
+    for role, name in names_by_role.items():
         images, where = stored.splits[name](), f"{stored.name}, split {name!r}"
         if _is_unlabeled(images):
             continue
@@ -148,8 +153,10 @@ def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, 
                 f"{listed(label_names)}"
             )
         splits[role] = _split(images, role, label_names, where)
-        if config.on_bad_image == "skip":
-            splits[role], _ = _skip_bad_images(splits[role], where, is_train=False)
+    splits, _ = _edit(splits, config, {})
+    if config.on_bad_image == "skip":
+        for role, split in splits.items():
+            splits[role], _ = _skip_bad_images(split, f"{stored.name}, split {names_by_role[role]!r}", is_train=False)
     if not splits:
         raise ValueError(
             f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name a split with --test_split"
@@ -301,6 +308,19 @@ def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[
         (name, count) for name, count in zip(images.names, counts, strict=True) if count and name not in label_names
     ]
     return [f"{name} ({count:,} images)" for name, count in named]
+
+
+def _edit(
+    splits: dict[Role, Split], config: DataConfig, where: Mapping[Role, str]
+) -> tuple[dict[Role, Split], list[str]]:
+    """Returns the splits and sentences after `--exclude` and `--relabel`. A class that `where["train"]` loses is an error."""
+    if not splits or (config.exclude is None and config.relabel is None):
+        return splits, []
+    edited, notes = edit_splits(splits, exclude=config.exclude, relabel=config.relabel)
+    if "train" in where:
+        train = edited["train"]
+        _check_classes(train.counts(), train.label_names, f"{where['train']}, after --exclude and --relabel")
+    return edited, notes
 
 
 def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:

@@ -63,7 +63,7 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
     settings = to_settings(config)
-    for name in ("checkpoint", "dataset", "preprocessing_from"):
+    for name in ("checkpoint", "dataset", "preprocessing_from", "exclude", "relabel"):
         path = Path(settings[name] or "").expanduser()
         if settings[name] is not None and path.exists():
             settings[name] = (names or {}).get(name, path.resolve().name)
