@@ -1,4 +1,4 @@
-"""Compares pairs of pictures after an alignment, since copies may be cropped: shift and stretch are fitted before the comparison.
+"""Compares pairs of pictures after an alignment, since copies may be cropped: shift and stretch are fitted first.
 
 The second picture is moved onto the first by Gauss-Newton steps on the squared difference (Lucas and Kanade 1981), over two
 shifts, two scales, contrast and brightness. Blurred pictures come first, so that a crop of several percent converges.
