@@ -65,6 +65,7 @@ def _run(session: Session, plan: Plan) -> RunResult:
         curves = (*curves, wise.draw_wise(mixed))
         details["wise_ft"] = {"alpha": mixed.best.alpha, "points": to_json(mixed.points)}
         keeps_probe = first is not None and mixed.best.alpha == 0.0
+        ran = replace(ran, validation_logits=None)  # those of the weights before mixing
     set_trainable(session.chain.model, plan[-1].policy.select(session.chain) if plan else ())
     result = RunResult(
         backbone=session.backbone,
@@ -80,7 +81,7 @@ def _run(session: Session, plan: Plan) -> RunResult:
         assert first is not None
         return _end_as_probe(session, first, result)
     with session.costs.part("evaluate"):
-        metrics = score_splits(session, ran.validation_images)
+        metrics = score_splits(session, stored=ran.validation_images, validation_logits=ran.validation_logits)
     if done:
         _verify(metrics["validation"], done[-1].score, session)
     return replace(result, metrics=metrics)
