@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -251,7 +252,11 @@ def test_the_page_stands_alone(audited: Path) -> None:
 def test_the_probe_after_an_audit_needs_no_pass(hues: Path, audited: Path, tmp_path: Path) -> None:
     assert read_json(audited / "audit.json")["images_computed"] == 102
     main(["train", "linear_probe", "--dataset", str(hues), "--output_dir", str(tmp_path / "probe")])
-    assert read_json(tmp_path / "probe" / "results.json")["cost"]["images_per_second"].get("features", 0) == 0
+    results = read_json(tmp_path / "probe" / "results.json")
+    assert "features" not in results["cost"]["images_per_second"]
+    count = results["details"]["suspected_labels"]
+    assert count > 0
+    assert any(f"doubts the labels of {count:,} of 77 train and" in note for note in results["data"]["notes"])
 
 
 def test_a_recipe_trains_without_the_listed_images(hues: Path, audited: Path, tmp_path: Path) -> None:
@@ -280,3 +285,12 @@ def test_without_a_name_the_folder_is_a_free_one(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     folders = [open_audit_folder(None, overwrite=False).as_posix() for _ in range(2)]
     assert folders == ["runs/audit", "runs/audit_2"]
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = re.findall(r"^    hf-transfer (.*)$", (ROOT / "docs" / "audit.md").read_text(), re.MULTILINE)
+    assert len(commands) >= 3
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        main(shlex.split(command))
+    assert read_json(tmp_path / "runs" / "without" / "results.json")["metrics"]["test"]["accuracy"] > 0.9

@@ -15,7 +15,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.fingerprint import read_version
 from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
-from hf_transfer.reporting.sentences import describe_choice, describe_phase
+from hf_transfer.reporting.sentences import describe_choice, describe_phase, describe_suspects
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
@@ -50,7 +50,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
             "fingerprint": {name: split.fingerprint for name, split in splits.items() if split is not None},
             "num_images": {name: len(split) for name, split in splits.items() if split is not None},
             "train_images_per_class": dict(zip(data.label_names, data.train.counts().tolist(), strict=True)),
-            "notes": list(data.notes),
+            "notes": [*data.notes, *describe_suspects(result, len(data.train) + len(data.validation))],
         },
         "checkpoint": _describe_checkpoint(result.backbone),
         "config": public_settings(session.config, {"checkpoint": session.backbone.source.name, "dataset": data.name}),
