@@ -40,8 +40,9 @@ def test_clean_labels_are_hardly_suspected() -> None:
 
 def test_one_readout_that_predicts_the_label_clears_it() -> None:
     log_probabilities, _, labels = plant()
-    log_probabilities[1, 0] = np.log([0.01, 0.01, 0.01, 0.01])
-    log_probabilities[1, 0, labels[0]] = np.log(0.97)
+    others = np.arange(4) != labels[0]
+    log_probabilities[0, 0] = np.where(others, np.log(1 / 3), -40.0)
+    log_probabilities[1, 0] = np.where(others, np.log(0.4 / 3), np.log(0.6))
     rows = find_label_errors(log_probabilities, labels).rows
     assert 0 not in rows
     assert 1 in rows

@@ -154,8 +154,9 @@ def _read_listing(name: str, value: str) -> _Listing:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"{setting}: the file cannot be read ({getattr(error, 'strerror', None) or error}); give a CSV file or a list of paths"
+            f"{setting}: the file cannot be read ({reason}); give a CSV file or a list of paths"
         ) from error
     reader = csv.DictReader(StringIO(text, newline=""))
     header, rows = list(reader.fieldnames or []), list(reader)

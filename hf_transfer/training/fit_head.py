@@ -20,6 +20,8 @@ from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
 
 log = logging.getLogger(__name__)
 
+MAX_JUDGED = 10**8  # logits from which suspected labels are counted; 10**8 take about 2 GB
+
 
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     """Fits the head on training and validation images, after held-out images chose the readout (a way to compute features).
@@ -59,15 +61,21 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     )
 
 
-def count_suspects(session: Session, probe: Probe) -> int:
+def count_suspects(session: Session, probe: Probe) -> int | None:
     """Returns the number of train and validation images whose labels the held-out logits of `probe` contradict.
 
-    One readout judges here, on the probe's own folds. `hf-transfer audit` asks several, and keeps copies in one fold.
+    One readout judges here, on the probe's own folds. `hf-transfer audit` asks several, and keeps copies in one fold. Returns
+    None for more than MAX_JUDGED logits, which would take much memory.
     """
+    if probe.held_out_logits.numel() > MAX_JUDGED:
+        return None
     labels = np.concatenate([session.data.train.labels, session.data.validation.labels])
     log_probabilities = probe.held_out_logits.log_softmax(1).numpy()
     log_probabilities[np.bincount(labels)[labels] < 2] = np.nan  # no fit without this image knows its class
-    return len(find_label_errors(log_probabilities[None], labels).rows)
+    count = len(find_label_errors(log_probabilities[None], labels).rows)
+    if count and session.is_main:
+        log.info("the probe doubts %d of %d labels: hf-transfer audit shows which", count, len(labels))
+    return count
 
 
 def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> PhaseResult:
