@@ -40,7 +40,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         trained = readouts.install_probe(session.backbone, chain, best)
     audit.check()  # all weights except the head equal the pretrained weights to the last bit
     is_exact = session.config.compute.decoder == "exact"
-    if not is_exact and not readouts.measures_saved(trained, best, data.validation, session.resources):
+    if not is_exact and not readouts.measures_saved(session, trained, best, data.validation):
         log.warning(
             "the saved network predicts otherwise on the published pixels than on those of the fast decoder: fitting the probe "
             "again on the published pixels"
@@ -102,12 +102,9 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
     published pixels, agrees with the features.
     """
     data, seed, compute = session.data, session.config.seed, session.config.compute
-    metrics = {
-        "validation": score(
-            best.probe.held_out_logits[len(data.train) :], data.validation.labels, data.label_names, seed=seed
-        )
-    }
-    if data.test is not None and not readouts.measures_saved(trained, best, data.test, session.resources):
+    held_out = best.probe.held_out_logits[len(data.train) :]
+    metrics = {"validation": score(held_out, data.validation.labels, data.label_names, seed=seed)}
+    if data.test is not None and not readouts.measures_saved(session, trained, best, data.test):
         if session.is_main:
             log.info(
                 "the saved network on the published pixels differs from the features in %s with decoder %s: scoring again",
