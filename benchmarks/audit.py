@@ -29,6 +29,7 @@ from hf_transfer.runs import execute, open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
+from hf_transfer.training.readouts import extract_readouts
 
 CHECKPOINTS = ("mobilenetv2_100.tflite_quant_in1k", "deit_tiny_patch16_224.fix_in1k")
 DATASETS = ("trashnet", "hymenoptera")
@@ -109,10 +110,12 @@ def measure_copies(dataset: Path, checkpoint: Path, folder: Path, sheets: Path |
     target = folder / dataset.name
     originals = copy_tests(dataset, target, seed=0)
     session = open_data(target, checkpoint)
-    audit(session)  # the pass
+    extract_readouts(session, sweep="all")  # the pass
     started = time.process_time()
+    extract_readouts(session, sweep="all")  # what a pass takes that finds all features in the cache
+    passed = time.process_time()
     result = audit(session)
-    seconds = time.process_time() - started
+    seconds = (time.process_time() - passed) - (passed - started)
     found = {pair.a if pair.a in originals else pair.b for pair in result.duplicates if is_planted(pair, originals)}
     others = [p for p in result.duplicates if not {p.a, p.b} & originals.keys()]
     if sheets is not None:
