@@ -30,7 +30,7 @@ from hf_transfer.output import explains_how_to_continue, replace_results
 from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_accuracy
+from hf_transfer.reporting.sentences import describe_quality
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
@@ -146,7 +146,7 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
                 "writable"
             ) from error
         for split, metrics in result.metrics.items():
-            log.info("%s: %s", split, describe_accuracy(metrics))
+            log.info("%s: %s", split, describe_quality(metrics))
         log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
     processes.wait_for_everyone()
     return results

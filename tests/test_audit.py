@@ -26,6 +26,7 @@ from hf_transfer.auditing.held_out import draw_group_folds, predict_held_out
 from hf_transfer.auditing.neighbors import find_neighbors
 from hf_transfer.auditing.outliers import BLANK_SCORE, find_outliers
 from hf_transfer.cli import main
+from hf_transfer.targets.single_label import SingleLabel
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,7 +137,7 @@ def test_a_copy_in_another_fold_would_hide_a_wrong_label() -> None:
     apart, together = np.arange(80), np.maximum(np.arange(80), 1)
 
     def doubt(groups: NDArray[np.int64]) -> float:
-        return float(predict_held_out(x, y, groups, 2, seed=0).log_probabilities[0, y[0]])
+        return float(predict_held_out(x, y, groups, SingleLabel(names=("a", "b")), seed=0).log_probabilities[0, y[0]])
 
     folds = draw_group_folds(torch.from_numpy(y), apart, 5, 0)
     assert folds[0] != folds[1]
@@ -146,7 +147,9 @@ def test_a_copy_in_another_fold_would_hide_a_wrong_label() -> None:
 def test_a_class_of_one_image_is_not_judged() -> None:
     x = np.random.default_rng(0).normal(size=(41, 4)).astype(np.float32)
     y = np.concatenate([np.arange(40) % 2, [2]])
-    log_probabilities = predict_held_out(x, y, np.arange(41), 3, seed=0).log_probabilities
+    log_probabilities = predict_held_out(
+        x, y, np.arange(41), SingleLabel(names=("a", "b", "c")), seed=0
+    ).log_probabilities
     assert np.isnan(log_probabilities[40]).all()
     assert np.isfinite(log_probabilities[:40]).all()
 

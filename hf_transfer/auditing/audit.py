@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.auditing.duplicates import BLANK_CONTRAST, Copies, find_copies, group_copies
 from hf_transfer.auditing.facts import ImageFacts, read_facts
-from hf_transfer.auditing.held_out import HeldOut, confuse, predict_held_out, score_without_copies
+from hf_transfer.auditing.held_out import HeldOut, LabeledFeatures, confuse, predict_held_out, score_without_copies
 from hf_transfer.auditing.outliers import find_outliers
 from hf_transfer.auditing.records import (
     AuditResult,
@@ -30,6 +30,7 @@ from hf_transfer.auditing.records import (
 from hf_transfer.data.splits import Split
 from hf_transfer.prefix.resources import count_threads
 from hf_transfer.session import Session
+from hf_transfer.targets.target import Labels
 from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.readouts import ReadoutFeatures, extract_readouts
 
@@ -45,7 +46,7 @@ class _Images:
 
     splits: Sequence[Split]
     facts: ImageFacts
-    labels: NDArray[np.int64]  # (N,)
+    labels: Labels  # (N, ...)
 
     def locate(self, number: int) -> tuple[Split, int]:
         """Returns the split of an image and its position there."""
@@ -64,6 +65,8 @@ class _Images:
 def audit(session: Session) -> AuditResult:
     """Audits all splits of the session's data. The features stay in the cache, where a linear probe finds them.
 
+    Labels are judged only if every image has one class.
+
     Raises BadImageError for an unreadable image, and ValueError if the data has no two different images of one class.
     """
     seconds: dict[str, float] = {}
@@ -80,10 +83,12 @@ def audit(session: Session) -> AuditResult:
         digests = np.concatenate([split.digests() for split in data.splits])
         copies = find_copies(digests, features[0], facts, num_threads)
     groups = group_copies(copies, len(images.labels))
-    with _timing(seconds, "labels"):
-        num_classes, seed = len(data.label_names), session.config.seed
-        held_out = [predict_held_out(x, images.labels, groups, num_classes, seed=seed) for x in features]
-        tested = _test_without_copies(images, copies, features[0], held_out[0].c)
+    held_out, tested = [], None
+    if data.target.has_classes:
+        with _timing(seconds, "labels"):
+            seed = session.config.seed
+            held_out = [predict_held_out(x, images.labels, groups, data.target, seed=seed) for x in features]
+            tested = _test_without_copies(images, copies, features[0], held_out[0].c)
     with _timing(seconds, "outliers"):
         outliers = find_outliers(features[0], facts.contrast < BLANK_CONTRAST)
     input_px = session.backbone.preprocessing.image_shape[1:]
@@ -94,14 +99,15 @@ def audit(session: Session) -> AuditResult:
         num_images={split.name: len(split) for split in data.splits},
         images_computed=computed,
         seconds=seconds,
-        suspected_labels=tuple(_suspect(images, held_out)),
+        judges_labels=bool(held_out),
+        suspected_labels=tuple(_suspect(images, held_out)) if held_out else (),
         duplicates=tuple(_describe_copies(images, copies)),
         outliers=tuple(
             Outlier(*images.name(int(i)), score=float(score), is_blank=bool(facts.contrast[i] < BLANK_CONTRAST))
             for i, score in zip(outliers.rows, outliers.scores, strict=True)
         ),
         test_copies=tested,
-        confused_classes=tuple(_pair_classes(confuse(held_out, images.labels), data.label_names)),
+        confused_classes=tuple(_pair_classes(images, held_out)) if held_out else (),
         class_counts=tuple(
             ClassCounts(label=name, counts={split.name: int(split.counts()[k]) for split in data.splits})
             for k, name in enumerate(data.label_names)
@@ -136,12 +142,12 @@ def _suspect(images: _Images, held_out: Sequence[HeldOut]) -> Iterator[Suspected
 
 
 def _describe_copies(images: _Images, copies: Sequence[Copies]) -> Iterator[Duplicate]:
-    names = images.splits[0].label_names
+    describe = images.splits[0].target.describe_label
     for pair in copies:
         (a, split_a), (b, split_b) = images.name(pair.first), images.name(pair.second)
         yield Duplicate(
             a=a, b=b, split_a=split_a, split_b=split_b, kind=pair.kind, score=pair.score,
-            label_a=names[images.labels[pair.first]], label_b=names[images.labels[pair.second]],
+            label_a=describe(images.labels[pair.first]), label_b=describe(images.labels[pair.second]),
         )  # fmt: skip
 
 
@@ -156,13 +162,14 @@ def _test_without_copies(
     for pair in copies:
         if is_test[pair.first] != is_test[pair.second]:
             has_copy[[pair.first, pair.second]] = True
-    accuracy, without = score_without_copies(features, images.labels, is_test, c, has_copy)
-    count = int((has_copy & is_test).sum())
-    return TestCopies(num_copies=count, accuracy=accuracy, accuracy_without=without if count < is_test.sum() else None)
+    labeled = LabeledFeatures(features=features, labels=images.labels, is_test=is_test)
+    accuracy, without = score_without_copies(labeled, images.splits[0].target, c, has_copy)
+    return TestCopies(num_copies=int((has_copy & is_test).sum()), accuracy=accuracy, accuracy_without=without)
 
 
-def _pair_classes(matrix: NDArray[np.int64], names: Sequence[str]) -> list[ConfusedClasses]:
+def _pair_classes(images: _Images, held_out: Sequence[HeldOut]) -> list[ConfusedClasses]:
     """Returns the pairs of classes that are often taken for each other, by falling share of their images."""
+    matrix, names = confuse(held_out, images.labels), images.splits[0].label_names
     counts, pairs = matrix.sum(1), []
     for i in range(len(names)):
         for j in range(i + 1, len(names)):

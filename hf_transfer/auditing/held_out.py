@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from hf_transfer.training.folds import draw_folds
-from hf_transfer.training.lbfgs import SolverOptions
-from hf_transfer.training.probe import SPREAD_FLOOR, solve_path
+from hf_transfer.solvers.folds import draw_folds
+from hf_transfer.solvers.lbfgs import SolverOptions
+from hf_transfer.solvers.probe import SPREAD_FLOOR, solve_path
+from hf_transfer.targets.target import Target
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)
 FOLDS = 5
@@ -27,7 +28,7 @@ class HeldOut:
 
 
 def predict_held_out(
-    features: NDArray[Any], labels: NDArray[np.int64], groups: NDArray[np.int64], num_classes: int, *, seed: int
+    features: NDArray[Any], labels: NDArray[np.int64], groups: NDArray[np.int64], target: Target, *, seed: int
 ) -> HeldOut:
     """Returns the probabilities (N, K) of rows `features` (N, D) by 5-fold cross-validation; the lowest log-loss chooses C.
 
@@ -37,11 +38,11 @@ def predict_held_out(
     fold_of = draw_group_folds(y, groups, FOLDS, seed)
     masks = torch.stack([(fold_of != fold).float() for fold in range(FOLDS)])
     cs = [c for c in C_GRID for _ in range(FOLDS)]
-    path = solve_path(x, y, num_classes, cs, masks.repeat(len(C_GRID), 1), SOLVER)
+    path = solve_path(x, y, target, cs, masks.repeat(len(C_GRID), 1), SOLVER)
     is_scored = torch.stack([torch.isin(y, y[fold_of != fold]) for fold in range(FOLDS)])[fold_of, torch.arange(len(y))]
     best, best_loss, best_c = None, np.inf, C_GRID[0]
     for i, c in enumerate(C_GRID):
-        logits = torch.full((len(y), num_classes), torch.nan)
+        logits = torch.full((len(y), target.num_outputs), torch.nan)
         for fold in range(FOLDS):
             rows = (fold_of == fold) & is_scored
             problem = i * FOLDS + fold
@@ -61,16 +62,28 @@ def draw_group_folds(y: torch.Tensor, groups: NDArray[np.int64], folds: int, see
     return of_group[torch.from_numpy(group_of.reshape(-1))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabeledFeatures:
+    """The features (N, D) and labels (N,) of all images; `is_test` (N,) marks those of the test split."""
+
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    is_test: NDArray[np.bool_]
+
+
 def score_without_copies(
-    features: NDArray[Any], labels: NDArray[np.int64], is_test: NDArray[np.bool_], c: float, has_copy: NDArray[np.bool_]
-) -> tuple[float, float]:
-    """Returns the test accuracy of a probe on all test rows, and on test rows without a copy among the rows of the fit."""
-    x, y = torch.from_numpy(np.asarray(features, np.float32)), torch.from_numpy(labels)
-    fitted, test = torch.from_numpy(~is_test), torch.from_numpy(is_test)
-    path = solve_path(x[fitted], y[fitted], int(y.max()) + 1, [c], None, SOLVER)
+    images: LabeledFeatures, target: Target, c: float, has_copy: NDArray[np.bool_]
+) -> tuple[float, float | None]:
+    """Returns the test accuracy of a probe on all test images, and on those that are not in the mask `has_copy` (N,).
+
+    The probe is fitted on all other images. The second accuracy is None if every test image is in the mask.
+    """
+    x, y = torch.from_numpy(images.features), torch.from_numpy(images.labels)
+    fitted, test = torch.from_numpy(~images.is_test), torch.from_numpy(images.is_test)
+    path = solve_path(x[fitted], y[fitted], target, [c], None, SOLVER)
     hits = (F.linear(x[test], path.weight[0], path.bias[0]).argmax(1) == y[test]).numpy()
-    clean = hits[~has_copy[is_test]]
-    return float(hits.mean()), float(clean.mean()) if len(clean) else float("nan")
+    without = hits[~has_copy[images.is_test]]
+    return float(hits.mean()), float(without.mean()) if len(without) else None
 
 
 def confuse(held_out: Sequence[HeldOut], labels: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -116,10 +116,11 @@ class AuditResult:
     num_images: Mapping[str, int]  # by split
     images_computed: int  # number of images that the network ran on; the others came from the cache
     seconds: Mapping[str, float]  # of "pass", "pixels", "duplicates", "labels", "outliers"
+    judges_labels: bool  # False for labels that are no classes
     suspected_labels: tuple[SuspectedLabel, ...]
     duplicates: tuple[Duplicate, ...]
     outliers: tuple[Outlier, ...]
-    test_copies: TestCopies | None  # None without a test split
+    test_copies: TestCopies | None  # None without a test split or classes
     confused_classes: tuple[ConfusedClasses, ...]
     class_counts: tuple[ClassCounts, ...]
     small_images: tuple[ImageSize, ...]
@@ -138,6 +139,7 @@ class AuditResult:
             "num_images": dict(self.num_images),
             "images_computed": self.images_computed,
             "seconds": dict(self.seconds),
+            "judges_labels": self.judges_labels,
             "suspected_labels": [_pick(row, SUSPECTED_COLUMNS) for row in self.suspected_labels],
             "duplicates": [_pick(row, DUPLICATE_COLUMNS) for row in self.duplicates],
             "contradictions": [

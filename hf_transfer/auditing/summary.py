@@ -33,6 +33,8 @@ def summarize(result: AuditResult) -> list[str]:
 
 def _describe_labels(result: AuditResult) -> str:
     count = len(result.suspected_labels)
+    if not result.judges_labels:
+        return "suspected labels: not judged, since the labels are no classes"
     if not count:
         return "suspected labels: none"
     splits = Counter(row.split for row in result.suspected_labels)
@@ -84,7 +86,7 @@ def _describe_classes(result: AuditResult) -> list[str]:
         for pair in result.confused_classes[:3]
     ]
     counts = [row.counts["train"] for row in result.class_counts]
-    if max(counts) > _STRONG_IMBALANCE * min(counts):
+    if result.judges_labels and max(counts) > _STRONG_IMBALANCE * min(counts):
         largest, smallest = (result.class_counts[counts.index(pick(counts))].label for pick in (max, min))
         lines.append(
             f"imbalanced classes: train has {max(counts):,} images of {largest!r} and {min(counts):,} of {smallest!r}"

@@ -15,10 +15,11 @@ from typing import Any
 from hf_transfer.choosing.advise import Advice, advise
 from hf_transfer.choosing.candidates import find_candidates
 from hf_transfer.choosing.pilots import agree
+from hf_transfer.metrics.records import Metrics
 from hf_transfer.session import Session
 from hf_transfer.training.evaluate import score_images
 from hf_transfer.training.feeds import check_augmentation
-from hf_transfer.training.records import AutoChoice, Kept, Metrics, RunResult, Verdict
+from hf_transfer.training.records import AutoChoice, Kept, RunResult, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,9 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
 
 def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
     """Returns `choice` with a verdict: whether the fine-tuned result beats the probe on the same validation images."""
-    accuracy, num_images = tuned.validation.accuracy, tuned.validation.num_samples
-    error = None if tuned.phases[0].is_solved else standard_error(choice.probe.accuracy, accuracy, num_images)
-    verdict = judge(accuracy - choice.probe.accuracy, error, tuned.phases[-1].kept)
+    accuracy, num_images = tuned.validation.score.quality, tuned.validation.num_samples
+    error = None if tuned.phases[0].is_solved else standard_error(choice.probe.quality, accuracy, num_images)
+    verdict = judge(accuracy - choice.probe.quality, error, tuned.phases[-1].kept)
     kept = choice.advised if verdict is Verdict.TUNED_BETTER else "linear_probe"
     return replace(choice, tuned=tuned.validation.score, kept=kept, verdict=verdict, standard_error=error)
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_transfer.data.labels import listed
 from hf_transfer.data.splits import ROLES, Role, Split
+from hf_transfer.targets.labels import listed
 
 _PAIR_COLUMNS = ("a", "b", "split_a", "split_b")
 
@@ -83,8 +83,12 @@ def _exclude(splits: Mapping[Role, Split], listing: _Listing) -> tuple[dict[Role
 
 
 def _relabel(splits: Mapping[Role, Split], listing: _Listing) -> tuple[dict[Role, Split], list[str]]:
-    found = _locate(splits, listing)
-    names = next(iter(splits.values())).label_names
+    target = next(iter(splits.values())).target
+    if not target.has_classes:
+        raise ValueError(
+            f"{listing.setting}: the labels are of a {target.problem_type} target, which has no classes to choose"
+        )
+    found, names = _locate(splits, listing), target.names
     unknown = sorted({str(entry.label) for entry in listing.entries if entry.label not in names})
     if unknown:
         raise ValueError(f"{listing.setting}: no class {listed(unknown, 3)}; the classes are {listed(names)}")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -23,8 +23,9 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from hf_transfer.data.images import READER_VERSION, BadImageError
-from hf_transfer.data.labels import listed
 from hf_transfer.data.sources import ImageSource
+from hf_transfer.targets.labels import listed
+from hf_transfer.targets.target import Labels, Target
 
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
@@ -56,8 +57,8 @@ class Split:
     name: Role
     source: ImageSource
     rows: NDArray[np.int64]  # (N,) `split[i]` is row `rows[i]` of the source
-    labels: NDArray[np.int64]  # (N,) indices into label_names
-    label_names: tuple[str, ...]
+    labels: Labels  # (N, ...) of `target`
+    target: Target
     groups: NDArray[np.str_] | None = (
         None  # (N,) the group (patient, camera, video, ...) of each image, if groups are named
     )
@@ -65,10 +66,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return self.image(i), int(self.labels[i])
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the target's labels: of classes, labels or numbers."""
+        return self.target.names
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+    def __getitem__(self, i: int) -> tuple[Image.Image, Any]:
+        return self.image(i), self.labels[i].tolist()
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, Any]]:
         return (self[i] for i in range(len(self)))
 
     def image(self, i: int) -> Image.Image:
@@ -105,7 +111,7 @@ class Split:
         """
         digest = xxhash.xxh3_128()
         digest.update(json.dumps(["hf_transfer split", READER_VERSION, self.label_names]).encode())
-        digest.update(self.labels.astype("<i8").tobytes())
+        digest.update(self.labels.astype(f"<{self.labels.dtype.kind}8").tobytes())
         digest.update(self.digests().tobytes())
         return digest.hexdigest()
 
@@ -123,8 +129,8 @@ class Split:
             raise _with_remedy(error) from error
 
     def counts(self) -> NDArray[np.int64]:
-        """Returns the number of images of each class (num_classes,)."""
-        return np.bincount(self.labels, minlength=len(self.label_names)).astype(np.int64)
+        """Returns the number of images (K,) that have each label."""
+        return self.target.count(self.labels)
 
     def select(self, indices: ArrayLike, name: Role | None = None) -> Split:
         """Returns a split with the images at positions `indices`, in that order, renamed if `name` is given."""
@@ -140,7 +146,7 @@ class Split:
             source=self.source,
             rows=self.rows[positions],
             labels=self.labels[positions],
-            label_names=self.label_names,
+            target=self.target,
             groups=None if self.groups is None else self.groups[positions],
         )
 
@@ -155,8 +161,15 @@ def draw(
     Raises:
         ValueError: a class has fewer than `images_per_class` images, or only one image for both train and validation.
     """
-    counts = train.counts()
+    strata = train.target.stratify(train.labels)
+    counts = np.bincount(strata, minlength=len(train.label_names))
+    counts = counts if train.target.has_classes else counts[counts > 0]
     if images_per_class is not None:
+        if not train.target.has_classes:
+            raise ValueError(
+                f"images_per_class={images_per_class}: images of a {train.target.problem_type} target have no class; omit"
+                " --images_per_class"
+            )
         smallest = int(counts.argmin())
         if counts[smallest] < images_per_class:
             raise ValueError(
@@ -164,11 +177,13 @@ def draw(
                 f" {counts[smallest]:,} images to train on; choose --images_per_class {counts[smallest]} or less"
             )
         counts = np.minimum(counts, images_per_class)
-    ranks = _rank_in_class(train.labels, seed)
+    ranks = _rank_in_class(strata, seed)
     is_kept = ranks < (images_per_class or len(train))
     if validation_fraction is None:
         return train.select(np.flatnonzero(is_kept)), None
     if counts.min() < 2:
+        if not train.target.has_classes:
+            raise ValueError("too few images to draw a validation split; name a stored one with --validation_split")
         too_small = [train.label_names[k] for k in np.flatnonzero(counts < 2)]
         raise ValueError(
             f"too few images to draw a validation split: only one image of each of the classes {listed(too_small)}, but train"

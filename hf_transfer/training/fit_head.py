@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 
 from hf_transfer.locations import chain_dir
+from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
+from hf_transfer.solvers.probe import Probe
 from hf_transfer.training import readouts
 from hf_transfer.training.evaluate import compute_stored_logits, score_images
 from hf_transfer.training.label_errors import find_label_errors
-from hf_transfer.training.metrics import score
 from hf_transfer.training.phase import SolveHeadPhase
-from hf_transfer.training.probe import Probe
-from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
+from hf_transfer.training.records import Kept, PhaseResult, RunResult
 
 log = logging.getLogger(__name__)
 
@@ -65,9 +65,9 @@ def count_suspects(session: Session, probe: Probe) -> int | None:
     """Returns the number of train and validation images whose labels the held-out logits of `probe` contradict.
 
     One readout judges here, on the probe's own folds. `hf-transfer audit` asks several, and keeps copies in one fold. Returns
-    None for more than MAX_JUDGED logits, which would take much memory.
+    None for labels that are no classes, and for more than MAX_JUDGED logits, which would take much memory.
     """
-    if probe.held_out_logits.numel() > MAX_JUDGED:
+    if not session.data.target.has_classes or probe.held_out_logits.numel() > MAX_JUDGED:
         return None
     labels = np.concatenate([session.data.train.labels, session.data.validation.labels])
     log_probabilities = probe.held_out_logits.log_softmax(1).numpy()
@@ -102,8 +102,8 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
     published pixels, agrees with the features.
     """
     data, seed, compute = session.data, session.config.seed, session.config.compute
-    held_out = best.probe.held_out_logits[len(data.train) :]
-    metrics = {"validation": score(held_out, data.validation.labels, data.label_names, seed=seed)}
+    logits, labels = best.probe.held_out_logits[len(data.train) :], data.validation.labels
+    metrics = {"validation": data.target.compute_metrics(logits, labels, seed=seed)}
     if data.test is not None and not readouts.measures_saved(session, trained, best, data.test):
         if session.is_main:
             log.info(
@@ -113,8 +113,8 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
         chain = trained.chain(cache_dir=chain_dir())
         metrics["test"] = score_images(chain, trained.preprocessing, data.test, session)
     elif data.test is not None:
-        logits, labels = compute_stored_logits(
+        test_logits, test_labels = compute_stored_logits(
             best.compute_logits, best.features.stores["test"], data.test.labels, session.resources
         )
-        metrics["test"] = score(logits, labels, data.label_names, seed=seed)
+        metrics["test"] = data.target.compute_metrics(test_logits, test_labels, seed=seed)
     return metrics

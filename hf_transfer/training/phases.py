@@ -299,7 +299,7 @@ def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) 
         best, _ = readouts.choose_readout(candidates, session, options)
         readouts.install_probe(session.backbone, session.chain, best)
     score = readouts.score_probe(best, session.data.validation, session.resources)
-    log.info("linear probe: validation accuracy %.1f %%, log-loss %.4f", 100 * score.accuracy, score.log_loss)
+    log.info("linear probe: validation %s", score.describe())
     return replace(describe_solution(best, phase), score=score)
 
 
