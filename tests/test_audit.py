@@ -11,6 +11,8 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -26,6 +28,8 @@ from hf_transfer.auditing.held_out import draw_group_folds, predict_held_out
 from hf_transfer.auditing.neighbors import find_neighbors
 from hf_transfer.auditing.outliers import BLANK_SCORE, find_outliers
 from hf_transfer.cli import main
+from hf_transfer.config import DataConfig
+from hf_transfer.data.dataset import load_data
 from hf_transfer.targets.single_label import SingleLabel
 
 ROOT = Path(__file__).parents[1]
@@ -274,6 +278,30 @@ def test_a_recipe_trains_without_the_listed_images(hues: Path, audited: Path, tm
     assert "Relabeled" in notes
     assert results["config"]["exclude"] == "duplicates.csv"
     assert str(audited / "duplicates.csv") in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_labels_that_are_no_classes_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 24 pictures with numbers as labels, the last one is the first one again: a copy with another label."""
+    encoded = []
+    for i in range(24):
+        buffer = BytesIO()
+        paint(i % 23).save(buffer, "PNG")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": encoded, "label": [i / 7 for i in range(24)]}), tmp_path / "train.parquet")
+    words = ["--dataset", str(tmp_path / "train.parquet"), "--problem_type", "regression"]
+    main(["audit", *words, "--output_dir", str(tmp_path / "audit")])
+    found = read_json(tmp_path / "audit" / "audit.json")
+    assert (found["judges_labels"], found["suspected_labels"], found["test_copies"]) == (False, [], None)
+    assert [{row["a"], row["b"]} for row in found["duplicates"]] == [{"row 0", "row 23"}]
+    assert len(found["contradictions"]) == 1
+    assert "not judged, since the labels are no classes" in capsys.readouterr().out
+    data = load_data(
+        DataConfig(dataset=words[1], problem_type="regression", exclude=str(tmp_path / "audit" / "duplicates.csv"))
+    )
+    assert "Left out 1 of 24 train images" in " ".join(data.notes)
+    (tmp_path / "labels.csv").write_text("path,label\nrow 0,1.5\n")
+    with pytest.raises(ValueError, match="regression target, which has no classes to choose"):
+        load_data(DataConfig(dataset=words[1], problem_type="regression", relabel=str(tmp_path / "labels.csv")))
 
 
 def test_an_older_audit_is_not_replaced_unasked(audited: Path) -> None:
