@@ -2,7 +2,7 @@
 
 Candidates for near copies have a similar perceptual hash or are nearest neighbors in the features. A candidate is confirmed on
 the pixels, after an alignment (see `alignment`). On `trashnet`, copies that were encoded again, resized by 10 % and cropped by
-5 % have similarities of 0.96 and more, and different objects at most 0.94, with rare exceptions: docs/audit.md has the figures.
+5 % have similarities of 0.96 and more, and pairs of different objects 0.925 and less; docs/audit.md has the figures.
 """
 
 from collections.abc import Iterator, Sequence
