@@ -1,4 +1,4 @@
-"""The command `hf-transfer`, which trains, advises, ranks, predicts, evaluates, publishes, manages caches, and more.
+"""The command `hf-transfer`, which trains, advises, ranks, audits, predicts, evaluates, publishes, manages caches, and more.
 
 Heavy modules are imported only when a command runs, so that `--help` is fast.
 """
@@ -50,6 +50,10 @@ seconds. Each line is ok, warning or problem, with a remedy. The exit status is 
 """
 RANK = """Compare checkpoints on a data set. Each frozen network runs once over (a sample of) the training and validation
 images, and a linear probe and nearest neighbors are scored on the features. The table is sorted by the probe's accuracy.
+"""
+AUDIT = """Find wrong labels, duplicates within and across splits, and unusual images, before training. The frozen network runs
+once over all images, and a following linear probe reuses the features. Writes audit.json, audit.html with pictures, and three
+CSV files, which `hf-transfer train` takes by --exclude and --relabel.
 """
 
 EVALUATED_DATA = (  # settings of the data set that `evaluate` takes
@@ -333,6 +337,32 @@ def _rank(given: argparse.Namespace) -> str:
     return json.dumps(ranking.to_dict(), indent=1) if given.json else format_ranking(ranking)
 
 
+# --- audit ------------------------------------------------------------------------------------------------------------
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    text = "folder for the files of the audit; default: runs/audit or, if that exists, runs/audit_2 and so on"
+    parser.add_argument("--output_dir", metavar="FOLDER", help=text)
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the audit in output_dir")
+    _add_json(parser)
+    _add_run_settings(parser, ("data", "model", "compute"))
+
+
+def _audit(given: argparse.Namespace) -> str:
+    with fast_imports():
+        from hf_transfer.auditing.audit import audit
+        from hf_transfer.auditing.files import open_audit_folder, write_audit
+        from hf_transfer.auditing.summary import format_summary
+        from hf_transfer.runs import open_session
+
+    folder = open_audit_folder(given.output_dir, overwrite=given.overwrite_output_dir)
+    given.output_dir = given.overwrite_output_dir = None  # of the audit, not of a run
+    session = open_session(_run_config(given))
+    result = audit(session)
+    write_audit(result, session.data.splits, folder)
+    return json.dumps(result.to_dict(), indent=1) if given.json else format_summary(result, folder)
+
+
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +416,12 @@ COMMANDS = {
         run=_advise,
     ),
     "rank": Command(summary="compare checkpoints on a data set", description=RANK, add_flags=_add_rank, run=_rank),
+    "audit": Command(
+        summary="find wrong labels, duplicates and unusual images in a data set",
+        description=AUDIT,
+        add_flags=_add_audit,
+        run=_audit,
+    ),
     "inspect": Command(
         summary="print a checkpoint's layers and the cost of each strategy",
         description=INSPECT,

@@ -87,6 +87,16 @@ class DataConfig(Settings):
     on_bad_image: Literal["error", "skip"] = flag(
         "error", "for unreadable images; error: stop; skip: decode all images first, and omit the unreadable ones"
     )
+    exclude: str | None = flag(
+        None,
+        "file that names images to leave out: suspected_labels.csv, duplicates.csv or outliers.csv of `hf-transfer audit`, "
+        "which remove no test image, or a list of one path per line, which may",
+    )
+    relabel: str | None = flag(
+        None,
+        "CSV file with new labels: suspected_labels.csv of `hf-transfer audit` (its column `suggested`), or one with the "
+        "columns path and label",
+    )
     seed: int = flag(
         0,
         "seed of all random choices: splits, subsets, augmentation, resampling",

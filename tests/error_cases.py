@@ -259,6 +259,41 @@ CONFIGS = (
     *(ErrorCase(trigger=t, command="train full --config {}/config.yaml", build=yaml(text)) for t, text in YAML),
 )
 
+
+def listing(text: str) -> Build:
+    """Returns a builder that writes the image folder `data` and the file list.csv."""
+
+    def build(folder: Path) -> None:
+        images(folder / "data", "a", "b")
+        (folder / "list.csv").write_text(text)
+
+    return build
+
+
+EXCLUDE = "train full --dataset {}/data --exclude {}/list.csv"
+RELABEL = "train full --dataset {}/data --relabel {}/list.csv"
+PAIRS = "a,b,split_a,split_b,kind,score\n"
+EDITS = (
+    ErrorCase(trigger="a missing file", command=EXCLUDE, build=image_folder()),
+    ErrorCase(trigger="an image that the data does not have", command=EXCLUDE, build=listing("a/9.png\n")),
+    ErrorCase(
+        trigger="every image of a class",
+        command=EXCLUDE,
+        build=listing("".join(f"a/{i}.png\n" for i in range(4))),
+    ),
+    ErrorCase(trigger="a class that the data does not have", command=RELABEL, build=listing("path,label\na/0.png,c\n")),
+    ErrorCase(trigger="two labels for an image", command=RELABEL, build=listing("path,label\na/0.png,b\na/0.png,a\n")),
+    ErrorCase(trigger="a line without a label", command=RELABEL, build=listing("path,label\na/0.png\n")),
+    ErrorCase(trigger="no column with labels", command=RELABEL, build=listing("path\na/0.png\n")),
+    ErrorCase(trigger="labels without a header", command=RELABEL, build=listing("a/0.png\n")),
+    ErrorCase(trigger="labels from a list of copies", command=RELABEL, build=listing(PAIRS)),
+    ErrorCase(
+        trigger="an audit into the folder of another",
+        command="audit --output_dir {}",
+        build=lambda folder: (folder / "audit.json").write_text("{}"),
+    ),
+)
+
 DATA = (
     ErrorCase(trigger="a missing folder", command="train full --dataset {}/nothing"),
     ErrorCase(trigger="neither folder nor Hub id", command="train full --dataset http://x/y"),
@@ -452,6 +487,7 @@ SECTIONS = {
     "Settings": SETTINGS,
     "YAML files": CONFIGS,
     "Data sets and images": DATA,
+    "Lists of images, and audits": EDITS,
     "Checkpoints, models and runs": CHECKPOINTS,
     "Values that are not allowed": VALUES,
 }

@@ -11,6 +11,7 @@ The test split is never drawn from other data, and no other split is drawn from 
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,7 @@ import numpy as np
 
 from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, UPSTREAM_DATASET, DataConfig
 from hf_transfer.data.archives import ARCHIVE_SUFFIXES, is_archive, is_webdataset, unpack
+from hf_transfer.data.edits import edit_splits
 from hf_transfer.data.embedded import read_digits, read_mnist
 from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, TEXT_TABLE_SUFFIXES, list_folder, read_folder
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData
@@ -119,8 +121,11 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         _check_labels(stored_split, where[role], is_train=role == "train")
         notes += stored_split.notes
         splits[role] = _split(stored_split, role, target, where[role])
-        if config.on_bad_image == "skip":
-            splits[role], notes_on_skipped = _skip_bad_images(splits[role], where[role], is_train=role == "train")
+    splits, notes_on_edits = _edit(splits, config, where)
+    notes += notes_on_edits
+    if config.on_bad_image == "skip":
+        for role, split in splits.items():
+            splits[role], notes_on_skipped = _skip_bad_images(split, where[role], is_train=role == "train")
             notes += notes_on_skipped
 
     fraction = None if "validation" in splits else config.validation_fraction
@@ -155,7 +160,8 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
     """
     stored = _read(config, choose_columns(config))
     splits: dict[Role, Split] = {}
-    for role, name in _assign_roles(stored, config, needs_train=False).items():
+    names_by_role = _assign_roles(stored, config, needs_train=False)
+    for role, name in names_by_role.items():
         images, where = _read_split(stored, name, target.problem_type), f"{stored.name}, split {name!r}"
         if _is_unlabeled(images):
             continue
@@ -166,8 +172,10 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
                 f"{listed(target.names)}"
             )
         splits[role] = _split(images, role, target, where)
-        if config.on_bad_image == "skip":
-            splits[role], _ = _skip_bad_images(splits[role], where, is_train=False)
+    splits, _ = _edit(splits, config, {})
+    if config.on_bad_image == "skip":
+        for role, split in splits.items():
+            splits[role], _ = _skip_bad_images(split, f"{stored.name}, split {names_by_role[role]!r}", is_train=False)
     if not splits:
         raise ValueError(
             f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name a split with --test_split"
@@ -363,6 +371,19 @@ def _split(images: LabeledImages, role: Role, target: Target, where: str) -> Spl
         target=target,
         groups=images.groups,
     )
+
+
+def _edit(
+    splits: dict[Role, Split], config: DataConfig, where: Mapping[Role, str]
+) -> tuple[dict[Role, Split], list[str]]:
+    """Returns the splits and sentences after `--exclude` and `--relabel`. A class that `where["train"]` loses is an error."""
+    if not splits or (config.exclude is None and config.relabel is None):
+        return splits, []
+    edited, notes = edit_splits(splits, exclude=config.exclude, relabel=config.relabel)
+    if "train" in where:
+        train = edited["train"]
+        train.target.check_train_labels(train.labels, f"{where['train']}, after --exclude and --relabel")
+    return edited, notes
 
 
 def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:

@@ -16,7 +16,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.fingerprint import read_version
 from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
-from hf_transfer.reporting.sentences import describe_choice, describe_phase
+from hf_transfer.reporting.sentences import describe_choice, describe_phase, describe_suspects
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
@@ -52,7 +52,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
             "fingerprint": {name: split.fingerprint for name, split in splits.items() if split is not None},
             "num_images": {name: len(split) for name, split in splits.items() if split is not None},
             "train_images_per_class": _count_images(data.train),
-            "notes": list(data.notes),
+            "notes": [*data.notes, *describe_suspects(result, len(data.train) + len(data.validation))],
         },
         "checkpoint": _describe_checkpoint(result.backbone),
         "config": public_settings(session.config, {"checkpoint": session.backbone.source.name, "dataset": data.name}),
@@ -71,7 +71,7 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
     settings = to_settings(config)
-    for name in ("checkpoint", "dataset", "image_root", "preprocessing_from"):
+    for name in ("checkpoint", "dataset", "image_root", "preprocessing_from", "exclude", "relabel"):
         path = Path(settings[name] or "").expanduser()
         folder = Path(str(settings[name]).rpartition(":")[0]).expanduser()  # of a data set folder:config
         is_local = path.exists() or (folder != Path() and folder.is_dir())

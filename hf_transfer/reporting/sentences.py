@@ -1,7 +1,7 @@
 """Describes a run's phases, accuracy and choice of strategy in sentences, for logs, reports and model cards."""
 
 from hf_transfer.metrics.records import Metrics
-from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, Verdict
+from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResult, Verdict
 
 
 def describe_phase(phase: PhaseResult) -> str:
@@ -73,3 +73,14 @@ def _describe_steps(phase: PhaseResult) -> str:
     if phase.wise_ft_alpha is None:
         return sentence
     return f"{sentence}; WiSE-FT then moved the weights to {phase.wise_ft_alpha:.0%} of the way from the start"
+
+
+def describe_suspects(result: RunResult, num_images: int) -> list[str]:
+    """Returns a sentence about labels that the probe doubts, among `num_images` train and validation images; [] if none."""
+    count = result.details.get("suspected_labels")
+    if not isinstance(count, int) or not count:
+        return []
+    return [
+        f"The probe doubts the labels of {count:,} of {num_images:,} train and validation images. `hf-transfer audit` with the"
+        " same --dataset and --checkpoint shows them, and looks for copies."
+    ]

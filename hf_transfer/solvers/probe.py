@@ -113,7 +113,9 @@ class Probe:
     weight: Tensor  # (K, D) float32
     bias: Tensor  # (K,) float32
     summary: ProbeSummary
-    validation_logits: Tensor  # (V, K); logits of each validation row by a fit that has not seen the row
+    held_out_logits: (
+        Tensor  # (N, K) of training, then validation rows, by fits that have not seen the row; nan: no such fit
+    )
     held_out_losses: Tensor  # (N,) weighted losses of training, then validation rows, whose sum is the log-loss
     refitted: bool  # whether the head is fitted on training and validation rows together, with the chosen C
 
@@ -352,7 +354,7 @@ def _fit(features: RawFeatures, folds: Folds, options: ProbeOptions) -> Probe:
         weight=weight,
         bias=bias,
         summary=ProbeSummary(c=best.c, score=score, path=tuple(path), tolerance=FINAL_TOL, seconds=seconds),
-        validation_logits=logits[~folds.is_train],
+        held_out_logits=logits,
         held_out_losses=held_out.losses(logits),
         refitted=options.refit,
     )

@@ -41,7 +41,7 @@ BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "num_threads", "tracker",
     "save_every_s", "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge", "push_to_hub",
-    "private",
+    "private", "exclude", "relabel",
 ))  # fmt: skip
 
 PhaseState = Mapping[str, Any] | None
