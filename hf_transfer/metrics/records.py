@@ -8,6 +8,7 @@ from hf_transfer.config import SelectBy
 
 Interval = tuple[float, float]
 _TITLES = {"log_loss": "log-loss", "r2": "R2"}
+_SHARES = frozenset({"accuracy", "mean_average_precision"})  # qualities that are shown in percent
 INTERVAL = "_interval"  # the end of the name of an interval in results.json
 
 
@@ -47,7 +48,20 @@ class Score:
         'accuracy 90.0 %, log-loss 0.3000'
         """
         quality, loss = self.titles
-        return f"{quality} {100 * self.quality:.1f} %, {loss} {self.loss:.4f}"
+        return f"{quality} {self.format_quality()}, {loss} {self.loss:.4f}"
+
+    def format_quality(self) -> str:
+        """Returns the quality as text: a share in percent, any other quality as a number.
+
+        >>> Score(quality=0.9, loss=0.3, names=("r2", "squared_error")).format_quality()
+        '0.900'
+        """
+        return f"{100 * self.quality:.1f} %" if self.is_share else f"{self.quality:.3f}"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the quality is a share, such as accuracy, which is shown in percent."""
+        return self.names[0] in _SHARES
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> "Score":

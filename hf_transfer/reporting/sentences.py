@@ -10,7 +10,8 @@ def describe_phase(phase: PhaseResult) -> str:
     >>> from hf_transfer.metrics.records import Score
     >>> score = Score(quality=0.9, loss=0.3)
     >>> describe_phase(PhaseResult(policy="head", cut="features", optimizer="L-BFGS", epochs=0, num_trainable=20,
-    ...                            kept=Kept.SOLUTION, score=score, regularization_c=0.1, num_features=9))
+    ...                            kept=Kept.SOLUTION, score=score, regularization_c=0.1, linear_model="logistic regression",
+    ...                            num_features=9))
     'head: logistic regression on 9 features per image, C = 0.1 chosen on held-out images; all other layers are frozen'
     """
     return _describe_solution(phase) if phase.is_solved else _describe_steps(phase)
@@ -20,8 +21,9 @@ def describe_quality(metrics: Metrics) -> str:
     """Returns the quality in `metrics` as text, with its confidence interval, if it has one, and the number of images."""
     score = metrics.score
     bounds = metrics.intervals.get(score.names[0])
-    interval = "" if bounds is None else f"95 % interval {100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}, "
-    return f"{score.titles[0]} {100 * score.quality:.1f} % ({interval}{metrics.num_samples} images)"
+    low, high = (f"{100 * bound:.1f}" if score.is_share else f"{bound:.3f}" for bound in bounds or (0.0, 0.0))
+    interval = "" if bounds is None else f"95 % interval {low} to {high}, "
+    return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"
 
 
 def describe_kept(phase: PhaseResult) -> str:
@@ -54,7 +56,7 @@ def _describe_solution(phase: PhaseResult) -> str:
     features = f"{phase.num_features} features per image"
     source = features if phase.readout is None else f"{features} ({phase.readout})"
     sentence = (
-        f"{phase.policy}: logistic regression on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
+        f"{phase.policy}: {phase.linear_model} on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
         "all other layers are frozen"
     )
     return (

@@ -38,6 +38,7 @@ class MultiLabel(Target):
     )
 
     loss_settings: ClassVar[frozenset[str]] = frozenset({"asymmetric_gamma"})
+    linear_model: ClassVar[str] = "one logistic regression per label"
 
     thresholds: tuple[float, ...] = ()
     """The probability above which each label counts as present; empty: 0.5 for all labels."""

@@ -42,6 +42,7 @@ class Regression(Target):
 
     counts_labels: ClassVar[bool] = False
     loss_settings: ClassVar[frozenset[str]] = frozenset({"huber_delta"})
+    linear_model: ClassVar[str] = "ridge regression"
 
     center: tuple[float, ...] = ()
     """The mean of each number among the training images; empty: 0."""

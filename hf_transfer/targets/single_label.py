@@ -29,6 +29,7 @@ class SingleLabel(Target):
 
     problem_type: ClassVar[str] = "single_label_classification"
     has_classes: ClassVar[bool] = True
+    linear_model: ClassVar[str] = "logistic regression"
     metrics: ClassVar[tuple[MetricInfo, ...]] = (
         MetricInfo(key="accuracy", title="Accuracy", hub="accuracy"),
         MetricInfo(key="top5_accuracy", title="Top-5 accuracy"),

@@ -95,6 +95,9 @@ class Target(ABC):
     loss_settings: ClassVar[frozenset[str]] = frozenset()
     """The settings in `TrainingConfig` of a loss of one kind of target that this target uses."""
 
+    linear_model: ClassVar[str] = "linear model"
+    """The name of a solved linear head in the field."""
+
     counts_labels: ClassVar[bool] = True
     """Whether `count` says how many images have each label; numbers have no such counts."""
 

@@ -300,7 +300,7 @@ def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) 
         readouts.install_probe(session.backbone, session.chain, best)
     score = readouts.score_probe(best, session.data.validation, session.resources)
     log.info("linear probe: validation %s", score.describe())
-    return replace(describe_solution(best, phase), score=score)
+    return replace(describe_solution(best, phase, session.data.target), score=score)
 
 
 def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
