@@ -109,7 +109,7 @@ class Regression(Target):
         return squares.nan_to_num(0.0).sum(1) / known.sum(1).clamp_min(1)
 
     def make_training_loss(self, labels: Labels, settings: GradientConfig, device: torch.device) -> TrainingLoss:
-        """Returns the squared error of standardized numbers or, with `huber_delta`, twice the Huber loss (equal for small errors)."""
+        """Returns the squared error of standardized numbers or, with `huber_delta`, twice the Huber loss, equal near 0."""
         return _SquaredError(target=self, huber_delta=settings.training.huber_delta)
 
     def make_convex_loss(self, labels: Tensor) -> HalfSquare:
