@@ -18,7 +18,8 @@ def read_column(
     """Returns the target and the labels of N images, from the values of one label column.
 
     With `problem_type` "auto", lists of text or of class indices are several labels per image; fractions, and lists of
-    fractions, are numbers; all other values are classes. `names`: the class names that the column states.
+    fractions, are numbers; all other values are classes. `names`: the class names that the column states; as numbers, these
+    names count ("3"), and not their indices.
 
     Raises ValueError, which begins with `where`, for values that do not fit the problem type.
 
@@ -29,6 +30,8 @@ def read_column(
     kind = _guess(values, names) if problem_type == AUTO else find_target(problem_type)
     if kind is MultiLabel:
         values = _split_texts(values)
+    if kind is Regression and names is not None:
+        values, names = _to_names(values, dict(enumerate(names))), None
     return kind.read(values, names, where)
 
 
@@ -68,6 +71,11 @@ def _guess(values: Sequence[Any], names: Sequence[str] | None) -> type[Target]:
     has_fraction = any(isinstance(value, float) and value == value and not value.is_integer() for value in present)
     has_text = any(isinstance(value, str) for value in present)
     return Regression if has_fraction and not has_text else SingleLabel
+
+
+def _to_names(values: Sequence[Any], names: Mapping[int, str]) -> list[Any]:
+    """Returns class names in place of class indices, also in lists; None for an index without a name, such as -1."""
+    return [_to_names(value, names) if isinstance(value, list | tuple) else names.get(value) for value in values]
 
 
 def _split_texts(values: Sequence[Any]) -> list[Any]:

@@ -12,6 +12,7 @@ from hf_transfer.session import Session
 from hf_transfer.training import wise
 from hf_transfer.training.evaluate import score_splits
 from hf_transfer.training.feeds import make_phase_data
+from hf_transfer.training.finish import check_foldable
 from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.loop import validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase
@@ -32,8 +33,9 @@ def run_plan(session: Session, plan: Plan) -> RunResult:
     result is a linear probe (see `training.fit_head`). This probe is fitted on validation images too, each of which is scored
     by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
 
-    Saves states in the folder `session.checkpoints`. Raises the errors of `run_phases`.
+    Saves states in the folder `session.checkpoints`. Raises the errors of `check_foldable` and `run_phases`.
     """
+    check_foldable(session)
     if session.config.compute.decoder == "exact":
         return _run(session, plan)
     drift = measure_drift(session.data.validation, session.backbone.preprocessing, session.resources)
@@ -137,7 +139,7 @@ def draw_history(phases: Sequence[PhaseResult]) -> tuple[Curve, ...]:
         line(f"validation {loss_name}", lambda r: r.validation.loss),
     )
     quality = [line("validation", lambda r: r.validation.quality)]
-    if records[0].train_accuracy is not None:
+    if records[0].train_accuracy is not None and quality_name == "accuracy":
         quality.insert(0, line("training", lambda r: r.train_accuracy or 0.0))
     title = quality_name.capitalize()
     return (

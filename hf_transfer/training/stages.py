@@ -27,6 +27,7 @@ from hf_transfer.session import Session
 from hf_transfer.targets.target import Target
 from hf_transfer.training.checkpoints import has_state, remove_state
 from hf_transfer.training.evaluate import compute_image_logits
+from hf_transfer.training.finish import check_foldable
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import run_phases
 from hf_transfer.training.plan import draw_history, run_plan
@@ -100,6 +101,8 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
     With `patience_layers`, validation chooses the depth that is kept. BatchNorm uses batch statistics in the new layer and is
     frozen in earlier layers; `freeze_batchnorm` applies only to fine-tuning. Raises the errors of `run_phases`.
     """
+    if stack.is_plain:
+        check_foldable(session.with_network(stack.backbone, stack.chain))
     settings = session.gradient
     if (settings.training.compile or settings.training.gradient_checkpointing) and session.is_main:
         log.info("the settings compile and gradient_checkpointing apply to fine-tuning only, not to the stages")
