@@ -9,8 +9,10 @@ pictures come from train images, and test pictures from test images:
   angles   one image, rotated by -45 to 45 degrees, without its corners; the number is the angle
   digits   no new pictures: the digit that a hand of `sign_digits` shows, as a number
 
-The probe reads the same features as scikit-learn's linear models on standardized features, with the same grid of C (1 / alpha
-for ridge regression) and five folds. scikit-learn chooses a C for each label by log-loss. Trainer gets the settings `tuned` of
+The probe reads the same features as scikit-learn's linear models, with the same grid of C (1 / alpha for ridge regression) and
+five folds. scikit-learn chooses a C for each label by log-loss. It runs on features of unit variance (`scikit-learn`), and on
+features scaled as the probe scales them, which has less trust in features that hardly vary (`scikit-learn, scaled alike`).
+Trainer gets the settings `tuned` of
 `trainer_example.py`, the same epochs as ours, and BCE. Every result is written to --output as soon as it is measured.
 """
 
@@ -39,7 +41,7 @@ from hf_transfer.data.splits import Split
 from hf_transfer.runs import execute, open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
-from hf_transfer.solvers.probe import DEFAULT_C_GRID
+from hf_transfer.solvers.probe import DEFAULT_C_GRID, SPREAD_FLOOR
 from hf_transfer.strategy import default_config
 from hf_transfer.training.readouts import extract_readouts
 
@@ -137,10 +139,21 @@ def run_strategy(strategy: str, settings: dict[str, Any]) -> dict[str, Any]:
     result = execute(session)
     assert result.test is not None
     values = {**result.test.values, **{f"{k}_interval": list(v) for k, v in result.test.intervals.items()}}
-    return {**values, "seconds": time.perf_counter() - started}
+    c = result.phases[0].regularization_c
+    return {**values, **({} if c is None else {"c": c}), "seconds": time.perf_counter() - started}
 
 
-def fit_scikit_learn(settings: dict[str, Any]) -> dict[str, Any]:
+class FlooredScaler(StandardScaler):
+    """Scales as the probe does: adds the square of the median standard deviation to each variance."""
+
+    def fit(self, features: Any, labels: Any = None, sample_weight: Any = None) -> Any:
+        """Called by scikit-learn."""
+        super().fit(features, labels, sample_weight)
+        self.scale_ = np.sqrt(self.var_ + SPREAD_FLOOR * np.median(np.sqrt(self.var_)) ** 2)
+        return self
+
+
+def fit_scikit_learn(settings: dict[str, Any], scaler: StandardScaler) -> dict[str, Any]:
     """Returns the test score of scikit-learn's linear models on the features of the probe."""
     session = open_run("linear_probe", settings)
     stores = extract_readouts(session, sweep="none")[0][0].stores
@@ -151,7 +164,7 @@ def fit_scikit_learn(settings: dict[str, Any]) -> dict[str, Any]:
     if data.target.counts_labels:
         grid = {"logisticregression__C": list(DEFAULT_C_GRID)}
         fits = [
-            search(LogisticRegression(max_iter=1000), grid, "neg_log_loss", FOLDS).fit(
+            search(scaler, LogisticRegression(max_iter=1000), grid, "neg_log_loss", FOLDS).fit(
                 features, labels[:, k].astype(int)
             )
             for k in range(labels.shape[1])
@@ -165,14 +178,14 @@ def fit_scikit_learn(settings: dict[str, Any]) -> dict[str, Any]:
     grid = {"ridge__alpha": [1 / c for c in DEFAULT_C_GRID]}
     values = (labels - labels.mean(0)) / labels.std(0)
     folds = KFold(FOLDS, shuffle=True, random_state=0)
-    fit = search(Ridge(), grid, "neg_mean_squared_error", folds).fit(features, values)
+    fit = search(scaler, Ridge(), grid, "neg_mean_squared_error", folds).fit(features, values)
     predicted = fit.predict(unseen).reshape(len(unseen), -1) * labels.std(0) + labels.mean(0)
     return {"r2": float(r2_score(data.test.labels, predicted)), "c": 1 / fit.best_params_["ridge__alpha"]}
 
 
-def search(model: Any, strength: dict[str, list[float]], scoring: str, folds: Any) -> Any:
-    """Returns a search over the strength of regularization of a model of standardized features."""
-    return GridSearchCV(make_pipeline(StandardScaler(), model), strength, cv=folds, scoring=scoring)
+def search(scaler: StandardScaler, model: Any, strength: dict[str, list[float]], scoring: str, folds: Any) -> Any:
+    """Returns a search over the strength of regularization of a model of scaled features."""
+    return GridSearchCV(make_pipeline(scaler, model), strength, cv=folds, scoring=scoring)
 
 
 def run_trainer(settings: dict[str, Any], epochs: int, scratch: Path) -> dict[str, Any]:
@@ -230,7 +243,8 @@ def list_steps(name: str, settings: dict[str, Any], given: argparse.Namespace, s
     """Returns the functions that measure the results of a data set, by name."""
     trained = {**settings, "epochs": given.epochs, "tracker": "none", **(NO_FLIP if name == "angles" else {})}
     steps: dict[str, Callable[[], dict[str, Any]]] = {
-        "scikit-learn": lambda: fit_scikit_learn(settings),
+        "scikit-learn": lambda: fit_scikit_learn(settings, StandardScaler()),
+        "scikit-learn, scaled alike": lambda: fit_scikit_learn(settings, FlooredScaler()),
         "linear_probe without readouts": lambda: run_strategy("linear_probe", {**settings, "readouts": "none"}),
         "linear_probe": lambda: run_strategy("linear_probe", settings),
         "probe_then_full": lambda: run_strategy("probe_then_full", trained),

@@ -22,6 +22,7 @@ import hf_transfer as ht
 from hf_transfer.choosing.rank import rank
 from hf_transfer.cli import main
 from hf_transfer.config import DataConfig, RunConfig
+from hf_transfer.data.dataset import load_splits
 from hf_transfer.hub.verify import REFERENCE, find_libraries, verify
 from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.metrics.records import Score
@@ -29,7 +30,9 @@ from hf_transfer.network.adapters import load_adapted
 from hf_transfer.run import Run
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import strategy_names
+from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.reading import read_column
+from hf_transfer.targets.regression import Regression
 from hf_transfer.training.plan import run_plan
 from tests.sessions import make_session
 from tests.test_recipes import check_results
@@ -57,12 +60,10 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 pictures of up to four colored squares, with the labels `blue|red`, their brightness and their angle."""
-    folder = tmp_path_factory.mktemp("shapes")
+def write_shapes(folder: Path) -> Path:
+    """Writes 64 pictures of up to four colored squares, and a table of the colors, brightness and angle. Returns the table."""
     generator = np.random.default_rng(0)
-    rows = ["image,shapes,brightness,angle,split"]
+    rows = [f"image,shapes,{','.join(COLORS)},brightness,angle,split"]
     for i in range(64):
         names = [name for name in COLORS if generator.random() < 0.5]
         brightness, angle = generator.uniform(20, 120), generator.uniform(-45, 45)
@@ -74,9 +75,15 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ImageDraw.Draw(picture).rectangle((x, y, x + 8, y + 8), fill=color)
         picture.rotate(angle, fillcolor=gray).save(folder / f"{i}.png")
         shapes = "|".join(names) or "|"  # a lone separator: none of the labels
-        rows.append(f"{i}.png,{shapes},{brightness:.2f},{angle:.2f},{'test' if i >= 48 else 'train'}")
-    (folder / "shapes.csv").write_text("\n".join(rows))
-    return folder / "shapes.csv"
+        flags = ",".join(str(int(name in names)) for name in COLORS)
+        rows.append(f"{i}.png,{shapes},{flags},{brightness:.2f},{angle:.2f},{'test' if i >= 48 else 'train'}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+    return folder / "labels.csv"
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shapes(tmp_path_factory.mktemp("shapes"))
 
 
 def train(case: str, kind: str, table: Path, folder: Path | None = None, **settings: Any) -> Run:
@@ -284,3 +291,22 @@ def test_class_names_are_the_numbers_of_a_regression() -> None:
 )
 def test_shares_are_in_percent_and_other_qualities_are_numbers(name: str, shown: str) -> None:
     assert Score(quality=0.931, loss=0.2, names=(name, "loss")).format_quality() == shown
+
+
+def test_blank_cells_are_unknown_and_a_lone_separator_is_none_of_the_labels(tmp_path: Path) -> None:
+    for i in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "labels.csv").write_text("image,label\n0.png,a|b\n1.png,|\n2.png,b\n3.png,\n")
+    with pytest.raises(
+        ValueError, match=r"1 of 4 images have no label .* write \| or an empty list for an image with none"
+    ):
+        ht.Task(str(tmp_path / "labels.csv"), label_column="label", problem_type=LABELS["problem_type"]).data  # noqa: B018
+    columns = DataConfig(dataset=str(tmp_path / "labels.csv"), label_column="label", where="image != 3.png")
+    [split] = load_splits(columns, MultiLabel(names=("a", "b"))).values()
+    assert split.labels.tolist() == [[1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]
+
+
+def test_a_saved_network_of_numbers_reads_columns_of_zero_and_one_as_numbers(table: Path) -> None:
+    data = DataConfig(dataset=str(table), label_columns=("blue", "red"), split_column="split")
+    target = Regression(names=("blue", "red"), folded=True)
+    assert {split.target for split in load_splits(data, target).values()} == {target}

@@ -98,6 +98,9 @@ class Target(ABC):
     linear_model: ClassVar[str] = "linear model"
     """The name of a solved linear head in the field."""
 
+    unlabeled_remedy: ClassVar[str] = "label or remove these images"
+    """What an error about images without a label asks for."""
+
     counts_labels: ClassVar[bool] = True
     """Whether `count` says how many images have each label; numbers have no such counts."""
 
