@@ -22,14 +22,18 @@ import json
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from sklearn.linear_model import LogisticRegression, Ridge
+from scipy.linalg import LinAlgWarning
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegressionCV, Ridge
 from sklearn.metrics import average_precision_score, r2_score
 from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.pipeline import make_pipeline
@@ -162,30 +166,27 @@ def fit_scikit_learn(settings: dict[str, Any], scaler: StandardScaler) -> dict[s
     features = np.concatenate([stores["train"][:], stores["validation"][:]])
     labels, unseen = np.concatenate([data.train.labels, data.validation.labels]), stores["test"][:]
     if data.target.counts_labels:
-        grid = {"logisticregression__C": list(DEFAULT_C_GRID)}
-        fits = [
-            search(scaler, LogisticRegression(max_iter=1000), grid, "neg_log_loss", FOLDS).fit(
-                features, labels[:, k].astype(int)
-            )
-            for k in range(labels.shape[1])
-        ]
+        fits = [fit_label(scaler, features, labels[:, k].astype(int)) for k in range(labels.shape[1])]
         scores = np.stack([fit.decision_function(unseen) for fit in fits], 1)
         found = average_precision_score(data.test.labels, scores, average="macro")
-        return {
-            "mean_average_precision": float(found),
-            "c": [fit.best_params_["logisticregression__C"] for fit in fits],
-        }
+        return {"mean_average_precision": float(found), "c": [np.ravel(fit[-1].C_).item() for fit in fits]}
     grid = {"ridge__alpha": [1 / c for c in DEFAULT_C_GRID]}
     values = (labels - labels.mean(0)) / labels.std(0)
     folds = KFold(FOLDS, shuffle=True, random_state=0)
-    fit = search(scaler, Ridge(), grid, "neg_mean_squared_error", folds).fit(features, values)
+    model = make_pipeline(scaler, Ridge())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LinAlgWarning)  # a large C hardly penalizes features that nearly repeat others
+        fit = GridSearchCV(model, grid, cv=folds, scoring="neg_mean_squared_error").fit(features, values)
     predicted = fit.predict(unseen).reshape(len(unseen), -1) * labels.std(0) + labels.mean(0)
     return {"r2": float(r2_score(data.test.labels, predicted)), "c": 1 / fit.best_params_["ridge__alpha"]}
 
 
-def search(scaler: StandardScaler, model: Any, strength: dict[str, list[float]], scoring: str, folds: Any) -> Any:
-    """Returns a search over the strength of regularization of a model of scaled features."""
-    return GridSearchCV(make_pipeline(scaler, model), strength, cv=folds, scoring=scoring)
+def fit_label(scaler: StandardScaler, features: NDArray[Any], labels: NDArray[Any]) -> Any:
+    """Returns the logistic regression of one label, with C chosen by log-loss."""
+    model = LogisticRegressionCV(Cs=list(DEFAULT_C_GRID), cv=FOLDS, scoring="neg_log_loss", max_iter=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about names of attributes in later versions
+        return make_pipeline(clone(scaler), model).fit(features, labels)
 
 
 def run_trainer(settings: dict[str, Any], epochs: int, scratch: Path) -> dict[str, Any]:

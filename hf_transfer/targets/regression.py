@@ -64,7 +64,8 @@ class Regression(Target):
         wrong = [v for row in rows for v in row if v is not None and not isinstance(v, int | float)]
         if wrong:
             raise ValueError(
-                f"{where}: {len(wrong):,} labels such as {wrong[0]!r} are no numbers; --problem_type regression"
+                f"{where}: {len(wrong):,} labels such as {wrong[0]!r} are no numbers; choose another label column, or omit"
+                " --problem_type regression"
             )
         labels = np.array([[np.nan if v is None else v for v in row] for row in rows], np.float32)
         if np.isinf(labels).any():
