@@ -32,7 +32,7 @@ from hf_transfer.training.steps import PhaseRun, count_accumulated, count_images
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 5  # increase this number when a run could not continue from older states in the same way
+STATE_FORMAT = 6  # increase this number when a run could not continue from older states in the same way
 
 # Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
 BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
