@@ -25,7 +25,7 @@ from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, list_folder
 from hf_transfer.data.labels import UNLABELED, Columns, LabeledImages, StoredData, listed
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
-from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws
+from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 
 __all__ = ["Data", "Split", "load_data"]
@@ -117,6 +117,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     notes += notes_on_draws(
         config, train, validation, test, num_stored=num_stored, is_validation_drawn=is_validation_drawn
     )
+    drawn_splits = [split for split in (train, validation, test) if split is not None]
     return Data(
         train=train,
         validation=validation,
@@ -125,7 +126,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         name=stored.name,
         revision=stored.revision,
         license=stored.license,
-        loading_notes=(*notes, *notes_on_classes(train, validation, test)),
+        loading_notes=(*notes, *notes_on_groups(drawn_splits), *notes_on_classes(train, validation, test)),
     )
 
 

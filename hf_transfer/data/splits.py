@@ -4,6 +4,9 @@ Every draw is stratified, seeded and nested. Each class is shuffled once, with a
 position in the shuffled class (its rank) alone decides where the image goes. The few-shot subset of k images per class consists
 of the first k ranks, so every subset contains all smaller subsets. Whether an image belongs to validation depends only on its
 rank, so the training and validation parts of these subsets are nested too.
+
+Where images have groups (patients, cameras, videos, ...), ranks draw the few-shot subset, and whole groups of it become
+validation (see `groups`).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from hf_transfer.data.groups import draw_groups, number_groups
 from hf_transfer.data.images import READER_VERSION, BadImageError
 from hf_transfer.data.labels import listed
 from hf_transfer.data.sources import ImageSource
@@ -150,10 +154,12 @@ def draw(
 ) -> tuple[Split, Split | None]:
     """Draws `images_per_class` images of each class and divides them into (train, validation), each in stored order.
 
-    If `images_per_class` is None, all images are drawn. If `validation_fraction` is None, validation is None.
+    If `images_per_class` is None, all images are drawn. If `validation_fraction` is None, validation is None. Images of one
+    group are all in train or all in validation.
 
     Raises:
-        ValueError: a class has fewer than `images_per_class` images, or only one image for both train and validation.
+        ValueError: a class has fewer than `images_per_class` images, or only one image for both train and validation, or every
+            class has only one group.
     """
     counts = train.counts()
     if images_per_class is not None:
@@ -174,10 +180,15 @@ def draw(
             f"too few images to draw a validation split: only one image of each of the classes {listed(too_small)}, but train"
             " and validation need one each; add images, or name a stored validation split with --validation_split"
         )
-    sizes = np.arange(int(counts.max()) + 1)
-    is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
     is_validation = np.zeros(len(train), np.bool_)
-    is_validation[is_kept] = is_validation_rank[ranks[is_kept]]
+    kept = train.select(np.flatnonzero(is_kept))
+    codes = number_groups([kept])
+    if codes is not None:
+        is_validation[is_kept] = draw_groups(kept.labels, codes, validation_fraction, seed)
+    else:
+        sizes = np.arange(int(counts.max()) + 1)
+        is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
+        is_validation[is_kept] = is_validation_rank[ranks[is_kept]]
     return (
         train.select(np.flatnonzero(is_kept & ~is_validation)),
         train.select(np.flatnonzero(is_kept & is_validation), name="validation"),
