@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_transfer.data.groups import spread_groups
+
 
 @dataclass(frozen=True, kw_only=True)
 class Folds:
@@ -19,8 +21,16 @@ class Folds:
     score_weights: Tensor  # (N,) the weight of each row in the score
 
 
-def draw_folds(targets: Tensor, folds: int, seed: int) -> Tensor:
-    """Returns the fold (N,) that holds out each row. Folds are stratified by class, and fold sizes differ by at most 1."""
+def draw_folds(targets: Tensor, folds: int, seed: int, groups: Tensor | None = None) -> Tensor:
+    """Returns the fold (N,) that holds out each row. Folds are stratified by class, and fold sizes differ by at most 1.
+
+    `groups` (N,): numbers of groups, each of which stays in one fold (see `data.groups.spread_groups`). With fewer groups than
+    folds, there are as many folds as groups, and the other folds hold out nothing.
+    """
+    if groups is not None:
+        codes = groups.cpu().numpy()
+        spread = spread_groups(targets.cpu().numpy(), codes, min(folds, len(groups.unique())), seed)
+        return torch.from_numpy(spread).to(targets.device)
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     by_class = order[targets.cpu()[order].argsort(stable=True)]
     fold_of = torch.empty(len(targets), dtype=torch.int64)

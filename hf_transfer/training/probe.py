@@ -141,8 +141,8 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 class ProbeOptions:
     """The settings for choosing C and fitting a probe.
 
-    `folds`: with 1, the validation rows choose C; with k >= 2, stratified k-fold cross-validation over training and validation
-    rows chooses C. `seed` draws the folds. With `select_by` "accuracy", the lowest log-loss wins among equal
+    `cv_folds`: with 1, the validation rows choose C; with k >= 2, stratified k-fold cross-validation over training and
+    validation rows chooses C. `seed` draws the folds. With `select_by` "accuracy", the lowest log-loss wins among equal
     accuracies. With `class_balance` "loss", all classes have equal weight, both in the fit and in the choice of C. Without
     `refit`, the head is fitted on the training rows only. `memory_bytes`: working memory of the solver. `features_bytes`:
     larger features are read in blocks (see `features`).
@@ -151,7 +151,7 @@ class ProbeOptions:
     c_grid: Sequence[float] = DEFAULT_C_GRID
     select_by: SelectBy = "log_loss"
     class_balance: ClassBalance = "none"
-    folds: int = 5
+    cv_folds: int = 5
     refit: bool = True
     spread_floor: float = SPREAD_FLOOR
     seed: int = 0
@@ -162,8 +162,10 @@ class ProbeOptions:
     def __post_init__(self) -> None:
         _check_choice("select_by", self.select_by, ("log_loss", "accuracy"))
         _check_choice("class_balance", self.class_balance, ("none", "loss"))
-        if self.folds < 1:
-            raise ValueError(f"folds={self.folds}: choose 1 (validation rows choose C) or more (cross-validation)")
+        if self.cv_folds < 1:
+            raise ValueError(
+                f"cv_folds={self.cv_folds}: choose 1 (validation rows choose C) or more (cross-validation)"
+            )
 
     def solver(self, tol: float) -> SolverOptions:
         """Returns options for the solver, with the tolerance `tol`."""
@@ -248,14 +250,18 @@ def fit_probes(
     val_y: Tensor,
     num_classes: int,
     options: ProbeOptions = DEFAULT_OPTIONS,
+    groups: Tensor | None = None,
 ) -> tuple[dict[int, Probe], list[ProbeSummary]]:
     """Fits a head on each readout that may have the lowest held-out log-loss, and on the first readout, as `fit_probe` does.
 
     Returns the probes by the number of the readout, and a summary for every readout. The rows of all readouts are training
-    rows, then validation rows. If log-loss chooses C, coarse paths tell which readouts may win; otherwise, all are fitted.
+    rows, then validation rows. `groups` (N,): the number of each row's group, which no fold divides. If log-loss chooses C,
+    coarse paths tell which readouts may win; otherwise, all are fitted.
     """
     device = readouts[0].device
-    folds = _draw_folds(torch.cat([train_y.to(device), val_y.to(device)]), len(train_y), num_classes, options)
+    targets = torch.cat([train_y.to(device), val_y.to(device)])
+    fold_of = _draw_fold_of(targets, len(train_y), options, groups)
+    folds = _weigh_folds(targets, fold_of, len(train_y), num_classes, options)
     summaries: dict[int, ProbeSummary] = {}
     with _full_precision():
         if len(readouts) > 1 and options.select_by == "log_loss":
@@ -293,10 +299,16 @@ def _scout_all(readouts: Sequence[RawFeatures], folds: Folds, options: ProbeOpti
     return lost | {i: s for i, s in zip(rest, near, strict=True) if i > 0 and s.score.log_loss > highest_near}
 
 
-def _draw_folds(targets: Tensor, num_train: int, num_classes: int, options: ProbeOptions) -> Folds:
-    count = options.folds
+def _draw_fold_of(targets: Tensor, num_train: int, options: ProbeOptions, groups: Tensor | None) -> Tensor:
+    """Returns the fold (N,) that holds out each row; -1: no fold."""
+    if options.cv_folds > 1:
+        return draw_folds(targets, options.cv_folds, options.seed, groups)
+    return torch.where(torch.arange(len(targets), device=targets.device) < num_train, -1, 0)
+
+
+def _weigh_folds(targets: Tensor, fold_of: Tensor, num_train: int, num_classes: int, options: ProbeOptions) -> Folds:
+    count = int(fold_of.max()) + 1
     is_train = torch.arange(len(targets), device=targets.device) < num_train
-    fold_of = torch.where(is_train, -1, 0) if count == 1 else draw_folds(targets, count, options.seed)
 
     def weigh(rows: Tensor) -> Tensor:
         return balance(targets, rows, num_classes) if options.class_balance == "loss" else rows.float()

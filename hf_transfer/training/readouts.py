@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from hf_transfer.capability import solver_device
 from hf_transfer.config import Sweep
+from hf_transfer.data.groups import number_groups
 from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
@@ -135,7 +136,9 @@ def choose_readout(
             RawFeatures(arrays=[c.stores[s.name] for s in splits], device=device, memory_bytes=share)
             for c in candidates
         ]
-        probes, summaries = fit_probes(readouts, train_y, val_y, len(session.data.label_names), options)
+        codes = number_groups(splits)
+        groups = None if codes is None else torch.from_numpy(codes)
+        probes, summaries = fit_probes(readouts, train_y, val_y, len(session.data.label_names), options, groups)
         for candidate, summary in zip(candidates, summaries, strict=True):
             log.info(
                 "fitted a probe on the readout %s (%d features)%s: C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
@@ -160,7 +163,7 @@ def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> Pr
     return ProbeOptions(
         select_by=phase.select_by if refit else "log_loss",
         class_balance=session.strategy.class_balance,
-        folds=phase.folds if refit else 5,
+        cv_folds=phase.cv_folds if refit else 5,
         refit=refit,
         seed=session.config.seed,
     )
