@@ -29,6 +29,7 @@ from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory, suggest
 from hf_transfer.output import explains_how_to_continue, replace_results
 from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.reporting.predictions import PREDICTIONS, write_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_accuracy
 from hf_transfer.session import Session
@@ -130,7 +131,7 @@ def execute(session: Session) -> RunResult:
 
 
 def write_run(session: Session, result: RunResult) -> dict[str, Any]:
-    """Writes config.yaml, model/, results.json and report.html in the main process, while the other processes wait.
+    """Writes all files of a finished run in the main process, while the other processes wait.
 
     Returns the content of results.json in the main process, and {} in the other processes. Raises ContinuableError if the disk
     refuses a file; an older run in the folder is then unchanged.
@@ -147,7 +148,7 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
             ) from error
         for split, metrics in result.metrics.items():
             log.info("%s: %s", split, describe_accuracy(metrics))
-        log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
+        log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)
     processes.wait_for_everyone()
     return results
 
@@ -160,6 +161,7 @@ def _write_results(session: Session, result: RunResult, folder: Path) -> dict[st
             save_model(result.backbone, card, staging / "model")
             write_reference(result.backbone, data.test or data.validation, staging / REFERENCE)
         results = describe_run(session, result)
+        write_predictions(staging / PREDICTIONS, data.splits, result.logits)
         write_config(staging, pin_revisions(session), session.unrepeatable)
         write_results(staging, results)
     return results

@@ -258,7 +258,7 @@ def test_held_out_numbers_are_those_of_a_fit_without_the_rows() -> None:
         seen = (fold_of != fold).numpy()
         model = LogisticRegression(C=0.05, tol=1e-10, max_iter=10_000).fit(scaled[seen], labels.numpy()[seen])
         expected[~seen] = model.predict_proba(scaled[~seen])
-    np.testing.assert_allclose(probe.validation_logits.softmax(1), expected[len(parts[0]) :], atol=2e-3)
+    np.testing.assert_allclose(probe.held_out_logits.softmax(1), expected, atol=2e-3)
     truth = expected[np.arange(120), labels.numpy()]
     assert probe.score.log_loss == pytest.approx(-np.log(truth).mean(), rel=1e-3)
     hits = (expected.argmax(1) == labels.numpy()).sum()
@@ -269,11 +269,11 @@ def test_single_split_scores_the_given_validation_rows_only() -> None:
     parts = split_four_to_one(*make_data(200, 10, 3))
     probe = fit_probe(*parts, 3, ProbeOptions(cv_folds=1, refit=False))
     logits = torch.from_numpy(compute_logits(parts[2], probe.weight, probe.bias)).float()
-    torch.testing.assert_close(probe.validation_logits, logits, atol=1e-2, rtol=1e-2)
-    assert probe.score.log_loss == pytest.approx(
-        torch.nn.functional.cross_entropy(probe.validation_logits, parts[3]).item(), rel=1e-4
-    )
-    assert probe.score.accuracy == pytest.approx((probe.validation_logits.argmax(1) == parts[3]).float().mean().item())
+    assert probe.held_out_logits[: len(parts[0])].isnan().all(), "no fit holds out a training row"
+    held_out = probe.held_out_logits[len(parts[0]) :]
+    torch.testing.assert_close(held_out, logits, atol=1e-2, rtol=1e-2)
+    assert probe.score.log_loss == pytest.approx(torch.nn.functional.cross_entropy(held_out, parts[3]).item(), rel=1e-4)
+    assert probe.score.accuracy == pytest.approx((held_out.argmax(1) == parts[3]).float().mean().item())
 
 
 def test_path_ends_where_validation_has_become_worse() -> None:
@@ -352,7 +352,7 @@ def test_a_class_with_one_row_is_fitted_but_not_scored() -> None:
     parts = split_four_to_one(features[kept], targets[kept])
     probe = fit_probe(*parts, 3)
     assert torch.isfinite(probe.weight).all()
-    assert torch.isfinite(probe.validation_logits).all()
+    assert torch.isfinite(probe.held_out_logits).all()
     assert probe.score.log_loss < 3
 
 
@@ -493,7 +493,7 @@ def test_features_beyond_the_memory_limit_are_read_in_blocks_with_the_same_solut
     largest = float(whole.weight.abs().max())
     assert blocks.c == whole.c
     torch.testing.assert_close(blocks.weight, whole.weight, atol=1e-5 * largest, rtol=0)
-    torch.testing.assert_close(blocks.validation_logits, whole.validation_logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(blocks.held_out_logits, whole.held_out_logits, atol=1e-4, rtol=1e-4)
     assert max(rows.most for rows in stored) == 240, "all training rows at once"
     streamed = [RowsOnDisk(parts[i].numpy()) for i in (0, 2)]
     raw = RawFeatures(arrays=streamed, device=parts[0].device, memory_bytes=4 * 21 * 64)

@@ -16,9 +16,9 @@ from hf_transfer.choosing.advise import Advice, advise
 from hf_transfer.choosing.candidates import find_candidates
 from hf_transfer.choosing.pilots import agree
 from hf_transfer.session import Session
-from hf_transfer.training.evaluate import score_images
+from hf_transfer.training.evaluate import Scored, score_images
 from hf_transfer.training.feeds import check_augmentation
-from hf_transfer.training.records import AutoChoice, Kept, Metrics, RunResult, Verdict
+from hf_transfer.training.records import AutoChoice, Kept, RunResult, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +58,13 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
             result = tuned if choice.kept == advice.recommended else result
     if session.is_main:
         log.info("auto keeps the result of the strategy %s; verdict: %s", choice.kept, choice.verdict)
-    metrics = dict(result.metrics)
+    metrics, logits = dict(result.metrics), dict(result.logits)
     if session.data.test is not None:
         with session.costs.part("evaluate"):
-            metrics["test"] = _score_test(session, result)
+            test = _score_test(session, result)
+        metrics["test"], logits["test"] = test.metrics, test.logits
     details = {**result.details, "advice": _without_paths(advice, session)}
-    return replace(result, metrics=metrics, choice=choice, details=details)
+    return replace(result, metrics=metrics, logits=logits, choice=choice, details=details)
 
 
 def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
@@ -93,7 +94,7 @@ def standard_error(first: float, second: float, num_images: int) -> float:
     return math.sqrt((first * (1 - first) + second * (1 - second)) / max(1, num_images))
 
 
-def _score_test(session: Session, result: RunResult) -> Metrics:
+def _score_test(session: Session, result: RunResult) -> Scored:
     assert session.data.test is not None
     chain = result.backbone.chain(cache_dir=session.resources.chain_dir)
     return score_images(chain, result.backbone.preprocessing, session.data.test, session)

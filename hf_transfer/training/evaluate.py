@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,6 +29,14 @@ AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
 Labels = NDArray[np.int64]
 LogitsAndLabels = tuple[NDArray[np.float32], Labels]
 """Logits (N, K) and labels (N,) of all images, on every process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The metrics of a network on one split, and the logits (N, K) that gave them, in the order of the split."""
+
+    metrics: Metrics
+    logits: NDArray[np.float32]
 
 
 def compute_stored_logits(
@@ -79,35 +88,36 @@ def compute_image_logits(
     return gather_logits(resources.accelerator, own, labels[share])
 
 
-def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Metrics:
-    """Returns the metrics of the whole network on a data split, in fp32. The images of the split are read from files."""
+def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Scored:
+    """Scores the whole network on a data split, in fp32. The images of the split are read from files."""
     return _score(chain, EvaluationImages(split=split, preprocessing=preprocessing), session)
 
 
-def _score(chain: Chain, images: EvaluationImages, session: Session) -> Metrics:
-    """Returns the metrics of the whole network on `images`, in fp32.
+def _score(chain: Chain, images: EvaluationImages, session: Session) -> Scored:
+    """Scores the whole network on `images`, in fp32.
 
     Metrics are always measured in fp32, because the saved weights are fp32 and users load them so, whatever the precision of
     the run.
     """
     split = images.split
     logits, labels = compute_image_logits(chain.model, images, split.labels, session.resources.in_fp32())
-    return score(logits, labels, split.label_names, seed=session.config.seed)
+    metrics = score(logits, labels, split.label_names, seed=session.config.seed)
+    return Scored(metrics=metrics, logits=logits)
 
 
-def score_splits(session: Session, stored: EvaluationImages | None = None) -> dict[str, Metrics]:
-    """Returns the metrics of the whole network on the validation split and, if there is a test split, on the test split.
+def score_splits(session: Session, stored: EvaluationImages | None = None) -> dict[str, Scored]:
+    """Scores the whole network on the validation split and, if there is a test split, on the test split.
 
     `stored`: the validation images with stored pixels, which are read if they are the published pixels.
     """
-    published, metrics = session.backbone.preprocessing, dict[str, Metrics]()
+    published, scored = session.backbone.preprocessing, dict[str, Scored]()
     for split in (session.data.validation, session.data.test):
         if split is not None:
             is_stored = stored is not None and stored.split is split and stored.preprocessing is published
             images = stored if is_stored else EvaluationImages(split=split, preprocessing=published)
             assert images is not None
-            metrics[split.name] = _score(session.chain, images, session)
-    return metrics
+            scored[split.name] = _score(session.chain, images, session)
+    return scored
 
 
 def agrees_with_eager(

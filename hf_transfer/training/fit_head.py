@@ -3,16 +3,19 @@
 import logging
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.training import readouts
-from hf_transfer.training.evaluate import compute_stored_logits, score_images
+from hf_transfer.training.evaluate import Scored, compute_stored_logits, score_images
 from hf_transfer.training.metrics import score
 from hf_transfer.training.phase import SolveHeadPhase
-from hf_transfer.training.records import Kept, Metrics, PhaseResult, RunResult
+from hf_transfer.training.records import Kept, PhaseResult, RunResult
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +45,12 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         return fit_head(replace(session, config=replace_settings(session.config, {"decoder": "exact"})), phase)
     with session.costs.part("evaluate"):
         difference = readouts.verify_probe(trained, best, data.validation, session.resources)
-        metrics = _score(session, trained, best)
+        scores = _score(session, trained, best)
     return RunResult(
         backbone=trained,
         phases=(describe_solution(best, phase),),
-        metrics=metrics,
+        metrics={split: each.metrics for split, each in scores.items()},
+        logits=_read_train_logits(session, best) | {split: each.logits for split, each in scores.items()},
         curves=readouts.draw_regularization(scored),
         kept_probe=True,
         num_audited=len(audit),
@@ -71,14 +75,25 @@ def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> Ph
     )
 
 
-def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) -> dict[str, Metrics]:
+def _read_train_logits(session: Session, best: readouts.ProbedReadout) -> dict[str, NDArray[np.float32]]:
+    """Returns the held-out logits of the training images by the name of their split; {} if validation images chose C."""
+    logits = best.probe.held_out_logits[: len(session.data.train)]
+    return {"train": logits.numpy()} if bool(logits.isfinite().all()) else {}
+
+
+def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) -> dict[str, Scored]:
     """Scores held-out fits on the validation split, and the solved head on the test split.
 
     In low precision or with fast pixels, the test metrics come from stored features only if the saved network, in fp32 on the
     published pixels, agrees with the features.
     """
     data, seed, compute = session.data, session.config.seed, session.config.compute
-    metrics = {"validation": score(best.probe.validation_logits, data.validation.labels, data.label_names, seed=seed)}
+
+    def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Scored:
+        return Scored(metrics=score(logits, labels, data.label_names, seed=seed), logits=logits)
+
+    held_out = best.probe.held_out_logits[len(data.train) :].numpy()
+    scores = {"validation": measure(held_out, data.validation.labels)}
     if data.test is not None and not readouts.measures_saved(trained, best, data.test, session.resources):
         if session.is_main:
             log.info(
@@ -86,10 +101,10 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
                 session.resources.precision, compute.decoder,
             )  # fmt: skip
         chain = trained.chain(cache_dir=chain_dir())
-        metrics["test"] = score_images(chain, trained.preprocessing, data.test, session)
+        scores["test"] = score_images(chain, trained.preprocessing, data.test, session)
     elif data.test is not None:
-        logits, labels = compute_stored_logits(
-            best.compute_logits, best.features.stores["test"], data.test.labels, session.resources
+        stored = best.features.stores["test"]
+        scores["test"] = measure(
+            *compute_stored_logits(best.compute_logits, stored, data.test.labels, session.resources)
         )
-        metrics["test"] = score(logits, labels, data.label_names, seed=seed)
-    return metrics
+    return scores

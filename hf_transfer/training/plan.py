@@ -80,10 +80,14 @@ def _run(session: Session, plan: Plan) -> RunResult:
         assert first is not None
         return _end_as_probe(session, first, result)
     with session.costs.part("evaluate"):
-        metrics = score_splits(session, ran.validation_images)
+        scores = score_splits(session, ran.validation_images)
     if done:
-        _verify(metrics["validation"], done[-1].score, session)
-    return replace(result, metrics=metrics)
+        _verify(scores["validation"].metrics, done[-1].score, session)
+    return replace(
+        result,
+        metrics={split: each.metrics for split, each in scores.items()},
+        logits={split: each.logits for split, each in scores.items()},
+    )
 
 
 def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) -> RunResult:
@@ -95,6 +99,7 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
         backbone=probe.backbone,
         phases=(solved, *result.phases[1:]),
         metrics=probe.metrics,
+        logits=probe.logits,
         details={**result.details, **probe.details},
     )
 

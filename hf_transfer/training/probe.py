@@ -112,7 +112,9 @@ class Probe:
     weight: Tensor  # (K, D) float32
     bias: Tensor  # (K,) float32
     summary: ProbeSummary
-    validation_logits: Tensor  # (V, K); logits of each validation row by a fit that has not seen the row
+    held_out_logits: (
+        Tensor  # (N, K) of training, then validation rows, by fits that have not seen the row; nan: no such fit
+    )
     held_out_losses: Tensor  # (N,) weighted losses of training, then validation rows, whose sum is the log-loss
     refitted: bool  # whether the head is fitted on training and validation rows together, with the chosen C
 
@@ -143,9 +145,9 @@ class ProbeOptions:
 
     `cv_folds`: with 1, the validation rows choose C; with k >= 2, stratified k-fold cross-validation over training and
     validation rows chooses C. `seed` draws the folds. With `select_by` "accuracy", the lowest log-loss wins among equal
-    accuracies. With `class_balance` "loss", all classes have equal weight, both in the fit and in the choice of C. Without
-    `refit`, the head is fitted on the training rows only. `memory_bytes`: working memory of the solver. `features_bytes`:
-    larger features are read in blocks (see `features`).
+    accuracies. With `class_balance` "loss" or "sampler", all classes have equal weight, both in the fit and in the choice of
+    C. Without `refit`, the head is fitted on the training rows only. `memory_bytes`: working memory of the solver.
+    `features_bytes`: larger features are read in blocks (see `features`).
     """
 
     c_grid: Sequence[float] = DEFAULT_C_GRID
@@ -161,7 +163,7 @@ class ProbeOptions:
 
     def __post_init__(self) -> None:
         _check_choice("select_by", self.select_by, ("log_loss", "accuracy"))
-        _check_choice("class_balance", self.class_balance, ("none", "loss"))
+        _check_choice("class_balance", self.class_balance, ("none", "loss", "sampler"))
         if self.cv_folds < 1:
             raise ValueError(
                 f"cv_folds={self.cv_folds}: choose 1 (validation rows choose C) or more (cross-validation)"
@@ -311,7 +313,7 @@ def _weigh_folds(targets: Tensor, fold_of: Tensor, num_train: int, num_classes: 
     is_train = torch.arange(len(targets), device=targets.device) < num_train
 
     def weigh(rows: Tensor) -> Tensor:
-        return balance(targets, rows, num_classes) if options.class_balance == "loss" else rows.float()
+        return balance(targets, rows, num_classes) if options.class_balance != "none" else rows.float()
 
     return Folds(
         targets=targets,
@@ -359,7 +361,7 @@ def _fit(features: RawFeatures, folds: Folds, options: ProbeOptions) -> Probe:
         weight=weight,
         bias=bias,
         summary=ProbeSummary(c=best.c, score=score, path=tuple(path), tolerance=FINAL_TOL, seconds=seconds),
-        validation_logits=logits[~folds.is_train],
+        held_out_logits=logits,
         held_out_losses=held_out.losses(logits),
         refitted=options.refit,
     )
