@@ -26,7 +26,7 @@ MAX_MAGNITUDE = 30  # RandAugment has the 31 magnitudes 0 to 30
 Precision = Literal["fp32", "bf16", "fp16"]
 Decoder = Literal["exact", "fast"]
 SelectBy = Literal["accuracy", "log_loss"]
-ClassBalance = Literal["none", "loss"]
+ClassBalance = Literal["none", "loss", "sampler"]
 Sweep = Literal["none", "pooling", "layer", "all"]
 
 SHARE = Range(above=0, below=1)
@@ -425,7 +425,11 @@ class AdapterConfig(Settings):
 class StrategyConfig(Settings):
     """The settings that every strategy has."""
 
-    class_balance: ClassBalance = flag("none", "loss: weight classes in the loss inversely to their numbers of images")
+    class_balance: ClassBalance = flag(
+        "none",
+        "for classes of different size; loss: weight classes in the loss inversely to their numbers of images; sampler: each "
+        "epoch draws equally many training images of each class. For a solved head, both are the weights of loss",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

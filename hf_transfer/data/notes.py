@@ -56,7 +56,7 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
     if counts[largest] > _STRONG_IMBALANCE * counts[smallest]:
         notes.append(
             f"Classes are strongly imbalanced: train has {counts[largest]:,} images of {names[largest]!r},"
-            f" {counts[smallest]:,} of {names[smallest]!r}. With --class_balance loss, all classes have the same weight."
+            f" {counts[smallest]:,} of {names[smallest]!r}. --class_balance loss or sampler gives all classes the same weight."
         )
     for split in (validation, test):
         absent = [names[k] for k in np.flatnonzero(split.counts() == 0)] if split else []

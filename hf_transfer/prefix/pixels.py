@@ -147,9 +147,12 @@ class TrainingImages:
                 height_px=self.preprocessing.height_px,
                 width_px=self.preprocessing.width_px,
             )
-            for epoch in np.unique(epochs)  # in order, since a batch may end one epoch and start the next
+            for epoch in np.unique(epochs)  # a batch may end one epoch and start the next, or repeat images
         ]
-        return self.preprocessing.normalize_augmented(parts[0] if len(parts) == 1 else torch.cat(parts))
+        if len(parts) == 1:
+            return self.preprocessing.normalize_augmented(parts[0])
+        back = np.argsort(np.argsort(epochs, kind="stable"))
+        return self.preprocessing.normalize_augmented(torch.cat(parts)[torch.from_numpy(back).to(pixels.device)])
 
 
 class DecodedWhenRead(Store):

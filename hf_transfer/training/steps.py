@@ -39,7 +39,7 @@ CPU_BATCH = 8
 
 Rows = NDArray[np.int64]
 Batch = tuple[Rows, NDArray[Any]]
-"""The indices of the images in a batch, and the rows that were read for these images."""
+"""The draws of the images in a batch (see `batches`), and the rows that were read for these images."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -165,7 +165,8 @@ class Steps:
         training, seed = self.settings.training, self.session.config.seed
         epoch, phase = self.run.epochs_before + progress.epoch, self.run.phase
         set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
-        steps = draw_steps(self.run.inputs.feed.num_images, self.images_per_step, seed=seed, epoch=epoch)
+        balanced = self.labels if self.settings.class_balance == "sampler" else None
+        steps = draw_steps(len(self.labels), self.images_per_step, seed=seed, epoch=epoch, balanced=balanced)
         # Loss and hits since the last read.
         totals = torch.zeros(2, dtype=accumulation_dtype(self.device), device=self.device)
         started = self._checked_s = self._saved_s = time.perf_counter()
@@ -238,7 +239,7 @@ class Steps:
         return num_due > 0, num_interrupted > 0
 
     def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:
-        """Yields, for each step, the image indices of all processes, and the batches of this process."""
+        """Yields, for each step, the draws of all processes, and the batches of this process."""
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         accumulate = self.accumulate
         if self.device.type == "cpu" and not uses_batch_statistics(self.session.chain.model):
@@ -252,7 +253,7 @@ class Steps:
 
     def _take_step(self, step: Rows, batches: list[Batch], epoch: int, totals: torch.Tensor) -> None:
         accelerator, trainable = self.accelerator, self.trainable
-        step_weight = self.class_weights[torch.from_numpy(self.labels[step]).to(self.device)].sum()
+        step_weight = self.class_weights[torch.from_numpy(self._read_labels(step)).to(self.device)].sum()
         # The loss is the mean over the step. Cancel that processes average gradients, and that Accelerate divides the loss.
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
         for i, batch in enumerate(batches):
@@ -270,14 +271,14 @@ class Steps:
 
     def _accumulate(self, batch: Batch, epoch: int, scale: torch.Tensor, totals: torch.Tensor) -> None:
         """Adds the gradient of one batch to the parameters' gradients, and the batch's loss and number of hits to `totals`."""
-        indices, stored = batch
+        draws, stored = batch
         feed, augmentation = self.run.inputs.feed, self.settings.augmentation
-        inputs = feed.prepare(torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(indices, epoch))
-        labels = torch.from_numpy(self.labels[indices]).to(self.device)
+        inputs = feed.prepare(torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(draws, epoch))
+        labels = torch.from_numpy(self._read_labels(draws)).to(self.device)
         targets = labels
         if feed.is_pixels and augmentation.is_mixing:
             soft = F.one_hot(labels, self.num_classes).float()
-            uniform = draw_uniform(self.session.config.seed, epoch, indices)
+            uniform = draw_uniform(self.session.config.seed, epoch, draws)
             inputs, targets = mix(inputs, soft, uniform, augmentation)
         logits = self.trainable.network(inputs)
         loss = F.cross_entropy(
@@ -290,6 +291,10 @@ class Steps:
         self.accelerator.backward(loss * scale)
         totals[0] += loss.detach() / self.class_weights[labels].mean()
         totals[1] += (logits.detach().argmax(1) == labels).sum()
+
+    def _read_labels(self, draws: Rows) -> NDArray[np.int64]:
+        labels: NDArray[np.int64] = self.labels[draws % len(self.labels)]
+        return labels
 
     def _explain_loss(self, progress: Progress) -> str:
         phase = self.run.phase
