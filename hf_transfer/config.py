@@ -211,6 +211,31 @@ class OutputConfig(Settings):
             raise ValueError("private=True: nothing is pushed without --push_to_hub OWNER/NAME")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RepeatConfig(Settings):
+    """Settings of a run that trains several times: in folds, or with several seeds."""
+
+    folds: int = flag(
+        0,
+        "train K times, each time without one of K folds of the train and validation images, to measure the recipe on all of "
+        "them; the model is then trained on all of them; 0: train once",
+        allowed=Range(lowest=0, highest=1000),
+    )
+    seeds: int = flag(
+        1,
+        "train with this many seeds (seed, seed + 1, ...), to measure the spread and the gain over a linear probe; the model "
+        "is the first seed's",
+        allowed=Range(lowest=1, highest=1000),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds == 1:
+            raise ValueError("folds=1: choose 2 or more folds, or 0 to train once")
+        if self.folds and self.seeds > 1:
+            raise ValueError(f"folds={self.folds}, seeds={self.seeds}: omit --folds or --seeds")
+
+
 OptimizerName = Literal["adamw", "sgd"]
 SchedulerName = Literal["cosine", "linear", "one_cycle", "constant"]
 
@@ -449,6 +474,7 @@ class RunConfig:
     model: ModelConfig = field(default=ModelConfig())
     compute: ComputeConfig = field(default=ComputeConfig())
     output: OutputConfig = field(default=OutputConfig())
+    repeat: RepeatConfig = field(default=RepeatConfig())
     strategy: StrategyConfig = field(default=StrategyConfig())
 
     @property

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.predictions import PREDICTIONS, write_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_accuracy
+from hf_transfer.reporting.sentences import describe_accuracy, describe_precision
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.threads import set_num_threads
-from hf_transfer.training.records import RunResult
+from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.records import Json, RunResult
 from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
 log = logging.getLogger("hf_transfer")
@@ -111,15 +113,18 @@ def open_session(
 
 
 @processes.ending_together()
-def execute(session: Session) -> RunResult:
+def execute(session: Session, final: FinalFit | None = None, repeats: Mapping[str, Json] | None = None) -> RunResult:
     """Trains with the session's strategy, scores the network, and writes the output folder if the session has one.
+
+    `final`: how to train on all images, after a run of each fold. `repeats`: what these runs gave, for results.json.
 
     Raises FullMemoryError, with the settings that need less memory, if the memory of the machine or of the device is full.
     """
     assert isinstance(session.strategy, Strategy)
     with session.costs:
         try:
-            result = session.strategy.run(session)
+            result = session.strategy.run(session) if final is None else session.strategy.run(session, final)
+            result = replace(result, repeats=repeats or {})
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -148,6 +153,10 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
             ) from error
         for split, metrics in result.metrics.items():
             log.info("%s: %s", split, describe_accuracy(metrics))
+        if precision := describe_precision(
+            result.metrics["test" if "test" in result.metrics else "validation"].to_dict()
+        ):
+            log.info("%s", precision)
         log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)
     processes.wait_for_everyone()
     return results

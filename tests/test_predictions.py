@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
-from hf_transfer.reporting.predictions import PREDICTIONS, Column, read_probabilities, write_predictions
+from hf_transfer.reporting.predictions import PREDICTIONS, Column, list_predictions, read_predictions, write_predictions
 from hf_transfer.runs import execute
 from tests.sessions import make_session
 
@@ -70,7 +70,11 @@ def test_blocks_of_rows_are_one_table(tmp_path: Path, monkeypatch: pytest.Monkey
     logits = np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)
     write_predictions(tmp_path / PREDICTIONS, [make_split(10)], {"test": logits})
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    np.testing.assert_allclose(read_probabilities(tmp_path / PREDICTIONS)["test"], expected, rtol=1e-5)
+    stored = read_predictions(tmp_path / PREDICTIONS, ("ant", "bee"))["test"]
+    np.testing.assert_allclose(stored.probabilities, expected, rtol=1e-5)
+    unwritten = list_predictions([make_split(10)], {"test": logits})["test"]
+    np.testing.assert_array_equal(stored.probabilities, unwritten.probabilities)
+    np.testing.assert_array_equal(stored.hits, unwritten.hits)
     table = read(tmp_path)
     assert table["path"] == [f"images/{i}.jpg" for i in range(10)]
     assert table["label"] == ["ant", "bee"] * 5

@@ -50,6 +50,8 @@ class Data:
     """The Hub commit that was read, or None for data that is not from the Hub."""
     license: str | None = None
     """The license that the dataset's card states, or None if no license is stated."""
+    holds_out_validation: bool = False
+    """Whether the validation images are a fold, on which no head may be fitted. Otherwise, solved heads are fitted on them."""
     loading_notes: tuple[str, ...]
     """The sentences of `notes` that are known before images are read."""
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ from PIL import Image
 from hf_transfer.data.groups import draw_groups, number_groups
 from hf_transfer.data.images import READER_VERSION, BadImageError
 from hf_transfer.data.labels import listed
-from hf_transfer.data.sources import ImageSource
+from hf_transfer.data.sources import ImageSource, JoinedSource
 
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
@@ -65,6 +65,8 @@ class Split:
     groups: NDArray[np.str_] | None = (
         None  # (N,) the group (patient, camera, video, ...) of each image, if groups are named
     )
+    pool: Split | None = None  # a larger split with these images, from whose stored results this split takes its rows
+    pool_rows: NDArray[np.int64] | None = None  # (N,) the position of each image in `pool`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,7 +148,30 @@ class Split:
             labels=self.labels[positions],
             label_names=self.label_names,
             groups=None if self.groups is None else self.groups[positions],
+            pool=self.pool,
+            pool_rows=None if self.pool_rows is None else self.pool_rows[positions],
         )
+
+    def take_from_pool(self, indices: ArrayLike, name: Role) -> Split:
+        """Returns the images at positions `indices`, as `select` does, with this split as the pool of their stored results."""
+        positions = np.asarray(indices)
+        return replace(self.select(positions, name), pool=self, pool_rows=positions.astype(np.int64))
+
+
+def join(splits: Sequence[Split]) -> Split:
+    """Returns a training split of the images of all splits, one split after another. The splits have the same label names."""
+    sources = list(dict.fromkeys(split.source for split in splits))
+    starts = dict(zip(sources, np.cumsum([0, *map(len, sources)]).tolist(), strict=False))
+    has_groups = any(split.groups is not None for split in splits)
+    groups = [np.full(len(s), "") if s.groups is None else s.groups for s in splits]
+    return Split(
+        name="train",
+        source=sources[0] if len(sources) == 1 else JoinedSource(sources),
+        rows=np.concatenate([split.rows + starts[split.source] for split in splits]),
+        labels=np.concatenate([split.labels for split in splits]),
+        label_names=splits[0].label_names,
+        groups=np.concatenate(groups) if has_groups else None,
+    )
 
 
 def draw(

@@ -37,6 +37,24 @@ class Column:
         return np.asarray(self.convert(logits.astype(np.float64)), np.float32)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """The predictions for the images of one split."""
+
+    probabilities: NDArray[np.float32]  # (N, K)
+    labels: NDArray[np.int64]  # (N,)
+
+    @property
+    def hits(self) -> NDArray[np.bool_]:
+        """Whether each image's most probable class is its class (N,)."""
+        return np.asarray(self.probabilities.argmax(1) == self.labels)
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """Finite logits (N, K) with these probabilities."""
+        return np.log(np.maximum(self.probabilities, np.finfo(np.float32).tiny))
+
+
 PROBABILITIES = Column(name="probabilities", convert=lambda logits: softmax(logits, axis=1))
 
 
@@ -77,12 +95,26 @@ def _list_blocks(
             yield split, first, of_split[first : first + _ROWS_PER_GROUP]
 
 
-def read_probabilities(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Returns the probabilities (N, K) by split, in the order of the file."""
+def read_predictions(path: Path, label_names: Sequence[str]) -> dict[str, Predictions]:
+    """Returns the predictions in a file by split, in the order of the file. `label_names` has the names of all classes."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=[PROBABILITIES.name, "split"])
+    table = pq.read_table(path, columns=["label", PROBABILITIES.name, "split"])
     lists = table.column(PROBABILITIES.name).combine_chunks()
-    numbers = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), -1)
+    numbers = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), len(label_names))
+    index_of = {name: i for i, name in enumerate(label_names)}
+    labels = np.array([index_of[label] for label in table.column("label").to_pylist()], np.int64)
     splits = np.asarray(table.column("split").to_pylist())
-    return {str(name): numbers[splits == name] for name in dict.fromkeys(splits.tolist())}
+    return {
+        name: Predictions(probabilities=numbers[splits == name], labels=labels[splits == name])
+        for name in dict.fromkeys(splits.tolist())
+    }
+
+
+def list_predictions(splits: Sequence[Split], logits: Mapping[str, NDArray[np.float32]]) -> dict[str, Predictions]:
+    """Returns the predictions that `write_predictions` would write, as `read_predictions` would read them."""
+    return {
+        split.name: Predictions(probabilities=PROBABILITIES.read(logits[split.name]), labels=split.labels)
+        for split in splits
+        if split.name in logits
+    }

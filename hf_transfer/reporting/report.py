@@ -13,8 +13,13 @@ from typing import Any
 
 from hf_transfer.reporting.charts import HEIGHT, WIDTH, lay_out_curve, lay_out_matrix
 from hf_transfer.reporting.formats import format_number, format_percent, make_environment
+from hf_transfer.reporting.sentences import describe_precision, describe_repeats
 
 MAX_CONFUSED_PAIRS = 30
+ESTIMATED_BY_FOLDS = (
+    "There is no test split. Each image was predicted by a model that had not trained on its fold. The saved model has trained "
+    "on all of them."
+)
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 
 _METRICS = [  # key, title, format
@@ -106,7 +111,7 @@ def render_report(results: Mapping[str, Any]) -> str:
             checkpoint={"id": "", "revision": ""} | results.get("checkpoint", {}),
             data=data,
             shown=shown,
-            warning="" if shown == "test" else NO_TEST_SPLIT,
+            warning="" if shown == "test" else explain_validation(scores),
             num_samples=scores["num_samples"],
             num_classes=len(scores["per_class"]),
             cards=_metric_cards(scores, splits.get("validation", {}) if shown == "test" else {}),
@@ -118,10 +123,20 @@ def render_report(results: Mapping[str, Any]) -> str:
             classes=_classes_by_recall(scores),
             cost=_cost_table(results.get("cost", {})),
             fingerprints=_by_name(data["fingerprint"]),
-            notes=[*data["notes"], *scores.get("notes", [])],
+            notes=[*describe_repeats(results), *_list_precision(scores), *data["notes"], *scores.get("notes", [])],
             folded=[(title, _folded_text(results[key])) for key, title in _FOLDED if results.get(key)],
         )
     )
+
+
+def explain_validation(scores: Mapping[str, Any]) -> str:
+    """Returns the sentence that says what validation metrics are worth if there is no test split."""
+    return ESTIMATED_BY_FOLDS if scores.get("estimated_by") == "folds" else NO_TEST_SPLIT
+
+
+def _list_precision(scores: Mapping[str, Any]) -> list[str]:
+    sentence = describe_precision(scores)
+    return [] if sentence is None else [sentence]
 
 
 def _metric_cards(scores: Mapping[str, Any], validation: Mapping[str, Any]) -> list[MetricCard]:

@@ -105,13 +105,15 @@ def _score(chain: Chain, images: EvaluationImages, session: Session) -> Scored:
     return Scored(metrics=metrics, logits=logits)
 
 
-def score_splits(session: Session, stored: EvaluationImages | None = None) -> dict[str, Scored]:
+def score_splits(
+    session: Session, stored: EvaluationImages | None = None, *, scores_validation: bool = True
+) -> dict[str, Scored]:
     """Scores the whole network on the validation split and, if there is a test split, on the test split.
 
     `stored`: the validation images with stored pixels, which are read if they are the published pixels.
     """
     published, scored = session.backbone.preprocessing, dict[str, Scored]()
-    for split in (session.data.validation, session.data.test):
+    for split in (session.data.validation if scores_validation else None, session.data.test):
         if split is not None:
             is_stored = stored is not None and stored.split is split and stored.preprocessing is published
             images = stored if is_stored else EvaluationImages(split=split, preprocessing=published)

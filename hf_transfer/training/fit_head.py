@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.data.splits import Split
 from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
@@ -23,8 +24,9 @@ log = logging.getLogger(__name__)
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     """Fits the head on training and validation images, after held-out images chose the readout (a way to compute features).
 
-    Each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises RuntimeError if
-    the whole network and the probe on stored features compute different logits.
+    If the validation images are a fold of a run with folds, the head is fitted on training images only, and scored on the fold.
+    Otherwise, each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises
+    RuntimeError if the whole network and the probe on stored features compute different logits.
     """
     chain, data = session.chain, session.data
     audit = Audit(chain, chain.features, chain.classifier_parameters)
@@ -82,29 +84,36 @@ def _read_train_logits(session: Session, best: readouts.ProbedReadout) -> dict[s
 
 
 def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) -> dict[str, Scored]:
-    """Scores held-out fits on the validation split, and the solved head on the test split.
+    """Scores the solved head on the test split and on a validation split that it was not fitted on.
 
-    In low precision or with fast pixels, the test metrics come from stored features only if the saved network, in fp32 on the
+    If the head was fitted on the validation split, held-out fits are scored there.
+    """
+    data, scores = session.data, dict[str, Scored]()
+    if data.holds_out_validation:
+        scores["validation"] = _score_split(session, trained, best, data.validation)
+    else:
+        logits = best.probe.held_out_logits[len(data.train) :].numpy()
+        metrics = score(logits, data.validation.labels, data.label_names, seed=session.config.seed)
+        scores["validation"] = Scored(metrics=metrics, logits=logits)
+    if data.test is not None:
+        scores["test"] = _score_split(session, trained, best, data.test)
+    return scores
+
+
+def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReadout, split: Split) -> Scored:
+    """Scores the solved head on a split whose images it was not fitted on.
+
+    In low precision or with fast pixels, the metrics come from stored features only if the saved network, in fp32 on the
     published pixels, agrees with the features.
     """
-    data, seed, compute = session.data, session.config.seed, session.config.compute
-
-    def measure(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Scored:
-        return Scored(metrics=score(logits, labels, data.label_names, seed=seed), logits=logits)
-
-    held_out = best.probe.held_out_logits[len(data.train) :].numpy()
-    scores = {"validation": measure(held_out, data.validation.labels)}
-    if data.test is not None and not readouts.measures_saved(trained, best, data.test, session.resources):
+    if not readouts.measures_saved(trained, best, split, session.resources):
         if session.is_main:
             log.info(
                 "the saved network on the published pixels differs from the features in %s with decoder %s: scoring again",
-                session.resources.precision, compute.decoder,
+                session.resources.precision, session.config.compute.decoder,
             )  # fmt: skip
         chain = trained.chain(cache_dir=chain_dir())
-        scores["test"] = score_images(chain, trained.preprocessing, data.test, session)
-    elif data.test is not None:
-        stored = best.features.stores["test"]
-        scores["test"] = measure(
-            *compute_stored_logits(best.compute_logits, stored, data.test.labels, session.resources)
-        )
-    return scores
+        return score_images(chain, trained.preprocessing, split, session)
+    store = best.features.stores[split.name]
+    logits, labels = compute_stored_logits(best.compute_logits, store, split.labels, session.resources)
+    return Scored(metrics=score(logits, labels, split.label_names, seed=session.config.seed), logits=logits)

@@ -146,8 +146,9 @@ class ProbeOptions:
     `cv_folds`: with 1, the validation rows choose C; with k >= 2, stratified k-fold cross-validation over training and
     validation rows chooses C. `seed` draws the folds. With `select_by` "accuracy", the lowest log-loss wins among equal
     accuracies. With `class_balance` "loss" or "sampler", all classes have equal weight, both in the fit and in the choice of
-    C. Without `refit`, the head is fitted on the training rows only. `memory_bytes`: working memory of the solver.
-    `features_bytes`: larger features are read in blocks (see `features`).
+    C. Without `refit`, the head is fitted on the training rows only. With `holds_out`, no fit of a fold sees validation rows
+    either, and they choose nothing unless `cv_folds` is 1. `memory_bytes`: working memory of the solver. `features_bytes`:
+    larger features are read in blocks (see `features`).
     """
 
     c_grid: Sequence[float] = DEFAULT_C_GRID
@@ -155,6 +156,7 @@ class ProbeOptions:
     class_balance: ClassBalance = "none"
     cv_folds: int = 5
     refit: bool = True
+    holds_out: bool = False
     spread_floor: float = SPREAD_FLOOR
     seed: int = 0
     max_iterations: int = 1000
@@ -303,6 +305,10 @@ def _scout_all(readouts: Sequence[RawFeatures], folds: Folds, options: ProbeOpti
 
 def _draw_fold_of(targets: Tensor, num_train: int, options: ProbeOptions, groups: Tensor | None) -> Tensor:
     """Returns the fold (N,) that holds out each row; -1: no fold."""
+    if options.cv_folds > 1 and options.holds_out:
+        of_train = None if groups is None else groups[:num_train]
+        fold_of = draw_folds(targets[:num_train], options.cv_folds, options.seed, of_train)
+        return torch.cat([fold_of, fold_of.new_full((len(targets) - num_train,), -1)])
     if options.cv_folds > 1:
         return draw_folds(targets, options.cv_folds, options.seed, groups)
     return torch.where(torch.arange(len(targets), device=targets.device) < num_train, -1, 0)
@@ -311,6 +317,7 @@ def _draw_fold_of(targets: Tensor, num_train: int, options: ProbeOptions, groups
 def _weigh_folds(targets: Tensor, fold_of: Tensor, num_train: int, num_classes: int, options: ProbeOptions) -> Folds:
     count = int(fold_of.max()) + 1
     is_train = torch.arange(len(targets), device=targets.device) < num_train
+    is_fitted = is_train if options.holds_out else torch.ones_like(is_train)
 
     def weigh(rows: Tensor) -> Tensor:
         return balance(targets, rows, num_classes) if options.class_balance != "none" else rows.float()
@@ -320,7 +327,7 @@ def _weigh_folds(targets: Tensor, fold_of: Tensor, num_train: int, num_classes: 
         num_classes=num_classes,
         is_train=is_train,
         fold_of=fold_of,
-        fit_weights=torch.stack([weigh(fold_of != fold) for fold in range(count)]),
+        fit_weights=torch.stack([weigh((fold_of != fold) & is_fitted) for fold in range(count)]),
         head_weights=weigh(torch.ones_like(is_train) if options.refit else is_train),
         score_weights=weigh(find_scored(targets, fold_of, count)),
     )

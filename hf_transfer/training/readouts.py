@@ -164,7 +164,8 @@ def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> Pr
         select_by=phase.select_by if refit else "log_loss",
         class_balance=session.strategy.class_balance,
         cv_folds=phase.cv_folds if refit else 5,
-        refit=refit,
+        refit=refit and not session.data.holds_out_validation,
+        holds_out=session.data.holds_out_validation,
         seed=session.config.seed,
     )
 

@@ -136,6 +136,9 @@ class Metrics:
     balanced_accuracy_interval: tuple[float, float] | None = None
     macro_f1_interval: tuple[float, float] | None = None
     nll_interval: tuple[float, float] | None = None
+    estimated_by: str | None = (
+        None  # "folds": of models trained without these images, while the saved model trained on them
+    )
 
     @property
     def score(self) -> Score:
@@ -186,6 +189,9 @@ class RunResult:
     resumed: bool = False
     choice: AutoChoice | None = None  # only for the strategy `auto`
     details: Mapping[str, Json] = field(default_factory=dict)  # values of one strategy for results.json
+    repeats: Mapping[str, Json] = field(
+        default_factory=dict
+    )  # `folds` or `seeds` in results.json, of a run that trains often
 
     @property
     def validation(self) -> Metrics:

@@ -78,13 +78,13 @@ class Selection:
     def keep_start(self, validation: Validation) -> None:
         """Keeps the initial weights. Every later epoch is compared with the score of the initial weights."""
         self._start_scores = validation.per_example_scores
-        self._keep(validation.score, None)
+        self.keep(validation.score, None)
 
     def offer(self, validation: Validation, epoch: int) -> bool:
         """Keeps the weights after an epoch if `is_kept` accepts the scores. Returns whether the weights are kept."""
         if not is_kept(validation.per_example_scores, self._best_scores, self._start_scores):
             return False
-        self._keep(validation.score, epoch)
+        self.keep(validation.score, epoch)
         if self._best is None or validation.score.rank(self._select_by) < self._best.rank(self._select_by):
             self._best, self._best_scores, self.best_epoch = validation.score, validation.per_example_scores, epoch
         return True
@@ -115,6 +115,7 @@ class Selection:
         self._best = Score(**state["best"]) if state["best"] else None
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
 
-    def _keep(self, score: Score, epoch: int | None) -> None:
+    def keep(self, score: Score, epoch: int | None) -> None:
+        """Keeps the current weights, which have the given score, after an epoch or (None) before the first epoch."""
         self._score, self.epoch = score, epoch
         self._weights = {name: tensor.detach().clone() for name, tensor in self._live.items()}

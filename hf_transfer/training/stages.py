@@ -25,6 +25,7 @@ from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.session import Session
 from hf_transfer.training.checkpoints import has_state, remove_state
 from hf_transfer.training.evaluate import compute_image_logits
+from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.metrics import read_outcomes
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import run_phases
@@ -83,13 +84,16 @@ class StageFlops:
     store: float  # forward pass that computes the stored inputs of the stage
 
 
-def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
+def grow(session: Session, stack: GreedyStack, options: GrowOptions, final: FinalFit | None = None) -> Grown:
     """Trains the stack in place, layer by layer, with the session's optimizer settings.
 
     With `patience_layers`, validation chooses the depth that is kept. BatchNorm uses batch statistics in the new layer and is
-    frozen in earlier layers; `freeze_batchnorm` applies only to fine-tuning. Raises the errors of `run_phases`.
+    frozen in earlier layers; `freeze_batchnorm` applies only to fine-tuning. With `final`, the stack has the depth that folds
+    chose. Raises the errors of `run_phases`.
     """
     settings = session.gradient
+    if final is not None:
+        stack = stack.first(len(final.stages))
     if (settings.training.compile or settings.training.gradient_checkpointing) and session.is_main:
         log.info("the settings compile and gradient_checkpointing apply to fine-tuning only, not to the stages")
     optimization = replace(settings.optimization, layer_decay=1.0)  # a stage trains a single layer
@@ -101,7 +105,7 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
 
     def continues(done: Sequence[PhaseResult]) -> bool:
         stale = len(done) - find_best_depth(done, select_by)
-        if options.patience_layers and stale >= options.patience_layers:
+        if final is None and options.patience_layers and stale >= options.patience_layers:
             log.info("growing stops: validation %s has not improved for %d layers", select_by, stale)
             return False
         return True
@@ -110,14 +114,16 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
     if folder is not None and session.is_main and not (session.config.output.resume and has_state(folder)):
         remove_state(folder.with_name(FINE_TUNING))  # a state of another grown network
     own = session.with_network(stack.backbone, stack.whole).with_strategy(_stage_settings(settings, options))
-    ran = run_phases(own, plan, checkpoints=folder, continues=continues)
+    for_stages = None if final is None else final.for_stages()
+    ran = run_phases(own, plan, checkpoints=folder, continues=continues, final=for_stages)
     trained = stack.first(len(ran.done))
     with session.costs.part("evaluate"):
-        accuracy, ensemble_accuracy = _score_stages(session, trained)
+        accuracy, ensemble_accuracy = _score_stages(session, trained, scores_validation=final is None)
     stages = [_describe(i, trained.stages[i], result, accuracy[i], settings) for i, result in enumerate(ran.done)]
     if session.is_main:
         _log_stages(stages, ensemble_accuracy)
-    depth = find_best_depth(ran.done, select_by) if options.patience_layers else len(ran.done)
+    chooses_depth = options.patience_layers and final is None
+    depth = find_best_depth(ran.done, select_by) if chooses_depth else len(ran.done)
     return Grown(
         stack=stack.first(depth),
         stages=stages,
@@ -128,7 +134,9 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
     )
 
 
-def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True) -> RunResult:
+def finish(
+    session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True, final: FinalFit | None = None
+) -> RunResult:
     """Fine-tunes all layers of the grown network with the peak learning rate `lr`, and scores the result.
 
     In a plain architecture, no stage trains the head, so a solver fits the head first. Layers that `grown` dropped start from
@@ -155,7 +163,7 @@ def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True
     ]
     if session.is_main:
         log.info("fine-tuning all layers together" if fine_tunes else "skipping fine-tuning of the grown network")
-    result = run_plan(session.with_network(backbone, chain).with_checkpoints(FINE_TUNING), plan)
+    result = run_plan(session.with_network(backbone, chain).with_checkpoints(FINE_TUNING), plan, final)
     details = {
         **result.details,
         "stages": to_json(grown.stages),
@@ -220,11 +228,13 @@ def _stage_settings(settings: GradientConfig, options: GrowOptions) -> GradientC
     return replace(settings, training=training)
 
 
-def _score_stages(session: Session, stack: GreedyStack) -> tuple[list[dict[str, float]], dict[str, float]]:
+def _score_stages(
+    session: Session, stack: GreedyStack, *, scores_validation: bool
+) -> tuple[list[dict[str, float]], dict[str, float]]:
     """Returns the accuracy by split of every stage and of the ensemble, from one pass over validation and test images."""
     by_stage: list[dict[str, float]] = [{} for _ in stack.stages]
     combined: dict[str, float] = {}
-    for split in (session.data.validation, session.data.test):
+    for split in (session.data.validation if scores_validation else None, session.data.test):
         if split is None:
             continue
         images = EvaluationImages(split=split, preprocessing=stack.backbone.preprocessing)
@@ -264,7 +274,7 @@ def _draw_depth(grown: Grown, result: RunResult) -> tuple[Curve, ...]:
         return ()
     lines = [
         Line(name=f"{split}, by stage", x=depths, y=[stage.accuracy[split] for stage in grown.stages])
-        for split in result.metrics
+        for split in grown.stages[0].accuracy
     ]
     depth = [len(grown.stack.stages)]
     lines += [Line(name=f"{split}, finished", x=depth, y=[m.accuracy]) for split, m in result.metrics.items()]

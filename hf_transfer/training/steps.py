@@ -26,6 +26,7 @@ from hf_transfer.session import Session
 from hf_transfer.training.batches import count_steps, draw_steps, read_ahead, take_share
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.feeds import PhaseData
+from hf_transfer.training.final_fit import PhaseLength
 from hf_transfer.training.optim import lr_factor, set_lr
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.records import EpochRecord, Score
@@ -56,6 +57,7 @@ class PhaseRun:
     save: Callable[[dict[str, Any]], None]  # saves the state of the run, on the main process
     epochs_before: int = 0  # number of epochs of all earlier phases, from which augmentation and charts continue
     seed_offset: int = 0  # differs between phases, so that phases use different seeds
+    length: PhaseLength | None = None  # how long to train without validation images, if the run trains on all images
 
     @cached_property
     def names(self) -> frozenset[str]:
