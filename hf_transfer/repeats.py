@@ -26,7 +26,7 @@ from hf_transfer.output import is_finished
 from hf_transfer.reporting.predictions import PREDICTIONS, Predictions, list_predictions, read_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_fold_run, write_config
 from hf_transfer.reporting.sentences import describe_folds, describe_seeds
-from hf_transfer.runs import connect_processes, execute, open_session, write_run
+from hf_transfer.runs import connect_processes, open_session, train_session, write_run
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, make_strategy
@@ -69,11 +69,16 @@ def run_config(
         unrepeatable=tuple(unrepeatable),
     )
     if config.repeat.folds:
-        return start.run_folds()
-    if config.repeat.seeds > 1:
-        return start.run_seeds()
-    session = open_session(config, load=lambda: start.load(config), output_dir=output_dir, unrepeatable=unrepeatable)
-    return session, execute(session)
+        session, result = start.run_folds()
+    elif config.repeat.seeds > 1:
+        session, result = start.run_seeds()
+    else:
+        session = open_session(
+            config, load=lambda: start.load(config), output_dir=output_dir, unrepeatable=unrepeatable
+        )
+        result = train_session(session)
+    session.accelerator.end_training()
+    return session, result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,7 @@ class _Start:
             output_dir=self.output_dir,
             unrepeatable=self.unrepeatable,
         )
-        return session, execute(session, final, {"folds": section})
+        return session, train_session(session, final, {"folds": section})
 
     def run_seeds(self) -> tuple[Session, RunResult]:
         """Runs every seed, and a linear probe on the same splits; the result is that of the first seed."""
@@ -128,7 +133,7 @@ class _Start:
                 data = self.load(own.config)
             if kept is None:  # the network is needed, so a finished run of the first seed continues from its last state
                 session = own.open(data, f"seed_{seed}")
-                kept, engine = (session, execute(session)), session.config.compute.engine
+                kept, engine = (session, train_session(session)), session.config.compute.engine
                 own = replace(own, config=replace_settings(own.config, {"engine": engine}))
                 runs.append(_record(*kept))
             else:
@@ -164,7 +169,7 @@ class _Start:
                 log.info("keeping the finished run in %s", folder)
                 return finished
         session = self.open(data, name)
-        return _record(session, execute(session))
+        return _record(session, train_session(session))
 
     def _is_comparable(self) -> bool:
         """Whether a linear probe of the checkpoint is another recipe that makes sense."""

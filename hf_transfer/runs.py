@@ -112,12 +112,20 @@ def open_session(
     return session
 
 
+def execute(session: Session) -> RunResult:
+    """Runs `train_session`, and then disconnects the processes, so this is the last run of a program."""
+    result = train_session(session)
+    session.accelerator.end_training()
+    return result
+
+
 @processes.ending_together()
-def execute(session: Session, final: FinalFit | None = None, repeats: Mapping[str, Json] | None = None) -> RunResult:
+def train_session(
+    session: Session, final: FinalFit | None = None, repeats: Mapping[str, Json] | None = None
+) -> RunResult:
     """Trains with the session's strategy, scores the network, and writes the output folder if the session has one.
 
     `final`: how to train on all images, after a run of each fold. `repeats`: what these runs gave, for results.json.
-
     Raises FullMemoryError, with the settings that need less memory, if the memory of the machine or of the device is full.
     """
     assert isinstance(session.strategy, Strategy)
@@ -131,7 +139,8 @@ def execute(session: Session, final: FinalFit | None = None, repeats: Mapping[st
             raise FullMemoryError(suggest_batches(session)) from error
         if session.output_dir is not None:
             write_run(session, result)
-    session.accelerator.end_training()
+    while session.accelerator.trackers:  # each run has trackers of its own
+        session.accelerator.trackers.pop().finish()
     return result
 
 
