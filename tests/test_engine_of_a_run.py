@@ -1,7 +1,9 @@
 """The engine of a run: decided once, written to config.yaml, kept when the run resumes, and harmless to the metrics."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +14,11 @@ from hf_transfer.config import ComputeConfig, DataConfig
 from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.inference.predict import predict
 from hf_transfer.locations import CHECKPOINTS, CONFIG
+from hf_transfer.prefix import pixels
 from hf_transfer.prefix.extract import Recomputed
+from hf_transfer.prefix.store import Store
 from hf_transfer.runs import execute
+from hf_transfer.training.evaluate import AGREEING_IMAGES
 from hf_transfer.training.probe import ProbeOptions
 from hf_transfer.training.readouts import choose_readout, extract_readouts, install_probe, measures_saved
 from tests.sessions import make_session
@@ -59,12 +64,48 @@ def test_metrics_from_an_engine_are_those_of_the_saved_network() -> None:
     backbone = install_probe(session.backbone, session.chain, best)
     test = session.data.test
     assert test is not None
-    assert measures_saved(backbone, best, test, session.resources)
+    assert measures_saved(session, backbone, best, test)
     assert session.chain.head is not None
     head = backbone.model.get_submodule(session.chain.head.modules[0])
     with torch.no_grad():
         head.bias[0] += 100  # now the saved network predicts another class than the features of the engine
-    assert not measures_saved(backbone, best, test, session.resources)
+    assert not measures_saved(session, backbone, best, test)
+
+
+def test_metrics_from_wrong_features_of_an_engine_are_refused() -> None:
+    session = make_session("linear_probe", engine="folded")
+    candidates, _ = extract_readouts(session, sweep="none")
+    best, _ = choose_readout(candidates, session, ProbeOptions())
+    backbone = install_probe(session.backbone, session.chain, best)
+    test = session.data.test
+    assert test is not None
+    stores = best.features.stores
+    wrong = stores | {"test": Store([stores["test"][:] + 0.1 * stores["test"][:].std()])}
+    assert not measures_saved(session, backbone, replace(best, features=replace(best.features, stores=wrong)), test)
+
+
+def test_a_second_comparison_with_eager_reads_only_the_images_that_check_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path))
+    session = make_session("linear_probe", engine="folded")
+    candidates, _ = extract_readouts(session, sweep="none")
+    best, _ = choose_readout(candidates, session, ProbeOptions())
+    backbone = install_probe(session.backbone, session.chain, best)
+    test, decoded = session.data.test, [0, 0]
+    assert test is not None
+    read = pixels.read_evaluation_pixels
+
+    def count(*arguments: Any) -> Any:
+        decoded[-1] += 1
+        return read(*arguments)
+
+    monkeypatch.setattr(pixels, "read_evaluation_pixels", count)
+    assert measures_saved(session, backbone, best, test)
+    decoded.append(0)
+    assert measures_saved(session, backbone, best, test)
+    # The first and last image are run by eager to check the cache, and by the whole network.
+    assert decoded[1:] == [min(AGREEING_IMAGES, len(test)) + 2, 4]
 
 
 def test_evaluate_and_predict_run_by_an_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,13 +11,14 @@ from accelerate import Accelerator
 from timm.layers import StdConv2d
 from torch import nn
 
-from hf_transfer.config import ComputeConfig
+from hf_transfer.config import ComputeConfig, Engine
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.fingerprint import hash_tensors, named_tensors
 from hf_transfer.network.folding import FoldedNorm, fold_norms, has_foldable_norms
 from hf_transfer.network.packing import PackedConvolution, pack_convolutions
+from hf_transfer.network.part import Part
 from hf_transfer.network.readout import find_readouts
-from hf_transfer.prefix.engine_choice import Workload, check_engine, choose_engine, list_candidates
+from hf_transfer.prefix.engine_choice import Workload, check_engine, choose_engine, limit_engine, list_candidates
 from hf_transfer.prefix.engines import ModuleRunner, describe_engine, prepare
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.taps import Extractor, Logits, Tap, replicate, tap_activation
@@ -239,6 +240,27 @@ WORK = Workload(
 )  # fmt: skip
 def test_the_rule_chooses(changes: dict[str, Any], engine: str) -> None:
     assert choose_engine(replace(WORK, **changes)) == engine
+
+
+@pytest.mark.parametrize(
+    ("engine", "gflops", "limited"),
+    [
+        ("eager", 1e6, "eager"),
+        ("folded", 10, "eager"),
+        ("folded", 1e6, "folded"),  # OpenVINO would be faster, but the run did not choose it
+        ("openvino", 500, "folded"),
+        ("openvino", 1e6, "openvino"),
+        ("compiled", 10, "eager"),
+        ("compiled", 1e6, "compiled"),
+    ],
+)
+def test_an_engine_that_is_ready_sooner_runs_few_images(
+    engine: Engine, gflops: float, limited: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_transfer.prefix.engine_choice.has_openvino", lambda: True)
+    model, chain = built("timm ResNet")
+    num_images = int(gflops * 1e9 / Part(model, chain.image_shape).count_flops())
+    assert limit_engine(engine, model, resources(), image_shape=chain.image_shape, num_images=num_images) == limited
 
 
 def test_only_engines_that_can_run_are_measured() -> None:

@@ -18,7 +18,8 @@ from hf_transfer.network.adapters import merge_adapters
 from hf_transfer.network.backbone import load, with_new_head
 from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.transformers_models import find_changed_weights, find_heads
+from hf_transfer.network.transformers_models import find_heads
+from hf_transfer.network.weights import find_changed_weights
 from tests.families import make_pixels, randomize
 from tests.headless import LAYOUTS, MORE_LAYOUTS, Layout, our_features, upstream_features
 from tests.sessions import make_session

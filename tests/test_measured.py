@@ -1,7 +1,11 @@
 """Saved = measured: the reported metrics are those of the saved file, loaded fresh, in eager float32, in every precision."""
 
 import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -9,19 +13,23 @@ import pytest
 import torch
 from sessions import make_session
 
+from hf_transfer.config import Engine
 from hf_transfer.inference.predict import load_saved
 from hf_transfer.network import resizing
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.prefix import engine_choice
 from hf_transfer.runs import execute
+from hf_transfer.session import Session
 from hf_transfer.training import evaluate, plan
+from hf_transfer.training.phases import PhasesResult
 
 SCHEMA = Path(__file__).resolve().parents[1] / "hf_transfer" / "reporting" / "results.schema.json"
 LOG_LOSS = 1e-3  # a probe in low precision is scored on its features if these agree with the saved network so far
 
 
-def measure(model_dir: Path, session: object) -> tuple[float, float]:
-    """Accuracy and log-loss of the saved model on the test images, computed one plain batch after the other."""
-    backbone, split = load_saved(str(model_dir)), session.data.test  # type: ignore[attr-defined]
+def measure(model_dir: Path, session: Session, name: str = "test") -> tuple[float, float]:
+    """Accuracy and log-loss of the saved model on the images of a split, computed one plain batch after the other."""
+    backbone, split = load_saved(str(model_dir)), getattr(session.data, name)
     logits = []
     for start in range(0, len(split), 50):
         rows = range(start, min(start + 50, len(split)))
@@ -57,6 +65,103 @@ def test_a_probe_that_disagrees_with_the_saved_network_is_scored_again(
     assert "scoring again" in caplog.text
     reported = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["test"]
     assert reported["nll"] == pytest.approx(measure(tmp_path / "run" / "model", session)[1], abs=1e-5)
+
+
+def assert_metrics_are_of_the_saved_file(run: Path, session: Session) -> None:
+    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    for split in ("validation", "test"):
+        accuracy, log_loss = measure(run / "model", session, split)
+        assert metrics[split]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+        assert metrics[split]["nll"] == pytest.approx(log_loss, abs=1e-5)
+
+
+@contextmanager
+def counted_splits(noise_of: Collection[str] = ()) -> Iterator[list[tuple[str, str]]]:
+    """Lists the split and the engine of each pass of the whole network. Engines in `noise_of` compute wrong logits."""
+    passes: list[tuple[str, str]] = []
+    plain = evaluate.compute_image_logits
+
+    def compute(model: torch.nn.Module, images: Any, *args: Any, engine: Engine = "eager", **options: Any) -> Any:
+        passes.append((images.name, engine))
+        logits, labels = plain(model, images, *args, engine=engine, **options)
+        return (-logits if engine in noise_of else logits), labels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "compute_image_logits", compute)
+        patch.setattr(evaluate, "IMAGES_FOR_CHECK", 0)
+        patch.setattr(engine_choice, "FOLDING_GFLOPS", 0.0)
+        yield passes
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        ("full", {}),
+        ("last_layers", {"probe_first": False}),
+        ("last_layers", {"probe_first": False, "cache": "none"}),
+        ("last_layers", {"probe_first": False, "wise_ft": True}),
+    ],
+)
+def test_final_metrics_run_by_the_engine_and_repeat_no_validation(
+    strategy: str, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = make_session(strategy, tmp_path, engine="folded", **settings)
+    with counted_splits() as passes, caplog.at_level("WARNING"):
+        execute(session)
+    repeated = [("validation", "folded")] if "wise_ft" in settings else []
+    assert passes == [*repeated, ("test", "folded")]
+    assert not caplog.text
+    assert_metrics_are_of_the_saved_file(tmp_path, session)
+
+
+def test_an_engine_that_disagrees_with_the_saved_network_is_replaced_by_eager(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = make_session("last_layers", tmp_path, engine="folded", probe_first=False)
+    with counted_splits(noise_of={"folded"}) as passes:
+        execute(session)
+    assert passes == [("test", "folded"), ("test", "eager")]
+    assert caplog.text.count("engine folded predicts other classes than the saved model") == 1
+    assert_metrics_are_of_the_saved_file(tmp_path, session)
+
+
+def test_validation_logits_of_other_weights_are_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = plan.run_phases
+
+    def run_phases(*args: Any, **options: Any) -> PhasesResult:
+        ran = plain(*args, **options)
+        assert ran.validation_logits is not None
+        return replace(ran, validation_logits=np.roll(ran.validation_logits, 1, axis=1))
+
+    monkeypatch.setattr(plan, "run_phases", run_phases)
+    session = make_session("last_layers", tmp_path, probe_first=False)
+    execute(session)
+    assert "the validation logits of the last epoch differ from those of the saved network" in caplog.text
+    assert_metrics_are_of_the_saved_file(tmp_path, session)
+
+
+@pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"decoder": "fast"}])
+def test_validation_logits_in_low_precision_or_of_fast_pixels_are_not_metrics(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    session = make_session("last_layers", tmp_path, engine="folded", probe_first=False, **settings)
+    with counted_splits() as passes:
+        execute(session)
+    assert [split for split, _ in passes] == ["validation", "test"]
+    assert_metrics_are_of_the_saved_file(tmp_path, session)
+
+
+@pytest.mark.parametrize(("strategy", "settings"), [("last_layers", {"probe_first": False}), ("full", {})])
+def test_a_run_resumed_after_its_last_step_reports_the_same_metrics(
+    strategy: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = execute(make_session(strategy, tmp_path, **settings))
+    again = make_session(strategy, tmp_path, resume=True, **settings)
+    resumed = execute(again)
+    assert resumed.resumed
+    assert resumed.metrics == whole.metrics
 
 
 def test_scores_that_chose_other_weights_are_reported(

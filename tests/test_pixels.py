@@ -134,6 +134,11 @@ def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preproce
         alone = np.array([row])
         assert torch.equal(together[position], stored.prepare(torch.from_numpy(stored.read(alone)), alone)[0])
     assert not torch.equal(together[0], together[2])  # one image in two epochs
+    back = np.array([count, count - 1, 2 * count - 1, 0])  # as a repeated image of a balanced epoch comes before others
+    mixed = stored.prepare(torch.from_numpy(stored.read(back)), back)
+    assert torch.equal(mixed[0], together[1])
+    assert torch.equal(mixed[1], together[0])
+    assert torch.equal(mixed[2], together[2])
 
 
 def test_a_side_below_the_networks_is_refused(split: Split, preprocessing: Preprocessing) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -197,7 +198,12 @@ def test_many_small_losses_do_not_add_up(tmp_path: Path) -> None:
     assert count >= 12
     falling = [torch.tensor([1.0] * (count - k) + [0.0] * k, dtype=torch.float64) for k in (1, 0, 1, 2, 3, 4)]
     scores = iter(
-        Validation(score=Score(accuracy=float(hits.mean()), log_loss=1.0), per_example_scores=hits) for hits in falling
+        Validation(
+            score=Score(accuracy=float(hits.mean()), log_loss=1.0),
+            per_example_scores=hits,
+            logits=np.zeros((count, 10), np.float32),
+        )
+        for hits in falling
     )
     steps = TrainPhase(policy=last(1), epochs=6, optimization=OptimizerConfig(lr=1e-4))
     with pytest.MonkeyPatch.context() as patch:

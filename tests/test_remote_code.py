@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from hf_transfer.hub.fresh_process import compute
 from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.forward import compute_logits
-from hf_transfer.network.transformers_models import find_changed_weights, find_heads
+from hf_transfer.network.transformers_models import find_heads
+from hf_transfer.network.weights import find_changed_weights
 from tests.families import make_pixels
 from tests.remote import KINDS, write_checkpoint
 

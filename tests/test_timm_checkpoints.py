@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import SwiGLUPacked
 from torch import nn
-from transformers import AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from hf_transfer.cli import main
 from hf_transfer.config import ModelConfig
@@ -26,7 +26,7 @@ from hf_transfer.hub.verify import find_libraries, verify
 from hf_transfer.network.backbone import Backbone, create, load
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.peft_checkpoints import load_checkpoint
-from hf_transfer.network.transformers_models import find_changed_weights
+from hf_transfer.network.weights import find_changed_weights
 from tests.families import make_pixels, randomize
 from tests.test_backbone import OWN, edit_config, edit_weights, publish_transformers
 from tests.test_publish import make_run
@@ -451,6 +451,27 @@ def test_a_fresh_process_loads_what_arguments_of_the_card_made(tmp_path: Path) -
     run = make_run(load(str(tmp_path / "upstream"), LABELS, model_args=json.dumps(FORGOTTEN)), tmp_path / "run")
     model = run / "model"
     assert np.isfinite([v.logits for v in verify(model, run / "reference.safetensors", find_libraries(model))]).all()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"num_classes": 1000},
+        {"num_classes": 21843},
+        {"num_classes": 3, "label_names": ["ant", "bee", "Wespe"]},
+        {"num_classes": 3, "label_names": ["ant", "ant", "bee"]},
+        {"num_classes": 3, "label_names": ["ant", "bee"]},
+        {"num_classes": 2, "id2label": {"0": "ant", "1": "bee"}},
+        {"num_classes": 2, "id2label": {"0": "ant", "1": "bee"}, "label_names": ["fly", "gnat"]},
+        {"num_classes": 5},
+    ],
+    ids=lambda names: "-".join(map(str, names.values()))[:40],
+)
+def test_labels_are_those_of_transformers(names: dict[str, Any], tmp_path: Path) -> None:
+    publish(tmp_path, num_classes=names["num_classes"], **VIT)
+    edit_config(tmp_path, lambda config: config.update(names))
+    expected = AutoConfig.from_pretrained(tmp_path).id2label
+    assert load(str(tmp_path)).label_names == tuple(expected.get(i, f"LABEL_{i}") for i in range(names["num_classes"]))
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:

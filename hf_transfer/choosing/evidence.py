@@ -17,7 +17,7 @@ from hf_transfer.network.cut import Cut
 from hf_transfer.network.head import measure_inputs, read_probe
 from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.network.readout import find_readouts
-from hf_transfer.network.transformers_models import NoTrainedHeadError
+from hf_transfer.network.weights import NoTrainedHeadError
 from hf_transfer.prefix.extract import extract_images
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.taps import Tap, count_bytes

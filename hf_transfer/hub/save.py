@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from hf_transfer.hub.card import make_card
 from hf_transfer.network.adapters import TASK, Adapted, check_saved_apart
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.timm_models import save_timm
+from hf_transfer.network.transformers_types import is_transformers_model
 
 
 def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> None:
@@ -32,7 +32,7 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
     backbone.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     if isinstance(backbone, Adapted):
         _save_adapter(backbone, partial)
-    elif isinstance(backbone.model, PreTrainedModel):
+    elif is_transformers_model(backbone.model):
         backbone.model.save_pretrained(partial)
         backbone.preprocessing.processor.save_pretrained(partial)
     else:
@@ -94,7 +94,7 @@ def _save_adapter(adapted: Adapted, folder: Path) -> None:
         "pooling": adapted.pooling,
         "preprocessing": dict(adapted.preprocessing.spec),
     }
-    if isinstance(adapted.model, PreTrainedModel):
+    if is_transformers_model(adapted.model):
         adapted.preprocessing.processor.save_pretrained(folder)
     else:
         task["data_config"] = dict(adapted.preprocessing.processor.data_config)

@@ -1,22 +1,17 @@
 """Computes the metrics of a saved classifier on a labeled data set."""
 
-import logging
-
 import numpy as np
 from accelerate import Accelerator
-from torch import nn
 
-from hf_transfer.config import ComputeConfig, DataConfig, Engine
+from hf_transfer.config import ComputeConfig, DataConfig
 from hf_transfer.data.dataset import load_splits
 from hf_transfer.inference.predict import load_saved
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.training.evaluate import LogitsAndLabels, agrees_with_eager, compute_image_logits
+from hf_transfer.training.evaluate import compute_checked_logits
 from hf_transfer.training.metrics import score
 from hf_transfer.training.records import Metrics
-
-log = logging.getLogger(__name__)
 
 DEFAULT_COMPUTE = ComputeConfig()
 ALL = "all"  # all labeled images of the data set
@@ -64,18 +59,6 @@ def evaluate_split(
         image_shape=preprocessing.image_shape,
         num_images=sum(map(len, chosen)),
     )
-    scored = [_compute_logits(backbone.model, each, resources, engine) for each in images]
+    scored = [compute_checked_logits(backbone.model, each, resources, engine) for each in images]
     logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
     return split, score(logits, labels, backbone.label_names, seed=data.seed)
-
-
-def _compute_logits(
-    model: nn.Module, images: EvaluationImages, resources: Resources, engine: Engine
-) -> LogitsAndLabels:
-    """Returns the logits by `engine` if they agree with eager fp32 on some images, and else the logits of eager."""
-    labels = images.split.labels
-    logits, truth = compute_image_logits(model, images, labels, resources, engine=engine)
-    if engine == "eager" or agrees_with_eager(logits, model, images, labels, resources):
-        return logits, truth
-    log.warning("engine %s predicts other classes than the saved model: eager computes the metrics again", engine)
-    return compute_image_logits(model, images, labels, resources.in_fp32())

@@ -1,4 +1,7 @@
-"""Loads or creates image classifiers of timm and transformers, with their preprocessing and the names of their labels."""
+"""Loads or creates image classifiers of timm and transformers, with their preprocessing and the names of their labels.
+
+transformers is imported only for its own checkpoints, since the import takes about a second.
+"""
 
 import copy
 import difflib
@@ -7,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import timm
 import timm.models
@@ -15,14 +18,10 @@ import torch
 from PIL import Image
 from timm.data.config import resolve_data_config
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, ViTImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_transfer.config import ModelConfig, Pooling
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.damage import explain_damage
-from hf_transfer.network.headless import Upstream, find_upstream, load_headless, own_classes
-from hf_transfer.network.image_size import resize_network
 from hf_transfer.network.model_args import read_model_args
 from hf_transfer.network.preprocessing import (
     Preprocessing,
@@ -30,17 +29,14 @@ from hf_transfer.network.preprocessing import (
     quiet_transformers,
     resize_preprocessing,
 )
-from hf_transfer.network.remote_code import check_trust, explained_code, find_remote_class
 from hf_transfer.network.source import Source, find_preprocessing, find_source
 from hf_transfer.network.timm_models import load_timm, save_timm
-from hf_transfer.network.transformers_models import (
-    NoTrainedHeadError,
-    Weights,
-    apply_model_args,
-    load_classifier,
-    register_own_classes,
-    renew_heads,
-)
+from hf_transfer.network.weights import NoTrainedHeadError, Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from hf_transfer.network.headless import Upstream
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +88,6 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         trust_remote_code=trust_remote_code,
         preprocessing_from=None if origin is None else find_preprocessing(origin),
     )
-    is_auto_class, weights = True, None
     if upstream is None:
         loaded = load_timm(source, config, given_args)
         model, own_labels, is_auto_class, weights = loaded.model, loaded.label_names, loaded.is_plain, loaded.weights
@@ -101,18 +96,22 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
         new_head = labels is not None and tuple(labels) != own_labels
         if labels is not None and new_head:
             model.reset_classifier(len(labels))  # type: ignore[operator]
-    elif isinstance(upstream, Upstream):
-        if labels is None:
-            raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
-        own_labels, new_head = (), True
-        model, weights = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
-        is_auto_class = type(model) in own_classes(type(upstream.config)) and not given_args
     else:
-        given = None if labels is None else tuple(labels)
-        model, own_labels, weights = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
-        new_head = labels is not None and tuple(labels) != own_labels
-        # Otherwise the class comes with the checkpoint's code.
-        is_auto_class = type(model)._auto_class is None and not given_args
+        from hf_transfer.network.headless import Upstream, load_headless, own_classes
+        from hf_transfer.network.transformers_models import load_classifier
+
+        if isinstance(upstream, Upstream):
+            if labels is None:
+                raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
+            own_labels, new_head = (), True
+            model, weights = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
+            is_auto_class = type(model) in own_classes(type(upstream.config)) and not given_args
+        else:
+            given = None if labels is None else tuple(labels)
+            model, own_labels, weights = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
+            new_head = labels is not None and tuple(labels) != own_labels
+            # Otherwise the class comes with the checkpoint's code.
+            is_auto_class = type(model)._auto_class is None and not given_args
     backbone = Backbone(
         model=model.float().eval(),
         library="timm" if is_timm else "transformers",
@@ -146,6 +145,8 @@ def with_image_size(backbone: Backbone, image_size_px: int | None) -> Backbone:
     before = backbone.preprocessing
     if image_size_px is None or before.image_shape[1:] == (image_size_px, image_size_px):
         return backbone
+    from hf_transfer.network.image_size import resize_network
+
     model = resize_network(backbone.model, before.image_shape, image_size_px)
     preprocessing = resize_preprocessing(before, image_size_px)
     size = f"{image_size_px}x{image_size_px}"
@@ -163,8 +164,14 @@ def _check_labels(labels: Sequence[str] | None) -> None:
 
 def _find_upstream(
     source: Source, trust_remote_code: bool, given_args: Mapping[str, Any]
-) -> Upstream | PreTrainedConfig:
+) -> "Upstream | PreTrainedConfig":
     """Returns the config of an image classifier of transformers, or the original class of any other checkpoint."""
+    from transformers import AutoConfig
+
+    from hf_transfer.network.headless import Upstream, find_upstream
+    from hf_transfer.network.remote_code import check_trust, explained_code, find_remote_class
+    from hf_transfer.network.transformers_models import apply_model_args, register_own_classes
+
     register_own_classes()
     check_trust(source, trust_remote_code=trust_remote_code)
     with explained_code(source), quiet_transformers():
@@ -195,6 +202,8 @@ def create(
     constructor, or with fields of the transformers config. Raises ValueError if the architecture is unknown, or does not
     accept `image_size_px` or `model_args`.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
     given = read_model_args(model_args)
     check_architecture(architecture)
     if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
@@ -221,6 +230,8 @@ def create(
 
 def check_architecture(name: str) -> None:
     """Raises ValueError, with similar names, if neither timm nor transformers has the architecture `name`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
     known = [*timm.list_models(), *MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES]
     if name == "timm_wrapper" or not (timm.is_model(name) or name in known):
         near = ", ".join(difflib.get_close_matches(name, known, n=3))
@@ -236,6 +247,8 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
     if backbone.library == "timm":
         model.reset_classifier(len(labels))
     else:
+        from hf_transfer.network.transformers_models import renew_heads
+
         renew_heads(model, labels)
     return replace(backbone, model=model.eval(), label_names=tuple(labels), new_head=True)
 
@@ -243,6 +256,10 @@ def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
 def _create_transformers(
     model_type: str, labels: Sequence[str], image_size_px: int | None, model_args: dict[str, Any], seed: int
 ) -> Backbone:
+    from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor
+
+    from hf_transfer.network.transformers_models import apply_model_args
+
     config = AutoConfig.for_model(model_type)
     apply_model_args(config, model_args)
     config.id2label = dict(enumerate(labels))

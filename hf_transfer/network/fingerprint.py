@@ -21,7 +21,8 @@ import numpy as np
 import torch
 import xxhash
 from torch import nn
-from transformers import PreTrainedConfig
+
+from hf_transfer.network.transformers_types import is_transformers_config
 
 LIBRARIES = ("torch", "timm", "transformers", "peft")
 MAX_DEPTH = 8  # attributes of attributes are described up to this depth
@@ -128,7 +129,7 @@ class _Describer:
             self._open.discard(id(value))
 
     def _describe_object(self, value: Any, depth: int) -> Any:
-        if isinstance(value, PreTrainedConfig):
+        if is_transformers_config(value):
             if id(value) not in self._configs:
                 fields = {k: v for k, v in value.to_dict().items() if k not in IGNORED_CONFIG}
                 self._configs[id(value)] = [_describe_type(type(value)), self._describe_items(fields, depth)]

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+
+from hf_transfer.network.transformers_types import is_transformers_model
 
 
 def compute_logits(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """Returns the logits (B, K) of normalized images `pixels` (B, 3, H, W)."""
-    if isinstance(model, PreTrainedModel):
+    if is_transformers_model(model):
         output = model(pixel_values=pixels)
         logits = getattr(output, "logits", None)
     else:

@@ -31,13 +31,13 @@ from hf_transfer.network.modeling_backbone import (
 from hf_transfer.network.remote_code import RemoteCode
 from hf_transfer.network.source import Source
 from hf_transfer.network.transformers_models import (
-    Weights,
     compare_weights,
     find_heads,
     load_class,
-    on_meta,
+    on_meta_quietly,
     set_labels,
 )
+from hf_transfer.network.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def find_upstream(source: Source, config: PreTrainedConfig) -> Upstream:
         if getattr(owner, "num_frames", None) or getattr(owner, "num_detection_tokens", None):
             purpose = "takes videos" if getattr(owner, "num_frames", None) else "is a detector"
             raise ValueError(f"{source.name}: {kind.__name__} {purpose}; choose a checkpoint for single images")
-    with on_meta():
+    with on_meta_quietly():
         towers = list(_find_towers(kind(config)))
     if not towers:
         given = OTHER_INPUTS.get(kind.main_input_name, kind.main_input_name)
@@ -346,7 +346,7 @@ def _make_generic(
     for arguments in ({}, {"add_pooling_layer": False}):
         config = kind.config_class(backbone={**description, "arguments": arguments}, **chosen)
         set_labels(config, labels)
-        with on_meta():
+        with on_meta_quietly():
             model = kind(config)
         if {n: type(m) for n, m in model.backbone.named_modules()} == named:
             break

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.preprocessing import quiet_transformers
-from hf_transfer.network.transformers_models import shorten_names
+from hf_transfer.network.weights import shorten_names
 
 SAME_RELATIVE = 1e-4  # largest allowed difference from the network's own interpolation, relative to the largest value
 SIZE_STEP_PX = 32  # most networks halve the grid five times

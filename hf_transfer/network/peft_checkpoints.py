@@ -13,7 +13,7 @@ from hf_transfer.config import ModelConfig
 from hf_transfer.network.adapters import TASK, find_adapter, load_adapted, quiet_peft, read_base
 from hf_transfer.network.backbone import Backbone, load, with_image_size, with_new_head
 from hf_transfer.network.damage import check_weights
-from hf_transfer.network.transformers_models import NoTrainedHeadError, shorten_names
+from hf_transfer.network.weights import NoTrainedHeadError, shorten_names
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ plain `AutoImageProcessor`, whatever the order of its steps:
 
 import copy
 import hashlib
+import importlib.metadata
 import inspect
 import json
 import logging
@@ -25,19 +26,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import timm.data
 import torch
-import transformers
 from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import CenterCrop, Resize
-from transformers import AutoImageProcessor, PreTrainedConfig
 
 from hf_transfer.config import Decoder
 from hf_transfer.network import resizing
+from hf_transfer.network.timm_processor import find_timm_processor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +181,8 @@ class Preprocessing:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hides warnings and progress bars of transformers in the `with` block, since this package checks the weights itself."""
+    import transformers  # imported here because the import takes about a second, and timm checkpoints do not need it
+
     before, shows_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -245,7 +250,7 @@ def resize_preprocessing(preprocessing: Preprocessing, image_size_px: int) -> Pr
     return resized
 
 
-def preprocessing_of_config(config: PreTrainedConfig, name: str) -> Preprocessing:
+def preprocessing_of_config(config: "PreTrainedConfig", name: str) -> Preprocessing:
     """Returns the preprocessing that `load_preprocessing` would load from a folder that contains only the config `config`."""
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         config.save_pretrained(Path(parent, name))
@@ -254,19 +259,25 @@ def preprocessing_of_config(config: PreTrainedConfig, name: str) -> Preprocessin
 
 def _load_processor(folder: Path, preprocessing_from: Path | None, trust_remote_code: bool) -> Any:
     origin = preprocessing_from or folder
+    try:
+        return find_timm_processor(origin) or _load_from_transformers(origin, trust_remote_code)
+    except (OSError, ImportError, *_PROCESSOR_ERRORS) as error:
+        raise ValueError(
+            f"{origin.name} names no image preprocessing that transformers can read ({_first_line(error)}). Remedy: "
+            "--preprocessing_from ID_OR_FILE, with a Hub id, folder or preprocessor_config.json of a checkpoint that was "
+            "trained with the same preprocessing"
+        ) from error
+
+
+def _load_from_transformers(origin: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoImageProcessor
+
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent, quiet_transformers():
-        try:
-            settings = _read_settings(origin)
-            path = origin if settings is None else Path(parent)
-            if settings is not None:
-                Path(parent, SETTINGS_FILE).write_text(json.dumps(settings))
-            return AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-        except (OSError, ImportError, *_PROCESSOR_ERRORS) as error:
-            raise ValueError(
-                f"{origin.name} names no image preprocessing that transformers can read ({_first_line(error)}). Remedy: "
-                "--preprocessing_from ID_OR_FILE, with a Hub id, folder or preprocessor_config.json of a checkpoint that was "
-                "trained with the same preprocessing"
-            ) from error
+        settings = _read_settings(origin)
+        path = origin if settings is None else Path(parent)
+        if settings is not None:
+            Path(parent, SETTINGS_FILE).write_text(json.dumps(settings))
+        return AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def _read_settings(origin: Path) -> dict[str, Any] | None:
@@ -402,7 +413,7 @@ def _fit(preprocessing: Preprocessing, outputs: Sequence[torch.Tensor]) -> Prepr
         pixel_type="float32",
         native_resize=None,
         colors=next((c for c in candidates if _has_colors(processor, c)), None),
-        spec={**preprocessing.spec, "pixels": "float32", "version": transformers.__version__},
+        spec={**preprocessing.spec, "pixels": "float32", "version": importlib.metadata.version("transformers")},
         resize=partial(_run_whole, processor),
     )
 

@@ -18,13 +18,13 @@ import timm
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut, Site
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.head import HeadInput, check_bias, count_features, measure_inputs, read_inputs
 from hf_transfer.network.part import Part
+from hf_transfer.network.transformers_types import is_transformers_model
 
 _FILLING = {
     *("uniform_", "normal_", "trunc_normal_", "fill_", "zero_", "constant_", "ones_", "zeros_"),
@@ -86,7 +86,7 @@ def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "a
     last = chain.layers[-2].cut
     if last is None or not chain.head.is_direct:
         return readouts
-    if sweep in ("pooling", "all") and not isinstance(chain.model, PreTrainedModel):
+    if sweep in ("pooling", "all") and not is_transformers_model(chain.model):
         own_pool = getattr(chain.model, "global_pool", None)
         own_pool = getattr(own_pool, "pool_type", own_pool)  # timm stores a name or a module
         for pooling, tries in POOLINGS.items():
@@ -102,7 +102,7 @@ def find_readouts(chain: Chain, *, sweep: Literal["none", "pooling", "layer", "a
 
 def _shallower(chain: Chain, full: Readout) -> Iterator[Readout]:
     """Yields one readout per smaller depth of the network that can be built, with the pooling of the readout `full`."""
-    depth_argument = "num_hidden_layers" if isinstance(chain.model, PreTrainedModel) else "depth"
+    depth_argument = "num_hidden_layers" if is_transformers_model(chain.model) else "depth"
     for k in range(len(chain) - 1, 0, -1):
         layer, left_out = chain.layers[k], chain.layers[k + 1 : -1]
         last = chain.layers[-2].cut
@@ -186,7 +186,7 @@ def build_variant(
     All other weights are shared with the network. The class raises its own errors for arguments that it does not accept.
     """
     model = chain.model
-    if isinstance(model, PreTrainedModel):
+    if is_transformers_model(model):
         config = copy.deepcopy(model.config)
         config.update(dict(changes))
         variant: nn.Module = type(model)(config)

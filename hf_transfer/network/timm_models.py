@@ -19,15 +19,14 @@ import timm.layers
 import timm.models
 import timm.models._builder as builder
 import torch
-from timm.data.imagenet_info import infer_imagenet_subset
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import nn
-from transformers import AutoConfig
 
 from hf_transfer.network.damage import find_weights, read_tensors
 from hf_transfer.network.fingerprint import describe_modules
 from hf_transfer.network.model_args import is_unsafe_argument
 from hf_transfer.network.source import Source
-from hf_transfer.network.transformers_models import (
+from hf_transfer.network.weights import (
     Weights,
     find_changed_weights,
     on_meta,
@@ -114,14 +113,30 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
                  source.name, num_classes)  # fmt: skip
     _log_changed(source, model, weights, loaded)
     log.info("%s: timm %s", source.name, describe_architecture(model))
-    names = AutoConfig.from_pretrained(source.folder).id2label
     has_classes = not (is_projection or loaded.new)
     return TimmModel(
         model=model,
-        label_names=tuple(str(names.get(i, f"LABEL_{i}")) for i in range(num_classes if has_classes else 0)),
+        label_names=_read_label_names(config, num_classes) if has_classes else (),
         weights=loaded,
         is_plain=not (given or is_default or loaded.identity) and _is_one_file(source),
     )
+
+
+def _read_label_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    """Returns the names of a timm checkpoint's classes, as transformers' TimmWrapperConfig finds them.
+
+    They are the names in config.json, or else the names of an ImageNet whose number of classes the checkpoint has. Names that
+    are not as many as the classes do not count.
+    """
+    names = config.get("label_names")
+    subset = infer_imagenet_subset(dict(config)) if names is None else None
+    if subset:
+        info = ImageNetInfo(subset)
+        descriptions = info.label_descriptions(as_dict=True)
+        names = [descriptions[synset] for synset in info.label_names()]
+    by_number = (config.get("id2label") or {}) if names is None else dict(enumerate(names))
+    known = {int(number): str(name) for number, name in by_number.items()} if len(by_number) == num_classes else {}
+    return tuple(known.get(i, f"LABEL_{i}") for i in range(num_classes))
 
 
 def _read_arguments(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:

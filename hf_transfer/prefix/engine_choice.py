@@ -115,15 +115,7 @@ def decide_engine(
 
     def decide() -> Engine:
         place_model(model, resources)
-        work = Workload(
-            device_type=device.type,
-            precision=resources.precision,
-            num_images=num_images,
-            gflops_per_image=Part(model, image_shape).count_flops() / 1e9,
-            has_foldable_norms=has_foldable_norms(model),
-            has_openvino=has_openvino(),
-            can_compile=capability.can_compile,
-        )
+        work = _describe_work(model, resources, image_shape, num_images)
         engine = choose_engine(work) if requested == "auto" else _measure(model, images, resources, work)
         log.info(
             "engine %s runs the frozen layers (%d images of %.2g GFLOPs; --engine chooses another)",
@@ -132,6 +124,38 @@ def decide_engine(
         return engine
 
     return run_on_main(decide)
+
+
+def limit_engine(
+    engine: Engine, model: nn.Module, resources: Resources, *, image_shape: tuple[int, int, int], num_images: int
+) -> Engine:
+    """Returns the engine for a pass over some of a run's images, the same on every process.
+
+    This is the run's engine `engine`, or an engine that is ready sooner, if `num_images` images are too few for `engine`.
+    """
+    if engine == "eager":
+        return engine
+
+    def decide() -> Engine:
+        place_model(model, resources)
+        chosen = choose_engine(_describe_work(model, resources, image_shape, num_images))
+        return min(engine, chosen, key=ENGINES.index)  # ENGINES is in the order of preparation times
+
+    return run_on_main(decide)
+
+
+def _describe_work(
+    model: nn.Module, resources: Resources, image_shape: tuple[int, int, int], num_images: int
+) -> Workload:
+    return Workload(
+        device_type=resources.device.type,
+        precision=resources.precision,
+        num_images=num_images,
+        gflops_per_image=Part(model, image_shape).count_flops() / 1e9,
+        has_foldable_norms=has_foldable_norms(model),
+        has_openvino=has_openvino(),
+        can_compile=capability_of(resources.device).can_compile,
+    )
 
 
 def _measure(model: nn.Module, images: Images, resources: Resources, work: Workload) -> Engine:

@@ -115,7 +115,9 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
         origin = f"{extraction.computed / seconds:.0f} images/s" if extraction.computed else "found in the cache"
         origin = "none computed" if not stored.stores else origin
         places = "; ".join(dict.fromkeys(storage.reason for storage in stored.storages.values()))
-        log.info("activations of %s: %d images, %s; %s", images.name, len(images), origin, places)
+        log.info(
+            "activations of %s by %s: %d images, %s; %s", images.name, resources.engine, len(images), origin, places
+        )
     return Extracted(
         stores={**stored.stores, **recomputed},
         images=extraction.computed,

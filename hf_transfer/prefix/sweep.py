@@ -137,6 +137,13 @@ def use_fast_layout(model: torch.nn.Module, *, channels_last: bool = True) -> No
             module.lora_A.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
+def to_fast_layout(activations: torch.Tensor, resources: Resources) -> torch.Tensor:
+    """Returns stored activations (B, ...) in the memory layout that the frozen layers gave them, so no layer converts them."""
+    if activations.ndim == 4 and resources.choices.channels_last:
+        return activations.contiguous(memory_format=torch.channels_last)
+    return activations
+
+
 def _sweep_on_cpu(
     runner: Runner, images: Images, rows: NDArray[np.int64], write: Write, resources: Resources, bar: "tqdm[Any]"
 ) -> None:

@@ -1,8 +1,9 @@
 """Computes the logits of all images of a data split, from stored activations or pixels, with any number of processes."""
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,20 +15,28 @@ from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.preprocessing import Preprocessing
+from hf_transfer.prefix.engine_choice import limit_engine
 from hf_transfer.prefix.engines import ModuleRunner
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import place_model, prepare_for, sweep
+from hf_transfer.prefix.sweep import place_model, prepare_for, sweep, to_fast_layout
 from hf_transfer.prefix.taps import Logits
+from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.training.metrics import gather_logits, score
 from hf_transfer.training.records import Metrics
 
-AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
+log = logging.getLogger(__name__)
 
+AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
+# An engine must save more than the check costs. For MobileNetV2, `folded` with its check takes less CPU time than eager from
+# about 600 images on (docs/speed.md), of which the rule in `engine_choice` counts about 80 for its preparation.
+IMAGES_FOR_CHECK = 8 * AGREEING_IMAGES
+
+LogitRows = NDArray[np.float32]
 Labels = NDArray[np.int64]
-LogitsAndLabels = tuple[NDArray[np.float32], Labels]
+LogitsAndLabels = tuple[LogitRows, Labels]
 """Logits (N, K) and labels (N,) of all images, on every process."""
 
 
@@ -57,7 +66,7 @@ def compute_stored_logits(
     with torch.no_grad():
         for i in range(0, len(share), batch_size):
             activations = torch.from_numpy(store[share[i : i + batch_size]]).to(resources.device)
-            parts.append(network(activations).float().cpu().numpy())
+            parts.append(network(to_fast_layout(activations, resources)).float().cpu().numpy())
     own = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
     return gather_logits(resources.accelerator, own, labels[share])
 
@@ -88,29 +97,35 @@ def compute_image_logits(
     return gather_logits(resources.accelerator, own, labels[share])
 
 
+def compute_checked_logits(
+    model: nn.Module, images: EvaluationImages, resources: Resources, engine: Engine
+) -> LogitsAndLabels:
+    """Returns the logits of the whole network by `engine` if they agree with eager fp32 on some images, else by eager fp32."""
+    labels = images.split.labels
+    logits, truth = compute_image_logits(model, images, labels, resources, engine=engine)
+    if engine == "eager" or agrees_with_eager(logits, model, images, resources):
+        return logits, truth
+    log.warning("engine %s predicts other classes than the saved model: eager computes the metrics again", engine)
+    return compute_image_logits(model, images, labels, resources.in_fp32())
+
+
 def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Scored:
     """Scores the whole network on a data split, in fp32. The images of the split are read from files."""
     return _score(chain, EvaluationImages(split=split, preprocessing=preprocessing), session)
 
 
-def _score(chain: Chain, images: EvaluationImages, session: Session) -> Scored:
-    """Scores the whole network on `images`, in fp32.
-
-    Metrics are always measured in fp32, because the saved weights are fp32 and users load them so, whatever the precision of
-    the run.
-    """
-    split = images.split
-    logits, labels = compute_image_logits(chain.model, images, split.labels, session.resources.in_fp32())
-    metrics = score(logits, labels, split.label_names, seed=session.config.seed)
-    return Scored(metrics=metrics, logits=logits)
-
-
 def score_splits(
-    session: Session, stored: EvaluationImages | None = None, *, scores_validation: bool = True
+    session: Session,
+    *,
+    stored: EvaluationImages | None = None,
+    validation_logits: LogitRows | None = None,
+    scores_validation: bool = True,
 ) -> dict[str, Scored]:
     """Scores the whole network on the validation split and, if there is a test split, on the test split.
 
-    `stored`: the validation images with stored pixels, which are read if they are the published pixels.
+    `stored`: the validation images with stored pixels, which are read if they are the published pixels. `validation_logits`:
+    logits (N, K) of all validation images that training computed with the final weights. They are scored if they agree with
+    the network in eager fp32, so that no layer runs on all validation images again.
     """
     published, scored = session.backbone.preprocessing, dict[str, Scored]()
     for split in (session.data.validation if scores_validation else None, session.data.test):
@@ -118,20 +133,50 @@ def score_splits(
             is_stored = stored is not None and stored.split is split and stored.preprocessing is published
             images = stored if is_stored else EvaluationImages(split=split, preprocessing=published)
             assert images is not None
-            scored[split.name] = _score(session.chain, images, session)
+            logits = validation_logits if split is session.data.validation else None
+            scored[split.name] = _score(session.chain, images, session, logits)
     return scored
 
 
-def agrees_with_eager(
-    logits: NDArray[np.float32], model: nn.Module, images: Images, labels: Labels, resources: Resources
-) -> bool:
-    """Whether `logits` (N, K) of the images agree with eager fp32 on AGREEING_IMAGES images.
+def _score(chain: Chain, images: EvaluationImages, session: Session, logits: LogitRows | None = None) -> Scored:
+    """Scores the whole network on `images`, from `logits` (N, K) if they agree with the network.
 
-    They must agree in every predicted class, and in log-loss within AGREEING_LOG_LOSS.
+    Metrics are always measured in fp32, because the saved weights are fp32 and users load them so, whatever the precision of
+    the run. The run's engine computes missing logits, if there are enough images to prepare the engine for.
+    """
+    split, resources = images.split, session.resources.in_fp32()
+    if logits is not None and not agrees_with_eager(logits, chain.model, images, resources):
+        log.warning(
+            "the %s logits of the last epoch differ from those of the saved network: computing the metrics again",
+            split.name,
+        )
+        logits = None
+    if logits is None:
+        engine = limit_engine(
+            resources.engine,
+            chain.model,
+            resources,
+            image_shape=images.preprocessing.image_shape,
+            num_images=max(0, len(images) - IMAGES_FOR_CHECK),
+        )
+        logits, _ = compute_checked_logits(chain.model, images, resources, engine)
+    metrics = score(logits, split.labels, split.label_names, seed=session.config.seed)
+    return Scored(metrics=metrics, logits=logits)
+
+
+def agrees_with_eager(logits: LogitRows, model: nn.Module, images: EvaluationImages, resources: Resources) -> bool:
+    """Whether `logits` (N, K) of the images agree with eager fp32 on AGREEING_IMAGES images, which are read from files.
+
+    They must agree in every predicted class, and in log-loss within AGREEING_LOG_LOSS. The answer is the same on every process.
     """
     rows = np.unique(np.linspace(0, len(images) - 1, AGREEING_IMAGES).astype(int))
-    exact = compute_exact_logits(model, images, rows, resources)
-    return agrees(torch.from_numpy(logits[rows]), exact, torch.from_numpy(labels[rows]))
+    labels = torch.from_numpy(images.split.labels[rows])
+
+    def compare() -> bool:
+        exact = compute_exact_logits(model, replace(images, store=None), rows, resources)
+        return agrees(torch.from_numpy(logits[rows]), exact, labels)
+
+    return run_on_main(compare)
 
 
 def compute_exact_logits(

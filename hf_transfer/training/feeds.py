@@ -24,6 +24,7 @@ from hf_transfer.prefix.pixels import (
     store_training_squares,
 )
 from hf_transfer.prefix.store import Store
+from hf_transfer.prefix.sweep import to_fast_layout
 from hf_transfer.prefix.taps import tap_activation
 from hf_transfer.session import Session
 from hf_transfer.training.batches import Feed
@@ -122,7 +123,7 @@ def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | 
         num_images=len(data.train),
         views=views,
         read=stored.__getitem__,
-        prepare=lambda activations, rows: activations,
+        prepare=lambda activations, rows: to_fast_layout(activations, session.resources),
         is_pixels=False,
     )
     passes = train_passes + validation_passes

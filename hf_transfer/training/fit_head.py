@@ -39,7 +39,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         trained = readouts.install_probe(session.backbone, chain, best)
     audit.check()  # all weights except the head equal the pretrained weights to the last bit
     is_exact = session.config.compute.decoder == "exact"
-    if not is_exact and not readouts.measures_saved(trained, best, data.validation, session.resources):
+    if not is_exact and not readouts.measures_saved(session, trained, best, data.validation):
         log.warning(
             "the saved network predicts otherwise on the published pixels than on those of the fast decoder: fitting the probe "
             "again on the published pixels"
@@ -106,7 +106,7 @@ def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReado
     In low precision or with fast pixels, the metrics come from stored features only if the saved network, in fp32 on the
     published pixels, agrees with the features.
     """
-    if not readouts.measures_saved(trained, best, split, session.resources):
+    if not readouts.measures_saved(session, trained, best, split):
         if session.is_main:
             log.info(
                 "the saved network on the published pixels differs from the features in %s with decoder %s: scoring again",

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from numpy.typing import NDArray
 from torch import nn
 
 from hf_transfer.interrupts import deferred
@@ -47,6 +48,9 @@ class TrainedPhase:
     num_trainable: int
     images_per_second: float
     images: int
+    validation_logits: (
+        NDArray[np.float32] | None
+    )  # of the kept weights (N, K); None if an interrupted run computed them
 
 
 def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, Any] | None = None) -> TrainedPhase:
@@ -109,6 +113,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         num_trainable=sum(p.numel() for name, p in chain.model.named_parameters() if name in run.names),
         images_per_second=float(np.median(rates[1:] or rates or [0.0])),
         images=sum(record.images for record in progress.history),
+        validation_logits=selection.logits,
     )
 
 

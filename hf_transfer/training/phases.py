@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
@@ -24,7 +26,7 @@ from hf_transfer.training.checkpoints import StateWriter, remove_state, share_st
 from hf_transfer.training.feeds import PhaseData, check_augmentation, make_phase_data
 from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.fit_head import describe_solution
-from hf_transfer.training.loop import train_phase
+from hf_transfer.training.loop import train_phase, validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.records import PhaseCost, PhaseResult, phase_from_json, to_json
 from hf_transfer.training.steps import PhaseRun, count_accumulated, count_images_per_step
@@ -55,6 +57,9 @@ class PhasesResult:
     resumed: bool
     num_audited: int  # number of tensors that no phase may change
     validation_images: EvaluationImages | None = None  # the pixels that the last phase read, if it read pixels
+    # Logits (N, K) that the last phase computed for the validation images with the kept weights, if these logits are those of
+    # the saved network: in fp32, on the published pixels.
+    validation_logits: NDArray[np.float32] | None = None
     start: wise.Weights | None  # for WiSE-FT: the weights before the first gradient step on the whole network
 
 
@@ -84,6 +89,7 @@ def run_phases(
                 break
             run.run_phase(number)
         run.audit.check()
+        validation_logits = run.find_validation_logits()
     finally:
         run.close()
     return PhasesResult(
@@ -92,6 +98,7 @@ def run_phases(
         num_audited=len(run.audit),
         start=run.start,
         validation_images=run.validation_images,
+        validation_logits=validation_logits,
     )
 
 
@@ -112,12 +119,31 @@ class _PlanRun:
         self.is_resumed = False
         self._phase_state: PhaseState = None  # state of the interrupted phase
         self._inputs: PhaseData | None = None  # inputs of the previous phase
+        self._validation_logits: NDArray[np.float32] | None = None  # of the previous phase's kept weights
         self._identity = _describe_identity(session, plan, final)
         self._writer = StateWriter(checkpoints) if session.is_main and checkpoints is not None else None
 
     @property
     def validation_images(self) -> EvaluationImages | None:
         return None if self._inputs is None else self._inputs.images
+
+    def find_validation_logits(self) -> NDArray[np.float32] | None:
+        """Returns `PhasesResult.validation_logits`. A resumed run computes them again as the interrupted run did."""
+        session, last = self.session, self.plan[-1] if self.plan else None
+        is_saved = session.resources.precision == "fp32" and session.config.compute.decoder == "exact"
+        if (
+            self.final is not None
+            or not isinstance(last, TrainPhase)
+            or last.chain is not None
+            or not is_saved
+            or len(self.done) < len(self.plan)
+        ):
+            return None
+        if self._validation_logits is None:
+            inputs = self._inputs or make_phase_data(session, session.chain.lowest_cut(self.selected[-1]))
+            with session.chain.part(start=inputs.cut) as network:
+                self._validation_logits = validate(network, session, inputs).logits
+        return self._validation_logits
 
     def close(self) -> None:
         """Waits until the last state is saved."""
@@ -202,6 +228,7 @@ class _PlanRun:
         with session.costs.part("train"):
             trained = train_phase(run, starts_trained=starts_trained, resumed=self._phase_state)
         session.costs.count_images("train", trained.images)
+        self._validation_logits = trained.validation_logits
         times.append(time.perf_counter())
         return PhaseResult(
             policy=phase.policy.name,

@@ -71,6 +71,7 @@ def _run(session: Session, plan: Plan, final: FinalFit | None) -> RunResult:
         curves = (*curves, wise.draw_wise(mixed))
         details["wise_ft"] = {"alpha": mixed.best.alpha, "points": to_json(mixed.points)}
         keeps_probe = first is not None and mixed.best.alpha == 0.0
+        ran = replace(ran, validation_logits=None)  # those of the weights before mixing
     set_trainable(session.chain.model, plan[-1].policy.select(session.chain) if plan else ())
     result = RunResult(
         backbone=session.backbone,
@@ -86,7 +87,12 @@ def _run(session: Session, plan: Plan, final: FinalFit | None) -> RunResult:
         assert first is not None
         return _end_as_probe(session, first, result)
     with session.costs.part("evaluate"):
-        scores = score_splits(session, ran.validation_images, scores_validation=final is None)
+        scores = score_splits(
+            session,
+            stored=ran.validation_images,
+            validation_logits=ran.validation_logits,
+            scores_validation=final is None,
+        )
     if done and final is None:
         _verify(scores["validation"].metrics, done[-1].score, session)
     return replace(

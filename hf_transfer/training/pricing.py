@@ -15,7 +15,8 @@ from hf_transfer.network.cut import Cut
 from hf_transfer.network.describe import count_flops
 from hf_transfer.network.policies import Policy
 from hf_transfer.session import Session
-from hf_transfer.training.steps import CPU_BATCH
+from hf_transfer.training.evaluate import AGREEING_IMAGES
+from hf_transfer.training.steps import CPU_BATCH, CPU_STORED_BATCH
 
 COPIES_OF_TRAINED = 5  # gradient, two moments, moving average, best weights so far
 FORWARDS_PER_STEP = 3.0  # one forward pass, and a backward pass that costs two forward passes
@@ -64,9 +65,10 @@ class Pricing:
         train, validation = len(data.train), len(data.validation)
         epoch = self._share_above(cut) * (forwards * train + validation) / self.images_per_second
         first = passes * self._pass_seconds + (self.probe_seconds if solves_head else 0.0)
-        # At the end, the saved network is scored once on the validation images.
-        seconds = first + epochs * epoch + validation / self.images_per_second
-        batch = CPU_BATCH if self._on_cpu else self.session.config.compute.batch_size
+        # At the end, the validation logits of the last epoch are compared with those of the saved network.
+        seconds = first + epochs * epoch + min(validation, AGREEING_IMAGES) / self.images_per_second
+        cpu_batch = CPU_BATCH if cut is None else CPU_STORED_BATCH
+        batch = cpu_batch if self._on_cpu else self.session.config.compute.batch_size
         memory = self._base_bytes + 4 * COPIES_OF_TRAINED * trained + batch * count_activation_bytes(chain, cut)
         return Price(seconds=seconds, memory_bytes=int(memory))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from hf_transfer.capability import solver_device
@@ -195,8 +194,10 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
         split=split, preprocessing=backbone.preprocessing.decoded_by(resources.compute.decoder)
     )
     rows = np.arange(min(VERIFIED_IMAGES, len(split)))
-    whole, stored = _compare_with_stored(backbone, best, same_pixels, resources, rows)
-    difference = float((whole - stored).abs().max() / whole.abs().max().clamp(min=1.0))
+    whole = compute_exact_logits(backbone.model, same_pixels, rows, resources)
+    with torch.no_grad():
+        stored = best.compute_logits(torch.from_numpy(best.features.stores[split.name][rows]))
+    difference = _relative_difference(whole, stored)
     if not difference <= VERIFIED_RELATIVE[resources.precision]:
         raise RuntimeError(
             f"the logits of the whole network and of the probe on stored features differ by {difference:.2g} (relative) "
@@ -205,28 +206,37 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
     return difference
 
 
-def measures_saved(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> bool:
+def measures_saved(session: Session, backbone: Backbone, best: ProbedReadout, split: Split) -> bool:
     """Whether metrics of the probe on stored features are also metrics of the saved network, in fp32 on the published pixels.
 
-    For fp32 features of exact pixels from the engine eager, `verify_probe` has shown this. Otherwise, they must agree on
-    AGREEING_IMAGES images of `split`: in every predicted class, and in log-loss within AGREEING_LOG_LOSS.
+    For fp32 features of exact pixels from the engine eager, `verify_probe` has shown this. Otherwise, the probe must predict
+    the same classes from the stored features as from exact features (eager, fp32) on AGREEING_IMAGES images of `split`, with
+    the same log-loss within AGREEING_LOG_LOSS. Exact features are cached too. So the whole network of `backbone` runs only on
+    the first and the last of these images, where it must give the probe's logits. All processes must call this function.
     """
+    resources, chain = session.resources, session.chain
     if resources.precision == "fp32" and resources.engine == "eager" and resources.compute.decoder == "exact":
         return True
     rows = np.unique(np.linspace(0, len(split) - 1, AGREEING_IMAGES).astype(int))
-    published = EvaluationImages(split=split, preprocessing=backbone.preprocessing)
-    whole, stored = _compare_with_stored(backbone, best, published, resources, rows)
-    return agrees(stored, whole, torch.from_numpy(split.labels[rows]))
-
-
-def _compare_with_stored(
-    backbone: Backbone, best: ProbedReadout, images: EvaluationImages, resources: Resources, rows: NDArray[np.int64]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the logits (B, K) of the images `rows`, from pixels in fp32 and from stored features."""
-    whole = compute_exact_logits(backbone.model, images, rows, resources)
+    eager = replace(resources, compute=replace(resources.compute, precision="fp32", engine="eager"))
+    taps = tap_readouts(chain, [best.readout], eager)
+    sample = split.select(rows)
+    computed = extract(chain, backbone.preprocessing, sample, taps, eager)
     with torch.no_grad():
-        stored = best.compute_logits(torch.from_numpy(best.features.stores[images.name][rows]))
-    return whole, stored
+        exact, stored = (
+            best.compute_logits(torch.from_numpy(features)).cpu()
+            for features in (computed.stores[best.readout.name][:], best.features.stores[split.name][rows])
+        )
+    ends = np.unique([0, len(rows) - 1])
+    images = EvaluationImages(split=sample, preprocessing=backbone.preprocessing)
+    whole = compute_exact_logits(backbone.model, images, ends, eager)
+    is_saved = _relative_difference(whole, exact[ends]) <= VERIFIED_RELATIVE["fp32"]
+    return is_saved and agrees(stored, exact, torch.from_numpy(sample.labels))
+
+
+def _relative_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """Returns the largest difference between `logits` and `others`, relative to the largest of `logits` (at least 1)."""
+    return float((logits - others).abs().max() / logits.abs().max().clamp(min=1.0))
 
 
 def describe_readouts(best: ProbedReadout, scored: Sequence[ScoredReadout]) -> dict[str, Json]:

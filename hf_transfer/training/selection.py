@@ -21,17 +21,18 @@ from hf_transfer.training.records import Kept, Score
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """The score on the validation split, and the per-example scores (N,) that select the epoch."""
+    """The score on the validation split, the per-example scores (N,) that select the epoch, and the logits (N, K)."""
 
     score: Score
     per_example_scores: torch.Tensor
+    logits: NDArray[np.float32]
 
 
 def score_validation(logits: NDArray[np.float32], labels: NDArray[np.int64], select_by: SelectBy) -> Validation:
     """Scores logits (N, K). `select_by` decides whether per-example scores are hits (0 or 1) or log-probabilities."""
     outcomes = read_outcomes(logits, labels)
     per_example = outcomes.hits.astype(np.float64) if select_by == "accuracy" else outcomes.label_log_probabilities
-    return Validation(score=outcomes.score, per_example_scores=torch.from_numpy(per_example))
+    return Validation(score=outcomes.score, per_example_scores=torch.from_numpy(per_example), logits=logits)
 
 
 def is_kept(scores: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor | None) -> bool:
@@ -61,6 +62,7 @@ class Selection:
         self._start_scores: torch.Tensor | None = None
         self._score: Score | None = None
         self._best: Score | None = None
+        self.logits: NDArray[np.float32] | None = None  # of the kept weights (N, K); None: computed before a resume
         self.epoch: int | None = None  # the kept epoch, from 1; None: the initial weights
         self.best_epoch = 0  # the best epoch among all epochs kept so far, from 1; 0 before the first epoch
 
@@ -78,13 +80,13 @@ class Selection:
     def keep_start(self, validation: Validation) -> None:
         """Keeps the initial weights. Every later epoch is compared with the score of the initial weights."""
         self._start_scores = validation.per_example_scores
-        self.keep(validation.score, None)
+        self._keep(validation, None)
 
     def offer(self, validation: Validation, epoch: int) -> bool:
         """Keeps the weights after an epoch if `is_kept` accepts the scores. Returns whether the weights are kept."""
         if not is_kept(validation.per_example_scores, self._best_scores, self._start_scores):
             return False
-        self.keep(validation.score, epoch)
+        self._keep(validation, epoch)
         if self._best is None or validation.score.rank(self._select_by) < self._best.rank(self._select_by):
             self._best, self._best_scores, self.best_epoch = validation.score, validation.per_example_scores, epoch
         return True
@@ -119,3 +121,7 @@ class Selection:
         """Keeps the current weights, which have the given score, after an epoch or (None) before the first epoch."""
         self._score, self.epoch = score, epoch
         self._weights = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+
+    def _keep(self, validation: Validation, epoch: int | None) -> None:
+        self.keep(validation.score, epoch)
+        self.logits = validation.logits
