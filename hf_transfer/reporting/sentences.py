@@ -37,7 +37,7 @@ def describe_precision(metrics: Mapping[str, Any]) -> str | None:
 
     >>> describe_precision({"accuracy": 0.9, "accuracy_interval": [0.86, 0.94], "num_samples": 200})
     'With 200 images, the 95 % interval of the accuracy is 8.0 points wide: to tell two models apart that differ by half of \
-it, about 883 images are needed.'
+it, about 884 images are needed.'
     """
     interval = metrics.get("accuracy_interval")
     width = 0.0 if interval is None else interval[1] - interval[0]

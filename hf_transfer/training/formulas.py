@@ -103,6 +103,6 @@ def count_images_to_tell_apart(accuracy: float, difference: float) -> int:
     most mistakes need fewer images.
 
     >>> count_images_to_tell_apart(0.9, 0.02)
-    3532
+    3533
     """
     return math.ceil(2 * accuracy * (1 - accuracy) * ((Z_SIGNIFICANCE + Z_POWER) / difference) ** 2)
