@@ -14,11 +14,11 @@ from accelerate import Accelerator
 
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
+from hf_transfer.metrics.classification import mean_interval, read_outcomes
 from hf_transfer.network.backbone import load
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.training.evaluate import compute_image_logits
-from hf_transfer.training.metrics import mean_interval, read_outcomes
 
 
 def compute_hits(folder: str, dataset: str) -> Any:

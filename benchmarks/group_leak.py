@@ -18,9 +18,7 @@ from PIL import Image, ImageEnhance
 
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.data.labels import Columns
-from hf_transfer.data.memory import read_memory
-from hf_transfer.data.splits import Split, draw
+from hf_transfer.data.splits import draw, join
 from hf_transfer.repeats import run_config
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
@@ -60,18 +58,12 @@ def film(data: Data, seed: int) -> tuple[list[tuple[Image.Image, str]], np.ndarr
 def load_frames(data: Data, seed: int, *, keeps_groups: bool) -> Data:
     """Returns the frames as train and validation splits, with the data set's own test split."""
     pairs, objects = film(data, seed)
-    stored = read_memory(pairs, columns=Columns(), name="frames").splits["train"]()
-    order = [stored.names.index(name) for name in data.label_names]
-    labels = np.argsort(order)[stored.labels]
-    everything = Split(
-        name="train",
-        source=stored.source,
-        rows=stored.rows,
-        labels=labels,
-        label_names=data.label_names,
-        groups=objects if keeps_groups else None,
-    )
-    train, validation = draw(everything, images_per_class=None, validation_fraction=0.2, seed=seed)
+    loaded = load_data(DataConfig(dataset="frames"), pairs)
+    frames = join([loaded.train, loaded.validation])
+    assert frames.target == data.target
+    if keeps_groups:
+        frames = replace(frames, groups=objects[frames.rows])
+    train, validation = draw(frames, images_per_class=None, validation_fraction=0.2, seed=seed)
     assert validation is not None
     return replace(data, train=train, validation=validation, name="frames")
 

@@ -51,11 +51,11 @@ def fine_tune(config: RunConfig, *, transfers: bool) -> dict[str, Any]:
     result = run_plan(session, plan)
     parts = session.costs.read().seconds
     seconds = parts.get("features", 0.0) + parts.get("probe", 0.0)
-    points = [(seconds, result.phases[0].score.accuracy)] if transfers else []
+    points = [(seconds, result.phases[0].score.quality)] if transfers else []
     seconds += parts.get("store", 0.0)
     for epoch in result.phases[-1].history:
         seconds += epoch.images / epoch.images_per_second
-        points.append((seconds, epoch.validation.accuracy))
+        points.append((seconds, epoch.validation.quality))
     accuracy = {split: metrics.accuracy for split, metrics in result.metrics.items()}
     return {"lr": settings.optimization.lr, "points": points, **accuracy}
 

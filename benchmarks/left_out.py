@@ -25,11 +25,11 @@ from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
+from hf_transfer.solvers.probe import ProbeOptions, fit_probe
 from hf_transfer.strategy import Strategy, default_config
 from hf_transfer.training import loop
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.feeds import PhaseData
-from hf_transfer.training.probe import ProbeOptions, fit_probe
 from hf_transfer.training.readouts import extract_readouts
 from hf_transfer.training.selection import Validation, is_kept
 

@@ -64,7 +64,7 @@ def solve(given: argparse.Namespace) -> None:
     import torch
 
     import hf_transfer
-    from hf_transfer.training import probe
+    from hf_transfer.solvers import probe
 
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -75,7 +75,7 @@ def solve(given: argparse.Namespace) -> None:
     pairs = [(arrays[f"{i} train"], arrays[f"{i} validation"]) for i in range(given.readouts)]
     started, started_cpu = time.perf_counter(), time.process_time()
     if hasattr(probe, "fit_probes"):
-        from hf_transfer.training.features import RawFeatures
+        from hf_transfer.solvers.features import RawFeatures
 
         readouts = [RawFeatures(arrays=pair, device=torch.device("cpu")) for pair in pairs]
         probes = probe.fit_probes(readouts, train_y, val_y, num_classes)[0]

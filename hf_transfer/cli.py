@@ -193,11 +193,12 @@ def _predict(given: argparse.Namespace) -> str:
             predictions = predict(backbone, images, top_k=given.top_k, **settings)
         except UnreadableImagesError as error:
             predictions, problems = list(error.predictions), error.problems
+        describe = backbone.target.describe_value
         for p in predictions:
-            scores = list(zip(p.labels, p.probabilities, strict=True))
+            scores = list(zip(p.labels, p.values, strict=True))
             labels = [{"label": label, "score": score} for label, score in scores]
             rows.append({"image": p.image} | ({"adapter": name} if name else {}) | {"labels": labels})
-            shown = ", ".join(f"{make_printable(label)} {100 * score:.1f} %" for label, score in scores)
+            shown = ", ".join(f"{make_printable(label)} {describe(score)}" for label, score in scores)
             lines.append(f"{make_printable(p.image).ljust(width)}  {shown}")
     text = json.dumps(rows, indent=1) if given.json else "\n".join(lines)
     if problems:
@@ -226,16 +227,10 @@ def _evaluate(given: argparse.Namespace) -> str:
     data = DataConfig(dataset=given.dataset)
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
     trust = given.trust_remote_code
-    split, metrics = evaluate_split(given.model, data, split=given.split, compute=compute, trust_remote_code=trust)
+    found = evaluate_split(given.model, data, split=given.split, compute=compute, trust_remote_code=trust)
     if given.json:
-        return json.dumps(metrics.to_dict(), indent=1)
-    lines = [f"{split}: {metrics.num_samples:,} images"]
-    for key in ("accuracy", "balanced_accuracy", "macro_f1"):
-        low, high = getattr(metrics, f"{key}_interval")
-        value = getattr(metrics, key)
-        interval = f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
-        lines.append(f"{key.replace('_', ' '):18} {100 * value:5.1f} %  {interval}")
-    return "\n".join([*lines, f"{'log-loss':18} {metrics.nll:7.4f}"])
+        return json.dumps(found.metrics.to_dict(), indent=1)
+    return "\n".join([f"{found.split}: {found.metrics.num_samples:,} images", *found.describe_metrics()])
 
 
 # --- publish ----------------------------------------------------------------------------------------------------------

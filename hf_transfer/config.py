@@ -51,6 +51,11 @@ class DataConfig(Settings):
     )
     image_column: str | None = flag(None, "column with the images; needed if several columns could contain images")
     label_column: str | None = flag(None, "column with the labels; needed if several columns could contain labels")
+    problem_type: str = flag(
+        "auto",
+        "what the labels are: single_label_classification, multi_label_classification or regression; auto: lists are several "
+        "labels per image, fractions are numbers, and all else are classes",
+    )
     train_split: str | None = flag(None, "name of the data set's training split, if not a usual name such as train")
     validation_split: str | None = flag(
         None, "name of the validation split in the data set; `none`: split validation images off the training split"

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_transfer import processes
 from hf_transfer.config import NO_CHECKPOINT, RunConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.folds import DataFolds, divide
+from hf_transfer.data.splits import Split
 from hf_transfer.locations import CHECKPOINTS, RESULTS
+from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import is_finished
-from hf_transfer.reporting.predictions import PREDICTIONS, Predictions, list_predictions, read_predictions
+from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_fold_run, write_config
 from hf_transfer.reporting.sentences import describe_folds, describe_seeds
 from hf_transfer.runs import connect_processes, open_session, train_session, write_run
@@ -31,7 +34,6 @@ from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, make_strategy
 from hf_transfer.training.final_fit import FinalFit, plan_final_fit
-from hf_transfer.training.metrics import mean_interval, score
 from hf_transfer.training.phases import NOT_COMPARED
 from hf_transfer.training.records import RunResult
 
@@ -43,10 +45,19 @@ Load = Callable[[RunConfig], Data]
 
 @dataclass(frozen=True, kw_only=True)
 class Repeat:
-    """One finished run: the content of its results.json, and its predictions by split."""
+    """One finished run: the content of its results.json, its splits, and the logits (N, K) of its predictions by split.
+
+    The logits are those that can be read from predictions.parquet, so that a resumed run has the same.
+    """
 
     results: Mapping[str, Any]
-    predictions: Mapping[str, Predictions]
+    splits: Mapping[str, Split]
+    logits: Mapping[str, NDArray[np.float32]]
+
+    def read_qualities(self, split: str) -> NDArray[np.float64]:
+        """Returns how well each image of the split is predicted (N,), such as hit or miss."""
+        of_split = self.splits[split]
+        return of_split.target.read_outcomes(self.logits[split], of_split.labels).qualities.astype(np.float64)
 
 
 def run_config(
@@ -184,9 +195,13 @@ def _alone(config: RunConfig) -> RunConfig:
 
 
 def _record(session: Session, result: RunResult) -> Repeat:
-    return Repeat(
-        results=describe_run(session, result), predictions=list_predictions(session.data.splits, result.logits)
-    )
+    target = session.data.target
+    logits = {split: deactivate(target, activate(target, each)) for split, each in result.logits.items()}
+    return Repeat(results=describe_run(session, result), splits=_name(session.data), logits=logits)
+
+
+def _name(data: Data) -> dict[str, Split]:
+    return {str(split.name): split for split in data.splits}
 
 
 def _read_finished(folder: Path, config: RunConfig, data: Data) -> Repeat | None:
@@ -205,16 +220,18 @@ def _read_finished(folder: Path, config: RunConfig, data: Data) -> Repeat | None
             f"--resume: the run in {folder} had other settings: {changes}. Give the same settings, or start fresh without "
             "--resume in another folder"
         )
-    return Repeat(results=results, predictions=read_predictions(folder / PREDICTIONS, data.label_names))
+    activated = read_predictions(folder / PREDICTIONS, data.target)
+    logits = {split: deactivate(data.target, each) for split, each in activated.items()}
+    return Repeat(results=results, splits=_name(data), logits=logits)
 
 
 def _combine(folds: DataFolds, repeats: Sequence[Repeat], *, seed: int) -> FinalFit:
     """Returns the final fit, with the predictions of all folds in the order of the pool."""
     pool, first = folds.pool, len(folds.data.train)
-    logits = np.empty((len(pool), len(pool.label_names)), np.float32)
+    logits = np.empty((len(pool), pool.target.num_outputs), np.float32)
     for fold, repeat in enumerate(repeats):
-        logits[folds.fold_of == fold] = repeat.predictions["validation"].logits
-    metrics = score(logits, pool.labels, pool.label_names, seed=seed)
+        logits[folds.fold_of == fold] = repeat.logits["validation"]
+    metrics = pool.target.compute_metrics(logits, pool.labels, seed=seed)
     by_split = {"train": logits[:first], "validation": logits[first:]}
     return plan_final_fit([read_fold_run(repeat.results) for repeat in repeats], metrics, by_split)
 
@@ -234,23 +251,21 @@ def _summarize(repeats: Sequence[Repeat], *splits: str) -> dict[str, Any]:
 
 
 def _compare(runs: Sequence[Repeat], probes: Sequence[Repeat], *, seed: int) -> dict[str, Any]:
-    """Returns the gain in accuracy over the probes on the same images, with its 95 % bootstrap interval over images.
+    """Returns the gain in quality, such as accuracy, over the probes on the same images, with its 95 % bootstrap interval.
 
     All seeds score the same test images, so an image's gain is its mean over the seeds. Without a test split, every seed has
     validation images of its own. Returns {} without probes.
     """
     if not probes:
         return {}
-    split = "test" if "test" in runs[0].predictions else "validation"
-    gains = [
-        run.predictions[split].hits.astype(np.float64) - probe.predictions[split].hits
-        for run, probe in zip(runs, probes, strict=True)
-    ]
+    split = "test" if "test" in runs[0].logits else "validation"
+    gains = [run.read_qualities(split) - probe.read_qualities(split) for run, probe in zip(runs, probes, strict=True)]
     per_image = np.mean(gains, axis=0) if split == "test" else np.concatenate(gains)
     return {
         "gain_over_probe": {
             "split": split,
-            "accuracy": float(per_image.mean()),
+            "metric": runs[0].splits[split].target.metrics[0].key,
+            "mean": float(per_image.mean()),
             "interval": list(mean_interval(per_image, seed=seed)),
             "values": [float(each.mean()) for each in gains],
         }

@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.predict import Prediction, find_images, load_saved, predict
+from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.damage import read_json
@@ -18,7 +19,7 @@ from hf_transfer.output import LOCK, find_free_folder, is_finished, lock_folder
 from hf_transfer.reporting.results import describe_run
 from hf_transfer.runs import write_run
 from hf_transfer.session import Session
-from hf_transfer.training.records import Metrics, RunResult, metrics_from_json
+from hf_transfer.training.records import RunResult
 
 
 class Run:
@@ -55,7 +56,7 @@ class Run:
         """The metrics by split name: `validation`, and `test` if the data has a test split."""
         if self._result is not None:
             return self._result.metrics
-        return {split: metrics_from_json(values) for split, values in self.results["metrics"].items()}
+        return {split: Metrics.from_dict(values) for split, values in self.results["metrics"].items()}
 
     @property
     def test(self) -> Metrics:
@@ -134,8 +135,8 @@ class Run:
         return published.url
 
     def __repr__(self) -> str:
-        accuracies = ", ".join(f"{split} accuracy {m.accuracy:.1%}" for split, m in self.metrics.items())
-        return f"<Run {self.strategy}: {accuracies}>"
+        qualities = ", ".join(f"{split} {m.score.titles[0]} {m.score.quality:.1%}" for split, m in self.metrics.items())
+        return f"<Run {self.strategy}: {qualities}>"
 
 
 def load_run(folder: str | Path, *, trust_remote_code: bool = False) -> Run:

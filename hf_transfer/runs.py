@@ -32,7 +32,7 @@ from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.predictions import PREDICTIONS, write_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_accuracy, describe_precision
+from hf_transfer.reporting.sentences import describe_precision, describe_quality
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
@@ -161,7 +161,7 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
                 "writable"
             ) from error
         for split, metrics in result.metrics.items():
-            log.info("%s: %s", split, describe_accuracy(metrics))
+            log.info("%s: %s", split, describe_quality(metrics))
         if precision := describe_precision(
             result.metrics["test" if "test" in result.metrics else "validation"].to_dict()
         ):

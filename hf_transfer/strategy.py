@@ -62,7 +62,7 @@ class Strategy(StrategyConfig):
         """Returns the network before training: the checkpoint with a new head for the data's labels."""
         from hf_transfer.network.peft_checkpoints import load_checkpoint
 
-        return load_checkpoint(config.model, data.label_names)
+        return load_checkpoint(config.model, data.target)
 
     def restart(self, session: "Session") -> "Session":
         """Returns the session with this strategy and a freshly loaded network, as at the start of a separate run."""

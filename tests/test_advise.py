@@ -23,6 +23,7 @@ from hf_transfer.cli import main
 from hf_transfer.costs import Costs
 from hf_transfer.flags import parse
 from hf_transfer.launch import run_recipe
+from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.network.backbone import load
 from hf_transfer.reporting.sentences import describe_choice
 from hf_transfer.runs import open_session
@@ -30,7 +31,7 @@ from hf_transfer.session import Session
 from hf_transfer.settings import changed_settings, replace_settings, to_settings
 from hf_transfer.strategy import default_config, make_strategy
 from hf_transfer.training.pricing import count_activation_bytes
-from hf_transfer.training.records import AutoChoice, Kept, Metrics, PhaseResult, RunResult, Score, Verdict
+from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResult, Verdict
 from tests.families import built
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +152,7 @@ def estimate(name: str, accuracy: float, spread: float = 0.05) -> Estimate:
 
 
 def pilot(name: str, epochs: int, accuracy: float) -> Pilot:
-    return Pilot(strategy=name, epochs=epochs, score=Score(accuracy=accuracy, log_loss=0.3), seconds=1.0)
+    return Pilot(strategy=name, epochs=epochs, score=Score(quality=accuracy, loss=0.3), seconds=1.0)
 
 
 def test_a_pilot_moves_the_estimate_by_its_precision() -> None:
@@ -236,10 +237,7 @@ def test_only_the_trouble_cell_has_suggestions(session: Session) -> None:
 
 
 def tuned(accuracy: float, kept: Kept, *, solves_first: bool) -> RunResult:
-    metrics = Metrics(
-        accuracy=accuracy, balanced_accuracy=accuracy, macro_f1=accuracy, nll=0.3, ece=0.0, num_samples=100, per_class=(),
-        confusion_matrix=(), notes=(),
-    )  # fmt: skip
+    metrics = Metrics(values={"accuracy": accuracy}, num_samples=100, score=Score(quality=accuracy, loss=0.3))
 
     def phase(kept: Kept) -> PhaseResult:
         return PhaseResult(
@@ -253,7 +251,7 @@ def tuned(accuracy: float, kept: Kept, *, solves_first: bool) -> RunResult:
 def test_auto_keeps_the_probe_unless_the_other_is_better_beyond_chance() -> None:
     def judge(advised: str, result: RunResult) -> Verdict:
         choice = AutoChoice(
-            advised=advised, kept="linear_probe", verdict=Verdict.PROBE_ADVISED, probe=Score(accuracy=0.9, log_loss=0.3)
+            advised=advised, kept="linear_probe", verdict=Verdict.PROBE_ADVISED, probe=Score(quality=0.9, loss=0.3)
         )
         compared = compare(choice, result)
         assert compared.kept == (advised if compared.verdict is Verdict.TUNED_BETTER else "linear_probe")

@@ -22,7 +22,7 @@ from hf_transfer.capability import (
 )
 from hf_transfer.prefix.resources import MAX_THREADS, count_threads
 from hf_transfer.runs import execute
-from hf_transfer.training.probe import solve_path
+from hf_transfer.solvers.probe import solve_path
 from tests.sessions import make_session
 
 

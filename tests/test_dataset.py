@@ -21,6 +21,7 @@ from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, Split, load_data
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.splits import draw, role_of
+from hf_transfer.targets.single_label import SingleLabel
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -353,7 +354,7 @@ def integers(counts: list[int]) -> Split:
     """A split with labels only: drawing reads no image."""
     labels = np.random.default_rng(9).permutation(np.repeat(np.arange(len(counts)), counts))
     names = tuple(f"class {k}" for k in range(len(counts)))
-    return Split(name="train", source=None, rows=np.arange(len(labels)), labels=labels, label_names=names)  # type: ignore[arg-type]
+    return Split(name="train", source=None, rows=np.arange(len(labels)), labels=labels, target=SingleLabel(names=names))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 0.9])
@@ -648,7 +649,6 @@ def test_labels_may_be_of_several_types(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (table([0.5, 1.0, 2.25, 1.0]), r"2 of 4 labels are fractions \(0.5, 2.25\)"),
         (table(["a", None, "b", " "]), "2 of 4 images have no label.*'row 1', 'row 3'"),
         (table([0, 1, -1, 1]), "1 of 4 images have no label.*'row 2'"),
         (table([0, 1, -5, 1]), "1 of 4 labels are -5, but all other labels are class indices from 0 up"),
@@ -657,7 +657,6 @@ def test_labels_may_be_of_several_types(
         (table([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "b "])), "duplicate class names 'b', 'b '"),
         (table([0, 1, 0, 1], datasets.ClassLabel(names=["a", "b", "c"])), "1 of 3 classes have no image.*'c'"),
         (table([5, 5, 5, 5]), "only one class, '5'"),
-        (table([[0], [1], [0, 1], []]), "several values per row"),
         (table([0, 1], mask=[{"bytes": png(0), "path": None}] * 2).cast_column("mask", datasets.Image()),
          r"several columns may contain the image, 'image', 'mask'; choose one with --image_column"),
         (table([0, 1], target=[0, 1]), r"several columns may contain the label, 'label', 'target'.*--label_column"),
@@ -665,8 +664,8 @@ def test_labels_may_be_of_several_types(
         (table([0, 1]).remove_columns("image"), "no column looks like the image"),
     ],
     ids=[
-        "fractions", "blank text", "minus one", "minus five", "nan", "twin text", "twin names", "empty class", "one class",
-        "several labels", "two images", "two labels", "no label", "no image",
+        "blank text", "minus one", "minus five", "nan", "twin text", "twin names", "empty class", "one class",
+        "two images", "two labels", "no label", "no image",
     ],
 )  # fmt: skip
 def test_unusable_columns_are_errors_with_names_and_counts(

@@ -18,8 +18,8 @@ from hf_transfer.prefix import pixels
 from hf_transfer.prefix.extract import Recomputed
 from hf_transfer.prefix.store import Store
 from hf_transfer.runs import execute
+from hf_transfer.solvers.probe import ProbeOptions
 from hf_transfer.training.evaluate import AGREEING_IMAGES
-from hf_transfer.training.probe import ProbeOptions
 from hf_transfer.training.readouts import choose_readout, extract_readouts, install_probe, measures_saved
 from tests.sessions import make_session
 

@@ -190,7 +190,7 @@ def test_an_engine_that_differs_from_eager_is_not_used(caplog: pytest.LogCapture
 
 
 class Untraceable(nn.Module):
-    """A network in which Python decides, so that torch.export cannot trace it."""
+    """A network in which Python decides by the numbers in a batch, so that a trace of one batch is wrong for others."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images * 2 if float(images.sum()) > 0 else images

@@ -34,6 +34,7 @@ from hf_transfer.network.modeling_greedy import Head
 from hf_transfer.reporting.results import describe_run
 from hf_transfer.session import Session
 from hf_transfer.strategies.greedy_stack import GreedyStackStrategy, read_numbers
+from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.records import RunResult
 from hf_transfer.training.stages import (
     Grown,
@@ -49,6 +50,7 @@ from tests.sessions import make_session
 from tests.test_recipes import run_recipe
 from tests.test_save import LABELS, results_for, write_upstream
 
+TARGET, TWO = SingleLabel(names=LABELS), SingleLabel(names=("a", "b"))
 VIEWS, EPOCHS = 2, 2
 SMALL = {
     "images_per_class": 6, "epochs": 1, "cache_views": VIEWS, "cache": "memory", "stage_epochs": EPOCHS, "aux_hidden": 2,
@@ -244,13 +246,13 @@ def test_an_architecture_stays_plain(tmp_path: Path) -> None:
 
 def test_the_ensemble_weighs_deeper_stages_more() -> None:
     logits = torch.tensor([[[4.0, 0.0]], [[0.0, 4.0]]]).numpy()
-    together = torch.from_numpy(ensemble(logits)).exp()
+    together = torch.from_numpy(ensemble(TWO, logits)).exp()
     low, high = torch.tensor([4.0, 0.0]).softmax(0)[[1, 0]].tolist()
     assert together[0].tolist() == pytest.approx([(high + 2 * low) / 3, (low + 2 * high) / 3], rel=1e-5)
 
 
 def test_stored_views_make_a_stage_cost_one_layer() -> None:
-    stack = grow_blocks(create_blocks(LABELS, BlockSpec(layers=5, width=8), AUX, image_size_px=16), AUX)
+    stack = grow_blocks(create_blocks(TARGET, BlockSpec(layers=5, width=8), AUX, image_size_px=16), AUX)
     cached = [count_stage_flops(s, stored=True).train for s in stack.stages]
     recomputed = [count_stage_flops(s, stored=False).train for s in stack.stages]
     assert len(set(cached[1:])) == 1
@@ -268,7 +270,7 @@ def test_mistakes_are_reported_before_training(tmp_path: Path) -> None:
     vit_chain, chain = vit.chain(), resnet.chain()
 
     def new(hidden: int = 1, **blocks: Any) -> Backbone:
-        return create_blocks("ab", BlockSpec(width=8, **blocks), AuxiliaryHead(hidden=hidden), image_size_px=16)
+        return create_blocks(TWO, BlockSpec(width=8, **blocks), AuxiliaryHead(hidden=hidden), image_size_px=16)
 
     def on(backbone: Backbone, chain: Chain, after: str | None = None, **blocks: Any) -> GreedyStack:
         return grow_on(backbone, chain, BlockSpec(**blocks), AUX, after=after)
@@ -341,7 +343,7 @@ def test_a_saved_stack_gives_the_same_logits_without_this_package(tmp_path: Path
     """Law 7 for new blocks alone, on timm checkpoints (after an early layer, and on tokens), and on a transformers one."""
     resnet, swin, vit = (upstream(name, tmp_path) for name in ("timm ResNet", "timm Swin", "ViT"))
     deep, tokens = AuxiliaryHead(hidden=2), BlockSpec(kind="transformer")
-    new = create_blocks(LABELS, BlockSpec(layers=2, width=4, downsample=(2,)), deep, image_size_px=32)
+    new = create_blocks(TARGET, BlockSpec(layers=2, width=4, downsample=(2,)), deep, image_size_px=32)
     stacks = {
         "blocks-32": grow_blocks(new, deep),
         "resnet-32": grow_on(resnet, resnet.chain(), BlockSpec(layers=2, width=8), AUX, after="layer2.0"),

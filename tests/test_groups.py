@@ -7,12 +7,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hf_transfer.data.groups import draw_groups, number_groups, spread_groups
 from hf_transfer.data.notes import notes_on_groups
 from hf_transfer.data.splits import Role, Split, draw
-from hf_transfer.training.features import RawFeatures
-from hf_transfer.training.folds import draw_folds
-from hf_transfer.training.probe import ProbeOptions, fit_probes
+from hf_transfer.solvers.features import RawFeatures
+from hf_transfer.solvers.folds import draw_folds
+from hf_transfer.solvers.groups import draw_groups, number_groups, spread_groups
+from hf_transfer.solvers.probe import ProbeOptions, fit_probes
+from hf_transfer.targets.single_label import SingleLabel
 
 
 def frames(objects: int, per_object: int = 10, classes: int = 3) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -26,7 +27,7 @@ def make_split(labels: NDArray[np.int64], groups: NDArray[Any] | None, name: Rol
     names = tuple(f"class {k}" for k in range(int(labels.max()) + 1))
     rows = np.arange(len(labels))
     named = None if groups is None else groups.astype(str)
-    return Split(name=name, source=None, rows=rows, labels=labels, label_names=names, groups=named)  # type: ignore[arg-type]
+    return Split(name=name, source=None, rows=rows, labels=labels, target=SingleLabel(names=names), groups=named)  # type: ignore[arg-type]
 
 
 def count_divided(codes: NDArray[np.int64], part_of: NDArray[Any]) -> int:
@@ -122,7 +123,9 @@ def test_a_probe_whose_folds_divide_groups_believes_copies() -> None:
     raw = RawFeatures(arrays=[features[:500], features[500:]], device=features.device)
     options = ProbeOptions(c_grid=(1.0,))
     leaked, honest = (
-        fit_probes([raw], labels[:500], labels[500:], 2, options, groups)[0][0].score.accuracy
+        fit_probes([raw], labels[:500], labels[500:], SingleLabel(names=("a", "b")), options, groups)[0][
+            0
+        ].score.quality
         for groups in (None, codes)
     )
     assert leaked > 0.85

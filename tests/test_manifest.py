@@ -29,6 +29,7 @@ from hf_transfer.data.sources import FolderSource
 from hf_transfer.data.splits import Split
 from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.targets.single_label import SingleLabel
 from tests.ranks import run_ranks
 from tests.sessions import make_session
 
@@ -324,7 +325,7 @@ def share(folder: Path) -> dict[str, Any]:
 
     def share_split(root: Path) -> tuple[list[int], str]:
         source, rows = Counted(root, [name(row) for row in range(COUNT)]), np.arange(COUNT)
-        split = Split(name="train", source=source, rows=rows, labels=rows % 2, label_names=("a", "b"))
+        split = Split(name="train", source=source, rows=rows, labels=rows % 2, target=SingleLabel(names=("a", "b")))
         share_digests([split], resources)
         return source.read, split.fingerprint
 

@@ -171,7 +171,7 @@ def test_scores_that_chose_other_weights_are_reported(
     with caplog.at_level("WARNING"):
         execute(make_session("full", tmp_path / "bf16", precision="bf16", epochs=1))
     assert "chosen by imprecise scores" in caplog.text
-    with pytest.raises(RuntimeError, match="the saved network has a validation log-loss"):
+    with pytest.raises(RuntimeError, match="the saved network has a validation loss"):
         execute(make_session("full", tmp_path / "fp32", precision="fp32", epochs=1))
 
 

@@ -20,6 +20,7 @@ from sessions import make_session
 from torch.nn.functional import cosine_similarity
 
 from hf_transfer.config import OptimizerConfig, Sweep
+from hf_transfer.metrics.records import Score
 from hf_transfer.network.backbone import load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.freezing import FrozenChangedError
@@ -31,7 +32,7 @@ from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import PhasesResult, run_phases
 from hf_transfer.training.plan import run_plan
-from hf_transfer.training.records import Kept, RunResult, Score
+from hf_transfer.training.records import Kept, RunResult
 from hf_transfer.training.selection import Validation, is_kept
 from hf_transfer.training.steps import NonFiniteLossError
 from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
@@ -199,7 +200,7 @@ def test_many_small_losses_do_not_add_up(tmp_path: Path) -> None:
     falling = [torch.tensor([1.0] * (count - k) + [0.0] * k, dtype=torch.float64) for k in (1, 0, 1, 2, 3, 4)]
     scores = iter(
         Validation(
-            score=Score(accuracy=float(hits.mean()), log_loss=1.0),
+            score=Score(quality=float(hits.mean()), loss=1.0),
             per_example_scores=hits,
             logits=np.zeros((count, 10), np.float32),
         )

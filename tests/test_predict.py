@@ -126,7 +126,7 @@ def test_an_input_that_is_not_an_image_is_named(images: Path, image: object, wor
 def test_dataset_classes_are_matched_to_the_models_by_name(images: Path) -> None:
     metrics = evaluate("embedded", DataConfig(dataset=str(images)), split="test")  # two of its ten classes
     assert metrics.num_samples == 5
-    counts = {row.label: row.support for row in metrics.per_class}
+    counts = {row["label"]: row["support"] for row in metrics.per_class}
     assert (counts["0"], counts["1"], counts["2"]) == (3, 2, 0)
     files = find_images([images / "test"])
     right = [p.labels[0] == Path(p.image).parent.name for p in predict(load("embedded"), files, top_k=1)]

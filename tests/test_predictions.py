@@ -10,8 +10,12 @@ import pytest
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
-from hf_transfer.reporting.predictions import PREDICTIONS, Column, list_predictions, read_predictions, write_predictions
+from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions, write_predictions
 from hf_transfer.runs import execute
+from hf_transfer.targets.multi_label import MultiLabel
+from hf_transfer.targets.regression import Regression
+from hf_transfer.targets.single_label import SingleLabel
+from hf_transfer.targets.target import Target
 from tests.sessions import make_session
 
 
@@ -56,38 +60,47 @@ def test_training_images_have_no_row_if_validation_images_chose_c(tmp_path: Path
     assert set(table["split"]) == {"validation", "test"}
 
 
-def make_split(count: int) -> Split:
+def make_split(target: Target, labels: NDArray[Any]) -> Split:
     class Names:
         def name(self, row: int) -> str:
             return f"images/{row}.jpg"
 
-    rows, labels = np.arange(count), np.arange(count) % 2
-    return Split(name="test", source=Names(), rows=rows, labels=labels, label_names=("ant", "bee"))  # type: ignore[arg-type]
+    return Split(name="test", source=Names(), rows=np.arange(len(labels)), labels=labels, target=target)  # type: ignore[arg-type]
 
 
 def test_blocks_of_rows_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_transfer.reporting.predictions._ROWS_PER_GROUP", 4)
+    target = SingleLabel(names=("ant", "bee"))
     logits = np.random.default_rng(0).normal(size=(10, 2)).astype(np.float32)
-    write_predictions(tmp_path / PREDICTIONS, [make_split(10)], {"test": logits})
+    write_predictions(tmp_path / PREDICTIONS, [make_split(target, np.arange(10) % 2)], {"test": logits})
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    stored = read_predictions(tmp_path / PREDICTIONS, ("ant", "bee"))["test"]
-    np.testing.assert_allclose(stored.probabilities, expected, rtol=1e-5)
-    unwritten = list_predictions([make_split(10)], {"test": logits})["test"]
-    np.testing.assert_array_equal(stored.probabilities, unwritten.probabilities)
-    np.testing.assert_array_equal(stored.hits, unwritten.hits)
+    stored = read_predictions(tmp_path / PREDICTIONS, target)["test"]
+    np.testing.assert_allclose(stored, expected, rtol=1e-5)
+    np.testing.assert_array_equal(stored, activate(target, logits))
     table = read(tmp_path)
     assert table["path"] == [f"images/{i}.jpg" for i in range(10)]
     assert table["label"] == ["ant", "bee"] * 5
 
 
-def test_another_target_names_its_own_column(tmp_path: Path) -> None:
-    def double(outputs: NDArray[np.float64]) -> NDArray[np.float64]:
-        return 2 * outputs
-
-    write_predictions(
-        tmp_path / PREDICTIONS,
-        [make_split(3)],
-        {"test": np.ones((3, 1), np.float32)},
-        Column(name="values", convert=double),
-    )
-    assert read(tmp_path)["values"] == [[2.0]] * 3
+@pytest.mark.parametrize(
+    ("target", "column", "labels"),
+    [
+        (SingleLabel(names=("a", "b", "c")), "probabilities", np.array([0, 2, 1, 1])),
+        (MultiLabel(names=("a", "b", "c")), "probabilities", np.eye(4, 3, dtype=np.float32)),
+        (
+            Regression(names=("x", "y", "z"), center=(5.0, 0.0, 1.0), scale=(2.0, 1.0, 0.5)),
+            "values",
+            np.ones((4, 3), np.float32),
+        ),
+    ],
+)
+def test_every_target_has_its_column_from_which_logits_return(
+    target: Target, column: str, labels: NDArray[Any], tmp_path: Path
+) -> None:
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    write_predictions(tmp_path / PREDICTIONS, [make_split(target, labels)], {"test": logits})
+    assert list(read(tmp_path)) == ["path", "label", column, "split"]
+    again = deactivate(target, read_predictions(tmp_path / PREDICTIONS, target)["test"])
+    np.testing.assert_allclose(activate(target, again), activate(target, logits), atol=1e-6)
+    extreme = np.array([[200.0, -200.0, 0.0]], np.float32)
+    assert np.isfinite(deactivate(target, activate(target, extreme))).all()

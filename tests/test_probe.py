@@ -12,18 +12,24 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from hf_transfer.training import features as features_module
-from hf_transfer.training import lbfgs, workers
-from hf_transfer.training.features import RawFeatures, StandardizedFeatures
-from hf_transfer.training.folds import draw_folds
-from hf_transfer.training.lbfgs import SolverOptions
-from hf_transfer.training.probe import FINAL_TOL, ProbeOptions, choose_probe, fit_probe, fit_probes, solve_path
+from hf_transfer.solvers import features as features_module
+from hf_transfer.solvers import lbfgs, workers
+from hf_transfer.solvers.features import RawFeatures, StandardizedFeatures
+from hf_transfer.solvers.folds import draw_folds
+from hf_transfer.solvers.lbfgs import SolverOptions
+from hf_transfer.solvers.probe import FINAL_TOL, ProbeOptions, choose_probe, fit_probe, fit_probes, solve_path
+from hf_transfer.targets.losses import Softmax
+from hf_transfer.targets.single_label import SingleLabel
 
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
 ]
 C_GRID = (1e-4, 1e-2, 1.0)
+
+
+def classes(number: int) -> SingleLabel:
+    return SingleLabel(names=tuple(map(str, range(number))))
 
 
 def make_data(num_rows: int, num_features: int, num_classes: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -70,7 +76,7 @@ def test_every_problem_of_a_path_is_solved_as_by_sklearn(
     device: str, num_rows: int, num_features: int, num_classes: int
 ) -> None:
     features, targets = (t.to(device) for t in make_data(num_rows, num_features, num_classes))
-    path = solve_path(features, targets, num_classes, C_GRID)
+    path = solve_path(features, targets, classes(num_classes), C_GRID)
     for p, c in enumerate(C_GRID):
         logits, objective = fit_sklearn(features, targets, c)
         assert path.objective[p].item() == pytest.approx(objective, rel=1e-6)
@@ -84,7 +90,7 @@ def test_digits_of_sklearn_are_solved_as_by_sklearn(device: str) -> None:
     """Real images: some pixels are constant, the condition number is large, and classes are almost separable."""
     images, labels = load_digits(return_X_y=True)
     features, targets = torch.from_numpy(images).float().to(device), torch.from_numpy(labels).to(device)
-    path = solve_path(features, targets, 10, C_GRID)
+    path = solve_path(features, targets, classes(10), C_GRID)
     for p, c in enumerate(C_GRID):
         logits, objective = fit_sklearn(features, targets, c)
         assert path.objective[p].item() == pytest.approx(objective, rel=1e-6)
@@ -98,7 +104,7 @@ def test_row_weights_of_each_problem_are_those_of_sklearn() -> None:
     features, targets = make_data(200, 20, 4)
     generator = torch.Generator().manual_seed(1)
     row_weights = torch.rand(2, 200, generator=generator)
-    path = solve_path(features, targets, 4, (0.01, 0.1), row_weights=row_weights)
+    path = solve_path(features, targets, classes(4), (0.01, 0.1), row_weights=row_weights)
     for p, c in enumerate(path.c):
         logits, objective = fit_sklearn(features, targets, c, row_weights[p].double().numpy())
         assert path.objective[p].item() == pytest.approx(objective, rel=1e-6)
@@ -108,8 +114,8 @@ def test_row_weights_of_each_problem_are_those_of_sklearn() -> None:
 def test_row_of_weight_two_is_the_row_twice() -> None:
     """Doubling all rows changes neither mean nor spread, so both are standardized in the same way."""
     features, targets = make_data(100, 10, 3)
-    twice = solve_path(features.repeat(2, 1), targets.repeat(2), 3, [0.1])
-    weighted = solve_path(features, targets, 3, [0.1], row_weights=torch.full((100,), 2.0))
+    twice = solve_path(features.repeat(2, 1), targets.repeat(2), classes(3), [0.1])
+    weighted = solve_path(features, targets, classes(3), [0.1], row_weights=torch.full((100,), 2.0))
     torch.testing.assert_close(twice.weight, weighted.weight, atol=1e-4, rtol=1e-3)
 
 
@@ -117,7 +123,8 @@ def test_row_of_weight_two_is_the_row_twice() -> None:
 def test_groups_that_fit_into_memory_change_nothing(memory_bytes: int) -> None:
     features, targets = make_data(200, 30, 4)
     whole, grouped = (
-        solve_path(features, targets, 4, C_GRID, options=SolverOptions(memory_bytes=m)) for m in (None, memory_bytes)
+        solve_path(features, targets, classes(4), C_GRID, options=SolverOptions(memory_bytes=m))
+        for m in (None, memory_bytes)
     )
     torch.testing.assert_close(whole.weight, grouped.weight, atol=1e-4, rtol=1e-3)
 
@@ -132,32 +139,32 @@ def test_a_floor_limits_features_that_hardly_vary() -> None:
     for dead in (0, 5):
         features = torch.cat([varying, torch.ones(200, dead)], 1)
         raw = RawFeatures(arrays=[features], device=features.device)
-        plain = lbfgs.standardize(raw, targets, 2).features.inverse_std[:3]
+        plain = lbfgs.standardize(raw, Softmax(targets, 2)).features.inverse_std[:3]
         torch.testing.assert_close(plain, 1 / std)
-        floored = lbfgs.standardize(raw, targets, 2, spread_floor=1.0).features.inverse_std[:3]
+        floored = lbfgs.standardize(raw, Softmax(targets, 2), spread_floor=1.0).features.inverse_std[:3]
         torch.testing.assert_close(floored, (std.square() + std[1].square()).rsqrt())
 
 
 def test_constant_features_get_no_weight() -> None:
     features, targets = make_data(100, 8, 3)
     features[:, 2], features[:, 5] = 0.0, 1e4 / 3
-    path = solve_path(features, targets, 3, [1.0])
+    path = solve_path(features, targets, classes(3), [1.0])
     assert (path.weight[0][:, [2, 5]] == 0).all()
     assert torch.isfinite(path.weight).all()
-    without = solve_path(features[:, [0, 1, 3, 4, 6, 7]], targets, 3, [1.0])
+    without = solve_path(features[:, [0, 1, 3, 4, 6, 7]], targets, classes(3), [1.0])
     torch.testing.assert_close(path.weight[0][:, [0, 1, 3, 4, 6, 7]], without.weight[0], atol=1e-3, rtol=1e-3)
 
 
 def test_all_features_constant_leaves_class_frequencies() -> None:
     targets = torch.tensor([0, 0, 0, 1])
-    path = solve_path(torch.ones(4, 3), targets, 2, [1.0])
+    path = solve_path(torch.ones(4, 3), targets, classes(2), [1.0])
     np.testing.assert_allclose(path.bias[0].softmax(0), [0.75, 0.25], atol=1e-4)
 
 
 def test_separable_data_with_hardly_any_penalty_stays_finite() -> None:
     targets = torch.arange(60) % 6
     features = torch.nn.functional.one_hot(targets, 6).float()
-    path = solve_path(features, targets, 6, (1.0, 1e3, 1e6))
+    path = solve_path(features, targets, classes(6), (1.0, 1e3, 1e6))
     _, objective = fit_sklearn(features, targets, 1e3)
     assert path.objective[1].item() == pytest.approx(objective, rel=1e-5)
     for weight, bias in zip(path.weight, path.bias, strict=True):
@@ -169,7 +176,7 @@ def test_half_precision_features_are_solved_in_float32() -> None:
     features, targets = make_data(200, 20, 3)
     for dtype in (torch.float16, torch.bfloat16):
         rounded = features.to(dtype)
-        half, full = (solve_path(f, targets, 3, [0.1]) for f in (rounded, rounded.float()))
+        half, full = (solve_path(f, targets, classes(3), [0.1]) for f in (rounded, rounded.float()))
         assert half.weight.dtype == torch.float32
         torch.testing.assert_close(half.weight, full.weight)
 
@@ -177,14 +184,14 @@ def test_half_precision_features_are_solved_in_float32() -> None:
 def test_large_offsets_do_not_spoil_the_solution() -> None:
     features, targets = make_data(200, 20, 3)
     moved = features + 1000  # spreads are 0.1 to 10: float32 keeps 3 digits of the smallest
-    plain, shifted = (solve_path(f, targets, 3, [0.1]).objective.item() for f in (features, moved))
+    plain, shifted = (solve_path(f, targets, classes(3), [0.1]).objective.item() for f in (features, moved))
     assert shifted == pytest.approx(plain, rel=1e-3)
 
 
 def test_a_thousand_classes() -> None:
     """With memory for two problems at a time. The gradient at the solution, in float64, is next to zero."""
     features, targets = make_data(2000, 40, 1000)
-    path = solve_path(features, targets, 1000, (1e-3, 1e-1), options=SolverOptions(memory_bytes=2**26))
+    path = solve_path(features, targets, classes(1000), (1e-3, 1e-1), options=SolverOptions(memory_bytes=2**26))
     scaled = torch.from_numpy(StandardScaler().fit_transform(features.double().numpy()))
     std = torch.from_numpy(features.double().numpy().std(0))
     for p, c in enumerate(path.c):
@@ -197,12 +204,12 @@ def test_a_thousand_classes() -> None:
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_the_users_matmul_precision_is_restored_and_not_used(precision: str) -> None:
     features, targets = make_data(200, 64, 3)
-    expected = solve_path(features, targets, 3, [1.0])
+    expected = solve_path(features, targets, classes(3), [1.0])
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            path = solve_path(features, targets, 3, [1.0])
+            path = solve_path(features, targets, classes(3), [1.0])
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
@@ -212,7 +219,7 @@ def test_the_users_matmul_precision_is_restored_and_not_used(precision: str) -> 
 def test_input_is_left_as_it_was() -> None:
     features, targets = make_data(50, 5, 2)
     copy = features.clone()
-    solve_path(features, targets, 2, [1.0])
+    solve_path(features, targets, classes(2), [1.0])
     assert torch.equal(features, copy)
     assert not features.requires_grad
 
@@ -220,7 +227,7 @@ def test_input_is_left_as_it_was() -> None:
 def test_a_problem_that_is_cut_short_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     features, targets = make_data(200, 30, 4)
     with caplog.at_level(logging.WARNING):
-        solve_path(features, targets, 4, [100.0], options=SolverOptions(max_iterations=3))
+        solve_path(features, targets, classes(4), [100.0], options=SolverOptions(max_iterations=3))
     assert "1 of 1 problems stopped after 3 iterations" in caplog.text
 
 
@@ -235,12 +242,14 @@ def test_probe_is_the_refit_of_the_c_that_does_best_on_unseen_rows(device: str, 
     features, targets = (t.to(device) for t in make_data(300, 20, 3))
     parts = split_four_to_one(features, targets)
     probe = fit_probe(
-        *parts, 3, ProbeOptions(cv_folds=folds, spread_floor=0.0, c_grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0))
+        *parts,
+        classes(3),
+        ProbeOptions(cv_folds=folds, spread_floor=0.0, c_grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)),
     )
-    assert probe.score.log_loss == min(point.score.log_loss for point in probe.path)
-    assert probe.c == min(probe.path, key=lambda point: point.score.log_loss).c
+    assert probe.score.loss == min(point.score.loss for point in probe.path)
+    assert probe.c == min(probe.path, key=lambda point: point.score.loss).c
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
-    refit = solve_path(both, labels, 3, [probe.c])
+    refit = solve_path(both, labels, classes(3), [probe.c])
     largest = refit.weight[0].abs().max().item()
     torch.testing.assert_close(probe.weight, refit.weight[0], atol=1e-3 * largest, rtol=1e-2)
 
@@ -250,7 +259,7 @@ def test_held_out_numbers_are_those_of_a_fit_without_the_rows() -> None:
     features, targets = make_data(120, 10, 3)
     parts = split_four_to_one(features, targets)
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
-    probe = fit_probe(*parts, 3, ProbeOptions(cv_folds=3, c_grid=[0.05], seed=7, spread_floor=0.0))
+    probe = fit_probe(*parts, classes(3), ProbeOptions(cv_folds=3, c_grid=[0.05], seed=7, spread_floor=0.0))
     fold_of = draw_folds(labels, 3, 7)
     scaled = StandardScaler().fit_transform(both.double().numpy())
     expected = np.zeros((120, 3))
@@ -260,36 +269,36 @@ def test_held_out_numbers_are_those_of_a_fit_without_the_rows() -> None:
         expected[~seen] = model.predict_proba(scaled[~seen])
     np.testing.assert_allclose(probe.held_out_logits.softmax(1), expected, atol=2e-3)
     truth = expected[np.arange(120), labels.numpy()]
-    assert probe.score.log_loss == pytest.approx(-np.log(truth).mean(), rel=1e-3)
+    assert probe.score.loss == pytest.approx(-np.log(truth).mean(), rel=1e-3)
     hits = (expected.argmax(1) == labels.numpy()).sum()
-    assert abs(probe.score.accuracy * 120 - hits) < 1.5, "a row on the border may go either way"
+    assert abs(probe.score.quality * 120 - hits) < 1.5, "a row on the border may go either way"
 
 
 def test_single_split_scores_the_given_validation_rows_only() -> None:
     parts = split_four_to_one(*make_data(200, 10, 3))
-    probe = fit_probe(*parts, 3, ProbeOptions(cv_folds=1, refit=False))
+    probe = fit_probe(*parts, classes(3), ProbeOptions(cv_folds=1, refit=False))
     logits = torch.from_numpy(compute_logits(parts[2], probe.weight, probe.bias)).float()
     assert probe.held_out_logits[: len(parts[0])].isnan().all(), "no fit holds out a training row"
     held_out = probe.held_out_logits[len(parts[0]) :]
     torch.testing.assert_close(held_out, logits, atol=1e-2, rtol=1e-2)
-    assert probe.score.log_loss == pytest.approx(torch.nn.functional.cross_entropy(held_out, parts[3]).item(), rel=1e-4)
-    assert probe.score.accuracy == pytest.approx((held_out.argmax(1) == parts[3]).float().mean().item())
+    assert probe.score.loss == pytest.approx(torch.nn.functional.cross_entropy(held_out, parts[3]).item(), rel=1e-4)
+    assert probe.score.quality == pytest.approx((held_out.argmax(1) == parts[3]).float().mean().item())
 
 
 def test_path_ends_where_validation_has_become_worse() -> None:
     generator = torch.Generator().manual_seed(0)
     noise, targets = torch.randn(200, 50, generator=generator), torch.arange(200) % 4
-    probe = fit_probe(*split_four_to_one(noise, targets), 4)
+    probe = fit_probe(*split_four_to_one(noise, targets), classes(4))
     assert probe.c < 1e-2, "noise wants strong regularization"
     assert len(probe.path) < 15
 
 
 def test_selection_by_accuracy_breaks_ties_by_log_loss() -> None:
     features, targets = make_data(300, 20, 3)
-    probe = fit_probe(*split_four_to_one(features, targets), 3, ProbeOptions(select_by="accuracy"))
-    best = max(point.score.accuracy for point in probe.path)
-    assert probe.score.accuracy == best
-    assert probe.score.log_loss == min(p.score.log_loss for p in probe.path if p.score.accuracy == best)
+    probe = fit_probe(*split_four_to_one(features, targets), classes(3), ProbeOptions(select_by="accuracy"))
+    best = max(point.score.quality for point in probe.path)
+    assert probe.score.quality == best
+    assert probe.score.loss == min(p.score.loss for p in probe.path if p.score.quality == best)
 
 
 def test_balanced_loss_weighs_classes_equally() -> None:
@@ -297,14 +306,14 @@ def test_balanced_loss_weighs_classes_equally() -> None:
     kept = (targets > 0) | (torch.arange(400) < 40)  # class 0: a tenth of the others
     parts = split_four_to_one(features[kept], targets[kept])
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
-    probe = fit_probe(*parts, 4, ProbeOptions(class_balance="loss", c_grid=[0.1], spread_floor=0.0))
+    probe = fit_probe(*parts, classes(4), ProbeOptions(class_balance="loss", c_grid=[0.1], spread_floor=0.0))
     scaled = StandardScaler().fit_transform(both.double().numpy())
     model = LogisticRegression(C=0.1, class_weight="balanced", tol=1e-10, max_iter=10_000).fit(scaled, labels.numpy())
     expected = model.predict_proba(scaled)
     np.testing.assert_allclose(
         torch.from_numpy(compute_logits(both, probe.weight, probe.bias)).softmax(1), expected, atol=2e-3
     )
-    plain = fit_probe(*parts, 4, ProbeOptions(c_grid=[0.1]))
+    plain = fit_probe(*parts, classes(4), ProbeOptions(c_grid=[0.1]))
     recalls = [
         (compute_logits(both, p.weight, p.bias).argmax(1) == labels.numpy())[labels.numpy() == 0].mean()
         for p in (plain, probe)
@@ -314,10 +323,10 @@ def test_balanced_loss_weighs_classes_equally() -> None:
 
 def test_the_seed_decides_the_folds_and_so_the_probe() -> None:
     parts = split_four_to_one(*make_data(150, 10, 3))
-    first, again, other = (fit_probe(*parts, 3, ProbeOptions(seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (fit_probe(*parts, classes(3), ProbeOptions(seed=seed)) for seed in (0, 0, 1))
     assert torch.equal(first.weight, again.weight)
     assert first.path == again.path
-    assert first.score.log_loss != other.score.log_loss
+    assert first.score.loss != other.score.loss
 
 
 def test_another_readout_is_chosen_only_if_its_gain_is_beyond_chance() -> None:
@@ -328,10 +337,10 @@ def test_another_readout_is_chosen_only_if_its_gain_is_beyond_chance() -> None:
         [features, 2 * torch.nn.functional.one_hot(targets, 3) + torch.randn(300, 3, generator=generator)], 1
     )
     own, same, noisy, good = (
-        fit_probe(*split_four_to_one(f, targets), 3)
+        fit_probe(*split_four_to_one(f, targets), classes(3))
         for f in (features, features, torch.cat([features, noise], 1), better)
     )
-    assert own.held_out_losses.sum().item() == pytest.approx(own.score.log_loss, rel=1e-5)
+    assert own.held_out_losses.sum().item() == pytest.approx(own.score.loss, rel=1e-5)
     assert choose_probe([own]) == 0
     assert choose_probe([own, same]) == 0
     assert choose_probe([own, noisy]) == 0
@@ -350,30 +359,30 @@ def test_a_class_with_one_row_is_fitted_but_not_scored() -> None:
     features, targets = make_data(60, 10, 3)
     kept = (targets < 2) | (torch.arange(60) < 3)  # one row of class 2
     parts = split_four_to_one(features[kept], targets[kept])
-    probe = fit_probe(*parts, 3)
+    probe = fit_probe(*parts, classes(3))
     assert torch.isfinite(probe.weight).all()
     assert torch.isfinite(probe.held_out_logits).all()
-    assert probe.score.log_loss < 3
+    assert probe.score.loss < 3
 
 
 def test_two_rows_of_each_of_two_classes_are_enough() -> None:
     features, targets = make_data(4, 10, 2)
-    probe = fit_probe(features[:2], targets[:2], features[2:], targets[2:], 2)
+    probe = fit_probe(features[:2], targets[:2], features[2:], targets[2:], classes(2))
     assert torch.isfinite(probe.weight).all()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 1}, "num_classes=1: a probe needs 2 or more"),
-        ({"num_classes": 2}, "targets go from 0 to 2: with num_classes=2 they must be 0 to 1"),
+        ({"target": classes(1)}, "a classifier needs two or more classes, and there are 1"),
+        ({"target": classes(2)}, "labels go from 0 to 2: with 2 classes they must be 0 to 1"),
         ({"c_grid": []}, "give values of C above 0"),
         ({"c_grid": [0.0]}, "give values of C above 0"),
         ({"features": torch.full((9, 4), torch.nan)}, "4 of 4 features contain nan, inf"),
         ({"features": torch.full((9, 4), 6e4, dtype=torch.float16) * 2}, "4 of 4 features contain nan, inf"),
-        ({"features": torch.zeros(9, 4, 1)}, r"features \(9, 4, 1\) and targets \(9,\)"),
-        ({"features": torch.zeros(8, 4)}, r"features \(8, 4\) and targets \(9,\)"),
-        ({"features": torch.zeros(9, 4, dtype=torch.int64)}, "give float and integer tensors"),
+        ({"features": torch.zeros(9, 4, 1)}, r"features \(9, 4, 1\) and labels \(9,\)"),
+        ({"features": torch.zeros(8, 4)}, r"features \(8, 4\) and labels \(9,\)"),
+        ({"features": torch.zeros(9, 4, dtype=torch.int64)}, "give a float tensor"),
         ({"row_weights": torch.ones(4)}, r"row_weights has shape \(4,\); give \(9,\) or \(1, 9\)"),
         ({"row_weights": torch.zeros(9)}, "not all 0"),
         ({"row_weights": -torch.ones(9)}, "finite, 0 or more"),
@@ -382,8 +391,8 @@ def test_two_rows_of_each_of_two_classes_are_enough() -> None:
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
     given = {
         "features": make_data(9, 4, 3)[0],
-        "targets": torch.arange(9) % 3,
-        "num_classes": 3,
+        "labels": torch.arange(9) % 3,
+        "target": classes(3),
         "c_grid": [1.0],
     } | change
     with pytest.raises(ValueError, match=message):
@@ -406,13 +415,13 @@ def test_mistakes_in_choosing_are_named(change: dict[str, object], message: str)
 def test_other_features_in_validation_are_refused() -> None:
     features, targets = make_data(12, 4, 3)
     with pytest.raises(ValueError, match="train has 4 features and validation 3"):
-        fit_probe(features[:6], targets[:6], torch.zeros(6, 3), targets[6:], 3)
+        fit_probe(features[:6], targets[:6], torch.zeros(6, 3), targets[6:], classes(3))
 
 
 def test_one_row_a_class_cannot_choose_c() -> None:
     features, targets = make_data(4, 4, 4)
     with pytest.raises(ValueError, match="give at least two images of one class"):
-        fit_probe(features[:2], targets[:2], features[2:], targets[2:], 4)
+        fit_probe(features[:2], targets[:2], features[2:], targets[2:], classes(4))
 
 
 def test_preconditioner_saves_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,7 +433,7 @@ def test_preconditioner_saves_iterations(monkeypatch: pytest.MonkeyPatch) -> Non
     iterations = []
     for rank in (1, 128):
         monkeypatch.setattr(lbfgs, "_RANK", rank)
-        iterations.append(solve_path(features, targets, 4, [1e-2]).iterations.item())
+        iterations.append(solve_path(features, targets, classes(4), [1e-2]).iterations.item())
     assert iterations[1] < 0.7 * iterations[0]
 
 
@@ -437,8 +446,8 @@ def test_only_readouts_that_may_win_are_solved_to_the_end_and_the_choice_is_the_
     )
     parts = [split_four_to_one(f, targets) for f in (features, noise, better, better + 1e-3 * noise[:, :1])]
     readouts = [RawFeatures(arrays=[p[0], p[2]], device=p[0].device) for p in parts]
-    probes, summaries = fit_probes(readouts, parts[0][1], parts[0][3], 3)
-    alone = [fit_probe(*p, 3) for p in parts]
+    probes, summaries = fit_probes(readouts, parts[0][1], parts[0][3], classes(3))
+    alone = [fit_probe(*p, classes(3)) for p in parts]
     assert list(probes) == [0, 2, 3], "the first readout, and those that may win"
     assert list(probes)[choose_probe(list(probes.values()))] == choose_probe(alone) != 0
     for i, probe in probes.items():
@@ -459,7 +468,7 @@ def test_accuracy_selects_among_readouts_that_are_all_solved_to_the_end() -> Non
         (ProbeOptions(select_by="accuracy", c_grid=(1e-2, 1e-1, 1.0)), [0, 1]),
         (ProbeOptions(select_by="log_loss", c_grid=(1e-2, 1e-1, 1.0)), [0]),
     ):
-        assert list(fit_probes(readouts, parts[1], parts[3], 3, options)[0]) == expected
+        assert list(fit_probes(readouts, parts[1], parts[3], classes(3), options)[0]) == expected
 
 
 class RowsOnDisk:
@@ -485,9 +494,9 @@ def test_features_beyond_the_memory_limit_are_read_in_blocks_with_the_same_solut
     parts = split_four_to_one(*make_data(300, 20, 3))
     stored = [RowsOnDisk(parts[i].numpy()) for i in (0, 2)]
     whole, blocks = (
-        fit_probes([RawFeatures(arrays=stored, device=parts[0].device, memory_bytes=limit)], parts[1], parts[3], 3)[0][
-            0
-        ]
+        fit_probes(
+            [RawFeatures(arrays=stored, device=parts[0].device, memory_bytes=limit)], parts[1], parts[3], classes(3)
+        )[0][0]
         for limit in (10**9, 4 * 21 * 64)
     )
     largest = float(whole.weight.abs().max())
@@ -497,7 +506,7 @@ def test_features_beyond_the_memory_limit_are_read_in_blocks_with_the_same_solut
     assert max(rows.most for rows in stored) == 240, "all training rows at once"
     streamed = [RowsOnDisk(parts[i].numpy()) for i in (0, 2)]
     raw = RawFeatures(arrays=streamed, device=parts[0].device, memory_bytes=4 * 21 * 64)
-    fit_probes([raw], parts[1], parts[3], 3)
+    fit_probes([raw], parts[1], parts[3], classes(3))
     assert max(rows.most for rows in streamed) == 64
     assert StandardizedFeatures.of(raw, 1.0).kept is None
 
@@ -505,11 +514,11 @@ def test_features_beyond_the_memory_limit_are_read_in_blocks_with_the_same_solut
 def test_few_images_are_solved_in_the_directions_that_they_span(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rotation changes rounding only."""
     parts = split_four_to_one(*make_data(40, 200, 3))
-    rotated = fit_probe(*parts, 3)
+    rotated = fit_probe(*parts, classes(3))
     raw = RawFeatures(arrays=[parts[0], parts[2]], device=parts[0].device)
-    assert lbfgs.standardize(raw, parts[1], 3).num_columns == 41
+    assert lbfgs.standardize(raw, Softmax(parts[1], 3)).num_columns == 41
     monkeypatch.setattr(features_module, "ROTATED_RATIO", 1e9)
-    plain = fit_probe(*parts, 3)
+    plain = fit_probe(*parts, classes(3))
     assert rotated.c == plain.c
     assert rotated.weight.shape == plain.weight.shape == (3, 200)
     torch.testing.assert_close(rotated.weight, plain.weight, atol=1e-5 * float(plain.weight.abs().max()), rtol=0)
@@ -537,12 +546,12 @@ def test_each_calculation_has_one_torch_thread_and_a_share_of_the_cores(monkeypa
 
 def test_large_problems_are_shared_out_among_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     features, targets = make_data(200, 30, 4)
-    whole = solve_path(features, targets, 4, C_GRID)
+    whole = solve_path(features, targets, classes(4), C_GRID)
     monkeypatch.setattr(workers, "count_cores", lambda: 2)
     monkeypatch.setattr(lbfgs, "_SPLIT_BYTES", 0)
     groups = []
     minimize_group = lbfgs._minimize_group
     monkeypatch.setattr(lbfgs, "_minimize_group", lambda *a: groups.append(len(a[0].penalties)) or minimize_group(*a))
-    shared = solve_path(features, targets, 4, C_GRID)
+    shared = solve_path(features, targets, classes(4), C_GRID)
     assert sorted(groups) == [1, 2]
     torch.testing.assert_close(whole.weight, shared.weight, atol=1e-4, rtol=1e-3)

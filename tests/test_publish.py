@@ -29,6 +29,7 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, VerificationError, find_libraries, verify, write_reference
 from hf_transfer.network.adapters import add_adapters
 from hf_transfer.network.backbone import Backbone, load
+from hf_transfer.targets.single_label import SingleLabel
 from tests.hub_server import DROP, HubServer, Repository, Token
 from tests.test_recipes import TIMEOUT_S
 from tests.test_save import LABELS, results_for, write_upstream
@@ -67,7 +68,9 @@ def make_run(backbone: Backbone, run: Path) -> Path:
     rng = np.random.default_rng(0)
     images = PixelSource(rng.integers(0, 256, (3, 40, 52, 3), dtype=np.uint8))
     names = backbone.label_names
-    split = Split(name="test", source=images, rows=np.arange(3), labels=np.zeros(3, np.int64), label_names=names)
+    split = Split(
+        name="test", source=images, rows=np.arange(3), labels=np.zeros(3, np.int64), target=SingleLabel(names=names)
+    )
     results = results_for(backbone)
     save_model(backbone, results, run / "model")
     write_reference(backbone, split, run / REFERENCE)

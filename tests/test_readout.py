@@ -1,11 +1,12 @@
 """Readouts: other depths and poolings of a network, only where a plain upstream model expresses them."""
 
 import pytest
+import timm
 import torch
 
-from hf_transfer.network.chain import Chain
+from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.readout import Tail, build_variant, find_readouts, read_features
-from tests.families import FAMILIES, built, make_pixels
+from tests.families import FAMILIES, built, make_pixels, randomize
 
 WITH_CLASSIFIER = [n for n in FAMILIES if n != "timm LeViT"]
 
@@ -18,6 +19,7 @@ def test_every_readout_is_a_plain_model_with_the_same_features(name: str) -> Non
         activation = chain.run_prefix([readout.cut], pixels)[0]
         features = read_features(readout, chain, activation)
         assert features.shape == (3, readout.num_features)
+        torch.testing.assert_close(Tail(readout, chain)(activation), features, rtol=1e-5, atol=1e-5)
         plain = build_variant(chain, readout.changes, num_classes=5)
         assert type(plain) is type(model)
         taken: list[torch.Tensor] = []
@@ -65,8 +67,8 @@ def test_a_network_without_a_linear_head_is_refused() -> None:
         find_readouts(without, sweep="none")
 
 
-@pytest.mark.parametrize(("pooling", "num_tokens"), [("token", 1), ("avg", None)])
-def test_a_readout_of_the_class_token_reads_this_token_alone(pooling: str, num_tokens: int | None) -> None:
+@pytest.mark.parametrize(("pooling", "tokens"), [("token", slice(0, 1)), ("avg", slice(1, None))])
+def test_a_readout_of_tokens_is_computed_without_the_network(pooling: str, tokens: slice) -> None:
     _, chain = built("timm ViT")
     pixels = make_pixels(chain.image_shape, 3)
     checked = 0
@@ -75,8 +77,20 @@ def test_a_readout_of_the_class_token_reads_this_token_alone(pooling: str, num_t
         if (pooling == "token") != is_token or (not is_token and readout.pooling != pooling):
             continue
         tail = Tail(readout, chain)
-        assert tail.num_tokens == num_tokens
+        assert tail.is_direct
+        assert tail.tokens == tokens
         (activation,) = chain.run_prefix([readout.cut], pixels)
         torch.testing.assert_close(tail(activation), read_features(readout, chain, activation), rtol=1e-5, atol=1e-6)
         checked += 1
     assert checked
+
+
+def test_a_readout_that_normalizes_after_the_mean_runs_the_end_of_the_network() -> None:
+    options = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", global_pool="avg", fc_norm=True, **options)
+    chain = build_chain(randomize(model).eval(), (3, 32, 32))
+    readout = next(r for r in find_readouts(chain, sweep="layer") if r.cut != chain.features)
+    tail = Tail(readout, chain)
+    assert not tail.is_direct
+    activation = torch.randn(3, *readout.cut.shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(tail(activation), read_features(readout, chain, activation))

@@ -18,15 +18,17 @@ from hf_transfer import launch, repeats
 from hf_transfer.config import RepeatConfig
 from hf_transfer.data.folds import divide
 from hf_transfer.data.splits import Role, Split
+from hf_transfer.metrics.classification import score
+from hf_transfer.metrics.records import Score
 from hf_transfer.prefix.cache import MissingRows
 from hf_transfer.prefix.extract import _Extraction
 from hf_transfer.repeats import run_config
 from hf_transfer.reporting.predictions import PREDICTIONS
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
+from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.final_fit import FoldRun, plan_final_fit
-from hf_transfer.training.metrics import score
-from hf_transfer.training.records import EpochRecord, Kept, PhaseResult, RunResult, Score
+from hf_transfer.training.records import EpochRecord, Kept, PhaseResult, RunResult
 from tests.sessions import make_config, read_data
 from tests.test_recipes import run_recipe
 
@@ -248,7 +250,7 @@ def make_split(name: Role, count: int, groups: list[str] | None = None) -> Split
         source=_Source(name, count),  # type: ignore[arg-type]
         rows=np.arange(count),
         labels=np.arange(count) % 2,
-        label_names=("ant", "bee"),
+        target=SingleLabel(names=("ant", "bee")),
         groups=None if groups is None else np.array(groups),
     )
 
@@ -311,12 +313,12 @@ def test_the_old_name_of_the_probes_folds_leads_to_the_new_one() -> None:
 def make_phase(kept: Kept, epoch: int | None, accuracies: list[float]) -> PhaseResult:
     records = tuple(
         EpochRecord(
-            epoch=i + 1, train_loss=1.0, train_accuracy=1.0, validation=Score(accuracy=a, log_loss=0.0), images=1,
+            epoch=i + 1, train_loss=1.0, train_accuracy=1.0, validation=Score(quality=a, loss=0.0), images=1,
             images_per_second=1.0,
         )
         for i, a in enumerate(accuracies)
     )  # fmt: skip
-    score_kept = Score(accuracy=0.5, log_loss=0.0)
+    score_kept = Score(quality=0.5, loss=0.0)
     return PhaseResult(
         policy="full", cut=None, optimizer="adamw", epochs=9, num_trainable=1, kept=kept, kept_epoch=epoch,
         score=score_kept, history=records,
@@ -334,7 +336,7 @@ def test_the_final_fit_follows_the_folds_of_the_strategy_that_most_kept() -> Non
     final = plan_final_fit(runs, metrics, {})
     assert final.strategy == "full"
     assert [length.epochs for length in final.phases] == [0, 4]
-    assert [s.accuracy for s in final.phases[1].scores] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert [s.quality for s in final.phases[1].scores] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert final.metrics.estimated_by == "folds"
 
 
@@ -383,10 +385,10 @@ def test_the_gain_over_the_probe_is_paired(seeded: tuple[Path, dict[str, Any]]) 
     gains = [hits(folder / f"seed_{seed}") - hits(folder / f"seed_{seed}" / "probe") for seed in (4, 5)]
     gain = results["seeds"]["gain_over_probe"]
     assert gain["values"] == pytest.approx([each.mean() for each in gains])
-    assert gain["accuracy"] == pytest.approx(np.mean(gains))
+    assert gain["mean"] == pytest.approx(np.mean(gains))
     low, high = gain["interval"]
     spread = np.mean(gains, axis=0).std() / len(gains[0]) ** 0.5
-    assert low < gain["accuracy"] < high
+    assert low < gain["mean"] < high
     assert high - low == pytest.approx(2 * 1.96 * spread, rel=0.15), "the interval over images"
     values = results["seeds"]["metrics"]["test"]["accuracy"]
     assert values["mean"] == pytest.approx(np.mean(values["values"]))

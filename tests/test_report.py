@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from hf_transfer.config import RunConfig
+from hf_transfer.metrics.classification import score
 from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.reporting.report import NO_TEST_SPLIT, render_report, write_report
 from hf_transfer.reporting.results import public_settings
 from hf_transfer.settings import replace_settings
-from hf_transfer.training.metrics import score
+from hf_transfer.targets.single_label import SingleLabel
+from hf_transfer.training.records import to_json
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -80,6 +82,7 @@ def _results(names: list[str], *, test: bool = True, curves: bool = True) -> dic
         "plan": ["probe"],
         "metrics": metrics,
         "label_names": names,
+        "target": {**to_json(SingleLabel(names=tuple(names)).to_dict()), "metrics": to_json(SingleLabel.metrics)},
         "cost": {
             "seconds": {"features": 74.2, "solve": 3.5},
             "images_per_second": 241.3,

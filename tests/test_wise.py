@@ -8,13 +8,14 @@ from sessions import make_config, make_session
 from torch import nn
 
 from hf_transfer.config import OptimizerConfig
+from hf_transfer.metrics.records import Score
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.policies import full, last
 from hf_transfer.reporting.sentences import describe_phase
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 from hf_transfer.training.plan import run_plan
-from hf_transfer.training.records import RunResult, Score
+from hf_transfer.training.records import RunResult
 from hf_transfer.training.wise import copy_weights, interpolate, mix_weights, set_weights
 
 STEPS = OptimizerConfig(lr=3e-3, warmup_ratio=0.0)
@@ -36,7 +37,7 @@ def test_the_best_point_of_the_line_is_kept() -> None:
     set_weights(model, {"weight": torch.full((1, 1), 10.0)})
 
     def score() -> Score:
-        return Score(accuracy=1 - abs(model.weight.item() - 3) / 10, log_loss=0.0)
+        return Score(quality=1 - abs(model.weight.item() - 3) / 10, loss=0.0)
 
     result = interpolate(model, start, score, select_by="accuracy")
     assert result.best.alpha == pytest.approx(0.3)
@@ -71,13 +72,13 @@ def test_a_run_with_the_flag_keeps_a_point_of_the_line(
     plain, end = train(name, tmp_path, wise_ft=False)
     result, kept = train(name, tmp_path)
     line, alpha = result.details["wise_ft"], result.details["wise_ft"]["alpha"]
-    scores = {point["alpha"]: Score(**point["score"]) for point in line["points"]}
+    scores = {point["alpha"]: Score.from_dict(point["score"]) for point in line["points"]}
     # The far end is the run without the flag; run_plan itself scored what is kept once more, from the files.
-    assert scores[1.0].accuracy == plain.validation.accuracy
-    assert scores[1.0].log_loss == pytest.approx(plain.validation.nll, abs=1e-4)
-    assert result.validation.accuracy == scores[alpha].accuracy
-    assert scores[alpha].accuracy == max(score.accuracy for score in scores.values())
-    assert scores[0.0].accuracy > 0.5  # the start has the probe as its head, even if the plan does not solve for one
+    assert scores[1.0].quality == plain.validation.accuracy
+    assert scores[1.0].loss == pytest.approx(plain.validation.nll, abs=1e-4)
+    assert result.validation.accuracy == scores[alpha].quality
+    assert scores[alpha].quality == max(score.quality for score in scores.values())
+    assert scores[0.0].quality > 0.5  # the start has the probe as its head, even if the plan does not solve for one
     assert result.phases[-1].wise_ft_alpha == alpha
     assert "WiSE-FT" in describe_phase(result.phases[-1])
     assert result.curves[-1].title == "WiSE-FT"

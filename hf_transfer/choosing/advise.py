@@ -262,8 +262,8 @@ def _add_pilots(estimate: Estimate, probe: Estimate, pilots: Sequence[Pilot], nu
     if base is None or not mine:
         return estimate
     longest = max(mine, key=lambda p: p.epochs)
-    measured = probe.accuracy + longest.score.accuracy - base.score.accuracy
-    misses = (1 - longest.score.accuracy) + (1 - base.score.accuracy) + 1 / num_validation
+    measured = probe.accuracy + longest.score.quality - base.score.quality
+    misses = (1 - longest.score.quality) + (1 - base.score.quality) + 1 / num_validation
     sd_probe = (probe.high - probe.low) / 3.92
     sd_measured = math.hypot(math.sqrt(misses / num_validation), sd_probe)
     sd_expected = max(1e-3, (estimate.high - estimate.low) / 3.92)

@@ -78,9 +78,9 @@ def run_candidate(session: Session, final: FinalFit) -> RunResult:
 
 def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
     """Returns `choice` with a verdict: whether the fine-tuned result beats the probe on the same validation images."""
-    accuracy, num_images = tuned.validation.accuracy, tuned.validation.num_samples
-    error = None if tuned.phases[0].is_solved else standard_error(choice.probe.accuracy, accuracy, num_images)
-    verdict = judge(accuracy - choice.probe.accuracy, error, tuned.phases[-1].kept)
+    accuracy, num_images = tuned.validation.score.quality, tuned.validation.num_samples
+    error = None if tuned.phases[0].is_solved else standard_error(choice.probe.quality, accuracy, num_images)
+    verdict = judge(accuracy - choice.probe.quality, error, tuned.phases[-1].kept)
     kept = choice.advised if verdict is Verdict.TUNED_BETTER else "linear_probe"
     return replace(choice, tuned=tuned.validation.score, kept=kept, verdict=verdict, standard_error=error)
 

@@ -1,6 +1,6 @@
 """Cross-validates a linear probe on frozen features, and extrapolates the probe's accuracy to more labeled images.
 
-All probes on one matrix of features are solved in one batch (see `training.probe`), because they differ only in their
+All probes on one matrix of features are solved in one batch (see `solvers.probe`), because they differ only in their
 regularization and in the weights of the rows. A row that a probe does not train on has weight 0.
 """
 
@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import beta
 
-from hf_transfer.training.folds import draw_folds
-from hf_transfer.training.lbfgs import SolverOptions
-from hf_transfer.training.probe import SPREAD_FLOOR, solve_path
+from hf_transfer.solvers.folds import draw_folds
+from hf_transfer.solvers.lbfgs import SolverOptions
+from hf_transfer.solvers.probe import SPREAD_FLOOR, solve_path
+from hf_transfer.targets.single_label import SingleLabel
 
-C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)  # coarser than the grid of `training.probe`, because each C is solved once per fold
+C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)  # coarser than the grid of `solvers.probe`, because each C is solved once per fold
 FOLDS = 5
 SOLVER = SolverOptions(
     tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR
@@ -169,7 +170,8 @@ class _Problem:
 
     def solve(self, cs: Sequence[float], row_weights: torch.Tensor) -> torch.Tensor:
         """Fits one probe for each C in `cs`, with the image weights of the same position. Returns logits (P, N, K)."""
-        path = solve_path(self.x, self.y, max(2, int(self.y.max()) + 1), cs, row_weights, SOLVER)
+        target = SingleLabel(names=tuple(map(str, range(max(2, int(self.y.max()) + 1)))))
+        path = solve_path(self.x, self.y, target, cs, row_weights, SOLVER)
         return torch.einsum("nd,pkd->pnk", self.x, path.weight) + path.bias[:, None]
 
     def select_held_out(self, logits: torch.Tensor) -> torch.Tensor:

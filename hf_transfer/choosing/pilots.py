@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hf_transfer.costs import Costs
+from hf_transfer.metrics.records import Score
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import Plan, SolveHeadPhase
 from hf_transfer.training.phases import run_phases
-from hf_transfer.training.records import Score
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
     )
     log.info(
         "the trial run of %s with %d epochs reached %.1f %% validation accuracy in %.0f s",
-        name, epochs, 100 * result.score.accuracy, result.seconds,
+        name, epochs, 100 * result.score.quality, result.seconds,
     )  # fmt: skip
     return result
 

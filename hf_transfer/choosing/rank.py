@@ -113,7 +113,7 @@ def rank(
         for checkpoint in checkpoints:
             try:
                 started = time.perf_counter()
-                backbone = load_checkpoint(replace(config.model, checkpoint=checkpoint), data.label_names)
+                backbone = load_checkpoint(replace(config.model, checkpoint=checkpoint), data.target)
                 session = Session(config=config, data=data, backbone=backbone, accelerator=accelerator, costs=costs)
                 rows.append(_score(checkpoint, session.with_engine(), started))
             except BadImageError:

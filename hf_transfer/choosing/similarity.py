@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.choosing.evidence import Evidence
 from hf_transfer.choosing.scores import softmax
-from hf_transfer.training.folds import draw_folds
+from hf_transfer.solvers.folds import draw_folds
 
 PSEUDO_COUNT = 0.1  # number of prior images of each pretraining class, distributed like all labels
 # These anchors are not blind: they were rounded after a look at values on the data sets of benchmarks/advise.py.

@@ -58,7 +58,7 @@ def format_advice(advice: Advice) -> str:
     if advice.pilots:
         lines += ["", "short trial runs (validation accuracy of the weights that a run would keep):"]
         lines += [
-            f"  {p.strategy}, {p.epochs} epochs: {_percent(p.score.accuracy)} %, {_seconds(p.seconds)}"
+            f"  {p.strategy}, {p.epochs} epochs: {_percent(p.score.quality)} %, {_seconds(p.seconds)}"
             for p in advice.pilots
         ]
     if advice.suggestions:

@@ -7,12 +7,13 @@ name such as "image" or "label". Several candidates are an error: a table of fin
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Image, Value
-from numpy.typing import NDArray
 
-from hf_transfer.data.labels import UNLABELED, Columns, clean_names, index_labels, listed
+from hf_transfer.data.labels import Columns
+from hf_transfer.targets.labels import listed
+from hf_transfer.targets.reading import read_column
+from hf_transfer.targets.target import Labels, Target
 
 _BINARY = ("binary", "large_binary")
 _IMAGE_NAMES = frozenset({"image", "images", "img", "imgs", "picture", "photo"})
@@ -37,10 +38,11 @@ def find_columns(features: Mapping[str, Any], columns: Columns, where: str) -> t
             f"{where}: column {image!r} does not contain encoded images; the table has {_described(features)}. If the"
             " table names image files, put the files into a folder with a metadata.csv"
         )
-    if not isinstance(features[label], (ClassLabel, Value)):
+    inner = getattr(features[label], "feature", features[label])  # of a list
+    if not isinstance(inner, (ClassLabel, Value)):
         raise ValueError(
-            f"{where}: column {label!r} contains several values per row, but each image needs exactly one class. The table"
-            f" has {_described(features)}"
+            f"{where}: column {label!r} contains neither classes, nor numbers, nor lists of these. The table has"
+            f" {_described(features)}"
         )
     return image, label
 
@@ -54,25 +56,17 @@ def find_frame_columns(types: Mapping[str, str], columns: Columns, where: str) -
     return _choose(types, columns, _named_like(_IMAGE_NAMES, types) or _named_like(_PATH_NAMES, types), [], where)
 
 
-def read_labels(column: pa.ChunkedArray, feature: Any, where: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Returns labels (N,), as indices into the class names or UNLABELED, and the class names.
+def read_labels(column: pa.ChunkedArray, feature: Any, problem_type: str, where: str) -> tuple[Target, Labels]:
+    """Returns the target and the labels (N, ...) of a column.
 
-    A ClassLabel column keeps all its class names, even names that no row uses. For other columns, see `index_labels`.
+    A ClassLabel column keeps all its class names, even names that no row uses. For other columns, see `read_column`.
 
     Raises:
-        ValueError: labels that cannot be classes, duplicate class names, or class indices without a name.
+        ValueError: labels that do not fit the problem type, duplicate class names, or class indices without a name.
     """
-    values = column.to_pylist()
-    if not isinstance(feature, ClassLabel):
-        return index_labels(values, where)
-    labels = np.fromiter((UNLABELED if value is None else value for value in values), np.int64, len(values))
-    out_of_range = labels[(labels < UNLABELED) | (labels >= feature.num_classes)]
-    if out_of_range.size:
-        raise ValueError(
-            f"{where}: {out_of_range.size:,} class indices such as {out_of_range[0]} have no name among the"
-            f" {feature.num_classes} class names of the column"
-        )
-    return labels, clean_names(feature.names, where)
+    inner = getattr(feature, "feature", feature)  # of a list
+    names = inner.names if isinstance(inner, ClassLabel) else None
+    return read_column(column.to_pylist(), problem_type=problem_type, names=names, where=where)
 
 
 def _choose(

@@ -11,7 +11,6 @@ The test split is never drawn from other data, and no other split is drawn from 
 
 import logging
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -22,11 +21,14 @@ import numpy as np
 from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, UPSTREAM_DATASET, DataConfig
 from hf_transfer.data.embedded import read_digits, read_mnist
 from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, list_folder, read_folder
-from hf_transfer.data.labels import UNLABELED, Columns, LabeledImages, StoredData, listed
+from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
 from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
+from hf_transfer.targets.labels import listed
+from hf_transfer.targets.reading import AUTO, read_column
+from hf_transfer.targets.target import Target
 
 __all__ = ["Data", "Split", "load_data"]
 
@@ -37,13 +39,12 @@ _MAX_LISTED_FILES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """A dataset that is ready for training. The labels of all splits are indices into `label_names`."""
+    """A dataset that is ready for training. The labels of all splits are of the same target."""
 
     train: Split
     validation: Split
     test: Split | None
     """None if the dataset has no labeled test split."""
-    label_names: tuple[str, ...]
     name: str
     """The public name: the Hub id (with its config) or the folder's base name, never a path."""
     revision: str | None
@@ -54,6 +55,16 @@ class Data:
     """Whether the validation images are a fold, on which no head may be fitted. Otherwise, solved heads are fitted on them."""
     loading_notes: tuple[str, ...]
     """The sentences of `notes` that are known before images are read."""
+
+    @property
+    def target(self) -> Target:
+        """What a network is trained to predict: classes, labels or numbers, with their names."""
+        return self.train.target
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the target's labels."""
+        return self.target.names
 
     @property
     def splits(self) -> list[Split]:
@@ -84,14 +95,14 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     >>> data.train[0][0].size, data.label_names[:3]
     ((8, 8), ('0', '1', '2'))
     """
-    columns = Columns(image=config.image_column, label=config.label_column)
+    columns = _name_columns(config)
     stored = _read(config, columns) if images is None else read_memory(images, columns=columns, name=config.dataset)
     notes = list(stored.notes)
     names_by_role = _assign_roles(stored, config)
     unused = [name for name in stored.splits if name not in names_by_role.values()]
     if unused:
         notes.append(f"Splits not used: {listed(unused)}.")
-    stored_splits = {role: stored.splits[name]() for role, name in names_by_role.items()}
+    stored_splits = {role: _read_split(stored, name, config) for role, name in names_by_role.items()}
     where = {role: f"{stored.name}, split {name!r}" for role, name in names_by_role.items()}
     if config.test_split is None and "test" in stored_splits and _is_unlabeled(stored_splits["test"]):
         notes.append(
@@ -99,12 +110,12 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
             " split cannot be used as the test split."
         )
         del stored_splits["test"]
-    label_names = stored_splits["train"].names
+    target = stored_splits["train"].target
     splits: dict[Role, Split] = {}
     for role, stored_split in stored_splits.items():
         _check_labels(stored_split, where[role], is_train=role == "train")
         notes += stored_split.notes
-        splits[role] = _split(stored_split, role, label_names, where[role])
+        splits[role] = _split(stored_split, role, target, where[role])
         if config.on_bad_image == "skip":
             splits[role], notes_on_skipped = _skip_bad_images(splits[role], where[role], is_train=role == "train")
             notes += notes_on_skipped
@@ -115,6 +126,9 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     )
     validation, test = splits.get("validation", drawn), splits.get("test")
     assert validation is not None
+    target = target.fit(train.labels)
+    train, validation = replace(train, target=target), replace(validation, target=target)
+    test = None if test is None else replace(test, target=target)
     num_stored, is_validation_drawn = len(splits["train"]), drawn is not None
     notes += notes_on_draws(
         config, train, validation, test, num_stored=num_stored, is_validation_drawn=is_validation_drawn
@@ -124,7 +138,6 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         train=train,
         validation=validation,
         test=test,
-        label_names=label_names,
         name=stored.name,
         revision=stored.revision,
         license=stored.license,
@@ -132,25 +145,25 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     )
 
 
-def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, Split]:
-    """Loads all stored splits that have labels, to evaluate a classifier of the classes `label_names`.
+def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
+    """Loads all stored splits that have labels, to evaluate a network with the target `target`.
 
     Raises:
-        ValueError: a class is not in `label_names`, no split or only part of a split has labels, or data are unreadable.
+        ValueError: a label is not in `target`, no split or only part of a split has labels, or data are unreadable.
     """
-    stored = _read(config, Columns(image=config.image_column, label=config.label_column))
+    stored = _read(config, _name_columns(config))
     splits: dict[Role, Split] = {}
     for role, name in _assign_roles(stored, config, needs_train=False).items():
-        images, where = stored.splits[name](), f"{stored.name}, split {name!r}"
+        images, where = _read_split(stored, name, config), f"{stored.name}, split {name!r}"
         if _is_unlabeled(images):
             continue
         _check_labels(images, where, is_train=False)
-        if unknown := _count_unknown(images, label_names):
+        if unknown := target.list_unknown(images.labels, images.target):
             raise ValueError(
                 f"{where}: the model does not know {', '.join(unknown[:5])}; rename these classes as the model's classes: "
-                f"{listed(label_names)}"
+                f"{listed(target.names)}"
             )
-        splits[role] = _split(images, role, label_names, where)
+        splits[role] = _split(images, role, target, where)
         if config.on_bad_image == "skip":
             splits[role], _ = _skip_bad_images(splits[role], where, is_train=False)
     if not splits:
@@ -158,6 +171,27 @@ def load_splits(config: DataConfig, label_names: tuple[str, ...]) -> dict[Role, 
             f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name a split with --test_split"
         )
     return splits
+
+
+def _read_split(stored: StoredData, name: str, config: DataConfig) -> LabeledImages:
+    """Returns a stored split with a target of the problem type in `config`, which class names may state too."""
+    images = stored.splits[name]()
+    if config.problem_type in (AUTO, images.target.problem_type):
+        return images
+    if not images.target.has_classes:
+        raise ValueError(f"{stored.name}, split {name!r}: the labels are for {images.target.problem_type}")
+    unlabeled = images.target.find_unlabeled(images.labels)
+    values = [
+        None if missing else images.target.describe_label(label)
+        for label, missing in zip(images.labels, unlabeled, strict=True)
+    ]
+    where = f"{stored.name}, split {name!r}"
+    target, labels = read_column(values, problem_type=config.problem_type, where=where)
+    return replace(images, target=target, labels=labels)
+
+
+def _name_columns(config: DataConfig) -> Columns:
+    return Columns(image=config.image_column, label=config.label_column, problem_type=config.problem_type)
 
 
 def _read(config: DataConfig, columns: Columns) -> StoredData:
@@ -245,14 +279,14 @@ def _assign_roles(stored: StoredData, config: DataConfig, *, needs_train: bool =
 
 
 def _is_unlabeled(images: LabeledImages) -> bool:
-    return len(images.labels) > 0 and bool((images.labels == UNLABELED).all())
+    return len(images.labels) > 0 and bool(images.target.find_unlabeled(images.labels).all())
 
 
 def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
     """Raises ValueError if a split is empty or has unlabeled images, or if train has one class or a class without images."""
     if not len(images.labels):
         raise ValueError(f"{where} is empty" + ("" if is_train else "; pass --test_split or --validation_split none"))
-    unlabeled = np.flatnonzero(images.labels == UNLABELED)
+    unlabeled = np.flatnonzero(images.target.find_unlabeled(images.labels))
     if unlabeled.size:
         some = [images.source.name(int(images.rows[i])) for i in unlabeled[:3]]
         raise ValueError(
@@ -260,50 +294,24 @@ def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
             f" or -1; in a folder: no class folder): {listed(some)}, ...; label or remove these images"
         )
     if is_train:
-        _check_classes(np.bincount(images.labels, minlength=len(images.names)), images.names, where)
+        images.target.check_train_labels(images.labels, where)
 
 
-def _check_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str], where: str) -> None:
-    if len(names) < 2:
+def _split(images: LabeledImages, role: Role, target: Target, where: str) -> Split:
+    """Returns the stored split `images` as a `Split` with labels of `target`."""
+    if unknown := target.list_unknown(images.labels, images.target):
         raise ValueError(
-            f"{where}: only one class, {listed(names)} ({int(sum(counts)):,} images); a classifier needs at least two classes"
-            " (in an image folder: one folder per class)"
-        )
-    empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
-    if empty:
-        raise ValueError(
-            f"{where}: {len(empty)} of {len(names)} classes have no image to train on, {listed(empty)}; add images, or remove"
-            " the empty folder or class name"
-        )
-
-
-def _split(images: LabeledImages, role: Role, label_names: tuple[str, ...], where: str) -> Split:
-    """Returns the stored split `images` as a `Split`, with labels as indices into `label_names`."""
-    index_of = {name: index for index, name in enumerate(label_names)}
-    if unknown := _count_unknown(images, label_names):
-        raise ValueError(
-            f"{where}: the train split does not have the classes {listed(unknown)}; its classes are {listed(label_names)}."
+            f"{where}: the train split does not have the classes {listed(unknown)}; its classes are {listed(target.names)}."
             f" Rename these classes, or omit the {role} split: --{role}_split none"
         )
-    new_labels = np.array([index_of.get(name, UNLABELED) for name in images.names], np.int64)
-    labels = new_labels[images.labels]
     return Split(
         name=role,
         source=images.source,
         rows=images.rows,
-        labels=labels,
-        label_names=label_names,
+        labels=target.translate(images.labels, images.target),
+        target=target,
         groups=images.groups,
     )
-
-
-def _count_unknown(images: LabeledImages, label_names: tuple[str, ...]) -> list[str]:
-    """Returns the classes that have images but are not in `label_names`, each as text such as "cat (5 images)"."""
-    counts = np.bincount(images.labels, minlength=len(images.names))
-    named = [
-        (name, count) for name, count in zip(images.names, counts, strict=True) if count and name not in label_names
-    ]
-    return [f"{name} ({count:,} images)" for name, count in named]
 
 
 def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:
@@ -315,7 +323,7 @@ def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split
         logger.warning("skipped an unreadable image: %s", problem)
     kept = split.select([i for i, row in enumerate(split.rows.tolist()) if row not in problems])
     if is_train:
-        _check_classes(kept.counts(), split.label_names, f"{where}, without unreadable images")
+        split.target.check_train_labels(kept.labels, f"{where}, without unreadable images")
     if not len(kept):
         raise ValueError(f"{where}: none of {len(split):,} images can be read")
     shown = [str(problem) for problem in problems.values()][:_MAX_LISTED_FILES]

@@ -16,6 +16,7 @@ from hf_transfer.config import EMBEDDED_DATASET, UPSTREAM_DATASET
 from hf_transfer.data.labels import LabeledImages, StoredData
 from hf_transfer.data.sources import PixelSource
 from hf_transfer.data.splits import Split, draw
+from hf_transfer.targets.single_label import SingleLabel
 
 _TEST_FRACTION = 0.3
 _TEST_SEED = 0  # a constant, not the user's seed, so the test images are the same in every run
@@ -49,7 +50,7 @@ def _divide(name: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> 
         source=PixelSource(pixels),
         rows=np.arange(len(labels)),
         labels=np.asarray(labels, np.int64),
-        label_names=tuple(str(digit) for digit in range(10)),
+        target=SingleLabel(names=tuple(str(digit) for digit in range(10))),
     )
     train, test = draw(everything, images_per_class=None, validation_fraction=_TEST_FRACTION, seed=_TEST_SEED)
     assert test is not None
@@ -57,4 +58,4 @@ def _divide(name: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> 
 
 
 def _to_stored(split: Split) -> LabeledImages:
-    return LabeledImages(source=split.source, rows=split.rows, labels=split.labels, names=split.label_names)
+    return LabeledImages(source=split.source, rows=split.rows, labels=split.labels, target=split.target)

@@ -21,9 +21,11 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from hf_transfer.data.images import IMAGE_SUFFIXES
-from hf_transfer.data.labels import UNLABELED, LabeledImages, StoredData, clean_names, listed
+from hf_transfer.data.labels import LabeledImages, StoredData
 from hf_transfer.data.sources import FolderSource
 from hf_transfer.data.splits import role_of
+from hf_transfer.targets.labels import UNLABELED, clean_names, listed
+from hf_transfer.targets.single_label import SingleLabel
 
 # Files that file managers, archives and storage devices create. They are ignored, as are names that start with a dot.
 _LITTER = frozenset({"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "lost+found", "__pycache__"})
@@ -219,7 +221,7 @@ def _read_split(root: Path, folder: Folder, name: str) -> LabeledImages:
             source=FolderSource(root, folder.images),
             rows=rows,
             labels=np.full_like(rows, UNLABELED),
-            names=(),
+            target=SingleLabel(names=()),
         )
     inner_names = sorted({deep.name for inner in with_images for deep in inner.folders_with_images()})
     if len(with_images) > 1 and len(inner_names) > 1 and not any(inner.images for inner in with_images):
@@ -233,7 +235,7 @@ def _read_split(root: Path, folder: Folder, name: str) -> LabeledImages:
         source=FolderSource(root, [path for in_class in paths for path in in_class]),
         rows=np.arange(len(labels)),
         labels=labels,
-        names=clean_names([inner.name for inner in class_folders], where),
+        target=SingleLabel(names=clean_names([inner.name for inner in class_folders], where)),
         notes=tuple(_note_on_loose_images(folder)),
     )
 

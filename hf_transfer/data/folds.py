@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.data.dataset import Data
-from hf_transfer.data.groups import number_groups, spread_groups
-from hf_transfer.data.labels import listed
 from hf_transfer.data.splits import Split, join
+from hf_transfer.solvers.groups import number_groups, spread_groups
+from hf_transfer.targets.labels import listed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +63,21 @@ def divide(data: Data, folds: int, seed: int) -> DataFolds:
     Raises ValueError if a class has images in one fold only, because a model would not know the class.
     """
     pool = join([data.train, data.validation])
-    codes = number_groups([pool])
-    fold_of = (
-        _spread_classes(pool.labels, folds, seed) if codes is None else spread_groups(pool.labels, codes, folds, seed)
-    )
-    _check_classes(pool, fold_of, folds)
+    strata, codes = pool.target.stratify(pool.labels), number_groups([pool])
+    fold_of = _spread_classes(strata, folds, seed) if codes is None else spread_groups(strata, codes, folds, seed)
+    if pool.target.has_classes:
+        _check_classes(pool, fold_of, folds)
+    if len(np.unique(fold_of)) < folds:
+        raise ValueError(f"folds={folds}: there are only {len(pool):,} train and validation images; choose fewer folds")
     return DataFolds(data=data, pool=pool, fold_of=fold_of, count=folds)
 
 
-def _spread_classes(labels: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
+def _spread_classes(strata: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
     """Returns the fold (N,) of each image. The numbers of images, and of images of a class, differ by at most 1 among folds."""
-    order = np.random.default_rng([seed, folds]).permutation(len(labels))
-    by_class = order[np.argsort(labels[order], kind="stable")]
-    fold_of = np.empty(len(labels), np.int64)
-    fold_of[by_class] = np.arange(len(labels)) % folds
+    order = np.random.default_rng([seed, folds]).permutation(len(strata))
+    by_class = order[np.argsort(strata[order], kind="stable")]
+    fold_of = np.empty(len(strata), np.int64)
+    fold_of[by_class] = np.arange(len(strata)) % folds
     return fold_of
 
 
@@ -90,5 +91,3 @@ def _check_classes(pool: Split, fold_of: NDArray[np.int64], folds: int) -> None:
             f"folds={folds}: the classes {listed(missing)} have {cause} in train and validation together, so a fold would "
             "train without them: add images of other groups, or remove these classes"
         )
-    if len(np.unique(fold_of)) < folds:
-        raise ValueError(f"folds={folds}: there are only {len(pool):,} train and validation images; choose fewer folds")

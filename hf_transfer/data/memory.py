@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hf_transfer.data.images import read_bytes, read_reduced
-from hf_transfer.data.labels import Columns, LabeledImages, StoredData, index_labels
+from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.manifest import read_status
 from hf_transfer.data.paths import PackedPaths
 from hf_transfer.data.sources import ImageSource
+from hf_transfer.targets.reading import read_column
 
 _ImageLike = Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -117,8 +118,9 @@ def _read(images: Any, columns: Columns, split: str, name: str) -> LabeledImages
             f"{where}: none of {len(paths):,} image files exists, the first is {os.fspath(paths[0])!r}; relative paths start at"
             f" the current folder, {Path.cwd()}"
         )
-    indices, names = index_labels([_check_label(label, row, where) for row, label in enumerate(labels)], where)
-    return LabeledImages(source=MemorySource(checked), rows=np.arange(len(indices)), labels=indices, names=names)
+    given = [_check_label(label, row, where) for row, label in enumerate(labels)]
+    target, indices = read_column(given, problem_type=columns.problem_type, where=where)
+    return LabeledImages(source=MemorySource(checked), rows=np.arange(len(indices)), labels=indices, target=target)
 
 
 def _read_frame(frame: Any, columns: Columns, where: str) -> tuple[list[Any], list[Any]]:
@@ -164,8 +166,12 @@ def _check_image(image: Any, row: int, where: str) -> _ImageLike:
     )
 
 
-def _check_label(label: Any, row: int, where: str) -> str | float | None:
-    value = label.item() if isinstance(label, np.generic) else label
+def _check_label(label: Any, row: int, where: str) -> Any:
+    value = label.tolist() if isinstance(label, (np.generic, np.ndarray)) else label
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [
+            _check_label(each, row, where) for each in (sorted(value) if isinstance(value, (set, frozenset)) else value)
+        ]
     if value is None or isinstance(value, (str, int, float)):
         return value
-    raise ValueError(f"{where}: label {row} is a {type(value).__name__}; give text or an integer")
+    raise ValueError(f"{where}: label {row} is a {type(value).__name__}; give text, a number, or a list of these")

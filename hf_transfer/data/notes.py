@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 
 from hf_transfer.config import DataConfig
-from hf_transfer.data.labels import listed
 from hf_transfer.data.splits import Split
+from hf_transfer.targets.labels import listed
 
 _STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
 _MAX_LISTED_COPIES = 3
@@ -56,7 +56,12 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
     if counts[largest] > _STRONG_IMBALANCE * counts[smallest]:
         notes.append(
             f"Classes are strongly imbalanced: train has {counts[largest]:,} images of {names[largest]!r},"
-            f" {counts[smallest]:,} of {names[smallest]!r}. --class_balance loss or sampler gives all classes the same weight."
+            f" {counts[smallest]:,} of {names[smallest]!r}."
+            + (
+                " --class_balance loss or sampler gives all classes the same weight."
+                if train.target.has_classes
+                else ""
+            )
         )
     for split in (validation, test):
         absent = [names[k] for k in np.flatnonzero(split.counts() == 0)] if split else []
@@ -108,12 +113,13 @@ def notes_on_copies(splits: Sequence[Split]) -> list[str]:
                 " remove the copies from one of the two splits."
             )
     labels = np.concatenate([split.labels for split in splits])
-    contradictions = np.flatnonzero(labels != labels[firsts][contents])
+    differs = labels != labels[firsts][contents]
+    contradictions = np.flatnonzero(differs if differs.ndim == 1 else differs.any(1))
 
     def describe(image: int) -> str:
         k = int(np.searchsorted(starts, image, side="right")) - 1
         split, i = splits[k], image - starts[k]
-        return f"{split.image_name(i)!r} ({split.label_names[split.labels[i]]})"
+        return f"{split.image_name(i)!r} ({split.target.describe_label(split.labels[i])})"
 
     if contradictions.size:
         shown = [f"{describe(firsts[contents[i]])} is {describe(i)}" for i in contradictions[:_MAX_LISTED_COPIES]]

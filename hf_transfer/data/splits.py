@@ -6,7 +6,7 @@ of the first k ranks, so every subset contains all smaller subsets. Whether an i
 rank, so the training and validation parts of these subsets are nested too.
 
 Where images have groups (patients, cameras, videos, ...), ranks draw the few-shot subset, and whole groups of it become
-validation (see `groups`).
+validation (see `solvers.groups`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from hf_transfer.data.groups import draw_groups, number_groups
 from hf_transfer.data.images import READER_VERSION, BadImageError
-from hf_transfer.data.labels import listed
 from hf_transfer.data.sources import ImageSource, JoinedSource
+from hf_transfer.solvers.groups import draw_groups, number_groups
+from hf_transfer.targets.labels import listed
+from hf_transfer.targets.target import Labels, Target
 
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
@@ -60,8 +61,8 @@ class Split:
     name: Role
     source: ImageSource
     rows: NDArray[np.int64]  # (N,) `split[i]` is row `rows[i]` of the source
-    labels: NDArray[np.int64]  # (N,) indices into label_names
-    label_names: tuple[str, ...]
+    labels: Labels  # (N, ...) of `target`
+    target: Target
     groups: NDArray[np.str_] | None = (
         None  # (N,) the group (patient, camera, video, ...) of each image, if groups are named
     )
@@ -71,10 +72,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        return self.image(i), int(self.labels[i])
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the target's labels: of classes, labels or numbers."""
+        return self.target.names
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+    def __getitem__(self, i: int) -> tuple[Image.Image, Any]:
+        return self.image(i), self.labels[i].tolist()
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, Any]]:
         return (self[i] for i in range(len(self)))
 
     def image(self, i: int) -> Image.Image:
@@ -111,7 +117,7 @@ class Split:
         """
         digest = xxhash.xxh3_128()
         digest.update(json.dumps(["hf_transfer split", READER_VERSION, self.label_names]).encode())
-        digest.update(self.labels.astype("<i8").tobytes())
+        digest.update(self.labels.astype(f"<{self.labels.dtype.kind}8").tobytes())
         digest.update(self.digests().tobytes())
         return digest.hexdigest()
 
@@ -129,8 +135,8 @@ class Split:
             raise _with_remedy(error) from error
 
     def counts(self) -> NDArray[np.int64]:
-        """Returns the number of images of each class (num_classes,)."""
-        return np.bincount(self.labels, minlength=len(self.label_names)).astype(np.int64)
+        """Returns the number of images (K,) that have each label."""
+        return self.target.count(self.labels)
 
     def select(self, indices: ArrayLike, name: Role | None = None) -> Split:
         """Returns a split with the images at positions `indices`, in that order, renamed if `name` is given."""
@@ -146,7 +152,7 @@ class Split:
             source=self.source,
             rows=self.rows[positions],
             labels=self.labels[positions],
-            label_names=self.label_names,
+            target=self.target,
             groups=None if self.groups is None else self.groups[positions],
             pool=self.pool,
             pool_rows=None if self.pool_rows is None else self.pool_rows[positions],
@@ -159,7 +165,7 @@ class Split:
 
 
 def join(splits: Sequence[Split]) -> Split:
-    """Returns a training split of the images of all splits, one split after another. The splits have the same label names."""
+    """Returns a training split of the images of all splits, one split after another. The splits have the same target."""
     sources = list(dict.fromkeys(split.source for split in splits))
     starts = dict(zip(sources, np.cumsum([0, *map(len, sources)]).tolist(), strict=False))
     has_groups = any(split.groups is not None for split in splits)
@@ -169,7 +175,7 @@ def join(splits: Sequence[Split]) -> Split:
         source=sources[0] if len(sources) == 1 else JoinedSource(sources),
         rows=np.concatenate([split.rows + starts[split.source] for split in splits]),
         labels=np.concatenate([split.labels for split in splits]),
-        label_names=splits[0].label_names,
+        target=splits[0].target,
         groups=np.concatenate(groups) if has_groups else None,
     )
 
@@ -186,8 +192,15 @@ def draw(
         ValueError: a class has fewer than `images_per_class` images, or only one image for both train and validation, or every
             class has only one group.
     """
-    counts = train.counts()
+    strata = train.target.stratify(train.labels)
+    counts = np.bincount(strata, minlength=len(train.label_names))
+    counts = counts if train.target.has_classes else counts[counts > 0]
     if images_per_class is not None:
+        if not train.target.has_classes:
+            raise ValueError(
+                f"images_per_class={images_per_class}: images of a {train.target.problem_type} target have no class; omit"
+                " --images_per_class"
+            )
         smallest = int(counts.argmin())
         if counts[smallest] < images_per_class:
             raise ValueError(
@@ -195,11 +208,13 @@ def draw(
                 f" {counts[smallest]:,} images to train on; choose --images_per_class {counts[smallest]} or less"
             )
         counts = np.minimum(counts, images_per_class)
-    ranks = _rank_in_class(train.labels, seed)
+    ranks = _rank_in_class(strata, seed)
     is_kept = ranks < (images_per_class or len(train))
     if validation_fraction is None:
         return train.select(np.flatnonzero(is_kept)), None
     if counts.min() < 2:
+        if not train.target.has_classes:
+            raise ValueError("too few images to draw a validation split; name a stored one with --validation_split")
         too_small = [train.label_names[k] for k in np.flatnonzero(counts < 2)]
         raise ValueError(
             f"too few images to draw a validation split: only one image of each of the classes {listed(too_small)}, but train"
@@ -209,7 +224,7 @@ def draw(
     kept = train.select(np.flatnonzero(is_kept))
     codes = number_groups([kept])
     if codes is not None:
-        is_validation[is_kept] = draw_groups(kept.labels, codes, validation_fraction, seed)
+        is_validation[is_kept] = draw_groups(strata[is_kept], codes, validation_fraction, seed)
     else:
         sizes = np.arange(int(counts.max()) + 1)
         is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0

@@ -24,10 +24,11 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from hf_transfer.data.columns import find_columns, read_labels
-from hf_transfer.data.labels import Columns, LabeledImages, StoredData, listed
+from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import fetch_license
 from hf_transfer.data.sources import TableSource
 from hf_transfer.data.splits import public_name
+from hf_transfer.targets.labels import listed
 
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^:@/\\]+))?(?:@(?P<revision>[^:@\s]+))?")
@@ -206,10 +207,10 @@ def read_table(table: Any, columns: Columns, *, split: str, where: str, roots: S
     """
     image, label = find_columns(table.features, columns, where)
     values = table.select_columns([label]).with_format("arrow")[:].column(0)
-    labels, names = read_labels(values, table.features[label], f"{where}, column {label!r}")
+    target, labels = read_labels(values, table.features[label], columns.problem_type, f"{where}, column {label!r}")
     return LabeledImages(
         source=TableSource(table, image, split, roots),
         rows=np.arange(len(labels)),
         labels=labels,
-        names=names,
+        target=target,
     )

@@ -34,6 +34,7 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
         _save_adapter(backbone, partial)
     elif is_transformers_model(backbone.model):
         backbone.model.save_pretrained(partial)
+        _add_to_config(partial, backbone.target.to_config())
         backbone.preprocessing.processor.save_pretrained(partial)
     else:
         _save_timm(backbone, partial)
@@ -53,12 +54,19 @@ def _save_timm(backbone: Backbone, folder: Path) -> None:
         data_config=dict(backbone.preprocessing.processor.data_config),
     )
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text()) | backbone.target.to_config()
     # timm 1.0.31 repeats num_classes here; transformers would then pass num_classes twice and fail.
     config.get("model_args", {}).pop("num_classes", None)
     if not config.get("model_args"):
         config.pop("model_args", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _add_to_config(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Adds entries to config.json in `folder`."""
+    if entries:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(entries), indent=2) + "\n")
 
 
 def _save_adapter(adapted: Adapted, folder: Path) -> None:
@@ -89,6 +97,7 @@ def _save_adapter(adapted: Adapted, folder: Path) -> None:
     task = {
         "library": adapted.library,
         "label_names": list(adapted.label_names),
+        **adapted.target.to_config(),
         "classifier": list(adapted.head.modules),
         "base_weights": adapted.base_weights,
         "pooling": adapted.pooling,

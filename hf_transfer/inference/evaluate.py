@@ -1,20 +1,42 @@
 """Computes the metrics of a saved classifier on a labeled data set."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from accelerate import Accelerator
 
 from hf_transfer.config import ComputeConfig, DataConfig
 from hf_transfer.data.dataset import load_splits
 from hf_transfer.inference.predict import load_saved
+from hf_transfer.metrics.records import Metrics
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.targets.target import Target
 from hf_transfer.training.evaluate import compute_checked_logits
-from hf_transfer.training.metrics import score
-from hf_transfer.training.records import Metrics
 
 DEFAULT_COMPUTE = ComputeConfig()
 ALL = "all"  # all labeled images of the data set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The metrics of a network on one split, and the target that the network predicts."""
+
+    split: str  # "train", "validation", "test" or "all"
+    target: Target
+    metrics: Metrics
+
+    def describe_metrics(self) -> list[str]:
+        """Returns a line for each main metric, with its 95 % interval."""
+        lines = []
+        for info in self.target.metrics:
+            if info.key in self.metrics.intervals:
+                factor, digits, unit = (100, 1, " %") if info.kind == "percent" else (1, 4, "")
+                value, (low, high) = self.metrics.values[info.key], self.metrics.intervals[info.key]
+                interval = f"(95 % interval {factor * low:.{digits}f} to {factor * high:.{digits}f})"
+                lines.append(f"{info.title.lower():22} {factor * value:8.{digits}f}{unit:2}  {interval}")
+        return lines
 
 
 def evaluate(
@@ -27,10 +49,10 @@ def evaluate(
 ) -> Metrics:
     """Returns the metrics of a saved classifier on one split of a data set, or on all its labeled images (the default).
 
-    The data set's classes are matched to the model's classes by name, and may be a subset in any order. `compute` chooses the
-    engine. Raises ValueError if the data set does not store the split, or has a class that the model lacks.
+    The data set's labels are matched to the model's labels by name, and may be a subset in any order. `compute` chooses the
+    engine. Raises ValueError if the data set does not store the split, or has a label that the model lacks.
     """
-    return evaluate_split(checkpoint, data, split=split, compute=compute, trust_remote_code=trust_remote_code)[1]
+    return evaluate_split(checkpoint, data, split=split, compute=compute, trust_remote_code=trust_remote_code).metrics
 
 
 def evaluate_split(
@@ -40,10 +62,10 @@ def evaluate_split(
     split: str = ALL,
     compute: ComputeConfig = DEFAULT_COMPUTE,
     trust_remote_code: bool = False,
-) -> tuple[str, Metrics]:
-    """Returns the name of the scored split ("train", "validation", "test" or "all"), and the metrics on this split."""
+) -> Evaluation:
+    """Returns the metrics as `evaluate` does, with the split and the target that they are of."""
     backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
-    splits = load_splits(data, backbone.label_names)
+    splits = load_splits(data, backbone.target)
     chosen = [each for name, each in splits.items() if split in (name, ALL)]
     if not chosen:
         raise ValueError(
@@ -61,4 +83,5 @@ def evaluate_split(
     )
     scored = [compute_checked_logits(backbone.model, each, resources, engine) for each in images]
     logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
-    return split, score(logits, labels, backbone.label_names, seed=data.seed)
+    metrics = backbone.target.compute_metrics(logits, labels, seed=data.seed)
+    return Evaluation(split=split, target=backbone.target, metrics=metrics)

@@ -19,6 +19,7 @@ from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.targets.target import read_target
 from hf_transfer.training.evaluate import compute_image_logits
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
@@ -26,11 +27,16 @@ ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The most likely labels of one image, in descending order of probability."""
+    """What a network predicts for one image: the most likely labels first, or all numbers of a regression in their order."""
 
     image: str  # the path that the user gave, or "image 3" for a PIL image or array at index 3
     labels: tuple[str, ...]
-    probabilities: tuple[float, ...]
+    values: tuple[float, ...]  # for each label: its probability, or the predicted number
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """The probabilities of the labels, for a classifier."""
+        return self.values
 
 
 class UnreadableImagesError(BadImageError):
@@ -114,7 +120,8 @@ def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_co
         if base is None:
             task = read_task(folder)
             pooling = task.get("pooling", "auto")
-            base = load(checkpoint, task["label_names"], trust_remote_code=trust_remote_code, pooling=pooling)
+            target = read_target(task, task["label_names"])
+            base = load(checkpoint, target, trust_remote_code=trust_remote_code, pooling=pooling)
         yield load_adapted(folder, base=base)
 
 
@@ -146,7 +153,7 @@ def predict(
     num_workers: int = 0,
     engine: EngineChoice = "auto",
 ) -> list[Prediction]:
-    """Returns the `top_k` most likely labels of each image, in the order of `images`.
+    """Returns the `top_k` most likely labels of each image, or the first `top_k` numbers, in the order of `images`.
 
     An image is a path, a PIL image or an RGB uint8 array (H, W, 3) of any size. `num_workers` threads decode the images and, on
     a CPU, run the network (0: one thread per core). `engine` is the setting of training runs. Moves the model to the
@@ -166,14 +173,14 @@ def predict(
     chosen = decide_engine(backbone.model, inputs, resources, image_shape=shape, num_images=len(inputs))
     unused = np.zeros(len(inputs), np.int64)
     logits, _ = compute_image_logits(backbone.model.eval(), inputs, unused, resources, engine=chosen)
-    probabilities, classes = torch.from_numpy(logits).softmax(1).sort(1, descending=True)
+    target = backbone.target
+    activated = target.activate(torch.from_numpy(logits))
+    order = target.order_outputs(activated)[:, :top_k]
     predictions = [
         Prediction(
-            image=inputs.name_of(i), labels=tuple(backbone.label_names[k] for k in order), probabilities=tuple(values)
+            image=inputs.name_of(i), labels=tuple(backbone.label_names[k] for k in columns), values=tuple(values)
         )
-        for i, (values, order) in enumerate(
-            zip(probabilities[:, :top_k].tolist(), classes[:, :top_k].tolist(), strict=True)
-        )
+        for i, (values, columns) in enumerate(zip(activated.gather(1, order).tolist(), order.tolist(), strict=True))
         if i not in inputs.problems
     ]
     if inputs.problems:

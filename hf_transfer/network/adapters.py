@@ -33,6 +33,7 @@ from hf_transfer.network.methods import make_peft_config
 from hf_transfer.network.policies import Policy
 from hf_transfer.network.source import ADAPTER_CONFIG, fetch_adapter
 from hf_transfer.network.targets import Targets, find_targets, shorten
+from hf_transfer.targets.target import read_target
 
 log = logging.getLogger(__name__)
 
@@ -193,10 +194,10 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
     folder = Path(folder).expanduser()
     task = read_task(folder)
     check_weights(folder / "adapter_model.safetensors")  # without this file, peft would load a pickle
-    recorded = read_base(folder)
+    recorded, target = read_base(folder), read_target(task, task["label_names"])
     base_id, _, revision = recorded.partition("@")
     if base is not None:
-        base = with_new_head(base, task["label_names"])
+        base = with_new_head(base, target)
     else:
         # A timm adapter has no such file; its base's preprocessing is the adapter's.
         own = folder / "preprocessor_config.json"
@@ -206,7 +207,7 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
             preprocessing_from=str(own) if checkpoint is None and own.is_file() else None,
             pooling=task.get("pooling", "auto"),
         )
-        base = load(settings, task["label_names"])
+        base = load(settings, target)
     names = task["classifier"]
     head = LinearHead(modules=(names,) if isinstance(names, str) else tuple(names))  # older folders have one name
     if _hash_base(base.model, head) != task["base_weights"]:

@@ -32,6 +32,8 @@ from hf_transfer.network.preprocessing import (
 from hf_transfer.network.source import Source, find_preprocessing, find_source
 from hf_transfer.network.timm_models import load_timm, save_timm
 from hf_transfer.network.weights import NoTrainedHeadError, Weights
+from hf_transfer.targets.single_label import SingleLabel
+from hf_transfer.targets.target import Target, read_target
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,7 +50,7 @@ class Backbone:
     model: nn.Module  # in float32 and eval mode
     library: Literal["timm", "transformers"]
     preprocessing: Preprocessing
-    label_names: tuple[str, ...]
+    target: Target  # what the model predicts, with the names of its outputs
     source: Source
     new_head: bool  # whether the classifier was created for these labels and is untrained
     is_auto_class: bool = (
@@ -57,24 +59,30 @@ class Backbone:
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
     weights: Weights | None = None  # how the tensors of the checkpoint differ from the model's; None: not compared
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the model's outputs: of classes, labels or numbers."""
+        return self.target.names
+
     def chain(self, *, cache_dir: Path | None = None) -> Chain:
         """Builds the chain of the model (its layers in order) with `build_chain`."""
         return build_chain(self.model, self.preprocessing.image_shape, cache_dir=cache_dir)
 
 
 @explain_damage
-def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, **settings: Any) -> Backbone:
+def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | Target | None = None, **settings: Any) -> Backbone:
     """Loads the checkpoint's model with its own head, or with a new head if `labels` differ from the checkpoint's labels.
 
     `checkpoint`: a Hub id (`timm/resnet18.a1_in1k`, `google/vit-base-patch16-224@main`), a folder in Hub layout, or
-    "embedded"; or a ModelConfig, which names the checkpoint. `settings`: other fields of ModelConfig. Raises ValueError if the
-    checkpoint is not found, if labels repeat, if weights are missing or do not fit the model, or if the checkpoint does not
-    take images.
+    "embedded"; or a ModelConfig, which names the checkpoint. `labels`: names of classes, or any target. `settings`: other
+    fields of ModelConfig. Raises ValueError if the checkpoint is not found, if labels repeat, if weights are missing or do
+    not fit the model, or if the checkpoint does not take images.
     """
     named = checkpoint if isinstance(checkpoint, ModelConfig) else ModelConfig(checkpoint=checkpoint)
     model_config = replace(named, **settings)
     trust_remote_code, pooling = model_config.trust_remote_code, model_config.pooling
-    _check_labels(labels)
+    target = None if labels is None else as_target(labels)
+    names = None if target is None else target.names
     source = find_source(
         model_config.checkpoint, base_model=model_config.base_model, trust_remote_code=trust_remote_code
     )
@@ -91,32 +99,31 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | None = None, 
     if upstream is None:
         loaded = load_timm(source, config, given_args)
         model, own_labels, is_auto_class, weights = loaded.model, loaded.label_names, loaded.is_plain, loaded.weights
-        if labels is None and not own_labels:
+        if target is None and not own_labels:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
-        new_head = labels is not None and tuple(labels) != own_labels
-        if labels is not None and new_head:
-            model.reset_classifier(len(labels))  # type: ignore[operator]
+        new_head = target is not None and not target.has_outputs_of(read_target(config, own_labels))
+        if target is not None and new_head:
+            model.reset_classifier(target.num_outputs)  # type: ignore[operator]
     else:
         from hf_transfer.network.headless import Upstream, load_headless, own_classes
         from hf_transfer.network.transformers_models import load_classifier
 
         if isinstance(upstream, Upstream):
-            if labels is None:
+            if names is None:
                 raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
             own_labels, new_head = (), True
-            model, weights = load_headless(source, upstream, tuple(labels), preprocessing.image_shape, pooling=pooling)
+            model, weights = load_headless(source, upstream, names, preprocessing.image_shape, pooling=pooling)
             is_auto_class = type(model) in own_classes(type(upstream.config)) and not given_args
         else:
-            given = None if labels is None else tuple(labels)
-            model, own_labels, weights = load_classifier(source, upstream, given, trust_remote_code=trust_remote_code)
-            new_head = labels is not None and tuple(labels) != own_labels
+            model, own_labels, weights = load_classifier(source, upstream, names, trust_remote_code=trust_remote_code)
+            new_head = target is not None and not target.has_outputs_of(read_target(config, own_labels))
             # Otherwise the class comes with the checkpoint's code.
             is_auto_class = type(model)._auto_class is None and not given_args
     backbone = Backbone(
         model=model.float().eval(),
         library="timm" if is_timm else "transformers",
         preprocessing=preprocessing,
-        label_names=tuple(labels) if labels is not None else own_labels,
+        target=target or read_target(config, own_labels),
         source=source,
         new_head=new_head,
         is_auto_class=is_auto_class,
@@ -154,12 +161,13 @@ def with_image_size(backbone: Backbone, image_size_px: int | None) -> Backbone:
     return replace(backbone, model=model, preprocessing=preprocessing, is_auto_class=False)
 
 
-def _check_labels(labels: Sequence[str] | None) -> None:
-    """Raises ValueError if `labels` are fewer than two names, or if a name repeats."""
-    if labels is not None:
-        repeated = sorted({name for name in labels if list(labels).count(name) > 1})
-        if repeated or len(labels) < 2:
-            raise ValueError(f"labels must be two or more different names; {len(labels)} given, repeated {repeated}")
+def as_target(labels: Sequence[str] | Target) -> Target:
+    """Returns `labels`, or the target of classes with these names. Raises ValueError if a name repeats, or for one class."""
+    target = labels if isinstance(labels, Target) else SingleLabel(names=tuple(labels))
+    repeated = sorted({name for name in target.names if target.names.count(name) > 1})
+    if repeated or len(target.names) < (2 if target.has_classes else 1):
+        raise ValueError(f"labels must be two or more different names; {len(target.names)} given, repeated {repeated}")
+    return target
 
 
 def _find_upstream(
@@ -189,7 +197,7 @@ def _find_upstream(
 
 def create(
     architecture: str,
-    labels: Sequence[str],
+    labels: Sequence[str] | Target,
     *,
     image_size_px: int | None = None,
     model_args: str | None = None,
@@ -204,13 +212,13 @@ def create(
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-    given = read_model_args(model_args)
+    given, target = read_model_args(model_args), as_target(labels)
     check_architecture(architecture)
     if architecture in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        return _create_transformers(architecture, labels, image_size_px, given, seed)
+        return _create_transformers(architecture, target, image_size_px, given, seed)
     torch.manual_seed(seed)
     size = {} if image_size_px is None else {"input_size": (3, image_size_px, image_size_px)}
-    arguments: dict[str, Any] = {"num_classes": len(labels), **given}
+    arguments: dict[str, Any] = {"num_classes": target.num_outputs, **given}
     try:
         model: Any = timm.create_model(architecture, **arguments)
         if image_size_px is not None and hasattr(model, "set_input_size"):
@@ -223,9 +231,9 @@ def create(
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         # The model is saved as a checkpoint folder, so that it is loaded like every other checkpoint.
         folder = Path(parent, architecture)
-        described = {"model_config": {"label_names": list(labels)}, "model_args": given or None}
+        described = {"model_config": {"label_names": list(target.names)}, "model_args": given or None}
         save_timm(model, folder, **described)
-        return replace(load(str(folder), labels), new_head=True)
+        return replace(load(str(folder), target), new_head=True)
 
 
 def check_architecture(name: str) -> None:
@@ -241,20 +249,21 @@ def check_architecture(name: str) -> None:
         )
 
 
-def with_new_head(backbone: Backbone, labels: Sequence[str]) -> Backbone:
+def with_new_head(backbone: Backbone, labels: Sequence[str] | Target) -> Backbone:
     """Returns a copy of the backbone with an untrained head for `labels`."""
+    target = as_target(labels)
     model: Any = copy.deepcopy(backbone.model)
     if backbone.library == "timm":
-        model.reset_classifier(len(labels))
+        model.reset_classifier(target.num_outputs)
     else:
         from hf_transfer.network.transformers_models import renew_heads
 
-        renew_heads(model, labels)
-    return replace(backbone, model=model.eval(), label_names=tuple(labels), new_head=True)
+        renew_heads(model, target.names)
+    return replace(backbone, model=model.eval(), target=target, new_head=True)
 
 
 def _create_transformers(
-    model_type: str, labels: Sequence[str], image_size_px: int | None, model_args: dict[str, Any], seed: int
+    model_type: str, target: Target, image_size_px: int | None, model_args: dict[str, Any], seed: int
 ) -> Backbone:
     from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor
 
@@ -262,8 +271,8 @@ def _create_transformers(
 
     config = AutoConfig.for_model(model_type)
     apply_model_args(config, model_args)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {name: i for i, name in enumerate(labels)}
+    config.id2label = dict(enumerate(target.names))
+    config.label2id = {name: i for i, name in enumerate(target.names)}
     size_px = image_size_px or getattr(config, "image_size", None) or 224
     if hasattr(config, "image_size"):
         config.image_size = size_px
@@ -277,4 +286,4 @@ def _create_transformers(
         folder = Path(parent, model_type)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-        return replace(load(str(folder), labels), new_head=True)
+        return replace(load(str(folder), target), new_head=True)

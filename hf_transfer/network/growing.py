@@ -19,6 +19,7 @@ from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack, layout_of, pl
 from hf_transfer.network.modeling_greedy import HEAD_SIDE, GreedyConfig, GreedyForImageClassification, Layout
 from hf_transfer.network.preprocessing import preprocessing_of_config
 from hf_transfer.network.source import Source
+from hf_transfer.targets.target import Target
 
 BlockKind = Literal["conv", "transformer"]
 NORMALIZATION = (0.5, 0.5, 0.5)  # mean and std of a new network
@@ -34,7 +35,7 @@ class BlockSpec:
     downsample: Sequence[int] = ()  # numbers of the blocks that halve the grid; the first block is number 1
 
 
-def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, *, image_size_px: int) -> Backbone:
+def create_blocks(target: Target, blocks: BlockSpec, aux: AuxiliaryHead, *, image_size_px: int) -> Backbone:
     """Creates a network of convolutional blocks for square images. Each downsampling after block 1 doubles the width.
 
     Raises ValueError if the blocks do not fit the image size.
@@ -46,7 +47,7 @@ def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, 
         blocks=arguments,
         head=_plan_last_head(arguments, shape, "channels_first", aux.hidden),
         pretrained_cfg={**size, "mean": list(NORMALIZATION), "std": list(NORMALIZATION)},
-        **_label_arguments(labels),
+        **_label_arguments(target.names),
     )
     model = _make(config, aux.seed)
     name = f"greedy-conv{blocks.layers}x{arguments[0]['width']}"
@@ -54,7 +55,7 @@ def create_blocks(labels: Sequence[str], blocks: BlockSpec, aux: AuxiliaryHead, 
         model=model,
         library="transformers",
         preprocessing=preprocessing_of_config(config, name),
-        label_names=tuple(labels),
+        target=target,
         source=Source(folder=Path(name), id=None, revision=None, license=None),
         new_head=True,
     )

@@ -11,9 +11,11 @@ from torch import nn
 
 from hf_transfer.config import ModelConfig
 from hf_transfer.network.adapters import TASK, find_adapter, load_adapted, quiet_peft, read_base
-from hf_transfer.network.backbone import Backbone, load, with_image_size, with_new_head
+from hf_transfer.network.backbone import Backbone, as_target, load, with_image_size, with_new_head
 from hf_transfer.network.damage import check_weights
 from hf_transfer.network.weights import NoTrainedHeadError, shorten_names
+from hf_transfer.targets.single_label import SingleLabel
+from hf_transfer.targets.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ MAX_LETTERS = 300  # of peft's reason in an error message
 PLACEHOLDERS = ("0", "1")  # labels of a head that the adapter's head, or a new one, replaces
 
 
-def load_checkpoint(model_config: ModelConfig, labels: Sequence[str] | None = None) -> Backbone:
+def load_checkpoint(model_config: ModelConfig, labels: Sequence[str] | Target | None = None) -> Backbone:
     """Loads the checkpoint of `model_config`. If it is a PEFT repository, loads its base and merges the adapter.
 
     Raises ValueError in the same cases as `backbone.load`, and if the adapter does not fit its base.
@@ -39,7 +41,7 @@ def load_checkpoint(model_config: ModelConfig, labels: Sequence[str] | None = No
              shorten_names(modules))  # fmt: skip
     if labels is None and not backbone.label_names:
         raise NoTrainedHeadError(f"the adapter {checkpoint} names no labels: give labels for a new head")
-    if labels is not None and tuple(labels) != backbone.label_names:
+    if labels is not None and not as_target(labels).has_outputs_of(backbone.target):
         backbone = with_new_head(backbone, labels)
     backbone = with_image_size(backbone, model_config.image_size_px)  # the adapter fits the base at its own size
     source = backbone.source
@@ -89,7 +91,7 @@ def _merge(folder: Path, model_config: ModelConfig) -> Backbone:
         ) from error
     base.model.__dict__.pop("peft_config", None)
     base.model.requires_grad_(True)
-    return replace(base, model=base.model.eval(), label_names=(), new_head=True)
+    return replace(base, model=base.model.eval(), target=SingleLabel(names=()), new_head=True)
 
 
 def _find_merged(model: nn.Module, tensors: Iterable[str]) -> list[str]:

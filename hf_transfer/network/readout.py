@@ -11,6 +11,7 @@ the activations of one forward.
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -141,35 +142,70 @@ def read_features(readout: Readout, chain: Chain, activation: torch.Tensor) -> t
 class Tail(nn.Module):
     """Computes the features (B, F) of a readout from the activation (B, *cut.shape) at the readout's cut.
 
-    A readout of the class token is computed from this token alone, if that gives the same features.
+    Vision transformers normalize the tokens, and take one token or the mean of some. If this gives the same features for random
+    activations, it is computed directly. Otherwise, the end of the network runs, which takes longer to set up (`is_direct`).
     """
 
     def __init__(self, readout: Readout, chain: Chain) -> None:
         super().__init__()
         self.readout, self.chain = readout, chain
         self.networks = nn.ModuleList([readout.model, chain.model])  # so that copies for threads share the tensors
-        self.num_tokens = 1 if self._reads_one_token() else None
+        self.norm: nn.Module | None = None
+        self.tokens = slice(None)  # of these tokens, the features are the mean or, without `norm`, a function
+        if readout.cut != chain.features and len(readout.cut.shape) == 2:
+            self._find_tokens()
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether one call is as fast for a few activations as for many."""
+        return self.norm is not None or self.readout.cut == self.chain.features
 
     def forward(self, activation: torch.Tensor) -> torch.Tensor:
         """Returns the features (B, F). The module must be in eval mode."""
-        if self.num_tokens is not None:
-            activation = activation[:, : self.num_tokens]
-        return read_features(self.readout, self.chain, activation)
+        if self.norm is None:
+            return read_features(self.readout, self.chain, activation[:, self.tokens])
+        first = activation[:, : self.tokens.stop]  # from the first token on, since the norm would copy an inner part
+        features: torch.Tensor = self.norm(first)[:, self.tokens.start :].mean(1)
+        return features
 
-    def _reads_one_token(self) -> bool:
-        """Whether the features of random activations depend on the first token only."""
-        cut = self.readout.cut
-        if self.readout.pooling == "avg" or cut == self.chain.features or len(cut.shape) != 2:
-            return False
+    def _find_tokens(self) -> None:
+        """Sets `norm` and `tokens` to those that give the features of random activations, if there are any."""
         weight = next(self.chain.model.parameters())
         generator = torch.Generator().manual_seed(0)
-        activation = torch.randn(2, *cut.shape, generator=generator).to(weight.device)
-        whole = read_features(self.readout, self.chain, activation)
-        try:
-            part = read_features(self.readout, self.chain, activation[:, :1])
-        except (RuntimeError, IndexError, ValueError):  # the network needs all tokens
-            return False
-        return torch.allclose(part, whole, rtol=1e-5, atol=1e-6)
+        activation = torch.randn(2, *self.readout.cut.shape, generator=generator).to(weight.device)
+        with _record_readers(self.readout.model, activation) as readers:
+            expected = read_features(self.readout, self.chain, activation)
+        num_prefix = int(getattr(self.readout.model, "num_prefix_tokens", 0))  # class token and registers
+        spans = [slice(0, 1), *(slice(start, None) for start in {num_prefix, 0, 1})]
+        tries = [(norm, span) for norm in readers[:1] for span in spans] + [(None, slice(0, 1))]
+        for norm, tokens in tries:
+            self.norm, self.tokens = norm, tokens
+            try:
+                with torch.no_grad(), eval_mode(self):
+                    features = self(activation)
+            except (RuntimeError, IndexError, ValueError):  # the network needs all tokens
+                continue
+            if features.shape == expected.shape and torch.allclose(features, expected, rtol=1e-5, atol=1e-6):
+                return
+        self.norm, self.tokens = None, slice(None)
+
+
+@contextmanager
+def _record_readers(model: nn.Module, activation: torch.Tensor) -> Iterator[list[nn.Module]]:
+    """Yields a list of the modules with parameters of their own that take `activation` in the `with` block."""
+    readers: list[nn.Module] = []
+
+    def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor) and torch.equal(inputs[0], activation):
+            readers.append(module)
+
+    own = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_pre_hook(record) for module in own]
+    try:
+        yield readers
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _count_features(readout: Readout, chain: Chain) -> int:

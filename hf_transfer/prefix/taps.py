@@ -18,7 +18,7 @@ from hf_transfer.network.part import Part
 class Tap:
     """A request to store the output of the module `keep` (for example a pooling) for the activation at a cut.
 
-    Taps with the same `keep` and equal activation shapes share one call of `keep` per batch.
+    With `joins`, taps with the same `keep` and equal activation shapes share one call of `keep` per batch.
     """
 
     cut: Cut
@@ -26,6 +26,7 @@ class Tap:
     shape: tuple[int, ...]  # shape of one image's stored value
     through: Cut | None = None  # a later cut, if `keep` runs the layers up to that cut
     keep: nn.Module = field(default_factory=nn.Identity, repr=False)
+    joins: bool = False  # for a `keep` that takes longer to set up than to copy activations
 
 
 def count_bytes(taps: Mapping[str, Tap]) -> int:
@@ -54,11 +55,11 @@ class Extractor(nn.Module):
         cuts = {tap.cut.name: tap.cut for tap in taps.values()}
         self.part = Part(chain.model, chain.image_shape, start=start, ends=list(cuts.values()))
         # Each group of taps has one `keep` and activations of one shape. A tap is (its position, the position of its cut).
-        groups: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
-        keeps: dict[tuple[int, tuple[int, ...]], nn.Module] = {}
+        groups: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        keeps: dict[tuple[int, ...], nn.Module] = {}
         order = list(cuts)
         for i, tap in enumerate(taps.values()):
-            key = (id(tap.keep), tap.cut.shape)
+            key = (id(tap.keep), *tap.cut.shape) if tap.joins else (i,)
             groups.setdefault(key, []).append((i, order.index(tap.cut.name)))
             keeps[key] = tap.keep
         self.keeps = nn.ModuleList(keeps.values())

@@ -78,13 +78,13 @@ class Chart:
 
 
 def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
-    """Returns the confusion matrix in a split's scores, or None for more than MAX_MATRIX_CLASSES classes.
+    """Returns the confusion matrix in a split's scores, or None without one or for more than MAX_MATRIX_CLASSES classes.
 
     The shade of a cell is the fraction of the row's images in the cell. For mistakes, the shade is the square root of this
     fraction, so that rare mistakes are visible.
     """
-    names = [row["label"] for row in scores["per_class"]]
-    if len(names) > MAX_MATRIX_CLASSES:
+    names = [row["label"] for row in scores.get("per_class", [])]
+    if "confusion_matrix" not in scores or len(names) > MAX_MATRIX_CLASSES:
         return None
     rows = []
     for true, counts in enumerate(scores["confusion_matrix"]):
@@ -135,7 +135,7 @@ def draw_curve(curve: Mapping[str, Any]) -> str:
 
 
 def draw_matrix(scores: Mapping[str, Any]) -> str | None:
-    """Returns the SVG text of the confusion matrix in a split's scores, or None for more than MAX_MATRIX_CLASSES classes."""
+    """Returns the SVG text of the confusion matrix in a split's scores, see `lay_out_matrix`."""
     matrix = lay_out_matrix(scores)
     template = make_environment("reporting").get_template("confusion.svg.jinja")
     return None if matrix is None else template.render(matrix=matrix)

@@ -14,6 +14,8 @@ from typing import Any
 from hf_transfer.reporting.charts import HEIGHT, WIDTH, lay_out_curve, lay_out_matrix
 from hf_transfer.reporting.formats import format_number, format_percent, make_environment
 from hf_transfer.reporting.sentences import describe_precision, describe_repeats
+from hf_transfer.targets.single_label import SingleLabel
+from hf_transfer.targets.target import MetricInfo
 
 MAX_CONFUSED_PAIRS = 30
 ESTIMATED_BY_FOLDS = (
@@ -22,14 +24,6 @@ ESTIMATED_BY_FOLDS = (
 )
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 
-_METRICS = [  # key, title, format
-    ("accuracy", "Accuracy", "percent"),
-    ("top5_accuracy", "Top-5 accuracy", "percent"),
-    ("balanced_accuracy", "Balanced accuracy", "percent"),
-    ("macro_f1", "Macro-F1", "percent"),
-    ("nll", "Log loss", "number"),
-    ("ece", "Calibration error", "percent"),
-]
 _FOLDED = [  # key, title
     ("plan", "Plan"),
     ("details", "Details"),
@@ -89,8 +83,8 @@ def write_report(results: Mapping[str, Any], path: str | Path) -> None:
 def render_report(results: Mapping[str, Any]) -> str:
     """Returns the HTML page of `results`, the content of results.json.
 
-    Only `metrics` is required, with the metrics of `test` or `validation` (see `training.metrics.score`). Without a test split,
-    the page shows validation metrics and warns that they are optimistic. Every other part of `results` (strategy, checkpoint,
+    Only `metrics` is required, with the metrics of `test` or `validation` (see `metrics.records`). Without a test split, the
+    page shows validation metrics and warns that they are optimistic. Every other part of `results` (strategy, checkpoint,
     data, curves, cost, plan, details, config, versions) is shown if present.
 
     Raises ValueError if `metrics` contains neither the test split nor the validation split, or if a curve cannot be drawn.
@@ -113,8 +107,8 @@ def render_report(results: Mapping[str, Any]) -> str:
             shown=shown,
             warning="" if shown == "test" else explain_validation(scores),
             num_samples=scores["num_samples"],
-            num_classes=len(scores["per_class"]),
-            cards=_metric_cards(scores, splits.get("validation", {}) if shown == "test" else {}),
+            num_classes=len(results.get("label_names", scores.get("per_class", []))),
+            cards=_metric_cards(find_metrics(results), scores, splits.get("validation", {}) if shown == "test" else {}),
             charts=[lay_out_curve(curve) for curve in results.get("curves", [])],
             width=WIDTH,
             height=HEIGHT,
@@ -139,17 +133,26 @@ def _list_precision(scores: Mapping[str, Any]) -> list[str]:
     return [] if sentence is None else [sentence]
 
 
-def _metric_cards(scores: Mapping[str, Any], validation: Mapping[str, Any]) -> list[MetricCard]:
+def find_metrics(results: Mapping[str, Any]) -> list[MetricInfo]:
+    """Returns the metrics that the target of the run shows."""
+    target = results.get("target")
+    return list(SingleLabel.metrics) if target is None else [MetricInfo(**info) for info in target["metrics"]]
+
+
+def _metric_cards(
+    metrics: Sequence[MetricInfo], scores: Mapping[str, Any], validation: Mapping[str, Any]
+) -> list[MetricCard]:
     """Returns one card for each main metric in `scores`, with the metric's interval and its value in `validation`."""
     cards = []
-    for key, title, kind in _METRICS:
+    for info in metrics:
+        key = info.key
         if scores.get(key) is None:
             continue
-        show, unit = (format_percent, "%") if kind == "percent" else (format_number, "nats")
+        show, unit = (format_percent, "%") if info.kind == "percent" else (format_number, info.unit)
         interval, on_validation = scores.get(f"{key}_interval"), validation.get(key)
         cards.append(
             MetricCard(
-                title=title,
+                title=info.title,
                 value=show(scores[key]),
                 unit=unit,
                 interval=f"{show(interval[0])} to {show(interval[1])}" if interval else "",
@@ -161,6 +164,8 @@ def _metric_cards(scores: Mapping[str, Any], validation: Mapping[str, Any]) -> l
 
 def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
     """Returns at most MAX_CONFUSED_PAIRS pairs of true and predicted class, in descending order of the number of mistakes."""
+    if "confusion_matrix" not in scores:
+        return []
     names = [row["label"] for row in scores["per_class"]]
     pairs = [
         ConfusedPair(true=names[i], predicted=names[j], count=count, fraction=count / sum(counts))
@@ -173,7 +178,8 @@ def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
 
 def _classes_by_recall(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the entries of `per_class`, one per class, in ascending order of recall. Classes without images come last."""
-    return sorted(scores["per_class"], key=lambda row: (row["recall"] is None, row["recall"] or 0.0, row["f1"] or 0.0))
+    rows = scores.get("per_class", [])
+    return sorted(rows, key=lambda row: (row["recall"] is None, row["recall"] or 0.0, row["f1"] or 0.0))
 
 
 def _cost_table(cost: Mapping[str, Any]) -> CostTable:

@@ -40,6 +40,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
         "plan": _describe_plan(result),
         "metrics": {split: metrics.to_dict() for split, metrics in result.metrics.items()},
         "label_names": list(data.label_names),
+        "target": {**to_json(result.backbone.target.to_dict()), "metrics": to_json(data.target.metrics)},
         "cost": to_json(session.costs.read()),
         "curves": to_json(result.curves),
         "details": _describe_details(session, result),

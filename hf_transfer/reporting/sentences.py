@@ -3,19 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_transfer.training.formulas import count_images_to_tell_apart
-from hf_transfer.training.records import AutoChoice, Kept, Metrics, PhaseResult, Verdict
+from hf_transfer.metrics.formulas import count_images_to_tell_apart
+from hf_transfer.metrics.records import Metrics
+from hf_transfer.targets.multi_label import MultiLabel
+from hf_transfer.targets.regression import Regression
+from hf_transfer.targets.single_label import SingleLabel
+from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, Verdict
 
 WIDE_INTERVAL = 0.03  # of an accuracy: 3 points
-SHARES = frozenset({"accuracy", "balanced_accuracy", "macro_f1", "ece", "top5_accuracy"})
+SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
 NUM_SPREADS = 3  # metrics in one sentence
 
 
 def describe_phase(phase: PhaseResult) -> str:
     """Returns a sentence that says what the phase trained, with which method, and which weights it kept.
 
-    >>> from hf_transfer.training.records import Score
-    >>> score = Score(accuracy=0.9, log_loss=0.3)
+    >>> from hf_transfer.metrics.records import Score
+    >>> score = Score(quality=0.9, loss=0.3)
     >>> describe_phase(PhaseResult(policy="head", cut="features", optimizer="L-BFGS", epochs=0, num_trainable=20,
     ...                            kept=Kept.SOLUTION, score=score, regularization_c=0.1, num_features=9))
     'head: logistic regression on 9 features per image, C = 0.1 chosen on held-out images; all other layers are frozen'
@@ -23,12 +27,13 @@ def describe_phase(phase: PhaseResult) -> str:
     return _describe_solution(phase) if phase.is_solved else _describe_steps(phase)
 
 
-def describe_accuracy(metrics: Metrics) -> str:
-    """Returns the accuracy in `metrics` as text, with its confidence interval and the number of images."""
-    assert metrics.accuracy_interval is not None
-    low, high = (100 * bound for bound in metrics.accuracy_interval)
+def describe_quality(metrics: Metrics) -> str:
+    """Returns the quality in `metrics` as text, with its confidence interval and the number of images."""
+    score = metrics.score
+    low, high = (100 * bound for bound in metrics.intervals[score.names[0]])
     return (
-        f"accuracy {100 * metrics.accuracy:.1f} % (95 % interval {low:.1f} to {high:.1f}, {metrics.num_samples} images)"
+        f"{score.titles[0]} {100 * score.quality:.1f} % (95 % interval {low:.1f} to {high:.1f}, "
+        f"{metrics.num_samples} images)"
     )
 
 
@@ -63,8 +68,8 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     if gain is not None:
         low, high = (100 * bound for bound in gain["interval"])
         lines.append(
-            f"{seeds}, gain over a linear probe in {gain['split']} accuracy: {100 * gain['accuracy']:+.1f} points (95 % "
-            f"interval {low:+.1f} to {high:+.1f}, on the same images)"
+            f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "
+            f"{100 * gain['mean']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, on the same images)"
         )
     return lines
 
@@ -107,7 +112,7 @@ def describe_choice(choice: AutoChoice) -> str:
         return f"auto kept linear_probe: no epoch of {choice.advised} beat its initial probe significantly"
     assert choice.tuned is not None
     accuracies = (
-        f"{100 * choice.tuned.accuracy:.1f} % for {choice.advised}, {100 * choice.probe.accuracy:.1f} % for the probe"
+        f"{100 * choice.tuned.quality:.1f} % for {choice.advised}, {100 * choice.probe.quality:.1f} % for the probe"
     )
     error = "" if choice.standard_error is None else f", standard error {100 * choice.standard_error:.1f} points"
     return f"auto kept {choice.kept}: validation accuracy is {accuracies}{error}"

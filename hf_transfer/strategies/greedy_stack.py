@@ -125,13 +125,13 @@ class GreedyStackStrategy(GradientStrategy):
         if self.architecture is not None:
             return create(
                 self.architecture,
-                data.label_names,
+                data.target,
                 image_size_px=size_px,
                 model_args=config.model.model_args,
                 seed=config.seed,
             )
         blocks = self._blocks(DEFAULT_WIDTH, tuple(n for n in DEFAULT_DOWNSAMPLE if n <= self._num_blocks))
-        return create_blocks(data.label_names, blocks, self._aux_head(config), image_size_px=size_px)
+        return create_blocks(data.target, blocks, self._aux_head(config), image_size_px=size_px)
 
     def run(self, session: "Session", final: "FinalFit | None" = None) -> "RunResult":
         """Trains the stack layer by layer, then fine-tunes all layers together."""

@@ -57,7 +57,7 @@ class Pretrain(GradientStrategy):
 
         return create(
             self.architecture,
-            data.label_names,
+            data.target,
             image_size_px=config.model.image_size_px or NEW_IMAGE_SIZE_PX,
             model_args=config.model.model_args,
             seed=config.seed,

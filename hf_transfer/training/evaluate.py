@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 
 from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
+from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.engine_choice import limit_engine
@@ -24,8 +24,8 @@ from hf_transfer.prefix.sweep import place_model, prepare_for, sweep, to_fast_la
 from hf_transfer.prefix.taps import Logits
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
-from hf_transfer.training.metrics import gather_logits, score
-from hf_transfer.training.records import Metrics
+from hf_transfer.targets.target import Labels
+from hf_transfer.training.gather import gather_logits
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,8 @@ AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
 IMAGES_FOR_CHECK = 8 * AGREEING_IMAGES
 
 LogitRows = NDArray[np.float32]
-Labels = NDArray[np.int64]
 LogitsAndLabels = tuple[LogitRows, Labels]
-"""Logits (N, K) and labels (N,) of all images, on every process."""
+"""Logits (N, K) and labels (N, ...) of all images, on every process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,21 +159,21 @@ def _score(chain: Chain, images: EvaluationImages, session: Session, logits: Log
             num_images=max(0, len(images) - IMAGES_FOR_CHECK),
         )
         logits, _ = compute_checked_logits(chain.model, images, resources, engine)
-    metrics = score(logits, split.labels, split.label_names, seed=session.config.seed)
+    metrics = split.target.compute_metrics(logits, split.labels, seed=session.config.seed)
     return Scored(metrics=metrics, logits=logits)
 
 
 def agrees_with_eager(logits: LogitRows, model: nn.Module, images: EvaluationImages, resources: Resources) -> bool:
     """Whether `logits` (N, K) of the images agree with eager fp32 on AGREEING_IMAGES images, which are read from files.
 
-    They must agree in every predicted class, and in log-loss within AGREEING_LOG_LOSS. The answer is the same on every process.
+    They must agree in every decision, such as the predicted class, and in the loss within AGREEING_LOG_LOSS. The answer is the
+    same on every process.
     """
     rows = np.unique(np.linspace(0, len(images) - 1, AGREEING_IMAGES).astype(int))
-    labels = torch.from_numpy(images.split.labels[rows])
 
     def compare() -> bool:
         exact = compute_exact_logits(model, replace(images, store=None), rows, resources)
-        return agrees(torch.from_numpy(logits[rows]), exact, labels)
+        return agrees(torch.from_numpy(logits[rows]), exact, images.split.select(rows))
 
     return run_on_main(compare)
 
@@ -193,13 +192,14 @@ def compute_exact_logits(
     return torch.stack(logits)
 
 
-def agrees(logits: torch.Tensor, exact: torch.Tensor, labels: torch.Tensor) -> bool:
-    """Whether logits (B, K) have the predicted classes of `exact`, and the log-loss up to AGREEING_LOG_LOSS."""
-    difference = float(F.cross_entropy(logits, labels) - F.cross_entropy(exact, labels))
-    return bool((logits.argmax(1) == exact.argmax(1)).all()) and abs(difference) <= AGREEING_LOG_LOSS
+def agrees(logits: torch.Tensor, exact: torch.Tensor, split: Split) -> bool:
+    """Whether logits (B, K) of B images decide as `exact`, with the same mean loss up to AGREEING_LOG_LOSS."""
+    target, labels = split.target, torch.from_numpy(split.labels)
+    difference = float(target.losses(logits, labels).nanmean() - target.losses(exact, labels).nanmean())
+    return target.decides_alike(logits, exact) and abs(difference) <= AGREEING_LOG_LOSS
 
 
-def _take_share(count: int, resources: Resources) -> Labels:
+def _take_share(count: int, resources: Resources) -> NDArray[np.int64]:
     accelerator = resources.accelerator
-    share: Labels = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
+    share: NDArray[np.int64] = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
     return share

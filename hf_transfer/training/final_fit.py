@@ -8,12 +8,13 @@ and the metrics are of the folds' predictions, each for an image that the predic
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.training.records import Kept, Metrics, PhaseResult, Score
+from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.training.records import Kept, PhaseResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def plan_final_fit(runs: Sequence[FoldRun], metrics: Metrics, logits: Mapping[st
     alphas = [alpha for run in kept if run.phases and (alpha := run.phases[-1].wise_ft_alpha) is not None]
     return FinalFit(
         phases=tuple(_average([run.phases[run.num_stages :] for run in kept])),
-        metrics=replace(metrics, estimated_by="folds"),
+        metrics=replace(metrics, details={**metrics.details, "estimated_by": "folds"}),
         logits=logits,
         strategy=strategy,
         stages=tuple(_average([run.phases[: run.num_stages] for run in kept]))[:depth],
@@ -86,7 +87,11 @@ def _average(plans: Sequence[Sequence[PhaseResult]]) -> Iterator[PhaseLength]:
 def mean_score(scores: Sequence[Score]) -> Score:
     """Returns the mean of each number of the scores.
 
-    >>> mean_score([Score(accuracy=0.5, log_loss=1.0), Score(accuracy=1.0, log_loss=0.0)])
-    Score(accuracy=0.75, log_loss=0.5)
+    >>> mean_score([Score(quality=0.5, loss=1.0), Score(quality=1.0, loss=0.0)]).to_dict()
+    {'accuracy': 0.75, 'log_loss': 0.5}
     """
-    return Score(**{f.name: statistics.fmean(getattr(score, f.name) for score in scores) for f in fields(Score)})
+    return replace(
+        scores[0],
+        quality=statistics.fmean(score.quality for score in scores),
+        loss=statistics.fmean(score.loss for score in scores),
+    )

@@ -14,7 +14,6 @@ from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.training import readouts
 from hf_transfer.training.evaluate import Scored, compute_stored_logits, score_images
-from hf_transfer.training.metrics import score
 from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.records import Kept, PhaseResult, RunResult
 
@@ -93,7 +92,7 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
         scores["validation"] = _score_split(session, trained, best, data.validation)
     else:
         logits = best.probe.held_out_logits[len(data.train) :].numpy()
-        metrics = score(logits, data.validation.labels, data.label_names, seed=session.config.seed)
+        metrics = data.target.compute_metrics(logits, data.validation.labels, seed=session.config.seed)
         scores["validation"] = Scored(metrics=metrics, logits=logits)
     if data.test is not None:
         scores["test"] = _score_split(session, trained, best, data.test)
@@ -116,4 +115,4 @@ def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReado
         return score_images(chain, trained.preprocessing, split, session)
     store = best.features.stores[split.name]
     logits, labels = compute_stored_logits(best.compute_logits, store, split.labels, session.resources)
-    return Scored(metrics=score(logits, labels, split.label_names, seed=session.config.seed), logits=logits)
+    return Scored(metrics=split.target.compute_metrics(logits, labels, seed=session.config.seed), logits=logits)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hf_transfer.interrupts import deferred
+from hf_transfer.metrics.records import Score
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.processes import wait_for_everyone
@@ -27,7 +28,7 @@ from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits
 from hf_transfer.training.feeds import PhaseData
 from hf_transfer.training.optim import group_parameters, make_optimizer
-from hf_transfer.training.records import EpochRecord, Kept, Score, to_json
+from hf_transfer.training.records import EpochRecord, Kept, to_json
 from hf_transfer.training.selection import Selection, Validation, score_validation
 from hf_transfer.training.sharding import Shards, gather, split_like, uses_shards
 from hf_transfer.training.steps import PhaseRun, Progress, Steps, Trainable
@@ -130,7 +131,7 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
         logits, truth = compute_image_logits(
             session.chain.model, inputs.images, labels, session.resources, shows_progress=False
         )
-    return score_validation(logits, truth, session.gradient.training.select_by)
+    return score_validation(session.data.target, logits, truth, session.gradient.training.select_by)
 
 
 def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
@@ -220,18 +221,17 @@ def _restore(resumed: Mapping[str, Any], selection: Selection, trainable: Traina
 def _log_epoch(record: EpochRecord, run: PhaseRun, *, is_kept: bool) -> None:
     values = {
         "train_loss": record.train_loss,
-        "train_accuracy": record.train_accuracy,
-        "validation_accuracy": record.validation.accuracy,
-        "validation_log_loss": record.validation.log_loss,
+        **({} if record.train_accuracy is None else {"train_accuracy": record.train_accuracy}),
+        **{f"validation_{name}": value for name, value in record.validation.to_dict().items()},
         "images_per_second": record.images_per_second,
     }
     run.session.accelerator.log(values, step=run.epochs_before + record.epoch)
     if run.session.is_main:
         log.info(
-            "epoch %d: loss %.4f, train accuracy %.1f %%, %s accuracy %.1f %%, log-loss %.4f, %.0f images/s%s",
-            record.epoch, record.train_loss, 100 * record.train_accuracy,
-            "validation" if run.length is None else "the folds' mean", 100 * record.validation.accuracy,
-            record.validation.log_loss, record.images_per_second, " (keeping these weights)" if is_kept else "",
+            "epoch %d: loss %.4f%s, %s %s, %.0f images/s%s", record.epoch, record.train_loss,
+            "" if record.train_accuracy is None else f", train accuracy {100 * record.train_accuracy:.1f} %",
+            "validation" if run.length is None else "the folds' mean", record.validation.describe(),
+            record.images_per_second, " (keeping these weights)" if is_kept else "",
         )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class TrainPhase:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveHeadPhase:
-    """A phase that computes the head as the solution of a convex problem on frozen features (see `training.probe`).
+    """A phase that computes the head as the solution of a convex problem on frozen features (see `solvers.probe`).
 
     If gradient steps follow, the head is fitted on the training images only. If no gradient step improves the head, or if no
     gradient steps follow, the run ends like the strategy `linear_probe`: these settings choose the head, which is fitted on

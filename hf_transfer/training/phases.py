@@ -314,7 +314,7 @@ def _solve(
     if final is not None:
         return describe_solution(best, phase)
     score = readouts.score_probe(best, session.data.validation, session.resources)
-    log.info("linear probe: validation accuracy %.1f %%, log-loss %.4f", 100 * score.accuracy, score.log_loss)
+    log.info("linear probe: validation %s", score.describe())
     return replace(describe_solution(best, phase), score=score)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from hf_transfer.config import Precision
+from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.prefix.drift import measure_drift
 from hf_transfer.session import Session
@@ -16,18 +17,7 @@ from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.loop import validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase
 from hf_transfer.training.phases import run_phases
-from hf_transfer.training.records import (
-    Curve,
-    EpochRecord,
-    Json,
-    Kept,
-    Line,
-    Metrics,
-    PhaseResult,
-    RunResult,
-    Score,
-    to_json,
-)
+from hf_transfer.training.records import Curve, EpochRecord, Json, Kept, Line, PhaseResult, RunResult, to_json
 
 log = logging.getLogger(__name__)
 
@@ -119,17 +109,17 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
 
 
 def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
-    """Compares the validation log-loss of the saved network with the log-loss that chose the weights.
+    """Compares the validation loss of the saved network with the loss that chose the weights.
 
     In fp32 on exact pixels, raises RuntimeError if they differ by more than rounding explains. In other precisions, and on fast
     pixels, logs a warning, because differences may add up, and the metrics are of the saved network in any case.
     """
     precision, decoder = session.resources.precision, session.config.compute.decoder
-    if abs(measured.nll - chosen_by.log_loss) <= VERIFIED_LOG_LOSS[precision]:
+    if abs(measured.score.loss - chosen_by.loss) <= VERIFIED_LOG_LOSS[precision]:
         return
     message = (
-        f"the saved network has a validation log-loss of {measured.nll:.4f} in fp32, but the chosen weights had "
-        f"{chosen_by.log_loss:.4f} in the last phase in {precision} with decoder {decoder}"
+        f"the saved network has a validation loss of {measured.score.loss:.4f} in fp32, but the chosen weights had "
+        f"{chosen_by.loss:.4f} in the last phase in {precision} with decoder {decoder}"
     )
     if precision == "fp32" and decoder == "exact":
         raise RuntimeError(message)
@@ -162,9 +152,16 @@ def draw_history(phases: Sequence[PhaseResult]) -> tuple[Curve, ...]:
     def line(name: str, read: Callable[[EpochRecord], float]) -> Line:
         return Line(name=name, x=epochs, y=[read(record) for record in records])
 
-    loss = (line("training", lambda r: r.train_loss), line("validation log-loss", lambda r: r.validation.log_loss))
-    accuracy = (line("training", lambda r: r.train_accuracy), line("validation", lambda r: r.validation.accuracy))
+    quality_name, loss_name = records[0].validation.titles
+    loss = (
+        line("training", lambda r: r.train_loss),
+        line(f"validation {loss_name}", lambda r: r.validation.loss),
+    )
+    quality = [line("validation", lambda r: r.validation.quality)]
+    if records[0].train_accuracy is not None:
+        quality.insert(0, line("training", lambda r: r.train_accuracy or 0.0))
+    title = quality_name.capitalize()
     return (
         Curve(title="Loss", x_label="epoch", y_label="Loss", series=loss),
-        Curve(title="Accuracy", x_label="epoch", y_label="Accuracy", series=accuracy),
+        Curve(title=title, x_label="epoch", y_label=title, series=quality),
     )

@@ -6,6 +6,7 @@ batch stores for the backward pass.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -69,7 +70,7 @@ class Pricing:
         seconds = first + epochs * epoch + min(validation, AGREEING_IMAGES) / self.images_per_second
         cpu_batch = CPU_BATCH if cut is None else CPU_STORED_BATCH
         batch = cpu_batch if self._on_cpu else self.session.config.compute.batch_size
-        memory = self._base_bytes + 4 * COPIES_OF_TRAINED * trained + batch * count_activation_bytes(chain, cut)
+        memory = self._base_bytes + 4 * COPIES_OF_TRAINED * trained + batch * self._activation_bytes(cut)
         return Price(seconds=seconds, memory_bytes=int(memory))
 
     @property
@@ -87,8 +88,23 @@ class Pricing:
 
     def _share_above(self, cut: Cut | None) -> float:
         """Returns the FLOPs of the layers after `cut` as a share of the FLOPs of a forward pass."""
-        total, before = count_flops(self.session.chain)
+        total, before = self._flops
         return 1.0 if cut is None or not total else 1 - before[cut.name] / total
+
+    @cached_property
+    def _flops(self) -> tuple[int, dict[str, int]]:
+        return count_flops(self.session.chain)
+
+    @cached_property
+    def _known_activation_bytes(self) -> dict[str | None, int]:
+        return {}
+
+    def _activation_bytes(self, cut: Cut | None) -> int:
+        """Returns `count_activation_bytes`, which runs the network, once for all strategies that train the same layers."""
+        known, name = self._known_activation_bytes, None if cut is None else cut.name
+        if name not in known:
+            known[name] = count_activation_bytes(self.session.chain, cut)
+        return known[name]
 
 
 def count_activation_bytes(chain: Chain, cut: Cut | None) -> int:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from hf_transfer.capability import solver_device
 from hf_transfer.config import Sweep
-from hf_transfer.data.groups import number_groups
 from hf_transfer.data.splits import Split
+from hf_transfer.metrics.records import Score
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
@@ -26,13 +26,13 @@ from hf_transfer.prefix.sweep import move_model
 from hf_transfer.prefix.taps import Tap, count_bytes, tap_activation
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
+from hf_transfer.solvers.features import RawFeatures, default_memory
+from hf_transfer.solvers.groups import number_groups
+from hf_transfer.solvers.probe import FINAL_TOL, Probe, ProbeOptions, ProbeSummary, choose_probe, fit_probes
+from hf_transfer.solvers.workers import count_workers
 from hf_transfer.training.evaluate import AGREEING_IMAGES, agrees, compute_exact_logits, compute_stored_logits
-from hf_transfer.training.features import RawFeatures, default_memory
-from hf_transfer.training.metrics import read_outcomes
 from hf_transfer.training.phase import SolveHeadPhase
-from hf_transfer.training.probe import FINAL_TOL, Probe, ProbeOptions, ProbeSummary, choose_probe, fit_probes
-from hf_transfer.training.records import Curve, Json, Line, Score
-from hf_transfer.training.workers import count_workers
+from hf_transfer.training.records import Curve, Json, Line
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def extract_readouts(
 
 def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources) -> dict[str, Tap]:
     """Returns, for each readout's name, the function that computes the features during a pass over the images."""
-    # Readouts with the same last layers share one module, and so one call per batch, since most of the time is setup.
+    # Readouts with the same last layers share one module and, if most of its time is setup, one call per batch.
     tails: dict[tuple[int, bool], Tail] = {}
     taps = {}
     for r in readouts:
@@ -114,6 +114,7 @@ def tap_readouts(chain: Chain, readouts: Sequence[Readout], resources: Resources
             shape=(r.num_features,),
             through=chain.features,
             keep=tails[shared],
+            joins=not tails[shared].is_direct,
         )
     return taps
 
@@ -137,13 +138,13 @@ def choose_readout(
         ]
         codes = number_groups(splits)
         groups = None if codes is None else torch.from_numpy(codes)
-        probes, summaries = fit_probes(readouts, train_y, val_y, len(session.data.label_names), options, groups)
+        probes, summaries = fit_probes(readouts, train_y, val_y, session.data.target, options, groups)
         for candidate, summary in zip(candidates, summaries, strict=True):
             log.info(
-                "fitted a probe on the readout %s (%d features)%s: C = %.3g, held-out log-loss %.4f, accuracy %.1f %%, %.1f s",
+                "fitted a probe on the readout %s (%d features)%s: C = %.3g, held-out %s, %.1f s",
                 candidate.readout.name, candidate.readout.num_features,
                 "" if summary.tolerance == FINAL_TOL else ", coarsely since another readout is better",
-                summary.c, summary.score.log_loss, 100 * summary.score.accuracy, summary.seconds,
+                summary.c, summary.score.describe(), summary.seconds,
             )  # fmt: skip
         chosen = list(probes)[choose_probe(list(probes.values()))]
         tensors: dict[str, Any] = {n: v.cpu() for n, v in vars(probes[chosen]).items() if isinstance(v, torch.Tensor)}
@@ -181,7 +182,8 @@ def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Back
 def score_probe(probed: ProbedReadout, split: Split, resources: Resources) -> Score:
     """Scores a probe on the stored features of `split`."""
     store = probed.features.stores[split.name]
-    return read_outcomes(*compute_stored_logits(probed.compute_logits, store, split.labels, resources)).score
+    logits, labels = compute_stored_logits(probed.compute_logits, store, split.labels, resources)
+    return split.target.read_outcomes(logits, labels).score
 
 
 def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> float:
@@ -209,10 +211,10 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
 def measures_saved(session: Session, backbone: Backbone, best: ProbedReadout, split: Split) -> bool:
     """Whether metrics of the probe on stored features are also metrics of the saved network, in fp32 on the published pixels.
 
-    For fp32 features of exact pixels from the engine eager, `verify_probe` has shown this. Otherwise, the probe must predict
-    the same classes from the stored features as from exact features (eager, fp32) on AGREEING_IMAGES images of `split`, with
-    the same log-loss within AGREEING_LOG_LOSS. Exact features are cached too. So the whole network of `backbone` runs only on
-    the first and the last of these images, where it must give the probe's logits. All processes must call this function.
+    For fp32 features of exact pixels from the engine eager, `verify_probe` has shown this. Otherwise, the probe must decide
+    alike on the stored features and on exact features (eager, fp32) of AGREEING_IMAGES images of `split`, with the same loss
+    within AGREEING_LOG_LOSS. Exact features are cached too. So the whole network of `backbone` runs only on the first and the
+    last of these images, where it must give the probe's logits. All processes must call this function.
     """
     resources, chain = session.resources, session.chain
     if resources.precision == "fp32" and resources.engine == "eager" and resources.compute.decoder == "exact":
@@ -231,7 +233,7 @@ def measures_saved(session: Session, backbone: Backbone, best: ProbedReadout, sp
     images = EvaluationImages(split=sample, preprocessing=backbone.preprocessing)
     whole = compute_exact_logits(backbone.model, images, ends, eager)
     is_saved = _relative_difference(whole, exact[ends]) <= VERIFIED_RELATIVE["fp32"]
-    return is_saved and agrees(stored, exact, torch.from_numpy(sample.labels))
+    return is_saved and agrees(stored, exact, sample)
 
 
 def _relative_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
@@ -252,8 +254,7 @@ def describe_readouts(best: ProbedReadout, scored: Sequence[ScoredReadout]) -> d
                 "num_features": p.readout.num_features,
                 "changes": dict(p.readout.changes),
                 "c": p.summary.c,
-                "held_out_log_loss": p.summary.score.log_loss,
-                "held_out_accuracy": p.summary.score.accuracy,
+                **{f"held_out_{name}": value for name, value in p.summary.score.to_dict().items()},
                 "tolerance": p.summary.tolerance,
                 "solver_seconds": p.summary.seconds,
             }
@@ -263,12 +264,16 @@ def describe_readouts(best: ProbedReadout, scored: Sequence[ScoredReadout]) -> d
 
 
 def draw_regularization(scored: Sequence[ScoredReadout]) -> tuple[Curve, ...]:
-    """Returns charts of held-out log-loss and accuracy against C, with one line per readout."""
+    """Returns charts of held-out loss and quality against C, with one line per readout."""
     curves = []
-    for key, title in (("log_loss", "Held-out log-loss"), ("accuracy", "Held-out accuracy")):
+    score = scored[0].summary.score
+    for name, words in reversed([*zip(score.names, score.titles, strict=True)]):
+        title = f"Held-out {words}"
         series = [
             Line(
-                name=p.readout.name, x=[q.c for q in p.summary.path], y=[getattr(q.score, key) for q in p.summary.path]
+                name=p.readout.name,
+                x=[q.c for q in p.summary.path],
+                y=[q.score.to_dict()[name] for q in p.summary.path],
             )
             for p in scored[:MAX_LINES]
         ]

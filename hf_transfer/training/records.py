@@ -9,23 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.config import SelectBy
+from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.network.backbone import Backbone
 
 Json = Any
 """A JSON value, which results.json contains without conversion."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """The quality on a split: the share of correct predictions, and the mean negative log-probability of the labels in nats."""
-
-    accuracy: float
-    log_loss: float
-
-    def rank(self, select_by: SelectBy) -> tuple[float, float]:
-        """Returns a sort key, which is lower for a better score. Among equal accuracies, the lower log-loss is better."""
-        return (-self.accuracy if select_by == "accuracy" else 0.0, self.log_loss)
 
 
 class Kept(StrEnum):
@@ -42,7 +30,7 @@ class EpochRecord:
 
     epoch: int  # from 1
     train_loss: float
-    train_accuracy: float
+    train_accuracy: float | None  # None for a target that has no right and wrong
     validation: Score
     images: int
     images_per_second: float
@@ -107,49 +95,6 @@ class Curve:
     x_log: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassMetrics:
-    """The metrics of one class. Precision, recall and F1 are None if the split has no image of the class."""
-
-    label: str
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    support: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """The metrics of a classifier on one split. Intervals are 95 % bootstrap intervals over images."""
-
-    accuracy: float
-    balanced_accuracy: float
-    macro_f1: float
-    nll: float  # mean negative log-probability of the labels, in nats
-    ece: float  # expected calibration error
-    num_samples: int
-    per_class: tuple[ClassMetrics, ...]
-    confusion_matrix: tuple[tuple[int, ...], ...]  # true classes are rows, predicted classes are columns
-    notes: tuple[str, ...]
-    top5_accuracy: float | None = None  # only with more than five classes
-    accuracy_interval: tuple[float, float] | None = None
-    balanced_accuracy_interval: tuple[float, float] | None = None
-    macro_f1_interval: tuple[float, float] | None = None
-    nll_interval: tuple[float, float] | None = None
-    estimated_by: str | None = (
-        None  # "folds": of models trained without these images, while the saved model trained on them
-    )
-
-    @property
-    def score(self) -> Score:
-        """The accuracy and the log-loss."""
-        return Score(accuracy=self.accuracy, log_loss=self.nll)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the metrics as JSON values, without metrics that are None."""
-        return {name: value for name, value in to_json(self).items() if value is not None}
-
-
 class Verdict(StrEnum):
     """The reason why the strategy `auto` kept its result."""
 
@@ -206,6 +151,8 @@ class RunResult:
 
 def to_json(value: Any) -> Any:
     """Converts records, enums, mappings and sequences, nested in any way, to JSON values."""
+    if isinstance(value, Score):
+        return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, StrEnum):
@@ -219,20 +166,8 @@ def to_json(value: Any) -> Any:
 
 def phase_from_json(state: Mapping[str, Any]) -> PhaseResult:
     """Converts the JSON values of a finished phase in a saved state to a `PhaseResult`, the inverse of `to_json`."""
-    history = tuple(EpochRecord(**{**row, "validation": Score(**row["validation"])}) for row in state["history"])
-    values = {**state, "history": history, "kept": Kept(state["kept"])}
-    return PhaseResult(**{**values, "score": Score(**state["score"]), "cost": PhaseCost(**state["cost"])})
-
-
-def metrics_from_json(values: Mapping[str, Any]) -> Metrics:
-    """Converts the JSON values of metrics in results.json to `Metrics`, the inverse of `Metrics.to_dict`."""
-    intervals = {name: tuple(value) for name, value in values.items() if name.endswith("_interval")}
-    return Metrics(
-        **{
-            **values,
-            **intervals,
-            "per_class": tuple(ClassMetrics(**row) for row in values["per_class"]),
-            "confusion_matrix": tuple(tuple(row) for row in values["confusion_matrix"]),
-            "notes": tuple(values["notes"]),
-        }
+    history = tuple(
+        EpochRecord(**{**row, "validation": Score.from_dict(row["validation"])}) for row in state["history"]
     )
+    values = {**state, "history": history, "kept": Kept(state["kept"])}
+    return PhaseResult(**{**values, "score": Score.from_dict(state["score"]), "cost": PhaseCost(**state["cost"])})

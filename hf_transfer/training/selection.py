@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.config import SelectBy
-from hf_transfer.training.metrics import read_outcomes
-from hf_transfer.training.records import Kept, Score
+from hf_transfer.metrics.records import Score
+from hf_transfer.targets.target import Labels, Target
+from hf_transfer.training.records import Kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +29,10 @@ class Validation:
     logits: NDArray[np.float32]
 
 
-def score_validation(logits: NDArray[np.float32], labels: NDArray[np.int64], select_by: SelectBy) -> Validation:
-    """Scores logits (N, K). `select_by` decides whether per-example scores are hits (0 or 1) or log-probabilities."""
-    outcomes = read_outcomes(logits, labels)
-    per_example = outcomes.hits.astype(np.float64) if select_by == "accuracy" else outcomes.label_log_probabilities
+def score_validation(target: Target, logits: NDArray[np.float32], labels: Labels, select_by: SelectBy) -> Validation:
+    """Scores logits (N, K). `select_by` decides whether per-example scores are qualities (hits, for classes) or losses."""
+    outcomes = target.read_outcomes(logits, labels)
+    per_example = outcomes.qualities if select_by == "accuracy" else -outcomes.losses
     return Validation(score=outcomes.score, per_example_scores=torch.from_numpy(per_example), logits=logits)
 
 
@@ -103,8 +104,8 @@ class Selection:
             "weights": self._weights,
             "best_scores": self._best_scores,
             "start_scores": self._start_scores,
-            "score": self._score and vars(self._score),
-            "best": self._best and vars(self._best),
+            "score": self._score and self._score.to_dict(),
+            "best": self._best and self._best.to_dict(),
             "epoch": self.epoch,
             "best_epoch": self.best_epoch,
         }
@@ -113,8 +114,8 @@ class Selection:
         """Loads the weights and scores of an interrupted phase, so that the selection can continue."""
         self._weights = {name: tensor.to(self._live[name].device) for name, tensor in state["weights"].items()}
         self._best_scores, self._start_scores = state["best_scores"], state["start_scores"]
-        self._score = Score(**state["score"]) if state["score"] else None
-        self._best = Score(**state["best"]) if state["best"] else None
+        self._score = Score.from_dict(state["score"]) if state["score"] else None
+        self._best = Score.from_dict(state["best"]) if state["best"] else None
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
 
     def keep(self, score: Score, epoch: int | None) -> None:

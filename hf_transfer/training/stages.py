@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax, logsumexp
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_transfer.config import GradientConfig, SelectBy
@@ -23,10 +22,10 @@ from hf_transfer.network.greedy import GreedyStack, Stage
 from hf_transfer.network.policies import full
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.session import Session
+from hf_transfer.targets.target import Target
 from hf_transfer.training.checkpoints import has_state, remove_state
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.final_fit import FinalFit
-from hf_transfer.training.metrics import read_outcomes
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import run_phases
 from hf_transfer.training.plan import draw_history, run_plan
@@ -211,13 +210,11 @@ def count_stage_flops(stage: Stage, *, stored: bool) -> StageFlops:
     return StageFlops(train=float(counter.get_total_flops()), store=store)
 
 
-def ensemble(by_stage: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the logarithms (N, K) of the weighted mean of the stages' probabilities. Weights double from stage to stage."""
+def ensemble(target: Target, by_stage: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the logits (N, K) of the ensemble of the stages' logits (S, N, K). Weights double from stage to stage."""
     weights = ENSEMBLE_BASE ** np.arange(len(by_stage))
-    combined: NDArray[np.float64] = logsumexp(
-        log_softmax(by_stage.astype(np.float64), axis=-1), axis=0, b=(weights / weights.sum())[:, None, None]
-    )
-    return combined.astype(np.float32)
+    averaged: NDArray[np.float32] = target.average(by_stage, weights / weights.sum()).astype(np.float32)
+    return averaged
 
 
 def _stage_settings(settings: GradientConfig, options: GrowOptions) -> GradientConfig:
@@ -241,8 +238,8 @@ def _score_stages(
         logits, labels = compute_image_logits(stack.whole.model, images, split.labels, session.resources)
         stages = logits.reshape(len(labels), len(stack.stages), -1).transpose(1, 0, 2)  # (S, N, K)
         for accuracy, each in zip(by_stage, stages, strict=True):
-            accuracy[split.name] = read_outcomes(each, labels).score.accuracy
-        combined[split.name] = read_outcomes(ensemble(stages), labels).score.accuracy
+            accuracy[split.name] = split.target.read_outcomes(each, labels).score.quality
+        combined[split.name] = split.target.read_outcomes(ensemble(split.target, stages), labels).score.quality
     return by_stage, combined
 
 
@@ -277,5 +274,5 @@ def _draw_depth(grown: Grown, result: RunResult) -> tuple[Curve, ...]:
         for split in grown.stages[0].accuracy
     ]
     depth = [len(grown.stack.stages)]
-    lines += [Line(name=f"{split}, finished", x=depth, y=[m.accuracy]) for split, m in result.metrics.items()]
+    lines += [Line(name=f"{split}, finished", x=depth, y=[m.score.quality]) for split, m in result.metrics.items()]
     return (Curve(title="Accuracy against depth", x_label="layers grown", y_label="Accuracy", series=lines),)

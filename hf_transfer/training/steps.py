@@ -14,12 +14,12 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from hf_transfer.capability import accumulation_dtype
 from hf_transfer.data.augment import draw_uniform, mix
 from hf_transfer.interrupts import Interrupted, received
+from hf_transfer.metrics.records import Score
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import set_modes, uses_batch_statistics
 from hf_transfer.session import Session
@@ -29,7 +29,7 @@ from hf_transfer.training.feeds import PhaseData
 from hf_transfer.training.final_fit import PhaseLength
 from hf_transfer.training.optim import lr_factor, set_lr
 from hf_transfer.training.phase import TrainPhase
-from hf_transfer.training.records import EpochRecord, Score
+from hf_transfer.training.records import EpochRecord
 from hf_transfer.training.sharding import Shards
 
 # On a GPU, every read of the loss waits for the device. So the loss is read after this many steps, or this many seconds.
@@ -112,7 +112,7 @@ class Progress:
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "Progress":
         """Creates a `Progress` from the JSON values of a saved state. The inverse is `records.to_json`."""
-        history = [EpochRecord(**{**row, "validation": Score(**row["validation"])}) for row in state["history"]]
+        history = [EpochRecord(**{**row, "validation": Score.from_dict(row["validation"])}) for row in state["history"]]
         return cls(**{**state, "history": history})
 
     def finish_epoch(self, validation: Score) -> EpochRecord:
@@ -120,7 +120,7 @@ class Progress:
         record = EpochRecord(
             epoch=self.epoch + 1,
             train_loss=self.loss_sum / self.images,
-            train_accuracy=self.hits / self.images,
+            train_accuracy=None if math.isnan(self.hits) else self.hits / self.images,
             validation=validation,
             images=self.images,
             images_per_second=self.images / self.seconds,
@@ -152,10 +152,13 @@ class Steps:
         self.session, self.settings = run.session, run.session.gradient
         self.accelerator, self.device = run.session.accelerator, run.session.accelerator.device
         train = run.session.data.train
-        self.labels, self.num_classes = train.labels, len(run.session.data.label_names)
-        counts = torch.from_numpy(train.counts()).float().to(self.device)
-        balanced = counts.sum() / (len(counts) * counts)
-        self.class_weights = balanced if self.settings.class_balance == "loss" else torch.ones_like(counts)
+        self.labels, self.target = train.labels, train.target
+        self.loss = train.target.make_training_loss(
+            train.labels,
+            label_smoothing=self.settings.training.label_smoothing,
+            class_balance=self.settings.class_balance,
+            device=self.device,
+        )
         self.accumulate = count_accumulated(run.session)
         self.images_per_step = count_images_per_step(run.session)
         self.steps_per_epoch = count_steps(run.inputs.feed.num_images, self.images_per_step)
@@ -236,10 +239,13 @@ class Steps:
         progress.hits += hits
         if not math.isfinite(progress.loss_sum):
             raise NonFiniteLossError(self._explain_loss(progress))
+        accuracy = 100 * progress.hits / progress.images
         bar.set_postfix(
-            loss=f"{progress.loss_sum / progress.images:.3f}",
-            accuracy=f"{100 * progress.hits / progress.images:.1f} %",
-            img_s=f"{progress.images / max(progress.seconds, 1e-9):.0f}",
+            {
+                "loss": f"{progress.loss_sum / progress.images:.3f}",
+                **({} if math.isnan(accuracy) else {"accuracy": f"{accuracy:.1f} %"}),
+                "img_s": f"{progress.images / max(progress.seconds, 1e-9):.0f}",
+            }
         )
         return num_due > 0, num_interrupted > 0
 
@@ -259,7 +265,7 @@ class Steps:
 
     def _take_step(self, step: Rows, batches: list[Batch], epoch: int, totals: torch.Tensor) -> None:
         accelerator, trainable = self.accelerator, self.trainable
-        step_weight = self.class_weights[torch.from_numpy(self._read_labels(step)).to(self.device)].sum()
+        step_weight = self.loss.weigh(torch.from_numpy(self._read_labels(step)).to(self.device)).sum()
         # The loss is the mean over the step. Cancel that processes average gradients, and that Accelerate divides the loss.
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
         for i, batch in enumerate(batches):
@@ -283,20 +289,13 @@ class Steps:
         labels = torch.from_numpy(self._read_labels(draws)).to(self.device)
         targets = labels
         if feed.is_pixels and augmentation.is_mixing:
-            soft = F.one_hot(labels, self.num_classes).float()
             uniform = draw_uniform(self.session.config.seed, epoch, draws)
-            inputs, targets = mix(inputs, soft, uniform, augmentation)
+            inputs, targets = mix(inputs, self.target.encode(labels), uniform, augmentation)
         logits = self.trainable.network(inputs)
-        loss = F.cross_entropy(
-            logits.float(),
-            targets,
-            weight=self.class_weights,
-            label_smoothing=self.settings.training.label_smoothing,
-            reduction="sum",
-        )
+        loss = self.loss(logits.float(), targets)
         self.accelerator.backward(loss * scale)
-        totals[0] += loss.detach() / self.class_weights[labels].mean()
-        totals[1] += (logits.detach().argmax(1) == labels).sum()
+        totals[0] += loss.detach() / self.loss.weigh(labels).mean()
+        totals[1] += self.target.count_hits(logits.detach(), labels)
 
     def _read_labels(self, draws: Rows) -> NDArray[np.int64]:
         labels: NDArray[np.int64] = self.labels[draws % len(self.labels)]

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from hf_transfer.config import SelectBy
-from hf_transfer.training.records import Curve, Line, Score
+from hf_transfer.metrics.records import Score
+from hf_transfer.training.records import Curve, Line
 
 log = logging.getLogger(__name__)
 
@@ -83,13 +84,20 @@ def interpolate(
     best = min(points, key=lambda point: (*point.score.rank(select_by), -point.alpha))
     set_weights(model, mix_weights(start, end, best.alpha))
     log.info(
-        "WiSE-FT chose alpha %.1f: validation accuracy %.1f %% (initial weights %.1f %%, fine-tuned weights %.1f %%)",
-        best.alpha, 100 * best.score.accuracy, 100 * points[0].score.accuracy, 100 * points[-1].score.accuracy,
+        "WiSE-FT chose alpha %.1f: validation %s %.1f %% (initial weights %.1f %%, fine-tuned weights %.1f %%)",
+        best.alpha, best.score.titles[0], 100 * best.score.quality, 100 * points[0].score.quality,
+        100 * points[-1].score.quality,
     )  # fmt: skip
     return WiseResult(best=best, points=tuple(points))
 
 
 def draw_wise(result: WiseResult) -> Curve:
-    """Returns a chart of validation accuracy against alpha."""
-    line = Line(name="validation", x=[p.alpha for p in result.points], y=[p.score.accuracy for p in result.points])
-    return Curve(title="WiSE-FT", x_label="alpha: 0 start, 1 fine-tuned", y_label="Accuracy", series=[line])
+    """Returns a chart of validation quality against alpha."""
+    title = result.best.score.titles[0].capitalize()
+    line = Line(name="validation", x=[p.alpha for p in result.points], y=[p.score.quality for p in result.points])
+    return Curve(
+        title="WiSE-FT",
+        x_label="alpha: 0 start, 1 fine-tuned",
+        y_label=title,
+        series=[line],
+    )

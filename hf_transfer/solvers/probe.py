@@ -1,6 +1,7 @@
 """Fits the linear probe, a convex problem, for many regularization strengths and all folds at the same time.
 
-A probe is multinomial logistic regression on frozen features. Its only hyperparameter, C, is chosen on validation images: a
+A probe is a linear model of frozen features: multinomial logistic regression for classes, one logistic regression per label, or
+ridge regression for numbers (see `Target.make_convex_loss`). Its only hyperparameter, C, is chosen on validation images: a
 larger C means weaker regularization. One batched solver (lbfgs.py) solves all (C, fold) problems over one feature matrix, in
 blocks of rising C. Small C takes a few iterations, large C hundreds. Each block starts from the solution of the previous
 block, and the path ends when the held-out score gets clearly worse, so the expensive values of C are solved only if necessary.
@@ -8,7 +9,7 @@ block, and the path ends when the held-out score gets clearly worse, so the expe
 Of many readouts (see `readouts`), one wins. So `fit_probes` first solves a coarse path for every readout, loosely, and then the
 whole problem only for readouts that may still win.
 
-The objective is ||W||^2 / 2 + C * sum_i w_i * CE_i with unpenalized biases, as in scikit-learn's `LogisticRegression` on
+The objective is ||W||^2 / 2 + C * sum_i w_i * loss_i with unpenalized biases, as in scikit-learn's `LogisticRegression` on
 standardized features. With two classes, C here is half of scikit-learn's C, because W here has two rows instead of one.
 """
 
@@ -18,17 +19,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from hf_transfer.capability import accumulation_dtype
 from hf_transfer.config import ClassBalance, SelectBy
-from hf_transfer.training.features import RawFeatures
-from hf_transfer.training.folds import Folds, balance, draw_folds, find_scored
-from hf_transfer.training.lbfgs import Problems, SolverOptions, minimize, standardize
-from hf_transfer.training.records import Score
-from hf_transfer.training.workers import map_on_cores
+from hf_transfer.metrics.records import Score
+from hf_transfer.solvers.features import RawFeatures
+from hf_transfer.solvers.folds import Folds, draw_folds
+from hf_transfer.solvers.lbfgs import Problems, SolverOptions, minimize, standardize
+from hf_transfer.solvers.workers import map_on_cores
+from hf_transfer.targets.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +79,12 @@ _NEAR = _Steps(tol=1e-5, stride=1, block=3)  # for the values of C between those
 
 @dataclass(frozen=True, kw_only=True)
 class Path:
-    """The solutions of P logistic regressions. Problem p has the logits `x @ weight[p].T + bias[p]` for raw features x."""
+    """The solutions of P problems. Problem p has the logits `x @ weight[p].T + bias[p]` for raw features x."""
 
     c: tuple[float, ...]
     weight: Tensor  # (P, K, D) float32
     bias: Tensor  # (P, K) float32
-    objective: Tensor  # (P,) accumulation_dtype: ||W||^2 / 2 + C * sum_i w_i * CE_i, W on standardized features
+    objective: Tensor  # (P,) accumulation_dtype: ||W||^2 / 2 + C * sum_i w_i * loss_i, W on standardized features
     iterations: Tensor  # (P,) int64
 
 
@@ -182,20 +185,20 @@ DEFAULT_OPTIONS = ProbeOptions()
 
 def solve_path(
     features: Tensor,
-    targets: Tensor,
-    num_classes: int,
+    labels: Tensor,
+    target: Target,
     c_grid: Sequence[float],
     row_weights: Tensor | None = None,
     options: SolverOptions = DEFAULT_SOLVER,
 ) -> Path:
-    """Solves one logistic regression for each C, on the device of the features.
+    """Solves one problem for each C, on the device of the features.
 
-    Inputs: features (N, D) of any float type; targets (N,) int64; row_weights (N,), or (P, N) with one row for each C. With the
-    default `tol` of 1e-10, logits differ from the exact logits by about 1e-3 at most.
+    Inputs: features (N, D) of any float type; labels (N, ...) of `target`; row_weights (N,), or (P, N) with one row for each
+    C. With the default `tol` of 1e-10, logits differ from the exact logits by about 1e-3 at most.
 
-    Raises ValueError if a feature is not finite, a target is out of range, a C is not positive, or shapes do not fit.
+    Raises ValueError if a feature is not finite, a label is not of the target, a C is not positive, or shapes do not fit.
     """
-    _check(features, targets, num_classes, c_grid)
+    _check(features, labels, target, c_grid)
     num_rows, device = len(features), features.device
     dtype = accumulation_dtype(device)
     if row_weights is None:
@@ -208,14 +211,15 @@ def solve_path(
     totals = row_weights.sum(1)
     if not bool((row_weights >= 0).all() and ((totals > 0) & totals.isfinite()).all()):
         raise ValueError("row_weights must be finite, 0 or more, and not all 0")
+    loss = target.make_convex_loss(labels.to(device))
     raw = RawFeatures(arrays=[features], device=device)
 
     def solve(cs: Tensor) -> Path:
-        problems = standardize(raw, targets.to(device), num_classes, spread_floor=options.spread_floor)
+        problems = standardize(raw, loss, spread_floor=options.spread_floor)
         solutions, iterations = _solve(problems, cs, row_weights, None, options)
         # Compute one problem at a time, because the margins of all problems may not fit into memory.
         losses = [
-            (problems.margins(w[None])[0].to(dtype).logsumexp(0) * r).sum()
+            (loss.differentiate(loss.at(problems.margins(w[None]).to(dtype)))[1][0] * r).sum()
             for w, r in zip(solutions, row_weights, strict=True)
         ]
         weight, bias = problems.features.unstandardize(solutions)
@@ -231,7 +235,7 @@ def fit_probe(
     train_y: Tensor,
     val_x: Tensor,
     val_y: Tensor,
-    num_classes: int,
+    target: Target,
     options: ProbeOptions = DEFAULT_OPTIONS,
 ) -> Probe:
     """Fits a head on features (N, D). C is chosen on rows outside the fit, and then the head is fitted with the chosen C.
@@ -239,12 +243,12 @@ def fit_probe(
     All fits standardize features with mean and spread of the training and validation rows together. Raises ValueError as
     `solve_path` does, and if no class has both a row to fit on and a row to choose C by.
     """
-    _check(train_x, train_y, num_classes, options.c_grid)
-    _check(val_x, val_y, num_classes, options.c_grid)
+    _check(train_x, train_y, target, options.c_grid)
+    _check(val_x, val_y, target, options.c_grid)
     if train_x.shape[1] != val_x.shape[1]:
         raise ValueError(f"train has {train_x.shape[1]} features and validation {val_x.shape[1]}: give equal numbers")
     features = RawFeatures(arrays=[train_x, val_x], device=train_x.device, memory_bytes=options.features_bytes)
-    probes, _ = fit_probes([features], train_y, val_y, num_classes, options)
+    probes, _ = fit_probes([features], train_y, val_y, target, options)
     return probes[0]
 
 
@@ -252,7 +256,7 @@ def fit_probes(
     readouts: Sequence[RawFeatures],
     train_y: Tensor,
     val_y: Tensor,
-    num_classes: int,
+    target: Target,
     options: ProbeOptions = DEFAULT_OPTIONS,
     groups: Tensor | None = None,
 ) -> tuple[dict[int, Probe], list[ProbeSummary]]:
@@ -263,9 +267,9 @@ def fit_probes(
     coarse paths tell which readouts may win; otherwise, all are fitted.
     """
     device = readouts[0].device
-    targets = torch.cat([train_y.to(device), val_y.to(device)])
-    fold_of = _draw_fold_of(targets, len(train_y), options, groups)
-    folds = _weigh_folds(targets, fold_of, len(train_y), num_classes, options)
+    labels = torch.cat([train_y.to(device), val_y.to(device)])
+    fold_of = _draw_fold_of(target.stratify(labels.cpu().numpy()), len(train_y), options, groups).to(device)
+    folds = _weigh_folds(labels, fold_of, len(train_y), target, options)
     summaries: dict[int, ProbeSummary] = {}
     with _full_precision():
         if len(readouts) > 1 and options.select_by == "log_loss":
@@ -299,44 +303,44 @@ def _scout_all(readouts: Sequence[RawFeatures], folds: Folds, options: ProbeOpti
         return _scout(readouts[i], folds, replace(options, c_grid=c_grid[max(0, best - 1) : best + 2]), _NEAR)[0]
 
     near = map_on_cores(look_near, rest, device)
-    highest_near = (1 + NEAR_MARGIN) * min(summary.score.log_loss for summary in near)
-    return lost | {i: s for i, s in zip(rest, near, strict=True) if i > 0 and s.score.log_loss > highest_near}
+    highest_near = (1 + NEAR_MARGIN) * min(summary.score.loss for summary in near)
+    return lost | {i: s for i, s in zip(rest, near, strict=True) if i > 0 and s.score.loss > highest_near}
 
 
-def _draw_fold_of(targets: Tensor, num_train: int, options: ProbeOptions, groups: Tensor | None) -> Tensor:
-    """Returns the fold (N,) that holds out each row; -1: no fold."""
-    if options.cv_folds > 1 and options.holds_out:
-        of_train = None if groups is None else groups[:num_train]
-        fold_of = draw_folds(targets[:num_train], options.cv_folds, options.seed, of_train)
-        return torch.cat([fold_of, fold_of.new_full((len(targets) - num_train,), -1)])
-    if options.cv_folds > 1:
-        return draw_folds(targets, options.cv_folds, options.seed, groups)
-    return torch.where(torch.arange(len(targets), device=targets.device) < num_train, -1, 0)
+def _draw_fold_of(strata: NDArray[np.int64], num_train: int, options: ProbeOptions, groups: Tensor | None) -> Tensor:
+    """Returns the fold (N,) that holds out each row, on the CPU; -1: no fold."""
+    if options.cv_folds == 1:
+        return torch.where(torch.arange(len(strata)) < num_train, -1, 0)
+    count = num_train if options.holds_out else len(strata)
+    of_rows = None if groups is None else groups[:count]
+    fold_of = draw_folds(torch.from_numpy(strata[:count]), options.cv_folds, options.seed, of_rows)
+    return torch.cat([fold_of, fold_of.new_full((len(strata) - count,), -1)])
 
 
-def _weigh_folds(targets: Tensor, fold_of: Tensor, num_train: int, num_classes: int, options: ProbeOptions) -> Folds:
+def _weigh_folds(labels: Tensor, fold_of: Tensor, num_train: int, target: Target, options: ProbeOptions) -> Folds:
     count = int(fold_of.max()) + 1
-    is_train = torch.arange(len(targets), device=targets.device) < num_train
+    is_train = torch.arange(len(labels), device=labels.device) < num_train
     is_fitted = is_train if options.holds_out else torch.ones_like(is_train)
 
     def weigh(rows: Tensor) -> Tensor:
-        return balance(targets, rows, num_classes) if options.class_balance != "none" else rows.float()
+        return target.balance(labels, rows) if options.class_balance != "none" else rows.float()
 
     return Folds(
-        targets=targets,
-        num_classes=num_classes,
+        target=target,
+        labels=labels,
         is_train=is_train,
         fold_of=fold_of,
         fit_weights=torch.stack([weigh((fold_of != fold) & is_fitted) for fold in range(count)]),
         head_weights=weigh(torch.ones_like(is_train) if options.refit else is_train),
-        score_weights=weigh(find_scored(targets, fold_of, count)),
+        score_weights=weigh(target.find_scored(labels, fold_of, count)),
     )
 
 
 def _scout(features: RawFeatures, folds: Folds, options: ProbeOptions, steps: _Steps) -> tuple[ProbeSummary, Tensor]:
     """Returns a summary of a path, and the weighted held-out losses (N,) for the best C of this path."""
     started = time.perf_counter()
-    problems = standardize(features, folds.targets, folds.num_classes, spread_floor=options.spread_floor)
+    loss = folds.target.make_convex_loss(folds.labels)
+    problems = standardize(features, loss, spread_floor=options.spread_floor)
     held_out = _HeldOut(problems=problems, folds=folds)
     path, best, fits = _follow_path(held_out, options, steps)
     losses = held_out.losses(held_out.logits(fits))
@@ -346,7 +350,8 @@ def _scout(features: RawFeatures, folds: Folds, options: ProbeOptions, steps: _S
 
 def _fit(features: RawFeatures, folds: Folds, options: ProbeOptions) -> Probe:
     started, count = time.perf_counter(), len(folds.fit_weights)
-    problems = standardize(features, folds.targets, folds.num_classes, spread_floor=options.spread_floor)
+    loss = folds.target.make_convex_loss(folds.labels)
+    problems = standardize(features, loss, spread_floor=options.spread_floor)
     held_out = _HeldOut(problems=problems, folds=folds)
     path, best, fits = _follow_path(held_out, options, _FINE)
     if len(options.c_grid) > 1 and best.c in (min(options.c_grid), max(options.c_grid)):
@@ -380,7 +385,7 @@ def choose_probe(probes: Sequence[Probe]) -> int:
     The probes belong to readouts of one network, and the first probe belongs to the network's own readout. All probes must be
     solved on the same rows with the same seed. The paired gain is beyond chance if it exceeds two standard errors.
     """
-    best = min(range(len(probes)), key=lambda i: probes[i].score.log_loss)
+    best = min(range(len(probes)), key=lambda i: probes[i].score.loss)
     gains = probes[0].held_out_losses - probes[best].held_out_losses
     return best if gains.sum() > 2 * gains.std() * len(gains) ** 0.5 else 0
 
@@ -395,7 +400,7 @@ class _HeldOut:
     def logits(self, fits: Tensor) -> Tensor:
         """Returns the logits (N, K) of all images, which are nan for images that no fold holds out."""
         fold_of = self.folds.fold_of
-        logits = torch.full((len(fold_of), self.folds.num_classes), torch.nan, device=fold_of.device)
+        logits = torch.full((len(fold_of), self.folds.target.num_outputs), torch.nan, device=fold_of.device)
         start = 0
         for block in self.problems.features.blocks():
             for fold, fit in enumerate(fits):
@@ -406,14 +411,12 @@ class _HeldOut:
 
     def losses(self, logits: Tensor) -> Tensor:
         """Returns the weighted loss of each image. The sum of the losses is the held-out log-loss."""
-        losses, weights = F.cross_entropy(logits, self.folds.targets, reduction="none"), self.folds.score_weights
+        losses, weights = self.folds.target.losses(logits, self.folds.labels), self.folds.score_weights
         # `where` is needed because the loss is nan for rows that no fold holds out.
         return torch.where(weights > 0, losses, 0.0) * weights / weights.sum()
 
     def score(self, logits: Tensor) -> Score:
-        hits, weights = (logits.argmax(1) == self.folds.targets).float(), self.folds.score_weights
-        accuracy = (hits * weights).sum() / weights.sum()
-        return Score(accuracy=accuracy.item(), log_loss=self.losses(logits).sum().item())
+        return self.folds.target.score(logits, self.folds.labels, self.folds.score_weights)
 
 
 def _follow_path(held_out: _HeldOut, options: ProbeOptions, steps: _Steps) -> tuple[list[PathPoint], PathPoint, Tensor]:
@@ -462,20 +465,15 @@ def _solve(
     return solutions, iterations
 
 
-def _check(features: Tensor, targets: Tensor, num_classes: int, c_grid: Sequence[float]) -> None:
-    if features.ndim != 2 or tuple(targets.shape) != (len(features),) or not features.numel():
+def _check(features: Tensor, labels: Tensor, target: Target, c_grid: Sequence[float]) -> None:
+    if features.ndim != 2 or len(labels) != len(features) or not features.numel():
         raise ValueError(
-            f"features {tuple(features.shape)} and targets {tuple(targets.shape)}: give shapes (N, D) and (N,), not empty"
+            f"features {tuple(features.shape)} and labels {tuple(labels.shape)}: give shapes (N, D) and (N, ...), not empty"
         )
-    if not features.is_floating_point() or targets.is_floating_point():
-        raise ValueError(f"features are {features.dtype}, targets {targets.dtype}: give float and integer tensors")
-    if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes}: a probe needs 2 or more classes")
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"targets go from {low} to {high}: with num_classes={num_classes} they must be 0 to {num_classes - 1}"
-        )
+    if not features.is_floating_point():
+        raise ValueError(f"features are {features.dtype}: give a float tensor")
+    target.check()
+    target.check_labels(labels)
     if not c_grid or not all(0 < c < float("inf") for c in c_grid):
         raise ValueError(f"c_grid={list(c_grid)}: give values of C above 0")
 

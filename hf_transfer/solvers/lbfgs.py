@@ -1,14 +1,15 @@
-"""Fits many softmax regressions to one feature matrix at the same time, by L-BFGS.
+"""Fits many linear models to one feature matrix at the same time, by L-BFGS: softmax regressions, or another convex loss.
 
-P problems of K classes share the features (N, D). The problems differ only in the penalty and in the weights of the rows, so
+P problems of K outputs share the features (N, D). The problems differ only in the penalty and in the weights of the rows, so
 one matrix product, (P*K, D) x (D, N), serves all problems. The solver is fast and works in float32 for six reasons:
 - Logits are linear in the weights, so the line search needs no matrix product. An iteration takes one product for the logits
   of the direction and one for the gradient. The search is Newton's method on the exact derivative, with a bracket. Its last
   step has computed the probabilities that the next gradient needs.
 - The leading eigenvectors of the feature covariance, from a randomized range finder, precondition every problem. Each iteration
-  rescales the eigenvalues by the curvature of each class (Frangella, Tropp, Udell, arXiv 2110.02820).
+  rescales the eigenvalues by the curvature of each output (Frangella, Tropp, Udell, arXiv 2110.02820).
 - The history of steps is a few small matrices, so an iteration takes a few products instead of a loop over the history.
-- The solver stores margins (logits minus the logit of the true class), so gradients of well-separated rows stay precise.
+- The solver stores margins (for a softmax: logits minus the logit of the true class), so gradients of well-separated rows stay
+  precise (see `targets.losses`).
 - A converged problem leaves the batch.
 - Many features of few images are rotated into the few directions that the images span.
 
@@ -17,12 +18,14 @@ On a CPU, groups of problems are solved side by side, each with one torch thread
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_transfer.training.features import RawFeatures, StandardizedFeatures
-from hf_transfer.training.workers import count_workers, map_on_cores
+from hf_transfer.solvers.features import RawFeatures, StandardizedFeatures
+from hf_transfer.solvers.workers import count_workers, map_on_cores
+from hf_transfer.targets.losses import ConvexLoss
 
 HISTORY = 10  # number of stored pairs (step, change of the gradient)
 _RANK = 128  # number of eigenvectors in the preconditioner
@@ -43,11 +46,10 @@ class SolverOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Problems:
-    """The data that all softmax regressions share. The last feature is always 1; its weight is the bias, without penalty."""
+    """The data that all problems share. The last feature is always 1; its weight is the bias, without penalty."""
 
     features: StandardizedFeatures  # N rows of D + 1 features
-    targets: Tensor  # (N,) int64
-    num_classes: int
+    loss: ConvexLoss  # of N labels
     penalized: Tensor  # (D + 1,) 1 for features, 0 for the bias
     eigenvectors: Tensor  # (D + 1, R) leading eigenvectors of the covariance; 0 for the bias
     eigenvalues: Tensor  # (R,)
@@ -55,15 +57,14 @@ class Problems:
 
     @property
     def num_columns(self) -> int:
-        """The number of weights of one class, with the bias."""
+        """The number of weights of one output, with the bias."""
         return len(self.penalized)
 
     def margins(self, weights: Tensor) -> Tensor:
-        """Returns margins (P, K, N): the logit of each class minus the logit of the true class. Weights: (P, K, D + 1)."""
+        """Returns margins (P, K, N), which the loss computes from the logits. Weights: (P, K, D + 1)."""
         flat = weights.flatten(0, 1)
         logits = _concatenate([flat @ block.T for block in self.features.blocks()])
-        logits = logits.view(len(weights), self.num_classes, -1)
-        return logits.sub_(logits.gather(1, self.targets.expand(len(weights), 1, -1)))
+        return self.loss.shift(logits.view(len(weights), self.loss.num_outputs, -1))
 
     def sum_over_rows(self, residuals: Tensor) -> Tensor:
         """Returns sums (P, K, D + 1) of the features of all rows, with the factors `residuals` (P, K, N)."""
@@ -77,7 +78,7 @@ class Problems:
         return total.view(*residuals.shape[:2], -1)
 
 
-def standardize(features: RawFeatures, targets: Tensor, num_classes: int, *, spread_floor: float = 0.0) -> Problems:
+def standardize(features: RawFeatures, loss: ConvexLoss, *, spread_floor: float = 0.0) -> Problems:
     """Standardizes features and computes the preconditioner. The input does not change.
 
     The variance of each feature is increased by the square of `spread_floor` times the median standard deviation, so that
@@ -95,8 +96,7 @@ def standardize(features: RawFeatures, targets: Tensor, num_classes: int, *, spr
     other_eigenvalues[-1] = 1
     return Problems(
         features=standardized,
-        targets=targets,
-        num_classes=num_classes,
+        loss=loss,
         penalized=penalized,
         eigenvectors=torch.cat([vectors, torch.zeros_like(vectors[:1])]),
         eigenvalues=values,
@@ -107,7 +107,7 @@ def standardize(features: RawFeatures, targets: Tensor, num_classes: int, *, spr
 def minimize(
     problems: Problems, penalties: Tensor, row_weights: Tensor, start: Tensor | None, options: SolverOptions
 ) -> tuple[Tensor, Tensor]:
-    """Returns weights (P, K, D + 1) that minimize penalty / 2 * ||W||^2 + sum_i row_weight_i * CE_i, and iterations (P,).
+    """Returns weights (P, K, D + 1) that minimize penalty / 2 * ||W||^2 + sum_i row_weight_i * loss_i, and iterations (P,).
 
     Shapes: penalties (P,); row_weights (P, N), where each row sums to 1; start (P, K, D + 1), or None for zeros. A problem
     stops when half of its Newton decrement, which estimates the remaining gain, is below `tol` times its objective. As many
@@ -115,7 +115,7 @@ def minimize(
     """
     workers, device = count_workers(penalties.device), penalties.device
     size = _count_fitting(problems, options.memory_bytes, workers)
-    if len(penalties) * problems.num_classes * problems.features.raw.nbytes > _SPLIT_BYTES:
+    if len(penalties) * problems.loss.num_outputs * problems.features.raw.nbytes > _SPLIT_BYTES:
         size = min(size, -(-len(penalties) // workers))
 
     def solve(first: int) -> tuple[Tensor, Tensor]:
@@ -159,10 +159,10 @@ def _without_ones(features: StandardizedFeatures) -> Iterator[Tensor]:
 def _count_fitting(problems: Problems, memory_bytes: int | None, workers: int) -> int:
     """Returns how many problems one of `workers` groups, which are solved at the same time, may have."""
     if memory_bytes is None:
-        device = problems.targets.device
+        device = problems.penalized.device
         memory_bytes = torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
     num_rows, num_columns = problems.features.raw.num_rows, problems.num_columns
-    bytes_each = 4 * problems.num_classes * (7 * num_rows + (2 * HISTORY + 8) * num_columns)
+    bytes_each = 4 * problems.loss.num_outputs * (7 * num_rows + (2 * HISTORY + 8) * num_columns)
     return max(1, memory_bytes // workers // bytes_each)
 
 
@@ -218,19 +218,14 @@ class _Group:
     def select(self, kept: Tensor) -> "_Group":
         return replace(self, penalties=self.penalties[kept], row_weights=self.row_weights[kept])
 
-    def gradient(self, weights: Tensor, probabilities: Tensor) -> "_Gradient":
-        """Returns the gradient at `weights`. Overwrites the probabilities (P, K, N) of the classes at `weights`."""
+    def gradient(self, weights: Tensor, state: Any) -> "_Gradient":
+        """Returns the gradient at `weights`. Overwrites `state`, the state of the loss at `weights`."""
         problems = self.problems
-        curvature = torch.einsum("pkn,pn->pk", (1 - probabilities).mul_(probabilities), self.row_weights)
-        truth = problems.targets.expand(len(weights), 1, -1)
-        of_truth = probabilities.gather(1, truth)[:, 0]
-        residuals = probabilities.scatter_(1, truth, 0.0)
-        of_others = residuals.sum(1)  # equals 1 - of_truth, without cancellation of digits
-        residuals.scatter_(1, truth, -of_others[:, None])
+        curvature = problems.loss.curvature(state, self.row_weights)
+        residuals, losses = problems.loss.differentiate(state)
         residuals.mul_(self.row_weights[:, None])
         gradient = problems.sum_over_rows(residuals)
         penalty = self.penalties[:, None, None] * problems.penalized
-        losses = torch.where(of_others < 0.5, -torch.log1p(-of_others), -of_truth.clamp_min(_TINY).log())
         objective = (losses * self.row_weights).sum(1) + 0.5 * _dot(weights, weights * penalty)
         return _Gradient(
             value=gradient.addcmul_(penalty, weights), curvature=curvature.clamp_min(1e-7), objective=objective
@@ -272,8 +267,7 @@ class _Group:
         # `rest` is the same number for all features. It differs for the bias, whose eigenvector entries are 0.
         inside.mul_(1 / along - 1 / rest[:, :, :1])
         applied = (vector / rest).add_(inside @ problems.eigenvectors.T)
-        # Adding the same vector to all classes changes no probability: choose the solution whose classes sum to 0.
-        return applied.sub_(applied.mean(-2, keepdim=True))
+        return problems.loss.center(applied)
 
     def search(self, weights: Tensor, margins: Tensor, direction: Tensor, change: Tensor, slope: Tensor) -> "_Line":
         """Finds step lengths (P,) at which the absolute slope is at most `_SLOPE_LEFT` times the initial slope.
@@ -285,21 +279,20 @@ class _Group:
         inner, square = _dot(weights, penalized), _dot(direction, penalized)
         length = torch.ones_like(slope)
         low, high = torch.zeros_like(slope), torch.full_like(slope, torch.inf)
+        loss = self.problems.loss
         for _ in range(30):
-            line = _Line.at(length, margins, change)
-            weighted = line.probabilities * change
-            mean = weighted.sum(1)
-            first = (mean * self.row_weights).sum(1) + inner + length * square
+            line = _Line.at(loss, length, margins, change)
+            first = (loss.slope(line.state, change) * self.row_weights).sum(1) + inner + length * square
             is_done = first.abs() <= -_SLOPE_LEFT * slope
             if bool(is_done.all()):
                 return line
-            second = ((weighted.mul_(change).sum(1) - mean.square()) * self.row_weights).sum(1) + square
+            second = (loss.bend(line.state, change) * self.row_weights).sum(1) + square
             low, high = torch.where(first < 0, length, low), torch.where(first > 0, length, high)
             newton = length - first / second.clamp_min(_TINY)
             fallback = torch.where(high.isinf(), 2 * length, 0.5 * (low + high))
             newton = torch.where((newton > low) & (newton < high), newton.minimum(4 * length), fallback)
             length = torch.where(is_done, length, newton)
-        return _Line.at(length, margins, change)
+        return _Line.at(loss, length, margins, change)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,7 +300,7 @@ class _Gradient:
     """The gradient and the objective of P problems at some weights."""
 
     value: Tensor  # (P, K, D + 1)
-    curvature: Tensor  # (P, K) mean of p (1 - p) over the rows, at the class probability p
+    curvature: Tensor  # (P, K) mean second derivative of the loss for each output
     objective: Tensor  # (P,)
 
     def select(self, kept: Tensor) -> "_Gradient":
@@ -316,27 +309,27 @@ class _Gradient:
 
 @dataclass(frozen=True, kw_only=True)
 class _Line:
-    """Margins and probabilities (P, K, N) of P problems after a step of some length (P,) along a direction."""
+    """P problems after a step of some length (P,) along a direction: margins (P, K, N), and the state of the loss there."""
 
     length: Tensor
     margins: Tensor
-    probabilities: Tensor
+    state: Any
 
     @classmethod
-    def at(cls, length: Tensor, margins: Tensor, change: Tensor) -> "_Line":
+    def at(cls, loss: ConvexLoss, length: Tensor, margins: Tensor, change: Tensor) -> "_Line":
         after = torch.addcmul(margins, length[:, None, None], change)
-        return cls(length=length, margins=after, probabilities=after.softmax(1))
+        return cls(length=length, margins=after, state=loss.at(after))
 
 
 def _minimize_group(group: _Group, start: Tensor | None, options: SolverOptions) -> tuple[Tensor, Tensor]:
     problems, device = group.problems, group.penalties.device
-    shape = (len(group.penalties), problems.num_classes, problems.num_columns)
+    shape = (len(group.penalties), problems.loss.num_outputs, problems.num_columns)
     weights = torch.zeros(shape, device=device) if start is None else start.clone()
     solutions = torch.empty_like(weights)
     iterations = torch.zeros(shape[0], dtype=torch.int64, device=device)
     index = torch.arange(shape[0], device=device)
     margins = problems.margins(weights)
-    gradient, history = group.gradient(weights, margins.softmax(1)), _History.empty(weights)
+    gradient, history = group.gradient(weights, problems.loss.at(margins)), _History.empty(weights)
     for iteration in range(options.max_iterations + 1):
         direction = group.apply_inverse_hessian(gradient, history).neg_()
         slope = _dot(gradient.value, direction)
@@ -354,7 +347,7 @@ def _minimize_group(group: _Group, start: Tensor | None, options: SolverOptions)
         line = group.search(weights, margins, direction, problems.margins(direction), slope)
         step = line.length[:, None, None] * direction
         weights, margins, before = weights + step, line.margins, gradient.value
-        gradient = group.gradient(weights, line.probabilities)
+        gradient = group.gradient(weights, line.state)
         history = history.add(step, gradient.value - before)
     return solutions, iterations
 

@@ -19,7 +19,7 @@ import evaluate
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.training.formulas import (
+from hf_transfer.metrics.formulas import (
     calibration_error,
     confusion_matrix,
     count_classes,

@@ -1,0 +1,101 @@
+"""The score and the metrics of a network on one split, as records that every kind of target shares."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_transfer.config import SelectBy
+
+Interval = tuple[float, float]
+INTERVAL = "_interval"  # the end of the name of an interval in results.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The quality of a network on a split in two numbers, which every kind of target has.
+
+    `quality` is the target's main metric, of which more is better: accuracy, mean average precision, R2, ... `loss` is the
+    mean loss per image, such as the log-loss in nats. `names` are the names of both in results.json.
+
+    >>> Score(quality=0.9, loss=0.3).to_dict()
+    {'accuracy': 0.9, 'log_loss': 0.3}
+    """
+
+    quality: float
+    loss: float
+    names: tuple[str, str] = ("accuracy", "log_loss")
+
+    def rank(self, select_by: SelectBy) -> tuple[float, float]:
+        """Returns a sort key, which is lower for a better score. Among equal qualities, the lower loss is better."""
+        return (-self.quality if select_by == "accuracy" else 0.0, self.loss)
+
+    @property
+    def titles(self) -> tuple[str, str]:
+        """The names of quality and loss as words, such as "accuracy" and "log-loss"."""
+        quality, loss = (name.replace("_", " ").replace("log loss", "log-loss") for name in self.names)
+        return quality, loss
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns the two numbers by name."""
+        return dict(zip(self.names, (self.quality, self.loss), strict=True))
+
+    def describe(self) -> str:
+        """Returns the two numbers as text, for logs.
+
+        >>> Score(quality=0.9, loss=0.3).describe()
+        'accuracy 90.0 %, log-loss 0.3000'
+        """
+        quality, loss = self.titles
+        return f"{quality} {100 * self.quality:.1f} %, {loss} {self.loss:.4f}"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float]) -> "Score":
+        """Creates a score from the result of `to_dict`."""
+        (quality_name, quality), (loss_name, loss) = values.items()
+        return cls(quality=quality, loss=loss, names=(quality_name, loss_name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The metrics of a network on one split. Numbers and intervals are also attributes: `accuracy`, `accuracy_interval`.
+
+    Intervals are 95 % bootstrap intervals over images. `details` are tables as JSON values, such as `per_class`.
+
+    >>> Metrics(values={"accuracy": 0.5}, num_samples=2, score=Score(quality=0.5, loss=1.0)).accuracy
+    0.5
+    """
+
+    values: Mapping[str, float]
+    num_samples: int
+    score: Score
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_"):  # copy and pickle ask for special methods before the fields exist
+            for named in (self.values, self.details):
+                if name in named:
+                    return named[name]
+            if name.endswith(INTERVAL):
+                return self.intervals.get(name.removesuffix(INTERVAL))
+        raise AttributeError(f"no metric {name!r}: there are {', '.join(self.values)}" if name[0] != "_" else name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the metrics as JSON values, as in results.json."""
+        intervals = {f"{name}{INTERVAL}": list(bounds) for name, bounds in self.intervals.items()}
+        common = {"num_samples": self.num_samples, "score": self.score.to_dict(), "notes": list(self.notes)}
+        return {**self.values, **intervals, **self.details, **common}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Metrics":
+        """Creates metrics from the result of `to_dict`."""
+        rest = {name: value for name, value in values.items() if name not in ("num_samples", "score", "notes")}
+        return cls(
+            values={name: value for name, value in rest.items() if isinstance(value, int | float)},
+            intervals={n.removesuffix(INTERVAL): (v[0], v[1]) for n, v in rest.items() if n.endswith(INTERVAL)},
+            details={n: v for n, v in rest.items() if not isinstance(v, int | float) and not n.endswith(INTERVAL)},
+            num_samples=values["num_samples"],
+            score=Score.from_dict(values["score"]),
+            notes=tuple(values["notes"]),
+        )

@@ -1,0 +1,107 @@
+"""Computes the metrics of predicted numbers on one split, with confidence intervals.
+
+With several numbers per image, each metric is the mean over the numbers, and `per_number` lists them. Unknown numbers (NaN) are
+left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_transfer.metrics.bootstrap import find_interval, resample_indices
+from hf_transfer.metrics.records import Metrics, Score
+
+NAMES = ("r2", "squared_error")
+KEYS = ("r2", "mae", "rmse", "spearman")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegressionOutcomes:
+    """Predicted and true numbers (N, K), and the spread (K,) of each number among the training images."""
+
+    predicted: Floats
+    labels: Floats
+    scale: Floats
+
+    @property
+    def score(self) -> Score:
+        """R2, and the mean squared error in units of the training images' variance."""
+        quality = _mean_of_known(_compute_r2(self.predicted, self.labels))
+        return Score(quality=quality, loss=float(np.nanmean(self.losses)), names=NAMES)
+
+    @property
+    def qualities(self) -> Floats:
+        """The negative squared error (N,)."""
+        return -self.losses
+
+    @property
+    def losses(self) -> Floats:
+        """The mean squared error (N,) over the known numbers of each image, in units of the training images' variance."""
+        squares = ((self.predicted - self.labels) / self.scale) ** 2
+        known = ~np.isnan(squares)
+        return np.asarray(np.where(known, squares, 0.0).sum(1) / np.maximum(known.sum(1), 1))
+
+
+def score(outcomes: RegressionOutcomes, names: Sequence[str], *, seed: int, resamples: int) -> Metrics:
+    """Returns all metrics of one split. A constant number has no R2 and no rank correlation, and gets a note."""
+    each = _compute(outcomes.predicted, outcomes.labels)
+    constant = [name for name, r2 in zip(names, each["r2"], strict=True) if np.isnan(r2)]
+    notes = (f"The number is the same in all images of this split, and so has no R2: {', '.join(constant)}.",)
+    rows = [
+        {"label": name, **{key: None if np.isnan(each[key][k]) else float(each[key][k]) for key in KEYS}}
+        for k, name in enumerate(names)
+    ]
+    return Metrics(
+        values={key: _mean_of_known(each[key]) for key in KEYS},
+        intervals=_bootstrap(outcomes, seed=seed, resamples=resamples) if resamples else {},
+        details={"per_number": rows},
+        num_samples=len(outcomes.labels),
+        score=outcomes.score,
+        notes=notes if constant else (),
+    )
+
+
+def _compute(predicted: Floats, labels: Floats) -> dict[str, Floats]:
+    """Returns each metric (K,) of K numbers."""
+    errors = predicted - labels
+    return {
+        "r2": _compute_r2(predicted, labels),
+        "mae": np.nanmean(np.abs(errors), 0),
+        "rmse": np.sqrt(np.nanmean(errors**2, 0)),
+        "spearman": np.array([_spearman(p, y) for p, y in zip(predicted.T, labels.T, strict=True)]),
+    }
+
+
+def _compute_r2(predicted: Floats, labels: Floats) -> Floats:
+    """Returns the coefficient of determination (K,); NaN for a number that is constant."""
+    total = np.nansum((labels - np.nanmean(labels, 0)) ** 2, 0)
+    rest = np.nansum((predicted - labels) ** 2, 0)
+    return np.where(total > 0, 1 - rest / np.where(total > 0, total, 1.0), np.nan)
+
+
+def _spearman(predicted: Floats, labels: Floats) -> float:
+    """Returns the rank correlation; NaN if one of both is constant."""
+    from scipy.stats import rankdata  # takes a second to import
+
+    known = ~np.isnan(labels)
+    a, b = (rankdata(values[known]) for values in (predicted, labels))
+    a, b = a - a.mean(), b - b.mean()
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm > 0 else float("nan")
+
+
+def _bootstrap(outcomes: RegressionOutcomes, *, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
+    drawn: dict[str, list[float]] = {key: [] for key in KEYS}
+    for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):
+        for rows in indices:
+            for key, each in _compute(outcomes.predicted[rows], outcomes.labels[rows]).items():
+                drawn[key].append(_mean_of_known(each))
+    return {key: find_interval(np.array(values)) for key, values in drawn.items()}
+
+
+def _mean_of_known(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 0.0

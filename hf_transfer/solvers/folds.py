@@ -1,0 +1,39 @@
+"""Decides which rows of features (one row per image) each fit of a probe uses, which rows score the fit, and their weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_transfer.solvers.groups import spread_groups
+from hf_transfer.targets.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folds:
+    """The rows on which the fits of a probe are fitted and scored. The rows are training rows, then validation rows."""
+
+    target: Target
+    labels: Tensor  # (N, ...) of the target
+    is_train: Tensor  # (N,)
+    fold_of: Tensor  # (N,) the fold that holds out each row; -1: no fold
+    fit_weights: Tensor  # (number of folds, N) the weight of each row in the fit of a fold
+    head_weights: Tensor  # (N,) the weight of each row in the fit of the head
+    score_weights: Tensor  # (N,) the weight of each row in the score
+
+
+def draw_folds(strata: Tensor, folds: int, seed: int, groups: Tensor | None = None) -> Tensor:
+    """Returns the fold (N,) that holds out each row. Folds divide each stratum evenly, and their sizes differ by at most 1.
+
+    `groups` (N,): numbers of groups, each of which stays in one fold (see `groups.spread_groups`). With fewer groups than
+    folds, there are as many folds as groups.
+    """
+    if groups is not None:
+        count = min(folds, len(groups.unique()))
+        spread = spread_groups(strata.cpu().numpy(), groups.cpu().numpy(), count, seed)
+        return torch.from_numpy(spread).to(strata.device)
+    order = torch.randperm(len(strata), generator=torch.Generator().manual_seed(seed))
+    by_stratum = order[strata.cpu()[order].argsort(stable=True)]
+    fold_of = torch.empty(len(strata), dtype=torch.int64)
+    fold_of[by_stratum] = torch.arange(len(strata)) % folds
+    return fold_of.to(strata.device)

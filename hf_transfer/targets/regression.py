@@ -1,0 +1,177 @@
+"""The target of regression: one or several numbers per image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_transfer.metrics import regression
+from hf_transfer.metrics.arrays import to_numpy
+from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.targets.labels import clean_names
+from hf_transfer.targets.losses import HalfSquare
+from hf_transfer.targets.target import Labels, MetricInfo, Target, register_target
+
+NUM_STRATA, LEAST_IN_STRATUM = 10, 4
+
+
+@register_target
+@dataclass(frozen=True, kw_only=True)
+class Regression(Target):
+    """One or several numbers per image. Labels are (N, K) float32; NaN is unknown.
+
+    While a network trains, its outputs are standardized: number = center + scale * output. `fold` returns the scale and the
+    center that turn the outputs of the trained head into numbers, and the target of the folded network.
+    """
+
+    problem_type: ClassVar[str] = "regression"
+    metrics: ClassVar[tuple[MetricInfo, ...]] = (
+        MetricInfo(key="r2", title="R2", kind="number", hub="r_squared"),
+        MetricInfo(key="mae", title="Mean absolute error", kind="number", hub="mae"),
+        MetricInfo(key="rmse", title="Root mean squared error", kind="number", hub="rmse"),
+        MetricInfo(key="spearman", title="Spearman correlation", kind="number", hub="spearmanr"),
+    )
+
+    center: tuple[float, ...] = ()
+    """The mean of each number among the training images; empty: 0."""
+    scale: tuple[float, ...] = ()
+    """The standard deviation of each number among the training images; empty: 1."""
+    folded: bool = False
+    """Whether the network's outputs are the numbers themselves."""
+
+    @classmethod
+    def read(cls, values: Sequence[Any], names: Sequence[str] | None, where: str) -> tuple[Regression, Labels]:
+        """Returns the target, and numbers (N, K), from one number or one list of K numbers per image. None is unknown.
+
+        Raises ValueError for values that are no finite numbers, and for lists of different lengths.
+        """
+        rows = [[_parse(v) for v in (value if isinstance(value, (list, tuple)) else [value])] for value in values]
+        widths = {len(row) for row in rows}
+        if len(widths) > 1:
+            raise ValueError(f"{where}: rows have {' and '.join(map(str, sorted(widths)))} numbers; give equally many")
+        wrong = [v for row in rows for v in row if v is not None and not isinstance(v, int | float)]
+        if wrong:
+            raise ValueError(
+                f"{where}: {len(wrong):,} labels such as {wrong[0]!r} are no numbers; --problem_type regression"
+            )
+        labels = np.array([[np.nan if v is None else v for v in row] for row in rows], np.float32)
+        if np.isinf(labels).any():
+            raise ValueError(
+                f"{where}: {int(np.isinf(labels).sum()):,} numbers are infinite or beyond float32; repair them"
+            )
+        found = names or [f"value_{i}" if labels.shape[1] > 1 else "value" for i in range(labels.shape[1])]
+        return cls(names=clean_names(found, where)), labels
+
+    def fit(self, labels: Labels) -> Regression:
+        """Returns the target with center and scale of the training labels (N, K)."""
+        scale = np.nanstd(labels.astype(np.float64), 0)
+        return replace(
+            self,
+            center=tuple(np.nanmean(labels.astype(np.float64), 0).tolist()),
+            scale=tuple(np.where(scale > 0, scale, 1.0).tolist()),
+        )
+
+    def check_train_labels(self, labels: Labels, where: str) -> None:
+        """Raises ValueError for a number that is the same in all images."""
+        super().check_train_labels(labels, where)
+        constant = [n for n, column in zip(self.names, labels.T, strict=True) if not np.nanstd(column) > 0]
+        if constant:
+            raise ValueError(
+                f"{where}: {', '.join(map(repr, constant))} is the same number in all images; choose another label column"
+            )
+
+    def stratify(self, labels: Labels) -> NDArray[np.int64]:
+        """Returns the decile of each image by its first number, so that splits and folds cover the whole range."""
+        count = max(1, min(NUM_STRATA, len(labels) // LEAST_IN_STRATUM))
+        ranks = labels[:, 0].argsort(kind="stable").argsort(kind="stable")
+        return (ranks * count // max(1, len(labels))).astype(np.int64)
+
+    def describe_label(self, label: Any) -> str:
+        """Returns the numbers, separated by commas."""
+        return ", ".join(f"{value:.6g}" for value in label)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean squared error (B,) over the known numbers, in units of the training images' variance."""
+        squares = ((logits - self._to_outputs(labels)) / self._unit(logits)).square()
+        known = ~squares.isnan()
+        return squares.nan_to_num(0.0).sum(1) / known.sum(1).clamp_min(1)
+
+    def make_convex_loss(self, labels: Tensor) -> HalfSquare:
+        """Returns the squared error of ridge regression on standardized numbers."""
+        return HalfSquare(self._to_outputs(labels))
+
+    def score(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Score:
+        """Returns R2 and squared error of the images with a weight."""
+        rows = weights > 0
+        return self.read_outcomes(logits[rows], labels[rows]).score
+
+    def read_outcomes(self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor) -> regression.RegressionOutcomes:
+        """Returns the errors of the numbers."""
+        predicted = self.activate(torch.as_tensor(to_numpy(logits), dtype=torch.float64)).numpy()
+        scale = np.array(self.scale or (1.0,) * len(self.names))
+        return regression.RegressionOutcomes(
+            predicted=predicted, labels=to_numpy(labels).astype(np.float64), scale=scale
+        )
+
+    def compute_metrics(
+        self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, *, seed: int = 0, resamples: int = 1000
+    ) -> Metrics:
+        """Returns the metrics of `regression.score`."""
+        return regression.score(self.read_outcomes(logits, labels), self.names, seed=seed, resamples=resamples)
+
+    def decides_alike(self, logits: Tensor, others: Tensor) -> bool:
+        """Whether numbers differ by less than a thousandth of the spread of the training labels."""
+        return bool(((logits - others).abs() <= 1e-3 * self._unit(logits)).all())
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Returns the numbers (B, K)."""
+        return self.activate(logits)
+
+    def activate(self, logits: Tensor) -> Tensor:
+        """Returns the numbers (B, K) that the outputs stand for."""
+        if self.folded or not self.scale:
+            return logits
+        return logits * logits.new_tensor(self.scale) + logits.new_tensor(self.center)
+
+    def deactivate(self, activated: Tensor) -> Tensor:
+        """Returns the outputs (B, K) that stand for numbers."""
+        if self.folded or not self.scale:
+            return activated
+        return (activated - activated.new_tensor(self.center)) / activated.new_tensor(self.scale)
+
+    def has_outputs_of(self, other: Target) -> bool:
+        """Whether a head for the target `other` computes the same outputs; standardized outputs differ from numbers."""
+        return super().has_outputs_of(other) and isinstance(other, Regression) and self.folded == other.folded
+
+    def fold(self) -> tuple[Regression, Tensor, Tensor]:
+        """Returns the target of the folded network, and the factors and offsets (K,) of the outputs of the head."""
+        factors = torch.tensor(self.scale or (1.0,) * len(self.names))
+        offsets = torch.tensor(self.center or (0.0,) * len(self.names))
+        return replace(self, folded=True), factors, offsets
+
+    def _to_outputs(self, labels: Tensor) -> Tensor:
+        """Returns the outputs (B, K) that stand for numbers."""
+        if self.folded or not self.scale:
+            return labels
+        return (labels - labels.new_tensor(self.center)) / labels.new_tensor(self.scale)
+
+    def _unit(self, logits: Tensor) -> Tensor:
+        """Returns the spread (K,) of the training labels in units of the outputs."""
+        is_raw = self.folded and self.scale
+        return logits.new_tensor(self.scale) if is_raw else logits.new_ones(len(self.names))
+
+
+def _parse(value: Any) -> Any:
+    """Returns the number that a text states, and any other value as it is. Blank text is unknown."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value) if value.strip() else None
+    except ValueError:
+        return value
