@@ -1,4 +1,4 @@
-"""The command `hf-transfer`, which trains, advises, ranks, predicts, evaluates, publishes, manages caches, and more.
+"""The command `hf-transfer`, which trains, advises, ranks, audits, predicts, evaluates, publishes, manages caches, and more.
 
 Heavy modules are imported only when a command runs, so that `--help` is fast.
 """
@@ -27,8 +27,9 @@ Then print its chain (the network as a sequence of layers): the parameters, acti
 per image in the cache and share of the FLOPs of each layer. Then print which part of the chain each strategy would train, and
 how much it would store. With --adapter, print the modules that would get adapters, and the number of their parameters.
 """
-CACHE = """List or remove stored activations. A cache is never stale, because its name is a hash of the network, the
-preprocessing and the images. When the caches reach the limit (--cache_gb), the least recently used caches are evicted.
+CACHE = """List or remove stored activations and unpacked archives. A cache is never stale, because its name is a hash of the
+network, the preprocessing and the images. When the caches reach the limit (--cache_gb), the least recently used caches are
+evicted. Unpacked archives do not count; --clear without a key removes them too.
 """
 PREDICT = """Print the most likely labels of image files, or of all images in folders. The model is a run's model/ folder, or
 any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With --adapter, which may be
@@ -50,6 +51,15 @@ seconds. Each line is ok, warning or problem, with a remedy. The exit status is 
 RANK = """Compare checkpoints on a data set. Each frozen network runs once over (a sample of) the training and validation
 images, and a linear probe and nearest neighbors are scored on the features. The table is sorted by the probe's accuracy.
 """
+AUDIT = """Find wrong labels, duplicates within and across splits, and unusual images, before training. The frozen network runs
+once over all images, and a following linear probe reuses the features. Writes audit.json, audit.html with pictures, and three
+CSV files, which `hf-transfer train` takes by --exclude and --relabel.
+"""
+
+EVALUATED_DATA = (  # settings of the data set that `evaluate` takes
+    "image_column", "image_root", "label_column", "label_columns", "split_column", "where", "train_split", "validation_split",
+    "test_split", "on_bad_image",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +148,24 @@ def _add_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache(given: argparse.Namespace) -> str:
+    from hf_transfer.data.archives import clear_unpacked, count_bytes, list_unpacked
     from hf_transfer.prefix.contents import clear_caches, list_caches
 
+    if given.clear:
+        return f"removed {clear_caches(given.clear) / 1e6:.1f} MB of stored activations"
     if given.clear is not None:
-        return f"removed {clear_caches(given.clear or None) / 1e6:.1f} MB of stored activations"
-    entries = list_caches()
-    if not entries:
+        removed = f"removed {clear_caches() / 1e6:.1f} MB of stored activations"
+        unpacked_bytes = clear_unpacked()
+        return f"{removed} and {unpacked_bytes / 1e6:.1f} MB of unpacked archives" if unpacked_bytes else removed
+    entries, unpacked = list_caches(), {folder: count_bytes(folder) for folder in list_unpacked()}
+    if not entries and not unpacked:
         return "no caches"
     lines = [f"{e.key}  {e.nbytes / 1e6:10.1f} MB  last used {e.last_used:%Y-%m-%d %H:%M}  {e.title}" for e in entries]
-    return "\n".join([*lines, f"{len(entries)} caches, {sum(e.nbytes for e in entries) / 1e6:.1f} MB"])
+    for folder, nbytes in unpacked.items():
+        names = ", ".join(path.name for path in folder.iterdir())
+        lines.append(f"{folder.name}  {nbytes / 1e6:10.1f} MB  unpacked archive {names}")
+    total = sum(e.nbytes for e in entries) + sum(unpacked.values())
+    return "\n".join([*lines, f"{len(entries) + len(unpacked)} caches, {total / 1e6:.1f} MB"])
 
 
 # --- predict and evaluate ---------------------------------------------------------------------------------------------
@@ -210,7 +229,9 @@ def _predict(given: argparse.Namespace) -> str:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id[@revision] or folder of the model")
-    parser.add_argument("--dataset", required=True, help="labeled images: Hub id, folder, parquet or arrow file")
+    data = list_settings(DataConfig())
+    parser.add_argument("--dataset", required=True, help=data["dataset"].help)
+    add_settings(parser, [data[name] for name in EVALUATED_DATA])
     help_text = "split to evaluate (default: all labeled images of the data set)"
     splits = ("train", "validation", "test", "all")
     parser.add_argument("--split", choices=splits, default="all", help=help_text)
@@ -224,7 +245,7 @@ def _evaluate(given: argparse.Namespace) -> str:
     with fast_imports():
         from hf_transfer.inference.evaluate import evaluate_split
 
-    data = DataConfig(dataset=given.dataset)
+    data = replace_settings(DataConfig(), _given(given, DataConfig()))
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
     trust = given.trust_remote_code
     found = evaluate_split(given.model, data, split=given.split, compute=compute, trust_remote_code=trust)
@@ -316,6 +337,32 @@ def _rank(given: argparse.Namespace) -> str:
     return json.dumps(ranking.to_dict(), indent=1) if given.json else format_ranking(ranking)
 
 
+# --- audit ------------------------------------------------------------------------------------------------------------
+
+
+def _add_audit(parser: argparse.ArgumentParser) -> None:
+    text = "folder for the files of the audit; default: runs/audit or, if that exists, runs/audit_2 and so on"
+    parser.add_argument("--output_dir", metavar="FOLDER", help=text)
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the audit in output_dir")
+    _add_json(parser)
+    _add_run_settings(parser, ("data", "model", "compute"))
+
+
+def _audit(given: argparse.Namespace) -> str:
+    with fast_imports():
+        from hf_transfer.auditing.audit import audit
+        from hf_transfer.auditing.files import open_audit_folder, write_audit
+        from hf_transfer.auditing.summary import format_summary
+        from hf_transfer.runs import open_session
+
+    folder = open_audit_folder(given.output_dir, overwrite=given.overwrite_output_dir)
+    given.output_dir = given.overwrite_output_dir = None  # of the audit, not of a run
+    session = open_session(_run_config(given))
+    result = audit(session)
+    write_audit(result, session.data.splits, folder)
+    return json.dumps(result.to_dict(), indent=1) if given.json else format_summary(result, folder)
+
+
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +416,12 @@ COMMANDS = {
         run=_advise,
     ),
     "rank": Command(summary="compare checkpoints on a data set", description=RANK, add_flags=_add_rank, run=_rank),
+    "audit": Command(
+        summary="find wrong labels, duplicates and unusual images in a data set",
+        description=AUDIT,
+        add_flags=_add_audit,
+        run=_audit,
+    ),
     "inspect": Command(
         summary="print a checkpoint's layers and the cost of each strategy",
         description=INSPECT,

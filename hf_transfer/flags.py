@@ -95,6 +95,7 @@ def add_settings(parser: Any, settings: Sequence[Setting]) -> None:
             options["choices"] = setting.choices
         else:
             options |= {"type": partial(_read_value, setting), "metavar": setting.kind.__name__.upper()}
+            options |= {"nargs": "+"} if setting.is_list else {}
         parser.add_argument(f"--{setting.name}", **options)
 
 

@@ -34,6 +34,11 @@ def store_dir() -> Path:
     return cache_dir() / "activations"
 
 
+def unpacked_dir() -> Path:
+    """Returns the folder of unpacked archives of images."""
+    return cache_dir() / "unpacked"
+
+
 _reported: set[Path] = set()
 
 

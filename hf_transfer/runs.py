@@ -38,6 +38,7 @@ from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.threads import set_num_threads
 from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.finish import finish_target
 from hf_transfer.training.records import Json, RunResult
 from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
@@ -132,7 +133,7 @@ def train_session(
     with session.costs:
         try:
             result = session.strategy.run(session) if final is None else session.strategy.run(session, final)
-            result = replace(result, repeats=repeats or {})
+            result = replace(finish_target(session, result), repeats=repeats or {})
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -72,8 +72,13 @@ class Setting:
 
     @property
     def kind(self) -> type:
-        """The type of the values: bool, int, float or str."""
+        """The type of the values, or of the elements of a list: bool, int, float or str."""
         return _scalar(self.hint)[1]
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a value is a list of different texts."""
+        return any(typing.get_origin(hint) is tuple for hint in (self.hint, *typing.get_args(self.hint)))
 
     @property
     def expected(self) -> str:
@@ -83,13 +88,21 @@ class Setting:
         return _KINDS[self.kind] if self.allowed is None else self.allowed.describe(self.name)
 
     def check(self, value: Any, where: str = "") -> Any:
-        """Returns `value`, as a float if the setting is a float. Raises ValueError if the value is not allowed."""
+        """Returns `value`, as a float or a tuple if the setting is one. Raises ValueError if the value is not allowed."""
         if value is None and isinstance(self.hint, types.UnionType):
             return None
+        if self.is_list:
+            return self._check_list(value, where)
         remedy = self._find_remedy(value)
         if remedy is not None:
             raise ValueError(f"{where}{self.name}={_shorten(value)}: {remedy}")
         return float(value) if self.kind is float else value
+
+    def _check_list(self, values: Any, where: str) -> tuple[Any, ...]:
+        is_list = isinstance(values, (list, tuple)) and len(values) > 0
+        if not is_list or any(self._find_remedy(value) for value in values) or len(set(values)) < len(values):
+            raise ValueError(f"{where}{self.name}={_shorten(values)}: choose a list of one or more different texts")
+        return tuple(values)
 
     def _find_remedy(self, value: Any) -> str | None:
         """Returns the advice that ends the error message about `value`, or None if `value` is allowed."""
@@ -139,7 +152,8 @@ def replace_settings(config: T, values: Mapping[str, Any], where: str = "") -> T
 
 def to_settings(config: Any) -> dict[str, Any]:
     """Returns all settings of a config as one flat mapping from name to value, as in config.yaml."""
-    return {name: setting.value for name, setting in list_settings(config).items()}
+    values = {name: setting.value for name, setting in list_settings(config).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def changed_settings(config: Any, default: Any) -> dict[str, Any]:
@@ -152,7 +166,8 @@ def changed_settings(config: Any, default: Any) -> dict[str, Any]:
 KNOWN_ELSEWHERE: Mapping[str, str] = {
     "model_name_or_path": "checkpoint", "model_name": "checkpoint", "model": "checkpoint", "initial_checkpoint": "checkpoint",
     "dataset_name": "dataset", "data_dir": "dataset", "train_dir": "dataset", "data": "dataset",
-    "image_column_name": "image_column", "label_column_name": "label_column", "train_val_split": "validation_fraction",
+    "image_column_name": "image_column", "label_column_name": "label_column", "image_dir": "image_root",
+    "groups": "group_column", "train_val_split": "validation_fraction",
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
     "optim": "optimizer", "opt": "optimizer", "sched": "lr_scheduler_type", "schedule": "lr_scheduler_type",
     "lr_scheduler": "lr_scheduler_type", "warmup": "warmup_ratio", "warmup_steps": "warmup_ratio",
@@ -232,6 +247,8 @@ def _scalar(hint: Any) -> tuple[tuple[str, ...], type]:
     """Returns the allowed words and the value type of an annotation such as `int`, `str | None` or `Literal["a", "b"]`."""
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint), str
+    if typing.get_origin(hint) is tuple:
+        return _scalar(typing.get_args(hint)[0])
     if isinstance(hint, types.UnionType):
         return _scalar(next(a for a in typing.get_args(hint) if a is not type(None)))
     return (), hint

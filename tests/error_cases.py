@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -124,6 +125,64 @@ def table(**columns: object) -> Build:
     return build
 
 
+def csv(text: str) -> Build:
+    """Returns a builder that writes the images a/0.png to b/3.png and the table labels.csv beside them."""
+    return lambda folder: (images(folder / "data", "a", "b") / "labels.csv").write_text(text)
+
+
+def zipped(name: str) -> Build:
+    """Returns a builder that writes data.zip with one file."""
+
+    def build(folder: Path) -> None:
+        with zipfile.ZipFile(folder / "data.zip", "w") as archive:
+            archive.writestr(name, b"")
+
+    return build
+
+
+def truncated_tar(folder: Path) -> None:
+    """Writes half of a tar of an image folder."""
+    shutil.make_archive(str(folder / "data"), "tar", images(folder / "x", "a", "b"))
+    truncate(folder / "data.tar")
+
+
+def configurations(folder: Path) -> None:
+    """Writes a folder of tables with the configurations a and b."""
+    (folder / "data").mkdir()
+    table()(folder / "data")
+    lines = "".join(f"- config_name: {name}\n  data_files: data.parquet\n" for name in "ab")
+    (folder / "data" / "README.md").write_text(f"---\nconfigs:\n{lines}---\n")
+
+
+PATHS = [f"{name}/{i}.png" for name in "ab" for i in range(4)]
+CLEAN_CSV = "image,label,site,day\n" + "".join(f"{path},{path[0]},north,{i}\n" for i, path in enumerate(PATHS))
+CSV: tuple[tuple[str, str, str], ...] = (  # mistake, flags, table
+    ("a table that is no table", "", "x,y\na\n"),
+    ("a table without rows", "", "image,label\n"),
+    ("a table without a column of paths", "", CLEAN_CSV.replace("image", "picture of")),
+    ("a path outside the table's folder", "", CLEAN_CSV.replace("a/0", "../0")),
+    ("a row without a path", "", CLEAN_CSV.replace("a/0.png", "")),
+    ("a path that occurs twice", "", CLEAN_CSV.replace("a/0", "a/1")),
+    ("an image file that does not exist", "", CLEAN_CSV.replace("a/0", "a/9")),
+    ("paths that start elsewhere", "--image_root {}", CLEAN_CSV),
+    ("an `--image_root` that does not exist", "--image_root {}/nothing", CLEAN_CSV),
+    ("a `--where` that is no condition", "--where site=north", CLEAN_CSV),
+    ("a `--where` that runs code", "--where __import__('os').getcwd()", CLEAN_CSV),
+    ("a `--where` on an unknown column", "--where sites==north", CLEAN_CSV),
+    ("a `--where` that no row meets", "--where site==south", CLEAN_CSV),
+    ("a `--where` that compares numbers with text", "--where day>monday", CLEAN_CSV),
+    ("an unknown `--split_column`", "--split_column x", CLEAN_CSV),
+    ("a `--split_column` without a training split", "--split_column site", CLEAN_CSV),
+    ("a row without a group", "--group_column site", CLEAN_CSV.replace("north", "", 1)),
+    ("a group that is a fraction", "--group_column day", CLEAN_CSV.replace(",0\n", ",0.5\n")),
+    ("several label columns", "--label_columns label site", CLEAN_CSV),
+    ("`--label_column` beside `--label_columns`", "--label_column label --label_columns label site", CLEAN_CSV),
+)
+COLUMN_FLAGS = (
+    ("image_root", "{}"), ("label_columns", "a b"), ("group_column", "x"), ("split_column", "x"), ("where", "x==1"),
+)  # fmt: skip
+
+
 def _value_cases() -> Iterator[ErrorCase]:
     """Yields one case for each setting with a range or a choice, and for one setting of each type."""
     known: dict[str, tuple[str, Setting]] = {}
@@ -200,15 +259,64 @@ CONFIGS = (
     *(ErrorCase(trigger=t, command="train full --config {}/config.yaml", build=yaml(text)) for t, text in YAML),
 )
 
+
+def listing(text: str) -> Build:
+    """Returns a builder that writes the image folder `data` and the file list.csv."""
+
+    def build(folder: Path) -> None:
+        images(folder / "data", "a", "b")
+        (folder / "list.csv").write_text(text)
+
+    return build
+
+
+EXCLUDE = "train full --dataset {}/data --exclude {}/list.csv"
+RELABEL = "train full --dataset {}/data --relabel {}/list.csv"
+PAIRS = "a,b,split_a,split_b,kind,score\n"
+EDITS = (
+    ErrorCase(trigger="a missing file", command=EXCLUDE, build=image_folder()),
+    ErrorCase(trigger="an image that the data does not have", command=EXCLUDE, build=listing("a/9.png\n")),
+    ErrorCase(
+        trigger="every image of a class",
+        command=EXCLUDE,
+        build=listing("".join(f"a/{i}.png\n" for i in range(4))),
+    ),
+    ErrorCase(trigger="a class that the data does not have", command=RELABEL, build=listing("path,label\na/0.png,c\n")),
+    ErrorCase(trigger="two labels for an image", command=RELABEL, build=listing("path,label\na/0.png,b\na/0.png,a\n")),
+    ErrorCase(trigger="a line without a label", command=RELABEL, build=listing("path,label\na/0.png\n")),
+    ErrorCase(trigger="no column with labels", command=RELABEL, build=listing("path\na/0.png\n")),
+    ErrorCase(trigger="labels without a header", command=RELABEL, build=listing("a/0.png\n")),
+    ErrorCase(trigger="labels from a list of copies", command=RELABEL, build=listing(PAIRS)),
+    ErrorCase(
+        trigger="an audit into the folder of another",
+        command="audit --output_dir {}",
+        build=lambda folder: (folder / "audit.json").write_text("{}"),
+    ),
+)
+
 DATA = (
     ErrorCase(trigger="a missing folder", command="train full --dataset {}/nothing"),
     ErrorCase(trigger="neither folder nor Hub id", command="train full --dataset http://x/y"),
     ErrorCase(trigger="a format of `datasets`", command="train full --dataset imagefolder"),
     ErrorCase(
-        trigger="an archive",
+        trigger="a file of another kind",
+        command="train full --dataset {}/data.7z",
+        build=lambda folder: (folder / "data.7z").write_bytes(b"7z"),
+    ),
+    ErrorCase(
+        trigger="a damaged archive",
         command="train full --dataset {}/data.zip",
         build=lambda folder: (folder / "data.zip").write_bytes(b"PK"),
     ),
+    ErrorCase(
+        trigger="a path that leads out of an archive",
+        command="train full --dataset {}/data.zip",
+        build=zipped("../a/1.png"),
+    ),
+    ErrorCase(trigger="a truncated tar", command="train full --dataset {}/data.tar", build=truncated_tar),
+    ErrorCase(trigger="an archive in a folder", command="train full --dataset {}", build=zipped("a/1.png")),
+    ErrorCase(trigger="several configurations", command="train full --dataset {}/data", build=configurations),
+    ErrorCase(trigger="an unknown configuration", command="train full --dataset {}/data:c", build=configurations),
     ErrorCase(trigger="an empty folder", command="train full --dataset {}"),
     ErrorCase(trigger="one class", command="train full --dataset {}/data", build=image_folder(classes=("a",))),
     ErrorCase(
@@ -266,11 +374,15 @@ DATA = (
         build=table(),
     ),
     ErrorCase(
-        trigger="several label columns", command="train full --dataset {}/data.parquet", build=table(target=[0, 1] * 4)
+        trigger="several columns that may be the label",
+        command="train full --dataset {}/data.parquet",
+        build=table(target=[0, 1] * 4),
     ),
     ErrorCase(trigger="no label column", command="train full --dataset {}/data.parquet", build=table(label=None)),
     ErrorCase(
-        trigger="fractions as labels", command="train full --dataset {}/data.parquet", build=table(label=[0.5, 1.0] * 4)
+        trigger="fractions as classes",
+        command="train full --dataset {}/data.parquet --problem_type single_label_classification",
+        build=table(label=[0.5, 1.0] * 4),
     ),
     ErrorCase(
         trigger="missing labels", command="train full --dataset {}/data.parquet", build=table(label=[None, 1] * 4)
@@ -279,7 +391,9 @@ DATA = (
         trigger="one negative label", command="train full --dataset {}/data.parquet", build=table(label=[-5, 1] * 4)
     ),
     ErrorCase(
-        trigger="several labels per image", command="train full --dataset {}/data.parquet", build=table(label=[[0]] * 8)
+        trigger="a label that every image has",
+        command="train full --dataset {}/data.parquet",
+        build=table(label=[[0]] * 8),
     ),
     ErrorCase(
         trigger="a path outside the data set",
@@ -295,6 +409,28 @@ DATA = (
         trigger="a parquet file without rows",
         command="train full --dataset {}/data.parquet",
         build=table(image=pa.array([], pa.binary()), label=pa.array([], pa.int64())),
+    ),
+    *(
+        ErrorCase(trigger=t, command=f"train full --dataset {{}}/data/labels.csv {flags}", build=csv(text))
+        for t, flags, text in CSV
+    ),
+    *(
+        ErrorCase(
+            trigger=f"`--{name}` for an image folder",
+            command=f"train full --dataset {{}}/data --{name} {value}",
+            build=image_folder(),
+        )
+        for name, value in COLUMN_FLAGS
+    ),
+    ErrorCase(
+        trigger="`--image_root` for a table of images",
+        command="train full --dataset {}/data.parquet --image_root {}",
+        build=table(),
+    ),
+    ErrorCase(
+        trigger="an array that is no image",
+        command="train full --dataset {}/data.parquet --output_dir {}/run",
+        build=table(image=pa.array([[[1, 2], [3]]] * 8, pa.list_(pa.list_(pa.uint8())))),
     ),
     ErrorCase(
         trigger="a class that the model does not know",
@@ -351,6 +487,7 @@ SECTIONS = {
     "Settings": SETTINGS,
     "YAML files": CONFIGS,
     "Data sets and images": DATA,
+    "Lists of images, and audits": EDITS,
     "Checkpoints, models and runs": CHECKPOINTS,
     "Values that are not allowed": VALUES,
 }

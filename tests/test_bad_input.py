@@ -9,8 +9,10 @@ import json
 import os
 import random
 import sys
+import tarfile
 import time
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
@@ -153,6 +155,8 @@ def bad_settings() -> Iterator[BadSetting]:
                 count += 1
                 yield BadSetting(strategy=strategy, name=name, value=text, door=doors[count % 4])
             for value in WRONG_VALUES:
+                if setting.is_list and value == ("a",):
+                    continue  # a list of one text
                 yield BadSetting(strategy=strategy, name=name, value=value, door="python")
 
 
@@ -383,6 +387,61 @@ def load_or_refuse(dataset: Path) -> bool:
     return True
 
 
+CSV = "image,label\n" + "".join(f"pixels/{i}.png,{label}\n" for i, label in enumerate(LABELS))
+# Each is a table of paths that cannot be a data set, beside the folder pixels/.
+BAD_CSV: tuple[str | bytes, ...] = (
+    "", "\n\n", "image,label\n", "image\npixels/0.png\n", CSV.replace("image", "x"), CSV.replace("label", "x"), f"image,{CSV}",
+    CSV.replace("pixels/0", "../0"), CSV.replace("pixels/0", "/etc/passwd"), CSV.replace("pixels/0.png", ""),
+    CSV.replace("pixels/0", "pixels/1"), CSV.replace("pixels", "pictures"), CSV.replace("pixels/0", "pixels/9"),
+    CSV.replace("pixels/0", "x" * 5000), CSV.replace("pixels/0.png", "pixels"), CSV.replace(",0", ",0.5"),
+    CSV.replace(",1", ","),
+    CSV.replace(",1", ",0"), CSV.replace("pixels/0", "a\0b"), CSV.encode("utf-16"),
+    CSV.replace("pixels/0", "\u00e9").encode("latin-1"),
+    CSV.replace("pixels/0.png,0", '"pixels/0.png,0'), PIXELS[0],
+)  # fmt: skip
+
+
+def write_csv(file: Path, content: str | bytes = CSV) -> None:
+    (file.parent / "pixels").mkdir(exist_ok=True)
+    for i, pixels in enumerate(PIXELS):
+        (file.parent / "pixels" / f"{i}.png").write_bytes(pixels)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def write_jsonl(file: Path) -> None:
+    rows = [{"image": f"pixels/{i}.png", "label": label} for i, label in enumerate(LABELS)]
+    write_csv(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_zip(file: Path, prefix: str = "") -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        for i, pixels in enumerate(PIXELS):
+            archive.writestr(f"{prefix}{'ab'[LABELS[i]]}/{i}.png", pixels)
+
+
+def write_tar(file: Path, mode: str = "w", *, is_webdataset: bool = False) -> None:
+    with tarfile.open(file, mode) as archive:  # type: ignore[call-overload]
+        for i, pixels in enumerate(PIXELS):
+            files = {f"{i}.png": pixels, f"{i}.cls": str(LABELS[i]).encode()}
+            for name, content in (files if is_webdataset else {f"{'ab'[LABELS[i]]}/{i}.png": pixels}).items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+# By suffix: a function that writes a clean data set.
+WRITERS: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    (".parquet", lambda file: pq.write_table(pa.table(CLEAN), file)),
+    (".arrow", lambda file: write_arrow(pa.table(CLEAN), file)),
+    (".csv", write_csv),
+    (".jsonl", write_jsonl),
+    (".zip", write_zip),
+    (".tar", write_tar),
+    (".tar.gz", partial(write_tar, mode="w:gz")),
+    (".tar", partial(write_tar, is_webdataset=True)),
+)
+
+
 def bad_files(generator: random.Random, folder: Path) -> Iterator[tuple[Path, bool]]:
     """Yields data sets, and whether each can only be refused. Damaged copies of a clean table may also be harmless."""
     for index, table in enumerate(make_tables()):
@@ -395,10 +454,16 @@ def bad_files(generator: random.Random, folder: Path) -> Iterator[tuple[Path, bo
         root.mkdir()
         build(root)
         yield root, True
+    for index, content in enumerate(BAD_CSV):
+        write_csv(folder / f"table{index}.csv", content)
+        yield folder / f"table{index}.csv", True
+    for index, prefix in enumerate(("../", "/", "a/../../")):
+        write_zip(folder / f"archive{index}.zip", prefix)
+        yield folder / f"archive{index}.zip", True
     for index in range(10**6):
-        suffix, write = ((".parquet", pq.write_table), (".arrow", write_arrow))[index % 2]
+        suffix, write = WRITERS[index % len(WRITERS)]
         file = folder / f"spoiled{index}{suffix}"
-        write(pa.table(CLEAN), file)
+        write(file)
         file.write_bytes(spoil(file.read_bytes(), generator))
         yield file, False
 
@@ -415,7 +480,13 @@ def check_files(number: int, folder: Path, *, every: int = 1) -> Counter[str]:
 
 
 def test_a_sample_of_bad_tables_and_folders_is_refused(tmp_path: Path) -> None:
-    assert check_files(120, tmp_path, every=6)["refused"] >= 15
+    assert check_files(220, tmp_path, every=6)["refused"] >= 25
+
+
+@pytest.mark.parametrize(("suffix", "write"), WRITERS)
+def test_what_is_spoiled_here_loads_when_clean(suffix: str, write: Callable[[Path], object], tmp_path: Path) -> None:
+    write(tmp_path / f"pets{suffix}")
+    assert load_or_refuse(tmp_path / f"pets{suffix}")
 
 
 @pytest.mark.soak

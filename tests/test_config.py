@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import yaml
 
+from hf_transfer.choosing.candidates import to_flags
 from hf_transfer.config import DataConfig, RunConfig, split_repo_id
 from hf_transfer.flags import GROUPS, parse, read_config
 from hf_transfer.settings import KNOWN_ELSEWHERE, changed_settings, flag, list_settings, replace_settings, to_settings
@@ -52,6 +53,16 @@ def test_saved_settings_repeat_the_run(name: str, tmp_path: Path) -> None:
     assert changed_settings(config, default_config(name)) == {
         "images_per_class": 7, "trust_remote_code": True, "class_balance": "loss"
     }  # fmt: skip
+
+
+def test_a_list_of_columns_survives_the_file(tmp_path: Path) -> None:
+    config = parse("full", prog="try", description="", arguments=["--label_columns", "a", "b c", "--seed", "1"])
+    assert config.data.label_columns == ("a", "b c")
+    assert to_flags({"label_columns": to_settings(config)["label_columns"]}) == ["--label_columns", "a", "b c"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_settings(config)))
+    assert parse("full", prog="try", description="", arguments=["--config", str(tmp_path / "config.yaml")]) == config
+    with pytest.raises(ValueError, match=r"label_columns=\['a', 'a'\]: choose a list of one or more different texts"):
+        replace_settings(config, {"label_columns": ["a", "a"]})
 
 
 def test_where_to_push_is_checked_before_anything_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,10 +43,15 @@ def make_command(session: Session, strategy: Strategy) -> str:
         **changed,
         "output_dir": f"runs/{strategy.name}",
     }
-    words = [word for name, value in named.items() for word in _to_flag(name, value)]
+    words = to_flags(named)
     is_alone = session.accelerator.num_processes == 1
     program = ["hf-transfer"] if is_alone else ["accelerate", "launch", "-m", "hf_transfer"]
     return shlex.join([*program, "train", strategy.name, *words])
+
+
+def to_flags(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the words of a command line that give these settings."""
+    return [word for name, value in settings.items() for word in _to_flag(name, value)]
 
 
 def _inherit(strategy: Strategy, changed: Mapping[str, Any]) -> Strategy:
@@ -57,4 +62,6 @@ def _inherit(strategy: Strategy, changed: Mapping[str, Any]) -> Strategy:
 def _to_flag(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *value]
     return [f"--{name}", str(value)]

@@ -113,6 +113,8 @@ def _without_paths(advice: Advice, session: Session) -> dict[str, Any]:
     """Returns the advice as JSON values, with public names in place of local paths, because results.json may be published."""
     config = session.config
     names: Mapping[str, str] = {config.model.checkpoint: advice.checkpoint, config.data.dataset: session.data.name}
+    if config.data.image_root is not None:
+        names = {config.data.image_root: Path(config.data.image_root).name, **names}
 
     def public(value: Any) -> Any:
         if isinstance(value, str):

@@ -5,11 +5,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_transfer.choosing.candidates import make_command
+from hf_transfer.choosing.candidates import make_command, to_flags
 from hf_transfer.choosing.expected_accuracy import DepthScore, LearningCurve
 from hf_transfer.choosing.rule import DataRegime, expect_log_ratio
+from hf_transfer.config import DataConfig
 from hf_transfer.session import Session
-from hf_transfer.settings import replace_settings
+from hf_transfer.settings import changed_settings, replace_settings
 from hf_transfer.strategy import Strategy
 
 
@@ -47,12 +48,13 @@ def suggest(
         evidence = f"the error after fine-tuning is expected to be {100 * math.exp(r):.0f} % of the probe's error"
         command = make_command(session, replace_settings(candidates[name], settings))
         suggestions.append(Suggestion(title=title, evidence=evidence, command=command))
-    rank = ["hf-transfer", "rank", "--dataset", session.config.data.dataset, session.config.model.checkpoint]
+    data = changed_settings(session.config.data, DataConfig()) | {"dataset": session.config.data.dataset}
+    rank = ["hf-transfer", "rank", session.config.model.checkpoint, "OTHER_CHECKPOINT", *to_flags(data)]
     suggestions.append(
         Suggestion(
             title="another checkpoint",
             evidence=f"similarity is {regime.similarity:.2f} of 1; a checkpoint pretrained on similar images may do better",
-            command=f"{shlex.join(rank)} OTHER_CHECKPOINT ...",
+            command=shlex.join(rank),
         )
     )
     return tuple(suggestions)

@@ -1,54 +1,87 @@
 """Finds the image column and the label column of a table, and reads the labels.
 
 The user may name a column with a flag. Otherwise the column is found by its feature type (Image, ClassLabel), or else by a
-name such as "image" or "label". Several candidates are an error: a table of fine and coarse labels needs a flag.
+name such as "image" or "label". Several candidates are an error: a table of fine and coarse labels needs a flag. Images are
+encoded, arrays of pixels, or paths of files.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-from datasets import ClassLabel, Image, Value
+from datasets import Array2D, Array3D, ClassLabel, Image, LargeList, List, Value
 
 from hf_transfer.data.labels import Columns
 from hf_transfer.targets.labels import listed
-from hf_transfer.targets.reading import read_column
+from hf_transfer.targets.reading import read_column, read_columns
 from hf_transfer.targets.target import Labels, Target
 
 _BINARY = ("binary", "large_binary")
 _IMAGE_NAMES = frozenset({"image", "images", "img", "imgs", "picture", "photo"})
 _PATH_NAMES = frozenset({"path", "file", "filename", "filepath", "file_name", "file_path", "image_path", "image_file"})
-_LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "target", "targets", "category", "y"})
+_LABEL_NAMES = frozenset({"label", "labels", "class", "classes", "target", "targets", "category", "y", "cls"})
+WEBDATASET_TEXT = "txt"  # the column of a WebDataset with text; the label if there is no other candidate
+_TEXT = ("string", "large_string")
 
 
-def find_columns(features: Mapping[str, Any], columns: Columns, where: str) -> tuple[str, str]:
-    """Returns the names of the image column and the label column of a `datasets` table.
+def find_columns(
+    features: Mapping[str, Any], columns: Columns, where: str, *, has_files: bool
+) -> tuple[str, tuple[str, ...]]:
+    """Returns the names of the image column and the label columns of a `datasets` table.
+
+    `has_files`: the table may contain paths of image files on this machine.
 
     Raises:
         ValueError: a column that the user named is missing or has the wrong type, or no or several columns are candidates.
     """
     images = [name for name, feature in features.items() if isinstance(feature, Image)]
     if not images:
-        images = [name for name, feature in features.items() if _may_hold_images(feature)]
+        images = [name for name, feature in features.items() if _may_hold_images(feature) or holds_pixels(feature)]
         images = _named_like(_IMAGE_NAMES, images) or images
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    image, label = _choose(features, columns, images, labels, where)
-    if not _may_hold_images(features[image]):
+    if not images and has_files:
+        paths = [name for name, feature in features.items() if holds_paths(feature)]
+        images = _named_like(_IMAGE_NAMES, paths) or _named_like(_PATH_NAMES, paths)
+    labels = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, ClassLabel) and name not in (columns.group, columns.split)
+    ]
+    image, chosen = _choose(features, columns, images, labels, where)
+    is_image = _may_hold_images(features[image]) or holds_pixels(features[image])
+    if not is_image and not (has_files and holds_paths(features[image])):
         raise ValueError(
-            f"{where}: column {image!r} does not contain encoded images; the table has {_described(features)}. If the"
-            " table names image files, put the files into a folder with a metadata.csv"
+            f"{where}: column {image!r} does not contain encoded images, arrays of pixels (H, W) or (H, W, 3)"
+            f"{', or paths of image files' if has_files else ''}; the table has {_described(features)}"
         )
-    inner = getattr(features[label], "feature", features[label])  # of a list
-    if not isinstance(inner, (ClassLabel, Value)):
-        raise ValueError(
-            f"{where}: column {label!r} contains neither classes, nor numbers, nor lists of these. The table has"
-            f" {_described(features)}"
-        )
-    return image, label
+    if columns.image_root is not None and not holds_paths(features[image]):
+        raise ValueError(f"{where}: image_root: column {image!r} contains images, not paths; omit --image_root")
+    for label in chosen:
+        inner = getattr(features[label], "feature", features[label])  # of a list
+        if not isinstance(inner, (ClassLabel, Value)):
+            raise ValueError(
+                f"{where}: column {label!r} contains neither classes, nor numbers, nor lists of these. The table has"
+                f" {_described(features)}"
+            )
+    return image, chosen
 
 
-def find_frame_columns(types: Mapping[str, str], columns: Columns, where: str) -> tuple[str, str]:
-    """Returns the names of the image (or image path) column and the label column of a DataFrame.
+def holds_paths(feature: Any) -> bool:
+    """Whether a column contains text, which may be paths of image files."""
+    return isinstance(feature, Value) and feature.dtype in _TEXT
+
+
+def holds_pixels(feature: Any) -> bool:
+    """Whether a column contains arrays of integers of two or three dimensions, as nested lists, Array2D or Array3D."""
+    if isinstance(feature, Array2D | Array3D):
+        return "int" in feature.dtype
+    depth = 0
+    while isinstance(feature, List | LargeList):
+        feature, depth = feature.feature, depth + 1
+    return depth in (2, 3) and isinstance(feature, Value) and "int" in feature.dtype
+
+
+def find_frame_columns(types: Mapping[str, str], columns: Columns, where: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the names of the image (or image path) column and the label columns of a DataFrame.
 
     `types` maps each column's name to its type as text. Raises ValueError if a column that the user named is missing, or if no
     column or several columns have a name such as "image" or "label".
@@ -56,28 +89,37 @@ def find_frame_columns(types: Mapping[str, str], columns: Columns, where: str) -
     return _choose(types, columns, _named_like(_IMAGE_NAMES, types) or _named_like(_PATH_NAMES, types), [], where)
 
 
-def read_labels(column: pa.ChunkedArray, feature: Any, problem_type: str, where: str) -> tuple[Target, Labels]:
-    """Returns the target and the labels (N, ...) of a column.
+def read_labels(table: pa.Table, features: Mapping[str, Any], problem_type: str, where: str) -> tuple[Target, Labels]:
+    """Returns the target and the labels (N, ...) of a table of label columns.
 
-    A ClassLabel column keeps all its class names, even names that no row uses. For other columns, see `read_column`.
+    A ClassLabel column keeps all its class names, even names that no row uses. For other columns, see `targets.reading`.
 
     Raises:
         ValueError: labels that do not fit the problem type, duplicate class names, or class indices without a name.
     """
-    inner = getattr(feature, "feature", feature)  # of a list
-    names = inner.names if isinstance(inner, ClassLabel) else None
-    return read_column(column.to_pylist(), problem_type=problem_type, names=names, where=where)
+    names = table.column_names
+    if len(names) > 1:
+        return read_columns({n: table[n].to_pylist() for n in names}, problem_type=problem_type, where=where)
+    inner = getattr(features[names[0]], "feature", features[names[0]])  # of a list
+    classes = inner.names if isinstance(inner, ClassLabel) else None
+    values, where = table[names[0]].to_pylist(), f"{where}, column {names[0]!r}"
+    return read_column(values, problem_type=problem_type, names=classes, where=where)
 
 
 def _choose(
     features: Mapping[str, Any], columns: Columns, images: list[str], labels: list[str], where: str
-) -> tuple[str, str]:
+) -> tuple[str, tuple[str, ...]]:
     """Returns the names of the image and label columns: the columns that the user named, or else the only candidates."""
-    for flag, named in (("image_column", columns.image), ("label_column", columns.label)):
+    for flag, named in (("image_column", columns.image), *(("label_column", name) for name in columns.labels)):
         if named is not None and named not in features:
             raise ValueError(f"{where}: the table has no column {flag}={named!r}, but has {_described(features)}")
     image = columns.image or _only(images, "image", features, where)
-    return image, columns.label or _only(labels or _named_like(_LABEL_NAMES, features), "label", features, where)
+    if columns.labels:
+        return image, columns.labels
+    taken = {image, columns.group, columns.split}
+    named_like = [name for name in _named_like(_LABEL_NAMES, features) if name not in taken]
+    labels = labels or named_like or [name for name in (WEBDATASET_TEXT,) if name in features]
+    return image, (_only(labels, "label", features, where),)
 
 
 def _only(candidates: Sequence[str], kind: str, features: Mapping[str, Any], where: str) -> str:

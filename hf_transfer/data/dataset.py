@@ -1,6 +1,6 @@
 """Loads a dataset by name, or images in memory, as checked splits: `load_data(DataConfig(dataset=...))`.
 
-A Hub id, an image folder, parquet or arrow files, the embedded digits and images in memory all become train, validation and
+A Hub id, an image folder, an archive, tables, the embedded digits and images in memory all become train, validation and
 test splits with the same class names. Problems that would silently make results wrong raise an error here, before anything
 expensive starts: missing or fractional labels, classes that the train split lacks, classes without images, too few images.
 `Data.notes` lists the decisions made for the user (a validation split drawn from train, skipped images) and the images
@@ -11,6 +11,7 @@ The test split is never drawn from other data, and no other split is drawn from 
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -19,13 +20,16 @@ from typing import Any
 import numpy as np
 
 from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, UPSTREAM_DATASET, DataConfig
+from hf_transfer.data.archives import ARCHIVE_SUFFIXES, is_archive, is_webdataset, unpack
+from hf_transfer.data.edits import edit_splits
 from hf_transfer.data.embedded import read_digits, read_mnist
-from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, list_folder, read_folder
+from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, TEXT_TABLE_SUFFIXES, list_folder, read_folder
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
 from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
+from hf_transfer.data.where import parse_where
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.reading import AUTO, read_column
 from hf_transfer.targets.target import Target
@@ -95,14 +99,17 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     >>> data.train[0][0].size, data.label_names[:3]
     ((8, 8), ('0', '1', '2'))
     """
-    columns = _name_columns(config)
+    columns = choose_columns(config)
     stored = _read(config, columns) if images is None else read_memory(images, columns=columns, name=config.dataset)
     notes = list(stored.notes)
     names_by_role = _assign_roles(stored, config)
     unused = [name for name in stored.splits if name not in names_by_role.values()]
     if unused:
         notes.append(f"Splits not used: {listed(unused)}.")
-    stored_splits = {role: _read_split(stored, name, config) for role, name in names_by_role.items()}
+    problem_type, stored_splits = config.problem_type, dict[Role, LabeledImages]()
+    for role, name in names_by_role.items():  # train is the first
+        stored_splits[role] = _read_split(stored, name, problem_type)
+        problem_type = stored_splits[role].target.problem_type
     where = {role: f"{stored.name}, split {name!r}" for role, name in names_by_role.items()}
     if config.test_split is None and "test" in stored_splits and _is_unlabeled(stored_splits["test"]):
         notes.append(
@@ -116,8 +123,11 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         _check_labels(stored_split, where[role], is_train=role == "train")
         notes += stored_split.notes
         splits[role] = _split(stored_split, role, target, where[role])
-        if config.on_bad_image == "skip":
-            splits[role], notes_on_skipped = _skip_bad_images(splits[role], where[role], is_train=role == "train")
+    splits, notes_on_edits = _edit(splits, config, where)
+    notes += notes_on_edits
+    if config.on_bad_image == "skip":
+        for role, split in splits.items():
+            splits[role], notes_on_skipped = _skip_bad_images(split, where[role], is_train=role == "train")
             notes += notes_on_skipped
 
     fraction = None if "validation" in splits else config.validation_fraction
@@ -151,10 +161,11 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
     Raises:
         ValueError: a label is not in `target`, no split or only part of a split has labels, or data are unreadable.
     """
-    stored = _read(config, _name_columns(config))
+    stored = _read(config, choose_columns(config))
     splits: dict[Role, Split] = {}
-    for role, name in _assign_roles(stored, config, needs_train=False).items():
-        images, where = _read_split(stored, name, config), f"{stored.name}, split {name!r}"
+    names_by_role = _assign_roles(stored, config, needs_train=False)
+    for role, name in names_by_role.items():
+        images, where = _read_split(stored, name, target.problem_type), f"{stored.name}, split {name!r}"
         if _is_unlabeled(images):
             continue
         _check_labels(images, where, is_train=False)
@@ -164,8 +175,10 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
                 f"{listed(target.names)}"
             )
         splits[role] = _split(images, role, target, where)
-        if config.on_bad_image == "skip":
-            splits[role], _ = _skip_bad_images(splits[role], where, is_train=False)
+    splits, _ = _edit(splits, config, {})
+    if config.on_bad_image == "skip":
+        for role, split in splits.items():
+            splits[role], _ = _skip_bad_images(split, f"{stored.name}, split {names_by_role[role]!r}", is_train=False)
     if not splits:
         raise ValueError(
             f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name a split with --test_split"
@@ -173,25 +186,42 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
     return splits
 
 
-def _read_split(stored: StoredData, name: str, config: DataConfig) -> LabeledImages:
-    """Returns a stored split with a target of the problem type in `config`, which class names may state too."""
-    images = stored.splits[name]()
-    if config.problem_type in (AUTO, images.target.problem_type):
+def _read_split(stored: StoredData, name: str, problem_type: str) -> LabeledImages:
+    """Returns a stored split with a target of the problem type, for which class names may stand: "3", or "cat|dog"."""
+    images, where = stored.splits[name](), f"{stored.name}, split {name!r}"
+    if problem_type in (AUTO, images.target.problem_type):
         return images
     if not images.target.has_classes:
-        raise ValueError(f"{stored.name}, split {name!r}: the labels are for {images.target.problem_type}")
+        raise ValueError(
+            f"{where}: the labels are for {images.target.problem_type}, not for {problem_type}; give the --problem_type of all"
+            " splits, or choose other columns"
+        )
     unlabeled = images.target.find_unlabeled(images.labels)
     values = [
         None if missing else images.target.describe_label(label)
         for label, missing in zip(images.labels, unlabeled, strict=True)
     ]
-    where = f"{stored.name}, split {name!r}"
-    target, labels = read_column(values, problem_type=config.problem_type, where=where)
+    target, labels = read_column(values, problem_type=problem_type, where=where)
     return replace(images, target=target, labels=labels)
 
 
-def _name_columns(config: DataConfig) -> Columns:
-    return Columns(image=config.image_column, label=config.label_column, problem_type=config.problem_type)
+def choose_columns(config: DataConfig) -> Columns:
+    """Returns the columns and rows that the user chose. Raises ValueError for a wrong `where` or a missing `image_root`."""
+    root = None if config.image_root is None else Path(config.image_root).expanduser()
+    if root is not None and not os.path.isdir(root):  # noqa: PTH112
+        raise ValueError(
+            f"image_root={config.image_root!r}: no such folder (relative paths start at the current folder, {Path.cwd()})"
+        )
+    return Columns(
+        image=config.image_column,
+        labels=config.label_columns or ((config.label_column,) if config.label_column else ()),
+        problem_type=config.problem_type,
+        group=config.group_column,
+        split=config.split_column,
+        where=() if config.where is None else parse_where(config.where),
+        image_root=root,
+        skips_bad_images=config.on_bad_image == "skip",
+    )
 
 
 def _read(config: DataConfig, columns: Columns) -> StoredData:
@@ -204,21 +234,43 @@ def _read(config: DataConfig, columns: Columns) -> StoredData:
     is_folder, is_file = os.path.isdir(path), os.path.isfile(path)  # noqa: PTH112, PTH113
     if is_folder:
         return replace(_read_folder(path, config, columns), license=read_license(path))
+    if is_file:
+        return _read_file(path, config, columns)
+    folder, _, chosen_config = config.dataset.rpartition(":")
+    if folder and os.path.isdir(Path(folder).expanduser()):  # noqa: PTH112
+        from hf_transfer.data import tables  # imports datasets, which takes 2 s and is needed only here
+
+        root = Path(folder).expanduser().resolve()
+        return replace(tables.read_local_config(root, chosen_config, columns), license=read_license(root))
     looks_like_path = config.dataset.startswith((".", "/", "~", "\\")) or (
         config.dataset.split("@")[0].split(":")[0].count("/") > 1
     )
-    if is_file and path.suffix.casefold() not in TABLE_SUFFIXES:
-        raise ValueError(
-            f"dataset={config.dataset!r} is a file, but not a parquet or arrow file; unpack an archive, and give the folder"
-            " that contains the class folders as --dataset"
-        )
-    if not is_file and (looks_like_path or path.suffix.casefold() in TABLE_SUFFIXES):
+    if looks_like_path or path.suffix.casefold() in TABLE_SUFFIXES | TEXT_TABLE_SUFFIXES or is_archive(path):
         raise ValueError(
             f"dataset={config.dataset!r}: no such folder or file (relative paths start at the current folder, {Path.cwd()})"
         )
-    from hf_transfer.data import tables  # imports datasets, which takes 2 s and is needed only here
+    from hf_transfer.data import tables
 
-    return tables.read_table_file(path, columns) if is_file else tables.read_hub(config.dataset, columns)
+    return tables.read_hub(config.dataset, columns)
+
+
+def _read_file(path: Path, config: DataConfig, columns: Columns) -> StoredData:
+    """Reads a table or an archive."""
+    suffix = path.suffix.casefold()
+    if is_archive(path) and not is_webdataset(path):
+        root = unpack(path)
+        return replace(_read_folder(root, config, columns), license=read_license(root))
+    if not is_archive(path) and suffix not in TABLE_SUFFIXES | TEXT_TABLE_SUFFIXES:
+        suffixes = ", ".join(sorted(TABLE_SUFFIXES | TEXT_TABLE_SUFFIXES))
+        raise ValueError(
+            f"dataset={config.dataset!r} is a file, but neither a table ({suffixes}) nor an archive"
+            f" ({', '.join(ARCHIVE_SUFFIXES)}); give such a file, or the folder that contains the class folders"
+        )
+    from hf_transfer.data import tables
+
+    if is_archive(path):
+        return tables.read_webdataset([path], public_name(path.resolve()), columns)
+    return (tables.read_text_file if suffix in TEXT_TABLE_SUFFIXES else tables.read_table_file)(path, columns)
 
 
 def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData:
@@ -230,10 +282,20 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
     table_files = [
         str(file) for file in other_files if file.suffix.casefold() in TABLE_SUFFIXES and str(file) not in metadata
     ]
+    archives = [root / file for file in other_files if is_archive(root / file)]
+    if not has_images and not table_files and archives and all(map(is_webdataset, archives)):
+        from hf_transfer.data import tables
+
+        return tables.read_webdataset(archives, public_name(root), columns)
     if not has_images and not table_files:
         raise ValueError(
             f"dataset={config.dataset!r}: no image in this folder ({len(other_files):,} other files); expected"
             " <class>/<image>.jpg or train/<class>/<image>.jpg, or parquet or arrow files"
+            + (
+                f"; to read an archive such as {archives[0].name!r}, give the archive itself as --dataset"
+                if archives
+                else ""
+            )
         )
     if has_images and table_files:
         raise ValueError(
@@ -312,6 +374,19 @@ def _split(images: LabeledImages, role: Role, target: Target, where: str) -> Spl
         target=target,
         groups=images.groups,
     )
+
+
+def _edit(
+    splits: dict[Role, Split], config: DataConfig, where: Mapping[Role, str]
+) -> tuple[dict[Role, Split], list[str]]:
+    """Returns the splits and sentences after `--exclude` and `--relabel`. A class that `where["train"]` loses is an error."""
+    if not splits or (config.exclude is None and config.relabel is None):
+        return splits, []
+    edited, notes = edit_splits(splits, exclude=config.exclude, relabel=config.relabel)
+    if "train" in where:
+        train = edited["train"]
+        train.target.check_train_labels(train.labels, f"{where['train']}, after --exclude and --relabel")
+    return edited, notes
 
 
 def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:

@@ -38,6 +38,7 @@ _MAX_VISITS = 200  # of one folder, through different symbolic links
 _MAX_NAME = 300  # letters of a path in a message
 
 TABLE_SUFFIXES = frozenset({".parquet", ".arrow"})
+TEXT_TABLE_SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
 
 

@@ -2,28 +2,43 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.data.sources import ImageSource
+from hf_transfer.data.where import Condition
 from hf_transfer.targets.reading import AUTO
 from hf_transfer.targets.target import Labels, Target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """The image and label columns as the user named them, and what the labels mean. Other columns are found by type or name."""
+    """The columns and rows of a table that the user chose. An image or label column without a name is found by type or name."""
 
     image: str | None = None
-    label: str | None = None
+    labels: tuple[str, ...] = ()  # several columns: one label each
     problem_type: str = AUTO
+    group: str | None = None
+    split: str | None = None
+    where: tuple[Condition, ...] = ()  # the used rows meet all conditions
+    image_root: Path | None = None  # the folder at which paths in the table start; None: the table's own folder
+    skips_bad_images: bool = False  # whether missing files are no error
 
     def refuse(self, owner: str) -> None:
         """Raises ValueError if a column is named although `owner` (such as "an image folder") has no columns."""
-        for flag, name in (("image_column", self.image), ("label_column", self.label)):
+        chosen = {
+            "image_column": self.image,
+            "label_columns" if len(self.labels) > 1 else "label_column": ", ".join(self.labels) or None,
+            "group_column": self.group,
+            "split_column": self.split,
+            "where": self.where[0].column if self.where else None,
+            "image_root": self.image_root,
+        }
+        for flag, name in chosen.items():
             if name is not None:
-                raise ValueError(f"{flag}={name!r}: {owner} has no columns; omit --{flag}")
+                raise ValueError(f"{flag}={str(name)!r}: {owner} has no columns; omit --{flag}")
 
 
 @dataclass(frozen=True, kw_only=True)

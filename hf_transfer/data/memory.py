@@ -16,12 +16,14 @@ from hf_transfer.data.images import read_bytes, read_reduced
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.manifest import read_status
 from hf_transfer.data.paths import PackedPaths
+from hf_transfer.data.rows import Cells, Rows, divide, read_groups, select_rows
 from hf_transfer.data.sources import ImageSource
-from hf_transfer.targets.reading import read_column
+from hf_transfer.targets.reading import read_column, read_columns
 
 _ImageLike = Path | bytes | Image.Image | NDArray[np.uint8]
 
 _ACCEPTED = "a datasets.Dataset, a DataFrame, a list of (image, label) pairs, or a dict of these by split name"
+_PAIRS = "a list of (image, label) pairs"
 _PILLOW = threading.Lock()  # two threads must not load one lazily opened image at the same time
 
 
@@ -82,7 +84,7 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
     - a list or tuple of (image, label) pairs.
 
     Images in a DataFrame or in pairs are paths, PIL images, uint8 arrays (H, W) or (H, W, 3), or encoded bytes; labels are text
-    or integers. Relative paths start at the current folder.
+    or integers. Relative paths start at `columns.image_root`, or else at the current folder.
 
     Raises:
         ValueError: a collection, image or label has another type, there are no images, or columns are ambiguous or missing.
@@ -90,57 +92,100 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
     splits = images if isinstance(images, Mapping) else {"train": images}
     if not splits:
         raise ValueError(f"{name}: images is an empty {type(images).__name__}; give {_ACCEPTED}")
-    return StoredData(
-        name=name, splits={str(split): partial(_read, splits[split], columns, str(split), name) for split in splits}
-    )
+    tables = {str(split): splits[split] for split in splits}
+
+    def read(stored: str, split: str, rows: Rows | None) -> LabeledImages:
+        return _read(tables[stored], columns, split, name, rows)
+
+    if columns.split is None:
+        return StoredData(name=name, splits={split: partial(read, split, split, None) for split in tables})
+    cells = {split: _list_cells(table, columns) for split, table in tables.items()}
+    return StoredData(name=name, splits=divide(cells, columns, name, read))
 
 
-def _read(images: Any, columns: Columns, split: str, name: str) -> LabeledImages:
+def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | None) -> LabeledImages:
     where = f"{name}, split {split!r}"
-    datasets = sys.modules.get("datasets")  # not imported here, because the import takes 2 s
-    if datasets is not None and isinstance(images, datasets.Dataset):
-        from hf_transfer.data.tables import read_table
+    if _is_dataset(images):
+        from hf_transfer.data.tables import StoredTable, read_table
 
-        return read_table(images, columns, split=split, where=where)
-    if hasattr(images, "columns") and hasattr(images, "iloc"):
-        values, labels = _read_frame(images, columns, where)
+        return read_table(StoredTable(table=images, name=name), columns, split, rows)
+    groups = None
+    if _is_frame(images):
+        cells = _list_cells(images, columns)
+        rows = select_rows(cells, columns, where) if rows is None else rows
+        groups = read_groups(cells, columns, rows, where)
+        values, labels = _read_frame(images.iloc[rows], columns, where)
     elif isinstance(images, (list, tuple)):
-        columns.refuse("a list of (image, label) pairs")
+        columns.refuse(_PAIRS)
         values, labels = _read_pairs(images, where)
     else:
         raise ValueError(f"{where}: images is of type {type(images).__name__}; give {_ACCEPTED}")
     if not values:
         raise ValueError(f"{where}: the {type(images).__name__} is empty; give at least two images of each class")
-    checked = [_check_image(value, row, where) for row, value in enumerate(values)]
+    checked = [_check_image(value, row, where, columns.image_root) for row, value in enumerate(values)]
     paths = [path for path in checked if isinstance(path, Path)]
     if paths and not any(path.exists() for path in paths):
         raise ValueError(
             f"{where}: none of {len(paths):,} image files exists, the first is {os.fspath(paths[0])!r}; relative paths start at"
-            f" the current folder, {Path.cwd()}"
+            f" image_root (default: the current folder, {Path.cwd()})"
         )
-    given = [_check_label(label, row, where) for row, label in enumerate(labels)]
-    target, indices = read_column(given, problem_type=columns.problem_type, where=where)
-    return LabeledImages(source=MemorySource(checked), rows=np.arange(len(indices)), labels=indices, target=target)
+    if len(labels) == 1:
+        (given,) = labels.values()
+        checked_labels = [_check_label(label, row, where) for row, label in enumerate(given)]
+        target, indices = read_column(checked_labels, problem_type=columns.problem_type, where=where)
+    else:
+        target, indices = read_columns(labels, problem_type=columns.problem_type, where=where)
+    return LabeledImages(
+        source=MemorySource(checked), rows=np.arange(len(indices)), labels=indices, target=target, groups=groups
+    )
 
 
-def _read_frame(frame: Any, columns: Columns, where: str) -> tuple[list[Any], list[Any]]:
-    """Returns the images and the labels of a DataFrame, with None for missing values."""
+def _is_dataset(images: Any) -> bool:
+    datasets = sys.modules.get("datasets")  # not imported here, because the import takes 2 s
+    return datasets is not None and isinstance(images, datasets.Dataset)
+
+
+def _is_frame(images: Any) -> bool:
+    return hasattr(images, "columns") and hasattr(images, "iloc")
+
+
+def _list_cells(images: Any, columns: Columns) -> Cells:
+    """Returns the columns of a collection. Raises ValueError if the collection has no columns."""
+    if _is_dataset(images):
+        from hf_transfer.data.tables import list_cells
+
+        return list_cells(images)
+    if not _is_frame(images):
+        columns.refuse(_PAIRS)
+        raise ValueError(f"images is of type {type(images).__name__}; give {_ACCEPTED}")
+    position_of = {str(column): i for i, column in enumerate(images.columns)}
+
+    def read(name: str) -> list[Any]:
+        return _values(images.iloc[:, position_of[name]])
+
+    return Cells(names=tuple(position_of), num_rows=len(images), read=read)
+
+
+def _values(column: Any) -> list[Any]:
+    """Returns the values of a column of a DataFrame, with None for missing values."""
+    return [
+        None if missing is True else value
+        for value, missing in zip(column.tolist(), column.isna().tolist(), strict=True)
+    ]
+
+
+def _read_frame(frame: Any, columns: Columns, where: str) -> tuple[list[Any], dict[str, list[Any]]]:
+    """Returns the images and the label columns of a DataFrame, with None for missing values."""
     from hf_transfer.data.columns import find_frame_columns  # imports datasets
 
     position_of = {str(column): i for i, column in enumerate(frame.columns)}
     types = {column: str(frame.iloc[:, i].dtype) for column, i in position_of.items()}
-    chosen = [frame.iloc[:, position_of[column]] for column in find_frame_columns(types, columns, where)]
-    images, labels = (
-        [
-            None if missing is True else value
-            for value, missing in zip(column.tolist(), column.isna().tolist(), strict=True)
-        ]
-        for column in chosen
-    )
-    return images, labels
+    image, chosen = find_frame_columns(types, columns, where)
+    images = _values(frame.iloc[:, position_of[image]])
+    return images, {label: _values(frame.iloc[:, position_of[label]]) for label in chosen}
 
 
-def _read_pairs(pairs: Sequence[Any], where: str) -> tuple[list[Any], list[Any]]:
+def _read_pairs(pairs: Sequence[Any], where: str) -> tuple[list[Any], dict[str, list[Any]]]:
     for row, pair in enumerate(pairs):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             count = f" of {len(pair)}" if isinstance(pair, (list, tuple)) else ""
@@ -148,14 +193,15 @@ def _read_pairs(pairs: Sequence[Any], where: str) -> tuple[list[Any], list[Any]]
                 f"{where}: element {row} is a {type(pair).__name__}{count}, not an (image, label) pair; give every image with"
                 " its label"
             )
-    return [image for image, _ in pairs], [label for _, label in pairs]
+    return [image for image, _ in pairs], {"label": [label for _, label in pairs]}
 
 
-def _check_image(image: Any, row: int, where: str) -> _ImageLike:
+def _check_image(image: Any, row: int, where: str, root: Path | None) -> _ImageLike:
+    """Returns an image as one of the types that `MemorySource` reads. Relative paths start at `root`, or the current folder."""
     if isinstance(image, (bytes, Image.Image)):
         return image
     if isinstance(image, (str, os.PathLike)):
-        return Path(image).expanduser().absolute()
+        return (root or Path.cwd()) / Path(image).expanduser()
     kind = type(image).__name__
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)) and image.size:

@@ -199,12 +199,13 @@ class TableSource(ImageSource):
         raise BadImageError(f"{self._where(row)}: the table contains None instead of an image")
 
     def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]] | None:
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         if not self._roots:
             return None  # the user's table in memory may change without a change of its files
         column = self._table.data.column(0)
-        is_struct = hasattr(column.type, "fields")
+        is_struct = pa.types.is_struct(column.type)
         encoded = pc.struct_field(column, "bytes") if is_struct else column
         is_encoded = pc.is_valid(encoded).to_numpy()[rows]
         if is_encoded.all():
@@ -239,6 +240,42 @@ class TableSource(ImageSource):
         return f"{self.name(row)} of split {self._split!r}"
 
 
+class ArraySource(TableSource):
+    """One column of a `datasets.Dataset` with gray images (H, W) or RGB images (H, W, 3) of integers from 0 to 255."""
+
+    def content(self, row: int) -> bytes:
+        """Returns the shape and the pixels of the image as bytes, as `PixelSource` does."""
+        return _pixel_bytes(self._pixels(row))
+
+    def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """Returns the whole image in mode RGB, and its width and height."""
+        image = read_image(Image.fromarray(self._pixels(row)), self._where(row))
+        return image, image.size
+
+    def _pixels(self, row: int) -> NDArray[np.uint8]:
+        cell = self._cell(row)
+        values = getattr(cell, "value", cell)  # of an Array2D or Array3D: its nested lists
+        values = values.values if values.is_valid else None
+        if values is None:
+            raise BadImageError(f"{self._where(row)}: the table contains None instead of an image")
+        shape = [len(values)]
+        while hasattr(values.type, "value_type"):
+            flat = values.flatten()
+            shape.append(len(flat) // max(len(values), 1))
+            if values.null_count or len(set(values.value_lengths().to_pylist())) > 1:
+                raise BadImageError(f"{self._where(row)}: the rows of pixels have different lengths")
+            values = flat
+        is_image = len(shape) == 2 or (len(shape) == 3 and shape[2] == 3)
+        if not is_image or not len(values):
+            raise BadImageError(
+                f"{self._where(row)}: an array of shape {tuple(shape)} is no image; give (H, W) or (H, W, 3)"
+            )
+        pixels: NDArray[Any] = values.to_numpy(zero_copy_only=False)
+        if values.null_count or pixels.min() < 0 or pixels.max() > 255:
+            raise BadImageError(f"{self._where(row)}: the array contains other values than pixels from 0 to 255")
+        return pixels.astype(np.uint8).reshape(shape)
+
+
 class PixelSource(ImageSource):
     """An array of gray images (N, H, W) or RGB images (N, H, W, 3) uint8 in memory."""
 
@@ -252,8 +289,7 @@ class PixelSource(ImageSource):
 
     def content(self, row: int) -> bytes:
         """Returns the shape and the pixels of the image as bytes."""
-        pixels: bytes = self._pixels[row].tobytes()
-        return repr(self._pixels.shape[1:]).encode() + pixels
+        return _pixel_bytes(self._pixels[row])
 
     def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
         """Returns the whole image in mode RGB, and its width and height."""
@@ -306,6 +342,11 @@ class JoinedSource(ImageSource):
             where = np.flatnonzero((rows >= start) & (rows < start + len(source)))
             if len(where):
                 yield source, where, rows[where] - start
+
+
+def _pixel_bytes(pixels: NDArray[np.uint8]) -> bytes:
+    content: bytes = pixels.tobytes()
+    return repr(pixels.shape).encode() + content
 
 
 def _has_path(value: Any) -> bool:

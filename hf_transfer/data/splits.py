@@ -52,6 +52,7 @@ _ROLE_OF_WORD: dict[str, Role] = {
     "evaluation": "test",
 }
 _FILLER_WORDS = frozenset({"set", "split", "data", "dataset", "image", "images", "img", "imgs"})
+_NAMES_OF_TABLES = frozenset({"labels", "metadata", "annotations", "index"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -245,11 +246,14 @@ def role_of(split_name: str) -> Role | None:
 def public_name(path: Path) -> str:
     """Returns the public name of the dataset at the resolved `path`: the base name of `path`, without a file suffix.
 
-    If the base name names a split ("pets/train"), returns the parent folder's name, unless the parent is the home folder.
+    If the base name names a split ("pets/train") or is that of any table of labels ("pets/labels.csv"), returns the parent
+    folder's name, unless the parent is the home folder.
     """
-    name = path.stem if path.is_file() else path.name
+    is_file = path.is_file()
+    name = path.stem.removesuffix(".tar") if is_file else path.name
+    is_common = role_of(name) is not None or (is_file and name.casefold() in _NAMES_OF_TABLES)
     is_at_home = str(path.parent) in (os.environ.get("HOME"), os.environ.get("USERPROFILE"))
-    return path.parent.name if role_of(name) and not is_at_home else name
+    return path.parent.name if is_common and not is_at_home else name
 
 
 def _with_remedy(error: BadImageError) -> BadImageError:

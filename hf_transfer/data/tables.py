@@ -5,15 +5,15 @@ pinned to the commit that was read. Offline, `datasets` reads its cache, which m
 """
 
 import re
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
@@ -23,11 +23,14 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from hf_transfer.data.columns import find_columns, read_labels
+from hf_transfer.data.columns import find_columns, holds_paths, holds_pixels, read_labels
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import fetch_license
-from hf_transfer.data.sources import TableSource
-from hf_transfer.data.splits import public_name
+from hf_transfer.data.path_columns import read_paths
+from hf_transfer.data.rows import Cells, Rows, divide, read_groups, select_rows
+from hf_transfer.data.sources import ArraySource, ImageSource, TableSource
+from hf_transfer.data.splits import public_name, role_of
+from hf_transfer.data.text_tables import read_text_table
 from hf_transfer.targets.labels import listed
 
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
@@ -82,7 +85,8 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
     notes = _notes_on_cache(builder, hub_id, revision, commit)
     downloaded = Path(HF_HUB_CACHE, repo_folder_name(repo_id=hub_id, repo_type="dataset"))
     roots = (downloaded, Path(datasets.config.EXTRACTED_DATASETS_PATH))
-    stored = _to_stored(tables, dataset.split("@")[0], columns, roots)
+    has_files = columns.image_root is not None
+    stored = _to_stored(tables, dataset.split("@")[0], columns, roots, has_files=has_files)
     return replace(stored, revision=commit, notes=notes, license=fetch_license(hub_id, commit))
 
 
@@ -110,6 +114,27 @@ def read_table_folder(root: Path, columns: Columns) -> StoredData:
     return _to_stored(tables, public_name(root), columns, (root,))
 
 
+def read_text_file(path: Path, columns: Columns) -> StoredData:
+    """Reads a .csv, .tsv or .jsonl file of paths and labels as the train split."""
+    path = path.resolve()
+    return _to_stored(_checked(path, partial(read_text_table, path)), public_name(path), columns, (path.parent,))
+
+
+def read_webdataset(paths: Sequence[Path], name: str, columns: Columns) -> StoredData:
+    """Reads tars in WebDataset format. The name of a tar says its split, as in "test-000.tar"; without a split, it is train."""
+    files: dict[str, list[str]] = {}
+    for path in paths:
+        files.setdefault(role_of(path.name.partition(".")[0]) or "train", []).append(str(path.resolve()))
+    tables = _loaded(paths[0], "webdataset", data_files=files)
+    return _to_stored(tables, name, columns, tuple({path.resolve().parent: None for path in paths}))
+
+
+def read_local_config(root: Path, config: str, columns: Columns) -> StoredData:
+    """Reads one configuration of a folder whose README.md names several, as on the Hub."""
+    tables = _loaded(root, str(root), config)
+    return _to_stored(tables, f"{public_name(root)}:{config}", columns, (root,))
+
+
 def read_metadata_folder(root: Path, columns: Columns) -> StoredData:
     """Reads images with a metadata.csv, .jsonl or .parquet, in the imagefolder format of `datasets`."""
     tables = _loaded(root, "imagefolder", data_dir=str(root))
@@ -124,13 +149,21 @@ def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
         with _quiet_datasets():
             return read()
-    except (ValueError, OSError, LookupError, TypeError, AttributeError, DatasetsError, pa.ArrowException) as error:
+    except (
+        ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, EOFError, tarfile.TarError, DatasetsError,
+        pa.ArrowException,
+    ) as error:  # fmt: skip
         # All errors that damaged files raise in `datasets` and pyarrow. pyarrow's ArrowInvalid is a ValueError.
         empty = [
             file.name for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet"))) if _is_empty(file)
         ]
         if empty:
             raise ValueError(f"{path.name}: no rows in {listed(empty)}; add images or remove the file") from error
+        if "onfig name is missing" in str(error) or "BuilderConfig" in str(error):
+            names = listed(datasets.get_dataset_config_names(str(path)))
+            raise ValueError(
+                f"{path.name} has the configurations {names}; choose one after a colon: --dataset path/to/{path.name}:NAME"
+            ) from error
         raise ValueError(
             f"{path.name} cannot be read: {_with_cause(error)}; repair, replace or remove the damaged file"
         ) from error
@@ -191,26 +224,79 @@ def _notes_on_cache(builder: Any, hub_id: str, revision: str | None, commit: str
     )
 
 
-def _to_stored(tables: Any, name: str, columns: Columns, roots: Sequence[Path]) -> StoredData:
+@dataclass(frozen=True, kw_only=True)
+class StoredTable:
+    """One `Dataset` of the data set `name`. For `roots`, see `TableSource`.
+
+    Paths in a column of text are those of files of this machine if `has_files`. They start at the first of `roots`, or, in a
+    table without roots, at the current folder.
+    """
+
+    table: Any
+    name: str
+    roots: Sequence[Path] = ()
+    has_files: bool = True
+
+
+def _to_stored(
+    tables: Any, name: str, columns: Columns, roots: Sequence[Path], *, has_files: bool = True
+) -> StoredData:
     by_split: Mapping[str, Any] = tables if isinstance(tables, Mapping) else {"train": tables}
-    splits = {
-        split: partial(read_table, table, columns, split=split, where=f"{name}, split {split!r}", roots=roots)
+    stored = {
+        split: StoredTable(table=flatten_webdataset(table), name=name, roots=roots, has_files=has_files)
         for split, table in by_split.items()
     }
-    return StoredData(name=name, splits=splits)
+
+    def read(table: str, split: str, rows: Rows | None) -> LabeledImages:
+        return read_table(stored[table], columns, split, rows)
+
+    cells = {split: list_cells(each.table) for split, each in stored.items()}
+    return StoredData(name=name, splits=divide(cells, columns, name, read))
 
 
-def read_table(table: Any, columns: Columns, *, split: str, where: str, roots: Sequence[Path] = ()) -> LabeledImages:
-    """Returns the images and labels of one `Dataset`. Messages call the table `where`, and a row "row 17 of split `split`".
+def read_table(stored: StoredTable, columns: Columns, split: str, rows: Rows | None = None) -> LabeledImages:
+    """Returns the images and labels of the `rows` of one `Dataset`, or of the rows that `columns.where` chooses.
 
-    For `roots`, see `TableSource`.
+    Messages call a row "row 17 of split `split`".
     """
-    image, label = find_columns(table.features, columns, where)
-    values = table.select_columns([label]).with_format("arrow")[:].column(0)
-    target, labels = read_labels(values, table.features[label], columns.problem_type, f"{where}, column {label!r}")
-    return LabeledImages(
-        source=TableSource(table, image, split, roots),
-        rows=np.arange(len(labels)),
-        labels=labels,
-        target=target,
-    )
+    table, where = stored.table, f"{stored.name}, split {split!r}"
+    image, named = find_columns(table.features, columns, where, has_files=stored.has_files)
+    cells = list_cells(table)
+    chosen = select_rows(cells, columns, where) if rows is None else rows
+    values = table.select_columns(list(named)).with_format("arrow")[:].take(pa.array(chosen))
+    target, labels = read_labels(values, table.features, columns.problem_type, where)
+    if columns.where:
+        target, labels = target.drop_unused(labels)
+    feature = table.features[image]
+    source: ImageSource
+    if holds_paths(feature):
+        root = stored.roots[0] if stored.roots else Path.cwd()
+        source = read_paths(cells.read(image), chosen, root, columns, f"{where}, column {image!r}")
+    else:
+        source = (ArraySource if holds_pixels(feature) else TableSource)(table, image, split, stored.roots)
+    groups = read_groups(cells, columns, chosen, where)
+    return LabeledImages(source=source, rows=chosen, labels=labels, target=target, groups=groups)
+
+
+def list_cells(table: Any) -> Cells:
+    """Returns the columns of a `Dataset` as Python values, with class names in place of class indices."""
+
+    def read(name: str) -> list[Any]:
+        values: list[Any] = table.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
+        feature = table.features[name]
+        if not isinstance(feature, datasets.ClassLabel):
+            return values
+        names = dict(enumerate(feature.names))
+        return [names.get(value) for value in values]
+
+    return Cells(names=tuple(table.column_names), num_rows=len(table), read=read)
+
+
+def flatten_webdataset(table: Any) -> Any:
+    """Returns a `Dataset` in WebDataset format with a column for each field of its .json files; other tables unchanged."""
+    if "__key__" not in table.column_names or not isinstance(table.features.get("json"), Mapping):
+        return table
+    fields = table.select_columns(["json"]).flatten()
+    names = {name: name.removeprefix("json.") for name in fields.column_names}
+    fields = fields.rename_columns({old: new for old, new in names.items() if new not in table.column_names})
+    return datasets.concatenate_datasets([table.remove_columns(["json"]), fields], axis=1)

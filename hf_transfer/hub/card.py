@@ -16,7 +16,6 @@ from markupsafe import Markup
 
 from hf_transfer.hub.card_data import (
     OUR_TAG,
-    SCORES,
     find_license,
     find_name,
     find_split,
@@ -28,7 +27,7 @@ from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.charts import draw_curve, draw_matrix
 from hf_transfer.reporting.formats import format_percent, make_environment
-from hf_transfer.reporting.report import explain_validation
+from hf_transfer.reporting.report import explain_validation, find_metrics, lay_out_labels
 from hf_transfer.reporting.sentences import describe_precision, describe_repeats
 
 MAX_TABLE_CLASSES = 50  # with more classes, the card lists only the classes with the lowest recall
@@ -44,7 +43,6 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
     split = find_split(results)
     scores = results["metrics"][split]
     environment = make_environment("hub", is_markdown=True)
-    by_recall = sorted(scores["per_class"], key=lambda row: (row["recall"] is None, row["recall"] or 0.0))
     text = environment.get_template("card.md.jinja").render(
         name=find_name(backbone, results),
         libraries=find_libraries(folder),
@@ -56,8 +54,10 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         results=results,
         split=split,
         scores=scores,
-        metrics=[(title, key) for key, (_, title) in SCORES.items()],
-        classes=by_recall[:MAX_TABLE_CLASSES],
+        metrics=find_metrics(results),
+        labels=lay_out_labels(scores),
+        num_rows=MAX_TABLE_CLASSES,
+        decision=lambda names: Markup("\n".join(backbone.target.write_decision(names))),
         pictures=_write_pictures(results, split, folder),
         license=find_license(backbone, results),
         limits=_limits(results, split),
@@ -115,9 +115,10 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
     """Returns sentences about the limits of the model, for the card."""
     scores = results["metrics"][split]
     train = {name: n for name, n in results["data"]["train_images_per_class"].items() if n < MIN_TRAIN_IMAGES}
-    scored = {row["label"]: row["support"] for row in scores["per_class"] if row["support"] < MIN_SCORED_IMAGES}
+    rows = scores.get("per_class", [])
+    scored = {row["label"]: row["support"] for row in rows if row["support"] < MIN_SCORED_IMAGES}
     limits = ["Metrics are for images from the same source as the training images; expect less for other images."]
-    if scores["accuracy"] == 1.0:
+    if scores.get("accuracy") == 1.0:
         limits.append("The model made no mistake on so few images, so the intervals do not show how rare mistakes are.")
     if split != "test":
         limits.append(explain_validation(scores))
@@ -131,7 +132,10 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
             named = ", ".join(f"{name} ({n})" for name, n in sorted(classes.items(), key=lambda item: item[1])[:10])
             more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
             limits.append(f"Some classes have fewer than {minimum} images to {purpose}: {named}{more}.")
-    error = scores["ece"]
-    verdict = "use probabilities only to rank labels" if error > POOR_CALIBRATION else "the model is well calibrated"
-    limits.append(f"Probabilities are off by {format_percent(error)}% on average (calibration error): {verdict}.")
+    error = scores.get("ece")
+    if error is not None:
+        verdict = (
+            "use probabilities only to rank labels" if error > POOR_CALIBRATION else "the model is well calibrated"
+        )
+        limits.append(f"Probabilities are off by {format_percent(error)}% on average (calibration error): {verdict}.")
     return [*limits, *scores["notes"]]

@@ -12,14 +12,9 @@ from hf_transfer.hub.licenses import DerivedLicense, derive_license
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.formats import join_lines
+from hf_transfer.reporting.report import find_metrics
 
 OUR_TAG = "hf_transfer"
-# A metric's key in results.json -> the metric's name on the Hub and its title.
-SCORES = {
-    "accuracy": ("accuracy", "Accuracy"),
-    "balanced_accuracy": ("balanced_accuracy", "Balanced accuracy"),
-    "macro_f1": ("f1", "Macro F1"),
-}
 
 
 def find_split(results: Mapping[str, Any]) -> str:
@@ -53,6 +48,8 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
     terms = find_license(backbone, results)
     is_adapter = isinstance(backbone, Adapted)
     has_base = backbone.source.id is not None and not is_from_scratch(results)
+    published = [(info, info.hub) for info in find_metrics(results) if info.hub is not None]
+    tags = ["image-classification", *_tag_target(backbone), "transfer-learning", backbone.library, OUR_TAG]
     return ModelCardData(
         model_name=find_name(backbone, results),
         library_name="peft" if is_adapter else backbone.library,
@@ -62,8 +59,8 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
         base_model=backbone.source.id if has_base else None,
         base_model_relation=("adapter" if is_adapter else "finetune") if has_base else None,
         datasets=[hub_id] if is_on_hub else None,
-        metrics=[name for name, _ in SCORES.values()],
-        tags=["image-classification", "transfer-learning", backbone.library, OUR_TAG, results["strategy"]],
+        metrics=[hub_name for _, hub_name in published],
+        tags=[*tags, results["strategy"]],
         eval_results=[
             EvalResult(
                 task_type="image-classification",
@@ -72,13 +69,18 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
                 dataset_name=name,
                 dataset_revision=data["revision"],
                 dataset_split=split,
-                metric_type=metric,
-                metric_name=title,
-                metric_value=round(scores[key], 4),
+                metric_type=hub_name,
+                metric_name=info.title,
+                metric_value=round(scores[info.key], 4),
             )
-            for key, (metric, title) in SCORES.items()
+            for info, hub_name in published
         ],
     )
+
+
+def _tag_target(backbone: Backbone) -> list[str]:
+    """Returns a tag for what the network predicts, if that is not one class per image."""
+    return [] if backbone.target.has_classes else [backbone.target.problem_type.replace("_", "-")]
 
 
 def _remove_markup(text: str) -> str:

@@ -28,14 +28,16 @@ class Evaluation:
     metrics: Metrics
 
     def describe_metrics(self) -> list[str]:
-        """Returns a line for each main metric, with its 95 % interval."""
+        """Returns a line for each main metric, with its 95 % interval if it has one."""
         lines = []
         for info in self.target.metrics:
-            if info.key in self.metrics.intervals:
+            if info.key in self.metrics.values:
                 factor, digits, unit = (100, 1, " %") if info.kind == "percent" else (1, 4, "")
-                value, (low, high) = self.metrics.values[info.key], self.metrics.intervals[info.key]
-                interval = f"(95 % interval {factor * low:.{digits}f} to {factor * high:.{digits}f})"
-                lines.append(f"{info.title.lower():22} {factor * value:8.{digits}f}{unit:2}  {interval}")
+                line = f"{info.title:24} {factor * self.metrics.values[info.key]:8.{digits}f}{unit:2}"
+                if bounds := self.metrics.intervals.get(info.key):
+                    low, high = (f"{factor * bound:.{digits}f}" for bound in bounds)
+                    line += f"  (95 % interval {low} to {high})"
+                lines.append(line.rstrip())
         return lines
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from hf_transfer.config import SelectBy
 
 Interval = tuple[float, float]
+_TITLES = {"log_loss": "log-loss", "r2": "R2"}
 INTERVAL = "_interval"  # the end of the name of an interval in results.json
 
 
@@ -32,7 +33,7 @@ class Score:
     @property
     def titles(self) -> tuple[str, str]:
         """The names of quality and loss as words, such as "accuracy" and "log-loss"."""
-        quality, loss = (name.replace("_", " ").replace("log loss", "log-loss") for name in self.names)
+        quality, loss = (_TITLES.get(name, name.replace("_", " ")) for name in self.names)
         return quality, loss
 
     def to_dict(self) -> dict[str, float]:

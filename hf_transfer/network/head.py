@@ -163,6 +163,21 @@ def write_probe(model: nn.Module, inputs: Sequence[HeadInput], weight: torch.Ten
             start += size
 
 
+def scale_outputs(model: nn.Module, inputs: Sequence[HeadInput], factors: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Changes the head so that each logit is its old value times its factor (K,), plus its offset (K,). In place.
+
+    Raises ValueError if no map has a bias.
+    """
+    share = _share_of_bias(model, inputs)
+    with torch.no_grad():
+        for name in (name for i in inputs for name in i.modules):
+            linear = _get_map(model, name)
+            by_output = factors.to(linear.weight).view(-1, *[1] * (linear.weight.ndim - 1))
+            linear.weight.mul_(by_output)
+            if linear.bias is not None:
+                linear.bias.mul_(factors.to(linear.bias)).add_(offsets.to(linear.bias) / share)
+
+
 def read_probe(model: nn.Module, inputs: Sequence[HeadInput]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the weight (K, F) and the bias (K,) of the head as one linear map of the features of all its inputs."""
     weights, biases = [], []

@@ -116,6 +116,7 @@ def load_class(
 def set_labels(config: PreTrainedConfig, labels: Iterable[str]) -> None:
     """Writes the names of the classes into `config`, in place."""
     names = dict(enumerate(labels))
+    config.problem_type = None  # of the labels before; the target's own is added when the model is saved
     config.id2label = names
     config.label2id = {name: i for i, name in names.items()}
 

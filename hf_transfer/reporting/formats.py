@@ -12,6 +12,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from hf_transfer.targets.target import MetricInfo
+
 _BLANK = re.compile(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ufffe\uffff]+")  # control characters and line ends too
 _NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 # Characters that may begin Markdown markup, math or a block (in the first column), except underscores inside a word.
@@ -40,8 +42,22 @@ def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
         "bytes": format_bytes,
         "code": format_code,
         "literal": format_literal,
+        "metric": format_metric,
+        "lower_first": lower_first,
     }
     return environment
+
+
+def lower_first(text: str) -> str:
+    """Returns a title as it stands inside a sentence: "accuracy" for "Accuracy", and "R2" unchanged."""
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+
+
+def format_metric(value: float, info: MetricInfo, has_unit: bool = True) -> str:
+    """Returns the value of a metric as text, in percent or as a number."""
+    if info.kind == "percent":
+        return f"{format_percent(value)}{'%' if has_unit else ''}"
+    return format_number(value)
 
 
 def join_lines(text: str) -> str:
@@ -77,8 +93,13 @@ def format_percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
-def format_number(value: float) -> str:
-    """Returns a number as text such as 0.0123, 1.23 or 12 345, rounded to three significant digits or to an integer."""
+def format_number(value: float | None) -> str:
+    """Returns a number as text such as 0.0123, 1.23 or 12 345, rounded to three significant digits or to an integer.
+
+    Returns a dash for None.
+    """
+    if value is None:
+        return "–"
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = max(0, 2 - math.floor(math.log10(abs(value))))

@@ -107,14 +107,15 @@ def render_report(results: Mapping[str, Any]) -> str:
             shown=shown,
             warning="" if shown == "test" else explain_validation(scores),
             num_samples=scores["num_samples"],
-            num_classes=len(results.get("label_names", scores.get("per_class", []))),
+            network=_describe_outputs(results, scores),
+            has_pairs="confusion_matrix" in scores,
             cards=_metric_cards(find_metrics(results), scores, splits.get("validation", {}) if shown == "test" else {}),
             charts=[lay_out_curve(curve) for curve in results.get("curves", [])],
             width=WIDTH,
             height=HEIGHT,
             matrix=lay_out_matrix(scores),
             pairs=_confused_pairs(scores),
-            classes=_classes_by_recall(scores),
+            labels=lay_out_labels(scores),
             cost=_cost_table(results.get("cost", {})),
             fingerprints=_by_name(data["fingerprint"]),
             notes=[*describe_repeats(results), *_list_precision(scores), *data["notes"], *scores.get("notes", [])],
@@ -162,6 +163,57 @@ def _metric_cards(
     return cards
 
 
+@dataclass(frozen=True, kw_only=True)
+class LabelTable:
+    """One row for each class, label or number of the target. `bar` is the share that the report draws, or None."""
+
+    title: str  # of the first column
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[str], float | None]]  # name, cells, bar
+    note: str
+
+
+def lay_out_labels(scores: Mapping[str, Any]) -> LabelTable | None:
+    """Returns the table of classes (lowest recall first), labels or numbers in a split's scores, or None without one."""
+    for key, title, note in (
+        ("per_class", "Class", "In percent, lowest recall first."),
+        ("per_number", "Number", "In the order of the network's outputs."),
+    ):
+        if rows := scores.get(key):
+            first = "recall" if "recall" in rows[0] else None
+            rows = sorted(rows, key=_sort_key) if first else rows
+            names = [name for name in rows[0] if name != "label"]
+            names.sort(key=lambda name: name != first)
+            return LabelTable(
+                title=title,
+                columns=[_COLUMNS.get(name, name.replace("_", " ").capitalize()) for name in names],
+                rows=[
+                    (
+                        row["label"],
+                        [_format_cell(name, row[name], key) for name in names],
+                        row.get(first) if first else None,
+                    )
+                    for row in rows
+                ],
+                note=note,
+            )
+    return None
+
+
+_COLUMNS = {"f1": "F1", "support": "Images", "r2": "R2", "mae": "MAE", "rmse": "RMSE"}
+
+
+def _sort_key(row: Mapping[str, Any]) -> tuple[bool, float, float]:
+    """Sorts by recall; classes without images come last."""
+    return row["recall"] is None, row["recall"] or 0.0, row["f1"] or 0.0
+
+
+def _format_cell(name: str, value: Any, table: str) -> str:
+    if name == "support":
+        return str(value)
+    return format_percent(value) if table == "per_class" else format_number(value)
+
+
 def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
     """Returns at most MAX_CONFUSED_PAIRS pairs of true and predicted class, in descending order of the number of mistakes."""
     if "confusion_matrix" not in scores:
@@ -176,10 +228,10 @@ def _confused_pairs(scores: Mapping[str, Any]) -> list[ConfusedPair]:
     return sorted(pairs, key=lambda pair: (-pair.count, -pair.fraction))[:MAX_CONFUSED_PAIRS]
 
 
-def _classes_by_recall(scores: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Returns the entries of `per_class`, one per class, in ascending order of recall. Classes without images come last."""
-    rows = scores.get("per_class", [])
-    return sorted(rows, key=lambda row: (row["recall"] is None, row["recall"] or 0.0, row["f1"] or 0.0))
+def _describe_outputs(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    count = len(results.get("label_names", scores.get("per_class", [])))
+    word = "numbers" if "per_number" in scores else "classes" if "confusion_matrix" in scores else "labels"
+    return f"{count} {word if count != 1 else word.removesuffix('s')}"
 
 
 def _cost_table(cost: Mapping[str, Any]) -> CostTable:

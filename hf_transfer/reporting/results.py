@@ -10,12 +10,13 @@ from typing import Any
 import yaml
 
 from hf_transfer.config import GradientConfig, RunConfig
+from hf_transfer.data.splits import Split
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.fingerprint import read_version
 from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
-from hf_transfer.reporting.sentences import describe_choice, describe_phase
+from hf_transfer.reporting.sentences import describe_choice, describe_phase, describe_suspects
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
@@ -51,13 +52,19 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
             "license": data.license,
             "fingerprint": {name: split.fingerprint for name, split in splits.items() if split is not None},
             "num_images": {name: len(split) for name, split in splits.items() if split is not None},
-            "train_images_per_class": dict(zip(data.label_names, data.train.counts().tolist(), strict=True)),
-            "notes": list(data.notes),
+            "train_images_per_class": _count_images(data.train),
+            "notes": [*data.notes, *describe_suspects(result, len(data.train) + len(data.validation))],
         },
         "checkpoint": _describe_checkpoint(result.backbone),
         "config": public_settings(session.config, {"checkpoint": session.backbone.source.name, "dataset": data.name}),
         **to_json(result.repeats),
     }
+
+
+def _count_images(train: Split) -> dict[str, int]:
+    """Returns the number of training images that have each label; {} if the target has no labels to count."""
+    counts = train.counts()
+    return dict(zip(train.label_names, counts.tolist(), strict=True)) if train.target.counts_labels else {}
 
 
 def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -66,9 +73,11 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
     settings = to_settings(config)
-    for name in ("checkpoint", "dataset", "preprocessing_from"):
+    for name in ("checkpoint", "dataset", "image_root", "preprocessing_from", "exclude", "relabel"):
         path = Path(settings[name] or "").expanduser()
-        if settings[name] is not None and path.exists():
+        folder = Path(str(settings[name]).rpartition(":")[0]).expanduser()  # of a data set folder:config
+        is_local = path.exists() or (folder != Path() and folder.is_dir())
+        if settings[name] is not None and is_local:
             settings[name] = (names or {}).get(name, path.resolve().name)
     return {name: value for name, value in settings.items() if name not in OF_ONE_START}
 

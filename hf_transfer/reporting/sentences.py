@@ -8,7 +8,7 @@ from hf_transfer.metrics.records import Metrics
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
-from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, Verdict
+from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResult, Verdict
 
 WIDE_INTERVAL = 0.03  # of an accuracy: 3 points
 SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
@@ -28,13 +28,11 @@ def describe_phase(phase: PhaseResult) -> str:
 
 
 def describe_quality(metrics: Metrics) -> str:
-    """Returns the quality in `metrics` as text, with its confidence interval and the number of images."""
+    """Returns the quality in `metrics` as text, with its confidence interval, if it has one, and the number of images."""
     score = metrics.score
-    low, high = (100 * bound for bound in metrics.intervals[score.names[0]])
-    return (
-        f"{score.titles[0]} {100 * score.quality:.1f} % (95 % interval {low:.1f} to {high:.1f}, "
-        f"{metrics.num_samples} images)"
-    )
+    bounds = metrics.intervals.get(score.names[0])
+    interval = "" if bounds is None else f"95 % interval {100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}, "
+    return f"{score.titles[0]} {100 * score.quality:.1f} % ({interval}{metrics.num_samples} images)"
 
 
 def describe_precision(metrics: Mapping[str, Any]) -> str | None:
@@ -141,3 +139,14 @@ def _describe_steps(phase: PhaseResult) -> str:
     if phase.wise_ft_alpha is None:
         return sentence
     return f"{sentence}; WiSE-FT then moved the weights to {phase.wise_ft_alpha:.0%} of the way from the start"
+
+
+def describe_suspects(result: RunResult, num_images: int) -> list[str]:
+    """Returns a sentence about labels that the probe doubts, among `num_images` train and validation images; [] if none."""
+    count = result.details.get("suspected_labels")
+    if not isinstance(count, int) or not count:
+        return []
+    return [
+        f"The probe doubts the labels of {count:,} of {num_images:,} train and validation images. `hf-transfer audit` with the"
+        " same --dataset and --checkpoint shows them, and looks for copies."
+    ]

@@ -178,6 +178,18 @@ class MultiLabel(Target):
         """Returns the log-odds (B, K) of probabilities, between about -20 and 20."""
         return torch.logit(activated.double(), eps=1e-9).to(activated.dtype)
 
+    def describe_network(self) -> str:
+        """Returns that it is a multi-label classifier, with the number of labels."""
+        return f"a multi-label image classifier with {len(self.names)} labels, any number of which an image may have"
+
+    def write_decision(self, names: str) -> list[str]:
+        """Returns lines that print the labels above their thresholds."""
+        thresholds = ", ".join(f"{value:.4g}" for value in self.cutoffs)
+        return [
+            f"thresholds = torch.tensor([{thresholds}])",
+            f"print([{names}[i] for i in (logits.sigmoid()[0] > thresholds).nonzero().flatten().tolist()])",
+        ]
+
     def order_outputs(self, activated: Tensor) -> Tensor:
         """Returns the labels (B, K) by falling probability."""
         return activated.argsort(1, descending=True)

@@ -38,6 +38,8 @@ class Regression(Target):
         MetricInfo(key="spearman", title="Spearman correlation", kind="number", hub="spearmanr"),
     )
 
+    counts_labels: ClassVar[bool] = False
+
     center: tuple[float, ...] = ()
     """The mean of each number among the training images; empty: 0."""
     scale: tuple[float, ...] = ()
@@ -149,8 +151,20 @@ class Regression(Target):
         """Whether a head for the target `other` computes the same outputs; standardized outputs differ from numbers."""
         return super().has_outputs_of(other) and isinstance(other, Regression) and self.folded == other.folded
 
-    def fold(self) -> tuple[Regression, Tensor, Tensor]:
+    def describe_network(self) -> str:
+        """Returns that the network predicts numbers, with their names."""
+        count = len(self.names)
+        shown = ", ".join(self.names[:10]) + (", ..." if count > 10 else "")
+        return f"a network that predicts {'a number' if count == 1 else f'{count} numbers'} for an image ({shown})"
+
+    def write_decision(self, names: str) -> list[str]:
+        """Returns a line that prints each number with its name."""
+        return [f"print({{{names}[i]: value for i, value in enumerate(logits[0].tolist())}})"]
+
+    def fold(self) -> tuple[Regression, Tensor, Tensor] | None:
         """Returns the target of the folded network, and the factors and offsets (K,) of the outputs of the head."""
+        if self.folded:
+            return None
         factors = torch.tensor(self.scale or (1.0,) * len(self.names))
         offsets = torch.tensor(self.center or (0.0,) * len(self.names))
         return replace(self, folded=True), factors, offsets

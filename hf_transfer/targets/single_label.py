@@ -100,6 +100,12 @@ class SingleLabel(Target):
         translated: NDArray[np.int64] = indices[labels]  # the last entry is that of -1
         return translated
 
+    def drop_unused(self, labels: Labels) -> tuple[SingleLabel, Labels]:
+        """Returns the target and the labels without classes that no image has."""
+        used = np.unique(labels[labels != UNLABELED])
+        new_labels = np.where(labels == UNLABELED, UNLABELED, np.searchsorted(used, labels))
+        return SingleLabel(names=tuple(self.names[i] for i in used.tolist())), new_labels
+
     def stratify(self, labels: Labels) -> NDArray[np.int64]:
         """Returns the classes: every class is divided evenly."""
         return labels
@@ -186,6 +192,14 @@ class SingleLabel(Target):
     def deactivate(self, activated: Tensor) -> Tensor:
         """Returns the logarithms (B, K) of probabilities."""
         return activated.clamp_min(torch.finfo(activated.dtype).tiny).log()
+
+    def describe_network(self) -> str:
+        """Returns that it is an image classifier, with the number of classes."""
+        return f"an image classifier with {len(self.names)} classes"
+
+    def write_decision(self, names: str) -> list[str]:
+        """Returns a line that prints the class with the largest logit."""
+        return [f"print({names}[int(logits.argmax())])"]
 
     def order_outputs(self, activated: Tensor) -> Tensor:
         """Returns the classes (B, K) by falling probability."""

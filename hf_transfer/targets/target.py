@@ -95,6 +95,9 @@ class Target(ABC):
     outputs_name: ClassVar[str] = "values"
     """What `activate` returns, as the name of a column in predictions.parquet."""
 
+    counts_labels: ClassVar[bool] = True
+    """Whether `count` says how many images have each label; numbers have no such counts."""
+
     names: tuple[str, ...]
     """The names of the labels: of the classes, of the labels, or of the numbers."""
 
@@ -139,6 +142,10 @@ class Target(ABC):
         The names decide which label is which. Labels that only `source` has must not occur (see `list_unknown`).
         """
         return labels
+
+    def drop_unused(self, labels: Labels) -> tuple[Self, Labels]:
+        """Returns the target and the labels without classes that no image has."""
+        return self, labels
 
     def list_unknown(self, labels: Labels, source: Target) -> list[str]:
         """Returns the names that occur in labels of the target `source` but not in this target: "cat (5 images)", ..."""
@@ -224,6 +231,14 @@ class Target(ABC):
     def deactivate(self, activated: Tensor) -> Tensor:
         """Returns finite logits (B, K) from which `activate` returns `activated`."""
         return activated
+
+    @abstractmethod
+    def describe_network(self) -> str:
+        """Returns what a network with this target is, such as "an image classifier with 3 classes"."""
+
+    @abstractmethod
+    def write_decision(self, names: str) -> list[str]:
+        """Returns lines of Python that print what `logits` (1, K) say. `names`: an expression for the names by number."""
 
     def order_outputs(self, activated: Tensor) -> Tensor:
         """Returns the columns (B, K) of `activated` in the order in which users read them."""

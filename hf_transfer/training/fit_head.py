@@ -12,12 +12,16 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
+from hf_transfer.solvers.probe import Probe
 from hf_transfer.training import readouts
 from hf_transfer.training.evaluate import Scored, compute_stored_logits, score_images
+from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.records import Kept, PhaseResult, RunResult
 
 log = logging.getLogger(__name__)
+
+MAX_JUDGED = 10**8  # logits from which suspected labels are counted; 10**8 take about 2 GB
 
 
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
@@ -55,8 +59,26 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         curves=readouts.draw_regularization(scored),
         kept_probe=True,
         num_audited=len(audit),
-        details=readouts.describe_readouts(best, scored) | {"whole_network_differs_by": difference},
+        details=readouts.describe_readouts(best, scored)
+        | {"whole_network_differs_by": difference, "suspected_labels": count_suspects(session, best.probe)},
     )
+
+
+def count_suspects(session: Session, probe: Probe) -> int | None:
+    """Returns the number of train and validation images whose labels the held-out logits of `probe` contradict.
+
+    One readout judges here, on the probe's own folds. `hf-transfer audit` asks several, and keeps copies in one fold. Returns
+    None for labels that are no classes, and for more than MAX_JUDGED logits, which would take much memory.
+    """
+    if not session.data.target.has_classes or probe.held_out_logits.numel() > MAX_JUDGED:
+        return None
+    labels = np.concatenate([session.data.train.labels, session.data.validation.labels])
+    log_probabilities = probe.held_out_logits.log_softmax(1).numpy()
+    log_probabilities[np.bincount(labels)[labels] < 2] = np.nan  # no fit without this image knows its class
+    count = len(find_label_errors(log_probabilities[None], labels).rows)
+    if count and session.is_main:
+        log.info("the probe doubts %d of %d labels: hf-transfer audit shows which", count, len(labels))
+    return count
 
 
 def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> PhaseResult:

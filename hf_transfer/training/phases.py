@@ -41,8 +41,8 @@ BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 # preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "num_threads", "tracker",
-    "save_every_s", "folds", "seeds", "checkpoint", "dataset", "base_model", "preprocessing_from", "merge", "push_to_hub",
-    "private",
+    "save_every_s", "folds", "seeds", "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
+    "push_to_hub", "private", "exclude", "relabel",
 ))  # fmt: skip
 
 PhaseState = Mapping[str, Any] | None

@@ -1,0 +1,1 @@
+"""Finds wrong labels, duplicates and unusual images in a data set, from the features that the linear probe reads."""

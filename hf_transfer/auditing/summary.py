@@ -1,0 +1,108 @@
+"""Says in a few sentences what an audit found, for the terminal and the page."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_transfer.auditing.records import AuditResult
+
+_STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
+
+
+def format_summary(result: AuditResult, folder: Path) -> str:
+    """Returns the lines that the command prints."""
+    images = ", ".join(f"{count:,} {split}" for split, count in result.num_images.items())
+    lines = [f"{result.dataset}: {images} images, audited with {result.checkpoint}", *summarize(result)]
+    lines += [
+        f"wrote {folder} (audit.html shows the images; audit.json; suspected_labels.csv, duplicates.csv, outliers.csv)",
+        f"to train without some of them: hf-transfer train linear_probe ... --exclude {folder}/suspected_labels.csv",
+    ]
+    return "\n".join(lines)
+
+
+def summarize(result: AuditResult) -> list[str]:
+    """Returns one sentence per kind of finding. Kinds without a finding are left out, except labels, copies and outliers."""
+    return [
+        _describe_labels(result),
+        *_describe_copies(result),
+        _describe_outliers(result),
+        *_describe_classes(result),
+        *_describe_sizes(result),
+    ]
+
+
+def _describe_labels(result: AuditResult) -> str:
+    count = len(result.suspected_labels)
+    if not result.judges_labels:
+        return "suspected labels: not judged, since the labels are no classes"
+    if not count:
+        return "suspected labels: none"
+    splits = Counter(row.split for row in result.suspected_labels)
+    first = result.suspected_labels[0]
+    return (
+        f"suspected labels: {count:,} ({_list_counts(splits)}); first {first.path!r}, labeled"
+        f" {first.label!r}, may be {first.suggested!r}"
+    )
+
+
+def _describe_copies(result: AuditResult) -> list[str]:
+    pairs = result.duplicates
+    if not pairs:
+        return ["duplicates: none"]
+    kinds = Counter(pair.kind for pair in pairs)
+    crossing = sum(pair.crosses_splits for pair in pairs)
+    lines = [
+        f"duplicates: {len(pairs):,} pairs ({kinds['exact']:,} exact, {kinds['near']:,} near), {crossing:,} of them across"
+        " splits"
+    ]
+    contradicting = [pair for pair in pairs if pair.contradicts]
+    if contradicting:
+        first = contradicting[0]
+        lines.append(
+            f"copies with different labels: {len(contradicting):,} pairs; first {first.a!r} ({first.label_a}) and {first.b!r}"
+            f" ({first.label_b})"
+        )
+    tested = result.test_copies
+    if tested is not None and tested.num_copies:
+        without = "no image" if tested.accuracy_without is None else f"{100 * tested.accuracy_without:.1f} %"
+        lines.append(
+            f"test images with a copy in train or validation: {tested.num_copies:,}; a probe's test accuracy is"
+            f" {100 * tested.accuracy:.1f} %, and {without} without them"
+        )
+    return lines
+
+
+def _describe_outliers(result: AuditResult) -> str:
+    if not result.outliers:
+        return "images unlike all others: none"
+    blank = sum(row.is_blank for row in result.outliers)
+    return f"images unlike all others: {len(result.outliers):,}, of which {blank:,} blank; first {result.outliers[0].path!r}"
+
+
+def _describe_classes(result: AuditResult) -> list[str]:
+    lines = [
+        f"classes that look alike: {pair.a!r} and {pair.b!r}; {pair.mistaken:,} of {pair.num_images:,} images are taken for the"
+        f" other class ({100 * pair.share:.0f} %)"
+        for pair in result.confused_classes[:3]
+    ]
+    counts = [row.counts["train"] for row in result.class_counts]
+    if result.judges_labels and max(counts) > _STRONG_IMBALANCE * min(counts):
+        largest, smallest = (result.class_counts[counts.index(pick(counts))].label for pick in (max, min))
+        lines.append(
+            f"imbalanced classes: train has {max(counts):,} images of {largest!r} and {min(counts):,} of {smallest!r}"
+        )
+    return lines
+
+
+def _describe_sizes(result: AuditResult) -> list[str]:
+    width, height = result.input_px
+    found: Sequence[tuple[str, int]] = (
+        (f"images smaller than half of the network's input ({width}x{height})", len(result.small_images)),
+        ("images with one side more than 3 times the other", len(result.odd_shapes)),
+        ("images that their EXIF orientation turns", len(result.rotated_images)),
+    )
+    return [f"{title}: {count:,}" for title, count in found if count]
+
+
+def _list_counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{counts[split]:,} {split}" for split in ("train", "validation", "test") if counts[split])
