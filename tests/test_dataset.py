@@ -833,7 +833,11 @@ def test_without_network_the_cached_revision_is_read_and_said(cached_hub_dataset
 def test_a_hub_dataset_has_columns(cached_hub_dataset: str) -> None:
     with pytest.raises(ValueError, match="the data are already divided into 'train', 'test'; omit --split_column"):
         load("owner/insects", split_column="label")
-    data = load("owner/insects", label_column="label", group_column="label", where="label in [ant, bee]")
+    # Each class is one group, which cannot be divided: the stored test split validates.
+    columns = {"label_column": "label", "group_column": "label", "where": "label in [ant, bee]"}
+    with pytest.raises(ValueError, match="2 groups of the 10 train images cannot be divided"):
+        load("owner/insects", **columns)
+    data = load("owner/insects", validation_split="test", test_split="none", **columns)
     assert data.train.groups is not None
     assert sorted(set(data.train.groups.tolist())) == ["ant", "bee"]
     with pytest.raises(ValueError, match="split 'train': no row is left after the condition on column 'label'"):
