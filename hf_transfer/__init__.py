@@ -18,15 +18,17 @@ from hf_transfer.strategy import strategy_function, strategy_names
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "Metrics": "training.records",
+    "Metrics": "metrics.records",
     "PublishOptions": "hub.publish",
     "Run": "run",
+    "Target": "targets.target",
     "Task": "task",
     "evaluate": "inference.evaluate",
     "load_run": "run",
     "policies": "network",
     "publish": "hub.publish",
     "rank": "choosing.rank",
+    "register_target": "targets.target",
     "solve_head": "training.phase",
     "train": "training.phase",
 }

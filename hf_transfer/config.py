@@ -368,7 +368,21 @@ class TrainingConfig(Settings):
         12, "passes over the training images; for strategies with several phases, in the last phase", allowed=COUNT
     )
     label_smoothing: float = flag(
-        0.1, "share of each target that is spread evenly over all classes", allowed=SHARE_OR_NONE
+        0.1,
+        "share of each target that is spread evenly over all classes; numbers are not smoothed",
+        allowed=SHARE_OR_NONE,
+    )
+    asymmetric_gamma: float = flag(
+        0.0,
+        "several labels per image: power of the predicted probability that weighs the loss of absent labels, so that easy ones "
+        "count less; 0: all count alike",
+        allowed=Range(lowest=0, highest=100),
+    )
+    huber_delta: float = flag(
+        0.0,
+        "numbers: error, in standard deviations, above which the loss grows linearly, so that outliers count less; 0: squared "
+        "error",
+        allowed=Range(lowest=0, highest=1000),
     )
     gradient_accumulation_steps: int = flag(1, "number of batches per optimizer step", allowed=COUNT)
     max_grad_norm: float = flag(

@@ -83,6 +83,7 @@ def open_session(
         accelerator.init_trackers("hf_transfer", config=plain)
     with costs.part("data"), processes.main_first():
         data = load_data(config.data) if load is None else load()
+    data.target.check_settings(config.strategy)
     with costs.part("data"):
         share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))
     if accelerator.is_main_process:

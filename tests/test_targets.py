@@ -9,6 +9,7 @@ from scipy.stats import spearmanr
 from sklearn import metrics as sklearn_metrics
 from sklearn.linear_model import LogisticRegression, Ridge
 
+from hf_transfer.config import GradientConfig, TrainingConfig
 from hf_transfer.metrics import multi_label, regression
 from hf_transfer.solvers.features import RawFeatures
 from hf_transfer.solvers.lbfgs import SolverOptions
@@ -19,6 +20,11 @@ from hf_transfer.targets.reading import read_column, read_columns
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import Target, find_target, read_target
+
+
+def gradient(**settings: Any) -> GradientConfig:
+    return GradientConfig(training=TrainingConfig(**settings))
+
 
 THREE = MultiLabel(names=("a", "b", "c"))
 
@@ -211,7 +217,7 @@ def test_a_probe_of_any_target_chooses_c_and_scores_unseen_rows(kind: str) -> No
     probe = fit_probe(features[:100], labels[:100], features[100:], labels[100:], target, ProbeOptions(folds=4))
     assert probe.score.loss == min(point.score.loss for point in probe.path)
     assert probe.score.names == ("mean_average_precision", "log_loss") if kind == "labels" else ("r2", "squared_error")
-    assert probe.validation_logits.shape == (20, target.num_outputs)
+    assert probe.held_out_logits.shape == (120, target.num_outputs)
     assert probe.score.quality > 0.8
 
 
@@ -221,21 +227,45 @@ def test_a_probe_of_any_target_chooses_c_and_scores_unseen_rows(kind: str) -> No
 def test_unknown_labels_have_no_loss_and_no_gradient() -> None:
     labels = torch.tensor([[1.0, torch.nan, 0.0]])
     logits = torch.zeros(1, 3, requires_grad=True)
-    loss = THREE.make_training_loss(
-        labels.numpy(), label_smoothing=0.0, class_balance="none", device=torch.device("cpu")
-    )
+    loss = THREE.make_training_loss(labels.numpy(), gradient(label_smoothing=0.0), torch.device("cpu"))
     loss(logits, labels).backward()
     assert logits.grad is not None
-    assert logits.grad[0].tolist() == [-0.5, 0.0, 0.5]
+    assert logits.grad[0].tolist() == pytest.approx([-0.5 / 3, 0.0, 0.5 / 3])
     assert THREE.losses(logits.detach(), labels).item() == pytest.approx(np.log(2))
 
 
 def test_targets_without_classes_refuse_to_balance_them() -> None:
     for target in (THREE, Regression(names=("x",))):
         with pytest.raises(ValueError, match=r"class_balance='loss': a .* target has no classes to balance"):
-            target.make_training_loss(
-                np.zeros((1, 1), np.float32), label_smoothing=0.0, class_balance="loss", device=torch.device("cpu")
-            )
+            target.check_settings(GradientConfig(class_balance="loss"))
+
+
+def test_losses_of_one_kind_of_target_are_refused_for_the_others() -> None:
+    for target, settings in (
+        (SingleLabel(names=("a", "b")), gradient(asymmetric_gamma=1.0)),
+        (THREE, gradient(huber_delta=1.0)),
+        (Regression(names=("x",)), gradient(asymmetric_gamma=1.0)),
+    ):
+        with pytest.raises(ValueError, match=r"has no such loss; omit --\w+"):
+            target.check_settings(settings)
+    THREE.check_settings(gradient(asymmetric_gamma=1.0))
+    Regression(names=("x",)).check_settings(gradient(huber_delta=1.0))
+
+
+def test_the_asymmetric_loss_weighs_absent_labels_by_their_probability() -> None:
+    logits, labels = torch.tensor([[2.0, 2.0]]), torch.tensor([[1.0, 0.0]])
+    two, device = MultiLabel(names=("a", "b")), torch.device("cpu")
+    present, absent = torch.nn.functional.softplus(torch.tensor([-2.0, 2.0])).tolist()
+    loss = two.make_training_loss(labels.numpy(), gradient(label_smoothing=0.0, asymmetric_gamma=2.0), device)
+    probability = torch.tensor(2.0).sigmoid().item()
+    assert loss(logits, labels).item() == pytest.approx((present + absent * probability**2) / 2)
+
+
+def test_the_huber_loss_is_linear_for_large_errors() -> None:
+    target = Regression(names=("x",), center=(0.0,), scale=(2.0,))
+    loss = target.make_training_loss(np.zeros((1, 1)), gradient(huber_delta=1.0), torch.device("cpu"))
+    assert loss(torch.tensor([[0.5]]), torch.tensor([[0.0]])).item() == 0.25
+    assert loss(torch.tensor([[5.0]]), torch.tensor([[0.0]])).item() == 9.0
 
 
 def test_numbers_are_standardized_until_the_head_takes_over_their_scale() -> None:

@@ -36,6 +36,7 @@ from hf_transfer.choosing.suggestions import Suggestion, suggest
 from hf_transfer.processes import ending_together, run_on_main
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
+from hf_transfer.targets.target import check_classes
 from hf_transfer.training.pricing import Price, Pricing
 from hf_transfer.training.records import to_json
 
@@ -125,6 +126,7 @@ def advise(session: Session, *, measure: bool = False, budget_s: float | None = 
     600). Without `measure`, `budget_s` limits the estimated time of the recommended strategy. In a distributed run, all
     processes must call this function. Raises ValueError if the logits are not a weighted sum of linear maps.
     """
+    check_classes(session.data.target, "advise")
     session = session.without_test()
     clock = [time.perf_counter()]
     candidates = find_candidates(session)

@@ -26,6 +26,7 @@ from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.session import Session
+from hf_transfer.targets.target import check_classes
 from hf_transfer.threads import set_num_threads
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,9 @@ def rank(
         raise ValueError(f"sample={sample}: choose the number of images, 1 or more, or 0 for all images")
     accelerator = accelerator or Accelerator()
     set_num_threads(config.compute.num_threads, accelerator.device)
-    data = sample_data(load_data(config.data), sample, config.seed)
+    loaded = load_data(config.data)
+    check_classes(loaded.target, "rank")
+    data = sample_data(loaded, sample, config.seed)
     share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))
     rows, failures = [], {}
     with Costs() as costs:

@@ -20,7 +20,7 @@ from hf_transfer.targets.losses import Sigmoid
 from hf_transfer.targets.target import Labels, MetricInfo, Target, TrainingLoss, register_target
 
 if TYPE_CHECKING:
-    from hf_transfer.config import ClassBalance
+    from hf_transfer.config import GradientConfig
 
 
 @register_target
@@ -37,6 +37,8 @@ class MultiLabel(Target):
         MetricInfo(key="exact_match", title="All labels right"),
         MetricInfo(key="nll", title="Log loss", kind="number", unit="nats"),
     )
+
+    loss_settings: ClassVar[frozenset[str]] = frozenset({"asymmetric_gamma"})
 
     thresholds: tuple[float, ...] = ()
     """The probability above which each label counts as present; empty: 0.5 for all labels."""
@@ -129,12 +131,14 @@ class MultiLabel(Target):
         losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(0.0), reduction="none")
         return (losses * known).sum(1) / known.sum(1).clamp_min(1)
 
-    def make_training_loss(
-        self, labels: Labels, *, label_smoothing: float, class_balance: ClassBalance, device: torch.device
-    ) -> TrainingLoss:
-        """Returns the binary cross-entropy, summed over the labels, with labels moved by half of `label_smoothing` to 0.5."""
-        super().make_training_loss(labels, label_smoothing=0.0, class_balance=class_balance, device=device)
-        return _BinaryCrossEntropy(label_smoothing=label_smoothing)
+    def make_training_loss(self, labels: Labels, settings: GradientConfig, device: torch.device) -> TrainingLoss:
+        """Returns the binary cross-entropy, averaged over the labels, with labels moved by half of `label_smoothing` to 0.5.
+
+        With `asymmetric_gamma`, the loss of an absent label is multiplied by a power of the predicted probability, so that the
+        many easy absent labels count less (asymmetric loss, arXiv 2009.14119, without the shift).
+        """
+        training = settings.training
+        return _BinaryCrossEntropy(label_smoothing=training.label_smoothing, gamma=training.asymmetric_gamma)
 
     def make_convex_loss(self, labels: Tensor) -> Sigmoid:
         """Returns the binary cross-entropies of one logistic regression per label."""
@@ -207,12 +211,15 @@ class MultiLabel(Target):
 @dataclass(frozen=True, kw_only=True)
 class _BinaryCrossEntropy(TrainingLoss):
     label_smoothing: float
+    gamma: float
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         known = ~labels.isnan()
         smoothed = labels.nan_to_num(0.0) * (1 - self.label_smoothing) + 0.5 * self.label_smoothing
         losses = F.binary_cross_entropy_with_logits(logits, smoothed, reduction="none")
-        return (losses * known).sum()
+        if self.gamma > 0:
+            losses = losses * torch.where(smoothed < 0.5, logits.sigmoid() ** self.gamma, 1.0)
+        return (losses * known).sum() / logits.shape[1]
 
 
 def _mark(values: Sequence[Any], index_of: dict[Any, int]) -> Labels:

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
+from hf_transfer.config import GradientConfig
 from hf_transfer.metrics import regression
 from hf_transfer.metrics.arrays import to_numpy
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.targets.labels import clean_names
 from hf_transfer.targets.losses import HalfSquare
-from hf_transfer.targets.target import Labels, MetricInfo, Target, register_target
+from hf_transfer.targets.target import Labels, MetricInfo, Target, TrainingLoss, register_target
 
 NUM_STRATA, LEAST_IN_STRATUM = 10, 4
 
@@ -39,6 +41,7 @@ class Regression(Target):
     )
 
     counts_labels: ClassVar[bool] = False
+    loss_settings: ClassVar[frozenset[str]] = frozenset({"huber_delta"})
 
     center: tuple[float, ...] = ()
     """The mean of each number among the training images; empty: 0."""
@@ -103,6 +106,10 @@ class Regression(Target):
         squares = ((logits - self._to_outputs(labels)) / self._unit(logits)).square()
         known = ~squares.isnan()
         return squares.nan_to_num(0.0).sum(1) / known.sum(1).clamp_min(1)
+
+    def make_training_loss(self, labels: Labels, settings: GradientConfig, device: torch.device) -> TrainingLoss:
+        """Returns the squared error of standardized numbers or, with `huber_delta`, twice the Huber loss, equal near 0."""
+        return _SquaredError(target=self, huber_delta=settings.training.huber_delta)
 
     def make_convex_loss(self, labels: Tensor) -> HalfSquare:
         """Returns the squared error of ridge regression on standardized numbers."""
@@ -179,6 +186,20 @@ class Regression(Target):
         """Returns the spread (K,) of the training labels in units of the outputs."""
         is_raw = self.folded and self.scale
         return logits.new_tensor(self.scale) if is_raw else logits.new_ones(len(self.names))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SquaredError(TrainingLoss):
+    target: Regression
+    huber_delta: float  # in standard deviations of the training labels; 0: squares everywhere
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        wanted = self.target._to_outputs(labels)
+        known = ~wanted.isnan()
+        given, wanted = logits[known], wanted[known]
+        if self.huber_delta > 0:
+            return 2 * F.huber_loss(given, wanted, reduction="sum", delta=self.huber_delta) / logits.shape[1]
+        return F.mse_loss(given, wanted, reduction="sum") / logits.shape[1]
 
 
 def _parse(value: Any) -> Any:

@@ -19,7 +19,7 @@ from hf_transfer.targets.losses import Softmax
 from hf_transfer.targets.target import Labels, MetricInfo, Target, TrainingLoss, register_target
 
 if TYPE_CHECKING:
-    from hf_transfer.config import ClassBalance
+    from hf_transfer.config import GradientConfig
 
 
 @register_target
@@ -126,14 +126,12 @@ class SingleLabel(Target):
         """Returns the cross-entropy (B,) in nats."""
         return F.cross_entropy(logits, labels, reduction="none")
 
-    def make_training_loss(
-        self, labels: Labels, *, label_smoothing: float, class_balance: ClassBalance, device: torch.device
-    ) -> TrainingLoss:
+    def make_training_loss(self, labels: Labels, settings: GradientConfig, device: torch.device) -> TrainingLoss:
         """Returns the cross-entropy with smoothed labels and, with `class_balance` "loss", with weights of the classes."""
         counts = torch.from_numpy(self.count(labels)).float().to(device)
         balanced = counts.sum() / (len(counts) * counts)
-        weights = balanced if class_balance == "loss" else torch.ones_like(counts)
-        return _CrossEntropy(class_weights=weights, label_smoothing=label_smoothing)
+        weights = balanced if settings.class_balance == "loss" else torch.ones_like(counts)
+        return _CrossEntropy(class_weights=weights, label_smoothing=settings.training.label_smoothing)
 
     def make_convex_loss(self, labels: Tensor) -> Softmax:
         """Returns the cross-entropy."""

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_transfer.config import GradientConfig, StrategyConfig
 from hf_transfer.targets.losses import AnyConvex, ConvexLoss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hf_transfer.config import ClassBalance
     from hf_transfer.metrics.records import Metrics, Score
 
 OUR_KEY = "hf_transfer_target"  # in config.json
@@ -94,6 +94,9 @@ class Target(ABC):
 
     outputs_name: ClassVar[str] = "values"
     """What `activate` returns, as the name of a column in predictions.parquet."""
+
+    loss_settings: ClassVar[frozenset[str]] = frozenset()
+    """The settings in `TrainingConfig` of a loss of one kind of target that this target uses."""
 
     counts_labels: ClassVar[bool] = True
     """Whether `count` says how many images have each label; numbers have no such counts."""
@@ -174,12 +177,20 @@ class Target(ABC):
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the loss (B,) of each image, for logits (B, K)."""
 
-    def make_training_loss(
-        self, labels: Labels, *, label_smoothing: float, class_balance: ClassBalance, device: torch.device
-    ) -> TrainingLoss:
+    def check_settings(self, settings: StrategyConfig) -> None:
+        """Raises ValueError, before anything trains, for a setting that means nothing for this target."""
+        if settings.class_balance != "none" and not self.has_classes:
+            raise ValueError(
+                f"class_balance={settings.class_balance!r}: a {self.problem_type} target has no classes to balance; omit"
+                " --class_balance"
+            )
+        if isinstance(settings, GradientConfig):
+            for name in {"asymmetric_gamma", "huber_delta"} - self.loss_settings:
+                if getattr(settings.training, name) > 0:
+                    raise ValueError(f"{name}: a {self.problem_type} target has no such loss; omit --{name}")
+
+    def make_training_loss(self, labels: Labels, settings: GradientConfig, device: torch.device) -> TrainingLoss:
         """Returns the loss of gradient steps on images with these labels (N, ...)."""
-        if class_balance != "none":
-            raise ValueError(f"class_balance={class_balance!r}: a {self.problem_type} target has no classes to balance")
         return _SumOfLosses(self)
 
     def make_convex_loss(self, labels: Tensor) -> ConvexLoss:
@@ -308,6 +319,15 @@ def find_target(problem_type: str) -> type[Target]:
             f"problem_type={problem_type!r}: choose one of {', '.join(sorted(_TARGETS))}, or import the module that defines it"
         )
     return _TARGETS[problem_type]
+
+
+def check_classes(target: Target, command: str) -> None:
+    """Raises ValueError, in the name of a command that compares accuracies, if the target is not one class per image."""
+    if not target.has_classes:
+        raise ValueError(
+            f"{command} compares accuracies, and a {target.problem_type} target has none: train linear_probe, then last_layers"
+            " or full, and compare their metrics"
+        )
 
 
 def read_target(config: Mapping[str, Any], names: Sequence[str]) -> Target:

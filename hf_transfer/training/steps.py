@@ -153,12 +153,7 @@ class Steps:
         self.accelerator, self.device = run.session.accelerator, run.session.accelerator.device
         train = run.session.data.train
         self.labels, self.target = train.labels, train.target
-        self.loss = train.target.make_training_loss(
-            train.labels,
-            label_smoothing=self.settings.training.label_smoothing,
-            class_balance=self.settings.class_balance,
-            device=self.device,
-        )
+        self.loss = train.target.make_training_loss(train.labels, self.settings, self.device)
         self.accumulate = count_accumulated(run.session)
         self.images_per_step = count_images_per_step(run.session)
         self.steps_per_epoch = count_steps(run.inputs.feed.num_images, self.images_per_step)
