@@ -1,6 +1,6 @@
 """Decides which rows of features (one row per image) each fit of a probe uses, which rows score the fit, and their weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,17 @@ class Folds:
     fit_weights: Tensor  # (number of folds, N) the weight of each row in the fit of a fold
     head_weights: Tensor  # (N,) the weight of each row in the fit of the head
     score_weights: Tensor  # (N,) the weight of each row in the score
+
+
+def take_folds(folds: Folds, count: int) -> Folds:
+    """Returns the first `count` folds, whose fits score only the rows that these folds hold out."""
+    is_held_out = folds.fold_of < count
+    return replace(
+        folds,
+        fold_of=torch.where(is_held_out, folds.fold_of, -1),
+        fit_weights=folds.fit_weights[:count],
+        score_weights=folds.score_weights * is_held_out,
+    )
 
 
 def draw_folds(strata: Tensor, folds: int, seed: int, groups: Tensor | None = None) -> Tensor:
