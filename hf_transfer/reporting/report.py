@@ -175,8 +175,9 @@ class LabelTable:
 
 def lay_out_labels(scores: Mapping[str, Any]) -> LabelTable | None:
     """Returns the table of classes (lowest recall first), labels or numbers in a split's scores, or None without one."""
+    word = "Class" if "confusion_matrix" in scores else "Label"
     for key, title, note in (
-        ("per_class", "Class", "In percent, lowest recall first."),
+        ("per_class", word, "In percent, lowest recall first."),
         ("per_number", "Number", "In the order of the network's outputs."),
     ):
         if rows := scores.get(key):
