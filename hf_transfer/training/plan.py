@@ -158,7 +158,7 @@ def draw_history(phases: Sequence[PhaseResult]) -> tuple[Curve, ...]:
         line(f"validation {loss_name}", lambda r: r.validation.loss),
     )
     quality = [line("validation", lambda r: r.validation.quality)]
-    if records[0].train_accuracy is not None:
+    if records[0].validation.names[0] == "accuracy":
         quality.insert(0, line("training", lambda r: r.train_accuracy or 0.0))
     title = quality_name.capitalize()
     return (
