@@ -55,8 +55,8 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     if counts[largest] > _STRONG_IMBALANCE * counts[smallest]:
         notes.append(
-            f"{'Classes' if train.target.has_classes else 'Labels'} are strongly imbalanced: train has {counts[largest]:,} images of {names[largest]!r},"
-            f" {counts[smallest]:,} of {names[smallest]!r}."
+            f"{'Classes' if train.target.has_classes else 'Labels'} are strongly imbalanced: train has"
+            f" {counts[largest]:,} images of {names[largest]!r}, {counts[smallest]:,} of {names[smallest]!r}."
             + (
                 " --class_balance loss or sampler gives all classes the same weight."
                 if train.target.has_classes
