@@ -297,7 +297,7 @@ def check_case(case: Case, folder: Path, dataset: Path) -> dict[str, Any]:
             pixels = make_pixels(backbone.preprocessing.image_shape, 2)
             row["failures"] += [text for pair in made.compare(backbone, pixels) if (text := _differ(*pair))]
         solve, *steps = session.config.strategy.plan(session)
-        result = run_plan(session, [replace(solve, sweep="none", folds=1), *steps])
+        result = run_plan(session, [replace(solve, sweep="none", cv_folds=1), *steps])
     except ValueError as error:
         is_right = case.refused is not None and case.refused in str(error) and "\n" not in str(error)
         return row | {"refused": str(error), "failures": [] if is_right else [f"refused: {error}"]}

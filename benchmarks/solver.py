@@ -64,7 +64,12 @@ def solve(given: argparse.Namespace) -> None:
     import torch
 
     import hf_transfer
-    from hf_transfer.solvers import probe
+
+    try:
+        from hf_transfer.solvers import probe
+        from hf_transfer.targets.single_label import SingleLabel
+    except ImportError:  # of commits before the targets
+        from hf_transfer.training import probe
 
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -77,8 +82,9 @@ def solve(given: argparse.Namespace) -> None:
     if hasattr(probe, "fit_probes"):
         from hf_transfer.solvers.features import RawFeatures
 
+        target = SingleLabel(names=tuple(map(str, range(num_classes))))
         readouts = [RawFeatures(arrays=pair, device=torch.device("cpu")) for pair in pairs]
-        probes = probe.fit_probes(readouts, train_y, val_y, num_classes)[0]
+        probes = probe.fit_probes(readouts, train_y, val_y, target)[0]
     else:
         tensors = [tuple(torch.from_numpy(x) for x in pair) for pair in pairs]
         probes = {i: probe.fit_probe(x, train_y, v, val_y, num_classes) for i, (x, v) in enumerate(tensors)}

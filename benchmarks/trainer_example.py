@@ -59,11 +59,13 @@ def train(
     arguments: dict[str, Any],
     *,
     trainable: Collection[str] | None = None,
+    adapted: Collection[str] | None = None,
     our_layout: bool = False,
 ) -> dict[str, Any]:
     """Trains and saves under `scratch`: seconds, images a second after the first epoch, test accuracy.
 
-    `trainable`: names in the timm model of what is not frozen; None: everything. `our_layout`: channels-last weights and
+    `trainable`: names in the timm model of what is not frozen; None: everything. `adapted`: names of modules that get LoRA of
+    rank 16 by peft; the head trains too. `our_layout`: channels-last weights and
     images, frozen layers in eval mode without gradients.
     """
     started = time.perf_counter()
@@ -78,6 +80,14 @@ def train(
     if trainable is not None:
         for name, parameter in body.named_parameters():
             parameter.requires_grad = name in trainable
+    if adapted is not None:
+        import peft
+
+        head = [f"timm_model.{n}" for n, m in body.named_modules() if m is body.get_classifier()]
+        settings = peft.LoraConfig(
+            r=16, lora_alpha=16, target_modules=[f"timm_model.{n}" for n in adapted], modules_to_save=head
+        )
+        model = peft.get_peft_model(model, settings)
     if our_layout:
         model = model.to(memory_format=torch.channels_last)
         _hold_frozen_in_eval(body)

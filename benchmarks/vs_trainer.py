@@ -2,7 +2,9 @@
 
     python benchmarks/vs_trainer.py --strategy probe --checkpoint FOLDER --dataset IMAGE_FOLDER --epochs 10 --repeats 3
 
-Strategies: `probe` (linear_probe), `last_layers` (k = 2), `full`. Each run is a process of its own, in turn A B C A B C ...;
+Strategies: `probe` (linear_probe), `last_layers` (k = 2), `full`, `probe_then_full`, `gradual` (one epoch in each of two middle
+phases; as many epochs together as the peer) and `lora` (the peer: peft on the same modules). The peer of `probe_then_full` and
+`gradual` trains everything from the start. Each run is a process of its own, in turn A B C A B C ...;
 its clock starts after imports and stops when the model is saved, with empty caches at the start; its memory is the largest
 sampled RssAnon of the process and its workers. The peers:
 
@@ -37,6 +39,7 @@ import psutil
 
 BATCH_SIZE = 32
 LAST_LAYERS = 2
+STRATEGIES = ("probe", "last_layers", "full", "probe_then_full", "gradual", "lora")
 RUNS = ("ours", "trainer", "trainer_layout", "bare", "before")
 
 
@@ -88,12 +91,18 @@ def run_child(kind: str, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def list_trainable(given: argparse.Namespace) -> list[str]:
-    """Names, in the timm model, of the parameters that the strategy trains."""
+    """Names, in the timm model, of the parameters that the strategy trains; for `lora`, of the modules that it adapts."""
     from hf_transfer.network.backbone import load
     from hf_transfer.network.policies import full, head, last
 
-    policy = {"probe": head(), "last_layers": last(LAST_LAYERS), "full": full()}[given.strategy]
-    return sorted(policy.select(load(given.checkpoint, ("a", "b")).chain()))
+    chain = load(given.checkpoint, ("a", "b")).chain()
+    if given.strategy == "lora":
+        from hf_transfer.config import AdapterConfig
+        from hf_transfer.network.adapters import find_targets
+
+        return sorted(find_targets(chain, AdapterConfig()).modules)
+    policy = {"probe": head(), "last_layers": last(LAST_LAYERS)}.get(given.strategy, full())
+    return sorted(policy.select(chain))
 
 
 def run_ours(given: argparse.Namespace) -> dict[str, Any]:
@@ -102,9 +111,9 @@ def run_ours(given: argparse.Namespace) -> dict[str, Any]:
 
     # Imported before the clock starts, as the peer's imports are.
     from hf_transfer.prefix import extract
-    from hf_transfer.training import evaluate, metrics, plan, readouts
+    from hf_transfer.training import evaluate, plan, readouts
 
-    assert all((ht.Task, extract, evaluate, metrics, plan, readouts))
+    assert all((ht.Task, extract, evaluate, plan, readouts))
     started = time.perf_counter()
     task = ht.Task(given.dataset, given.checkpoint, batch_size=BATCH_SIZE)
     steps = {"epochs": given.epochs, "tracker": "none"}
@@ -112,6 +121,9 @@ def run_ours(given: argparse.Namespace) -> dict[str, Any]:
         "probe": lambda: ht.linear_probe(),
         "last_layers": lambda: ht.last_layers(k=LAST_LAYERS, **steps),
         "full": lambda: ht.full(**steps),
+        "probe_then_full": lambda: ht.probe_then_full(**steps),
+        "gradual": lambda: ht.gradual(**{**steps, "epochs": max(1, given.epochs - 2)}, phases=4, phase_epochs=1),
+        "lora": lambda: ht.lora(**steps),
     }[given.strategy]()
     results = task.fit(strategy, output_dir=f"{given.scratch}/run").results
     if given.strategy == "probe":
@@ -141,9 +153,10 @@ def run_trainer(given: argparse.Namespace, *, our_layout: bool) -> dict[str, Any
         "dataloader_num_workers": given.workers,
         "seed": 0,
     }
-    trainable = None if given.trainable is None else set(json.loads(Path(given.trainable).read_text()))
+    names = None if given.trainable is None else set(json.loads(Path(given.trainable).read_text()))
+    chosen = {"adapted": names} if given.strategy == "lora" else {"trainable": names}
     return trainer_example.train(
-        given.checkpoint, given.dataset, given.scratch, arguments, trainable=trainable, our_layout=our_layout
+        given.checkpoint, given.dataset, given.scratch, arguments, **chosen, our_layout=our_layout
     )
 
 
@@ -228,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="timm checkpoint folder in Hub layout")
     parser.add_argument("--dataset", required=True, help="image folder with train/ and test/")
-    parser.add_argument("--strategy", choices=("probe", "last_layers", "full"), default="probe")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="probe")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(

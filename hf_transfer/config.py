@@ -26,7 +26,7 @@ MAX_MAGNITUDE = 30  # RandAugment has the 31 magnitudes 0 to 30
 Precision = Literal["fp32", "bf16", "fp16"]
 Decoder = Literal["exact", "fast"]
 SelectBy = Literal["accuracy", "log_loss"]
-ClassBalance = Literal["none", "loss"]
+ClassBalance = Literal["none", "loss", "sampler"]
 Sweep = Literal["none", "pooling", "layer", "all"]
 
 SHARE = Range(above=0, below=1)
@@ -245,6 +245,31 @@ class OutputConfig(Settings):
             split_repo_id(self.push_to_hub)
         elif self.private:
             raise ValueError("private=True: nothing is pushed without --push_to_hub OWNER/NAME")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepeatConfig(Settings):
+    """Settings of a run that trains several times: in folds, or with several seeds."""
+
+    folds: int = flag(
+        0,
+        "train K times, each time without one of K folds of the train and validation images, to measure the recipe on all of "
+        "them; the model is then trained on all of them; 0: train once",
+        allowed=Range(lowest=0, highest=1000),
+    )
+    seeds: int = flag(
+        1,
+        "train with this many seeds (seed, seed + 1, ...), to measure the spread and the gain over a linear probe; the model "
+        "is the first seed's",
+        allowed=Range(lowest=1, highest=1000),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds == 1:
+            raise ValueError("folds=1: choose 2 or more folds, or 0 to train once")
+        if self.folds and self.seeds > 1:
+            raise ValueError(f"folds={self.folds}, seeds={self.seeds}: omit --folds or --seeds")
 
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -475,7 +500,11 @@ class AdapterConfig(Settings):
 class StrategyConfig(Settings):
     """The settings that every strategy has."""
 
-    class_balance: ClassBalance = flag("none", "loss: weight classes in the loss inversely to their numbers of images")
+    class_balance: ClassBalance = flag(
+        "none",
+        "for classes of different size; loss: weight classes in the loss inversely to their numbers of images; sampler: each "
+        "epoch draws equally many training images of each class. For a solved head, both are the weights of loss",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -495,6 +524,7 @@ class RunConfig:
     model: ModelConfig = field(default=ModelConfig())
     compute: ComputeConfig = field(default=ComputeConfig())
     output: OutputConfig = field(default=OutputConfig())
+    repeat: RepeatConfig = field(default=RepeatConfig())
     strategy: StrategyConfig = field(default=StrategyConfig())
 
     @property

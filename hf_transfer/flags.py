@@ -32,6 +32,7 @@ GROUPS: Mapping[str, str] = {  # nested config -> title, in the order of `--help
     "training": "training",
     "data": "data",
     "model": "checkpoint",
+    "repeat": "folds and seeds",
     "compute": "machine and cache",
     "output": "output",
 }

@@ -42,12 +42,12 @@ def run(config: RunConfig) -> "RunResult":
     with catch_signals():
         with fast_imports():
             from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
-            from hf_transfer.runs import execute, open_session, push, start_logging
+            from hf_transfer.repeats import run_config
+            from hf_transfer.runs import push, start_logging
         exempt_from_collection()
         start_logging()
         with open_folder(config.output, name) as folder, explains_how_to_continue(make_resume_command(name, folder)):
-            session = open_session(config, output_dir=folder)
-            result = execute(session)
+            session, result = run_config(config, output_dir=folder)
             if config.output.push_to_hub is not None:
                 push(session, result, config.output.push_to_hub)
     return result

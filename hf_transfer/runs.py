@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory, suggest
 from hf_transfer.output import explains_how_to_continue, replace_results
 from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.reporting.predictions import PREDICTIONS, write_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_quality
+from hf_transfer.reporting.sentences import describe_precision, describe_quality
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.threads import set_num_threads
+from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.finish import finish_target
-from hf_transfer.training.records import RunResult
+from hf_transfer.training.records import Json, RunResult
 from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
 log = logging.getLogger("hf_transfer")
@@ -111,28 +114,40 @@ def open_session(
     return session
 
 
-@processes.ending_together()
 def execute(session: Session) -> RunResult:
+    """Runs `train_session`, and then disconnects the processes, so this is the last run of a program."""
+    result = train_session(session)
+    session.accelerator.end_training()
+    return result
+
+
+@processes.ending_together()
+def train_session(
+    session: Session, final: FinalFit | None = None, repeats: Mapping[str, Json] | None = None
+) -> RunResult:
     """Trains with the session's strategy, scores the network, and writes the output folder if the session has one.
 
+    `final`: how to train on all images, after a run of each fold. `repeats`: what these runs gave, for results.json.
     Raises FullMemoryError, with the settings that need less memory, if the memory of the machine or of the device is full.
     """
     assert isinstance(session.strategy, Strategy)
     with session.costs:
         try:
-            result = finish_target(session, session.strategy.run(session))
+            result = session.strategy.run(session) if final is None else session.strategy.run(session, final)
+            result = replace(finish_target(session, result), repeats=repeats or {})
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             raise FullMemoryError(suggest_batches(session)) from error
         if session.output_dir is not None:
             write_run(session, result)
-    session.accelerator.end_training()
+    while session.accelerator.trackers:  # each run has trackers of its own
+        session.accelerator.trackers.pop().finish()
     return result
 
 
 def write_run(session: Session, result: RunResult) -> dict[str, Any]:
-    """Writes config.yaml, model/, results.json and report.html in the main process, while the other processes wait.
+    """Writes all files of a finished run in the main process, while the other processes wait.
 
     Returns the content of results.json in the main process, and {} in the other processes. Raises ContinuableError if the disk
     refuses a file; an older run in the folder is then unchanged.
@@ -149,7 +164,11 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
             ) from error
         for split, metrics in result.metrics.items():
             log.info("%s: %s", split, describe_quality(metrics))
-        log.info("wrote %s (model/, results.json, report.html)", session.output_dir)
+        if precision := describe_precision(
+            result.metrics["test" if "test" in result.metrics else "validation"].to_dict()
+        ):
+            log.info("%s", precision)
+        log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)
     processes.wait_for_everyone()
     return results
 
@@ -162,6 +181,7 @@ def _write_results(session: Session, result: RunResult, folder: Path) -> dict[st
             save_model(result.backbone, card, staging / "model")
             write_reference(result.backbone, data.test or data.validation, staging / REFERENCE)
         results = describe_run(session, result)
+        write_predictions(staging / PREDICTIONS, data.splits, result.logits)
         write_config(staging, pin_revisions(session), session.unrepeatable)
         write_results(staging, results)
     return results

@@ -117,6 +117,11 @@ class Session:
         """Returns a session that saves its training states in the subfolder `name` of `checkpoints`."""
         return replace(self, state_name=name)
 
+    def with_all_images(self) -> "Session":
+        """Returns the session that trains on the pool of its train split, which has the validation images too."""
+        assert self.data.train.pool is not None
+        return replace(self, data=replace(self.data, train=self.data.train.pool))
+
     def without_test(self) -> "Session":
         """Returns the session without its test split, so that test images cannot influence the choice of a strategy."""
         return replace(self, data=replace(self.data, test=None))

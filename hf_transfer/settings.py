@@ -180,6 +180,7 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
     "num_cpu_threads_per_process": "num_threads", "torch_num_threads": "num_threads",
     "torchcompile": "compile", "torch_compile": "compile",
     "grad_checkpointing": "gradient_checkpointing",
+    "folds": "cv_folds", "n_folds": "folds", "num_folds": "folds", "k_folds": "folds", "n_splits": "folds",
     "scale": "crop_scale", "flip": "hflip", "colour": "color_jitter", "aa": "auto_augment", "reprob": "random_erasing",
     "erase": "random_erasing", "magnitude": "randaugment_magnitude", "least_side_px": "min_resolution_px",
     "report_to": "tracker", "log_wandb": "tracker", "resume_from_checkpoint": "resume", "save_steps": "save_every_s",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
     from hf_transfer.network.backbone import Backbone
     from hf_transfer.session import Session
+    from hf_transfer.training.final_fit import FinalFit
     from hf_transfer.training.phase import Plan
     from hf_transfer.training.pricing import Price, Pricing
     from hf_transfer.training.records import RunResult
@@ -83,12 +84,15 @@ class Strategy(StrategyConfig):
         """Returns the result to save, for example with merged adapters."""
         return result
 
-    def run(self, session: "Session") -> "RunResult":
-        """Runs the plan in the session, scores the trained network, and returns the result."""
+    def run(self, session: "Session", final: "FinalFit | None" = None) -> "RunResult":
+        """Runs the plan in the session, scores the trained network, and returns the result.
+
+        `final`: how to train on all images, after a run of each fold (see `training.final_fit`).
+        """
         from hf_transfer.training.plan import run_plan
 
         prepared = self.prepare(session)
-        return self.finish(prepared, run_plan(prepared, self.plan(prepared)))
+        return self.finish(prepared, run_plan(prepared, self.plan(prepared), final))
 
     def price(self, pricing: "Pricing") -> "Price | None":
         """Returns the estimated time and memory for `advise`, or None if `advise` never recommends the strategy."""

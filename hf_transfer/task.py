@@ -22,8 +22,9 @@ from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, Str
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.interrupts import catch_signals
 from hf_transfer.output import explains_how_to_continue, open_folder
+from hf_transfer.repeats import run_config
 from hf_transfer.run import Run
-from hf_transfer.runs import connect_processes, execute, open_session
+from hf_transfer.runs import connect_processes, open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import GradientStrategy, Strategy
@@ -126,24 +127,33 @@ class Task:
                 folder = contexts.enter_context(open_folder(output, strategy.name))
                 call = f"fit(..., output_dir={str(folder)!r}, resume=True)"
                 contexts.enter_context(explains_how_to_continue(call))
-            session = self._open(strategy, output, folder)
-            return Run(session=session, result=execute(session))
+            session, result = run_config(
+                self._configure(strategy, output),
+                load=self._load,
+                output_dir=folder,
+                unrepeatable=self._list_unrepeatable(strategy),
+            )
+            return Run(session=session, result=result)
 
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
         """Returns advice on the strategy that suits these images and this checkpoint (see `hf-transfer advise`)."""
         from hf_transfer.choosing.advise import advise
         from hf_transfer.strategy import make_strategy
 
-        session = self._open(make_strategy("auto", tracker="none"), OutputConfig(), None)
+        config = self._configure(make_strategy("auto", tracker="none"), OutputConfig())
+        session = open_session(config, load=lambda: self.data)
         with session.costs:
             return advise(session, measure=measure, budget_s=budget_s)
 
-    def _open(self, strategy: Strategy, output: OutputConfig, folder: Path | None) -> Session:
+    def _configure(self, strategy: Strategy, output: OutputConfig) -> RunConfig:
         config = replace(self.config, strategy=strategy, output=output)
         if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
             config = replace_settings(config, strategy.task_defaults)
-        unrepeatable = self._list_unrepeatable(strategy)
-        return open_session(config, load=lambda: self.data, output_dir=folder, unrepeatable=unrepeatable)
+        return config
+
+    def _load(self, config: RunConfig) -> Data:
+        """Returns the splits for `config`, whose seed may differ from the task's own."""
+        return self.data if config.data == self.config.data else load_data(config.data, self.images)
 
     def _list_unrepeatable(self, strategy: Strategy) -> list[str]:
         """Returns sentences about the inputs of the run that config.yaml does not contain."""

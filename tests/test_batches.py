@@ -23,6 +23,28 @@ def test_the_order_depends_on_epoch_and_seed_alone() -> None:
         assert (np.concatenate(draw_steps(50, 8, seed=seed, epoch=epoch)) != first).any()
 
 
+def test_balanced_epochs_have_equally_many_images_of_each_class() -> None:
+    labels = np.random.default_rng(1).permutation(np.repeat([0, 1, 3], [100, 20, 7]))
+    steps = draw_steps(127, 32, seed=0, epoch=2, balanced=labels)
+    draws = np.concatenate(steps)
+    assert len(draws) == len(set(draws.tolist())) == 127, "a repeat is another draw"
+    assert sorted(np.bincount(labels[draws % 127]).tolist()) == [0, 42, 42, 43]
+    times = np.bincount(draws % 127, minlength=127)
+    for label in (0, 1, 3):
+        assert np.ptp(times[labels == label]) <= 1, "no image repeats before the others of its class"
+    np.testing.assert_array_equal(draws, np.concatenate(draw_steps(127, 32, seed=0, epoch=2, balanced=labels)))
+    assert set(draws.tolist()) != set(np.concatenate(draw_steps(127, 32, seed=0, epoch=3, balanced=labels)).tolist())
+
+
+@pytest.mark.parametrize("views", [None, 1, 4])
+def test_a_repeated_image_is_read_in_another_view_if_there_is_one(views: int | None) -> None:
+    feed = Feed(num_images=10, views=views, read=lambda r: r, prepare=lambda t, r: t, is_pixels=False)
+    rows = feed.rows(np.array([7, 17, 27]), epoch=5)
+    assert (rows % 10 == 7).all()
+    assert len(set(rows.tolist())) == (1 if views == 1 else 3)
+    assert views is None or (rows < 10 * views).all()
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("accumulate", [1, 2, 5])
 def test_processes_and_batches_share_a_step(num_ranks: int, accumulate: int) -> None:

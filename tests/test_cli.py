@@ -102,7 +102,7 @@ def test_predict_and_evaluate_print_a_table_or_json(capsys: pytest.CaptureFixtur
 
 
 def test_train_runs_a_strategy_and_its_model_predicts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    flags = ["--images_per_class", "4", "--readouts", "none", "--folds", "1", "--output_dir", str(tmp_path / "run")]
+    flags = ["--images_per_class", "4", "--readouts", "none", "--cv_folds", "1", "--output_dir", str(tmp_path / "run")]
     main(["train", "linear_probe", *flags])
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["strategy"], results["config"]["images_per_class"]) == ("linear_probe", 4)

@@ -21,6 +21,7 @@ from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, Split, load_data
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.splits import draw, role_of
+from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
 
 CLASSES = ("ant", "bee", "cat")
@@ -675,6 +676,25 @@ def test_unusable_columns_are_errors_with_names_and_counts(
         load(parquet(tmp_path, train=rows))
 
 
+def test_lists_of_classes_keep_the_names_of_the_column(tmp_path: Path) -> None:
+    lists = datasets.List(datasets.ClassLabel(names=["cat", "dog", "owl"]))
+    rows = table([[0], [0, 1], [], [1, 2]], lists)
+    data = load(parquet(tmp_path, train=rows, validation=table([[1], [], [2], [0]], lists)))
+    assert data.target == MultiLabel(names=("cat", "dog", "owl"))
+    np.testing.assert_array_equal(data.train.labels, [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]])
+    assert data.train.counts().tolist() == [2, 2, 1]
+    assert data.train[1][1] == [1.0, 1.0, 0.0]
+
+
+def test_all_splits_are_read_as_the_train_split(tmp_path: Path) -> None:
+    """A split whose numbers are all whole would be classes on its own."""
+    data = load(parquet(tmp_path, train=table([0.5, 1.0, 2.0, 3.0]), validation=table([1.0, 2.0, 4.0, 3.0])))
+    assert data.target.problem_type == "regression"
+    assert data.validation.labels[:, 0].tolist() == [1.0, 2.0, 4.0, 3.0]
+    with pytest.raises(ValueError, match="the labels are for regression, not for single_label_classification"):
+        load(parquet(tmp_path, train=table([1.0, 2.0, 1.0, 2.0]), validation=table([0.5, 1.0, 2.0, 3.0])))
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     rows = table([0, 1, 0, 1], kind=["a", "b", "b", "a"], other=[png(9)] * 4)
     root = parquet(tmp_path, train=rows, validation=rows)
@@ -833,7 +853,11 @@ def test_without_network_the_cached_revision_is_read_and_said(cached_hub_dataset
 def test_a_hub_dataset_has_columns(cached_hub_dataset: str) -> None:
     with pytest.raises(ValueError, match="the data are already divided into 'train', 'test'; omit --split_column"):
         load("owner/insects", split_column="label")
-    data = load("owner/insects", label_column="label", group_column="label", where="label in [ant, bee]")
+    # Each class is one group, which cannot be divided: the stored test split validates.
+    columns = {"label_column": "label", "group_column": "label", "where": "label in [ant, bee]"}
+    with pytest.raises(ValueError, match="2 groups of the 10 train images cannot be divided"):
+        load("owner/insects", **columns)
+    data = load("owner/insects", validation_split="test", test_split="none", **columns)
     assert data.train.groups is not None
     assert sorted(set(data.train.groups.tolist())) == ["ant", "bee"]
     with pytest.raises(ValueError, match="split 'train': no row is left after the condition on column 'label'"):

@@ -315,7 +315,7 @@ def test_a_recipe_computes_each_checkpoints_own_features(two_folders: tuple[Path
     def log_loss(folder: Path, cache: str) -> float:
         run = tmp_path / f"{cache} {folder.name}"
         arguments = ["--checkpoint", str(folder), "--output_dir", str(run), "--images_per_class", "8"]
-        few = ["--readouts", "none", "--folds", "1"]
+        few = ["--readouts", "none", "--cv_folds", "1"]
         run_recipe("linear_probe", *arguments, *few, env={"HF_TRANSFER_CACHE": str(tmp_path / cache)})
         return float(json.loads((run / "results.json").read_text())["metrics"]["validation"]["nll"])
 

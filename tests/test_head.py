@@ -290,7 +290,7 @@ def test_a_distilled_checkpoint_is_probed_and_plain_timm_computes_the_probes_log
     monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
     session = make_session("linear_probe", checkpoint=str(checkpoint))
     result = run_plan(
-        session, [SolveHeadPhase(folds=2)]
+        session, [SolveHeadPhase(cv_folds=2)]
     )  # compares the whole network with the probe on stored features
     assert result.metrics["test"].accuracy > 0.2  # chance is 0.1
     save_model(result.backbone, results_for(result.backbone), tmp_path / "model")

@@ -17,6 +17,7 @@ from sklearn import metrics as sklearn_metrics
 
 from hf_transfer.metrics.bootstrap import mean_interval, resample_indices
 from hf_transfer.metrics.classification import read_outcomes, score
+from hf_transfer.metrics.formulas import count_images_to_tell_apart
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.training.gather import gather_logits
 
@@ -360,3 +361,13 @@ def test_gather_over_two_processes_counts_each_image_once(tmp_path: Path) -> Non
             worker.kill()
             worker.communicate()  # waits, and closes its pipe
     assert {path.name for path in tmp_path.iterdir()} == {"done-0", "done-1"}
+
+
+def test_as_many_images_as_said_tell_two_models_apart_in_four_of_five_cases() -> None:
+    """Simulated: two models with independent mistakes, 0.87 and 0.93, and the two-sided test at the 5 % level."""
+    count = count_images_to_tell_apart(0.9, 0.06)
+    generator = np.random.default_rng(0)
+    hits = [generator.binomial(count, accuracy, size=4000) / count for accuracy in (0.87, 0.93)]
+    error = np.sqrt(sum(share * (1 - share) for share in hits) / count)
+    assert (np.abs(hits[1] - hits[0]) > 1.96 * error).mean() == pytest.approx(0.8, abs=0.03)
+    assert count_images_to_tell_apart(0.9, 0.03) == pytest.approx(4 * count, abs=4)

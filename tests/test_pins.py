@@ -82,7 +82,7 @@ def test_config_yaml_repeats_the_run_after_the_branches_moved(hub: HubServer, tm
     upstream, pets = (hub.repositories[name] for name in ("bob/upstream", "bob/pets"))
     first = (upstream.commit(make_checkpoint(0), "main"), pets.commit(make_dataset(100), "main"))
     names = {"checkpoint": "bob/upstream@main", "dataset": "bob/pets"}
-    config = make_config("linear_probe", readouts="none", folds=2, images_per_class=None, **names)
+    config = make_config("linear_probe", readouts="none", cv_folds=2, images_per_class=None, **names)
     execute(open_session(config, output_dir=tmp_path / "run"))
     file = tmp_path / "run" / "config.yaml"
     settings = yaml.safe_load(file.read_text())

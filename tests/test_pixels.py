@@ -33,7 +33,7 @@ from hf_transfer.prefix.pixels import (
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.sweep import read_all_pixels, read_pixels
 from hf_transfer.threads import open_workers
-from hf_transfer.training.evaluate import compute_image_logits
+from hf_transfer.training.evaluate import AGREEING_IMAGES, compute_image_logits
 from tests.sessions import make_session
 from tests.test_extract import KilledAfter
 
@@ -134,6 +134,11 @@ def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preproce
         alone = np.array([row])
         assert torch.equal(together[position], stored.prepare(torch.from_numpy(stored.read(alone)), alone)[0])
     assert not torch.equal(together[0], together[2])  # one image in two epochs
+    back = np.array([count, count - 1, 2 * count - 1, 0])  # as a repeated image of a balanced epoch comes before others
+    mixed = stored.prepare(torch.from_numpy(stored.read(back)), back)
+    assert torch.equal(mixed[0], together[1])
+    assert torch.equal(mixed[1], together[0])
+    assert torch.equal(mixed[2], together[2])
 
 
 def test_a_side_below_the_networks_is_refused(split: Split, preprocessing: Preprocessing) -> None:
@@ -259,7 +264,7 @@ def test_squares_of_large_photos_are_those_of_the_whole_photo(tmp_path: Path, pr
 
 @pytest.mark.parametrize(("strategy", "cache"), [("linear_probe", "disk"), ("full", "disk"), ("full", "memory")])
 def test_a_run_decodes_each_image_once(strategy: str, cache: str, tmp_path: Path) -> None:
-    """Except the few validation images on which the saved probe is compared with its stored features."""
+    """Except the few validation images on which the saved network is compared with stored features or logits."""
     settings = {"epochs": 1} if strategy == "full" else {"readouts": "none"}
     session = make_session(strategy, tmp_path, cache=cache, images_per_class=4, **settings)
     (train, trained), (validation, validated), (test, tested) = (
@@ -270,7 +275,8 @@ def test_a_run_decodes_each_image_once(strategy: str, cache: str, tmp_path: Path
     session.strategy.run(replace(session, data=data))  # type: ignore[attr-defined]
     for split, source in ((train, trained), (test, tested)):
         assert source.decoded == dict.fromkeys(split.rows.tolist(), 1)
-    again = set(range(8)) if strategy == "linear_probe" else set()
+    number = 8 if strategy == "linear_probe" else AGREEING_IMAGES
+    again = set(np.linspace(0, len(validation) - 1, number).astype(int)) if strategy == "full" else set(range(number))
     assert validated.decoded == {row: 1 + (i in again) for i, row in enumerate(validation.rows.tolist())}
 
 

@@ -347,7 +347,10 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("recipe", "flags"),
     # The law excludes BatchNorm in train mode (--no-freeze_batchnorm), whose statistics are each process's own.
-    [("last_layers", ("--k", "2"))],  # for other strategies, see test_sharding.py
+    [
+        ("last_layers", ("--k", "2")),  # for other strategies, see test_sharding.py
+        ("last_layers", ("--k", "2", "--class_balance", "sampler")),
+    ],
 )
 def test_two_processes_train_as_one(tmp_path: Path, recipe: str, flags: tuple[str, ...]) -> None:
     """Law 6: the same global batch, real processes over gloo."""

@@ -244,7 +244,7 @@ def test_probe_is_the_refit_of_the_c_that_does_best_on_unseen_rows(device: str, 
     probe = fit_probe(
         *parts,
         classes(3),
-        ProbeOptions(folds=folds, spread_floor=0.0, c_grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)),
+        ProbeOptions(cv_folds=folds, spread_floor=0.0, c_grid=(1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)),
     )
     assert probe.score.loss == min(point.score.loss for point in probe.path)
     assert probe.c == min(probe.path, key=lambda point: point.score.loss).c
@@ -259,7 +259,7 @@ def test_held_out_numbers_are_those_of_a_fit_without_the_rows() -> None:
     features, targets = make_data(120, 10, 3)
     parts = split_four_to_one(features, targets)
     both, labels = torch.cat([parts[0], parts[2]]), torch.cat([parts[1], parts[3]])
-    probe = fit_probe(*parts, classes(3), ProbeOptions(folds=3, c_grid=[0.05], seed=7, spread_floor=0.0))
+    probe = fit_probe(*parts, classes(3), ProbeOptions(cv_folds=3, c_grid=[0.05], seed=7, spread_floor=0.0))
     fold_of = draw_folds(labels, 3, 7)
     scaled = StandardScaler().fit_transform(both.double().numpy())
     expected = np.zeros((120, 3))
@@ -276,10 +276,10 @@ def test_held_out_numbers_are_those_of_a_fit_without_the_rows() -> None:
 
 def test_single_split_scores_the_given_validation_rows_only() -> None:
     parts = split_four_to_one(*make_data(200, 10, 3))
-    probe = fit_probe(*parts, classes(3), ProbeOptions(folds=1, refit=False))
+    probe = fit_probe(*parts, classes(3), ProbeOptions(cv_folds=1, refit=False))
     logits = torch.from_numpy(compute_logits(parts[2], probe.weight, probe.bias)).float()
+    assert probe.held_out_logits[: len(parts[0])].isnan().all(), "no fit holds out a training row"
     held_out = probe.held_out_logits[len(parts[0]) :]
-    assert probe.held_out_logits[: len(parts[0])].isnan().all()
     torch.testing.assert_close(held_out, logits, atol=1e-2, rtol=1e-2)
     assert probe.score.loss == pytest.approx(torch.nn.functional.cross_entropy(held_out, parts[3]).item(), rel=1e-4)
     assert probe.score.quality == pytest.approx((held_out.argmax(1) == parts[3]).float().mean().item())
@@ -402,7 +402,7 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"folds": 0}, "folds=0: choose 1"),
+        ({"cv_folds": 0}, "cv_folds=0: choose 1"),
         ({"select_by": "auc"}, "select_by='auc': choose one of log_loss, accuracy"),
         ({"class_balance": "sampling"}, "class_balance='sampling': choose one of none, loss"),
     ],

@@ -119,7 +119,7 @@ def test_a_run_stays_in_its_folder_and_names_no_path_and_no_token(
             Image.new("RGB", (8, 8), (60 * c, 20 * i, 0)).save(files[-1][0])
     before = set(tmp_path.rglob("*"))
     task = ht.Task(files, str(home / "upstream"), dataset="photos", cache="none")
-    task.fit(ht.linear_probe(readouts="none", folds=1), output_dir=home / "run")
+    task.fit(ht.linear_probe(readouts="none", cv_folds=1), output_dir=home / "run")
     model = home / "run" / "model"
     written = [path for path in set(tmp_path.rglob("*")) - before if path.is_file()]
     assert all(path.is_relative_to(home / "run") for path in written)

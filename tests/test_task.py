@@ -29,7 +29,7 @@ CASES = {  # strategy -> its settings
     "linear_probe": {},
     "full": {"epochs": 1, "tracker": "none"},
 }
-FILES = {".lock", "config.yaml", "results.json", "model", "report.html", "reference.safetensors"}
+FILES = {".lock", "config.yaml", "results.json", "model", "report.html", "reference.safetensors", "predictions.parquet"}
 
 
 @pytest.fixture(scope="module", autouse=True)

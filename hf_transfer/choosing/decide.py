@@ -15,11 +15,11 @@ from typing import Any
 from hf_transfer.choosing.advise import Advice, advise
 from hf_transfer.choosing.candidates import find_candidates
 from hf_transfer.choosing.pilots import agree
-from hf_transfer.metrics.records import Metrics
 from hf_transfer.session import Session
 from hf_transfer.targets.target import check_classes
-from hf_transfer.training.evaluate import score_images
+from hf_transfer.training.evaluate import Scored, score_images
 from hf_transfer.training.feeds import check_augmentation
+from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.records import AutoChoice, Kept, RunResult, Verdict
 
 log = logging.getLogger(__name__)
@@ -61,12 +61,21 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
             result = tuned if choice.kept == advice.recommended else result
     if session.is_main:
         log.info("auto keeps the result of the strategy %s; verdict: %s", choice.kept, choice.verdict)
-    metrics = dict(result.metrics)
+    metrics, logits = dict(result.metrics), dict(result.logits)
     if session.data.test is not None:
         with session.costs.part("evaluate"):
-            metrics["test"] = _score_test(session, result)
+            test = _score_test(session, result)
+        metrics["test"], logits["test"] = test.metrics, test.logits
     details = {**result.details, "advice": _without_paths(advice, session)}
-    return replace(result, metrics=metrics, choice=choice, details=details)
+    return replace(result, metrics=metrics, logits=logits, choice=choice, details=details)
+
+
+def run_candidate(session: Session, final: FinalFit) -> RunResult:
+    """Trains the strategy that most folds kept on all images."""
+    strategy = find_candidates(session)[final.strategy]
+    if session.is_main:
+        log.info("training the strategy that most folds kept on all images: %s", strategy.name)
+    return strategy.run(strategy.restart(session), final)
 
 
 def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
@@ -96,7 +105,7 @@ def standard_error(first: float, second: float, num_images: int) -> float:
     return math.sqrt((first * (1 - first) + second * (1 - second)) / max(1, num_images))
 
 
-def _score_test(session: Session, result: RunResult) -> Metrics:
+def _score_test(session: Session, result: RunResult) -> Scored:
     assert session.data.test is not None
     chain = result.backbone.chain(cache_dir=session.resources.chain_dir)
     return score_images(chain, result.backbone.preprocessing, session.data.test, session)

@@ -27,7 +27,7 @@ from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, TEXT_TABLE_
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
-from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws
+from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 from hf_transfer.data.where import parse_where
 from hf_transfer.targets.labels import listed
@@ -55,6 +55,8 @@ class Data:
     """The Hub commit that was read, or None for data that is not from the Hub."""
     license: str | None = None
     """The license that the dataset's card states, or None if no license is stated."""
+    holds_out_validation: bool = False
+    """Whether the validation images are a fold, on which no head may be fitted. Otherwise, solved heads are fitted on them."""
     loading_notes: tuple[str, ...]
     """The sentences of `notes` that are known before images are read."""
 
@@ -141,6 +143,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     notes += notes_on_draws(
         config, train, validation, test, num_stored=num_stored, is_validation_drawn=is_validation_drawn
     )
+    drawn_splits = [split for split in (train, validation, test) if split is not None]
     return Data(
         train=train,
         validation=validation,
@@ -148,7 +151,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         name=stored.name,
         revision=stored.revision,
         license=stored.license,
-        loading_notes=(*notes, *notes_on_classes(train, validation, test)),
+        loading_notes=(*notes, *notes_on_groups(drawn_splits), *notes_on_classes(train, validation, test)),
     )
 
 

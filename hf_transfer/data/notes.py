@@ -35,8 +35,9 @@ def notes_on_draws(
                 f"The whole validation split is used ({len(validation):,} images); images_per_class limits only train."
             )
     if is_validation_drawn:
+        manner = "stratified" if train.groups is None else "in whole groups, stratified as well as these allow"
         notes.append(
-            f"No validation split is given, so {len(validation):,} train images are drawn as validation (stratified, seed"
+            f"No validation split is given, so {len(validation):,} train images are drawn as validation ({manner}, seed"
             f" {config.seed}), and {len(train):,} are left to train on."
         )
     if test is None:
@@ -54,9 +55,13 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
     largest, smallest = int(counts.argmax()), int(counts.argmin())
     if counts[largest] > _STRONG_IMBALANCE * counts[smallest]:
         notes.append(
-            f"Classes are strongly imbalanced: train has {counts[largest]:,} images of {names[largest]!r},"
-            f" {counts[smallest]:,} of {names[smallest]!r}."
-            + (" With --class_balance loss, all classes have the same weight." if train.target.has_classes else "")
+            f"{'Classes' if train.target.has_classes else 'Labels'} are strongly imbalanced: train has"
+            f" {counts[largest]:,} images of {names[largest]!r}, {counts[smallest]:,} of {names[smallest]!r}."
+            + (
+                " --class_balance loss or sampler gives all classes the same weight."
+                if train.target.has_classes
+                else ""
+            )
         )
     for split in (validation, test):
         absent = [names[k] for k in np.flatnonzero(split.counts() == 0)] if split else []
@@ -66,6 +71,23 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
     alike = [name for name in names if folded[name.casefold()] > 1]
     if alike:
         notes.append(f"The class names {listed(alike)} differ only in upper and lower case.")
+    return notes
+
+
+def notes_on_groups(splits: Sequence[Split]) -> list[str]:
+    """Returns sentences about groups (patients, cameras, videos, ...) that two splits share."""
+    notes = []
+    for split, other in combinations(splits, 2):
+        if split.groups is None or other.groups is None:
+            continue
+        shared = np.setdiff1d(np.intersect1d(split.groups, other.groups), [""])
+        leaked = int(np.isin(other.groups, shared).sum())
+        if leaked:
+            notes.append(
+                f"The {other.name} split shares {len(shared):,} groups with {split.name} ({leaked:,} of its {len(other):,}"
+                f" images): {listed(shared.tolist(), _MAX_LISTED_COPIES)}. Metrics on {other.name} are optimistic; keep each"
+                " group in one split."
+            )
     return notes
 
 

@@ -8,7 +8,7 @@ hashed once, in threads (xxh3, 128 bits).
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
@@ -295,6 +295,53 @@ class PixelSource(ImageSource):
         """Returns the whole image in mode RGB, and its width and height."""
         image = read_image(Image.fromarray(self._pixels[row]), self.name(row))
         return image, image.size
+
+
+class JoinedSource(ImageSource):
+    """The rows of several sources, one source after another."""
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        super().__init__(sum(map(len, sources)))
+        self._sources = tuple(sources)
+        self._starts = np.cumsum([0, *map(len, sources)])
+
+    def name(self, row: int) -> str:
+        """Returns the name that the image has in its own source."""
+        source, own = self._find(row)
+        return source.name(own)
+
+    def content(self, row: int) -> bytes:
+        """Returns the bytes that identify the image in its own source."""
+        source, own = self._find(row)
+        return source.content(own)
+
+    def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
+        """Returns the image as its own source does."""
+        source, own = self._find(row)
+        return source.reduced_image(own, least_px)
+
+    def digests(self, rows: NDArray[np.int64], manifests: Path | None = None) -> NDArray[np.uint8]:
+        """Returns the content hashes (len(rows), 16) uint8 that the sources know or compute."""
+        digests = np.zeros((len(rows), DIGEST_BYTES), np.uint8)
+        for source, where, own in self._divide(rows):
+            digests[where] = source.digests(own, manifests)
+        return digests
+
+    def set_digests(self, rows: NDArray[np.int64], digests: NDArray[np.uint8]) -> None:
+        """Stores content hashes (len(rows), 16) in the sources."""
+        for source, where, own in self._divide(rows):
+            source.set_digests(own, digests[where])
+
+    def _find(self, row: int) -> tuple[ImageSource, int]:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._sources[number], row - int(self._starts[number])
+
+    def _divide(self, rows: NDArray[np.int64]) -> Iterator[tuple[ImageSource, NDArray[np.int64], NDArray[np.int64]]]:
+        """Yields each source with the positions of its rows in `rows`, and these rows in the source."""
+        for source, start in zip(self._sources, self._starts, strict=False):
+            where = np.flatnonzero((rows >= start) & (rows < start + len(source)))
+            if len(where):
+                yield source, where, rows[where] - start
 
 
 def _pixel_bytes(pixels: NDArray[np.uint8]) -> bytes:

@@ -4,6 +4,9 @@ Every draw is stratified, seeded and nested. Each class is shuffled once, with a
 position in the shuffled class (its rank) alone decides where the image goes. The few-shot subset of k images per class consists
 of the first k ranks, so every subset contains all smaller subsets. Whether an image belongs to validation depends only on its
 rank, so the training and validation parts of these subsets are nested too.
+
+Where images have groups (patients, cameras, videos, ...), ranks draw the few-shot subset, and whole groups of it become
+validation (see `solvers.groups`).
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +26,8 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from hf_transfer.data.images import READER_VERSION, BadImageError
-from hf_transfer.data.sources import ImageSource
+from hf_transfer.data.sources import ImageSource, JoinedSource
+from hf_transfer.solvers.groups import draw_groups, number_groups
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.target import Labels, Target
 
@@ -63,6 +67,8 @@ class Split:
     groups: NDArray[np.str_] | None = (
         None  # (N,) the group (patient, camera, video, ...) of each image, if groups are named
     )
+    pool: Split | None = None  # a larger split with these images, from whose stored results this split takes its rows
+    pool_rows: NDArray[np.int64] | None = None  # (N,) the position of each image in `pool`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -149,7 +155,30 @@ class Split:
             labels=self.labels[positions],
             target=self.target,
             groups=None if self.groups is None else self.groups[positions],
+            pool=self.pool,
+            pool_rows=None if self.pool_rows is None else self.pool_rows[positions],
         )
+
+    def take_from_pool(self, indices: ArrayLike, name: Role) -> Split:
+        """Returns the images at positions `indices`, as `select` does, with this split as the pool of their stored results."""
+        positions = np.asarray(indices)
+        return replace(self.select(positions, name), pool=self, pool_rows=positions.astype(np.int64))
+
+
+def join(splits: Sequence[Split]) -> Split:
+    """Returns a training split of the images of all splits, one split after another. The splits have the same target."""
+    sources = list(dict.fromkeys(split.source for split in splits))
+    starts = dict(zip(sources, np.cumsum([0, *map(len, sources)]).tolist(), strict=False))
+    has_groups = any(split.groups is not None for split in splits)
+    groups = [np.full(len(s), "") if s.groups is None else s.groups for s in splits]
+    return Split(
+        name="train",
+        source=sources[0] if len(sources) == 1 else JoinedSource(sources),
+        rows=np.concatenate([split.rows + starts[split.source] for split in splits]),
+        labels=np.concatenate([split.labels for split in splits]),
+        target=splits[0].target,
+        groups=np.concatenate(groups) if has_groups else None,
+    )
 
 
 def draw(
@@ -157,10 +186,12 @@ def draw(
 ) -> tuple[Split, Split | None]:
     """Draws `images_per_class` images of each class and divides them into (train, validation), each in stored order.
 
-    If `images_per_class` is None, all images are drawn. If `validation_fraction` is None, validation is None.
+    If `images_per_class` is None, all images are drawn. If `validation_fraction` is None, validation is None. Images of one
+    group are all in train or all in validation.
 
     Raises:
-        ValueError: a class has fewer than `images_per_class` images, or only one image for both train and validation.
+        ValueError: a class has fewer than `images_per_class` images, or only one image for both train and validation, or every
+            class has only one group.
     """
     strata = train.target.stratify(train.labels)
     counts = np.bincount(strata, minlength=len(train.label_names))
@@ -190,10 +221,15 @@ def draw(
             f"too few images to draw a validation split: only one image of each of the classes {listed(too_small)}, but train"
             " and validation need one each; add images, or name a stored validation split with --validation_split"
         )
-    sizes = np.arange(int(counts.max()) + 1)
-    is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
     is_validation = np.zeros(len(train), np.bool_)
-    is_validation[is_kept] = is_validation_rank[ranks[is_kept]]
+    kept = train.select(np.flatnonzero(is_kept))
+    codes = number_groups([kept])
+    if codes is not None:
+        is_validation[is_kept] = draw_groups(strata[is_kept], codes, validation_fraction, seed)
+    else:
+        sizes = np.arange(int(counts.max()) + 1)
+        is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
+        is_validation[is_kept] = is_validation_rank[ranks[is_kept]]
     return (
         train.select(np.flatnonzero(is_kept & ~is_validation)),
         train.select(np.flatnonzero(is_kept & is_validation), name="validation"),

@@ -27,7 +27,8 @@ from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.charts import draw_curve, draw_matrix
 from hf_transfer.reporting.formats import format_percent, make_environment
-from hf_transfer.reporting.report import NO_TEST_SPLIT, find_metrics, lay_out_labels, name_labels
+from hf_transfer.reporting.report import explain_validation, find_metrics, lay_out_labels, name_labels
+from hf_transfer.reporting.sentences import describe_precision, describe_repeats
 
 MAX_TABLE_CLASSES = 50  # with more classes, the card lists only the classes with the lowest recall
 MIN_TRAIN_IMAGES = 20  # per class; the card warns of classes with fewer training images
@@ -120,7 +121,10 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
     if scores.get("accuracy") == 1.0:
         limits.append("The model made no mistake on so few images, so the intervals do not show how rare mistakes are.")
     if split != "test":
-        limits.append(NO_TEST_SPLIT)
+        limits.append(explain_validation(scores))
+    limits += [f"{line}." for line in describe_repeats(results)]
+    if precision := describe_precision(scores):
+        limits.append(precision)
     if results["details"].get("fine_tuned") is False:
         limits.append("The layers were trained one at a time and never together, because there was no fine-tuning.")
     word = "classes" if name_labels(scores) == "Class" else "labels"

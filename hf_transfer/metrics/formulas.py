@@ -4,12 +4,14 @@ Macro averages use only the classes that occur in the labels, as scikit-learn's 
 `f1_score(average="macro", labels=present, zero_division=0)`.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 CALIBRATION_BINS = 15
+Z_SIGNIFICANCE, Z_POWER = 1.96, 0.8416  # normal quantiles: 5 % level (two-sided), and a power of 80 %
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,3 +94,15 @@ def calibration_error(confidences: NDArray[np.float64], hits: NDArray[np.bool_])
     # The sizes of the bins cancel, so the error is the sum over bins of |sum of (hit - confidence)|, divided by N.
     gaps = np.bincount(bins, weights=hits - confidences, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(confidences))
+
+
+def count_images_to_tell_apart(accuracy: float, difference: float) -> int:
+    """Returns how many test images show, in 4 of 5 cases, that two models differ in accuracy by `difference`, at the 5 % level.
+
+    The models have about `accuracy`, and their mistakes are independent (two-sided test of two proportions). Models that share
+    most mistakes need fewer images.
+
+    >>> count_images_to_tell_apart(0.9, 0.02)
+    3533
+    """
+    return math.ceil(2 * accuracy * (1 - accuracy) * ((Z_SIGNIFICANCE + Z_POWER) / difference) ** 2)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from hf_transfer.prefix.engines import Runner, describe_engine, engine_tolerance
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.storage import Storage
-from hf_transfer.prefix.store import Store
+from hf_transfer.prefix.store import SelectedStore, Store
 from hf_transfer.prefix.sweep import batch_rows, count_replicas, place_model, prepare_for, sweep
 from hf_transfer.prefix.taps import Extractor, Tap
 
@@ -84,8 +84,14 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
     """Returns one float32 store per tap, with a row per image. Stores that are not in the cache are computed in one pass.
 
     For `StoredActivations`, only the layers after the stored cut run. With several processes, each process computes a range of
-    rows, and all processes can read all rows. Raises BadImageError, with the image's name, if an image cannot be decoded.
+    rows, and all processes can read all rows. If stores may lie on disk, the rows of a split with a pool are read from a store
+    of the whole pool. Raises BadImageError, with the image's name, if an image cannot be decoded.
     """
+    if isinstance(images, EvaluationImages) and images.split.pool is not None and resources.uses_disk:
+        extracted = extract(chain, images.preprocessing, images.split.pool, taps, resources)
+        rows = images.split.pool_rows
+        assert rows is not None
+        return replace(extracted, stores={n: SelectedStore(store, rows) for n, store in extracted.stores.items()})
     arrays = {name: (tap.shape, "float32") for name, tap in taps.items()}
     extraction = _Extraction(chain=chain, images=images, taps=taps, resources=resources)
     started = time.perf_counter()

@@ -8,7 +8,7 @@ its own augmentation. Stored pixels are memory-mapped, so training epochs neithe
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +23,7 @@ from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
-from hf_transfer.prefix.store import Store
+from hf_transfer.prefix.store import SelectedStore, Store
 from hf_transfer.threads import open_workers
 
 log = logging.getLogger(__name__)
@@ -147,9 +147,12 @@ class TrainingImages:
                 height_px=self.preprocessing.height_px,
                 width_px=self.preprocessing.width_px,
             )
-            for epoch in np.unique(epochs)  # in order, since a batch may end one epoch and start the next
+            for epoch in np.unique(epochs)  # a batch may end one epoch and start the next, or repeat images
         ]
-        return self.preprocessing.normalize_augmented(parts[0] if len(parts) == 1 else torch.cat(parts))
+        if len(parts) == 1:
+            return self.preprocessing.normalize_augmented(parts[0])
+        back = np.argsort(np.argsort(epochs, kind="stable"))
+        return self.preprocessing.normalize_augmented(torch.cat(parts)[torch.from_numpy(back).to(pixels.device)])
 
 
 class DecodedWhenRead(Store):
@@ -179,8 +182,8 @@ def read_evaluation_pixels(split: Split, preprocessing: Preprocessing, i: int) -
 def store_evaluation_pixels(split: Split, preprocessing: Preprocessing, resources: Resources) -> EvaluationImages:
     """Decodes the split once to exactly the pixels that evaluation uses, and stores the pixels."""
 
-    def read(i: int) -> dict[str, NDArray[Any]]:
-        return {"pixels": read_evaluation_pixels(split, preprocessing, i)}
+    def read(source: Split, i: int) -> dict[str, NDArray[Any]]:
+        return {"pixels": read_evaluation_pixels(source, preprocessing, i)}
 
     key = {"kind": "evaluation pixels", "preprocessing": dict(preprocessing.spec)}
     decoding = _Decoding(
@@ -204,8 +207,8 @@ def store_training_squares(
             f"choose {least} or more, or 0 for the default of {default_side_px(preprocessing)}"
         )
 
-    def read(i: int) -> dict[str, NDArray[Any]]:
-        image, size = split.reduced_image(i, resizing.REDUCING_GAP * side_px)
+    def read(source: Split, i: int) -> dict[str, NDArray[Any]]:
+        image, size = source.reduced_image(i, resizing.REDUCING_GAP * side_px)
         return {"squares": resizing.resize(image, side_px, side_px, "bicubic"), "sizes": np.array(size, np.int32)}
 
     arrays = {"squares": ((side_px, side_px, 3), "uint8"), "sizes": ((2,), "int32")}
@@ -221,13 +224,17 @@ class _Decoding:
     """The arrays that are stored for a split, and a function that decodes one image to this image's values in the arrays."""
 
     split: Split
-    read: Callable[[int], dict[str, NDArray[Any]]]  # values by array name
+    read: Callable[[Split, int], dict[str, NDArray[Any]]]  # values by array name
     arrays: Mapping[str, tuple[tuple[int, ...], str]]
+
+    def decode(self, i: int) -> dict[str, NDArray[Any]]:
+        """Returns the values of image `i`, decoded now."""
+        return self.read(self.split, i)
 
     def check(self, stores: Mapping[str, Store]) -> set[str]:
         """Returns the names of the stores whose first or last row differs from what decoding gives now."""
         rows = np.unique([0, len(self.split) - 1])
-        decoded = [self.read(int(i)) for i in rows]
+        decoded = [self.decode(int(i)) for i in rows]
         return {n for n, s in stores.items() if not np.array_equal(s[rows], np.stack([each[n] for each in decoded]))}
 
     def fill(self, missing: MissingRows, resources: Resources) -> int:
@@ -239,7 +246,7 @@ class _Decoding:
         def work(first: int) -> int:
             block = positions[first : first + ROWS_PER_TASK]
             for i in block:
-                for name, value in self.read(missing.start + int(i)).items():
+                for name, value in self.decode(missing.start + int(i)).items():
                     missing.arrays[name][i] = value
             missing.mark(block)
             return len(block)
@@ -280,7 +287,7 @@ class _Decoder:
         return np.stack(values) if values else np.empty((0, *shape), dtype)
 
     def _read_one(self, row: np.int64) -> dict[str, NDArray[Any]]:
-        values = self.decoding.read(int(row))
+        values = self.decoding.decode(int(row))
         for name, remembered in self._remembered.items():
             remembered[row] = values[name]
         self._is_decoded[row] = True
@@ -288,8 +295,14 @@ class _Decoder:
 
 
 def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -> dict[str, Store]:
-    """Returns the stores of the arrays that `decoding` describes, from the cache or by decoding the images now."""
+    """Returns the stores of the arrays that `decoding` describes, from the cache or by decoding the images now.
+
+    If stores may lie on disk, the rows of a split with a pool are read from a store of the whole pool.
+    """
     split, arrays = decoding.split, decoding.arrays
+    if split.pool is not None and split.pool_rows is not None and resources.uses_disk:
+        pooled = _decode(replace(decoding, split=split.pool), key, resources)
+        return {name: SelectedStore(store, split.pool_rows) for name, store in pooled.items()}
     num_decoded = 0
 
     def fill(missing: MissingRows) -> None:

@@ -57,6 +57,19 @@ class Store:
         return out
 
 
+class SelectedStore(Store):
+    """Some rows of another store, in any order, which are read from there."""
+
+    def __init__(self, store: Store, rows: Array) -> None:
+        # A zero-stride array has shape and dtype, and takes no memory.
+        super().__init__([np.broadcast_to(np.zeros((), store.dtype), (len(rows), *store.shape[1:]))])
+        self._store, self._rows = store, rows
+
+    def __getitem__(self, rows: slice | Array) -> Array:
+        """Returns the rows that the slice or int array `rows` selects."""
+        return self._store[self._rows[rows]]
+
+
 _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
 
 

@@ -13,10 +13,15 @@ from typing import Any
 
 from hf_transfer.reporting.charts import HEIGHT, WIDTH, lay_out_curve, lay_out_matrix
 from hf_transfer.reporting.formats import format_number, format_percent, make_environment
+from hf_transfer.reporting.sentences import describe_precision, describe_repeats
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import MetricInfo
 
 MAX_CONFUSED_PAIRS = 30
+ESTIMATED_BY_FOLDS = (
+    "There is no test split. Each image was predicted by a model that had not trained on its fold. The saved model has trained "
+    "on all of them."
+)
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 
 _FOLDED = [  # key, title
@@ -100,7 +105,7 @@ def render_report(results: Mapping[str, Any]) -> str:
             checkpoint={"id": "", "revision": ""} | results.get("checkpoint", {}),
             data=data,
             shown=shown,
-            warning="" if shown == "test" else NO_TEST_SPLIT,
+            warning="" if shown == "test" else explain_validation(scores),
             num_samples=scores["num_samples"],
             network=_describe_outputs(results, scores),
             has_pairs="confusion_matrix" in scores,
@@ -113,10 +118,20 @@ def render_report(results: Mapping[str, Any]) -> str:
             labels=lay_out_labels(scores),
             cost=_cost_table(results.get("cost", {})),
             fingerprints=_by_name(data["fingerprint"]),
-            notes=[*data["notes"], *scores.get("notes", [])],
+            notes=[*describe_repeats(results), *_list_precision(scores), *data["notes"], *scores.get("notes", [])],
             folded=[(title, _folded_text(results[key])) for key, title in _FOLDED if results.get(key)],
         )
     )
+
+
+def explain_validation(scores: Mapping[str, Any]) -> str:
+    """Returns the sentence that says what validation metrics are worth if there is no test split."""
+    return ESTIMATED_BY_FOLDS if scores.get("estimated_by") == "folds" else NO_TEST_SPLIT
+
+
+def _list_precision(scores: Mapping[str, Any]) -> list[str]:
+    sentence = describe_precision(scores)
+    return [] if sentence is None else [sentence]
 
 
 def find_metrics(results: Mapping[str, Any]) -> list[MetricInfo]:

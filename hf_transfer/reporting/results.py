@@ -20,7 +20,8 @@ from hf_transfer.reporting.sentences import describe_choice, describe_phase, des
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
-from hf_transfer.training.records import PhaseResult, RunResult, to_json
+from hf_transfer.training.final_fit import FoldRun
+from hf_transfer.training.records import PhaseResult, RunResult, phase_from_json, to_json
 
 SCHEMA_VERSION = 1  # raise the version if a change of results.json breaks scripts that read the file
 OF_ONE_START = ("output_dir", "overwrite_output_dir", "resume")  # settings that are left out of results.json
@@ -56,6 +57,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
         },
         "checkpoint": _describe_checkpoint(result.backbone),
         "config": public_settings(session.config, {"checkpoint": session.backbone.source.name, "dataset": data.name}),
+        **to_json(result.repeats),
     }
 
 
@@ -107,6 +109,18 @@ def write_config(output_dir: Path, config: RunConfig, unrepeatable: Sequence[str
     _write_whole(output_dir / CONFIG, comments + yaml.safe_dump(settings, sort_keys=False))
 
 
+def read_fold_run(results: Mapping[str, Any]) -> FoldRun:
+    """Returns what the run of a fold did, from its results.json."""
+    details = results["details"]
+    histories = [phase["history"] for phase in details["phases"]]
+    return FoldRun(
+        phases=tuple(_read_phase(*each) for each in zip(results["plan"], histories, strict=True)),
+        strategy=details.get("auto", {}).get("kept", results["strategy"]),
+        num_stages=len(details.get("stages", ())),
+        depth=details.get("depth", 0),
+    )
+
+
 def read_versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that affect the results."""
     versions = {"python": platform.python_version()}
@@ -130,6 +144,12 @@ def _describe_phase(phase: PhaseResult) -> dict[str, Any]:
     """Returns a phase as JSON values with a sentence in `description`. The history and values of None are omitted."""
     values = {name: value for name, value in to_json(phase).items() if value is not None and name != "history"}
     return {**values, "cut": phase.cut or "pixels", "description": describe_phase(phase)}
+
+
+def _read_phase(values: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> PhaseResult:
+    """Returns the phase that `_describe_phase` described."""
+    rest = {name: value for name, value in values.items() if name != "description"}
+    return phase_from_json({**rest, "cut": None if rest["cut"] == "pixels" else rest["cut"], "history": history})
 
 
 def _describe_details(session: Session, result: RunResult) -> dict[str, Any]:

@@ -1,7 +1,18 @@
 """Describes a run's phases, accuracy and choice of strategy in sentences, for logs, reports and model cards."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from hf_transfer.metrics.formulas import count_images_to_tell_apart
 from hf_transfer.metrics.records import Metrics
+from hf_transfer.targets.multi_label import MultiLabel
+from hf_transfer.targets.regression import Regression
+from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResult, Verdict
+
+WIDE_INTERVAL = 0.03  # of an accuracy: 3 points
+SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
+NUM_SPREADS = 3  # metrics in one sentence
 
 
 def describe_phase(phase: PhaseResult) -> str:
@@ -24,6 +35,61 @@ def describe_quality(metrics: Metrics) -> str:
     low, high = (f"{100 * bound:.1f}" if score.is_share else f"{bound:.3f}" for bound in bounds or (0.0, 0.0))
     interval = "" if bounds is None else f"95 % interval {low} to {high}, "
     return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"
+
+
+def describe_precision(metrics: Mapping[str, Any]) -> str | None:
+    """Returns a sentence about the interval of the accuracy in `metrics` (JSON values) if it is wide; otherwise None.
+
+    >>> describe_precision({"accuracy": 0.9, "accuracy_interval": [0.86, 0.94], "num_samples": 200})
+    'With 200 images, the 95 % interval of the accuracy is 8.0 points wide: to tell two models apart that differ by half of \
+it, about 884 images are needed.'
+    """
+    interval = metrics.get("accuracy_interval")
+    width = 0.0 if interval is None else interval[1] - interval[0]
+    if width < WIDE_INTERVAL:
+        return None
+    needed = count_images_to_tell_apart(metrics["accuracy"], width / 2)
+    return (
+        f"With {metrics['num_samples']:,} images, the 95 % interval of the accuracy is {100 * width:.1f} points wide: to tell "
+        f"two models apart that differ by half of it, about {needed:,} images are needed."
+    )
+
+
+def describe_folds(section: Mapping[str, Any]) -> str:
+    """Returns a sentence about mean and spread over folds, from the section `folds` of results.json."""
+    return f"{section['count']} folds: {_describe_spreads(section['metrics']['validation'])}"
+
+
+def describe_seeds(section: Mapping[str, Any]) -> list[str]:
+    """Returns sentences about mean and spread over seeds, from the section `seeds` of results.json."""
+    seeds = f"{len(section['seeds'])} seeds"
+    lines = [f"{seeds}, {split}: {_describe_spreads(values)}" for split, values in section["metrics"].items()]
+    gain = section.get("gain_over_probe")
+    if gain is not None:
+        low, high = (100 * bound for bound in gain["interval"])
+        lines.append(
+            f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "
+            f"{100 * gain['mean']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, on the same images)"
+        )
+    return lines
+
+
+def describe_repeats(results: Mapping[str, Any]) -> list[str]:
+    """Returns sentences about the folds or seeds in results.json; none if the recipe ran once."""
+    folds = [describe_folds(results["folds"])] if "folds" in results else []
+    return [*folds, *(describe_seeds(results["seeds"]) if "seeds" in results else [])]
+
+
+def _describe_spreads(metrics: Mapping[str, Any]) -> str:
+    """Returns the mean and the standard deviation of the first metrics, as text."""
+    texts = []
+    for name, values in list(metrics.items())[:NUM_SPREADS]:
+        is_share = 0 <= values["mean"] <= 1 and name in SHARES
+        factor, unit = (100, " %") if is_share else (1, "")
+        digits = 1 if is_share else 3
+        mean, std = factor * values["mean"], factor * values["std"]
+        texts.append(f"{name.replace('_', ' ')} {mean:.{digits}f}{unit} (standard deviation {std:.{digits}f})")
+    return ", ".join(texts)
 
 
 def describe_kept(phase: PhaseResult) -> str:

@@ -1,10 +1,11 @@
 """Decides which rows of features (one row per image) each fit of a probe uses, which rows score the fit, and their weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hf_transfer.solvers.groups import spread_groups
 from hf_transfer.targets.target import Target
 
 
@@ -21,8 +22,27 @@ class Folds:
     score_weights: Tensor  # (N,) the weight of each row in the score
 
 
-def draw_folds(strata: Tensor, folds: int, seed: int) -> Tensor:
-    """Returns the fold (N,) that holds out each row. Folds divide each stratum evenly, and their sizes differ by at most 1."""
+def take_folds(folds: Folds, count: int) -> Folds:
+    """Returns the first `count` folds, whose fits score only the rows that these folds hold out."""
+    is_held_out = folds.fold_of < count
+    return replace(
+        folds,
+        fold_of=torch.where(is_held_out, folds.fold_of, -1),
+        fit_weights=folds.fit_weights[:count],
+        score_weights=folds.score_weights * is_held_out,
+    )
+
+
+def draw_folds(strata: Tensor, folds: int, seed: int, groups: Tensor | None = None) -> Tensor:
+    """Returns the fold (N,) that holds out each row. Folds divide each stratum evenly, and their sizes differ by at most 1.
+
+    `groups` (N,): numbers of groups, each of which stays in one fold (see `groups.spread_groups`). With fewer groups than
+    folds, there are as many folds as groups.
+    """
+    if groups is not None:
+        count = min(folds, len(groups.unique()))
+        spread = spread_groups(strata.cpu().numpy(), groups.cpu().numpy(), count, seed)
+        return torch.from_numpy(spread).to(strata.device)
     order = torch.randperm(len(strata), generator=torch.Generator().manual_seed(seed))
     by_stratum = order[strata.cpu()[order].argsort(stable=True)]
     fold_of = torch.empty(len(strata), dtype=torch.int64)

@@ -15,18 +15,20 @@ standardized features. With two classes, C here is half of scikit-learn's C, bec
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_transfer.capability import accumulation_dtype
 from hf_transfer.config import ClassBalance, SelectBy
 from hf_transfer.metrics.records import Score
 from hf_transfer.solvers.features import RawFeatures
-from hf_transfer.solvers.folds import Folds, draw_folds
+from hf_transfer.solvers.folds import Folds, draw_folds, take_folds
 from hf_transfer.solvers.lbfgs import Problems, SolverOptions, minimize, standardize
 from hf_transfer.solvers.workers import map_on_cores
 from hf_transfer.targets.target import Target
@@ -55,6 +57,9 @@ On DeiT-Tiny's 24 readouts of 1,000 images, the log-loss on the coarse path was 
 problem, so two readouts that differ by 5 % keep their order. On 100 images, the two differed by up to 9 %, which is less than a
 standard error."""
 
+ROUGH_FOLDS = 2
+"""So many folds first tell which readouts are worse than the best by twice the margin; all folds judge the other readouts."""
+
 NEAR_MARGIN = 0.01
 """After a fine path near the best C, a readout may win if its held-out log-loss is at most this share above the lowest one."""
 
@@ -64,15 +69,15 @@ class _Steps:
     """How finely a path is solved."""
 
     tol: float  # relative to the objective
-    stride: int  # number of steps in the grid from one solved value of C to the next
     block: (
         int  # number of values of C that are solved together; the next block starts from the solution of the last value
     )
 
 
-_FINE = _Steps(tol=1e-5, stride=1, block=2)  # enough to compare values of C
-_COARSE = _Steps(tol=1e-3, stride=2, block=1)  # enough to compare readouts of different quality
-_NEAR = _Steps(tol=1e-5, stride=1, block=3)  # for the values of C between those of a coarse path
+_FINE = _Steps(tol=1e-5, block=2)  # enough to compare values of C
+_ROUGH = _Steps(tol=1e-2, block=1)  # enough to find readouts that are far from the best
+_COARSE = _Steps(tol=1e-3, block=1)  # enough to compare readouts of different quality
+_NEAR = _Steps(tol=1e-4, block=3)  # for the values of C between those of a coarse path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,18 +149,20 @@ def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 class ProbeOptions:
     """The settings for choosing C and fitting a probe.
 
-    `folds`: with 1, the validation rows choose C; with k >= 2, stratified k-fold cross-validation over training and validation
-    rows chooses C. `seed` draws the folds. With `select_by` "accuracy", the lowest log-loss wins among equal
-    accuracies. With `class_balance` "loss", all classes have equal weight, both in the fit and in the choice of C. Without
-    `refit`, the head is fitted on the training rows only. `memory_bytes`: working memory of the solver. `features_bytes`:
+    `cv_folds`: with 1, the validation rows choose C; with k >= 2, stratified k-fold cross-validation over training and
+    validation rows chooses C. `seed` draws the folds. With `select_by` "accuracy", the lowest log-loss wins among equal
+    accuracies. With `class_balance` "loss" or "sampler", all classes have equal weight, both in the fit and in the choice of
+    C. Without `refit`, the head is fitted on the training rows only. With `holds_out`, no fit of a fold sees validation rows
+    either, and they choose nothing unless `cv_folds` is 1. `memory_bytes`: working memory of the solver. `features_bytes`:
     larger features are read in blocks (see `features`).
     """
 
     c_grid: Sequence[float] = DEFAULT_C_GRID
     select_by: SelectBy = "log_loss"
     class_balance: ClassBalance = "none"
-    folds: int = 5
+    cv_folds: int = 5
     refit: bool = True
+    holds_out: bool = False
     spread_floor: float = SPREAD_FLOOR
     seed: int = 0
     max_iterations: int = 1000
@@ -164,9 +171,11 @@ class ProbeOptions:
 
     def __post_init__(self) -> None:
         _check_choice("select_by", self.select_by, ("log_loss", "accuracy"))
-        _check_choice("class_balance", self.class_balance, ("none", "loss"))
-        if self.folds < 1:
-            raise ValueError(f"folds={self.folds}: choose 1 (validation rows choose C) or more (cross-validation)")
+        _check_choice("class_balance", self.class_balance, ("none", "loss", "sampler"))
+        if self.cv_folds < 1:
+            raise ValueError(
+                f"cv_folds={self.cv_folds}: choose 1 (validation rows choose C) or more (cross-validation)"
+            )
 
     def solver(self, tol: float) -> SolverOptions:
         """Returns options for the solver, with the tolerance `tol`."""
@@ -252,14 +261,18 @@ def fit_probes(
     val_y: Tensor,
     target: Target,
     options: ProbeOptions = DEFAULT_OPTIONS,
+    groups: Tensor | None = None,
 ) -> tuple[dict[int, Probe], list[ProbeSummary]]:
     """Fits a head on each readout that may have the lowest held-out log-loss, and on the first readout, as `fit_probe` does.
 
     Returns the probes by the number of the readout, and a summary for every readout. The rows of all readouts are training
-    rows, then validation rows. If log-loss chooses C, coarse paths tell which readouts may win; otherwise, all are fitted.
+    rows, then validation rows. `groups` (N,): the number of each row's group, which no fold divides. If log-loss chooses C,
+    coarse paths tell which readouts may win; otherwise, all are fitted.
     """
     device = readouts[0].device
-    folds = _draw_folds(torch.cat([train_y.to(device), val_y.to(device)]), len(train_y), target, options)
+    labels = torch.cat([train_y.to(device), val_y.to(device)])
+    fold_of = _draw_fold_of(target.stratify(labels.cpu().numpy()), len(train_y), options, groups).to(device)
+    folds = _weigh_folds(labels, fold_of, len(train_y), target, options)
     summaries: dict[int, ProbeSummary] = {}
     with _full_precision():
         if len(readouts) > 1 and options.select_by == "log_loss":
@@ -272,46 +285,77 @@ def fit_probes(
 
 
 def _scout_all(readouts: Sequence[RawFeatures], folds: Folds, options: ProbeOptions) -> dict[int, ProbeSummary]:
-    """Returns summaries of the readouts that cannot win, by number. The first readout is not among them."""
-    device = readouts[0].device
-    coarse = map_on_cores(lambda features: _scout(features, folds, options, _COARSE), readouts, device)
-    lowest = min((losses for _, losses in coarse), key=lambda losses: float(losses.sum()))
-    lost, rest = {}, []
-    for i, (summary, losses) in enumerate(coarse):
-        excess = losses - lowest
-        highest = torch.maximum(COARSE_MARGIN * lowest.sum(), excess.std() * len(excess) ** 0.5)
-        if i > 0 and excess.sum() > highest:
-            lost[i] = summary
-        else:
-            rest.append(i)
-    if len(rest) <= 2:
-        return lost
+    """Returns summaries of the readouts that cannot win, by number. The first readout is not among them.
 
-    def look_near(i: int) -> ProbeSummary:
-        c_grid = sorted(options.c_grid)
-        best = c_grid.index(coarse[i][0].c)
-        return _scout(readouts[i], folds, replace(options, c_grid=c_grid[max(0, best - 1) : best + 2]), _NEAR)[0]
-
-    near = map_on_cores(look_near, rest, device)
-    highest_near = (1 + NEAR_MARGIN) * min(summary.score.loss for summary in near)
-    return lost | {i: s for i, s in zip(rest, near, strict=True) if i > 0 and s.score.loss > highest_near}
+    Each stage of fits is finer than the stage before, and looks only near the best C that was found there.
+    """
+    lost, rest, grid = dict[int, ProbeSummary](), list(range(len(readouts))), sorted(options.c_grid)
+    grids = dict.fromkeys(rest, grid[::2])
+    for steps, some, caution in ((_ROUGH, take_folds(folds, ROUGH_FOLDS), 2.0), (_COARSE, folds, 1.0)):
+        found = _scout_some(readouts, grids, some, options, steps)
+        lost |= {i: found[i][0] for i, is_lost in _find_losers(found, caution).items() if is_lost and i > 0}
+        rest = [i for i in rest if i not in lost]
+        if len(rest) <= 2:
+            return lost
+        best = {i: grid.index(found[i][0].c) for i in rest}
+        # Rough fits prefer too small values of C, never too large ones.
+        grids = {i: grid[max(0, k - 2) :: 2] for i, k in best.items()}
+    grids = {i: grid[max(0, k - 1) : k + 2] for i, k in best.items()}
+    found = _scout_some(readouts, grids, folds, options, _NEAR)
+    highest = (1 + NEAR_MARGIN) * min(summary.score.loss for summary, _ in found.values())
+    return lost | {i: summary for i, (summary, _) in found.items() if i > 0 and summary.score.loss > highest}
 
 
-def _draw_folds(labels: Tensor, num_train: int, target: Target, options: ProbeOptions) -> Folds:
-    count = options.folds
+_Scouted = tuple[ProbeSummary, Tensor]  # a path, and the weighted held-out losses (N,) for its best C
+
+
+def _scout_some(
+    readouts: Sequence[RawFeatures],
+    grids: Mapping[int, Sequence[float]],
+    folds: Folds,
+    options: ProbeOptions,
+    steps: _Steps,
+) -> dict[int, _Scouted]:
+    """Returns the path of each readout that has a grid of C, by number."""
+
+    def scout(i: int) -> _Scouted:
+        return _scout(readouts[i], folds, replace(options, c_grid=grids[i]), steps)
+
+    return dict(zip(grids, map_on_cores(scout, list(grids), readouts[0].device), strict=True))
+
+
+def _find_losers(found: Mapping[int, _Scouted], caution: float) -> dict[int, bool]:
+    """Returns whether each readout is worse than the best by `caution` times the margin."""
+    lowest = min((losses for _, losses in found.values()), key=lambda losses: float(losses.sum()))
+    excess = torch.stack([losses - lowest for _, losses in found.values()])
+    margin = torch.maximum(COARSE_MARGIN * lowest.sum(), excess.std(1) * excess.shape[1] ** 0.5)
+    return dict(zip(found, (excess.sum(1) > caution * margin).tolist(), strict=True))
+
+
+def _draw_fold_of(strata: NDArray[np.int64], num_train: int, options: ProbeOptions, groups: Tensor | None) -> Tensor:
+    """Returns the fold (N,) that holds out each row, on the CPU; -1: no fold."""
+    if options.cv_folds == 1:
+        return torch.where(torch.arange(len(strata)) < num_train, -1, 0)
+    count = num_train if options.holds_out else len(strata)
+    of_rows = None if groups is None else groups[:count]
+    fold_of = draw_folds(torch.from_numpy(strata[:count]), options.cv_folds, options.seed, of_rows)
+    return torch.cat([fold_of, fold_of.new_full((len(strata) - count,), -1)])
+
+
+def _weigh_folds(labels: Tensor, fold_of: Tensor, num_train: int, target: Target, options: ProbeOptions) -> Folds:
+    count = int(fold_of.max()) + 1
     is_train = torch.arange(len(labels), device=labels.device) < num_train
-    strata = torch.from_numpy(target.stratify(labels.cpu().numpy())).to(labels.device)
-    fold_of = torch.where(is_train, -1, 0) if count == 1 else draw_folds(strata, count, options.seed)
+    is_fitted = is_train if options.holds_out else torch.ones_like(is_train)
 
     def weigh(rows: Tensor) -> Tensor:
-        return target.balance(labels, rows) if options.class_balance == "loss" else rows.float()
+        return target.balance(labels, rows) if options.class_balance != "none" else rows.float()
 
     return Folds(
         target=target,
         labels=labels,
         is_train=is_train,
         fold_of=fold_of,
-        fit_weights=torch.stack([weigh(fold_of != fold) for fold in range(count)]),
+        fit_weights=torch.stack([weigh((fold_of != fold) & is_fitted) for fold in range(count)]),
         head_weights=weigh(torch.ones_like(is_train) if options.refit else is_train),
         score_weights=weigh(target.find_scored(labels, fold_of, count)),
     )
@@ -402,7 +446,7 @@ class _HeldOut:
 
 def _follow_path(held_out: _HeldOut, options: ProbeOptions, steps: _Steps) -> tuple[list[PathPoint], PathPoint, Tensor]:
     """Solves for growing values of C. Returns a point for each C, the best point, and the fits of all folds for the best C."""
-    c_grid, fit_weights = sorted(options.c_grid)[:: steps.stride], held_out.folds.fit_weights
+    c_grid, fit_weights = sorted(options.c_grid), held_out.folds.fit_weights
     num_folds = len(fit_weights)
     path: list[PathPoint] = []
     best: PathPoint | None = None

@@ -16,6 +16,7 @@ from hf_transfer.strategy import GradientStrategy
 
 if TYPE_CHECKING:
     from hf_transfer.session import Session
+    from hf_transfer.training.final_fit import FinalFit
     from hf_transfer.training.records import RunResult
 
 
@@ -28,8 +29,14 @@ class Auto(GradientStrategy):
     )
     measure: bool = flag(False, "choose the strategy after short training runs of the best candidates")
 
-    def run(self, session: "Session") -> "RunResult":
-        """Trains a linear probe and the advised strategy, and returns the better result."""
-        from hf_transfer.choosing.decide import choose_and_run
+    def run(self, session: "Session", final: "FinalFit | None" = None) -> "RunResult":
+        """Trains a linear probe and the advised strategy, and returns the better result.
+
+        With `final`, trains the strategy that most folds kept.
+        """
+        from hf_transfer.choosing.decide import choose_and_run, run_candidate
+
+        if final is not None:
+            return run_candidate(session, final)
 
         return choose_and_run(session, measure=self.measure, budget_s=self.budget_s)

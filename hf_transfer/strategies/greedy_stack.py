@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack
     from hf_transfer.network.growing import BlockSpec
     from hf_transfer.session import Session
+    from hf_transfer.training.final_fit import FinalFit
     from hf_transfer.training.records import RunResult
 
 DEFAULT_LAYERS, DEFAULT_WIDTH, DEFAULT_DOWNSAMPLE = 3, 16, (2, 3)
@@ -132,13 +133,13 @@ class GreedyStackStrategy(GradientStrategy):
         blocks = self._blocks(DEFAULT_WIDTH, tuple(n for n in DEFAULT_DOWNSAMPLE if n <= self._num_blocks))
         return create_blocks(data.target, blocks, self._aux_head(config), image_size_px=size_px)
 
-    def run(self, session: "Session") -> "RunResult":
+    def run(self, session: "Session", final: "FinalFit | None" = None) -> "RunResult":
         """Trains the stack layer by layer, then fine-tunes all layers together."""
         from hf_transfer.training.stages import GrowOptions, finish, grow
 
         options = GrowOptions(epochs=self.stage_epochs, patience_layers=self.patience_layers)
-        grown = grow(session, self.make_stack(session), options)
-        return finish(session, grown, lr=self.fine_tune_lr, fine_tunes=self.fine_tune)
+        grown = grow(session, self.make_stack(session), options, final)
+        return finish(session, grown, lr=self.fine_tune_lr, fine_tunes=self.fine_tune, final=final)
 
     def make_stack(self, session: "Session") -> "GreedyStack":
         """Returns the layers to stack, each with its auxiliary head."""

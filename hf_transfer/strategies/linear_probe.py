@@ -23,7 +23,7 @@ class LinearProbe(Strategy):
     """Settings of the linear probe."""
 
     select_by: SelectBy = flag("log_loss", "metric on held-out images that selects the regularization")
-    folds: int = flag(
+    cv_folds: int = flag(
         5,
         "cross-validation folds that select the regularization; 1: the validation split selects it",
         allowed=Range(lowest=1, highest=1000),
@@ -38,7 +38,7 @@ class LinearProbe(Strategy):
         """Returns one phase that solves for the head."""
         from hf_transfer.training.phase import SolveHeadPhase
 
-        return [SolveHeadPhase(sweep=self.readouts, folds=self.folds, select_by=self.select_by)]
+        return [SolveHeadPhase(sweep=self.readouts, cv_folds=self.cv_folds, select_by=self.select_by)]
 
     def price(self, pricing: "Pricing") -> "Price":
         """Returns the estimated cost: one pass over the images, and solving one convex problem."""

@@ -29,6 +29,7 @@ class MultiLabel(Target):
     """Any number of labels per image. Labels are (N, K) float32: 1 present, 0 absent, NaN unknown."""
 
     problem_type: ClassVar[str] = "multi_label_classification"
+    outputs_name: ClassVar[str] = "probabilities"
     metrics: ClassVar[tuple[MetricInfo, ...]] = (
         MetricInfo(key="mean_average_precision", title="Mean average precision", hub="mAP"),
         MetricInfo(key="f1_micro", title="Micro-F1", hub="f1"),
@@ -180,6 +181,10 @@ class MultiLabel(Target):
     def activate(self, logits: Tensor) -> Tensor:
         """Returns the sigmoid (B, K)."""
         return logits.sigmoid()
+
+    def deactivate(self, activated: Tensor) -> Tensor:
+        """Returns the log-odds (B, K) of probabilities, between about -20 and 20."""
+        return torch.logit(activated.double(), eps=1e-9).to(activated.dtype)
 
     def describe_network(self) -> str:
         """Returns that it is a multi-label classifier, with the number of labels."""

@@ -150,6 +150,12 @@ class Regression(Target):
             return logits
         return logits * logits.new_tensor(self.scale) + logits.new_tensor(self.center)
 
+    def deactivate(self, activated: Tensor) -> Tensor:
+        """Returns the outputs (B, K) that stand for numbers."""
+        if self.folded or not self.scale:
+            return activated
+        return (activated - activated.new_tensor(self.center)) / activated.new_tensor(self.scale)
+
     def has_outputs_of(self, other: Target) -> bool:
         """Whether a head for the target `other` computes the same outputs; standardized outputs differ from numbers."""
         return super().has_outputs_of(other) and isinstance(other, Regression) and self.folded == other.folded

@@ -30,6 +30,7 @@ class SingleLabel(Target):
     problem_type: ClassVar[str] = "single_label_classification"
     has_classes: ClassVar[bool] = True
     linear_model: ClassVar[str] = "logistic regression"
+    outputs_name: ClassVar[str] = "probabilities"
     metrics: ClassVar[tuple[MetricInfo, ...]] = (
         MetricInfo(key="accuracy", title="Accuracy", hub="accuracy"),
         MetricInfo(key="top5_accuracy", title="Top-5 accuracy"),
@@ -186,6 +187,10 @@ class SingleLabel(Target):
     def activate(self, logits: Tensor) -> Tensor:
         """Returns the softmax (B, K)."""
         return logits.softmax(1)
+
+    def deactivate(self, activated: Tensor) -> Tensor:
+        """Returns the logarithms (B, K) of probabilities."""
+        return activated.clamp_min(torch.finfo(activated.dtype).tiny).log()
 
     def describe_network(self) -> str:
         """Returns that it is an image classifier, with the number of classes."""

@@ -92,6 +92,9 @@ class Target(ABC):
     has_classes: ClassVar[bool] = False
     """Whether every image has exactly one class, so that classes can be balanced, or drawn with equal numbers of images."""
 
+    outputs_name: ClassVar[str] = "values"
+    """What `activate` returns, as the name of a column in predictions.parquet."""
+
     loss_settings: ClassVar[frozenset[str]] = frozenset()
     """The settings in `TrainingConfig` of a loss of one kind of target that this target uses."""
 
@@ -241,6 +244,10 @@ class Target(ABC):
     def activate(self, logits: Tensor) -> Tensor:
         """Returns what users see: probabilities or numbers (B, K)."""
         return logits
+
+    def deactivate(self, activated: Tensor) -> Tensor:
+        """Returns finite logits (B, K) from which `activate` returns `activated`."""
+        return activated
 
     @abstractmethod
     def describe_network(self) -> str:

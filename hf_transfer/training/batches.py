@@ -3,6 +3,10 @@
 The order of the images in an epoch depends only on the seed and the epoch. An epoch is divided into steps whose sizes differ
 by at most one image, so the network sees every image once and there is no small last step. A step is divided among processes,
 and the share of a process is divided into batches whose gradients are accumulated.
+
+With balanced classes, an epoch has as many images, but equally many of each class. Some images of large classes are then left
+out of an epoch, and images of small classes repeat, each time in another view. Draw `repeat * num_images + i` is repeat number
+`repeat` of image i.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +19,8 @@ from numpy.typing import NDArray
 
 Rows = NDArray[np.int64]
 
+_VIEWS_PER_REPEAT = 1_000_003  # a prime above the most epochs: repeats of an image share no view with it, stored or new
+
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
@@ -26,10 +32,12 @@ class Feed:
     prepare: Callable[[torch.Tensor, Rows], torch.Tensor]  # runs on the device
     is_pixels: bool  # whether `prepare` returns images, so that mixup and cutmix are possible
 
-    def rows(self, indices: Rows, epoch: int) -> Rows:
-        """Returns the rows of the store that contain the images `indices` in this epoch."""
-        view = epoch if self.views is None else epoch % self.views
-        return view * self.num_images + indices
+    def rows(self, draws: Rows, epoch: int) -> Rows:
+        """Returns the rows of the store that contain the images of `draws` in this epoch."""
+        repeats, indices = np.divmod(draws, self.num_images)
+        views = epoch + repeats * _VIEWS_PER_REPEAT
+        rows: Rows = (views if self.views is None else views % self.views) * self.num_images + indices
+        return rows
 
 
 def count_steps(num_images: int, images_a_step: int) -> int:
@@ -37,10 +45,37 @@ def count_steps(num_images: int, images_a_step: int) -> int:
     return -(-num_images // images_a_step)
 
 
-def draw_steps(num_images: int, images_a_step: int, *, seed: int, epoch: int) -> list[Rows]:
-    """Returns, for each step of an epoch, the indices of the step's images."""
+def draw_steps(
+    num_images: int, images_a_step: int, *, seed: int, epoch: int, balanced: Rows | None = None
+) -> list[Rows]:
+    """Returns, for each step of an epoch, the draws of the step's images.
+
+    `balanced`: the labels (N,) of the images, for epochs with equally many images of each class.
+    """
     order = np.random.default_rng([seed, epoch]).permutation(num_images).astype(np.int64)
+    if balanced is not None:
+        order = draw_balanced(balanced, seed=seed, epoch=epoch)[order]
     return np.array_split(order, count_steps(num_images, images_a_step))
+
+
+def draw_balanced(labels: Rows, *, seed: int, epoch: int) -> Rows:
+    """Returns N draws of N images, class by class, in which the numbers of images of the classes differ by at most 1.
+
+    An image repeats only after all images of its class were drawn.
+
+    >>> draws = draw_balanced(np.array([0, 0, 0, 0, 0, 1]), seed=0, epoch=0)
+    >>> np.bincount(np.array([0, 0, 0, 0, 0, 1])[draws % 6]).tolist(), sorted(draws[draws % 6 == 5].tolist())
+    ([3, 3], [5, 11, 17])
+    """
+    classes = np.random.default_rng([seed, epoch]).permutation(np.unique(labels))
+    draws = []
+    for number, label in enumerate(classes.tolist()):
+        members = np.flatnonzero(labels == label)
+        count = len(labels) // len(classes) + (number < len(labels) % len(classes))
+        order = np.random.default_rng([seed, epoch, label]).permutation(members)
+        repeats, positions = np.divmod(np.arange(count), len(members))
+        draws.append(repeats * len(labels) + order[positions])
+    return np.concatenate(draws).astype(np.int64)
 
 
 def take_share(step: Rows, *, rank: int, num_ranks: int, accumulate: int) -> list[Rows]:

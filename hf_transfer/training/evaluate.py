@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,6 +37,14 @@ IMAGES_FOR_CHECK = 8 * AGREEING_IMAGES
 LogitRows = NDArray[np.float32]
 LogitsAndLabels = tuple[LogitRows, Labels]
 """Logits (N, K) and labels (N, ...) of all images, on every process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The metrics of a network on one split, and the logits (N, K) that gave them, in the order of the split."""
+
+    metrics: Metrics
+    logits: NDArray[np.float32]
 
 
 def compute_stored_logits(
@@ -100,33 +108,37 @@ def compute_checked_logits(
     return compute_image_logits(model, images, labels, resources.in_fp32())
 
 
-def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Metrics:
-    """Returns the metrics of the whole network on a data split, in fp32. The images of the split are read from files."""
+def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Scored:
+    """Scores the whole network on a data split, in fp32. The images of the split are read from files."""
     return _score(chain, EvaluationImages(split=split, preprocessing=preprocessing), session)
 
 
 def score_splits(
-    session: Session, *, stored: EvaluationImages | None = None, validation_logits: LogitRows | None = None
-) -> dict[str, Metrics]:
-    """Returns the metrics of the whole network on the validation split and, if there is a test split, on the test split.
+    session: Session,
+    *,
+    stored: EvaluationImages | None = None,
+    validation_logits: LogitRows | None = None,
+    scores_validation: bool = True,
+) -> dict[str, Scored]:
+    """Scores the whole network on the validation split and, if there is a test split, on the test split.
 
     `stored`: the validation images with stored pixels, which are read if they are the published pixels. `validation_logits`:
     logits (N, K) of all validation images that training computed with the final weights. They are scored if they agree with
     the network in eager fp32, so that no layer runs on all validation images again.
     """
-    published, metrics = session.backbone.preprocessing, dict[str, Metrics]()
-    for split in (session.data.validation, session.data.test):
+    published, scored = session.backbone.preprocessing, dict[str, Scored]()
+    for split in (session.data.validation if scores_validation else None, session.data.test):
         if split is not None:
             is_stored = stored is not None and stored.split is split and stored.preprocessing is published
             images = stored if is_stored else EvaluationImages(split=split, preprocessing=published)
             assert images is not None
             logits = validation_logits if split is session.data.validation else None
-            metrics[split.name] = _score(session.chain, images, session, logits)
-    return metrics
+            scored[split.name] = _score(session.chain, images, session, logits)
+    return scored
 
 
-def _score(chain: Chain, images: EvaluationImages, session: Session, logits: LogitRows | None = None) -> Metrics:
-    """Returns the metrics of the whole network on `images`, from `logits` (N, K) if they agree with the network.
+def _score(chain: Chain, images: EvaluationImages, session: Session, logits: LogitRows | None = None) -> Scored:
+    """Scores the whole network on `images`, from `logits` (N, K) if they agree with the network.
 
     Metrics are always measured in fp32, because the saved weights are fp32 and users load them so, whatever the precision of
     the run. The run's engine computes missing logits, if there are enough images to prepare the engine for.
@@ -147,7 +159,8 @@ def _score(chain: Chain, images: EvaluationImages, session: Session, logits: Log
             num_images=max(0, len(images) - IMAGES_FOR_CHECK),
         )
         logits, _ = compute_checked_logits(chain.model, images, resources, engine)
-    return split.target.compute_metrics(logits, split.labels, seed=session.config.seed)
+    metrics = split.target.compute_metrics(logits, split.labels, seed=session.config.seed)
+    return Scored(metrics=metrics, logits=logits)
 
 
 def agrees_with_eager(logits: LogitRows, model: nn.Module, images: EvaluationImages, resources: Resources) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from hf_transfer.locations import chain_dir
+from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.head import has_bias, measure_inputs, scale_outputs
 from hf_transfer.session import Session
 from hf_transfer.training.records import RunResult
@@ -19,8 +20,21 @@ def check_foldable(session: Session) -> None:
 
 
 def finish_target(session: Session, result: RunResult) -> RunResult:
-    """Returns the result whose network is ready to be saved, in place: standardized outputs become numbers."""
-    folding = result.backbone.target.fold()
+    """Returns the result whose network is ready to be saved: with fitted decisions, and, in place, outputs that are numbers.
+
+    Thresholds of labels are fitted to the predictions for validation images, from which all metrics are then computed again.
+    """
+    data, logits, seed = session.data, result.logits, session.config.seed
+    decided = result.backbone.target
+    if "validation" in logits:
+        decided = decided.fit_decisions(logits["validation"], data.validation.labels)
+    if decided != result.backbone.target:
+        splits = {split.name: split for split in data.splits if split.name in result.metrics}
+        metrics: dict[str, Metrics] = {
+            name: decided.compute_metrics(logits[name], split.labels, seed=seed) for name, split in splits.items()
+        }
+        result = replace(result, metrics=metrics, backbone=replace(result.backbone, target=decided))
+    folding = decided.fold()
     if folding is None:
         return result
     target, factors, offsets = folding

@@ -4,9 +4,10 @@ import logging
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hf_transfer.data.splits import Split
 from hf_transfer.locations import chain_dir
-from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
@@ -14,7 +15,7 @@ from hf_transfer.settings import replace_settings
 from hf_transfer.solvers.probe import Probe
 from hf_transfer.targets.target import Target
 from hf_transfer.training import readouts
-from hf_transfer.training.evaluate import compute_stored_logits, score_images
+from hf_transfer.training.evaluate import Scored, compute_stored_logits, score_images
 from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.records import Kept, PhaseResult, RunResult
@@ -27,8 +28,9 @@ MAX_JUDGED = 10**8  # logits from which suspected labels are counted; 10**8 take
 def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     """Fits the head on training and validation images, after held-out images chose the readout (a way to compute features).
 
-    Each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises RuntimeError if
-    the whole network and the probe on stored features compute different logits.
+    If the validation images are a fold of a run with folds, the head is fitted on training images only, and scored on the fold.
+    Otherwise, each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises
+    RuntimeError if the whole network and the probe on stored features compute different logits.
     """
     chain, data = session.chain, session.data
     audit = Audit(chain, chain.features, chain.classifier_parameters)
@@ -49,11 +51,12 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         return fit_head(replace(session, config=replace_settings(session.config, {"decoder": "exact"})), phase)
     with session.costs.part("evaluate"):
         difference = readouts.verify_probe(trained, best, data.validation, session.resources)
-        metrics = _score(session, trained, best)
+        scores = _score(session, trained, best)
     return RunResult(
         backbone=trained,
         phases=(describe_solution(best, phase, data.target),),
-        metrics=metrics,
+        metrics={split: each.metrics for split, each in scores.items()},
+        logits=_read_train_logits(session, best) | {split: each.logits for split, each in scores.items()},
         curves=readouts.draw_regularization(scored),
         kept_probe=True,
         num_audited=len(audit),
@@ -97,26 +100,43 @@ def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase, targe
     )
 
 
-def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) -> dict[str, Metrics]:
-    """Scores held-out fits on the validation split, and the solved head on the test split.
+def _read_train_logits(session: Session, best: readouts.ProbedReadout) -> dict[str, NDArray[np.float32]]:
+    """Returns the held-out logits of the training images by the name of their split; {} if validation images chose C."""
+    logits = best.probe.held_out_logits[: len(session.data.train)]
+    return {"train": logits.numpy()} if bool(logits.isfinite().all()) else {}
 
-    In low precision or with fast pixels, the test metrics come from stored features only if the saved network, in fp32 on the
+
+def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) -> dict[str, Scored]:
+    """Scores the solved head on the test split and on a validation split that it was not fitted on.
+
+    If the head was fitted on the validation split, held-out fits are scored there.
+    """
+    data, scores = session.data, dict[str, Scored]()
+    if data.holds_out_validation:
+        scores["validation"] = _score_split(session, trained, best, data.validation)
+    else:
+        logits = best.probe.held_out_logits[len(data.train) :].numpy()
+        metrics = data.target.compute_metrics(logits, data.validation.labels, seed=session.config.seed)
+        scores["validation"] = Scored(metrics=metrics, logits=logits)
+    if data.test is not None:
+        scores["test"] = _score_split(session, trained, best, data.test)
+    return scores
+
+
+def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReadout, split: Split) -> Scored:
+    """Scores the solved head on a split whose images it was not fitted on.
+
+    In low precision or with fast pixels, the metrics come from stored features only if the saved network, in fp32 on the
     published pixels, agrees with the features.
     """
-    data, seed, compute = session.data, session.config.seed, session.config.compute
-    logits, labels = best.probe.held_out_logits[len(data.train) :], data.validation.labels
-    metrics = {"validation": data.target.compute_metrics(logits, labels, seed=seed)}
-    if data.test is not None and not readouts.measures_saved(session, trained, best, data.test):
+    if not readouts.measures_saved(session, trained, best, split):
         if session.is_main:
             log.info(
                 "the saved network on the published pixels differs from the features in %s with decoder %s: scoring again",
-                session.resources.precision, compute.decoder,
+                session.resources.precision, session.config.compute.decoder,
             )  # fmt: skip
         chain = trained.chain(cache_dir=chain_dir())
-        metrics["test"] = score_images(chain, trained.preprocessing, data.test, session)
-    elif data.test is not None:
-        test_logits, test_labels = compute_stored_logits(
-            best.compute_logits, best.features.stores["test"], data.test.labels, session.resources
-        )
-        metrics["test"] = data.target.compute_metrics(test_logits, test_labels, seed=seed)
-    return metrics
+        return score_images(chain, trained.preprocessing, split, session)
+    store = best.features.stores[split.name]
+    logits, labels = compute_stored_logits(best.compute_logits, store, split.labels, session.resources)
+    return Scored(metrics=split.target.compute_metrics(logits, labels, seed=session.config.seed), logits=logits)

@@ -57,6 +57,7 @@ class TrainedPhase:
 def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, Any] | None = None) -> TrainedPhase:
     """Trains the chain's model in place. Afterwards the model has the weights that `selection.Selection` chose.
 
+    If `run.length` is given, the model is not validated, and has the weights after that many epochs.
     `starts_trained`: whether the initial weights are kept unless an epoch is better beyond chance. `resumed`: the saved state
     of this phase. Raises NonFiniteLossError if the loss is not finite, FrozenChangedError if a frozen tensor changed, and
     Interrupted, after a state was saved, if a signal asked the run to end.
@@ -72,6 +73,8 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         if resumed is not None:
             progress = Progress.from_json(resumed["progress"])
             _restore(resumed, selection, trainable, accelerator)
+        elif run.length is not None:
+            selection.keep(run.length.score, None)
         elif starts_trained:
             selection.keep_start(validate(trainable.evaluated, session, run.inputs))
         steps = Steps(trained_run, trainable)
@@ -82,15 +85,21 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
             wait_for_everyone()  # the main process writes
 
         contexts.enter_context(deferred())
-        while progress.epoch < run.phase.epochs and not progress.stopped:
+        epochs = run.phase.epochs if run.length is None else run.length.epochs
+        while progress.epoch < epochs and not progress.stopped:
             steps.run_epoch(progress, save)
             with trainable.average.swapped(trainable.state) if trainable.average else nullcontext():
                 _agree_on_statistics(trainable.state, accelerator)
                 trainable.copy_back()
-                validation = validate(trainable.evaluated, session, run.inputs)
-                is_kept = selection.offer(validation, progress.epoch + 1)
-            _log_epoch(progress.finish_epoch(validation.score), run, is_kept=is_kept)
-            _stop_early(progress, selection, session)
+                if run.length is None:
+                    validation = validate(trainable.evaluated, session, run.inputs)
+                    validation_score, is_kept = validation.score, selection.offer(validation, progress.epoch + 1)
+                else:
+                    validation_score, is_kept = run.length.scores[progress.epoch], progress.epoch + 1 == epochs
+                    selection.keep(run.length.score, progress.epoch + 1)
+            _log_epoch(progress.finish_epoch(validation_score), run, is_kept=is_kept)
+            if run.length is None:
+                _stop_early(progress, selection, session)
             save()
         selection.restore()
         trainable.copy_back()
@@ -103,7 +112,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         kept_epoch=selection.epoch,
         score=selection.score,
         num_trainable=sum(p.numel() for name, p in chain.model.named_parameters() if name in run.names),
-        images_per_second=float(np.median(rates[1:] or rates)),
+        images_per_second=float(np.median(rates[1:] or rates or [0.0])),
         images=sum(record.images for record in progress.history),
         validation_logits=selection.logits,
     )
@@ -219,9 +228,9 @@ def _log_epoch(record: EpochRecord, run: PhaseRun, *, is_kept: bool) -> None:
     run.session.accelerator.log(values, step=run.epochs_before + record.epoch)
     if run.session.is_main:
         log.info(
-            "epoch %d: loss %.4f%s, validation %s, %.0f images/s%s", record.epoch, record.train_loss,
+            "epoch %d: loss %.4f%s, %s %s, %.0f images/s%s", record.epoch, record.train_loss,
             "" if record.train_accuracy is None else f", train accuracy {100 * record.train_accuracy:.1f} %",
-            record.validation.describe(),
+            "validation" if run.length is None else "the folds' mean", record.validation.describe(),
             record.images_per_second, " (keeping these weights)" if is_kept else "",
         )  # fmt: skip
 

@@ -48,28 +48,30 @@ class SolveHeadPhase:
 
     policy: Policy = field(default_factory=head)
     sweep: Sweep = "all"  # the readouts (ways to compute features from the network) that compete at the end of the run
-    folds: int = 5
+    cv_folds: int = 5
     select_by: SelectBy = "log_loss"
 
     def __post_init__(self) -> None:
-        if self.folds < 1:
-            raise ValueError(f"folds={self.folds}: choose 1 (validation images choose C) or more (cross-validation)")
+        if self.cv_folds < 1:
+            raise ValueError(
+                f"cv_folds={self.cv_folds}: choose 1 (validation images choose C) or more (cross-validation)"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that decide what the phase does, as JSON values."""
-        return {"sweep": self.sweep, "folds": self.folds, "select_by": self.select_by}
+        return {"sweep": self.sweep, "cv_folds": self.cv_folds, "select_by": self.select_by}
 
 
 Plan = Sequence[TrainPhase | SolveHeadPhase]
 
 
-def solve_head(*, sweep: Sweep = "all", folds: int = 5, select_by: SelectBy = "log_loss") -> SolveHeadPhase:
+def solve_head(*, sweep: Sweep = "all", cv_folds: int = 5, select_by: SelectBy = "log_loss") -> SolveHeadPhase:
     """Returns a phase that computes the head with a solver, for use in a custom plan.
 
-    >>> solve_head(folds=3).folds
+    >>> solve_head(cv_folds=3).cv_folds
     3
     """
-    return SolveHeadPhase(sweep=sweep, folds=folds, select_by=select_by)
+    return SolveHeadPhase(sweep=sweep, cv_folds=cv_folds, select_by=select_by)
 
 
 def train(policy: Policy, *, epochs: int = 12, **optimization: Any) -> TrainPhase:

@@ -24,6 +24,7 @@ from hf_transfer.settings import to_settings
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.checkpoints import StateWriter, remove_state, share_state
 from hf_transfer.training.feeds import PhaseData, check_augmentation, make_phase_data
+from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.fit_head import describe_solution
 from hf_transfer.training.loop import train_phase, validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
@@ -40,8 +41,8 @@ BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 # preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "num_threads", "tracker",
-    "save_every_s", "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge", "push_to_hub",
-    "private", "exclude", "relabel",
+    "save_every_s", "folds", "seeds", "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
+    "push_to_hub", "private", "exclude", "relabel",
 ))  # fmt: skip
 
 PhaseState = Mapping[str, Any] | None
@@ -68,17 +69,19 @@ def run_phases(
     *,
     checkpoints: Path | None = None,
     continues: Callable[[Sequence[PhaseResult]], bool] = lambda done: True,
+    final: FinalFit | None = None,
 ) -> PhasesResult:
     """Trains the chain's model in place, phase by phase, without scoring the result.
 
     The session's chain describes the whole network; a phase may train a part of the network through a chain of its own.
     Before every phase except the first, `continues` decides from the earlier results whether to run the phase.
 
+    With `final`, every phase trains on train and validation images, as long as the folds did, and nothing is validated.
     With `resume`, the run continues from the state in `checkpoints`. On a CPU, the result is then the same to the last bit as
     without the interruption. Raises ValueError, with the differences, if plan, network, data or settings have changed, and
     ContinuableError if a state cannot be saved. The last state is on the disk when this function ends.
     """
-    run = _PlanRun(session, plan, checkpoints)
+    run = _PlanRun(session, plan, checkpoints, final)
     try:
         run.restore()
         for number in range(len(run.done), len(plan)):
@@ -100,8 +103,8 @@ def run_phases(
 
 
 class _PlanRun:
-    def __init__(self, session: Session, plan: Plan, checkpoints: Path | None) -> None:
-        self.session, self.plan, self.checkpoints = session, plan, checkpoints
+    def __init__(self, session: Session, plan: Plan, checkpoints: Path | None, final: FinalFit | None) -> None:
+        self.session, self.plan, self.checkpoints, self.final = session, plan, checkpoints, final
         self.chains = [p.chain or session.chain if isinstance(p, TrainPhase) else session.chain for p in plan]
         # Select all parameters first, so that a policy that does not fit the network fails before anything runs.
         self.selected = [phase.policy.select(chain) for phase, chain in zip(plan, self.chains, strict=True)]
@@ -117,7 +120,7 @@ class _PlanRun:
         self._phase_state: PhaseState = None  # state of the interrupted phase
         self._inputs: PhaseData | None = None  # inputs of the previous phase
         self._validation_logits: NDArray[np.float32] | None = None  # of the previous phase's kept weights
-        self._identity = _describe_identity(session, plan)
+        self._identity = _describe_identity(session, plan, final)
         self._writer = StateWriter(checkpoints) if session.is_main and checkpoints is not None else None
 
     @property
@@ -129,7 +132,8 @@ class _PlanRun:
         session, last = self.session, self.plan[-1] if self.plan else None
         is_saved = session.resources.precision == "fp32" and session.config.compute.decoder == "exact"
         if (
-            not isinstance(last, TrainPhase)
+            self.final is not None
+            or not isinstance(last, TrainPhase)
             or last.chain is not None
             or not is_saved
             or len(self.done) < len(self.plan)
@@ -190,7 +194,8 @@ class _PlanRun:
         if session.is_main and len(self.plan) > 1:
             log.info("phase %d of %d: %s", number + 1, len(self.plan), phase.policy.name)
         if isinstance(phase, SolveHeadPhase):
-            self.done.append(_solve(session, phase, self._find_later_cuts(number)))
+            solved = _solve(session, phase, self._find_later_cuts(number), final=self.final)
+            self.done.append(solved if self.final is None else replace(solved, score=self.final.phases[number].score))
         else:
             if session.gradient.training.wise_ft and phase.chain is None and self.start is None:
                 self.start = self._find_start(number)
@@ -200,6 +205,8 @@ class _PlanRun:
         wait_for_everyone()
 
     def _train(self, number: int, phase: TrainPhase, session: Session) -> PhaseResult:
+        length = None if self.final is None else self.final.phases[number]
+        session = session if length is None else session.with_all_images()
         cut = session.chain.lowest_cut(self.selected[number])
         before = self._inputs if phase.through else None
         times = [time.perf_counter()]
@@ -214,6 +221,7 @@ class _PlanRun:
             save=self.save,
             epochs_before=sum(result.epochs for result in self.done),
             seed_offset=number << 32,  # two phases never use the same seed
+            length=length,
         )
         # A phase with its own chain has a new head, which no earlier phase has trained.
         starts_trained = phase.is_trained or (bool(self.done) and phase.chain is None)
@@ -252,7 +260,7 @@ class _PlanRun:
         if is_trained or any(isinstance(p, SolveHeadPhase) for p in self.plan[:number]):
             return wise.copy_weights(model, names)
         head = wise.copy_weights(model, self.session.chain.classifier_parameters)
-        _solve(self.session, SolveHeadPhase())
+        _solve(self.session, SolveHeadPhase(), final=self.final)
         start = wise.copy_weights(model, names)
         wise.set_weights(model, head)
         return start
@@ -288,22 +296,29 @@ class _PlanRun:
             )
 
 
-def _solve(session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = ()) -> PhaseResult:
-    """Fits the head on training images, and copies the head into the model. Stores the activations at the cuts `beside`."""
+def _solve(
+    session: Session, phase: SolveHeadPhase, beside: Sequence[Cut] = (), *, final: FinalFit | None
+) -> PhaseResult:
+    """Fits the head on training images, and copies the head into the model. Stores the activations at the cuts `beside`.
+
+    With `final`, the head is fitted on training and validation images.
+    """
     with session.costs.part("features"):
         # The test split is scored once, at the end of the run, and not here.
         candidates, computed = readouts.extract_readouts(session.without_test(), sweep="none", beside=beside)
     session.costs.count_images("features", computed)
     with session.costs.part("probe"):
-        options = readouts.probe_options(session, phase, refit=False)
+        options = readouts.probe_options(session, phase, refit=final is not None)
         best, _ = readouts.choose_readout(candidates, session, options)
         readouts.install_probe(session.backbone, session.chain, best)
+    if final is not None:
+        return describe_solution(best, phase, session.data.target)
     score = readouts.score_probe(best, session.data.validation, session.resources)
     log.info("linear probe: validation %s", score.describe())
     return replace(describe_solution(best, phase, session.data.target), score=score)
 
 
-def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
+def _describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> dict[str, Any]:
     """Describes network, settings, data and plan as JSON values. A run resumes only from a state with the same description."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED | BATCHES}
     settings["images_per_step"] = count_images_per_step(session)
@@ -314,7 +329,7 @@ def _describe_identity(session: Session, plan: Plan) -> dict[str, Any]:
     preprocessing = dict(session.backbone.preprocessing.spec)
     return {
         "format": STATE_FORMAT, "network": network, "preprocessing": preprocessing, **settings, **splits,
-        "plan": [phase.identity() for phase in plan],
+        "plan": [phase.identity() for phase in plan], "final": None if final is None else to_json(final.phases),
     }  # fmt: skip
 
 

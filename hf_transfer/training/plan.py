@@ -12,6 +12,7 @@ from hf_transfer.session import Session
 from hf_transfer.training import wise
 from hf_transfer.training.evaluate import score_splits
 from hf_transfer.training.feeds import make_phase_data
+from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.finish import check_foldable
 from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.loop import validate
@@ -26,33 +27,38 @@ log = logging.getLogger(__name__)
 VERIFIED_LOG_LOSS: Mapping[Precision, float] = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2}
 
 
-def run_plan(session: Session, plan: Plan) -> RunResult:
+def run_plan(session: Session, plan: Plan, final: FinalFit | None = None) -> RunResult:
     """Trains the session's network in place, phase by phase, and scores the network on validation images and test images.
 
     If the first phase solves for the head and no gradient step improves on this head, or if the plan has no gradient steps, the
     result is a linear probe (see `training.fit_head`). This probe is fitted on validation images too, each of which is scored
     by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
 
+    With `final`, everything trains on train and validation images together, and the folds' metrics are those of validation.
     Saves states in the folder `session.checkpoints`. Raises the errors of `check_foldable` and `run_phases`.
     """
     check_foldable(session)
-    if session.config.compute.decoder == "exact":
-        return _run(session, plan)
-    drift = measure_drift(session.data.validation, session.backbone.preprocessing, session.resources)
-    result = _run(session, plan)
-    return replace(result, details={**result.details, "decoder_drift": to_json(drift)})
+    is_exact = session.config.compute.decoder == "exact"
+    drift = (
+        None if is_exact else measure_drift(session.data.validation, session.backbone.preprocessing, session.resources)
+    )
+    result = _run(session, plan, final)
+    if final is not None:
+        metrics = {**result.metrics, "validation": final.metrics}
+        result = replace(result, metrics=metrics, logits={**result.logits, **final.logits})
+    return result if drift is None else replace(result, details={**result.details, "decoder_drift": to_json(drift)})
 
 
-def _run(session: Session, plan: Plan) -> RunResult:
+def _run(session: Session, plan: Plan, final: FinalFit | None) -> RunResult:
     if plan and all(isinstance(phase, SolveHeadPhase) for phase in plan):
         assert isinstance(plan[-1], SolveHeadPhase)
         return fit_head(session, plan[-1])
-    ran = run_phases(session, plan, checkpoints=session.checkpoints)
+    ran = run_phases(session, plan, checkpoints=session.checkpoints, final=final)
     done, curves, details = ran.done, draw_history(ran.done), dict[str, Json]()
     first = plan[0] if plan and isinstance(plan[0], SolveHeadPhase) else None
     keeps_probe = first is not None and len(done) > 1 and all(phase.kept is Kept.START for phase in done[1:])
     if ran.start is not None and not keeps_probe:
-        mixed = _interpolate(ran.start, session)
+        mixed = _interpolate(ran.start, session, final)
         done = (*done[:-1], replace(done[-1], score=mixed.best.score, wise_ft_alpha=mixed.best.alpha))
         curves = (*curves, wise.draw_wise(mixed))
         details["wise_ft"] = {"alpha": mixed.best.alpha, "points": to_json(mixed.points)}
@@ -73,21 +79,33 @@ def _run(session: Session, plan: Plan) -> RunResult:
         assert first is not None
         return _end_as_probe(session, first, result)
     with session.costs.part("evaluate"):
-        metrics = score_splits(session, stored=ran.validation_images, validation_logits=ran.validation_logits)
-    if done:
-        _verify(metrics["validation"], done[-1].score, session)
-    return replace(result, metrics=metrics)
+        scores = score_splits(
+            session,
+            stored=ran.validation_images,
+            validation_logits=ran.validation_logits,
+            scores_validation=final is None,
+        )
+    if done and final is None:
+        _verify(scores["validation"].metrics, done[-1].score, session)
+    return replace(
+        result,
+        metrics={split: each.metrics for split, each in scores.items()},
+        logits={split: each.logits for split, each in scores.items()},
+    )
 
 
 def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) -> RunResult:
-    log.info("no gradient step beat the probe: the result is the probe, fitted on training and validation images")
+    is_refitted = not session.data.holds_out_validation
+    images = "training and validation images" if is_refitted else "training images"
+    log.info("no gradient step beat the probe: the result is the probe, fitted on %s", images)
     probe = fit_head(session, phase)
-    solved = replace(probe.phases[0], refitted=True)
+    solved = replace(probe.phases[0], refitted=is_refitted)
     return replace(
         result,
         backbone=probe.backbone,
         phases=(solved, *result.phases[1:]),
         metrics=probe.metrics,
+        logits=probe.logits,
         details={**result.details, **probe.details},
     )
 
@@ -110,8 +128,11 @@ def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
     log.warning("%s: weights were chosen by imprecise scores; --precision fp32 and --decoder exact avoid this", message)
 
 
-def _interpolate(start: wise.Weights, session: Session) -> wise.WiseResult:
+def _interpolate(start: wise.Weights, session: Session, final: FinalFit | None) -> wise.WiseResult:
     chain, accelerator = session.chain, session.accelerator
+    if final is not None and final.wise_ft_alpha is not None:
+        by_folds, alphas = final.phases[-1].score, (final.wise_ft_alpha,)
+        return wise.interpolate(chain.model, start, lambda: by_folds, select_by="accuracy", alphas=alphas)
     inputs = make_phase_data(session, chain.lowest_cut(set(start)))
 
     def score() -> Score:
@@ -139,7 +160,7 @@ def draw_history(phases: Sequence[PhaseResult]) -> tuple[Curve, ...]:
         line(f"validation {loss_name}", lambda r: r.validation.loss),
     )
     quality = [line("validation", lambda r: r.validation.quality)]
-    if records[0].train_accuracy is not None and quality_name == "accuracy":
+    if records[0].validation.names[0] == "accuracy":
         quality.insert(0, line("training", lambda r: r.train_accuracy or 0.0))
     title = quality_name.capitalize()
     return (

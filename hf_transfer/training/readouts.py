@@ -27,6 +27,7 @@ from hf_transfer.prefix.taps import Tap, count_bytes, tap_activation
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.solvers.features import RawFeatures, default_memory
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.solvers.probe import FINAL_TOL, Probe, ProbeOptions, ProbeSummary, choose_probe, fit_probes
 from hf_transfer.solvers.workers import count_workers
 from hf_transfer.training.evaluate import AGREEING_IMAGES, agrees, compute_exact_logits, compute_stored_logits
@@ -135,7 +136,9 @@ def choose_readout(
             RawFeatures(arrays=[c.stores[s.name] for s in splits], device=device, memory_bytes=share)
             for c in candidates
         ]
-        probes, summaries = fit_probes(readouts, train_y, val_y, session.data.target, options)
+        codes = number_groups(splits)
+        groups = None if codes is None else torch.from_numpy(codes)
+        probes, summaries = fit_probes(readouts, train_y, val_y, session.data.target, options, groups)
         for candidate, summary in zip(candidates, summaries, strict=True):
             log.info(
                 "fitted a probe on the readout %s (%d features)%s: C = %.3g, held-out %s, %.1f s",
@@ -160,8 +163,9 @@ def probe_options(session: Session, phase: SolveHeadPhase, *, refit: bool) -> Pr
     return ProbeOptions(
         select_by=phase.select_by if refit else "log_loss",
         class_balance=session.strategy.class_balance,
-        folds=phase.folds if refit else 5,
-        refit=refit,
+        cv_folds=phase.cv_folds if refit else 5,
+        refit=refit and not session.data.holds_out_validation,
+        holds_out=session.data.holds_out_validation,
         seed=session.config.seed,
     )
 

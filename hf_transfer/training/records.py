@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.network.backbone import Backbone
 
@@ -124,12 +127,17 @@ class RunResult:
     backbone: Backbone
     phases: tuple[PhaseResult, ...]
     metrics: Mapping[str, Metrics]  # by split: validation, and test if the data set has a test split
+    # (N, K) by split, for predictions.parquet: train images only where held-out fits scored all of them
+    logits: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
     curves: tuple[Curve, ...] = ()
     kept_probe: bool = False  # whether the result is a linear probe, because no gradient step beat the solved head
     num_audited: int = 0  # number of frozen tensors that were compared with their initial values
     resumed: bool = False
     choice: AutoChoice | None = None  # only for the strategy `auto`
     details: Mapping[str, Json] = field(default_factory=dict)  # values of one strategy for results.json
+    repeats: Mapping[str, Json] = field(
+        default_factory=dict
+    )  # `folds` or `seeds` in results.json, of a run that trains often
 
     @property
     def validation(self) -> Metrics:

@@ -118,6 +118,11 @@ class Selection:
         self._best = Score.from_dict(state["best"]) if state["best"] else None
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
 
-    def _keep(self, validation: Validation, epoch: int | None) -> None:
-        self._score, self.logits, self.epoch = validation.score, validation.logits, epoch
+    def keep(self, score: Score, epoch: int | None) -> None:
+        """Keeps the current weights, which have the given score, after an epoch or (None) before the first epoch."""
+        self._score, self.epoch = score, epoch
         self._weights = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+
+    def _keep(self, validation: Validation, epoch: int | None) -> None:
+        self.keep(validation.score, epoch)
+        self.logits = validation.logits

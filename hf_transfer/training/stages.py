@@ -27,6 +27,7 @@ from hf_transfer.session import Session
 from hf_transfer.targets.target import Target
 from hf_transfer.training.checkpoints import has_state, remove_state
 from hf_transfer.training.evaluate import compute_image_logits
+from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.finish import check_foldable
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import run_phases
@@ -67,12 +68,9 @@ class StageResult:
     def to_dict(self) -> dict[str, Any]:
         """Returns the entry of results.json, with the quality on each split by its name, such as `accuracy`."""
         values = {"depth": self.depth, "layer": self.layer, "cost": to_json(self.cost), "flops": self.flops}
-        return values | {self.quality_name: {split: score.quality for split, score in self.scores.items()}}
-
-    @property
-    def quality_name(self) -> str:
-        """The name of the quality in results.json."""
-        return next(iter(self.scores.values())).names[0]
+        for split, score in self.scores.items():
+            values.setdefault(score.names[0], {})[split] = score.quality
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +93,18 @@ class StageFlops:
     store: float  # forward pass that computes the stored inputs of the stage
 
 
-def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
+def grow(session: Session, stack: GreedyStack, options: GrowOptions, final: FinalFit | None = None) -> Grown:
     """Trains the stack in place, layer by layer, with the session's optimizer settings.
 
     With `patience_layers`, validation chooses the depth that is kept. BatchNorm uses batch statistics in the new layer and is
-    frozen in earlier layers; `freeze_batchnorm` applies only to fine-tuning. Raises the errors of `run_phases`.
+    frozen in earlier layers; `freeze_batchnorm` applies only to fine-tuning. With `final`, the stack has the depth that folds
+    chose. Raises the errors of `run_phases`.
     """
     if stack.is_plain:
         check_foldable(session.with_network(stack.backbone, stack.chain))
     settings = session.gradient
+    if final is not None:
+        stack = stack.first(len(final.stages))
     if (settings.training.compile or settings.training.gradient_checkpointing) and session.is_main:
         log.info("the settings compile and gradient_checkpointing apply to fine-tuning only, not to the stages")
     optimization = replace(settings.optimization, layer_decay=1.0)  # a stage trains a single layer
@@ -115,7 +116,7 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
 
     def continues(done: Sequence[PhaseResult]) -> bool:
         stale = len(done) - find_best_depth(done, select_by)
-        if options.patience_layers and stale >= options.patience_layers:
+        if final is None and options.patience_layers and stale >= options.patience_layers:
             log.info("growing stops: validation %s has not improved for %d layers", select_by, stale)
             return False
         return True
@@ -124,14 +125,16 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
     if folder is not None and session.is_main and not (session.config.output.resume and has_state(folder)):
         remove_state(folder.with_name(FINE_TUNING))  # a state of another grown network
     own = session.with_network(stack.backbone, stack.whole).with_strategy(_stage_settings(settings, options))
-    ran = run_phases(own, plan, checkpoints=folder, continues=continues)
+    for_stages = None if final is None else final.for_stages()
+    ran = run_phases(own, plan, checkpoints=folder, continues=continues, final=for_stages)
     trained = stack.first(len(ran.done))
     with session.costs.part("evaluate"):
-        scores, combined = _score_stages(session, trained)
+        scores, combined = _score_stages(session, trained, scores_validation=final is None)
     stages = [_describe(i, trained.stages[i], result, scores[i], settings) for i, result in enumerate(ran.done)]
     if session.is_main:
         _log_stages(stages, combined)
-    depth = find_best_depth(ran.done, select_by) if options.patience_layers else len(ran.done)
+    chooses_depth = options.patience_layers and final is None
+    depth = find_best_depth(ran.done, select_by) if chooses_depth else len(ran.done)
     return Grown(
         stack=stack.first(depth),
         stages=stages,
@@ -142,7 +145,9 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions) -> Grown:
     )
 
 
-def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True) -> RunResult:
+def finish(
+    session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True, final: FinalFit | None = None
+) -> RunResult:
     """Fine-tunes all layers of the grown network with the peak learning rate `lr`, and scores the result.
 
     In a plain architecture, no stage trains the head, so a solver fits the head first. Layers that `grown` dropped start from
@@ -169,7 +174,7 @@ def finish(session: Session, grown: Grown, *, lr: float, fine_tunes: bool = True
     ]
     if session.is_main:
         log.info("fine-tuning all layers together" if fine_tunes else "skipping fine-tuning of the grown network")
-    result = run_plan(session.with_network(backbone, chain).with_checkpoints(FINE_TUNING), plan)
+    result = run_plan(session.with_network(backbone, chain).with_checkpoints(FINE_TUNING), plan, final)
     details = {
         **result.details,
         "stages": [stage.to_dict() for stage in grown.stages],
@@ -232,11 +237,13 @@ def _stage_settings(settings: GradientConfig, options: GrowOptions) -> GradientC
     return replace(settings, training=training)
 
 
-def _score_stages(session: Session, stack: GreedyStack) -> tuple[list[dict[str, Score]], dict[str, Score]]:
+def _score_stages(
+    session: Session, stack: GreedyStack, *, scores_validation: bool
+) -> tuple[list[dict[str, Score]], dict[str, Score]]:
     """Returns the score by split of every stage and of the ensemble, from one pass over validation and test images."""
     by_stage: list[dict[str, Score]] = [{} for _ in stack.stages]
     combined: dict[str, Score] = {}
-    for split in (session.data.validation, session.data.test):
+    for split in (session.data.validation if scores_validation else None, session.data.test):
         if split is None:
             continue
         images = EvaluationImages(split=split, preprocessing=stack.backbone.preprocessing)
@@ -276,9 +283,9 @@ def _draw_depth(grown: Grown, result: RunResult) -> tuple[Curve, ...]:
         return ()
     lines = [
         Line(name=f"{split}, by stage", x=depths, y=[stage.scores[split].quality for stage in grown.stages])
-        for split in result.metrics
+        for split in grown.stages[0].scores
     ]
     depth = [len(grown.stack.stages)]
     lines += [Line(name=f"{split}, finished", x=depth, y=[m.score.quality]) for split, m in result.metrics.items()]
-    title = grown.stages[0].scores["validation"].titles[0].capitalize()
+    title = next(iter(result.metrics.values())).score.titles[0].capitalize()
     return (Curve(title=f"{title} against depth", x_label="layers grown", y_label=title, series=lines),)

@@ -26,6 +26,7 @@ from hf_transfer.session import Session
 from hf_transfer.training.batches import count_steps, draw_steps, read_ahead, take_share
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.feeds import PhaseData
+from hf_transfer.training.final_fit import PhaseLength
 from hf_transfer.training.optim import lr_factor, set_lr
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.records import EpochRecord
@@ -42,7 +43,7 @@ CPU_STORED_BATCH = 16
 
 Rows = NDArray[np.int64]
 Batch = tuple[Rows, NDArray[Any]]
-"""The indices of the images in a batch, and the rows that were read for these images."""
+"""The draws of the images in a batch (see `batches`), and the rows that were read for these images."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -59,6 +60,7 @@ class PhaseRun:
     save: Callable[[dict[str, Any]], None]  # saves the state of the run, on the main process
     epochs_before: int = 0  # number of epochs of all earlier phases, from which augmentation and charts continue
     seed_offset: int = 0  # differs between phases, so that phases use different seeds
+    length: PhaseLength | None = None  # how long to train without validation images, if the run trains on all images
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -166,7 +168,8 @@ class Steps:
         training, seed = self.settings.training, self.session.config.seed
         epoch, phase = self.run.epochs_before + progress.epoch, self.run.phase
         set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
-        steps = draw_steps(self.run.inputs.feed.num_images, self.images_per_step, seed=seed, epoch=epoch)
+        balanced = self.labels if self.settings.class_balance == "sampler" else None
+        steps = draw_steps(len(self.labels), self.images_per_step, seed=seed, epoch=epoch, balanced=balanced)
         # Loss and hits since the last read.
         totals = torch.zeros(2, dtype=accumulation_dtype(self.device), device=self.device)
         started = self._checked_s = self._saved_s = time.perf_counter()
@@ -242,7 +245,7 @@ class Steps:
         return num_due > 0, num_interrupted > 0
 
     def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:
-        """Yields, for each step, the image indices of all processes, and the batches of this process."""
+        """Yields, for each step, the draws of all processes, and the batches of this process."""
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         accumulate = self.accumulate
         if self.device.type == "cpu" and not uses_batch_statistics(self.session.chain.model):
@@ -257,7 +260,7 @@ class Steps:
 
     def _take_step(self, step: Rows, batches: list[Batch], epoch: int, totals: torch.Tensor) -> None:
         accelerator, trainable = self.accelerator, self.trainable
-        step_weight = self.loss.weigh(torch.from_numpy(self.labels[step]).to(self.device)).sum()
+        step_weight = self.loss.weigh(torch.from_numpy(self._read_labels(step)).to(self.device)).sum()
         # The loss is the mean over the step. Cancel that processes average gradients, and that Accelerate divides the loss.
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
         for i, batch in enumerate(batches):
@@ -275,19 +278,23 @@ class Steps:
 
     def _accumulate(self, batch: Batch, epoch: int, scale: torch.Tensor, totals: torch.Tensor) -> None:
         """Adds the gradient of one batch to the parameters' gradients, and the batch's loss and number of hits to `totals`."""
-        indices, stored = batch
+        draws, stored = batch
         feed, augmentation = self.run.inputs.feed, self.settings.augmentation
-        inputs = feed.prepare(torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(indices, epoch))
-        labels = torch.from_numpy(self.labels[indices]).to(self.device)
+        inputs = feed.prepare(torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(draws, epoch))
+        labels = torch.from_numpy(self._read_labels(draws)).to(self.device)
         targets = labels
         if feed.is_pixels and augmentation.is_mixing:
-            uniform = draw_uniform(self.session.config.seed, epoch, indices)
+            uniform = draw_uniform(self.session.config.seed, epoch, draws)
             inputs, targets = mix(inputs, self.target.encode(labels), uniform, augmentation)
         logits = self.trainable.network(inputs)
         loss = self.loss(logits.float(), targets)
         self.accelerator.backward(loss * scale)
         totals[0] += loss.detach() / self.loss.weigh(labels).mean()
         totals[1] += self.target.count_hits(logits.detach(), labels)
+
+    def _read_labels(self, draws: Rows) -> NDArray[np.int64]:
+        labels: NDArray[np.int64] = self.labels[draws % len(self.labels)]
+        return labels
 
     def _explain_loss(self, progress: Progress) -> str:
         phase = self.run.phase

@@ -1,0 +1,272 @@
+"""Runs a recipe once, in folds (`--folds`) or with several seeds (`--seeds`), and combines what the runs give.
+
+    output_dir/fold_1 ... fold_K      runs without test images; then the model in output_dir is trained on all images
+    output_dir/seed_0, seed_1, ...    runs that equal a run with that seed alone; the model in output_dir is that of the first
+
+Every run is an ordinary run with a folder of its own. With `resume`, finished runs are read from their folders, and an
+interrupted run continues. Without an output folder, all results stay in memory.
+"""
+
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_transfer import processes
+from hf_transfer.config import NO_CHECKPOINT, RunConfig
+from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.folds import DataFolds, divide
+from hf_transfer.data.splits import Split
+from hf_transfer.locations import CHECKPOINTS, RESULTS
+from hf_transfer.metrics.bootstrap import mean_interval
+from hf_transfer.network.damage import read_json
+from hf_transfer.output import is_finished
+from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions
+from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_fold_run, write_config
+from hf_transfer.reporting.sentences import describe_folds, describe_seeds
+from hf_transfer.runs import connect_processes, open_session, train_session, write_run
+from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
+from hf_transfer.strategy import Strategy, make_strategy
+from hf_transfer.training.final_fit import FinalFit, plan_final_fit
+from hf_transfer.training.phases import NOT_COMPARED
+from hf_transfer.training.records import RunResult
+
+log = logging.getLogger(__name__)
+
+PROBE = "linear_probe"
+Load = Callable[[RunConfig], Data]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """One finished run: the content of its results.json, its splits, and the logits (N, K) of its predictions by split.
+
+    The logits are those that can be read from predictions.parquet, so that a resumed run has the same.
+    """
+
+    results: Mapping[str, Any]
+    splits: Mapping[str, Split]
+    logits: Mapping[str, NDArray[np.float32]]
+
+    def read_qualities(self, split: str) -> NDArray[np.float64]:
+        """Returns how well each image of the split is predicted (N,), such as hit or miss."""
+        of_split = self.splits[split]
+        return of_split.target.read_outcomes(self.logits[split], of_split.labels).qualities.astype(np.float64)
+
+
+def run_config(
+    config: RunConfig,
+    *,
+    load: Load | None = None,
+    output_dir: Path | None = None,
+    unrepeatable: Sequence[str] = (),
+) -> tuple[Session, RunResult]:
+    """Runs the strategy of `config`, in folds or with several seeds if the settings ask for it.
+
+    `load` returns the splits for a config (default: the splits in the settings). See `runs.open_session` for the other
+    arguments, and for the errors. Raises ValueError, too, if the images cannot be divided into folds, and if a run to resume
+    had other settings.
+    """
+    start = _Start(
+        config=config,
+        load=load or (lambda own: load_data(own.data)),
+        output_dir=output_dir,
+        unrepeatable=tuple(unrepeatable),
+    )
+    if config.repeat.folds:
+        session, result = start.run_folds()
+    elif config.repeat.seeds > 1:
+        session, result = start.run_seeds()
+    else:
+        session = open_session(
+            config, load=lambda: start.load(config), output_dir=output_dir, unrepeatable=unrepeatable
+        )
+        result = train_session(session)
+    session.accelerator.end_training()
+    return session, result
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What a run starts from."""
+
+    config: RunConfig
+    load: Load
+    output_dir: Path | None
+    unrepeatable: tuple[str, ...]
+
+    def run_folds(self) -> tuple[Session, RunResult]:
+        """Runs every fold, and then trains the model on all images."""
+        config, count = self.config, self.config.repeat.folds
+        first = open_session(
+            config, load=lambda: self.load(config), output_dir=self.output_dir, unrepeatable=self.unrepeatable
+        )
+        first.costs.stop()
+        folds = divide(first.data, count, config.seed)
+        config = pin_revisions(first)  # with the engine that was chosen: one engine, one cache
+        repeats = []
+        for fold in range(count):
+            log.info("fold %d of %d", fold + 1, count)
+            line = f"this is fold {fold + 1} of {count}: its validation images are those that the other folds train on"
+            own = replace(self, config=_alone(config), unrepeatable=(*self.unrepeatable, line))
+            repeats.append(own.train(folds.hold_out(fold), f"fold_{fold + 1}"))
+        final = _combine(folds, repeats, seed=config.seed)
+        section = {"count": count, "strategy": final.strategy, **_summarize(repeats, "validation")}
+        if first.is_main:
+            log.info("%s", describe_folds(section))
+            log.info("training the model on all %d images", len(folds.pool))
+        session = open_session(
+            replace(config, output=self.config.output),
+            load=folds.keep_all,
+            output_dir=self.output_dir,
+            unrepeatable=self.unrepeatable,
+        )
+        return session, train_session(session, final, {"folds": section})
+
+    def run_seeds(self) -> tuple[Session, RunResult]:
+        """Runs every seed, and a linear probe on the same splits; the result is that of the first seed."""
+        is_main, engine = connect_processes().is_main_process, self.config.compute.engine
+        seeds = [self.config.seed + i for i in range(self.config.repeat.seeds)]
+        if self.output_dir is not None and is_main:
+            config = replace_settings(self.config, {"output_dir": str(self.output_dir)})
+            write_config(self.output_dir / CHECKPOINTS, config, self.unrepeatable)
+        kept: tuple[Session, RunResult] | None = None
+        runs, probes = [], []
+        for seed in seeds:
+            own = replace(self, config=_alone(replace_settings(self.config, {"seed": seed, "engine": engine})))
+            with processes.main_first():
+                data = self.load(own.config)
+            if kept is None:  # the network is needed, so a finished run of the first seed continues from its last state
+                session = own.open(data, f"seed_{seed}")
+                kept, engine = (session, train_session(session)), session.config.compute.engine
+                own = replace(own, config=replace_settings(own.config, {"engine": engine}))
+                runs.append(_record(*kept))
+            else:
+                runs.append(own.train(data, f"seed_{seed}"))
+            if self._is_comparable():
+                strategy = make_strategy(PROBE, class_balance=own.config.strategy.class_balance)
+                probe = replace(own, config=replace(own.config, strategy=strategy))
+                probes.append(probe.train(data, f"seed_{seed}/probe"))
+        assert kept is not None
+        session, result = kept
+        section = {"seeds": seeds, **_summarize(runs, *result.metrics), **_compare(runs, probes, seed=seeds[0])}
+        result = replace(result, repeats={"seeds": section})
+        config = replace(session.config, repeat=self.config.repeat, output=self.config.output)
+        session = replace(session, config=config, output_dir=self.output_dir)
+        if session.is_main:
+            for line in describe_seeds(section):
+                log.info("%s", line)
+        if self.output_dir is not None:
+            write_run(session, result)
+        return session, result
+
+    def open(self, data: Data, name: str) -> Session:
+        """Opens the session of a run on `data`, whose folder is `name` in the output folder."""
+        folder = None if self.output_dir is None else self.output_dir / name
+        return open_session(self.config, load=lambda: data, output_dir=folder, unrepeatable=self.unrepeatable)
+
+    def train(self, data: Data, name: str) -> Repeat:
+        """Runs the strategy on `data`, or reads the finished run to resume. Its folder is `name` in the output folder."""
+        if self.output_dir is not None and self.config.output.resume:
+            folder = self.output_dir / name
+            finished = processes.run_on_main(lambda: _read_finished(folder, self.config, data))
+            if finished is not None:
+                log.info("keeping the finished run in %s", folder)
+                return finished
+        session = self.open(data, name)
+        return _record(session, train_session(session))
+
+    def _is_comparable(self) -> bool:
+        """Whether a linear probe of the checkpoint is another recipe that makes sense."""
+        strategy = self.config.strategy
+        assert isinstance(strategy, Strategy)
+        return strategy.name != PROBE and self.config.model.checkpoint != NO_CHECKPOINT
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """Returns the settings of one of the runs, which is neither repeated nor pushed."""
+    return replace_settings(config, {"folds": 0, "seeds": 1, "push_to_hub": None, "private": False})
+
+
+def _record(session: Session, result: RunResult) -> Repeat:
+    target = session.data.target
+    logits = {split: deactivate(target, activate(target, each)) for split, each in result.logits.items()}
+    return Repeat(results=describe_run(session, result), splits=_name(session.data), logits=logits)
+
+
+def _name(data: Data) -> dict[str, Split]:
+    return {str(split.name): split for split in data.splits}
+
+
+def _read_finished(folder: Path, config: RunConfig, data: Data) -> Repeat | None:
+    """Returns the finished run in `folder`, or None. Raises ValueError if the run had other settings or other images."""
+    if not is_finished(folder):
+        return None
+    results = read_json(folder / RESULTS)
+    settings = {n: v for n, v in public_settings(config).items() if n not in NOT_COMPARED}
+    fingerprints = {str(split.name): split.fingerprint for split in data.splits}
+    current = {**settings, **fingerprints}
+    stored = {**results["config"], **results["data"]["fingerprint"]}
+    changed = [n for n, value in current.items() if stored.get(n) != value]
+    if changed:
+        changes = "; ".join(f"{n} was {stored.get(n)!r}, is {current[n]!r}" for n in changed[:5])
+        raise ValueError(
+            f"--resume: the run in {folder} had other settings: {changes}. Give the same settings, or start fresh without "
+            "--resume in another folder"
+        )
+    activated = read_predictions(folder / PREDICTIONS, data.target)
+    logits = {split: deactivate(data.target, each) for split, each in activated.items()}
+    return Repeat(results=results, splits=_name(data), logits=logits)
+
+
+def _combine(folds: DataFolds, repeats: Sequence[Repeat], *, seed: int) -> FinalFit:
+    """Returns the final fit, with the predictions of all folds in the order of the pool."""
+    pool, first = folds.pool, len(folds.data.train)
+    logits = np.empty((len(pool), pool.target.num_outputs), np.float32)
+    for fold, repeat in enumerate(repeats):
+        logits[folds.fold_of == fold] = repeat.logits["validation"]
+    metrics = pool.target.compute_metrics(logits, pool.labels, seed=seed)
+    by_split = {"train": logits[:first], "validation": logits[first:]}
+    return plan_final_fit([read_fold_run(repeat.results) for repeat in repeats], metrics, by_split)
+
+
+def _summarize(repeats: Sequence[Repeat], *splits: str) -> dict[str, Any]:
+    """Returns the seconds of each run, and for each split the mean, standard deviation and values of each metric."""
+    summary: dict[str, Any] = {}
+    for split in splits:
+        rows = [repeat.results["metrics"][split] for repeat in repeats]
+        values = {name: [row[name] for row in rows] for name, value in rows[0].items() if isinstance(value, float)}
+        summary[split] = {
+            name: {"mean": statistics.fmean(each), "std": statistics.stdev(each), "values": each}
+            for name, each in values.items()
+            if None not in each
+        }
+    return {"metrics": summary, "seconds": [repeat.results["cost"]["seconds"]["total"] for repeat in repeats]}
+
+
+def _compare(runs: Sequence[Repeat], probes: Sequence[Repeat], *, seed: int) -> dict[str, Any]:
+    """Returns the gain in quality, such as accuracy, over the probes on the same images, with its 95 % bootstrap interval.
+
+    All seeds score the same test images, so an image's gain is its mean over the seeds. Without a test split, every seed has
+    validation images of its own. Returns {} without probes.
+    """
+    if not probes:
+        return {}
+    split = "test" if "test" in runs[0].logits else "validation"
+    gains = [run.read_qualities(split) - probe.read_qualities(split) for run, probe in zip(runs, probes, strict=True)]
+    per_image = np.mean(gains, axis=0) if split == "test" else np.concatenate(gains)
+    return {
+        "gain_over_probe": {
+            "split": split,
+            "metric": runs[0].splits[split].target.metrics[0].key,
+            "mean": float(per_image.mean()),
+            "interval": list(mean_interval(per_image, seed=seed)),
+            "values": [float(each.mean()) for each in gains],
+        }
+    }

@@ -1,0 +1,76 @@
+"""Writes and reads predictions.parquet: what the model of a run says about each image that it has not trained on.
+
+| column | type | content |
+|---|---|---|
+| path | text | the image's path inside the data set, or its row, such as "row 17" |
+| label | text | its class, or its labels or numbers |
+| probabilities | list of float32 | one number for each output, in the order of `label_names` in results.json |
+| split | text | train, validation or test |
+
+The column is called `values` for numbers (regression). Training images have rows only if other fits than the saved one
+predicted them, each without having seen the image.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hf_transfer.data.splits import Split
+from hf_transfer.targets.target import Target
+
+PREDICTIONS = "predictions.parquet"
+_ROWS_PER_GROUP = 65_536
+
+Activated = NDArray[np.float32]
+"""What users see (N, K): probabilities, or numbers (see `Target.activate`)."""
+
+
+def write_predictions(path: Path, splits: Sequence[Split], logits: Mapping[str, NDArray[np.float32]]) -> None:
+    """Writes a row for each image of the splits that have logits (N, K), in the order of `splits`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    outputs = (splits[0].target.outputs_name, pa.list_(pa.float32()))
+    schema = pa.schema([("path", pa.string()), ("label", pa.string()), outputs, ("split", pa.string())])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for split in splits:
+            of_split = logits.get(split.name)
+            if of_split is None:
+                continue
+            assert len(of_split) == len(split), f"{len(of_split)} predictions for {len(split)} {split.name} images"
+            numbers = activate(split.target, of_split)
+            for first in range(0, len(split), _ROWS_PER_GROUP):
+                rows = range(first, min(first + _ROWS_PER_GROUP, len(split)))
+                width = numbers.shape[1]
+                offsets = np.arange(0, (len(rows) + 1) * width, width, dtype=np.int32)
+                columns = [
+                    pa.array([split.image_name(i) for i in rows]),
+                    pa.array([split.target.describe_label(split.labels[i]) for i in rows]),
+                    pa.ListArray.from_arrays(offsets, numbers[rows.start : rows.stop].reshape(-1)),
+                    pa.array([split.name] * len(rows)),
+                ]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def read_predictions(path: Path, target: Target) -> dict[str, Activated]:
+    """Returns the probabilities or numbers (N, K) in a file by split, in the order of the file."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=[target.outputs_name, "split"])
+    lists = table.column(target.outputs_name).combine_chunks()
+    numbers = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), target.num_outputs)
+    splits = np.asarray(table.column("split").to_pylist())
+    return {name: numbers[splits == name] for name in dict.fromkeys(splits.tolist())}
+
+
+def activate(target: Target, logits: NDArray[np.float32]) -> Activated:
+    """Returns the probabilities or numbers (N, K) for logits (N, K)."""
+    return target.activate(torch.from_numpy(logits)).float().numpy()
+
+
+def deactivate(target: Target, activated: Activated) -> NDArray[np.float32]:
+    """Returns finite logits (N, K) for probabilities or numbers (N, K)."""
+    return target.deactivate(torch.from_numpy(activated)).float().numpy()

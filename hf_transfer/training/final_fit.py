@@ -1,0 +1,97 @@
+"""How the model of a run with folds is trained on all images, without images to validate on: as long as the folds trained.
+
+Each phase follows its schedule up to the median of the epochs that the folds kept, and keeps the last weights. What a run
+without folds measures on validation images (the score after each epoch, the score of the kept weights) is the folds' mean here,
+and the metrics are of the folds' predictions, each for an image that the predicting model had not trained on.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.training.records import Kept, PhaseResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldRun:
+    """What the run of one fold did."""
+
+    phases: tuple[PhaseResult, ...]
+    strategy: str  # the strategy whose result was kept, which differs from the run's own for `auto`
+    num_stages: int = 0  # how many of the phases, from the first, were stages of a greedy stack
+    depth: int = 0  # how many stages the greedy stack kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseLength:
+    """How long a phase trains, with the folds' mean scores."""
+
+    epochs: int  # the epoch whose weights are kept; 0: the phase keeps the initial weights
+    scores: tuple[Score, ...]  # after each epoch
+    score: Score  # of the kept weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalFit:
+    """The lengths of all phases of the model that trains on all images, and the metrics and predictions of the folds."""
+
+    phases: tuple[PhaseLength, ...]
+    metrics: Metrics
+    logits: Mapping[
+        str, NDArray[np.float32]
+    ]  # (N, K) of train and validation images, each by the fold that held it out
+    strategy: str
+    stages: tuple[PhaseLength, ...] = ()  # of a greedy stack
+    wise_ft_alpha: float | None = None
+
+    def for_stages(self) -> "FinalFit":
+        """Returns the lengths for the stages of a greedy stack, which are a plan of their own."""
+        return replace(self, phases=self.stages, wise_ft_alpha=None)
+
+
+def plan_final_fit(runs: Sequence[FoldRun], metrics: Metrics, logits: Mapping[str, NDArray[np.float32]]) -> FinalFit:
+    """Returns the final fit after the runs of all folds. Of several strategies, the one that most folds kept is trained."""
+    votes = Counter(run.strategy for run in runs)
+    strategy = max(votes, key=lambda name: (votes[name], name == "linear_probe"))
+    kept = [run for run in runs if run.strategy == strategy]
+    depth = round(statistics.median_low(run.depth for run in kept))
+    alphas = [alpha for run in kept if run.phases and (alpha := run.phases[-1].wise_ft_alpha) is not None]
+    return FinalFit(
+        phases=tuple(_average([run.phases[run.num_stages :] for run in kept])),
+        metrics=replace(metrics, details={**metrics.details, "estimated_by": "folds"}),
+        logits=logits,
+        strategy=strategy,
+        stages=tuple(_average([run.phases[: run.num_stages] for run in kept]))[:depth],
+        wise_ft_alpha=statistics.median(alphas) if alphas else None,
+    )
+
+
+def _average(plans: Sequence[Sequence[PhaseResult]]) -> Iterator[PhaseLength]:
+    """Yields the length of each phase. A phase that only some folds ran has their length."""
+    for number in range(max(map(len, plans))):
+        phases = [plan[number] for plan in plans if number < len(plan)]
+        epochs = statistics.median_low(0 if p.kept is Kept.START else p.kept_epoch or 0 for p in phases)
+        histories = [[record.validation for record in p.history] for p in phases]
+        scores = [
+            mean_score([scores[epoch] for scores in histories if epoch < len(scores)])
+            for epoch in range(max(map(len, histories)))
+        ]
+        yield PhaseLength(epochs=epochs, scores=tuple(scores), score=mean_score([p.score for p in phases]))
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """Returns the mean of each number of the scores.
+
+    >>> mean_score([Score(quality=0.5, loss=1.0), Score(quality=1.0, loss=0.0)]).to_dict()
+    {'accuracy': 0.75, 'log_loss': 0.5}
+    """
+    return replace(
+        scores[0],
+        quality=statistics.fmean(score.quality for score in scores),
+        loss=statistics.fmean(score.loss for score in scores),
+    )

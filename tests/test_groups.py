@@ -1,0 +1,141 @@
+"""Groups stay together in validation, in folds and in the folds that choose a probe's C; without groups, nothing changes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from hf_transfer.data.notes import notes_on_groups
+from hf_transfer.data.splits import Role, Split, draw
+from hf_transfer.solvers.features import RawFeatures
+from hf_transfer.solvers.folds import draw_folds
+from hf_transfer.solvers.groups import draw_groups, number_groups, spread_groups
+from hf_transfer.solvers.probe import ProbeOptions, fit_probes
+from hf_transfer.targets.single_label import SingleLabel
+
+
+def frames(objects: int, per_object: int = 10, classes: int = 3) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Labels and group numbers of `per_object` frames of each object, in a mixed order; each object has one class."""
+    codes = np.random.default_rng(5).permutation(np.repeat(np.arange(objects), per_object))
+    return codes % classes, codes
+
+
+def make_split(labels: NDArray[np.int64], groups: NDArray[Any] | None, name: Role = "train") -> Split:
+    """A split with labels and groups only: drawing reads no image."""
+    names = tuple(f"class {k}" for k in range(int(labels.max()) + 1))
+    rows = np.arange(len(labels))
+    named = None if groups is None else groups.astype(str)
+    return Split(name=name, source=None, rows=rows, labels=labels, target=SingleLabel(names=names), groups=named)  # type: ignore[arg-type]
+
+
+def count_divided(codes: NDArray[np.int64], part_of: NDArray[Any]) -> int:
+    """The number of groups that are in more than one part."""
+    return sum(len(np.unique(part_of[codes == code])) > 1 for code in np.unique(codes))
+
+
+@pytest.mark.parametrize("images_per_class", [None, 60])
+def test_no_group_is_in_train_and_in_validation(images_per_class: int | None) -> None:
+    labels, codes = frames(60)
+    everything = make_split(labels, codes)
+    train, validation = draw(everything, images_per_class=images_per_class, validation_fraction=0.2, seed=1)
+    assert validation is not None
+    assert train.groups is not None
+    assert validation.groups is not None
+    assert set(train.groups).isdisjoint(validation.groups)
+    total = 3 * (images_per_class or 200)
+    assert len(train) + len(validation) == total
+    assert np.abs(validation.counts() - 0.2 * total / 3).max() <= 10, "off by at most one group of each class"
+
+
+def test_few_shot_subsets_with_groups_are_those_without() -> None:
+    labels, codes = frames(60)
+    drawn = [
+        draw(make_split(labels, groups), images_per_class=30, validation_fraction=None, seed=3)[0].rows
+        for groups in (codes, None)
+    ]
+    assert np.array_equal(*drawn)
+
+
+def test_groups_of_one_image_divide_as_evenly_as_no_groups() -> None:
+    labels = np.repeat([0, 1], [50, 70])
+    train, validation = draw(make_split(labels, np.arange(120)), images_per_class=None, validation_fraction=0.2, seed=0)
+    assert validation is not None
+    assert validation.counts().tolist() == [10, 14]
+    assert len(train) == 96
+
+
+def test_a_class_of_one_group_stays_in_train_and_another_is_validated() -> None:
+    labels = np.repeat([0, 1], [20, 20])
+    codes = np.concatenate([np.zeros(20, np.int64), np.repeat([1, 2], [19, 1])])
+    is_drawn = draw_groups(labels, codes, 0.2, seed=0)
+    assert not is_drawn[labels == 0].any()
+    assert is_drawn[codes == 2].all()
+    assert not is_drawn[codes == 1].any()
+
+
+def test_one_group_in_each_class_cannot_be_divided() -> None:
+    labels = np.repeat([0, 1], [5, 5])
+    with pytest.raises(ValueError, match=r"2 groups of the 10 train images cannot be divided.*--validation_split"):
+        draw(make_split(labels, labels), images_per_class=None, validation_fraction=0.2, seed=0)
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_folds_keep_groups_and_balance_classes(folds: int) -> None:
+    labels, codes = frames(60)
+    fold_of = spread_groups(labels, codes, folds, seed=0)
+    assert count_divided(codes, fold_of) == 0
+    table = np.array([[((fold_of == fold) & (labels == k)).sum() for k in range(3)] for fold in range(folds)])
+    assert table.max() - table.min() <= 10, "groups of ten: at most one group more"
+    assert not np.array_equal(fold_of, spread_groups(labels, codes, folds, seed=1))
+    assert np.array_equal(fold_of, spread_groups(labels, codes, folds, seed=0))
+
+
+def test_more_folds_than_groups_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 folds need 5 groups or more, and the images have 2"):
+        spread_groups(np.array([0, 1, 0]), np.array([0, 1, 0]), 5, seed=0)
+
+
+def test_blank_groups_are_groups_of_one() -> None:
+    split = make_split(np.zeros(4, np.int64), np.array(["", "a", "", "a"]))
+    codes = number_groups([split, make_split(np.zeros(2, np.int64), None)])
+    assert codes is not None
+    assert codes[1] == codes[3]
+    assert len(np.unique(codes)) == 5
+
+
+def test_the_probes_folds_keep_groups() -> None:
+    labels, codes = frames(30)
+    targets, groups = torch.from_numpy(labels), torch.from_numpy(codes)
+    fold_of = draw_folds(targets, 5, 0, groups)
+    assert count_divided(codes, fold_of.numpy()) == 0
+    assert count_divided(codes, draw_folds(targets, 5, 0).numpy()) > 0
+    assert int(draw_folds(targets[:4], 5, 0, torch.tensor([0, 0, 1, 1])).max()) == 1, "no more folds than groups"
+
+
+def test_a_probe_whose_folds_divide_groups_believes_copies() -> None:
+    """Copies of random features: with groups, the held-out accuracy is that of guessing; without, that of memory."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.arange(60).repeat_interleave(10)
+    labels = torch.randint(0, 2, (60,), generator=generator)[codes]
+    features = torch.randn(60, 40, generator=generator)[codes] + 0.01 * torch.randn(600, 40, generator=generator)
+    raw = RawFeatures(arrays=[features[:500], features[500:]], device=features.device)
+    options = ProbeOptions(c_grid=(1.0,))
+    leaked, honest = (
+        fit_probes([raw], labels[:500], labels[500:], SingleLabel(names=("a", "b")), options, groups)[0][
+            0
+        ].score.quality
+        for groups in (None, codes)
+    )
+    assert leaked > 0.85
+    assert honest < 0.7
+
+
+def test_stored_splits_that_share_groups_are_noted() -> None:
+    labels = np.array([0, 1, 0, 1, 0])
+    train = make_split(labels, np.array(["p1", "p2", "p3", "", "p4"]))
+    test = make_split(labels, np.array(["p1", "p1", "p9", "", "p4"]), "test")
+    (note,) = notes_on_groups([train, test])
+    assert note.startswith("The test split shares 2 groups with train (3 of its 5 images): 'p1', 'p4'.")
+    assert notes_on_groups([train, make_split(labels, np.array(["q"] * 5), "test")]) == []
