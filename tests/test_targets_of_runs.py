@@ -27,6 +27,7 @@ from hf_transfer.hub.verify import REFERENCE, find_libraries, verify
 from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.metrics.records import Score
 from hf_transfer.network.adapters import load_adapted
+from hf_transfer.reporting.sentences import describe_seeds
 from hf_transfer.run import Run
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import strategy_names
@@ -310,3 +311,12 @@ def test_a_saved_network_of_numbers_reads_columns_of_zero_and_one_as_numbers(tab
     data = DataConfig(dataset=str(table), label_columns=("blue", "red"), split_column="split")
     target = Regression(names=("blue", "red"), folded=True)
     assert {split.target for split in load_splits(data, target).values()} == {target}
+
+
+@pytest.mark.parametrize(
+    ("metric", "shown"), [("accuracy", "+5.0 points (95 % interval +1.0"), ("r2", "+0.050 (95 % interval +0.010")]
+)
+def test_the_gain_over_a_probe_is_in_points_only_for_shares(metric: str, shown: str) -> None:
+    gain = {"metric": metric, "split": "test", "mean": 0.05, "interval": [0.01, 0.09]}
+    [line] = describe_seeds({"seeds": [0, 1], "metrics": {}, "gain_over_probe": gain})
+    assert shown in line

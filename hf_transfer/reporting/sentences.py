@@ -66,10 +66,11 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     lines = [f"{seeds}, {split}: {_describe_spreads(values)}" for split, values in section["metrics"].items()]
     gain = section.get("gain_over_probe")
     if gain is not None:
-        low, high = (100 * bound for bound in gain["interval"])
+        factor, digits, unit = (100, 1, " points") if gain["metric"] in SHARES else (1, 3, "")
+        mean, low, high = (f"{factor * value:+.{digits}f}" for value in (gain["mean"], *gain["interval"]))
         lines.append(
             f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "
-            f"{100 * gain['mean']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, on the same images)"
+            f"{mean}{unit} (95 % interval {low} to {high}, on the same images)"
         )
     return lines
 
