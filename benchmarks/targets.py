@@ -248,6 +248,7 @@ def list_steps(name: str, settings: dict[str, Any], given: argparse.Namespace, s
         "scikit-learn, scaled alike": lambda: fit_scikit_learn(settings, FlooredScaler()),
         "linear_probe without readouts": lambda: run_strategy("linear_probe", {**settings, "readouts": "none"}),
         "linear_probe": lambda: run_strategy("linear_probe", settings),
+        "last_layers": lambda: run_strategy("last_layers", trained),
         "probe_then_full": lambda: run_strategy("probe_then_full", trained),
     }
     if name == "pairs":
