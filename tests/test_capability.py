@@ -23,6 +23,7 @@ from hf_transfer.capability import (
 from hf_transfer.prefix.resources import MAX_THREADS, count_threads
 from hf_transfer.runs import execute
 from hf_transfer.solvers.probe import solve_path
+from hf_transfer.targets.single_label import SingleLabel
 from tests.sessions import make_session
 
 
@@ -81,7 +82,7 @@ def test_the_solver_makes_no_float64_tensor_on_a_device_without_float64() -> Non
     generator = torch.Generator().manual_seed(0)
     features, targets = torch.randn(30, 4, generator=generator), torch.arange(30) % 3
     with NoFloat64Transfer(), NoFloat64():
-        path = solve_path(features, targets, 3, [0.1])
+        path = solve_path(features, targets, SingleLabel(names=("a", "b", "c")), [0.1])
     assert path.objective.dtype is torch.float32
 
 

@@ -248,7 +248,7 @@ def test_two_sizes_share_no_cache_entry(tmp_path: Path) -> None:
 def test_a_run_at_another_size_is_not_resumed(tmp_path: Path) -> None:
     checkpoint = str(write_timm(tmp_path / "upstream"))
     own, changed = (
-        _describe_identity(make_session("full", checkpoint=checkpoint, image_size_px=px), []) for px in (None, 24)
+        _describe_identity(make_session("full", checkpoint=checkpoint, image_size_px=px), [], None) for px in (None, 24)
     )
     assert {key for key in own if own[key] != changed[key]} == {"image_size_px", "preprocessing"}
 

@@ -156,7 +156,7 @@ def test_another_division_of_a_step_continues_and_says_so(tmp_path: Path, caplog
 
 def test_python_raises_after_the_state_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And without a state, a pass ends at once, with the same words."""
-    monkeypatch.setattr("hf_transfer.task.execute", lambda session: send(signal.SIGINT))
+    monkeypatch.setattr("hf_transfer.repeats.train_session", lambda session: send(signal.SIGINT))
     task = ht.Task("sklearn/digits", **FEW)
     with pytest.raises(KeyboardInterrupt, match=r"continue with fit\(\.\.\., output_dir='.*run', resume=True\)"):
         task.fit(ht.full(**SHORT), output_dir=tmp_path / "run")

@@ -527,7 +527,7 @@ def test_inspect_takes_preprocessing_from(tmp_path: Path, capsys: pytest.Capture
 def test_a_run_with_other_preprocessing_is_not_resumed(tmp_path: Path) -> None:
     vit, other = write_vit(tmp_path / "vit"), write_settings(tmp_path / "other", **SETTINGS)
     own, changed = (
-        _describe_identity(make_session("full", checkpoint=str(vit), preprocessing_from=origin), [])
+        _describe_identity(make_session("full", checkpoint=str(vit), preprocessing_from=origin), [], None)
         for origin in (None, str(other))
     )
     assert {key for key in own if own[key] != changed[key]} == {"preprocessing"}

@@ -22,7 +22,6 @@ UNUSED = {
         "matplotlib",
         "pandas",
         "peft",
-        "pyarrow",
         "scipy",
         "sklearn",
         "tensorboard",

@@ -214,7 +214,7 @@ def test_a_probe_of_any_target_chooses_c_and_scores_unseen_rows(kind: str) -> No
     if kind == "numbers":
         labels = features[:, :2] * 10 + torch.randn(120, 2, generator=torch.Generator().manual_seed(1))
         target = Regression(names=("x", "y")).fit(labels.numpy())
-    probe = fit_probe(features[:100], labels[:100], features[100:], labels[100:], target, ProbeOptions(folds=4))
+    probe = fit_probe(features[:100], labels[:100], features[100:], labels[100:], target, ProbeOptions(cv_folds=4))
     assert probe.score.loss == min(point.score.loss for point in probe.path)
     assert probe.score.names == ("mean_average_precision", "log_loss") if kind == "labels" else ("r2", "squared_error")
     assert probe.held_out_logits.shape == (120, target.num_outputs)

@@ -90,8 +90,19 @@ def assert_same_weights(mine: dict[str, torch.Tensor], theirs: dict[str, torch.T
 
 
 def test_all_is_what_is_public() -> None:
-    named = {"Metrics", "PublishOptions", "Run", "Task", "evaluate", "load_run", "policies", "publish", "rank"}
-    assert set(ht.__all__) == named | {"solve_head", "train"} | set(strategy_names())
+    named = {
+        "Metrics",
+        "PublishOptions",
+        "Run",
+        "Target",
+        "Task",
+        "evaluate",
+        "load_run",
+        "policies",
+        "publish",
+        "rank",
+    }
+    assert set(ht.__all__) == named | {"register_target", "solve_head", "train"} | set(strategy_names())
     assert len(ht.__all__) == len(set(ht.__all__))
     for name in ht.__all__:
         assert getattr(ht, name) is not None

@@ -96,7 +96,7 @@ def publish(
     """
     run, options = Path(run), options or PublishOptions()
     if not (run / "model" / CARD).is_file() or not (run / "results.json").is_file():
-        raise ValueError(f"{run} is no finished run: give a run's output folder, with results.json and model/")
+        raise ValueError(f"{run} is not a finished run: give a run's output folder, with results.json and model/")
     repo_id, branch = split_repo_id(repo_id)
     results = read_json(run / "results.json")
     if results["details"].get("fine_tuned") is False and not options.without_fine_tuning:

@@ -25,7 +25,7 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 MEASURED_IMAGES = 64
 # An engine is worth its preparation above this number of GFLOPs in all images of a run (measured in docs/speed.md).
 FOLDING_GFLOPS = 50.0
-OPENVINO_GFLOPS = {True: 2000.0, False: 5000.0}  # by whether the network has norms that can be folded
+OPENVINO_GFLOPS = {True: 700.0, False: 2500.0}  # by whether the network has norms that can be folded
 
 
 @dataclass(frozen=True, kw_only=True)

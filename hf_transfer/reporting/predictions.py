@@ -13,6 +13,7 @@ predicted them, each without having seen the image.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,15 +45,35 @@ def write_predictions(path: Path, splits: Sequence[Split], logits: Mapping[str, 
             numbers = activate(split.target, of_split)
             for first in range(0, len(split), _ROWS_PER_GROUP):
                 rows = range(first, min(first + _ROWS_PER_GROUP, len(split)))
-                width = numbers.shape[1]
-                offsets = np.arange(0, (len(rows) + 1) * width, width, dtype=np.int32)
                 columns = [
-                    pa.array([split.image_name(i) for i in rows]),
-                    pa.array([split.target.describe_label(split.labels[i]) for i in rows]),
-                    pa.ListArray.from_arrays(offsets, numbers[rows.start : rows.stop].reshape(-1)),
-                    pa.array([split.name] * len(rows)),
+                    _make_texts([split.image_name(i) for i in rows]),
+                    _make_texts([split.target.describe_label(split.labels[i]) for i in rows]),
+                    _make_lists(numbers[rows.start : rows.stop]),
+                    _make_texts([split.name] * len(rows)),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+# `pa.array` would import pandas, which takes half a second.
+
+
+def _make_texts(values: Sequence[str]) -> Any:
+    """Returns an Arrow column of texts."""
+    import pyarrow as pa
+
+    encoded = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int32)
+    return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
+
+
+def _make_lists(rows: NDArray[np.float32]) -> Any:
+    """Returns an Arrow column of lists of float32, one for each row (N, K)."""
+    import pyarrow as pa
+
+    count, width = rows.shape
+    flat = pa.Array.from_buffers(pa.float32(), rows.size, [None, pa.py_buffer(np.ascontiguousarray(rows, np.float32))])
+    ends = np.arange(0, (count + 1) * width, width, dtype=np.int32)
+    return pa.Array.from_buffers(pa.list_(pa.float32()), count, [None, pa.py_buffer(ends)], children=[flat])
 
 
 def read_predictions(path: Path, target: Target) -> dict[str, Activated]:
