@@ -142,7 +142,7 @@ def run_strategy(strategy: str, settings: dict[str, Any]) -> dict[str, Any]:
     assert result.test is not None
     values = {**result.test.values, **{f"{k}_interval": list(v) for k, v in result.test.intervals.items()}}
     c = result.phases[0].regularization_c
-    epochs = {name: settings[name] for name in ("epochs",) if name in settings}
+    epochs = {"epochs": settings["epochs"]} if "epochs" in settings else {}
     return {**values, **({} if c is None else {"c": c}), **epochs}
 
 
