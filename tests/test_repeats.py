@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 import hf_transfer as ht
 from hf_transfer import launch, repeats
-from hf_transfer.config import RepeatConfig
+from hf_transfer.config import RepeatConfig, RunConfig
+from hf_transfer.data.dataset import Data
 from hf_transfer.data.folds import divide
 from hf_transfer.data.splits import Role, Split
 from hf_transfer.metrics.classification import score
+from hf_transfer.metrics.multi_label import choose_thresholds
 from hf_transfer.metrics.records import Score
 from hf_transfer.prefix.cache import MissingRows
 from hf_transfer.prefix.extract import _Extraction
@@ -26,6 +28,7 @@ from hf_transfer.repeats import run_config
 from hf_transfer.reporting.predictions import PREDICTIONS
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
+from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.final_fit import FoldRun, plan_final_fit
 from hf_transfer.training.records import EpochRecord, Kept, PhaseResult, RunResult
@@ -223,6 +226,31 @@ def test_the_doors_give_the_same_folds(tmp_path: Path) -> None:
     assert two["nll"] == pytest.approx(one["nll"], rel=1e-2)
     saved = load_file(tmp_path / "one" / "model" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in python.model.state_dict().items())
+
+
+def read_labels(config: RunConfig) -> Data:
+    """Digits with two labels each: whether they are even, and whether they are large."""
+    data, target = read_data(config.data), MultiLabel(names=("even", "large"))
+
+    def label(split: Split) -> Split:
+        labels = np.stack([split.labels % 2 == 0, split.labels >= 5], 1).astype(np.float32)
+        return repeats.replace(split, labels=labels, target=target)
+
+    assert data.test is not None
+    return repeats.replace(data, train=label(data.train), validation=label(data.validation), test=label(data.test))
+
+
+def test_thresholds_of_folds_are_fitted_to_all_predictions_of_the_folds() -> None:
+    config = make_config("linear_probe", **FEW, folds=2, readouts="none")
+    session, result = run_config(config, load=read_labels)
+    session.costs.stop()
+    logits = np.concatenate([result.logits["train"], result.logits["validation"]])
+    labels = np.concatenate([session.data.train.labels, session.data.validation.labels])
+    validation = result.metrics["validation"]
+    assert validation.num_samples == len(labels)
+    assert validation.estimated_by == "folds"
+    expected = choose_thresholds(logits.astype(np.float64), labels.astype(np.float64))
+    assert [row["threshold"] for row in validation.per_class] == list(expected)
 
 
 # The data of folds
