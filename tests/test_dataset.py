@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -693,6 +694,17 @@ def test_all_splits_are_read_as_the_train_split(tmp_path: Path) -> None:
     assert data.validation.labels[:, 0].tolist() == [1.0, 2.0, 4.0, 3.0]
     with pytest.raises(ValueError, match="the labels are for regression, not for single_label_classification"):
         load(parquet(tmp_path, train=table([1.0, 2.0, 1.0, 2.0]), validation=table([0.5, 1.0, 2.0, 3.0])))
+
+
+def test_copies_with_unknown_labels_do_not_contradict_each_other(tmp_path: Path) -> None:
+    flags = {"cat": [1, 0, 1, 0, 1, 0], "dog": [None, 1, 0, 1, 0, 1]}
+    rows = pd.DataFrame({"image": [png(i % 5) for i in range(6)], **flags})
+    data = load_data(DataConfig(dataset="pets", label_columns=("cat", "dog"), validation_fraction=0.34), rows)
+    (note,) = [note for note in data.notes if "different labels" in note]
+    assert "Equal images have different labels (1)" in note, "images 0 and 5 only"
+    rows = rows.assign(image=[png(i) for i in range(6)])
+    data = load_data(DataConfig(dataset="pets", label_columns=("cat", "dog"), validation_fraction=0.34), rows)
+    assert not [note for note in data.notes if "different labels" in note]
 
 
 def test_columns_can_be_named(tmp_path: Path) -> None:
