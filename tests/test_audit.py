@@ -123,6 +123,21 @@ def test_exact_copies_pair_with_the_last_one_and_near_copies_too() -> None:
     assert len(set(group_copies([], 3).tolist())) == 3
 
 
+def test_one_of_many_copies_is_kept(tmp_path: Path) -> None:
+    """Four pictures in train, of which three have equal bytes and the last is nearly the same; and two others."""
+    for i, image in enumerate([paint(0), paint(0), paint(0), change(paint(0)), paint(1), paint(2)]):
+        folder = tmp_path / "data" / "train" / ("cat" if i != 5 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    paint(3).save(tmp_path / "data" / "train" / "dog" / "6.png")
+    words = ["--dataset", str(tmp_path / "data"), "--validation_fraction", "0.1"]
+    main(["audit", *words, "--output_dir", str(tmp_path / "audit")])
+    table = str(tmp_path / "audit" / "duplicates.csv")
+    data = load_data(DataConfig(dataset=words[1], exclude=table))
+    kept = {split.image_name(i) for split in data.splits for i in range(len(split))}
+    assert kept & {f"train/cat/{i}.png" for i in range(4)} in [{f"train/cat/{i}.png"} for i in range(4)]
+
+
 def test_folds_keep_groups_together_and_classes_apart() -> None:
     y = torch.arange(60) % 3
     groups = np.arange(60) // 2

@@ -4,7 +4,7 @@ The files are those that `hf-transfer audit` writes, perhaps shortened by hand, 
 
     suspected_labels.csv, outliers.csv    columns path, split, ..., score; --relabel reads the label from `suggested`
     duplicates.csv                        of a pair across splits, the copy in train is left out, else the one in validation;
-                                          of a pair within a split, the second image
+                                          of a pair within a split, the first image
     a CSV of one's own                    column path, perhaps split; --relabel needs label
     a plain list                          one path per line
 
@@ -189,9 +189,12 @@ def _check_rows(rows: Sequence[Mapping[str, str]], columns: Sequence[str], setti
 
 
 def _choose_copies(pairs: Sequence[Mapping[str, str]]) -> Iterator[_Entry]:
-    """Yields the copy of each pair to leave out: in train if there is one, else in validation; in one split, the second."""
+    """Yields the copy of each pair to leave out: in train if there is one, else in validation; in one split, the first.
+
+    Exact copies form pairs with the last of them (see `auditing.duplicates`), so the last one is kept, and no second one.
+    """
     for pair in pairs:
         splits = Counter([pair["split_a"], pair["split_b"]])
         role = next((role for role in ROLES if role in splits), None)
-        side = "b" if pair["split_b"] == role else "a"
+        side = "a" if pair["split_a"] == role else "b"
         yield _Entry(path=pair[side], split=pair[f"split_{side}"])
