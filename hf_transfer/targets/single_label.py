@@ -50,6 +50,12 @@ class SingleLabel(Target):
         if names is None:
             labels, found = index_labels(values, where)
             return cls(names=found), labels
+        wrong = [value for value in values if value is not None and not isinstance(value, int)]
+        if wrong:
+            raise ValueError(
+                f"{where}: labels such as {wrong[0]!r} are of type {type(wrong[0]).__name__}; one class per image needs one"
+                " class index per image"
+            )
         labels = np.fromiter((UNLABELED if value is None else value for value in values), np.int64, len(values))
         out_of_range = labels[(labels < UNLABELED) | (labels >= len(names))]
         if out_of_range.size:
