@@ -21,7 +21,7 @@ from PIL import Image
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, Split, load_data
 from hf_transfer.data.images import BadImageError
-from hf_transfer.data.splits import draw, role_of
+from hf_transfer.data.splits import draw, public_name, role_of
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
 
@@ -694,6 +694,11 @@ def test_all_splits_are_read_as_the_train_split(tmp_path: Path) -> None:
     assert data.validation.labels[:, 0].tolist() == [1.0, 2.0, 4.0, 3.0]
     with pytest.raises(ValueError, match="the labels are for regression, not for single_label_classification"):
         load(parquet(tmp_path, train=table([1.0, 2.0, 1.0, 2.0]), validation=table([0.5, 1.0, 2.0, 3.0])))
+
+
+def test_a_split_in_the_root_of_the_disk_has_a_name() -> None:
+    assert public_name(Path("/pets/train")) == "pets"
+    assert public_name(Path("/train")) == "train"
 
 
 def test_copies_with_unknown_labels_do_not_contradict_each_other(tmp_path: Path) -> None:

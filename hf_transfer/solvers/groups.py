@@ -53,7 +53,8 @@ def spread_groups(labels: NDArray[np.int64], codes: Codes, folds: int, seed: int
     num_groups = len(np.unique(codes))
     if num_groups < folds:
         raise ValueError(
-            f"{folds} folds need {folds} groups or more, and the images have {num_groups}: choose fewer folds or smaller groups"
+            f"{folds} folds need {folds} groups or more, and the images have {num_groups}: choose fewer folds, or a column of"
+            " smaller groups with --group_column"
         )
     sizes = np.bincount(labels).astype(np.float64)
     filled = np.zeros((folds, len(sizes)))
@@ -96,8 +97,9 @@ def draw_groups(labels: NDArray[np.int64], codes: Codes, fraction: float, seed: 
             is_drawn[members] = True
     if not is_drawn.any():
         raise ValueError(
-            f"the {len(groups)} groups of the {len(labels):,} train images cannot be divided into train and validation, since "
-            "every class is in one group: name a stored validation split with --validation_split, or smaller groups"
+            f"the {len(groups)} groups of the {len(labels):,} train images cannot be divided into train and validation, because "
+            "each class is in one group only: name a stored validation split with --validation_split, or a column of smaller"
+            " groups with --group_column"
         )
     return is_drawn
 
