@@ -20,6 +20,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from hf_transfer.auditing.alignment import compare_aligned
+from hf_transfer.auditing import hashes
 from hf_transfer.auditing.duplicates import find_copies, group_copies
 from hf_transfer.auditing.facts import THUMBNAIL_PX, ImageFacts, read_orientation
 from hf_transfer.auditing.files import open_audit_folder
@@ -81,10 +82,20 @@ def test_threads_compare_as_one_does() -> None:
 def test_hashes_of_a_resized_picture_are_close() -> None:
     originals = [paint(seed) for seed in range(40)]
     pictures = np.stack([shrink(image) for image in (*originals, *(change(i, crop=0.0) for i in originals))])
-    found = {tuple(pair) for pair in find_close_hashes(compute_hashes(pictures), 6).tolist()}
+    found = {tuple(pair) for pair in find_close_hashes(compute_hashes(pictures), 6, 5).tolist()}
     planted = {(i, i + 40) for i in range(40)}
     assert planted <= found
     assert len(found - planted) <= 2
+
+
+def test_each_hash_is_paired_with_the_closest_later_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    distances = [0, 3, 1, 2, 1, 4]  # of each hash to hash 0, by its number of bits
+    values = np.array([2**bits - 1 for bits in distances], np.uint64)
+    pairs = find_close_hashes(values, 3, 3)
+    assert [j for i, j in pairs.tolist() if i == 0] == [2, 4, 3]
+    assert (np.bincount(pairs[:, 0]) <= 3).all()
+    monkeypatch.setattr(hashes, "BLOCK_ROWS", 2)
+    np.testing.assert_array_equal(find_close_hashes(values, 3, 3), pairs)
 
 
 def test_neighbors_equal_those_of_all_pairs() -> None:
