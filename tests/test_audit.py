@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from hf_transfer.auditing.alignment import compare_aligned
 from hf_transfer.auditing import hashes
+from hf_transfer.auditing.alignment import compare_aligned
 from hf_transfer.auditing.duplicates import find_copies, group_copies
 from hf_transfer.auditing.facts import THUMBNAIL_PX, ImageFacts, read_orientation
 from hf_transfer.auditing.files import open_audit_folder

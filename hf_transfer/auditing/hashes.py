@@ -30,8 +30,8 @@ def compute_hashes(thumbnails: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def find_close_hashes(hashes: NDArray[np.uint64], most_bits: int, most_pairs: int) -> NDArray[np.int64]:
     """Returns pairs (P, 2), first below second, of images whose hashes (N,) differ in at most `most_bits` bits.
 
-    Each image forms pairs with the `most_pairs` closest of the later images, since all pairs could be too many: of the digits of
-    MNIST, 0.5 % of all pairs are close.
+    Each image forms pairs with the `most_pairs` closest of the later images, since all pairs could be too many: of MNIST's
+    digits, 0.5 % of all pairs are close.
     """
     pairs = []
     for start in range(0, len(hashes), BLOCK_ROWS):
