@@ -253,18 +253,19 @@ def _summarize(repeats: Sequence[Repeat], *splits: str) -> dict[str, Any]:
 def _compare(runs: Sequence[Repeat], probes: Sequence[Repeat], *, seed: int) -> dict[str, Any]:
     """Returns the gain in quality, such as accuracy, over the probes on the same images, with its 95 % bootstrap interval.
 
-    All seeds score the same test images, so an image's gain is its mean over the seeds. Without a test split, every seed has
-    validation images of its own. Returns {} without probes.
+    If all seeds score the same images (of a stored split), an image's gain is its mean over the seeds. Validation images that
+    each seed drew count once for each seed. Returns {} without probes.
     """
     if not probes:
         return {}
     split = "test" if "test" in runs[0].logits else "validation"
     gains = [run.read_qualities(split) - probe.read_qualities(split) for run, probe in zip(runs, probes, strict=True)]
-    per_image = np.mean(gains, axis=0) if split == "test" else np.concatenate(gains)
+    is_stored = len({run.results["data"]["fingerprint"][split] for run in runs}) == 1
+    per_image = np.mean(gains, axis=0) if is_stored else np.concatenate(gains)
     return {
         "gain_over_probe": {
             "split": split,
-            "metric": runs[0].splits[split].target.metrics[0].key,
+            "metric": runs[0].splits[split].target.image_quality,
             "mean": float(per_image.mean()),
             "interval": list(mean_interval(per_image, seed=seed)),
             "values": [float(each.mean()) for each in gains],

@@ -26,9 +26,11 @@ from hf_transfer.prefix.cache import MissingRows
 from hf_transfer.prefix.extract import _Extraction
 from hf_transfer.repeats import run_config
 from hf_transfer.reporting.predictions import PREDICTIONS
+from hf_transfer.reporting.sentences import describe_seeds
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from hf_transfer.targets.multi_label import MultiLabel
+from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.final_fit import FoldRun, plan_final_fit
 from hf_transfer.training.records import EpochRecord, Kept, PhaseResult, RunResult
@@ -442,6 +444,41 @@ def test_finished_seeds_are_kept(
     assert runs == ["seed_4", "seed_5/probe"], "the first seed continues from its last state"
     assert results["seeds"]["metrics"] == expected["seeds"]["metrics"]
     assert results["seeds"]["gain_over_probe"] == expected["seeds"]["gain_over_probe"]
+
+
+def test_seeds_that_share_stored_validation_images_count_each_image_once() -> None:
+    """Eight images, of which each seed predicts the same four better than the probe."""
+    split = make_split("validation", 8)
+    better, worse = np.eye(2, dtype=np.float32)[split.labels], np.eye(2, dtype=np.float32)[1 - split.labels]
+    mixed = np.where(np.arange(8)[:, None] < 4, worse, better)
+
+    def compare(names: list[str]) -> dict[str, Any]:
+        """The comparison of one run per name of validation images."""
+
+        def record(name: str, logits: NDArray[np.float32]) -> repeats.Repeat:
+            results = {"data": {"fingerprint": {"validation": name}}}
+            return repeats.Repeat(results=results, splits={"validation": split}, logits={"validation": logits})
+
+        runs, probes = ([record(name, logits) for name in names] for logits in (better, mixed))
+        return dict(repeats._compare(runs, probes, seed=0)["gain_over_probe"])
+
+    one = compare(["a"])
+    assert one["metric"] == "accuracy"
+    assert compare(["a"] * 16)["interval"] == one["interval"]
+    drawn = compare([f"drawn by seed {i}" for i in range(16)])
+    assert np.diff(drawn["interval"]) < 0.5 * np.diff(one["interval"])
+
+
+def test_a_gain_in_numbers_has_no_points() -> None:
+    gain = {
+        "split": "test",
+        "metric": Regression.image_quality,
+        "mean": 0.0123,
+        "interval": [0.001, 0.02],
+        "values": [],
+    }
+    (line,) = describe_seeds({"seeds": [0, 1], "metrics": {}, "gain_over_probe": gain})
+    assert line.endswith("in test negative squared error: +0.0123 (95 % interval +0.001 to +0.02, on the same images)")
 
 
 def test_a_probe_is_not_compared_with_itself() -> None:

@@ -12,6 +12,7 @@ from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResul
 
 WIDE_INTERVAL = 0.03  # of an accuracy: 3 points
 SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
+IMAGE_SHARES = frozenset((SingleLabel.image_quality, MultiLabel.image_quality))
 NUM_SPREADS = 3  # metrics in one sentence
 
 
@@ -64,10 +65,13 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     lines = [f"{seeds}, {split}: {_describe_spreads(values)}" for split, values in section["metrics"].items()]
     gain = section.get("gain_over_probe")
     if gain is not None:
-        low, high = (100 * bound for bound in gain["interval"])
+        is_share = gain["metric"] in IMAGE_SHARES
+        mean, low, high = (
+            f"{100 * value:+.1f}" if is_share else f"{value:+.3g}" for value in (gain["mean"], *gain["interval"])
+        )
         lines.append(
-            f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "
-            f"{100 * gain['mean']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, on the same images)"
+            f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: {mean}"
+            f"{' points' if is_share else ''} (95 % interval {low} to {high}, on the same images)"
         )
     return lines
 

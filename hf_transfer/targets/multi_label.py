@@ -29,6 +29,7 @@ class MultiLabel(Target):
     """Any number of labels per image. Labels are (N, K) float32: 1 present, 0 absent, NaN unknown."""
 
     problem_type: ClassVar[str] = "multi_label_classification"
+    image_quality: ClassVar[str] = "ordered_pairs_of_labels"
     outputs_name: ClassVar[str] = "probabilities"
     metrics: ClassVar[tuple[MetricInfo, ...]] = (
         MetricInfo(key="mean_average_precision", title="Mean average precision", hub="mAP"),

@@ -40,6 +40,7 @@ class Regression(Target):
         MetricInfo(key="spearman", title="Spearman correlation", kind="number", hub="spearmanr"),
     )
 
+    image_quality: ClassVar[str] = "negative_squared_error"
     counts_labels: ClassVar[bool] = False
     loss_settings: ClassVar[frozenset[str]] = frozenset({"huber_delta"})
 
