@@ -320,6 +320,8 @@ def test_labels_that_are_no_classes_are_not_judged(tmp_path: Path, capsys: pytes
     assert (found["judges_labels"], found["suspected_labels"], found["test_copies"]) == (False, [], None)
     assert [{row["a"], row["b"]} for row in found["duplicates"]] == [{"row 0", "row 23"}]
     assert len(found["contradictions"]) == 1
+    assert found["class_counts"] == {}
+    assert "<h2>Classes" not in (tmp_path / "audit" / "audit.html").read_text()
     assert "not judged, since the labels are no classes" in capsys.readouterr().out
     data = load_data(
         DataConfig(dataset=words[1], problem_type="regression", exclude=str(tmp_path / "audit" / "duplicates.csv"))
