@@ -135,7 +135,9 @@ class Run:
         return published.url
 
     def __repr__(self) -> str:
-        qualities = ", ".join(f"{split} {m.score.titles[0]} {m.score.quality:.1%}" for split, m in self.metrics.items())
+        qualities = ", ".join(
+            f"{split} {m.score.titles[0]} {m.score.format_quality()}" for split, m in self.metrics.items()
+        )
         return f"<Run {self.strategy}: {qualities}>"
 
 

@@ -32,8 +32,8 @@ def describe_quality(metrics: Metrics) -> str:
     """Returns the quality in `metrics` as text, with its confidence interval, if it has one, and the number of images."""
     score = metrics.score
     bounds = metrics.intervals.get(score.names[0])
-    interval = "" if bounds is None else f"95 % interval {100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}, "
-    return f"{score.titles[0]} {100 * score.quality:.1f} % ({interval}{metrics.num_samples} images)"
+    interval = "" if bounds is None else f"95 % interval {score.format_quality(bounds)}, "
+    return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"
 
 
 def describe_precision(metrics: Mapping[str, Any]) -> str | None:
@@ -123,8 +123,9 @@ def describe_choice(choice: AutoChoice) -> str:
 def _describe_solution(phase: PhaseResult) -> str:
     features = f"{phase.num_features} features per image"
     source = features if phase.readout is None else f"{features} ({phase.readout})"
+    method = "ridge regression" if phase.score.names[0] == Regression.metrics[0].key else "logistic regression"
     sentence = (
-        f"{phase.policy}: logistic regression on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
+        f"{phase.policy}: {method} on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
         "all other layers are frozen"
     )
     return (

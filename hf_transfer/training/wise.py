@@ -84,9 +84,9 @@ def interpolate(
     best = min(points, key=lambda point: (*point.score.rank(select_by), -point.alpha))
     set_weights(model, mix_weights(start, end, best.alpha))
     log.info(
-        "WiSE-FT chose alpha %.1f: validation %s %.1f %% (initial weights %.1f %%, fine-tuned weights %.1f %%)",
-        best.alpha, best.score.titles[0], 100 * best.score.quality, 100 * points[0].score.quality,
-        100 * points[-1].score.quality,
+        "WiSE-FT chose alpha %.1f: validation %s %s (initial weights %s, fine-tuned weights %s)",
+        best.alpha, best.score.titles[0], best.score.format_quality(), points[0].score.format_quality(),
+        points[-1].score.format_quality(),
     )  # fmt: skip
     return WiseResult(best=best, points=tuple(points))
 
