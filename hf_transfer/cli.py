@@ -31,12 +31,12 @@ CACHE = """List or remove stored activations and unpacked archives. A cache is n
 network, the preprocessing and the images. When the caches reach the limit (--cache_gb), the least recently used caches are
 evicted. Unpacked archives do not count; --clear without a key removes them too.
 """
-PREDICT = """Print the most likely labels of image files, or of all images in folders. The model is a run's model/ folder, or
-any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With --adapter, which may be
-repeated, the model is the base of the given adapters. The base is loaded once, and each adapter predicts in turn.
+PREDICT = """Print the most likely labels, or the numbers, of image files or of all images in folders. The model is a run's
+model/ folder, or any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With --adapter,
+which may be repeated, the model is the base of the given adapters. The base is loaded once, and each adapter predicts in turn.
 """
-EVALUATE = """Print accuracy, balanced accuracy and macro-F1 (with 95 % intervals) and log-loss of a saved model on all labeled
-images of a data set, or on one split (--split test). The data set's classes are matched to the model's classes by name.
+EVALUATE = """Print the metrics of a saved model, with 95 % intervals, on all labeled images of a data set, or on one split
+(--split test). The data set's classes or labels are matched to those of the model by name.
 """
 PUBLISH = """Push the model of a finished run to the Hub in one commit. Before the push, a fresh process loads the saved model
 and checks that its outputs equal those of the trained network. An adapter is merged into its base first, unless --adapter is

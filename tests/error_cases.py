@@ -177,6 +177,17 @@ CSV: tuple[tuple[str, str, str], ...] = (  # mistake, flags, table
     ("a group that is a fraction", "--group_column day", CLEAN_CSV.replace(",0\n", ",0.5\n")),
     ("several label columns", "--label_columns label site", CLEAN_CSV),
     ("`--label_column` beside `--label_columns`", "--label_column label --label_columns label site", CLEAN_CSV),
+    ("text for `--problem_type regression`", "--problem_type regression --label_column label", CLEAN_CSV),
+    (
+        "an empty cell among several labels",
+        "--problem_type multi_label_classification --label_column site",
+        CLEAN_CSV.replace("north", "", 1),
+    ),
+    (
+        "balanced classes of numbers",
+        "--problem_type regression --label_column day --class_balance loss",
+        CLEAN_CSV.replace(",0\n", ",0.5\n"),
+    ),
 )
 COLUMN_FLAGS = (
     ("image_root", "{}"), ("label_columns", "a b"), ("group_column", "x"), ("split_column", "x"), ("where", "x==1"),

@@ -26,11 +26,9 @@ from hf_transfer.prefix.cache import MissingRows
 from hf_transfer.prefix.extract import _Extraction
 from hf_transfer.repeats import run_config
 from hf_transfer.reporting.predictions import PREDICTIONS
-from hf_transfer.reporting.sentences import describe_seeds
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from hf_transfer.targets.multi_label import MultiLabel
-from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.final_fit import FoldRun, plan_final_fit
 from hf_transfer.training.records import EpochRecord, Kept, PhaseResult, RunResult
@@ -467,18 +465,6 @@ def test_seeds_that_share_stored_validation_images_count_each_image_once() -> No
     assert compare(["a"] * 16)["interval"] == one["interval"]
     drawn = compare([f"drawn by seed {i}" for i in range(16)])
     assert np.diff(drawn["interval"]) < 0.5 * np.diff(one["interval"])
-
-
-def test_a_gain_in_numbers_has_no_points() -> None:
-    gain = {
-        "split": "test",
-        "metric": Regression.image_quality,
-        "mean": 0.0123,
-        "interval": [0.001, 0.02],
-        "values": [],
-    }
-    (line,) = describe_seeds({"seeds": [0, 1], "metrics": {}, "gain_over_probe": gain})
-    assert line.endswith("in test negative squared error: +0.0123 (95 % interval +0.001 to +0.02, on the same images)")
 
 
 def test_a_probe_is_not_compared_with_itself() -> None:

@@ -329,7 +329,7 @@ def _complete_results() -> dict[str, Any]:
     cost = {"store_seconds": 0.1, "store_images": 8, "train_seconds": 2.0, "train_images": 48}
     phase = {"score": score, "cost": cost, "num_trainable": 9, "refitted": False, "description": "a sentence"}
     solved = phase | {"policy": "head", "cut": "features", "optimizer": "L-BFGS", "epochs": 0, "kept": "solution"}
-    solved |= {"regularization_c": 0.1, "num_features": 8, "readout": "depth 3"}
+    solved |= {"regularization_c": 0.1, "linear_model": "ridge regression", "num_features": 8, "readout": "depth 3"}
     trained = phase | {
         "policy": "full",
         "cut": "pixels",

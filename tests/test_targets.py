@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from hf_transfer.config import GradientConfig, TrainingConfig
 from hf_transfer.metrics import multi_label, regression
 from hf_transfer.metrics.records import Metrics, Score
-from hf_transfer.reporting.sentences import describe_phase, describe_quality
+from hf_transfer.reporting.sentences import describe_quality
 from hf_transfer.solvers.features import RawFeatures
 from hf_transfer.solvers.lbfgs import SolverOptions
 from hf_transfer.solvers.probe import ProbeOptions, fit_probe, solve_path
@@ -23,7 +23,6 @@ from hf_transfer.targets.reading import read_column, read_columns
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import Target, find_target, read_target
-from hf_transfer.training.records import Kept, PhaseResult
 
 
 def gradient(**settings: Any) -> GradientConfig:
@@ -423,14 +422,10 @@ def test_metrics_of_numbers_are_scikit_learns() -> None:
 
 
 def test_r2_is_no_percentage() -> None:
-    assert Score(quality=-0.25, loss=1.3, names=regression.NAMES).describe() == "R2 -0.250, squared error 1.3000"
-    phase = PhaseResult(
-        policy="head", cut="features", optimizer="L-BFGS", epochs=0, num_trainable=10, kept=Kept.SOLUTION,
-        score=Score(quality=0.5, loss=0.5, names=regression.NAMES), regularization_c=0.1, num_features=9,
-    )  # fmt: skip
-    assert describe_phase(phase).startswith("head: ridge regression on 9 features")
-    metrics = Metrics(values={"r2": 0.5}, num_samples=7, score=phase.score, intervals={"r2": (-0.1, 0.75)})
-    assert describe_quality(metrics) == "R2 0.500 (95 % interval -0.100 to 0.750, 7 images)"
+    score = Score(quality=-0.25, loss=1.3, names=regression.NAMES)
+    assert score.describe() == "R2 -0.250, squared error 1.3000"
+    metrics = Metrics(values={"r2": -0.25}, num_samples=7, score=score, intervals={"r2": (-0.5, 0.1)})
+    assert describe_quality(metrics) == "R2 -0.250 (95 % interval -0.500 to 0.100, 7 images)"
 
 
 def test_a_constant_number_has_no_r2_but_a_note() -> None:

@@ -16,6 +16,7 @@ from hf_transfer.choosing.advise import Advice, advise
 from hf_transfer.choosing.candidates import find_candidates
 from hf_transfer.choosing.pilots import agree
 from hf_transfer.session import Session
+from hf_transfer.targets.target import check_classes
 from hf_transfer.training.evaluate import Scored, score_images
 from hf_transfer.training.feeds import check_augmentation
 from hf_transfer.training.final_fit import FinalFit
@@ -33,6 +34,7 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
     The result is bitwise equal to the result of a separate run of the same strategy. `budget_s` limits the estimated time of
     the advised strategy's run and, with `measure`, of the trial runs. A run that has started is not interrupted.
     """
+    check_classes(session.data.target, "auto")
     check_augmentation(session, reads_pixels=True)  # the advised strategy may train the whole network
     started = time.perf_counter()
     pilot_s = PILOT_SHARE * budget_s if budget_s else DEFAULT_PILOT_S

@@ -161,6 +161,8 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
     Raises:
         ValueError: a label is not in `target`, no split or only part of a split has labels, or data are unreadable.
     """
+    if config.problem_type == AUTO:
+        config = replace(config, problem_type=target.problem_type)
     stored = _read(config, choose_columns(config))
     splits: dict[Role, Split] = {}
     names_by_role = _assign_roles(stored, config, needs_train=False)
@@ -353,7 +355,7 @@ def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
         some = [images.source.name(int(images.rows[i])) for i in unlabeled[:3]]
         raise ValueError(
             f"{where}: {unlabeled.size:,} of {len(images.labels):,} images have no label (in a table or list: None, NaN, blank"
-            f" or -1; in a folder: no class folder): {listed(some)}, ...; label or remove these images"
+            f" or -1; in a folder: no class folder): {listed(some)}, ...; {images.target.unlabeled_remedy}"
         )
     if is_train:
         images.target.check_train_labels(images.labels, where)

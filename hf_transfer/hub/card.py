@@ -27,7 +27,7 @@ from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.charts import draw_curve, draw_matrix
 from hf_transfer.reporting.formats import format_percent, make_environment
-from hf_transfer.reporting.report import explain_validation, find_metrics, lay_out_labels
+from hf_transfer.reporting.report import explain_validation, find_metrics, lay_out_labels, name_labels
 from hf_transfer.reporting.sentences import describe_precision, describe_repeats
 
 MAX_TABLE_CLASSES = 50  # with more classes, the card lists only the classes with the lowest recall
@@ -127,11 +127,12 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
         limits.append(precision)
     if results["details"].get("fine_tuned") is False:
         limits.append("The layers were trained one at a time and never together, because there was no fine-tuning.")
+    word = "classes" if name_labels(scores) == "Class" else "labels"
     for purpose, classes, minimum in (("train on", train, MIN_TRAIN_IMAGES), ("score on", scored, MIN_SCORED_IMAGES)):
         if classes:
             named = ", ".join(f"{name} ({n})" for name, n in sorted(classes.items(), key=lambda item: item[1])[:10])
             more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-            limits.append(f"Some classes have fewer than {minimum} images to {purpose}: {named}{more}.")
+            limits.append(f"Some {word} have fewer than {minimum} images to {purpose}: {named}{more}.")
     error = scores.get("ece")
     if error is not None:
         verdict = (

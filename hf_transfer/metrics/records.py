@@ -8,7 +8,7 @@ from hf_transfer.config import SelectBy
 
 Interval = tuple[float, float]
 _TITLES = {"log_loss": "log-loss", "r2": "R2"}
-_NUMBERS = frozenset({"r2"})  # qualities that are not shares: they may be below 0
+_SHARES = frozenset({"accuracy", "mean_average_precision"})  # qualities that are shown in percent
 INTERVAL = "_interval"  # the end of the name of an interval in results.json
 
 
@@ -50,16 +50,18 @@ class Score:
         quality, loss = self.titles
         return f"{quality} {self.format_quality()}, {loss} {self.loss:.4f}"
 
-    def format_quality(self, bounds: Interval | None = None) -> str:
-        """Returns the quality as text, in percent if it is a share; with `bounds`, the ends of its interval.
+    def format_quality(self) -> str:
+        """Returns the quality as text: a share in percent, any other quality as a number.
 
-        >>> Score(quality=0.9, loss=0.3).format_quality(), Score(quality=0.9, loss=0.3).format_quality((0.85, 0.94))
-        ('90.0 %', '85.0 to 94.0')
+        >>> Score(quality=0.9, loss=0.3, names=("r2", "squared_error")).format_quality()
+        '0.900'
         """
-        factor, digits, unit = (1, 3, "") if self.names[0] in _NUMBERS else (100, 1, " %")
-        if bounds is not None:
-            return " to ".join(f"{factor * bound:.{digits}f}" for bound in bounds)
-        return f"{factor * self.quality:.{digits}f}{unit}"
+        return f"{100 * self.quality:.1f} %" if self.is_share else f"{self.quality:.3f}"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the quality is a share, such as accuracy, which is shown in percent."""
+        return self.names[0] in _SHARES
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> "Score":

@@ -59,7 +59,8 @@ def describe_checkpoint(backbone: Backbone, chain: Chain) -> Overview:
     layers = f"{len(inner)} layers, {inner[0]} ... {inner[-1]}" if inner else "no layers between stem and head"
     labels = ", ".join(backbone.label_names[:NAMED_LABELS])
     more = ", ..." if len(backbone.label_names) > NAMED_LABELS else ""
-    head = f"trained for {len(backbone.label_names)} labels ({labels}{more})"
+    word = "labels" if backbone.target.counts_labels else "numbers"
+    head = f"trained for {len(backbone.label_names)} {word} ({labels}{more})"
     if backbone.new_head:
         head = "none yet: a new one is trained"
     kind = "not affine, so that no linear probe is solved"

@@ -189,6 +189,11 @@ def read_probe(model: nn.Module, inputs: Sequence[HeadInput]) -> tuple[torch.Ten
     return weight, torch.stack(biases).sum(0) if biases else weight.new_zeros(len(weight))
 
 
+def has_bias(model: nn.Module, head: LinearHead) -> bool:
+    """Whether a map of the head has a bias."""
+    return any(_get_map(model, name).bias is not None for name in head.modules)
+
+
 def check_bias(model: nn.Module, inputs: Sequence[HeadInput]) -> None:
     """Raises ValueError if no map of the head has a bias, into which the bias of a probe could be written."""
     _share_of_bias(model, inputs)

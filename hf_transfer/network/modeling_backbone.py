@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
@@ -62,9 +61,12 @@ class BackboneForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **_: Any
     ) -> ImageClassifierOutput:
-        """Returns `logits` (B, K) of normalized images (B, C, H, W), and the cross-entropy `loss` if `labels` are given."""
+        """Returns `logits` (B, K) of normalized images (B, C, H, W), and `loss` if `labels` are given.
+
+        The loss follows `config.problem_type`, as in all image classifiers of transformers.
+        """
         logits = self.head(self.pool(self.backbone(pixel_values)))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def find_class(self) -> Any:

@@ -195,12 +195,15 @@ class GreedyForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **_: Any
     ) -> ImageClassifierOutput:
-        """Returns `logits` (B, K) of normalized images (B, 3, H, W), and the cross-entropy `loss` if `labels` are given."""
+        """Returns `logits` (B, K) of normalized images (B, 3, H, W), and `loss` if `labels` are given.
+
+        The loss follows `config.problem_type`, as in all image classifiers of transformers.
+        """
         activation = pixel_values if self.body is None else self.body(pixel_values)
         for block in self.blocks:
             activation = block(activation)
         logits = self.head(activation)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 

@@ -174,10 +174,9 @@ class LabelTable:
 
 
 def lay_out_labels(scores: Mapping[str, Any]) -> LabelTable | None:
-    """Returns the table of classes (lowest recall first), labels or numbers in a split's scores, or None without one."""
-    word = "Class" if "confusion_matrix" in scores else "Label"
+    """Returns the table of classes or labels (lowest recall first) or numbers in a split's scores, or None without one."""
     for key, title, note in (
-        ("per_class", word, "In percent, lowest recall first."),
+        ("per_class", name_labels(scores), "In percent, lowest recall first."),
         ("per_number", "Number", "In the order of the network's outputs."),
     ):
         if rows := scores.get(key):
@@ -199,6 +198,11 @@ def lay_out_labels(scores: Mapping[str, Any]) -> LabelTable | None:
                 note=note,
             )
     return None
+
+
+def name_labels(scores: Mapping[str, Any]) -> str:
+    """Returns what a row of `per_class` is: a class, if each image has one, or else a label."""
+    return "Class" if "confusion_matrix" in scores else "Label"
 
 
 _COLUMNS = {"f1": "F1", "support": "Images", "r2": "R2", "mae": "MAE", "rmse": "RMSE"}

@@ -22,7 +22,8 @@ def describe_phase(phase: PhaseResult) -> str:
     >>> from hf_transfer.metrics.records import Score
     >>> score = Score(quality=0.9, loss=0.3)
     >>> describe_phase(PhaseResult(policy="head", cut="features", optimizer="L-BFGS", epochs=0, num_trainable=20,
-    ...                            kept=Kept.SOLUTION, score=score, regularization_c=0.1, num_features=9))
+    ...                            kept=Kept.SOLUTION, score=score, regularization_c=0.1, linear_model="logistic regression",
+    ...                            num_features=9))
     'head: logistic regression on 9 features per image, C = 0.1 chosen on held-out images; all other layers are frozen'
     """
     return _describe_solution(phase) if phase.is_solved else _describe_steps(phase)
@@ -32,7 +33,8 @@ def describe_quality(metrics: Metrics) -> str:
     """Returns the quality in `metrics` as text, with its confidence interval, if it has one, and the number of images."""
     score = metrics.score
     bounds = metrics.intervals.get(score.names[0])
-    interval = "" if bounds is None else f"95 % interval {score.format_quality(bounds)}, "
+    low, high = (f"{100 * bound:.1f}" if score.is_share else f"{bound:.3f}" for bound in bounds or (0.0, 0.0))
+    interval = "" if bounds is None else f"95 % interval {low} to {high}, "
     return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"
 
 
@@ -65,13 +67,11 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     lines = [f"{seeds}, {split}: {_describe_spreads(values)}" for split, values in section["metrics"].items()]
     gain = section.get("gain_over_probe")
     if gain is not None:
-        is_share = gain["metric"] in IMAGE_SHARES
-        mean, low, high = (
-            f"{100 * value:+.1f}" if is_share else f"{value:+.3g}" for value in (gain["mean"], *gain["interval"])
-        )
+        factor, digits, unit = (100, 1, " points") if gain["metric"] in IMAGE_SHARES else (1, 3, "")
+        mean, low, high = (f"{factor * value:+.{digits}f}" for value in (gain["mean"], *gain["interval"]))
         lines.append(
-            f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: {mean}"
-            f"{' points' if is_share else ''} (95 % interval {low} to {high}, on the same images)"
+            f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "
+            f"{mean}{unit} (95 % interval {low} to {high}, on the same images)"
         )
     return lines
 
@@ -123,9 +123,8 @@ def describe_choice(choice: AutoChoice) -> str:
 def _describe_solution(phase: PhaseResult) -> str:
     features = f"{phase.num_features} features per image"
     source = features if phase.readout is None else f"{features} ({phase.readout})"
-    method = "ridge regression" if phase.score.names[0] == Regression.metrics[0].key else "logistic regression"
     sentence = (
-        f"{phase.policy}: {method} on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
+        f"{phase.policy}: {phase.linear_model} on {source}, C = {phase.regularization_c:.3g} chosen on held-out images; "
         "all other layers are frozen"
     )
     return (

@@ -40,6 +40,10 @@ class MultiLabel(Target):
     )
 
     loss_settings: ClassVar[frozenset[str]] = frozenset({"asymmetric_gamma"})
+    linear_model: ClassVar[str] = "one logistic regression per label"
+    unlabeled_remedy: ClassVar[str] = (
+        "label or remove these images, and write | or an empty list for an image with none of the labels"
+    )
 
     thresholds: tuple[float, ...] = ()
     """The probability above which each label counts as present; empty: 0.5 for all labels."""

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_transfer.targets.labels import UNLABELED
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
@@ -21,7 +20,7 @@ def read_column(
 
     With `problem_type` "auto", lists of text or of class indices are several labels per image; fractions, and lists of
     fractions, are numbers; all other values are classes. `names`: the class names that the column states. For regression, these
-    names must be numbers.
+    names ("3") are the numbers, not their indices.
 
     Raises ValueError, which begins with `where`, for values that do not fit the problem type.
 
@@ -32,8 +31,8 @@ def read_column(
     kind = _guess(values, names) if problem_type == AUTO else find_target(problem_type)
     if kind is MultiLabel:
         values = _list_labels(values)
-    elif kind is Regression and names is not None:
-        values, names = _name_classes(values, names, where), None
+    if kind is Regression and names is not None:
+        values, names = _to_names(values, dict(enumerate(names))), None
     return kind.read(values, names, where)
 
 
@@ -75,10 +74,9 @@ def _guess(values: Sequence[Any], names: Sequence[str] | None) -> type[Target]:
     return Regression if has_fraction and not has_text else SingleLabel
 
 
-def _name_classes(values: Sequence[Any], names: Sequence[str], where: str) -> list[str | None]:
-    """Returns the class names in place of class indices; None for images without a class."""
-    target, labels = SingleLabel.read(values, names, where)
-    return [None if label == UNLABELED else target.names[label] for label in labels.tolist()]
+def _to_names(values: Sequence[Any], names: Mapping[int, str]) -> list[Any]:
+    """Returns class names in place of class indices, also in lists; None for an index without a name, such as -1."""
+    return [_to_names(value, names) if isinstance(value, list | tuple) else names.get(value) for value in values]
 
 
 def _list_labels(values: Sequence[Any]) -> list[Any]:

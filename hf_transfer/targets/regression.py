@@ -43,6 +43,7 @@ class Regression(Target):
     image_quality: ClassVar[str] = "negative_squared_error"
     counts_labels: ClassVar[bool] = False
     loss_settings: ClassVar[frozenset[str]] = frozenset({"huber_delta"})
+    linear_model: ClassVar[str] = "ridge regression"
 
     center: tuple[float, ...] = ()
     """The mean of each number among the training images; empty: 0."""
@@ -71,7 +72,8 @@ class Regression(Target):
         wrong = [v for row in rows for v in row if v is not None and not isinstance(v, int | float)]
         if wrong:
             raise ValueError(
-                f"{where}: {len(wrong):,} labels such as {wrong[0]!r} are no numbers; --problem_type regression"
+                f"{where}: {len(wrong):,} labels such as {wrong[0]!r} are no numbers; choose another label column, or omit"
+                " --problem_type regression"
             )
         labels = np.array([[np.nan if v is None else v for v in row] for row in rows], np.float32)
         if np.isinf(labels).any():

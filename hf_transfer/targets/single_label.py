@@ -30,6 +30,7 @@ class SingleLabel(Target):
     problem_type: ClassVar[str] = "single_label_classification"
     has_classes: ClassVar[bool] = True
     image_quality: ClassVar[str] = "accuracy"
+    linear_model: ClassVar[str] = "logistic regression"
     outputs_name: ClassVar[str] = "probabilities"
     metrics: ClassVar[tuple[MetricInfo, ...]] = (
         MetricInfo(key="accuracy", title="Accuracy", hub="accuracy"),

@@ -101,6 +101,12 @@ class Target(ABC):
     loss_settings: ClassVar[frozenset[str]] = frozenset()
     """The settings in `TrainingConfig` of a loss of one kind of target that this target uses."""
 
+    linear_model: ClassVar[str] = "linear model"
+    """The name of a solved linear head in the field."""
+
+    unlabeled_remedy: ClassVar[str] = "label or remove these images"
+    """What an error about images without a label asks for."""
+
     counts_labels: ClassVar[bool] = True
     """Whether `count` says how many images have each label; numbers have no such counts."""
 

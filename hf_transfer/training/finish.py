@@ -7,7 +7,7 @@ import numpy as np
 
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import chain_dir
-from hf_transfer.network.head import measure_inputs, scale_outputs
+from hf_transfer.network.head import has_bias, measure_inputs, scale_outputs
 from hf_transfer.session import Session
 from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.records import RunResult
@@ -15,10 +15,11 @@ from hf_transfer.training.records import RunResult
 
 def check_foldable(session: Session) -> None:
     """Raises ValueError, before training, if the head of the network cannot take over the scale of the target's numbers."""
-    if session.data.target.fold() is not None and session.chain.head is None:
+    head = session.chain.head
+    if session.data.target.fold() is not None and (head is None or not has_bias(session.chain.model, head)):
         raise ValueError(
-            f"{session.backbone.source.name}: the outputs are no linear map of features, so they cannot be scaled to numbers;"
-            " choose another checkpoint for regression"
+            f"{session.backbone.source.name}: the outputs are no linear map of features with a bias, so they cannot be scaled"
+            f" to numbers; choose another checkpoint for {session.data.target.problem_type}"
         )
 
 

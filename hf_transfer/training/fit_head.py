@@ -13,6 +13,7 @@ from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.solvers.probe import Probe
+from hf_transfer.targets.target import Target
 from hf_transfer.training import readouts
 from hf_transfer.training.evaluate import Scored, compute_stored_logits, score_images
 from hf_transfer.training.label_errors import find_label_errors
@@ -53,7 +54,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         scores = _score(session, trained, best)
     return RunResult(
         backbone=trained,
-        phases=(describe_solution(best, phase),),
+        phases=(describe_solution(best, phase, data.target),),
         metrics={split: each.metrics for split, each in scores.items()},
         logits=_read_train_logits(session, best) | {split: each.logits for split, each in scores.items()},
         curves=readouts.draw_regularization(scored),
@@ -81,7 +82,7 @@ def count_suspects(session: Session, probe: Probe) -> int | None:
     return count
 
 
-def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> PhaseResult:
+def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase, target: Target) -> PhaseResult:
     """Returns the record of a phase whose head a solver computed, with the held-out score of the head."""
     readout, probe = best.readout, best.probe
     return PhaseResult(
@@ -93,6 +94,7 @@ def describe_solution(best: readouts.ProbedReadout, phase: SolveHeadPhase) -> Ph
         kept=Kept.SOLUTION,
         score=probe.score,
         regularization_c=probe.c,
+        linear_model=target.linear_model,
         readout=f"{readout.pooling} pooling after {readout.layer}" if readout.changes else None,
         num_features=readout.num_features,
     )

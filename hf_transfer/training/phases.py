@@ -33,7 +33,7 @@ from hf_transfer.training.steps import PhaseRun, count_accumulated, count_images
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 5  # increase this number when a run could not continue from older states in the same way
+STATE_FORMAT = 6  # increase this number when a run could not continue from older states in the same way
 
 # Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
 BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
@@ -312,10 +312,10 @@ def _solve(
         best, _ = readouts.choose_readout(candidates, session, options)
         readouts.install_probe(session.backbone, session.chain, best)
     if final is not None:
-        return describe_solution(best, phase)
+        return describe_solution(best, phase, session.data.target)
     score = readouts.score_probe(best, session.data.validation, session.resources)
     log.info("linear probe: validation %s", score.describe())
-    return replace(describe_solution(best, phase), score=score)
+    return replace(describe_solution(best, phase, session.data.target), score=score)
 
 
 def _describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> dict[str, Any]:

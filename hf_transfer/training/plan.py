@@ -13,6 +13,7 @@ from hf_transfer.training import wise
 from hf_transfer.training.evaluate import score_splits
 from hf_transfer.training.feeds import make_phase_data
 from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.finish import check_foldable
 from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.loop import validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase
@@ -34,8 +35,9 @@ def run_plan(session: Session, plan: Plan, final: FinalFit | None = None) -> Run
     by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
 
     With `final`, everything trains on train and validation images together, and the folds' metrics are those of validation.
-    Saves states in the folder `session.checkpoints`. Raises the errors of `run_phases`.
+    Saves states in the folder `session.checkpoints`. Raises the errors of `check_foldable` and `run_phases`.
     """
+    check_foldable(session)
     is_exact = session.config.compute.decoder == "exact"
     drift = (
         None if is_exact else measure_drift(session.data.validation, session.backbone.preprocessing, session.resources)

@@ -61,6 +61,7 @@ class PhaseResult:
     lr: float | None = None
     lr_scheduler_type: str | None = None
     regularization_c: float | None = None  # only for a solved head
+    linear_model: str | None = None  # only for a solved head: "logistic regression", ...
     readout: str | None = None  # only for a solved head whose features are not the checkpoint's own features
     num_features: int | None = None  # only for a solved head
     images_per_second: float | None = None

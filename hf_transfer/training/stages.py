@@ -10,12 +10,14 @@ every plan. The inputs of a stage are computed from the inputs of the previous s
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_transfer.config import GradientConfig, SelectBy
+from hf_transfer.metrics.records import Score
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.network.greedy import GreedyStack, Stage
@@ -26,6 +28,7 @@ from hf_transfer.targets.target import Target
 from hf_transfer.training.checkpoints import has_state, remove_state
 from hf_transfer.training.evaluate import compute_image_logits
 from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.finish import check_foldable
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import run_phases
 from hf_transfer.training.plan import draw_history, run_plan
@@ -54,13 +57,20 @@ class GrowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """The cost of one trained stage, and the accuracy of the stage on each split."""
+    """The cost of one trained stage, and the score of the stage on each split."""
 
     depth: int  # from 1
     layer: str
-    accuracy: Mapping[str, float]
+    scores: Mapping[str, Score]
     cost: PhaseCost
     flops: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the entry of results.json, with the quality on each split by its name, such as `accuracy`."""
+        values = {"depth": self.depth, "layer": self.layer, "cost": to_json(self.cost), "flops": self.flops}
+        for split, score in self.scores.items():
+            values.setdefault(score.names[0], {})[split] = score.quality
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +79,7 @@ class Grown:
 
     stack: GreedyStack
     stages: Sequence[StageResult]
-    ensemble: Mapping[str, float]  # accuracy by split of the ensemble of all stages
+    ensemble: Mapping[str, Score]  # by split, of the ensemble of all stages
     done: tuple[PhaseResult, ...] = field(repr=False)
     resumed: bool
     num_audited: int
@@ -90,6 +100,8 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions, final: Fina
     frozen in earlier layers; `freeze_batchnorm` applies only to fine-tuning. With `final`, the stack has the depth that folds
     chose. Raises the errors of `run_phases`.
     """
+    if stack.is_plain:
+        check_foldable(session.with_network(stack.backbone, stack.chain))
     settings = session.gradient
     if final is not None:
         stack = stack.first(len(final.stages))
@@ -117,16 +129,16 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions, final: Fina
     ran = run_phases(own, plan, checkpoints=folder, continues=continues, final=for_stages)
     trained = stack.first(len(ran.done))
     with session.costs.part("evaluate"):
-        accuracy, ensemble_accuracy = _score_stages(session, trained, scores_validation=final is None)
-    stages = [_describe(i, trained.stages[i], result, accuracy[i], settings) for i, result in enumerate(ran.done)]
+        scores, combined = _score_stages(session, trained, scores_validation=final is None)
+    stages = [_describe(i, trained.stages[i], result, scores[i], settings) for i, result in enumerate(ran.done)]
     if session.is_main:
-        _log_stages(stages, ensemble_accuracy)
+        _log_stages(stages, combined)
     chooses_depth = options.patience_layers and final is None
     depth = find_best_depth(ran.done, select_by) if chooses_depth else len(ran.done)
     return Grown(
         stack=stack.first(depth),
         stages=stages,
-        ensemble=ensemble_accuracy,
+        ensemble=combined,
         done=ran.done,
         resumed=ran.resumed,
         num_audited=ran.num_audited,
@@ -165,8 +177,8 @@ def finish(
     result = run_plan(session.with_network(backbone, chain).with_checkpoints(FINE_TUNING), plan, final)
     details = {
         **result.details,
-        "stages": to_json(grown.stages),
-        "ensemble": dict(grown.ensemble),
+        "stages": [stage.to_dict() for stage in grown.stages],
+        "ensemble": {split: score.quality for split, score in grown.ensemble.items()},
         "depth": len(stack.stages),
         "fine_tuned": fine_tunes,
     }
@@ -227,42 +239,42 @@ def _stage_settings(settings: GradientConfig, options: GrowOptions) -> GradientC
 
 def _score_stages(
     session: Session, stack: GreedyStack, *, scores_validation: bool
-) -> tuple[list[dict[str, float]], dict[str, float]]:
-    """Returns the accuracy by split of every stage and of the ensemble, from one pass over validation and test images."""
-    by_stage: list[dict[str, float]] = [{} for _ in stack.stages]
-    combined: dict[str, float] = {}
+) -> tuple[list[dict[str, Score]], dict[str, Score]]:
+    """Returns the score by split of every stage and of the ensemble, from one pass over validation and test images."""
+    by_stage: list[dict[str, Score]] = [{} for _ in stack.stages]
+    combined: dict[str, Score] = {}
     for split in (session.data.validation if scores_validation else None, session.data.test):
         if split is None:
             continue
         images = EvaluationImages(split=split, preprocessing=stack.backbone.preprocessing)
         logits, labels = compute_image_logits(stack.whole.model, images, split.labels, session.resources)
         stages = logits.reshape(len(labels), len(stack.stages), -1).transpose(1, 0, 2)  # (S, N, K)
-        for accuracy, each in zip(by_stage, stages, strict=True):
-            accuracy[split.name] = split.target.read_outcomes(each, labels).score.quality
-        combined[split.name] = split.target.read_outcomes(ensemble(split.target, stages), labels).score.quality
+        for scores, each in zip(by_stage, stages, strict=True):
+            scores[split.name] = split.target.read_outcomes(each, labels).score
+        combined[split.name] = split.target.read_outcomes(ensemble(split.target, stages), labels).score
     return by_stage, combined
 
 
 def _describe(
-    i: int, stage: Stage, result: PhaseResult, accuracy: Mapping[str, float], settings: GradientConfig
+    i: int, stage: Stage, result: PhaseResult, scores: Mapping[str, Score], settings: GradientConfig
 ) -> StageResult:
     flops, cost = count_stage_flops(stage, stored=settings.training.cache_views > 0), result.cost
     total = flops.train * cost.train_images + flops.store * cost.store_images
-    return StageResult(depth=i + 1, layer=stage.layer, accuracy=accuracy, cost=cost, flops=total)
+    return StageResult(depth=i + 1, layer=stage.layer, scores=scores, cost=cost, flops=total)
 
 
-def _log_stages(stages: Sequence[StageResult], ensemble_accuracy: Mapping[str, float]) -> None:
-    def format_accuracy(accuracy: Mapping[str, float]) -> str:
-        return ", ".join(f"{split} accuracy {100 * value:.1f} %" for split, value in accuracy.items())
+def _log_stages(stages: Sequence[StageResult], combined: Mapping[str, Score]) -> None:
+    def describe(scores: Mapping[str, Score]) -> str:
+        return ", ".join(f"{split} {score.titles[0]} {score.format_quality()}" for split, score in scores.items())
 
     for stage in stages:
         cost = stage.cost
         log.info(
             "stage %d (%s): %s; storing inputs took %.1f s (%d images), training %.1f s (%d images), %.3g FLOPs in total",
-            stage.depth, stage.layer, format_accuracy(stage.accuracy), cost.store_seconds, cost.store_images,
+            stage.depth, stage.layer, describe(stage.scores), cost.store_seconds, cost.store_images,
             cost.train_seconds, cost.train_images, stage.flops,
         )  # fmt: skip
-    log.info("ensemble of all stages: %s", format_accuracy(ensemble_accuracy))
+    log.info("ensemble of all stages: %s", describe(combined))
 
 
 def _draw_depth(grown: Grown, result: RunResult) -> tuple[Curve, ...]:
@@ -270,9 +282,10 @@ def _draw_depth(grown: Grown, result: RunResult) -> tuple[Curve, ...]:
     if len(depths) < 2:
         return ()
     lines = [
-        Line(name=f"{split}, by stage", x=depths, y=[stage.accuracy[split] for stage in grown.stages])
-        for split in grown.stages[0].accuracy
+        Line(name=f"{split}, by stage", x=depths, y=[stage.scores[split].quality for stage in grown.stages])
+        for split in grown.stages[0].scores
     ]
     depth = [len(grown.stack.stages)]
     lines += [Line(name=f"{split}, finished", x=depth, y=[m.score.quality]) for split, m in result.metrics.items()]
-    return (Curve(title="Accuracy against depth", x_label="layers grown", y_label="Accuracy", series=lines),)
+    title = next(iter(result.metrics.values())).score.titles[0].capitalize()
+    return (Curve(title=f"{title} against depth", x_label="layers grown", y_label=title, series=lines),)

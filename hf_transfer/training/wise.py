@@ -85,8 +85,7 @@ def interpolate(
     set_weights(model, mix_weights(start, end, best.alpha))
     log.info(
         "WiSE-FT chose alpha %.1f: validation %s %s (initial weights %s, fine-tuned weights %s)",
-        best.alpha, best.score.titles[0], best.score.format_quality(), points[0].score.format_quality(),
-        points[-1].score.format_quality(),
+        best.alpha, best.score.titles[0], *(point.score.format_quality() for point in (best, points[0], points[-1])),
     )  # fmt: skip
     return WiseResult(best=best, points=tuple(points))
 
