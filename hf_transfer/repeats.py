@@ -1,4 +1,4 @@
-"""Runs a recipe once, in folds (`--folds`) or with several seeds (`--seeds`), and combines what the runs give.
+"""Runs a recipe once, in folds (`--folds`) or with several seeds (`--seeds`), and combines the results.
 
     output_dir/fold_1 ... fold_K      runs without test images; then the model in output_dir is trained on all images
     output_dir/seed_0, seed_1, ...    runs that equal a run with that seed alone; the model in output_dir is that of the first
@@ -94,7 +94,7 @@ def run_config(
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What a run starts from."""
+    """The settings, data and output folder that a run starts from."""
 
     config: RunConfig
     load: Load
@@ -190,7 +190,7 @@ class _Start:
 
 
 def _alone(config: RunConfig) -> RunConfig:
-    """Returns the settings of one of the runs, which is neither repeated nor pushed."""
+    """Returns the settings of one of the runs, which neither repeats nor pushes anything."""
     return replace_settings(config, {"folds": 0, "seeds": 1, "push_to_hub": None, "private": False})
 
 

@@ -300,7 +300,7 @@ def test_a_recipe_trains_without_the_listed_images(hues: Path, audited: Path, tm
     numbers = results["data"]["num_images"]
     assert (numbers["train"] + numbers["validation"], numbers["test"]) == (3 * 24 + 5 - 2, 3 * 8 + 1)
     notes = " ".join(results["data"]["notes"])
-    assert "Left out 2 of 77 train images, as duplicates.csv says" in notes
+    assert "Left out 2 of 77 train images, which duplicates.csv lists" in notes
     assert "Relabeled" in notes
     assert results["config"]["exclude"] == "duplicates.csv"
     assert str(audited / "duplicates.csv") in (tmp_path / "run" / "config.yaml").read_text()

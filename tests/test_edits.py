@@ -49,7 +49,7 @@ def test_suspected_labels_are_left_out_but_no_test_image(pets: Path, tmp_path: P
     text = f"{SUSPECTED}train/cat/1.png,train,cat,dog,0.9\n{drawn},validation,cat,dog,0.8\ntest/cat/0.png,test,cat,dog,0.7\n"
     data = load(pets, tmp_path, exclude=text)
     assert names(whole) - names(data) == {"train/cat/1.png", drawn}
-    assert any("Left out 2 of 12 train images, as exclude.csv says" in note for note in data.notes)
+    assert any("Left out 2 of 12 train images, which exclude.csv lists" in note for note in data.notes)
     assert any("1 test images, which stay as they are" in note for note in data.notes)
     assert data.train.fingerprint != whole.train.fingerprint
 
@@ -76,7 +76,7 @@ def test_suggested_labels_are_taken_except_for_test_images(pets: Path, tmp_path:
     whole, data = load(pets, tmp_path), load(pets, tmp_path, relabel=text)
     changed = {name for name, label in labels(data).items() if labels(whole)[name] != label}
     assert changed == {"train/cat/1.png"}
-    assert any("Relabeled 1 of 12 train images, as relabel.csv says" in note for note in data.notes)
+    assert any("Relabeled 1 of 12 train images, which relabel.csv lists" in note for note in data.notes)
 
 
 def test_own_labels_may_change_test_images(pets: Path, tmp_path: Path) -> None:

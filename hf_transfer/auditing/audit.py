@@ -123,7 +123,7 @@ def audit(session: Session) -> AuditResult:
 
 
 def choose_readouts(readouts: Sequence[ReadoutFeatures]) -> list[ReadoutFeatures]:
-    """Returns the network's own readout and at most two that see the images otherwise.
+    """Returns the network's own readout and at most two others, which make other mistakes.
 
     These are another pooling of the last layer, and the layer at three quarters of the depth.
     """

@@ -1,8 +1,8 @@
-"""Keeps the images of a group (a patient, a camera, a video, ...) together, when images are divided into validation or folds.
+"""Divides images into train and validation, or into folds, without dividing a group (a patient, a camera, a video, ...).
 
-Two images of one group are often nearly the same image, and a model that has trained on one of them knows the other one.
+Two images of one group are often nearly the same image, so a model that has trained on one of them knows the other one.
 Groups differ in size and in classes, so the division is stratified only as well as the groups allow: groups are placed one by
-one, each where it makes the classes' shares most equal. An image whose group is blank is a group of its own.
+one, each in the fold where the classes' shares become most equal. An image without a group is a group of its own.
 """
 
 from collections.abc import Iterator, Sequence

@@ -38,7 +38,7 @@ Labels = NDArray[Any]
 
 
 class Outcomes(Protocol):
-    """What a network did on each of N images, in two numbers per image."""
+    """The quality and the loss of a network's prediction for each of N images."""
 
     @property
     def score(self) -> Score:
