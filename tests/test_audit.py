@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -338,6 +341,27 @@ def test_an_older_audit_is_not_replaced_unasked(audited: Path) -> None:
     assert open_audit_folder(str(audited), overwrite=True) == audited
     with pytest.raises(ValueError, match="is a file"):
         open_audit_folder(str(audited / "audit.json"), overwrite=False)
+
+
+def test_several_processes_write_one_audit(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "hf_transfer",
+    ]
+    done = subprocess.run(
+        [*words, "audit", "--images_per_class", "4", "--num_threads", "1"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("audited with embedded") == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["audit"]
 
 
 def test_without_a_name_the_folder_is_a_free_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
