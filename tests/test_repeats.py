@@ -333,6 +333,12 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, int
         RepeatConfig(**settings)
 
 
+def test_a_last_seed_that_is_too_high_is_refused_before_the_first_run() -> None:
+    with pytest.raises(ValueError, match=r"the last seed would be 4294967296, but .* choose a lower --seed"):
+        make_config(seed=2**32 - 1, seeds=2)
+    assert make_config(seed=2**32 - 2, seeds=2).seed == 2**32 - 2
+
+
 def test_the_old_name_of_the_probes_folds_leads_to_the_new_one() -> None:
     with pytest.raises(ValueError, match=r"unknown setting 'folds'; did you mean cv_folds\?"):
         ht.linear_probe(folds=3)
