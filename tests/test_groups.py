@@ -78,7 +78,7 @@ def test_a_class_of_one_group_stays_in_train_and_another_is_validated() -> None:
 
 def test_one_group_in_each_class_cannot_be_divided() -> None:
     labels = np.repeat([0, 1], [5, 5])
-    with pytest.raises(ValueError, match=r"2 groups of the 10 train images cannot be divided.*--validation_split"):
+    with pytest.raises(ValueError, match=r"groups \(2\) of the 10 train images cannot be divided.*--validation_split"):
         draw(make_split(labels, labels), images_per_class=None, validation_fraction=0.2, seed=0)
 
 

@@ -97,9 +97,9 @@ def draw_groups(labels: NDArray[np.int64], codes: Codes, fraction: float, seed: 
             is_drawn[members] = True
     if not is_drawn.any():
         raise ValueError(
-            f"the {len(groups)} groups of the {len(labels):,} train images cannot be divided into train and validation, since "
-            "each class is in one group only: name a stored validation split with --validation_split, or a column of smaller"
-            " groups with --group_column"
+            f"the groups ({len(groups):,}) of the {len(labels):,} train images cannot be divided into train and validation,"
+            " since each class is in one group only: name a stored validation split with --validation_split, or a column of"
+            " smaller groups with --group_column"
         )
     return is_drawn
 
