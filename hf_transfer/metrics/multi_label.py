@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.metrics.arrays import mean_of_known
 from hf_transfer.metrics.bootstrap import find_interval, resample_indices
 from hf_transfer.metrics.records import Metrics, Score
 
@@ -29,7 +30,7 @@ class MultiLabelOutcomes:
     def score(self) -> Score:
         """The mean average precision, and the mean binary cross-entropy per image."""
         precisions = average_precisions(self.logits, self.labels)
-        return Score(quality=_mean_of_known(precisions), loss=float(np.nanmean(self.losses)), names=NAMES)
+        return Score(quality=mean_of_known(precisions), loss=float(np.nanmean(self.losses)), names=NAMES)
 
     @property
     def qualities(self) -> Floats:
@@ -153,7 +154,7 @@ def _bootstrap(
             precisions = [
                 _average_precision(logits[:, k], labels[:, k], counts, sorted_by[:, k]) for k in range(labels.shape[1])
             ]
-            drawn[NAMES[0]].append(_mean_of_known(np.array(precisions)))
+            drawn[NAMES[0]].append(mean_of_known(np.array(precisions)))
             micro, macro = _f1(*(c[None] for c in _count(predicted[rows], labels[rows])))
             drawn["f1_micro"].append(float(micro[0]))
             drawn["f1_macro"].append(float(macro[0]))
@@ -181,11 +182,6 @@ def _average_precision(
 
 def _sigmoid(logits: Floats) -> Floats:
     return np.exp(-np.logaddexp(0.0, -logits))  # does not overflow
-
-
-def _mean_of_known(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 0.0
 
 
 def _choose_threshold(probabilities: Floats, labels: Floats) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.metrics.arrays import mean_of_known
 from hf_transfer.metrics.bootstrap import find_interval, resample_indices
 from hf_transfer.metrics.records import Metrics, Score
 
@@ -29,7 +30,7 @@ class RegressionOutcomes:
     @property
     def score(self) -> Score:
         """R2, and the mean squared error in units of the training images' variance."""
-        quality = _mean_of_known(_compute_r2(self.predicted, self.labels))
+        quality = mean_of_known(_compute_r2(self.predicted, self.labels))
         return Score(quality=quality, loss=float(np.nanmean(self.losses)), names=NAMES)
 
     @property
@@ -57,7 +58,7 @@ def score(outcomes: RegressionOutcomes, names: Sequence[str], *, seed: int, resa
         for k, name in enumerate(names)
     ]
     return Metrics(
-        values={key: _mean_of_known(each[key]) for key in KEYS},
+        values={key: mean_of_known(each[key]) for key in KEYS},
         intervals=_bootstrap(outcomes, seed=seed, resamples=resamples) if resamples else {},
         details={"per_number": rows},
         num_samples=len(outcomes.labels),
@@ -102,7 +103,7 @@ def _bootstrap(outcomes: RegressionOutcomes, *, seed: int, resamples: int) -> di
     for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):
         for rows in indices:
             for key, each in _compute(outcomes.predicted[rows], outcomes.labels[rows]).items():
-                drawn[key].append(_mean_of_known(each))
+                drawn[key].append(mean_of_known(each))
     return {key: find_interval(np.array(values)) for key, values in drawn.items()}
 
 
@@ -111,8 +112,3 @@ def _mean_of_each(values: Floats) -> Floats:
     known = ~np.isnan(values)
     count = known.sum(0)
     return np.where(count > 0, np.where(known, values, 0.0).sum(0) / np.maximum(count, 1), np.nan)
-
-
-def _mean_of_known(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 0.0
