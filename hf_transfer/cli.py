@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[make_log_handler()])
     with one_line_errors(f"hf-transfer {given.command}"):
         text = COMMANDS[given.command].run(given)
-    _print(text)
+    if text:
+        _print(text)
 
 
 def _print(text: str) -> None:
@@ -353,13 +354,18 @@ def _audit(given: argparse.Namespace) -> str:
         from hf_transfer.auditing.audit import audit
         from hf_transfer.auditing.files import open_audit_folder, write_audit
         from hf_transfer.auditing.summary import format_summary
-        from hf_transfer.runs import open_session
+        from hf_transfer.processes import run_on_main
+        from hf_transfer.runs import connect_processes, open_session
 
-    folder = open_audit_folder(given.output_dir, overwrite=given.overwrite_output_dir)
+    connect_processes()
+    name, overwrite = given.output_dir, given.overwrite_output_dir
+    folder = run_on_main(lambda: open_audit_folder(name, overwrite=overwrite))
     given.output_dir = given.overwrite_output_dir = None  # of the audit, not of a run
     session = open_session(_run_config(given))
     result = audit(session)
-    write_audit(result, session.data.splits, folder)
+    run_on_main(lambda: write_audit(result, session.data.splits, folder))
+    if not session.is_main:
+        return ""
     return json.dumps(result.to_dict(), indent=1) if given.json else format_summary(result, folder)
 
 

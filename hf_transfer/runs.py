@@ -134,7 +134,7 @@ def train_session(
     with session.costs:
         try:
             result = session.strategy.run(session) if final is None else session.strategy.run(session, final)
-            result = replace(finish_target(session, result), repeats=repeats or {})
+            result = replace(finish_target(session, result, final), repeats=repeats or {})
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

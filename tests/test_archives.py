@@ -131,6 +131,7 @@ def encrypt(file: Path) -> None:
         ("x.zip", lambda f: zipped(f, "../evil.png"), r"the path '../evil.png' leads out of the archive's folder"),
         ("x.zip", lambda f: zipped(f, "/evil.png"), "the path '/evil.png' leads out of the archive's folder"),
         ("x.zip", lambda f: zipped(f, "C:/evil.png"), "leads out of the archive's folder"),
+        ("x.zip", lambda f: zipped(f, "."), r"the path '\.' leads out of the archive's folder"),
         ("x.zip", encrypt, "encrypted"),
         ("x.tar", lambda f: f.write_bytes(b"no tar"), "file could not be opened successfully"),
         ("x.tar", lambda f: tarred(f, **{"../evil.png": ""}), "outside the destination"),

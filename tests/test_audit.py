@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from hf_transfer.auditing import hashes
 from hf_transfer.auditing.alignment import compare_aligned
 from hf_transfer.auditing.duplicates import find_copies, group_copies
 from hf_transfer.auditing.facts import THUMBNAIL_PX, ImageFacts, read_orientation
@@ -81,10 +85,20 @@ def test_threads_compare_as_one_does() -> None:
 def test_hashes_of_a_resized_picture_are_close() -> None:
     originals = [paint(seed) for seed in range(40)]
     pictures = np.stack([shrink(image) for image in (*originals, *(change(i, crop=0.0) for i in originals))])
-    found = {tuple(pair) for pair in find_close_hashes(compute_hashes(pictures), 6).tolist()}
+    found = {tuple(pair) for pair in find_close_hashes(compute_hashes(pictures), 6, 5).tolist()}
     planted = {(i, i + 40) for i in range(40)}
     assert planted <= found
     assert len(found - planted) <= 2
+
+
+def test_each_hash_is_paired_with_the_closest_later_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    distances = [0, 3, 1, 2, 1, 4]  # of each hash to hash 0, by its number of bits
+    values = np.array([2**bits - 1 for bits in distances], np.uint64)
+    pairs = find_close_hashes(values, 3, 3)
+    assert [j for i, j in pairs.tolist() if i == 0] == [2, 4, 3]
+    assert (np.bincount(pairs[:, 0]) <= 3).all()
+    monkeypatch.setattr(hashes, "BLOCK_ROWS", 2)
+    np.testing.assert_array_equal(find_close_hashes(values, 3, 3), pairs)
 
 
 def test_neighbors_equal_those_of_all_pairs() -> None:
@@ -121,6 +135,21 @@ def test_exact_copies_pair_with_the_last_one_and_near_copies_too() -> None:
     assert groups[0] == groups[2] == groups[3]
     assert len(set(groups.tolist())) == 4
     assert len(set(group_copies([], 3).tolist())) == 3
+
+
+def test_one_of_many_copies_is_kept(tmp_path: Path) -> None:
+    """Four pictures in train, of which three have equal bytes and the last is nearly the same; and two others."""
+    for i, image in enumerate([paint(0), paint(0), paint(0), change(paint(0)), paint(1), paint(2)]):
+        folder = tmp_path / "data" / "train" / ("cat" if i != 5 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    paint(3).save(tmp_path / "data" / "train" / "dog" / "6.png")
+    words = ["--dataset", str(tmp_path / "data"), "--validation_fraction", "0.1"]
+    main(["audit", *words, "--output_dir", str(tmp_path / "audit")])
+    table = str(tmp_path / "audit" / "duplicates.csv")
+    data = load_data(DataConfig(dataset=words[1], exclude=table))
+    kept = {split.image_name(i) for split in data.splits for i in range(len(split))}
+    assert kept & {f"train/cat/{i}.png" for i in range(4)} in [{f"train/cat/{i}.png"} for i in range(4)]
 
 
 def test_folds_keep_groups_together_and_classes_apart() -> None:
@@ -274,7 +303,7 @@ def test_a_recipe_trains_without_the_listed_images(hues: Path, audited: Path, tm
     numbers = results["data"]["num_images"]
     assert (numbers["train"] + numbers["validation"], numbers["test"]) == (3 * 24 + 5 - 2, 3 * 8 + 1)
     notes = " ".join(results["data"]["notes"])
-    assert "Left out 2 of 77 train images, as duplicates.csv says" in notes
+    assert "Left out 2 of 77 train images, which duplicates.csv lists" in notes
     assert "Relabeled" in notes
     assert results["config"]["exclude"] == "duplicates.csv"
     assert str(audited / "duplicates.csv") in (tmp_path / "run" / "config.yaml").read_text()
@@ -294,6 +323,8 @@ def test_labels_that_are_no_classes_are_not_judged(tmp_path: Path, capsys: pytes
     assert (found["judges_labels"], found["suspected_labels"], found["test_copies"]) == (False, [], None)
     assert [{row["a"], row["b"]} for row in found["duplicates"]] == [{"row 0", "row 23"}]
     assert len(found["contradictions"]) == 1
+    assert found["class_counts"] == {}
+    assert "<h2>Classes" not in (tmp_path / "audit" / "audit.html").read_text()
     assert "not judged, since the labels are no classes" in capsys.readouterr().out
     data = load_data(
         DataConfig(dataset=words[1], problem_type="regression", exclude=str(tmp_path / "audit" / "duplicates.csv"))
@@ -310,6 +341,27 @@ def test_an_older_audit_is_not_replaced_unasked(audited: Path) -> None:
     assert open_audit_folder(str(audited), overwrite=True) == audited
     with pytest.raises(ValueError, match="is a file"):
         open_audit_folder(str(audited / "audit.json"), overwrite=False)
+
+
+def test_several_processes_write_one_audit(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "hf_transfer",
+    ]
+    done = subprocess.run(
+        [*words, "audit", "--images_per_class", "4", "--num_threads", "1"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("audited with embedded") == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["audit"]
 
 
 def test_without_a_name_the_folder_is_a_free_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -20,7 +21,7 @@ from PIL import Image
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, Split, load_data
 from hf_transfer.data.images import BadImageError
-from hf_transfer.data.splits import draw, role_of
+from hf_transfer.data.splits import draw, public_name, role_of
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
 
@@ -695,6 +696,22 @@ def test_all_splits_are_read_as_the_train_split(tmp_path: Path) -> None:
         load(parquet(tmp_path, train=table([1.0, 2.0, 1.0, 2.0]), validation=table([0.5, 1.0, 2.0, 3.0])))
 
 
+def test_a_split_in_the_root_of_the_disk_has_a_name() -> None:
+    assert public_name(Path("/pets/train")) == "pets"
+    assert public_name(Path("/train")) == "train"
+
+
+def test_copies_with_unknown_labels_do_not_contradict_each_other(tmp_path: Path) -> None:
+    flags = {"cat": [1, 0, 1, 0, 1, 0], "dog": [None, 1, 0, 1, 0, 1]}
+    rows = pd.DataFrame({"image": [png(i % 5) for i in range(6)], **flags})
+    data = load_data(DataConfig(dataset="pets", label_columns=("cat", "dog"), validation_fraction=0.34), rows)
+    (note,) = [note for note in data.notes if "different labels" in note]
+    assert "Equal images have different labels (1)" in note, "images 0 and 5 only"
+    rows = rows.assign(image=[png(i) for i in range(6)])
+    data = load_data(DataConfig(dataset="pets", label_columns=("cat", "dog"), validation_fraction=0.34), rows)
+    assert not [note for note in data.notes if "different labels" in note]
+
+
 def test_columns_can_be_named(tmp_path: Path) -> None:
     rows = table([0, 1, 0, 1], kind=["a", "b", "b", "a"], other=[png(9)] * 4)
     root = parquet(tmp_path, train=rows, validation=rows)
@@ -855,7 +872,7 @@ def test_a_hub_dataset_has_columns(cached_hub_dataset: str) -> None:
         load("owner/insects", split_column="label")
     # Each class is one group, which cannot be divided: the stored test split validates.
     columns = {"label_column": "label", "group_column": "label", "where": "label in [ant, bee]"}
-    with pytest.raises(ValueError, match="2 groups of the 10 train images cannot be divided"):
+    with pytest.raises(ValueError, match=r"groups \(2\) of the 10 train images cannot be divided"):
         load("owner/insects", **columns)
     data = load("owner/insects", validation_split="test", test_split="none", **columns)
     assert data.train.groups is not None

@@ -49,12 +49,12 @@ def test_suspected_labels_are_left_out_but_no_test_image(pets: Path, tmp_path: P
     text = f"{SUSPECTED}train/cat/1.png,train,cat,dog,0.9\n{drawn},validation,cat,dog,0.8\ntest/cat/0.png,test,cat,dog,0.7\n"
     data = load(pets, tmp_path, exclude=text)
     assert names(whole) - names(data) == {"train/cat/1.png", drawn}
-    assert any("Left out 2 of 12 train images, as exclude.csv says" in note for note in data.notes)
+    assert any("Left out 2 of 12 train images, which exclude.csv lists" in note for note in data.notes)
     assert any("1 test images, which stay as they are" in note for note in data.notes)
     assert data.train.fingerprint != whole.train.fingerprint
 
 
-def test_of_copies_the_train_side_is_left_out_or_the_second(pets: Path, tmp_path: Path) -> None:
+def test_of_copies_the_train_side_is_left_out_or_the_first(pets: Path, tmp_path: Path) -> None:
     pairs = (
         "train/cat/0.png,test/cat/0.png,train,test,near,0.99\n"
         "test/dog/0.png,train/dog/0.png,test,train,near,0.99\n"
@@ -62,7 +62,7 @@ def test_of_copies_the_train_side_is_left_out_or_the_second(pets: Path, tmp_path
         "test/dog/1.png,test/dog/2.png,test,test,near,0.98\n"
     )
     whole, data = load(pets, tmp_path), load(pets, tmp_path, exclude=DUPLICATES + pairs)
-    assert names(whole) - names(data) == {"train/cat/0.png", "train/dog/0.png", "train/dog/2.png"}
+    assert names(whole) - names(data) == {"train/cat/0.png", "train/dog/0.png", "train/dog/1.png"}
 
 
 def test_a_plain_list_may_leave_out_test_images(pets: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_suggested_labels_are_taken_except_for_test_images(pets: Path, tmp_path:
     whole, data = load(pets, tmp_path), load(pets, tmp_path, relabel=text)
     changed = {name for name, label in labels(data).items() if labels(whole)[name] != label}
     assert changed == {"train/cat/1.png"}
-    assert any("Relabeled 1 of 12 train images, as relabel.csv says" in note for note in data.notes)
+    assert any("Relabeled 1 of 12 train images, which relabel.csv lists" in note for note in data.notes)
 
 
 def test_own_labels_may_change_test_images(pets: Path, tmp_path: Path) -> None:

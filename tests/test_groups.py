@@ -13,6 +13,7 @@ from hf_transfer.solvers.features import RawFeatures
 from hf_transfer.solvers.folds import draw_folds
 from hf_transfer.solvers.groups import draw_groups, number_groups, spread_groups
 from hf_transfer.solvers.probe import ProbeOptions, fit_probes
+from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
 
 
@@ -77,8 +78,26 @@ def test_a_class_of_one_group_stays_in_train_and_another_is_validated() -> None:
 
 def test_one_group_in_each_class_cannot_be_divided() -> None:
     labels = np.repeat([0, 1], [5, 5])
-    with pytest.raises(ValueError, match=r"2 groups of the 10 train images cannot be divided.*--validation_split"):
+    with pytest.raises(ValueError, match=r"groups \(2\) of the 10 train images cannot be divided.*--validation_split"):
         draw(make_split(labels, labels), images_per_class=None, validation_fraction=0.2, seed=0)
+
+
+@pytest.mark.parametrize("patients", [5, 10, 20])
+def test_numbers_that_are_the_same_in_a_group_can_be_divided(patients: int) -> None:
+    """Such as the ages of patients, whose images may fill a whole range of ages."""
+    codes = np.repeat(np.arange(patients), 20)
+    split = Split(
+        name="train",
+        source=None,  # type: ignore[arg-type]
+        rows=np.arange(len(codes)),
+        labels=codes[:, None].astype(np.float32),
+        target=Regression(names=("age",)),
+        groups=codes.astype(np.str_),
+    )
+    train, validation = draw(split, images_per_class=None, validation_fraction=0.2, seed=0)
+    assert validation is not None
+    assert len(validation) == len(codes) // 5
+    assert set(train.groups).isdisjoint(validation.groups)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("folds", [2, 5])

@@ -345,7 +345,7 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
 def test_flags_that_do_not_go_together_are_refused(hub: HubServer, run: Path) -> None:
     with pytest.raises(ValueError, match="plain checkpoint, not an adapter"):
         module.publish(run, "alice/digits", adapter=True)
-    with pytest.raises(ValueError, match="no finished run"):
+    with pytest.raises(ValueError, match="is not a finished run"):
         module.publish(run / "model", "alice/digits")
     for wrong in ("digits", "a/b/c", "alice/", "alice/../x", "https://hub/alice/x"):
         with pytest.raises(ValueError, match="OWNER/NAME"):

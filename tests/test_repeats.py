@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 
 import hf_transfer as ht
 from hf_transfer import launch, repeats
-from hf_transfer.config import RepeatConfig
+from hf_transfer.config import RepeatConfig, RunConfig
+from hf_transfer.data.dataset import Data
 from hf_transfer.data.folds import divide
 from hf_transfer.data.splits import Role, Split
 from hf_transfer.metrics.classification import score
+from hf_transfer.metrics.multi_label import choose_thresholds
 from hf_transfer.metrics.records import Score
 from hf_transfer.prefix.cache import MissingRows
 from hf_transfer.prefix.extract import _Extraction
@@ -26,6 +28,7 @@ from hf_transfer.repeats import run_config
 from hf_transfer.reporting.predictions import PREDICTIONS
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
+from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.final_fit import FoldRun, plan_final_fit
 from hf_transfer.training.records import EpochRecord, Kept, PhaseResult, RunResult
@@ -225,6 +228,31 @@ def test_the_doors_give_the_same_folds(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], value) for name, value in python.model.state_dict().items())
 
 
+def read_labels(config: RunConfig) -> Data:
+    """Digits with two labels each: whether they are even, and whether they are large."""
+    data, target = read_data(config.data), MultiLabel(names=("even", "large"))
+
+    def label(split: Split) -> Split:
+        labels = np.stack([split.labels % 2 == 0, split.labels >= 5], 1).astype(np.float32)
+        return repeats.replace(split, labels=labels, target=target)
+
+    assert data.test is not None
+    return repeats.replace(data, train=label(data.train), validation=label(data.validation), test=label(data.test))
+
+
+def test_thresholds_of_folds_are_fitted_to_all_predictions_of_the_folds() -> None:
+    config = make_config("linear_probe", **FEW, folds=2, readouts="none")
+    session, result = run_config(config, load=read_labels)
+    session.costs.stop()
+    logits = np.concatenate([result.logits["train"], result.logits["validation"]])
+    labels = np.concatenate([session.data.train.labels, session.data.validation.labels])
+    validation = result.metrics["validation"]
+    assert validation.num_samples == len(labels)
+    assert validation.estimated_by == "folds"
+    expected = choose_thresholds(logits.astype(np.float64), labels.astype(np.float64))
+    assert [row["threshold"] for row in validation.per_class] == list(expected)
+
+
 # The data of folds
 
 
@@ -303,6 +331,12 @@ def test_a_class_of_one_group_is_refused() -> None:
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RepeatConfig(**settings)
+
+
+def test_a_last_seed_that_is_too_high_is_refused_before_the_first_run() -> None:
+    with pytest.raises(ValueError, match=r"the last seed would be 4294967296, but .* choose a lower --seed"):
+        make_config(seed=2**32 - 1, seeds=2)
+    assert make_config(seed=2**32 - 2, seeds=2).seed == 2**32 - 2
 
 
 def test_the_old_name_of_the_probes_folds_leads_to_the_new_one() -> None:
@@ -414,6 +448,29 @@ def test_finished_seeds_are_kept(
     assert runs == ["seed_4", "seed_5/probe"], "the first seed continues from its last state"
     assert results["seeds"]["metrics"] == expected["seeds"]["metrics"]
     assert results["seeds"]["gain_over_probe"] == expected["seeds"]["gain_over_probe"]
+
+
+def test_seeds_that_share_stored_validation_images_count_each_image_once() -> None:
+    """Eight images, of which each seed predicts the same four better than the probe."""
+    split = make_split("validation", 8)
+    better, worse = np.eye(2, dtype=np.float32)[split.labels], np.eye(2, dtype=np.float32)[1 - split.labels]
+    mixed = np.where(np.arange(8)[:, None] < 4, worse, better)
+
+    def compare(names: list[str]) -> dict[str, Any]:
+        """The comparison of one run per name of validation images."""
+
+        def record(name: str, logits: NDArray[np.float32]) -> repeats.Repeat:
+            results = {"data": {"fingerprint": {"validation": name}}}
+            return repeats.Repeat(results=results, splits={"validation": split}, logits={"validation": logits})
+
+        runs, probes = ([record(name, logits) for name in names] for logits in (better, mixed))
+        return dict(repeats._compare(runs, probes, seed=0)["gain_over_probe"])
+
+    one = compare(["a"])
+    assert one["metric"] == "accuracy"
+    assert compare(["a"] * 16)["interval"] == one["interval"]
+    drawn = compare([f"drawn by seed {i}" for i in range(16)])
+    assert np.diff(drawn["interval"]) < 0.5 * np.diff(one["interval"])
 
 
 def test_a_probe_is_not_compared_with_itself() -> None:

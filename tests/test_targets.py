@@ -1,5 +1,6 @@
 """Targets: what is read from label columns, the convex problem of a head, the losses, and the metrics."""
 
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from hf_transfer.config import GradientConfig, TrainingConfig
 from hf_transfer.metrics import multi_label, regression
+from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.reporting.sentences import describe_quality
 from hf_transfer.solvers.features import RawFeatures
 from hf_transfer.solvers.lbfgs import SolverOptions
 from hf_transfer.solvers.probe import ProbeOptions, fit_probe, solve_path
@@ -59,6 +62,13 @@ def make_labels(
         ([[0.5, 1.0], [2.0, 3.0]], "auto", ("value_0", "value_1"), [[0.5, 1.0], [2.0, 3.0]]),
         ([1, 2], "regression", ("value",), [[1.0], [2.0]]),
         ([1, 2], "auto", ("1", "2"), [0, 1]),
+        (
+            [1.0, None, np.nan, 2.0],
+            "multi_label_classification",
+            ("1", "2"),
+            [[1, 0], [np.nan] * 2, [np.nan] * 2, [0, 1]],
+        ),
+        ([[0.5, 1.0], None], "auto", ("value_0", "value_1"), [[0.5, 1.0], [np.nan, np.nan]]),
     ],
 )
 def test_the_target_is_found_from_the_values(
@@ -89,6 +99,17 @@ def test_columns_of_zero_and_one_are_labels_and_other_numbers_are_numbers() -> N
         ([1.0, float("inf")], "regression", "1 numbers are infinite"),
         ([["a"], [None]], "multi_label_classification", "labels such as None are of type NoneType"),
         (
+            [0.5, 1.0],
+            "multi_label_classification",
+            r"labels such as 0.5 are of type float; give text, integers, or lists",
+        ),
+        (
+            [["a"], ["b"]],
+            "single_label_classification",
+            "labels are of type list; labels must be all text or all integers",
+        ),
+        ([{"a": 1}], "auto", "labels are of type dict"),
+        (
             [0, 1],
             "ordinal",
             "problem_type='ordinal': choose one of multi_label_classification, regression, single_label",
@@ -100,6 +121,26 @@ def test_wrong_values_are_named(values: list[Any], problem_type: str, message: s
         read_column(values, problem_type=problem_type, where="data")
 
 
+def test_class_names_that_are_numbers_are_the_numbers() -> None:
+    target, labels = read_column([2, 0, -1], problem_type="regression", names=["1", "3", "5"], where="data")
+    assert target.names == ("value",)
+    np.testing.assert_array_equal(labels, [[5.0], [1.0], [np.nan]])
+    with pytest.raises(ValueError, match="labels such as 'good' are no numbers"):
+        read_column([0, 1], problem_type="regression", names=["good", "bad"], where="data")
+
+
+def test_class_indices_in_lists_are_not_one_class() -> None:
+    with pytest.raises(ValueError, match=r"labels such as \[0\] are of type list; one class per image"):
+        read_column([[0], [1]], problem_type="single_label_classification", names=["a", "b"], where="data")
+    with pytest.raises(ValueError, match="1 labels such as 7 are no indices of the 2 names"):
+        read_column([[0], [7]], names=["a", "b"], where="data")
+
+
+def test_label_columns_of_lists_are_refused() -> None:
+    with pytest.raises(ValueError, match="the label columns 'a', 'b' contain list"):
+        read_columns({"a": [[1], [2]], "b": [0, 1]}, where="data")
+
+
 def test_labels_that_cannot_be_learned_are_refused() -> None:
     labels = np.array([[1, 0, 1], [1, 0, 0]], np.float32)
     with pytest.raises(ValueError, match=r"no image has the labels 'b'"):
@@ -107,7 +148,13 @@ def test_labels_that_cannot_be_learned_are_refused() -> None:
     with pytest.raises(ValueError, match=r"every image has the labels 'a'"):
         MultiLabel(names=("a", "c")).check_train_labels(labels[:, [0, 2]], "data")
     with pytest.raises(ValueError, match="'value' is the same number in all images"):
-        Regression(names=("value",)).check_train_labels(np.ones((3, 1), np.float32), "data")
+        Regression(names=("value",)).check_train_labels(
+            np.full((1000, 1), 0.1, np.float32), "data"
+        )  # rounding has a spread
+    with pytest.raises(ValueError, match="'y' is the same number"):
+        Regression(names=("x", "y")).check_train_labels(np.array([[1, np.nan], [2, np.nan]], np.float32), "data")
+    with pytest.raises(ValueError, match="no training image has the numbers 'y'"):
+        Regression(names=("x", "y")).fit(np.array([[1, np.nan], [2, np.nan]], np.float32))
 
 
 def test_labels_are_translated_by_name() -> None:
@@ -319,6 +366,36 @@ def test_unknown_labels_are_left_out_of_the_metrics() -> None:
     assert found.per_class[1]["support"] == np.nansum(labels[:, 1])
 
 
+def test_the_quality_of_an_image_is_its_share_of_ordered_pairs() -> None:
+    generator = np.random.default_rng(3)
+    labels = (generator.random((200, 6)) < 0.5).astype(np.float64)
+    labels[generator.random((200, 6)) < 0.2] = np.nan
+    logits = np.round(generator.normal(size=(200, 6)), 1)  # with ties
+    qualities = multi_label.MultiLabelOutcomes(logits=logits, labels=labels).qualities
+    for row, truth, quality in zip(logits, labels, qualities, strict=True):
+        known = ~np.isnan(truth)
+        has_pairs = len(set(truth[known])) == 2
+        assert quality == pytest.approx(sklearn_metrics.roc_auc_score(truth[known], row[known]) if has_pairs else 1.0)
+
+
+def test_qualities_of_many_labels_need_memory_for_the_logits_alone() -> None:
+    """Pairs of the 2,000 labels of 500 images would take 16 GB."""
+    labels = (np.random.default_rng(0).random((500, 2000)) < 0.01).astype(np.float64)
+    tracemalloc.start()
+    qualities = multi_label.MultiLabelOutcomes(logits=labels, labels=labels).qualities
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20 * labels.nbytes
+    assert (qualities == 1.0).all()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits, labels = np.array([[-2000.0, 1.0], [3.0, 2000.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
+    found = multi_label.score(logits, labels, ["a", "b"], [0.5, 0.5], seed=0, resamples=0)
+    assert found.per_class[0]["recall"] == 0.0
+    assert multi_label.choose_thresholds(logits, labels)[1] == pytest.approx((1 + 1 / (1 + np.exp(-1))) / 2)
+
+
 def test_thresholds_have_the_best_f1_on_the_images_that_choose_them() -> None:
     generator = np.random.default_rng(2)
     labels = (generator.random((100, 1)) < 0.2).astype(np.float64)
@@ -344,11 +421,27 @@ def test_metrics_of_numbers_are_scikit_learns() -> None:
     assert found.mae_interval[0] < found.mae < found.mae_interval[1]
 
 
+def test_r2_is_no_percentage() -> None:
+    score = Score(quality=-0.25, loss=1.3, names=regression.NAMES)
+    assert score.describe() == "R2 -0.250, squared error 1.3000"
+    metrics = Metrics(values={"r2": -0.25}, num_samples=7, score=score, intervals={"r2": (-0.5, 0.1)})
+    assert describe_quality(metrics) == "R2 -0.250 (95 % interval -0.500 to 0.100, 7 images)"
+
+
 def test_a_constant_number_has_no_r2_but_a_note() -> None:
     outcomes = regression.RegressionOutcomes(predicted=np.ones((3, 1)), labels=np.ones((3, 1)), scale=np.ones(1))
     found = regression.score(outcomes, ["x"], seed=0, resamples=0)
     assert found.per_number[0]["r2"] is None
-    assert "same in all images" in found.notes[0]
+    assert "the same in all images" in found.notes[0]
+
+
+def test_a_number_that_no_image_of_a_split_has_is_left_out() -> None:
+    labels = np.array([[1, np.nan], [2, 5.0], [3, np.nan], [5, np.nan]])
+    outcomes = regression.RegressionOutcomes(predicted=np.ones((4, 2)), labels=labels, scale=np.ones(2))
+    found = regression.score(outcomes, ["x", "y"], seed=0, resamples=50)  # most resamples have no second number
+    assert found.mae == pytest.approx((7 / 4 + 4) / 2)
+    outcomes = regression.RegressionOutcomes(predicted=np.ones((1, 2)), labels=labels[:1], scale=np.ones(2))
+    assert regression.score(outcomes, ["x", "y"], seed=0, resamples=5).per_number[1]["mae"] is None
 
 
 # --- files --------------------------------------------------------------------------------------------------------------

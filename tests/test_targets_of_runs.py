@@ -34,6 +34,7 @@ from hf_transfer.strategy import strategy_names
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.reading import read_column
 from hf_transfer.targets.regression import Regression
+from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.plan import run_plan
 from tests.sessions import make_session
 from tests.test_recipes import check_results
@@ -314,7 +315,12 @@ def test_a_saved_network_of_numbers_reads_columns_of_zero_and_one_as_numbers(tab
 
 
 @pytest.mark.parametrize(
-    ("metric", "shown"), [("accuracy", "+5.0 points (95 % interval +1.0"), ("r2", "+0.050 (95 % interval +0.010")]
+    ("metric", "shown"),
+    [
+        (SingleLabel.image_quality, "accuracy: +5.0 points (95 % interval +1.0"),
+        (MultiLabel.image_quality, "ordered pairs of labels: +5.0 points (95 % interval +1.0"),
+        (Regression.image_quality, "negative squared error: +0.050 (95 % interval +0.010"),
+    ],
 )
 def test_the_gain_over_a_probe_is_in_points_only_for_shares(metric: str, shown: str) -> None:
     gain = {"metric": metric, "split": "test", "mean": 0.05, "interval": [0.01, 0.09]}

@@ -110,7 +110,7 @@ def audit(session: Session) -> AuditResult:
         confused_classes=tuple(_pair_classes(images, held_out)) if held_out else (),
         class_counts=tuple(
             ClassCounts(label=name, counts={split.name: int(split.counts()[k]) for split in data.splits})
-            for k, name in enumerate(data.label_names)
+            for k, name in enumerate(data.label_names if data.target.counts_labels else ())
         ),
         small_images=tuple(_list_sizes(images, facts.sizes.min(1) < SMALL_SHARE * min(input_px))),
         odd_shapes=tuple(_list_sizes(images, facts.sizes.max(1) > ODD_RATIO * facts.sizes.min(1))),
@@ -123,7 +123,7 @@ def audit(session: Session) -> AuditResult:
 
 
 def choose_readouts(readouts: Sequence[ReadoutFeatures]) -> list[ReadoutFeatures]:
-    """Returns the network's own readout and at most two that see the images otherwise.
+    """Returns the network's own readout and at most two others, which make other mistakes.
 
     These are another pooling of the last layer, and the layer at three quarters of the depth.
     """

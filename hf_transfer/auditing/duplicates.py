@@ -1,8 +1,9 @@
 """Finds images that occur twice: byte for byte (exact), or encoded again, resized, cropped or photographed again (near).
 
-Candidates for near copies have a similar perceptual hash or are nearest neighbors in the features. A candidate is confirmed on
-the pixels, after an alignment (see `alignment`). On `trashnet`, copies that were encoded again, resized by 10 % and cropped by
-5 % have similarities of 0.96 and more, and pairs of different objects 0.925 and less; docs/audit.md has the figures.
+Candidates for near copies have a similar perceptual hash or are nearest neighbors in the features. Their number grows with the
+number of images, not with its square. A candidate is confirmed on the pixels, after an alignment (see `alignment`). On
+`trashnet`, copies that were encoded again, resized by 10 % and cropped by 5 % have similarities of 0.96 and more, and pairs of
+different objects 0.925 and less; docs/audit.md has the figures.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ LEAST_SIMILARITY = 0.95
 LEAST_OVERLAP = 0.8  # share of the picture that both show
 BLANK_CONTRAST = 4.0  # a smaller standard deviation of the gray values leaves no picture to compare
 _HASH_BITS = 10  # of 64
-_CANDIDATES = 5  # nearest neighbors of each image that are compared
+_CLOSE_HASHES = 20  # closest hashes of each image that are compared
+_NEIGHBORS = 5  # nearest neighbors of each image that are compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +70,9 @@ def _find_near(
     if len(images) < 2:
         return
     pictures = facts.thumbnails[images]
-    neighbors = find_neighbors(features[images], _CANDIDATES).indices
+    neighbors = find_neighbors(features[images], _NEIGHBORS).indices
     near = np.stack([np.repeat(np.arange(len(images)), neighbors.shape[1]), neighbors.reshape(-1)], 1)
-    close = find_close_hashes(compute_hashes(pictures), _HASH_BITS)
+    close = find_close_hashes(compute_hashes(pictures), _HASH_BITS, _CLOSE_HASHES)
     pairs = np.unique(np.concatenate([np.sort(near, axis=1), close]), axis=0)
     comparison = compare_aligned(pictures, pairs, num_threads)
     is_copy = (comparison.similarity >= LEAST_SIMILARITY) & (comparison.overlap >= LEAST_OVERLAP)

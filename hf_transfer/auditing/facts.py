@@ -1,4 +1,4 @@
-"""Decodes every image once and keeps what the audit compares: the size, the EXIF orientation and a small gray picture."""
+"""Decodes every image once, and keeps its size, its EXIF orientation and a small gray picture for the audit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _ORIENTATION_TAG = 0x0112
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFacts:
-    """What the audit knows of the pixels of N images, in the order of the splits."""
+    """Sizes, orientations and small pictures of N images, in the order of the splits."""
 
     sizes: NDArray[np.int64]  # (N, 2) width and height in pixels, upright
     orientations: NDArray[np.int64]  # (N,) the EXIF orientation, 1 to 8; 1: stored upright

@@ -1,4 +1,4 @@
-"""Writes what an audit found: audit.json, three CSV files that `--exclude` and `--relabel` read, and audit.html."""
+"""Writes the findings of an audit: audit.json, three CSV files that `--exclude` and `--relabel` read, and audit.html."""
 
 import csv
 import json
@@ -44,7 +44,7 @@ def open_audit_folder(output_dir: str | None, *, overwrite: bool) -> Path:
 
 
 def write_audit(result: AuditResult, splits: Sequence[Split], folder: Path) -> None:
-    """Writes all files of an audit of `splits` to `folder`. audit.json is last, so that it never lies beside older files."""
+    """Writes all files of an audit of `splits` to `folder`. audit.json is written last, so it is never beside older files."""
     content = result.to_dict()
     (folder / AUDIT).unlink(missing_ok=True)
     for name, columns in TABLES.items():

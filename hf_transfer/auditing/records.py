@@ -23,7 +23,7 @@ class SuspectedLabel:
 
 @dataclass(frozen=True, kw_only=True)
 class Duplicate:
-    """Two images that show the same."""
+    """Two images that are copies of each other."""
 
     a: str
     b: str

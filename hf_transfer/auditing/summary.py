@@ -1,4 +1,4 @@
-"""Says in a few sentences what an audit found, for the terminal and the page."""
+"""Summarizes the findings of an audit in a few sentences, for the terminal and the page."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def format_summary(result: AuditResult, folder: Path) -> str:
 
 
 def summarize(result: AuditResult) -> list[str]:
-    """Returns one sentence per kind of finding. Kinds without a finding are left out, except labels, copies and outliers."""
+    """Returns one sentence for each kind of finding. Labels, copies and outliers have one even if nothing is found."""
     return [
         _describe_labels(result),
         *_describe_copies(result),

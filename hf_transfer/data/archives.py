@@ -149,7 +149,7 @@ def _write_zip(path: Path, target: Path) -> None:
         for member in members:
             member.filename = member.filename.replace("\\", "/")  # some programs on Windows write \\ between folders
             parts = PurePosixPath(member.filename).parts
-            if member.filename.startswith("/") or ".." in parts or ":" in parts[0]:
+            if not parts or member.filename.startswith("/") or ".." in parts or ":" in parts[0]:
                 raise ValueError(f"the path {member.filename[:100]!r} leads out of the archive's folder")
             archive.extract(member, target)
 

@@ -129,21 +129,29 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         for role, split in splits.items():
             splits[role], notes_on_skipped = _skip_bad_images(split, where[role], is_train=role == "train")
             notes += notes_on_skipped
+    return _draw(splits, config, replace(stored, notes=tuple(notes)))
 
+
+def _draw(splits: Mapping[Role, Split], config: DataConfig, stored: StoredData) -> Data:
+    """Returns the data after few-shot and validation images are drawn from train, with a target fitted to the train labels.
+
+    The data have the name, revision, license and notes of `stored`, and notes on the draws.
+    """
     fraction = None if "validation" in splits else config.validation_fraction
     train, drawn = draw(
         splits["train"], images_per_class=config.images_per_class, validation_fraction=fraction, seed=config.seed
     )
     validation, test = splits.get("validation", drawn), splits.get("test")
     assert validation is not None
-    target = target.fit(train.labels)
+    target = train.target.fit(train.labels)
     train, validation = replace(train, target=target), replace(validation, target=target)
     test = None if test is None else replace(test, target=target)
     num_stored, is_validation_drawn = len(splits["train"]), drawn is not None
-    notes += notes_on_draws(
+    notes = notes_on_draws(
         config, train, validation, test, num_stored=num_stored, is_validation_drawn=is_validation_drawn
     )
     drawn_splits = [split for split in (train, validation, test) if split is not None]
+    notes += [*notes_on_groups(drawn_splits), *notes_on_classes(train, validation, test)]
     return Data(
         train=train,
         validation=validation,
@@ -151,7 +159,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         name=stored.name,
         revision=stored.revision,
         license=stored.license,
-        loading_notes=(*notes, *notes_on_groups(drawn_splits), *notes_on_classes(train, validation, test)),
+        loading_notes=(*stored.notes, *notes),
     )
 
 

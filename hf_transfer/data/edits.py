@@ -1,15 +1,15 @@
-"""Leaves out or relabels images that a file names: `--exclude FILE` and `--relabel FILE`.
+"""Leaves out or relabels the images that a file names: `--exclude FILE` and `--relabel FILE`.
 
 The files are those that `hf-transfer audit` writes, perhaps shortened by hand, or lists of one's own:
 
     suspected_labels.csv, outliers.csv    columns path, split, ..., score; --relabel reads the label from `suggested`
     duplicates.csv                        of a pair across splits, the copy in train is left out, else the one in validation;
-                                          of a pair within a split, the second image
-    a CSV of one's own                    column path, perhaps split; --relabel needs label
+                                          of a pair within a split, the first image
+    another CSV file                      column path, and split if paths repeat; --relabel needs label
     a plain list                          one path per line
 
-Test images decide what a model is worth. So a file of the audit (one with a score) changes no test image, and only a list of
-one's own does. Every change becomes a sentence for the log, the report and the card.
+Test images decide what a model is worth. So a file of the audit (one with a score) changes no test image; only another list
+does. Each change becomes a sentence in the log, the report and the card.
 """
 
 import csv
@@ -78,7 +78,7 @@ def _exclude(splits: Mapping[Role, Split], listing: _Listing) -> tuple[dict[Role
         if len(rows) == len(split):
             raise ValueError(f"{listing.setting} names all {len(split):,} {role} images: shorten the list")
         edited[role] = split.select(np.setdiff1d(np.arange(len(split)), rows))
-        notes.append(f"Left out {len(rows):,} of {len(split):,} {role} images, as {listing.file} says (--exclude).")
+        notes.append(f"Left out {len(rows):,} of {len(split):,} {role} images, which {listing.file} lists (--exclude).")
     return edited, notes or [f"{listing.file} names no image to leave out (--exclude)."]
 
 
@@ -110,14 +110,14 @@ def _relabel(splits: Mapping[Role, Split], listing: _Listing) -> tuple[dict[Role
         labels[list(changes)] = list(changes.values())
         edited[role] = replace(split, labels=labels)
         count = int((labels != split.labels).sum())
-        notes.append(f"Relabeled {count:,} of {len(split):,} {role} images, as {listing.file} says (--relabel).")
+        notes.append(f"Relabeled {count:,} of {len(split):,} {role} images, which {listing.file} lists (--relabel).")
     return edited, notes or [f"{listing.file} names no image to relabel (--relabel)."]
 
 
 def _describe_kept_tests(count: int, listing: _Listing) -> str:
     return (
-        f"{listing.file} names {count:,} test images, which stay as they are: a file of the audit changes no test image, only a"
-        " list of one's own does."
+        f"{listing.file} names {count:,} test images, which stay as they are: a file of the audit changes no test image. To"
+        " change them, list them in another file."
     )
 
 
@@ -189,9 +189,12 @@ def _check_rows(rows: Sequence[Mapping[str, str]], columns: Sequence[str], setti
 
 
 def _choose_copies(pairs: Sequence[Mapping[str, str]]) -> Iterator[_Entry]:
-    """Yields the copy of each pair to leave out: in train if there is one, else in validation; in one split, the second."""
+    """Yields the copy of each pair to leave out: in train if there is one, else in validation; in one split, the first.
+
+    Exact copies form pairs with the last of them (see `auditing.duplicates`), so the last one is kept, and no second one.
+    """
     for pair in pairs:
         splits = Counter([pair["split_a"], pair["split_b"]])
         role = next((role for role in ROLES if role in splits), None)
-        side = "b" if pair["split_b"] == role else "a"
+        side = "a" if pair["split_a"] == role else "b"
         yield _Entry(path=pair[side], split=pair[f"split_{side}"])

@@ -92,7 +92,7 @@ def notes_on_groups(splits: Sequence[Split]) -> list[str]:
 
 
 def notes_on_copies(splits: Sequence[Split]) -> list[str]:
-    """Returns sentences about images whose bytes occur in two splits or two classes. Reads every image not hashed yet."""
+    """Returns sentences about images whose bytes occur in two splits or with two labels. Reads every image not hashed yet."""
     digests = np.concatenate([split.digests() for split in splits]).view("<u8")
     _, firsts, contents = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     contents = contents.reshape(-1)  # (N,) over all splits: equal numbers mean equal bytes
@@ -113,8 +113,12 @@ def notes_on_copies(splits: Sequence[Split]) -> list[str]:
                 " remove the copies from one of the two splits."
             )
     labels = np.concatenate([split.labels for split in splits])
-    differs = labels != labels[firsts][contents]
+    of_first = labels[firsts][contents]
+    differs = (labels != of_first) & ~(np.isnan(labels) & np.isnan(of_first))  # an unknown label (NaN) equals itself
     contradictions = np.flatnonzero(differs if differs.ndim == 1 else differs.any(1))
+    subject = (
+        "Classes share images, byte for byte" if splits[0].target.has_classes else "Equal images have different labels"
+    )
 
     def describe(image: int) -> str:
         k = int(np.searchsorted(starts, image, side="right")) - 1
@@ -124,7 +128,7 @@ def notes_on_copies(splits: Sequence[Split]) -> list[str]:
     if contradictions.size:
         shown = [f"{describe(firsts[contents[i]])} is {describe(i)}" for i in contradictions[:_MAX_LISTED_COPIES]]
         notes.append(
-            f"Classes share images, byte for byte ({contradictions.size:,}): {', '.join(shown)}"
+            f"{subject} ({contradictions.size:,}): {', '.join(shown)}"
             f"{', ...' if contradictions.size > len(shown) else ''}. At least one of the labels is wrong; remove one copy."
         )
     return notes

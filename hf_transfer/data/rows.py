@@ -1,4 +1,4 @@
-"""Chooses the rows of a table, divides the rows into splits, and reads their groups, for every source that has columns.
+"""Chooses the rows of a table, divides the rows into splits, and reads their groups, for every source with columns.
 
 `--where` chooses rows, `--split_column` names the split of each row, `--group_column` the group (patient, camera, video, ...).
 """

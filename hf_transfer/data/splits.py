@@ -225,7 +225,9 @@ def draw(
     kept = train.select(np.flatnonzero(is_kept))
     codes = number_groups([kept])
     if codes is not None:
-        is_validation[is_kept] = draw_groups(strata[is_kept], codes, validation_fraction, seed)
+        # Images of a group often have the same number, so a range of numbers may be one group: numbers are not stratified.
+        of_groups = strata[is_kept] if train.target.counts_labels else np.zeros(len(kept), np.int64)
+        is_validation[is_kept] = draw_groups(of_groups, codes, validation_fraction, seed)
     else:
         sizes = np.arange(int(counts.max()) + 1)
         is_validation_rank = np.diff(_validation_images(sizes, validation_fraction)) > 0
@@ -247,13 +249,13 @@ def public_name(path: Path) -> str:
     """Returns the public name of the dataset at the resolved `path`: the base name of `path`, without a file suffix.
 
     If the base name names a split ("pets/train") or is that of any table of labels ("pets/labels.csv"), returns the parent
-    folder's name, unless the parent is the home folder.
+    folder's name, unless the parent is the home folder or the root.
     """
     is_file = path.is_file()
     name = path.stem.removesuffix(".tar") if is_file else path.name
     is_common = role_of(name) is not None or (is_file and name.casefold() in _NAMES_OF_TABLES)
     is_at_home = str(path.parent) in (os.environ.get("HOME"), os.environ.get("USERPROFILE"))
-    return path.parent.name if is_common and not is_at_home else name
+    return path.parent.name if is_common and path.parent.name and not is_at_home else name
 
 
 def _with_remedy(error: BadImageError) -> BadImageError:

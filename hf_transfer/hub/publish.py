@@ -119,7 +119,7 @@ def publish(
         revision = options.revision or branch
         target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
         _open_repository(target, options)
-        card = address_card(files[CARD].read_text(), repo_id, revision, verified)
+        card = address_card(files[CARD].read_text(encoding="utf-8"), repo_id, revision, verified)
         url = _commit(target, files, card, f"Add {results['strategy']}", create_pr=options.create_pr)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     return Published(repo_id=repo_id, files=sizes, url=url, verified=verified)

@@ -1,4 +1,4 @@
-"""Converts tensors to arrays."""
+"""Converts tensors to arrays, and averages arrays with unknown values."""
 
 from typing import Any
 
@@ -15,3 +15,13 @@ def to_numpy(values: NDArray[Any] | Tensor) -> NDArray[Any]:
     values = values.detach().cpu()
     # NumPy has no bfloat16.
     return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+
+
+def mean_of_known(values: NDArray[np.float64]) -> float:
+    """Returns the mean of `values` (K,) without NaN; 0 if all are NaN.
+
+    >>> mean_of_known(np.array([1.0, np.nan, 2.0])), mean_of_known(np.array([np.nan]))
+    (1.5, 0.0)
+    """
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else 0.0

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.metrics.arrays import mean_of_known
 from hf_transfer.metrics.bootstrap import find_interval, resample_indices
 from hf_transfer.metrics.records import Metrics, Score
 
@@ -29,18 +30,20 @@ class MultiLabelOutcomes:
     def score(self) -> Score:
         """The mean average precision, and the mean binary cross-entropy per image."""
         precisions = average_precisions(self.logits, self.labels)
-        return Score(quality=_mean_of_known(precisions), loss=float(np.nanmean(self.losses)), names=NAMES)
+        return Score(quality=mean_of_known(precisions), loss=float(np.nanmean(self.losses)), names=NAMES)
 
     @property
     def qualities(self) -> Floats:
         """The share (N,) of pairs of a present and an absent label in the right order; 1 for images without such pairs."""
-        present, absent = self.labels == 1, self.labels == 0
-        right = (self.logits[:, :, None] > self.logits[:, None]) + 0.5 * (
-            self.logits[:, :, None] == self.logits[:, None]
-        )
-        pairs = present[:, :, None] & absent[:, None]
-        count = pairs.sum((1, 2))
-        return np.where(count > 0, (right * pairs).sum((1, 2)) / np.maximum(count, 1), 1.0)
+        from scipy.stats import rankdata  # takes a second to import
+
+        known, present = ~np.isnan(self.labels), self.labels == 1
+        ranks = rankdata(np.where(known, self.logits, -np.inf), axis=1) - (~known).sum(1, keepdims=True)
+        num_present, num_absent = present.sum(1), (known & ~present).sum(1)
+        # Mann and Whitney's statistic: the number of pairs in the right order, of which ties are half
+        right = (ranks * present).sum(1) - num_present * (num_present + 1) / 2
+        count = num_present * num_absent
+        return np.where(count > 0, right / np.maximum(count, 1), 1.0)
 
     @property
     def losses(self) -> Floats:
@@ -56,7 +59,7 @@ def binary_losses(logits: Floats, labels: Floats) -> Floats:
 
 
 def average_precisions(logits: Floats, labels: Floats) -> Floats:
-    """Returns the average precision (K,) of each label; NaN for a label that no image has."""
+    """Returns the average precision (K,) of each label; NaN for a label that no image has, or every image."""
     return np.array([_average_precision(logits[:, k], labels[:, k]) for k in range(labels.shape[1])])
 
 
@@ -65,7 +68,7 @@ def choose_thresholds(logits: Floats, labels: Floats) -> tuple[float, ...]:
 
     A threshold lies midway between two neighboring probabilities. Among equal F1, the threshold nearest to 0.5 wins.
     """
-    probabilities = 1 / (1 + np.exp(-logits))
+    probabilities = _sigmoid(logits)
     return tuple(_choose_threshold(probabilities[:, k], labels[:, k]) for k in range(labels.shape[1]))
 
 
@@ -74,7 +77,7 @@ def score(
 ) -> Metrics:
     """Returns all metrics of one split, from logits and labels (N, K). A label is predicted above its threshold."""
     outcomes = MultiLabelOutcomes(logits=logits, labels=labels)
-    predicted = 1 / (1 + np.exp(-logits)) > np.asarray(thresholds)
+    predicted = _sigmoid(logits) > np.asarray(thresholds)
     values, rows = _compute(outcomes, predicted)
     absent = [name for name, row in zip(names, rows, strict=True) if row["average_precision"] is None]
     notes = (
@@ -151,7 +154,7 @@ def _bootstrap(
             precisions = [
                 _average_precision(logits[:, k], labels[:, k], counts, sorted_by[:, k]) for k in range(labels.shape[1])
             ]
-            drawn[NAMES[0]].append(_mean_of_known(np.array(precisions)))
+            drawn[NAMES[0]].append(mean_of_known(np.array(precisions)))
             micro, macro = _f1(*(c[None] for c in _count(predicted[rows], labels[rows])))
             drawn["f1_micro"].append(float(micro[0]))
             drawn["f1_macro"].append(float(macro[0]))
@@ -177,9 +180,8 @@ def _average_precision(
     return float((np.diff(hits, prepend=0.0) * precision).sum() / hits[-1])
 
 
-def _mean_of_known(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 0.0
+def _sigmoid(logits: Floats) -> Floats:
+    return np.exp(-np.logaddexp(0.0, -logits))  # does not overflow
 
 
 def _choose_threshold(probabilities: Floats, labels: Floats) -> float:

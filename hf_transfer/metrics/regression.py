@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.metrics.arrays import mean_of_known
 from hf_transfer.metrics.bootstrap import find_interval, resample_indices
 from hf_transfer.metrics.records import Metrics, Score
 
@@ -29,7 +30,7 @@ class RegressionOutcomes:
     @property
     def score(self) -> Score:
         """R2, and the mean squared error in units of the training images' variance."""
-        quality = _mean_of_known(_compute_r2(self.predicted, self.labels))
+        quality = mean_of_known(_compute_r2(self.predicted, self.labels))
         return Score(quality=quality, loss=float(np.nanmean(self.losses)), names=NAMES)
 
     @property
@@ -46,16 +47,18 @@ class RegressionOutcomes:
 
 
 def score(outcomes: RegressionOutcomes, names: Sequence[str], *, seed: int, resamples: int) -> Metrics:
-    """Returns all metrics of one split. A constant number has no R2 and no rank correlation, and gets a note."""
+    """Returns all metrics of one split. A constant or unknown number has no R2 and no rank correlation, and gets a note."""
     each = _compute(outcomes.predicted, outcomes.labels)
     constant = [name for name, r2 in zip(names, each["r2"], strict=True) if np.isnan(r2)]
-    notes = (f"The number is the same in all images of this split, and so has no R2: {', '.join(constant)}.",)
+    notes = (
+        f"Numbers without R2, because they are unknown or the same in all images of this split: {', '.join(constant)}.",
+    )
     rows = [
         {"label": name, **{key: None if np.isnan(each[key][k]) else float(each[key][k]) for key in KEYS}}
         for k, name in enumerate(names)
     ]
     return Metrics(
-        values={key: _mean_of_known(each[key]) for key in KEYS},
+        values={key: mean_of_known(each[key]) for key in KEYS},
         intervals=_bootstrap(outcomes, seed=seed, resamples=resamples) if resamples else {},
         details={"per_number": rows},
         num_samples=len(outcomes.labels),
@@ -69,15 +72,15 @@ def _compute(predicted: Floats, labels: Floats) -> dict[str, Floats]:
     errors = predicted - labels
     return {
         "r2": _compute_r2(predicted, labels),
-        "mae": np.nanmean(np.abs(errors), 0),
-        "rmse": np.sqrt(np.nanmean(errors**2, 0)),
+        "mae": _mean_of_each(np.abs(errors)),
+        "rmse": np.sqrt(_mean_of_each(errors**2)),
         "spearman": np.array([_spearman(p, y) for p, y in zip(predicted.T, labels.T, strict=True)]),
     }
 
 
 def _compute_r2(predicted: Floats, labels: Floats) -> Floats:
     """Returns the coefficient of determination (K,); NaN for a number that is constant."""
-    total = np.nansum((labels - np.nanmean(labels, 0)) ** 2, 0)
+    total = np.nansum((labels - _mean_of_each(labels)) ** 2, 0)
     rest = np.nansum((predicted - labels) ** 2, 0)
     return np.where(total > 0, 1 - rest / np.where(total > 0, total, 1.0), np.nan)
 
@@ -87,6 +90,8 @@ def _spearman(predicted: Floats, labels: Floats) -> float:
     from scipy.stats import rankdata  # takes a second to import
 
     known = ~np.isnan(labels)
+    if not known.any():
+        return float("nan")
     a, b = (rankdata(values[known]) for values in (predicted, labels))
     a, b = a - a.mean(), b - b.mean()
     norm = np.sqrt((a @ a) * (b @ b))
@@ -98,10 +103,12 @@ def _bootstrap(outcomes: RegressionOutcomes, *, seed: int, resamples: int) -> di
     for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):
         for rows in indices:
             for key, each in _compute(outcomes.predicted[rows], outcomes.labels[rows]).items():
-                drawn[key].append(_mean_of_known(each))
+                drawn[key].append(mean_of_known(each))
     return {key: find_interval(np.array(values)) for key, values in drawn.items()}
 
 
-def _mean_of_known(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else 0.0
+def _mean_of_each(values: Floats) -> Floats:
+    """Returns the mean (K,) of each column of values (N, K), without NaN; NaN for a column of NaN."""
+    known = ~np.isnan(values)
+    count = known.sum(0)
+    return np.where(count > 0, np.where(known, values, 0.0).sum(0) / np.maximum(count, 1), np.nan)

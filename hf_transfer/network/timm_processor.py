@@ -26,7 +26,7 @@ class TimmProcessor:
         self.val_transforms: Any = create_transform(**self.data_config, is_training=False)
 
     def __call__(self, images: Image.Image, *, return_tensors: str = "pt") -> dict[str, torch.Tensor]:
-        """Returns the one image as `pixel_values` (1, C, H, W), as processors of transformers do for `return_tensors="pt"`."""
+        """Returns one image as `pixel_values` (1, C, H, W) float32. Only `return_tensors="pt"` is supported."""
         return {"pixel_values": self.val_transforms(images)[None]}
 
     def save_pretrained(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writes and reads predictions.parquet: what the model of a run says about each image that it has not trained on.
+"""Writes and reads predictions.parquet: the predictions of a run's model for images that it has not trained on.
 
 | column | type | content |
 |---|---|---|
@@ -7,8 +7,8 @@
 | probabilities | list of float32 | one number for each output, in the order of `label_names` in results.json |
 | split | text | train, validation or test |
 
-The column is called `values` for numbers (regression). Training images have rows only if other fits than the saved one
-predicted them, each without having seen the image.
+The column is called `values` for numbers (regression). Training images have rows only if fits that have not seen them
+predicted them, as in a run with folds.
 """
 
 from collections.abc import Mapping, Sequence

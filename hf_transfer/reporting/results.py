@@ -176,5 +176,5 @@ def _describe_checkpoint(backbone: Backbone) -> dict[str, Any]:
 
 def _write_whole(path: Path, text: str) -> None:
     partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

@@ -12,6 +12,7 @@ from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResul
 
 WIDE_INTERVAL = 0.03  # of an accuracy: 3 points
 SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
+IMAGE_SHARES = frozenset((SingleLabel.image_quality, MultiLabel.image_quality))
 NUM_SPREADS = 3  # metrics in one sentence
 
 
@@ -66,7 +67,7 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     lines = [f"{seeds}, {split}: {_describe_spreads(values)}" for split, values in section["metrics"].items()]
     gain = section.get("gain_over_probe")
     if gain is not None:
-        factor, digits, unit = (100, 1, " points") if gain["metric"] in SHARES else (1, 3, "")
+        factor, digits, unit = (100, 1, " points") if gain["metric"] in IMAGE_SHARES else (1, 3, "")
         mean, low, high = (f"{factor * value:+.{digits}f}" for value in (gain["mean"], *gain["interval"]))
         lines.append(
             f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "

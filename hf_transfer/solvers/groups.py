@@ -1,8 +1,8 @@
-"""Keeps the images of a group (a patient, a camera, a video, ...) together, when images are divided into validation or folds.
+"""Divides images into train and validation, or into folds, without dividing a group (a patient, a camera, a video, ...).
 
-Two images of one group are often nearly the same image, and a model that has trained on one of them knows the other one.
+Two images of one group are often nearly the same image, so a model that has trained on one of them knows the other one.
 Groups differ in size and in classes, so the division is stratified only as well as the groups allow: groups are placed one by
-one, each where it makes the classes' shares most equal. An image whose group is blank is a group of its own.
+one, each in the fold where the classes' shares become most equal. An image without a group is a group of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,8 @@ def spread_groups(labels: NDArray[np.int64], codes: Codes, folds: int, seed: int
     num_groups = len(np.unique(codes))
     if num_groups < folds:
         raise ValueError(
-            f"{folds} folds need {folds} groups or more, and the images have {num_groups}: choose fewer folds or smaller groups"
+            f"{folds} folds need {folds} groups or more, and the images have {num_groups}: choose fewer folds, or a column of"
+            " smaller groups with --group_column"
         )
     sizes = np.bincount(labels).astype(np.float64)
     filled = np.zeros((folds, len(sizes)))
@@ -96,8 +97,9 @@ def draw_groups(labels: NDArray[np.int64], codes: Codes, fraction: float, seed: 
             is_drawn[members] = True
     if not is_drawn.any():
         raise ValueError(
-            f"the {len(groups)} groups of the {len(labels):,} train images cannot be divided into train and validation, since "
-            "every class is in one group: name a stored validation split with --validation_split, or smaller groups"
+            f"the groups ({len(groups):,}) of the {len(labels):,} train images cannot be divided into train and validation,"
+            " since each class is in one group only: name a stored validation split with --validation_split, or a column of"
+            " smaller groups with --group_column"
         )
     return is_drawn
 

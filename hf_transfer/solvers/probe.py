@@ -58,7 +58,7 @@ problem, so two readouts that differ by 5 % keep their order. On 100 images, the
 standard error."""
 
 ROUGH_FOLDS = 2
-"""So many folds first tell which readouts are worse than the best by twice the margin; all folds judge the other readouts."""
+"""The number of folds on which rough fits find readouts that are worse than the best by twice the margin."""
 
 NEAR_MARGIN = 0.01
 """After a fine path near the best C, a readout may win if its held-out log-loss is at most this share above the lowest one."""
@@ -107,7 +107,7 @@ class ProbeSummary:
     c: float
     score: Score  # score of the chosen C; each row is scored by a fit that has not seen the row
     path: tuple[PathPoint, ...]
-    tolerance: float  # of the fits that were scored, relative to the objective
+    tolerance: float  # of the scored fits, relative to the objective
     seconds: float
 
 

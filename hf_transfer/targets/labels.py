@@ -23,16 +23,15 @@ def index_labels(values: Sequence[object], where: str) -> tuple[NDArray[np.int64
     Raises:
         ValueError: labels are fractions, have mixed or other types, or include one negative integer, or names become equal.
     """
-    counts = Counter(value for value in values if not _is_missing(value))
-    if (
-        not all(isinstance(value, (str, int, float)) for value in counts)
-        or len({isinstance(value, str) for value in counts}) > 1
-    ):
-        kinds = sorted({type(value).__name__ for value in counts})
+    labeled = [value for value in values if not _is_missing(value)]
+    is_text = {isinstance(value, str) for value in labeled}
+    if len(is_text) > 1 or not all(isinstance(value, str | int | float) for value in labeled):
+        kinds = sorted({type(value).__name__ for value in labeled})
         raise ValueError(
             f"{where}: labels are of type {' and '.join(kinds)}; labels must be all text or all integers: choose another"
             " column with --label_column"
         )
+    counts = Counter(labeled)
     present: list[str | float] = sorted(counts)  # type: ignore[arg-type]
     fractions = [value for value in present if isinstance(value, float) and not value.is_integer()]
     if fractions:

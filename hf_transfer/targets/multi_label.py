@@ -29,6 +29,7 @@ class MultiLabel(Target):
     """Any number of labels per image. Labels are (N, K) float32: 1 present, 0 absent, NaN unknown."""
 
     problem_type: ClassVar[str] = "multi_label_classification"
+    image_quality: ClassVar[str] = "ordered_pairs_of_labels"
     outputs_name: ClassVar[str] = "probabilities"
     metrics: ClassVar[tuple[MetricInfo, ...]] = (
         MetricInfo(key="mean_average_precision", title="Mean average precision", hub="mAP"),
@@ -59,11 +60,19 @@ class MultiLabel(Target):
         An entry is a sequence of names (or, with `names`, of their indices), or None for an image whose labels are unknown. In
         a row of K numbers 0 and 1 with `names`, None is an unknown label: see `read_flags`.
         """
+        single = [value for value in values if value is not None and not isinstance(value, list | tuple)]
+        if single:
+            raise ValueError(
+                f"{where}: labels such as {single[0]!r} are of type {type(single[0]).__name__}; give text, integers, or lists"
+                " of these"
+            )
         given = [name for value in values if value is not None for name in value]
         if names is not None:
             wrong = [index for index in given if type(index) is not int or not 0 <= index < len(names)]
             if wrong:
-                raise ValueError(f"{where}: {listed(sorted(set(wrong)), 3)} are no indices of the {len(names)} names")
+                raise ValueError(
+                    f"{where}: {len(wrong):,} labels such as {wrong[0]!r} are no indices of the {len(names)} names"
+                )
             return cls(names=clean_names(names, where)), _mark(values, {i: i for i in range(len(names))})
         wrong = [name for name in given if not isinstance(name, str) and type(name) is not int]
         if wrong:

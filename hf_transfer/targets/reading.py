@@ -1,5 +1,6 @@
 """Finds the target of a data set from the values of its label columns, and reads the labels."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ def read_column(
     """Returns the target and the labels of N images, from the values of one label column.
 
     With `problem_type` "auto", lists of text or of class indices are several labels per image; fractions, and lists of
-    fractions, are numbers; all other values are classes. `names`: the class names that the column states; as numbers, these
-    names count ("3"), and not their indices.
+    fractions, are numbers; all other values are classes. `names`: the class names that the column states. For regression, these
+    names ("3") are the numbers, not their indices.
 
     Raises ValueError, which begins with `where`, for values that do not fit the problem type.
 
@@ -29,7 +30,7 @@ def read_column(
     """
     kind = _guess(values, names) if problem_type == AUTO else find_target(problem_type)
     if kind is MultiLabel:
-        values = _split_texts(values)
+        values = _list_labels(values)
     if kind is Regression and names is not None:
         values, names = _to_names(values, dict(enumerate(names))), None
     return kind.read(values, names, where)
@@ -45,9 +46,9 @@ def read_columns(
     >>> read_columns({"cat": [1, 0], "dog": [0, 1]}, where="pets")[0].names
     ('cat', 'dog')
     """
-    values = {value for column in columns.values() for value in column if value is not None and value == value}
+    values = [value for column in columns.values() for value in column if value is not None and value == value]
     if problem_type == AUTO:
-        problem_type = (MultiLabel if values <= {0, 1} else Regression).problem_type
+        problem_type = (MultiLabel if all(value in (0, 1) for value in values) else Regression).problem_type
     kind = find_target(problem_type)
     if kind is SingleLabel:
         raise ValueError(f"{where}: {len(columns)} label columns, but one class per image; give one --label_column")
@@ -78,15 +79,19 @@ def _to_names(values: Sequence[Any], names: Mapping[int, str]) -> list[Any]:
     return [_to_names(value, names) if isinstance(value, list | tuple) else names.get(value) for value in values]
 
 
-def _split_texts(values: Sequence[Any]) -> list[Any]:
-    """Returns lists of labels in place of texts that separators join; blank text is no label."""
+def _list_labels(values: Sequence[Any]) -> list[Any]:
+    """Returns lists of labels in place of single labels, and of texts that separators join; blank text is no label.
+
+    A DataFrame stores integers beside missing values as floats, so whole floats are integers, and NaN is unknown.
+    """
     texts = [value for value in values if isinstance(value, str)]
     separator = next((each for each in SEPARATORS if any(each in text for text in texts)), SEPARATORS[0])
-    return [
-        [part.strip() for part in value.split(separator) if part.strip()]
-        if isinstance(value, str)
-        else [value]
-        if type(value) is int
-        else value
-        for value in values
-    ]
+
+    def split(value: Any) -> Any:
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(separator) if part.strip()]
+        if isinstance(value, float) and not math.isinf(value):
+            value = None if math.isnan(value) else int(value) if value.is_integer() else value
+        return [value] if type(value) is int else value
+
+    return [split(value) for value in values]

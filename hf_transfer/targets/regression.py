@@ -16,7 +16,7 @@ from hf_transfer.config import GradientConfig
 from hf_transfer.metrics import regression
 from hf_transfer.metrics.arrays import to_numpy
 from hf_transfer.metrics.records import Metrics, Score
-from hf_transfer.targets.labels import clean_names
+from hf_transfer.targets.labels import clean_names, listed
 from hf_transfer.targets.losses import HalfSquare
 from hf_transfer.targets.target import Labels, MetricInfo, Target, TrainingLoss, register_target
 
@@ -40,6 +40,7 @@ class Regression(Target):
         MetricInfo(key="spearman", title="Spearman correlation", kind="number", hub="spearmanr"),
     )
 
+    image_quality: ClassVar[str] = "negative_squared_error"
     counts_labels: ClassVar[bool] = False
     loss_settings: ClassVar[frozenset[str]] = frozenset({"huber_delta"})
     linear_model: ClassVar[str] = "ridge regression"
@@ -57,10 +58,17 @@ class Regression(Target):
 
         Raises ValueError for values that are no finite numbers, and for lists of different lengths.
         """
-        rows = [[_parse(v) for v in (value if isinstance(value, (list, tuple)) else [value])] for value in values]
-        widths = {len(row) for row in rows}
+        known = [value if isinstance(value, list | tuple) else [value] for value in values if value is not None]
+        widths = {len(row) for row in known} or {1}
         if len(widths) > 1:
             raise ValueError(f"{where}: rows have {' and '.join(map(str, sorted(widths)))} numbers; give equally many")
+        unknown = [None] * widths.pop()
+        rows = [
+            [_parse(v) for v in (value if isinstance(value, list | tuple) else [value])]
+            if value is not None
+            else unknown
+            for value in values
+        ]
         wrong = [v for row in rows for v in row if v is not None and not isinstance(v, int | float)]
         if wrong:
             raise ValueError(
@@ -76,7 +84,16 @@ class Regression(Target):
         return cls(names=clean_names(found, where)), labels
 
     def fit(self, labels: Labels) -> Regression:
-        """Returns the target with center and scale of the training labels (N, K)."""
+        """Returns the target with center and scale of the training labels (N, K).
+
+        Raises ValueError for a number that is unknown in all training images.
+        """
+        unknown = [name for name, column in zip(self.names, labels.T, strict=True) if np.isnan(column).all()]
+        if unknown:
+            raise ValueError(
+                f"no training image has the numbers {listed(unknown)}, so these cannot be learned; add images with them,"
+                " or choose other label columns"
+            )
         scale = np.nanstd(labels.astype(np.float64), 0)
         return replace(
             self,
@@ -85,12 +102,17 @@ class Regression(Target):
         )
 
     def check_train_labels(self, labels: Labels, where: str) -> None:
-        """Raises ValueError for a number that is the same in all images."""
+        """Raises ValueError for a number that is unknown, or the same, in all images."""
         super().check_train_labels(labels, where)
-        constant = [n for n, column in zip(self.names, labels.T, strict=True) if not np.nanstd(column) > 0]
+        constant = [
+            name
+            for name, column in zip(self.names, labels.T, strict=True)
+            if len(np.unique(column[~np.isnan(column)])) < 2
+        ]
         if constant:
             raise ValueError(
-                f"{where}: {', '.join(map(repr, constant))} is the same number in all images; choose another label column"
+                f"{where}: {', '.join(map(repr, constant))} is the same number in all images, or unknown; choose another"
+                " label column"
             )
 
     def stratify(self, labels: Labels) -> NDArray[np.int64]:

@@ -29,6 +29,7 @@ class SingleLabel(Target):
 
     problem_type: ClassVar[str] = "single_label_classification"
     has_classes: ClassVar[bool] = True
+    image_quality: ClassVar[str] = "accuracy"
     linear_model: ClassVar[str] = "logistic regression"
     outputs_name: ClassVar[str] = "probabilities"
     metrics: ClassVar[tuple[MetricInfo, ...]] = (
@@ -51,6 +52,12 @@ class SingleLabel(Target):
         if names is None:
             labels, found = index_labels(values, where)
             return cls(names=found), labels
+        wrong = [value for value in values if value is not None and not isinstance(value, int)]
+        if wrong:
+            raise ValueError(
+                f"{where}: labels such as {wrong[0]!r} are of type {type(wrong[0]).__name__}; one class per image needs one"
+                " class index per image"
+            )
         labels = np.fromiter((UNLABELED if value is None else value for value in values), np.int64, len(values))
         out_of_range = labels[(labels < UNLABELED) | (labels >= len(names))]
         if out_of_range.size:

@@ -38,7 +38,7 @@ Labels = NDArray[Any]
 
 
 class Outcomes(Protocol):
-    """What a network did on each of N images, in two numbers per image."""
+    """The quality and the loss of a network's prediction for each of N images."""
 
     @property
     def score(self) -> Score:
@@ -47,7 +47,7 @@ class Outcomes(Protocol):
 
     @property
     def qualities(self) -> NDArray[np.float64]:
-        """How well each image is predicted (N,), where more is better; a hit or a miss, for a class."""
+        """How well each image is predicted (N,), where more is better, as `Target.image_quality` names it."""
         ...
 
     @property
@@ -88,6 +88,9 @@ class Target(ABC):
 
     metrics: ClassVar[tuple[MetricInfo, ...]]
     """The metrics to show. The first is the quality."""
+
+    image_quality: ClassVar[str] = "quality"
+    """The name of the mean of `Outcomes.qualities`, which may be another number than the first of `metrics`."""
 
     has_classes: ClassVar[bool] = False
     """Whether every image has exactly one class, so that classes can be balanced, or drawn with equal numbers of images."""

@@ -104,7 +104,10 @@ def compute_checked_logits(
     logits, truth = compute_image_logits(model, images, labels, resources, engine=engine)
     if engine == "eager" or agrees_with_eager(logits, model, images, resources):
         return logits, truth
-    log.warning("engine %s predicts other classes than the saved model: eager computes the metrics again", engine)
+    log.warning(
+        "the predictions of engine %s differ from those of the saved model: computing the metrics again with eager",
+        engine,
+    )
     return compute_image_logits(model, images, labels, resources.in_fp32())
 
 

@@ -1,4 +1,4 @@
-"""How the model of a run with folds is trained on all images, without images to validate on: as long as the folds trained.
+"""Plans how the model of a run with folds is trained on all images, without validation images: as long as the folds trained.
 
 Each phase follows its schedule up to the median of the epochs that the folds kept, and keeps the last weights. What a run
 without folds measures on validation images (the score after each epoch, the score of the kept weights) is the folds' mean here,
@@ -19,7 +19,7 @@ from hf_transfer.training.records import Kept, PhaseResult
 
 @dataclass(frozen=True, kw_only=True)
 class FoldRun:
-    """What the run of one fold did."""
+    """The phases of the run of one fold, and the strategy that it kept."""
 
     phases: tuple[PhaseResult, ...]
     strategy: str  # the strategy whose result was kept, which differs from the run's own for `auto`

@@ -1,11 +1,15 @@
-"""Finishes a trained network: what its target learns from held-out logits, and outputs that become what users read."""
+"""Finishes a trained network: fits decisions, such as thresholds, and scales the outputs to the numbers that users read."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from hf_transfer.data.splits import Split
 from hf_transfer.locations import chain_dir
-from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.head import has_bias, measure_inputs, scale_outputs
 from hf_transfer.session import Session
+from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.records import RunResult
 
 
@@ -19,22 +23,14 @@ def check_foldable(session: Session) -> None:
         )
 
 
-def finish_target(session: Session, result: RunResult) -> RunResult:
-    """Returns the result whose network is ready to be saved: with fitted decisions, and, in place, outputs that are numbers.
+def finish_target(session: Session, result: RunResult, final: FinalFit | None = None) -> RunResult:
+    """Returns the result whose network is ready to be saved: with fitted decisions and, in place, outputs that are numbers.
 
-    Thresholds of labels are fitted to the predictions for validation images, from which all metrics are then computed again.
+    Decisions, such as the thresholds of labels, are fitted to the predictions of validation images or, with `final`, to the
+    folds' predictions of train and validation images. If they change, all metrics are computed again.
     """
-    data, logits, seed = session.data, result.logits, session.config.seed
-    decided = result.backbone.target
-    if "validation" in logits:
-        decided = decided.fit_decisions(logits["validation"], data.validation.labels)
-    if decided != result.backbone.target:
-        splits = {split.name: split for split in data.splits if split.name in result.metrics}
-        metrics: dict[str, Metrics] = {
-            name: decided.compute_metrics(logits[name], split.labels, seed=seed) for name, split in splits.items()
-        }
-        result = replace(result, metrics=metrics, backbone=replace(result.backbone, target=decided))
-    folding = decided.fold()
+    result = _fit_decisions(session, result, final)
+    folding = result.backbone.target.fold()
     if folding is None:
         return result
     target, factors, offsets = folding
@@ -44,3 +40,25 @@ def finish_target(session: Session, result: RunResult) -> RunResult:
     inputs = measure_inputs(chain.model, chain.image_shape, chain.head, chain.features)
     scale_outputs(chain.model, inputs, factors, offsets)
     return replace(result, backbone=replace(result.backbone, target=target))
+
+
+def _fit_decisions(session: Session, result: RunResult, final: FinalFit | None) -> RunResult:
+    data, target = session.data, result.backbone.target
+    if "validation" not in result.logits:
+        return result
+    # The images that the metrics of each split are of.
+    images: dict[str, Sequence[Split]] = {
+        "validation": [data.validation] if final is None else [data.train, data.validation]
+    }
+    if data.test is not None and "test" in result.logits:
+        images["test"] = [data.test]
+    logits = {name: np.concatenate([result.logits[split.name] for split in splits]) for name, splits in images.items()}
+    labels = {name: np.concatenate([split.labels for split in splits]) for name, splits in images.items()}
+    decided = target.fit_decisions(logits["validation"], labels["validation"])
+    if decided == target:
+        return result
+    metrics = dict(result.metrics)
+    for name in metrics.keys() & images.keys():
+        scored = decided.compute_metrics(logits[name], labels[name], seed=session.config.seed)
+        metrics[name] = replace(scored, details={**metrics[name].details, **scored.details})
+    return replace(result, metrics=metrics, backbone=replace(result.backbone, target=decided))

@@ -45,8 +45,8 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     is_exact = session.config.compute.decoder == "exact"
     if not is_exact and not readouts.measures_saved(session, trained, best, data.validation):
         log.warning(
-            "the saved network predicts otherwise on the published pixels than on those of the fast decoder: fitting the probe "
-            "again on the published pixels"
+            "the saved network predicts differently on the published pixels and on those of the fast decoder: fitting the "
+            "probe again on the published pixels"
         )
         return fit_head(replace(session, config=replace_settings(session.config, {"decoder": "exact"})), phase)
     with session.costs.part("evaluate"):
