@@ -81,10 +81,10 @@ def open_session(
         # A tracker may send the settings to a server, so they contain no local path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
         accelerator.init_trackers("hf_transfer", config=plain)
-    with costs.part("data"), processes.main_first():
-        data = load_data(config.data) if load is None else load()
-    data.target.check_settings(config.strategy)
     with costs.part("data"):
+        with processes.main_first():
+            data = load_data(config.data) if load is None else load()
+        data.target.check_settings(config.strategy)
         share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))
     if accelerator.is_main_process:
         for note in data.notes:

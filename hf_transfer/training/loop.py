@@ -6,7 +6,7 @@ scaled so that a step equals a step of one process.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,17 +105,22 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         trainable.copy_back()
         accelerator.free_memory()
     audit.check()
-    rates = [record.images_per_second for record in progress.history]
     return TrainedPhase(
         history=tuple(progress.history),
         kept=selection.kept,
         kept_epoch=selection.epoch,
         score=selection.score,
         num_trainable=sum(p.numel() for name, p in chain.model.named_parameters() if name in run.names),
-        images_per_second=float(np.median(rates[1:] or rates or [0.0])),
+        images_per_second=_find_rate(progress.history),
         images=sum(record.images for record in progress.history),
         validation_logits=selection.logits,
     )
+
+
+def _find_rate(history: Sequence[EpochRecord]) -> float:
+    """Returns the median images per second of the epochs, without the first if there are more; 0 without epochs."""
+    rates = [record.images_per_second for record in history]
+    return float(np.median(rates[1:] or rates or [0.0]))
 
 
 def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validation:
