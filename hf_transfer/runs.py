@@ -127,14 +127,14 @@ def train_session(
 ) -> RunResult:
     """Trains with the session's strategy, scores the network, and writes the output folder if the session has one.
 
-    `final`: how to train on all images, after a run of each fold. `repeats`: what these runs gave, for results.json.
+    `final`: how to train on all images, after runs that held images out. `repeats`: what these runs gave, for results.json.
     Raises FullMemoryError, with the settings that need less memory, if the memory of the machine or of the device is full.
     """
     assert isinstance(session.strategy, Strategy)
     with session.costs:
         try:
             result = session.strategy.run(session) if final is None else session.strategy.run(session, final)
-            result = replace(finish_target(session, result, final), repeats=repeats or {})
+            result = replace(finish_target(session, result), repeats=repeats or {})
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

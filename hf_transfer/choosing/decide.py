@@ -19,7 +19,6 @@ from hf_transfer.session import Session
 from hf_transfer.targets.target import check_classes
 from hf_transfer.training.evaluate import Scored, score_images
 from hf_transfer.training.feeds import check_augmentation
-from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.records import AutoChoice, Kept, RunResult, Verdict
 
 log = logging.getLogger(__name__)
@@ -68,14 +67,6 @@ def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -
         metrics["test"], logits["test"] = test.metrics, test.logits
     details = {**result.details, "advice": _without_paths(advice, session)}
     return replace(result, metrics=metrics, logits=logits, choice=choice, details=details)
-
-
-def run_candidate(session: Session, final: FinalFit) -> RunResult:
-    """Trains the strategy that most folds kept on all images."""
-    strategy = find_candidates(session)[final.strategy]
-    if session.is_main:
-        log.info("training the strategy that most folds kept on all images: %s", strategy.name)
-    return strategy.run(strategy.restart(session), final)
 
 
 def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:

@@ -20,7 +20,7 @@ from hf_transfer.reporting.sentences import describe_choice, describe_phase, des
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
-from hf_transfer.training.final_fit import FoldRun
+from hf_transfer.training.final_fit import HeldOutRun
 from hf_transfer.training.records import PhaseResult, RunResult, phase_from_json, to_json
 
 SCHEMA_VERSION = 1  # raise the version if a change of results.json breaks scripts that read the file
@@ -109,13 +109,12 @@ def write_config(output_dir: Path, config: RunConfig, unrepeatable: Sequence[str
     _write_whole(output_dir / CONFIG, comments + yaml.safe_dump(settings, sort_keys=False))
 
 
-def read_fold_run(results: Mapping[str, Any]) -> FoldRun:
-    """Returns what the run of a fold did, from its results.json."""
+def read_held_out_run(results: Mapping[str, Any]) -> HeldOutRun:
+    """Returns the phases of a run that held out a fold or the validation split, from its results.json."""
     details = results["details"]
     histories = [phase["history"] for phase in details["phases"]]
-    return FoldRun(
+    return HeldOutRun(
         phases=tuple(_read_phase(*each) for each in zip(results["plan"], histories, strict=True)),
-        strategy=details.get("auto", {}).get("kept", results["strategy"]),
         num_stages=len(details.get("stages", ())),
         depth=details.get("depth", 0),
     )

@@ -98,6 +98,8 @@ def describe_kept(phase: PhaseResult) -> str:
     """Returns a clause that says from which epoch a phase of gradient steps kept the weights."""
     if phase.kept is Kept.START:
         return "kept the weights from before the phase, because no epoch was significantly better"
+    if phase.kept is Kept.LAST:
+        return f"kept the weights of epoch {phase.kept_epoch}, the last one that it trained"
     return f"kept the weights of epoch {phase.kept_epoch}, selected on validation images"
 
 

@@ -10,7 +10,7 @@ gives applies to every strategy. For other settings, each strategy has its own d
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_transfer.config import SECONDS
+from hf_transfer.config import SECONDS, RunConfig
 from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
@@ -29,14 +29,18 @@ class Auto(GradientStrategy):
     )
     measure: bool = flag(False, "choose the strategy after short training runs of the best candidates")
 
+    def check(self, config: RunConfig) -> None:
+        """Raises ValueError for settings of runs that train several times, which `auto` decides."""
+        super().check(config)
+        repeat = config.repeat
+        if repeat.folds or repeat.train_on_all:
+            raise ValueError(
+                f"auto: folds={repeat.folds}, train_on_all={repeat.train_on_all}: auto chooses its own folds; omit --folds and "
+                "--train_on_all, or give them to the strategy that auto keeps"
+            )
+
     def run(self, session: "Session", final: "FinalFit | None" = None) -> "RunResult":
-        """Trains a linear probe and the advised strategy, and returns the better result.
-
-        With `final`, trains the strategy that most folds kept.
-        """
-        from hf_transfer.choosing.decide import choose_and_run, run_candidate
-
-        if final is not None:
-            return run_candidate(session, final)
+        """Trains a linear probe and the advised strategy, and returns the better result."""
+        from hf_transfer.choosing.decide import choose_and_run
 
         return choose_and_run(session, measure=self.measure, budget_s=self.budget_s)

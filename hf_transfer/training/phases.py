@@ -33,7 +33,7 @@ from hf_transfer.training.steps import PhaseRun, count_accumulated, count_images
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 6  # increase this number when a run could not continue from older states in the same way
+STATE_FORMAT = 7  # increase this number when a run could not continue from older states in the same way
 
 # Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
 BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
@@ -41,7 +41,8 @@ BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 # preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "num_threads", "tracker",
-    "save_every_s", "folds", "seeds", "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
+    "save_every_s", "folds", "train_on_all", "seeds",
+    "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
     "push_to_hub", "private", "exclude", "relabel",
 ))  # fmt: skip
 
@@ -76,7 +77,7 @@ def run_phases(
     The session's chain describes the whole network; a phase may train a part of the network through a chain of its own.
     Before every phase except the first, `continues` decides from the earlier results whether to run the phase.
 
-    With `final`, every phase trains on train and validation images, as long as the folds did, and nothing is validated.
+    With `final`, every phase trains on train and validation images, as long as earlier runs did, and nothing is validated.
     With `resume`, the run continues from the state in `checkpoints`. On a CPU, the result is then the same to the last bit as
     without the interruption. Raises ValueError, with the differences, if plan, network, data or settings have changed, and
     ContinuableError if a state cannot be saved. The last state is on the disk when this function ends.

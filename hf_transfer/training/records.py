@@ -20,7 +20,8 @@ class Kept(StrEnum):
     """The origin of the weights at the end of a phase."""
 
     START = "start"  # the initial weights, because no epoch was better beyond chance
-    EPOCH = "epoch"  # the weights after the epoch `PhaseResult.kept_epoch`
+    EPOCH = "epoch"  # the weights after the epoch `PhaseResult.kept_epoch`, which validation images selected
+    LAST = "last"  # the weights after the last epoch, `PhaseResult.kept_epoch`, which nothing selected
     SOLUTION = "solution"  # the solution of the convex problem for the head
 
 
