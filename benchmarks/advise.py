@@ -14,6 +14,7 @@ without the data set that it is judged on.
 import argparse
 import itertools
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -23,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fit_rule import BenchmarkRun, choose_by_textbook, fit_table  # benchmarks/fit_rule.py
+from fit_rule import BenchmarkRun, choose_by_textbook, fit_spread, fit_table  # benchmarks/fit_rule.py
 
-from hf_transfer.choosing.decide import judge, standard_error
-from hf_transfer.choosing.rule import CORNERS, STRATEGIES, DataRegime, choose, expect_accuracy
+from hf_transfer.choosing.gain import expect_gain, update
+from hf_transfer.choosing.rule import CORNERS, STRATEGIES, DataRegime, Table, choose, expect_accuracy
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
-from hf_transfer.training.records import Kept, Verdict
+from hf_transfer.training.records import Gain
 
 CHECKPOINTS = ("mobilenetv2_100.tflite_quant_in1k", "deit_tiny_patch16_224.fix_in1k")
 SETS = ("hymenoptera", "trashnet", "sign_digits")
@@ -147,19 +148,20 @@ def runs_of(cells: dict[Cell, dict[str, Row]]) -> list[BenchmarkRun]:
     """Every fine-tuning run, with the probe of its cell."""
     return [
         BenchmarkRun(
+            data_set=cell[0],
             strategy=name,
             regime=regime_of(runs),
             error=1 - runs[name]["test_accuracy"],
             probe_error=1 - runs["linear_probe"]["test_accuracy"],
             num_test=runs[name]["num_test"],
         )
-        for runs in cells.values()
+        for cell, runs in cells.items()
         for name in STRATEGIES[1:]
     ]
 
 
-def choose_without(left_out: str, cells: dict[Cell, dict[str, Row]]) -> dict[Cell, str]:
-    """The advisor's picks on one data set, by a table fitted on the others."""
+def choose_without(left_out: str, cells: dict[Cell, dict[str, Row]]) -> tuple[dict[Cell, str], Table]:
+    """The advisor's picks on one data set, by a table fitted on the others, and the table."""
     table, residual = fit_table(runs_of({c: f for c, f in cells.items() if c[0] != left_out}))
     picks = {}
     for cell, runs in cells.items():
@@ -175,17 +177,21 @@ def choose_without(left_out: str, cells: dict[Cell, dict[str, Row]]) -> dict[Cel
             for name in STRATEGIES
         }
         picks[cell] = choose(accuracy, {name: estimates[name]["seconds"] for name in STRATEGIES})
-    return picks
+    return picks, table
 
 
-def keep(pick: str, runs: dict[str, Row]) -> str:
-    """What `auto` keeps of the probe and the pick, by validation images."""
+def keep(pick: str, runs: dict[str, Row], table: Table) -> str:
+    """What `auto` would keep of the probe and the pick, by the prior and one validation split.
+
+    The rows have no predictions, so the error of the gain is its upper bound: all misses are on different images.
+    """
     if pick == "linear_probe":
         return pick
     probe, tuned = (runs[name]["validation_accuracy"] for name in ("linear_probe", pick))
-    error = standard_error(probe, tuned, runs[pick]["num_validation"]) if pick == "full" else None
-    verdict = judge(tuned - probe, error, Kept(runs[pick]["kept"]))
-    return pick if verdict is Verdict.TUNED_BETTER else "linear_probe"
+    count = runs[pick]["num_validation"]
+    prior = expect_gain(pick, regime_of(runs), np.full(count, probe), table=table)
+    measured = Gain(mean=tuned - probe, error=math.sqrt(count * (2 - probe - tuned) + 1) / count)
+    return pick if update(prior, measured).mean > 0 else "linear_probe"
 
 
 def report(given: argparse.Namespace) -> None:
@@ -195,11 +201,13 @@ def report(given: argparse.Namespace) -> None:
         raise SystemExit("no cell is complete yet")
     sets = sorted({c[0] for c in cells})
     learned: dict[Cell, str] = {}
+    tables: dict[str, Table] = {}
     for name in sets:
-        learned |= choose_without(name, cells)
+        picks, tables[name] = choose_without(name, cells)
+        learned |= picks
     ways = {
         "advisor (leave-one-data-set-out)": learned,
-        "auto: the advisor's pick or the probe": {c: keep(learned[c], f) for c, f in cells.items()},
+        "auto: the advisor's pick or the probe": {c: keep(learned[c], f, tables[c[0]]) for c, f in cells.items()},
         "textbook table": {c: choose_by_textbook(regime_of(f)) for c, f in cells.items()},
         "always probe": dict.fromkeys(cells, "linear_probe"),
         "always full": dict.fromkeys(cells, "full"),
@@ -266,7 +274,7 @@ def _bootstrap(values: Any) -> tuple[float, float]:
 
 
 def fit(given: argparse.Namespace) -> None:
-    """Prints the table and residual of rule.py, fitted to all complete cells."""
+    """Prints the table, residual and spreads of rule.py, fitted to all complete cells."""
     cells = gather(read(given.out))
     table, residual = fit_table(runs_of(cells))
     print(f"# {', '.join(CORNERS)}; {len(cells)} cells: {', '.join(sorted({c[0] for c in cells}))}")
@@ -275,6 +283,9 @@ def fit(given: argparse.Namespace) -> None:
         print(f'    "{name}": ({", ".join(f"{value:.2f}" for value in row)}),')
     print("}")
     print(f"RESIDUAL = {residual:.2f}")
+    print(
+        "SPREAD = {" + ", ".join(f'"{name}": {value:.2f}' for name, value in fit_spread(runs_of(cells)).items()) + "}"
+    )
 
 
 def overhead(given: argparse.Namespace) -> None:

@@ -28,6 +28,7 @@ PRIOR_WEIGHT = 2.0  # PRIOR counts as this many benchmark runs at each corner
 class BenchmarkRun:
     """One fine-tuning run, compared with the probe on the same `num_test` images."""
 
+    data_set: str
     strategy: str
     regime: DataRegime
     error: float  # share of the test images
@@ -76,3 +77,18 @@ def fit_table(
         residuals += [run.log_ratio - float(run.regime.weights @ row) for run in mine]
     # One more residual, PRIOR_RESIDUAL, stands for what we expected before any run.
     return table, math.sqrt((sum(e * e for e in residuals) + PRIOR_RESIDUAL**2) / (len(residuals) + 1))
+
+
+def fit_spread(runs: Sequence[BenchmarkRun]) -> Mapping[str, float]:
+    """Returns the spread of each strategy's log error ratio on a new data set, which is the prior's spread in `auto`.
+
+    Each data set's runs are predicted by a table that is fitted to the other data sets. The spread is the root mean square of
+    the errors of these predictions. As in `fit_table`, one more error, PRIOR_RESIDUAL, stands for what we expected.
+    """
+    errors: dict[str, list[float]] = {}
+    for left_out in sorted({run.data_set for run in runs}):
+        table, _ = fit_table([run for run in runs if run.data_set != left_out])
+        for run in (run for run in runs if run.data_set == left_out):
+            predicted = float(run.regime.weights @ np.array(table[run.strategy]))
+            errors.setdefault(run.strategy, [PRIOR_RESIDUAL]).append(run.log_ratio - predicted)
+    return {name: math.sqrt(sum(e * e for e in own) / len(own)) for name, own in errors.items()}

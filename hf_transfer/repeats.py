@@ -143,14 +143,10 @@ class _Start:
         first.costs.stop()
         data, config = first.data, pin_revisions(first)
         total = len(data.train) + len(data.validation)
-        note = (
-            f"The model is trained on all {total:,} train and validation images. Validation metrics are of its sibling, a "
-            "model of the same recipe that has not trained on the validation images."
-        )
-        pooled = join_pool(data, note)
+        pooled = join_pool(data)
         line = "this is the sibling of a model that is trained on train and validation images: it scores no test images"
         own = replace(self, config=_alone(config), unrepeatable=(*self.unrepeatable, line))
-        sibling = own.train(replace(pooled, test=None, loading_notes=data.loading_notes), "sibling")
+        sibling = own.train(replace(pooled, test=None), "sibling")
         if first.is_main:
             log.info("training the model on all %d images, as long as its sibling", total)
         logits = sibling.logits["validation"]

@@ -55,6 +55,10 @@ def _fit_decisions(session: Session, result: RunResult) -> RunResult:
         images["test"] = [data.test]
     logits = {name: np.concatenate([result.logits[split.name] for split in splits]) for name, splits in images.items()}
     labels = {name: np.concatenate([split.labels for split in splits]) for name, splits in images.items()}
+    is_predicted = np.isfinite(logits["validation"]).all(
+        1
+    )  # all images, unless a budget allowed only some of the folds
+    logits["validation"], labels["validation"] = logits["validation"][is_predicted], labels["validation"][is_predicted]
     decided = target.fit_decisions(logits["validation"], labels["validation"])
     if decided == target:
         return result

@@ -121,7 +121,7 @@ class _PlanRun:
         self._phase_state: PhaseState = None  # state of the interrupted phase
         self._inputs: PhaseData | None = None  # inputs of the previous phase
         self._validation_logits: NDArray[np.float32] | None = None  # of the previous phase's kept weights
-        self._identity = _describe_identity(session, plan, final)
+        self._identity = describe_identity(session, plan, final)
         self._writer = StateWriter(checkpoints) if session.is_main and checkpoints is not None else None
 
     @property
@@ -160,7 +160,7 @@ class _PlanRun:
         resume = session.config.output.resume
         state = share_state(self.checkpoints, session.accelerator) if resume and self.checkpoints is not None else None
         if state is not None:
-            _check_same(state["identity"], self._identity)
+            check_same(state["identity"], self._identity)
             if session.is_main and state["batches"] != (now := _describe_batches(session)):
                 log.warning(
                     "the saved state is from %s, and the run continues with %s: the result is the same up to rounding if the "
@@ -319,7 +319,7 @@ def _solve(
     return replace(describe_solution(best, phase, session.data.target), score=score)
 
 
-def _describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> dict[str, Any]:
+def describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> dict[str, Any]:
     """Describes network, settings, data and plan as JSON values. A run resumes only from a state with the same description."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED | BATCHES}
     settings["images_per_step"] = count_images_per_step(session)
@@ -339,7 +339,8 @@ def _describe_batches(session: Session) -> str:
     return f"{processes} processes with {accumulated} batches of {session.config.compute.batch_size} images per step"
 
 
-def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the differences, if a state that was saved with the identity `saved` is of another run."""
     names = [k for k in {**saved, **current} if saved.get(k) != current.get(k)]
     if names:
         changes = "; ".join(f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in names[:5])
