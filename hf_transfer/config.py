@@ -375,6 +375,12 @@ class TrainingConfig(Settings):
     )
     asymmetric_gamma: float = flag(
         0.0,
+    min_steps: int = flag(
+        0,
+        "optimizer steps that each phase takes at least, for few images: a phase gets as many epochs as these steps need, if "
+        "its own number of epochs is lower; 0: no minimum",
+        allowed=COUNT_OR_NONE,
+    )
         "several labels per image: power of the predicted probability that weighs the loss of absent labels, so that easy ones "
         "count less; 0: all count alike",
         allowed=Range(lowest=0, highest=100),

@@ -37,7 +37,7 @@ class LastLayers(GradientStrategy):
 
     def price(self, pricing: "Pricing") -> "Price":
         """Returns the estimated cost: two passes over the images, and training steps on the last layers."""
-        return pricing.price_steps(self.training.epochs, self._policy(), passes=2, solves_head=self.probe_first)
+        return pricing.price_steps(self.training, self._policy(), passes=2, solves_head=self.probe_first)
 
     def _policy(self) -> "Policy":
         from hf_transfer.network.policies import from_layer, last

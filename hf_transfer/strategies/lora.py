@@ -75,7 +75,6 @@ class Lora(GradientStrategy):
         """Returns the estimated cost: a linear probe, and training steps that compute no gradients of frozen weights."""
         from hf_transfer.network.policies import full
 
-        epochs = self.training.epochs
         return pricing.price_steps(
-            epochs, full(), passes=1, solves_head=True, forwards=FORWARDS, trained_share=TRAINED_SHARE
+            self.training, full(), passes=1, solves_head=True, forwards=FORWARDS, trained_share=TRAINED_SHARE
         )

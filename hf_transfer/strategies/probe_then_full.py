@@ -32,4 +32,4 @@ class ProbeThenFull(GradientStrategy):
         """Returns the estimated cost: a linear probe, and training steps on all layers."""
         from hf_transfer.network.policies import full
 
-        return pricing.price_steps(self.training.epochs, full(), passes=1, solves_head=True)
+        return pricing.price_steps(self.training, full(), passes=1, solves_head=True)

@@ -24,12 +24,12 @@ from hf_transfer.settings import to_settings
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.checkpoints import StateWriter, remove_state, share_state
 from hf_transfer.training.feeds import PhaseData, check_augmentation, make_phase_data
-from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.final_fit import FinalFit, PhaseLength
 from hf_transfer.training.fit_head import describe_solution
 from hf_transfer.training.loop import train_phase, validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.records import PhaseCost, PhaseResult, phase_from_json, to_json
-from hf_transfer.training.steps import PhaseRun, count_accumulated, count_images_per_step
+from hf_transfer.training.steps import PhaseRun, count_accumulated, count_epochs, count_images_per_step
 
 log = logging.getLogger(__name__)
 
@@ -214,6 +214,7 @@ class _PlanRun:
             self._inputs = make_phase_data(session, cut, through=phase.through, before=before)
         session.costs.count_images("store", self._inputs.num_computed)
         times.append(time.perf_counter())
+        phase = self._lengthen(phase, length)
         run = PhaseRun(
             phase=phase,
             session=session,
@@ -261,6 +262,16 @@ class _PlanRun:
             return wise.copy_weights(model, names)
         head = wise.copy_weights(model, self.session.chain.classifier_parameters)
         _solve(self.session, SolveHeadPhase(), final=self.final)
+
+    def _lengthen(self, phase: TrainPhase, length: PhaseLength | None) -> TrainPhase:
+        """Returns the phase with the epochs that `min_steps` needs or, on all images, with the epochs of the folds."""
+        if length is not None:
+            return replace(phase, epochs=length.planned_epochs)
+        min_steps = self.session.gradient.training.min_steps
+        epochs = count_epochs(self.session, phase.epochs, min_steps=min_steps)
+        if epochs > phase.epochs and self.session.is_main:
+            log.info("training for %d epochs in place of %d, to take %d steps or more", epochs, phase.epochs, min_steps)
+        return replace(phase, epochs=epochs)
         start = wise.copy_weights(model, names)
         wise.set_weights(model, head)
         return start
