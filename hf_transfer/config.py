@@ -39,6 +39,7 @@ LEARNING_RATE = Range(above=0, highest=1000)
 INPUT_PX = Range(lowest=1, highest=2048)  # side of a network's input
 SIDE_PX_OR_NONE = Range(lowest=0, highest=4096)
 SECONDS = Range(above=0, highest=10**9)
+HEAD_SCALE = Range(lowest=0, highest=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +295,12 @@ class OptimizerConfig(Settings):
     weight_decay: float = flag(
         0.05,
         "weight decay of matrices and kernels; norms, biases, tokens and position embeddings get no weight decay",
+        allowed=Range(lowest=0, highest=1000),
+    )
+    l2_sp: float = flag(
+        0.0,
+        "decay of the trained weights below the classifier towards their values before training, in place of weight decay "
+        "(L2-SP); 0: off",
         allowed=Range(lowest=0, highest=1000),
     )
     lr_scheduler_type: SchedulerName = flag("cosine", "shape of the learning rate schedule after the warm-up")

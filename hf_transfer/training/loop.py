@@ -27,7 +27,7 @@ from hf_transfer.session import Session
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits
 from hf_transfer.training.feeds import PhaseData
-from hf_transfer.training.optim import group_parameters, make_optimizer
+from hf_transfer.training.optim import decay_to_start, group_parameters, make_optimizer
 from hf_transfer.training.records import EpochRecord, Kept, to_json
 from hf_transfer.training.selection import Selection, Validation, score_validation
 from hf_transfer.training.sharding import Shards, gather, split_like, uses_shards
@@ -78,6 +78,8 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         elif starts_trained:
             selection.keep_start(validate(trainable.evaluated, session, run.inputs))
         steps = Steps(trained_run, trainable)
+        if resumed is None and run.head_scale != 1:
+            _scale_head(trained_run, trainable)
 
         def save() -> None:
             trainable.copy_back()
@@ -158,6 +160,9 @@ def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
     if shards is not None:
         evaluated = contexts.enter_context(session.chain.part(start=run.inputs.cut))
         # In evaluation mode, Accelerate adds autocast and does not wrap the network again.
+    if run.phase.optimization.l2_sp:
+        start = {name: run.start[name] for name in run.names}
+        decay_to_start(optimizer, split_like(start, dict(chain.model.named_parameters())))
         for part in (network, evaluated):
             accelerator.prepare_model(part, device_placement=False, evaluation_mode=True)
         prepared, optimizer = network, accelerator.prepare_optimizer(optimizer)
@@ -178,6 +183,15 @@ def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
     """Returns the tensors that a phase may change: trainable parameters, and saved buffers after the frozen prefix."""
     chain = run.session.chain
     parameters = {n: p for n, p in chain.model.named_parameters() if n in run.names}
+@torch.no_grad()
+def _scale_head(run: PhaseRun, trainable: Trainable) -> None:
+    """Multiplies the classifier's weights and their averages, in place. The selection has copies of the initial weights."""
+    for name in run.names.intersection(run.session.chain.classifier_parameters):
+        trainable.state[name].mul_(run.head_scale)
+    if trainable.average is not None:
+        trainable.average.restart(trainable.state)
+
+
     saved = chain.model.state_dict(keep_vars=True)
     _, frozen = chain.before(run.lowest_cut)
     buffers = {n: b for n, b in chain.model.named_buffers() if n in saved and n not in frozen}

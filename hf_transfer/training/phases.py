@@ -121,6 +121,7 @@ class _PlanRun:
         self._inputs: PhaseData | None = None  # inputs of the previous phase
         self._validation_logits: NDArray[np.float32] | None = None  # of the previous phase's kept weights
         self._identity = _describe_identity(session, plan, final)
+        self._initial: wise.Weights = {}  # trained weights before the run, for L2-SP
         self._writer = StateWriter(checkpoints) if session.is_main and checkpoints is not None else None
 
     @property
@@ -160,6 +161,9 @@ class _PlanRun:
         state = share_state(self.checkpoints, session.accelerator) if resume and self.checkpoints is not None else None
         if state is not None:
             _check_same(state["identity"], self._identity)
+        if any(isinstance(phase, TrainPhase) and phase.optimization.l2_sp for phase in self.plan):
+            # A resumed run starts from the same network, as the state's identity proves.
+            self._initial = wise.copy_weights(chain.model, frozenset().union(*self.selected))
             if session.is_main and state["batches"] != (now := _describe_batches(session)):
                 log.warning(
                     "the saved state is from %s, and the run continues with %s: the result is the same up to rounding if the "
@@ -214,6 +218,7 @@ class _PlanRun:
             self._inputs = make_phase_data(session, cut, through=phase.through, before=before)
         session.costs.count_images("store", self._inputs.num_computed)
         times.append(time.perf_counter())
+        previous = self.plan[number - 1] if number else None
         phase = self._lengthen(phase, length)
         run = PhaseRun(
             phase=phase,
@@ -226,6 +231,8 @@ class _PlanRun:
         )
         # A phase with its own chain has a new head, which no earlier phase has trained.
         starts_trained = phase.is_trained or (bool(self.done) and phase.chain is None)
+            start=self._initial,
+            head_scale=previous.head_scale if isinstance(previous, SolveHeadPhase) else 1.0,
         with session.costs.part("train"):
             trained = train_phase(run, starts_trained=starts_trained, resumed=self._phase_state)
         session.costs.count_images("train", trained.images)
