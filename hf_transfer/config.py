@@ -375,6 +375,12 @@ class TrainingConfig(Settings):
     epochs: int = flag(
         12, "passes over the training images; for strategies with several phases, in the last phase", allowed=COUNT
     )
+    min_steps: int = flag(
+        0,
+        "optimizer steps that each phase takes at least, for few images: a phase gets as many epochs as these steps need, if "
+        "its own number of epochs is lower; 0: no minimum",
+        allowed=COUNT_OR_NONE,
+    )
     label_smoothing: float = flag(
         0.1,
         "share of each target that is spread evenly over all classes; numbers are not smoothed",
@@ -382,12 +388,6 @@ class TrainingConfig(Settings):
     )
     asymmetric_gamma: float = flag(
         0.0,
-    min_steps: int = flag(
-        0,
-        "optimizer steps that each phase takes at least, for few images: a phase gets as many epochs as these steps need, if "
-        "its own number of epochs is lower; 0: no minimum",
-        allowed=COUNT_OR_NONE,
-    )
         "several labels per image: power of the predicted probability that weighs the loss of absent labels, so that easy ones "
         "count less; 0: all count alike",
         allowed=Range(lowest=0, highest=100),
@@ -397,6 +397,17 @@ class TrainingConfig(Settings):
         "numbers: error, in standard deviations, above which the loss grows linearly, so that outliers count less; 0: squared "
         "error",
         allowed=Range(lowest=0, highest=1000),
+    )
+    drop_path: float | None = flag(
+        None,
+        "stochastic depth: probability that a residual branch of the last block is left out for an image, which falls linearly "
+        "to 0 in the first block; frozen layers drop nothing; default: the checkpoint's own rates",
+        allowed=SHARE_OR_NONE,
+    )
+    dropout: float | None = flag(
+        None,
+        "probability that an input of the classifier is set to 0; default: the checkpoint's own dropout",
+        allowed=SHARE_OR_NONE,
     )
     gradient_accumulation_steps: int = flag(1, "number of batches per optimizer step", allowed=COUNT)
     max_grad_norm: float = flag(

@@ -20,6 +20,7 @@ from torch import nn
 
 from hf_transfer.interrupts import deferred
 from hf_transfer.metrics.records import Score
+from hf_transfer.network.dropping import find_head_dropouts, head_dropout, stochastic_depth
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.processes import wait_for_everyone
@@ -77,9 +78,9 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
             selection.keep(run.length.score, None)
         elif starts_trained:
             selection.keep_start(validate(trainable.evaluated, session, run.inputs))
-        steps = Steps(trained_run, trainable)
         if resumed is None and run.head_scale != 1:
             _scale_head(trained_run, trainable)
+        steps = Steps(trained_run, trainable)
 
         def save() -> None:
             trainable.copy_back()
@@ -151,18 +152,21 @@ def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
     if shards is not None:
         run = replace(run, session=session.with_chain(shards.chain))
     chain = run.session.chain
+    own_dropouts = find_head_dropouts(session.chain) if training.dropout is not None else []
+    contexts.enter_context(stochastic_depth(chain, training.drop_path))
     network: nn.Module = contexts.enter_context(chain.part(start=run.inputs.cut))
+    contexts.enter_context(head_dropout(chain, training.dropout, own_dropouts))
     if training.gradient_checkpointing:
         contexts.enter_context(_recompute_activations(chain.model))
     groups = group_parameters(chain, run.names, run.phase.optimization)
     optimizer = make_optimizer(groups, run.phase.optimization, fused=session.resources.choices.fused_optimizer)
+    if run.phase.optimization.l2_sp:
+        start = {name: run.start[name] for name in run.names}
+        decay_to_start(optimizer, split_like(start, dict(chain.model.named_parameters())))
     evaluated: nn.Module
     if shards is not None:
         evaluated = contexts.enter_context(session.chain.part(start=run.inputs.cut))
         # In evaluation mode, Accelerate adds autocast and does not wrap the network again.
-    if run.phase.optimization.l2_sp:
-        start = {name: run.start[name] for name in run.names}
-        decay_to_start(optimizer, split_like(start, dict(chain.model.named_parameters())))
         for part in (network, evaluated):
             accelerator.prepare_model(part, device_placement=False, evaluation_mode=True)
         prepared, optimizer = network, accelerator.prepare_optimizer(optimizer)
@@ -179,10 +183,6 @@ def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
     return run, trainable
 
 
-def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
-    """Returns the tensors that a phase may change: trainable parameters, and saved buffers after the frozen prefix."""
-    chain = run.session.chain
-    parameters = {n: p for n, p in chain.model.named_parameters() if n in run.names}
 @torch.no_grad()
 def _scale_head(run: PhaseRun, trainable: Trainable) -> None:
     """Multiplies the classifier's weights and their averages, in place. The selection has copies of the initial weights."""
@@ -192,6 +192,10 @@ def _scale_head(run: PhaseRun, trainable: Trainable) -> None:
         trainable.average.restart(trainable.state)
 
 
+def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
+    """Returns the tensors that a phase may change: trainable parameters, and saved buffers after the frozen prefix."""
+    chain = run.session.chain
+    parameters = {n: p for n, p in chain.model.named_parameters() if n in run.names}
     saved = chain.model.state_dict(keep_vars=True)
     _, frozen = chain.before(run.lowest_cut)
     buffers = {n: b for n, b in chain.model.named_buffers() if n in saved and n not in frozen}

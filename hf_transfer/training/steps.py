@@ -146,14 +146,14 @@ def count_images_per_step(session: Session) -> int:
     return session.config.compute.batch_size * count_accumulated(session) * int(session.accelerator.num_processes)
 
 
-class Steps:
-    """The optimizer steps of one phase."""
 def count_epochs(session: Session, epochs: int, *, min_steps: int) -> int:
     """Returns the number of epochs of a phase: `epochs`, or more if `epochs` have fewer optimizer steps than `min_steps`."""
     steps = count_steps(len(session.data.train), count_images_per_step(session))
     return max(epochs, -(-min_steps // steps))
 
 
+class Steps:
+    """The optimizer steps of one phase."""
 
     def __init__(self, run: PhaseRun, trainable: Trainable) -> None:
         self.run, self.trainable = run, trainable
