@@ -80,15 +80,16 @@ def fit_table(
 
 
 def fit_spread(runs: Sequence[BenchmarkRun]) -> Mapping[str, float]:
-    """Returns the spread of each strategy's log error ratio on a new data set, which is the prior's spread in `auto`.
+    """Returns the spread of each strategy's error ratio on a new data set, which is the spread of the prior of `auto`.
 
     Each data set's runs are predicted by a table that is fitted to the other data sets. The spread is the root mean square of
-    the errors of these predictions. As in `fit_table`, one more error, PRIOR_RESIDUAL, stands for what we expected.
+    the difference between the measured and the predicted ratio (error / probe error), not of its logarithm, because the gain
+    is linear in the ratio. One more difference, PRIOR_RESIDUAL, stands for what we expected before any run.
     """
     errors: dict[str, list[float]] = {}
     for left_out in sorted({run.data_set for run in runs}):
         table, _ = fit_table([run for run in runs if run.data_set != left_out])
         for run in (run for run in runs if run.data_set == left_out):
-            predicted = float(run.regime.weights @ np.array(table[run.strategy]))
-            errors.setdefault(run.strategy, [PRIOR_RESIDUAL]).append(run.log_ratio - predicted)
+            predicted = math.exp(float(run.regime.weights @ np.array(table[run.strategy])))
+            errors.setdefault(run.strategy, [PRIOR_RESIDUAL]).append(math.exp(run.log_ratio) - predicted)
     return {name: math.sqrt(sum(e * e for e in own) / len(own)) for name, own in errors.items()}

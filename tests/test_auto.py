@@ -130,6 +130,16 @@ def test_the_expected_gain_is_a_share_of_the_probes_error() -> None:
     assert expect_gain("greedy_stack", regime, np.ones(3)).mean == 0, "the rule has no row for it"
 
 
+def test_two_lucky_images_of_twenty_do_not_outweigh_an_expected_loss() -> None:
+    """Few images like those of pretraining, where full fine-tuning is expected to make more errors than the probe."""
+    regime = DataRegime(images_per_class=10, similarity=0.9)
+    prior = expect_gain("full", regime, np.arange(20) >= 5)
+    lucky = measure_gain(np.array([1.0] * 3 + [-1.0] + [0.0] * 16))
+    assert prior.mean < -0.1
+    assert update(prior, lucky).mean < 0
+    assert update(prior, measure_gain(np.array([1.0] * 150 + [-1.0] * 50 + [0.0] * 800))).mean > 0.05
+
+
 def test_equal_gains_go_to_the_cheaper_and_no_gain_to_the_probe() -> None:
     a, b = Gain(mean=0.02, error=0.1), Gain(mean=0.02, error=0.01)
     assert find_best([a, b]) == 0

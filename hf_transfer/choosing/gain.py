@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.choosing.rule import RESIDUAL, SPREAD, TABLE, DataRegime, Table, expect_log_ratio
+from hf_transfer.choosing.rule import SPREAD, TABLE, DataRegime, Table, expect_log_ratio
 from hf_transfer.training.records import Gain
 
 
@@ -28,13 +28,13 @@ def expect_gain(
 ) -> Gain:
     """Returns the prior: the gain that the rule expects, given the probe's quality for each image (N,), such as hits.
 
-    The rule predicts log(error / probe error) = r +- spread, so the gain is probe error * (1 - exp(r)), with the spread times
-    the expected error. A strategy without a row in the table has r = 0. Half an image is added to the probe's error.
+    The rule predicts that error / probe error is exp(r) +- spread, so the gain is probe error * (1 - exp(r) +- spread). A
+    strategy without a row in the table has r = 0, and the largest spread. Half an image is added to the probe's error.
     """
     count = len(probe_qualities)
     error = (float((1 - probe_qualities).sum()) + 0.5) / (count + 1)
     r = expect_log_ratio(strategy, regime, table) if strategy in table else 0.0
-    return Gain(mean=error * (1 - math.exp(r)), error=error * math.exp(r) * spread.get(strategy, RESIDUAL))
+    return Gain(mean=error * (1 - math.exp(r)), error=error * spread.get(strategy, max(spread.values())))
 
 
 def measure_gain(differences: NDArray[np.float64]) -> Gain:
