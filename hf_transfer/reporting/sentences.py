@@ -129,7 +129,11 @@ def _describe_candidate(record: CandidateRecord) -> str:
         return f"{record.name}{needed}, did not fit into the remaining {max(0.0, record.left_s or 0.0):.0f} s"
     assert record.gain is not None
     low, high = (100 * bound for bound in record.posterior.interval)
-    place = "the validation split" if record.judged_by is Judging.VALIDATION else f"{record.runs} folds"
+    place = (
+        "the validation split"
+        if record.judged_by is Judging.VALIDATION
+        else f"{record.runs} fold{'s' * (record.runs > 1)}"
+    )
     stopped = ", stopped because it could hardly become the best" if record.verdict is Verdict.UNLIKELY else ""
     return (
         f"{record.name} {100 * record.posterior.mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; measured "
