@@ -31,9 +31,10 @@ CACHE = """List or remove stored activations and unpacked archives. A cache is n
 network, the preprocessing and the images. When the caches reach the limit (--cache_gb), the least recently used caches are
 evicted. Unpacked archives do not count; --clear without a key removes them too.
 """
-PREDICT = """Print the most likely labels, or the numbers, of image files or of all images in folders. The model is a run's
-model/ folder, or any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With --adapter,
-which may be repeated, the model is the base of the given adapters. The base is loaded once, and each adapter predicts in turn.
+PREDICT = """Print the most likely labels, or the numbers, of image files or of all images in folders. The model is the
+folder of a run, or any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With
+--adapter, which may be repeated, the model is the base of the given adapters. The base is loaded once, and each adapter
+predicts in turn.
 """
 EVALUATE = """Print the metrics of a saved model, with 95 % intervals, on all labeled images of a data set, or on one split
 (--split test). The data set's classes or labels are matched to those of the model by name.
@@ -114,7 +115,7 @@ def _train(given: argparse.Namespace) -> str:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    help_text = "Hub id[@revision] or folder of the checkpoint (default: embedded)"
+    help_text = "Hub id[@revision] of the checkpoint, or its folder, or that of a run (default: embedded)"
     parser.add_argument("checkpoint", nargs="?", default=EMBEDDED_CHECKPOINT, help=help_text)
     _add_trust(parser)
     _add_json(parser)
@@ -173,7 +174,7 @@ def _cache(given: argparse.Namespace) -> str:
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hub id[@revision] or folder of the model")
+    parser.add_argument("model", help="Hub id[@revision], or folder of the model or of its run")
     parser.add_argument("images", nargs="+", help="image files, or folders of image files")
     help_text = "folder or Hub id of an adapter whose base is the model; may be repeated"
     parser.add_argument("--adapter", action="append", metavar="ADAPTER", help=help_text)
@@ -229,7 +230,7 @@ def _predict(given: argparse.Namespace) -> str:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hub id[@revision] or folder of the model")
+    parser.add_argument("model", help="Hub id[@revision], or folder of the model or of its run")
     data = list_settings(DataConfig())
     parser.add_argument("--dataset", required=True, help=data["dataset"].help)
     add_settings(parser, [data[name] for name in EVALUATED_DATA])
