@@ -9,15 +9,29 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ComputeConfig, DataConfig, ModelConfig, RunConfig
+from hf_transfer.config import (
+    EMBEDDED_CHECKPOINT,
+    AdapterConfig,
+    ComputeConfig,
+    DataConfig,
+    ExplainBy,
+    ModelConfig,
+    RunConfig,
+)
 from hf_transfer.errors import describe_error, make_log_handler, make_printable, one_line_errors
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.settings import list_settings, replace_settings
 from hf_transfer.startup import fast_imports, limit_spinning
 from hf_transfer.strategy import default_config, strategy_names
+
+if TYPE_CHECKING:
+    from hf_transfer.inference.heat_maps import Explainer
+    from hf_transfer.network.backbone import Backbone
 
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
 hf_transfer train NAME` trains in several processes.
@@ -34,7 +48,7 @@ evicted. Unpacked archives do not count; --clear without a key removes them too.
 PREDICT = """Print the most likely labels, or the numbers, of image files or of all images in folders. The model is the
 folder of a run, or any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With
 --adapter, which may be repeated, the model is the base of the given adapters. The base is loaded once, and each adapter
-predicts in turn.
+predicts in turn. --explain FOLDER writes a picture per image that shows which regions speak for its first label.
 """
 EVALUATE = """Print the metrics of a saved model, with 95 % intervals, on all labeled images of a data set, or on one split
 (--split test). The data set's classes or labels are matched to those of the model by name.
@@ -179,6 +193,14 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     help_text = "folder or Hub id of an adapter whose base is the model; may be repeated"
     parser.add_argument("--adapter", action="append", metavar="ADAPTER", help=help_text)
     parser.add_argument("--top_k", type=int, default=3, help="number of labels to print per image (default: 3)")
+    text = (
+        "write a PNG per image to this folder: the image, and a heat map of the regions that speak for its first label"
+    )
+    parser.add_argument("--explain", metavar="FOLDER", help=text)
+    text = "method of --explain: grad_cam, or occlusion, which is slower and needs no cut (default: grad_cam)"
+    parser.add_argument("--explain_by", choices=get_args(ExplainBy), help=text)
+    text = "cut for grad_cam, as `inspect` names them (default: the last one with 7 x 7 positions)"
+    parser.add_argument("--explain_at", metavar="LAYER", help=text)
     settings = list_settings(ComputeConfig())
     add_settings(parser, [settings[name] for name in ("batch_size", "num_workers", "engine")])
     _add_json(parser)
@@ -199,6 +221,7 @@ def _predict(given: argparse.Namespace) -> str:
     settings = {name: getattr(compute, name) for name in ("batch_size", "num_workers", "engine")}
     if given.top_k < 1:
         raise ValueError(f"top_k={given.top_k}: choose 1 or more labels per image")
+    _check_explain(given)
     images = find_images(given.images)  # a wrong path fails before the model is loaded
     trust = given.trust_remote_code
     if given.adapter:
@@ -210,15 +233,18 @@ def _predict(given: argparse.Namespace) -> str:
     width = max(len(str(path)) for path in images)
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         lines += [f"{name}:"] if name else []
+        explainer = _make_explainer(given, backbone)
         try:
             predictions = predict(backbone, images, top_k=given.top_k, **settings)
         except UnreadableImagesError as error:
             predictions, problems = list(error.predictions), error.problems
         describe = backbone.target.describe_value
-        for p in predictions:
+        pictures = [] if explainer is None else explainer.write(predictions, Path(given.explain))
+        for p, picture in zip_longest(predictions, pictures):
             scores = list(zip(p.labels, p.values, strict=True))
             labels = [{"label": label, "score": score} for label, score in scores]
-            rows.append({"image": p.image} | ({"adapter": name} if name else {}) | {"labels": labels})
+            own = {"adapter": name} if name else {"explanation": str(picture)} if picture else {}
+            rows.append({"image": p.image} | own | {"labels": labels})
             shown = ", ".join(f"{make_printable(label)} {describe(score)}" for label, score in scores)
             lines.append(f"{make_printable(p.image).ljust(width)}  {shown}")
     text = json.dumps(rows, indent=1) if given.json else "\n".join(lines)
@@ -227,6 +253,31 @@ def _predict(given: argparse.Namespace) -> str:
         sys.stderr.write("".join(f"hf-transfer predict: {describe_error(problem)}\n" for problem in problems))
         sys.exit(1)
     return text
+
+
+def _check_explain(given: argparse.Namespace) -> None:
+    """Raises ValueError if the flags of explanations contradict each other."""
+    if given.explain is None and (given.explain_by or given.explain_at):
+        name, value = ("explain_by", given.explain_by) if given.explain_by else ("explain_at", given.explain_at)
+        raise ValueError(f"{name}={value!r}: nothing is explained without --explain FOLDER; add it, or omit --{name}")
+    if given.explain and given.adapter:
+        raise ValueError(
+            "--explain and --adapter: the pictures of several adapters would have the same names; omit one"
+        )
+    if given.explain_at and given.explain_by == "occlusion":
+        raise ValueError(f"explain_at={given.explain_at!r}: occlusion needs no cut; omit --explain_at or --explain_by")
+    if given.explain and Path(given.explain).is_file():
+        raise ValueError(f"explain={given.explain!r} is a file: give a folder, which is created if it is missing")
+
+
+def _make_explainer(given: argparse.Namespace, backbone: "Backbone") -> "Explainer | None":
+    """Returns the explainer for --explain, or None without this flag. A wrong cut fails before images are read."""
+    if given.explain is None:
+        return None
+    from hf_transfer.inference.heat_maps import make_explainer
+
+    method: ExplainBy = given.explain_by or "grad_cam"
+    return make_explainer(backbone, method=method, at=given.explain_at)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
