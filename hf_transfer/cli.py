@@ -50,6 +50,11 @@ folder of a run, or any image classifier or adapter that timm, transformers or p
 --adapter, which may be repeated, the model is the base of the given adapters. The base is loaded once, and each adapter
 predicts in turn. --explain FOLDER writes a picture per image that shows which regions speak for its first label.
 """
+EMBED = """Compute the features that the head of a model reads, or the activations at any cut (--at), of image files, of all
+images in folders, or of a data set. Write them to FILE.parquet, or to FILE.npy with the names in FILE.csv, or print the images
+that are most similar to those of --query, by the cosine of the features. The model may have no classifier. What was computed
+is stored in the cache, so the next query needs no pass over the images.
+"""
 EVALUATE = """Print the metrics of a saved model, with 95 % intervals, on all labeled images of a data set, or on one split
 (--split test). The data set's classes or labels are matched to those of the model by name.
 """
@@ -71,6 +76,9 @@ once over all images, and a following linear probe reuses the features. Writes a
 CSV files, which `hf-transfer train` takes by --exclude and --relabel.
 """
 
+EMBEDDED_DATA = (  # settings of the data set that `embed` takes
+    "image_column", "image_root", "label_column", "label_columns", "split_column", "where", "on_bad_image",
+)  # fmt: skip
 EVALUATED_DATA = (  # settings of the data set that `evaluate` takes
     "image_column", "image_root", "label_column", "label_columns", "split_column", "where", "train_split", "validation_split",
     "test_split", "on_bad_image",
@@ -307,6 +315,50 @@ def _evaluate(given: argparse.Namespace) -> str:
     return "\n".join([f"{found.split}: {found.metrics.num_samples:,} images", *found.describe_metrics()])
 
 
+# --- embed ------------------------------------------------------------------------------------------------------------
+
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hub id[@revision], or folder of the model or of its run")
+    text = "image files, folders of image files, or one data set: a table, an archive or a Hub id"
+    parser.add_argument("images", nargs="+", help=text)
+    parser.add_argument("--output", metavar="FILE", help="file for the embeddings: FILE.parquet or FILE.npy")
+    parser.add_argument(
+        "--query", nargs="+", metavar="IMAGE", help="print the images most similar to these image files"
+    )
+    parser.add_argument("--top", type=int, default=10, help="number of images to print per query (default: 10)")
+    text = "cut, as `inspect` names them (default: features, which the head reads)"
+    parser.add_argument("--at", metavar="LAYER", help=text)
+    text = "of the activation at --at: the mean over the positions of the image, or all of it (default: mean)"
+    parser.add_argument("--pool", choices=("mean", "none"), help=text)
+    data, compute = list_settings(DataConfig()), list_settings(ComputeConfig())
+    add_settings(parser, [data[name] for name in EMBEDDED_DATA])
+    add_settings(parser, [compute[name] for name in ("batch_size", "num_workers", "engine", "cache")])
+    _add_json(parser)
+    _add_trust(parser)
+
+
+def _embed(given: argparse.Namespace) -> str:
+    with fast_imports():
+        from hf_transfer.embeddings import EmbedOptions, check_options, embed_images, format_embedded
+
+    options = EmbedOptions(
+        model=given.model,
+        images=given.images,
+        output=None if given.output is None else Path(given.output).expanduser(),
+        query=given.query or (),
+        top=given.top,
+        at=given.at,
+        pool=given.pool,
+        data=replace_settings(DataConfig(), _given(given, DataConfig())),
+        compute=replace_settings(ComputeConfig(), _given(given, ComputeConfig())),
+        trust_remote_code=given.trust_remote_code,
+    )
+    check_options(options)
+    result = embed_images(options)
+    return json.dumps(result.to_dict(), indent=1) if given.json else format_embedded(result)
+
+
 # --- publish ----------------------------------------------------------------------------------------------------------
 
 
@@ -485,6 +537,12 @@ COMMANDS = {
         description=INSPECT,
         add_flags=_add_inspect,
         run=_inspect,
+    ),
+    "embed": Command(
+        summary="write the features of images, or find similar images",
+        description=EMBED,
+        add_flags=_add_embed,
+        run=_embed,
     ),
     "predict": Command(
         summary="print the most likely labels of images", description=PREDICT, add_flags=_add_predict, run=_predict

@@ -46,10 +46,10 @@ def write_predictions(path: Path, splits: Sequence[Split], logits: Mapping[str, 
             for first in range(0, len(split), _ROWS_PER_GROUP):
                 rows = range(first, min(first + _ROWS_PER_GROUP, len(split)))
                 columns = [
-                    _make_texts([split.image_name(i) for i in rows]),
-                    _make_texts([split.target.describe_label(split.labels[i]) for i in rows]),
-                    _make_lists(numbers[rows.start : rows.stop]),
-                    _make_texts([split.name] * len(rows)),
+                    make_texts([split.image_name(i) for i in rows]),
+                    make_texts([split.target.describe_label(split.labels[i]) for i in rows]),
+                    make_lists(numbers[rows.start : rows.stop]),
+                    make_texts([split.name] * len(rows)),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
@@ -57,7 +57,7 @@ def write_predictions(path: Path, splits: Sequence[Split], logits: Mapping[str, 
 # `pa.array` would import pandas, which takes half a second.
 
 
-def _make_texts(values: Sequence[str]) -> Any:
+def make_texts(values: Sequence[str]) -> Any:
     """Returns an Arrow column of texts."""
     import pyarrow as pa
 
@@ -66,7 +66,7 @@ def _make_texts(values: Sequence[str]) -> Any:
     return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
 
 
-def _make_lists(rows: NDArray[np.float32]) -> Any:
+def make_lists(rows: NDArray[np.float32]) -> Any:
     """Returns an Arrow column of lists of float32, one for each row (N, K)."""
     import pyarrow as pa
 
