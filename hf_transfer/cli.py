@@ -20,6 +20,7 @@ from hf_transfer.config import (
     DataConfig,
     ExplainBy,
     ModelConfig,
+    OutputConfig,
     RunConfig,
 )
 from hf_transfer.errors import describe_error, make_log_handler, make_printable, one_line_errors
@@ -54,6 +55,10 @@ EMBED = """Compute the features that the head of a model reads, or the activatio
 images in folders, or of a data set. Write them to FILE.parquet, or to FILE.npy with the names in FILE.csv, or print the images
 that are most similar to those of --query, by the cosine of the features. The model may have no classifier. What was computed
 is stored in the cache, so the next query needs no pass over the images.
+"""
+ADD_CLASSES = """Add the new classes of a data set to the classifier of a finished run, without forgetting the old ones. The
+features stay frozen, and the head is solved again on the images of the run, whose features are in the cache, and on the new
+images. Prints the accuracy on held-out images of the old classes before and after, and writes a new run.
 """
 EVALUATE = """Print the metrics of a saved model, with 95 % intervals, on all labeled images of a data set, or on one split
 (--split test). The data set's classes or labels are matched to those of the model by name.
@@ -359,6 +364,31 @@ def _embed(given: argparse.Namespace) -> str:
     return json.dumps(result.to_dict(), indent=1) if given.json else format_embedded(result)
 
 
+# --- add-classes ------------------------------------------------------------------------------------------------------
+
+
+def _add_add_classes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="output folder of a finished run, whose data set must still be where it was")
+    data, compute, output = (list_settings(config) for config in (DataConfig(), ComputeConfig(), OutputConfig()))
+    parser.add_argument("--dataset", required=True, help=f"images of the new classes: {data['dataset'].help}")
+    add_settings(parser, [data[name] for name in (*EVALUATED_DATA, "validation_fraction", "images_per_class")])
+    text = "folder for the new run; default: runs/add_classes or, if that exists, runs/add_classes_2 and so on"
+    parser.add_argument("--output_dir", metavar="FOLDER", help=text)
+    add_settings(parser, [output["overwrite_output_dir"]])
+    add_settings(parser, [compute[name] for name in ("batch_size", "num_workers", "engine", "cache")])
+    _add_json(parser)
+
+
+def _add_classes(given: argparse.Namespace) -> str:
+    with fast_imports():
+        from hf_transfer.adding import add_classes
+
+    data = replace_settings(DataConfig(), _given(given, DataConfig()))
+    output = replace_settings(OutputConfig(), _given(given, OutputConfig()))
+    added = add_classes(given.run, data, output=output, compute=_given(given, ComputeConfig()))
+    return json.dumps(added.to_dict(), indent=1) if given.json else added.format()
+
+
 # --- publish ----------------------------------------------------------------------------------------------------------
 
 
@@ -552,6 +582,12 @@ COMMANDS = {
         description=EVALUATE,
         add_flags=_add_evaluate,
         run=_evaluate,
+    ),
+    "add-classes": Command(
+        summary="add classes to the classifier of a run",
+        description=ADD_CLASSES,
+        add_flags=_add_add_classes,
+        run=_add_classes,
     ),
     "publish": Command(
         summary="push the model of a finished run to the Hub", description=PUBLISH, add_flags=_add_publish, run=_publish

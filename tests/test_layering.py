@@ -17,7 +17,7 @@ ROOMS = (
     "settings", "config", "locations", "interrupts", "errors", "sealed", "processes", "startup", "capability", "threads",
     "choices", "costs", "metrics", "targets", "solvers", "network", "data", "prefix", "session", "training", "strategy",
     "flags", "choosing", "strategies", "inference", "reporting", "hub", "out_of_memory", "output", "auditing", "embeddings",
-    "runs", "repeats",
+    "runs", "adding", "repeats",
     "launch", "run", "task", "doctor", "cli", "__main__",
 )  # fmt: skip
 HEAVY = (
