@@ -382,10 +382,13 @@ def _add_add_classes(parser: argparse.ArgumentParser) -> None:
 def _add_classes(given: argparse.Namespace) -> str:
     with fast_imports():
         from hf_transfer.adding import add_classes
+        from hf_transfer.runs import connect_processes
 
     data = replace_settings(DataConfig(), _given(given, DataConfig()))
     output = replace_settings(OutputConfig(), _given(given, OutputConfig()))
     added = add_classes(given.run, data, output=output, compute=_given(given, ComputeConfig()))
+    if not connect_processes().is_main_process:
+        return ""
     return json.dumps(added.to_dict(), indent=1) if given.json else added.format()
 
 

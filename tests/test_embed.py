@@ -106,6 +106,14 @@ def test_a_data_set_keeps_splits_and_labels(tmp_path: Path, capsys: pytest.Captu
     assert "found in the cache" in capsys.readouterr().out
 
 
+def test_without_a_cache_the_images_are_computed_once(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        main(["embed", "embedded", str(photos), "--output", str(tmp_path / "e.npy"), "--cache", "none", "--json"])
+        assert json.loads(capsys.readouterr().out)["images_per_s"] > 0
+
+
 def test_a_query_finds_its_own_image_first(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = find_images([photos])
     main(["embed", "embedded", str(photos), "--query", str(files[4]), str(files[1]), "--top", "3", "--json"])

@@ -28,7 +28,7 @@ from hf_transfer.prefix.extract import extract
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.taps import Tap, tap_activation
+from hf_transfer.prefix.taps import Tap, count_bytes, tap_activation
 from hf_transfer.training.readouts import tap_readouts
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,9 @@ def embed(
     pixels = EvaluationImages(split=images, preprocessing=backbone.preprocessing)
     shape, count = backbone.preprocessing.image_shape, len(images)
     engine = decide_engine(backbone.model, pixels, resources, image_shape=shape, num_images=count)
-    resources = replace(resources, compute=replace(compute, engine=engine))
+    resources = replace(resources, compute=replace(compute, engine=engine)).keeping_results(
+        count_bytes({at: tap}) * count
+    )
     extracted = extract(chain, backbone.preprocessing, images, {at: tap}, resources)
     return Embedded(images=images, store=extracted.stores[at], computed=extracted.images, seconds=extracted.seconds)
 
