@@ -9,15 +9,30 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ComputeConfig, DataConfig, ModelConfig, RunConfig
+from hf_transfer.config import (
+    EMBEDDED_CHECKPOINT,
+    AdapterConfig,
+    ComputeConfig,
+    DataConfig,
+    ExplainBy,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+)
 from hf_transfer.errors import describe_error, make_log_handler, make_printable, one_line_errors
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
 from hf_transfer.settings import list_settings, replace_settings
 from hf_transfer.startup import fast_imports, limit_spinning
 from hf_transfer.strategy import default_config, strategy_names
+
+if TYPE_CHECKING:
+    from hf_transfer.inference.heat_maps import Explainer
+    from hf_transfer.network.backbone import Backbone
 
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
 hf_transfer train NAME` trains in several processes.
@@ -31,9 +46,19 @@ CACHE = """List or remove stored activations and unpacked archives. A cache is n
 network, the preprocessing and the images. When the caches reach the limit (--cache_gb), the least recently used caches are
 evicted. Unpacked archives do not count; --clear without a key removes them too.
 """
-PREDICT = """Print the most likely labels, or the numbers, of image files or of all images in folders. The model is a run's
-model/ folder, or any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With --adapter,
-which may be repeated, the model is the base of the given adapters. The base is loaded once, and each adapter predicts in turn.
+PREDICT = """Print the most likely labels, or the numbers, of image files or of all images in folders. The model is the
+folder of a run, or any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With
+--adapter, which may be repeated, the model is the base of the given adapters. The base is loaded once, and each adapter
+predicts in turn. --explain FOLDER writes a picture per image that shows which regions speak for its first label.
+"""
+EMBED = """Compute the features that the head of a model reads, or the activations at any cut (--at), of image files, of all
+images in folders, or of a data set. Write them to FILE.parquet, or to FILE.npy with the names in FILE.csv, or print the images
+that are most similar to those of --query, by the cosine of the features. The model may have no classifier. What was computed
+is stored in the cache, so the next query needs no pass over the images.
+"""
+ADD_CLASSES = """Add the new classes of a data set to the classifier of a finished run, without forgetting the old ones. The
+features stay frozen, and the head is solved again on the images of the run, whose features are in the cache, and on the new
+images. Prints the accuracy on held-out images of the old classes before and after, and writes a new run.
 """
 EVALUATE = """Print the metrics of a saved model, with 95 % intervals, on all labeled images of a data set, or on one split
 (--split test). The data set's classes or labels are matched to those of the model by name.
@@ -56,6 +81,9 @@ once over all images, and a following linear probe reuses the features. Writes a
 CSV files, which `hf-transfer train` takes by --exclude and --relabel.
 """
 
+EMBEDDED_DATA = (  # settings of the data set that `embed` takes
+    "image_column", "image_root", "label_column", "label_columns", "split_column", "where", "on_bad_image",
+)  # fmt: skip
 EVALUATED_DATA = (  # settings of the data set that `evaluate` takes
     "image_column", "image_root", "label_column", "label_columns", "split_column", "where", "train_split", "validation_split",
     "test_split", "on_bad_image",
@@ -114,7 +142,7 @@ def _train(given: argparse.Namespace) -> str:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    help_text = "Hub id[@revision] or folder of the checkpoint (default: embedded)"
+    help_text = "Hub id[@revision] of the checkpoint, or its folder, or that of a run (default: embedded)"
     parser.add_argument("checkpoint", nargs="?", default=EMBEDDED_CHECKPOINT, help=help_text)
     _add_trust(parser)
     _add_json(parser)
@@ -173,11 +201,19 @@ def _cache(given: argparse.Namespace) -> str:
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hub id[@revision] or folder of the model")
+    parser.add_argument("model", help="Hub id[@revision], or folder of the model or of its run")
     parser.add_argument("images", nargs="+", help="image files, or folders of image files")
     help_text = "folder or Hub id of an adapter whose base is the model; may be repeated"
     parser.add_argument("--adapter", action="append", metavar="ADAPTER", help=help_text)
     parser.add_argument("--top_k", type=int, default=3, help="number of labels to print per image (default: 3)")
+    text = (
+        "write a PNG per image to this folder: the image, and a heat map of the regions that speak for its first label"
+    )
+    parser.add_argument("--explain", metavar="FOLDER", help=text)
+    text = "method of --explain: grad_cam, or occlusion, which is slower and needs no cut (default: grad_cam)"
+    parser.add_argument("--explain_by", choices=get_args(ExplainBy), help=text)
+    text = "cut for grad_cam, as `inspect` names them (default: the last one with 7 x 7 positions)"
+    parser.add_argument("--explain_at", metavar="LAYER", help=text)
     settings = list_settings(ComputeConfig())
     add_settings(parser, [settings[name] for name in ("batch_size", "num_workers", "engine")])
     _add_json(parser)
@@ -198,6 +234,7 @@ def _predict(given: argparse.Namespace) -> str:
     settings = {name: getattr(compute, name) for name in ("batch_size", "num_workers", "engine")}
     if given.top_k < 1:
         raise ValueError(f"top_k={given.top_k}: choose 1 or more labels per image")
+    _check_explain(given)
     images = find_images(given.images)  # a wrong path fails before the model is loaded
     trust = given.trust_remote_code
     if given.adapter:
@@ -209,15 +246,18 @@ def _predict(given: argparse.Namespace) -> str:
     width = max(len(str(path)) for path in images)
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         lines += [f"{name}:"] if name else []
+        explainer = _make_explainer(given, backbone)
         try:
             predictions = predict(backbone, images, top_k=given.top_k, **settings)
         except UnreadableImagesError as error:
             predictions, problems = list(error.predictions), error.problems
         describe = backbone.target.describe_value
-        for p in predictions:
+        pictures = [] if explainer is None else explainer.write(predictions, Path(given.explain))
+        for p, picture in zip_longest(predictions, pictures):
             scores = list(zip(p.labels, p.values, strict=True))
             labels = [{"label": label, "score": score} for label, score in scores]
-            rows.append({"image": p.image} | ({"adapter": name} if name else {}) | {"labels": labels})
+            own = {"adapter": name} if name else {"explanation": str(picture)} if picture else {}
+            rows.append({"image": p.image} | own | {"labels": labels})
             shown = ", ".join(f"{make_printable(label)} {describe(score)}" for label, score in scores)
             lines.append(f"{make_printable(p.image).ljust(width)}  {shown}")
     text = json.dumps(rows, indent=1) if given.json else "\n".join(lines)
@@ -228,8 +268,33 @@ def _predict(given: argparse.Namespace) -> str:
     return text
 
 
+def _check_explain(given: argparse.Namespace) -> None:
+    """Raises ValueError if the flags of explanations contradict each other."""
+    if given.explain is None and (given.explain_by or given.explain_at):
+        name, value = ("explain_by", given.explain_by) if given.explain_by else ("explain_at", given.explain_at)
+        raise ValueError(f"{name}={value!r}: nothing is explained without --explain FOLDER; add it, or omit --{name}")
+    if given.explain and given.adapter:
+        raise ValueError(
+            "--explain and --adapter: the pictures of several adapters would have the same names; omit one"
+        )
+    if given.explain_at and given.explain_by == "occlusion":
+        raise ValueError(f"explain_at={given.explain_at!r}: occlusion needs no cut; omit --explain_at or --explain_by")
+    if given.explain and Path(given.explain).is_file():
+        raise ValueError(f"explain={given.explain!r} is a file: give a folder, which is created if it is missing")
+
+
+def _make_explainer(given: argparse.Namespace, backbone: "Backbone") -> "Explainer | None":
+    """Returns the explainer for --explain, or None without this flag. A wrong cut fails before images are read."""
+    if given.explain is None:
+        return None
+    from hf_transfer.inference.heat_maps import make_explainer
+
+    method: ExplainBy = given.explain_by or "grad_cam"
+    return make_explainer(backbone, method=method, at=given.explain_at)
+
+
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="Hub id[@revision] or folder of the model")
+    parser.add_argument("model", help="Hub id[@revision], or folder of the model or of its run")
     data = list_settings(DataConfig())
     parser.add_argument("--dataset", required=True, help=data["dataset"].help)
     add_settings(parser, [data[name] for name in EVALUATED_DATA])
@@ -253,6 +318,78 @@ def _evaluate(given: argparse.Namespace) -> str:
     if given.json:
         return json.dumps(found.metrics.to_dict(), indent=1)
     return "\n".join([f"{found.split}: {found.metrics.num_samples:,} images", *found.describe_metrics()])
+
+
+# --- embed ------------------------------------------------------------------------------------------------------------
+
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hub id[@revision], or folder of the model or of its run")
+    text = "image files, folders of image files, or one data set: a table, an archive or a Hub id"
+    parser.add_argument("images", nargs="+", help=text)
+    parser.add_argument("--output", metavar="FILE", help="file for the embeddings: FILE.parquet or FILE.npy")
+    parser.add_argument(
+        "--query", nargs="+", metavar="IMAGE", help="print the images most similar to these image files"
+    )
+    parser.add_argument("--top", type=int, default=10, help="number of images to print per query (default: 10)")
+    text = "cut, as `inspect` names them (default: features, which the head reads)"
+    parser.add_argument("--at", metavar="LAYER", help=text)
+    text = "of the activation at --at: the mean over the positions of the image, or all of it (default: mean)"
+    parser.add_argument("--pool", choices=("mean", "none"), help=text)
+    data, compute = list_settings(DataConfig()), list_settings(ComputeConfig())
+    add_settings(parser, [data[name] for name in EMBEDDED_DATA])
+    add_settings(parser, [compute[name] for name in ("batch_size", "num_workers", "engine", "cache")])
+    _add_json(parser)
+    _add_trust(parser)
+
+
+def _embed(given: argparse.Namespace) -> str:
+    with fast_imports():
+        from hf_transfer.embeddings import EmbedOptions, check_options, embed_images, format_embedded
+
+    options = EmbedOptions(
+        model=given.model,
+        images=given.images,
+        output=None if given.output is None else Path(given.output).expanduser(),
+        query=given.query or (),
+        top=given.top,
+        at=given.at,
+        pool=given.pool,
+        data=replace_settings(DataConfig(), _given(given, DataConfig())),
+        compute=replace_settings(ComputeConfig(), _given(given, ComputeConfig())),
+        trust_remote_code=given.trust_remote_code,
+    )
+    check_options(options)
+    result = embed_images(options)
+    return json.dumps(result.to_dict(), indent=1) if given.json else format_embedded(result)
+
+
+# --- add-classes ------------------------------------------------------------------------------------------------------
+
+
+def _add_add_classes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="output folder of a finished run, whose data set must still be where it was")
+    data, compute, output = (list_settings(config) for config in (DataConfig(), ComputeConfig(), OutputConfig()))
+    parser.add_argument("--dataset", required=True, help=f"images of the new classes: {data['dataset'].help}")
+    add_settings(parser, [data[name] for name in (*EVALUATED_DATA, "validation_fraction", "images_per_class")])
+    text = "folder for the new run; default: runs/add_classes or, if that exists, runs/add_classes_2 and so on"
+    parser.add_argument("--output_dir", metavar="FOLDER", help=text)
+    add_settings(parser, [output["overwrite_output_dir"]])
+    add_settings(parser, [compute[name] for name in ("batch_size", "num_workers", "engine", "cache")])
+    _add_json(parser)
+
+
+def _add_classes(given: argparse.Namespace) -> str:
+    with fast_imports():
+        from hf_transfer.adding import add_classes
+        from hf_transfer.runs import connect_processes
+
+    data = replace_settings(DataConfig(), _given(given, DataConfig()))
+    output = replace_settings(OutputConfig(), _given(given, OutputConfig()))
+    added = add_classes(given.run, data, output=output, compute=_given(given, ComputeConfig()))
+    if not connect_processes().is_main_process:
+        return ""
+    return json.dumps(added.to_dict(), indent=1) if given.json else added.format()
 
 
 # --- publish ----------------------------------------------------------------------------------------------------------
@@ -432,6 +569,12 @@ COMMANDS = {
         add_flags=_add_inspect,
         run=_inspect,
     ),
+    "embed": Command(
+        summary="write the features of images, or find similar images",
+        description=EMBED,
+        add_flags=_add_embed,
+        run=_embed,
+    ),
     "predict": Command(
         summary="print the most likely labels of images", description=PREDICT, add_flags=_add_predict, run=_predict
     ),
@@ -440,6 +583,12 @@ COMMANDS = {
         description=EVALUATE,
         add_flags=_add_evaluate,
         run=_evaluate,
+    ),
+    "add-classes": Command(
+        summary="add classes to the classifier of a run",
+        description=ADD_CLASSES,
+        add_flags=_add_add_classes,
+        run=_add_classes,
     ),
     "publish": Command(
         summary="push the model of a finished run to the Hub", description=PUBLISH, add_flags=_add_publish, run=_publish

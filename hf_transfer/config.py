@@ -170,6 +170,7 @@ class ModelConfig(Settings):
 Engine = Literal["eager", "folded", "compiled", "openvino"]
 EngineChoice = Literal["auto", "measure", "eager", "folded", "compiled", "openvino"]
 Switch = Literal["auto", "on", "off"]
+ExplainBy = Literal["grad_cam", "occlusion"]
 
 
 @dataclass(frozen=True, kw_only=True)

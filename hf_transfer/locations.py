@@ -9,6 +9,7 @@ log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
 CONFIG, RESULTS = "config.yaml", "results.json"  # files of an output folder
 SO_FAR = "so_far"  # folder of an output folder: a run folder with the best model of a run that is not finished
+MODEL = "model"  # folder of an output folder: the trained model in Hub layout
 CHECKPOINTS = "checkpoints"  # folder of an output folder: the saved states and, until the run is finished, config.yaml
 
 
@@ -67,6 +68,31 @@ def recipes_dir() -> Path:
 def presets_dir() -> Path:
     """Returns the folder of the configuration files for `accelerate launch --config_file`."""
     return recipes_dir() / "accelerate"
+
+
+def resolve_model(name: str) -> str:
+    """Returns the model folder of a run if `name` is the run's output folder, and any other name (a Hub id, ...) unchanged.
+
+    Raises ValueError if the run in the folder is not finished.
+    """
+    folder = Path(name).expanduser()
+    if not os.path.isdir(folder) or (folder / "config.json").exists():  # noqa: PTH112 - a long name is no error
+        return name
+    if (folder / RESULTS).is_file() and (folder / MODEL).is_dir():
+        return str(folder / MODEL)
+    if (folder / CHECKPOINTS / CONFIG).is_file():
+        raise ValueError(
+            f"{name}: the run in this folder is not finished, so it has no model; give a finished run, or finish this one with "
+            f"--config {folder / CHECKPOINTS / CONFIG} --resume"
+        )
+    return name
+
+
+def find_run(folder: str | Path) -> Path:
+    """Returns the output folder of the run whose model folder is `folder`, or else `folder`."""
+    path = Path(folder).expanduser()
+    is_model = path.name == MODEL and (path.parent / RESULTS).is_file()
+    return path.parent if is_model else path
 
 
 def find_recipe(name: str) -> Path | None:

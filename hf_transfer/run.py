@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.predict import Prediction, find_images, load_saved, predict
+from hf_transfer.locations import find_run
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
@@ -146,7 +147,7 @@ def load_run(folder: str | Path, *, trust_remote_code: bool = False) -> Run:
 
     `trust_remote_code`: run the Python code in the folder's model, if the model was fine-tuned from one with code of its own.
     """
-    folder = Path(folder)
+    folder = find_run(folder)
     if not (folder / "results.json").is_file() or not (folder / "model").is_dir():
         raise ValueError(f"{folder}: no finished run in this folder (results.json or model/ is missing)")
     return Run(folder=folder, trust_remote_code=trust_remote_code)

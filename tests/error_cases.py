@@ -460,6 +460,12 @@ def write_tiny_vit(folder: Path) -> None:
     save_for_hf(vit, str(folder / "vit"), safe_serialization=True, data_config={"input_size": (3, 32, 32)})
 
 
+def unfinished_run(folder: Path) -> None:
+    """Writes what a run leaves that was interrupted."""
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "config.yaml").write_text("seed: 0\n")
+
+
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 DAMAGES: tuple[tuple[str, str, Callable[[Path], object]], ...] = (
     ("pickled weights", WEIGHTS, lambda file: file.rename(file.with_name("pytorch_model.bin"))),
@@ -492,6 +498,26 @@ CHECKPOINTS = (
         build=write_tiny_vit,
     ),
     ErrorCase(trigger="a run that is not finished", command="publish {}/run --repo_id me/model"),
+    ErrorCase(trigger="the folder of an unfinished run", command="inspect {}", build=unfinished_run),
+    ErrorCase(
+        trigger="a cut that the network lacks",
+        command="embed embedded {}/data --at x --output {}/x.npy",
+        build=image_folder(),
+    ),
+    ErrorCase(trigger="embeddings without a use", command="embed embedded {}/data", build=image_folder()),
+    ErrorCase(
+        trigger="`--explain_at` without `--explain`",
+        command="predict embedded {}/data --explain_at stem",
+        build=image_folder(),
+    ),
+    ErrorCase(
+        trigger="a cut without a map",
+        command="predict embedded {}/data --explain {}/x --explain_at features",
+        build=image_folder(),
+    ),
+    ErrorCase(
+        trigger="classes for a run that is none", command="add-classes {}/run --dataset {}/data", build=image_folder()
+    ),
 )
 
 SECTIONS = {

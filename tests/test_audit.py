@@ -29,11 +29,11 @@ from hf_transfer.auditing.facts import THUMBNAIL_PX, ImageFacts, read_orientatio
 from hf_transfer.auditing.files import open_audit_folder
 from hf_transfer.auditing.hashes import compute_hashes, find_close_hashes
 from hf_transfer.auditing.held_out import draw_group_folds, predict_held_out
-from hf_transfer.auditing.neighbors import find_neighbors
 from hf_transfer.auditing.outliers import BLANK_SCORE, find_outliers
 from hf_transfer.cli import main
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
+from hf_transfer.inference.neighbors import find_neighbors
 from hf_transfer.targets.single_label import SingleLabel
 
 ROOT = Path(__file__).parents[1]

@@ -346,7 +346,7 @@ def test_flags_that_do_not_go_together_are_refused(hub: HubServer, run: Path) ->
     with pytest.raises(ValueError, match="plain checkpoint, not an adapter"):
         module.publish(run, "alice/digits", adapter=True)
     with pytest.raises(ValueError, match="is not a finished run"):
-        module.publish(run / "model", "alice/digits")
+        module.publish(run.parent, "alice/digits")
     for wrong in ("digits", "a/b/c", "alice/", "alice/../x", "https://hub/alice/x"):
         with pytest.raises(ValueError, match="OWNER/NAME"):
             module.publish(run, wrong)

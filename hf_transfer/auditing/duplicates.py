@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 from hf_transfer.auditing.alignment import compare_aligned
 from hf_transfer.auditing.facts import ImageFacts
 from hf_transfer.auditing.hashes import compute_hashes, find_close_hashes
-from hf_transfer.auditing.neighbors import find_neighbors
+from hf_transfer.inference.neighbors import find_neighbors
 
 LEAST_SIMILARITY = 0.95
 LEAST_OVERLAP = 0.8  # share of the picture that both show

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.auditing.neighbors import find_neighbors
+from hf_transfer.inference.neighbors import find_neighbors
 
 BLANK_SCORE = 2.0  # the largest possible distance
 _NEIGHBORS = 10

@@ -102,7 +102,9 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     ((8, 8), ('0', '1', '2'))
     """
     columns = choose_columns(config)
-    stored = _read(config, columns) if images is None else read_memory(images, columns=columns, name=config.dataset)
+    stored = (
+        read_stored(config, columns) if images is None else read_memory(images, columns=columns, name=config.dataset)
+    )
     notes = list(stored.notes)
     names_by_role = _assign_roles(stored, config)
     unused = [name for name in stored.splits if name not in names_by_role.values()]
@@ -129,7 +131,7 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
     notes += notes_on_edits
     if config.on_bad_image == "skip":
         for role, split in splits.items():
-            splits[role], notes_on_skipped = _skip_bad_images(split, where[role], is_train=role == "train")
+            splits[role], notes_on_skipped = skip_bad_images(split, where[role], is_train=role == "train")
             notes += notes_on_skipped
     return _draw(splits, config, replace(stored, notes=tuple(notes)))
 
@@ -174,7 +176,7 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
     """
     if config.problem_type == AUTO:
         config = replace(config, problem_type=target.problem_type)
-    stored = _read(config, choose_columns(config))
+    stored = read_stored(config, choose_columns(config))
     splits: dict[Role, Split] = {}
     names_by_role = _assign_roles(stored, config, needs_train=False)
     for role, name in names_by_role.items():
@@ -191,7 +193,7 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
     splits, _ = _edit(splits, config, {})
     if config.on_bad_image == "skip":
         for role, split in splits.items():
-            splits[role], _ = _skip_bad_images(split, f"{stored.name}, split {names_by_role[role]!r}", is_train=False)
+            splits[role], _ = skip_bad_images(split, f"{stored.name}, split {names_by_role[role]!r}", is_train=False)
     if not splits:
         raise ValueError(
             f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name a split with --test_split"
@@ -237,8 +239,8 @@ def choose_columns(config: DataConfig) -> Columns:
     )
 
 
-def _read(config: DataConfig, columns: Columns) -> StoredData:
-    """Reads the dataset that `config.dataset` names."""
+def read_stored(config: DataConfig, columns: Columns) -> StoredData:
+    """Reads the dataset that `config.dataset` names, as it is stored."""
     if config.dataset in (EMBEDDED_DATASET, UPSTREAM_DATASET):
         columns.refuse(config.dataset)
         return read_digits() if config.dataset == EMBEDDED_DATASET else read_mnist()
@@ -402,7 +404,7 @@ def _edit(
     return edited, notes
 
 
-def _skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:
+def skip_bad_images(split: Split, where: str, *, is_train: bool) -> tuple[Split, list[str]]:
     """Returns the split without unreadable images, and a list with one sentence about these images, or none."""
     problems = split.source.unreadable(split.rows, f"checking {split.name} images")
     if not problems:

@@ -69,6 +69,7 @@ class Split:
     )
     pool: Split | None = None  # a larger split with these images, from whose stored results this split takes its rows
     pool_rows: NDArray[np.int64] | None = None  # (N,) the position of each image in `pool`
+    parts: tuple[Split, ...] = ()  # splits that follow each other here, and whose stored results this split takes
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -26,6 +26,7 @@ from hf_transfer.hub.attempts import Attempts, PushError, RefusedPushError, no_w
 from hf_transfer.hub.card import OUR_TAG, address_card
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import MERGED_TOLERANCE, REFERENCE, TOLERANCE, Verified, find_libraries, verify
+from hf_transfer.locations import find_run
 from hf_transfer.network.adapters import is_adapter_folder, load_adapted, read_base
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.source import find_source
@@ -86,15 +87,16 @@ def publish(
 ) -> Published:
     """Pushes the model of a run to `repo_id` in one commit, after a fresh process has reproduced its logits.
 
-    `run` is the output folder of a recipe. An adapter is first merged into its base, unless `adapter=True`. `base` is a folder
-    or Hub id to load in place of the base that the adapter records. `token` defaults to the token of `hf auth login`.
+    `run` is the output folder of a recipe, or its folder `model`. An adapter is first merged into its base, unless
+    `adapter=True`. `base` is a folder or Hub id to load in place of the base that the adapter records. `token` defaults to the
+    token of `hf auth login`.
 
     Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME or an adapter's base is unreachable,
     VerificationError if the saved model differs from the measured model, and PushError with a remedy if the Hub refuses.
 
         publish("runs/x", "me/model", options=PublishOptions(private=True))
     """
-    run, options = Path(run), options or PublishOptions()
+    run, options = find_run(run), options or PublishOptions()
     if not (run / "model" / CARD).is_file() or not (run / "results.json").is_file():
         raise ValueError(f"{run} is not a finished run: give a run's output folder, with results.json and model/")
     repo_id, branch = split_repo_id(repo_id)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ModelConfig
+from hf_transfer.locations import resolve_model
 from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.damage import check_weights, read_json
@@ -161,10 +162,12 @@ def is_adapter_folder(checkpoint: str) -> bool:
 
 
 def find_adapter(model: str) -> Path | None:
-    """Returns the adapter folder that `model` (a folder or a Hub id) names, or None if `model` names no adapter.
+    """Returns the adapter folder that `model` (a folder, also of a run, or a Hub id) names, or None if it names no adapter.
 
     Raises ValueError, with the remedy, if the files cannot be downloaded from the Hub.
     """
+    if model != EMBEDDED_CHECKPOINT:
+        model = resolve_model(model)
     folder: Path | None = Path(model).expanduser()
     if model != EMBEDDED_CHECKPOINT and not Path(model).expanduser().is_dir():
         folder = fetch_adapter(model)

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
+from hf_transfer.locations import resolve_model
 from hf_transfer.network.damage import WEIGHTS, check_files, find_weights, is_pickled, read_json
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,8 @@ class Source:
 
 
 def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Finds the files of `checkpoint`: a Hub id (`owner/name` or `owner/name@revision`), a folder, or "embedded".
+    """Finds the files of `checkpoint`: a Hub id (`owner/name` or `owner/name@revision`), a folder of a model
+    or of a run, or "embedded".
 
     `base_model`: the Hub id of the checkpoint, for a folder that does not record an id. Raises ValueError, with the remedy, for
     an unknown id or revision, a gated or private repository, a missing network, or weights in another format.
@@ -87,7 +89,7 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     if checkpoint == EMBEDDED_CHECKPOINT:
         with resources.as_file(resources.files("hf_transfer") / "assets" / EMBEDDED_CHECKPOINT) as folder:
             return _from_folder(folder, base_model)
-    path = Path(checkpoint).expanduser()
+    path = Path(resolve_model(checkpoint)).expanduser()
     if _is_folder(path):
         source = _from_folder(path.resolve(), base_model)
     else:
@@ -130,9 +132,9 @@ def pin_checkpoint(checkpoint: str, source: Source) -> str:
 
 def check_checkpoint(checkpoint: str) -> None:
     """Raises ValueError if `checkpoint` is neither "embedded" nor a sound folder nor a Hub id. Needs no network."""
-    path = Path(checkpoint).expanduser()
     if checkpoint == EMBEDDED_CHECKPOINT:
         return
+    path = Path(resolve_model(checkpoint)).expanduser()
     if _is_folder(path):
         if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists():
             return  # its base is found when it is loaded

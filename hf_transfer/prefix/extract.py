@@ -20,7 +20,7 @@ from hf_transfer.prefix.engines import Runner, describe_engine, engine_tolerance
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.storage import Storage
-from hf_transfer.prefix.store import SelectedStore, Store
+from hf_transfer.prefix.store import JoinedStore, SelectedStore, Store
 from hf_transfer.prefix.sweep import batch_rows, count_replicas, place_model, prepare_for, sweep
 from hf_transfer.prefix.taps import Extractor, Tap
 
@@ -85,13 +85,16 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
 
     For `StoredActivations`, only the layers after the stored cut run. With several processes, each process computes a range of
     rows, and all processes can read all rows. If stores may lie on disk, the rows of a split with a pool are read from a store
-    of the whole pool. Raises BadImageError, with the image's name, if an image cannot be decoded.
+    of the whole pool, and those of a split with parts from stores of the parts. Raises BadImageError, with the image's name, if
+    an image cannot be decoded.
     """
     if isinstance(images, EvaluationImages) and images.split.pool is not None and resources.uses_disk:
         extracted = extract(chain, images.preprocessing, images.split.pool, taps, resources)
         rows = images.split.pool_rows
         assert rows is not None
         return replace(extracted, stores={n: SelectedStore(store, rows) for n, store in extracted.stores.items()})
+    if isinstance(images, EvaluationImages) and images.split.parts and resources.uses_disk:
+        return _join([extract(chain, images.preprocessing, part, taps, resources) for part in images.split.parts])
     arrays = {name: (tap.shape, "float32") for name, tap in taps.items()}
     extraction = _Extraction(chain=chain, images=images, taps=taps, resources=resources)
     started = time.perf_counter()
@@ -124,6 +127,17 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
         checked_rows=extraction.checked,
         seconds=seconds,
         storages=stored.storages,
+    )
+
+
+def _join(extracted: Sequence[Extracted]) -> Extracted:
+    """Returns the stores of splits that follow each other, and their cost together."""
+    return Extracted(
+        stores={name: JoinedStore([each.stores[name] for each in extracted]) for name in extracted[0].stores},
+        images=sum(each.images for each in extracted),
+        checked_rows=sum(each.checked_rows for each in extracted),
+        seconds=sum(each.seconds for each in extracted),
+        storages=extracted[0].storages,
     )
 
 

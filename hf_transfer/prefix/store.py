@@ -70,6 +70,25 @@ class SelectedStore(Store):
         return self._store[self._rows[rows]]
 
 
+class JoinedStore(Store):
+    """The rows of several stores, one store after another, which are read from there."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        # Zero-stride arrays have shape and dtype, and take no memory.
+        super().__init__([np.broadcast_to(np.zeros((), store.dtype), store.shape) for store in stores])
+        self._stores = tuple(stores)
+
+    def __getitem__(self, rows: slice | Array) -> Array:
+        """Returns the rows that the slice or int array `rows` selects."""
+        wanted = np.arange(len(self))[rows]
+        out = np.empty((len(wanted), *self.shape[1:]), self.dtype)
+        store_of = np.searchsorted(self._starts, wanted, side="right") - 1
+        for i in np.unique(store_of):
+            here = store_of == i
+            out[here] = self._stores[i][wanted[here] - self._starts[i]]
+        return out
+
+
 _open_stores: "weakref.WeakSet[Store]" = weakref.WeakSet()
 
 

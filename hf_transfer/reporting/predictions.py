@@ -47,10 +47,10 @@ def write_predictions(path: Path, splits: Sequence[Split], logits: Mapping[str, 
             for first in range(0, len(predicted), _ROWS_PER_GROUP):
                 rows = predicted[first : first + _ROWS_PER_GROUP]
                 columns = [
-                    _make_texts([split.image_name(i) for i in rows]),
-                    _make_texts([split.target.describe_label(split.labels[i]) for i in rows]),
-                    _make_lists(numbers[rows]),
-                    _make_texts([split.name] * len(rows)),
+                    make_texts([split.image_name(i) for i in rows]),
+                    make_texts([split.target.describe_label(split.labels[i]) for i in rows]),
+                    make_lists(numbers[rows]),
+                    make_texts([split.name] * len(rows)),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
@@ -58,7 +58,7 @@ def write_predictions(path: Path, splits: Sequence[Split], logits: Mapping[str, 
 # `pa.array` would import pandas, which takes half a second.
 
 
-def _make_texts(values: Sequence[str]) -> Any:
+def make_texts(values: Sequence[str]) -> Any:
     """Returns an Arrow column of texts."""
     import pyarrow as pa
 
@@ -67,7 +67,7 @@ def _make_texts(values: Sequence[str]) -> Any:
     return pa.StringArray.from_buffers(len(values), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
 
 
-def _make_lists(rows: NDArray[np.float32]) -> Any:
+def make_lists(rows: NDArray[np.float32]) -> Any:
     """Returns an Arrow column of lists of float32, one for each row (N, K)."""
     import pyarrow as pa
 

@@ -1,0 +1,125 @@
+"""Writes the explanation of each prediction as a picture: the image as the network sees it, beside it the heat map on top."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm.auto import tqdm
+
+from hf_transfer.config import ExplainBy
+from hf_transfer.data.images import read_image
+from hf_transfer.inference.explain import MapCut, choose_map_cut, explain, occlude
+from hf_transfer.inference.predict import Prediction
+from hf_transfer.locations import chain_dir
+from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.chain import Chain
+from hf_transfer.network.preprocessing import Pixels
+
+log = logging.getLogger(__name__)
+
+BATCH = 16
+LEAST_PX = 224  # smaller images are enlarged
+STRENGTH = 0.65  # largest share of the heat map's color in a pixel
+# From cold to hot; as dark to bright, so that it also reads in gray.
+COLORS = np.array([[20, 11, 70], [120, 28, 109], [203, 71, 72], [246, 140, 31], [252, 255, 164]], np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explainer:
+    """A network with the method that explains its predictions: Grad-CAM at a cut, or occlusion."""
+
+    backbone: Backbone
+    chain: Chain
+    map_cut: MapCut | None  # None: occlusion
+
+    def write(self, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
+        """Writes a PNG to `folder` for each prediction, which explains its first label. Returns the paths of the PNGs.
+
+        The predictions are of image files. Each PNG has the name of its image, in the same subfolders.
+        """
+        paths = [folder / name for name in name_pictures([prediction.image for prediction in predictions])]
+        starts = range(0, len(predictions), BATCH)
+        for start in tqdm(starts, desc="explanations", unit="batch", disable=None):
+            batch = predictions[start : start + BATCH]
+            pixels, heat = self._explain(batch)
+            for path, shown, values in zip(paths[start : start + BATCH], pixels, heat, strict=True):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draw_explanation(shown, values).save(path)
+        return paths
+
+    def _explain(self, predictions: Sequence[Prediction]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Returns the pixels (B, H, W, C) and the heat maps (B, H, W) of some images."""
+        preprocessing, names = self.backbone.preprocessing, self.backbone.label_names
+        device = next(self.backbone.model.parameters()).device
+        pixels = np.stack([preprocessing.pixels(read_image(Path(p.image), p.image)) for p in predictions])
+        images = preprocessing.normalize(torch.from_numpy(pixels).to(device))
+        outputs = torch.tensor([names.index(p.labels[0]) for p in predictions], device=device)
+        if self.map_cut is None:
+            heat = occlude(self.chain, images, outputs=outputs)
+        else:
+            heat = explain(self.chain, images, outputs=outputs, at=self.map_cut)
+        return pixels, heat.cpu().numpy()
+
+
+def make_explainer(backbone: Backbone, *, method: ExplainBy = "grad_cam", at: str | None = None) -> Explainer:
+    """Returns the explainer of a network. `at`: the cut for Grad-CAM. Raises ValueError as `choose_map_cut` does."""
+    chain = backbone.chain(cache_dir=chain_dir())
+    map_cut = choose_map_cut(chain, at) if method == "grad_cam" else None
+    if map_cut is not None:
+        layout = map_cut.layout
+        log.info("Grad-CAM at the cut %s: %d x %d positions", map_cut.cut.name, layout.height, layout.width)
+    return Explainer(backbone=backbone, chain=chain, map_cut=map_cut)
+
+
+def name_pictures(images: Sequence[str]) -> list[Path]:
+    """Returns a PNG's path for each image file, relative to the deepest folder that contains all images.
+
+    The PNG has the name of the image. If two images differ only in the suffix, the names of all PNGs contain it.
+
+    >>> [path.as_posix() for path in name_pictures(["photos/a/1.jpg", "photos/b/1.jpg"])]
+    ['a/1.png', 'b/1.png']
+    >>> [path.as_posix() for path in name_pictures(["photos/1.jpg", "photos/1.tif"])]
+    ['1.jpg.png', '1.tif.png']
+    """
+    paths = [Path(image).absolute() for image in images]
+    root = commonpath([path.parent for path in paths]) if paths else ""
+    relative = [path.relative_to(root) for path in paths]
+    if len({path.with_suffix("") for path in relative}) == len(set(relative)):
+        return [path.with_suffix(".png") for path in relative]
+    return [path.with_name(f"{path.name}.png") for path in relative]
+
+
+def draw_explanation(pixels: Pixels, heat: NDArray[np.float32]) -> Image.Image:
+    """Returns a picture of twice the image's width: the image, and the image in gray under its heat map.
+
+    `pixels` (H, W, C): uint8, or normalized float32, whose contrast is stretched. `heat` (H, W): from 0 to 1.
+    """
+    shown = _as_rgb(pixels)
+    gray = np.repeat(shown.mean(2, keepdims=True), 3, axis=2)
+    share = STRENGTH * heat[..., None]
+    over = (1 - share) * gray + share * _color(heat)
+    side_by_side = np.concatenate([shown, over], axis=1).clip(0, 255).astype(np.uint8)
+    picture = Image.fromarray(side_by_side)
+    factor = -(-LEAST_PX // min(heat.shape))
+    return picture if factor == 1 else picture.resize((factor * picture.width, factor * picture.height))
+
+
+def _color(heat: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns colors (H, W, 3) from 0 to 255 for values (H, W) from 0 to 1."""
+    stops = np.linspace(0, 1, len(COLORS))
+    return np.stack([np.interp(heat, stops, channel) for channel in COLORS.T], axis=-1).astype(np.float32)
+
+
+def _as_rgb(pixels: Pixels) -> NDArray[np.float32]:
+    values = pixels.astype(np.float32)
+    if pixels.dtype != np.uint8:
+        low, high = values.min(), values.max()
+        values = 255 * (values - low) / max(float(high - low), 1e-6)
+    return np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values
