@@ -34,8 +34,7 @@ log = logging.getLogger(__name__)
 REPORTED_COVERAGE = 0.95
 REPORTED_ERROR = 0.02  # or the lowest error above it that the held-out images can show
 MAX_HITS = 10_000  # stored held-out images
-# Images that run through the network for their features, if these are not stored. 400 training images recognize unfamiliar
-# images almost as well as 1,200 (docs/confidence.md).
+# At most so many images run through the network once more, if their features are not stored.
 COMPUTED_TRAIN, COMPUTED_HELD_OUT = 1_000, 500
 FEATURES_AGREE = 2e-2  # largest relative difference between stored features and those of the saved network
 
