@@ -39,6 +39,7 @@ LEARNING_RATE = Range(above=0, highest=1000)
 INPUT_PX = Range(lowest=1, highest=2048)  # side of a network's input
 SIDE_PX_OR_NONE = Range(lowest=0, highest=4096)
 SECONDS = Range(above=0, highest=10**9)
+HEAD_SCALE = Range(lowest=0, highest=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,6 +297,12 @@ class OptimizerConfig(Settings):
         "weight decay of matrices and kernels; norms, biases, tokens and position embeddings get no weight decay",
         allowed=Range(lowest=0, highest=1000),
     )
+    l2_sp: float = flag(
+        0.0,
+        "decay of the trained weights below the classifier towards their values before training, in place of weight decay "
+        "(L2-SP); 0: off",
+        allowed=Range(lowest=0, highest=1000),
+    )
     lr_scheduler_type: SchedulerName = flag("cosine", "shape of the learning rate schedule after the warm-up")
     warmup_ratio: float = flag(
         0.1, "share of each phase's steps during which the learning rate rises", allowed=SHARE_OR_NONE
@@ -368,6 +375,12 @@ class TrainingConfig(Settings):
     epochs: int = flag(
         12, "passes over the training images; for strategies with several phases, in the last phase", allowed=COUNT
     )
+    min_steps: int = flag(
+        0,
+        "optimizer steps that each phase takes at least, for few images: a phase gets as many epochs as these steps need, if "
+        "its own number of epochs is lower; 0: no minimum",
+        allowed=COUNT_OR_NONE,
+    )
     label_smoothing: float = flag(
         0.1,
         "share of each target that is spread evenly over all classes; numbers are not smoothed",
@@ -384,6 +397,17 @@ class TrainingConfig(Settings):
         "numbers: error, in standard deviations, above which the loss grows linearly, so that outliers count less; 0: squared "
         "error",
         allowed=Range(lowest=0, highest=1000),
+    )
+    drop_path: float | None = flag(
+        None,
+        "stochastic depth: probability that a residual branch of the last block is left out for an image, which falls linearly "
+        "to 0 in the first block; frozen layers drop nothing; default: the checkpoint's own rates",
+        allowed=SHARE_OR_NONE,
+    )
+    dropout: float | None = flag(
+        None,
+        "probability that an input of the classifier is set to 0; default: the checkpoint's own dropout",
+        allowed=SHARE_OR_NONE,
     )
     gradient_accumulation_steps: int = flag(1, "number of batches per optimizer step", allowed=COUNT)
     max_grad_norm: float = flag(

@@ -2,13 +2,10 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
@@ -306,45 +303,3 @@ def test_the_command_prints_advice_or_json(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["advise", "--budget_s", "-1"])
     assert "choose 0 < budget_s" in capsys.readouterr().err
-
-
-def test_a_report_on_finished_cells_is_drawn_without_the_judged_set(tmp_path: Path) -> None:
-    """The benchmark's arithmetic on made-up runs: fine-tuning wins on both sets, and the regret of each way to choose."""
-    lines = []
-    for name in ("a", "b"):
-        for seed in (0, 1):
-            cell = {"set": name, "checkpoint": "net.x", "images_per_class": 50, "seed": seed, "epochs": 12}
-            estimates = [
-                {"strategy": s, "accuracy": 0.8, "low": 0.75, "high": 0.85, "seconds": float(i)}
-                for i, s in enumerate(STRATEGIES)
-            ]
-            summary = {
-                "images_per_class": {"median": 1000.0},
-                "similarity": {"score": 0.0, "spread": None},
-                "estimates": estimates,
-            }
-            lines.append({"what": "advice", **cell, "advice": summary})
-            for s in STRATEGIES:
-                accuracy = {"linear_probe": 0.8, "probe_then_full": 0.95}.get(s, 0.82)
-                # On one set validation images say nothing against the probe.
-                kept = Kept.START if cell["set"] == "a" else Kept.EPOCH
-                validated = {"validation_accuracy": accuracy, "num_validation": 50, "kept": kept}
-                lines.append(
-                    {"what": s, **cell, "test_accuracy": accuracy, "num_test": 100, "seconds": 10.0, **validated}
-                )
-    out = tmp_path / "runs.jsonl"
-    out.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"cut off')
-    command = [sys.executable, str(ROOT / "benchmarks" / "advise.py"), "report", "--out", str(out)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert shown.returncode == 0, shown.stderr
-    rows = {
-        line.split("|")[1].strip(): line
-        for line in shown.stdout.splitlines()
-        if line.startswith("| ") and " to " in line
-    }
-    assert rows["advisor (leave-one-data-set-out)"].split("|")[2].strip().startswith("0.00")
-    assert rows["auto: the advisor's pick or the probe"].split("|")[2].strip().startswith("7.50")
-    assert rows["always probe"].split("|")[2].strip().startswith("15.00")
-    assert rows["always full"].split("|")[2].strip().startswith("13.00")
-    assert "last_layers 10.0 (10.0 to 10.0)" in shown.stdout  # 10 s each, where 1 s was estimated
-    assert np.isfinite(float(rows["textbook table"].split("|")[2].split()[0]))

@@ -32,6 +32,7 @@ class PhaseLength:
     """How long a phase trains, with the folds' mean scores."""
 
     epochs: int  # the epoch whose weights are kept; 0: the phase keeps the initial weights
+    planned_epochs: int  # the length of the schedule in epochs
     scores: tuple[Score, ...]  # after each epoch
     score: Score  # of the kept weights
 
@@ -81,7 +82,12 @@ def _average(plans: Sequence[Sequence[PhaseResult]]) -> Iterator[PhaseLength]:
             mean_score([scores[epoch] for scores in histories if epoch < len(scores)])
             for epoch in range(max(map(len, histories)))
         ]
-        yield PhaseLength(epochs=epochs, scores=tuple(scores), score=mean_score([p.score for p in phases]))
+        yield PhaseLength(
+            epochs=epochs,
+            planned_epochs=statistics.median_low(p.epochs for p in phases),  # at least `epochs`, also a median
+            scores=tuple(scores),
+            score=mean_score([p.score for p in phases]),
+        )
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
