@@ -32,6 +32,7 @@ PRIOR_WEIGHT = 2.0  # PRIOR counts as this many benchmark runs at each corner
 class BenchmarkRun:
     """One fine-tuning run, compared with the probe on the same `num_test` images."""
 
+    data_set: str
     strategy: str
     regime: DataRegime
     error: float  # share of the test images
@@ -82,6 +83,22 @@ def fit_table(
     return table, math.sqrt((sum(e * e for e in residuals) + PRIOR_RESIDUAL**2) / (len(residuals) + 1))
 
 
+def fit_spread(runs: Sequence[BenchmarkRun]) -> Mapping[str, float]:
+    """Returns the spread of each strategy's error ratio on a new data set, which is the spread of the prior of `auto`.
+
+    Each data set's runs are predicted by a table that is fitted to the other data sets. The spread is the root mean square of
+    the difference between the measured and the predicted ratio (error / probe error), not of its logarithm, because the gain
+    is linear in the ratio. One more difference, PRIOR_RESIDUAL, stands for what we expected before any run.
+    """
+    errors: dict[str, list[float]] = {}
+    for left_out in sorted({run.data_set for run in runs}):
+        table, _ = fit_table([run for run in runs if run.data_set != left_out])
+        for run in (run for run in runs if run.data_set == left_out):
+            predicted = math.exp(float(run.regime.weights @ np.array(table[run.strategy])))
+            errors.setdefault(run.strategy, [PRIOR_RESIDUAL]).append(math.exp(run.log_ratio) - predicted)
+    return {name: math.sqrt(sum(e * e for e in own) / len(own)) for name, own in errors.items()}
+
+
 def gather_cells(lines: Sequence[Line]) -> dict[Cell, dict[str, Line]]:
     """Returns the complete cells, by system: those with advice and a run of every strategy.
 
@@ -111,13 +128,14 @@ def list_runs(cells: Mapping[Cell, Mapping[str, Line]]) -> list[BenchmarkRun]:
     """Returns every fine-tuning run, with the probe of its cell."""
     return [
         BenchmarkRun(
+            data_set=cell.set,
             strategy=name,
             regime=make_regime(runs["advice"]),
             error=1 - runs[name]["test_accuracy"],
             probe_error=1 - runs["linear_probe"]["test_accuracy"],
             num_test=runs[name]["num_test"],
         )
-        for runs in cells.values()
+        for cell, runs in cells.items()
         for name in STRATEGIES[1:]
     ]
 

@@ -251,13 +251,18 @@ class OutputConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatConfig(Settings):
-    """Settings of a run that trains several times: in folds, or with several seeds."""
+    """Settings of a run that trains several times: in folds, beside a sibling, or with several seeds."""
 
     folds: int = flag(
         0,
         "train K times, each time without one of K folds of the train and validation images, to measure the recipe on all of "
         "them; the model is then trained on all of them; 0: train once",
         allowed=Range(lowest=0, highest=1000),
+    )
+    train_on_all: bool = flag(
+        False,
+        "train twice: a sibling without the validation images, to measure the recipe and choose the epoch, and then the model "
+        "on train and validation images, for as many epochs as the sibling kept",
     )
     seeds: int = flag(
         1,
@@ -272,6 +277,11 @@ class RepeatConfig(Settings):
             raise ValueError("folds=1: choose 2 or more folds, or 0 to train once")
         if self.folds and self.seeds > 1:
             raise ValueError(f"folds={self.folds}, seeds={self.seeds}: omit --folds or --seeds")
+        if self.train_on_all and (self.folds or self.seeds > 1):
+            raise ValueError(
+                f"train_on_all=True, folds={self.folds}, seeds={self.seeds}: a run with folds trains on all images anyway, and "
+                "a run with seeds measures each seed on its own validation images; omit --train_on_all"
+            )
 
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -426,6 +436,10 @@ class TrainingConfig(Settings):
     select_by: SelectBy = flag(
         "accuracy", "validation metric; the model is from the last epoch not significantly worse than the best epoch"
     )
+    keep_last_epoch: bool = flag(
+        False,
+        "keep the weights of the last epoch, so that validation images select no epoch, and their metrics are fair",
+    )
     wise_ft: bool = flag(
         False,
         "at the end, mix the weights before fine-tuning (with the probe as head) and the weights after fine-tuning, and keep "
@@ -461,6 +475,11 @@ class TrainingConfig(Settings):
             raise ValueError(
                 "wise_ft=True and freeze_batchnorm=False: BatchNorm's running statistics do not fit mixed weights; "
                 "omit --wise_ft or --no-freeze_batchnorm"
+            )
+        if self.keep_last_epoch and self.early_stopping_patience:
+            raise ValueError(
+                f"keep_last_epoch=True, early_stopping_patience={self.early_stopping_patience}: validation images would choose "
+                "the last epoch; omit one of the two"
             )
 
 

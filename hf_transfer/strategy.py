@@ -87,7 +87,7 @@ class Strategy(StrategyConfig):
     def run(self, session: "Session", final: "FinalFit | None" = None) -> "RunResult":
         """Runs the plan in the session, scores the trained network, and returns the result.
 
-        `final`: how to train on all images, after a run of each fold (see `training.final_fit`).
+        `final`: how to train on all images, after runs that held images out (see `training.final_fit`).
         """
         from hf_transfer.training.plan import run_plan
 

@@ -10,7 +10,6 @@ import pytest
 
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
 from hf_transfer.choosing.candidates import find_candidates, make_command, to_k
-from hf_transfer.choosing.decide import choose_and_run, compare
 from hf_transfer.choosing.expected_accuracy import CurvePoint, DepthScore, LearningCurve
 from hf_transfer.choosing.pilots import Pilot, run_pilots
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime
@@ -20,15 +19,13 @@ from hf_transfer.cli import main
 from hf_transfer.costs import Costs
 from hf_transfer.flags import parse
 from hf_transfer.launch import run_recipe
-from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.metrics.records import Score
 from hf_transfer.network.backbone import load
-from hf_transfer.reporting.sentences import describe_choice
 from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import changed_settings, replace_settings, to_settings
 from hf_transfer.strategy import default_config, make_strategy
 from hf_transfer.training.pricing import count_activation_bytes
-from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResult, Verdict
 from tests.families import built
 
 ROOT = Path(__file__).parents[1]
@@ -233,56 +230,6 @@ def test_only_the_trouble_cell_has_suggestions(session: Session) -> None:
         assert suggest(vit, candidates, regime, depths, CURVE) == ()
 
 
-def tuned(accuracy: float, kept: Kept, *, solves_first: bool) -> RunResult:
-    metrics = Metrics(values={"accuracy": accuracy}, num_samples=100, score=Score(quality=accuracy, loss=0.3))
-
-    def phase(kept: Kept) -> PhaseResult:
-        return PhaseResult(
-            policy="full", cut=None, optimizer="adamw", epochs=3, num_trainable=1, kept=kept, score=metrics.score
-        )
-
-    phases = (phase(Kept.SOLUTION), phase(kept)) if solves_first else (phase(kept),)
-    return RunResult(backbone=load("embedded"), phases=phases, metrics={"validation": metrics})
-
-
-def test_auto_keeps_the_probe_unless_the_other_is_better_beyond_chance() -> None:
-    def judge(advised: str, result: RunResult) -> Verdict:
-        choice = AutoChoice(
-            advised=advised, kept="linear_probe", verdict=Verdict.PROBE_ADVISED, probe=Score(quality=0.9, loss=0.3)
-        )
-        compared = compare(choice, result)
-        assert compared.kept == (advised if compared.verdict is Verdict.TUNED_BETTER else "linear_probe")
-        return compared.verdict
-
-    assert judge("lora", tuned(0.92, Kept.EPOCH, solves_first=True)) is Verdict.TUNED_BETTER
-    assert judge("lora", tuned(0.89, Kept.EPOCH, solves_first=True)) is Verdict.TUNED_NOT_BETTER
-    assert judge("lora", tuned(0.99, Kept.START, solves_first=True)) is Verdict.NO_EPOCH_BETTER
-    # Within a standard error, and beyond it.
-    assert judge("full", tuned(0.92, Kept.EPOCH, solves_first=False)) is Verdict.TUNED_NOT_BETTER
-    assert judge("full", tuned(0.97, Kept.EPOCH, solves_first=False)) is Verdict.TUNED_BETTER
-
-
-@pytest.mark.parametrize("winner", ["probe_then_full", "lora"])
-def test_auto_runs_the_advised_strategy_and_says_why(
-    winner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def advised(*arguments: Any, **options: Any) -> Advice:
-        return replace(advise(*arguments, **options), recommended=winner)
-
-    monkeypatch.setattr("hf_transfer.choosing.decide.advise", advised)
-    session = make_session(tmp_path)
-    result = choose_and_run(session, measure=False, budget_s=None)
-    choice = result.choice
-    assert choice is not None
-    assert choice.advised == winner
-    assert choice.tuned is not None
-    assert choice.kept in ("linear_probe", winner)
-    assert describe_choice(choice)
-    assert result.metrics["test"].num_samples == len(session.data.test or ())
-    assert result.backbone.label_names == session.data.label_names
-    json.dumps(result.details, allow_nan=False)
-
-
 def test_the_recipe_keeps_to_a_budget_and_records_the_advice(tmp_path: Path) -> None:
     flags = ["--epochs", "1", "--budget_s", "60", "--images_per_class", "8", "--tracker", "none"]
     run_recipe("auto", arguments=[*flags, "--output_dir", str(tmp_path)])
@@ -291,7 +238,7 @@ def test_the_recipe_keeps_to_a_budget_and_records_the_advice(tmp_path: Path) -> 
     assert results["details"]["advice"]["estimates"]
     assert results["metrics"]["test"]["accuracy"] > 0.8
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "linear_probe" in card
+    assert "auto kept" in card
     assert load(str(tmp_path / "model")).label_names == tuple("0123456789")
 
 

@@ -20,7 +20,7 @@ from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.head import HeadInput, measure_inputs, scale_outputs
 from hf_transfer.session import Session
 from hf_transfer.targets.target import Labels, Target
-from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.final_fit import EstimatedBy
 from hf_transfer.training.records import RunResult
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class HeldOut:
         return len(self.logits)
 
 
-def find_held_out(session: Session, result: RunResult, final: FinalFit | None) -> HeldOut | None:
+def find_held_out(session: Session, result: RunResult) -> HeldOut | None:
     """Returns the held-out predictions of a run, or None if there are none.
 
     In the run of a fold, the fold itself is kept for measuring the recipe, so nothing is fitted to it.
@@ -49,13 +49,18 @@ def find_held_out(session: Session, result: RunResult, final: FinalFit | None) -
     data, logits = session.data, result.logits
     if "validation" not in logits or data.holds_out_validation:
         return None
-    splits = [data.train, data.validation] if "train" in logits else [data.validation]
-    by = "folds" if final is not None else "cross_validation" if "train" in logits else "validation"
-    return HeldOut(
-        logits=np.concatenate([logits[split.name] for split in splits]),
-        labels=np.concatenate([split.labels for split in splits]),
-        by=by,
-    )
+    by_folds = result.validation.details.get("estimated_by") == EstimatedBy.FOLDS
+    by = "folds" if by_folds else "cross_validation" if "train" in logits else "validation"
+    joined, labels = join_predictions(result, [data.train, data.validation] if "train" in logits else [data.validation])
+    return HeldOut(logits=joined, labels=labels, by=by)
+
+
+def join_predictions(result: RunResult, splits: Sequence[Split]) -> tuple[NDArray[np.float32], Labels]:
+    """Returns logits (n, K) and labels (n, ...) of all images of the splits, unless a budget left out the fold of an image."""
+    logits = np.concatenate([result.logits[split.name] for split in splits])
+    labels = np.concatenate([split.labels for split in splits])
+    is_predicted = np.isfinite(logits).all(1)
+    return logits[is_predicted], labels[is_predicted]
 
 
 def read_head(session: Session, result: RunResult) -> tuple[HeadInput, ...]:
@@ -129,8 +134,7 @@ def rescore(session: Session, result: RunResult, target: Target, images: Mapping
     """Returns the result for the decisions of `target`, with metrics computed again. `images`: the splits of each metric."""
     metrics = dict(result.metrics)
     for name in metrics.keys() & images.keys():
-        logits = np.concatenate([result.logits[split.name] for split in images[name]])
-        labels = np.concatenate([split.labels for split in images[name]])
+        logits, labels = join_predictions(result, images[name])
         scored = target.compute_metrics(logits, labels, seed=session.config.seed)
         metrics[name] = replace(scored, details={**metrics[name].details, **scored.details})
     return replace(result, metrics=metrics, backbone=replace(result.backbone, target=target))

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from hf_transfer.data.splits import Split
 from hf_transfer.network.head import HeadInput, has_bias, scale_outputs
 from hf_transfer.session import Session
@@ -13,12 +11,13 @@ from hf_transfer.training.calibrate import (
     HeldOut,
     calibrate,
     find_held_out,
+    join_predictions,
     measure_change,
     read_head,
     rescore,
 )
 from hf_transfer.training.confidence import record_confidence, report_confidence
-from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.final_fit import EstimatedBy
 from hf_transfer.training.records import RunResult, to_json
 
 
@@ -32,20 +31,21 @@ def check_foldable(session: Session) -> None:
         )
 
 
-def finish_target(session: Session, result: RunResult, final: FinalFit | None = None) -> RunResult:
+def finish_target(session: Session, result: RunResult) -> RunResult:
     """Returns the result whose network is ready to be saved. The head of the network is scaled in place.
 
-    Temperatures and decisions, such as the thresholds of labels, are fitted to held-out predictions (see `find_held_out`): with
-    `final`, to the folds' predictions of train and validation images. If they change, all metrics are computed again.
+    Temperatures and decisions, such as the thresholds of labels, are fitted to held-out predictions (see `find_held_out`): if
+    folds estimated the metrics, to the folds' predictions of train and validation images. If they change, all metrics are
+    computed again.
     """
-    held_out = find_held_out(session, result, final) if session.strategy.calibrate else None
+    held_out = find_held_out(session, result) if session.strategy.calibrate else None
     has_confidence = held_out is not None and len(held_out) >= LEAST_HELD_OUT
     folding = result.backbone.target.fold()
     inputs = read_head(session, result) if has_confidence or folding is not None else ()
     unscaled = result
     if held_out is not None and has_confidence:
-        result = _add_confidence(session, result, final, held_out, inputs)
-    result = _fit_decisions(session, result, final, is_scored=result.logits is unscaled.logits)
+        result = _add_confidence(session, result, held_out, inputs)
+    result = _fit_decisions(session, result, is_scored=result.logits is unscaled.logits)
     if folding is None:
         return result
     target, factors, offsets = folding
@@ -53,9 +53,7 @@ def finish_target(session: Session, result: RunResult, final: FinalFit | None = 
     return replace(result, backbone=replace(result.backbone, target=target))
 
 
-def _add_confidence(
-    session: Session, result: RunResult, final: FinalFit | None, held_out: HeldOut, inputs: Sequence[HeadInput]
-) -> RunResult:
+def _add_confidence(session: Session, result: RunResult, held_out: HeldOut, inputs: Sequence[HeadInput]) -> RunResult:
     """Returns the calibrated result, with the record of its confidence, and what this is worth in `details`."""
     data, seed, target = session.data, session.config.seed, result.backbone.target
     with session.costs.part("confidence"):
@@ -65,7 +63,7 @@ def _add_confidence(
         changes = {}
         if factors is not None:
             changes = measure_change(held_out, test, target, factors, seed=seed)
-            calibrated = find_held_out(session, result, final)
+            calibrated = find_held_out(session, result)
             assert calibrated is not None
             held_out = calibrated
             test = None if test is None else (result.logits["test"], test[1])
@@ -78,25 +76,26 @@ def _add_confidence(
     )
 
 
-def _fit_decisions(session: Session, result: RunResult, final: FinalFit | None, *, is_scored: bool) -> RunResult:
-    """Returns the result with decisions that are fitted to validation images or, with `final`, to the folds' predictions.
+def _fit_decisions(session: Session, result: RunResult, *, is_scored: bool) -> RunResult:
+    """Returns the result with decisions that are fitted to validation images, or to the folds' predictions.
 
     `is_scored`: whether the metrics are of the logits, so that only other decisions need new metrics.
     """
-    images, target = _list_images(session, result, final), result.backbone.target
+    images, target = _list_images(session, result), result.backbone.target
     if "validation" not in images:
         return result
-    logits = [result.logits[split.name] for split in images["validation"]]
-    decided = target.fit_decisions(np.concatenate(logits), np.concatenate([s.labels for s in images["validation"]]))
+    logits, labels = join_predictions(result, images["validation"])
+    decided = target.fit_decisions(logits, labels)
     return result if is_scored and decided == target else rescore(session, result, decided, images)
 
 
-def _list_images(session: Session, result: RunResult, final: FinalFit | None) -> dict[str, Sequence[Split]]:
+def _list_images(session: Session, result: RunResult) -> dict[str, Sequence[Split]]:
     """Returns the splits whose images the metrics of each split are of. With folds, `validation` has all of their images."""
     data = session.data
     images: dict[str, Sequence[Split]] = {}
     if "validation" in result.logits:
-        images["validation"] = [data.validation] if final is None else [data.train, data.validation]
+        is_by_folds = result.validation.details.get("estimated_by") == EstimatedBy.FOLDS
+        images["validation"] = [data.train, data.validation] if is_by_folds else [data.validation]
     if data.test is not None and "test" in result.logits:
         images["test"] = [data.test]
     return images

@@ -70,7 +70,8 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
     progress = Progress()
     with ExitStack() as contexts:
         trained_run, trainable = _prepare(run, contexts)
-        selection = Selection(trainable.state, training.select_by)
+        keeps_last = training.keep_last_epoch or run.length is not None
+        selection = Selection(trainable.state, training.select_by, keeps_last=keeps_last)
         if resumed is not None:
             progress = Progress.from_json(resumed["progress"])
             _restore(resumed, selection, trainable, accelerator)
@@ -253,7 +254,7 @@ def _log_epoch(record: EpochRecord, run: PhaseRun, *, is_kept: bool) -> None:
         log.info(
             "epoch %d: loss %.4f%s, %s %s, %.0f images/s%s", record.epoch, record.train_loss,
             "" if record.train_accuracy is None else f", train accuracy {100 * record.train_accuracy:.1f} %",
-            "validation" if run.length is None else "the folds' mean", record.validation.describe(),
+            "validation" if run.length is None else "held-out", record.validation.describe(),
             record.images_per_second, " (keeping these weights)" if is_kept else "",
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ from hf_transfer.training.steps import PhaseRun, count_accumulated, count_epochs
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 6  # increase this number when a run could not continue from older states in the same way
+STATE_FORMAT = 7  # increase this number when a run could not continue from older states in the same way
 
 # Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
 BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
@@ -42,7 +42,8 @@ BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 # preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "num_threads", "tracker",
-    "save_every_s", "folds", "seeds", "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
+    "save_every_s", "folds", "train_on_all", "seeds",
+    "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
     "push_to_hub", "private", "exclude", "relabel",
 ))  # fmt: skip
 
@@ -77,7 +78,7 @@ def run_phases(
     The session's chain describes the whole network; a phase may train a part of the network through a chain of its own.
     Before every phase except the first, `continues` decides from the earlier results whether to run the phase.
 
-    With `final`, every phase trains on train and validation images, as long as the folds did, and nothing is validated.
+    With `final`, every phase trains on train and validation images, as long as earlier runs did, and nothing is validated.
     With `resume`, the run continues from the state in `checkpoints`. On a CPU, the result is then the same to the last bit as
     without the interruption. Raises ValueError, with the differences, if plan, network, data or settings have changed, and
     ContinuableError if a state cannot be saved. The last state is on the disk when this function ends.
@@ -125,7 +126,7 @@ class _PlanRun:
         self._phase_state: PhaseState = None  # state of the interrupted phase
         self._inputs: PhaseData | None = None  # inputs of the previous phase
         self._validation_logits: NDArray[np.float32] | None = None  # of the previous phase's kept weights
-        self._identity = _describe_identity(session, plan, final)
+        self._identity = describe_identity(session, plan, final)
         self._writer = StateWriter(checkpoints) if session.is_main and checkpoints is not None else None
 
     @property
@@ -167,7 +168,7 @@ class _PlanRun:
         resume = session.config.output.resume
         state = share_state(self.checkpoints, session.accelerator) if resume and self.checkpoints is not None else None
         if state is not None:
-            _check_same(state["identity"], self._identity)
+            check_same(state["identity"], self._identity)
             if session.is_main and state["batches"] != (now := _describe_batches(session)):
                 log.warning(
                     "the saved state is from %s, and the run continues with %s: the result is the same up to rounding if the "
@@ -340,7 +341,7 @@ def _solve(
     return replace(describe_solution(best, phase, session.data.target), score=score)
 
 
-def _describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> dict[str, Any]:
+def describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> dict[str, Any]:
     """Describes network, settings, data and plan as JSON values. A run resumes only from a state with the same description."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED | BATCHES}
     settings["images_per_step"] = count_images_per_step(session)
@@ -360,7 +361,8 @@ def _describe_batches(session: Session) -> str:
     return f"{processes} processes with {accumulated} batches of {session.config.compute.batch_size} images per step"
 
 
-def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the differences, if a state that was saved with the identity `saved` is of another run."""
     names = [k for k in {**saved, **current} if saved.get(k) != current.get(k)]
     if names:
         changes = "; ".join(f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in names[:5])
