@@ -49,7 +49,8 @@ evicted. Unpacked archives do not count; --clear without a key removes them too.
 PREDICT = """Print the most likely labels, or the numbers, of image files or of all images in folders. The model is the
 folder of a run, or any image classifier or adapter that timm, transformers or peft loads from a folder or Hub id. With
 --adapter, which may be repeated, the model is the base of the given adapters. The base is loaded once, and each adapter
-predicts in turn. --explain FOLDER writes a picture per image that shows which regions speak for its first label.
+predicts in turn. --explain FOLDER writes a picture per image that shows which regions speak for its first label. A model of
+a run also says which images are unlike all training images, gives sets of labels (--coverage), and abstains (--max_error).
 """
 EMBED = """Compute the features that the head of a model reads, or the activations at any cut (--at), of image files, of all
 images in folders, or of a data set. Write them to FILE.parquet, or to FILE.npy with the names in FILE.csv, or print the images
@@ -214,14 +215,23 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--explain_by", choices=get_args(ExplainBy), help=text)
     text = "cut for grad_cam, as `inspect` names them (default: the last one with 7 x 7 positions)"
     parser.add_argument("--explain_at", metavar="LAYER", help=text)
+    help_text = (
+        "print the set of labels, or interval of each number, that has the truth with this probability, such as 0.95"
+    )
+    parser.add_argument("--coverage", type=float, metavar="P", help=help_text)
+    help_text = "abstain so often that at most this share of the answers is wrong, such as 0.02 (with 95 %% confidence)"
+    parser.add_argument("--max_error", type=float, metavar="E", help=help_text)
     settings = list_settings(ComputeConfig())
     add_settings(parser, [settings[name] for name in ("batch_size", "num_workers", "engine")])
-    _add_json(parser)
+    form = parser.add_mutually_exclusive_group()
+    _add_json(form)
+    form.add_argument("--csv", action="store_true", help="print CSV instead of text: a row for each image")
     _add_trust(parser)
 
 
 def _predict(given: argparse.Namespace) -> str:
     with fast_imports():
+        from hf_transfer.inference.confidence import ConfidenceRequest, make_judge
         from hf_transfer.inference.predict import (
             UnreadableImagesError,
             find_images,
@@ -229,38 +239,37 @@ def _predict(given: argparse.Namespace) -> str:
             predict,
             switch_adapters,
         )
+        from hf_transfer.inference.rows import NamedPrediction, format_csv, format_json, format_text
 
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
     settings = {name: getattr(compute, name) for name in ("batch_size", "num_workers", "engine")}
     if given.top_k < 1:
         raise ValueError(f"top_k={given.top_k}: choose 1 or more labels per image")
     _check_explain(given)
+    request = ConfidenceRequest(coverage=given.coverage, max_error=given.max_error)
     images = find_images(given.images)  # a wrong path fails before the model is loaded
     trust = given.trust_remote_code
     if given.adapter:
         backbones = switch_adapters(given.model, given.adapter, trust_remote_code=trust)
     else:
         backbones = iter([load_saved(given.model, trust_remote_code=trust)])
-    rows, lines = [], []
+    rows = []
     problems: Sequence[Exception] = ()
-    width = max(len(str(path)) for path in images)
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
-        lines += [f"{name}:"] if name else []
         explainer = _make_explainer(given, backbone)
+        abstention = make_judge(backbone, request).abstention
+        if abstention is not None:
+            sys.stderr.write(f"hf-transfer predict: {name or given.model} {abstention.describe()}\n")
         try:
-            predictions = predict(backbone, images, top_k=given.top_k, **settings)
+            predictions = predict(backbone, images, top_k=given.top_k, **vars(request), **settings)
         except UnreadableImagesError as error:
             predictions, problems = list(error.predictions), error.problems
-        describe = backbone.target.describe_value
         pictures = [] if explainer is None else explainer.write(predictions, Path(given.explain))
-        for p, picture in zip_longest(predictions, pictures):
-            scores = list(zip(p.labels, p.values, strict=True))
-            labels = [{"label": label, "score": score} for label, score in scores]
-            own = {"adapter": name} if name else {"explanation": str(picture)} if picture else {}
-            rows.append({"image": p.image} | own | {"labels": labels})
-            shown = ", ".join(f"{make_printable(label)} {describe(score)}" for label, score in scores)
-            lines.append(f"{make_printable(p.image).ljust(width)}  {shown}")
-    text = json.dumps(rows, indent=1) if given.json else "\n".join(lines)
+        rows += [
+            NamedPrediction(prediction=p, target=backbone.target, adapter=name, explanation=picture)
+            for p, picture in zip_longest(predictions, pictures)
+        ]
+    text = format_json(rows) if given.json else format_csv(rows) if given.csv else format_text(rows)
     if problems:
         _print(text)
         sys.stderr.write("".join(f"hf-transfer predict: {describe_error(problem)}\n" for problem in problems))
@@ -523,7 +532,7 @@ def _doctor(given: argparse.Namespace) -> str:
 # --- shared flags -----------------------------------------------------------------------------------------------------
 
 
-def _add_json(parser: argparse.ArgumentParser) -> None:
+def _add_json(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 

@@ -550,6 +550,11 @@ class StrategyConfig(Settings):
         "for classes of different size; loss: weight classes in the loss inversely to their numbers of images; sampler: each "
         "epoch draws equally many training images of each class. For a solved head, both are the weights of loss",
     )
+    calibrate: bool = flag(
+        True,
+        "fit temperatures on held-out images, so that probabilities say how often the model is right, and save what "
+        "`predict --coverage`, `--max_error` and its warnings about unfamiliar images need; off: leave the network as trained",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

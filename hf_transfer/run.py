@@ -94,17 +94,28 @@ class Run:
         """The trained network as a plain timm or transformers model."""
         return self.backbone.model
 
-    def predict(self, images: Any, *, top_k: int = 5, batch_size: int = 32) -> list[Prediction]:
-        """Returns the `top_k` most likely labels of each image.
+    def predict(
+        self,
+        images: Any,
+        *,
+        top_k: int = 5,
+        batch_size: int = 32,
+        coverage: float | None = None,
+        max_error: float | None = None,
+    ) -> list[Prediction]:
+        """Returns the `top_k` most likely labels of each image, with sets of labels and abstention if asked for.
 
-        `images`: a file, a folder, a PIL image, a uint8 array (H, W, 3), or a list of such items. Raises ValueError for a path
-        that does not exist, and BadImageError for an image that cannot be read.
+        `images`: a file, a folder, a PIL image, a uint8 array (H, W, 3), or a list of such items. `coverage` and `max_error`:
+        see `inference.predict.predict`. Raises ValueError for a path that does not exist, and for a coverage or error that the
+        model cannot promise, and BadImageError for an image that cannot be read.
         """
         given = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         inputs: list[Any] = []
         for image in given:
             inputs += find_images([image]) if isinstance(image, str | Path) else [image]
-        return predict(self.backbone, inputs, top_k=top_k, batch_size=batch_size)
+        return predict(
+            self.backbone, inputs, top_k=top_k, batch_size=batch_size, coverage=coverage, max_error=max_error
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Writes config.yaml, results.json, model/ and report.html to `folder`, as a recipe does. Returns the folder.

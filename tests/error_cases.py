@@ -492,6 +492,12 @@ CHECKPOINTS = (
     ErrorCase(
         trigger="an adapter that is none", command="predict embedded {}/data --adapter {}/data", build=image_folder()
     ),
+    ErrorCase(trigger="a coverage in percent", command="predict embedded {}/data --coverage 95", build=image_folder()),
+    ErrorCase(
+        trigger="sets of labels from a model without held-out results",
+        command="predict embedded {}/data --coverage 0.95",
+        build=image_folder(),
+    ),
     ErrorCase(
         trigger="`--image_size_px` that the patches do not divide",
         command="inspect {}/vit --image_size_px 40",

@@ -26,6 +26,7 @@ from hf_transfer.hub.verify import Verified, find_libraries, has_own_code
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.charts import draw_curve, draw_matrix
+from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.formats import format_percent, make_environment
 from hf_transfer.reporting.report import explain_validation, find_metrics, lay_out_labels, name_labels
 from hf_transfer.reporting.sentences import describe_precision, describe_repeats
@@ -60,6 +61,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         decision=lambda names: Markup("\n".join(backbone.target.write_decision(names))),
         pictures=_write_pictures(results, split, folder),
         license=find_license(backbone, results),
+        confidence=describe_confidence(results),
         limits=_limits(results, split),
         config=_format_config(dict(results["config"])),
     )

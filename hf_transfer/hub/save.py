@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from hf_transfer.confidence.record import CONFIDENCE, KEY
 from hf_transfer.hub.card import make_card
 from hf_transfer.network.adapters import TASK, Adapted, check_saved_apart
 from hf_transfer.network.backbone import Backbone
@@ -38,6 +39,10 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
         backbone.preprocessing.processor.save_pretrained(partial)
     else:
         _save_timm(backbone, partial)
+    if backbone.confidence is not None:
+        backbone.confidence.save(partial / CONFIDENCE)
+        if not isinstance(backbone, Adapted):
+            _add_to_config(partial, {KEY: CONFIDENCE})  # a download by id takes the files that config.json names
     card = partial / "README.md"
     make_card(backbone, results, partial).save(card)
     for weights in partial.glob("*.safetensors"):

@@ -1,7 +1,7 @@
 """Predicts the labels of image files, PIL images and arrays with a saved classifier and its own preprocessing."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,18 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
+from hf_transfer.confidence.record import read_confidence
 from hf_transfer.config import ComputeConfig, EngineChoice
 from hf_transfer.data.folders import list_folder
 from hf_transfer.data.images import BadImageError, read_image
+from hf_transfer.inference.confidence import ConfidenceRequest, Judgment, make_judge
 from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.targets.target import read_target
-from hf_transfer.training.evaluate import compute_image_logits
+from hf_transfer.training.evaluate import compute_logits_and_features
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 
@@ -32,6 +34,11 @@ class Prediction:
     image: str  # the path that the user gave, or "image 3" for a PIL image or array at index 3
     labels: tuple[str, ...]
     values: tuple[float, ...]  # for each label: its probability, or the predicted number
+    label_set: tuple[str, ...] | None = None  # with `coverage`: labels that contain the truth, the most likely first
+    intervals: tuple[tuple[float, float], ...] | None = None  # with `coverage`: of each number in `labels`
+    answers: bool | None = None  # with `max_error`: whether the network answers or abstains
+    unlike_training: bool | None = None  # whether the image is unlike all training images; None: not known
+    distance: float | None = None  # to the training images, of which 1 is the limit
 
     @property
     def probabilities(self) -> tuple[float, ...]:
@@ -102,7 +109,8 @@ def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:
     adapter = find_adapter(model)
     if adapter is not None:
         return load_adapted(adapter)
-    return load(model, trust_remote_code=trust_remote_code)
+    backbone = load(model, trust_remote_code=trust_remote_code)
+    return replace(backbone, confidence=read_confidence(backbone.source.folder))
 
 
 def switch_adapters(checkpoint: str, adapters: Sequence[str], *, trust_remote_code: bool = False) -> Iterator[Backbone]:
@@ -152,18 +160,27 @@ def predict(
     batch_size: int = 32,
     num_workers: int = 0,
     engine: EngineChoice = "auto",
+    coverage: float | None = None,
+    max_error: float | None = None,
 ) -> list[Prediction]:
     """Returns the `top_k` most likely labels of each image, or the first `top_k` numbers, in the order of `images`.
 
     An image is a path, a PIL image or an RGB uint8 array (H, W, 3) of any size. `num_workers` threads decode the images and, on
     a CPU, run the network (0: one thread per core). `engine` is the setting of training runs. Moves the model to the
-    accelerator's device and into eval mode. Raises ValueError for top_k or batch_size below 1, and UnreadableImagesError,
-    which contains all other predictions, if some images cannot be read.
+    accelerator's device and into eval mode.
+
+    `coverage` asks for sets of labels, or intervals of numbers, that contain the truth with this probability. `max_error` asks
+    to abstain so often that at most this share of the answers is wrong. Models that this package has trained can do both, and
+    say whether an image is unlike all training images (see docs/confidence.md).
+
+    Raises ValueError for top_k or batch_size below 1, and for a coverage or error that the model cannot promise. Raises
+    UnreadableImagesError, which contains all other predictions, if some images cannot be read.
 
         predict(load_saved("runs/x/model"), find_images(["photos/"]), top_k=3)
     """
     if top_k < 1 or batch_size < 1:
         raise ValueError(f"top_k={top_k}, batch_size={batch_size}: choose 1 or more for both")
+    judge = make_judge(backbone, ConfidenceRequest(coverage=coverage, max_error=max_error))
     compute = ComputeConfig(batch_size=batch_size, num_workers=num_workers, engine=engine)
     resources = Resources(accelerator=Accelerator(), compute=compute)
     inputs = _Inputs(images=images, preprocessing=backbone.preprocessing)
@@ -171,18 +188,40 @@ def predict(
         return []
     shape = backbone.preprocessing.image_shape
     chosen = decide_engine(backbone.model, inputs, resources, image_shape=shape, num_images=len(inputs))
-    unused = np.zeros(len(inputs), np.int64)
-    logits, _ = compute_image_logits(backbone.model.eval(), inputs, unused, resources, engine=chosen)
-    target = backbone.target
-    activated = target.activate(torch.from_numpy(logits))
-    order = target.order_outputs(activated)[:, :top_k]
+    model = backbone.model.eval()
+    logits, features = compute_logits_and_features(model, judge.inputs, inputs, resources, engine=chosen)
+    judgment = judge.judge(logits, features)
+    activated = backbone.target.activate(torch.from_numpy(logits))
+    order = backbone.target.order_outputs(activated)
     predictions = [
-        Prediction(
-            image=inputs.name_of(i), labels=tuple(backbone.label_names[k] for k in columns), values=tuple(values)
-        )
-        for i, (values, columns) in enumerate(zip(activated.gather(1, order).tolist(), order.tolist(), strict=True))
+        _describe(inputs.name_of(i), backbone.label_names, activated[i].tolist(), order[i].tolist(), top_k, judgment, i)
+        for i in range(len(inputs))
         if i not in inputs.problems
     ]
     if inputs.problems:
         raise UnreadableImagesError([inputs.problems[i] for i in sorted(inputs.problems)], predictions)
     return predictions
+
+
+def _describe(
+    image: str,
+    names: Sequence[str],
+    values: Sequence[float],
+    order: Sequence[int],
+    top_k: int,
+    judgment: Judgment,
+    row: int,
+) -> Prediction:
+    """Returns the prediction for image number `row`, with `values` (K,) whose columns users read in `order`."""
+    columns = order[:top_k]
+    sets, intervals, answers, distances = judgment.sets, judgment.intervals, judgment.answers, judgment.distances
+    return Prediction(
+        image=image,
+        labels=tuple(names[k] for k in columns),
+        values=tuple(values[k] for k in columns),
+        label_set=None if sets is None else tuple(names[k] for k in order if sets[row, k]),
+        intervals=None if intervals is None else tuple((float(a), float(b)) for a, b in intervals[row, columns]),
+        answers=None if answers is None else bool(answers[row]),
+        unlike_training=None if distances is None else bool(distances[row] > 1),
+        distance=None if distances is None else float(distances[row]),
+    )

@@ -106,3 +106,16 @@ def count_images_to_tell_apart(accuracy: float, difference: float) -> int:
     3533
     """
     return math.ceil(2 * accuracy * (1 - accuracy) * ((Z_SIGNIFICANCE + Z_POWER) / difference) ** 2)
+
+
+def binomial_interval(successes: int, count: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share of `count` images (Clopper and Pearson 1934).
+
+    >>> tuple(round(bound, 4) for bound in binomial_interval(95, 100))
+    (0.8872, 0.9836)
+    """
+    from scipy.stats import beta  # takes a second to import
+
+    low = float(beta.ppf(0.025, successes, count - successes + 1)) if successes else 0.0
+    high = float(beta.ppf(0.975, successes + 1, count - successes)) if successes < count else 1.0
+    return low, high

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from hf_transfer.confidence.record import read_confidence
 from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ModelConfig
 from hf_transfer.locations import resolve_model
 from hf_transfer.network.backbone import Backbone, load, with_new_head
@@ -228,7 +229,8 @@ def load_adapted(folder: str | Path, *, checkpoint: str | None = None, base: Bac
     base.model.__dict__.pop("peft_config", None)
     # The hash proves that these are the recorded checkpoint's weights, even if they were read from another place.
     source = replace(base.source, id=base_id, revision=revision or base.source.revision)
-    return replace(base, model=base.model.eval(), source=source, new_head=False)
+    confidence = read_confidence(folder)
+    return replace(base, model=base.model.eval(), source=source, new_head=False, confidence=confidence)
 
 
 def read_task(folder: Path) -> dict[str, Any]:

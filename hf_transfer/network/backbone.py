@@ -19,6 +19,7 @@ from PIL import Image
 from timm.data.config import resolve_data_config
 from torch import nn
 
+from hf_transfer.confidence.record import Confidence
 from hf_transfer.config import ModelConfig, Pooling
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.damage import explain_damage
@@ -58,6 +59,7 @@ class Backbone:
     )
     pooling: Pooling = "auto"  # the setting with which the checkpoint was loaded
     weights: Weights | None = None  # how the tensors of the checkpoint differ from the model's; None: not compared
+    confidence: Confidence | None = None  # of a saved or finished model: what it knows about its own confidence
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -129,15 +129,25 @@ def read_inputs(
     activation: torch.Tensor,
 ) -> torch.Tensor:
     """Returns the concatenated features (B, F) of the head's inputs, for the activation (B, *cut.shape) at the cut `cut`."""
+    with eval_mode(model), torch.no_grad(), watch_features(model, inputs) as read:
+        _run_from(model, image_shape, cut, activation)
+    return read()
+
+
+@contextmanager
+def watch_features(model: nn.Module, inputs: Sequence[HeadInput]) -> Iterator[Callable[[], torch.Tensor]]:
+    """Yields a function that returns the concatenated features (B, F) of the head's inputs in the model's last forward."""
     taken: dict[str, torch.Tensor] = {}
 
     def keep(name: str, module: nn.Module, given: torch.Tensor, _: torch.Tensor) -> None:
         taken[name] = _by_position(module, given)
 
-    with eval_mode(model), torch.no_grad(), _watch_maps(model, [i.modules[0] for i in inputs], keep):
-        _run_from(model, image_shape, cut, activation)
-    features = [torch.einsum("bpf,p->bf", taken[i.modules[0]], i.total.to(activation.device)) for i in inputs]
-    return torch.cat(features, 1)
+    def read() -> torch.Tensor:
+        features = [torch.einsum("bpf,p->bf", taken[i.modules[0]], i.total.to(taken[i.modules[0]])) for i in inputs]
+        return torch.cat(features, 1)
+
+    with _watch_maps(model, [i.modules[0] for i in inputs], keep):
+        yield read
 
 
 def count_features(model: nn.Module, inputs: Sequence[HeadInput]) -> int:
@@ -163,19 +173,23 @@ def write_probe(model: nn.Module, inputs: Sequence[HeadInput], weight: torch.Ten
             start += size
 
 
-def scale_outputs(model: nn.Module, inputs: Sequence[HeadInput], factors: torch.Tensor, offsets: torch.Tensor) -> None:
+def scale_outputs(
+    model: nn.Module, inputs: Sequence[HeadInput], factors: torch.Tensor, offsets: torch.Tensor | None = None
+) -> None:
     """Changes the head so that each logit is its old value times its factor (K,), plus its offset (K,). In place.
 
-    Raises ValueError if no map has a bias.
+    Raises ValueError if there are offsets and no map has a bias.
     """
-    share = _share_of_bias(model, inputs)
+    share = 1.0 if offsets is None else _share_of_bias(model, inputs)
     with torch.no_grad():
         for name in (name for i in inputs for name in i.modules):
             linear = _get_map(model, name)
             by_output = factors.to(linear.weight).view(-1, *[1] * (linear.weight.ndim - 1))
             linear.weight.mul_(by_output)
             if linear.bias is not None:
-                linear.bias.mul_(factors.to(linear.bias)).add_(offsets.to(linear.bias) / share)
+                linear.bias.mul_(factors.to(linear.bias))
+                if offsets is not None:
+                    linear.bias.add_(offsets.to(linear.bias) / share)
 
 
 def read_probe(model: nn.Module, inputs: Sequence[HeadInput]) -> tuple[torch.Tensor, torch.Tensor]:

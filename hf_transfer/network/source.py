@@ -27,6 +27,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_transfer.confidence.record import CONFIDENCE
+from hf_transfer.confidence.record import KEY as CONFIDENCE_KEY
 from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
 from hf_transfer.locations import resolve_model
 from hf_transfer.network.damage import WEIGHTS, check_files, find_weights, is_pickled, read_json
@@ -215,7 +217,8 @@ def _from_hub(checkpoint: str, base_model: str | None, trust_remote_code: bool) 
         if weights.endswith(".index.json"):
             shards = [file.name for file in find_weights(config.parent)]
             snapshot_download(repo, revision=revision or None, allow_patterns=shards)
-        for name in OPTIONAL:
+        named = [CONFIDENCE] if CONFIDENCE_KEY in read_json(config) else []
+        for name in (*OPTIONAL, *named):
             fetch(name)
         if trust_remote_code:
             snapshot_download(repo, revision=revision or None, allow_patterns=["*.py"])

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.head import HeadInput, watch_features
 from hf_transfer.network.part import Part
 
 
@@ -87,6 +88,8 @@ class Extractor(nn.Module):
 class Logits(nn.Module):
     """The function from images (B, C, H, W) to the logits (B, K) of a whole network, as a list of one tensor."""
 
+    num_values = 1
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -99,3 +102,24 @@ class Logits(nn.Module):
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Returns the float32 logits (B, K), as a list of one tensor."""
         return [compute_logits(self.model, images).float()]
+
+
+class LogitsAndFeatures(Logits):
+    """The function from images (B, C, H, W) to the logits (B, K) of a whole network and the features (B, F) of its head."""
+
+    num_values = 2
+
+    def __init__(self, model: nn.Module, inputs: Sequence[HeadInput]) -> None:
+        super().__init__(model)
+        self.inputs = tuple(inputs)
+
+    @property
+    def kept_modules(self) -> set[nn.Module]:
+        """The linear maps whose inputs are read."""
+        return {self.model.get_submodule(i.modules[0]) for i in self.inputs}
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the float32 logits (B, K) and features (B, F)."""
+        with watch_features(self.model, self.inputs) as read:
+            logits = compute_logits(self.model, images).float()
+        return [logits, read().float()]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer.reporting.charts import HEIGHT, WIDTH, lay_out_curve, lay_out_matrix
+from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.formats import format_number, format_percent, make_environment
 from hf_transfer.reporting.sentences import describe_precision, describe_repeats
 from hf_transfer.targets.single_label import SingleLabel
@@ -120,7 +121,13 @@ def render_report(results: Mapping[str, Any]) -> str:
             labels=lay_out_labels(scores),
             cost=_cost_table(results.get("cost", {})),
             fingerprints=_by_name(data["fingerprint"]),
-            notes=[*describe_repeats(results), *_list_precision(scores), *data["notes"], *scores.get("notes", [])],
+            notes=[
+                *describe_repeats(results),
+                *_list_precision(scores),
+                *describe_confidence(results),
+                *data["notes"],
+                *scores.get("notes", []),
+            ],
             folded=[(title, _folded_text(results[key])) for key, title in _FOLDED if results.get(key)],
         )
     )

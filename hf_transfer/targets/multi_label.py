@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_transfer.confidence.temperature import fit_sigmoid_factors
 from hf_transfer.metrics import multi_label
 from hf_transfer.metrics.arrays import to_numpy
 from hf_transfer.metrics.records import Metrics, Score
@@ -219,6 +220,25 @@ class MultiLabel(Target):
         """Returns the target with the thresholds that give the best F1 of each label on these images."""
         outcomes = self.read_outcomes(logits, labels)
         return replace(self, thresholds=multi_label.choose_thresholds(outcomes.logits, outcomes.labels))
+
+    def fit_factors(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64]:
+        """Returns one factor for each label (K,)."""
+        return fit_sigmoid_factors(logits, labels)
+
+    def list_beliefs(self, logits: NDArray[Any], labels: Labels) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Returns the probability (N, K), of at least 0.5, that a label is present or absent, and whether this is so."""
+        probabilities = torch.from_numpy(logits).double().sigmoid().numpy()
+        hits = np.where(np.isnan(labels), np.nan, (probabilities > 0.5) == (labels == 1))
+        return np.maximum(probabilities, 1 - probabilities), hits
+
+    def score_labels(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64]:
+        """Returns the negative log-probability (N, 1) of the least likely present label; minus infinity without one."""
+        losses = np.where(labels == 1, np.logaddexp(0.0, -logits.astype(np.float64)), -np.inf).max(1)
+        return np.where(np.isnan(labels).all(1), np.nan, losses)[:, None]
+
+    def find_set(self, logits: Tensor, limits: Tensor) -> Tensor:
+        """Returns a mask (B, K) of the labels that are likely enough: all present labels are among them."""
+        return -F.logsigmoid(logits.double()) <= limits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,6 +192,16 @@ class Regression(Target):
         """Returns a line that prints each number with its name."""
         return [f"print({{{names}[i]: value for i, value in enumerate(logits[0].tolist())}})"]
 
+    def score_labels(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64]:
+        """Returns the absolute error (N, K) of each number (arXiv 1604.04173, section 2.2)."""
+        predicted = self.activate(torch.as_tensor(logits, dtype=torch.float64)).numpy()
+        return np.asarray(np.abs(predicted - labels), np.float64)
+
+    def find_intervals(self, logits: Tensor, limits: Tensor) -> Tensor:
+        """Returns intervals (B, K, 2) of the same width for all images."""
+        predicted = self.activate(logits.double())
+        return torch.stack([predicted - limits, predicted + limits], 2)
+
     def fold(self) -> tuple[Regression, Tensor, Tensor] | None:
         """Returns the target of the folded network, and the factors and offsets (K,) of the outputs of the head."""
         if self.folded:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_transfer.confidence.temperature import fit_softmax_factor
 from hf_transfer.metrics import classification
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.targets.labels import UNLABELED, clean_names, index_labels, listed
@@ -214,6 +215,24 @@ class SingleLabel(Target):
     def describe_value(self, value: float) -> str:
         """Returns a probability in percent."""
         return f"{100 * value:.1f} %"
+
+    def fit_factors(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64]:
+        """Returns one factor for all classes (K,), so that no decision changes."""
+        return np.full(len(self.names), fit_softmax_factor(logits, labels))
+
+    def list_beliefs(self, logits: NDArray[Any], labels: Labels) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Returns the top probability (N, 1), and whether this class is right."""
+        outcomes = self.read_outcomes(logits, labels)
+        return outcomes.confidences[:, None], outcomes.hits[:, None].astype(np.float64)
+
+    def score_labels(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64]:
+        """Returns the cross-entropy (N, 1)."""
+        losses = self.losses(torch.from_numpy(logits).double(), torch.from_numpy(labels))
+        return np.asarray(losses.numpy()[:, None], np.float64)
+
+    def find_set(self, logits: Tensor, limits: Tensor) -> Tensor:
+        """Returns a mask (B, K) of the classes whose cross-entropy is at most the limit. No class may be likely enough."""
+        return -logits.double().log_softmax(1) <= limits
 
     def to_config(self) -> dict[str, Any]:
         """Returns nothing: a config.json that states no target is of a single-label classifier."""

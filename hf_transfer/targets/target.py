@@ -276,6 +276,31 @@ class Target(ABC):
         """Returns the target with decisions fitted to held-out logits (N, K), such as one threshold per label."""
         return self
 
+    # --- confidence ---
+
+    def fit_factors(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64] | None:
+        """Returns factors (K,) that calibrate logits (N, K), fitted to held-out images; None if nothing is calibrated."""
+        return None
+
+    def list_beliefs(self, logits: NDArray[Any], labels: Labels) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """Returns the probability (N, C) of each decision, and whether it is right (NaN: unknown); None if there are none."""
+        return None
+
+    def score_labels(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64] | None:
+        """Returns how badly the label of each image is predicted (N, C), for conformal sets (see `confidence.conformal`).
+
+        NaN: the label is unknown. None: the target has no conformal sets.
+        """
+        return None
+
+    def find_set(self, logits: Tensor, limits: Tensor) -> Tensor | None:
+        """Returns a mask (B, K) of the labels in each image's set, for limits (C,) of the scores; None without such sets."""
+        return None
+
+    def find_intervals(self, logits: Tensor, limits: Tensor) -> Tensor | None:
+        """Returns the lowest and the highest number (B, K, 2), for limits (C,) of the scores; None for labels."""
+        return None
+
     # --- files ---
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Computes the logits of all images of a data split, from stored activations or pixels, with any number of processes."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -14,6 +14,7 @@ from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.chain import Chain
+from hf_transfer.network.head import HeadInput
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.engine_choice import limit_engine
 from hf_transfer.prefix.engines import ModuleRunner
@@ -21,7 +22,7 @@ from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
 from hf_transfer.prefix.sweep import place_model, prepare_for, sweep, to_fast_layout
-from hf_transfer.prefix.taps import Logits
+from hf_transfer.prefix.taps import Logits, LogitsAndFeatures
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.targets.target import Labels
@@ -83,17 +84,40 @@ def compute_image_logits(
 
     Engines run frozen networks: while a network trains, `engine` must be "eager".
     """
+    title = f"{images.name} images" if shows_progress else None
+    (logits,), truth = _run_on_images(Logits(model), images, labels, resources, engine=engine, title=title)
+    return logits, truth
+
+
+def compute_logits_and_features(
+    model: nn.Module, inputs: Sequence[HeadInput], images: Images, resources: Resources, *, engine: Engine = "eager"
+) -> tuple[LogitRows, NDArray[np.float32]]:
+    """Returns the logits (N, K) of a frozen network for `images`, and the features (N, F) of the inputs of its head."""
+    module = LogitsAndFeatures(model, inputs) if inputs else Logits(model)
+    unused = np.zeros(len(images), np.int64)
+    (logits, *features), _ = _run_on_images(
+        module, images, unused, resources, engine=engine, title=f"{images.name} images"
+    )
+    return logits, features[0] if features else np.zeros((len(logits), 0), np.float32)
+
+
+def _run_on_images(
+    module: Logits, images: Images, labels: Labels, resources: Resources, *, engine: Engine, title: str | None
+) -> tuple[list[NDArray[np.float32]], Labels]:
+    """Returns each of the values (N, ...) that `module` computes, and the labels, on every process."""
     share = _take_share(len(images), resources)
-    rows: list[NDArray[np.float32]] = [np.zeros((0, 0), np.float32)] * len(share)
+    rows: list[list[NDArray[np.float32]]] = [[]] * len(share)
 
     def write(start: int, values: list[torch.Tensor]) -> None:
-        rows[start : start + len(values[0])] = list(values[0].cpu().numpy())
+        arrays = [value.cpu().numpy() for value in values]
+        rows[start : start + len(arrays[0])] = [list(each) for each in zip(*arrays, strict=True)]
 
-    place_model(model, resources)
-    runner = prepare_for(Logits(model), images, share, engine, resources)
-    sweep(runner, images, share, write, resources, title=f"{images.name} images" if shows_progress else None)
-    own = np.stack(rows) if rows else np.zeros((0, 0), np.float32)
-    return gather_logits(resources.accelerator, own, labels[share])
+    place_model(module.model, resources)
+    runner = prepare_for(module, images, share, engine, resources)
+    sweep(runner, images, share, write, resources, title=title)
+    own = [np.stack(each) for each in zip(*rows, strict=True)] or [np.zeros((0, 0), np.float32)] * module.num_values
+    gathered = [gather_logits(resources.accelerator, each, labels[share]) for each in own]
+    return [values for values, _ in gathered], gathered[0][1]
 
 
 def compute_checked_logits(

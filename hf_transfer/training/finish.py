@@ -1,16 +1,24 @@
-"""Finishes a trained network: fits decisions, such as thresholds, and scales the outputs to the numbers that users read."""
+"""Finishes a trained network: temperatures, confidence, decisions such as thresholds, and the scale of numbers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from hf_transfer.data.splits import Split
-from hf_transfer.locations import chain_dir
-from hf_transfer.network.head import has_bias, measure_inputs, scale_outputs
+from hf_transfer.network.head import HeadInput, has_bias, scale_outputs
 from hf_transfer.session import Session
+from hf_transfer.training.calibrate import (
+    LEAST_HELD_OUT,
+    HeldOut,
+    calibrate,
+    find_held_out,
+    join_predictions,
+    measure_change,
+    read_head,
+    rescore,
+)
+from hf_transfer.training.confidence import record_confidence, report_confidence
 from hf_transfer.training.final_fit import EstimatedBy
-from hf_transfer.training.records import RunResult
+from hf_transfer.training.records import RunResult, to_json
 
 
 def check_foldable(session: Session) -> None:
@@ -24,46 +32,70 @@ def check_foldable(session: Session) -> None:
 
 
 def finish_target(session: Session, result: RunResult) -> RunResult:
-    """Returns the result whose network is ready to be saved: with fitted decisions and, in place, outputs that are numbers.
+    """Returns the result whose network is ready to be saved. The head of the network is scaled in place.
 
-    Decisions, such as the thresholds of labels, are fitted to the predictions of validation images or, if folds estimated the
-    metrics, to the folds' predictions of train and validation images. If they change, all metrics are computed again.
+    Temperatures and decisions, such as the thresholds of labels, are fitted to held-out predictions (see `find_held_out`): if
+    folds estimated the metrics, to the folds' predictions of train and validation images. If they change, all metrics are
+    computed again.
     """
-    result = _fit_decisions(session, result)
+    held_out = find_held_out(session, result) if session.strategy.calibrate else None
+    has_confidence = held_out is not None and len(held_out) >= LEAST_HELD_OUT
     folding = result.backbone.target.fold()
+    inputs = read_head(session, result) if has_confidence or folding is not None else ()
+    unscaled = result
+    if held_out is not None and has_confidence:
+        result = _add_confidence(session, result, held_out, inputs)
+    result = _fit_decisions(session, result, is_scored=result.logits is unscaled.logits)
     if folding is None:
         return result
     target, factors, offsets = folding
-    chain = result.backbone.chain(cache_dir=chain_dir())
-    assert chain.head is not None
-    assert chain.features is not None
-    inputs = measure_inputs(chain.model, chain.image_shape, chain.head, chain.features)
-    scale_outputs(chain.model, inputs, factors, offsets)
+    scale_outputs(result.backbone.model, inputs, factors, offsets)
     return replace(result, backbone=replace(result.backbone, target=target))
 
 
-def _fit_decisions(session: Session, result: RunResult) -> RunResult:
-    data, target = session.data, result.backbone.target
-    if "validation" not in result.logits:
+def _add_confidence(session: Session, result: RunResult, held_out: HeldOut, inputs: Sequence[HeadInput]) -> RunResult:
+    """Returns the calibrated result, with the record of its confidence, and what this is worth in `details`."""
+    data, seed, target = session.data, session.config.seed, result.backbone.target
+    with session.costs.part("confidence"):
+        before = result.logits.get("test")
+        test = None if data.test is None or before is None else (before, data.test.labels)
+        result, factors = calibrate(result, held_out, inputs)
+        changes = {}
+        if factors is not None:
+            changes = measure_change(held_out, test, target, factors, seed=seed)
+            calibrated = find_held_out(session, result)
+            assert calibrated is not None
+            held_out = calibrated
+            test = None if test is None else (result.logits["test"], test[1])
+        confidence = record_confidence(session, result, held_out, inputs, factors)
+        report = report_confidence(confidence, target, held_out, test, changes, seed=seed)
+    return replace(
+        result,
+        backbone=replace(result.backbone, confidence=confidence),
+        details={**result.details, "confidence": to_json(report)},
+    )
+
+
+def _fit_decisions(session: Session, result: RunResult, *, is_scored: bool) -> RunResult:
+    """Returns the result with decisions that are fitted to validation images, or to the folds' predictions.
+
+    `is_scored`: whether the metrics are of the logits, so that only other decisions need new metrics.
+    """
+    images, target = _list_images(session, result), result.backbone.target
+    if "validation" not in images:
         return result
-    # The images that the metrics of each split are of.
-    is_by_folds = result.validation.details.get("estimated_by") == EstimatedBy.FOLDS
-    images: dict[str, Sequence[Split]] = {
-        "validation": [data.train, data.validation] if is_by_folds else [data.validation]
-    }
+    logits, labels = join_predictions(result, images["validation"])
+    decided = target.fit_decisions(logits, labels)
+    return result if is_scored and decided == target else rescore(session, result, decided, images)
+
+
+def _list_images(session: Session, result: RunResult) -> dict[str, Sequence[Split]]:
+    """Returns the splits whose images the metrics of each split are of. With folds, `validation` has all of their images."""
+    data = session.data
+    images: dict[str, Sequence[Split]] = {}
+    if "validation" in result.logits:
+        is_by_folds = result.validation.details.get("estimated_by") == EstimatedBy.FOLDS
+        images["validation"] = [data.train, data.validation] if is_by_folds else [data.validation]
     if data.test is not None and "test" in result.logits:
         images["test"] = [data.test]
-    logits = {name: np.concatenate([result.logits[split.name] for split in splits]) for name, splits in images.items()}
-    labels = {name: np.concatenate([split.labels for split in splits]) for name, splits in images.items()}
-    is_predicted = np.isfinite(logits["validation"]).all(
-        1
-    )  # all images, unless a budget allowed only some of the folds
-    logits["validation"], labels["validation"] = logits["validation"][is_predicted], labels["validation"][is_predicted]
-    decided = target.fit_decisions(logits["validation"], labels["validation"])
-    if decided == target:
-        return result
-    metrics = dict(result.metrics)
-    for name in metrics.keys() & images.keys():
-        scored = decided.compute_metrics(logits[name], labels[name], seed=session.config.seed)
-        metrics[name] = replace(scored, details={**metrics[name].details, **scored.details})
-    return replace(result, metrics=metrics, backbone=replace(result.backbone, target=decided))
+    return images

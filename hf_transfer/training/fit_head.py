@@ -57,6 +57,7 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
         phases=(describe_solution(best, phase, data.target),),
         metrics={split: each.metrics for split, each in scores.items()},
         logits=_read_train_logits(session, best) | {split: each.logits for split, each in scores.items()},
+        features=best.features.stores,
         curves=readouts.draw_regularization(scored),
         kept_probe=True,
         num_audited=len(audit),

@@ -106,6 +106,7 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
         phases=(solved, *result.phases[1:]),
         metrics=probe.metrics,
         logits=probe.logits,
+        features=probe.features,
         details={**result.details, **probe.details},
     )
 

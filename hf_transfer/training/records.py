@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.prefix.store import Store
 
 Json = Any
 """A JSON value, which results.json contains without conversion."""
@@ -167,6 +168,8 @@ class RunResult:
     metrics: Mapping[str, Metrics]  # by split: validation, and test if the data set has a test split
     # (N, K) by split, for predictions.parquet: train images only where held-out fits scored all of them
     logits: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
+    # (N, F) by split: what the head of the network reads, if a store has it
+    features: Mapping[str, Store] = field(default_factory=dict, repr=False)
     curves: tuple[Curve, ...] = ()
     kept_probe: bool = False  # whether the result is a linear probe, because no gradient step beat the solved head
     num_audited: int = 0  # number of frozen tensors that were compared with their initial values

@@ -1,0 +1,1 @@
+"""Honest confidence: temperatures, conformal sets, abstention, and the distance to the training images."""

@@ -1,0 +1,108 @@
+"""Writes predictions as text, JSON or CSV."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_transfer.errors import make_printable
+from hf_transfer.inference.predict import Prediction
+from hf_transfer.targets.target import Target
+
+SEPARATOR = "|"  # between the labels of a set in a CSV cell, as in tables of labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedPrediction:
+    """A prediction with the target of the model, the adapter that predicted, if there are several, and its heat map."""
+
+    prediction: Prediction
+    target: Target
+    adapter: str | None = None
+    explanation: Path | None = None  # the PNG file that shows which regions speak for the first label
+
+
+def format_text(rows: Sequence[NamedPrediction]) -> str:
+    """Returns a line for each image, below the names of adapters."""
+    width = max((len(row.prediction.image) for row in rows), default=0)
+    lines: list[str] = []
+    adapter = None
+    for row in rows:
+        if row.adapter != adapter:
+            adapter = row.adapter
+            lines.append(f"{adapter}:")
+        lines.append(f"{make_printable(row.prediction.image).ljust(width)}  {_describe(row)}")
+    return "\n".join(lines)
+
+
+def format_json(rows: Sequence[NamedPrediction]) -> str:
+    """Returns a JSON list with an object for each image. What the model does not know, or nobody asked for, is left out."""
+    return json.dumps([_to_dict(row) for row in rows], indent=1)
+
+
+def format_csv(rows: Sequence[NamedPrediction]) -> str:
+    """Returns CSV with a row for each image: a classifier's most likely label and its score, or one column for each number.
+
+    The other columns are `adapter`, `set`, `answers`, `unlike_training`, `distance` and `explanation`, as far as they are
+    known.
+    """
+    flat = [_flatten(row) for row in rows]
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue().removesuffix("\n")
+
+
+def _to_dict(row: NamedPrediction) -> dict[str, Any]:
+    p = row.prediction
+    labels: list[dict[str, Any]] = [
+        {"label": label, "score": score} for label, score in zip(p.labels, p.values, strict=True)
+    ]
+    for entry, bounds in zip(labels, p.intervals or (), strict=p.intervals is not None):
+        entry["interval"] = list(bounds)
+    adapter = {"adapter": row.adapter} if row.adapter else {}
+    label_set = {} if p.label_set is None else {"set": list(p.label_set)}
+    return {"image": p.image, **adapter, **_explain(row), "labels": labels, **label_set, **_judge(p)}
+
+
+def _explain(row: NamedPrediction) -> dict[str, str]:
+    return {} if row.explanation is None else {"explanation": str(row.explanation)}
+
+
+def _judge(p: Prediction) -> dict[str, Any]:
+    """Returns whether the model answers, and whether the image is unlike all training images, as far as this is known."""
+    values = {"answers": p.answers, "unlike_training": p.unlike_training, "distance": p.distance}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _flatten(row: NamedPrediction) -> dict[str, Any]:
+    p = row.prediction
+    adapter = {"adapter": row.adapter} if row.adapter else {}
+    values: dict[str, Any] = dict(zip(p.labels, p.values, strict=True))
+    if row.target.counts_labels:
+        values = {"label": p.labels[0], "score": p.values[0]}
+    for name, (low, high) in zip(p.labels, p.intervals or (), strict=p.intervals is not None):
+        values |= {f"{name} low": low, f"{name} high": high}
+    label_set = {} if p.label_set is None else {"set": SEPARATOR.join(p.label_set)}
+    judged = {name: str(value).lower() if isinstance(value, bool) else value for name, value in _judge(p).items()}
+    return {"image": p.image, **adapter, **values, **label_set, **judged, **_explain(row)}
+
+
+def _describe(row: NamedPrediction) -> str:
+    """Returns labels with scores, then the set, whether the model abstains, and whether the image is unlike the training."""
+    p, describe = row.prediction, row.target.describe_value
+    bounds = p.intervals or (None,) * len(p.labels)
+    parts = [
+        f"{make_printable(label)} {describe(score)}"
+        + ("" if interval is None else f" ({describe(interval[0])} to {describe(interval[1])})")
+        for label, score, interval in zip(p.labels, p.values, bounds, strict=True)
+    ]
+    notes = [] if p.label_set is None else [f"set: {', '.join(map(make_printable, p.label_set)) or 'empty'}"]
+    notes += ["abstains"] if p.answers is False else []
+    notes += [f"unlike training (distance {p.distance:.2f})"] if p.unlike_training else []
+    return "; ".join([", ".join(parts), *notes])

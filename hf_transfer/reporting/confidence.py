@@ -1,0 +1,92 @@
+"""Describes in sentences what a run measured about the confidence of its model, for cards and reports."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HELD_OUT_BY = {
+    "validation": "validation images",
+    "cross_validation": "images that the probe's cross-validation held out",
+    "folds": "images that the folds held out",
+}
+
+
+def describe_confidence(results: Mapping[str, Any]) -> list[str]:
+    """Returns sentences about calibration, sets, abstention and unfamiliar images in results.json; none if not measured."""
+    section = results.get("details", {}).get("confidence")
+    if section is None:
+        return []
+    lines = [
+        _describe_temperatures(section),
+        _describe_calibration(section["calibration"]),
+        _describe_coverage(section["coverage"]),
+        _describe_abstention(section["abstention"]),
+        _describe_distance(section["familiar_held_out"]),
+    ]
+    return [line for line in lines if line]
+
+
+def _describe_temperatures(section: Mapping[str, Any]) -> str:
+    images = f"{section['num_held_out']:,} {HELD_OUT_BY[section['held_out_by']]}"
+    temperatures: Sequence[float] = section["temperatures"]
+    if not temperatures:
+        return f"Confidence was measured on {images}."
+    low, high = min(temperatures), max(temperatures)
+    if low == high:
+        return f"The temperature is {low:.3f}. It was fitted on {images}, and is part of the weights."
+    return (
+        f"The labels have temperatures from {low:.3f} to {high:.3f}, fitted on {images}. They are part of the weights."
+    )
+
+
+def _describe_calibration(calibration: Mapping[str, Any]) -> str:
+    name, change = _choose_split(calibration)
+    if change is None:
+        return ""
+    before, after = change["before"], change["after"]
+    low, high = (100 * bound for bound in after["interval"])
+    old_low, old_high = (100 * bound for bound in before["interval"])
+    return (
+        f"Calibration error on {change['num_images']:,} {name} images: {100 * before['value']:.1f}% before (95% interval"
+        f" {old_low:.1f} to {old_high:.1f}), {100 * after['value']:.1f}% after ({low:.1f} to {high:.1f}). Log-loss:"
+        f" {change['log_loss_before']:.4f} before, {change['log_loss_after']:.4f} after."
+    )
+
+
+def _describe_coverage(coverage: Mapping[str, Any]) -> str:
+    name, check = _choose_split(coverage)
+    if check is None:
+        return ""
+    low, high = (100 * bound for bound in check["interval"])
+    is_interval = check["mean_size"] is None
+    kind, truth = ("Intervals", "number") if is_interval else ("Sets", "label")
+    size = "" if is_interval else f" They have {check['mean_size']:.2f} labels on average."
+    return (
+        f"{kind} for a coverage of {100 * check['coverage']:.0f}% contain the {truth} in {100 * check['covered']:.1f}% of"
+        f" {check['num_images']:,} {name} images (95% interval {low:.1f} to {high:.1f}).{size}"
+    )
+
+
+def _describe_abstention(check: Mapping[str, Any] | None) -> str:
+    if check is None:
+        return ""
+    share = 100 * check["held_out_answered"]
+    line = f"With --max_error {check['max_error']:g}, the model answers {share:.1f}% of held-out images"
+    if check["test_error"] is None:
+        return f"{line}."
+    answered, error = 100 * check["test_answered"], 100 * check["test_error"]
+    return f"{line}. It answers {answered:.1f}% of test images, of which {error:.1f}% wrongly."
+
+
+def _describe_distance(familiar: int | None) -> str:
+    if familiar is None:
+        return ""
+    return (
+        "An image is unlike the training images if its features are farther from theirs than the features of 99% of"
+        f" {familiar:,} validation images."
+    )
+
+
+def _choose_split(section: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
+    """Returns the name and the values of the test split or, without it, of the held-out images."""
+    name = "test" if "test" in section else "held_out"
+    return name.replace("_", "-"), section.get(name)

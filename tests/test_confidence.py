@@ -1,0 +1,260 @@
+"""Temperatures, conformal sets, abstention and distances keep what they promise, on draws whose truth is known."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from hf_transfer.confidence.conformal import find_limits, sort_scores
+from hf_transfer.confidence.distance import fit_distance
+from hf_transfer.confidence.record import CONFIDENCE, Confidence, FeatureInput, read_confidence
+from hf_transfer.confidence.selective import DELTA, choose_threshold, find_lowest_limit
+from hf_transfer.confidence.temperature import fit_sigmoid_factors, fit_softmax_factor
+from hf_transfer.metrics.calibration import compare_calibration, measure_calibration
+from hf_transfer.network.head import HeadInput, scale_outputs, watch_features
+from hf_transfer.targets.multi_label import MultiLabel
+from hf_transfer.targets.regression import Regression
+from hf_transfer.targets.single_label import SingleLabel
+
+Floats = NDArray[np.float64]
+
+
+def draw_classes(rng: np.random.Generator, count: int, classes: int = 5) -> tuple[Floats, NDArray[np.int64]]:
+    """Logits (N, K) whose softmax is the truth, and labels drawn from it."""
+    logits = 2 * rng.normal(size=(count, classes))
+    labels = (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    return logits, labels
+
+
+# --- temperatures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_temperature_is_recovered(temperature: float) -> None:
+    logits, labels = draw_classes(np.random.default_rng(0), 4000)
+    assert 1 / fit_softmax_factor(logits * temperature, labels) == pytest.approx(temperature, rel=0.06)
+    flags = (labels[:, None] == np.arange(5)).astype(np.float64)
+    truth = np.log(flags.mean(0) / (1 - flags.mean(0))) + np.random.default_rng(1).normal(size=flags.shape)
+    drawn = (truth + np.random.default_rng(2).logistic(size=truth.shape) > 0).astype(np.float64)
+    np.testing.assert_allclose(1 / fit_sigmoid_factors(truth * temperature, drawn), temperature, rtol=0.2)
+
+
+def test_a_calibrated_network_mostly_stays_as_it_is() -> None:
+    rng = np.random.default_rng(0)
+    factors = [fit_softmax_factor(*draw_classes(rng, 50)) for _ in range(200)]
+    assert np.mean([factor == 1.0 for factor in factors]) > 0.9
+    assert 0.6 < min(factors) <= max(factors) < 1.6
+
+
+def test_few_images_without_a_mistake_do_not_ask_for_certainty() -> None:
+    logits = np.eye(3)[[0, 1, 2] * 3] * 5.0
+    assert 1.0 <= fit_softmax_factor(logits, np.array([0, 1, 2] * 3)) < 1.5
+
+
+def test_a_rare_label_borrows_from_the_others_and_unknown_labels_do_not_count() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(2000, 4)) * 1.5
+    labels = (truth + rng.logistic(size=truth.shape) > 0).astype(np.float64)
+    labels[20:, 3] = np.nan  # 20 images know the last label
+    factors = fit_sigmoid_factors(truth * 3, labels)
+    assert factors[3] < 0.6
+    unknown = np.where(np.isnan(labels), 1e6, truth * 3)
+    np.testing.assert_array_equal(fit_sigmoid_factors(unknown, labels), factors)
+
+
+def test_scaling_needs_no_bias_and_changes_logits_as_stated() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False))
+    inputs = (HeadInput(modules=("1",), shares=(torch.ones(1),)),)
+    images, factors = torch.randn(4, 3, 2, 2), torch.tensor([0.5, 2.0, 3.0])
+    before = model(images)
+    with watch_features(model, inputs) as read:
+        model(images)
+    torch.testing.assert_close(read(), images.flatten(1))
+    scale_outputs(model, inputs, factors)
+    torch.testing.assert_close(model(images), before * factors)
+    with pytest.raises(ValueError, match="no bias"):
+        scale_outputs(model, inputs, factors, torch.ones(3))
+
+
+def test_the_calibration_error_has_an_interval_around_it_and_pairs_images() -> None:
+    rng = np.random.default_rng(0)
+    sure, hits = np.full((400, 1), 0.95), (rng.random((400, 1)) < 0.8).astype(float)
+    error = measure_calibration(sure, hits)
+    assert error.interval[0] < error.value < error.interval[1]
+    assert error.value == pytest.approx(0.95 - hits.mean())
+    losses = {"before": rng.random(400) + 1, "after": np.zeros(400)}
+    losses["after"] = losses["before"] - 0.5
+    change = compare_calibration((sure, hits), (sure - 0.15, hits), losses)
+    assert change.log_loss_change == pytest.approx((-0.5, -0.5))
+    assert change.after.value < change.before.value
+
+
+# --- conformal sets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coverage", [0.5, 0.9, 0.95])
+def test_sets_have_the_coverage_asked_for_on_average(coverage: float) -> None:
+    rng, target, num_held_out = np.random.default_rng(0), SingleLabel(names=tuple("abcde")), 39
+    covered, seen = 0, 0
+    for _ in range(400):
+        logits, labels = draw_classes(rng, num_held_out + 10)
+        scores = target.score_labels(
+            logits[:num_held_out] * 3, labels[:num_held_out]
+        )  # a network that is much too sure
+        limits = torch.from_numpy(find_limits(sort_scores(scores), coverage))
+        mask = target.find_set(torch.from_numpy(logits[num_held_out:] * 3), limits).numpy()
+        covered += mask[np.arange(10), labels[num_held_out:]].sum()
+        seen += 10
+    exact = math.ceil((num_held_out + 1) * coverage) / (num_held_out + 1)
+    assert covered / seen == pytest.approx(exact, abs=0.015)  # 4,000 images in 400 draws: 3 standard errors
+
+
+def test_too_few_held_out_images_give_all_labels() -> None:
+    scores = sort_scores(np.arange(9.0)[:, None])
+    assert find_limits(scores, 0.9) == 8.0
+    assert find_limits(scores, 0.91) == np.inf
+    mixed = sort_scores(np.array([[1.0, np.nan], [0.5, np.nan]]))
+    np.testing.assert_array_equal(find_limits(mixed, 0.5), [1.0, np.inf])
+    for wrong in (0.0, 1.0, 95.0, math.nan):
+        with pytest.raises(ValueError, match="choose a share between 0 and 1"):
+            find_limits(scores, wrong)
+
+
+def test_sets_of_several_labels_have_all_of_them_and_intervals_have_the_numbers() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 3)).astype(np.float32) * 2
+    labels = (logits + rng.logistic(size=logits.shape) > 0).astype(np.float32)
+    labels[::7, 1] = np.nan
+    several = MultiLabel(names=tuple("abc"))
+    limits = find_limits(sort_scores(several.score_labels(logits[:2000], labels[:2000])), 0.9)
+    mask = several.find_set(torch.from_numpy(logits[2000:]), torch.from_numpy(limits)).numpy()
+    assert (mask | (labels[2000:] != 1)).all(1).mean() == pytest.approx(0.9, abs=0.03)
+    numbers = Regression(names=("a", "b", "c"), center=(5.0, 0.0, -5.0), scale=(1.0, 10.0, 0.1))
+    truth = numbers.activate(torch.from_numpy(logits)).numpy() + rng.normal(size=logits.shape) * [1, 10, 0.1]
+    scores = numbers.score_labels(logits[:2000], truth[:2000].astype(np.float32))
+    limits = find_limits(sort_scores(scores), 0.9)
+    low, high = numbers.find_intervals(torch.from_numpy(logits[2000:]), torch.from_numpy(limits)).unbind(2)
+    inside = (low.numpy() <= truth[2000:]) & (truth[2000:] <= high.numpy())
+    np.testing.assert_allclose(inside.mean(0), 0.9, atol=0.03)
+
+
+# --- abstention -------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_of_the_answers_is_rarely_above_the_limit() -> None:
+    rng = np.random.default_rng(0)
+    broken, answered = 0, []
+    for _ in range(300):
+        confidences = rng.uniform(0.5, 1, 400)
+        found = choose_threshold(confidences, rng.random(400) < confidences, 0.15)
+        if found is not None:
+            broken += (1 - found.threshold) / 2 > 0.15  # the mean of 1 - c for c uniform above the threshold
+            answered.append(found.answered)
+    assert broken / 300 <= DELTA
+    assert np.mean(answered) > 100
+
+
+def test_equal_probabilities_are_answered_together_and_a_limit_may_be_out_of_reach() -> None:
+    confidences, hits = np.repeat([0.9, 0.6], 500), np.ones(1000, np.bool_)
+    hits[500:700] = False
+    found = choose_threshold(confidences, hits, 0.05)
+    assert found is not None
+    assert (found.threshold, found.answered, found.mistakes) == (0.9, 500, 0)
+    assert choose_threshold(confidences[:20], hits[:20], 0.02) is None  # 20 right images show at most 14 %
+    assert find_lowest_limit(confidences[:20], hits[:20]) == 0.2
+    assert choose_threshold(np.zeros(0), np.zeros(0, np.bool_), 0.5) is None
+    record = Confidence(confidences=confidences[:20].astype(np.float32), hits=hits[:20])
+    with pytest.raises(ValueError, match=r"20 held-out images .* choose --max_error 0.2 or more"):
+        record.choose_threshold(0.02)
+
+
+# --- distances --------------------------------------------------------------------------------------------------------
+
+
+def draw_features(rng: np.random.Generator, count: int, width: int = 300, plane: int = 7) -> Floats:
+    """Features (N, D) near a plane of 20 axes, which the seed `plane` draws."""
+    axes = np.random.default_rng(plane).normal(size=(20, width))
+    return rng.normal(size=(count, 20)) @ axes + 0.3 * rng.normal(size=(count, width)) + 3
+
+
+def test_held_out_images_are_familiar_and_others_are_not() -> None:
+    rng = np.random.default_rng(0)
+    distance = fit_distance(draw_features(rng, 600), draw_features(rng, 400))
+    assert distance is not None
+    familiar, strange = distance.measure(draw_features(rng, 1000)), distance.measure(draw_features(rng, 100, plane=8))
+    assert (familiar > 1).mean() < 0.03
+    assert (strange > 1).all()
+    assert np.isinf(distance.measure(np.full((1, 300), np.nan))).all()
+
+
+def test_the_compact_distance_is_nearly_the_exact_one() -> None:
+    rng = np.random.default_rng(0)
+    train, held_out, new = draw_features(rng, 500), draw_features(rng, 100), draw_features(rng, 50)
+    distance = fit_distance(train, held_out)
+    assert distance is not None
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, new)]
+    exact = np.sort(np.linalg.norm(unit[1][:, None] - unit[0][None], axis=2), 1)[:, 1]
+    np.testing.assert_allclose(distance.measure(new) * distance.limit, exact, rtol=0.05)
+
+
+def test_too_few_images_have_no_distance() -> None:
+    features = draw_features(np.random.default_rng(0), 5)
+    assert fit_distance(features[:1], features) is None
+    assert fit_distance(features, features[:0]) is None
+    assert fit_distance(np.ones((5, 8)), np.ones((5, 8))) is None  # every image is at the distance 0
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def make_record(classes: int = 3, width: int = 300, images: int = 600) -> Confidence:
+    rng = np.random.default_rng(0)
+    logits, labels = draw_classes(rng, images, classes)
+    target = SingleLabel(names=tuple(map(str, range(classes))))
+    return Confidence(
+        temperatures=(1.25,),
+        num_held_out=images,
+        held_out_by="validation",
+        scores=sort_scores(target.score_labels(logits, labels)),
+        confidences=rng.random(images).astype(np.float32),
+        hits=rng.random(images) < 0.9,
+        distance=fit_distance(draw_features(rng, 700, width), draw_features(rng, 50, width)),
+        inputs=(FeatureInput(module="head.fc", shares=np.array([0.5, 0.5], np.float32)),),
+    )
+
+
+def test_a_record_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    assert read_confidence(tmp_path) is None
+    record = make_record()
+    record.save(tmp_path / CONFIDENCE)
+    again = read_confidence(tmp_path)
+    assert again is not None
+    assert (again.temperatures, again.num_held_out, again.held_out_by) == ((1.25,), 600, "validation")
+    np.testing.assert_array_equal(again.find_limits(0.9), record.find_limits(0.9))
+    assert again.choose_threshold(0.2) == record.choose_threshold(0.2)
+    assert again.inputs[0].module == "head.fc"
+    assert again.distance is not None
+    assert record.distance is not None
+    new = draw_features(np.random.default_rng(3), 4)
+    np.testing.assert_array_equal(again.distance.measure(new), record.distance.measure(new))
+    content = (tmp_path / CONFIDENCE).read_bytes()
+    (tmp_path / CONFIDENCE).write_bytes(content[:100])
+    with pytest.raises(ValueError, match=r"confidence\.safetensors is damaged .* delete it"):
+        read_confidence(tmp_path)
+
+
+def test_a_record_of_a_wide_network_and_many_images_stays_small(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(5000, 4096)).astype(np.float32)
+    record = Confidence(
+        scores=sort_scores(rng.random((50_000, 1))),
+        confidences=np.zeros(10_000, np.float32),
+        hits=np.zeros(10_000, np.bool_),
+        distance=fit_distance(features, features[:100]),
+    )
+    record.save(tmp_path / CONFIDENCE)
+    assert (tmp_path / CONFIDENCE).stat().st_size < 2_000_000

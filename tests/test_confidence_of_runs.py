@@ -1,0 +1,221 @@
+"""Runs save calibrated networks with a record of their confidence, and predictions use the record wherever the model is."""
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import hf_transfer as ht
+from hf_transfer.cli import main
+from hf_transfer.confidence.record import CONFIDENCE, KEY
+from hf_transfer.data.images import BadImageError
+from hf_transfer.inference.predict import load_saved, predict
+from hf_transfer.network.backbone import load
+from hf_transfer.prefix.engines import prepare
+from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.taps import LogitsAndFeatures
+from hf_transfer.run import Run
+from tests.test_confidence import make_record
+from tests.test_publish import TOKENS, HubServer, make_run, signed_in
+
+SMALL: dict[str, Any] = {"images_per_class": 50, "num_workers": 1, "num_threads": 1}
+
+
+def train(folder: Path | None, *, calibrate: bool = True, **settings: Any) -> Run:
+    """Trains the last layer with strongly smoothed labels, which makes a network too modest."""
+    task = ht.Task("sklearn/digits", **{**SMALL, **settings})
+    phases = [ht.train(ht.policies.last(1), epochs=2)]
+    return task.fit(phases, output_dir=folder, label_smoothing=0.5, calibrate=calibrate)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("confidence")
+
+
+@pytest.fixture(scope="module")
+def calibrated(folder: Path) -> Run:
+    return train(folder / "calibrated")
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> Run:
+    return train(folder / "plain", calibrate=False)
+
+
+@pytest.fixture(scope="module")
+def photos(folder: Path, calibrated: Run) -> Path:
+    """Ten test images."""
+    (folder / "photos").mkdir()
+    assert calibrated._session is not None
+    test = calibrated._session.data.test
+    assert test is not None
+    for i in range(10):
+        test.image(i).save(folder / "photos" / f"{i}.png")
+    return folder / "photos"
+
+
+def test_plain_timm_gives_calibrated_probabilities_and_the_same_decisions(
+    calibrated: Run, plain: Run, folder: Path
+) -> None:
+    section = calibrated.results["details"]["confidence"]
+    (temperature,) = section["temperatures"]
+    assert temperature < 0.9  # smoothed labels make a network too modest
+    models = [
+        timm.create_model(f"local-dir:{folder / name}/model", pretrained=True) for name in ("calibrated", "plain")
+    ]
+    images = torch.randn(8, *calibrated.backbone.preprocessing.image_shape)
+    with torch.no_grad():
+        after, before = (model.eval()(images) for model in models)
+    torch.testing.assert_close(after, before / temperature, rtol=1e-4, atol=1e-4)
+    assert bool((after.argmax(1) == before.argmax(1)).all())
+    assert calibrated.test.accuracy == plain.test.accuracy
+    assert calibrated.test.nll < plain.test.nll
+    assert calibrated.test.ece < plain.test.ece
+    change = section["calibration"]["test"]
+    assert change["log_loss_before"] == pytest.approx(plain.test.nll, abs=1e-5)
+    assert change["log_loss_after"] == pytest.approx(calibrated.test.nll, abs=1e-5)
+    assert change["log_loss_change"][1] < 0
+
+
+def test_the_metrics_are_those_of_the_saved_network(calibrated: Run, folder: Path) -> None:
+    from hf_transfer.config import DataConfig
+
+    again = ht.evaluate(str(folder / "calibrated" / "model"), DataConfig(dataset="sklearn/digits"), split="test")
+    assert again.nll == pytest.approx(calibrated.test.nll, abs=1e-4)
+    assert again.ece == pytest.approx(calibrated.test.ece, abs=1e-3)
+
+
+def test_a_run_without_calibration_promises_nothing(plain: Run, folder: Path, photos: Path) -> None:
+    model = folder / "plain" / "model"
+    assert not (model / CONFIDENCE).exists()
+    assert KEY not in json.loads((model / "config.json").read_text())
+    assert "confidence" not in plain.results["details"]
+    assert plain.predict(str(photos))[0].unlike_training is None
+    with pytest.raises(ValueError, match=r"coverage=0\.9: this model has no record of its confidence"):
+        plain.predict(str(photos), coverage=0.9)
+
+
+def test_a_saved_model_predicts_as_the_run_in_memory(calibrated: Run, folder: Path, photos: Path) -> None:
+    asked: dict[str, Any] = {"coverage": 0.9, "max_error": 0.3}
+    predictions = calibrated.predict(str(photos), **asked)
+    again = ht.load_run(folder / "calibrated").predict(str(photos), **asked)
+    assert [replace(p, values=(), distance=None) for p in again] == [
+        replace(p, values=(), distance=None) for p in predictions
+    ]
+    np.testing.assert_allclose([p.distance for p in again], [p.distance for p in predictions], rtol=1e-4)
+    assert not any(p.unlike_training for p in predictions)
+    for narrow, wide in zip(calibrated.predict(str(photos), coverage=0.5), predictions, strict=True):
+        assert set(narrow.label_set or ()) <= set(wide.label_set or ())
+    assert all(p.answers is None and p.label_set is None for p in calibrated.predict(str(photos)))
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    (strange,) = calibrated.predict(noise)
+    assert strange.distance is not None
+    assert strange.distance > max(p.distance or 0.0 for p in predictions)
+
+
+def test_unreadable_images_do_not_shift_judgments(calibrated: Run, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    files = sorted(photos.iterdir())
+    with pytest.raises(BadImageError) as caught:
+        predict(calibrated.backbone, [files[0], tmp_path / "bad.png", files[1]], coverage=0.9)
+    expected = predict(calibrated.backbone, [files[0], files[1]], coverage=0.9)
+    got = caught.value.predictions  # type: ignore[attr-defined]
+    assert [(p.image, p.label_set) for p in got] == [(p.image, p.label_set) for p in expected]
+
+
+def test_the_command_prints_sets_abstention_and_warnings(
+    calibrated: Run, folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["predict", str(folder / "calibrated" / "model"), str(photos), "--coverage", "0.9", "--max_error", "0.3"]
+    expected = calibrated.predict(str(photos), coverage=0.9, max_error=0.3)
+    main([*words, "--json"])
+    shown = capsys.readouterr()
+    assert "held-out images" in shown.err
+    rows = json.loads(shown.out)
+    assert [(row["set"], row["answers"], row["unlike_training"]) for row in rows] == [
+        (list(p.label_set or ()), p.answers, p.unlike_training) for p in expected
+    ]
+    main([*words, "--csv"])
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["set"] for row in table] == ["|".join(p.label_set or ()) for p in expected]
+    assert [row["label"] for row in table] == [p.labels[0] for p in expected]
+    assert [row["answers"] for row in table] == [str(p.answers).lower() for p in expected]
+    main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("abstains") for line in lines] == [not p.answers for p in expected]
+    assert all("; set: " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--coverage", "95"), "coverage=95.0: choose a share between 0 and 1, such as 0.95"),
+        (("--max_error", "0"), "max_error=0.0: choose a share between 0 and 1, such as 0.02"),
+        (("--max_error", "0.0001"), "cannot show an error this low; choose --max_error 0."),
+    ],
+)
+def test_an_impossible_promise_is_refused(
+    flags: tuple[str, str],
+    message: str,
+    calibrated: Run,
+    folder: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", str(folder / "calibrated" / "model"), str(photos), *flags])
+    assert message in capsys.readouterr().err
+
+
+def test_the_card_and_the_report_say_what_confidence_is_worth(calibrated: Run, folder: Path) -> None:
+    for file in ("model/README.md", "report.html"):
+        text = (folder / "calibrated" / file).read_text()
+        assert "Calibration error on 539 test images" in text
+        assert "Sets for a coverage of 95% contain the label in" in text
+        assert "the model answers" in text
+
+
+def test_folds_are_left_as_they_are_and_calibrate_the_model_together(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", images_per_class=12, folds=2)
+    assert not (tmp_path / "run" / "fold_1" / "model" / CONFIDENCE).exists()
+    section = run.results["details"]["confidence"]
+    assert (section["held_out_by"], section["num_held_out"]) == ("folds", 120)
+    assert run.validation.estimated_by == "folds"
+    assert run.validation.nll == pytest.approx(section["calibration"]["held_out"]["log_loss_after"], rel=0.2)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload:DeprecationWarning")
+def test_a_model_keeps_its_record_through_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_transfer.hub.publish.verify", lambda *_, **__: ())
+    record = make_record()
+    inputs = (replace(record.inputs[0], module="fc"),)
+    run = make_run(replace(load("embedded"), confidence=replace(record, inputs=inputs)), tmp_path / "run")
+    with HubServer(TOKENS) as hub, signed_in(hub, tmp_path, "hf_alice"):
+        ht.publish(run, "alice/digits")
+        loaded = load_saved("alice/digits")
+        assert load("alice/digits").confidence is None  # training starts without a record
+    assert loaded.confidence is not None
+    np.testing.assert_array_equal(loaded.confidence.scores, record.scores)
+
+
+def test_engines_compute_the_same_logits_and_features(calibrated: Run) -> None:
+    from accelerate import Accelerator
+
+    from hf_transfer.config import ComputeConfig
+    from hf_transfer.inference.confidence import ConfidenceRequest, make_judge
+
+    judge = make_judge(calibrated.backbone, ConfidenceRequest())
+    module = LogitsAndFeatures(calibrated.backbone.model.cpu().eval(), judge.inputs)
+    resources = Resources(accelerator=Accelerator(), compute=ComputeConfig(num_workers=1))
+    images = torch.randn(4, *calibrated.backbone.preprocessing.image_shape)
+    (expected,), (folded,) = (prepare(engine, module, images, resources).functions(1) for engine in ("eager", "folded"))
+    for eager, other in zip(expected(images), folded(images), strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-3, atol=1e-3)
