@@ -3,7 +3,7 @@
 python benchmarks/export.py --data FOLDER --output benchmarks/results/export.json
 
 FOLDER has checkpoints/ and datasets/. For each checkpoint, a linear probe is trained on the data set, and its run is exported.
-The part `preprocessing` compares pixels on 40 images of odd sizes, modes and orientations, and labels on the test split; it runs
+The part `preprocessing` compares pixels on 40 images of odd sizes, modes and orientations, and labels on the test split, by
 scripts/run_exported.py in a new environment that has only NumPy, Pillow and onnxruntime. The part `int8` exports 8-bit files.
 """
 

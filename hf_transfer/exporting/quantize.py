@@ -29,6 +29,7 @@ def quantize(
     """
     import nncf
     import onnx
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, QuantizationParameters
 
     nncf.set_log_level(logging.ERROR)
     inputs = [{INPUT: batch} for batch in calibration]
@@ -44,6 +45,9 @@ def quantize(
             model.set_rt_info(text, ["model_info", name])
         openvino.save_model(model, file, compress_to_fp16=True)
         return
+    # One scale per tensor: onnxruntime computes in float32 where activations have a scale per channel, as after ReLU6.
+    per_tensor = QuantizationParameters(per_channel=False)
+    options["advanced_parameters"] = AdvancedQuantizationParameters(activations_quantization_params=per_tensor)
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as folder:
         fused = _fuse(onnx_file, Path(folder, "fused.onnx"))
         model = nncf.quantize(fused, nncf.Dataset(inputs), **options)
