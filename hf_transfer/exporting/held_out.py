@@ -16,7 +16,7 @@ from hf_transfer.exporting.runtime import ExportedNetwork
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.training.evaluate import compute_image_logits
+from hf_transfer.training.evaluate import compute_exact_logits
 
 CALIBRATION_IMAGES = 256
 
@@ -39,14 +39,17 @@ class HeldOut:
 
     def compare(self, backbone: Backbone, file: Path, format: ExportFormat) -> Accuracy:  # noqa: A002
         """Returns the main metric of the network and of an exported file, on all images of the scored split."""
-        resources = Resources(accelerator=Accelerator(cpu=True), compute=ComputeConfig(precision="fp32"))
+        resources = Resources(accelerator=Accelerator(), compute=ComputeConfig(precision="fp32"))
         images = EvaluationImages(split=self.scored, preprocessing=backbone.preprocessing)
-        labels = self.scored.labels
-        before, _ = compute_image_logits(backbone.model.eval(), images, labels, resources)
-        after, _ = compute_image_logits(ExportedNetwork(file, format), images, labels, resources)
+        rows = np.arange(len(self.scored))
+        networks = (backbone.model.eval(), ExportedNetwork(file, format))
+        before, after = (
+            compute_exact_logits(network, images, rows, resources) for network in networks
+        )  # in this process
         metric = backbone.target.metrics[0].key
         scores = [
-            backbone.target.compute_metrics(logits, labels, seed=self.seed).values[metric] for logits in (before, after)
+            backbone.target.compute_metrics(logits, self.scored.labels, seed=self.seed).values[metric]
+            for logits in (before, after)
         ]
         return Accuracy(
             metric=metric,
@@ -54,5 +57,5 @@ class HeldOut:
             num_images=len(self.scored),
             before=float(scores[0]),
             after=float(scores[1]),
-            agreement=float((before.argmax(1) == after.argmax(1)).mean()),
+            agreement=float((before.argmax(1) == after.argmax(1)).float().mean()),
         )

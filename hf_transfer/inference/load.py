@@ -38,7 +38,7 @@ def load_for_engine(
 def _choose_format(folder: Path, engine: InferenceEngine, precision: ExportPrecision | None) -> ExportFormat | None:
     """Returns the format of the exported file to run, or None to run the weights."""
     found = find_format(folder) if folder.is_dir() else None
-    if engine == "onnx" or (engine == "openvino" and (precision is not None or has_file(folder, "openvino"))):
+    if engine == "onnx" or (engine == "openvino" and (precision is not None or _has_file(folder, "openvino"))):
         if not folder.is_dir():
             raise ValueError(
                 f"engine={engine!r}: {folder} is no folder here; fetch the repository with hf download first"
@@ -59,7 +59,7 @@ def _choose_format(folder: Path, engine: InferenceEngine, precision: ExportPreci
     return found
 
 
-def has_file(folder: Path, format: ExportFormat) -> bool:  # noqa: A002 - the name of the flag
+def _has_file(folder: Path, format: ExportFormat) -> bool:  # noqa: A002 - the name of the flag
     """Whether `folder` has an exported file of this format, in any precision."""
     try:
         find_file(folder, format, None)

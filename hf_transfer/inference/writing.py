@@ -27,9 +27,8 @@ def format_rows(rows: Sequence[Mapping[str, Any]], output_format: OutputFormat) 
         return "\n".join(json.dumps(row) for row in rows)
     flat = [_flatten(row) for row in rows]
     stream = io.StringIO()
-    writer = csv.DictWriter(
-        stream, list(max(flat, key=lambda row: len(row), default={})), restval="", lineterminator="\n"
-    )
+    columns = max((list(row) for row in flat), key=len, default=[])
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return stream.getvalue().rstrip("\n")
