@@ -130,7 +130,7 @@ def test_pixels_in_the_graph_are_those_of_the_preprocessing(name: str, tmp_path:
     if name == "gray":
         shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
         config = json.loads((tmp_path / "config.json").read_text())
-        config["pretrained_cfg"]["input_size"] = [1, 32, 32]
+        config["pretrained_cfg"] |= {"input_size": [1, 32, 32], "mean": [0.45], "std": [0.22]}
         config["model_args"] = {**config.get("model_args", {}), "in_chans": 1}
         (tmp_path / "config.json").write_text(json.dumps(config))
         folder = tmp_path

@@ -1,8 +1,12 @@
 """Exported networks with 8-bit or 16-bit numbers.
 
-Int8 is post-training quantization by NNCF: 8-bit weights per channel and 8-bit activations, with ranges from training images,
-and biases that make up for the rounding (arXiv 1906.04721, section 4.2). For attention, activations are smoothed first (arXiv
-2211.10438). Float16 rounds the weights, and ONNX keeps float32 inputs and outputs.
+| int8 | by | activations |
+| --- | --- | --- |
+| convolutions | NNCF | fixed ranges from training images; biases make up for the rounding (arXiv 1906.04721, 4.2) |
+| attention, ONNX | onnxruntime, dynamic | ranges of each batch, found as it runs |
+| attention, OpenVINO | NNCF | fixed ranges, after activations were smoothed (arXiv 2211.10438) |
+
+Float16 rounds the weights, and ONNX keeps float32 inputs and outputs.
 """
 
 import logging
@@ -44,15 +48,16 @@ def quantize(
             model.set_rt_info(text, ["model_info", name])
         openvino.save_model(model, file, compress_to_fp16=True)
         return
+    if operators & ATTENTION:
+        _save(_quantize_dynamically(onnx_file), file, metadata)
+        return
     # One scale per tensor: onnxruntime computes in float32 where activations have a scale per channel, as after ReLU6.
     per_tensor = QuantizationParameters(per_channel=False)
     options["advanced_parameters"] = AdvancedQuantizationParameters(activations_quantization_params=per_tensor)
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as folder:
         fused = _fuse(onnx_file, Path(folder, "fused.onnx"))
         model = nncf.quantize(fused, nncf.Dataset(inputs), **options)
-    del model.metadata_props[:]
-    onnx.helper.set_model_props(model, dict(metadata))
-    onnx.save(model, file)
+    _save(model, file, metadata)
 
 
 def write_half(onnx_file: Path, file: Path) -> None:
@@ -61,6 +66,25 @@ def write_half(onnx_file: Path, file: Path) -> None:
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     onnx.save(convert_float_to_float16(onnx.load(onnx_file), keep_io_types=True), file)
+
+
+def _quantize_dynamically(onnx_file: Path) -> Any:
+    """Returns the network with 8-bit weights per channel, whose activations are quantized by the range of each batch."""
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory(prefix="hf_transfer-") as folder:
+        file = Path(folder, "dynamic.onnx")
+        quantize_dynamic(str(onnx_file), str(file), per_channel=True, weight_type=QuantType.QInt8)
+        return onnx.load(file)
+
+
+def _save(model: Any, file: Path, metadata: Mapping[str, str]) -> None:
+    import onnx
+
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.save(model, file)
 
 
 def _fuse(onnx_file: Path, file: Path) -> Any:
