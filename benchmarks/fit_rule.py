@@ -1,15 +1,19 @@
 """Fits the table of hf_transfer/choosing/rule.py to benchmark runs, and holds the classical table that it is compared with.
 
-At corners of the 2x2 table with few runs, the fit shrinks towards PRIOR.
+At corners of the 2x2 table with few runs, the fit shrinks towards PRIOR. `rule_without` puts a table into the rule that has
+not seen a data set, so that `auto` can be judged on that set.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from lines import Cell, Line, cell_of  # benchmarks/lines.py
 
-from hf_transfer.choosing.rule import DataRegime, Table
+from hf_transfer.choosing import rule
+from hf_transfer.choosing.rule import STRATEGIES, DataRegime, Table
 
 PRIOR: Table = {
     "last_layers": (0.0, -0.1, -0.2, -0.5),
@@ -28,6 +32,7 @@ PRIOR_WEIGHT = 2.0  # PRIOR counts as this many benchmark runs at each corner
 class BenchmarkRun:
     """One fine-tuning run, compared with the probe on the same `num_test` images."""
 
+    data_set: str
     strategy: str
     regime: DataRegime
     error: float  # share of the test images
@@ -76,3 +81,85 @@ def fit_table(
         residuals += [run.log_ratio - float(run.regime.weights @ row) for run in mine]
     # One more residual, PRIOR_RESIDUAL, stands for what we expected before any run.
     return table, math.sqrt((sum(e * e for e in residuals) + PRIOR_RESIDUAL**2) / (len(residuals) + 1))
+
+
+def fit_spread(runs: Sequence[BenchmarkRun]) -> Mapping[str, float]:
+    """Returns the spread of each strategy's error ratio on a new data set, which is the spread of the prior of `auto`.
+
+    Each data set's runs are predicted by a table that is fitted to the other data sets. The spread is the root mean square of
+    the difference between the measured and the predicted ratio (error / probe error), not of its logarithm, because the gain
+    is linear in the ratio. One more difference, PRIOR_RESIDUAL, stands for what we expected before any run.
+    """
+    errors: dict[str, list[float]] = {}
+    for left_out in sorted({run.data_set for run in runs}):
+        table, _ = fit_table([run for run in runs if run.data_set != left_out])
+        for run in (run for run in runs if run.data_set == left_out):
+            predicted = math.exp(float(run.regime.weights @ np.array(table[run.strategy])))
+            errors.setdefault(run.strategy, [PRIOR_RESIDUAL]).append(math.exp(run.log_ratio) - predicted)
+    return {name: math.sqrt(sum(e * e for e in own) / len(own)) for name, own in errors.items()}
+
+
+def gather_cells(lines: Sequence[Line]) -> dict[Cell, dict[str, Line]]:
+    """Returns the complete cells, by system: those with advice and a run of every strategy.
+
+    A line of `auto` has the advice too, which counts where a cell has no line of advice alone.
+    """
+    cells: dict[Cell, dict[str, Line]] = {}
+    for line in lines:
+        if "system" in line:
+            cells.setdefault(cell_of(line), {})[line["system"]] = line
+    for runs in cells.values():
+        if "auto" in runs:
+            runs.setdefault("advice", runs["auto"])
+    return {cell: runs for cell, runs in cells.items() if {"advice", *STRATEGIES} <= set(runs)}
+
+
+def make_regime(line: Line) -> DataRegime:
+    """Returns where the advice in a line puts its cell."""
+    advice = line["advice"]
+    return DataRegime(
+        images_per_class=advice["images_per_class"]["median"],
+        similarity=advice["similarity"]["score"],
+        similarity_spread=advice["similarity"]["spread"],
+    )
+
+
+def list_runs(cells: Mapping[Cell, Mapping[str, Line]]) -> list[BenchmarkRun]:
+    """Returns every fine-tuning run, with the probe of its cell."""
+    return [
+        BenchmarkRun(
+            data_set=cell.set,
+            strategy=name,
+            regime=make_regime(runs["advice"]),
+            error=1 - runs[name]["test_accuracy"],
+            probe_error=1 - runs["linear_probe"]["test_accuracy"],
+            num_test=runs[name]["num_test"],
+        )
+        for cell, runs in cells.items()
+        for name in STRATEGIES[1:]
+    ]
+
+
+@contextmanager
+def rule_without(left_out: str, lines: Sequence[Line]) -> Iterator[None]:
+    """Inside, the rule of this process has the table and residual that are fitted to `lines` without one data set."""
+    cells = {cell: runs for cell, runs in gather_cells(lines).items() if cell.set != left_out}
+    if not cells:
+        raise SystemExit(f"no complete cell of another data set than {left_out}: give more lines to fit the rule to")
+    table, residual = fit_table(list_runs(cells))
+    own_table, own_residual = dict(rule.TABLE), rule.RESIDUAL
+    _replace_rule(table, residual)
+    try:
+        yield
+    finally:
+        _replace_rule(own_table, own_residual)
+
+
+def _replace_rule(table: Table, residual: float) -> None:
+    # Both are defaults of functions' arguments, which hold the table itself, but a copy of the number.
+    assert isinstance(rule.TABLE, dict)
+    rule.TABLE.update(table)
+    rule.RESIDUAL = residual
+    defaults = rule.expect_accuracy.__kwdefaults__
+    assert defaults is not None
+    defaults["residual"] = residual

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from advise import CHECKPOINTS, SETS  # benchmarks/advise.py
+from quality_sets import CHECKPOINTS, SETS  # benchmarks/quality_sets.py
 
 from hf_transfer.config import RunConfig
 from hf_transfer.data.dataset import load_data

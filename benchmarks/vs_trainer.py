@@ -157,7 +157,7 @@ def run_trainer(given: argparse.Namespace, *, our_layout: bool) -> dict[str, Any
     chosen = {"adapted": names} if given.strategy == "lora" else {"trainable": names}
     return trainer_example.train(
         given.checkpoint, given.dataset, given.scratch, arguments, **chosen, our_layout=our_layout
-    )
+    ).figures()
 
 
 def run_bare(given: argparse.Namespace) -> dict[str, Any]:
@@ -213,8 +213,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     formats = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     versions = {n: importlib.metadata.version(n) for n in ("torch", "timm", "transformers", "pillow")}
-    if importlib.util.find_spec("openvino"):
-        versions["openvino"] = importlib.metadata.version("openvino")
+    versions |= {n: importlib.metadata.version(n) for n in ("openvino", "fastai") if importlib.util.find_spec(n)}
     return {"cpu": cpu, "formats": formats, "threads": threads, "date": time.strftime("%Y-%m-%d"), "versions": versions}
 
 

@@ -490,11 +490,9 @@ def _run_config(given: argparse.Namespace) -> RunConfig:
 
 
 def _given(given: argparse.Namespace, config: Any) -> dict[str, Any]:
-    """Returns the settings of `config` that the command line gives, with their values, except `budget_s` and `measure`."""
+    """Returns the settings of `config` that the command line gives, with their values, except `budget_s`."""
     values = {name: getattr(given, name, None) for name in list_settings(config)}
-    return {
-        name: value for name, value in values.items() if value is not None and name != "budget_s" and name != "measure"
-    }
+    return {name: value for name, value in values.items() if value is not None and name != "budget_s"}
 
 
 COMMANDS = {

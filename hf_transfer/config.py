@@ -39,6 +39,7 @@ LEARNING_RATE = Range(above=0, highest=1000)
 INPUT_PX = Range(lowest=1, highest=2048)  # side of a network's input
 SIDE_PX_OR_NONE = Range(lowest=0, highest=4096)
 SECONDS = Range(above=0, highest=10**9)
+HEAD_SCALE = Range(lowest=0, highest=1000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,13 +266,18 @@ class OutputConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RepeatConfig(Settings):
-    """Settings of a run that trains several times: in folds, or with several seeds."""
+    """Settings of a run that trains several times: in folds, beside a sibling, or with several seeds."""
 
     folds: int = flag(
         0,
         "train K times, each time without one of K folds of the train and validation images, to measure the recipe on all of "
         "them; the model is then trained on all of them; 0: train once",
         allowed=Range(lowest=0, highest=1000),
+    )
+    train_on_all: bool = flag(
+        False,
+        "train twice: a sibling without the validation images, to measure the recipe and choose the epoch, and then the model "
+        "on train and validation images, for as many epochs as the sibling kept",
     )
     seeds: int = flag(
         1,
@@ -286,6 +292,11 @@ class RepeatConfig(Settings):
             raise ValueError("folds=1: choose 2 or more folds, or 0 to train once")
         if self.folds and self.seeds > 1:
             raise ValueError(f"folds={self.folds}, seeds={self.seeds}: omit --folds or --seeds")
+        if self.train_on_all and (self.folds or self.seeds > 1):
+            raise ValueError(
+                f"train_on_all=True, folds={self.folds}, seeds={self.seeds}: a run with folds trains on all images anyway, and "
+                "a run with seeds measures each seed on its own validation images; omit --train_on_all"
+            )
 
 
 OptimizerName = Literal["adamw", "sgd"]
@@ -309,6 +320,12 @@ class OptimizerConfig(Settings):
     weight_decay: float = flag(
         0.05,
         "weight decay of matrices and kernels; norms, biases, tokens and position embeddings get no weight decay",
+        allowed=Range(lowest=0, highest=1000),
+    )
+    l2_sp: float = flag(
+        0.0,
+        "decay of the trained weights below the classifier towards their values before training, in place of weight decay "
+        "(L2-SP); 0: off",
         allowed=Range(lowest=0, highest=1000),
     )
     lr_scheduler_type: SchedulerName = flag("cosine", "shape of the learning rate schedule after the warm-up")
@@ -383,6 +400,12 @@ class TrainingConfig(Settings):
     epochs: int = flag(
         12, "passes over the training images; for strategies with several phases, in the last phase", allowed=COUNT
     )
+    min_steps: int = flag(
+        0,
+        "optimizer steps that each phase takes at least, for few images: a phase gets as many epochs as these steps need, if "
+        "its own number of epochs is lower; 0: no minimum",
+        allowed=COUNT_OR_NONE,
+    )
     label_smoothing: float = flag(
         0.1,
         "share of each target that is spread evenly over all classes; numbers are not smoothed",
@@ -400,6 +423,17 @@ class TrainingConfig(Settings):
         "error",
         allowed=Range(lowest=0, highest=1000),
     )
+    drop_path: float | None = flag(
+        None,
+        "stochastic depth: probability that a residual branch of the last block is left out for an image, which falls linearly "
+        "to 0 in the first block; frozen layers drop nothing; default: the checkpoint's own rates",
+        allowed=SHARE_OR_NONE,
+    )
+    dropout: float | None = flag(
+        None,
+        "probability that an input of the classifier is set to 0; default: the checkpoint's own dropout",
+        allowed=SHARE_OR_NONE,
+    )
     gradient_accumulation_steps: int = flag(1, "number of batches per optimizer step", allowed=COUNT)
     max_grad_norm: float = flag(
         1.0,
@@ -416,6 +450,10 @@ class TrainingConfig(Settings):
     )
     select_by: SelectBy = flag(
         "accuracy", "validation metric; the model is from the last epoch not significantly worse than the best epoch"
+    )
+    keep_last_epoch: bool = flag(
+        False,
+        "keep the weights of the last epoch, so that validation images select no epoch, and their metrics are fair",
     )
     wise_ft: bool = flag(
         False,
@@ -452,6 +490,11 @@ class TrainingConfig(Settings):
             raise ValueError(
                 "wise_ft=True and freeze_batchnorm=False: BatchNorm's running statistics do not fit mixed weights; "
                 "omit --wise_ft or --no-freeze_batchnorm"
+            )
+        if self.keep_last_epoch and self.early_stopping_patience:
+            raise ValueError(
+                f"keep_last_epoch=True, early_stopping_patience={self.early_stopping_patience}: validation images would choose "
+                "the last epoch; omit one of the two"
             )
 
 

@@ -32,7 +32,7 @@ GROUPS: Mapping[str, str] = {  # nested config -> title, in the order of `--help
     "training": "training",
     "data": "data",
     "model": "checkpoint",
-    "repeat": "folds and seeds",
+    "repeat": "folds, seeds and training on all images",
     "compute": "machine and cache",
     "output": "output",
 }

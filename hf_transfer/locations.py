@@ -8,6 +8,7 @@ log = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIG, RESULTS = "config.yaml", "results.json"  # files of an output folder
+SO_FAR = "so_far"  # folder of an output folder: a run folder with the best model of a run that is not finished
 CHECKPOINTS = "checkpoints"  # folder of an output folder: the saved states and, until the run is finished, config.yaml
 
 

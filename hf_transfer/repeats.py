@@ -1,6 +1,7 @@
-"""Runs a recipe once, in folds (`--folds`) or with several seeds (`--seeds`), and combines the results.
+"""Runs a recipe once, in folds (`--folds`), beside a sibling (`--train_on_all`) or with several seeds (`--seeds`).
 
     output_dir/fold_1 ... fold_K      runs without test images; then the model in output_dir is trained on all images
+    output_dir/sibling                a run without test images; then the model in output_dir is trained on all images
     output_dir/seed_0, seed_1, ...    runs that equal a run with that seed alone; the model in output_dir is that of the first
 
 Every run is an ordinary run with a folder of its own. With `resume`, finished runs are read from their folders, and an
@@ -18,22 +19,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer import processes
-from hf_transfer.config import NO_CHECKPOINT, RunConfig
+from hf_transfer.config import NO_CHECKPOINT, GradientConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.data.folds import DataFolds, divide
+from hf_transfer.data.folds import DataFolds, divide, join_pool
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import CHECKPOINTS, RESULTS
 from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import is_finished
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions
-from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_fold_run, write_config
+from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_held_out_run, write_config
 from hf_transfer.reporting.sentences import describe_folds, describe_seeds
 from hf_transfer.runs import connect_processes, open_session, train_session, write_run
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, make_strategy
-from hf_transfer.training.final_fit import FinalFit, plan_final_fit
+from hf_transfer.training.final_fit import EstimatedBy, FinalFit, plan_final_fit
 from hf_transfer.training.phases import NOT_COMPARED
 from hf_transfer.training.records import RunResult
 
@@ -67,7 +68,7 @@ def run_config(
     output_dir: Path | None = None,
     unrepeatable: Sequence[str] = (),
 ) -> tuple[Session, RunResult]:
-    """Runs the strategy of `config`, in folds or with several seeds if the settings ask for it.
+    """Runs the strategy of `config`, in folds, beside a sibling or with several seeds if the settings ask for it.
 
     `load` returns the splits for a config (default: the splits in the settings). See `runs.open_session` for the other
     arguments, and for the errors. Raises ValueError, too, if the images cannot be divided into folds, and if a run to resume
@@ -81,6 +82,10 @@ def run_config(
     )
     if config.repeat.folds:
         session, result = start.run_folds()
+    elif config.repeat.train_on_all and isinstance(
+        config.strategy, GradientConfig
+    ):  # a solved head is fitted on all anyway
+        session, result = start.run_sibling()
     elif config.repeat.seeds > 1:
         session, result = start.run_seeds()
     else:
@@ -117,7 +122,8 @@ class _Start:
             own = replace(self, config=_alone(config), unrepeatable=(*self.unrepeatable, line))
             repeats.append(own.train(folds.hold_out(fold), f"fold_{fold + 1}"))
         final = _combine(folds, repeats, seed=config.seed)
-        section = {"count": count, "strategy": final.strategy, **_summarize(repeats, "validation")}
+        assert isinstance(config.strategy, Strategy)
+        section = {"count": count, "strategy": config.strategy.name, **_summarize(repeats, "validation")}
         if first.is_main:
             log.info("%s", describe_folds(section))
             log.info("training the model on all %d images", len(folds.pool))
@@ -128,6 +134,33 @@ class _Start:
             unrepeatable=self.unrepeatable,
         )
         return session, train_session(session, final, {"folds": section})
+
+    def run_sibling(self) -> tuple[Session, RunResult]:
+        """Runs the sibling, which holds out the validation split, and then trains the model on all images."""
+        first = open_session(
+            self.config, load=lambda: self.load(self.config), output_dir=self.output_dir, unrepeatable=self.unrepeatable
+        )
+        first.costs.stop()
+        data, config = first.data, pin_revisions(first)
+        total = len(data.train) + len(data.validation)
+        pooled = join_pool(data)
+        line = "this is the sibling of a model that is trained on train and validation images: it scores no test images"
+        own = replace(self, config=_alone(config), unrepeatable=(*self.unrepeatable, line))
+        sibling = own.train(replace(pooled, test=None), "sibling")
+        if first.is_main:
+            log.info("training the model on all %d images, as long as its sibling", total)
+        logits = sibling.logits["validation"]
+        metrics = data.target.compute_metrics(logits, data.validation.labels, seed=config.seed)
+        runs, by_split = [read_held_out_run(sibling.results)], {"validation": logits}
+        final = plan_final_fit(runs, metrics, by_split, estimated_by=EstimatedBy.SIBLING)
+        session = open_session(
+            replace(config, output=self.config.output, repeat=self.config.repeat),
+            load=lambda: pooled,
+            output_dir=self.output_dir,
+            unrepeatable=self.unrepeatable,
+        )
+        section = {"seconds": sibling.results["cost"]["seconds"]["total"]}
+        return session, train_session(session, final, {"sibling": section})
 
     def run_seeds(self) -> tuple[Session, RunResult]:
         """Runs every seed, and a linear probe on the same splits; the result is that of the first seed."""
@@ -191,7 +224,9 @@ class _Start:
 
 def _alone(config: RunConfig) -> RunConfig:
     """Returns the settings of one of the runs, which neither repeats nor pushes anything."""
-    return replace_settings(config, {"folds": 0, "seeds": 1, "push_to_hub": None, "private": False})
+    return replace_settings(
+        config, {"folds": 0, "train_on_all": False, "seeds": 1, "push_to_hub": None, "private": False}
+    )
 
 
 def _record(session: Session, result: RunResult) -> Repeat:
@@ -233,7 +268,8 @@ def _combine(folds: DataFolds, repeats: Sequence[Repeat], *, seed: int) -> Final
         logits[folds.fold_of == fold] = repeat.logits["validation"]
     metrics = pool.target.compute_metrics(logits, pool.labels, seed=seed)
     by_split = {"train": logits[:first], "validation": logits[first:]}
-    return plan_final_fit([read_fold_run(repeat.results) for repeat in repeats], metrics, by_split)
+    runs = [read_held_out_run(repeat.results) for repeat in repeats]
+    return plan_final_fit(runs, metrics, by_split, estimated_by=EstimatedBy.FOLDS)
 
 
 def _summarize(repeats: Sequence[Repeat], *splits: str) -> dict[str, Any]:

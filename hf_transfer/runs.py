@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, has_own_code, write_reference
-from hf_transfer.locations import CHECKPOINTS, CONFIG, presets_dir
+from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR, presets_dir
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import has_batchnorm
@@ -129,14 +130,17 @@ def train_session(
 ) -> RunResult:
     """Trains with the session's strategy, scores the network, and writes the output folder if the session has one.
 
-    `final`: how to train on all images, after a run of each fold. `repeats`: what these runs gave, for results.json.
+    `final`: how to train on all images, after runs that held images out. `repeats`: what these runs gave, for results.json.
     Raises FullMemoryError, with the settings that need less memory, if the memory of the machine or of the device is full.
     """
-    assert isinstance(session.strategy, Strategy)
+    strategy = session.strategy
+    assert isinstance(strategy, Strategy)
+    if session.output_dir is not None:
+        session = replace(session, save_so_far=_save_so_far)
     with session.costs:
         try:
-            result = session.strategy.run(session) if final is None else session.strategy.run(session, final)
-            result = replace(finish_target(session, result, final), repeats=repeats or {})
+            result = strategy.run(session) if final is None else strategy.run(session, final)
+            result = replace(finish_target(session, result), repeats=repeats or {})
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -171,8 +175,20 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
         ):
             log.info("%s", precision)
         log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)
+        shutil.rmtree(session.output_dir / SO_FAR, ignore_errors=True)
     processes.wait_for_everyone()
     return results
+
+
+def _save_so_far(session: Session, result: RunResult) -> None:
+    """Writes the best result so far of an unfinished run to a run folder of its own, in place of an older one."""
+    assert session.output_dir is not None
+    folder = session.output_dir / SO_FAR
+    session = replace(session, config=replace_settings(session.config, {"push_to_hub": None, "private": False}))
+    with session.costs.part("save"):
+        write_run(replace(session.with_output(folder), save_so_far=None), result)
+    if session.is_main:
+        log.info("%s contains the best model so far, until the run is finished", folder)
 
 
 def _write_results(session: Session, result: RunResult, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The session of a run: all objects that the parts of one run share, from loading to saving."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -33,6 +35,8 @@ class Session:
     output_dir: Path | None = None
     state_name: str = ""  # subfolder of `checkpoints`; a run with several plans has one subfolder per plan
     unrepeatable: tuple[str, ...] = ()  # sentences about inputs that config.yaml does not contain
+    save_so_far: Callable[["Session", Any], None] | None = field(default=None, repr=False)
+    """Saves a session's result as the best of an unfinished run, in a run folder of its own; None without an output folder."""
     _chain: Chain | None = field(default=None, repr=False)
 
     @property

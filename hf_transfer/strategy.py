@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import GradientConfig, RunConfig, StrategyConfig
-from hf_transfer.settings import replace_settings
+from hf_transfer.config import HEAD_SCALE, GradientConfig, RunConfig, StrategyConfig
+from hf_transfer.settings import flag, replace_settings
 
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
@@ -87,7 +87,7 @@ class Strategy(StrategyConfig):
     def run(self, session: "Session", final: "FinalFit | None" = None) -> "RunResult":
         """Runs the plan in the session, scores the trained network, and returns the result.
 
-        `final`: how to train on all images, after a run of each fold (see `training.final_fit`).
+        `final`: how to train on all images, after runs that held images out (see `training.final_fit`).
         """
         from hf_transfer.training.plan import run_plan
 
@@ -102,6 +102,18 @@ class Strategy(StrategyConfig):
 @dataclass(frozen=True, kw_only=True)
 class GradientStrategy(Strategy, GradientConfig):
     """The base of the strategies that take gradient steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvedHeadStrategy(GradientStrategy):
+    """The base of the strategies whose gradient steps start from a solved head."""
+
+    head_scale: float = flag(
+        1.0,
+        "factor of the solved head from which the gradient steps start; 0: from a head of zeros. A probe that no epoch beats "
+        "is kept as it was solved",
+        allowed=HEAD_SCALE,
+    )
 
 
 def strategy_names() -> tuple[str, ...]:

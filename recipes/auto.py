@@ -1,13 +1,13 @@
-r"""Choose a strategy: train a linear probe and the strategy that `advise` recommends, and keep the better result.
+r"""Choose a strategy: compare others with a linear probe on held-out images, and train the best on all images.
 
     accelerate launch recipes/auto.py \
         --checkpoint timm/mobilenetv2_100.ra_in1k --dataset path/to/images --output_dir runs/auto --budget_s 1800
 
 The frozen network runs once over the images. The features show how accurate a probe is, how similar the images are to the
-pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). With `--measure`,
-short runs of the best candidates take the first third of the budget. Then the probe and the advised strategy are trained, and
-validation images decide which result is kept. The advice and the reason for the choice are in results.json
-and the model card.
+pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). Then each candidate
+is trained without a part of the images, and compared with the probe on that part: folds of few images, the validation split of
+many. The expected and the measured gain together decide. The best candidate is trained again on train and validation images.
+The candidates and the reason for the choice are in results.json and the model card. docs/auto.md explains them.
 """
 
 from hf_transfer.launch import run_recipe

@@ -2,18 +2,14 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
 from hf_transfer.choosing.candidates import find_candidates, make_command, to_k
-from hf_transfer.choosing.decide import choose_and_run, compare
 from hf_transfer.choosing.expected_accuracy import CurvePoint, DepthScore, LearningCurve
 from hf_transfer.choosing.pilots import Pilot, run_pilots
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime
@@ -23,15 +19,13 @@ from hf_transfer.cli import main
 from hf_transfer.costs import Costs
 from hf_transfer.flags import parse
 from hf_transfer.launch import run_recipe
-from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.metrics.records import Score
 from hf_transfer.network.backbone import load
-from hf_transfer.reporting.sentences import describe_choice
 from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import changed_settings, replace_settings, to_settings
 from hf_transfer.strategy import default_config, make_strategy
 from hf_transfer.training.pricing import count_activation_bytes
-from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResult, Verdict
 from tests.families import built
 
 ROOT = Path(__file__).parents[1]
@@ -236,56 +230,6 @@ def test_only_the_trouble_cell_has_suggestions(session: Session) -> None:
         assert suggest(vit, candidates, regime, depths, CURVE) == ()
 
 
-def tuned(accuracy: float, kept: Kept, *, solves_first: bool) -> RunResult:
-    metrics = Metrics(values={"accuracy": accuracy}, num_samples=100, score=Score(quality=accuracy, loss=0.3))
-
-    def phase(kept: Kept) -> PhaseResult:
-        return PhaseResult(
-            policy="full", cut=None, optimizer="adamw", epochs=3, num_trainable=1, kept=kept, score=metrics.score
-        )
-
-    phases = (phase(Kept.SOLUTION), phase(kept)) if solves_first else (phase(kept),)
-    return RunResult(backbone=load("embedded"), phases=phases, metrics={"validation": metrics})
-
-
-def test_auto_keeps_the_probe_unless_the_other_is_better_beyond_chance() -> None:
-    def judge(advised: str, result: RunResult) -> Verdict:
-        choice = AutoChoice(
-            advised=advised, kept="linear_probe", verdict=Verdict.PROBE_ADVISED, probe=Score(quality=0.9, loss=0.3)
-        )
-        compared = compare(choice, result)
-        assert compared.kept == (advised if compared.verdict is Verdict.TUNED_BETTER else "linear_probe")
-        return compared.verdict
-
-    assert judge("lora", tuned(0.92, Kept.EPOCH, solves_first=True)) is Verdict.TUNED_BETTER
-    assert judge("lora", tuned(0.89, Kept.EPOCH, solves_first=True)) is Verdict.TUNED_NOT_BETTER
-    assert judge("lora", tuned(0.99, Kept.START, solves_first=True)) is Verdict.NO_EPOCH_BETTER
-    # Within a standard error, and beyond it.
-    assert judge("full", tuned(0.92, Kept.EPOCH, solves_first=False)) is Verdict.TUNED_NOT_BETTER
-    assert judge("full", tuned(0.97, Kept.EPOCH, solves_first=False)) is Verdict.TUNED_BETTER
-
-
-@pytest.mark.parametrize("winner", ["probe_then_full", "lora"])
-def test_auto_runs_the_advised_strategy_and_says_why(
-    winner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def advised(*arguments: Any, **options: Any) -> Advice:
-        return replace(advise(*arguments, **options), recommended=winner)
-
-    monkeypatch.setattr("hf_transfer.choosing.decide.advise", advised)
-    session = make_session(tmp_path)
-    result = choose_and_run(session, measure=False, budget_s=None)
-    choice = result.choice
-    assert choice is not None
-    assert choice.advised == winner
-    assert choice.tuned is not None
-    assert choice.kept in ("linear_probe", winner)
-    assert describe_choice(choice)
-    assert result.metrics["test"].num_samples == len(session.data.test or ())
-    assert result.backbone.label_names == session.data.label_names
-    json.dumps(result.details, allow_nan=False)
-
-
 def test_the_recipe_keeps_to_a_budget_and_records_the_advice(tmp_path: Path) -> None:
     flags = ["--epochs", "1", "--budget_s", "60", "--images_per_class", "8", "--tracker", "none"]
     run_recipe("auto", arguments=[*flags, "--output_dir", str(tmp_path)])
@@ -294,7 +238,7 @@ def test_the_recipe_keeps_to_a_budget_and_records_the_advice(tmp_path: Path) -> 
     assert results["details"]["advice"]["estimates"]
     assert results["metrics"]["test"]["accuracy"] > 0.8
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "linear_probe" in card
+    assert "auto kept" in card
     assert load(str(tmp_path / "model")).label_names == tuple("0123456789")
 
 
@@ -306,45 +250,3 @@ def test_the_command_prints_advice_or_json(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         main(["advise", "--budget_s", "-1"])
     assert "choose 0 < budget_s" in capsys.readouterr().err
-
-
-def test_a_report_on_finished_cells_is_drawn_without_the_judged_set(tmp_path: Path) -> None:
-    """The benchmark's arithmetic on made-up runs: fine-tuning wins on both sets, and the regret of each way to choose."""
-    lines = []
-    for name in ("a", "b"):
-        for seed in (0, 1):
-            cell = {"set": name, "checkpoint": "net.x", "images_per_class": 50, "seed": seed, "epochs": 12}
-            estimates = [
-                {"strategy": s, "accuracy": 0.8, "low": 0.75, "high": 0.85, "seconds": float(i)}
-                for i, s in enumerate(STRATEGIES)
-            ]
-            summary = {
-                "images_per_class": {"median": 1000.0},
-                "similarity": {"score": 0.0, "spread": None},
-                "estimates": estimates,
-            }
-            lines.append({"what": "advice", **cell, "advice": summary})
-            for s in STRATEGIES:
-                accuracy = {"linear_probe": 0.8, "probe_then_full": 0.95}.get(s, 0.82)
-                # On one set validation images say nothing against the probe.
-                kept = Kept.START if cell["set"] == "a" else Kept.EPOCH
-                validated = {"validation_accuracy": accuracy, "num_validation": 50, "kept": kept}
-                lines.append(
-                    {"what": s, **cell, "test_accuracy": accuracy, "num_test": 100, "seconds": 10.0, **validated}
-                )
-    out = tmp_path / "runs.jsonl"
-    out.write_text("\n".join(json.dumps(line) for line in lines) + '\n{"cut off')
-    command = [sys.executable, str(ROOT / "benchmarks" / "advise.py"), "report", "--out", str(out)]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert shown.returncode == 0, shown.stderr
-    rows = {
-        line.split("|")[1].strip(): line
-        for line in shown.stdout.splitlines()
-        if line.startswith("| ") and " to " in line
-    }
-    assert rows["advisor (leave-one-data-set-out)"].split("|")[2].strip().startswith("0.00")
-    assert rows["auto: the advisor's pick or the probe"].split("|")[2].strip().startswith("7.50")
-    assert rows["always probe"].split("|")[2].strip().startswith("15.00")
-    assert rows["always full"].split("|")[2].strip().startswith("13.00")
-    assert "last_layers 10.0 (10.0 to 10.0)" in shown.stdout  # 10 s each, where 1 s was estimated
-    assert np.isfinite(float(rows["textbook table"].split("|")[2].split()[0]))

@@ -27,7 +27,7 @@ from hf_transfer.network.preprocessing import load_preprocessing, quiet_transfor
 from hf_transfer.prefix.extract import extract
 from hf_transfer.prefix.taps import tap_activation
 from hf_transfer.strategy import Strategy
-from hf_transfer.training.phases import _describe_identity
+from hf_transfer.training.phases import describe_identity
 from tests.families import FAMILIES, make_model, make_pixels
 from tests.headless import LAYOUTS
 from tests.sessions import make_session
@@ -248,7 +248,7 @@ def test_two_sizes_share_no_cache_entry(tmp_path: Path) -> None:
 def test_a_run_at_another_size_is_not_resumed(tmp_path: Path) -> None:
     checkpoint = str(write_timm(tmp_path / "upstream"))
     own, changed = (
-        _describe_identity(make_session("full", checkpoint=checkpoint, image_size_px=px), [], None) for px in (None, 24)
+        describe_identity(make_session("full", checkpoint=checkpoint, image_size_px=px), [], None) for px in (None, 24)
     )
     assert {key for key in own if own[key] != changed[key]} == {"image_size_px", "preprocessing"}
 

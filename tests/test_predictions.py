@@ -36,7 +36,6 @@ def run(folder: Path, strategy: str, **settings: Any) -> tuple[dict[str, Any], d
     [
         ("full", ["validation", "test"]),
         ("linear_probe", ["train", "validation", "test"]),
-        ("auto", ["validation", "test"]),
     ],
 )
 def test_every_scored_image_has_the_row_that_gave_the_metrics(strategy: str, splits: list[str], tmp_path: Path) -> None:

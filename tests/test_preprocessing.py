@@ -35,7 +35,7 @@ from hf_transfer.network.preprocessing import PARITY, Preprocessing, load_prepro
 from hf_transfer.prefix.pixels import EvaluationImages, TrainingSquares, store_evaluation_pixels, store_training_squares
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.runs import execute
-from hf_transfer.training.phases import _describe_identity
+from hf_transfer.training.phases import describe_identity
 from tests.processors import EXCEPTIONS, PROCESSORS, REFUSED
 from tests.sessions import make_session
 
@@ -527,7 +527,7 @@ def test_inspect_takes_preprocessing_from(tmp_path: Path, capsys: pytest.Capture
 def test_a_run_with_other_preprocessing_is_not_resumed(tmp_path: Path) -> None:
     vit, other = write_vit(tmp_path / "vit"), write_settings(tmp_path / "other", **SETTINGS)
     own, changed = (
-        _describe_identity(make_session("full", checkpoint=str(vit), preprocessing_from=origin), [], None)
+        describe_identity(make_session("full", checkpoint=str(vit), preprocessing_from=origin), [], None)
         for origin in (None, str(other))
     )
     assert {key for key in own if own[key] != changed[key]} == {"preprocessing"}

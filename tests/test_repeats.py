@@ -30,7 +30,7 @@ from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
-from hf_transfer.training.final_fit import FoldRun, plan_final_fit
+from hf_transfer.training.final_fit import EstimatedBy, HeldOutRun, plan_final_fit
 from hf_transfer.training.records import EpochRecord, Kept, PhaseResult, RunResult
 from tests.sessions import make_config, read_data
 from tests.test_recipes import run_recipe
@@ -169,7 +169,6 @@ def test_the_final_probe_is_the_probe_of_all_images(tmp_path: Path) -> None:
         pytest.param("greedy_stack", {"stage_epochs": 1, "layers": 2, "patience_layers": 1}, marks=pytest.mark.soak),
         pytest.param("lora", {"class_balance": "sampler"}, marks=pytest.mark.soak),
         pytest.param("gradual", {}, marks=pytest.mark.soak),
-        pytest.param("auto", {}, marks=pytest.mark.soak),
         pytest.param("last_layers", {"cache_views": 2}, marks=pytest.mark.soak),
     ],
 )
@@ -326,7 +325,12 @@ def test_a_class_of_one_group_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"folds": 1}, "folds=1: choose 2 or more"), ({"folds": 3, "seeds": 2}, "omit --folds or --seeds")],
+    [
+        ({"folds": 1}, "folds=1: choose 2 or more"),
+        ({"folds": 3, "seeds": 2}, "omit --folds or --seeds"),
+        ({"folds": 3, "train_on_all": True}, "trains on all images anyway.*omit --train_on_all"),
+        ({"seeds": 3, "train_on_all": True}, "omit --train_on_all"),
+    ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -359,16 +363,11 @@ def make_phase(kept: Kept, epoch: int | None, accuracies: list[float]) -> PhaseR
     )  # fmt: skip
 
 
-def test_the_final_fit_follows_the_folds_of_the_strategy_that_most_kept() -> None:
+def test_the_final_fit_is_as_long_as_the_median_of_the_folds() -> None:
     metrics = score(np.eye(2), np.array([0, 1]), ("a", "b"), resamples=0)
     tuned = [make_phase(Kept.EPOCH, epoch, [0.1 * i for i in range(1, epoch + 1)]) for epoch in (2, 4, 5)]
-    start = make_phase(Kept.START, None, [0.1])
-    runs = [
-        *(FoldRun(phases=(start, phase), strategy="full") for phase in tuned),
-        FoldRun(phases=(start,), strategy="linear_probe"),
-    ]
-    final = plan_final_fit(runs, metrics, {})
-    assert final.strategy == "full"
+    runs = [HeldOutRun(phases=(make_phase(Kept.START, None, [0.1]), phase)) for phase in tuned]
+    final = plan_final_fit(runs, metrics, {}, estimated_by=EstimatedBy.FOLDS)
     assert [length.epochs for length in final.phases] == [0, 4]
     assert [s.quality for s in final.phases[1].scores] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert final.metrics.estimated_by == "folds"
@@ -378,12 +377,119 @@ def test_the_final_fit_of_a_stack_has_the_median_depth() -> None:
     metrics = score(np.eye(2), np.array([0, 1]), ("a", "b"), resamples=0)
     phases = [make_phase(Kept.EPOCH, epoch, [0.5] * epoch) for epoch in (1, 2, 3, 4)]
     runs = [
-        FoldRun(phases=(*phases[:stages], phases[3]), strategy="greedy_stack", num_stages=stages, depth=depth)
+        HeldOutRun(phases=(*phases[:stages], phases[3]), num_stages=stages, depth=depth)
         for stages, depth in ((3, 2), (2, 1), (3, 3))
     ]
-    final = plan_final_fit(runs, metrics, {})
+    final = plan_final_fit(runs, metrics, {}, estimated_by=EstimatedBy.FOLDS)
     assert [length.epochs for length in final.stages] == [1, 2]
     assert [length.epochs for length in final.phases] == [4]
+
+
+# A sibling
+
+
+@pytest.fixture(scope="module")
+def with_sibling(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("with_sibling") / "run"
+    _, results = run(folder, "full", train_on_all=True, epochs=3, keep_last_epoch=True)
+    return folder, results
+
+
+def test_the_sibling_is_an_ordinary_run_whose_metrics_the_model_has(
+    with_sibling: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, results = with_sibling
+    sibling = json.loads((folder / "sibling" / "results.json").read_text())
+    _, alone = run(tmp_path / "alone", "full", epochs=3, keep_last_epoch=True)
+    assert sibling["metrics"]["validation"] == alone["metrics"]["validation"]
+    assert "test" not in sibling["metrics"], "test images are for the model alone"
+    one, other = (load_file(each / "model" / "model.safetensors") for each in (folder / "sibling", tmp_path / "alone"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert results["metrics"]["validation"]["accuracy"] == alone["metrics"]["validation"]["accuracy"]
+    assert results["metrics"]["validation"]["estimated_by"] == "sibling"
+    assert results["metrics"]["test"]["num_samples"] > 60
+    assert {split for split, _, _ in read_rows(folder).values()} == {"validation"}
+    for report in (folder / "report.html", folder / "model" / "README.md"):
+        assert "Validation metrics are of its sibling" in report.read_text()
+
+
+def test_the_model_trains_on_train_and_validation_images(with_sibling: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = with_sibling
+    sibling = json.loads((folder / "sibling" / "results.json").read_text())
+    histories = [each["details"]["phases"][-1]["history"] for each in (sibling, results)]
+    assert [[epoch["images"] for epoch in history] for history in histories] == [[50] * 3, [60] * 3]
+    assert [each["plan"][-1]["kept"] for each in (sibling, results)] == ["last", "last"]
+    assert "the last one that it trained" in results["plan"][-1]["description"]
+
+
+def test_a_fixed_length_makes_the_model_of_folds_the_model_with_a_sibling(
+    with_sibling: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = with_sibling
+    run(tmp_path / "folds", "full", folds=2, epochs=3, keep_last_epoch=True)
+    one, other = (load_file(each / "model" / "model.safetensors") for each in (folder, tmp_path / "folds"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_probe_that_the_sibling_kept_is_not_trained_again(tmp_path: Path) -> None:
+    _, results = run(tmp_path / "run", "probe_then_full", train_on_all=True, lr=1e-9, epochs=1)
+    _, alone = run(tmp_path / "alone", "probe_then_full", lr=1e-9, epochs=1)
+    assert results["details"]["kept_probe"]
+    assert results["details"]["phases"][-1]["history"] == []
+    one, other = (load_file(tmp_path / each / "model" / "model.safetensors") for each in ("run", "alone"))
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=1e-3, rtol=1e-3)
+    assert results["metrics"]["validation"]["accuracy"] == alone["metrics"]["validation"]["accuracy"]
+
+
+def test_an_interrupted_run_keeps_the_finished_sibling(
+    with_sibling: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, expected = with_sibling
+    folder, execute, runs = tmp_path / "run", repeats.train_session, []
+
+    def stop_in_the_second(session: Any, *rest: Any) -> RunResult:
+        runs.append(session.output_dir.name)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        return execute(session, *rest)
+
+    monkeypatch.setattr(repeats, "train_session", stop_in_the_second)
+    settings = {"train_on_all": True, "epochs": 3, "keep_last_epoch": True}
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, "full", **settings)
+    _, results = run(folder, "full", **settings, resume=True)
+    assert runs == ["sibling", "run", "run"]
+    assert results["metrics"] == expected["metrics"]
+    weights = [load_file(each / "model" / "model.safetensors") for each in (whole, folder)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_doors_give_the_same_model_with_a_sibling(
+    with_sibling: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Recipe and Python, against the configuration."""
+    folder, _ = with_sibling
+    flags = {"images_per_class": 6, "epochs": 3, "batch_size": 16}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    run_recipe("full", *words, "--train_on_all", "--keep_last_epoch", "--output_dir", str(tmp_path / "recipe"))
+    task = ht.Task("sklearn/digits", images_per_class=6, batch_size=16, train_on_all=True)
+    python = task.fit(ht.full(epochs=3, keep_last_epoch=True, tracker="none"))
+    saved, recipe = (load_file(each / "model" / "model.safetensors") for each in (folder, tmp_path / "recipe"))
+    assert all(torch.equal(saved[name], recipe[name]) for name in saved)
+    assert all(torch.equal(saved[name], value) for name, value in python.model.state_dict().items())
+
+
+def test_thresholds_with_a_sibling_are_fitted_to_its_predictions() -> None:
+    session, result = run_config(make_config("full", **FEW, train_on_all=True, epochs=1), load=read_labels)
+    session.costs.stop()
+    logits, labels = result.logits["validation"], session.data.validation.labels
+    validation = result.metrics["validation"]
+    assert set(result.logits) == {"validation", "test"}
+    assert validation.num_samples == len(labels)
+    assert validation.estimated_by == "sibling"
+    expected = choose_thresholds(logits.astype(np.float64), labels.astype(np.float64))
+    assert [row["threshold"] for row in validation.per_class] == list(expected)
 
 
 # Seeds

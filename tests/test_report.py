@@ -347,9 +347,19 @@ def _complete_results() -> dict[str, Any]:
         "images": 16,
         "images_per_second": 9.5,
     }
+    gain = {"mean": 0.01, "error": 0.02}
+    candidate = {
+        "name": "full lr=0.1", "strategy": "full", "verdict": "unlikely", "prior": gain, "posterior": gain, "estimated_s": 9.0,
+        "judged_by": "folds", "runs": 2, "num_images": 24, "quality": 0.9, "probe_quality": 0.8, "gain": gain, "seconds": 9.5,
+        "left_s": None,
+    }  # fmt: skip
+    skipped = {
+        **candidate, "verdict": "over_budget", "estimated_s": None, "judged_by": None, "runs": 0, "num_images": 0,
+        "quality": None, "probe_quality": None, "gain": None, "seconds": 0.0, "left_s": -1.0,
+    }  # fmt: skip
     choice = {
-        "advised": "lora", "kept": "linear_probe", "verdict": "over_budget", "probe": score, "tuned": None,
-        "standard_error": None, "estimated_s": 9.0, "left_s": -1.0, "reason": "a sentence",
+        "kept": "linear_probe", "strategy": "linear_probe", "probe": score, "candidates": [candidate, skipped],
+        "trained_on_all": True, "command": "hf-transfer train linear_probe", "reason": "a sentence",
     }  # fmt: skip
     details = {
         "phases": [{"policy": "head", "history": []}, {"policy": "full", "history": [epoch]}],
@@ -406,7 +416,7 @@ def test_the_schema_accepts_complete_results_and_no_others() -> None:
         (("plan", 1), {k: v for k, v in results["plan"][1].items() if k != "lr"}),
         (("plan", 1), {k: v for k, v in results["plan"][1].items() if k != "kept_epoch"}),
         (("details", "audited_tensors"), -1),
-        (("details", "auto", "verdict"), "kept linear_probe"),
+        (("details", "auto", "candidates", 0, "verdict"), "kept linear_probe"),
         (("details", "phases", 1, "history", 0, "validation"), 0.9),
         (("cost", "seconds"), {"train": 1.0}),
         (("curves", 0, "series", 0, "x", 0), None),

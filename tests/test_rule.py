@@ -3,6 +3,7 @@
 import importlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,7 +95,12 @@ def runs(
             ratio = float(regime.weights @ np.array(row)) + noise * float(rng.standard_normal())
             made.append(
                 fit_rule.BenchmarkRun(
-                    strategy=name, regime=regime, error=0.3 * math.exp(ratio), probe_error=0.3, num_test=10**7
+                    data_set="a",
+                    strategy=name,
+                    regime=regime,
+                    error=0.3 * math.exp(ratio),
+                    probe_error=0.3,
+                    num_test=10**7,
                 )
             )
     return made
@@ -123,6 +129,16 @@ def test_a_corner_without_runs_keeps_its_prior(fit_rule: ModuleType) -> None:
 
 def test_an_error_of_zero_has_a_finite_log_ratio(fit_rule: ModuleType) -> None:
     run = fit_rule.BenchmarkRun(
-        strategy="full", regime=REGIMES["much, similar"], error=0.0, probe_error=0.1, num_test=100
+        data_set="a", strategy="full", regime=REGIMES["much, similar"], error=0.0, probe_error=0.1, num_test=100
     )
     assert run.log_ratio == pytest.approx(math.log(0.005 / 0.105))
+
+
+def test_the_spread_is_that_of_the_ratio_on_a_data_set_that_was_left_out(fit_rule: ModuleType) -> None:
+    """Equal data sets predict each other, up to the one difference that stands for what was expected. Unequal ones do not."""
+    truth = dict.fromkeys(STRATEGIES[1:], (-0.1, -0.2, -0.3, -0.4))
+    alike = runs(fit_rule, truth, list(REGIMES.values()) * 30, noise=0.0)
+    halves = [replace(run, data_set=name) for run in alike for name in ("a", "b")]
+    assert max(fit_rule.fit_spread(halves).values()) < 0.06
+    worse = [replace(run, error=run.error * (2 if run.data_set == "b" else 1)) for run in halves]
+    assert min(fit_rule.fit_spread(worse).values()) > 0.4

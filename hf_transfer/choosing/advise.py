@@ -82,6 +82,8 @@ class Advice:
     recommended: str
     reason: str
     suggestions: tuple[Suggestion, ...]  # empty unless the data are little and different
+    images_per_second: float  # of a forward pass in the precision of the run
+    probe_seconds: float  # time of the solver for one head
     cost: Mapping[str, float]  # seconds of "loading", "features", "estimates", "pilots"; "images_computed"
 
     @property
@@ -190,6 +192,8 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
         recommended="linear_probe",
         reason="",
         suggestions=suggest(session, candidates, regime, depths, curve),
+        images_per_second=speed,
+        probe_seconds=probe_seconds,
         cost={},
     )
 

@@ -1,8 +1,8 @@
-"""Creates the strategies that `advise` compares, with the settings of the session, and the commands that run them."""
+"""Creates the strategies that `advise` and `auto` compare, with the session's settings, and the commands that run them."""
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_transfer.choosing.rule import STRATEGIES
@@ -13,6 +13,33 @@ from hf_transfer.strategy import Strategy, default_config, get_strategy
 
 # `tracker`, `resume` and `overwrite_output_dir` do not change the result. `make_command` adds the other three settings.
 NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "overwrite_output_dir", "output_dir"})
+
+AUTO: tuple[tuple[str, Mapping[str, Any]], ...] = (("probe_then_full", {}), ("full", {}))
+"""The strategies that `auto` compares with the linear probe, with settings other than their defaults."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A strategy that `auto` compares with the linear probe. The name has the settings that differ from the defaults."""
+
+    name: str
+    strategy: Strategy
+
+
+def list_candidates(session: Session) -> tuple[Candidate, ...]:
+    """Returns the candidates of `auto`, with the settings that the session has changed.
+
+    They keep the weights of the last epoch, because the held-out images that compare candidates must not select an epoch too.
+    """
+    own = session.config.strategy
+    changed = changed_settings(own, type(own)())
+    return tuple(
+        Candidate(
+            name=" ".join([name, *(f"{key}={value}" for key, value in settings.items() if key not in changed)]),
+            strategy=_inherit(get_strategy(name)(), {**settings, **changed, "keep_last_epoch": True}),
+        )
+        for name, settings in AUTO
+    )
 
 
 def find_candidates(session: Session) -> dict[str, Strategy]:

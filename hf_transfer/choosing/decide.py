@@ -1,118 +1,164 @@
-"""Runs the strategy `auto`: trains the linear probe and the advised strategy, and keeps the better of the two results.
+"""Runs the strategy `auto`: trains the linear probe, compares candidates with it, and trains the best on all images.
 
-Validation images decide. The probe's validation score comes from a fit to the training images only. Only the kept network is
-scored on the test images. `rule.choose` selects the advised strategy, and `reporting/sentences.py` describes the choice.
+Held-out images decide (see `judging`), by the posterior of each candidate's gain over the probe (see `gain`). Only the kept
+network is scored on the test images. `reporting/sentences.py` describes the choice.
 """
 
 import logging
-import math
-import time
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hf_transfer.choosing.advise import Advice, advise
-from hf_transfer.choosing.candidates import find_candidates
-from hf_transfer.choosing.pilots import agree
+from hf_transfer.choosing.candidates import find_candidates, list_candidates, make_command
+from hf_transfer.choosing.contest import Budget, Contest, Entry, Outcome, sort_entries
+from hf_transfer.choosing.gain import expect_gain
+from hf_transfer.choosing.judging import (
+    AUTO_STATES,
+    Division,
+    divide_images,
+    hold_out_validation,
+    plan_final,
+    run_final,
+)
+from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
+from hf_transfer.strategy import Strategy
 from hf_transfer.targets.target import check_classes
 from hf_transfer.training.evaluate import Scored, score_images
 from hf_transfer.training.feeds import check_augmentation
-from hf_transfer.training.final_fit import FinalFit
-from hf_transfer.training.records import AutoChoice, Kept, RunResult, Verdict
+from hf_transfer.training.pricing import Pricing
+from hf_transfer.training.records import AutoChoice, Judging, RunResult
 
 log = logging.getLogger(__name__)
 
-PILOT_SHARE = 1 / 3  # share of the budget for trial runs
-DEFAULT_PILOT_S = 600.0
 
+def choose_and_run(session: Session, *, budget_s: float | None) -> RunResult:
+    """Trains the linear probe and the candidates of `auto`. Returns the best result with the reason.
 
-def choose_and_run(session: Session, *, measure: bool, budget_s: float | None) -> RunResult:
-    """Trains the linear probe and the strategy that `advise` recommends. Returns the better result with the reason.
-
-    The result is bitwise equal to the result of a separate run of the same strategy. `budget_s` limits the estimated time of
-    the advised strategy's run and, with `measure`, of the trial runs. A run that has started is not interrupted.
+    The weights equal those of a run of the command in the result's `choice`, to the last bit. `budget_s` limits the estimated
+    time of all runs. A run that has started is not interrupted.
     """
     check_classes(session.data.target, "auto")
-    check_augmentation(session, reads_pixels=True)  # the advised strategy may train the whole network
-    started = time.perf_counter()
-    pilot_s = PILOT_SHARE * budget_s if budget_s else DEFAULT_PILOT_S
+    check_augmentation(session, reads_pixels=True)  # candidates train the whole network
+    budget = Budget(budget_s)
+    run_on_main(lambda: _remove_older(session))
     with session.costs.part("advise"):
-        advice = advise(session, measure=measure, budget_s=pilot_s if measure else budget_s)
+        advice = advise(session)
     session.costs.count_images("advise", int(advice.cost["images_computed"]))
     if session.is_main:
-        log.info("auto recommends the strategy %s: %s", advice.recommended, advice.reason)
-    candidates, unseen = find_candidates(session), session.without_test()
-    probe = candidates["linear_probe"]
-    result = probe.run(probe.restart(unseen))
-    choice = AutoChoice(
-        advised=advice.recommended, kept="linear_probe", verdict=Verdict.PROBE_ADVISED, probe=result.validation.score
-    )
-    if advice.recommended != "linear_probe":
-        estimated_s = next(e.seconds for e in advice.estimates if e.strategy == advice.recommended)
-        left_s = None if budget_s is None else agree(budget_s - (time.perf_counter() - started))
-        if left_s is not None and estimated_s > left_s:
-            choice = replace(choice, verdict=Verdict.OVER_BUDGET, estimated_s=estimated_s, left_s=left_s)
-        else:
-            advised = candidates[advice.recommended]
-            tuned = advised.run(advised.restart(unseen))
-            choice = compare(choice, tuned)
-            result = tuned if choice.kept == advice.recommended else result
-    if session.is_main:
-        log.info("auto keeps the result of the strategy %s; verdict: %s", choice.kept, choice.verdict)
-    metrics, logits = dict(result.metrics), dict(result.logits)
-    if session.data.test is not None:
-        with session.costs.part("evaluate"):
-            test = _score_test(session, result)
-        metrics["test"], logits["test"] = test.metrics, test.logits
-    details = {**result.details, "advice": _without_paths(advice, session)}
-    return replace(result, metrics=metrics, logits=logits, choice=choice, details=details)
+        log.info("advice: %s", advice.reason)
+    probe = find_candidates(session)["linear_probe"]
+    probe_result = probe.run(probe.restart(session.without_test()))
+    if session.save_so_far is not None:
+        session.save_so_far(session.without_test().with_strategy(probe), probe_result)
+    division, qualities = _divide(session, probe_result)
+    contest = Contest(session=session, division=division, probe_qualities=qualities, budget=budget)
+    for entry in list_entries(session, advice, qualities):
+        contest.enter(entry)
+    result = _train_best(session, contest, probe, probe_result)
+    details = {**result.details, "advice": _without_paths(advice.to_dict(), advice, session)}
+    command = _without_paths(result.choice.command if result.choice else "", advice, session)
+    assert result.choice is not None
+    return replace(result, choice=replace(result.choice, command=command), details=details)
 
 
-def run_candidate(session: Session, final: FinalFit) -> RunResult:
-    """Trains the strategy that most folds kept on all images."""
-    strategy = find_candidates(session)[final.strategy]
-    if session.is_main:
-        log.info("training the strategy that most folds kept on all images: %s", strategy.name)
-    return strategy.run(strategy.restart(session), final)
+def _remove_older(session: Session) -> None:
+    """Removes the stored results of an older run that this run does not resume."""
+    if session.checkpoints is not None and not session.config.output.resume:
+        shutil.rmtree(session.checkpoints / AUTO_STATES, ignore_errors=True)
 
 
-def compare(choice: AutoChoice, tuned: RunResult) -> AutoChoice:
-    """Returns `choice` with a verdict: whether the fine-tuned result beats the probe on the same validation images."""
-    accuracy, num_images = tuned.validation.score.quality, tuned.validation.num_samples
-    error = None if tuned.phases[0].is_solved else standard_error(choice.probe.quality, accuracy, num_images)
-    verdict = judge(accuracy - choice.probe.quality, error, tuned.phases[-1].kept)
-    kept = choice.advised if verdict is Verdict.TUNED_BETTER else "linear_probe"
-    return replace(choice, tuned=tuned.validation.score, kept=kept, verdict=verdict, standard_error=error)
+def list_entries(session: Session, advice: Advice, probe_qualities: NDArray[np.float64]) -> list[Entry]:
+    """Returns the candidates with their expected gains and costs, in the order in which they are judged."""
+    measured = {"images_per_second": advice.images_per_second, "probe_seconds": advice.probe_seconds}
+    pricings = [
+        Pricing(session=session, **speeds) for speeds in (measured, {"images_per_second": 1.0, "probe_seconds": 0.0})
+    ]
+    entries = []
+    for candidate in list_candidates(session):
+        seconds, cost = run_on_main(partial(_estimate_seconds, candidate.strategy, pricings))
+        gain = expect_gain(candidate.strategy.name, advice.regime, probe_qualities)
+        own_cost = float("inf") if cost is None else cost
+        entries.append(Entry(candidate=candidate, prior=gain, estimated_s=seconds, cost=own_cost))
+    return sort_entries(entries)
 
 
-def judge(gain: float, error: float | None, kept: Kept) -> Verdict:
-    """Returns the verdict on a fine-tuned network, given its `gain` in accuracy over the probe and the weights it `kept`.
+def _estimate_seconds(strategy: Strategy, pricings: Sequence[Pricing]) -> list[float | None]:
+    prices = [strategy.price(pricing) for pricing in pricings]
+    return [None if price is None else price.seconds for price in prices]
 
-    If fine-tuning started from an untrained head, `error` is the standard error of the gain. The gain must exceed `error`,
-    because the best epoch is partly luck. If fine-tuning started from a solved probe, `error` is None: an epoch was kept only
-    if it was significantly better than this probe, so a gain of 0 is enough.
+
+def _divide(session: Session, probe: RunResult) -> tuple[Division, NDArray[np.float64]]:
+    """Returns the division of the images, and the quality (N,) of the probe's cross-validated predictions of the pool.
+
+    If the probe predicted only validation images, the division has no folds, and the training images have quality NaN.
     """
-    if error is None and kept is Kept.START:
-        return Verdict.NO_EPOCH_BETTER
-    is_better = gain >= 0 if error is None else gain > error
-    return Verdict.TUNED_BETTER if is_better else Verdict.TUNED_NOT_BETTER
+    division = divide_images(session.data, session.config.seed)
+    if "train" not in probe.logits:
+        division = hold_out_validation(division)
+    pool, first = division.pool, len(session.data.train)
+    qualities = np.full(len(pool), np.nan)
+    for name, rows in (("train", np.arange(first)), ("validation", np.arange(first, len(pool)))):
+        if name in probe.logits:
+            qualities[rows] = pool.target.read_outcomes(probe.logits[name], pool.labels[rows]).qualities
+    return division, qualities
 
 
-def standard_error(first: float, second: float, num_images: int) -> float:
-    """Returns the standard error of the difference of two accuracies, each measured on `num_images` images."""
-    return math.sqrt((first * (1 - first) + second * (1 - second)) / max(1, num_images))
+def _train_best(session: Session, contest: Contest, probe: Strategy, probe_result: RunResult) -> RunResult:
+    """Trains the best candidate on all images, unless it is the probe, or a model that is kept as it is."""
+    best, records = contest.best, contest.finish()
+    strategy = probe if best is None else best.entry.candidate.strategy
+    name = probe.name if best is None else best.entry.candidate.name
+    choice = AutoChoice(
+        kept=name,
+        strategy=strategy.name,
+        probe=probe_result.validation.score,
+        candidates=records,
+        trained_on_all=best is None or best.model is None,
+        command=make_command(_repeat(session, best), strategy),
+    )
+    if session.is_main:
+        log.info("auto keeps %s", name)
+    if best is None:
+        return replace(_score_test(session, probe_result), choice=choice)
+    if best.model is not None:
+        return replace(_score_test(session, best.model), choice=choice)
+    assert best.division is not None
+    if session.is_main:
+        log.info("auto trains %s on all %d images", name, len(best.division.pool))
+    final = plan_final(best.division, list(best.results), session.config.seed)
+    return replace(run_final(session, best.entry.candidate, best.division.data, final), choice=choice)
 
 
-def _score_test(session: Session, result: RunResult) -> Scored:
-    assert session.data.test is not None
+def _repeat(session: Session, best: Outcome | None) -> Session:
+    """Returns the session with the settings of a run that trains the best candidate in the same way."""
+    repeat = replace(session.config.repeat, seeds=1)
+    if best is not None and best.division is not None and best.model is None:
+        by_folds = best.division.judged_by is Judging.FOLDS
+        repeat = replace(repeat, folds=len(best.division.parts)) if by_folds else replace(repeat, train_on_all=True)
+    return replace(session, config=replace(session.config, repeat=repeat))
+
+
+def _score_test(session: Session, result: RunResult) -> RunResult:
+    """Returns the result with metrics and logits of the test images, if the data set has them."""
+    if session.data.test is None:
+        return result
     chain = result.backbone.chain(cache_dir=session.resources.chain_dir)
-    return score_images(chain, result.backbone.preprocessing, session.data.test, session)
+    with session.costs.part("evaluate"):
+        scored: Scored = score_images(chain, result.backbone.preprocessing, session.data.test, session)
+    metrics, logits = {**result.metrics, "test": scored.metrics}, {**result.logits, "test": scored.logits}
+    return replace(result, metrics=metrics, logits=logits)
 
 
-def _without_paths(advice: Advice, session: Session) -> dict[str, Any]:
-    """Returns the advice as JSON values, with public names in place of local paths, because results.json may be published."""
+def _without_paths(value: Any, advice: Advice, session: Session) -> Any:
+    """Returns JSON values with public names in place of local paths, because results.json may be published."""
     config = session.config
     names: Mapping[str, str] = {config.model.checkpoint: advice.checkpoint, config.data.dataset: session.data.name}
     if config.data.image_root is not None:
@@ -128,5 +174,4 @@ def _without_paths(advice: Advice, session: Session) -> dict[str, Any]:
             return {k: public(v) for k, v in value.items()}
         return [public(v) for v in value] if isinstance(value, list | tuple) else value
 
-    cleaned: dict[str, Any] = public(advice.to_dict())
-    return cleaned
+    return public(value)

@@ -16,6 +16,7 @@ from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import Plan, SolveHeadPhase
 from hf_transfer.training.phases import run_phases
+from hf_transfer.training.steps import count_epochs
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def run_pilots(
     runs are compared on the same validation images.
     """
     started = time.perf_counter()
-    full_epochs = session.gradient.training.epochs
+    training = session.gradient.training
+    full_epochs = count_epochs(session, training.epochs, min_steps=training.min_steps)
     pilots = [_run("linear_probe", None, 0, session)]
     left, epochs = list(candidates), max(1, round(FIRST_SHARE * full_epochs))
     while left:
@@ -92,7 +94,7 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
 
 def _shorten(strategy: Strategy, epochs: int) -> GradientStrategy:
     assert isinstance(strategy, GradientStrategy)
-    training = replace(strategy.training, epochs=max(1, epochs), early_stopping_patience=0, wise_ft=False)
+    training = replace(strategy.training, epochs=max(1, epochs), min_steps=0, early_stopping_patience=0, wise_ft=False)
     return replace(strategy, training=training)
 
 

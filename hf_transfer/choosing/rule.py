@@ -31,6 +31,9 @@ TABLE: Table = {
 """`python benchmarks/advise.py fit --out benchmarks/results/advise.jsonl` makes this table from 24 cells (3 data sets, 2
 checkpoints, 10 and 50 images per class, 2 seeds). Few runs have much data, so for much data the prior of the fit dominates."""
 RESIDUAL = 0.33  # standard deviation of the measured log error ratios around the table
+SPREAD: Mapping[str, float] = {"last_layers": 0.19, "lora": 0.21, "probe_then_full": 0.25, "full": 0.37}
+"""Standard deviation of each strategy's measured error ratio around the ratio that a table of the other data sets predicts (the
+same command prints it). So it is the uncertainty of the ratio on a new data set."""
 WORTH = 0.005  # smallest gain in accuracy that justifies a costlier strategy
 
 

@@ -57,6 +57,8 @@ class Data:
     """The license that the dataset's card states, or None if no license is stated."""
     holds_out_validation: bool = False
     """Whether the validation images are a fold, on which no head may be fitted. Otherwise, solved heads are fitted on them."""
+    draws_validation: bool = False
+    """Whether the validation images were drawn from the training images, as the data set has no validation split."""
     loading_notes: tuple[str, ...]
     """The sentences of `notes` that are known before images are read."""
 
@@ -159,6 +161,7 @@ def _draw(splits: Mapping[Role, Split], config: DataConfig, stored: StoredData) 
         name=stored.name,
         revision=stored.revision,
         license=stored.license,
+        draws_validation=is_validation_drawn,
         loading_notes=(*stored.notes, *notes),
     )
 

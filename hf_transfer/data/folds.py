@@ -44,17 +44,17 @@ class DataFolds:
 
     def keep_all(self) -> Data:
         """Returns the data with the train and validation splits as drawn, for the model that trains on both."""
-        first = len(self.data.train)
-        note = (
-            f"The model is trained on all {len(self.pool):,} train and validation images. Validation metrics are of "
-            f"{self.count} folds: each image is predicted by a model of the same recipe that has not trained on its fold."
-        )
-        return replace(
-            self.data,
-            train=self.pool.take_from_pool(np.arange(first), "train"),
-            validation=self.pool.take_from_pool(np.arange(first, len(self.pool)), "validation"),
-            loading_notes=(*self.data.loading_notes, note),
-        )
+        return join_pool(self.data, self.pool)
+
+
+def join_pool(data: Data, pool: Split | None = None) -> Data:
+    """Returns the same splits, whose train and validation images take their rows from the stored results of one pool."""
+    pool, first = pool or join([data.train, data.validation]), len(data.train)
+    return replace(
+        data,
+        train=pool.take_from_pool(np.arange(first), "train"),
+        validation=pool.take_from_pool(np.arange(first, len(pool)), "validation"),
+    )
 
 
 def divide(data: Data, folds: int, seed: int) -> DataFolds:

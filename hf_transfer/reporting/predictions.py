@@ -30,7 +30,7 @@ Activated = NDArray[np.float32]
 
 
 def write_predictions(path: Path, splits: Sequence[Split], logits: Mapping[str, NDArray[np.float32]]) -> None:
-    """Writes a row for each image of the splits that have logits (N, K), in the order of `splits`."""
+    """Writes a row for each image of the splits that have finite logits (N, K), in the order of `splits`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -43,12 +43,13 @@ def write_predictions(path: Path, splits: Sequence[Split], logits: Mapping[str, 
                 continue
             assert len(of_split) == len(split), f"{len(of_split)} predictions for {len(split)} {split.name} images"
             numbers = activate(split.target, of_split)
-            for first in range(0, len(split), _ROWS_PER_GROUP):
-                rows = range(first, min(first + _ROWS_PER_GROUP, len(split)))
+            predicted = np.flatnonzero(np.isfinite(of_split).all(1))
+            for first in range(0, len(predicted), _ROWS_PER_GROUP):
+                rows = predicted[first : first + _ROWS_PER_GROUP]
                 columns = [
                     _make_texts([split.image_name(i) for i in rows]),
                     _make_texts([split.target.describe_label(split.labels[i]) for i in rows]),
-                    _make_lists(numbers[rows.start : rows.stop]),
+                    _make_lists(numbers[rows]),
                     _make_texts([split.name] * len(rows)),
                 ]
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))

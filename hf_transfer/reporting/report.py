@@ -18,10 +18,12 @@ from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import MetricInfo
 
 MAX_CONFUSED_PAIRS = 30
-ESTIMATED_BY_FOLDS = (
-    "There is no test split. Each image was predicted by a model that had not trained on its fold. The saved model has trained "
-    "on all of them."
-)
+ESTIMATED_BY = {  # metrics.validation.estimated_by -> sentence
+    "folds": "There is no test split. Each image was predicted by a model that had not trained on its fold. The saved model "
+    "has trained on all of them.",
+    "sibling": "There is no test split. Validation images were predicted by a model of the same recipe that had not trained on "
+    "them. The saved model has trained on them too.",
+}
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 
 _FOLDED = [  # key, title
@@ -126,7 +128,7 @@ def render_report(results: Mapping[str, Any]) -> str:
 
 def explain_validation(scores: Mapping[str, Any]) -> str:
     """Returns the sentence that says what validation metrics are worth if there is no test split."""
-    return ESTIMATED_BY_FOLDS if scores.get("estimated_by") == "folds" else NO_TEST_SPLIT
+    return ESTIMATED_BY.get(scores.get("estimated_by", ""), NO_TEST_SPLIT)
 
 
 def _list_precision(scores: Mapping[str, Any]) -> list[str]:

@@ -16,11 +16,16 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.fingerprint import read_version
 from hf_transfer.network.source import pin_checkpoint
 from hf_transfer.reporting.report import write_report
-from hf_transfer.reporting.sentences import describe_choice, describe_phase, describe_suspects
+from hf_transfer.reporting.sentences import (
+    describe_choice,
+    describe_estimates,
+    describe_phase,
+    describe_suspects,
+)
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings, to_settings
 from hf_transfer.strategy import Strategy
-from hf_transfer.training.final_fit import FoldRun
+from hf_transfer.training.final_fit import HeldOutRun
 from hf_transfer.training.records import PhaseResult, RunResult, phase_from_json, to_json
 
 SCHEMA_VERSION = 1  # raise the version if a change of results.json breaks scripts that read the file
@@ -35,6 +40,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
     data, strategy = session.data, session.config.strategy
     assert isinstance(strategy, Strategy)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    num_images = len(data.train) + len(data.validation)
     return {
         "schema_version": SCHEMA_VERSION,
         "strategy": strategy.name,
@@ -53,7 +59,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
             "fingerprint": {name: split.fingerprint for name, split in splits.items() if split is not None},
             "num_images": {name: len(split) for name, split in splits.items() if split is not None},
             "train_images_per_class": _count_images(data.train),
-            "notes": [*data.notes, *describe_suspects(result, len(data.train) + len(data.validation))],
+            "notes": [*data.notes, *describe_estimates(result, num_images), *describe_suspects(result, num_images)],
         },
         "checkpoint": _describe_checkpoint(result.backbone),
         "config": public_settings(session.config, {"checkpoint": session.backbone.source.name, "dataset": data.name}),
@@ -109,13 +115,12 @@ def write_config(output_dir: Path, config: RunConfig, unrepeatable: Sequence[str
     _write_whole(output_dir / CONFIG, comments + yaml.safe_dump(settings, sort_keys=False))
 
 
-def read_fold_run(results: Mapping[str, Any]) -> FoldRun:
-    """Returns what the run of a fold did, from its results.json."""
+def read_held_out_run(results: Mapping[str, Any]) -> HeldOutRun:
+    """Returns the phases of a run that held out a fold or the validation split, from its results.json."""
     details = results["details"]
     histories = [phase["history"] for phase in details["phases"]]
-    return FoldRun(
+    return HeldOutRun(
         phases=tuple(_read_phase(*each) for each in zip(results["plan"], histories, strict=True)),
-        strategy=details.get("auto", {}).get("kept", results["strategy"]),
         num_stages=len(details.get("stages", ())),
         depth=details.get("depth", 0),
     )

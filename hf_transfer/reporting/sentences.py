@@ -8,7 +8,16 @@ from hf_transfer.metrics.records import Metrics
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
-from hf_transfer.training.records import AutoChoice, Kept, PhaseResult, RunResult, Verdict
+from hf_transfer.training.final_fit import EstimatedBy
+from hf_transfer.training.records import (
+    AutoChoice,
+    CandidateRecord,
+    Judging,
+    Kept,
+    PhaseResult,
+    RunResult,
+    Verdict,
+)
 
 WIDE_INTERVAL = 0.03  # of an accuracy: 3 points
 SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
@@ -98,26 +107,38 @@ def describe_kept(phase: PhaseResult) -> str:
     """Returns a clause that says from which epoch a phase of gradient steps kept the weights."""
     if phase.kept is Kept.START:
         return "kept the weights from before the phase, because no epoch was significantly better"
+    if phase.kept is Kept.LAST:
+        return f"kept the weights of epoch {phase.kept_epoch}, the last one that it trained"
     return f"kept the weights of epoch {phase.kept_epoch}, selected on validation images"
 
 
 def describe_choice(choice: AutoChoice) -> str:
-    """Returns a sentence that says which strategy's result the strategy `auto` kept, and why."""
-    if choice.verdict is Verdict.PROBE_ADVISED:
-        return "auto kept linear_probe, the advised strategy"
-    if choice.verdict is Verdict.OVER_BUDGET:
-        return (
-            f"auto kept linear_probe: {choice.advised} was advised and needs about {choice.estimated_s:.0f} s, "
-            f"but only {choice.left_s:.0f} s of the budget are left"
-        )
-    if choice.verdict is Verdict.NO_EPOCH_BETTER:
-        return f"auto kept linear_probe: no epoch of {choice.advised} beat its initial probe significantly"
-    assert choice.tuned is not None
-    accuracies = (
-        f"{100 * choice.tuned.quality:.1f} % for {choice.advised}, {100 * choice.probe.quality:.1f} % for the probe"
+    """Returns a sentence that says which strategy the strategy `auto` kept, and what it expects of each candidate."""
+    each = "; ".join(map(_describe_candidate, choice.candidates))
+    reason = (
+        "no candidate is expected to be better" if choice.strategy == "linear_probe" else "the highest expected gain"
     )
-    error = "" if choice.standard_error is None else f", standard error {100 * choice.standard_error:.1f} points"
-    return f"auto kept {choice.kept}: validation accuracy is {accuracies}{error}"
+    trained = "" if choice.trained_on_all else "; no time was left to train it on validation images too"
+    return f"auto kept {choice.kept}: {reason} over the linear probe; {each}{trained}"
+
+
+def _describe_candidate(record: CandidateRecord) -> str:
+    """Returns the expected gain of a candidate over the probe, and what was measured."""
+    if record.verdict is Verdict.OVER_BUDGET:
+        needed = "" if record.estimated_s is None else f", one run of which needs about {record.estimated_s:.0f} s"
+        return f"{record.name}{needed}, did not fit into the remaining {max(0.0, record.left_s or 0.0):.0f} s"
+    assert record.gain is not None
+    low, high = (100 * bound for bound in record.posterior.interval)
+    place = (
+        "the validation split"
+        if record.judged_by is Judging.VALIDATION
+        else f"{record.runs} fold{'s' * (record.runs > 1)}"
+    )
+    stopped = ", stopped because it could hardly become the best" if record.verdict is Verdict.UNLIKELY else ""
+    return (
+        f"{record.name} {100 * record.posterior.mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; measured "
+        f"{100 * record.gain.mean:+.1f} on {record.num_images} images of {place}{stopped})"
+    )
 
 
 def _describe_solution(phase: PhaseResult) -> str:
@@ -154,3 +175,16 @@ def describe_suspects(result: RunResult, num_images: int) -> list[str]:
         f"The probe doubts the labels of {count:,} of {num_images:,} train and validation images. `hf-transfer audit` with the"
         " same --dataset and --checkpoint shows them, and looks for copies."
     ]
+
+
+def describe_estimates(result: RunResult, num_images: int) -> list[str]:
+    """Returns a sentence if the model trained on all `num_images` train and validation images; otherwise []."""
+    sources = {
+        EstimatedBy.FOLDS: "folds: each image is predicted by a model of the same recipe that has not trained on its fold.",
+        EstimatedBy.SIBLING: "its sibling, a model of the same recipe that has not trained on the validation images.",
+    }
+    estimated_by = result.validation.details.get("estimated_by")
+    if estimated_by is None:
+        return []
+    trained = f"The model is trained on all {num_images:,} train and validation images."
+    return [f"{trained} Validation metrics are of {sources[estimated_by]}"]

@@ -1,16 +1,16 @@
-"""Choose a strategy: train a linear probe and the strategy that `advise` recommends, and keep the better result.
+"""Choose a strategy: compare others with a linear probe on held-out images, and train the best on all images.
 
 The frozen network runs once over the images. The features show how accurate a probe is, how similar the images are to the
-pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). With `--measure`,
-short runs of the best candidates take the first third of the budget. Then the probe and the advised strategy are trained, and
-validation images decide which result is kept. A training setting that the user
-gives applies to every strategy. For other settings, each strategy has its own defaults.
+pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). Then each candidate
+is trained without a part of the images, and compared with the probe on that part: folds of few images, the validation split of
+many. The expected and the measured gain together decide. The best candidate is trained again on train and validation images. A
+training setting that the user gives applies to every candidate. For other settings, each strategy has its own defaults.
 """
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_transfer.config import SECONDS
+from hf_transfer.config import SECONDS, RunConfig, TrainingConfig
 from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from hf_transfer.session import Session
     from hf_transfer.training.final_fit import FinalFit
     from hf_transfer.training.records import RunResult
+
+SELECTING = (
+    "select_by",
+    "wise_ft",
+    "early_stopping_patience",
+)  # settings by which validation images choose the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +33,26 @@ class Auto(GradientStrategy):
     budget_s: float | None = flag(
         None, "approximate limit in seconds for all runs together; none: no limit", allowed=SECONDS
     )
-    measure: bool = flag(False, "choose the strategy after short training runs of the best candidates")
+
+    def check(self, config: RunConfig) -> None:
+        """Raises ValueError for settings that contradict how `auto` trains: several times, and always to the last epoch."""
+        super().check(config)
+        repeat = config.repeat
+        if repeat.folds or repeat.train_on_all:
+            raise ValueError(
+                f"auto: folds={repeat.folds}, train_on_all={repeat.train_on_all}: auto chooses its own folds; omit --folds and "
+                "--train_on_all, or give them to the strategy that auto keeps"
+            )
+        for name in SELECTING:
+            value = getattr(self.training, name)
+            if value != getattr(TrainingConfig(), name):
+                raise ValueError(
+                    f"auto: {name}={value}: the images that compare the strategies must not choose weights too; omit --{name}, "
+                    "or give it to the strategy that auto keeps"
+                )
 
     def run(self, session: "Session", final: "FinalFit | None" = None) -> "RunResult":
-        """Trains a linear probe and the advised strategy, and returns the better result.
+        """Trains a linear probe and the candidates, and returns the best result."""
+        from hf_transfer.choosing.decide import choose_and_run
 
-        With `final`, trains the strategy that most folds kept.
-        """
-        from hf_transfer.choosing.decide import choose_and_run, run_candidate
-
-        if final is not None:
-            return run_candidate(session, final)
-
-        return choose_and_run(session, measure=self.measure, budget_s=self.budget_s)
+        return choose_and_run(session, budget_s=self.budget_s)

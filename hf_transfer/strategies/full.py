@@ -41,7 +41,7 @@ class Full(GradientStrategy):
 
     def price(self, pricing: "Pricing") -> "Price":
         """Returns the estimated cost: decoding the images once, and training steps on every layer."""
-        return pricing.price_steps(self.training.epochs, self._policy(), passes=1, solves_head=False)
+        return pricing.price_steps(self.training, self._policy(), passes=1, solves_head=False)
 
     def _policy(self) -> "Policy":
         from hf_transfer.network.policies import biases, full, matching, norms

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hf_transfer.config import COUNT
 from hf_transfer.settings import Range, flag
-from hf_transfer.strategy import GradientStrategy
+from hf_transfer.strategy import SolvedHeadStrategy
 
 if TYPE_CHECKING:
     from hf_transfer.session import Session
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradual(GradientStrategy):
+class Gradual(SolvedHeadStrategy):
     """Settings of gradual unfreezing."""
 
     phases: int = flag(
@@ -36,7 +36,7 @@ class Gradual(GradientStrategy):
         _, *between, final = gradual(session.chain, self.phases)
         optimization, epochs = self.optimization, self.training.epochs
         return [
-            SolveHeadPhase(),
+            SolveHeadPhase(head_scale=self.head_scale),
             *(TrainPhase(policy=p, epochs=self.phase_epochs, optimization=optimization) for p in between),
             TrainPhase(policy=final, epochs=epochs, optimization=optimization),
         ]

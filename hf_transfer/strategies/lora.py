@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from hf_transfer.config import AdapterConfig, OptimizerConfig, TrainingConfig
 from hf_transfer.settings import flag
-from hf_transfer.strategy import GradientStrategy
+from hf_transfer.strategy import SolvedHeadStrategy
 
 if TYPE_CHECKING:
     from hf_transfer.session import Session
@@ -26,7 +26,7 @@ TRAINED_SHARE = 0.02  # rough share of the parameters that train
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(GradientStrategy):
+class Lora(SolvedHeadStrategy):
     """Settings of the adapters."""
 
     adapter: AdapterConfig = field(default=AdapterConfig())
@@ -59,7 +59,7 @@ class Lora(GradientStrategy):
         assert isinstance(session.backbone, Adapted)
         policy = session.backbone.policy()
         steps = TrainPhase(policy=policy, epochs=self.training.epochs, optimization=self.optimization)
-        return [SolveHeadPhase(sweep="none"), steps]
+        return [SolveHeadPhase(sweep="none", head_scale=self.head_scale), steps]
 
     def finish(self, session: "Session", result: "RunResult") -> "RunResult":
         """Returns the result with a description of the adapters, which are merged if `merge` is set or peft needs the base."""
@@ -75,7 +75,6 @@ class Lora(GradientStrategy):
         """Returns the estimated cost: a linear probe, and training steps that compute no gradients of frozen weights."""
         from hf_transfer.network.policies import full
 
-        epochs = self.training.epochs
         return pricing.price_steps(
-            epochs, full(), passes=1, solves_head=True, forwards=FORWARDS, trained_share=TRAINED_SHARE
+            self.training, full(), passes=1, solves_head=True, forwards=FORWARDS, trained_share=TRAINED_SHARE
         )

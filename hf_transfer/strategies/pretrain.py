@@ -38,11 +38,16 @@ class Pretrain(GradientStrategy):
     augmentation: AugmentationConfig = field(default=AugmentationConfig(hflip=0.0))
 
     def check(self, config: RunConfig) -> None:
-        """Raises ValueError if the settings name a checkpoint."""
+        """Raises ValueError if the settings name a checkpoint, or decay the weights to the initial weights."""
         super().check(config)
         if config.model.checkpoint != NO_CHECKPOINT:
             raise ValueError(
                 f"checkpoint={config.model.checkpoint!r}: pretraining starts from random weights; choose the strategy `full`"
+            )
+        if self.optimization.l2_sp:
+            raise ValueError(
+                f"l2_sp={self.optimization.l2_sp}: pretraining starts from random weights, and decays to none of them; "
+                "omit --l2_sp"
             )
 
     def find_network(self, config: RunConfig) -> None:

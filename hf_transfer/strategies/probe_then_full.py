@@ -8,7 +8,7 @@ best epoch on validation images. If no epoch is significantly better than the pr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_transfer.strategy import GradientStrategy
+from hf_transfer.strategy import SolvedHeadStrategy
 
 if TYPE_CHECKING:
     from hf_transfer.session import Session
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeThenFull(GradientStrategy):
+class ProbeThenFull(SolvedHeadStrategy):
     """Settings of LP-FT (linear probe, then fine-tuning)."""
 
     def plan(self, session: "Session") -> "Plan":
@@ -26,10 +26,10 @@ class ProbeThenFull(GradientStrategy):
         from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 
         steps = TrainPhase(policy=full(), epochs=self.training.epochs, optimization=self.optimization)
-        return [SolveHeadPhase(), steps]
+        return [SolveHeadPhase(head_scale=self.head_scale), steps]
 
     def price(self, pricing: "Pricing") -> "Price":
         """Returns the estimated cost: a linear probe, and training steps on all layers."""
         from hf_transfer.network.policies import full
 
-        return pricing.price_steps(self.training.epochs, full(), passes=1, solves_head=True)
+        return pricing.price_steps(self.training, full(), passes=1, solves_head=True)

@@ -26,6 +26,13 @@ class Averaged:
         self._averages = {name: _as_average(tensor.detach()).clone() for name, tensor in named.items()}
 
     @torch.no_grad()
+    def restart(self, named: Mapping[str, torch.Tensor]) -> None:
+        """Replaces each average by its tensor, as at the start."""
+        self._check(named, "restart")
+        self._updates = 0
+        _copy(named, self._averages)
+
+    @torch.no_grad()
     def update(self, named: Mapping[str, torch.Tensor]) -> None:
         """Moves each average towards its tensor by the share 1 - min(decay, (1 + t) / (10 + t)), after t updates."""
         self._check(named, "update")
@@ -33,8 +40,8 @@ class Averaged:
         self._updates += 1
         floats = [name for name, tensor in named.items() if tensor.is_floating_point()]
         if floats:
-            live = [_own(_as_average(named[name])) for name in floats]
-            torch._foreach_lerp_([_own(self._averages[name]) for name in floats], live, 1 - decay)
+            live = [own_shard(_as_average(named[name])) for name in floats]
+            torch._foreach_lerp_([own_shard(self._averages[name]) for name in floats], live, 1 - decay)
         for name, tensor in named.items():
             if not tensor.is_floating_point():
                 self._averages[name].copy_(tensor)
@@ -71,7 +78,7 @@ class Averaged:
             )
 
 
-def _own(tensor: torch.Tensor) -> torch.Tensor:
+def own_shard(tensor: torch.Tensor) -> torch.Tensor:
     """Returns this process's shard of a sharded tensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -1,14 +1,15 @@
-"""Plans how the model of a run with folds is trained on all images, without validation images: as long as the folds trained.
+"""Plans how a model is trained on all images, without validation images: as long as earlier runs with such images trained.
 
-Each phase follows its schedule up to the median of the epochs that the folds kept, and keeps the last weights. What a run
-without folds measures on validation images (the score after each epoch, the score of the kept weights) is the folds' mean here,
-and the metrics are of the folds' predictions, each for an image that the predicting model had not trained on.
+The earlier runs are one for each fold (`--folds`), or one sibling that held out the validation split (`--train_on_all`). Each
+phase follows its schedule up to the median of the epochs that they kept, and keeps the last weights. What other runs measure on
+validation images (the score after each epoch, the score of the kept weights) is the earlier runs' mean here, and the metrics
+are of their predictions, each for an image that the predicting model had not trained on.
 """
 
 import statistics
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,35 +18,39 @@ from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.training.records import Kept, PhaseResult
 
 
+class EstimatedBy(StrEnum):
+    """The earlier runs whose predictions give the validation metrics of a model that is trained on all images."""
+
+    FOLDS = "folds"
+    SIBLING = "sibling"
+
+
 @dataclass(frozen=True, kw_only=True)
-class FoldRun:
-    """The phases of the run of one fold, and the strategy that it kept."""
+class HeldOutRun:
+    """The phases of an earlier run, which held out one fold or the validation split."""
 
     phases: tuple[PhaseResult, ...]
-    strategy: str  # the strategy whose result was kept, which differs from the run's own for `auto`
     num_stages: int = 0  # how many of the phases, from the first, were stages of a greedy stack
     depth: int = 0  # how many stages the greedy stack kept
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseLength:
-    """How long a phase trains, with the folds' mean scores."""
+    """How long a phase trains, with the mean scores of the earlier runs."""
 
     epochs: int  # the epoch whose weights are kept; 0: the phase keeps the initial weights
+    planned_epochs: int  # the length of the schedule in epochs
     scores: tuple[Score, ...]  # after each epoch
     score: Score  # of the kept weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinalFit:
-    """The lengths of all phases of the model that trains on all images, and the metrics and predictions of the folds."""
+    """The lengths of all phases of the model that trains on all images, with metrics and predictions of the earlier runs."""
 
     phases: tuple[PhaseLength, ...]
     metrics: Metrics
-    logits: Mapping[
-        str, NDArray[np.float32]
-    ]  # (N, K) of train and validation images, each by the fold that held it out
-    strategy: str
+    logits: Mapping[str, NDArray[np.float32]]  # (N, K) by split, each row by a run that held the image out
     stages: tuple[PhaseLength, ...] = ()  # of a greedy stack
     wise_ft_alpha: float | None = None
 
@@ -54,25 +59,27 @@ class FinalFit:
         return replace(self, phases=self.stages, wise_ft_alpha=None)
 
 
-def plan_final_fit(runs: Sequence[FoldRun], metrics: Metrics, logits: Mapping[str, NDArray[np.float32]]) -> FinalFit:
-    """Returns the final fit after the runs of all folds. Of several strategies, the one that most folds kept is trained."""
-    votes = Counter(run.strategy for run in runs)
-    strategy = max(votes, key=lambda name: (votes[name], name == "linear_probe"))
-    kept = [run for run in runs if run.strategy == strategy]
-    depth = round(statistics.median_low(run.depth for run in kept))
-    alphas = [alpha for run in kept if run.phases and (alpha := run.phases[-1].wise_ft_alpha) is not None]
+def plan_final_fit(
+    runs: Sequence[HeldOutRun],
+    metrics: Metrics,
+    logits: Mapping[str, NDArray[np.float32]],
+    *,
+    estimated_by: EstimatedBy,
+) -> FinalFit:
+    """Returns the final fit after the earlier runs. `logits` (N, K) are their predictions by split, and have the `metrics`."""
+    depth = round(statistics.median_low(run.depth for run in runs))
+    alphas = [alpha for run in runs if run.phases and (alpha := run.phases[-1].wise_ft_alpha) is not None]
     return FinalFit(
-        phases=tuple(_average([run.phases[run.num_stages :] for run in kept])),
-        metrics=replace(metrics, details={**metrics.details, "estimated_by": "folds"}),
+        phases=tuple(_average([run.phases[run.num_stages :] for run in runs])),
+        metrics=replace(metrics, details={**metrics.details, "estimated_by": estimated_by.value}),
         logits=logits,
-        strategy=strategy,
-        stages=tuple(_average([run.phases[: run.num_stages] for run in kept]))[:depth],
+        stages=tuple(_average([run.phases[: run.num_stages] for run in runs]))[:depth],
         wise_ft_alpha=statistics.median(alphas) if alphas else None,
     )
 
 
 def _average(plans: Sequence[Sequence[PhaseResult]]) -> Iterator[PhaseLength]:
-    """Yields the length of each phase. A phase that only some folds ran has their length."""
+    """Yields the length of each phase. A phase that only some runs had has their length."""
     for number in range(max(map(len, plans))):
         phases = [plan[number] for plan in plans if number < len(plan)]
         epochs = statistics.median_low(0 if p.kept is Kept.START else p.kept_epoch or 0 for p in phases)
@@ -81,7 +88,12 @@ def _average(plans: Sequence[Sequence[PhaseResult]]) -> Iterator[PhaseLength]:
             mean_score([scores[epoch] for scores in histories if epoch < len(scores)])
             for epoch in range(max(map(len, histories)))
         ]
-        yield PhaseLength(epochs=epochs, scores=tuple(scores), score=mean_score([p.score for p in phases]))
+        yield PhaseLength(
+            epochs=epochs,
+            planned_epochs=statistics.median_low(p.epochs for p in phases),  # at least `epochs`, also a median
+            scores=tuple(scores),
+            score=mean_score([p.score for p in phases]),
+        )
 
 
 def mean_score(scores: Sequence[Score]) -> Score:

@@ -9,7 +9,7 @@ from hf_transfer.data.splits import Split
 from hf_transfer.locations import chain_dir
 from hf_transfer.network.head import has_bias, measure_inputs, scale_outputs
 from hf_transfer.session import Session
-from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.final_fit import EstimatedBy
 from hf_transfer.training.records import RunResult
 
 
@@ -23,13 +23,13 @@ def check_foldable(session: Session) -> None:
         )
 
 
-def finish_target(session: Session, result: RunResult, final: FinalFit | None = None) -> RunResult:
+def finish_target(session: Session, result: RunResult) -> RunResult:
     """Returns the result whose network is ready to be saved: with fitted decisions and, in place, outputs that are numbers.
 
-    Decisions, such as the thresholds of labels, are fitted to the predictions of validation images or, with `final`, to the
-    folds' predictions of train and validation images. If they change, all metrics are computed again.
+    Decisions, such as the thresholds of labels, are fitted to the predictions of validation images or, if folds estimated the
+    metrics, to the folds' predictions of train and validation images. If they change, all metrics are computed again.
     """
-    result = _fit_decisions(session, result, final)
+    result = _fit_decisions(session, result)
     folding = result.backbone.target.fold()
     if folding is None:
         return result
@@ -42,18 +42,23 @@ def finish_target(session: Session, result: RunResult, final: FinalFit | None = 
     return replace(result, backbone=replace(result.backbone, target=target))
 
 
-def _fit_decisions(session: Session, result: RunResult, final: FinalFit | None) -> RunResult:
+def _fit_decisions(session: Session, result: RunResult) -> RunResult:
     data, target = session.data, result.backbone.target
     if "validation" not in result.logits:
         return result
     # The images that the metrics of each split are of.
+    is_by_folds = result.validation.details.get("estimated_by") == EstimatedBy.FOLDS
     images: dict[str, Sequence[Split]] = {
-        "validation": [data.validation] if final is None else [data.train, data.validation]
+        "validation": [data.train, data.validation] if is_by_folds else [data.validation]
     }
     if data.test is not None and "test" in result.logits:
         images["test"] = [data.test]
     logits = {name: np.concatenate([result.logits[split.name] for split in splits]) for name, splits in images.items()}
     labels = {name: np.concatenate([split.labels for split in splits]) for name, splits in images.items()}
+    is_predicted = np.isfinite(logits["validation"]).all(
+        1
+    )  # all images, unless a budget allowed only some of the folds
+    logits["validation"], labels["validation"] = logits["validation"][is_predicted], labels["validation"][is_predicted]
     decided = target.fit_decisions(logits["validation"], labels["validation"])
     if decided == target:
         return result

@@ -20,6 +20,7 @@ from torch import nn
 
 from hf_transfer.interrupts import deferred
 from hf_transfer.metrics.records import Score
+from hf_transfer.network.dropping import find_head_dropouts, head_dropout, stochastic_depth
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.processes import wait_for_everyone
@@ -27,7 +28,7 @@ from hf_transfer.session import Session
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits
 from hf_transfer.training.feeds import PhaseData
-from hf_transfer.training.optim import group_parameters, make_optimizer
+from hf_transfer.training.optim import decay_to_start, group_parameters, make_optimizer
 from hf_transfer.training.records import EpochRecord, Kept, to_json
 from hf_transfer.training.selection import Selection, Validation, score_validation
 from hf_transfer.training.sharding import Shards, gather, split_like, uses_shards
@@ -69,7 +70,8 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
     progress = Progress()
     with ExitStack() as contexts:
         trained_run, trainable = _prepare(run, contexts)
-        selection = Selection(trainable.state, training.select_by)
+        keeps_last = training.keep_last_epoch or run.length is not None
+        selection = Selection(trainable.state, training.select_by, keeps_last=keeps_last)
         if resumed is not None:
             progress = Progress.from_json(resumed["progress"])
             _restore(resumed, selection, trainable, accelerator)
@@ -77,6 +79,8 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
             selection.keep(run.length.score, None)
         elif starts_trained:
             selection.keep_start(validate(trainable.evaluated, session, run.inputs))
+        if resumed is None and run.head_scale != 1:
+            _scale_head(trained_run, trainable)
         steps = Steps(trained_run, trainable)
 
         def save() -> None:
@@ -149,11 +153,17 @@ def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
     if shards is not None:
         run = replace(run, session=session.with_chain(shards.chain))
     chain = run.session.chain
+    own_dropouts = find_head_dropouts(session.chain) if training.dropout is not None else []
+    contexts.enter_context(stochastic_depth(chain, training.drop_path))
     network: nn.Module = contexts.enter_context(chain.part(start=run.inputs.cut))
+    contexts.enter_context(head_dropout(chain, training.dropout, own_dropouts))
     if training.gradient_checkpointing:
         contexts.enter_context(_recompute_activations(chain.model))
     groups = group_parameters(chain, run.names, run.phase.optimization)
     optimizer = make_optimizer(groups, run.phase.optimization, fused=session.resources.choices.fused_optimizer)
+    if run.phase.optimization.l2_sp:
+        start = {name: run.start[name] for name in run.names}
+        decay_to_start(optimizer, split_like(start, dict(chain.model.named_parameters())))
     evaluated: nn.Module
     if shards is not None:
         evaluated = contexts.enter_context(session.chain.part(start=run.inputs.cut))
@@ -172,6 +182,15 @@ def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
         network=prepared, evaluated=evaluated, optimizer=optimizer, state=state, average=average, shards=shards
     )
     return run, trainable
+
+
+@torch.no_grad()
+def _scale_head(run: PhaseRun, trainable: Trainable) -> None:
+    """Multiplies the classifier's weights and their averages, in place. The selection has copies of the initial weights."""
+    for name in run.names.intersection(run.session.chain.classifier_parameters):
+        trainable.state[name].mul_(run.head_scale)
+    if trainable.average is not None:
+        trainable.average.restart(trainable.state)
 
 
 def _find_trainable_state(run: PhaseRun) -> dict[str, torch.Tensor]:
@@ -235,7 +254,7 @@ def _log_epoch(record: EpochRecord, run: PhaseRun, *, is_kept: bool) -> None:
         log.info(
             "epoch %d: loss %.4f%s, %s %s, %.0f images/s%s", record.epoch, record.train_loss,
             "" if record.train_accuracy is None else f", train accuracy {100 * record.train_accuracy:.1f} %",
-            "validation" if run.length is None else "the folds' mean", record.validation.describe(),
+            "validation" if run.length is None else "held-out", record.validation.describe(),
             record.images_per_second, " (keeping these weights)" if is_kept else "",
         )  # fmt: skip
 

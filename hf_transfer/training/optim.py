@@ -1,12 +1,12 @@
 """Makes the optimizer of a phase, its parameter groups and its learning-rate schedule.
 
-Each trainable parameter is in exactly one group; groups differ in the layer and in weight decay. Learning rates fall with the
-distance from the head along the chain (the network as a sequence of layers), by layer-wise decay (arXiv 2106.08254; 2111.06377
-section A.1). The schedule is a pure function of the step, so a resumed run does not restore a schedule.
+Each trainable parameter is in exactly one group; groups differ in the layer and in the decay of the weights. Learning rates
+fall with the distance from the head along the chain (the network as a sequence of layers), by layer-wise decay (arXiv
+2106.08254; 2111.06377 section A.1). The schedule is a pure function of the step, so a resumed run does not restore it.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from hf_transfer.config import OptimizerConfig
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.policies import is_norm
+from hf_transfer.training.ema import own_shard
 
 ONE_CYCLE_START = 1 / 25  # fastai's `div` and `div_final`
 ONE_CYCLE_END = 1e-5
@@ -24,7 +25,8 @@ ONE_CYCLE_END = 1e-5
 def group_parameters(chain: Chain, trainable: Collection[str], optimization: OptimizerConfig) -> list[dict[str, Any]]:
     """Returns parameter groups for torch's optimizers. Groups of the same layer differ in weight decay or learning rate.
 
-    The keys of a group are `params`, `names`, `lr`, `initial_lr` and `weight_decay`. Groups are in the order of the layers.
+    The keys of a group are `params`, `names`, `lr`, `initial_lr`, `weight_decay` and `l2_sp` (see `decay_to_start`). Groups are
+    in the order of the layers.
     Raises ValueError if `trainable` is empty, or if a name is not a parameter of any layer.
     """
     unknown = set(trainable) - {name for layer in chain.layers for name in layer.parameters}
@@ -34,7 +36,7 @@ def group_parameters(chain: Chain, trainable: Collection[str], optimization: Opt
         raise ValueError("no parameter trains: choose a policy that selects at least one parameter")
     parameters = dict(chain.model.named_parameters())
     head = _head_parameters(chain)
-    groups: dict[tuple[int, float, float], dict[str, Any]] = {}
+    groups: dict[tuple[int, float, float, float], dict[str, Any]] = {}
     for i, layer in enumerate(chain.layers):
         below_head = max(0, len(chain.layers) - 2 - i)
         layer_lr = optimization.lr * optimization.layer_decay**below_head
@@ -42,9 +44,10 @@ def group_parameters(chain: Chain, trainable: Collection[str], optimization: Opt
             if name not in trainable:
                 continue
             lr = optimization.head_lr if name in head and optimization.head_lr is not None else layer_lr
-            decay = optimization.weight_decay if is_decayed(chain.model, name) else 0.0
-            new = {"params": [], "names": [], "lr": lr, "initial_lr": lr, "weight_decay": decay}
-            group = groups.setdefault((i, lr, decay), new)
+            l2_sp = 0.0 if name in chain.classifier_parameters else optimization.l2_sp
+            decay = optimization.weight_decay if not l2_sp and is_decayed(chain.model, name) else 0.0
+            new = {"params": [], "names": [], "lr": lr, "initial_lr": lr, "weight_decay": decay, "l2_sp": l2_sp}
+            group = groups.setdefault((i, lr, decay, l2_sp), new)
             group["params"].append(parameters[name])
             group["names"].append(name)
     return list(groups.values())
@@ -74,6 +77,24 @@ def make_optimizer(
     name = "momentum" if is_plain else optimization.optimizer
     options: dict[str, Any] = {"fused": True} if fused else {}
     return create_optimizer_v2(groups, opt=name, lr=optimization.lr, momentum=optimization.momentum, **options)
+
+
+def decay_to_start(optimizer: torch.optim.Optimizer, start: Mapping[str, torch.Tensor]) -> None:
+    """Adds L2-SP to each step of the optimizer: before the step, w -= lr * l2_sp * (w - start) (arXiv 1802.01483, section 3.1).
+
+    The decay is decoupled from the gradients, as AdamW's decay towards zero is. `start`: tensors by parameter name, sharded
+    like the parameters; not changed.
+    """
+
+    @torch.no_grad()
+    def decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group["l2_sp"]:
+                weights = [own_shard(parameter) for parameter in group["params"]]
+                targets = [own_shard(start[name]) for name in group["names"]]
+                torch._foreach_lerp_(weights, targets, min(1.0, group["lr"] * group["l2_sp"]))
+
+    optimizer.register_step_pre_hook(decay)
 
 
 def lr_factor(step: int, total_steps: int, optimization: OptimizerConfig) -> float:

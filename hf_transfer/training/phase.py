@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_transfer.config import OptimizerConfig, SelectBy, Sweep
+from hf_transfer.config import HEAD_SCALE, OptimizerConfig, SelectBy, Sweep
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.policies import Policy, head
@@ -50,28 +50,40 @@ class SolveHeadPhase:
     sweep: Sweep = "all"  # the readouts (ways to compute features from the network) that compete at the end of the run
     cv_folds: int = 5
     select_by: SelectBy = "log_loss"
+    head_scale: float = 1.0  # factor of the head that the next phase starts from; a kept head is not scaled
 
     def __post_init__(self) -> None:
         if self.cv_folds < 1:
             raise ValueError(
                 f"cv_folds={self.cv_folds}: choose 1 (validation images choose C) or more (cross-validation)"
             )
+        if self.head_scale not in HEAD_SCALE:
+            raise ValueError(f"head_scale={self.head_scale}: choose {HEAD_SCALE.describe('head_scale')}")
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings that decide what the phase does, as JSON values."""
-        return {"sweep": self.sweep, "cv_folds": self.cv_folds, "select_by": self.select_by}
+        return {
+            "sweep": self.sweep,
+            "cv_folds": self.cv_folds,
+            "select_by": self.select_by,
+            "head_scale": self.head_scale,
+        }
 
 
 Plan = Sequence[TrainPhase | SolveHeadPhase]
 
 
-def solve_head(*, sweep: Sweep = "all", cv_folds: int = 5, select_by: SelectBy = "log_loss") -> SolveHeadPhase:
+def solve_head(
+    *, sweep: Sweep = "all", cv_folds: int = 5, select_by: SelectBy = "log_loss", head_scale: float = 1.0
+) -> SolveHeadPhase:
     """Returns a phase that computes the head with a solver, for use in a custom plan.
+
+    The next phase trains from the head multiplied by `head_scale`; 0: from a head of zeros.
 
     >>> solve_head(cv_folds=3).cv_folds
     3
     """
-    return SolveHeadPhase(sweep=sweep, cv_folds=cv_folds, select_by=select_by)
+    return SolveHeadPhase(sweep=sweep, cv_folds=cv_folds, select_by=select_by, head_scale=head_scale)
 
 
 def train(policy: Policy, *, epochs: int = 12, **optimization: Any) -> TrainPhase:

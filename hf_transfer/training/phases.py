@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
+from hf_transfer.network.dropping import check_head_dropout, check_stochastic_depth
 from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
 from hf_transfer.prefix.allocator import keep_freed_memory
@@ -24,16 +25,16 @@ from hf_transfer.settings import to_settings
 from hf_transfer.training import readouts, wise
 from hf_transfer.training.checkpoints import StateWriter, remove_state, share_state
 from hf_transfer.training.feeds import PhaseData, check_augmentation, make_phase_data
-from hf_transfer.training.final_fit import FinalFit
+from hf_transfer.training.final_fit import FinalFit, PhaseLength
 from hf_transfer.training.fit_head import describe_solution
 from hf_transfer.training.loop import train_phase, validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.records import PhaseCost, PhaseResult, phase_from_json, to_json
-from hf_transfer.training.steps import PhaseRun, count_accumulated, count_images_per_step
+from hf_transfer.training.steps import PhaseRun, count_accumulated, count_epochs, count_images_per_step
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 6  # increase this number when a run could not continue from older states in the same way
+STATE_FORMAT = 7  # increase this number when a run could not continue from older states in the same way
 
 # Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
 BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
@@ -41,7 +42,8 @@ BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 # preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "num_threads", "tracker",
-    "save_every_s", "folds", "seeds", "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
+    "save_every_s", "folds", "train_on_all", "seeds",
+    "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
     "push_to_hub", "private", "exclude", "relabel",
 ))  # fmt: skip
 
@@ -76,7 +78,7 @@ def run_phases(
     The session's chain describes the whole network; a phase may train a part of the network through a chain of its own.
     Before every phase except the first, `continues` decides from the earlier results whether to run the phase.
 
-    With `final`, every phase trains on train and validation images, as long as the folds did, and nothing is validated.
+    With `final`, every phase trains on train and validation images, as long as earlier runs did, and nothing is validated.
     With `resume`, the run continues from the state in `checkpoints`. On a CPU, the result is then the same to the last bit as
     without the interruption. Raises ValueError, with the differences, if plan, network, data or settings have changed, and
     ContinuableError if a state cannot be saved. The last state is on the disk when this function ends.
@@ -113,14 +115,18 @@ class _PlanRun:
             (c, s) for p, c, s in zip(plan, self.chains, self.selected, strict=True) if isinstance(p, TrainPhase)
         ]
         if gradient:
-            check_augmentation(session, reads_pixels=any(chain.lowest_cut(names) is None for chain, names in gradient))
+            cuts = [chain.lowest_cut(names) for chain, names in gradient]
+            check_augmentation(session, reads_pixels=None in cuts)
+            check_stochastic_depth(session.chain, session.gradient.training.drop_path, cuts)
+            check_head_dropout(session.chain, session.gradient.training.dropout)
         self.done: list[PhaseResult] = []
         self.start: wise.Weights | None = None
         self.is_resumed = False
+        self._initial: wise.Weights = {}  # trained weights before the run, for L2-SP
         self._phase_state: PhaseState = None  # state of the interrupted phase
         self._inputs: PhaseData | None = None  # inputs of the previous phase
         self._validation_logits: NDArray[np.float32] | None = None  # of the previous phase's kept weights
-        self._identity = _describe_identity(session, plan, final)
+        self._identity = describe_identity(session, plan, final)
         self._writer = StateWriter(checkpoints) if session.is_main and checkpoints is not None else None
 
     @property
@@ -156,10 +162,13 @@ class _PlanRun:
         if session.accelerator.device.type == "cpu":
             keep_freed_memory()
         place_model(chain.model, session.resources)
+        if any(isinstance(phase, TrainPhase) and phase.optimization.l2_sp for phase in self.plan):
+            # A resumed run starts from the same network, as the state's identity proves.
+            self._initial = wise.copy_weights(chain.model, frozenset().union(*self.selected))
         resume = session.config.output.resume
         state = share_state(self.checkpoints, session.accelerator) if resume and self.checkpoints is not None else None
         if state is not None:
-            _check_same(state["identity"], self._identity)
+            check_same(state["identity"], self._identity)
             if session.is_main and state["batches"] != (now := _describe_batches(session)):
                 log.warning(
                     "the saved state is from %s, and the run continues with %s: the result is the same up to rounding if the "
@@ -206,9 +215,11 @@ class _PlanRun:
 
     def _train(self, number: int, phase: TrainPhase, session: Session) -> PhaseResult:
         length = None if self.final is None else self.final.phases[number]
+        phase = self._lengthen(phase, length)
         session = session if length is None else session.with_all_images()
         cut = session.chain.lowest_cut(self.selected[number])
         before = self._inputs if phase.through else None
+        previous = self.plan[number - 1] if number else None
         times = [time.perf_counter()]
         with session.costs.part("store"):
             self._inputs = make_phase_data(session, cut, through=phase.through, before=before)
@@ -221,6 +232,8 @@ class _PlanRun:
             save=self.save,
             epochs_before=sum(result.epochs for result in self.done),
             seed_offset=number << 32,  # two phases never use the same seed
+            start=self._initial,
+            head_scale=previous.head_scale if isinstance(previous, SolveHeadPhase) else 1.0,
             length=length,
         )
         # A phase with its own chain has a new head, which no earlier phase has trained.
@@ -250,6 +263,16 @@ class _PlanRun:
                 train_images=trained.images,
             ),
         )
+
+    def _lengthen(self, phase: TrainPhase, length: PhaseLength | None) -> TrainPhase:
+        """Returns the phase with the epochs that `min_steps` needs or, on all images, with the epochs of the folds."""
+        if length is not None:
+            return replace(phase, epochs=length.planned_epochs)
+        min_steps = self.session.gradient.training.min_steps
+        epochs = count_epochs(self.session, phase.epochs, min_steps=min_steps)
+        if epochs > phase.epochs and self.session.is_main:
+            log.info("training for %d epochs in place of %d, to take %d steps or more", epochs, phase.epochs, min_steps)
+        return replace(phase, epochs=epochs)
 
     def _find_start(self, number: int) -> wise.Weights:
         """Returns the weights before the first gradient step. A linear probe replaces a head that is not trained yet."""
@@ -318,7 +341,7 @@ def _solve(
     return replace(describe_solution(best, phase, session.data.target), score=score)
 
 
-def _describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> dict[str, Any]:
+def describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> dict[str, Any]:
     """Describes network, settings, data and plan as JSON values. A run resumes only from a state with the same description."""
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED | BATCHES}
     settings["images_per_step"] = count_images_per_step(session)
@@ -338,7 +361,8 @@ def _describe_batches(session: Session) -> str:
     return f"{processes} processes with {accumulated} batches of {session.config.compute.batch_size} images per step"
 
 
-def _check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the differences, if a state that was saved with the identity `saved` is of another run."""
     names = [k for k in {**saved, **current} if saved.get(k) != current.get(k)]
     if names:
         changes = "; ".join(f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in names[:5])

@@ -34,7 +34,7 @@ def run_plan(session: Session, plan: Plan, final: FinalFit | None = None) -> Run
     result is a linear probe (see `training.fit_head`). This probe is fitted on validation images too, each of which is scored
     by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
 
-    With `final`, everything trains on train and validation images together, and the folds' metrics are those of validation.
+    With `final`, everything trains on train and validation images, and the metrics of validation are those of earlier runs.
     Saves states in the folder `session.checkpoints`. Raises the errors of `check_foldable` and `run_phases`.
     """
     check_foldable(session)

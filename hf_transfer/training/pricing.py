@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from hf_transfer.config import TrainingConfig
 from hf_transfer.costs import anonymous_memory_bytes
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
@@ -17,7 +18,7 @@ from hf_transfer.network.describe import count_flops
 from hf_transfer.network.policies import Policy
 from hf_transfer.session import Session
 from hf_transfer.training.evaluate import AGREEING_IMAGES
-from hf_transfer.training.steps import CPU_BATCH, CPU_STORED_BATCH
+from hf_transfer.training.steps import CPU_BATCH, CPU_STORED_BATCH, count_epochs
 
 COPIES_OF_TRAINED = 5  # gradient, two moments, moving average, best weights so far
 FORWARDS_PER_STEP = 3.0  # one forward pass, and a backward pass that costs two forward passes
@@ -45,7 +46,7 @@ class Pricing:
 
     def price_steps(
         self,
-        epochs: int,
+        training: TrainingConfig,
         policy: Policy,
         *,
         passes: int,
@@ -55,7 +56,8 @@ class Pricing:
     ) -> Price:
         """Estimates gradient steps on the parameters of `policy`, after `passes` passes over the images.
 
-        `solves_head`: whether a solver fits the head first. `trained_share` replaces the policy's share of trained parameters.
+        `training`: settings of the strategy, of which `epochs` and `min_steps` are read. `solves_head`: whether a solver fits
+        the head first. `trained_share` replaces the policy's share of trained parameters.
         """
         chain, data = self.session.chain, self.session.data
         names = policy.select(chain)
@@ -65,6 +67,7 @@ class Pricing:
         trained = sum(sizes[n] for n in names) if trained_share is None else int(trained_share * weights)
         train, validation = len(data.train), len(data.validation)
         epoch = self._share_above(cut) * (forwards * train + validation) / self.images_per_second
+        epochs = count_epochs(self.session, training.epochs, min_steps=training.min_steps)
         first = passes * self._pass_seconds + (self.probe_seconds if solves_head else 0.0)
         # At the end, the validation logits of the last epoch are compared with those of the saved network.
         seconds = first + epochs * epoch + min(validation, AGREEING_IMAGES) / self.images_per_second

@@ -20,7 +20,8 @@ class Kept(StrEnum):
     """The origin of the weights at the end of a phase."""
 
     START = "start"  # the initial weights, because no epoch was better beyond chance
-    EPOCH = "epoch"  # the weights after the epoch `PhaseResult.kept_epoch`
+    EPOCH = "epoch"  # the weights after the epoch `PhaseResult.kept_epoch`, which validation images selected
+    LAST = "last"  # the weights after the last epoch, `PhaseResult.kept_epoch`, which nothing selected
     SOLUTION = "solution"  # the solution of the convex problem for the head
 
 
@@ -96,28 +97,65 @@ class Curve:
     x_log: bool = False
 
 
-class Verdict(StrEnum):
-    """The reason why the strategy `auto` kept its result."""
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What is known about the gain of a strategy over the linear probe in quality per image: a normal distribution."""
 
-    PROBE_ADVISED = "probe_advised"  # the linear probe was advised, so no other strategy ran
-    OVER_BUDGET = "over_budget"  # the advised strategy did not fit into the remaining time
-    NO_EPOCH_BETTER = "no_epoch_better"  # no epoch of the advised strategy beat its initial probe beyond chance
-    TUNED_BETTER = "tuned_better"  # the advised strategy beat the probe
-    TUNED_NOT_BETTER = "tuned_not_better"  # the advised strategy did not beat the probe
+    mean: float
+    error: float  # standard deviation
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval (low, high)."""
+        return self.mean - 1.96 * self.error, self.mean + 1.96 * self.error
+
+
+class Verdict(StrEnum):
+    """The reason why the strategy `auto` kept or dropped a candidate."""
+
+    KEPT = "kept"  # the highest posterior mean of the gain
+    NOT_BETTER = "not_better"  # judged, but another candidate or the probe has a gain that is expected to be as high
+    UNLIKELY = "unlikely"  # stopped after a few folds, because it could hardly become the best
+    OVER_BUDGET = "over_budget"  # not started, because its runs do not fit into the remaining time
+
+
+class Judging(StrEnum):
+    """The held-out images on which the strategy `auto` compares a candidate with the probe."""
+
+    FOLDS = "folds"  # folds of the train and validation images
+    VALIDATION = "validation"  # the validation split
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateRecord:
+    """What the strategy `auto` expected and measured of one candidate, and the reason why it kept or dropped the candidate."""
+
+    name: str
+    strategy: str
+    verdict: Verdict
+    prior: Gain
+    posterior: Gain
+    estimated_s: float | None  # estimated time of one run; None: unknown
+    judged_by: Judging | None = None  # None: not started
+    runs: int = 0  # finished runs, one for each fold
+    num_images: int = 0  # held-out images of these runs
+    quality: float | None = None  # mean quality of these images, such as accuracy
+    probe_quality: float | None = None  # of the same images
+    gain: Gain | None = None  # the measured gain on these images
+    seconds: float = 0.0  # of these runs
+    left_s: float | None = None  # remaining time when the candidate was over budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoChoice:
-    """The results that the strategy `auto` compared, and the reason for its choice."""
+    """The candidates that the strategy `auto` compared with the linear probe, and its choice."""
 
-    advised: str
-    kept: str
-    verdict: Verdict
-    probe: Score  # validation score of the linear probe
-    tuned: Score | None = None  # validation score of the advised strategy, if this strategy ran
-    standard_error: float | None = None  # standard error of the difference in accuracy, if the difference decided
-    estimated_s: float | None = None  # estimated time of the advised strategy, if the strategy was over budget
-    left_s: float | None = None  # remaining time, if the advised strategy was over budget
+    kept: str  # name of the candidate, or linear_probe
+    strategy: str  # the strategy of the kept candidate
+    probe: Score  # cross-validated score of the linear probe on validation images
+    candidates: tuple[CandidateRecord, ...]  # in the order in which they were judged
+    trained_on_all: bool  # whether the model has trained on train and validation images
+    command: str  # command that gives the same weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,11 +53,17 @@ def _is_beyond_chance(gains: torch.Tensor) -> bool:
 
 
 class Selection:
-    """The weights that a phase keeps so far, as copies of `trainable_state` (the tensors that may change, by name)."""
+    """The weights that a phase keeps so far, as copies of `trainable_state` (the tensors that may change, by name).
 
-    def __init__(self, trainable_state: Mapping[str, torch.Tensor], select_by: SelectBy) -> None:
+    With `keeps_last`, every epoch replaces the kept weights, whatever its score.
+    """
+
+    def __init__(
+        self, trainable_state: Mapping[str, torch.Tensor], select_by: SelectBy, *, keeps_last: bool = False
+    ) -> None:
         self._live = trainable_state
         self._select_by = select_by
+        self._keeps_last = keeps_last
         self._weights: dict[str, torch.Tensor] = {}
         self._best_scores: torch.Tensor | None = None
         self._start_scores: torch.Tensor | None = None
@@ -70,7 +76,9 @@ class Selection:
     @property
     def kept(self) -> Kept:
         """Whether the kept weights are the initial weights or the weights of an epoch."""
-        return Kept.START if self.epoch is None else Kept.EPOCH
+        if self.epoch is None:
+            return Kept.START
+        return Kept.LAST if self._keeps_last else Kept.EPOCH
 
     @property
     def score(self) -> Score:
@@ -85,7 +93,7 @@ class Selection:
 
     def offer(self, validation: Validation, epoch: int) -> bool:
         """Keeps the weights after an epoch if `is_kept` accepts the scores. Returns whether the weights are kept."""
-        if not is_kept(validation.per_example_scores, self._best_scores, self._start_scores):
+        if not self._keeps_last and not is_kept(validation.per_example_scores, self._best_scores, self._start_scores):
             return False
         self._keep(validation, epoch)
         if self._best is None or validation.score.rank(self._select_by) < self._best.rank(self._select_by):

@@ -37,6 +37,7 @@ from hf_transfer.training.records import Curve, Line, PhaseCost, PhaseResult, Ru
 log = logging.getLogger(__name__)
 
 STAGES, FINE_TUNING = "stages", "fine_tuning"  # names of the folders with saved states
+FINE_TUNING_ONLY = ("compile", "gradient_checkpointing", "drop_path", "dropout")  # not for stages
 ENSEMBLE_BASE = 2.0  # weight of each stage in the ensemble, relative to the previous stage
 
 
@@ -105,9 +106,12 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions, final: Fina
     settings = session.gradient
     if final is not None:
         stack = stack.first(len(final.stages))
-    if (settings.training.compile or settings.training.gradient_checkpointing) and session.is_main:
-        log.info("the settings compile and gradient_checkpointing apply to fine-tuning only, not to the stages")
-    optimization = replace(settings.optimization, layer_decay=1.0)  # a stage trains a single layer
+    left_out = [name for name in FINE_TUNING_ONLY if getattr(settings.training, name) not in (None, False)]
+    left_out += ["l2_sp"] if settings.optimization.l2_sp else []
+    if left_out and session.is_main:
+        log.info("these settings apply to fine-tuning only, not to the stages: %s", ", ".join(left_out))
+    # A stage trains a single layer, whose initial weights are random.
+    optimization = replace(settings.optimization, layer_decay=1.0, l2_sp=0.0)
     plan = [
         TrainPhase(policy=s.policy, epochs=options.epochs, optimization=optimization, chain=s.chain, through=s.through)
         for s in stack.stages
@@ -232,7 +236,7 @@ def ensemble(target: Target, by_stage: NDArray[np.float32]) -> NDArray[np.float3
 def _stage_settings(settings: GradientConfig, options: GrowOptions) -> GradientConfig:
     training = replace(
         settings.training, epochs=options.epochs, freeze_batchnorm=False, wise_ft=False, compile=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=False, drop_path=None, dropout=None,
     )  # fmt: skip
     return replace(settings, training=training)
 

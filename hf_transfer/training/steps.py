@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,6 +60,8 @@ class PhaseRun:
     save: Callable[[dict[str, Any]], None]  # saves the state of the run, on the main process
     epochs_before: int = 0  # number of epochs of all earlier phases, from which augmentation and charts continue
     seed_offset: int = 0  # differs between phases, so that phases use different seeds
+    start: Mapping[str, torch.Tensor] = field(default_factory=dict)  # weights before the run, for L2-SP
+    head_scale: float = 1.0  # factor of the solved head before the first step
     length: PhaseLength | None = None  # how long to train without validation images, if the run trains on all images
 
     @cached_property
@@ -142,6 +144,12 @@ def count_accumulated(session: Session) -> int:
 def count_images_per_step(session: Session) -> int:
     """Returns the number of images per optimizer step, in all processes together."""
     return session.config.compute.batch_size * count_accumulated(session) * int(session.accelerator.num_processes)
+
+
+def count_epochs(session: Session, epochs: int, *, min_steps: int) -> int:
+    """Returns the number of epochs of a phase: `epochs`, or more if `epochs` have fewer optimizer steps than `min_steps`."""
+    steps = count_steps(len(session.data.train), count_images_per_step(session))
+    return max(epochs, -(-min_steps // steps))
 
 
 class Steps:

@@ -1,0 +1,198 @@
+"""The tables of benchmarks/quality.py: `auto` against hindsight, on all images, and beside peers."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import draw_quality  # benchmarks/draw_quality.py
+import numpy as np
+from hindsight import SPLITS, Hits, average, compute_gain, compute_regret  # benchmarks/hindsight.py
+from lines import Cell, Line, cell_of  # benchmarks/lines.py
+from quality_systems import LEFT_OUT, PEERS, STRATEGIES  # benchmarks/quality_systems.py
+
+from hf_transfer.metrics.bootstrap import mean_interval
+
+CANDIDATES = STRATEGIES[1:]  # the single strategies among which hindsight chooses
+TITLES = {
+    "auto": "`auto`",
+    LEFT_OUT: "`auto`, its table fitted without the set",
+    "trainer_defaults": "Trainer, defaults",
+    "trainer_tuned": "Trainer, tuned",
+    "fastai": "fastai `fine_tune`",
+}
+
+
+class Results:
+    """The lines of each cell by system, and which test images each system got right."""
+
+    def __init__(self, lines: Sequence[Line], sets: Sequence[str] | None = None) -> None:
+        labels: dict[str, list[int]] = {}
+        for line in lines:
+            if "labels_of" in line and labels.setdefault(line["labels_of"], line["labels"]) != line["labels"]:
+                raise SystemExit(f"{line['labels_of']}: the files are of different test images; report them apart")
+        self.lines: dict[Cell, dict[str, Line]] = {}
+        self.hits: dict[Cell, dict[str, Hits]] = {}
+        for line in lines:
+            if "system" not in line or (sets is not None and line["set"] not in sets):
+                continue
+            if self.lines.setdefault(cell_of(line), {}).setdefault(line["system"], line) is not line:
+                raise SystemExit(
+                    f"{cell_of(line).describe()}: {line['system']} has two lines; report their files apart"
+                )
+            is_right = np.array(line["predicted"]) == np.array(labels[line["set"]])
+            self.hits.setdefault(cell_of(line), {})[line["system"]] = is_right
+
+    def find_cells(self, systems: Sequence[str]) -> list[Cell]:
+        """Returns the cells that have a line of every one of `systems`, sorted, those with all images last."""
+        complete = [cell for cell, runs in self.lines.items() if set(systems) <= set(runs)]
+        return sorted(complete, key=lambda c: (c.images_per_class or math.inf, c))
+
+    def accuracy(self, cell: Cell, system: str) -> float:
+        """Returns the test accuracy in percent."""
+        return 100 * float(self.hits[cell][system].mean())
+
+    def seconds(self, cell: Cell, system: str) -> float:
+        """Returns the seconds of a run."""
+        return float(self.lines[cell][system]["seconds"])
+
+
+def report(
+    lines: Sequence[Line], *, sets: Sequence[str] | None = None, leave_one_out: bool = False, figure: Path | None = None
+) -> str:
+    """Returns the tables as markdown, and draws the figure if it has a path."""
+    results = Results(lines, sets)
+    auto = LEFT_OUT if leave_one_out else "auto"
+    if not results.find_cells([auto]):
+        raise SystemExit(f"no line of {auto}: `run --systems {auto}` makes them")
+    if figure is not None:
+        figure.write_text(draw_quality.draw(list_points(results, auto)))
+    tables = (table_hindsight(results, auto), table_all_images(results, auto), table_peers(results, auto))
+    return "\n\n".join(table for table in tables if table)
+
+
+def table_hindsight(results: Results, auto: str) -> str:
+    """Returns how far each way of choosing stays behind the best strategy in hindsight, with few images."""
+    systems = (auto, *CANDIDATES)
+    cells = [cell for cell in results.find_cells(systems) if cell.images_per_class]
+    if not cells:
+        return ""
+    rows = []
+    for way in systems:
+        regrets, gains = dict[Cell, float](), dict[Cell, float]()
+        for cell in cells:
+            hits = results.hits[cell]
+            regrets[cell] = compute_regret(hits[way], [hits[name] for name in CANDIDATES])
+            gains[cell] = compute_gain(hits[auto], hits[way])
+        gain = "" if way == auto else str(average(gains))
+        seconds = fmean(results.seconds(cell, way) for cell in cells)
+        title = TITLES.get(way, f"always `{way}`")
+        accuracy = fmean(results.accuracy(cell, way) for cell in cells)
+        rows.append([title, f"{accuracy:.1f}", str(average(regrets)), gain, f"{seconds:.0f}"])
+    heads = [
+        "way of choosing",
+        "mean accuracy, %",
+        "mean regret, points (95 %)",
+        "gain of auto, paired",
+        "mean seconds",
+    ]
+    note = (
+        f"Regret: against the strategy that is best on a random half of the test images, scored on the other half (both ways, "
+        f"{SPLITS} halves). {count(cells)}; intervals by a bootstrap over cells."
+    )
+    return "\n\n".join(["## Against the best strategy in hindsight", list_accuracies(results, cells, systems),
+                        format_table(heads, rows), note])  # fmt: skip
+
+
+def table_all_images(results: Results, auto: str) -> str:
+    """Returns `auto` against the best other system in each cell with all images, paired on the same test images."""
+    rows = []
+    for cell in results.find_cells([auto]):
+        others = {name: hits for name, hits in results.hits[cell].items() if name not in ("auto", LEFT_OUT)}
+        if cell.images_per_class or not others:
+            continue
+        best = max(others, key=lambda name: int(others[name].sum()))
+        difference = 100.0 * results.hits[cell][auto] - 100.0 * others[best]
+        low, high = mean_interval(difference)
+        rows.append([
+            cell.describe(), f"{results.accuracy(cell, auto):.1f}", f"{results.accuracy(cell, best):.1f} ({best})",
+            f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})",
+            f"{compute_regret(results.hits[cell][auto], list(others.values())):+.1f}",
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    note = (
+        "Intervals by a bootstrap over the test images. The best other system is chosen on the images that it is scored on, so "
+        "it is partly lucky; regret is against the best on other images, as above."
+    )
+    heads = ["cell", f"{TITLES[auto]}, %", "the best other system, %", "difference, paired (95 %)", "regret, points"]
+    return "\n\n".join(["## All images", format_table(heads, rows), note])
+
+
+def table_peers(results: Results, auto: str) -> str:
+    """Returns accuracy and seconds beside those of peers, and the mean paired gain over each peer."""
+    by_peer = {peer: results.find_cells([auto, peer]) for peer in PEERS}
+    by_peer = {peer: cells for peer, cells in by_peer.items() if cells}
+    cells = [cell for cell in results.find_cells([auto]) if any(cell in of_peer for of_peer in by_peer.values())]
+    if not cells:
+        return ""
+    rows = []
+    for cell in cells:
+        named = [name if name in results.lines[cell] else None for name in (auto, *by_peer)]
+        shown = [
+            "" if n is None else f"{results.accuracy(cell, n):.1f} % in {results.seconds(cell, n):.0f} s" for n in named
+        ]
+        rows.append([cell.describe(), *shown])
+    gains = []
+    for peer, of_peer in by_peer.items():
+        gain = average({c: compute_gain(results.hits[c][auto], results.hits[c][peer]) for c in of_peer})
+        ratio = math.exp(fmean(math.log(results.seconds(c, peer) / results.seconds(c, auto)) for c in of_peer))
+        gains.append([TITLES[peer], str(gain), f"{ratio:.2f}", count(of_peer)])
+    heads = ["peer", "mean gain of auto, points (95 %)", "its seconds / auto's, geometric mean", "cells"]
+    tables = [format_table(["cell", *(TITLES[name] for name in (auto, *by_peer))], rows), format_table(heads, gains)]
+    return "\n\n".join(["## Beside peers", *tables, "Gains are paired; intervals by a bootstrap over cells."])
+
+
+def list_accuracies(results: Results, cells: Sequence[Cell], systems: Sequence[str]) -> str:
+    """Returns a table of the accuracies of all systems, with the seeds of a cell in one row."""
+    rows = []
+    for group in dict.fromkeys(cell.group for cell in cells):
+        seeds = [cell for cell in cells if cell.group == group]
+        row = [group.describe().rpartition(",")[0]]
+        rows.append(row + [", ".join(f"{results.accuracy(cell, name):.1f}" for cell in seeds) for name in systems])
+    return format_table(["cell, a figure for each seed", *(TITLES.get(name, f"`{name}`") for name in systems)], rows)
+
+
+def list_points(results: Results, auto: str) -> list[draw_quality.Panel]:
+    """Returns a panel for each number of images: means over the cells that all systems of the panel have."""
+    panels = []
+    for size in sorted({cell.images_per_class for cell in results.lines}, key=lambda s: s or math.inf):
+        of_size = [cell for cell in results.lines if cell.images_per_class == size]
+        systems = [s for s in (auto, *CANDIDATES, *PEERS) if any(s in results.lines[cell] for cell in of_size)]
+        cells = [cell for cell in results.find_cells(systems) if cell.images_per_class == size]
+        if not cells:
+            continue
+        points = [
+            draw_quality.Point(
+                name=TITLES.get(system, system).replace("`", ""),
+                is_ours=system not in PEERS,
+                seconds=math.exp(fmean(math.log(results.seconds(cell, system)) for cell in cells)),
+                accuracy=fmean(results.accuracy(cell, system) for cell in cells),
+            )
+            for system in systems
+        ]
+        title = f"{size} images per class" if size else "all images"
+        panels.append(draw_quality.Panel(title=f"{title}, {count(cells)}", points=points))
+    return panels
+
+
+def count(cells: Sequence[Cell]) -> str:
+    """Returns how many cells there are, and of which sets and seeds."""
+    sets = ", ".join(sorted({cell.set for cell in cells}))
+    num_groups = len({cell.group for cell in cells})
+    return f"{num_groups} cells, {len(cells)} with their seeds ({sets})"
+
+
+def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))

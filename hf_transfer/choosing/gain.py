@@ -1,0 +1,76 @@
+"""Combines the expected and the measured gain of a strategy over the linear probe, both of them normal distributions.
+
+    prior: what `rule` predicts from the probe's error, the similarity and the images per class, with the rule's own spread
+    measured: the mean difference on the same held-out images, with its standard error
+    posterior: the mean of both, weighted by 1 / variance
+
+On a dozen images, the prior decides; on thousands, the measurement does. Nothing is tested for significance: the highest
+posterior mean wins.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_transfer.choosing.rule import SPREAD, TABLE, DataRegime, Table, expect_log_ratio
+from hf_transfer.training.records import Gain
+
+
+def expect_gain(
+    strategy: str,
+    regime: DataRegime,
+    probe_qualities: NDArray[np.float64],
+    *,
+    table: Table = TABLE,
+    spread: Mapping[str, float] = SPREAD,
+) -> Gain:
+    """Returns the prior: the gain that the rule expects, given the probe's quality for each image (N,), such as hits.
+
+    The rule predicts that error / probe error is exp(r) +- spread, so the gain is probe error * (1 - exp(r) +- spread). A
+    strategy without a row in the table has r = 0, and the largest spread. Half an image is added to the probe's error.
+    """
+    count = len(probe_qualities)
+    error = (float((1 - probe_qualities).sum()) + 0.5) / (count + 1)
+    r = expect_log_ratio(strategy, regime, table) if strategy in table else 0.0
+    return Gain(mean=error * (1 - math.exp(r)), error=error * spread.get(strategy, max(spread.values())))
+
+
+def measure_gain(differences: NDArray[np.float64]) -> Gain:
+    """Returns the mean of `differences` (N,), the quality minus the probe's for each image, with its standard error.
+
+    For hits, the squared differences count the images that only one of the two predicts correctly. One more such image is
+    added, so that the error is never 0.
+
+    >>> measure_gain(np.array([1.0, 0.0, 0.0, -1.0])).error == math.sqrt(3) / 4
+    True
+    """
+    count = len(differences)
+    return Gain(mean=float(differences.mean()), error=math.sqrt(float((differences**2).sum()) + 1) / count)
+
+
+def update(prior: Gain, measured: Gain) -> Gain:
+    """Returns the posterior: the product of both normal distributions."""
+    weights = prior.error**-2, measured.error**-2
+    mean = (weights[0] * prior.mean + weights[1] * measured.mean) / sum(weights)
+    return Gain(mean=mean, error=sum(weights) ** -0.5)
+
+
+def probability_above(gain: Gain, threshold: float) -> float:
+    """Returns the probability that the gain is above `threshold`.
+
+    >>> probability_above(Gain(mean=0.02, error=0.01), 0.02)
+    0.5
+    """
+    return 0.5 * math.erfc((threshold - gain.mean) / (gain.error * math.sqrt(2)))
+
+
+def find_best(gains: Sequence[Gain]) -> int | None:
+    """Returns the position of the highest mean above 0, the probe's gain; the first of equal ones; None if none is above 0.
+
+    >>> find_best([Gain(mean=0.01, error=1.0), Gain(mean=0.02, error=1.0), Gain(mean=0.02, error=0.1)])
+    1
+    """
+    best = max(range(len(gains)), key=lambda i: (gains[i].mean, -i), default=None)
+    return None if best is None or gains[best].mean <= 0 else best

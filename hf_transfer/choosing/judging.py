@@ -1,0 +1,175 @@
+"""Holds out images on which `auto` compares candidates with the linear probe, and trains candidates without these images.
+
+| train and validation images | held out |
+|---|---|
+| fewer than 200 | each of 5 folds in turn |
+| fewer than 1,000 | each of 3 folds in turn |
+| more, or the data set has a validation split | the validation split |
+
+The predictions of a finished run are stored in `checkpoints`, so that `--resume` trains only what is missing.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hf_transfer.choosing.candidates import Candidate
+from hf_transfer.data.dataset import Data
+from hf_transfer.data.folds import divide, join_pool
+from hf_transfer.data.splits import Split
+from hf_transfer.processes import run_on_main
+from hf_transfer.session import Session
+from hf_transfer.training.checkpoints import remove_state, save_state, share_state
+from hf_transfer.training.final_fit import EstimatedBy, FinalFit, HeldOutRun, plan_final_fit
+from hf_transfer.training.phases import check_same, describe_identity
+from hf_transfer.training.records import Judging, RunResult, phase_from_json, to_json
+
+log = logging.getLogger(__name__)
+
+FOLDS = ((200, 5), (1000, 3))
+"""Below the first number of images, the second number of folds."""
+AUTO_STATES = "auto"  # subfolder of `checkpoints`
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """The data of one run: `rows` of the pool (train, then validation images) are its validation split."""
+
+    name: str
+    data: Data
+    rows: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """The runs that judge a candidate, in their order."""
+
+    judged_by: Judging
+    data: Data  # train and validation as drawn, with the rows of the pool, for the model that trains on all of them
+    parts: tuple[HeldOut, ...]
+
+    @property
+    def pool(self) -> Split:
+        """The training images, then the validation images."""
+        assert self.data.train.pool is not None
+        return self.data.train.pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutResult:
+    """What a finished run leaves: its phases, the logits (N, K) of the held-out images, and its time."""
+
+    run: HeldOutRun
+    logits: NDArray[np.float32]
+    seconds: float
+
+
+def divide_images(data: Data, seed: int) -> Division:
+    """Returns the division into folds for few images, and the validation split otherwise."""
+    split = _hold_out_validation(data)
+    count = next((folds for limit, folds in FOLDS if len(split.pool) < limit), None)
+    if count is None or not data.draws_validation:
+        return split
+    try:
+        folds = divide(data, count, seed)
+    except ValueError as error:
+        log.info("auto compares on the validation split, because the images cannot be divided (%s)", error)
+        return split
+    parts = tuple(
+        HeldOut(name=f"fold_{i + 1}", data=folds.hold_out(i), rows=np.flatnonzero(folds.fold_of == i))
+        for i in range(count)
+    )
+    return Division(judged_by=Judging.FOLDS, data=folds.keep_all(), parts=parts)
+
+
+def _hold_out_validation(data: Data) -> Division:
+    total, first = len(data.train) + len(data.validation), len(data.train)
+    pooled = join_pool(data)
+    part = HeldOut(name="validation", data=replace(pooled, test=None), rows=np.arange(first, total))
+    return Division(judged_by=Judging.VALIDATION, data=pooled, parts=(part,))
+
+
+def hold_out_validation(division: Division) -> Division:
+    """Returns the division whose only run holds out the validation split."""
+    return division if division.judged_by is Judging.VALIDATION else _hold_out_validation(division.data)
+
+
+def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldOutResult:
+    """Trains a candidate without the held-out images, or reads the stored result of the finished run to resume.
+
+    Raises ValueError if the stored result is of other settings, data or weights.
+    """
+    own = candidate.strategy.restart(_open(session, candidate, part.data, part.name))
+    identity = describe_identity(own, (), None)
+    stored = _read_finished(own)
+    if stored is not None:
+        check_same(stored["identity"], identity)
+        log.info("keeping the finished run of %s, %s", candidate.name, part.name)
+        run = HeldOutRun(
+            phases=tuple(phase_from_json(row) for row in stored["phases"]),
+            num_stages=stored["num_stages"],
+            depth=stored["depth"],
+        )
+        return HeldOutResult(run=run, logits=stored["logits"].numpy(), seconds=stored["seconds"])
+    started = time.perf_counter()
+    result = candidate.strategy.run(own)
+    seconds = run_on_main(lambda: time.perf_counter() - started)
+    held_out = HeldOutResult(run=read_run(result), logits=result.logits["validation"], seconds=seconds)
+    if own.is_main and own.checkpoints is not None:
+        run = held_out.run
+        state = {"phases": to_json(run.phases), "num_stages": run.num_stages, "depth": run.depth, "seconds": seconds}
+        logits = torch.from_numpy(held_out.logits)
+        save_state(own.checkpoints / "finished", {**state, "identity": identity, "logits": logits})
+        remove_state(own.checkpoints)
+    return held_out
+
+
+def run_once(session: Session, candidate: Candidate, part: HeldOut) -> RunResult:
+    """Trains a candidate without the held-out images, and returns the result with the network."""
+    return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate, part.data, "once")))
+
+
+def run_final(session: Session, candidate: Candidate, data: Data, final: FinalFit) -> RunResult:
+    """Trains a candidate on all train and validation images, and scores it on the test images."""
+    return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate, data, "final")), final)
+
+
+def plan_final(division: Division, results: list[HeldOutResult], seed: int) -> FinalFit:
+    """Returns the final fit after the runs of a candidate. Images that no run held out have no logits (NaN)."""
+    pool, first = division.pool, len(division.data.train)
+    logits = np.full((len(pool), pool.target.num_outputs), np.nan, np.float32)
+    for part, result in zip(division.parts, results, strict=False):
+        logits[part.rows] = result.logits
+    rows = np.flatnonzero(np.isfinite(logits).all(1))
+    metrics = pool.target.compute_metrics(logits[rows], pool.labels[rows], seed=seed)
+    by_folds = division.judged_by is Judging.FOLDS
+    by_split: Mapping[str, NDArray[np.float32]] = {"train": logits[:first]} if by_folds else {}
+    return plan_final_fit(
+        [result.run for result in results],
+        metrics,
+        {**by_split, "validation": logits[first:]},
+        estimated_by=EstimatedBy.FOLDS if by_folds else EstimatedBy.SIBLING,
+    )
+
+
+def read_run(result: RunResult) -> HeldOutRun:
+    """Returns what a finished run did."""
+    stages: Any = result.details.get("stages", ())
+    return HeldOutRun(phases=result.phases, num_stages=len(stages), depth=int(result.details.get("depth", 0)))
+
+
+def _open(session: Session, candidate: Candidate, data: Data, name: str) -> Session:
+    folder = candidate.name.replace(" ", "_").replace("/", "_")
+    return replace(session, data=data).with_checkpoints(f"{AUTO_STATES}/{folder}/{name}")
+
+
+def _read_finished(session: Session) -> dict[str, Any] | None:
+    if session.checkpoints is None or not session.config.output.resume:
+        return None
+    return share_state(session.checkpoints / "finished", session.accelerator)

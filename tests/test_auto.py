@@ -1,0 +1,324 @@
+"""The strategy `auto`: which images judge, what decides, that its model is a recipe's own, and how it is interrupted."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hf_transfer as ht
+from hf_transfer.choosing import contest, decide
+from hf_transfer.choosing.candidates import Candidate, list_candidates
+from hf_transfer.choosing.contest import Allowance, Budget, Contest, Entry, sort_entries
+from hf_transfer.choosing.gain import expect_gain, find_best, measure_gain, probability_above, update
+from hf_transfer.choosing.judging import divide_images, hold_out_validation
+from hf_transfer.choosing.rule import DataRegime
+from hf_transfer.flags import parse
+from hf_transfer.repeats import run_config
+from hf_transfer.settings import to_settings
+from hf_transfer.strategy import make_strategy
+from hf_transfer.training import loop
+from hf_transfer.training.records import Gain, Judging
+from tests.sessions import make_config, make_session, read_data
+
+SCHEMA = json.loads((Path(ht.__file__).parent / "reporting" / "results.schema.json").read_text())
+FEW = {"images_per_class": 6, "epochs": 1, "cache": "auto"}
+
+
+def run(folder: Path, **settings: Any) -> dict[str, Any]:
+    """The content of results.json of a small run of auto, which fits the schema."""
+    session, _ = run_config(make_config("auto", **{**FEW, **settings}), output_dir=folder)
+    session.costs.stop()
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    jsonschema.validate(results, SCHEMA)
+    return results
+
+
+def expect(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
+    """Lets auto expect these gains, and hardly anything else, so that the measurement does not matter."""
+
+    def expected(strategy: str, *_: Any) -> Gain:
+        return Gain(mean=gains[strategy], error=1e-6)
+
+    monkeypatch.setattr(decide, "expect_gain", expected)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def run_command(command: str, folder: Path) -> dict[str, Any]:
+    """The results of the command in results.json, in this process."""
+    program, train, name, *flags = shlex.split(command)
+    assert (program, train) == ("hf-transfer", "train")
+    config = parse(name, prog="test", description=None, arguments=[*flags, "--output_dir", str(folder)])
+    session, _ = run_config(config, output_dir=folder)
+    session.costs.stop()
+    return dict(json.loads((folder / "results.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that keeps probe_then_full, and stops full after one fold."""
+    folder = tmp_path_factory.mktemp("auto") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        expect(monkeypatch, probe_then_full=0.1, full=-0.1)
+        return folder, run(folder)
+
+
+# Which images judge
+
+
+def test_few_images_are_judged_in_folds_and_many_by_the_validation_split() -> None:
+    few, more, many = (read_data(make_config("auto", images_per_class=n).data) for n in (6, 40, 110))
+    assert [len(divide_images(data, 0).parts) for data in (few, more, many)] == [5, 3, 1]
+    folds = divide_images(few, 0)
+    assert sorted(np.concatenate([part.rows for part in folds.parts]).tolist()) == list(range(60))
+    assert all(part.data.test is None and part.data.holds_out_validation for part in folds.parts)
+    stored = divide_images(replace(few, draws_validation=False), 0)
+    assert stored.judged_by is Judging.VALIDATION, "a data set's own validation split is not divided"
+    assert stored.parts[0].rows.tolist() == list(range(50, 60))
+
+
+def test_images_that_cannot_be_divided_are_judged_by_the_validation_split(caplog: pytest.LogCaptureFixture) -> None:
+    data = read_data(make_config("auto", images_per_class=2).data)
+    one = replace(data, validation=data.validation.select(np.flatnonzero(data.validation.labels > 0)))
+    with caplog.at_level("INFO"):
+        assert divide_images(one, 0).judged_by is Judging.VALIDATION
+    assert "one image" in caplog.text
+
+
+def test_the_command_of_the_page_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "auto.md").read_text()
+    (command,) = re.findall(r"```sh\n(.*)\n```", page)
+    results = run_command(command, tmp_path)
+    assert results["strategy"] == "auto"
+
+
+# What decides
+
+
+def test_the_posterior_lies_between_prior_and_measurement_by_their_precision() -> None:
+    prior = Gain(mean=0.1, error=0.05)
+    few, many = (update(prior, Gain(mean=-0.1, error=error)) for error in (0.2, 0.001))
+    assert few.mean == pytest.approx((0.1 * 400 - 0.1 * 25) / 425)
+    assert many.mean == pytest.approx(-0.1, abs=1e-3)
+    assert few.error < prior.error
+    assert probability_above(few, few.mean + 1.96 * few.error) == pytest.approx(0.025, abs=1e-4)
+
+
+def test_a_gain_of_no_image_still_has_an_error() -> None:
+    assert measure_gain(np.zeros(10)).error == 0.1
+    wins = np.array([1.0] * 6 + [-1.0] * 3 + [0.0] * 91)
+    assert measure_gain(wins).mean == pytest.approx(0.03)
+    assert measure_gain(wins).error == pytest.approx(np.sqrt(10) / 100)
+
+
+def test_the_expected_gain_is_a_share_of_the_probes_error() -> None:
+    regime = DataRegime(images_per_class=1000, similarity=0.0)
+    poor, good = (expect_gain("full", regime, np.arange(100) >= misses) for misses in (40, 4))
+    assert poor.mean == pytest.approx(40.5 / 101 * (1 - np.exp(-1.52)))
+    assert poor.mean / good.mean == pytest.approx(40.5 / 4.5)
+    assert poor.error / good.error == pytest.approx(40.5 / 4.5)
+    assert expect_gain("greedy_stack", regime, np.ones(3)).mean == 0, "the rule has no row for it"
+
+
+def test_two_lucky_images_of_twenty_do_not_outweigh_an_expected_loss() -> None:
+    """Few images like those of pretraining, where full fine-tuning is expected to make more errors than the probe."""
+    regime = DataRegime(images_per_class=10, similarity=0.9)
+    prior = expect_gain("full", regime, np.arange(20) >= 5)
+    lucky = measure_gain(np.array([1.0] * 3 + [-1.0] + [0.0] * 16))
+    assert prior.mean < -0.1
+    assert update(prior, lucky).mean < 0
+    assert update(prior, measure_gain(np.array([1.0] * 150 + [-1.0] * 50 + [0.0] * 800))).mean > 0.05
+
+
+def test_equal_gains_go_to_the_cheaper_and_no_gain_to_the_probe() -> None:
+    a, b = Gain(mean=0.02, error=0.1), Gain(mean=0.02, error=0.01)
+    assert find_best([a, b]) == 0
+    assert find_best([Gain(mean=0.0, error=0.1)]) is None
+    assert find_best([]) is None
+
+
+def make_entry(name: str = "full", gain: float = 0.01, cost: float = 1.0, seconds: float | None = 10.0) -> Entry:
+    candidate = Candidate(name=name, strategy=make_strategy("full"))
+    return Entry(candidate=candidate, prior=Gain(mean=gain, error=0.1), estimated_s=seconds, cost=cost)
+
+
+def test_the_highest_expected_gain_per_cost_comes_first() -> None:
+    entries = [
+        make_entry("loss", -0.1, 1),
+        make_entry("dear", 0.02, 10),
+        make_entry("cheap", 0.01, 1),
+        make_entry("less", -0.2),
+    ]
+    assert [e.candidate.name for e in sort_entries(entries)] == ["cheap", "dear", "loss", "less"]
+
+
+@pytest.mark.parametrize(
+    ("left_s", "expected"),
+    [
+        (None, (Judging.FOLDS, 5, True)),
+        (62.1, (Judging.FOLDS, 5, True)),
+        (45.0, (Judging.FOLDS, 3, True)),
+        (25.0, (Judging.VALIDATION, 1, True)),
+        (15.0, (Judging.VALIDATION, 1, False)),
+        (9.0, None),
+    ],
+)
+def test_a_budget_decides_how_much_of_a_candidate_runs(
+    left_s: float | None, expected: tuple[Judging, int, bool] | None
+) -> None:
+    """A run takes 10 s, and a run on all images 12 s."""
+    division = divide_images(read_data(make_config("auto", images_per_class=6).data), 0)
+    session = make_session("auto", **FEW)
+    own = Contest(session=session, division=division, probe_qualities=np.ones(60), budget=Budget(left_s))
+    allowance = own._allow(make_entry(), left_s)
+    found = allowance and (allowance.division.judged_by, allowance.num_runs, allowance.has_final)
+    assert found == expected
+
+
+def test_candidates_keep_their_last_epoch_and_take_the_settings_that_the_user_gave() -> None:
+    session = make_session("auto", lr=1e-3, **FEW)
+    for candidate in list_candidates(session):
+        settings = to_settings(candidate.strategy)
+        assert (settings["keep_last_epoch"], settings["lr"], settings["epochs"]) == (True, 1e-3, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"folds": 3}, "auto chooses its own folds"),
+        ({"train_on_all": True}, "auto chooses its own folds"),
+        ({"wise_ft": True}, "wise_ft=True: the images that compare .* omit --wise_ft"),
+        ({"early_stopping_patience": 2}, "omit --early_stopping_patience"),
+        ({"select_by": "log_loss"}, "omit --select_by"),
+    ],
+)
+def test_settings_that_auto_decides_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_session("auto", **settings)
+
+
+# The model
+
+
+def test_results_list_every_candidate(tuned: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = tuned
+    choice = results["details"]["auto"]
+    kept, stopped = choice["candidates"]
+    assert (kept["name"], kept["verdict"], kept["runs"], kept["num_images"]) == ("probe_then_full", "kept", 5, 60)
+    assert (stopped["name"], stopped["verdict"], stopped["runs"], stopped["num_images"]) == ("full", "unlikely", 1, 12)
+    assert kept["gain"]["mean"] == pytest.approx(kept["quality"] - kept["probe_quality"])
+    assert results["metrics"]["validation"]["accuracy"] == pytest.approx(kept["quality"])
+    assert results["metrics"]["validation"]["estimated_by"] == "folds"
+    assert results["metrics"]["validation"]["num_samples"] == 60
+    assert "auto kept probe_then_full" in choice["reason"]
+    assert not (folder / "so_far").exists()
+    assert "on 60 images of 5 folds" in (folder / "model" / "README.md").read_text()
+
+
+def test_the_kept_model_is_that_of_the_command(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, results = tuned
+    alone = run_command(results["details"]["auto"]["command"], tmp_path / "alone")
+    one, other = read_weights(folder), read_weights(tmp_path / "alone")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert results["metrics"]["test"]["accuracy"] == alone["metrics"]["test"]["accuracy"]
+    assert results["metrics"]["validation"]["accuracy"] == alone["metrics"]["validation"]["accuracy"]
+
+
+def test_a_kept_probe_is_the_probe_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect(monkeypatch, probe_then_full=-0.1, full=-0.1)
+    results = run(tmp_path / "run")
+    choice = results["details"]["auto"]
+    assert choice["kept"] == "linear_probe"
+    assert [each["runs"] for each in choice["candidates"]] == [1, 1], "stopped after the first fold"
+    alone = run_command(choice["command"], tmp_path / "alone")
+    assert results["metrics"] == alone["metrics"]
+    one, other = read_weights(tmp_path / "run"), read_weights(tmp_path / "alone")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_without_time_for_a_final_fit_the_model_of_the_training_images_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expect(monkeypatch, probe_then_full=0.1, full=-0.1)
+
+    def allow(own: Contest, entry: Entry, left_s: float | None) -> Allowance | None:
+        if entry.candidate.name == "full":
+            return None
+        return Allowance(division=hold_out_validation(own.division), num_runs=1, has_final=False)
+
+    monkeypatch.setattr(contest.Contest, "_allow", allow)
+    results = run(tmp_path / "run")
+    choice = results["details"]["auto"]
+    assert (choice["kept"], choice["trained_on_all"]) == ("probe_then_full", False)
+    assert [each["verdict"] for each in choice["candidates"]] == ["kept", "over_budget"]
+    alone = run_command(choice["command"], tmp_path / "alone")
+    assert results["metrics"] == alone["metrics"]
+    one, other = read_weights(tmp_path / "run"), read_weights(tmp_path / "alone")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_fewer_folds_give_metrics_of_their_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expect(monkeypatch, probe_then_full=0.1, full=-0.1)
+
+    def allow(own: Contest, entry: Entry, left_s: float | None) -> Allowance | None:
+        return Allowance(division=own.division, num_runs=2, has_final=True) if entry.prior.mean > 0 else None
+
+    monkeypatch.setattr(contest.Contest, "_allow", allow)
+    results = run(tmp_path / "run")
+    assert results["metrics"]["validation"]["num_samples"] == 24
+    rows = ht.load_run(tmp_path / "run").results["metrics"]["test"]["num_samples"]
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
+    assert sum(row["split"] != "test" for row in table) == 24
+    assert sum(row["split"] == "test" for row in table) == rows
+
+
+# An interrupted run
+
+
+def test_an_interrupted_run_leaves_a_model_and_continues(
+    tuned: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole, expected = tuned
+    expect(monkeypatch, probe_then_full=0.1, full=-0.1)
+    epochs, log_epoch = [], loop._log_epoch
+
+    def stop_in_the_third(*values: Any, **named: Any) -> None:
+        epochs.append(values)
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        log_epoch(*values, **named)
+
+    monkeypatch.setattr(loop, "_log_epoch", stop_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    so_far = ht.load_run(tmp_path / "run" / "so_far")
+    jsonschema.validate(json.loads((tmp_path / "run" / "so_far" / "results.json").read_text()), SCHEMA)
+    assert (so_far.strategy, set(so_far.metrics)) == ("linear_probe", {"validation"})
+    assert so_far.predict(np.zeros((8, 8, 3), np.uint8))
+    with caplog.at_level("INFO"):
+        results = run(tmp_path / "run", resume=True)
+    assert len(epochs) == 7 + 1, "five folds, a fold of full, the final fit, and the epoch that was cut off"
+    assert caplog.text.count("keeping the finished run of probe_then_full") == 2
+    assert results["metrics"] == expected["metrics"]
+    weights = [read_weights(each) for each in (whole, tmp_path / "run")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not (tmp_path / "run" / "so_far").exists()
+    (tmp_path / "run" / "results.json").unlink()
+    with pytest.raises(ValueError, match=r"other settings: .*lr was"):
+        run(tmp_path / "run", resume=True, lr=0.1)
