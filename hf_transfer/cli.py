@@ -1,4 +1,4 @@
-"""The command `hf-transfer`, which trains, advises, ranks, audits, predicts, evaluates, publishes, manages caches, and more.
+"""The command `hf-transfer`, which trains, advises, ranks, audits, predicts, evaluates, publishes, exports, and more.
 
 Heavy modules are imported only when a command runs, so that `--help` is fast.
 """
@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -67,6 +68,10 @@ EVALUATE = """Print the metrics of a saved model, with 95 % intervals, on all la
 PUBLISH = """Push the model of a finished run to the Hub in one commit. Before the push, a fresh process loads the saved model
 and checks that its outputs equal those of the trained network. An adapter is merged into its base first, unless --adapter is
 given. If a push fails, nothing is lost: repeat the command. The token comes from `hf auth login` or HF_TOKEN.
+"""
+EXPORT = """Write the model of a run, or a model folder, as ONNX or OpenVINO, beside the weights. A fresh process runs the file
+in its own runtime, and its outputs must equal those of the trained network. `predict` and `evaluate` run the file by --engine
+onnx or --engine openvino, and `publish` sends it in the same commit.
 """
 ADVISE = """Say which strategy suits a data set and a checkpoint, before training. The frozen network runs once over the
 training and validation images, and the following run reuses the features. With --measure, the best candidates train briefly.
@@ -203,7 +208,9 @@ def _cache(given: argparse.Namespace) -> str:
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id[@revision], or folder of the model or of its run")
-    parser.add_argument("images", nargs="+", help="image files, or folders of image files")
+    parser.add_argument(
+        "images", nargs="+", help="image files, or folders of image files; -: file names on standard input"
+    )
     help_text = "folder or Hub id of an adapter whose base is the model; may be repeated"
     parser.add_argument("--adapter", action="append", metavar="ADAPTER", help=help_text)
     parser.add_argument("--top_k", type=int, default=3, help="number of labels to print per image (default: 3)")
@@ -221,40 +228,55 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coverage", type=float, metavar="P", help=help_text)
     help_text = "abstain so often that at most this share of the answers is wrong, such as 0.02 (with 95 %% confidence)"
     parser.add_argument("--max_error", type=float, metavar="E", help=help_text)
-    settings = list_settings(ComputeConfig())
-    add_settings(parser, [settings[name] for name in ("batch_size", "num_workers", "engine")])
-    form = parser.add_mutually_exclusive_group()
-    _add_json(form)
-    form.add_argument("--csv", action="store_true", help="print CSV instead of text: a row for each image")
+    _add_inference(parser)
+    _add_json(parser)
+    text = "text, json (as --json), jsonl (one line per image) or csv (default: text)"
+    parser.add_argument("--format", choices=("text", "json", "jsonl", "csv"), default="text", help=text)
     _add_trust(parser)
+
+
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the engine. Exported files are engines here, but not in training."""
+    settings = list_settings(ComputeConfig())
+    add_settings(parser, [settings[name] for name in ("batch_size", "num_workers")])
+    text = (
+        "what runs the network: an engine of training runs, or the exported file (onnx; openvino if the folder has one); auto: "
+        "by network and number of images, and the exported file if the folder has no weights (default: auto)"
+    )
+    choices = (*settings["engine"].choices, "onnx")
+    parser.add_argument("--engine", dest="inference_engine", choices=choices, default="auto", help=text)
+    text = "which exported file: fp32, fp16 or int8 (default: the most precise one)"
+    parser.add_argument("--export_precision", choices=("fp32", "fp16", "int8"), help=text)
 
 
 def _predict(given: argparse.Namespace) -> str:
     with fast_imports():
         from hf_transfer.inference.confidence import ConfidenceRequest, make_judge
-        from hf_transfer.inference.predict import (
-            UnreadableImagesError,
-            find_images,
-            load_saved,
-            predict,
-            switch_adapters,
-        )
-        from hf_transfer.inference.rows import NamedPrediction, format_csv, format_json, format_text
+        from hf_transfer.inference.load import load_for_engine
+        from hf_transfer.inference.predict import UnreadableImagesError, find_images, predict, switch_adapters
+        from hf_transfer.inference.rows import NamedPrediction, format_rows
 
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
-    settings = {name: getattr(compute, name) for name in ("batch_size", "num_workers", "engine")}
+    settings: dict[str, Any] = {name: getattr(compute, name) for name in ("batch_size", "num_workers")}
     if given.top_k < 1:
         raise ValueError(f"top_k={given.top_k}: choose 1 or more labels per image")
     _check_explain(given)
     request = ConfidenceRequest(coverage=given.coverage, max_error=given.max_error)
-    images = find_images(given.images)  # a wrong path fails before the model is loaded
+    images = find_images(_read_names(given.images))  # a wrong path fails before the model is loaded
     trust = given.trust_remote_code
     if given.adapter:
+        if given.inference_engine == "onnx" or given.export_precision:
+            raise ValueError("--adapter runs weights, not an exported file: omit --engine onnx and --export_precision")
+        settings["engine"] = given.inference_engine
         backbones = switch_adapters(given.model, given.adapter, trust_remote_code=trust)
     else:
-        backbones = iter([load_saved(given.model, trust_remote_code=trust)])
+        backbone, settings["engine"] = load_for_engine(
+            given.model, given.inference_engine, precision=given.export_precision, trust_remote_code=trust
+        )
+        backbones = iter([backbone])
     rows = []
     problems: Sequence[Exception] = ()
+    started = time.perf_counter()
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         explainer = _make_explainer(given, backbone)
         abstention = make_judge(backbone, request).abstention
@@ -269,7 +291,10 @@ def _predict(given: argparse.Namespace) -> str:
             NamedPrediction(prediction=p, target=backbone.target, adapter=name, explanation=picture)
             for p, picture in zip_longest(predictions, pictures)
         ]
-    text = format_json(rows) if given.json else format_csv(rows) if given.csv else format_text(rows)
+    text = format_rows(rows, "json" if given.json else given.format)
+    if not problems:
+        seconds = time.perf_counter() - started
+        sys.stderr.write(f"{len(rows):,} images in {seconds:.1f} s: {len(rows) / seconds:,.1f} images/s\n")
     if problems:
         _print(text)
         sys.stderr.write("".join(f"hf-transfer predict: {describe_error(problem)}\n" for problem in problems))
@@ -302,6 +327,16 @@ def _make_explainer(given: argparse.Namespace, backbone: "Backbone") -> "Explain
     return make_explainer(backbone, method=method, at=given.explain_at)
 
 
+def _read_names(paths: Sequence[str]) -> list[str]:
+    """Returns the paths, with the lines of standard input in place of `-`."""
+    names: list[str] = []
+    for path in paths:
+        names += [line for line in sys.stdin.read().splitlines() if line] if path == "-" else [path]
+    if not names:
+        raise ValueError("-: standard input has no lines; give one file name per line")
+    return names
+
+
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id[@revision], or folder of the model or of its run")
     data = list_settings(DataConfig())
@@ -310,8 +345,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     help_text = "split to evaluate (default: all labeled images of the data set)"
     splits = ("train", "validation", "test", "all")
     parser.add_argument("--split", choices=splits, default="all", help=help_text)
-    settings = list_settings(ComputeConfig())
-    add_settings(parser, [settings[name] for name in ("batch_size", "num_workers", "engine")])
+    _add_inference(parser)
     _add_json(parser)
     _add_trust(parser)
 
@@ -323,7 +357,15 @@ def _evaluate(given: argparse.Namespace) -> str:
     data = replace_settings(DataConfig(), _given(given, DataConfig()))
     compute = replace_settings(ComputeConfig(), _given(given, ComputeConfig()))
     trust = given.trust_remote_code
-    found = evaluate_split(given.model, data, split=given.split, compute=compute, trust_remote_code=trust)
+    found = evaluate_split(
+        given.model,
+        data,
+        split=given.split,
+        compute=compute,
+        trust_remote_code=trust,
+        engine=given.inference_engine,
+        export_precision=given.export_precision,
+    )
     if given.json:
         return json.dumps(found.metrics.to_dict(), indent=1)
     return "\n".join([f"{found.split}: {found.metrics.num_samples:,} images", *found.describe_metrics()])
@@ -434,6 +476,45 @@ def _publish(given: argparse.Namespace) -> str:
         else f"published: {published.url}"
     )
     return "\n".join([*lines, end])
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="output folder of a run, or folder of a model")
+    parser.add_argument("--format", choices=("onnx", "openvino"), default="onnx", help="format (default: onnx)")
+    text = "numbers in the file (default: fp32); int8 needs the run's images, or --dataset, to calibrate"
+    parser.add_argument("--export_precision", choices=("fp32", "fp16", "int8"), default="fp32", help=text)
+    text = "also write onnx/model_with_preprocessing.onnx, which takes RGB images of any size"
+    parser.add_argument("--with_preprocessing", action="store_true", help=text)
+    parser.add_argument("--output_dir", metavar="FOLDER", help="where to write (default: the model folder)")
+    data = list_settings(DataConfig())
+    text = "labeled images to calibrate int8 and to score (default: those of the run)"
+    parser.add_argument("--dataset", metavar="STR", help=text)
+    add_settings(parser, [data[name] for name in EVALUATED_DATA])
+    _add_json(parser)
+    _add_trust(parser)
+
+
+def _export(given: argparse.Namespace) -> str:
+    with fast_imports():
+        from hf_transfer.exporting.formats import ExportOptions
+        from hf_transfer.hub.exports import export_saved, format_record
+
+    options = ExportOptions(
+        format=given.format, precision=given.export_precision, with_preprocessing=given.with_preprocessing
+    )
+    settings = _given(given, DataConfig())
+    if settings and given.dataset is None:
+        raise ValueError(f"--{next(iter(settings))}: this describes a data set; give --dataset too, or omit it")
+    data = None if given.dataset is None else replace_settings(DataConfig(), settings)
+    records = export_saved(
+        given.model, options, output_dir=given.output_dir, data=data, trust_remote_code=given.trust_remote_code
+    )
+    if given.json:
+        return json.dumps([asdict(record) for record in records], indent=1)
+    return "\n".join(format_record(record) for record in records)
 
 
 # --- advise and rank --------------------------------------------------------------------------------------------------
@@ -601,6 +682,9 @@ COMMANDS = {
     ),
     "publish": Command(
         summary="push the model of a finished run to the Hub", description=PUBLISH, add_flags=_add_publish, run=_publish
+    ),
+    "export": Command(
+        summary="write a saved model as ONNX or OpenVINO", description=EXPORT, add_flags=_add_export, run=_export
     ),
     "cache": Command(summary="list or remove stored activations", description=CACHE, add_flags=_add_cache, run=_cache),
     "doctor": Command(

@@ -221,9 +221,13 @@ class ComputeConfig(Settings):
     )
 
 
+ExportFormat = Literal["onnx", "openvino"]
+ExportPrecision = Literal["fp32", "fp16", "int8"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(Settings):
-    """Settings of the output folder and of the push to the Hub."""
+    """Settings of the output folder, of exported files, and of the push to the Hub."""
 
     output_dir: str | None = flag(
         None,
@@ -237,6 +241,13 @@ class OutputConfig(Settings):
     resume: bool = flag(
         False, "continue the run saved in output_dir/checkpoints exactly; without a saved state, start fresh"
     )
+    export: Literal["none", "onnx", "openvino"] = flag(
+        "none",
+        "also write the finished model to model/onnx or model/openvino, checked in its own runtime (see docs/export.md)",
+    )
+    export_precision: ExportPrecision = flag(
+        "fp32", "numbers in the exported file; int8: calibrated on training images, with the accuracy before and after"
+    )
     push_to_hub: str | None = flag(
         None, "Hub repository OWNER/NAME[@branch] to push the finished model to; the token is checked before training"
     )
@@ -248,6 +259,10 @@ class OutputConfig(Settings):
             split_repo_id(self.push_to_hub)
         elif self.private:
             raise ValueError("private=True: nothing is pushed without --push_to_hub OWNER/NAME")
+        if self.export == "none" and self.export_precision != "fp32":
+            raise ValueError(
+                f"export_precision={self.export_precision!r}: nothing is exported without --export onnx or --export openvino"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

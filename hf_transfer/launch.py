@@ -33,7 +33,8 @@ def run_recipe(
 
 
 def run(config: RunConfig) -> "RunResult":
-    """Runs the strategy of `config`: loads the data, trains, writes the output folder, and pushes the model (`push_to_hub`).
+    """Runs the strategy of `config`: loads the data, trains, writes the output folder, then exports (`export`) and
+    pushes the model (`push_to_hub`).
 
     SIGINT and SIGTERM end the run with `Interrupted`, after a state was saved if the run is training.
     """
@@ -43,11 +44,14 @@ def run(config: RunConfig) -> "RunResult":
         with fast_imports():
             from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
             from hf_transfer.repeats import run_config
-            from hf_transfer.runs import push, start_logging
+            from hf_transfer.runs import check_export, export_run, push, start_logging
+        check_export(config)
         exempt_from_collection()
         start_logging()
         with open_folder(config.output, name) as folder, explains_how_to_continue(make_resume_command(name, folder)):
             session, result = run_config(config, output_dir=folder)
+            if config.output.export != "none":
+                export_run(session)
             if config.output.push_to_hub is not None:
                 push(session, result, config.output.push_to_hub)
     return result

@@ -9,6 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from hf_transfer.config import ExportFormat, ExportPrecision
+from hf_transfer.exporting.formats import ExportOptions
+from hf_transfer.exporting.records import ExportRecord
+from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.predict import Prediction, find_images, load_saved, predict
 from hf_transfer.locations import find_run
@@ -136,6 +140,22 @@ class Run:
                 shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
         self.folder = folder
         return folder
+
+    def export(
+        self,
+        *,
+        format: ExportFormat = "onnx",  # noqa: A002 - the name of the flag
+        precision: ExportPrecision = "fp32",
+        with_preprocessing: bool = False,
+    ) -> tuple[ExportRecord, ...]:
+        """Exports the saved model into its folder (`folder/model`), and returns what is known about each file.
+
+        Raises ValueError if the run is not saved, and ExportError if an exported file differs from the trained network.
+        """
+        if self.folder is None:
+            raise ValueError("this run is not saved, and its export belongs to its folder: call run.save first")
+        options = ExportOptions(format=format, precision=precision, with_preprocessing=with_preprocessing)
+        return export_saved(self.folder, options, trust_remote_code=self._trusts_code)
 
     def push(self, repo_id: str, options: PublishOptions | None = None) -> str | None:
         """Verifies the model, pushes it to OWNER/NAME on the Hub, and returns the model's URL.

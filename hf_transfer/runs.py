@@ -19,10 +19,12 @@ from hf_transfer.config import Engine, GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.errors import ContinuableError, make_log_handler
+from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.flags import read_config
+from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
-from hf_transfer.hub.verify import REFERENCE, write_reference
+from hf_transfer.hub.verify import REFERENCE, has_own_code, write_reference
 from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR, presets_dir
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
@@ -201,6 +203,38 @@ def _write_results(session: Session, result: RunResult, folder: Path) -> dict[st
         write_config(staging, pin_revisions(session), session.unrepeatable)
         write_results(staging, results)
     return results
+
+
+def check_export(config: RunConfig) -> None:
+    """Raises ValueError, before training, if the settings ask for an export that cannot be written."""
+    output = config.output
+    if output.export == "none":
+        return
+    check_installed(ExportOptions(format=output.export, precision=output.export_precision))
+    if not getattr(config.strategy, "merge", True):
+        raise ValueError(
+            f"export={output.export!r}: an adapter is exported merged; omit --no-merge, or run hf-transfer export with "
+            "--output_dir later"
+        )
+
+
+@processes.ending_together()
+def export_run(session: Session) -> None:
+    """Exports the model of the written run to its model folder, in the main process, while the other processes wait.
+
+    Raises ExportError if an exported file differs from the trained network. The run itself is finished.
+    """
+    output, folder = session.config.output, session.output_dir
+    assert output.export != "none"
+    assert folder is not None
+    if session.is_main:
+        options = ExportOptions(format=output.export, precision=output.export_precision)
+        command = f"hf-transfer export {folder} --format {options.format} --export_precision {options.precision}"
+        trusts_code = session.config.model.trust_remote_code or has_own_code(folder / "model")
+        with explains_how_to_continue(command, OSError, RuntimeError):  # only the export is left
+            for record in export_saved(folder, options, trust_remote_code=trusts_code):
+                log.info("wrote %s (%.1f MB)", folder / "model" / record.file, record.size_bytes / 1e6)
+    processes.wait_for_everyone()
 
 
 @processes.ending_together()

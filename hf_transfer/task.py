@@ -38,6 +38,8 @@ NOT_OF_A_TASK = {  # settings of a run that another method takes
     "output_dir": "give output_dir to Task.fit, or a folder to run.save",
     "overwrite_output_dir": "give overwrite_output_dir to Task.fit",
     "resume": "give resume to Task.fit",
+    "export": "call run.export after run.save",
+    "export_precision": "call run.export after run.save",
     "push_to_hub": "call run.push after Task.fit",
     "private": "call run.push with PublishOptions(private=True)",
 }

@@ -143,7 +143,7 @@ def test_the_command_prints_sets_abstention_and_warnings(
     assert [(row["set"], row["answers"], row["unlike_training"]) for row in rows] == [
         (list(p.label_set or ()), p.answers, p.unlike_training) for p in expected
     ]
-    main([*words, "--csv"])
+    main([*words, "--format", "csv"])
     table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["set"] for row in table] == ["|".join(p.label_set or ()) for p in expected]
     assert [row["label"] for row in table] == [p.labels[0] for p in expected]

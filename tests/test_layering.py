@@ -16,9 +16,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_transfer"
 ROOMS = (
     "settings", "config", "locations", "interrupts", "errors", "sealed", "processes", "startup", "capability", "threads",
     "choices", "costs", "metrics", "confidence", "targets", "solvers", "network", "data", "prefix", "session", "training",
-    "strategy", "flags", "choosing", "strategies", "inference", "reporting", "hub", "out_of_memory", "output", "auditing",
-    "embeddings", "runs", "adding", "repeats",
-    "launch", "run", "task", "doctor", "cli", "__main__",
+    "strategy", "flags", "choosing", "strategies", "exporting", "inference", "reporting", "hub", "out_of_memory", "output",
+    "auditing", "embeddings", "runs", "adding", "repeats", "launch", "run", "task", "doctor", "cli", "__main__",
 )  # fmt: skip
 HEAVY = (
     "accelerate",

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from hf_transfer.config import split_repo_id
 from hf_transfer.hub.attempts import Attempts, PushError, RefusedPushError, no_write_access
 from hf_transfer.hub.card import OUR_TAG, address_card
+from hf_transfer.hub.exports import verify_exports
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import MERGED_TOLERANCE, REFERENCE, TOLERANCE, Verified, find_libraries, verify
 from hf_transfer.locations import find_run
@@ -38,7 +39,7 @@ CARD = "README.md"
 # A push deletes such old files if the new model lacks them, as libraries would load them with it. Other files stay.
 LOADED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "adapter_config.json",
-    "task.json",
+    "task.json", "onnx/*", "openvino/*", "export.json",
 )  # fmt: skip
 
 __all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish", "publish_command"]
@@ -92,7 +93,8 @@ def publish(
     token of `hf auth login`.
 
     Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME or an adapter's base is unreachable,
-    VerificationError if the saved model differs from the measured model, and PushError with a remedy if the Hub refuses.
+    VerificationError or ExportError if the saved model or an exported file differs from the measured model, and PushError
+    with a remedy if the Hub refuses.
 
         publish("runs/x", "me/model", options=PublishOptions(private=True))
     """
@@ -111,6 +113,7 @@ def publish(
     verified = verify(model, run / REFERENCE, find_libraries(model), tolerance=tolerance)
     for each in verified:
         log.info("model reloaded by %s in a fresh process: logits differ by %.1g (relative)", each.library, each.logits)
+    verify_exports(model, run / REFERENCE)
     files = {p.relative_to(model).as_posix(): p for p in sorted(model.rglob("*")) if p.is_file()}
     # Hidden files do not belong to the model.
     files = {name: p for name, p in files.items() if not re.search(r"(^|/)\.", name)}

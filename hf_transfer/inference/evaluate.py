@@ -1,13 +1,13 @@
 """Computes the metrics of a saved classifier on a labeled data set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from accelerate import Accelerator
 
-from hf_transfer.config import ComputeConfig, DataConfig
+from hf_transfer.config import ComputeConfig, DataConfig, ExportPrecision
 from hf_transfer.data.dataset import load_splits
-from hf_transfer.inference.predict import load_saved
+from hf_transfer.inference.load import InferenceEngine, load_for_engine
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.pixels import EvaluationImages
@@ -64,9 +64,17 @@ def evaluate_split(
     split: str = ALL,
     compute: ComputeConfig = DEFAULT_COMPUTE,
     trust_remote_code: bool = False,
+    engine: InferenceEngine | None = None,
+    export_precision: ExportPrecision | None = None,
 ) -> Evaluation:
-    """Returns the metrics as `evaluate` does, with the split and the target that they are of."""
-    backbone = load_saved(checkpoint, trust_remote_code=trust_remote_code)
+    """Returns the metrics as `evaluate` does, with the split and the target that they are of.
+
+    `engine`: in place of the engine of `compute`; it may be an exported file (see `load_for_engine`).
+    """
+    backbone, own_engine = load_for_engine(
+        checkpoint, engine or compute.engine, precision=export_precision, trust_remote_code=trust_remote_code
+    )
+    compute = replace(compute, engine=own_engine)
     splits = load_splits(data, backbone.target)
     chosen = [each for name, each in splits.items() if split in (name, ALL)]
     if not chosen:

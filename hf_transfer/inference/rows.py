@@ -1,4 +1,4 @@
-"""Writes predictions as text, JSON or CSV."""
+"""Predictions as text for people, and as JSON, JSON lines or CSV for programs."""
 
 import csv
 import io
@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_transfer.errors import make_printable
 from hf_transfer.inference.predict import Prediction
 from hf_transfer.targets.target import Target
 
+OutputFormat = Literal["text", "json", "jsonl", "csv"]
 SEPARATOR = "|"  # between the labels of a set in a CSV cell, as in tables of labels
 
 
@@ -25,7 +26,25 @@ class NamedPrediction:
     explanation: Path | None = None  # the PNG file that shows which regions speak for the first label
 
 
-def format_text(rows: Sequence[NamedPrediction]) -> str:
+def format_rows(rows: Sequence[NamedPrediction], output_format: OutputFormat) -> str:
+    """Returns predictions as text, or for programs as JSON, JSON lines or CSV, with an entry for each image.
+
+    What the model does not know, or nobody asked for, is left out. The columns of CSV are image, adapter, label, score,
+    label_2, score_2, ... (a regression has one column for each number), set, answers, unlike_training, distance and
+    explanation.
+    """
+    match output_format:
+        case "text":
+            return _format_text(rows)
+        case "json":
+            return json.dumps([_to_dict(row) for row in rows], indent=1)
+        case "jsonl":
+            return "\n".join(json.dumps(_to_dict(row)) for row in rows)
+        case "csv":
+            return _format_csv(rows)
+
+
+def _format_text(rows: Sequence[NamedPrediction]) -> str:
     """Returns a line for each image, below the names of adapters."""
     width = max((len(row.prediction.image) for row in rows), default=0)
     lines: list[str] = []
@@ -38,17 +57,7 @@ def format_text(rows: Sequence[NamedPrediction]) -> str:
     return "\n".join(lines)
 
 
-def format_json(rows: Sequence[NamedPrediction]) -> str:
-    """Returns a JSON list with an object for each image. What the model does not know, or nobody asked for, is left out."""
-    return json.dumps([_to_dict(row) for row in rows], indent=1)
-
-
-def format_csv(rows: Sequence[NamedPrediction]) -> str:
-    """Returns CSV with a row for each image: a classifier's most likely label and its score, or one column for each number.
-
-    The other columns are `adapter`, `set`, `answers`, `unlike_training`, `distance` and `explanation`, as far as they are
-    known.
-    """
+def _format_csv(rows: Sequence[NamedPrediction]) -> str:
     flat = [_flatten(row) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
@@ -85,7 +94,10 @@ def _flatten(row: NamedPrediction) -> dict[str, Any]:
     adapter = {"adapter": row.adapter} if row.adapter else {}
     values: dict[str, Any] = dict(zip(p.labels, p.values, strict=True))
     if row.target.counts_labels:
-        values = {"label": p.labels[0], "score": p.values[0]}
+        values = {}
+        for i, (label, score) in enumerate(zip(p.labels, p.values, strict=True), 1):
+            end = "" if i == 1 else f"_{i}"
+            values |= {f"label{end}": label, f"score{end}": score}
     for name, (low, high) in zip(p.labels, p.intervals or (), strict=p.intervals is not None):
         values |= {f"{name} low": low, f"{name} high": high}
     label_set = {} if p.label_set is None else {"set": SEPARATOR.join(p.label_set)}

@@ -11,6 +11,7 @@ from timm.data.transforms_factory import create_transform
 
 from hf_transfer.network.damage import read_json
 
+WRAPPER = "TimmWrapperImageProcessor"  # transformers' class, which reads config.json like this file
 # Files and keys of config.json with which transformers may choose another processor.
 _OTHER_FILES = ("preprocessor_config.json", "processor_config.json")
 _OTHER_KEYS = frozenset({"image_processor_type", "feature_extractor_type", "auto_map"})
@@ -36,7 +37,8 @@ class TimmProcessor:
 def find_timm_processor(folder: Path) -> TimmProcessor | None:
     """Returns the processor of the timm checkpoint in `folder`, or None if transformers must choose the processor."""
     file = folder / "config.json"
-    if not file.is_file() or any((folder / name).is_file() for name in _OTHER_FILES):
+    others = [folder / name for name in _OTHER_FILES if (folder / name).is_file()]
+    if not file.is_file() or any(read_json(other).get("image_processor_type") != WRAPPER for other in others):
         return None
     config = read_json(file)
     is_timm = config.get("model_type") in (None, "timm_wrapper") and {"pretrained_cfg", "architecture"} <= config.keys()

@@ -1,0 +1,126 @@
+"""Writes a network as an ONNX graph, and converts an ONNX graph to OpenVINO.
+
+`torch.onnx`'s exporter traces the network with torch.export, so that the number of images stays free. OpenVINO reads the ONNX
+file, so both formats compute the same graph.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_transfer.exporting.formats import INPUT, OUTPUT
+from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.forward import compute_logits, eval_mode
+from hf_transfer.targets.target import Target
+
+OPSET = 18
+EXTERNAL_BYTES = 1_500_000_000  # weights beyond go to a file of their own, since a protobuf message ends at 2 GB
+BATCH = 2  # torch.export takes a batch of one for a constant
+CHATTY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return compute_logits(self.model, pixel_values)
+
+
+class _Activation(nn.Module):
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        # An output that is the input would have no node, and ONNX does not allow that.
+        return self.target.activate(logits) * 1.0
+
+
+def write_onnx(backbone: Backbone, file: Path) -> None:
+    """Writes the network as `file`: `pixel_values` (N, C, H, W) -> `logits` (N, K), both float32, for any N.
+
+    The metadata have the label names, the target and the preprocessing as JSON. Raises ValueError if torch.export cannot trace
+    the network.
+    """
+    model = backbone.model.cpu()
+    images = torch.zeros(BATCH, *backbone.preprocessing.image_shape)
+    with eval_mode(model):
+        program = _trace(_Logits(model), images, INPUT, OUTPUT)
+    nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
+    program.model.metadata_props.update(describe(backbone))
+    program.save(str(file), external_data=nbytes > EXTERNAL_BYTES)
+
+
+def build_activation(target: Target) -> Any:
+    """Returns the ONNX model from `logits` (N, K) to the probabilities or numbers (N, K) that users read."""
+    return _trace(_Activation(target), torch.zeros(BATCH, target.num_outputs), OUTPUT, target.outputs_name).model_proto
+
+
+def describe(backbone: Backbone) -> dict[str, str]:
+    """Returns the metadata of an exported file: JSON texts by name. They contain no local path."""
+    preprocessing = backbone.preprocessing
+    values = {
+        "labels": list(backbone.label_names),
+        "target": backbone.target.to_dict(),
+        "preprocessing": {**preprocessing.spec, "steps": preprocessing.describe()},
+    }
+    texts = {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in values.items()}
+    return {**texts, "producer": "hf_transfer", "problem_type": backbone.target.problem_type}
+
+
+def write_openvino(onnx_file: Path, file: Path, metadata: Mapping[str, str], *, is_fp16: bool = False) -> None:
+    """Writes an ONNX file as OpenVINO's `file` (.xml) and its weights (.bin). With `is_fp16`, weights have 16 bits."""
+    import openvino
+
+    model = openvino.Core().read_model(onnx_file)
+    for name, text in metadata.items():
+        model.set_rt_info(text, ["model_info", name])
+    openvino.save_model(model, file, compress_to_fp16=is_fp16)
+
+
+def _trace(module: nn.Module, samples: torch.Tensor, input_name: str, output_name: str) -> Any:
+    """Returns the ONNX program of `module` for batches of any size."""
+    batch = torch.export.Dim("batch")
+    try:
+        with torch.no_grad(), _quiet():
+            return torch.onnx.export(
+                module.eval(),
+                (samples,),
+                dynamo=True,
+                input_names=[input_name],
+                output_names=[output_name],
+                dynamic_shapes=({0: batch},),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"torch.onnx cannot export this network ({reason}); use the saved model with transformers or timm"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides warnings and log lines of the exporter, which its users cannot act on."""
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,67 @@
+"""What is known about each exported file: its size, its speed, and how far its outputs are from those of the trained network.
+
+export.json beside the exported folders lists the records, and the model card shows them.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hf_transfer.config import ExportFormat, ExportPrecision
+from hf_transfer.network.damage import read_json
+
+RECORDS = "export.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """The target's main metric on the same held-out images, with the trained network and with an exported file."""
+
+    metric: str  # key in results.json, such as "accuracy"
+    split: str
+    num_images: int
+    before: float
+    after: float
+    agreement: float  # share of images with the same largest output
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRecord:
+    """One exported file. The differences are on the run's reference images, in a fresh process with the file's own runtime."""
+
+    file: str  # path below the folder of export.json
+    format: ExportFormat
+    precision: ExportPrecision
+    size_bytes: int
+    runtime: str  # with its version
+    num_images: int  # reference images
+    logits: float  # largest difference, relative to the largest logit, or to 1 if that is more
+    agreement: float  # share of reference images with the same largest output
+    latency_ms: float  # of one image
+    images_per_second: float | None  # in batches of 8; None for a graph that takes single images
+    num_threads: int
+    pixels: float | None = None  # largest difference of normalized pixels, for a graph with preprocessing inside
+    accuracy: Accuracy | None = None  # of a file with lower precision, where held-out images were given
+
+
+def read_records(folder: Path) -> tuple[ExportRecord, ...]:
+    """Returns the records in `folder`, without those whose file is gone; () if nothing was exported."""
+    path = folder / RECORDS
+    if not path.is_file():
+        return ()
+    records = [
+        ExportRecord(**{**values, "accuracy": None if values["accuracy"] is None else Accuracy(**values["accuracy"])})
+        for values in read_json(path)["files"]
+    ]
+    return tuple(record for record in records if (folder / record.file).is_file())
+
+
+def add_records(folder: Path, new: Sequence[ExportRecord]) -> tuple[ExportRecord, ...]:
+    """Writes `new` records to `folder`, in place of older ones of the same files. Returns all records."""
+    by_file = {record.file: record for record in (*read_records(folder), *new)}
+    records = tuple(by_file[name] for name in sorted(by_file))
+    partial = folder / f"{RECORDS}.partial"
+    partial.write_text(json.dumps({"files": [asdict(record) for record in records]}, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / RECORDS)
+    return records
