@@ -38,8 +38,8 @@ AUTO: list[Contender] = [
     Contender(
         strategy="probe_then_full",
         settings={"min_steps": 100, "head_scale": 0.0},
-        log_ratios=(0.18, -0.20, -0.66, -1.00),
-        spread=0.48,
+        log_ratios=(0.18, -0.20, -0.64, -1.00),
+        spread=0.43,
     ),
     Contender(
         strategy="probe_then_full",
