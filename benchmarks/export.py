@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_transfer.config import ExportFormat
+from hf_transfer.config import ExportFormat, ExportPrecision
 from hf_transfer.data.images import read_image
 from hf_transfer.exporting.formats import WITH_PREPROCESSING, ExportOptions, name_file
 from hf_transfer.exporting.runtime import ExportedNetwork
@@ -94,7 +94,7 @@ def make_environment(folder: Path) -> Path:
 
 def measure_speed(model: Path, form: ExportFormat, images: torch.Tensor) -> dict[str, float]:
     """Returns images (B, C, H, W) per second of CPU time of both files, in batches that take turns, and their ratio."""
-    names = ("fp32", "int8")
+    names: tuple[ExportPrecision, ...] = ("fp32", "int8")
     networks = [ExportedNetwork(model / name_file(form, name), form) for name in names]
     seconds: list[list[float]] = [[], []]
     for _ in range(1 + ROUNDS):
