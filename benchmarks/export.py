@@ -4,13 +4,17 @@ python benchmarks/export.py --data FOLDER --output benchmarks/results/export.jso
 
 FOLDER has checkpoints/ and datasets/. For each checkpoint, a linear probe is trained on the data set, and its run is exported.
 The part `preprocessing` compares pixels on 40 images of odd sizes, modes and orientations, and labels on the test split, by
-scripts/run_exported.py in a new environment that has only NumPy, Pillow and onnxruntime. The part `int8` exports 8-bit files.
+scripts/run_exported.py in a new environment that has only NumPy, Pillow and onnxruntime. The part `int8` exports 8-bit files,
+and compares their size and speed with those of the float32 files. The speed is in images per second of CPU time, on one core,
+so that other processes count little; the batches of both files take turns.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
+import time
 import venv
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +24,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hf_transfer.config import ExportFormat, ExportPrecision
 from hf_transfer.data.images import read_image
-from hf_transfer.exporting.formats import WITH_PREPROCESSING, ExportOptions
+from hf_transfer.exporting.formats import WITH_PREPROCESSING, ExportOptions, name_file
+from hf_transfer.exporting.runtime import ExportedNetwork
+from hf_transfer.exporting.verify import read_reference
 from hf_transfer.hub.exports import export_saved
+from hf_transfer.hub.verify import REFERENCE
 from hf_transfer.inference.predict import find_images, load_saved
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.forward import compute_logits
@@ -31,6 +39,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "run_exported.py"
 CHECKPOINTS = ("mobilenetv2_100.tflite_quant_in1k", "deit_tiny_patch16_224.fix_in1k")
 MODES = ("RGB", "L", "CMYK", "RGB")
 EXIF_ORIENTATION = 0x0112
+BATCH, ROUNDS = 8, 30  # images of a batch, and batches of each file
 
 
 def write_odd_images(photos: list[Path], folder: Path, count: int = 40) -> list[Path]:
@@ -83,6 +92,35 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
+def measure_speed(model: Path, form: ExportFormat, images: torch.Tensor) -> dict[str, float]:
+    """Returns images (B, C, H, W) per second of CPU time of both files, in batches that take turns, and their ratio."""
+    names: tuple[ExportPrecision, ...] = ("fp32", "int8")
+    networks = [ExportedNetwork(model / name_file(form, name), form) for name in names]
+    seconds: list[list[float]] = [[], []]
+    for _ in range(1 + ROUNDS):
+        for network, times in zip(networks, seconds, strict=True):
+            started = time.process_time()
+            network(images)
+            times.append(time.process_time() - started)
+    rates = [len(images) / statistics.median(times[1:]) for times in seconds]  # the first batch allocates memory
+    return {**dict(zip(names, rates, strict=True)), "ratio": rates[1] / rates[0]}
+
+
+def export_int8(run: Path, form: ExportFormat) -> dict[str, Any]:
+    """Exports the run in float32 and int8, and returns both records, the ratio of their sizes, and their speed."""
+    (plain,), (small,) = (
+        export_saved(run, ExportOptions(format=form, precision=precision)) for precision in ("fp32", "int8")
+    )
+    inputs = torch.from_numpy(read_reference(run / REFERENCE).inputs)
+    images = inputs.repeat(BATCH // len(inputs) + 1, 1, 1, 1)[:BATCH]
+    return {
+        f"{form}_fp32": asdict(plain),
+        f"{form}_int8": asdict(small),
+        f"{form}_size_ratio": small.size_bytes / plain.size_bytes,
+        f"{form}_images_per_cpu_second": measure_speed(run / "model", form, images),
+    }
+
+
 def main() -> None:
     """Runs the chosen parts, and writes their results after each checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,9 +151,7 @@ def main() -> None:
                 row[part] = run_bare(python, run / "model" / WITH_PREPROCESSING, files, expected)
         if "int8" in given.parts:
             for each in given.formats:
-                for precision in ("fp32", "int8"):
-                    (record,) = export_saved(run, ExportOptions(format=each, precision=precision))
-                    row[f"{each}_{precision}"] = asdict(record)
+                row |= export_int8(run, each)
         given.output.write_text(json.dumps(results, indent=1) + "\n")
         print(json.dumps({name: row}), flush=True)
 

@@ -238,6 +238,43 @@ def test_predictions_of_an_exported_file_equal_those_of_the_weights(
             assert [e["score"] for e in row["labels"]] == pytest.approx([e["score"] for e in other["labels"]], abs=1e-4)
 
 
+@pytest.mark.parametrize("checkpoint", ["embedded", "timm ViT"])
+def test_int8_files_of_a_run_keep_its_labels(
+    checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network of convolutions and one with attention, whose methods differ. The data are `sklearn/digits`."""
+    pytest.importorskip("nncf", reason="the extra `int8` is not installed")
+    import onnx
+
+    if checkpoint != "embedded":
+        write_upstream(checkpoint, tmp_path / "upstream")
+        checkpoint = str(tmp_path / "upstream")
+    run, model = tmp_path / "run", tmp_path / "run/model"
+    words = ["--checkpoint", checkpoint, "--images_per_class", "30", "--export_precision", "int8"]
+    main(["train", "linear_probe", "--output_dir", str(run), *words, "--export", "onnx"])
+    main(["export", str(run), "--format", "openvino", "--export_precision", "int8"])
+    records = read_records(model)
+    assert [record.file for record in records] == ["onnx/model_int8.onnx", "openvino/model_int8.xml"]
+    for record in records:
+        assert record.accuracy is not None
+        assert record.accuracy.split == "test"
+        assert record.logits > TOLERANCE  # the numbers are really rounded
+        assert record.accuracy.after >= record.accuracy.before - 0.05
+        assert record.accuracy.agreement >= 0.9
+    weights = [t for t in onnx.load(model / "onnx/model_int8.onnx").graph.initializer if np.prod(t.dims) >= 256]
+    num_int8 = sum(np.prod(t.dims) for t in weights if t.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8))
+    assert num_int8 > 0.8 * sum(np.prod(t.dims) for t in weights)
+    parameters = sum(parameter.numel() for parameter in load(str(model)).model.parameters())
+    assert (model / "openvino/model_int8.bin").stat().st_size < 2 * parameters  # a float32 file has 4 bytes for each
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    capsys.readouterr()
+    for engine in FORMATS:
+        main(
+            ["predict", str(model), str(tmp_path / "a.png"), "--engine", engine, "--export_precision", "int8", "--json"]
+        )
+        assert len(json.loads(capsys.readouterr().out)) == 1
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -22,8 +22,10 @@ from hf_transfer.exporting.formats import WITH_PREPROCESSING, ExportOptions, che
 from hf_transfer.exporting.graph import describe, write_onnx, write_openvino
 from hf_transfer.exporting.held_out import HeldOut
 from hf_transfer.exporting.layout import write_layout
+from hf_transfer.exporting.quantize import quantize, quantize_openvino, write_half
 from hf_transfer.exporting.records import ExportRecord, add_records
 from hf_transfer.exporting.verify import Reference, make_reference, verify_export
+from hf_transfer.exporting.whole_graph import write_whole_graph
 from hf_transfer.network.backbone import Backbone
 
 log = logging.getLogger(__name__)
@@ -72,29 +74,22 @@ def export(
 
 def _write(backbone: Backbone, staging: Path, options: ExportOptions, held_out: HeldOut | None) -> None:
     """Writes the files of `options` to `staging`."""
-    plain = staging / name_file("onnx", "fp32")
-    plain.parent.mkdir()
-    write_onnx(backbone, plain)
-    if options.with_preprocessing:
-        from hf_transfer.exporting.whole_graph import write_whole_graph
-
-        write_whole_graph(backbone, plain, staging / WITH_PREPROCESSING)
     file = staging / name_file(options.format, options.precision)
-    file.parent.mkdir(exist_ok=True)
-    if options.precision == "int8":
-        from hf_transfer.exporting.quantize import quantize
-
-        assert held_out is not None
-        quantize(plain, file, held_out.list_calibration(backbone), describe(backbone))
-    elif options.format == "openvino":
-        write_openvino(plain, file, describe(backbone), is_fp16=options.precision == "fp16")
-    elif options.precision == "fp16":
-        from hf_transfer.exporting.quantize import write_half
-
-        write_half(plain, file)
-    if file != plain:
-        for each in plain.parent.glob(f"{plain.name}*"):
-            each.unlink()
+    file.parent.mkdir()
+    with tempfile.TemporaryDirectory(prefix="hf_transfer-") as scratch:
+        is_plain = (options.format, options.precision) == ("onnx", "fp32")
+        plain = file if is_plain else Path(scratch, "model.onnx")
+        write_onnx(backbone, plain)
+        if options.with_preprocessing:
+            write_whole_graph(backbone, plain, staging / WITH_PREPROCESSING)
+        if options.precision == "int8":
+            assert held_out is not None
+            write = quantize if options.format == "onnx" else quantize_openvino
+            write(plain, file, held_out.list_calibration(backbone), describe(backbone))
+        elif options.format == "openvino":
+            write_openvino(plain, file, describe(backbone), is_fp16=options.precision == "fp16")
+        elif options.precision == "fp16":
+            write_half(plain, file)
 
 
 def _verify(backbone: Backbone, staging: Path, file: str, options: ExportOptions, reference: Reference) -> ExportRecord:

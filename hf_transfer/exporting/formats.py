@@ -75,9 +75,10 @@ def find_format(folder: Path) -> ExportFormat | None:
 def check_installed(options: ExportOptions) -> None:
     """Raises ValueError, with the command that installs them, if packages are missing that this export needs."""
     packages = ["onnx", "onnxscript"]
-    packages += ["openvino"] if options.format == "openvino" else ["onnxruntime"]
-    packages += ["nncf", "openvino"] if options.precision == "int8" else []
-    missing = [name for name in dict.fromkeys(packages) if importlib.util.find_spec(name) is None]
+    packages += ["openvino"] if options.format == "openvino" else []
+    packages += ["onnxruntime"] if options.format == "onnx" or options.precision == "int8" else []  # its quantizer
+    packages += ["nncf"] if (options.format, options.precision) == ("openvino", "int8") else []
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         extras = ",".join(sorted({_NEEDED[name] for name in missing}))
         raise ValueError(

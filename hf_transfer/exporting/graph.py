@@ -81,7 +81,13 @@ def write_openvino(onnx_file: Path, file: Path, metadata: Mapping[str, str], *, 
     """Writes an ONNX file as OpenVINO's `file` (.xml) and its weights (.bin). With `is_fp16`, weights have 16 bits."""
     import openvino
 
-    model = openvino.Core().read_model(onnx_file)
+    save_openvino(openvino.Core().read_model(onnx_file), file, metadata, is_fp16=is_fp16)
+
+
+def save_openvino(model: Any, file: Path, metadata: Mapping[str, str], *, is_fp16: bool) -> None:
+    """Writes an OpenVINO model with metadata as `file` (.xml) and its weights (.bin)."""
+    import openvino
+
     for name, text in metadata.items():
         model.set_rt_info(text, ["model_info", name])
     openvino.save_model(model, file, compress_to_fp16=is_fp16)

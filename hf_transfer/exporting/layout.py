@@ -15,6 +15,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.preprocessing import SETTINGS_FILE, Preprocessing
 from hf_transfer.network.timm_processor import WRAPPER
+from hf_transfer.network.transformers_types import is_transformers_model
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 
@@ -23,7 +24,7 @@ def write_layout(backbone: Backbone, folder: Path) -> None:
     """Writes or completes both files in `folder`. Files of a saved model that are complete stay as they are."""
     source = backbone.source.folder
     own = folder / "config.json"
-    config = read_json(own) if own.is_file() else backbone.source.read_config()
+    config = read_json(own) if own.is_file() else _read_config(backbone)
     completed = {**config, **_list_entries(backbone, config)}
     if not own.is_file() or completed != config:
         _write_json(own, completed)
@@ -62,6 +63,14 @@ def make_settings(preprocessing: Preprocessing) -> dict[str, Any] | None:
         "image_mean": list(colors.mean),
         "image_std": list(colors.std),
     }
+
+
+def _read_config(backbone: Backbone) -> dict[str, Any]:
+    """Returns the network's own config or, for timm, that of its checkpoint. A stack that is not saved has no checkpoint."""
+    if is_transformers_model(backbone.model):
+        config: dict[str, Any] = json.loads(backbone.model.config.to_json_string())
+        return config
+    return backbone.source.read_config()
 
 
 def _list_entries(backbone: Backbone, config: dict[str, Any]) -> dict[str, Any]:
