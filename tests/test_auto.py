@@ -189,6 +189,19 @@ def test_a_budget_decides_how_much_of_a_candidate_runs(
     assert found == expected
 
 
+def test_nothing_runs_where_nothing_is_left_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    division = divide_images(read_data(make_config("auto", images_per_class=4).data), 0)
+    session = make_session("auto", **FEW)
+    monkeypatch.setattr(Contest, "_allow", lambda *_: pytest.fail("the candidate was about to run"))
+    own = Contest(session=session, division=division, probe_qualities=np.ones(100), budget=Budget(None))
+    own.enter(make_entry())
+    assert [record.verdict for record in own.finish()] == ["nothing_to_gain"]
+    for qualities in (np.ones(90), np.arange(100) > 0):  # too few images to know, and an error on one of a hundred
+        monkeypatch.setattr(own, "probe_qualities", qualities.astype(float))
+        with pytest.raises(pytest.fail.Exception):
+            own.enter(make_entry())
+
+
 def test_candidates_keep_their_last_epoch_and_take_the_settings_that_the_user_gave() -> None:
     session = make_session("auto", lr=1e-3, **FEW)
     for candidate in list_candidates(session):

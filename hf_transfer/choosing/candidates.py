@@ -34,18 +34,18 @@ class Contender:
 
 
 AUTO: list[Contender] = [
-    Contender(strategy="probe_then_full", settings={}, log_ratios=(0.10, -0.19, -0.34, -1.28), spread=0.25),
+    Contender(strategy="probe_then_full", settings={}, log_ratios=(0.09, -0.20, -0.35, -1.00), spread=0.23),
     Contender(
         strategy="probe_then_full",
         settings={"min_steps": 100, "head_scale": 0.0},
-        log_ratios=(0.10, -0.19, -0.34, -1.28),
-        spread=0.35,
+        log_ratios=(0.18, -0.20, -0.64, -1.00),
+        spread=0.43,
     ),
     Contender(
         strategy="probe_then_full",
         settings={"min_steps": 100, "lr": 1e-3},
-        log_ratios=(0.10, -0.19, -0.34, -1.28),
-        spread=0.45,
+        log_ratios=(0.29, -0.20, -0.72, -1.00),
+        spread=0.60,
     ),
 ]
 """The strategies that `auto` compares with the linear probe. `python benchmarks/leads.py fit` prints the numbers."""
