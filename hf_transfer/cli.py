@@ -6,6 +6,7 @@ Heavy modules are imported only when a command runs, so that `--help` is fast.
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[make_log_handler()])
     with one_line_errors(f"hf-transfer {given.command}"):
         text = COMMANDS[given.command].run(given)
-    if text:
+    if text and os.environ.get("RANK", "0") == "0":  # a launcher numbers its processes
         _print(text)
 
 

@@ -19,6 +19,7 @@ from hf_transfer.inference.predict import find_images
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.peft_checkpoints import load_for_inspection
+from hf_transfer.processes import run_on_main
 from hf_transfer.reporting.embeddings import check_output, read_blocks, write_embeddings
 
 
@@ -104,7 +105,8 @@ def embed_images(options: EmbedOptions) -> EmbeddedImages:
             "pool": None if options.at in (None, FEATURES) else options.pool or "mean",
             "shape": list(shape),
         }
-        write_embeddings(options.output, embedded, description)
+        output = options.output
+        run_on_main(lambda: write_embeddings(output, embedded, description))
     computed, seconds = (sum(getattr(e, name) for e in embedded.values()) for name in ("computed", "seconds"))
     return EmbeddedImages(
         at=options.at or FEATURES,

@@ -15,6 +15,7 @@ from hf_transfer.confidence.record import CONFIDENCE, Confidence, FeatureInput, 
 from hf_transfer.confidence.selective import DELTA, choose_threshold, find_lowest_limit
 from hf_transfer.confidence.temperature import fit_sigmoid_factors, fit_softmax_factor
 from hf_transfer.metrics.calibration import compare_calibration, measure_calibration
+from hf_transfer.metrics.formulas import find_share
 from hf_transfer.network.head import HeadInput, scale_outputs, watch_features
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
@@ -170,6 +171,17 @@ def test_equal_probabilities_are_answered_together_and_a_limit_may_be_out_of_rea
     record = Confidence(confidences=confidences[:20].astype(np.float32), hits=hits[:20])
     with pytest.raises(ValueError, match=r"20 held-out images .* choose --max_error 0.2 or more"):
         record.choose_threshold(0.02)
+
+
+@pytest.mark.parametrize(
+    ("most", "count"), [(0, 1), (0, 100), (3, 20), (99, 100), (100, 100), (37, 10_000), (9990, 10_000)]
+)
+def test_shares_are_the_quantiles_of_the_beta_distribution(most: int, count: int) -> None:
+    from scipy.stats import beta
+
+    for probability in (0.975, 0.05, 1e-4):
+        expected = beta.ppf(1 - probability, most + 1, count - most) if most < count else 1.0
+        assert find_share(most, count, probability) == pytest.approx(expected, rel=1e-9)
 
 
 # --- distances --------------------------------------------------------------------------------------------------------

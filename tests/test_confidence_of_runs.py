@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,19 @@ from hf_transfer.confidence.record import CONFIDENCE, KEY
 from hf_transfer.data.images import BadImageError
 from hf_transfer.inference.predict import load_saved, predict
 from hf_transfer.network.backbone import load
+from hf_transfer.network.head import HeadInput
 from hf_transfer.prefix.engines import prepare
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.store import Store
 from hf_transfer.prefix.taps import LogitsAndFeatures
+from hf_transfer.repeats import run_config
 from hf_transfer.run import Run
+from hf_transfer.runs import execute
+from hf_transfer.session import Session
+from hf_transfer.training import familiarity
+from hf_transfer.training.familiarity import find_features
+from hf_transfer.training.records import RunResult
+from tests.sessions import make_config, make_session
 from tests.test_confidence import make_record
 from tests.test_publish import TOKENS, HubServer, make_run, signed_in
 
@@ -154,6 +164,35 @@ def test_the_command_prints_sets_abstention_and_warnings(
     assert all("; set: " in line for line in lines)
 
 
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_an_exported_file_keeps_the_record_but_knows_no_features(
+    engine: str,
+    calibrated: Run,
+    plain: Run,
+    folder: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["export", str(folder / "calibrated"), "--format", engine, "--output_dir"]
+    main([*words, str(tmp_path / "alone")])
+    expected = calibrated.predict(str(photos), coverage=0.9, max_error=0.3)
+    asked = ["--coverage", "0.9", "--max_error", "0.3", "--json", "--engine", engine]
+    capsys.readouterr()
+    main(["predict", str(tmp_path / "alone"), str(photos), *asked])
+    shown = capsys.readouterr()
+    assert "held-out images" in shown.err
+    rows = json.loads(shown.out)
+    assert [(row["set"], row["answers"]) for row in rows] == [(list(p.label_set or ()), p.answers) for p in expected]
+    assert all("unlike_training" not in row and "distance" not in row for row in rows)
+    main(["export", str(folder / "plain"), "--format", engine, "--output_dir", str(tmp_path / "alone")])
+    assert not (tmp_path / "alone" / CONFIDENCE).exists()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["predict", str(tmp_path / "alone"), str(photos), *asked])
+    assert "this model has no record of its confidence" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -219,3 +258,53 @@ def test_engines_compute_the_same_logits_and_features(calibrated: Run) -> None:
     (expected,), (folded,) = (prepare(engine, module, images, resources).functions(1) for engine in ("eager", "folded"))
     for eager, other in zip(expected(images), folded(images), strict=True):
         torch.testing.assert_close(other, eager, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("all_images", [False, True])
+def test_a_trained_part_computes_the_features_of_the_network_from_stored_activations(
+    all_images: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"epochs": 1, "images_per_class": 8, "probe_first": False, "cache": "memory"}
+    config = make_config("last_layers", **settings, train_on_all=all_images)
+    seen: list[RunResult] = []
+
+    def watch(own: Session, result: RunResult, inputs: Sequence[HeadInput]) -> None:
+        seen.append(result)
+        computed.clear()
+        features = find_features(own, result, inputs)
+        assert computed == [2]  # two images pass through the whole network, to check the activations
+        computed.clear()
+        expected = find_features(own, replace(result, activations=None), inputs)
+        assert computed == [len(own.data.train), len(own.data.validation)]
+        for one, other in zip(features, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+    computed: list[int] = []
+    run = familiarity.compute_logits_and_features
+
+    def count(model: Any, inputs: Any, images: Any, *rest: Any, **settings: Any) -> Any:
+        computed.append(len(images))
+        return run(model, inputs, images, *rest, **settings)
+
+    monkeypatch.setattr(familiarity, "compute_logits_and_features", count)
+    monkeypatch.setattr("hf_transfer.training.confidence.find_distance", watch)
+    _, finished = run_config(config)
+    assert all(result.activations is not None for result in seen)
+    assert len(seen) == 1 + all_images
+    assert finished.activations is None
+
+
+def test_outdated_activations_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = make_session("last_layers", epochs=1, images_per_class=8, probe_first=False, cache="memory")
+    seen: list[tuple[RunResult, Sequence[HeadInput]]] = []
+    monkeypatch.setattr(
+        "hf_transfer.training.confidence.find_distance", lambda _, result, inputs: seen.append((result, inputs))
+    )
+    execute(session)
+    ((result, inputs),) = seen
+    expected = find_features(session, replace(result, activations=None), inputs)
+    assert result.activations is not None
+    outdated = {name: Store([store[:] * 2]) for name, store in result.activations.stores.items()}
+    changed = replace(result, activations=replace(result.activations, stores=outdated))
+    for one, other in zip(find_features(session, changed, inputs), expected, strict=True):
+        np.testing.assert_array_equal(one, other)

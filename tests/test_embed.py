@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,10 +12,12 @@ import torch
 from PIL import Image
 from timm.models import save_for_hf
 
+from hf_transfer import embeddings
 from hf_transfer.cli import main
 from hf_transfer.config import ComputeConfig, DataConfig
 from hf_transfer.data.every_image import is_data_set, load_every_split, load_files
 from hf_transfer.data.images import BadImageError
+from hf_transfer.inference import heat_maps
 from hf_transfer.inference.embed import embed
 from hf_transfer.inference.neighbors import find_nearest
 from hf_transfer.inference.predict import find_images
@@ -22,6 +25,7 @@ from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.part import Part
 from hf_transfer.network.positions import find_layouts
 from tests.families import make_model
+from tests.ranks import run_ranks
 from tests.test_save import write_upstream
 
 MEMORY = ComputeConfig(cache="memory", engine="eager")
@@ -187,3 +191,32 @@ def test_mistakes_are_one_line(
         main(["embed", "embedded", str(photos), *flags])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def embed_and_explain(photos: str, folder: str) -> tuple[int, int]:
+    """How many files of embeddings, and how many pictures, this process writes."""
+    written = {"embeddings": 0, "pictures": 0}
+    write, draw = embeddings.write_embeddings, heat_maps.draw_explanation
+
+    def count_embeddings(*arguments: Any) -> None:
+        written["embeddings"] += 1
+        write(*arguments)
+
+    def count_pictures(*arguments: Any) -> Image.Image:
+        written["pictures"] += 1
+        return draw(*arguments)
+
+    embeddings.write_embeddings, heat_maps.draw_explanation = count_embeddings, count_pictures
+    main(["embed", "embedded", photos, "--output", f"{folder}/images.npy"])
+    main(["predict", "embedded", photos, "--explain", f"{folder}/why", "--format", "csv"])
+    return written["embeddings"], written["pictures"]
+
+
+def test_with_several_processes_the_main_one_writes_and_prints(photos: Path, tmp_path: Path) -> None:
+    env = {"ACCELERATE_USE_CPU": "true", "HF_TRANSFER_CACHE": str(tmp_path / "cache")}
+    counts = run_ranks(embed_and_explain, 2, str(photos), str(tmp_path), folder=tmp_path / "log", env=env)
+    assert counts == [(1, 7), (0, 0)]
+    own = embed(load("embedded"), load_files(find_images([photos])), compute=MEMORY)
+    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), own.store[:], rtol=1e-5, atol=1e-5)
+    printed = [(tmp_path / "log" / f"printed-{rank}").read_text() for rank in (0, 1)]
+    assert ["image,label" in text for text in printed] == [True, False]

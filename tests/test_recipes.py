@@ -75,7 +75,7 @@ def test_the_output_folder_is_the_contract(first: tuple[Path, dict[str, Any], st
     }  # fmt: skip
     model = {p.name for p in (folder / "model").iterdir()}
     pictures = {"confusion_matrix.svg", *(f"curve_{i}.svg" for i in range(1, len(results["curves"]) + 1))}
-    assert model == {"config.json", "model.safetensors", "README.md", *pictures}
+    assert model == {"config.json", "model.safetensors", "confidence.safetensors", "README.md", *pictures}
     assert results["strategy"] == "linear_probe"
     assert results["plan"][0]["policy"] == "head"
     assert results["metrics"]["test"]["num_samples"] == results["data"]["num_images"]["test"]

@@ -78,8 +78,11 @@ def test_every_image_is_predicted_by_the_fold_that_holds_it_out(folded: tuple[Pa
         assert set(of_fold).isdisjoint(held_out)
         held_out |= {path: probabilities for path, (_, _, probabilities) in of_fold.items()}
     assert set(held_out) == set(rows)
+    (temperature,) = results["details"]["confidence"]["temperatures"]  # fitted on these predictions
+    assert temperature != 1
     for path, (_, _, probabilities) in rows.items():
-        np.testing.assert_allclose(probabilities, held_out[path], atol=1e-6)
+        sharpened = np.array(held_out[path]) ** (1 / temperature)
+        np.testing.assert_allclose(probabilities, sharpened / sharpened.sum(), atol=1e-6)
     names = np.array(results["label_names"])
     hits = [names[int(np.argmax(numbers))] == label for _, label, numbers in rows.values()]
     assert results["metrics"]["validation"]["accuracy"] == pytest.approx(np.mean(hits))
@@ -154,9 +157,9 @@ def test_the_probe_of_a_fold_does_not_see_the_fold(tmp_path: Path) -> None:
 
 
 def test_the_final_probe_is_the_probe_of_all_images(tmp_path: Path) -> None:
-    """A probe without folds is fitted on train and validation images too."""
-    run(tmp_path / "folds", "linear_probe", folds=3)
-    run(tmp_path / "once", "linear_probe")
+    """A probe without folds is fitted on train and validation images too. The temperatures are of other held-out fits."""
+    run(tmp_path / "folds", "linear_probe", folds=3, calibrate=False)
+    run(tmp_path / "once", "linear_probe", calibrate=False)
     folds, once = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("folds", "once"))
     for name in once:
         torch.testing.assert_close(folds[name], once[name], atol=1e-3, rtol=1e-3)
@@ -425,15 +428,22 @@ def test_the_model_trains_on_train_and_validation_images(with_sibling: tuple[Pat
 def test_a_fixed_length_makes_the_model_of_folds_the_model_with_a_sibling(
     with_sibling: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    folder, _ = with_sibling
-    run(tmp_path / "folds", "full", folds=2, epochs=3, keep_last_epoch=True)
+    """Up to the temperature, which the folds fit on more predictions than the sibling."""
+    folder, results = with_sibling
+    _, of_folds = run(tmp_path / "folds", "full", folds=2, epochs=3, keep_last_epoch=True)
     one, other = (load_file(each / "model" / "model.safetensors") for each in (folder, tmp_path / "folds"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    by_sibling, by_folds = (each["details"]["confidence"]["temperatures"][0] for each in (results, of_folds))
+    assert by_sibling != by_folds
+    for name in one:
+        if name.startswith("fc."):
+            torch.testing.assert_close(one[name] * by_sibling, other[name] * by_folds, rtol=1e-6, atol=1e-6)
+        else:
+            assert torch.equal(one[name], other[name])
 
 
 def test_a_probe_that_the_sibling_kept_is_not_trained_again(tmp_path: Path) -> None:
-    _, results = run(tmp_path / "run", "probe_then_full", train_on_all=True, lr=1e-9, epochs=1)
-    _, alone = run(tmp_path / "alone", "probe_then_full", lr=1e-9, epochs=1)
+    _, results = run(tmp_path / "run", "probe_then_full", train_on_all=True, lr=1e-9, epochs=1, calibrate=False)
+    _, alone = run(tmp_path / "alone", "probe_then_full", lr=1e-9, epochs=1, calibrate=False)
     assert results["details"]["kept_probe"]
     assert results["details"]["phases"][-1]["history"] == []
     one, other = (load_file(tmp_path / each / "model" / "model.safetensors") for each in ("run", "alone"))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.metrics.formulas import find_share
+
 DELTA = 0.05  # the probability that the true error is above the limit
 LIMITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # errors that messages and cards suggest
 
@@ -77,9 +79,7 @@ def bound_error(mistakes: int, count: int, level: float) -> float:
     >>> round(bound_error(0, 100, 0.05), 4) # 1 - 0.05 ** (1 / 100)
     0.0295
     """
-    from scipy.stats import beta  # takes a second to import
-
-    return 1.0 if mistakes == count else float(beta.ppf(1 - level, mistakes + 1, count - mistakes))
+    return find_share(mistakes, count, level)
 
 
 def check_max_error(max_error: float) -> None:

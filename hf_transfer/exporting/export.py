@@ -8,6 +8,7 @@ folder/
   onnx/model_with_preprocessing.onnx   image (H, W, 3) uint8 RGB of any size -> probabilities (1, K), pixel_values
   openvino/model.xml, model.bin        and model_fp16, model_int8
   config.json, preprocessor_config.json, export.json
+  confidence.safetensors               if the model has a record of its confidence
 """
 
 import logging
@@ -18,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hf_transfer.capability import count_cores
+from hf_transfer.confidence.record import CONFIDENCE
 from hf_transfer.exporting.formats import WITH_PREPROCESSING, ExportOptions, check_installed, name_file
 from hf_transfer.exporting.graph import describe, write_onnx, write_openvino
 from hf_transfer.exporting.held_out import HeldOut
@@ -68,6 +70,7 @@ def export(
             records[0] = replace(records[0], accuracy=accuracy)
         _keep(staging, folder)
     write_layout(backbone, folder)
+    _write_confidence(backbone, folder)
     add_records(folder, records)
     return tuple(records)
 
@@ -113,6 +116,14 @@ def _verify(backbone: Backbone, staging: Path, file: str, options: ExportOptions
         num_threads=num_threads,
         pixels=result.get("pixels"),
     )
+
+
+def _write_confidence(backbone: Backbone, folder: Path) -> None:
+    """Writes the record of confidence, or removes the record of another model that was exported to `folder` before."""
+    if backbone.confidence is not None:
+        backbone.confidence.save(folder / CONFIDENCE)
+    elif folder.resolve() != backbone.source.folder.resolve():
+        (folder / CONFIDENCE).unlink(missing_ok=True)
 
 
 def list_parts(file: Path) -> Sequence[Path]:

@@ -1,5 +1,6 @@
 """Runs an exported file in place of the saved network, for predictions and metrics, without loading torch weights."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from hf_transfer.capability import count_cores
+from hf_transfer.confidence.record import read_confidence
 from hf_transfer.config import ExportFormat, ExportPrecision
 from hf_transfer.exporting.formats import INPUT, check_runtime, find_file
 from hf_transfer.network.backbone import Backbone
@@ -48,11 +50,12 @@ class ExportedNetwork(nn.Module):
 def load_exported(folder: Path, format: ExportFormat, precision: ExportPrecision | None = None) -> Backbone:  # noqa: A002
     """Returns the exported model in `folder`, with the labels and the preprocessing of config.json beside it.
 
+    The record of confidence comes without the distance to the training images, because the file computes no features.
     `precision`: None for the most precise file. Raises ValueError if there is no such file or its runtime is not installed.
     """
     check_runtime(format)
     file = find_file(folder, format, precision)
-    config = read_json(folder / "config.json")
+    config, confidence = read_json(folder / "config.json"), read_confidence(folder)
     names = config.get("label_names") or [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
     return Backbone(
         model=ExportedNetwork(file, format),
@@ -61,6 +64,7 @@ def load_exported(folder: Path, format: ExportFormat, precision: ExportPrecision
         target=read_target(config, names),
         source=Source(folder=folder, id=None, revision=None, license=None),
         new_head=False,
+        confidence=None if confidence is None else replace(confidence, distance=None, inputs=()),
     )
 
 

@@ -66,13 +66,15 @@ class Judge:
 
     def judge(self, logits: NDArray[np.float32], features: NDArray[np.float32]) -> Judgment:
         """Returns the judgment of N images with logits (N, K) and features (N, D) of `inputs`."""
-        given, sets, intervals, answers, distances = torch.from_numpy(logits), None, None, None, None
+        sets = intervals = answers = distances = None
         if self.limits is not None:
-            limits = torch.from_numpy(self.limits)
+            given, limits = torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(self.limits)
             mask, bounds = self.target.find_set(given, limits), self.target.find_intervals(given, limits)
             sets, intervals = (None if each is None else each.numpy() for each in (mask, bounds))
         if self.abstention is not None:
-            answers = self.target.activate(given).amax(1).numpy() >= np.float32(self.abstention.threshold)
+            answers = self.target.activate(torch.from_numpy(logits)).amax(1).numpy() >= np.float32(
+                self.abstention.threshold
+            )
         if self.inputs and self.confidence is not None and self.confidence.distance is not None:
             distances = self.confidence.distance.measure(features)
         return Judgment(sets=sets, intervals=intervals, answers=answers, distances=distances)

@@ -21,6 +21,7 @@ from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.preprocessing import Pixels
+from hf_transfer.processes import run_on_main
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,12 @@ class Explainer:
     def write(self, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
         """Writes a PNG to `folder` for each prediction, which explains its first label. Returns the paths of the PNGs.
 
-        The predictions are of image files. Each PNG has the name of its image, in the same subfolders.
+        The predictions are of image files. Each PNG has the name of its image, in the same subfolders. With several processes,
+        the main process computes and writes all of them.
         """
+        return run_on_main(lambda: self._write(predictions, folder))
+
+    def _write(self, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
         paths = [folder / name for name in name_pictures([prediction.image for prediction in predictions])]
         starts = range(0, len(predictions), BATCH)
         for start in tqdm(starts, desc="explanations", unit="batch", disable=None):

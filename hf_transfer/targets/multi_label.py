@@ -227,7 +227,7 @@ class MultiLabel(Target):
 
     def list_beliefs(self, logits: NDArray[Any], labels: Labels) -> tuple[NDArray[Any], NDArray[Any]]:
         """Returns the probability (N, K), of at least 0.5, that a label is present or absent, and whether this is so."""
-        probabilities = torch.from_numpy(logits).double().sigmoid().numpy()
+        probabilities = torch.from_numpy(logits.astype(np.float64)).sigmoid().numpy()
         hits = np.where(np.isnan(labels), np.nan, (probabilities > 0.5) == (labels == 1))
         return np.maximum(probabilities, 1 - probabilities), hits
 

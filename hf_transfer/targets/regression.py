@@ -194,7 +194,7 @@ class Regression(Target):
 
     def score_labels(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64]:
         """Returns the absolute error (N, K) of each number (arXiv 1604.04173, section 2.2)."""
-        predicted = self.activate(torch.as_tensor(logits, dtype=torch.float64)).numpy()
+        predicted = self.activate(torch.from_numpy(logits.astype(np.float64))).numpy()
         return np.asarray(np.abs(predicted - labels), np.float64)
 
     def find_intervals(self, logits: Tensor, limits: Tensor) -> Tensor:

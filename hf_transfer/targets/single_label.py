@@ -227,7 +227,7 @@ class SingleLabel(Target):
 
     def score_labels(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64]:
         """Returns the cross-entropy (N, 1)."""
-        losses = self.losses(torch.from_numpy(logits).double(), torch.from_numpy(labels))
+        losses = self.losses(torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(labels))
         return np.asarray(losses.numpy()[:, None], np.float64)
 
     def find_set(self, logits: Tensor, limits: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def calibrate(result: RunResult, held_out: HeldOut, inputs: Sequence[HeadInput])
         log.info("the head of this network is no linear map, so its probabilities stay as they are")
         return result, None
     factors = factors.astype(np.float32).astype(np.float64)  # as the weights will have it
-    scale_outputs(result.backbone.model, inputs, torch.from_numpy(factors))
+    scale_outputs(result.backbone.model, inputs, torch.from_numpy(factors.astype(np.float32)))
     scaled = {name: (logits * factors).astype(np.float32) for name, logits in result.logits.items()}
     low, high = 1 / factors.max(), 1 / factors.min()
     log.info(

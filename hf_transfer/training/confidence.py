@@ -3,8 +3,6 @@
 The record comes from held-out predictions of the saved network, after its temperatures. Test images only show what it is worth.
 """
 
-import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,30 +11,21 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.confidence.conformal import find_limits, sort_scores
-from hf_transfer.confidence.distance import MAX_POINTS, TrainingDistance, fit_distance, spread_rows
 from hf_transfer.confidence.record import Confidence, FeatureInput
 from hf_transfer.confidence.selective import choose_threshold, find_lowest_limit
-from hf_transfer.data.splits import Split
 from hf_transfer.metrics.calibration import CalibrationChange
 from hf_transfer.metrics.formulas import binomial_interval
 from hf_transfer.metrics.records import Interval
 from hf_transfer.network.head import HeadInput
-from hf_transfer.prefix.engine_choice import limit_engine
-from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.session import Session
 from hf_transfer.targets.target import Labels, Target
 from hf_transfer.training.calibrate import HeldOut
-from hf_transfer.training.evaluate import compute_logits_and_features
+from hf_transfer.training.familiarity import find_distance
 from hf_transfer.training.records import RunResult
-
-log = logging.getLogger(__name__)
 
 REPORTED_COVERAGE = 0.95
 REPORTED_ERROR = 0.02  # or the lowest error above it that the held-out images can show
 MAX_HITS = 10_000  # stored held-out images
-# At most so many images run through the network once more, if their features are not stored.
-COMPUTED_TRAIN, COMPUTED_HELD_OUT = 1_000, 500
-FEATURES_AGREE = 2e-2  # largest relative difference between stored features and those of the saved network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +78,7 @@ def record_confidence(
     if len(hits) > MAX_HITS:
         kept = np.random.default_rng(session.config.seed).choice(len(hits), MAX_HITS, replace=False)
         confidences, hits = confidences[kept], hits[kept]
-    distance = _find_distance(session, result, inputs) if inputs else None
+    distance = find_distance(session, result, inputs) if inputs else None
     return Confidence(
         temperatures=_list_temperatures(factors),
         num_held_out=len(held_out),
@@ -156,13 +145,13 @@ def _check_coverage(
     """Returns the share of known labels whose score (N, C) is at most the limit (N, C) of their image."""
     known = ~np.isnan(scores)
     covered = int((scores <= limits)[known].sum())
-    mask = target.find_set(torch.from_numpy(logits), torch.from_numpy(limits))
+    mask = target.find_set(torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(limits))
     count = int(known.sum())
     return CoverageCheck(
         coverage=REPORTED_COVERAGE,
         covered=covered / count,
         interval=binomial_interval(covered, count),
-        mean_size=None if mask is None else float(mask.sum(1).double().mean()),
+        mean_size=None if mask is None else float(mask.numpy().sum(1).mean()),
         num_images=len(logits),
     )
 
@@ -188,41 +177,3 @@ def _check_abstention(
         test_answered=answered,
         test_error=error,
     )
-
-
-def _find_distance(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> TrainingDistance | None:
-    """Returns the distance to the features of training images, which validation images limit."""
-    data = session.data
-    if not _has_stored_features(session, result, inputs):
-        train = _compute_features(session, result, inputs, data.train, COMPUTED_TRAIN)
-        held_out = _compute_features(session, result, inputs, data.validation, COMPUTED_HELD_OUT)
-        return fit_distance(train, held_out)
-    train = result.features["train"][spread_rows(len(data.train), MAX_POINTS)]
-    held_out = result.features["validation"][spread_rows(len(data.validation), MAX_POINTS)]
-    return fit_distance(train, held_out)
-
-
-def _has_stored_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> bool:
-    """Whether stored features are those that the saved network's head reads, as two validation images show."""
-    if not {"train", "validation"} <= result.features.keys():
-        return False
-    rows = np.unique([0, len(session.data.validation) - 1])
-    stored = result.features["validation"][rows]
-    images = EvaluationImages(split=session.data.validation.select(rows), preprocessing=result.backbone.preprocessing)
-    _, exact = compute_logits_and_features(result.backbone.model, inputs, images, session.resources.in_fp32())
-    if stored.shape != exact.shape:
-        return False
-    return bool(np.abs(stored - exact).max() <= FEATURES_AGREE * max(np.abs(exact).max(), math.ulp(1.0)))
-
-
-def _compute_features(
-    session: Session, result: RunResult, inputs: Sequence[HeadInput], split: Split, most: int
-) -> NDArray[np.float32]:
-    """Returns features (n, F) of at most `most` images of the split, in float32."""
-    model, preprocessing, resources = result.backbone.model, result.backbone.preprocessing, session.resources.in_fp32()
-    sample = split.select(spread_rows(len(split), most))
-    engine = limit_engine(
-        resources.engine, model, resources, image_shape=preprocessing.image_shape, num_images=len(sample)
-    )
-    images = EvaluationImages(split=sample, preprocessing=preprocessing)
-    return compute_logits_and_features(model, inputs, images, resources, engine=engine)[1]

@@ -46,6 +46,7 @@ def finish_target(session: Session, result: RunResult) -> RunResult:
     if held_out is not None and has_confidence:
         result = _add_confidence(session, result, held_out, inputs)
     result = _fit_decisions(session, result, is_scored=result.logits is unscaled.logits)
+    result = replace(result, activations=None)  # nothing reads them from here on, and they may fill the memory
     if folding is None:
         return result
     target, factors, offsets = folding

@@ -18,6 +18,7 @@ from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.network.freezing import Audit
 from hf_transfer.prefix.allocator import keep_freed_memory
 from hf_transfer.prefix.pixels import EvaluationImages
+from hf_transfer.prefix.store import SelectedStore
 from hf_transfer.prefix.sweep import place_model
 from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
@@ -29,7 +30,7 @@ from hf_transfer.training.final_fit import FinalFit, PhaseLength
 from hf_transfer.training.fit_head import describe_solution
 from hf_transfer.training.loop import train_phase, validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
-from hf_transfer.training.records import PhaseCost, PhaseResult, phase_from_json, to_json
+from hf_transfer.training.records import Activations, PhaseCost, PhaseResult, phase_from_json, to_json
 from hf_transfer.training.steps import PhaseRun, count_accumulated, count_epochs, count_images_per_step
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class PhasesResult:
     resumed: bool
     num_audited: int  # number of tensors that no phase may change
     validation_images: EvaluationImages | None = None  # the pixels that the last phase read, if it read pixels
+    activations: Activations | None = None  # what the last phase read, if it read activations without augmentation
     # Logits (N, K) that the last phase computed for the validation images with the kept weights, if these logits are those of
     # the saved network: in fp32, on the published pixels.
     validation_logits: NDArray[np.float32] | None = None
@@ -100,6 +102,7 @@ def run_phases(
         num_audited=len(run.audit),
         start=run.start,
         validation_images=run.validation_images,
+        activations=run.list_activations(),
         validation_logits=validation_logits,
     )
 
@@ -133,6 +136,20 @@ class _PlanRun:
     def validation_images(self) -> EvaluationImages | None:
         return None if self._inputs is None else self._inputs.images
 
+    def list_activations(self) -> Activations | None:
+        """Returns `PhasesResult.activations`. A resumed run that does not know its inputs gives None."""
+        inputs, train = self._inputs, self.session.data.train
+        if inputs is None or inputs.cut is None or inputs.stored is None or inputs.activations is None:
+            return None
+        if inputs.feed.views != 1:
+            return None
+        stored = inputs.stored
+        if self.final is not None:  # a row for each image of the pool
+            assert train.pool_rows is not None
+            stored = SelectedStore(stored, train.pool_rows)
+        stores = {"train": stored, "validation": inputs.activations}
+        return Activations(chain=self.chains[len(self.done) - 1], cut=inputs.cut, stores=stores)
+
     def find_validation_logits(self) -> NDArray[np.float32] | None:
         """Returns `PhasesResult.validation_logits`. A resumed run computes them again as the interrupted run did."""
         session, last = self.session, self.plan[-1] if self.plan else None
@@ -146,9 +163,9 @@ class _PlanRun:
         ):
             return None
         if self._validation_logits is None:
-            inputs = self._inputs or make_phase_data(session, session.chain.lowest_cut(self.selected[-1]))
-            with session.chain.part(start=inputs.cut) as network:
-                self._validation_logits = validate(network, session, inputs).logits
+            self._inputs = self._inputs or make_phase_data(session, session.chain.lowest_cut(self.selected[-1]))
+            with session.chain.part(start=self._inputs.cut) as network:
+                self._validation_logits = validate(network, session, self._inputs).logits
         return self._validation_logits
 
     def close(self) -> None:

@@ -72,6 +72,7 @@ def _run(session: Session, plan: Plan, final: FinalFit | None) -> RunResult:
         curves=curves,
         kept_probe=keeps_probe,
         num_audited=ran.num_audited,
+        activations=ran.activations,
         resumed=ran.resumed,  # the recorded costs of a resumed run do not include the interrupted process
         details=details,
     )
@@ -107,6 +108,7 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
         metrics=probe.metrics,
         logits=probe.logits,
         features=probe.features,
+        activations=None,
         details={**result.details, **probe.details},
     )
 

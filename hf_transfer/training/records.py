@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.chain import Chain
+from hf_transfer.network.cut import Cut
 from hf_transfer.prefix.store import Store
 
 Json = Any
@@ -161,6 +163,15 @@ class AutoChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What the last phase stored at the cut where its trained part begins, by split, with a row for each image."""
+
+    chain: Chain
+    cut: Cut
+    stores: Mapping[str, Store]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunResult:
     """The result of a strategy: the network to save, its metrics, and a record of every phase."""
 
@@ -171,6 +182,7 @@ class RunResult:
     logits: Mapping[str, NDArray[np.float32]] = field(default_factory=dict, repr=False)
     # (N, F) by split: what the head of the network reads, if a store has it
     features: Mapping[str, Store] = field(default_factory=dict, repr=False)
+    activations: Activations | None = field(default=None, repr=False)  # dropped when the run is finished
     curves: tuple[Curve, ...] = ()
     kept_probe: bool = False  # whether the result is a linear probe, because no gradient step beat the solved head
     num_audited: int = 0  # number of frozen tensors that were compared with their initial values
