@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fit_rule import fit_spread, fit_table, gather_cells, list_runs  # benchmarks/fit_rule.py
+from fit_rule import fit_table, gather_cells, list_runs  # benchmarks/fit_rule.py
 from lines import Cell, append_line, cell_of, read_lines  # benchmarks/lines.py
 from quality_sets import CHECKPOINTS, SETS  # benchmarks/quality_sets.py
 
@@ -58,7 +58,7 @@ def make_settings(given: argparse.Namespace, name: str, checkpoint: str, size: i
 
 
 def fit(given: argparse.Namespace) -> None:
-    """Prints the table, residual and spreads of rule.py, fitted to all complete cells."""
+    """Prints the table and the residual of rule.py, fitted to all complete cells."""
     cells = gather_cells(read_lines(given.out))
     table, residual = fit_table(list_runs(cells))
     print(f"# {', '.join(CORNERS)}; {len(cells)} cells: {', '.join(sorted({cell.set for cell in cells}))}")
@@ -67,9 +67,6 @@ def fit(given: argparse.Namespace) -> None:
         print(f'    "{name}": ({", ".join(f"{value:.2f}" for value in row)}),')
     print("}")
     print(f"RESIDUAL = {residual:.2f}")
-    print(
-        "SPREAD = {" + ", ".join(f'"{name}": {value:.2f}' for name, value in fit_spread(list_runs(cells)).items()) + "}"
-    )
 
 
 def overhead(given: argparse.Namespace) -> None:

@@ -1,18 +1,15 @@
 """Fits the table of hf_transfer/choosing/rule.py to benchmark runs, and holds the classical table that it is compared with.
 
-At corners of the 2x2 table with few runs, the fit shrinks towards PRIOR. `rule_without` puts a table into the rule that has
-not seen a data set, so that `auto` can be judged on that set.
+At corners of the 2x2 table with few runs, the fit shrinks towards PRIOR.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from lines import Cell, Line, cell_of  # benchmarks/lines.py
 
-from hf_transfer.choosing import rule
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime, Table
 
 PRIOR: Table = {
@@ -83,8 +80,8 @@ def fit_table(
     return table, math.sqrt((sum(e * e for e in residuals) + PRIOR_RESIDUAL**2) / (len(residuals) + 1))
 
 
-def fit_spread(runs: Sequence[BenchmarkRun]) -> Mapping[str, float]:
-    """Returns the spread of each strategy's error ratio on a new data set, which is the spread of the prior of `auto`.
+def fit_spread(runs: Sequence[BenchmarkRun], *, prior: Table = PRIOR) -> Mapping[str, float]:
+    """Returns the spread of each strategy's error ratio on a new data set, which is the spread of what `auto` expects.
 
     Each data set's runs are predicted by a table that is fitted to the other data sets. The spread is the root mean square of
     the difference between the measured and the predicted ratio (error / probe error), not of its logarithm, because the gain
@@ -92,7 +89,7 @@ def fit_spread(runs: Sequence[BenchmarkRun]) -> Mapping[str, float]:
     """
     errors: dict[str, list[float]] = {}
     for left_out in sorted({run.data_set for run in runs}):
-        table, _ = fit_table([run for run in runs if run.data_set != left_out])
+        table, _ = fit_table([run for run in runs if run.data_set != left_out], prior=prior)
         for run in (run for run in runs if run.data_set == left_out):
             predicted = math.exp(float(run.regime.weights @ np.array(table[run.strategy])))
             errors.setdefault(run.strategy, [PRIOR_RESIDUAL]).append(math.exp(run.log_ratio) - predicted)
@@ -138,28 +135,3 @@ def list_runs(cells: Mapping[Cell, Mapping[str, Line]]) -> list[BenchmarkRun]:
         for cell, runs in cells.items()
         for name in STRATEGIES[1:]
     ]
-
-
-@contextmanager
-def rule_without(left_out: str, lines: Sequence[Line]) -> Iterator[None]:
-    """Inside, the rule of this process has the table and residual that are fitted to `lines` without one data set."""
-    cells = {cell: runs for cell, runs in gather_cells(lines).items() if cell.set != left_out}
-    if not cells:
-        raise SystemExit(f"no complete cell of another data set than {left_out}: give more lines to fit the rule to")
-    table, residual = fit_table(list_runs(cells))
-    own_table, own_residual = dict(rule.TABLE), rule.RESIDUAL
-    _replace_rule(table, residual)
-    try:
-        yield
-    finally:
-        _replace_rule(own_table, own_residual)
-
-
-def _replace_rule(table: Table, residual: float) -> None:
-    # Both are defaults of functions' arguments, which hold the table itself, but a copy of the number.
-    assert isinstance(rule.TABLE, dict)
-    rule.TABLE.update(table)
-    rule.RESIDUAL = residual
-    defaults = rule.expect_accuracy.__kwdefaults__
-    assert defaults is not None
-    defaults["residual"] = residual

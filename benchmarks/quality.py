@@ -9,7 +9,7 @@ line has the predicted class of every test image in the order of the data set; t
 Test images are scored once per run, and no run sees them otherwise.
 
 `auto`, `linear_probe`, `last_layers`, `lora`, `probe_then_full` and `full` are ours with their defaults. `auto_left_out` is
-`auto` with its table (hf_transfer/choosing/rule.py) fitted to benchmark runs on the other data sets, in --rule_lines.
+`auto` with what it expects (hf_transfer/choosing/candidates.py) fitted to benchmark runs on the other data sets, in --leads.
 `trainer_defaults` and `trainer_tuned` are transformers' published example (benchmarks/trainer_example.py), `fastai` is its
 `fine_tune` (benchmarks/fastai_example.py); both train on the training and validation images together, of which fastai holds out
 a fifth. Peers are scored in the precision that they train in, ours in float32.
@@ -35,6 +35,7 @@ from quality_sets import CHECKPOINTS, SETS, find_dataset  # benchmarks/quality_s
 from quality_systems import PEERS, STRATEGIES, SYSTEMS, Job, Outcome, family, run_job, start_worker
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Workers:
@@ -118,7 +119,8 @@ def list_jobs(given: argparse.Namespace, scratch: Path) -> Iterator[Job]:
             threads=given.threads,
             num_workers=given.num_workers,
             has_fresh_cache=given.fresh_cache,
-            rule_lines=tuple(given.rule_lines),
+            leads=given.leads,
+            advice=given.advice,
         )
 
 
@@ -178,13 +180,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--fresh_cache", action="store_true", help="an empty cache for each run, so that seconds are whole"
     )
     runs.add_argument("--shard", type=read_shard, help="i/n: every n-th cell from the i-th, into a file of its own")
-    runs.add_argument(
-        "--rule_lines",
-        nargs="+",
-        type=Path,
-        default=[ROOT / "benchmarks" / "results" / "advise.jsonl"],
-        help="benchmark runs to which the table of auto_left_out is fitted, without the set that it is judged on",
-    )
+    text = "runs to which auto_left_out is fitted, without the set that it is judged on"
+    runs.add_argument("--leads", type=Path, default=RESULTS / "leads.jsonl", help=text)
+    runs.add_argument("--advice", type=Path, default=RESULTS / "advise.jsonl", help="where these runs lie")
     shows = parts.add_parser("report", help="print the tables, and draw the figure")
     shows.add_argument("--out", nargs="+", type=Path, default=[Path("runs/quality.jsonl")])
     shows.add_argument("--sets", nargs="+", help="only these sets; default: all in --out")

@@ -39,7 +39,8 @@ class Job:
     threads: int | None  # None: each system's own choice
     num_workers: int | None  # None: each system's own choice
     has_fresh_cache: bool
-    rule_lines: tuple[Path, ...]  # files that the rule of `auto_left_out` is fitted to
+    leads: Path  # runs that the expectations of `auto_left_out` are fitted to
+    advice: Path  # where these runs lie
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -129,7 +130,7 @@ def run_ours(job: Job, task: Any, scratch: Path) -> Scored:
     is_probe = job.system == "linear_probe"
     steps: Mapping[str, Any] = {} if is_probe else {"tracker": "none"} | ({"epochs": job.epochs} if job.epochs else {})
     name = "auto" if job.system == LEFT_OUT else job.system
-    with _rule_of(job):
+    with _expectations_of(job):
         started = time.perf_counter()
         run = task.fit(getattr(ht, name)(**steps), output_dir=scratch / "run")
         seconds = time.perf_counter() - started
@@ -231,13 +232,13 @@ def _set_threads(job: Job) -> None:
 
 
 @contextmanager
-def _rule_of(job: Job) -> Iterator[None]:
+def _expectations_of(job: Job) -> Iterator[None]:
     if job.system != LEFT_OUT:
         yield
         return
-    from fit_rule import rule_without  # benchmarks/fit_rule.py
+    from fit_contenders import contenders_without  # benchmarks/fit_contenders.py
 
-    with rule_without(job.cell.set, read_lines(job.rule_lines)):
+    with contenders_without(job.cell.set, read_lines([job.leads]), read_lines([job.advice])):
         yield
 
 

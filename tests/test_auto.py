@@ -14,12 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import hf_transfer as ht
-from hf_transfer.choosing import contest, decide
-from hf_transfer.choosing.candidates import Candidate, list_candidates
+from hf_transfer.choosing import candidates, contest, decide
+from hf_transfer.choosing.candidates import Candidate, Contender, list_candidates
 from hf_transfer.choosing.contest import Allowance, Budget, Contest, Entry, sort_entries
 from hf_transfer.choosing.gain import expect_gain, find_best, measure_gain, probability_above, update
 from hf_transfer.choosing.judging import divide_images, hold_out_validation
-from hf_transfer.choosing.rule import DataRegime
 from hf_transfer.flags import parse
 from hf_transfer.repeats import run_config
 from hf_transfer.settings import to_settings
@@ -29,7 +28,7 @@ from hf_transfer.training.records import Gain, Judging
 from tests.sessions import make_config, make_session, read_data
 
 SCHEMA = json.loads((Path(ht.__file__).parent / "reporting" / "results.schema.json").read_text())
-FEW = {"images_per_class": 6, "epochs": 1, "cache": "auto"}
+FEW = {"images_per_class": 4, "epochs": 1, "cache": "auto"}
 
 
 def run(folder: Path, **settings: Any) -> dict[str, Any]:
@@ -41,11 +40,17 @@ def run(folder: Path, **settings: Any) -> dict[str, Any]:
     return results
 
 
-def expect(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
-    """Lets auto expect these gains, and hardly anything else, so that the measurement does not matter."""
+def contender(strategy: str, gain: float = 0.0, **settings: Any) -> Contender:
+    """A contender whose log ratio is a number that tests read as its gain."""
+    return Contender(strategy=strategy, settings=settings, log_ratios=(gain,) * 4, spread=0.1)
 
-    def expected(strategy: str, *_: Any) -> Gain:
-        return Gain(mean=gains[strategy], error=1e-6)
+
+def expect(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
+    """Lets auto compare these strategies, and expect these gains so firmly that measurements do not matter."""
+    monkeypatch.setattr(candidates, "AUTO", [contender(name, gain) for name, gain in gains.items()])
+
+    def expected(log_ratio: float, spread: float, probe_qualities: Any) -> Gain:
+        return Gain(mean=log_ratio, error=1e-6)
 
     monkeypatch.setattr(decide, "expect_gain", expected)
 
@@ -77,14 +82,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 
 def test_few_images_are_judged_in_folds_and_many_by_the_validation_split() -> None:
-    few, more, many = (read_data(make_config("auto", images_per_class=n).data) for n in (6, 40, 110))
+    few, more, many = (read_data(make_config("auto", images_per_class=n).data) for n in (4, 40, 110))
     assert [len(divide_images(data, 0).parts) for data in (few, more, many)] == [5, 3, 1]
     folds = divide_images(few, 0)
-    assert sorted(np.concatenate([part.rows for part in folds.parts]).tolist()) == list(range(60))
+    assert sorted(np.concatenate([part.rows for part in folds.parts]).tolist()) == list(range(40))
     assert all(part.data.test is None and part.data.holds_out_validation for part in folds.parts)
     stored = divide_images(replace(few, draws_validation=False), 0)
     assert stored.judged_by is Judging.VALIDATION, "a data set's own validation split is not divided"
-    assert stored.parts[0].rows.tolist() == list(range(50, 60))
+    assert stored.parts[0].rows.tolist() == list(range(30, 40))
 
 
 def test_images_that_cannot_be_divided_are_judged_by_the_validation_split(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,18 +127,17 @@ def test_a_gain_of_no_image_still_has_an_error() -> None:
 
 
 def test_the_expected_gain_is_a_share_of_the_probes_error() -> None:
-    regime = DataRegime(images_per_class=1000, similarity=0.0)
-    poor, good = (expect_gain("full", regime, np.arange(100) >= misses) for misses in (40, 4))
-    assert poor.mean == pytest.approx(40.5 / 101 * (1 - np.exp(-1.52)))
+    poor, good = (expect_gain(-1.5, 0.3, np.arange(100) >= misses) for misses in (40, 4))
+    assert poor.mean == pytest.approx(40.5 / 101 * (1 - np.exp(-1.5)))
+    assert poor.error == pytest.approx(40.5 / 101 * 0.3)
     assert poor.mean / good.mean == pytest.approx(40.5 / 4.5)
     assert poor.error / good.error == pytest.approx(40.5 / 4.5)
-    assert expect_gain("greedy_stack", regime, np.ones(3)).mean == 0, "the rule has no row for it"
+    assert expect_gain(0.0, 0.3, np.ones(3)).mean == 0
 
 
 def test_two_lucky_images_of_twenty_do_not_outweigh_an_expected_loss() -> None:
     """Few images like those of pretraining, where full fine-tuning is expected to make more errors than the probe."""
-    regime = DataRegime(images_per_class=10, similarity=0.9)
-    prior = expect_gain("full", regime, np.arange(20) >= 5)
+    prior = expect_gain(0.55, 0.37, np.arange(20) >= 5)
     lucky = measure_gain(np.array([1.0] * 3 + [-1.0] + [0.0] * 16))
     assert prior.mean < -0.1
     assert update(prior, lucky).mean < 0
@@ -148,7 +152,7 @@ def test_equal_gains_go_to_the_cheaper_and_no_gain_to_the_probe() -> None:
 
 
 def make_entry(name: str = "full", gain: float = 0.01, cost: float = 1.0, seconds: float | None = 10.0) -> Entry:
-    candidate = Candidate(name=name, strategy=make_strategy("full"))
+    candidate = Candidate(name=name, strategy=make_strategy("full"), contender=contender("full"))
     return Entry(candidate=candidate, prior=Gain(mean=gain, error=0.1), estimated_s=seconds, cost=cost)
 
 
@@ -166,7 +170,7 @@ def test_the_highest_expected_gain_per_cost_comes_first() -> None:
     ("left_s", "expected"),
     [
         (None, (Judging.FOLDS, 5, True)),
-        (62.1, (Judging.FOLDS, 5, True)),
+        (63.4, (Judging.FOLDS, 5, True)),
         (45.0, (Judging.FOLDS, 3, True)),
         (25.0, (Judging.VALIDATION, 1, True)),
         (15.0, (Judging.VALIDATION, 1, False)),
@@ -176,13 +180,26 @@ def test_the_highest_expected_gain_per_cost_comes_first() -> None:
 def test_a_budget_decides_how_much_of_a_candidate_runs(
     left_s: float | None, expected: tuple[Judging, int, bool] | None
 ) -> None:
-    """A run takes 10 s, and a run on all images 12 s."""
-    division = divide_images(read_data(make_config("auto", images_per_class=6).data), 0)
+    """A run takes 10 s, and a run on all images 13.3 s."""
+    division = divide_images(read_data(make_config("auto", images_per_class=4).data), 0)
     session = make_session("auto", **FEW)
-    own = Contest(session=session, division=division, probe_qualities=np.ones(60), budget=Budget(left_s))
+    own = Contest(session=session, division=division, probe_qualities=np.ones(40), budget=Budget(left_s))
     allowance = own._allow(make_entry(), left_s)
     found = allowance and (allowance.division.judged_by, allowance.num_runs, allowance.has_final)
     assert found == expected
+
+
+def test_nothing_runs_where_nothing_is_left_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    division = divide_images(read_data(make_config("auto", images_per_class=4).data), 0)
+    session = make_session("auto", **FEW)
+    monkeypatch.setattr(Contest, "_allow", lambda *_: pytest.fail("the candidate was about to run"))
+    own = Contest(session=session, division=division, probe_qualities=np.ones(100), budget=Budget(None))
+    own.enter(make_entry())
+    assert [record.verdict for record in own.finish()] == ["nothing_to_gain"]
+    for qualities in (np.ones(90), np.arange(100) > 0):  # too few images to know, and an error on one of a hundred
+        monkeypatch.setattr(own, "probe_qualities", qualities.astype(float))
+        with pytest.raises(pytest.fail.Exception):
+            own.enter(make_entry())
 
 
 def test_candidates_keep_their_last_epoch_and_take_the_settings_that_the_user_gave() -> None:
@@ -190,6 +207,9 @@ def test_candidates_keep_their_last_epoch_and_take_the_settings_that_the_user_ga
     for candidate in list_candidates(session):
         settings = to_settings(candidate.strategy)
         assert (settings["keep_last_epoch"], settings["lr"], settings["epochs"]) == (True, 1e-3, 1)
+        assert settings["min_steps"] == 0, "the user said how long to train"
+    assert len(list_candidates(make_session("auto", **FEW))) == 3
+    assert len({candidate.name for candidate in list_candidates(session)}) == len(list_candidates(session)) < 3
 
 
 @pytest.mark.parametrize(
@@ -214,15 +234,15 @@ def test_results_list_every_candidate(tuned: tuple[Path, dict[str, Any]]) -> Non
     folder, results = tuned
     choice = results["details"]["auto"]
     kept, stopped = choice["candidates"]
-    assert (kept["name"], kept["verdict"], kept["runs"], kept["num_images"]) == ("probe_then_full", "kept", 5, 60)
-    assert (stopped["name"], stopped["verdict"], stopped["runs"], stopped["num_images"]) == ("full", "unlikely", 1, 12)
+    assert (kept["name"], kept["verdict"], kept["runs"], kept["num_images"]) == ("probe_then_full", "kept", 5, 40)
+    assert (stopped["name"], stopped["verdict"], stopped["runs"], stopped["num_images"]) == ("full", "unlikely", 1, 8)
     assert kept["gain"]["mean"] == pytest.approx(kept["quality"] - kept["probe_quality"])
     assert results["metrics"]["validation"]["accuracy"] == pytest.approx(kept["quality"])
     assert results["metrics"]["validation"]["estimated_by"] == "folds"
-    assert results["metrics"]["validation"]["num_samples"] == 60
+    assert results["metrics"]["validation"]["num_samples"] == 40
     assert "auto kept probe_then_full" in choice["reason"]
     assert not (folder / "so_far").exists()
-    assert "on 60 images of 5 folds" in (folder / "model" / "README.md").read_text()
+    assert "on 40 images of 5 folds" in (folder / "model" / "README.md").read_text()
 
 
 def test_the_kept_model_is_that_of_the_command(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -275,12 +295,12 @@ def test_fewer_folds_give_metrics_of_their_images(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(contest.Contest, "_allow", allow)
     results = run(tmp_path / "run")
-    assert results["metrics"]["validation"]["num_samples"] == 24
+    assert results["metrics"]["validation"]["num_samples"] == 16
     rows = ht.load_run(tmp_path / "run").results["metrics"]["test"]["num_samples"]
     import pyarrow.parquet as pq
 
     table = pq.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
-    assert sum(row["split"] != "test" for row in table) == 24
+    assert sum(row["split"] != "test" for row in table) == 16
     assert sum(row["split"] == "test" for row in table) == rows
 
 

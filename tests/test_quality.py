@@ -19,12 +19,12 @@ import pytest
 from PIL import Image
 
 import hf_transfer as ht
-from hf_transfer.choosing import rule
-from hf_transfer.choosing.rule import DataRegime, expect_accuracy
+from hf_transfer.choosing import candidates
 
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = ("lines", "hindsight", "fit_rule", "quality_sets", "quality_systems", "quality_report")
+MODULES = ("lines", "hindsight", "fit_rule", "fit_contenders", "quality_sets", "quality_systems", "quality_report")
 STORED = ROOT / "benchmarks" / "results" / "advise.jsonl"
+LEADS = ROOT / "benchmarks" / "results" / "leads.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -80,24 +80,16 @@ def test_a_line_that_was_cut_off_spoils_no_other(
     assert "cut off" in capsys.readouterr().err
 
 
-def test_the_rule_without_a_set_is_another_inside_and_its_own_after(bench: Any) -> None:
-    lines = bench.lines.read_lines([STORED])
-    regime = DataRegime(images_per_class=50, similarity=0.2)
-
-    def expect() -> float:
-        return expect_accuracy("full", regime, (0.8, 0.75, 0.85))[1]
-
-    table, residual, expected = dict(rule.TABLE), rule.RESIDUAL, expect()
-    with bench.fit_rule.rule_without("none of them", lines):
-        for name, row in table.items():
-            assert rule.TABLE[name] == pytest.approx(row, abs=0.0051)  # what rule.py says is fitted to these lines
-        assert pytest.approx(residual, abs=0.0051) == rule.RESIDUAL
-    with bench.fit_rule.rule_without("sign_digits", lines):
-        assert rule.TABLE["full"] != pytest.approx(table["full"], abs=0.1)
-        assert expect() != pytest.approx(expected, abs=1e-3)
-        by_residual = expect_accuracy("full", regime, (0.8, 0.75, 0.85), residual=rule.RESIDUAL)[1]
-        assert expect() == by_residual
-    assert (dict(rule.TABLE), rule.RESIDUAL, expect()) == (table, residual, expected)
+def test_auto_expects_what_the_leads_show_and_without_a_set_something_else(bench: Any) -> None:
+    leads, advice = bench.lines.read_lines([LEADS]), bench.lines.read_lines([STORED])
+    own = list(candidates.AUTO)
+    with bench.fit_contenders.contenders_without("none of them", leads, advice):
+        for contender, fitted in zip(own, candidates.AUTO, strict=True):
+            assert contender.log_ratios == pytest.approx(fitted.log_ratios, abs=0.0051)
+            assert contender.spread == pytest.approx(fitted.spread, abs=0.0051)
+    with bench.fit_contenders.contenders_without("sign_digits", leads, advice):
+        assert candidates.AUTO[-1].log_ratios != pytest.approx(own[-1].log_ratios, abs=0.1)
+    assert own == candidates.AUTO
 
 
 def make_lines(bench: Any) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_transfer.choosing.rule import STRATEGIES
+from hf_transfer.choosing.rule import STRATEGIES, LogRatios
 from hf_transfer.config import RunConfig
 from hf_transfer.session import Session
 from hf_transfer.settings import changed_settings, list_settings, replace_settings
@@ -14,32 +14,71 @@ from hf_transfer.strategy import Strategy, default_config, get_strategy
 # `tracker`, `resume` and `overwrite_output_dir` do not change the result. `make_command` adds the other three settings.
 NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "overwrite_output_dir", "output_dir"})
 
-AUTO: tuple[tuple[str, Mapping[str, Any]], ...] = (("probe_then_full", {}), ("full", {}))
-"""The strategies that `auto` compares with the linear probe, with settings other than their defaults."""
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A strategy that `auto` compares with the linear probe, with what benchmark runs let expect of it.
+
+    `log_ratios` is a row as in `rule.TABLE`, and `spread` the uncertainty of the error ratio on a new data set.
+    """
+
+    strategy: str
+    settings: Mapping[str, Any]  # other than the strategy's defaults
+    log_ratios: LogRatios
+    spread: float
+
+    @property
+    def name(self) -> str:
+        """The strategy with its settings, such as "probe_then_full lr=0.001"."""
+        return " ".join([self.strategy, *(f"{key}={value}" for key, value in self.settings.items())])
+
+
+AUTO: list[Contender] = [
+    Contender(strategy="probe_then_full", settings={}, log_ratios=(0.09, -0.20, -0.35, -1.00), spread=0.23),
+    Contender(
+        strategy="probe_then_full",
+        settings={"min_steps": 100, "head_scale": 0.0},
+        log_ratios=(0.18, -0.20, -0.64, -1.00),
+        spread=0.43,
+    ),
+    Contender(
+        strategy="probe_then_full",
+        settings={"min_steps": 100, "lr": 1e-3},
+        log_ratios=(0.29, -0.20, -0.72, -1.00),
+        spread=0.60,
+    ),
+]
+"""The strategies that `auto` compares with the linear probe. `python benchmarks/leads.py fit` prints the numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A strategy that `auto` compares with the linear probe. The name has the settings that differ from the defaults."""
+    """A strategy that `auto` compares with the linear probe, with the settings of the session."""
 
     name: str
     strategy: Strategy
+    contender: Contender
 
 
 def list_candidates(session: Session) -> tuple[Candidate, ...]:
-    """Returns the candidates of `auto`, with the settings that the session has changed.
+    """Returns the candidates of `auto`. Settings that the session has changed replace those of a candidate.
 
     They keep the weights of the last epoch, because the held-out images that compare candidates must not select an epoch too.
+    Candidates that the changed settings make equal are listed once.
     """
     own = session.config.strategy
     changed = changed_settings(own, type(own)())
-    return tuple(
-        Candidate(
-            name=" ".join([name, *(f"{key}={value}" for key, value in settings.items() if key not in changed)]),
-            strategy=_inherit(get_strategy(name)(), {**settings, **changed, "keep_last_epoch": True}),
-        )
-        for name, settings in AUTO
-    )
+    candidates: dict[str, Candidate] = {}
+    for contender in AUTO:
+        settings = {
+            key: value
+            for key, value in contender.settings.items()
+            if key not in changed and (key != "min_steps" or "epochs" not in changed)  # the user's length of training
+        }
+        name = replace(contender, settings=settings).name
+        strategy = _inherit(get_strategy(contender.strategy)(), {**settings, **changed, "keep_last_epoch": True})
+        candidates.setdefault(name, Candidate(name=name, strategy=strategy, contender=contender))
+    return tuple(candidates.values())
 
 
 def find_candidates(session: Session) -> dict[str, Strategy]:

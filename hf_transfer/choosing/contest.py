@@ -1,7 +1,8 @@
 """Compares the candidates of `auto` with the linear probe, the one with the highest expected gain per second first.
 
 After each run, the posterior of the candidate's gain is updated (see `gain`). A candidate is stopped when the probability that
-its gain exceeds the best one so far is below 5 %. A budget decides before a candidate starts how much of it runs:
+its gain exceeds the best one so far is below 5 %. No more candidates start when the best so far errs on less than half a
+percent of the images. A budget decides before a candidate starts how much of it runs:
 
     all folds and the final fit; fewer folds and the final fit; the validation split and the final fit; the validation split
     alone, whose model is then kept as it is; nothing
@@ -24,6 +25,7 @@ from hf_transfer.choosing.judging import (
     run_held_out,
     run_once,
 )
+from hf_transfer.choosing.rule import WORTH
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.training.records import CandidateRecord, Gain, RunResult, Verdict
@@ -101,23 +103,13 @@ class Contest:
     def enter(self, entry: Entry) -> None:
         """Runs a candidate as far as it fits into the budget and may become the best."""
         left_s = self.budget.left_s()
+        if (error := self._estimate_error()) < WORTH:
+            self._skip(entry, Verdict.NOTHING_TO_GAIN, left_s, f"the best so far errs on {100 * error:.1f} %")
+            return
         allowance = self._allow(entry, left_s)
         if allowance is None:
-            record = CandidateRecord(
-                name=entry.candidate.name,
-                strategy=entry.candidate.strategy.name,
-                verdict=Verdict.OVER_BUDGET,
-                prior=entry.prior,
-                posterior=entry.prior,
-                estimated_s=entry.estimated_s,
-                left_s=left_s,
-            )
-            self.outcomes.append(Outcome(entry=entry, record=record))
-            if self.session.is_main:
-                needed = "an unknown time" if entry.estimated_s is None else f"about {entry.estimated_s:.0f} s"
-                log.info(
-                    "auto skips %s, one run of which needs %s: %s", entry.candidate.name, needed, _say_left(left_s)
-                )
+            needed = "an unknown time" if entry.estimated_s is None else f"about {entry.estimated_s:.0f} s"
+            self._skip(entry, Verdict.OVER_BUDGET, left_s, f"one run needs {needed}, and {_say_left(left_s)}")
             return
         outcome = self._judge(entry, allowance) if allowance.has_final else self._judge_alone(entry, allowance)
         before = self.best
@@ -135,6 +127,30 @@ class Contest:
                 replace(outcome.record, verdict=Verdict.KEPT) if outcome is best and is_open else outcome.record
             )
         return tuple(records)
+
+    def _estimate_error(self) -> float:
+        """Returns the share of the held-out images on which the best so far errs. Half an image is added."""
+        qualities = self.probe_qualities[np.isfinite(self.probe_qualities)]
+        count, quality = len(qualities), float(qualities.mean())
+        if self.best is not None:
+            assert self.best.record.quality is not None
+            count, quality = self.best.record.num_images, self.best.record.quality
+        return ((1 - quality) * count + 0.5) / (count + 1)
+
+    def _skip(self, entry: Entry, verdict: Verdict, left_s: float | None, reason: str) -> None:
+        """Records a candidate that does not run."""
+        record = CandidateRecord(
+            name=entry.candidate.name,
+            strategy=entry.candidate.strategy.name,
+            verdict=verdict,
+            prior=entry.prior,
+            posterior=entry.prior,
+            estimated_s=entry.estimated_s,
+            left_s=left_s,
+        )
+        self.outcomes.append(Outcome(entry=entry, record=record))
+        if self.session.is_main:
+            log.info("auto skips %s: %s", entry.candidate.name, reason)
 
     def _allow(self, entry: Entry, left_s: float | None) -> Allowance | None:
         """Returns how much of a candidate fits into the remaining time, or None if nothing fits."""

@@ -84,7 +84,9 @@ def list_entries(session: Session, advice: Advice, probe_qualities: NDArray[np.f
     entries = []
     for candidate in list_candidates(session):
         seconds, cost = run_on_main(partial(_estimate_seconds, candidate.strategy, pricings))
-        gain = expect_gain(candidate.strategy.name, advice.regime, probe_qualities)
+        contender = candidate.contender
+        log_ratio = float(advice.regime.weights @ np.array(contender.log_ratios))
+        gain = expect_gain(log_ratio, contender.spread, probe_qualities)
         own_cost = float("inf") if cost is None else cost
         entries.append(Entry(candidate=candidate, prior=gain, estimated_s=seconds, cost=own_cost))
     return sort_entries(entries)

@@ -9,32 +9,25 @@ posterior mean wins.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.choosing.rule import SPREAD, TABLE, DataRegime, Table, expect_log_ratio
 from hf_transfer.training.records import Gain
 
 
-def expect_gain(
-    strategy: str,
-    regime: DataRegime,
-    probe_qualities: NDArray[np.float64],
-    *,
-    table: Table = TABLE,
-    spread: Mapping[str, float] = SPREAD,
-) -> Gain:
-    """Returns the prior: the gain that the rule expects, given the probe's quality for each image (N,), such as hits.
+def expect_gain(log_ratio: float, spread: float, probe_qualities: NDArray[np.float64]) -> Gain:
+    """Returns the prior: the gain that is expected, given the probe's quality for each image (N,), such as hits.
 
-    The rule predicts that error / probe error is exp(r) +- spread, so the gain is probe error * (1 - exp(r) +- spread). A
-    strategy without a row in the table has r = 0, and the largest spread. Half an image is added to the probe's error.
+    The expected error is the probe's error times exp(log_ratio), and `spread` is the standard deviation of this ratio on a new
+    data set. Half an image is added to the probe's error.
+
+    >>> expect_gain(math.log(0.8), 0.2, np.array([1.0, 1.0, 0.0]))
+    Gain(mean=0.075, error=0.075)
     """
-    count = len(probe_qualities)
-    error = (float((1 - probe_qualities).sum()) + 0.5) / (count + 1)
-    r = expect_log_ratio(strategy, regime, table) if strategy in table else 0.0
-    return Gain(mean=error * (1 - math.exp(r)), error=error * spread.get(strategy, max(spread.values())))
+    error = (float((1 - probe_qualities).sum()) + 0.5) / (len(probe_qualities) + 1)
+    return Gain(mean=error * (1 - math.exp(log_ratio)), error=error * spread)
 
 
 def measure_gain(differences: NDArray[np.float64]) -> Gain:

@@ -2,7 +2,7 @@
 
 | train and validation images | held out |
 |---|---|
-| fewer than 200 | each of 5 folds in turn |
+| fewer than 50 | each of 5 folds in turn |
 | fewer than 1,000 | each of 3 folds in turn |
 | more, or the data set has a validation split | the validation split |
 
@@ -32,7 +32,7 @@ from hf_transfer.training.records import Judging, RunResult, phase_from_json, to
 
 log = logging.getLogger(__name__)
 
-FOLDS = ((200, 5), (1000, 3))
+FOLDS = ((50, 5), (1000, 3))
 """Below the first number of images, the second number of folds."""
 AUTO_STATES = "auto"  # subfolder of `checkpoints`
 

@@ -19,8 +19,9 @@ STRATEGIES = ("linear_probe", "last_layers", "lora", "probe_then_full", "full")
 CORNERS = ("little, similar", "much, similar", "little, different", "much, different")
 LITTLE, MUCH = 10.0, 1000.0  # images per class at the corners; their geometric mean, 100, is the boundary
 
-Table = Mapping[str, tuple[float, float, float, float]]
-"""Maps a strategy to log(error of the strategy / error of the probe) at each of CORNERS."""
+LogRatios = tuple[float, float, float, float]
+"""log(error of a strategy / error of the probe) at each of CORNERS."""
+Table = Mapping[str, LogRatios]
 
 TABLE: Table = {
     "last_layers": (0.03, -0.06, 0.06, -0.36),
@@ -31,9 +32,6 @@ TABLE: Table = {
 """`python benchmarks/advise.py fit --out benchmarks/results/advise.jsonl` makes this table from 24 cells (3 data sets, 2
 checkpoints, 10 and 50 images per class, 2 seeds). Few runs have much data, so for much data the prior of the fit dominates."""
 RESIDUAL = 0.33  # standard deviation of the measured log error ratios around the table
-SPREAD: Mapping[str, float] = {"last_layers": 0.19, "lora": 0.21, "probe_then_full": 0.25, "full": 0.37}
-"""Standard deviation of each strategy's measured error ratio around the ratio that a table of the other data sets predicts (the
-same command prints it). So it is the uncertainty of the ratio on a new data set."""
 WORTH = 0.005  # smallest gain in accuracy that justifies a costlier strategy
 
 

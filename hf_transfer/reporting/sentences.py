@@ -128,6 +128,8 @@ def _describe_candidate(record: CandidateRecord) -> str:
     if record.verdict is Verdict.OVER_BUDGET:
         needed = "" if record.estimated_s is None else f", one run of which needs about {record.estimated_s:.0f} s"
         return f"{record.name}{needed}, did not fit into the remaining {max(0.0, record.left_s or 0.0):.0f} s"
+    if record.verdict is Verdict.NOTHING_TO_GAIN:
+        return f"{record.name} did not run, because hardly any error was left"
     assert record.gain is not None
     low, high = (100 * bound for bound in record.posterior.interval)
     place = (

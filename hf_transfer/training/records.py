@@ -118,6 +118,7 @@ class Verdict(StrEnum):
     NOT_BETTER = "not_better"  # judged, but another candidate or the probe has a gain that is expected to be as high
     UNLIKELY = "unlikely"  # stopped after a few folds, because it could hardly become the best
     OVER_BUDGET = "over_budget"  # not started, because its runs do not fit into the remaining time
+    NOTHING_TO_GAIN = "nothing_to_gain"  # not started, because the best so far makes hardly any error
 
 
 class Judging(StrEnum):
