@@ -35,6 +35,7 @@ from hf_transfer.strategy import default_config, strategy_names
 if TYPE_CHECKING:
     from hf_transfer.inference.heat_maps import Explainer
     from hf_transfer.network.backbone import Backbone
+    from hf_transfer.reporting.feature_map import MapMethod
 
 TRAIN = """Train with a strategy. `hf-transfer train NAME --help` shows the strategy's settings. `accelerate launch -m
 hf_transfer train NAME` trains in several processes.
@@ -73,6 +74,10 @@ given. If a push fails, nothing is lost: repeat the command. The token comes fro
 EXPORT = """Write the model of a run, or a model folder, as ONNX or OpenVINO, beside the weights. A fresh process runs the file
 in its own runtime, and its outputs must equal those of the trained network. `predict` and `evaluate` run the file by --engine
 onnx or --engine openvino, and `publish` sends it in the same commit.
+"""
+REPORT = """Make report.html of a finished run again, with pictures. With several runs, compare them on the same images:
+paired differences with 95 % intervals, quality against seconds, and the images on which they differ. This page is
+comparison.html. The data set must still be where it was. Pages stay on this machine, and nothing is uploaded.
 """
 ADVISE = """Say which strategy suits a data set and a checkpoint, before training. The frozen network runs once over the
 training and validation images, and the following run reuses the features. With --measure, the best candidates train briefly.
@@ -518,6 +523,38 @@ def _export(given: argparse.Namespace) -> str:
     return "\n".join(format_record(record) for record in records)
 
 
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a finished run; several: compare them")
+    text = "file to write (default: RUN/report.html, or comparison.html for several runs)"
+    parser.add_argument("--output", metavar="FILE", help=text)
+    text = "method of the map of one run's images: pca, or umap, which needs umap-learn (default: pca)"
+    parser.add_argument("--map", choices=("pca", "umap"), help=text)
+    _add_json(parser)
+    _add_trust(parser)
+
+
+def _report(given: argparse.Namespace) -> str:
+    with fast_imports():
+        from hf_transfer.reporting.remake import compare_folders, remake_report
+
+    output = None if given.output is None else Path(given.output).expanduser()
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"output={given.output!r}: give a file in a folder that exists")
+    if len(given.runs) == 1:
+        if given.json:
+            raise ValueError("--json prints a comparison: give several runs, or read results.json of this run")
+        method: MapMethod = given.map or "pca"
+        path = remake_report(given.runs[0], output, map_method=method, trust_remote_code=given.trust_remote_code)
+        return f"wrote {path}"
+    if given.map:
+        raise ValueError(f"map={given.map!r}: a comparison has no map; give one run, or omit --map")
+    comparison, path = compare_folders(given.runs, output)
+    return json.dumps(comparison.to_dict(), indent=1) if given.json else f"{comparison.format()}\nwrote {path}"
+
+
 # --- advise and rank --------------------------------------------------------------------------------------------------
 
 
@@ -686,6 +723,12 @@ COMMANDS = {
     ),
     "export": Command(
         summary="write a saved model as ONNX or OpenVINO", description=EXPORT, add_flags=_add_export, run=_export
+    ),
+    "report": Command(
+        summary="make the page of a run again, or compare runs",
+        description=REPORT,
+        add_flags=_add_report,
+        run=_report,
     ),
     "cache": Command(summary="list or remove stored activations", description=CACHE, add_flags=_add_cache, run=_cache),
     "doctor": Command(

@@ -25,7 +25,7 @@ from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, has_own_code, write_reference
-from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR, presets_dir
+from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR, chain_dir, presets_dir
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import has_batchnorm
@@ -33,7 +33,8 @@ from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory, suggest
 from hf_transfer.output import explains_how_to_continue, replace_results
 from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.reporting.predictions import PREDICTIONS, write_predictions
+from hf_transfer.reporting.illustrations import FinishedModel, Illustrations, illustrate
+from hf_transfer.reporting.predictions import PREDICTIONS, activate, write_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
 from hf_transfer.reporting.sentences import describe_precision, describe_quality
 from hf_transfer.session import Session
@@ -152,8 +153,10 @@ def train_session(
     return result
 
 
-def write_run(session: Session, result: RunResult) -> dict[str, Any]:
+def write_run(session: Session, result: RunResult, *, is_illustrated: bool = True) -> dict[str, Any]:
     """Writes all files of a finished run in the main process, while the other processes wait.
+
+    `is_illustrated`: whether the report shows images.
 
     Returns the content of results.json in the main process, and {} in the other processes. Raises ContinuableError if the disk
     refuses a file; an older run in the folder is then unchanged.
@@ -162,7 +165,7 @@ def write_run(session: Session, result: RunResult) -> dict[str, Any]:
     if session.is_main:
         assert session.output_dir is not None
         try:
-            results = _write_results(session, result, session.output_dir)
+            results = _write_results(session, result, session.output_dir, is_illustrated=is_illustrated)
         except (OSError, SafetensorError) as error:
             raise ContinuableError(
                 f"the results cannot be written to {session.output_dir} ({error}): free disk space, or make the folder "
@@ -186,23 +189,37 @@ def _save_so_far(session: Session, result: RunResult) -> None:
     folder = session.output_dir / SO_FAR
     session = replace(session, config=replace_settings(session.config, {"push_to_hub": None, "private": False}))
     with session.costs.part("save"):
-        write_run(replace(session.with_output(folder), save_so_far=None), result)
+        write_run(replace(session.with_output(folder), save_so_far=None), result, is_illustrated=False)
     if session.is_main:
         log.info("%s contains the best model so far, until the run is finished", folder)
 
 
-def _write_results(session: Session, result: RunResult, folder: Path) -> dict[str, Any]:
+def _write_results(session: Session, result: RunResult, folder: Path, *, is_illustrated: bool) -> dict[str, Any]:
     data, costs = session.data, session.costs
     card = describe_run(session, result)  # the card's cost does not include saving
     with replace_results(folder) as staging:
         with costs.part("save"):
             save_model(result.backbone, card, staging / "model")
             write_reference(result.backbone, data.test or data.validation, staging / REFERENCE)
+        with costs.part("report"):
+            illustrations = _illustrate(session, result, card) if is_illustrated else None
         results = describe_run(session, result)
         write_predictions(staging / PREDICTIONS, data.splits, result.logits)
         write_config(staging, pin_revisions(session), session.unrepeatable)
-        write_results(staging, results)
+        write_results(staging, results, illustrations)
     return results
+
+
+def _illustrate(session: Session, result: RunResult, results: Mapping[str, Any]) -> Illustrations | None:
+    """Returns what the report shows beyond results.json; None for a run without predictions."""
+    if not result.logits:
+        return None
+    backbone, data = result.backbone, session.data
+    is_known = backbone.model is session.backbone.model and not isinstance(backbone, Adapted)
+    chain = session.chain if is_known else backbone.chain(cache_dir=chain_dir())
+    model = FinishedModel(backbone=backbone, chain=chain, features=result.features)
+    activated = {name: activate(data.target, logits) for name, logits in result.logits.items()}
+    return illustrate(data.splits, activated, model, results)
 
 
 def check_export(config: RunConfig) -> None:

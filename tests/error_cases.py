@@ -488,6 +488,9 @@ DAMAGES: tuple[tuple[str, str, Callable[[Path], object]], ...] = (
 CHECKPOINTS = (
     ErrorCase(trigger="neither folder nor Hub id", command="inspect ./nowhere"),
     ErrorCase(trigger="a folder without checkpoint", command="inspect {}"),
+    ErrorCase(trigger="a report of a folder without a run", command="report {}"),
+    ErrorCase(trigger="a comparison with a map", command="report {}/a {}/b --map pca"),
+    ErrorCase(trigger="a report in a folder that is missing", command="report {} --output {}/missing/page.html"),
     *(ErrorCase(trigger=t, command="inspect {}/model", build=damage(name, change)) for t, name, change in DAMAGES),
     ErrorCase(
         trigger="an adapter that is none", command="predict embedded {}/data --adapter {}/data", build=image_folder()

@@ -185,7 +185,7 @@ def test_names_from_strangers_are_shown_and_do_nothing(name: str, tmp_path: Path
         assert len(re.findall(r"^ *```", body, re.MULTILINE)) == 6  # two examples and the settings
     for picture in model.glob("*.svg"):
         assert not [e for e in ElementTree.parse(picture).iter() if e.tag.endswith("script")]
-    assert "<script" not in render_report(results)
+    assert render_report(results).count("<script") == 2  # the page's own
 
 
 def test_yaml_and_missing_licenses_are_written_correctly(backbone: Backbone, tmp_path: Path) -> None:

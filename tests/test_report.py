@@ -15,7 +15,8 @@ import pytest
 from hf_transfer.config import RunConfig
 from hf_transfer.metrics.classification import score
 from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
-from hf_transfer.reporting.report import NO_TEST_SPLIT, render_report, write_report
+from hf_transfer.reporting.report import render_report, write_report
+from hf_transfer.reporting.report_results import NO_TEST_SPLIT, find_interval
 from hf_transfer.reporting.results import public_settings
 from hf_transfer.settings import replace_settings
 from hf_transfer.targets.single_label import SingleLabel
@@ -56,7 +57,7 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in {"style", "title"}:
+        if self.open and self.open[-1] not in {"style", "title", "script"}:
             self.text.append(data)
             if "tr" in self.open:
                 self.rows[-1][1][-1] += data
@@ -154,7 +155,7 @@ def test_page_is_balanced_and_complete(num_classes: int, test: bool, curves: boo
     assert ("svg" in dict(page.tags)) is curves
 
     text = " ".join(page.text)
-    low, high = shown["accuracy_interval"]
+    low, high = find_interval(shown, "accuracy") or (0.0, 0.0)
     assert f"{100 * low:.1f} to {100 * high:.1f}" in text
     assert "Validation was split off <train>." in text
     assert "timm/vit_tiny, revision a5b9be0" in text
@@ -171,12 +172,18 @@ def test_a_page_without_a_test_split_warns() -> None:
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
-    html = render_report(_results(_names(3)))
+    check_that_nothing_is_loaded(render_report(_results(_names(3))))
+
+
+def check_that_nothing_is_loaded(html: str) -> None:
     page = _Page(html)
-    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not {"link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert not {"src", "href", "srcset", "action"} & {name for _, a in page.tags for name in a}
-    for reference in ("http", "src=", "url(", "@import", "//"):
-        assert reference not in html
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    plain = re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]*", "", html)
+    for reference in ("http:", "https:", "src=", "url(", "@import", "fetch(", "XMLHttpRequest"):
+        assert reference not in plain
 
 
 def test_names_and_notes_are_escaped() -> None:
@@ -186,7 +193,9 @@ def test_names_and_notes_are_escaped() -> None:
     results["config"]["dataset"] = "</pre><script>"
     html = render_report(results)
     page = _Page(html)  # raises if a name closed an element
-    assert not {"script", "b"} & {tag for tag, _ in page.tags}
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 2  # the page's own
+    assert "b" not in tags
     assert {row[0] for row in page.table("per-class")[1:]} == set(names)
     assert "&lt;script&gt;alert(1)" in html
 

@@ -28,7 +28,8 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.charts import draw_curve, draw_matrix
 from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.formats import format_percent, make_environment
-from hf_transfer.reporting.report import explain_validation, find_metrics, lay_out_labels, name_labels
+from hf_transfer.reporting.label_table import lay_out_labels, name_labels
+from hf_transfer.reporting.report_results import explain_validation, find_metrics
 from hf_transfer.reporting.sentences import describe_precision, describe_repeats
 
 MAX_TABLE_CLASSES = 50  # with more classes, the card lists only the classes with the lowest recall

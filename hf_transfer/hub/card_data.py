@@ -12,7 +12,7 @@ from hf_transfer.hub.licenses import DerivedLicense, derive_license
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.formats import join_lines
-from hf_transfer.reporting.report import find_metrics
+from hf_transfer.reporting.report_results import find_metrics
 
 OUR_TAG = "hf_transfer"
 

@@ -66,6 +66,15 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A straight line across a chart with a label: at a value of the x axis or, if `is_level`, of the y axis."""
+
+    value: float
+    label: str
+    is_level: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chart:
     """The axes and lines of one entry of `curves` in results.json, ready for the template `chart.svg.jinja`."""
 
@@ -75,6 +84,7 @@ class Chart:
     x_axis: Axis
     y_axis: Axis
     lines: Sequence[Line]
+    marks: Sequence[Mark] = ()
 
 
 def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
@@ -100,8 +110,10 @@ def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
     return Matrix(names=names, rows=rows)
 
 
-def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
+def lay_out_curve(curve: Mapping[str, Any], marks: Sequence[Mark] = ()) -> Chart:
     """Returns the chart of one entry of `curves` in results.json. Missing and non-finite points become gaps in the lines.
+
+    An x axis of whole numbers, such as epochs, has ticks at whole numbers only.
 
     Raises ValueError, with the curve's title, if the curve has no finite point, or a point with x <= 0 on a logarithmic axis.
     """
@@ -112,7 +124,8 @@ def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
         raise ValueError(f"the curve {curve['title']!r} has no finite point: remove the curve from results.json")
     if is_log and min(x for x, _ in points) <= 0:
         raise ValueError(f"the curve {curve['title']!r} has x <= 0 on a logarithmic axis: choose x_log=False")
-    y_low, y_high, y_ticks = _linear_scale([y for _, y in points], is_widened=True)
+    levels = [mark.value for mark in marks if mark.is_level]
+    y_low, y_high, y_ticks = _linear_scale([*(y for _, y in points), *levels], is_widened=True)
     left = 14 + _CHARACTER_WIDTH * max(len(label) for _, label in y_ticks)
     y_axis = Axis(low=y_low, high=y_high, start=HEIGHT - _BOTTOM, stop=_TOP, is_log=False, ticks=y_ticks)
     xs = [x for x, _ in points]
@@ -125,6 +138,7 @@ def lay_out_curve(curve: Mapping[str, Any]) -> Chart:
         x_axis=x_axis,
         y_axis=y_axis,
         lines=[_line(name, points, x_axis, y_axis) for name, points in series],
+        marks=[mark for mark in marks if mark.is_level or low <= mark.value <= high],
     )
 
 
@@ -163,6 +177,8 @@ def _linear_scale(values: Sequence[float], *, is_widened: bool) -> tuple[float, 
         low, high = low - margin, high + margin
     step = 10.0 ** math.floor(math.log10((high - low) / 5))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 5.5)
+    if not is_widened and all(float(value).is_integer() for value in values):
+        step = max(step, 1.0)
     first, last = low / step, high / step
     if is_widened:
         low, high = math.floor(first + 1e-9) * step, math.ceil(last - 1e-9) * step

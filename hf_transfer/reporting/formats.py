@@ -10,11 +10,12 @@ import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from hf_transfer.targets.target import MetricInfo
 
 _BLANK = re.compile(r"[\x00-\x20\x7f-\x9f\u2028\u2029\ufffe\uffff]+")  # control characters and line ends too
+_COMMAND = re.compile("`(hf-transfer [a-z -]+)`")
 _NOT_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 # Characters that may begin Markdown markup, math or a block (in the first column), except underscores inside a word.
 _MARKUP = re.compile(r"([\\`*\[\]|~$]|^[-+#=]|(?<![^\W_])_|_(?![^\W_]))")
@@ -44,6 +45,7 @@ def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
         "literal": format_literal,
         "metric": format_metric,
         "lower_first": lower_first,
+        "spans": format_spans,
     }
     return environment
 
@@ -76,6 +78,15 @@ def format_code(text: str) -> Markup:
     """Returns text as a Markdown code span, or as escaped plain text if the text contains a backtick, <, > or &."""
     is_plain = re.search(r"[`<>&]", text) is None
     return Markup(f"`{join_lines(text)}`") if is_plain else escape_markdown(text)
+
+
+def format_spans(text: str) -> Markup:
+    """Returns text as HTML, with the commands of this package between backticks as code. Other backticks stay, as in names.
+
+    >>> format_spans("`hf-transfer audit` found a<b, `name`")
+    Markup('<code>hf-transfer audit</code> found a&lt;b, `name`')
+    """
+    return Markup(_COMMAND.sub(r"<code>\1</code>", str(escape(_replace_control(text)))))
 
 
 def format_literal(value: Any) -> Markup:

@@ -79,13 +79,18 @@ def make_lists(rows: NDArray[np.float32]) -> Any:
 
 def read_predictions(path: Path, target: Target) -> dict[str, Activated]:
     """Returns the probabilities or numbers (N, K) in a file by split, in the order of the file."""
+    return {split: values for split, (_, values) in read_named_predictions(path, target).items()}
+
+
+def read_named_predictions(path: Path, target: Target) -> dict[str, tuple[list[str], Activated]]:
+    """Returns the images' paths, and their probabilities or numbers (N, K), in a file by split, in the order of the file."""
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=[target.outputs_name, "split"])
+    table = pq.read_table(path, columns=["path", target.outputs_name, "split"])
     lists = table.column(target.outputs_name).combine_chunks()
     numbers = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(lists), target.num_outputs)
-    splits = np.asarray(table.column("split").to_pylist())
-    return {name: numbers[splits == name] for name in dict.fromkeys(splits.tolist())}
+    splits, paths = np.asarray(table.column("split").to_pylist()), np.asarray(table.column("path").to_pylist())
+    return {name: (paths[splits == name].tolist(), numbers[splits == name]) for name in dict.fromkeys(splits.tolist())}
 
 
 def activate(target: Target, logits: NDArray[np.float32]) -> Activated:

@@ -15,7 +15,8 @@ from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.fingerprint import read_version
 from hf_transfer.network.source import pin_checkpoint
-from hf_transfer.reporting.report import write_report
+from hf_transfer.reporting.illustrations import Illustrations
+from hf_transfer.reporting.report import REPORT, write_report
 from hf_transfer.reporting.sentences import (
     describe_choice,
     describe_estimates,
@@ -97,9 +98,9 @@ def pin_revisions(session: Session) -> RunConfig:
     return replace_settings(config, pinned)
 
 
-def write_results(output_dir: Path, results: Mapping[str, Any]) -> None:
+def write_results(output_dir: Path, results: Mapping[str, Any], illustrations: Illustrations | None = None) -> None:
     """Writes report.html and results.json. A failure does not leave an incomplete results.json."""
-    write_report(results, output_dir / "report.html")
+    write_report(results, output_dir / REPORT, illustrations)
     _write_whole(output_dir / RESULTS, json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from hf_transfer.metrics.formulas import count_images_to_tell_apart
 from hf_transfer.metrics.records import Metrics
+from hf_transfer.reporting.report_results import find_interval
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
@@ -41,7 +42,7 @@ def describe_phase(phase: PhaseResult) -> str:
 def describe_quality(metrics: Metrics) -> str:
     """Returns the quality in `metrics` as text, with its confidence interval, if it has one, and the number of images."""
     score = metrics.score
-    bounds = metrics.intervals.get(score.names[0])
+    bounds = find_interval(metrics.to_dict(), score.names[0])
     low, high = (f"{100 * bound:.1f}" if score.is_share else f"{bound:.3f}" for bound in bounds or (0.0, 0.0))
     interval = "" if bounds is None else f"95 % interval {low} to {high}, "
     return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"

@@ -1,0 +1,128 @@
+"""Writes the page that compares runs: a table, quality against seconds, and the images on which the runs differ."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hf_transfer.data.splits import Split
+from hf_transfer.reporting.charts import HEIGHT, WIDTH, Chart, lay_out_curve
+from hf_transfer.reporting.comparison import ComparedRun, Comparison
+from hf_transfer.reporting.formats import format_metric, format_seconds, make_environment
+from hf_transfer.reporting.illustrations import Gallery, ShownImage
+from hf_transfer.reporting.page_images import write_image_data
+from hf_transfer.reporting.pictures import LARGE_PX, draw_pictures
+from hf_transfer.reporting.report import read_part
+from hf_transfer.targets.target import Target
+
+MAX_DIFFERENT = 12  # images of a gallery
+LOG_FROM = 10  # ratio of the longest to the shortest run from which the axis of seconds is logarithmic
+
+
+def write_comparison(comparison: Comparison, images: Split, targets: Sequence[Target], path: Path) -> None:
+    """Writes the HTML page of a comparison to `path`. `images`: the split; `targets`: of each run."""
+    galleries, shown = _show_differences(comparison, images, targets)
+    page = (
+        make_environment("reporting")
+        .get_template("comparison.html.jinja")
+        .render(
+            style=read_part("page.css"),
+            script=read_part("page.js"),
+            comparison=comparison,
+            rows=[_describe_row(comparison, run, is_first=i == 0) for i, run in enumerate(comparison.runs)],
+            chart=_draw_time(comparison),
+            width=WIDTH,
+            height=HEIGHT,
+            galleries=galleries,
+            image_data=write_image_data(shown),
+        )
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _describe_row(comparison: Comparison, run: ComparedRun, *, is_first: bool) -> Mapping[str, Any]:
+    info = comparison.metric
+    bounds = "" if run.interval is None else " to ".join(format_metric(x, info, has_unit=False) for x in run.interval)
+    return {
+        "name": run.name,
+        "strategy": run.strategy,
+        "checkpoint": run.checkpoint,
+        "value": format_metric(run.value, info),
+        "interval": bounds,
+        "seconds": format_seconds(run.seconds),
+        "difference": "the baseline" if is_first else comparison.describe_difference(run),
+    }
+
+
+def _draw_time(comparison: Comparison) -> Chart:
+    seconds = [run.seconds for run in comparison.runs]
+    is_share = comparison.metric.kind == "percent"
+    title = f"{comparison.metric.title}{', %' if is_share else ''}"
+    return lay_out_curve(
+        {
+            "title": f"{comparison.metric.title} against seconds",
+            "x_label": "seconds of the whole run",
+            "y_label": title,
+            "x_log": min(seconds) > 0 and max(seconds) / min(seconds) >= LOG_FROM,
+            "series": [
+                {"name": run.name, "x": [run.seconds], "y": [100 * run.value if is_share else run.value]}
+                for run in comparison.runs
+            ],
+        }
+    )
+
+
+def _show_differences(
+    comparison: Comparison, images: Split, targets: Sequence[Target]
+) -> tuple[list[Gallery], list[ShownImage]]:
+    """Returns galleries of the images that a run predicts better or worse than the first run, and these images.
+
+    The images with the largest difference in loss come first.
+    """
+    labels = images.labels[comparison.rows]
+    outcomes = [t.read_outcomes(logits, labels) for t, logits in zip(targets, comparison.outputs, strict=True)]
+    galleries: list[Gallery] = []
+    shown: list[ShownImage] = []
+    for k in range(1, len(comparison.runs)):
+        gain = np.asarray(outcomes[k].qualities) - np.asarray(outcomes[0].qualities)
+        fall = np.asarray(outcomes[0].losses) - np.asarray(outcomes[k].losses)
+        for is_better, word in ((True, "better"), (False, "worse")):
+            different = np.flatnonzero(gain > 0 if is_better else gain < 0)
+            order = different[np.argsort(-fall[different] if is_better else fall[different], kind="stable")]
+            names = comparison.runs[k].name, comparison.runs[0].name
+            chosen = _describe_images(comparison, images, targets, k, order[:MAX_DIFFERENT])
+            gallery = Gallery(
+                title=f"{names[0]} is {word} than {names[1]}",
+                note=f"Predicted by {names[0]}, and in brackets by {names[1]}.",
+                total=len(order),
+                images=tuple(range(len(shown), len(shown) + len(chosen))),
+            )
+            shown += chosen
+            if chosen:
+                galleries.append(gallery)
+    return galleries, shown
+
+
+def _describe_images(
+    comparison: Comparison, images: Split, targets: Sequence[Target], k: int, rows: NDArray[np.int64]
+) -> list[ShownImage]:
+    places = [(images, int(i)) for i in comparison.rows[rows]]
+    pictures = draw_pictures(places, [LARGE_PX] * len(places))
+    decided = [targets[run].decide(torch.from_numpy(comparison.outputs[run][rows])).numpy() for run in (0, k)]
+    described = [
+        ShownImage(
+            name=images.image_name(i),
+            split=images.name,
+            truth=targets[0].describe_label(images.labels[i]) or "none",
+            predicted=targets[k].describe_label(decided[1][number]) or "none",
+            is_right=None,
+            top=((f"({targets[0].describe_label(decided[0][number]) or 'none'})", ""),),
+            cell=None,
+            picture=pictures[number],
+        )
+        for number, (_, i) in enumerate(places)
+    ]
+    return [image for image in described if image.picture]

@@ -1,0 +1,189 @@
+"""Says in a few sentences what a run achieved, which model was kept and why, and what to do next, from results.json alone.
+
+Each next step needs evidence in the results: a wide interval, suspicious labels, a class that is significantly worse than the
+rest, or a strategy that has not trained the layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_transfer.metrics.formulas import binomial_interval, count_images_to_tell_apart
+from hf_transfer.reporting.formats import format_metric, format_percent
+from hf_transfer.reporting.report_results import choose_split, find_interval, find_metrics
+from hf_transfer.reporting.selection import IN_GALLERY
+
+WIDE = 0.10  # of the accuracy's interval: the test split is too small to compare models
+FEW_SUSPECTS = 3  # suspicious labels that are worth a look
+FROZEN = ("linear_probe", "add_classes")  # strategies that train only a head
+COMPARED_DIFFERENCE = 0.03  # of accuracy, which the advice on the size of the test split is about
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the top of a report says. `value` is the headline metric as text, and `next_steps` come in order of importance."""
+
+    title: str
+    value: str
+    unit: str
+    interval: str
+    images: str
+    kept: str
+    next_steps: Sequence[str]
+
+
+def give_verdict(results: Mapping[str, Any], num_suspects: int | None = None) -> Verdict:
+    """Returns the verdict on a run. `num_suspects`: suspicious labels that the page shows; None: the page shows no images."""
+    split, scores = choose_split(results)
+    info = next((each for each in find_metrics(results) if scores.get(each.key) is not None), None)
+    assert info is not None, "the metrics in results.json have none of the target's metrics"
+    bounds = find_interval(scores, info.key)
+    return Verdict(
+        title=info.title,
+        value=format_metric(scores[info.key], info, has_unit=False),
+        unit="%" if info.kind == "percent" else info.unit,
+        interval="" if bounds is None else " to ".join(format_metric(x, info, has_unit=False) for x in bounds),
+        images=f"{scores['num_samples']:,} {split} images",
+        kept=describe_kept_model(results),
+        next_steps=suggest_next_steps(results, num_suspects),
+    )
+
+
+def describe_kept_model(results: Mapping[str, Any]) -> str:
+    """Returns sentences that say which model all figures are of, and why it was kept."""
+    plan, details = results.get("plan", []), results.get("details", {})
+    if not plan or not isinstance(plan[-1], Mapping) or "kept" not in plan[-1]:
+        return ""
+    if "auto" in details:
+        kept = details["auto"]["kept"]
+        others = len(details["auto"]["candidates"])
+        reason = (
+            "no candidate is expected to be better than the linear probe"
+            if kept == "linear_probe"
+            else "it has the highest expected gain over the linear probe"
+        )
+        return f"Kept: {kept}, of {others} candidates and the linear probe, because {reason}."
+    epochs = [row for phase in details.get("phases", []) for row in phase["history"]]
+    if details.get("kept_probe") and epochs:
+        return _describe_kept_probe(results, epochs)
+    return _describe_last(plan[-1], len(details["phases"][-1]["history"]) if epochs else 0)
+
+
+def _describe_kept_probe(results: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> str:
+    plan, count = results["plan"], results.get("data", {}).get("num_images", {}).get("validation")
+    probe = find_probe_score(plan) or plan[-1]["score"]
+    name = next(iter(probe))
+    as_text, best = _format_quality(name), max(row["validation"][name] for row in epochs)
+    images = "" if count is None else f" on {count:,} images"
+    return (
+        f"Kept: the linear probe. The best of {len(epochs)} epochs had a validation {name.replace('_', ' ')} of "
+        f"{as_text(best)}, and the probe {as_text(probe[name])}{images}: no epoch was better beyond chance, so the trained "
+        "layers were discarded. Curves over epochs show the discarded network; all other figures are of the probe."
+    )
+
+
+def find_probe_score(plan: Sequence[Mapping[str, Any]]) -> Mapping[str, float] | None:
+    """Returns the probe's score to compare epochs with: on validation images if it is known, else cross-validated."""
+    starts = [phase["score"] for phase in plan if phase["kept"] == "start"]
+    solved = [phase["score"] for phase in plan if phase["kept"] == "solution"]
+    return next(iter([*starts, *solved]), None) if solved else None
+
+
+def _describe_last(phase: Mapping[str, Any], num_epochs: int) -> str:
+    if phase["kept"] == "solution":
+        return (
+            f"Kept: the linear probe, a {phase['linear_model']} on {phase['num_features']:,} frozen features. Held-out images "
+            f"chose the strength of its regularization, C = {phase['regularization_c']:.3g}."
+        )
+    name = next(iter(phase["score"]))
+    quality = f"validation {name.replace('_', ' ')} {_format_quality(name)(phase['score'][name])}"
+    if phase["kept"] == "start":
+        return f"Kept: the weights from before the last phase ({quality}), because no epoch was better beyond chance."
+    which = f"epoch {phase['kept_epoch']} of {num_epochs or phase['epochs']}"
+    if phase["kept"] == "last":
+        return f"Kept: the weights of {which}, the last one; no image selected it ({quality})."
+    return f"Kept: the weights of {which} in the phase {phase['policy']}, which validation images selected ({quality})."
+
+
+def _format_quality(name: str) -> Any:
+    is_share = name in ("accuracy", "mean_average_precision")
+    return lambda value: f"{format_percent(value)} %" if is_share else f"{value:.3f}"
+
+
+def suggest_next_steps(results: Mapping[str, Any], num_suspects: int | None = None) -> list[str]:
+    """Returns sentences that say what to do next, the most important first; at least one."""
+    split, scores = choose_split(results)
+    steps = [
+        _suggest_labels(num_suspects),
+        _suggest_larger_test(split, scores),
+        _suggest_class(results, scores),
+        _suggest_strategy(results),
+    ]
+    found = [step for step in steps if step]
+    if found:
+        return found
+    if num_suspects is None:
+        return ["Look at the images that the model gets wrong: hf-transfer report RUN makes this page with pictures."]
+    return ["Look at the most confident mistakes below: they show what the training images lack."]
+
+
+def _suggest_labels(num_suspects: int | None) -> str:
+    if num_suspects is None or num_suspects < FEW_SUSPECTS:
+        return ""
+    shown = min(num_suspects, IN_GALLERY)
+    which = (
+        f"{shown} most suspicious labels below, of {num_suspects:,}"
+        if num_suspects > shown
+        else f"{shown} suspicious labels below"
+    )
+    return (
+        f"Look at the {which}: wrong labels spoil training and metrics alike. `hf-transfer audit` lists them in a file, which "
+        "`hf-transfer train` takes by --relabel or --exclude."
+    )
+
+
+def _suggest_larger_test(split: str, scores: Mapping[str, Any]) -> str:
+    bounds = find_interval(scores, "accuracy")
+    if bounds is None or bounds[1] - bounds[0] < WIDE:
+        return ""
+    expected = min(max(scores["accuracy"], 0.5), 0.99)
+    needed = count_images_to_tell_apart(expected, COMPARED_DIFFERENCE)
+    width, difference = 100 * (bounds[1] - bounds[0]), 100 * COMPARED_DIFFERENCE
+    return (
+        f"Label more {split} images: with {scores['num_samples']:,}, the interval is {width:.0f} points wide. To tell two "
+        f"models apart that differ by {difference:.0f} points, about {needed:,} are needed."
+    )
+
+
+def _suggest_class(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    """Suggests more images of the worst class, if the class is significantly worse than the average image."""
+    rows = [row for row in scores.get("per_class", []) if row.get("recall") is not None and row["support"]]
+    if len(rows) < 2 or "confusion_matrix" not in scores:
+        return ""
+    worst = min(rows, key=lambda row: row["recall"])
+    high = binomial_interval(round(worst["recall"] * worst["support"]), worst["support"])[1]
+    if high >= scores["accuracy"]:
+        return ""
+    counts = results.get("data", {}).get("train_images_per_class", {})
+    number = counts.get(worst["label"])
+    has_few = number is not None and number < sum(counts.values()) / len(counts)
+    trained = (
+        "" if number is None else f" It has {number:,} training images{', fewer than the average class' * has_few}."
+    )
+    names = [row["label"] for row in scores["per_class"]]
+    row = list(scores["confusion_matrix"][names.index(worst["label"])])
+    row[names.index(worst["label"])] = 0
+    taken = f", most often taken for {names[row.index(max(row))]}" if max(row) else ""
+    return (
+        f"Add labeled images of {worst['label']}: {format_percent(worst['recall'])} % of its {worst['support']:,} images are "
+        f"recognized{taken}, against {format_percent(scores['accuracy'])} % of all images.{trained}"
+    )
+
+
+def _suggest_strategy(results: Mapping[str, Any]) -> str:
+    if results.get("strategy") not in FROZEN or len(results.get("plan", [])) != 1:
+        return ""
+    return (
+        "Try `hf-transfer train auto` with the same --checkpoint and --dataset: only the head was trained, and auto measures "
+        "whether training layers is better."
+    )

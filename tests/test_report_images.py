@@ -1,0 +1,422 @@
+"""The report's images are those of the predictions, its page stays small, and `hf-transfer report` makes it again."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_report import check_that_nothing_is_loaded
+from test_targets_of_runs import write_shapes
+
+import hf_transfer as ht
+from hf_transfer.cli import main
+from hf_transfer.metrics.bootstrap import mean_interval
+from hf_transfer.reporting.feature_map import check_map_method, place_on_plane
+from hf_transfer.reporting.illustrations import EXPLAINED
+from hf_transfer.reporting.pictures import draw_pictures
+from hf_transfer.reporting.predictions import read_named_predictions
+from hf_transfer.reporting.remake import compare_folders
+from hf_transfer.reporting.report import render_report
+from hf_transfer.reporting.report_results import find_interval
+from hf_transfer.reporting.saved_runs import illustrate_saved, read_saved_run
+from hf_transfer.reporting.settings_table import flatten
+from hf_transfer.reporting.verdict import describe_kept_model, give_verdict
+from hf_transfer.run import Run
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "probe"
+    found: Run = ht.Task("sklearn/digits", images_per_class=10).fit(ht.linear_probe(), output_dir=folder)
+    return found
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "tuned"
+    found: Run = ht.Task("sklearn/digits", images_per_class=10).fit(ht.full(epochs=2), output_dir=folder)
+    return found
+
+
+def read_page(folder: Path) -> str:
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def read_images(html: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="images">(.*?)</script>', html, re.DOTALL)
+    assert found is not None
+    return list(json.loads(found[1]))
+
+
+def read_galleries(html: str) -> dict[str, list[int]]:
+    """The numbers of each gallery's images, by title."""
+    parts = re.findall(
+        r"<h3>([^<(]*?)(?: \(\d+\))?</h3>\s*<p[^>]*>.*?</p>\s*<ul class=\"shots\" data-images=\"([^\"]*)\"", html
+    )
+    return {title: json.loads(numbers) for title, numbers in parts}
+
+
+def test_mistakes_are_those_of_the_predictions(run: Run) -> None:
+    assert run.folder is not None
+    names, values = read_named_predictions(run.folder / "predictions.parquet", run.backbone.target)["test"]
+    probability_of = dict(zip(names, values, strict=True))
+    html = read_page(run.folder)
+    images, galleries = read_images(html), read_galleries(html)
+    assert list(galleries)[:2] == ["Most confident mistakes", "Least certain"]
+    labels = run.backbone.target.names
+    of_truth = []
+    for number, image in enumerate(images[i] for i in galleries["Most confident mistakes"]):
+        row = probability_of[image["name"]]
+        assert image["right"] is False
+        assert image["truth"] != image["predicted"] == labels[int(row.argmax())] == image["top"][0][0]
+        assert image["top"][0][1] == f"{100 * row.max():.1f} %"
+        if number < EXPLAINED:
+            assert image["heat"].startswith("data:image/jpeg;base64,")
+        of_truth.append(row[labels.index(image["truth"])])
+    assert of_truth == sorted(of_truth)
+    assert of_truth, "a probe on ten images per class makes mistakes"
+    doubts = [probability_of[images[i]["name"]].max() for i in galleries["Least certain"]]
+    assert doubts == pytest.approx(sorted(values.max(1))[: len(doubts)])
+
+
+def test_cells_have_the_images_that_the_matrix_counts(run: Run) -> None:
+    assert run.folder is not None
+    images = read_images(read_page(run.folder))
+    matrix = np.array(run.test.confusion_matrix)
+    shown = np.zeros_like(matrix)
+    names = run.backbone.target.names
+    for image in images:
+        if image["cell"] is not None:
+            true, predicted = image["cell"]
+            assert (names[true], names[predicted]) == (image["truth"], image["predicted"])
+            assert image["split"] == "test"
+            shown[true, predicted] += 1
+    assert (shown <= matrix).all()
+    is_mistake = ~np.eye(len(matrix), dtype=bool)
+    assert (shown[is_mistake] == matrix[is_mistake]).all()  # fewer than MAX_MISTAKES
+    assert (shown.diagonal() > 0).all()
+
+
+def test_page_loads_nothing_and_says_what_it_cost(run: Run) -> None:
+    assert run.folder is not None
+    html = read_page(run.folder)
+    check_that_nothing_is_loaded(html)
+    assert str(run.folder) not in html
+    assert json.loads((run.folder / "results.json").read_text())["cost"]["seconds"]["report"] > 0
+    for heading in ("What to do next", "Map of the images", "Can the probabilities be trusted?", "What was trained"):
+        assert heading in html
+    assert 'class="trained first"' in html
+
+
+def test_pictures_of_noise_stay_below_the_limit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of noise are the largest that a JPEG can have."""
+    assert run.folder is not None
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8))
+    saved = read_saved_run(run.folder)
+    monkeypatch.setattr("hf_transfer.data.splits.Split.reduced_image", lambda *_: (noise, noise.size))
+    for name, value in (("MAX_COMPUTED", 1000), ("SMALL_PX", 160)):
+        monkeypatch.setattr(f"hf_transfer.reporting.illustrations.{name}", value)
+    illustrations = illustrate_saved(saved)
+    assert illustrations is not None
+    page = render_report(saved.results, illustrations)
+    assert 3_000_000 < len(page.encode()) < 5_000_000
+    assert illustrations.galleries[0].images, "the budget cuts the map first"
+
+
+def test_an_unreadable_image_is_left_out(tmp_path: Path) -> None:
+    from hf_transfer.config import DataConfig
+    from hf_transfer.data.dataset import load_data
+
+    for k in range(2):
+        (tmp_path / f"class{k}").mkdir()
+        for i in range(6):
+            Image.new("RGB", (40, 20), (100 * k, 10 * i, 0)).save(tmp_path / f"class{k}" / f"{i}.png")
+    split = load_data(DataConfig(dataset=str(tmp_path))).train
+    Path(tmp_path / split.image_name(0)).write_bytes(b"broken")
+    pictures = draw_pictures([(split, 0), (split, 1)], [160, 160])
+    assert pictures[0] == ""
+    assert pictures[1].startswith("data:image/jpeg;base64,")
+
+
+def test_report_makes_the_same_page_again(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.folder is not None
+    main(["report", str(run.folder), "--output", str(tmp_path / "again.html")])
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'again.html'}\n"
+    first, again = (read_page(run.folder), (tmp_path / "again.html").read_text(encoding="utf-8"))
+    assert read_galleries(again) == read_galleries(first)
+    kept = {i for numbers in read_galleries(first).values() for i in numbers}
+    for i in kept:
+        assert {**read_images(again)[i], "heat": ""} == {**read_images(first)[i], "heat": ""}
+
+
+def test_report_without_the_images_says_why(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert run.folder is not None
+    folder = tmp_path / "moved"
+    shutil.copytree(run.folder, folder)
+    config = (folder / "config.yaml").read_text().replace("sklearn/digits", str(tmp_path / "gone"))
+    (folder / "config.yaml").write_text(config)
+    main(["report", str(folder)])
+    assert "Most confident mistakes" not in read_page(folder)
+    assert "the page has no images" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "no finished run in this folder"),
+        (["nowhere", "--output", "missing/page.html"], "give a file in a folder that exists"),
+        (["nowhere", "--json"], "--json prints a comparison"),
+        (["one", "two", "--map", "pca"], "a comparison has no map"),
+    ],
+)
+def test_mistakes_of_the_command_are_named(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["report", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_two_runs_are_compared_image_by_image(
+    run: Run, tuned: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [str(each.folder) for each in (run, tuned)]
+    page = tmp_path / "both.html"
+    main(["report", *folders, "--output", str(page), "--json"])
+    numbers = json.loads(capsys.readouterr().out)
+    hits = []
+    for each in (run, tuned):
+        assert each.folder is not None
+        names, values = read_named_predictions(each.folder / "predictions.parquet", each.backbone.target)["test"]
+        labels = {image["name"]: image["truth"] for image in _list_test_labels(each)}
+        decided = [each.backbone.target.names[k] for k in values.argmax(1)]
+        hits.append(np.array([labels[n] == d for n, d in zip(names, decided, strict=True)], float))
+    differences = hits[1] - hits[0]
+    assert numbers["runs"][0]["difference"] == 0
+    assert numbers["runs"][1]["difference"] == pytest.approx(tuned.test.accuracy - run.test.accuracy)
+    assert numbers["runs"][1]["difference_interval"] == pytest.approx(mean_interval(differences))
+    html = page.read_text(encoding="utf-8")
+    check_that_nothing_is_loaded(html)
+    shown = {k: len(v) for k, v in read_galleries(html).items()}
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    expected = {"tuned is better than probe": min(better, 12), "tuned is worse than probe": min(worse, 12)}
+    assert shown == {title: count for title, count in expected.items() if count}
+    main(["report", *folders, "--output", str(page)])
+    assert re.search(r"tuned \(full\): accuracy .*points \(.*\), (more than|within) chance", capsys.readouterr().out)
+
+
+def _list_test_labels(each: Run) -> list[dict[str, str]]:
+    assert each.folder is not None
+    data = read_saved_run(each.folder).data
+    assert data is not None
+    assert data.test is not None
+    test = data.test
+    return [{"name": test.image_name(i), "truth": test.target.describe_label(test.labels[i])} for i in range(len(test))]
+
+
+def test_runs_on_other_images_are_not_compared(run: Run, tmp_path: Path) -> None:
+    assert run.folder is not None
+    folder = tmp_path / "other"
+    shutil.copytree(run.folder, folder)
+    results = json.loads((folder / "results.json").read_text())
+    results["data"]["fingerprint"]["test"] = "0" * 32
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="was scored on other test images"):
+        compare_folders([run.folder, folder], tmp_path / "page.html")
+
+
+@pytest.mark.parametrize("kind", ["labels", "numbers"])
+def test_other_targets_show_what_fits(kind: str, tmp_path: Path) -> None:
+    columns: dict[str, Any] = {"problem_type": "multi_label_classification", "label_column": "shapes"}
+    if kind == "numbers":
+        columns = {"problem_type": "regression", "label_columns": ["brightness", "angle"]}
+    table = write_shapes(tmp_path)
+    folder = tmp_path / "run"
+    task = ht.Task(str(table), image_column="image", split_column="split", **columns)
+    finished = task.fit(ht.linear_probe(), output_dir=folder)
+    html = read_page(folder)
+    galleries, images = read_galleries(html), read_images(html)
+    title = "Most confident mistakes" if kind == "labels" else "Largest errors"
+    assert title in galleries
+    assert "Suspicious labels" not in galleries
+    assert "Map of the images" in html
+    assert ("Can the probabilities be trusted?" in html) is (kind == "labels")
+    assert all(image["cell"] is None for image in images)
+    assert data_of(folder, images[galleries[title][0]]) == images[galleries[title][0]]["truth"]
+    assert finished.test.num_samples == 16
+
+
+def data_of(folder: Path, image: dict[str, Any]) -> str:
+    """The label of an image in its data set, as text."""
+    data = read_saved_run(folder).data
+    assert data is not None
+    split = next(split for split in data.splits if split.name == image["split"])
+    row = next(i for i in range(len(split)) if split.image_name(i) == image["name"])
+    return split.target.describe_label(split.labels[row]) or "none"
+
+
+def test_a_map_places_similar_images_together() -> None:
+    generator = np.random.default_rng(0)
+    centers = np.repeat(np.eye(3, 50) * 10, 20, 0)
+    positions = place_on_plane(centers + generator.normal(size=(60, 50)))
+    assert positions.min(0).tolist() == [0, 0]
+    assert positions.max(0).tolist() == [1, 1]
+    groups = positions.reshape(3, 20, 2)
+    spread = groups.std(1).max()
+    means = groups.mean(1)
+    assert min(np.linalg.norm(means[i] - means[j]) for i in range(3) for j in range(i)) > 4 * spread
+
+
+def test_umap_is_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match="pip install umap-learn"):
+        check_map_method("umap")
+
+
+def test_the_verdict_follows_the_evidence(run: Run) -> None:
+    results = dict(run.results)
+    accuracy = 100 * run.test.accuracy
+    verdict = give_verdict(results, 40)
+    assert verdict.value == f"{accuracy:.1f}"
+    assert verdict.next_steps[0].startswith("Look at the 12 most suspicious labels below, of 40")
+    assert any("hf-transfer train auto" in step for step in verdict.next_steps)
+    assert not any("suspicious" in step for step in give_verdict(results, 0).next_steps)
+    test = results["metrics"]["test"]
+    few = {**results, "metrics": {"test": {**test, "accuracy_interval": [0.5, 0.9]}}}
+    assert any(step.startswith("Label more test images") for step in give_verdict(few).next_steps)
+    rows = [{"label": "cat", "recall": 0.2, "support": 50}, {"label": "dog", "recall": 0.95, "support": 200}]
+    scores = {**test, "per_class": rows, "confusion_matrix": [[10, 40], [10, 190]], "accuracy": 0.8}
+    poor = {**results, "metrics": {"test": scores}}
+    steps = give_verdict(poor).next_steps
+    assert any(step.startswith("Add labeled images of cat: 20.0 %") and "taken for dog" in step for step in steps)
+
+
+def test_the_page_says_why_the_probe_was_kept() -> None:
+    probe = {"accuracy": 0.875, "log_loss": 0.4}
+    results = {
+        "data": {"num_images": {"validation": 160}},
+        "plan": [
+            {"kept": "solution", "score": probe, "policy": "head"},
+            {"kept": "start", "score": probe, "policy": "full"},
+        ],
+        "details": {
+            "kept_probe": True,
+            "phases": [{"history": []}, {"history": [{"validation": {"accuracy": 0.881, "log_loss": 0.39}}]}],
+        },
+    }
+    sentence = describe_kept_model(results)
+    assert "validation accuracy of 88.1 %, and the probe 87.5 % on 160 images" in sentence
+    assert "all other figures are of the probe" in sentence
+
+
+def test_intervals_of_few_images_are_honest() -> None:
+    scores = {"accuracy": 1.0, "accuracy_interval": [1.0, 1.0], "num_samples": 2}
+    low, high = find_interval(scores, "accuracy") or (1.0, 1.0)
+    assert low < 0.2
+    assert high == 1.0
+    many = {"accuracy": 0.9, "accuracy_interval": [0.88, 0.92], "num_samples": 900}
+    assert find_interval(many, "accuracy") == (0.88, 0.92)
+
+
+def test_settings_are_a_table() -> None:
+    assert list(flatten({"a": {"b": [1, {"c": None}]}, "d": True})) == [
+        ("a.b 1", "1"),
+        ("a.b 2.c", "none"),
+        ("d", "yes"),
+    ]
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+DRIVER = """
+const out = {};
+const press = (element, key) => element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const rows = () => [...document.querySelectorAll("table.matrix tbody tr")].map((row) => row.cells[0].textContent);
+const order = document.getElementById("order");
+const sort = (name) => { order.value = name; order.dispatchEvent(new Event("change")); return rows(); };
+out.listed = rows();
+out.mistakes = sort("mistakes");
+out.columns = [...document.querySelectorAll("table.matrix thead th")].map((cell) => cell.textContent);
+out.counts = [...document.querySelectorAll("table.matrix tbody tr")].map((row) =>
+  [...row.cells].slice(1).map((cell) => Number(cell.textContent)));
+out.alike = sort("alike");
+out.back = sort("listed");
+const panel = document.getElementById("cell");
+const button = document.querySelector("table.matrix td:not(.right) button");
+button.focus();
+button.click();
+out.cell = button.dataset.cell;
+out.count = Number(button.dataset.count);
+out.title = panel.querySelector("h3").textContent;
+out.names = [...panel.querySelectorAll(".file")].map((each) => each.textContent);
+out.alts = [...panel.querySelectorAll("img")].map((each) => each.alt);
+press(document, "Escape");
+out.closed = panel.hidden && document.activeElement === button;
+const before = document.activeElement;
+press(before, "ArrowDown");
+press(document.activeElement, "ArrowUp");
+press(document.activeElement, "ArrowRight");
+out.moved = document.activeElement !== before && document.activeElement.matches("table.matrix button");
+const map = document.getElementById("map");
+map.focus();
+const first = document.querySelector("#map-image .file").textContent;
+press(map, "ArrowRight");
+out.map = [first, document.querySelector("#map-image .file").textContent];
+const picture = document.querySelector("#galleries img");
+const plain = picture.src;
+document.getElementById("heat").click();
+out.heat = picture.src !== plain && picture.src.startsWith("data:image/jpeg");
+document.getElementById("heat").click();
+out.heat = out.heat && picture.src === plain;
+out.unnamed = [...document.querySelectorAll("img, svg:not([aria-hidden])")].filter(
+  (each) => !each.alt && !each.getAttribute("aria-label")).length;
+out.errors = window.pageErrors;
+document.title = "done";
+const result = document.createElement("pre");
+result.id = "result";
+result.textContent = JSON.stringify(out);
+document.body.append(result);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_page_in_a_browser(run: Run, tmp_path: Path) -> None:
+    assert run.folder is not None
+    assert CHROMIUM is not None
+    html = read_page(run.folder)
+    listen = "<script>window.pageErrors = []; window.onerror = (m) => window.pageErrors.push(String(m));</script>"
+    driven = html.replace("<body>", f"<body>{listen}", 1).replace("</body>", f"<script>{DRIVER}</script></body>")
+    page = tmp_path / "driven.html"
+    page.write_text(driven, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [CHROMIUM, *options, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
+    assert found is not None, dom[-2000:]
+    out = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert out["errors"] == []
+    names, matrix = list(run.backbone.target.names), np.array(run.test.confusion_matrix)
+    assert out["listed"] == out["back"] == names
+    wrong = matrix.sum(1) - matrix.diagonal()
+    assert [wrong[names.index(name)] for name in out["mistakes"]] == sorted(wrong, reverse=True)
+    assert out["columns"] == out["mistakes"]
+    by_mistakes = [names.index(name) for name in out["mistakes"]]
+    assert out["counts"] == matrix[np.ix_(by_mistakes, by_mistakes)].tolist()
+    assert sorted(out["alike"]) == sorted(names)
+    true, predicted = map(int, out["cell"].split(","))
+    assert out["count"] == matrix[true, predicted] == len(out["names"])
+    assert f"of {names[true]} predicted as {names[predicted]}" in out["title"]
+    assert all(f"labeled {names[true]}, predicted {names[predicted]}" in alt for alt in out["alts"])
+    assert out["closed"]
+    assert out["moved"]
+    assert out["map"][0] != out["map"][1]
+    assert out["heat"]
+    assert out["unnamed"] == 0
