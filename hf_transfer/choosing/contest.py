@@ -178,7 +178,7 @@ class Contest:
         """Trains the candidate without one part of the images after the other."""
         parts, results = allowance.division.parts, list[HeldOutResult]()
         gain, posterior, verdict = None, entry.prior, Verdict.NOT_BETTER
-        to_beat = 0.0 if self.best is None else self.best.record.posterior.mean
+        to_beat = WORTH if self.best is None else self.best.record.posterior.mean
         reserved = 0.0 if self.best is None else self.best.final_s
         for number in range(allowance.num_runs):
             left_s = self.budget.left_s()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.choosing.rule import WORTH
 from hf_transfer.training.records import Gain
 
 
@@ -23,8 +24,9 @@ def expect_gain(log_ratio: float, spread: float, probe_qualities: NDArray[np.flo
     The expected error is the probe's error times exp(log_ratio), and `spread` is the standard deviation of this ratio on a new
     data set. Half an image is added to the probe's error.
 
-    >>> expect_gain(math.log(0.8), 0.2, np.array([1.0, 1.0, 0.0]))
-    Gain(mean=0.075, error=0.075)
+    >>> gain = expect_gain(math.log(0.8), 0.2, np.array([1.0, 1.0, 0.0]))
+    >>> print(f"{gain.mean:.3f} +- {gain.error:.3f}")
+    0.075 +- 0.075
     """
     error = (float((1 - probe_qualities).sum()) + 0.5) / (len(probe_qualities) + 1)
     return Gain(mean=error * (1 - math.exp(log_ratio)), error=error * spread)
@@ -60,10 +62,12 @@ def probability_above(gain: Gain, threshold: float) -> float:
 
 
 def find_best(gains: Sequence[Gain]) -> int | None:
-    """Returns the position of the highest mean above 0, the probe's gain; the first of equal ones; None if none is above 0.
+    """Returns the position of the highest mean, the first of equal ones; None if no mean is worth more than the probe.
+
+    A gain of less than `rule.WORTH` is none: the probe is cheaper, and its probabilities are better.
 
     >>> find_best([Gain(mean=0.01, error=1.0), Gain(mean=0.02, error=1.0), Gain(mean=0.02, error=0.1)])
     1
     """
     best = max(range(len(gains)), key=lambda i: (gains[i].mean, -i), default=None)
-    return None if best is None or gains[best].mean <= 0 else best
+    return None if best is None or gains[best].mean < WORTH else best
