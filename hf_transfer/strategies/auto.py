@@ -25,7 +25,7 @@ SELECTING = (
     "early_stopping_patience",
 )  # settings by which validation images choose the weights
 
-EXAMPLE_BUDGET_S = 75.0  # estimates are high for a tiny network: the example takes less than a minute
+EXAMPLE_BUDGET_S = 90.0  # estimates are high for a tiny network: the example takes less than a minute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Auto(GradientStrategy):
 
     budget_s: float | None = flag(
         None,
-        "approximate limit in seconds for all runs together; none: no limit, but 75 s for the example without arguments",
+        "approximate limit in seconds for all runs together; none: no limit, but 90 s for the example without arguments",
         allowed=SECONDS,
     )
 
