@@ -97,7 +97,7 @@ def test_no_local_path_is_published(first: tuple[Path, dict[str, Any], str]) -> 
     folder, _, _ = first
     published = [folder / "results.json", folder / "report.html", *(folder / "model").iterdir()]
     for file in published:
-        content = file.read_bytes()
+        content = re.sub(rb"base64,[A-Za-z0-9+/=]+", b"", file.read_bytes())  # a short host name may be in a picture
         for secret in (str(folder), str(ROOT), str(Path.home()), os.uname().nodename):
             assert secret.encode() not in content, (file.name, secret)
 

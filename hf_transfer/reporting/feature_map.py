@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
 
 MapMethod = Literal["pca", "umap"]
 
@@ -36,9 +35,8 @@ def place_on_plane(features: NDArray[Any], method: MapMethod = "pca") -> NDArray
 def _project(features: NDArray[np.float64]) -> NDArray[np.float64]:
     """Returns the first two principal components (N, 2), from the Gram matrix (N, N), as N is smaller than F."""
     centered = features - features.mean(0)
-    last = len(features) - 1
-    values, vectors = eigh(centered @ centered.T, subset_by_index=[last - 1, last])  # in ascending order
-    components = vectors[:, ::-1] * np.sqrt(np.maximum(values[::-1], 0.0))
+    values, vectors = np.linalg.eigh(centered @ centered.T)  # in ascending order
+    components = vectors[:, :-3:-1] * np.sqrt(np.maximum(values[:-3:-1], 0.0))
     largest = np.abs(components).argmax(0)  # an eigenvector's sign is arbitrary
     signs = np.where(components[largest, [0, 1]] < 0, -1.0, 1.0)
     return np.asarray(components * signs)

@@ -144,8 +144,7 @@ class _PlanRun:
         if inputs.feed.views != 1:
             return None
         stored = inputs.stored
-        if self.final is not None:  # a row for each image of the pool
-            assert train.pool_rows is not None
+        if self.final is not None and train.pool_rows is not None:  # a row for each image of the pool
             stored = SelectedStore(stored, train.pool_rows)
         stores = {"train": stored, "validation": inputs.activations}
         return Activations(chain=self.chains[len(self.done) - 1], cut=inputs.cut, stores=stores)
