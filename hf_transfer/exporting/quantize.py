@@ -76,7 +76,7 @@ def quantize_openvino(
     import nncf
     import openvino
 
-    nncf.set_log_level(logging.ERROR)
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level would change the handlers of others too
     with redirect_stdout(io.StringIO()):  # a progress bar, which would mix with --json
         model = nncf.compress_weights(openvino.Core().read_model(onnx_file), mode=nncf.CompressWeightsMode.INT8_SYM)
     model.set_rt_info(str(GROUP_SIZE), ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
