@@ -54,10 +54,14 @@ def train(
     epochs: int = EPOCHS,
     bf16: bool = False,
     num_workers: int | None = None,
+    image_size_px: int | None = None,
 ) -> FastaiResult:
     """Trains, saves under `scratch`, and predicts the test images."""
     started = time.perf_counter()
-    side_px = json.loads(Path(checkpoint, "config.json").read_text())["pretrained_cfg"]["input_size"][1]
+    pretrained = json.loads(Path(checkpoint, "config.json").read_text())["pretrained_cfg"]
+    side_px = image_size_px or pretrained["input_size"][1]
+    # timm has to be told the size where the network has a fixed one.
+    sized = {"img_size": side_px} if image_size_px and pretrained.get("fixed_input_size") else {}
     set_seed(seed, reproducible=True)
     # fastai drops a last batch that is not full, so a batch must not be larger than what is left after validation.
     batch_size = min(BATCH_SIZE, len(train_files) - int(VALIDATION_SHARE * len(train_files)))
@@ -73,7 +77,7 @@ def train(
         **({} if num_workers is None else {"num_workers": num_workers}),
     )
     callbacks = [DevicePrecision(AMPMode.BF16)] if bf16 else []
-    learner = vision_learner(dls, f"local-dir:{checkpoint}", metrics=accuracy, cbs=callbacks)
+    learner = vision_learner(dls, f"local-dir:{checkpoint}", metrics=accuracy, cbs=callbacks, **sized)
     # fastai prints a table of epochs.
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), learner.no_bar():
         learner.fine_tune(epochs)

@@ -71,6 +71,7 @@ def run(given: argparse.Namespace) -> int:
     common = {
         "precision": given.precision,
         "epochs": given.epochs,
+        "image_size_px": given.image_size_px,
         "fresh_cache": given.fresh_cache,
         "commit": find_commit(),
     }
@@ -116,6 +117,7 @@ def list_jobs(given: argparse.Namespace, scratch: Path) -> Iterator[Job]:
             checkpoint=str(given.data / "checkpoints" / cell.checkpoint),
             epochs=given.epochs,
             precision=given.precision,
+            image_size_px=given.image_size_px,
             threads=given.threads,
             num_workers=given.num_workers,
             has_fresh_cache=given.fresh_cache,
@@ -127,7 +129,7 @@ def list_jobs(given: argparse.Namespace, scratch: Path) -> Iterator[Job]:
 def key_of(line: Line) -> tuple[object, ...]:
     """Returns what tells a run from others (`Job.key`)."""
     names = ("set", "checkpoint", "images_per_class", "seed", "system", "epochs", "precision")
-    return tuple(line[name] for name in names)
+    return (*(line[name] for name in names), line.get("image_size_px"))
 
 
 def name_shard(out: Path, shard: tuple[int, int]) -> Path:
@@ -174,6 +176,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     runs.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     runs.add_argument("--epochs", type=int, help="instead of each system's own number, to try the benchmark")
     runs.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    runs.add_argument("--image_size_px", type=int, help="side of the inputs of all systems; default: the checkpoint's")
     runs.add_argument("--threads", type=int, help="torch threads; default: each system's own choice")
     runs.add_argument("--num_workers", type=int, help="data-loader workers; default: each system's own number")
     runs.add_argument(

@@ -1,7 +1,8 @@
 """The systems of benchmarks/quality.py: strategies of ours, and what users have today, each on the same drawn images.
 
 A system takes a `Job` and returns the probabilities of all test images in the order of the data set. Seconds count from loading
-the images and the checkpoint until the test images are scored and the model is saved; imports do not count.
+the images and the checkpoint until the test images are scored and the model is saved; imports do not count. `cpu_seconds`: CPU
+time of all threads over the same work, which other processes change less.
 """
 
 import multiprocessing
@@ -36,6 +37,7 @@ class Job:
     checkpoint: str
     epochs: int | None  # None: the system's own number
     precision: str
+    image_size_px: int | None  # None: the size of the checkpoint
     threads: int | None  # None: each system's own choice
     num_workers: int | None  # None: each system's own choice
     has_fresh_cache: bool
@@ -45,7 +47,7 @@ class Job:
     @property
     def key(self) -> tuple[Any, ...]:
         """What tells this run from others in a file of lines."""
-        return (*self.cell, self.system, self.epochs, self.precision)
+        return (*self.cell, self.system, self.epochs, self.precision, self.image_size_px)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ def run_job(job: Job) -> Outcome:
         "images_per_class": job.cell.images_per_class or None,
         "seed": job.cell.seed,
         "precision": job.precision,
+        "image_size_px": job.image_size_px,
         "num_workers": job.num_workers,
         "num_threads": job.threads,
     }
@@ -96,7 +99,9 @@ def run_job(job: Job) -> Outcome:
     try:
         with _cache_of(job, scratch):
             run = {"trainer": run_trainer, "fastai": run_fastai, "ours": run_ours}[family(job.system)]
+            started = time.process_time()
             probabilities, line = run(job, task, scratch)
+            cpu_seconds = time.process_time() - started
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     assert task.data.test is not None
@@ -110,7 +115,9 @@ def run_job(job: Job) -> Outcome:
     }
     machine = describe_machine(torch.get_num_threads())
     return Outcome(
-        line={**scores, **line, "machine": machine}, labels=labels.tolist(), label_names=list(task.data.label_names)
+        line={**scores, **line, "cpu_seconds": cpu_seconds, "machine": machine},
+        labels=labels.tolist(),
+        label_names=list(task.data.label_names),
     )
 
 
@@ -175,7 +182,9 @@ def run_trainer(job: Job, task: Any, scratch: Path) -> Scored:
     shared |= {job.precision: True} if job.precision != "fp32" else {}
     shared |= {"dataloader_num_workers": job.num_workers} if job.num_workers is not None else {}
     _set_threads(job)
-    result = trainer_example.train(job.checkpoint, data, str(scratch), {**arguments, **shared})
+    result = trainer_example.train(
+        job.checkpoint, data, str(scratch), {**arguments, **shared}, image_size_px=job.image_size_px
+    )
     return scipy.special.softmax(result.logits, 1), {"seconds": result.seconds, "settings": arguments}
 
 
@@ -200,6 +209,7 @@ def run_fastai(job: Job, task: Any, scratch: Path) -> Scored:
         epochs=job.epochs or fastai_example.EPOCHS,
         bf16=job.precision == "bf16",
         num_workers=job.num_workers,
+        image_size_px=job.image_size_px,
     )
     return result.probabilities, {"seconds": result.seconds, "settings": result.settings}
 

@@ -22,6 +22,7 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from timm.data import create_transform
 from torchvision import transforms
 from transformers import (
     AutoImageProcessor,
@@ -81,22 +82,28 @@ def train(
     trainable: Collection[str] | None = None,
     adapted: Collection[str] | None = None,
     our_layout: bool = False,
+    image_size_px: int | None = None,
 ) -> TrainerResult:
     """Trains, scores the test split, and saves under `scratch`.
 
     `dataset`: an image folder, or splits `train` and `test` with columns `image` and `label`. `trainable`: names in the timm
     model of what is not frozen; None: everything. `adapted`: names of modules that get LoRA of rank 16 by peft; the head
-    trains too. `our_layout`: channels-last weights and images, frozen layers in eval mode without gradients.
+    trains too. `our_layout`: channels-last weights and images, frozen layers in eval mode without gradients. `image_size_px`:
+    side of the inputs; None: the checkpoint's.
     """
     started = time.perf_counter()
     data = datasets.load_dataset("imagefolder", data_dir=dataset) if isinstance(dataset, str) else dataset
     names = data["train"].features["label"].names
-    processor = AutoImageProcessor.from_pretrained(checkpoint)
+    config = {**AutoImageProcessor.from_pretrained(checkpoint).data_config}
+    if image_size_px is not None:
+        config["input_size"] = (3, image_size_px, image_size_px)
     torch.manual_seed(arguments.get("seed", 0))  # the new head's weights
     model = AutoModelForImageClassification.from_pretrained(
         checkpoint, num_labels=len(names), ignore_mismatched_sizes=True
     )
     body = model.timm_model
+    if image_size_px is not None and hasattr(body, "set_input_size"):
+        body.set_input_size(config["input_size"][1:])  # resamples the position embedding
     if trainable is not None:
         for name, parameter in body.named_parameters():
             parameter.requires_grad = name in trainable
@@ -111,7 +118,6 @@ def train(
     if our_layout:
         model = model.to(memory_format=torch.channels_last)
         _hold_frozen_in_eval(body)
-    config = processor.data_config
     augment = transforms.Compose(
         [
             transforms.RandomResizedCrop(config["input_size"][1:]),
@@ -134,7 +140,7 @@ def train(
         return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
     clock = EpochClock()
-    test = data["test"].with_transform(transform(processor.val_transforms))
+    test = data["test"].with_transform(transform(create_transform(**config, is_training=False)))
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
