@@ -1,7 +1,7 @@
 """How a run computes on a device: one pure function from what the device can do, and from the settings, to a record.
 
 `auto` never lowers the precision. A choice for GPUs that has not been measured on a GPU stays as torch decides (fused
-optimizer) or off (TF32), and the setting of the same name turns it on.
+optimizer) or off (TF32, device_feed), and the setting of the same name turns it on.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ class Choices:
     channels_last: bool  # memory layout of convolutions
     fused_optimizer: bool  # whether one kernel updates all parameters
     tf32: bool  # whether float32 products on an NVIDIA GPU are rounded to TF32
+    device_feed: bool = False  # whether training rows lie on the device, or are copied ahead of the steps
 
     def describe(self) -> str:
         """Returns the choices as one line, for the log and `hf-transfer doctor`."""
@@ -31,6 +32,7 @@ class Choices:
         return (
             f"{self.device_type}: {self.precision}, {layout} convolutions, frozen layers take {self.frozen_batch_size} images "
             f"together, {optimizer} optimizer kernels{tf32}"
+            f"{', training rows on the device or copied ahead' if self.device_feed else ''}"
         )
 
 
@@ -51,6 +53,7 @@ def choose(capability: Capability, compute: ComputeConfig, *, launcher_precision
         # An AdamW step of MobileNetV2 takes 0.6 % of a training step on a CPU, so a fused kernel would save nothing there.
         fused_optimizer=compute.fused_optimizer == "on",
         tf32=compute.tf32 == "on",
+        device_feed=compute.device_feed == "on",
     )
 
 

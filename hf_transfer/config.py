@@ -210,6 +210,11 @@ class ComputeConfig(Settings):
     )
     channels_last: Switch = flag("auto", "channels-last memory layout of convolutions; auto: on, which is faster")
     fused_optimizer: Switch = flag("auto", "optimizer that updates all parameters in one kernel; auto: off")
+    device_feed: Switch = flag(
+        "auto",
+        "keep the training rows on the device if they fit in a third of its free memory, else copy them ahead of the steps, "
+        "through pinned memory and on a stream of their own; auto: off",
+    )
     tf32: Switch = flag("auto", "round float32 products on an NVIDIA GPU to TF32, which is faster; auto: off")
     cache: Literal["auto", "disk", "memory", "none"] = flag(
         "auto", "where to store the frozen layers' output; auto: disk, else memory; none: recompute it at each use"

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hf_transfer.capability import accumulation_dtype
 from hf_transfer.config import MAX_MAGNITUDE, AugmentationConfig
+from hf_transfer.data.sending import Send, send
 
 Floats = NDArray[np.float64]
 
@@ -57,12 +58,13 @@ def augment(
     *,
     height_px: int,
     width_px: int,
+    send: Send = send,
 ) -> Tensor:
     """Returns augmented images (B, 3, height_px, width_px) float32 in 0..255, channels-last, on the device of `pixels`.
 
     `pixels` (B, S, S, 3) uint8 are uncropped images resized to squares. `sizes` (B, 2) are the original widths and heights, and
-    `uniform` (B, NUM_UNIFORM) are the images' random numbers from `draw_uniform`. Sampling is bilinear without antialiasing, so
-    images are aliased if S is far above twice the output size.
+    `uniform` (B, NUM_UNIFORM) are the images' random numbers from `draw_uniform`; `send` copies what follows from them to the
+    device. Sampling is bilinear without antialiasing, so images are aliased if S is far above twice the output size.
 
     Raises:
         ValueError: an argument has a wrong shape or dtype, or `min_resolution_px` exceeds the shorter output side.
@@ -85,7 +87,7 @@ def augment(
     erased *= (fits & (uniform[:, _IS_ERASED] < augmentation.random_erasing))[:, None]  # an empty box erases nothing
     # All drawn numbers go to the device in one transfer; float32 represents the row numbers exactly.
     parts = (maps[:, :2].reshape(-1, 6), factors, strengths, grouped, erased)
-    drawn = torch.from_numpy(np.column_stack(parts).astype(np.float32)).to(pixels.device, non_blocking=True)
+    drawn = send(np.column_stack(parts).astype(np.float32), pixels.device)
     theta, factor, strength, rows, box = drawn.split([part.shape[1] for part in parts], dim=1)
 
     images = _sample(pixels, theta.view(-1, 2, 3), height_px, width_px)
@@ -100,14 +102,16 @@ def augment(
                 some = rows[start:end, step].long()
                 images.index_copy_(0, some, apply_color(images[some], operation, strength[some, step]))
     if augmentation.min_resolution_px > 0:
-        images = lower_resolution(images, uniform[:, _RESOLUTION], augmentation.min_resolution_px)
+        images = lower_resolution(images, uniform[:, _RESOLUTION], augmentation.min_resolution_px, send)
     if augmentation.random_erasing > 0:
         mean = images.mean((2, 3), keepdim=True, dtype=accumulation_dtype(images.device)).float()
         images = torch.where(_cover(box, height_px, width_px), mean, images)
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def mix(images: Tensor, targets: Tensor, uniform: Floats, augmentation: AugmentationConfig) -> tuple[Tensor, Tensor]:
+def mix(
+    images: Tensor, targets: Tensor, uniform: Floats, augmentation: AugmentationConfig, send: Send = send
+) -> tuple[Tensor, Tensor]:
     """Returns images (B, 3, H, W) and targets (B, K) float, each mixed with its counterpart in the reversed batch.
 
     Mixup follows arXiv:1710.09412, and cutmix arXiv:1905.04899. Cutmix clips boxes at image edges, and weights targets by
@@ -128,7 +132,7 @@ def mix(images: Tensor, targets: Tensor, uniform: Floats, augmentation: Augmenta
     low, high = (np.rint(edge.clip(0, canvas)) for edge in (center - half, center + half))
     own = np.where(is_cut, 1 - (high - low).prod(1) / canvas.prod(), own)
     parts = np.column_stack([own, is_cut, low, high - low]).astype(np.float32)
-    share, cut, box = torch.from_numpy(parts).to(images.device, non_blocking=True).split([1, 1, 4], dim=1)
+    share, cut, box = send(parts, images.device).split([1, 1, 4], dim=1)
     weight = share[..., None, None]
     if augmentation.cutmix > 0:
         weight = torch.where(cut[..., None, None] > 0, (~_cover(box, height_px, width_px)).float(), weight)
@@ -254,7 +258,7 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
     return images.clamp_(0, 255)
 
 
-def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int) -> Tensor:
+def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int, send: Send = send) -> Tensor:
     """Downsamples images (B, 3, H, W) to resolutions chosen by the random numbers `uniform` (B,), and upsamples again.
 
     All NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
@@ -270,7 +274,7 @@ def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int) ->
     drawn = (uniform * NUM_RESOLUTIONS).astype(np.int64)
     result = images.clone()
     for level in np.unique(drawn[drawn < NUM_RESOLUTIONS - 1]):
-        rows = torch.from_numpy(np.flatnonzero(drawn == level)).to(images.device)
+        rows = send(np.flatnonzero(drawn == level), images.device)
         size = [round(height_px * scales[level]), round(width_px * scales[level])]
         small = F.interpolate(images[rows].contiguous(), size=size, mode="area")
         result[rows] = F.interpolate(small, size=[height_px, width_px], mode="bicubic").clamp_(0, 255)

@@ -6,7 +6,7 @@ A cut records where its tensor is read and replaced, and what earlier calls retu
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,15 @@ class Stub:
     leaves: tuple[Leaf, ...]  # the outputs: constants, or shapes of tensors whose values do not matter
     spec: TreeSpec
     cut_leaf: int | None = None  # index of the leaf that is the tensor at the cut
+
+    def on(self, device: torch.device) -> "Stub":
+        """Returns the stub with its constants on `device`, so that no forward copies them there."""
+        if all(leaf.constant is None or leaf.constant.device == device for leaf in self.leaves):
+            return self
+        leaves = (
+            leaf if leaf.constant is None else replace(leaf, constant=leaf.constant.to(device)) for leaf in self.leaves
+        )
+        return replace(self, leaves=tuple(leaves))
 
     def answer(self, activation: torch.Tensor, *, dense: bool) -> Any:
         """Returns the outputs of the replaced call: `activation` at the cut, else placeholders, with own memory if `dense`."""

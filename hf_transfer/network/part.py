@@ -124,9 +124,10 @@ class Part(nn.Module):
     def __enter__(self) -> Self:
         if self.start is None:
             return self
+        device = next(self.network.parameters()).device
         tables: dict[str, dict[int, Stub]] = {}
         for stub in self.start.stubs:
-            tables.setdefault(stub.module, {})[stub.index] = stub
+            tables.setdefault(stub.module, {})[stub.index] = stub.on(device)
         for name, table in tables.items():
             module = self.network.get_submodule(name)
             self._patched.append((module, module.__dict__.get("forward")))

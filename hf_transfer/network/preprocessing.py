@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -554,7 +554,13 @@ def _jsonable(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_channels(values: Sequence[float], images: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, device=images.device).view(1, -1, 1, 1)
+    return _place_channels(tuple(values), images.device)
+
+
+@lru_cache(maxsize=64)
+def _place_channels(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Returns the values (1, C, 1, 1) on `device`. They are copied there once, because the copy makes the host wait."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def _format(values: Sequence[float]) -> str:

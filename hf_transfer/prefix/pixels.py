@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import augment, draw_uniform
+from hf_transfer.data.sending import Send, send
 from hf_transfer.data.splits import Split
 from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import Preprocessing
@@ -135,24 +136,30 @@ class TrainingImages:
         """Returns the stored square images (b, S, S, 3)."""
         return self.squares[rows % len(self.split)]
 
-    def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
-        """Returns augmented and normalized images (b, C, H, W)."""
+    def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64], send: Send = send) -> torch.Tensor:
+        """Returns augmented and normalized images (b, C, H, W). `send` copies the random numbers to the device."""
         epochs, indices = np.divmod(rows, len(self.split))
+        drawn = np.unique(epochs)  # a batch may end one epoch and start the next, or repeat images
+        if len(drawn) == 1:
+            return self.preprocessing.normalize_augmented(self._augment(pixels, int(drawn[0]), indices, send))
+        members = [np.flatnonzero(epochs == epoch) for epoch in drawn]
         parts = [
-            augment(
-                pixels[torch.from_numpy(np.flatnonzero(epochs == epoch)).to(pixels.device)],
-                self.sizes[indices[epochs == epoch]],
-                draw_uniform(self.spec.seed, int(epoch), indices[epochs == epoch]),
-                self.spec.augmentation,
-                height_px=self.preprocessing.height_px,
-                width_px=self.preprocessing.width_px,
-            )
-            for epoch in np.unique(epochs)  # a batch may end one epoch and start the next, or repeat images
+            self._augment(pixels[send(some, pixels.device)], int(epoch), indices[some], send)
+            for epoch, some in zip(drawn, members, strict=True)
         ]
-        if len(parts) == 1:
-            return self.preprocessing.normalize_augmented(parts[0])
-        back = np.argsort(np.argsort(epochs, kind="stable"))
-        return self.preprocessing.normalize_augmented(torch.cat(parts)[torch.from_numpy(back).to(pixels.device)])
+        back = np.argsort(np.concatenate(members))
+        return self.preprocessing.normalize_augmented(torch.cat(parts)[send(back, pixels.device)])
+
+    def _augment(self, pixels: torch.Tensor, epoch: int, indices: NDArray[np.int64], send: Send) -> torch.Tensor:
+        return augment(
+            pixels,
+            self.sizes[indices],
+            draw_uniform(self.spec.seed, epoch, indices),
+            self.spec.augmentation,
+            height_px=self.preprocessing.height_px,
+            width_px=self.preprocessing.width_px,
+            send=send,
+        )
 
 
 class DecodedWhenRead(Store):

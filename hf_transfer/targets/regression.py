@@ -133,7 +133,12 @@ class Regression(Target):
 
     def make_training_loss(self, labels: Labels, settings: GradientConfig, device: torch.device) -> TrainingLoss:
         """Returns the squared error of standardized numbers or, with `huber_delta`, twice the Huber loss, equal near 0."""
-        return _SquaredError(target=self, huber_delta=settings.training.huber_delta)
+        is_raw = self.folded or not self.scale
+        # On the device before training, because a copy in each step would make the host wait.
+        center, scale = (
+            None if is_raw else torch.tensor(numbers, device=device) for numbers in (self.center, self.scale)
+        )
+        return _SquaredError(center=center, scale=scale, huber_delta=settings.training.huber_delta)
 
     def make_convex_loss(self, labels: Tensor) -> HalfSquare:
         """Returns the squared error of ridge regression on standardized numbers."""
@@ -224,13 +229,15 @@ class Regression(Target):
 
 @dataclass(frozen=True, kw_only=True)
 class _SquaredError(TrainingLoss):
-    target: Regression
+    center: Tensor | None  # (K,); None: outputs are the numbers themselves
+    scale: Tensor | None  # (K,)
     huber_delta: float  # in standard deviations of the training labels; 0: squares everywhere
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        wanted = self.target._to_outputs(labels)
+        wanted = labels if self.center is None or self.scale is None else (labels - self.center) / self.scale
         known = ~wanted.isnan()
-        given, wanted = logits[known], wanted[known]
+        # Selecting the known numbers would make the host wait for the device. A difference of 0 adds nothing to the loss.
+        given, wanted = torch.where(known, logits, 0.0), wanted.nan_to_num(0.0)
         if self.huber_delta > 0:
             return 2 * F.huber_loss(given, wanted, reduction="sum", delta=self.huber_delta) / logits.shape[1]
         return F.mse_loss(given, wanted, reduction="sum") / logits.shape[1]

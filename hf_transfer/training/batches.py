@@ -17,6 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_transfer.data.sending import Send
+from hf_transfer.prefix.store import Store
+
 Rows = NDArray[np.int64]
 
 _VIEWS_PER_REPEAT = 1_000_003  # a prime above the most epochs: repeats of an image share no view with it, stored or new
@@ -24,13 +27,17 @@ _VIEWS_PER_REPEAT = 1_000_003  # a prime above the most epochs: repeats of an im
 
 @dataclass(frozen=True, kw_only=True)
 class Feed:
-    """The source of a phase's inputs: `read` returns rows of a store, and `prepare` turns the rows into network inputs."""
+    """The source of a phase's inputs: `read` returns rows of a store, and `prepare` turns the rows into network inputs.
+
+    `prepare` takes the stored rows (b, ...) on the device, their numbers, and the function that copies small arrays there.
+    """
 
     num_images: int
     views: int | None  # number of stored views per image, used one per epoch in turn; None: a new view in every epoch
     read: Callable[[Rows], NDArray[np.generic]]
-    prepare: Callable[[torch.Tensor, Rows], torch.Tensor]  # runs on the device
+    prepare: Callable[[torch.Tensor, Rows, Send], torch.Tensor]  # runs on the device
     is_pixels: bool  # whether `prepare` returns images, so that mixup and cutmix are possible
+    store: Store | None = None  # what `read` reads, row by row or repeated for each view; None if it is not stored
 
     def rows(self, draws: Rows, epoch: int) -> Rows:
         """Returns the rows of the store that contain the images of `draws` in this epoch."""
@@ -87,6 +94,12 @@ def take_share(step: Rows, *, rank: int, num_ranks: int, accumulate: int) -> lis
     own = np.array_split(step, num_ranks)[rank]
     # Every process takes the same number of batches, since gathering sharded parameters for a batch needs all processes.
     return np.array_split(own, min(accumulate, len(step) // num_ranks))
+
+
+def find_share(step: Rows, *, rank: int, num_ranks: int) -> int:
+    """Returns the position in a step at which the share of process `rank` starts, as `take_share` divides the step."""
+    size, larger = divmod(len(step), num_ranks)
+    return rank * size + min(rank, larger)
 
 
 def read_ahead(wanted: Iterable[Rows], read: Callable[[Rows], NDArray[np.generic]]) -> Iterator[NDArray[np.generic]]:

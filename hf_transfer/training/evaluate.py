@@ -21,12 +21,13 @@ from hf_transfer.prefix.engines import ModuleRunner
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
-from hf_transfer.prefix.sweep import place_model, prepare_for, sweep, to_fast_layout
+from hf_transfer.prefix.sweep import place_model, prepare_for, read_pixels, sweep, to_fast_layout
 from hf_transfer.prefix.taps import Logits, LogitsAndFeatures
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.targets.target import Labels
 from hf_transfer.training.gather import gather_logits
+from hf_transfer.training.padding import run_padded
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +56,48 @@ def compute_stored_logits(
     resources: Resources,
     *,
     batch_size: int = 1024,
+    pads: bool = False,
 ) -> LogitsAndLabels:
     """Returns the logits that `network` computes from a store of activations (N, ...).
 
     `network` is a head, or the part of the network after a cut: it maps activations (b, ...) on the device to logits (b, K).
-    Each process computes a contiguous share of the rows. There is no padding, so no image counts twice.
+    Each process computes a contiguous share of the rows, and no image counts twice. `pads`: whether all batches get the same
+    number of rows, for a compiled network; the outputs of added rows are dropped.
     """
     share = _take_share(len(store), resources)
+    num_rows = min(batch_size, len(share)) if pads else None
     parts = []
     with torch.no_grad():
         for i in range(0, len(share), batch_size):
             activations = torch.from_numpy(store[share[i : i + batch_size]]).to(resources.device)
-            parts.append(network(to_fast_layout(activations, resources)).float().cpu().numpy())
+            logits = run_padded(network, to_fast_layout(activations, resources), num_rows)
+            parts.append(logits.float().cpu().numpy())
     own = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+    return gather_logits(resources.accelerator, own, labels[share])
+
+
+def compute_compiled_logits(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    images: Images,
+    labels: Labels,
+    resources: Resources,
+    *,
+    batch_size: int,
+) -> LogitsAndLabels:
+    """Returns the logits of a compiled network, which maps images (b, C, H, W) to logits (b, K), in the run's precision.
+
+    All batches of a process get the same number of rows, so that the network has one graph.
+    """
+    share = _take_share(len(images), resources)
+    num_rows, start = max(1, min(batch_size, len(share))), 0
+    parts: list[torch.Tensor] = []
+    with torch.no_grad(), resources.autocast():
+        for pixels in read_pixels(images, share, batch_size=num_rows, num_workers=resources.compute.num_workers):
+            rows = share[start : start + len(pixels)]
+            inputs = images.prepare(torch.from_numpy(pixels).to(resources.device, non_blocking=True), rows)
+            parts.append(run_padded(network, inputs, num_rows).float())
+            start += len(pixels)
+    own = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 0), np.float32)
     return gather_logits(resources.accelerator, own, labels[share])
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from hf_transfer.network.cut import Cut
 from hf_transfer.prefix.extract import StoredActivations, extract_images
 from hf_transfer.prefix.pixels import (
+    DecodedWhenRead,
     EvaluationImages,
     Images,
     TrainingImages,
@@ -73,20 +74,39 @@ def make_phase_data(
     if cut is not None and session.is_main:
         log.info("cache_views is 0: every epoch runs the frozen prefix up to %s on newly augmented images", cut.name)
     data, preprocessing = session.data, session.preprocessing
-    training_images: EvaluationImages | TrainingImages
     if preprocessing.colors is None:  # and `check_augmentation` passed
-        training_images, views_per_image = store_evaluation_pixels(data.train, preprocessing, session.resources), 1
+        feed = _feed_pixels(store_evaluation_pixels(data.train, preprocessing, session.resources))
     else:
-        training_images, views_per_image = _store_squares(session), None
-    feed = Feed(
-        num_images=len(data.train),
-        views=views_per_image,
-        read=training_images.read,
-        prepare=training_images.prepare,
-        is_pixels=True,
-    )
+        feed = _feed_squares(_store_squares(session))
     images = store_evaluation_pixels(data.validation, preprocessing, session.resources)
     return PhaseData(feed=feed, cut=None, images=images)
+
+
+def _feed_pixels(images: EvaluationImages) -> Feed:
+    return Feed(
+        num_images=len(images),
+        views=1,
+        read=images.read,
+        prepare=lambda pixels, rows, send: images.prepare(pixels, rows),
+        is_pixels=True,
+        store=_find_stored(images.store),
+    )
+
+
+def _feed_squares(images: TrainingImages) -> Feed:
+    return Feed(
+        num_images=len(images.split),
+        views=None,
+        read=images.read,
+        prepare=images.prepare,
+        is_pixels=True,
+        store=_find_stored(images.squares),
+    )
+
+
+def _find_stored(store: Store | None) -> Store | None:
+    """Returns the store, or None if its rows are decoded each time."""
+    return None if isinstance(store, DecodedWhenRead) else store
 
 
 def _store_squares(session: Session) -> TrainingImages:
@@ -123,8 +143,9 @@ def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | 
         num_images=len(data.train),
         views=views,
         read=stored.__getitem__,
-        prepare=lambda activations, rows: to_fast_layout(activations, session.resources),
+        prepare=lambda activations, rows, send: to_fast_layout(activations, session.resources),
         is_pixels=False,
+        store=stored,
     )
     passes = train_passes + validation_passes
     return PhaseData(feed=feed, cut=cut, stored=stored, activations=validation, num_computed=passes)

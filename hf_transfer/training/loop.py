@@ -18,6 +18,7 @@ from accelerate.utils import broadcast
 from numpy.typing import NDArray
 from torch import nn
 
+from hf_transfer.config import TrainingConfig
 from hf_transfer.interrupts import deferred
 from hf_transfer.metrics.records import Score
 from hf_transfer.network.dropping import find_head_dropouts, head_dropout, stochastic_depth
@@ -26,7 +27,7 @@ from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
 from hf_transfer.training.ema import Averaged
-from hf_transfer.training.evaluate import compute_image_logits, compute_stored_logits
+from hf_transfer.training.evaluate import compute_compiled_logits, compute_image_logits, compute_stored_logits
 from hf_transfer.training.feeds import PhaseData
 from hf_transfer.training.optim import decay_to_start, group_parameters, make_optimizer
 from hf_transfer.training.records import EpochRecord, Kept, to_json
@@ -128,12 +129,21 @@ def _find_rate(history: Sequence[EpochRecord]) -> float:
 
 
 def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validation:
-    """Scores `network` once on every image of the validation split, or on the stored activations of the images."""
-    labels = session.data.validation.labels
+    """Scores `network` once on every image of the validation split, or on the stored activations of the images.
+
+    The network computes in the precision of the run and, with `--compile`, is compiled. What is saved is scored in fp32.
+    """
+    labels, is_compiled = session.data.validation.labels, session.gradient.training.compile
     if inputs.activations is not None:
         with eval_mode(session.chain.model), torch.no_grad():
             logits, truth = compute_stored_logits(
-                network, inputs.activations, labels, session.resources, batch_size=EVALUATION_BATCH
+                network, inputs.activations, labels, session.resources, batch_size=EVALUATION_BATCH, pads=is_compiled
+            )
+    elif is_compiled:
+        assert inputs.images is not None
+        with eval_mode(session.chain.model):
+            logits, truth = compute_compiled_logits(
+                network, inputs.images, labels, session.resources, batch_size=EVALUATION_BATCH
             )
     else:
         assert inputs.images is not None
@@ -141,6 +151,13 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
             session.chain.model, inputs.images, labels, session.resources, shows_progress=False
         )
     return score_validation(session.data.target, logits, truth, session.gradient.training.select_by)
+
+
+def compile_network(network: nn.Module, training: TrainingConfig) -> nn.Module:
+    """Returns the network, compiled with `--compile`. All its batches in training have one shape, and so in validation."""
+    compiled: Any = torch.compile(network) if training.compile else network
+    assert isinstance(compiled, nn.Module)
+    return compiled
 
 
 def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
@@ -172,8 +189,7 @@ def _prepare(run: PhaseRun, contexts: ExitStack) -> tuple[PhaseRun, Trainable]:
             accelerator.prepare_model(part, device_placement=False, evaluation_mode=True)
         prepared, optimizer = network, accelerator.prepare_optimizer(optimizer)
     else:
-        compiled: Any = torch.compile(network) if training.compile else network
-        evaluated = compiled
+        evaluated = compile_network(network, training)
         prepared, optimizer = accelerator.prepare(evaluated, optimizer)
     # This must come after `prepare`, which gives the network new buffers if there are several processes.
     state = _find_trainable_state(run)

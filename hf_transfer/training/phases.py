@@ -28,7 +28,7 @@ from hf_transfer.training.checkpoints import StateWriter, remove_state, share_st
 from hf_transfer.training.feeds import PhaseData, check_augmentation, make_phase_data
 from hf_transfer.training.final_fit import FinalFit, PhaseLength
 from hf_transfer.training.fit_head import describe_solution
-from hf_transfer.training.loop import train_phase, validate
+from hf_transfer.training.loop import compile_network, train_phase, validate
 from hf_transfer.training.phase import Plan, SolveHeadPhase, TrainPhase
 from hf_transfer.training.records import Activations, PhaseCost, PhaseResult, phase_from_json, to_json
 from hf_transfer.training.steps import PhaseRun, count_accumulated, count_epochs, count_images_per_step
@@ -43,7 +43,7 @@ BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
 # preprocessing_from) are paths, whose content is compared.
 NOT_COMPARED = frozenset((
     "output_dir", "overwrite_output_dir", "resume", "cache", "cache_gb", "num_workers", "num_threads", "tracker",
-    "save_every_s", "folds", "train_on_all", "seeds",
+    "device_feed", "save_every_s", "folds", "train_on_all", "seeds",
     "checkpoint", "dataset", "image_root", "base_model", "preprocessing_from", "merge",
     "push_to_hub", "private", "exclude", "relabel",
 ))  # fmt: skip
@@ -164,7 +164,8 @@ class _PlanRun:
         if self._validation_logits is None:
             self._inputs = self._inputs or make_phase_data(session, session.chain.lowest_cut(self.selected[-1]))
             with session.chain.part(start=self._inputs.cut) as network:
-                self._validation_logits = validate(network, session, self._inputs).logits
+                compiled = compile_network(network, session.gradient.training)
+                self._validation_logits = validate(compiled, session, self._inputs).logits
         return self._validation_logits
 
     def close(self) -> None:

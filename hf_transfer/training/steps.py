@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,16 +18,19 @@ from tqdm.auto import tqdm
 
 from hf_transfer.capability import accumulation_dtype
 from hf_transfer.data.augment import draw_uniform, mix
+from hf_transfer.data.sending import send, send_pinned
 from hf_transfer.interrupts import Interrupted, received
 from hf_transfer.metrics.records import Score
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import set_modes, uses_batch_statistics
 from hf_transfer.session import Session
-from hf_transfer.training.batches import count_steps, draw_steps, read_ahead, take_share
+from hf_transfer.training.batches import count_steps, draw_steps, find_share, take_share
 from hf_transfer.training.ema import Averaged
+from hf_transfer.training.feeding import choose_feeding
 from hf_transfer.training.feeds import PhaseData
 from hf_transfer.training.final_fit import PhaseLength
 from hf_transfer.training.optim import lr_factor, set_lr
+from hf_transfer.training.padding import run_padded
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.records import EpochRecord
 from hf_transfer.training.sharding import Shards
@@ -42,8 +45,6 @@ CPU_BATCH = 8
 CPU_STORED_BATCH = 16
 
 Rows = NDArray[np.int64]
-Batch = tuple[Rows, NDArray[Any]]
-"""The draws of the images in a batch (see `batches`), and the rows that were read for these images."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -165,6 +166,9 @@ class Steps:
         self.accumulate = count_accumulated(run.session)
         self.images_per_step = count_images_per_step(run.session)
         self.steps_per_epoch = count_steps(run.inputs.feed.num_images, self.images_per_step)
+        self._feeding = choose_feeding(run.inputs.feed, self.session.resources, shows=run.session.is_main)
+        self._send = send_pinned if self.session.resources.choices.device_feed else send
+        self._rows_per_batch: int | None = None  # to which batches are padded
         self._steps_to_check = 1  # number of steps until the next read of the loss
         self._checked_s = self._saved_s = 0.0  # times of the last read of the loss, and of the last state
 
@@ -178,18 +182,21 @@ class Steps:
         set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
         balanced = self.labels if self.settings.class_balance == "sampler" else None
         steps = draw_steps(len(self.labels), self.images_per_step, seed=seed, epoch=epoch, balanced=balanced)
+        shares = [self._take_share(step) for step in steps]
+        self._rows_per_batch = self._choose_rows(shares)
+        inputs = self._feed(shares[progress.step :], epoch)
         # Loss and hits since the last read.
         totals = torch.zeros(2, dtype=accumulation_dtype(self.device), device=self.device)
         started = self._checked_s = self._saved_s = time.perf_counter()
         unread = 0  # number of steps since the loss was read
         with self._make_bar(progress) as bar:
-            for step, batches in self._read_batches(steps[progress.step :], epoch):
+            for step, share in list(zip(steps, shares, strict=True))[progress.step :]:
                 number = progress.epoch * self.steps_per_epoch + progress.step
                 # Seed every step, so that dropout and stochastic depth in a resumed run equal those of an uninterrupted run.
                 torch.manual_seed(_mix_seeds(seed, self.run.seed_offset + number, self.accelerator.process_index))
                 factor = lr_factor(number, phase.epochs * self.steps_per_epoch, phase.optimization)
                 set_lr(self.trainable.optimizer, factor)
-                self._take_step(step, batches, epoch, totals)
+                self._take_step(step, share, inputs, epoch, totals)
                 progress.step += 1
                 progress.images += len(step)
                 now = time.perf_counter()
@@ -252,29 +259,46 @@ class Steps:
         )
         return num_due > 0, num_interrupted > 0
 
-    def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:
-        """Yields, for each step, the draws of all processes, and the batches of this process."""
+    def _take_share(self, step: Rows) -> list[Rows]:
+        """Returns the draws of each batch of this process in a step."""
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         accumulate = self.accumulate
         if self.device.type == "cpu" and not uses_batch_statistics(self.session.chain.model):
             # Smaller batches need less memory and give the same gradient.
             size = CPU_BATCH if self.run.inputs.feed.is_pixels else CPU_STORED_BATCH
             accumulate = max(accumulate, -(-self.images_per_step // (num_ranks * size)))
-        shares = [take_share(s, rank=rank, num_ranks=num_ranks, accumulate=accumulate) for s in steps]
-        feed = self.run.inputs.feed
-        read = read_ahead((feed.rows(batch, epoch) for share in shares for batch in share), feed.read)
-        for step, share in zip(steps, shares, strict=True):
-            yield step, [(batch, next(read)) for batch in share]
+        return take_share(step, rank=rank, num_ranks=num_ranks, accumulate=accumulate)
 
-    def _take_step(self, step: Rows, batches: list[Batch], epoch: int, totals: torch.Tensor) -> None:
+    def _choose_rows(self, shares: Sequence[Sequence[Rows]]) -> int | None:
+        """Returns the number of rows that all batches of an epoch get, so that a compiled network has one graph.
+
+        None if the network is not compiled, or if the rows of a batch change its BatchNorm statistics. The sizes of batches do
+        not depend on the epoch.
+        """
+        if not self.settings.training.compile or uses_batch_statistics(self.session.chain.model):
+            return None
+        return max(len(batch) for share in shares for batch in share)
+
+    def _feed(self, shares: Sequence[Sequence[Rows]], epoch: int) -> Iterator[torch.Tensor]:
+        """Yields the inputs of each batch of this process, on the device."""
+        feed = self.run.inputs.feed
+        return self._feeding([feed.rows(batch, epoch) for share in shares for batch in share])
+
+    def _take_step(
+        self, step: Rows, share: Sequence[Rows], inputs: Iterator[torch.Tensor], epoch: int, totals: torch.Tensor
+    ) -> None:
+        """Takes one optimizer step on the batches of `share`, whose inputs come next. Nothing here waits for a GPU."""
         accelerator, trainable = self.accelerator, self.trainable
-        step_weight = self.loss.weigh(torch.from_numpy(self._read_labels(step)).to(self.device)).sum()
+        labels = self._send(self._read_labels(step), self.device)
+        step_weight = self.loss.weigh(labels).sum()
         # The loss is the mean over the step. Cancel that processes average gradients, and that Accelerate divides the loss.
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
-        for i, batch in enumerate(batches):
-            is_last = i + 1 == len(batches)
+        start = find_share(step, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+        for i, draws in enumerate(share):
+            is_last = i + 1 == len(share)
             with nullcontext() if is_last else trainable.no_sync(accelerator):
-                self._accumulate(batch, epoch, scale, totals)
+                self._accumulate(draws, next(inputs), labels[start : start + len(draws)], epoch, scale, totals)
+            start += len(draws)
         max_norm = self.settings.training.max_grad_norm
         if max_norm:
             parameters = [p for group in trainable.optimizer.param_groups for p in group["params"]]
@@ -284,17 +308,21 @@ class Steps:
         if trainable.average is not None:
             trainable.average.update(trainable.state)
 
-    def _accumulate(self, batch: Batch, epoch: int, scale: torch.Tensor, totals: torch.Tensor) -> None:
+    def _accumulate(
+        self,
+        draws: Rows,
+        inputs: torch.Tensor,
+        labels: torch.Tensor,
+        epoch: int,
+        scale: torch.Tensor,
+        totals: torch.Tensor,
+    ) -> None:
         """Adds the gradient of one batch to the parameters' gradients, and the batch's loss and number of hits to `totals`."""
-        draws, stored = batch
-        feed, augmentation = self.run.inputs.feed, self.settings.augmentation
-        inputs = feed.prepare(torch.from_numpy(stored).to(self.device, non_blocking=True), feed.rows(draws, epoch))
-        labels = torch.from_numpy(self._read_labels(draws)).to(self.device)
-        targets = labels
-        if feed.is_pixels and augmentation.is_mixing:
+        augmentation, targets = self.settings.augmentation, labels
+        if self.run.inputs.feed.is_pixels and augmentation.is_mixing:
             uniform = draw_uniform(self.session.config.seed, epoch, draws)
-            inputs, targets = mix(inputs, self.target.encode(labels), uniform, augmentation)
-        logits = self.trainable.network(inputs)
+            inputs, targets = mix(inputs, self.target.encode(labels), uniform, augmentation, self._send)
+        logits = run_padded(self.trainable.network, inputs, self._rows_per_batch)
         loss = self.loss(logits.float(), targets)
         self.accelerator.backward(loss * scale)
         totals[0] += loss.detach() / self.loss.weigh(labels).mean()
