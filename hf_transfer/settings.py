@@ -76,6 +76,12 @@ class Setting:
         return _scalar(self.hint)[1]
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """The words that a number may be replaced by, such as "auto"."""
+        parts = typing.get_args(self.hint) if typing.get_origin(self.hint) is typing.Union else ()
+        return tuple(word for part in parts if typing.get_origin(part) is Literal for word in typing.get_args(part))
+
+    @property
     def is_list(self) -> bool:
         """Whether a value is a list of different texts."""
         return any(typing.get_origin(hint) is tuple for hint in (self.hint, *typing.get_args(self.hint)))
@@ -85,7 +91,8 @@ class Setting:
         """The allowed values as text, for errors and `--help`."""
         if self.choices:
             return " or ".join(map(repr, self.choices))
-        return _KINDS[self.kind] if self.allowed is None else self.allowed.describe(self.name)
+        numbers = _KINDS[self.kind] if self.allowed is None else self.allowed.describe(self.name)
+        return " or ".join([numbers, *map(repr, self.words)])
 
     def check(self, value: Any, where: str = "") -> Any:
         """Returns `value`, as a float or a tuple if the setting is one. Raises ValueError if the value is not allowed."""
@@ -106,6 +113,8 @@ class Setting:
 
     def _find_remedy(self, value: Any) -> str | None:
         """Returns the advice that ends the error message about `value`, or None if `value` is allowed."""
+        if isinstance(value, str) and value in self.words:
+            return None
         kinds: Any = (int, float) if self.kind is float else self.kind
         if not isinstance(value, kinds) or isinstance(value, bool) != (self.kind is bool):
             return f"choose {_KINDS[self.kind]}, {self.expected}" if self.allowed else f"choose {self.expected}"
@@ -249,7 +258,7 @@ def _scalar(hint: Any) -> tuple[tuple[str, ...], type]:
         return typing.get_args(hint), str
     if typing.get_origin(hint) is tuple:
         return _scalar(typing.get_args(hint)[0])
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return _scalar(next(a for a in typing.get_args(hint) if a is not type(None)))
     return (), hint
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hf_transfer.config import HEAD_SCALE, GradientConfig, RunConfig, StrategyConfig
+from hf_transfer.config import HEAD_SCALE, GradientConfig, RepeatConfig, RunConfig, StrategyConfig
 from hf_transfer.settings import flag, replace_settings
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ class Strategy(StrategyConfig):
 
     task_defaults: ClassVar[Mapping[str, Any]] = {}  # defaults of settings outside the strategy, such as the checkpoint
 
+    can_scale_lr: ClassVar[bool] = (
+        False  # whether all that trains follows `lr` and `head_lr`, so batch_size may be auto
+    )
+
     @property
     def name(self) -> str:
         """The name of the strategy, which is the name of its file."""
@@ -51,6 +55,16 @@ class Strategy(StrategyConfig):
         from hf_transfer.network.model_args import read_model_args
 
         read_model_args(config.model.model_args)
+        if config.compute.batch_size == "auto":
+            self._check_automatic_batch(config.repeat)
+
+    def _check_automatic_batch(self, repeat: RepeatConfig) -> None:
+        """Raises ValueError if several networks would each need a batch size, or a learning rate that follows from it."""
+        reason = None if self.can_scale_lr else f"{self.name} trains with other learning rates than lr, or with none"
+        if repeat.folds or repeat.train_on_all or repeat.seeds > 1:
+            reason = "folds, seeds and a sibling train several networks, which must have the same batch size"
+        if reason is not None:
+            raise ValueError(f"batch_size='auto': {reason}; choose a number, such as --batch_size 64")
 
     def find_network(self, config: RunConfig) -> None:
         """Raises ValueError, before images are read, if the checkpoint does not exist. Loads nothing."""
@@ -102,6 +116,8 @@ class Strategy(StrategyConfig):
 @dataclass(frozen=True, kw_only=True)
 class GradientStrategy(Strategy, GradientConfig):
     """The base of the strategies that take gradient steps."""
+
+    can_scale_lr: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ training setting that the user gives applies to every candidate. For other setti
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from hf_transfer.config import EMBEDDED_CHECKPOINT, SECONDS, DataConfig, RunConfig, TrainingConfig
 from hf_transfer.settings import flag
@@ -31,6 +31,8 @@ EXAMPLE_BUDGET_S = 90.0  # estimates are high for a tiny network: the example ta
 @dataclass(frozen=True, kw_only=True)
 class Auto(GradientStrategy):
     """Settings of the strategy `auto`, which chooses another strategy."""
+
+    can_scale_lr: ClassVar[bool] = False  # each candidate has learning rates of its own
 
     budget_s: float | None = flag(
         None,

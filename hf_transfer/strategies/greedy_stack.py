@@ -70,6 +70,7 @@ class GreedyStackStrategy(GradientStrategy):
     stack_after: str | None = flag(
         None, "checkpoint's layer after which to stack new blocks (`hf-transfer inspect` lists layers); none: the last"
     )
+    can_scale_lr: ClassVar[bool] = False  # stages and fine-tuning have learning rates of their own
     stage_epochs: int = flag(8, "passes over the training images in each stage", allowed=COUNT)
     patience_layers: int = flag(
         0, "stop after this many layers without a better validation score; 0: stack all layers", allowed=COUNT_OR_NONE

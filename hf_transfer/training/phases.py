@@ -363,7 +363,7 @@ def describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> d
     settings = {k: v for k, v in to_settings(session.config).items() if k not in NOT_COMPARED | BATCHES}
     settings["images_per_step"] = count_images_per_step(session)
     if not session.gradient.training.freeze_batchnorm:
-        settings["batch_size"] = session.config.compute.batch_size  # BatchNorm's statistics are those of a batch
+        settings["batch_size"] = session.config.compute.images_per_batch  # BatchNorm's statistics are those of a batch
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change
     preprocessing = dict(session.backbone.preprocessing.spec)
@@ -375,7 +375,9 @@ def describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> d
 
 def _describe_batches(session: Session) -> str:
     processes, accumulated = session.accelerator.num_processes, count_accumulated(session)
-    return f"{processes} processes with {accumulated} batches of {session.config.compute.batch_size} images per step"
+    return (
+        f"{processes} processes with {accumulated} batches of {session.config.compute.images_per_batch} images per step"
+    )
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ class Pricing:
         # At the end, the validation logits of the last epoch are compared with those of the saved network.
         seconds = first + epochs * epoch + min(validation, AGREEING_IMAGES) / self.images_per_second
         cpu_batch = CPU_BATCH if cut is None else CPU_STORED_BATCH
-        batch = cpu_batch if self._on_cpu else self.session.config.compute.batch_size
+        batch = cpu_batch if self._on_cpu else self.session.config.compute.images_per_batch
         memory = self._base_bytes + 4 * COPIES_OF_TRAINED * trained + batch * self._activation_bytes(cut)
         return Price(seconds=seconds, memory_bytes=int(memory))
 

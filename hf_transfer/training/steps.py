@@ -144,7 +144,7 @@ def count_accumulated(session: Session) -> int:
 
 def count_images_per_step(session: Session) -> int:
     """Returns the number of images per optimizer step, in all processes together."""
-    return session.config.compute.batch_size * count_accumulated(session) * int(session.accelerator.num_processes)
+    return session.config.compute.images_per_batch * count_accumulated(session) * int(session.accelerator.num_processes)
 
 
 def count_epochs(session: Session, epochs: int, *, min_steps: int) -> int:
@@ -325,8 +325,8 @@ class Steps:
         logits = run_padded(self.trainable.network, inputs, self._rows_per_batch)
         loss = self.loss(logits.float(), targets)
         self.accelerator.backward(loss * scale)
-        totals[0] += loss.detach() / self.loss.weigh(labels).mean()
-        totals[1] += self.target.count_hits(logits.detach(), labels)
+        totals[0].add_(loss.detach() / self.loss.weigh(labels).mean())
+        totals[1].add_(self.target.count_hits(logits.detach(), labels))
 
     def _read_labels(self, draws: Rows) -> NDArray[np.int64]:
         labels: NDArray[np.int64] = self.labels[draws % len(self.labels)]
