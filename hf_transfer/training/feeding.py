@@ -109,7 +109,7 @@ def _gather_ahead(
 
     torch reuses the pinned memory of a batch after its copy to the device, so few buffers serve all batches.
     """
-    with ThreadPoolExecutor(min(num_threads, BATCHES_AHEAD)) as pool:
+    with ThreadPoolExecutor(min(num_threads, BATCHES_AHEAD), "gather", _use_device, (device,)) as pool:
 
         def submit(rows: Rows) -> Future[torch.Tensor]:
             return pool.submit(lambda: sending.pin(feed.read(rows), device))
@@ -123,3 +123,9 @@ def _gather_ahead(
                 yield current.result()
         finally:
             pool.shutdown(cancel_futures=True)  # cancels work if the caller stops reading
+
+
+def _use_device(device: torch.device) -> None:
+    """Makes the thread pin memory for `device`, not for the first device of its type."""
+    if device.index is not None and device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
