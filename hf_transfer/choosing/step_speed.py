@@ -22,7 +22,7 @@ def measure_step_speed(session: Session) -> float:
     The images are noise. Weights, gradients and running statistics of the network stay as they are.
     """
     model, resources = session.chain.model, session.resources
-    batch_size = CPU_BATCH if resources.device.type == "cpu" else session.config.compute.batch_size
+    batch_size = CPU_BATCH if resources.device.type == "cpu" else session.config.compute.images_per_batch
     images = torch.randn(batch_size, *session.chain.image_shape, device=resources.device)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(True)
