@@ -21,6 +21,7 @@ from hf_transfer.training.selection import Validation, score_validation
 from hf_transfer.training.steps import Steps
 
 Weights = dict[str, torch.Tensor]
+RAGGED = {"images_per_class": 7, "batch_size": 9}  # 60 training images in steps of 8 or 9
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -40,7 +41,7 @@ def test_outputs_of_added_rows_are_dropped() -> None:
 
 
 def train(policy: Policy, **settings: Any) -> Weights:
-    """The weights after two epochs, whose steps have 15 or 16 images."""
+    """The weights after two epochs."""
     session = make_session("full", **settings)
     run_phases(session, [TrainPhase(policy=policy, epochs=2, optimization=session.gradient.optimization)])
     return {name: value.clone() for name, value in session.backbone.model.state_dict().items()}
@@ -62,7 +63,7 @@ def in_float64(make: Callable[..., PhaseData]) -> Callable[..., PhaseData]:
 def test_padded_rows_change_nothing_to_the_bit_in_float64(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 4. In float32, other kernels for another number of rows may round differently."""
     monkeypatch.setattr(phases, "make_phase_data", in_float64(make_phase_data))
-    settings = {"images_per_class": 7, "keep_last_epoch": True}
+    settings = {**RAGGED, "keep_last_epoch": True}
     monkeypatch.setattr("hf_transfer.training.loop.validate", skip_validation)
     monkeypatch.setattr("hf_transfer.network.freezing.Audit.check", lambda self: None)  # frozen tensors become float64
     plain = train(policy, **settings)
@@ -76,7 +77,7 @@ def test_padded_rows_change_nothing_to_the_bit_in_float64(policy: Policy, monkey
         monkeypatch.setattr(Steps, "_choose_rows", choose)
         padded = train(policy, **settings)
         assert [name for name in plain if not torch.equal(plain[name], padded[name])] == []
-    assert len(sizes) == 2, "some batches were smaller than others"
+    assert len(sizes) > 1, "some batches were smaller than others"
 
 
 def skip_validation(network: nn.Module, session: Session, inputs: PhaseData) -> Validation:
@@ -101,12 +102,12 @@ class CountingBackend:
 def test_a_compiled_phase_has_one_graph_for_training_and_one_for_validation(
     policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last batches are smaller than the others: 56 training images in steps of 16, and 14 to validate on."""
+    """The last batches are smaller than the others: 10 images to validate on, in batches of 4."""
     backend, compile_network = CountingBackend(), torch.compile
     monkeypatch.setattr(torch, "compile", lambda network: compile_network(network, backend=backend, dynamic=False))
-    monkeypatch.setattr("hf_transfer.training.loop.EVALUATION_BATCH", 5)
+    monkeypatch.setattr("hf_transfer.training.loop.EVALUATION_BATCH", 4)
     torch._dynamo.reset()
-    compiled = train(policy, images_per_class=7, compile=True)
+    compiled = train(policy, **RAGGED, compile=True)
     assert backend.graphs == {"train": 1, "eval": 1}
-    for name, value in train(policy, images_per_class=7).items():
+    for name, value in train(policy, **RAGGED).items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-4, msg=name)

@@ -77,11 +77,10 @@ def decide_batch_size(session: Session, *, stored: int | None = None) -> Session
     rates = {name: values[name].value for name in LEARNING_RATES if values[name].value is not None}
     scaled = {name: scale_lr(lr, size, optimizer) for name, lr in rates.items()}
     if session.is_main:
+        origin = "as before the interruption" if stored else "from the free memory and the number of images"
         rule = "linear rule" if optimizer == "sgd" else "square-root rule"
-        log.info(
-            "batch size %d, %s, and learning rate %.3g in place of %.3g (%s)",
-            size, "as before" if stored else "from the free memory", scaled["lr"], rates["lr"], rule,
-        )  # fmt: skip
+        change = f", and learning rate {scaled['lr']:.3g} in place of {rates['lr']:.3g} ({rule})"
+        log.info("batch size %d, %s%s", size, origin, "" if size == DEFAULT_BATCH_SIZE else change)
     return session.with_config(replace_settings(session.config, {"batch_size": size, **scaled}))
 
 

@@ -1,0 +1,215 @@
+"""What a GPU does with our training, beside what it could do: first that all strategies finish and resume, then the rates.
+
+    python benchmarks/gpu.py --checkpoint timm/vit_base_patch16_224.augreg2_in21k_ft_in1k --dataset IMAGE_FOLDER \
+        --batch_size 256 --precision bf16 --output gpu.json
+
+| row | what is measured | aim |
+|---|---|---|
+| `strategies` | each strategy is interrupted by SIGTERM after its first saved state, resumed, and finishes | all |
+| `ceiling` | images/s of the compiled network and a fused AdamW step, fed from the device's memory | |
+| `full` | images/s of `full` from image files, after its first epoch: --compile --device_feed on --fused_optimizer on | 95 % |
+| `default` | the same with the default settings | |
+| `pass` | images/s of the frozen pass of `linear_probe` from image files, with empty caches | 8,000 |
+| `linear_probe` | seconds of `linear_probe`, all in, with empty caches | 3 s for 4,096 images |
+
+Rates of one card are comparable only within one run of this script. Trainer beside it: `benchmarks/vs_trainer.py`.
+`--device cpu --tiny` runs the embedded checkpoint on a few digits in two minutes, to test this script; it measures nothing.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROWS = ("strategies", "ceiling", "full", "default", "pass", "linear_probe")
+STRATEGIES = (
+    "linear_probe",
+    "auto",
+    "last_layers",
+    "full",
+    "probe_then_full",
+    "gradual",
+    "lora",
+    "greedy_stack",
+    "pretrain",
+)
+FAST = ("--device_feed", "on", "--fused_optimizer", "on")
+TINY = ("--images_per_class", "12", "--num_threads", "1")
+WARM_UP_STEPS, TIMED_STEPS = 10, 50
+TIMEOUT_S = 1800
+
+
+def run_recipe(given: argparse.Namespace, name: str, folder: Path, *flags: str) -> subprocess.Popen[bytes]:
+    """Starts a strategy with empty caches."""
+    command = [sys.executable, "-m", "hf_transfer", "train", name, "--output_dir", str(folder), *flags]
+    command += ["--batch_size", str(given.batch_size), *(TINY if given.tiny else ())]
+    if not given.tiny:
+        command += ["--dataset", given.dataset, "--precision", given.precision]
+        command += [] if name in ("greedy_stack", "pretrain") else ["--checkpoint", given.checkpoint]
+    root, cache = Path(__file__).resolve().parents[1], folder.parent / f"{folder.name}_cache"
+    environment = {**os.environ, "HF_TRANSFER_CACHE": str(cache), "PYTHONPATH": str(root)}
+    if given.device == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
+    return subprocess.Popen(command, env=environment, cwd=folder.parent)
+
+
+def finish_recipe(given: argparse.Namespace, name: str, folder: Path, *flags: str) -> dict[str, Any]:
+    """Returns what a finished run wrote to results.json."""
+    status = run_recipe(given, name, folder, *flags).wait(TIMEOUT_S)
+    if status:
+        raise SystemExit(f"{name} {' '.join(flags)} failed with status {status}")
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+def interrupt_and_resume(given: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+    """Ends a run by SIGTERM once a state is saved, and resumes the run."""
+    flags = () if name == "linear_probe" else ("--epochs", "2", "--save_every_s", "0.001", "--tracker", "none")
+    child, deadline = run_recipe(given, name, folder, *flags), time.monotonic() + TIMEOUT_S
+    while child.poll() is None and time.monotonic() < deadline:
+        if any((folder / "checkpoints").rglob("state.safetensors")):
+            child.send_signal(signal.SIGTERM)
+            break
+        time.sleep(0.01)
+    interrupted = child.wait(TIMEOUT_S) != 0
+    results = finish_recipe(
+        given, name, folder, *flags, *(("--resume",) if interrupted else ("--overwrite_output_dir",))
+    )
+    return {"interrupted": interrupted, "metrics": results["metrics"].get("test", results["metrics"]["validation"])}
+
+
+def measure_strategies(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """All strategies: whether each was interrupted, and what it scored in the end."""
+    return {name: interrupt_and_resume(given, name, scratch / name) for name in given.strategies}
+
+
+def measure_ceiling(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """The compiled network alone: forward, loss, backward, clipping and a fused AdamW step on one batch in memory."""
+    import torch
+    from torch.nn import functional
+
+    from hf_transfer.network.backbone import load
+    from hf_transfer.prefix.sweep import use_fast_layout
+
+    device = torch.device(given.device)
+    backbone = load("embedded" if given.tiny else given.checkpoint, [str(i) for i in range(10)])
+    model = backbone.model.to(device).train()
+    use_fast_layout(model)
+    network: Any = torch.compile(model, backend="eager" if given.tiny else "inductor")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    size = given.batch_size
+    images = torch.rand(size, *backbone.preprocessing.image_shape, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+    labels = torch.arange(size, device=device) % 10
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.precision]
+    autocast = torch.autocast(device.type, dtype, enabled=given.precision != "fp32")
+
+    def step() -> None:
+        with autocast:
+            logits = network(images)
+        logits = getattr(logits, "logits", logits)
+        functional.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    warm_up, timed = (1, 2) if given.tiny else (WARM_UP_STEPS, TIMED_STEPS)
+    for _ in range(warm_up):
+        step()
+    wait()
+    started = time.perf_counter()
+    for _ in range(timed):
+        step()
+    wait()
+    return {"images_per_second": timed * size / (time.perf_counter() - started)}
+
+
+def measure_full(given: argparse.Namespace, scratch: Path, flags: tuple[str, ...]) -> dict[str, Any]:
+    """`full` from image files. Its rate is the median of the epochs after the first, in which the network is compiled."""
+    results = finish_recipe(given, "full", scratch / f"full{len(flags)}", "--epochs", "3", "--tracker", "none", *flags)
+    phase = results["plan"][-1]
+    return {
+        "images_per_second": phase["images_per_second"],
+        "seconds": results["cost"]["seconds"],
+        "flags": list(flags),
+    }
+
+
+def measure_probe(given: argparse.Namespace, scratch: Path, name: str) -> dict[str, Any]:
+    """`linear_probe` from image files, with empty caches: the rate of its pass, and its seconds by part."""
+    started = time.perf_counter()
+    results = finish_recipe(given, "linear_probe", scratch / name, "--readouts", "none")
+    cost = results["cost"]
+    return {
+        "images_per_second": cost["images_per_second"]["features"],
+        "seconds": cost["seconds"],
+        "process_seconds": time.perf_counter() - started,
+    }
+
+
+def describe_machine(given: argparse.Namespace) -> dict[str, Any]:
+    """The card, the processor and the versions."""
+    import torch
+
+    is_cuda = given.device == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "arguments": {k: v for k, v in vars(given).items() if k not in ("output", "dataset", "checkpoint")},
+    }
+
+
+def main() -> None:
+    """Measures the rows, and writes them after each one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default="timm/vit_base_patch16_224.augreg2_in21k_ft_in1k")
+    parser.add_argument("--dataset", help="folder of images; not needed with --tiny")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--tiny", action="store_true", help="test this script on the embedded checkpoint")
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    if given.tiny:
+        given.batch_size, given.precision = 16, "fp32"
+    elif given.dataset is None:
+        parser.error("give --dataset, or --tiny")
+    compiled = () if given.tiny else ("--compile",)
+    measures: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "strategies": lambda scratch: measure_strategies(given, scratch),
+        "ceiling": lambda scratch: measure_ceiling(given, scratch),
+        "full": lambda scratch: measure_full(given, scratch, (*FAST, *compiled)),
+        "default": lambda scratch: measure_full(given, scratch, ()),
+        "pass": lambda scratch: measure_probe(given, scratch, "pass"),
+        "linear_probe": lambda scratch: measure_probe(given, scratch, "probe"),
+    }
+    rows: dict[str, Any] = {"machine": describe_machine(given)}
+    for name in given.rows:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows[name] = measures[name](Path(scratch))
+        given.output.write_text(json.dumps(rows, indent=1) + "\n")  # what was measured survives a later failure
+        print(name, json.dumps(rows[name]), flush=True)
+    if {"ceiling", "full"} <= rows.keys():
+        rows["share_of_ceiling"] = rows["full"]["images_per_second"] / rows["ceiling"]["images_per_second"]
+        given.output.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""benchmarks/gpu.py runs from end to end, where there is no GPU, on the embedded checkpoint."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_benchmark(output: Path, *flags: str) -> dict[str, dict[str, float]]:
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu.py"),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--output",
+        str(output),
+    ]
+    result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    rows: dict[str, dict[str, float]] = json.loads(output.read_text())
+    return rows
+
+
+def test_rates_stand_beside_the_ceiling(tmp_path: Path) -> None:
+    rows = run_benchmark(tmp_path / "gpu.json", "--rows", "ceiling", "full")
+    rate, ceiling = (rows[name]["images_per_second"] for name in ("full", "ceiling"))
+    assert rows["share_of_ceiling"] == pytest.approx(rate / ceiling)
+    assert rate > 0
+
+
+@pytest.mark.soak
+def test_every_strategy_resumes_and_every_row_is_measured(tmp_path: Path) -> None:
+    rows = run_benchmark(tmp_path / "gpu.json")
+    assert set(rows) == {
+        "machine", "strategies", "ceiling", "full", "default", "pass", "linear_probe", "share_of_ceiling"
+    }  # fmt: skip
+    assert rows["strategies"]["full"]["interrupted"]  # type: ignore[index]
