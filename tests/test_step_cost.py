@@ -174,6 +174,7 @@ def test_a_step_calls_few_operators_more_than_a_plain_loop(vit: Path, monkeypatc
         with OperatorCounter() as plain:
             for _ in range(steps.steps_per_epoch):
                 loop.take_step(images, labels)
+    print(f"{counter.calls / steps.steps_per_epoch:.0f} operators, plain {plain.calls / steps.steps_per_epoch:.0f}")
     assert counter.waits == []
     assert len(steps.trainable.optimizer.param_groups) > 20, "each layer has a learning rate of its own"
     assert counter.calls <= SLACK * plain.calls, (counter.calls, plain.calls)
