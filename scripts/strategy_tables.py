@@ -38,7 +38,7 @@ def list_measured(name: str) -> list[str]:
         parts += [f"{COMMAND.format(name)}, beside transformers' Trainer:", table_accuracy(list(systems)), MARKS]
     if name in FINE_TUNED:
         parts += [
-            "With few images, means over 3 data sets, 2 checkpoints and 2 seeds (`benchmarks/results/advise.jsonl`, 12 epochs, "
+            "With few images, means over 2 checkpoints and 2 seeds (`benchmarks/results/advise.jsonl`, 12 epochs, "
             "mixed precision, 2026-11-25):",
             table_few_images(name),
         ]
