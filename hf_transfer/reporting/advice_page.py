@@ -1,10 +1,10 @@
 """Writes the page of `hf-transfer advise`: the recommended strategy and why, all estimates, and the evidence behind them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_transfer.choosing.advise import SOURCE_WORDS, Advice, Estimate
-from hf_transfer.choosing.rule import STRATEGIES
 from hf_transfer.reporting.charts import Chart, Line, make_x_axis, make_y_axis
 from hf_transfer.reporting.formats import format_percent, format_seconds
 from hf_transfer.reporting.pages import render_page
@@ -21,7 +21,7 @@ _WORDS = ("linear probe", "features", "frozen", "head", "95 % interval", "held-o
 
 def write_advice(advice: Advice, path: Path) -> None:
     """Writes the page of an advice."""
-    estimates = sorted(advice.estimates, key=lambda e: STRATEGIES.index(e.strategy))
+    estimates = advice.estimates
     chosen = next(e for e in estimates if e.strategy == advice.recommended)
     probe = next(e for e in estimates if e.strategy == "linear_probe")
     scale = scale_of([100 * bound for e in estimates for bound in (e.low, e.high)])
@@ -67,7 +67,7 @@ def _describe(estimate: Estimate, probe: Estimate, scale: Scale) -> dict[str, An
     }
 
 
-def _draw_cost(estimates: list[Estimate]) -> Chart:
+def _draw_cost(estimates: Sequence[Estimate]) -> Chart:
     points = [
         Point(x=e.seconds, y=100 * e.accuracy, interval=(100 * e.low, 100 * e.high), number=number)
         for number, e in enumerate(estimates, 1)
