@@ -14,6 +14,7 @@ from test_report_images import read_galleries, read_images, read_page
 from test_targets_of_runs import write_shapes
 
 import hf_transfer as ht
+from hf_transfer.reporting.formats import format_number
 from hf_transfer.reporting.remake import compare_folders
 from hf_transfer.reporting.saved_runs import read_activated, read_saved_run
 from hf_transfer.run import Run
@@ -120,8 +121,18 @@ def test_points_are_the_predictions(runs: dict[str, Run]) -> None:
             rows = [names.index(images[int(image)]["name"]) for *_, image in dots]
             for values, positions, sign in ((x, [float(d[0]) for d in dots], 1), (y, [float(d[1]) for d in dots], -1)):
                 assert np.corrcoef(values[rows], positions)[0, 1] * sign > 0.9999
-    residuals = predicted[:, 0] - labels[:, 0]
-    assert f"Half of the errors are below {np.quantile(abs(residuals), 0.5):.3g}"[:32] in section
+    half = format_number(float(np.quantile(abs(predicted[:, 0] - labels[:, 0]), 0.5)))
+    assert f"Half of the errors are below {half}," in section
+
+
+def test_a_number_is_said_once_and_rounded(runs: dict[str, Run]) -> None:
+    """Two numbers are named; the caption of one number would only repeat the prediction (see `Illustrations`)."""
+    names, _, predicted = read_test(runs["numbers"])
+    images = [image for image in read_images(page_of(runs["numbers"])) if image["split"] == "test"]
+    for image in images:
+        row = predicted[names.index(image["name"])]
+        assert image["predicted"] == ", ".join(f"{value:.4g}" for value in row)
+        assert image["top"] == [["brightness", f"{row[0]:.4g}"], ["angle", f"{row[1]:.4g}"]]
 
 
 def test_runs_with_numbers_are_compared(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -205,13 +205,16 @@ class _Describer:
         split, i = self._predicted.places[row]
         target, is_right, cells = self._target, self._choice.is_right, self._choice.cells
         is_in_matrix = cells is not None and bool(self._predicted.is_scored[row])
+        is_one_number = not target.counts_labels and len(target.names) == 1  # which the decision says already
         return ShownImage(
             name=split.image_name(i),
             split=split.name,
             truth=target.describe_label(self._predicted.labels[row]) or "none",
-            predicted=target.describe_label(self._decided[row]) or "none",
+            predicted=self._describe_decision(row),
             is_right=None if is_right is None else bool(is_right[row]),
-            top=tuple(
+            top=()
+            if is_one_number
+            else tuple(
                 (target.names[k], target.describe_value(float(self._activated[row, k]))) for k in self._order[row]
             ),
             cell=(int(cells[row, 0]), int(cells[row, 1])) if is_in_matrix and cells is not None else None,
@@ -219,6 +222,13 @@ class _Describer:
             heat=heat,
             mistaken_labels=self._mistaken_labels.get(row, ()),
         )
+
+    def _describe_decision(self, row: int) -> str:
+        """Returns the decision as text; numbers are rounded, since a network is never right to six digits."""
+        target, decided = self._target, self._decided[row]
+        if target.counts_labels:
+            return target.describe_label(decided) or "none"
+        return ", ".join(target.describe_value(float(value)) for value in decided)
 
 
 def _read_features(predicted: Predicted, model: FinishedModel) -> tuple[Rows, NDArray[Any]]:

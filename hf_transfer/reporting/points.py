@@ -25,7 +25,7 @@ def draw_against_cost(points: Sequence[Point], *, title: str, x_label: str, y_la
     """Returns the chart of a quality against a cost, which has a logarithmic axis if the costs differ much.
 
     >>> chart = draw_against_cost([Point(x=1, y=90), Point(x=20, y=94)], title="", x_label="seconds", y_label="accuracy, %")
-    >>> chart.x_axis.is_log, [dot.y > chart.y_axis.stop for dot in chart.dots]
+    >>> chart.x_axis.is_log, [dot.y <= chart.y_axis.start for dot in chart.dots]
     (True, [True, True])
     """
     xs = [point.x for point in points]

@@ -18,7 +18,7 @@ from hf_transfer.reporting.candidates import Candidates, lay_out_candidates
 from hf_transfer.reporting.charts import HEIGHT, WIDTH, lay_out_curve, lay_out_matrix
 from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.cost_table import lay_out_cost, list_by_name
-from hf_transfer.reporting.curves import list_curves, mark_curve
+from hf_transfer.reporting.curves import list_curves, mark_curve, show_shares_in_percent
 from hf_transfer.reporting.formats import format_metric, make_environment
 from hf_transfer.reporting.glossary import COSTS, METRICS, WORDS
 from hf_transfer.reporting.illustrations import Illustrations
@@ -86,7 +86,10 @@ def render_report(results: Mapping[str, Any], illustrations: Illustrations | Non
             network=_describe_outputs(results, scores),
             has_pairs="confusion_matrix" in scores,
             metrics=_lay_out_metrics(find_metrics(results), scores, validation),
-            charts=[lay_out_curve(curve, mark_curve(curve, results)) for curve in list_curves(results)],
+            charts=[
+                lay_out_curve(*show_shares_in_percent(curve, mark_curve(curve, results)))
+                for curve in list_curves(results)
+            ],
             width=WIDTH,
             height=HEIGHT,
             matrix=lay_out_matrix(scores),

@@ -92,7 +92,7 @@ def choose_images(predicted: Predicted, target: Target) -> Choice:
     groups, is_right, others = [], None, np.zeros(0, np.int64)
     worst = scored[np.argsort(-losses[scored], kind="stable")]
     if beliefs is None:
-        groups.append(_group("Largest errors", "The images with the largest loss.", worst))
+        groups.append(_group("Largest errors", "The images with the largest loss.", worst, total=0))
     else:
         probabilities, _ = beliefs
         is_right = _judge_decisions(predicted, target)
