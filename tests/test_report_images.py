@@ -15,6 +15,7 @@ from test_report import check_that_nothing_is_loaded
 import hf_transfer as ht
 from hf_transfer.cli import main
 from hf_transfer.metrics.bootstrap import mean_interval
+from hf_transfer.reporting.chain_picture import lay_out_chain
 from hf_transfer.reporting.feature_map import check_map_method, place_on_plane
 from hf_transfer.reporting.illustrations import EXPLAINED
 from hf_transfer.reporting.pictures import draw_pictures
@@ -264,6 +265,19 @@ def test_the_verdict_follows_the_evidence(run: Run) -> None:
     poor = {**results, "metrics": {"test": scores}}
     steps = give_verdict(poor).next_steps
     assert any(step.startswith("Add labeled images of cat: 20.0 %") and "taken for dog" in step for step in steps)
+
+
+def test_a_stage_has_no_layers_that_it_has_not_grown(run: Run) -> None:
+    chain = run.backbone.chain()
+    names = [layer.name for layer in chain.layers]
+    phases = [
+        {"policy": f"stage 1 ({names[1]})", "cut": "pixels", "num_trainable": 5},
+        {"policy": "full", "cut": "pixels", "num_trainable": 50},
+    ]
+    picture = lay_out_chain(chain, phases)
+    assert picture is not None
+    assert [phase.last_grown for phase in picture.phases] == [1, len(names) - 1]
+    assert [phase.first_trained for phase in picture.phases] == [0, 0]
 
 
 def test_the_page_says_why_the_probe_was_kept() -> None:
