@@ -12,7 +12,7 @@ from hf_transfer.data.splits import Split
 from hf_transfer.reporting.charts import HEIGHT, WIDTH, Chart
 from hf_transfer.reporting.comparison import ComparedRun, Comparison
 from hf_transfer.reporting.formats import format_metric, format_seconds, make_environment
-from hf_transfer.reporting.illustrations import Gallery, ShownImage
+from hf_transfer.reporting.illustrations import Gallery, ShownImage, describe_decision
 from hf_transfer.reporting.page_images import write_image_data
 from hf_transfer.reporting.pictures import LARGE_PX, draw_pictures
 from hf_transfer.reporting.points import Point, draw_against_cost
@@ -136,9 +136,9 @@ def _describe_images(
             name=images.image_name(i),
             split=images.name,
             truth=targets[0].describe_label(images.labels[i]) or "none",
-            predicted=targets[k].describe_label(decided[1][number]) or "none",
+            predicted=describe_decision(targets[k], decided[1][number]),
             is_right=None,
-            top=((f"({targets[0].describe_label(decided[0][number]) or 'none'})", ""),),
+            top=((f"({describe_decision(targets[0], decided[0][number])})", ""),),
             cell=None,
             picture=pictures[number],
         )

@@ -153,6 +153,13 @@ def illustrate(
     )
 
 
+def describe_decision(target: Target, decided: Any) -> str:
+    """Returns the decision on one image as text; numbers are rounded, since no network is right to six digits."""
+    if target.counts_labels:
+        return target.describe_label(decided) or "none"
+    return ", ".join(target.describe_value(float(value)) for value in decided)
+
+
 def _show_images(
     predicted: Predicted,
     choice: Choice,
@@ -210,7 +217,7 @@ class _Describer:
             name=split.image_name(i),
             split=split.name,
             truth=target.describe_label(self._predicted.labels[row]) or "none",
-            predicted=self._describe_decision(row),
+            predicted=describe_decision(target, self._decided[row]),
             is_right=None if is_right is None else bool(is_right[row]),
             top=()
             if is_one_number
@@ -222,13 +229,6 @@ class _Describer:
             heat=heat,
             mistaken_labels=self._mistaken_labels.get(row, ()),
         )
-
-    def _describe_decision(self, row: int) -> str:
-        """Returns the decision as text; numbers are rounded, since a network is never right to six digits."""
-        target, decided = self._target, self._decided[row]
-        if target.counts_labels:
-            return target.describe_label(decided) or "none"
-        return ", ".join(target.describe_value(float(value)) for value in decided)
 
 
 def _read_features(predicted: Predicted, model: FinishedModel) -> tuple[Rows, NDArray[Any]]:
