@@ -43,21 +43,21 @@ class Candidates:
     kept: str
 
 
-def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo, *, is_share: bool) -> Candidates | None:
+def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidates | None:
     """Returns the table of candidates from `details` of results.json, or None if the strategy was another one.
 
-    `info`: the main metric. `is_share`: whether the quality per image, in which gains are measured, is a share.
+    `info`: the main metric, in which gains are measured.
     """
     choice = details.get("auto")
     if not choice or not choice["candidates"]:
         return None
-    factor = 100 if is_share else 1
+    factor = 100 if info.kind == "percent" else 1
     posteriors = [_bounds(row["posterior"], factor) for row in choice["candidates"] if row["gain"] is not None]
     scale = scale_of([0.0, *(bound for each in posteriors for bound in each)])
     judged = next((row for row in choice["candidates"] if row["judged_by"]), None)
     return Candidates(
         rows=[_describe(row, factor, scale) for row in choice["candidates"]],
-        unit=f"points of {info.title.lower()}" if info.kind == "percent" and is_share else "quality per image",
+        unit=f"points of {info.title.lower()}" if factor == 100 else info.title,
         images="" if judged is None else f"held-out images of {JUDGED_BY[judged['judged_by']]}",
         kept=choice["kept"],
     )

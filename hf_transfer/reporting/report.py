@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from hf_transfer.reporting.candidates import Candidates, lay_out_candidates
+from hf_transfer.reporting.candidates import lay_out_candidates
 from hf_transfer.reporting.charts import HEIGHT, WIDTH, lay_out_curve, lay_out_matrix
 from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.cost_table import lay_out_cost, list_by_name
@@ -26,10 +26,10 @@ from hf_transfer.reporting.label_table import find_confused_pairs, lay_out_label
 from hf_transfer.reporting.page_images import lay_out_map, write_image_data
 from hf_transfer.reporting.reliability import lay_out_diagram
 from hf_transfer.reporting.report_results import choose_split, explain_validation, find_interval, find_metrics
-from hf_transfer.reporting.sentences import IMAGE_SHARES, describe_precision, describe_repeats
+from hf_transfer.reporting.sentences import describe_precision, describe_repeats
 from hf_transfer.reporting.settings_table import flatten
 from hf_transfer.reporting.verdict import give_verdict
-from hf_transfer.targets.target import DEFAULT_TYPE, MetricInfo, find_target
+from hf_transfer.targets.target import MetricInfo
 
 REPORT = "report.html"  # file of an output folder
 _FOLDED = [  # key, title
@@ -95,7 +95,7 @@ def render_report(results: Mapping[str, Any], illustrations: Illustrations | Non
             matrix=lay_out_matrix(scores),
             pairs=find_confused_pairs(scores),
             labels=lay_out_labels(scores),
-            candidates=_lay_out_candidates(results),
+            candidates=lay_out_candidates(results.get("details", {}), find_metrics(results)[0]),
             cost=lay_out_cost(results.get("cost", {})),
             fingerprints=list_by_name(data["fingerprint"]),
             notes=[
@@ -153,12 +153,6 @@ def _make_buttons(illustrations: Illustrations) -> dict[str, list[tuple[str, str
         ]
         for k, each in enumerate(illustrations.label_mistakes)
     }
-
-
-def _lay_out_candidates(results: Mapping[str, Any]) -> Candidates | None:
-    problem_type = results.get("target", {}).get("problem_type", DEFAULT_TYPE)
-    is_share = find_target(problem_type).image_quality in IMAGE_SHARES
-    return lay_out_candidates(results.get("details", {}), find_metrics(results)[0], is_share=is_share)
 
 
 def _list_precision(scores: Mapping[str, Any]) -> list[str]:
