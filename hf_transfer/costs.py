@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from hf_transfer.errors import count_noun
+
 SAMPLE_EVERY_S = 0.05
 
 
@@ -81,7 +83,7 @@ class Costs:
             images_per_second=rates,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else self._peak_bytes,
             memory_is="GPU memory allocated by torch" if on_gpu else "anonymous resident memory of this process",
-            device=torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            device=torch.cuda.get_device_name() if on_gpu else f"CPU, {count_noun(torch.get_num_threads(), 'thread')}",
         )
 
 

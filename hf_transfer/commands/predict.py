@@ -85,7 +85,7 @@ def _run(given: argparse.Namespace) -> str:
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         explainer = _make_explainer(given, backbone)
         abstention = make_judge(backbone, request).abstention
-        if abstention is not None:
+        if abstention is not None and not given.quiet:
             sys.stderr.write(f"hf-transfer predict: {name or given.model} {abstention.describe()}\n")
         try:
             predictions = predict(backbone, images, top_k=given.top_k, **vars(request), **settings)
@@ -97,7 +97,7 @@ def _run(given: argparse.Namespace) -> str:
             for p, picture in zip_longest(predictions, pictures)
         ]
     text = format_rows(rows, "json" if given.json else given.format)
-    if not problems:
+    if not problems and not given.quiet:
         seconds = time.perf_counter() - started
         sys.stderr.write(f"{len(rows):,} images in {seconds:.1f} s: {len(rows) / seconds:,.1f} images/s\n")
     if problems:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_transfer.config import ComputeConfig, RunConfig
-from hf_transfer.flags import add_settings
+from hf_transfer.flags import GROUPS, add_settings
 from hf_transfer.settings import list_settings, replace_settings
 from hf_transfer.strategy import default_config
 
@@ -42,7 +42,9 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 def add_run_settings(parser: argparse.ArgumentParser, groups: Sequence[str]) -> None:
     """Adds the settings of a run, of the nested configs `groups`, as flags."""
     settings = list_settings(default_config("auto")).values()
-    add_settings(parser, [s for s in settings if s.group in groups])
+    for group, title in GROUPS.items():
+        if group in groups:
+            add_settings(parser.add_argument_group(title), [s for s in settings if s.group == group])
 
 
 def read_run_config(given: argparse.Namespace) -> RunConfig:
