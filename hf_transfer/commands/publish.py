@@ -22,13 +22,18 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a model card that hf_transfer did not write")
     text = "publish a greedy stack even if its layers were never trained together"
     parser.add_argument("--without_fine_tuning", action="store_true", help=text)
+    text = (
+        "show a few photographs of the scored split in the card; without this flag, no photograph leaves this machine"
+    )
+    parser.add_argument("--publish_images", action="store_true", help=text)
     parser.add_argument("--dry_run", action="store_true", help="verify the model and list the files, without pushing")
 
 
 def _run(given: argparse.Namespace) -> str:
     from hf_transfer.hub.publish import PublishOptions, publish
 
-    logging.getLogger("hf_transfer").setLevel(logging.INFO)
+    if not given.quiet:
+        logging.getLogger("hf_transfer").setLevel(logging.INFO)
     names = PublishOptions.__dataclass_fields__
     options = PublishOptions(**{name: getattr(given, name) for name in names})
     published = publish(given.run, given.repo_id, adapter=given.adapter, base=given.base, options=options)
