@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import hf_transfer as ht
 from hf_transfer import logs
 from hf_transfer.logs import open_bar
 
@@ -45,6 +46,16 @@ def test_a_log_gets_whole_lines_now_and_then(
     assert all(line.startswith("images: ") and " of 3, " in line for line in caplog.messages)
     assert not any("\r" in line or "\n" in line for line in caplog.messages)
     assert capsys.readouterr().err == ""
+
+
+def test_training_logs_no_progress_before_the_interval_has_passed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    strategy = ht.full(epochs=1, tracker="none", calibrate=False)
+    ht.Task("sklearn/digits", images_per_class=5, batch_size=8).fit(strategy)
+    assert any(line.startswith("epoch 1: ") for line in caplog.messages)
+    assert [record.getMessage() for record in caplog.records if record.name == "hf_transfer.logs"] == []
 
 
 def test_a_program_that_logs_errors_only_shows_no_bar(

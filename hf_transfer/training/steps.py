@@ -246,13 +246,12 @@ class Steps:
         if not math.isfinite(progress.loss_sum):
             raise NonFiniteLossError(self._explain_loss(progress))
         accuracy = 100 * progress.hits / progress.images
-        bar.set_postfix(
-            {
-                "loss": f"{progress.loss_sum / progress.images:.3f}",
-                **({} if math.isnan(accuracy) else {"accuracy": f"{accuracy:.1f} %"}),
-                "img_s": f"{progress.images / max(progress.seconds, 1e-9):.0f}",
-            }
-        )
+        values = {
+            "loss": f"{progress.loss_sum / progress.images:.3f}",
+            **({} if math.isnan(accuracy) else {"accuracy": f"{accuracy:.1f} %"}),
+            "img_s": f"{progress.images / max(progress.seconds, 1e-9):.0f}",
+        }
+        bar.set_postfix(values, refresh=False)  # a refresh would draw more often than the bar's interval allows
         return num_due > 0, num_interrupted > 0
 
     def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:
