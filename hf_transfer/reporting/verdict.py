@@ -128,7 +128,9 @@ def suggest_next_steps(results: Mapping[str, Any], num_suspects: int | None = No
     if found:
         return found
     if num_suspects is None:
-        return ["Look at the images that the model gets wrong: hf-transfer report RUN makes this page with pictures."]
+        return [
+            "Look at the images that the model gets wrong: `hf-transfer report RUN` makes a page with pictures of them."
+        ]
     return ["Look at the most confident mistakes below: they show what the training images lack."]
 
 
