@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_transfer.config import ExportFormat, ExportPrecision
+from hf_transfer.displays import show_paragraph, show_table, show_title
 from hf_transfer.exporting.formats import ExportOptions
 from hf_transfer.exporting.records import ExportRecord
 from hf_transfer.hub.exports import export_saved
@@ -21,7 +22,10 @@ from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import LOCK, find_free_folder, is_finished, lock_folder
+from hf_transfer.reporting.formats import format_metric
+from hf_transfer.reporting.report_results import find_metrics
 from hf_transfer.reporting.results import describe_run
+from hf_transfer.reporting.verdict import give_verdict
 from hf_transfer.runs import write_run
 from hf_transfer.session import Session
 from hf_transfer.training.records import RunResult
@@ -165,6 +169,20 @@ class Run:
         folder = self.folder or self.save(find_free_folder(Path("runs") / self.strategy))
         published = publish(folder, repo_id, adapter=isinstance(self.backbone, Adapted), options=options)
         return published.url
+
+    def _repr_html_(self) -> str:
+        """Returns the result, the model that was kept, the metrics and what to do next, for notebooks."""
+        verdict = give_verdict(self.results)
+        interval = f", 95 % interval {verdict.interval}" if verdict.interval else ""
+        shown = f"{verdict.title} {verdict.value} {verdict.unit}".rstrip()
+        rows = [("metric", *self.metrics)]
+        for info in find_metrics(self.results):
+            values = [scores.get(info.key) for scores in self.results["metrics"].values()]
+            if any(value is not None for value in values):
+                rows.append((info.title, *("" if v is None else str(format_metric(v, info)) for v in values)))
+        next_steps = "".join(map(show_paragraph, verdict.next_steps))
+        title = show_title(f"{self.strategy}: {shown} on {verdict.images}{interval}")
+        return title + show_paragraph(verdict.kept) + show_table(rows) + next_steps
 
     def __repr__(self) -> str:
         qualities = ", ".join(

@@ -21,6 +21,7 @@ from PIL import Image
 from hf_transfer.data.images import BadImageError, read_bytes, read_image, read_reduced
 from hf_transfer.data.manifest import DIGEST_BYTES, HAS_CTIME, is_stable, read_manifest, read_status, repeat_status
 from hf_transfer.data.paths import PackedPaths
+from hf_transfer.logs import open_bar
 
 _ROWS_PER_TASK = 64
 _MAX_NAME = 100  # letters of a file name in a message
@@ -121,8 +122,6 @@ class ImageSource(ABC):
 
     def unreadable(self, rows: NDArray[np.int64], title: str) -> dict[int, BadImageError]:
         """Decodes the images in `rows`, in threads, with a progress bar, and returns the errors of unreadable images by row."""
-        from tqdm.auto import tqdm
-
         problems: dict[int, BadImageError] = {}
 
         def check(start: int) -> int:
@@ -135,7 +134,7 @@ class ImageSource(ABC):
             return len(block)
 
         # disable=None: no bar unless the output is a terminal
-        with ThreadPoolExecutor() as threads, tqdm(total=len(rows), desc=title, unit="image", disable=None) as bar:
+        with ThreadPoolExecutor() as threads, open_bar(total=len(rows), title=title, unit="img") as bar:
             for count in threads.map(check, range(0, len(rows), _ROWS_PER_TASK)):
                 bar.update(count)
         return {row: problems[row] for row in rows.tolist() if row in problems}

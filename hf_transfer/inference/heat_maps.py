@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
 from hf_transfer.config import ExplainBy
 from hf_transfer.data.images import read_image
 from hf_transfer.inference.explain import MapCut, choose_map_cut, explain, occlude
 from hf_transfer.inference.predict import Prediction
 from hf_transfer.locations import chain_dir
+from hf_transfer.logs import open_bar
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.preprocessing import Pixels
@@ -50,13 +50,14 @@ class Explainer:
 
     def _write(self, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
         paths = [folder / name for name in name_pictures([prediction.image for prediction in predictions])]
-        starts = range(0, len(predictions), BATCH)
-        for start in tqdm(starts, desc="explanations", unit="batch", disable=None):
-            batch = predictions[start : start + BATCH]
-            pixels, heat = self._explain(batch)
-            for path, shown, values in zip(paths[start : start + BATCH], pixels, heat, strict=True):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draw_explanation(shown, values).save(path)
+        with open_bar(total=len(predictions), title="explanations", unit="img") as bar:
+            for start in range(0, len(predictions), BATCH):
+                batch = predictions[start : start + BATCH]
+                pixels, heat = self._explain(batch)
+                for path, shown, values in zip(paths[start : start + BATCH], pixels, heat, strict=True):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    draw_explanation(shown, values).save(path)
+                bar.update(len(batch))
         return paths
 
     def _explain(self, predictions: Sequence[Prediction]) -> tuple[NDArray[Any], NDArray[np.float32]]:

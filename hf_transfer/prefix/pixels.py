@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import augment, draw_uniform
 from hf_transfer.data.splits import Split
+from hf_transfer.logs import open_bar
 from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
@@ -240,8 +240,8 @@ class _Decoding:
     def fill(self, missing: MissingRows, resources: Resources) -> int:
         """Decodes the images of the missing rows in threads, and writes them. Returns the number of images."""
         positions = missing.positions
-        hidden = None if resources.accelerator.is_main_process else True  # None hides the bar if there is no terminal
-        bar = tqdm(total=len(positions), desc=f"{self.split.name} pixels", unit="img", disable=hidden)
+        is_hidden = not resources.accelerator.is_main_process
+        bar = open_bar(total=len(positions), title=f"{self.split.name} pixels", unit="img", is_hidden=is_hidden)
 
         def work(first: int) -> int:
             block = positions[first : first + ROWS_PER_TASK]
