@@ -173,17 +173,17 @@ class _Extraction:
 
     def fill(self, missing: MissingRows) -> None:
         """Computes the values of the missing rows, and writes each tap's values into the tap's array."""
-        self.computed += len(missing.positions)
+        self.computed += len(missing.rows)
 
         def write(start: int, values: Mapping[str, NDArray[Any]]) -> None:
             count = len(next(iter(values.values())))
-            positions = missing.positions[start : start + count]
-            for name, rows in values.items():
-                missing.arrays[name][positions] = rows
-            missing.mark(positions)
+            rows = missing.rows[start : start + count]
+            for name, computed in values.items():
+                missing.arrays[name][rows] = computed
+            missing.mark(rows)
 
         title = f"{self.images.name} features"
-        self.compute(missing.start + missing.positions, list(missing.arrays), write, title=title)
+        self.compute(missing.rows, list(missing.arrays), write, title=title)
 
     def check(self, stores: Mapping[str, Store]) -> set[str]:
         """Returns the names of the stores whose first or last row differs from what the chain computes now."""

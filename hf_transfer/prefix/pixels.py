@@ -239,25 +239,25 @@ class _Decoding:
 
     def fill(self, missing: MissingRows, resources: Resources) -> int:
         """Decodes the images of the missing rows in threads, and writes them. Returns the number of images."""
-        positions = missing.positions
+        rows = missing.rows
         hidden = None if resources.accelerator.is_main_process else True  # None hides the bar if there is no terminal
-        bar = tqdm(total=len(positions), desc=f"{self.split.name} pixels", unit="img", disable=hidden)
+        bar = tqdm(total=len(rows), desc=f"{self.split.name} pixels", unit="img", disable=hidden)
 
         def work(first: int) -> int:
-            block = positions[first : first + ROWS_PER_TASK]
-            for i in block:
-                for name, value in self.decode(missing.start + int(i)).items():
+            block = rows[first : first + ROWS_PER_TASK]
+            for i in block.tolist():
+                for name, value in self.decode(i).items():
                     missing.arrays[name][i] = value
             missing.mark(block)
             return len(block)
 
         with bar, open_workers(count_threads(resources.compute.num_workers), "decode") as pool:
             try:
-                for done in pool.map(work, range(0, len(positions), ROWS_PER_TASK)):
+                for done in pool.map(work, range(0, len(rows), ROWS_PER_TASK)):
                     bar.update(done)
             finally:
                 pool.shutdown(cancel_futures=True)  # cancels work after a bad image
-        return len(positions)
+        return len(rows)
 
 
 class _Decoder:
