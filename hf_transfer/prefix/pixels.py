@@ -23,6 +23,7 @@ from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
+from hf_transfer.prefix.storage import Storage
 from hf_transfer.prefix.store import SelectedStore, Store
 from hf_transfer.threads import open_workers
 
@@ -167,6 +168,15 @@ class DecodedWhenRead(Store):
     def __getitem__(self, rows: slice | NDArray[Any]) -> NDArray[Any]:
         """Returns the rows that the slice or int array `rows` selects, decoded now from the images in threads."""
         return self._decoder.read(self._name, np.arange(len(self))[rows])
+
+
+def require_stored(split: Split, title: str, storage: Storage) -> None:
+    """Raises ValueError if the split is streamed, but its results `title`, which are read again and again, are not stored."""
+    if split.source.is_stream and storage.kind == "none":
+        raise ValueError(
+            f"{title}: {storage.reason}, but a streamed data set is read in order: choose a strategy that stores less, such as "
+            "linear_probe, give the cache more space (--cache_gb, or HF_TRANSFER_CACHE on another disk), or omit --streaming"
+        )
 
 
 def default_side_px(preprocessing: Preprocessing) -> int:
@@ -324,6 +334,7 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
     stored = cached(fields, request, f"{key['kind']}, {len(split)} images")
     (storage,) = set(stored.storages.values())
     if storage.kind == "none":
+        require_stored(split, f"the pixels of {split.name}", storage)
         log.info("pixels of %s: %s", split.name, storage.reason)
         decoder = _Decoder(decoding, resources.compute.num_workers)
         return {name: DecodedWhenRead(decoder, name) for name in arrays}
