@@ -112,3 +112,18 @@ def test_three_ranks_share_a_pass_one_dies_and_the_others_chunks_count(alone: Pa
     expected, resumed = load_file(alone), load_file(tmp_path / "resumed.weights")
     for name, weight in expected.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ranks_with_a_disk_each_continue_what_they_stored_there(alone: Path, tmp_path: Path) -> None:
+    """As on nodes without a shared folder: each rank stores all rows, and a rank that died loses only its unfinished chunk."""
+    with started_ranks(probe, 3, tmp_path, "killed", False, KILL_AT, folder=tmp_path / "log-killed") as ranks:
+        assert [rank.join() for rank in ranks] == [1, -signal.SIGKILL, 1]
+    run_ranks(probe, 3, tmp_path, "resumed", False, folder=tmp_path / "log-resumed")
+    for rank in range(3):
+        before, after = (read_rows(tmp_path / f"{run}.{rank}") for run in ("killed", "resumed"))
+        assert len(finished(before)) >= CHUNK_ROWS
+        assert not set(after.tolist()) & finished(before), "no finished chunk is computed again"
+        assert len(set(range(NUM_IMAGES)) - finished(before) - set(after.tolist())) <= CHUNK_ROWS
+    expected, resumed = load_file(alone), load_file(tmp_path / "resumed.weights")
+    for name, weight in expected.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
