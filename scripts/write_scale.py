@@ -82,6 +82,8 @@ run that did not stream.
 - Rows are read from bookmarks, so a process starts near its first row: at the start of its parquet file or tar.
 - Image folders, zip archives and tables of paths are read in place, and cannot be streamed. `--split_column` is refused.
 - The names of images in `predictions.parquet` are their row numbers.
+- Streaming from a Hub was run with a small local server only, where it left no copy
+  (`tests/test_pins.py`).
 
 Memory of a stream (largest RssAnon above that of the imported package; synthetic JPEG files of {synthetic_kb:.0f} KB in
 parquet shards of 1,000 images, embedded network, `python benchmarks/streaming.py`):
