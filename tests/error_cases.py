@@ -435,6 +435,16 @@ DATA = (
         for name, value in COLUMN_FLAGS
     ),
     ErrorCase(
+        trigger="`--streaming` for an image folder",
+        command="train full --dataset {}/data --streaming",
+        build=image_folder(),
+    ),
+    ErrorCase(
+        trigger="`--streaming` with a column of splits",
+        command="train full --dataset {}/data.parquet --streaming --split_column label",
+        build=table(),
+    ),
+    ErrorCase(
         trigger="`--image_root` for a table of images",
         command="train full --dataset {}/data.parquet --image_root {}",
         build=table(),

@@ -248,6 +248,7 @@ def choose_columns(config: DataConfig) -> Columns:
         where=() if config.where is None else parse_where(config.where),
         image_root=root,
         skips_bad_images=config.on_bad_image == "skip",
+        streaming=config.streaming,
     )
 
 
@@ -255,6 +256,7 @@ def read_stored(config: DataConfig, columns: Columns) -> StoredData:
     """Reads the dataset that `config.dataset` names, as it is stored."""
     if config.dataset in (EMBEDDED_DATASET, UPSTREAM_DATASET):
         columns.refuse(config.dataset)
+        columns.refuse_streaming(config.dataset)
         return read_digits() if config.dataset == EMBEDDED_DATASET else read_mnist()
     path = Path(config.dataset).expanduser()
     # pathlib raises an OSError if the parent folder is unreadable or the name too long.
@@ -285,6 +287,7 @@ def _read_file(path: Path, config: DataConfig, columns: Columns) -> StoredData:
     """Reads a table or an archive."""
     suffix = path.suffix.casefold()
     if is_archive(path) and not is_webdataset(path):
+        columns.refuse_streaming("an archive of image files")
         root = unpack(path)
         return replace(_read_folder(root, config, columns), license=read_license(root))
     if not is_archive(path) and suffix not in TABLE_SUFFIXES | TEXT_TABLE_SUFFIXES:
@@ -341,6 +344,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
 
         return (tables.read_table_folder if table_files else tables.read_metadata_folder)(root, columns)
     columns.refuse("an image folder")
+    columns.refuse_streaming("an image folder")
     return read_folder(root, top, public_name(root), tuple(config.named_splits().values()))
 
 
