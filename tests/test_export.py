@@ -276,7 +276,8 @@ def test_int8_files_of_a_run_keep_its_labels(
     parameters = sum(parameter.numel() for parameter in load(str(model)).model.parameters())
     assert (model / "openvino/model_int8.bin").stat().st_size < 2 * parameters  # a float32 file has 4 bytes for each
     description = (model / "openvino/model_int8.xml").read_text()
-    assert 'type="Broadcast"' not in description  # biases have their shape already
+    if checkpoint == "embedded":  # a vision transformer broadcasts its class token to the batch
+        assert 'type="Broadcast"' not in description  # the biases of convolutions have their shape already
     assert "\n" not in description.partition("?>")[2].strip()
     for engine, record in zip(FORMATS, records, strict=True):
         capsys.readouterr()
