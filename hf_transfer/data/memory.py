@@ -131,7 +131,7 @@ def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | Non
         raise ValueError(f"{where}: images is of type {type(images).__name__}; give {_ACCEPTED}")
     if not values:
         raise ValueError(f"{where}: the {type(images).__name__} is empty; give at least two images of each class")
-    checked = [_check_image(value, row, where, columns.image_root) for row, value in enumerate(values)]
+    checked = [check_image(value, row, where, columns.image_root) for row, value in enumerate(values)]
     paths = [path for path in checked if isinstance(path, Path)]
     if paths and not any(path.exists() for path in paths):
         raise ValueError(
@@ -205,8 +205,11 @@ def _read_pairs(pairs: Sequence[Any], where: str) -> tuple[list[Any], dict[str, 
     return [image for image, _ in pairs], {"label": [label for _, label in pairs]}
 
 
-def _check_image(image: Any, row: int, where: str, root: Path | None) -> _ImageLike:
-    """Returns an image as one of the types that `MemorySource` reads. Relative paths start at `root`, or the current folder."""
+def check_image(image: Any, row: int, where: str, root: Path | None = None) -> _ImageLike:
+    """Returns an image as one of the types that `MemorySource` reads. Relative paths start at `root`, or the current folder.
+
+    Raises ValueError, which begins with `where`, for another type.
+    """
     if isinstance(image, (bytes, Image.Image)):
         return image
     if isinstance(image, (str, os.PathLike)):
