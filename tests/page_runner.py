@@ -65,10 +65,12 @@ def run_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def call(arguments: Sequence[str]) -> None:
     """Runs `hf-transfer`, which must not fail."""
+    status = None
     try:
         main(arguments)
     except SystemExit as end:
-        assert not end.code, f"hf-transfer {shlex.join(arguments)}: exit status {end.code}"
+        status = end.code
+    assert not status, f"hf-transfer {shlex.join(arguments)}: exit status {status}"
 
 
 def run_script(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 CODE = ("sh", "python")  # languages of blocks that run
-TEXT = ("text", "{toctree}", "{eval-rst}")  # languages of blocks that show files or output, or that Sphinx reads
+TEXT = ("text",)  # the language of blocks that show files or output
 REASONS = ("Hub", "GPU", "network", "named data")  # why a block may be left out
 MARK = re.compile(r"<!-- not run: (.*?) -->")
 

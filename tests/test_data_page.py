@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,14 @@ COMMANDS = [
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the whole page ran, and what it printed."""
     datasets.disable_progress_bars()
     folder = tmp_path_factory.mktemp("page")
     write_pets(folder)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         assert run_page(PAGE, folder, patch) == len(list(read_blocks(PAGE))) - 4  # four show files
-    yield folder, printed.getvalue()
+    return folder, printed.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,6 @@ from tests.pages import ROOT
 PAGE = ROOT / "docs" / "splits.md"
 
 
-@pytest.mark.filterwarnings(
-    "default::pytest.PytestUnraisableExceptionWarning"
-)  # the page leaves a file to the garbage collector
 def test_the_page_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_page(PAGE, tmp_path, monkeypatch) == 5
     assert {path.name for path in (tmp_path / "runs" / "folds").iterdir()} >= {f"fold_{i}" for i in range(1, 6)}

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ COMMANDS = [
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which the whole page ran, and what it printed. The page's own target is forgotten afterwards."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "shapes").mkdir()
@@ -30,7 +29,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(target, "_TARGETS", dict(target._TARGETS))
         run_page(PAGE, folder, patch)
-    yield folder, printed.getvalue()
+    return folder, printed.getvalue()
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=range(len(COMMANDS)))
