@@ -101,24 +101,24 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_that_are_named_exist(page: Path) -> None:
     for path in set(
         re.findall(
-            r"(?:recipes|benchmarks|docs|scripts|tests|hf_transfer)/[a-z0-9_/]+\.(?:py|md|yaml|jsonl?)\b",
+            r"(?:recipes|benchmarks|docs|scripts|tests|hf_transfer)/[a-z0-9_/]+\.(?:py|md|yaml|jsonl?)\b(?!\.\w)",
             page.read_text(),
         )
     ):
         assert (ROOT / path).is_file(), f"{name(page)} names {path}"
 
 
-def test_the_index_names_every_page_once_in_one_order() -> None:
-    """Its list is what readers of the files see, its tables of contents what the built pages show."""
-    index = ROOT / "docs" / "index.md"
-    inline = [child for token in parse(index) for child in token.children or ()]
-    links = [str(child.attrs["href"]) for child in inline if child.type == "link_open"]
-    listed = [link.removesuffix(".md") for link in links if link.endswith(".md")]
-    trees = [block.code for block in read_blocks(index) if block.language == "{toctree}"]
-    assert listed == [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
-    pages = {page.relative_to(ROOT / "docs").with_suffix("").as_posix() for page in PAGES if page.name != "README.md"}
-    nested = {page for page in pages if page.startswith("strategies/") and page != "strategies/index"}
-    assert sorted(listed) == sorted(pages - {"index"} - nested)
+@pytest.mark.parametrize("index", ["docs/index.md", "docs/strategies/index.md"])
+def test_an_index_names_every_page_of_its_folder_in_one_order(index: str) -> None:
+    """Its links are what readers of the files see, its tables of contents what the built pages show."""
+    folder = (ROOT / index).parent
+    trees = [block.code for block in read_blocks(ROOT / index) if block.language == "{toctree}"]
+    listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    inline = [child for token in parse(ROOT / index) for child in token.children or ()]
+    links = [str(child.attrs["href"]).removesuffix(".md") for child in inline if child.type == "link_open"]
+    assert list(dict.fromkeys(link for link in links if link in listed)) == listed
+    pages = {page.stem for page in folder.glob("*.md")} - {"index"}
+    assert sorted(listed) == sorted(pages | {f"{sub.parent.name}/index" for sub in folder.glob("*/index.md")})
 
 
 def test_the_readme_is_short() -> None:
