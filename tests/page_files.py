@@ -47,7 +47,7 @@ def write_files(root: Path) -> None:
 def write_digits(root: Path) -> None:
     """Writes folders of labeled digits, and photos without labels."""
     data = load_digits()
-    labeled = {"path/to/images": "012", "path/to/more": "3", "path/to/other_images": "012", "my_photos": "01"}
+    labeled = {"path/to/images": "012", "path/to/more": "34", "path/to/other_images": "012", "my_photos": "01"}
     named = {"my_photos": {"0": "ants", "1": "bees"}}
     for k, (folder, classes) in enumerate(labeled.items()):
         for label in classes:
@@ -73,9 +73,10 @@ def write_checkpoints(root: Path) -> None:
     """Writes the embedded checkpoint under the names of convolutional networks, and a small ViT under those of ViTs."""
     shutil.copytree(EMBEDDED, root / "timm" / "mobilenetv2_100.ra_in1k")
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=3, num_classes=10)
+    data = {"input_size": (3, 32, 32)}
     arguments = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3}
     for name in ("vit_small_patch14_dinov2.lvd142m", "deit_tiny_patch16_224.fb_in1k"):
-        save_for_hf(vit, root / "timm" / name, model_args=arguments, safe_serialization=True)
+        save_for_hf(vit, root / "timm" / name, model_args=arguments, data_config=data, safe_serialization=True)
 
 
 def picture(i: int) -> Image.Image:
