@@ -8,7 +8,7 @@ images are few and similar to the pretraining images, `probe_then_full.py` is mo
 normalization layers and the head, and `--trains biases` only the biases and the head (BitFit, arXiv 2106.10199).
 
 Measured (2026-11-24, one CPU thread, bf16): MobileNetV2 reaches 90.3 % on trashnet (its probe: 85.0 %) and 99.5 % on
-sign-language digits. docs/results.md gives details.
+sign-language digits. See docs/results.md.
 """
 
 from hf_transfer.launch import run_recipe

@@ -19,7 +19,7 @@ def draw_graph(chain: Chain, first: str, last: str) -> str:
     start, stop = recorded.spine.index(ends[first]), recorded.spine.index(ends[last])
     nodes = _order_nodes(recorded, recorded.spine[start], recorded.spine[stop])
     x = {node: 12 + STEP * i for i, node in enumerate(nodes)}
-    parts = [draw_text(12, 20, f"From the end of {first} to the end of {last}: each arrow is a tensor", "bold")]
+    parts = [draw_text(12, 20, f"From the end of {first} to the end of {last}: each line is a tensor", "bold")]
     y = 92
     for node in nodes:
         for used in recorded.graph.successors(node):

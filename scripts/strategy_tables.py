@@ -6,6 +6,7 @@ from statistics import fmean
 from feature_tables import table_depth, table_journey  # scripts/feature_tables.py
 from result_tables import (  # scripts/result_tables.py
     FINE_TUNED,
+    Row,
     format_table,
     read,
     read_rows,
@@ -38,7 +39,7 @@ def list_measured(name: str) -> list[str]:
         parts += [f"{COMMAND.format(name)}, beside transformers' Trainer:", table_accuracy(list(systems)), MARKS]
     if name in FINE_TUNED:
         parts += [
-            "With few images, means over 3 data sets, 2 checkpoints and 2 seeds (`benchmarks/results/advise.jsonl`, 12 epochs, "
+            "With few images, means over 2 checkpoints and 2 seeds (`benchmarks/results/advise.jsonl`, 12 epochs, "
             "mixed precision, 2026-11-25):",
             table_few_images(name),
         ]
@@ -60,7 +61,7 @@ def table_few_images(name: str) -> str:
         for data in ("hymenoptera", "sign_digits", "trashnet"):
             runs = [row for row in rows if (row["images_per_class"], row["set"]) == (size, data)]
 
-            def mean(system: str, key: str, runs: list[dict[str, float]] = runs) -> float:
+            def mean(system: str, key: str, runs: list[Row] = runs) -> float:
                 return fmean(run[key] for run in runs if run["system"] == system)
 
             similarity = fmean(run["advice"]["similarity"]["score"] for run in runs if run["system"] == "advice")

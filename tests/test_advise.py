@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
-from hf_transfer.choosing.candidates import find_candidates, make_command, to_k
+from hf_transfer.choosing.candidates import find_candidates, list_candidates, make_command, to_k
 from hf_transfer.choosing.expected_accuracy import CurvePoint, DepthScore, LearningCurve
 from hf_transfer.choosing.pilots import Pilot, run_pilots
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime
@@ -48,7 +48,9 @@ def advice() -> Advice:
 
 
 def test_advice_reports_measurements_and_expectations(advice: Advice) -> None:
-    assert [e.strategy for e in advice.estimates] == list(STRATEGIES)
+    # The session sets `epochs`, which replaces the least number of steps of auto's candidates.
+    also = ["probe_then_full head_scale=0.0", "probe_then_full lr=0.001"]
+    assert [e.strategy for e in advice.estimates] == [*STRATEGIES, *also]
     sources = {e.strategy: e.source for e in advice.estimates}
     assert sources.pop("linear_probe") == "measured"
     assert set(sources.values()) == {"expected"}
@@ -102,10 +104,10 @@ def test_the_command_runs_the_advised_settings(advice: Advice, session: Session)
     """Parsed again, it is the session's configuration with the strategy's settings; only the output folder is new."""
     for estimate in advice.estimates:
         program, train, name, *flags = shlex.split(estimate.command)
-        assert (program, train, name) == ("hf-transfer", "train", estimate.strategy)
+        assert (program, train, name) == ("hf-transfer", "train", estimate.strategy.split()[0])
         assert flags[flags.index("--images_per_class") + 1] == "8"
         parsed = to_settings(parse(name, prog="test", description=None, arguments=flags))
-        advised = to_settings(replace(session.config, strategy=find_candidates(session)[name]))
+        advised = to_settings(replace(session.config, strategy=find_candidates(session)[estimate.strategy]))
         elsewhere = {"output_dir": f"runs/{name}", "tracker": "auto"}
         assert parsed == advised | {k: v for k, v in elsewhere.items() if k in parsed}
     other = make_session(dataset="sklearn/digits", on_bad_image="skip", trust_remote_code=True)
@@ -118,8 +120,9 @@ def test_the_command_runs_the_advised_settings(advice: Advice, session: Session)
 
 def test_candidates_have_their_own_defaults_and_the_settings_that_were_changed(session: Session) -> None:
     candidates = find_candidates(session)
-    assert tuple(candidates) == STRATEGIES
-    for name, strategy in candidates.items():
+    assert tuple(candidates)[: len(STRATEGIES)] == STRATEGIES
+    for name in STRATEGIES:
+        strategy = candidates[name]
         given = changed_settings(strategy, make_strategy(name))
         assert given == {k: v for k, v in {"epochs": 2, "tracker": "none"}.items() if k in to_settings(strategy)}
     lora = make_strategy("lora")
@@ -127,6 +130,14 @@ def test_candidates_have_their_own_defaults_and_the_settings_that_were_changed(s
     changed = session.with_strategy(replace_settings(session.config.strategy, {"lr": 5e-5}))
     assert to_settings(find_candidates(changed)["lora"])["lr"] == 5e-5  # the user's value wins
     assert to_k(candidates["last_layers"]) <= len(session.chain)
+
+
+def test_advice_compares_the_candidates_of_auto(session: Session) -> None:
+    """With their settings, except that a run of its own may select an epoch."""
+    candidates = find_candidates(session)
+    for candidate in list_candidates(session):
+        kept = changed_settings(candidate.strategy, candidates[candidate.name])
+        assert set(kept) <= {"keep_last_epoch"}, candidate.name
 
 
 def test_activation_bytes_shrink_with_a_later_cut_and_flags_stay() -> None:

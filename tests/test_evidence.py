@@ -20,6 +20,7 @@ from hf_transfer.choosing.evidence import (
 )
 from hf_transfer.choosing.forward_stats import _record_batchnorm_inputs, measure_forward
 from hf_transfer.choosing.similarity import compute_label_information, measure_similarity
+from hf_transfer.choosing.step_speed import measure_step_speed
 from hf_transfer.config import ModelConfig, RunConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.network.backbone import load
@@ -155,6 +156,17 @@ def test_speed_is_that_of_a_forward_in_the_runs_precision(session: Session) -> N
         measure_forward(change(session, precision=precision))
         handle.remove()
         assert seen == expected, precision
+
+
+def test_measuring_a_step_leaves_the_network_unchanged(session: Session) -> None:
+    model = session.chain.model
+    model.requires_grad_(False)
+    model.train()
+    before = state_of(model)
+    assert measure_step_speed(session) > 0
+    assert_same_state(before, state_of(model))
+    assert model.training
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
 def test_digits_are_like_digits_and_noise_is_not(session: Session) -> None:

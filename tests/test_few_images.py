@@ -129,6 +129,20 @@ def test_the_least_steps_cost_their_epochs_and_trial_runs_do_without() -> None:
     assert _shorten(make_strategy("full", min_steps=40), 2).training.min_steps == 0
 
 
+def test_steps_are_priced_by_their_own_speed() -> None:
+    session = make_session("full")
+
+    def price(epochs: int, speed: float | None) -> float:
+        pricing = Pricing(session=session, images_per_second=100.0, probe_seconds=0.0, step_images_per_second=speed)
+        found = make_strategy("full", epochs=epochs).price(pricing)
+        assert found is not None
+        return found.seconds
+
+    per_epoch = {speed: price(2, speed) - price(1, speed) for speed in (None, 100.0, 200.0)}
+    steps = 3 * len(session.data.train) / 100
+    assert per_epoch[None] == per_epoch[100.0] == pytest.approx(per_epoch[200.0] + steps / 2)
+
+
 def test_on_all_images_the_schedule_is_as_long_as_in_the_folds(monkeypatch: pytest.MonkeyPatch) -> None:
     """There, an epoch has more steps, but the number of epochs stays."""
     score = Score(quality=0.5, loss=1.0)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.choosing.candidates import find_candidates, make_command
+from hf_transfer.choosing.candidates import find_candidates, list_candidates, make_command
 from hf_transfer.choosing.evidence import Evidence, gather_evidence, read_head
 from hf_transfer.choosing.expected_accuracy import (
     MAX_ROWS,
@@ -29,7 +29,7 @@ from hf_transfer.choosing.expected_accuracy import (
     sample_rows,
 )
 from hf_transfer.choosing.pilots import Pilot, run_pilots
-from hf_transfer.choosing.rule import DataRegime, choose, expect_accuracy
+from hf_transfer.choosing.rule import RESIDUAL, TABLE, DataRegime, choose, expect_accuracy
 from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.choosing.similarity import Similarity, measure_similarity
 from hf_transfer.choosing.suggestions import Suggestion, suggest
@@ -54,7 +54,7 @@ SOURCE_WORDS: Mapping[Source, str] = {
 class Estimate:
     """The estimated accuracy and cost of one strategy. `source` tells whether the accuracy was measured or predicted."""
 
-    strategy: str
+    strategy: str  # with settings, if they are not the strategy's defaults, such as "probe_then_full lr=0.001"
     accuracy: float
     low: float  # 95 % interval
     high: float
@@ -172,7 +172,7 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
     curve = draw_learning_curve(features, labels, c=probe.c, seed=seed)
     speed = evidence.forward_stats.images_per_second
     pricing = Pricing(session=session, images_per_second=speed, probe_seconds=probe_seconds)
-    estimates = [_estimate_strategy(s, regime, probe, pricing) for s in candidates.values()]
+    estimates = [_estimate_strategy(name, s, regime, probe, pricing) for name, s in candidates.items()]
     return Advice(
         data_name=data.name,
         checkpoint=session.backbone.source.name,
@@ -221,9 +221,17 @@ def _score_depths(
     return tuple(scores)
 
 
-def _estimate_strategy(strategy: Strategy, regime: DataRegime, probe: CrossValidation, pricing: Pricing) -> Estimate:
-    name = strategy.name
-    accuracy, low, high = expect_accuracy(name, regime, (probe.accuracy, *probe.interval))
+def _estimate_strategy(
+    name: str, strategy: Strategy, regime: DataRegime, probe: CrossValidation, pricing: Pricing
+) -> Estimate:
+    contenders = {c.name: c.contender for c in list_candidates(pricing.session) if c.name not in TABLE}
+    accuracy, low, high = expect_accuracy(
+        name,
+        regime,
+        (probe.accuracy, *probe.interval),
+        table={**TABLE, **{key: contender.log_ratios for key, contender in contenders.items()}},
+        residual=contenders[name].spread if name in contenders else RESIDUAL,
+    )
     cost: Price | None = strategy.price(pricing)
     assert cost is not None
     return Estimate(

@@ -82,10 +82,16 @@ def list_candidates(session: Session) -> tuple[Candidate, ...]:
 
 
 def find_candidates(session: Session) -> dict[str, Strategy]:
-    """Returns all strategies of `rule.STRATEGIES` by name, cheapest first, with the settings that the session has changed."""
+    """Returns what `advise` compares, by name: the strategies of `rule.STRATEGIES`, then the contenders of `auto`.
+
+    They have the settings that the session has changed.
+    """
     own = session.config.strategy
     changed = changed_settings(own, type(own)())
     candidates = {name: _inherit(get_strategy(name)(), changed) for name in STRATEGIES}
+    for candidate in list_candidates(session):
+        strategy = replace_settings(candidate.strategy, {"keep_last_epoch": "keep_last_epoch" in changed})
+        candidates.setdefault(candidate.name, strategy)
     num_layers = len(session.chain)
     if to_k(candidates["last_layers"]) > num_layers:
         candidates["last_layers"] = replace_settings(candidates["last_layers"], {"k": num_layers})

@@ -27,6 +27,7 @@ from hf_transfer.choosing.judging import (
     plan_final,
     run_final,
 )
+from hf_transfer.choosing.step_speed import measure_step_speed
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
@@ -77,13 +78,16 @@ def _remove_older(session: Session) -> None:
 
 def list_entries(session: Session, advice: Advice, probe_qualities: NDArray[np.float64]) -> list[Entry]:
     """Returns the candidates with their expected gains and costs, in the order in which they are judged."""
-    measured = {"images_per_second": advice.images_per_second, "probe_seconds": advice.probe_seconds}
-    pricings = [
-        Pricing(session=session, **speeds) for speeds in (measured, {"images_per_second": 1.0, "probe_seconds": 0.0})
-    ]
+    measured = Pricing(
+        session=session,
+        images_per_second=advice.images_per_second,
+        probe_seconds=advice.probe_seconds,
+        step_images_per_second=measure_step_speed(session),
+    )
+    in_forwards = Pricing(session=session, images_per_second=1.0, probe_seconds=0.0)
     entries = []
     for candidate in list_candidates(session):
-        seconds, cost = run_on_main(partial(_estimate_seconds, candidate.strategy, pricings))
+        seconds, cost = run_on_main(partial(_estimate_seconds, candidate.strategy, (measured, in_forwards)))
         contender = candidate.contender
         log_ratio = float(advice.regime.weights @ np.array(contender.log_ratios))
         gain = expect_gain(log_ratio, contender.spread, probe_qualities)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from hf_transfer.choosing.advise import Advice
 from hf_transfer.choosing.rank import Ranking
-from hf_transfer.choosing.rule import STRATEGIES
 
 PREDICTOR_TITLES = {
     "knn": "kNN accuracy",
@@ -52,7 +51,7 @@ def format_advice(advice: Advice) -> str:
             _seconds(e.seconds),
             f"{e.memory_bytes / 1e9:.1f} GB",
         )
-        for e in sorted(advice.estimates, key=lambda e: STRATEGIES.index(e.strategy))
+        for e in advice.estimates
     ]
     lines += align(rows)
     if advice.pilots:

@@ -10,7 +10,7 @@ training setting that the user gives applies to every candidate. For other setti
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_transfer.config import EMBEDDED_CHECKPOINT, SECONDS, DataConfig, RunConfig, TrainingConfig
+from hf_transfer.config import SECONDS, RunConfig, TrainingConfig
 from hf_transfer.settings import flag
 from hf_transfer.strategy import GradientStrategy
 
@@ -19,13 +19,8 @@ if TYPE_CHECKING:
     from hf_transfer.training.final_fit import FinalFit
     from hf_transfer.training.records import RunResult
 
-SELECTING = (
-    "select_by",
-    "wise_ft",
-    "early_stopping_patience",
-)  # settings by which validation images choose the weights
-
-EXAMPLE_BUDGET_S = 90.0  # estimates are high for a tiny network: the example takes less than a minute
+# Settings by which validation images choose the weights.
+SELECTING = ("select_by", "wise_ft", "early_stopping_patience")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +29,7 @@ class Auto(GradientStrategy):
 
     budget_s: float | None = flag(
         None,
-        "approximate limit in seconds for all runs together; none: no limit, but 90 s for the example without arguments",
+        "approximate limit in seconds for all runs together; none: no limit",
         allowed=SECONDS,
     )
 
@@ -59,6 +54,4 @@ class Auto(GradientStrategy):
         """Trains a linear probe and the candidates, and returns the best result."""
         from hf_transfer.choosing.decide import choose_and_run
 
-        data, checkpoint = session.config.data, session.config.model.checkpoint
-        is_example = (data, checkpoint) == (DataConfig(seed=data.seed), EMBEDDED_CHECKPOINT)
-        return choose_and_run(session, budget_s=self.budget_s or (EXAMPLE_BUDGET_S if is_example else None))
+        return choose_and_run(session, budget_s=self.budget_s)

@@ -39,6 +39,7 @@ class Pricing:
     session: Session
     images_per_second: float  # of a forward pass in the precision of the run
     probe_seconds: float  # time of the solver for one head
+    step_images_per_second: float | None = None  # of a forward pass within a training step; None: `images_per_second`
 
     def price_probe(self) -> Price:
         """Estimates a linear probe: one pass over the images, and one solved head. Existing caches reduce the true cost."""
@@ -66,7 +67,8 @@ class Pricing:
         weights = sum(sizes.values())
         trained = sum(sizes[n] for n in names) if trained_share is None else int(trained_share * weights)
         train, validation = len(data.train), len(data.validation)
-        epoch = self._share_above(cut) * (forwards * train + validation) / self.images_per_second
+        step_speed = self.step_images_per_second or self.images_per_second
+        epoch = self._share_above(cut) * (forwards * train / step_speed + validation / self.images_per_second)
         epochs = count_epochs(self.session, training.epochs, min_steps=training.min_steps)
         first = passes * self._pass_seconds + (self.probe_seconds if solves_head else 0.0)
         # At the end, the validation logits of the last epoch are compared with those of the saved network.
