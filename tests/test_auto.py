@@ -11,6 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 import hf_transfer as ht
@@ -18,7 +19,7 @@ from hf_transfer.choosing import candidates, contest, decide
 from hf_transfer.choosing.candidates import Candidate, Contender, list_candidates
 from hf_transfer.choosing.contest import Allowance, Budget, Contest, Entry, sort_entries
 from hf_transfer.choosing.gain import expect_gain, find_best, measure_gain, probability_above, update
-from hf_transfer.choosing.judging import divide_images, hold_out_validation
+from hf_transfer.choosing.judging import Division, divide_images, hold_out_validation
 from hf_transfer.flags import parse
 from hf_transfer.repeats import run_config
 from hf_transfer.settings import to_settings
@@ -49,7 +50,7 @@ def expect(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
     """Lets auto compare these strategies, and expect these gains so firmly that measurements do not matter."""
     monkeypatch.setattr(candidates, "AUTO", [contender(name, gain) for name, gain in gains.items()])
 
-    def expected(log_ratio: float, spread: float, probe_qualities: Any) -> Gain:
+    def expected(log_ratio: float, spread: float, probe_error: float) -> Gain:
         return Gain(mean=log_ratio, error=1e-6)
 
     monkeypatch.setattr(decide, "expect_gain", expected)
@@ -127,17 +128,17 @@ def test_a_gain_of_no_image_still_has_an_error() -> None:
 
 
 def test_the_expected_gain_is_a_share_of_the_probes_error() -> None:
-    poor, good = (expect_gain(-1.5, 0.3, np.arange(100) >= misses) for misses in (40, 4))
-    assert poor.mean == pytest.approx(40.5 / 101 * (1 - np.exp(-1.5)))
-    assert poor.error == pytest.approx(40.5 / 101 * 0.3)
-    assert poor.mean / good.mean == pytest.approx(40.5 / 4.5)
-    assert poor.error / good.error == pytest.approx(40.5 / 4.5)
-    assert expect_gain(0.0, 0.3, np.ones(3)).mean == 0
+    poor, good = (expect_gain(-1.5, 0.3, error) for error in (0.4, 0.04))
+    assert poor.mean == pytest.approx(0.4 * (1 - np.exp(-1.5)))
+    assert poor.error == pytest.approx(0.4 * 0.3)
+    assert poor.mean / good.mean == pytest.approx(10)
+    assert poor.error / good.error == pytest.approx(10)
+    assert expect_gain(0.0, 0.3, 0.1).mean == 0
 
 
 def test_two_lucky_images_of_twenty_do_not_outweigh_an_expected_loss() -> None:
     """Few images like those of pretraining, where full fine-tuning is expected to make more errors than the probe."""
-    prior = expect_gain(0.55, 0.37, np.arange(20) >= 5)
+    prior = expect_gain(0.55, 0.37, 5.5 / 21)
     lucky = measure_gain(np.array([1.0] * 3 + [-1.0] + [0.0] * 16))
     assert prior.mean < -0.1
     assert update(prior, lucky).mean < 0
@@ -183,21 +184,33 @@ def test_a_budget_decides_how_much_of_a_candidate_runs(
     """A run takes 10 s, and a run on all images 13.3 s."""
     division = divide_images(read_data(make_config("auto", images_per_class=4).data), 0)
     session = make_session("auto", **FEW)
-    own = Contest(session=session, division=division, probe_qualities=np.ones(40), budget=Budget(left_s))
+    own = Contest(session=session, division=division, probe_logits=predict(division), budget=Budget(left_s))
     allowance = own._allow(make_entry(), left_s)
     found = allowance and (allowance.division.judged_by, allowance.num_runs, allowance.has_final)
     assert found == expected
 
 
-def test_nothing_runs_where_nothing_is_left_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
-    division = divide_images(read_data(make_config("auto", images_per_class=4).data), 0)
-    session = make_session("auto", **FEW)
+def predict(division: Division, *, misses: int = 0) -> NDArray[np.float32]:
+    """Logits (N, 10) for the images of the pool, right except for the first `misses` images."""
+    wanted = (division.pool.labels + (np.arange(len(division.pool)) < misses)) % 10
+    return np.eye(10, dtype=np.float32)[wanted]
+
+
+def test_nothing_runs_where_nothing_is_left_to_gain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session, few = make_session("auto", **FEW), read_data(make_config("auto", images_per_class=9).data)
+    many = divide_images(read_data(make_config("auto", images_per_class=10).data), 0)
     monkeypatch.setattr(Contest, "_allow", lambda *_: pytest.fail("the candidate was about to run"))
-    own = Contest(session=session, division=division, probe_qualities=np.ones(100), budget=Budget(None))
-    own.enter(make_entry())
+    own = Contest(session=session, division=many, probe_logits=predict(many), budget=Budget(None))
+    with caplog.at_level("INFO"):
+        own.enter(make_entry())
     assert [record.verdict for record in own.finish()] == ["nothing_to_gain"]
-    for qualities in (np.ones(90), np.arange(100) > 0):  # too few images to know, and an error on one of a hundred
-        monkeypatch.setattr(own, "probe_qualities", qualities.astype(float))
+    assert "the best so far has accuracy 100.0 %" in caplog.text
+    # 90 images are too few to know, and an error on one of 100 is 1 %.
+    for division, misses in ((divide_images(few, 0), 0), (many, 1)):
+        logits = predict(division, misses=misses)
+        own = Contest(session=session, division=division, probe_logits=logits, budget=Budget(None))
         with pytest.raises(pytest.fail.Exception):
             own.enter(make_entry())
 
@@ -240,7 +253,8 @@ def test_results_list_every_candidate(tuned: tuple[Path, dict[str, Any]]) -> Non
     assert results["metrics"]["validation"]["accuracy"] == pytest.approx(kept["quality"])
     assert results["metrics"]["validation"]["estimated_by"] == "folds"
     assert results["metrics"]["validation"]["num_samples"] == 40
-    assert "auto kept probe_then_full" in choice["reason"]
+    assert "auto kept probe_then_full: the highest expected gain in accuracy over the linear probe" in choice["reason"]
+    assert "points (95 % interval" in choice["reason"]
     assert not (folder / "so_far").exists()
     assert "on 40 images of 5 folds" in (folder / "model" / "README.md").read_text()
 

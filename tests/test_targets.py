@@ -421,6 +421,16 @@ def test_metrics_of_numbers_are_scikit_learns() -> None:
     assert found.mae_interval[0] < found.mae < found.mae_interval[1]
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_predictions_that_are_not_finite_have_no_metrics(broken: float) -> None:
+    """Unknown labels are left out, unknown predictions are not: without an error, R2 would be 1."""
+    values, labels = np.full((4, 1), broken), np.arange(4.0)[:, None]
+    with pytest.raises(ValueError, match="the logits of 4 of 4 images are nan or infinite"):
+        regression.RegressionOutcomes(predicted=values, labels=labels, scale=np.ones(1))
+    with pytest.raises(ValueError, match="the logits of 4 of 4 images are nan or infinite"):
+        MultiLabel(names=("a",)).read_outcomes(values.astype(np.float32), labels > 1)
+
+
 def test_r2_is_no_percentage() -> None:
     score = Score(quality=-0.25, loss=1.3, names=regression.NAMES)
     assert score.describe() == "R2 -0.250, squared error 1.3000"

@@ -1,8 +1,8 @@
 """Compares the candidates of `auto` with the linear probe, the one with the highest expected gain per second first.
 
 After each run, the posterior of the candidate's gain is updated (see `gain`). A candidate is stopped when the probability that
-its gain exceeds the best one so far is below 5 %. No more candidates start when the best so far errs on less than half a
-percent of the images. A budget decides before a candidate starts how much of it runs:
+its gain exceeds the best one so far is below 5 %. No more candidates start when the best so far lacks less than half a percent
+of the best possible quality. A budget decides before a candidate starts how much of it runs:
 
     all folds and the final fit; fewer folds and the final fit; the validation split and the final fit; the validation split
     alone, whose model is then kept as it is; nothing
@@ -11,12 +11,13 @@ percent of the images. A budget decides before a candidate starts how much of it
 import logging
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.choosing.candidates import Candidate
-from hf_transfer.choosing.gain import find_best, measure_gain, probability_above, update
+from hf_transfer.choosing.gain import find_best, probability_above, update
 from hf_transfer.choosing.judging import (
     Division,
     HeldOutResult,
@@ -25,7 +26,9 @@ from hf_transfer.choosing.judging import (
     run_held_out,
     run_once,
 )
+from hf_transfer.choosing.paired import Comparison, compare, find_error
 from hf_transfer.choosing.rule import WORTH
+from hf_transfer.metrics.records import Score
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.training.records import CandidateRecord, Gain, RunResult, Verdict
@@ -81,11 +84,11 @@ class Outcome:
 
 @dataclass
 class Contest:
-    """The candidates that were judged so far, on images whose quality under the probe is known."""
+    """The candidates that were judged so far, on images that the probe has predicted too."""
 
     session: Session
     division: Division
-    probe_qualities: NDArray[np.float64]  # (N,) of the pool, cross-validated
+    probe_logits: NDArray[np.float32]  # (N, K) of the pool, cross-validated; NaN: not predicted
     budget: Budget
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -103,8 +106,10 @@ class Contest:
     def enter(self, entry: Entry) -> None:
         """Runs a candidate as far as it fits into the budget and may become the best."""
         left_s = self.budget.left_s()
-        if (error := self._estimate_error()) < WORTH:
-            self._skip(entry, Verdict.NOTHING_TO_GAIN, left_s, f"the best so far errs on {100 * error:.1f} %")
+        quality, num_images = self._find_best_quality()
+        if find_error(self.division.pool.target, quality, num_images) < WORTH:
+            best = replace(self.probe_score, quality=quality)
+            self._skip(entry, Verdict.NOTHING_TO_GAIN, left_s, f"the best so far has {best.describe_quality()}")
             return
         allowance = self._allow(entry, left_s)
         if allowance is None:
@@ -128,14 +133,28 @@ class Contest:
             )
         return tuple(records)
 
-    def _estimate_error(self) -> float:
-        """Returns the share of the held-out images on which the best so far errs. Half an image is added."""
-        qualities = self.probe_qualities[np.isfinite(self.probe_qualities)]
-        count, quality = len(qualities), float(qualities.mean())
-        if self.best is not None:
-            assert self.best.record.quality is not None
-            count, quality = self.best.record.num_images, self.best.record.quality
-        return ((1 - quality) * count + 0.5) / (count + 1)
+    @cached_property
+    def probe_score(self) -> Score:
+        """The cross-validated score of the probe on all images that it predicted."""
+        pool, rows = self.division.pool, self._predicted
+        return pool.target.read_outcomes(self.probe_logits[rows], pool.labels[rows]).score
+
+    @property
+    def probe_error(self) -> float:
+        """What the predictions of the probe lack of the best possible quality."""
+        return find_error(self.division.pool.target, self.probe_score.quality, len(self._predicted))
+
+    @cached_property
+    def _predicted(self) -> NDArray[np.int64]:
+        return np.flatnonzero(np.isfinite(self.probe_logits).all(1))
+
+    def _find_best_quality(self) -> tuple[float, int]:
+        """Returns the quality of the best so far, and the number of images on which it was measured."""
+        if self.best is None:
+            return self.probe_score.quality, len(self._predicted)
+        record = self.best.record
+        assert record.quality is not None
+        return record.quality, record.num_images
 
     def _skip(self, entry: Entry, verdict: Verdict, left_s: float | None, reason: str) -> None:
         """Records a candidate that does not run."""
@@ -177,7 +196,7 @@ class Contest:
     def _judge(self, entry: Entry, allowance: Allowance) -> Outcome:
         """Trains the candidate without one part of the images after the other."""
         parts, results = allowance.division.parts, list[HeldOutResult]()
-        gain, posterior, verdict = None, entry.prior, Verdict.NOT_BETTER
+        posterior, verdict = entry.prior, Verdict.NOT_BETTER
         to_beat = WORTH if self.best is None else self.best.record.posterior.mean
         reserved = 0.0 if self.best is None else self.best.final_s
         for number in range(allowance.num_runs):
@@ -187,13 +206,12 @@ class Contest:
                 break
             if self.session.is_main:
                 log.info(
-                    "auto runs %s, part %d of %d, which may add %+.1f points (95 %% interval %+.1f to %+.1f)%s",
-                    entry.candidate.name, number + 1, len(parts), 100 * posterior.mean,
-                    *(100 * bound for bound in posterior.interval), "" if left_s is None else f": {_say_left(left_s)}",
+                    "auto runs %s, part %d of %d, which may add %s%s",
+                    entry.candidate.name, number + 1, len(parts), self._describe(posterior),
+                    "" if left_s is None else f": {_say_left(left_s)}",
                 )  # fmt: skip
             results.append(run_held_out(self.session, entry.candidate, parts[number]))
-            gain = measure_gain(self._compare(allowance.division, results))
-            posterior = update(entry.prior, gain)
+            posterior = update(entry.prior, self._compare(allowance.division, results).gain)
             if number + 1 < allowance.num_runs and probability_above(posterior, to_beat) < HOPELESS:
                 verdict = Verdict.UNLIKELY
                 break
@@ -215,33 +233,28 @@ class Contest:
         record = self._describe_judged(entry, allowance.division, [result], Verdict.NOT_BETTER)
         return Outcome(entry=entry, record=record, division=allowance.division, results=(result,), model=model)
 
-    def _compare(self, division: Division, results: list[HeldOutResult]) -> NDArray[np.float64]:
-        """Returns the quality minus the probe's (N,) for each image that a run held out."""
-        rows, qualities = self._read_qualities(division, results)
-        return qualities - self.probe_qualities[rows]
-
-    def _read_qualities(
-        self, division: Division, results: list[HeldOutResult]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Returns the rows of the held-out images in the pool, and how well each is predicted."""
-        pool = division.pool
+    def _compare(self, division: Division, results: list[HeldOutResult]) -> Comparison:
+        """Compares a candidate with the probe on the images that its runs held out."""
         rows = np.concatenate([part.rows for part in division.parts[: len(results)]])
         logits = np.concatenate([result.logits for result in results])
-        return rows, pool.target.read_outcomes(logits, pool.labels[rows]).qualities.astype(np.float64)
+        return compare(division.pool.target, division.pool.labels[rows], logits, self.probe_logits[rows])
+
+    def _describe(self, gain: Gain) -> str:
+        """Returns a gain with its interval as text: "+2.1 points (95 % interval +0.4 to +3.8)"."""
+        score = self.probe_score
+        low, high = map(score.format_gain, gain.interval)
+        return f"{score.format_gain(gain.mean)}{score.gain_unit} (95 % interval {low} to {high})"
 
     def _describe_judged(
         self, entry: Entry, division: Division, results: list[HeldOutResult], verdict: Verdict
     ) -> CandidateRecord:
-        rows, qualities = self._read_qualities(division, results)
-        probe = self.probe_qualities[rows]
-        gain = measure_gain(qualities - probe)
-        posterior = update(entry.prior, gain)
+        measured, score = self._compare(division, results), self.probe_score
+        posterior = update(entry.prior, measured.gain)
         if self.session.is_main:
             log.info(
-                "%s: %+.1f points against the probe on %d images; with what was expected, %+.1f points (95 %% interval "
-                "%+.1f to %+.1f)%s",
-                entry.candidate.name, 100 * gain.mean, len(rows), 100 * posterior.mean,
-                *(100 * bound for bound in posterior.interval),
+                "%s: %s%s against the probe on %d images; with what was expected, %s%s",
+                entry.candidate.name, score.format_gain(measured.gain.mean), score.gain_unit, measured.num_images,
+                self._describe(posterior),
                 ", stopped because it can hardly become the best" if verdict is Verdict.UNLIKELY else "",
             )  # fmt: skip
         return CandidateRecord(
@@ -253,10 +266,10 @@ class Contest:
             estimated_s=entry.estimated_s,
             judged_by=division.judged_by,
             runs=len(results),
-            num_images=len(rows),
-            quality=float(qualities.mean()),
-            probe_quality=float(probe.mean()),
-            gain=gain,
+            num_images=measured.num_images,
+            quality=measured.quality,
+            probe_quality=measured.probe_quality,
+            gain=measured.gain,
             seconds=sum(result.seconds for result in results),
         )
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.choosing.advise import Advice, advise
 from hf_transfer.choosing.candidates import find_candidates, list_candidates, make_command
 from hf_transfer.choosing.contest import Budget, Contest, Entry, Outcome, sort_entries
 from hf_transfer.choosing.gain import expect_gain
@@ -27,11 +26,11 @@ from hf_transfer.choosing.judging import (
     plan_final,
     run_final,
 )
+from hf_transfer.choosing.premises import Premises, gather_premises
 from hf_transfer.choosing.step_speed import measure_step_speed
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
-from hf_transfer.targets.target import check_classes
 from hf_transfer.training.evaluate import Scored, score_images
 from hf_transfer.training.feeds import check_augmentation
 from hf_transfer.training.pricing import Pricing
@@ -46,28 +45,25 @@ def choose_and_run(session: Session, *, budget_s: float | None) -> RunResult:
     The weights equal those of a run of the command in the result's `choice`, to the last bit. `budget_s` limits the estimated
     time of all runs. A run that has started is not interrupted.
     """
-    check_classes(session.data.target, "auto")
     check_augmentation(session, reads_pixels=True)  # candidates train the whole network
     budget = Budget(budget_s)
     run_on_main(lambda: _remove_older(session))
     with session.costs.part("advise"):
-        advice = advise(session)
-    session.costs.count_images("advise", int(advice.cost["images_computed"]))
-    if session.is_main:
-        log.info("advice: %s", advice.reason)
+        premises = gather_premises(session)
+    session.costs.count_images("advise", premises.images_computed)
     probe = find_candidates(session)["linear_probe"]
     probe_result = probe.run(probe.restart(session.without_test()))
     if session.save_so_far is not None:
         session.save_so_far(session.without_test().with_strategy(probe), probe_result)
-    division, qualities = _divide(session, probe_result)
-    contest = Contest(session=session, division=division, probe_qualities=qualities, budget=budget)
-    for entry in list_entries(session, advice, qualities):
+    division, logits = _divide(session, probe_result)
+    contest = Contest(session=session, division=division, probe_logits=logits, budget=budget)
+    for entry in list_entries(session, premises, contest.probe_error):
         contest.enter(entry)
     result = _train_best(session, contest, probe, probe_result)
-    details = {**result.details, "advice": _without_paths(advice.to_dict(), advice, session)}
-    command = _without_paths(result.choice.command if result.choice else "", advice, session)
+    advice = {} if premises.advice is None else {"advice": _without_paths(premises.advice.to_dict(), session)}
     assert result.choice is not None
-    return replace(result, choice=replace(result.choice, command=command), details=details)
+    choice = replace(result.choice, command=_without_paths(result.choice.command, session))
+    return replace(result, choice=choice, details={**result.details, **advice})
 
 
 def _remove_older(session: Session) -> None:
@@ -76,12 +72,12 @@ def _remove_older(session: Session) -> None:
         shutil.rmtree(session.checkpoints / AUTO_STATES, ignore_errors=True)
 
 
-def list_entries(session: Session, advice: Advice, probe_qualities: NDArray[np.float64]) -> list[Entry]:
+def list_entries(session: Session, premises: Premises, probe_error: float) -> list[Entry]:
     """Returns the candidates with their expected gains and costs, in the order in which they are judged."""
     measured = Pricing(
         session=session,
-        images_per_second=advice.images_per_second,
-        probe_seconds=advice.probe_seconds,
+        images_per_second=premises.images_per_second,
+        probe_seconds=premises.probe_seconds,
         step_images_per_second=measure_step_speed(session),
     )
     in_forwards = Pricing(session=session, images_per_second=1.0, probe_seconds=0.0)
@@ -89,8 +85,8 @@ def list_entries(session: Session, advice: Advice, probe_qualities: NDArray[np.f
     for candidate in list_candidates(session):
         seconds, cost = run_on_main(partial(_estimate_seconds, candidate.strategy, (measured, in_forwards)))
         contender = candidate.contender
-        log_ratio = float(advice.regime.weights @ np.array(contender.log_ratios))
-        gain = expect_gain(log_ratio, contender.spread, probe_qualities)
+        log_ratio = float(premises.regime.weights @ np.array(contender.log_ratios))
+        gain = expect_gain(log_ratio, premises.doubt * contender.spread, probe_error)
         own_cost = float("inf") if cost is None else cost
         entries.append(Entry(candidate=candidate, prior=gain, estimated_s=seconds, cost=own_cost))
     return sort_entries(entries)
@@ -101,20 +97,20 @@ def _estimate_seconds(strategy: Strategy, pricings: Sequence[Pricing]) -> list[f
     return [None if price is None else price.seconds for price in prices]
 
 
-def _divide(session: Session, probe: RunResult) -> tuple[Division, NDArray[np.float64]]:
-    """Returns the division of the images, and the quality (N,) of the probe's cross-validated predictions of the pool.
+def _divide(session: Session, probe: RunResult) -> tuple[Division, NDArray[np.float32]]:
+    """Returns the division of the images, and the logits (N, K) of the probe's cross-validated predictions of the pool.
 
-    If the probe predicted only validation images, the division has no folds, and the training images have quality NaN.
+    If the probe predicted only validation images, the division has no folds, and the training images have logits NaN.
     """
     division = divide_images(session.data, session.config.seed)
     if "train" not in probe.logits:
         division = hold_out_validation(division)
     pool, first = division.pool, len(session.data.train)
-    qualities = np.full(len(pool), np.nan)
-    for name, rows in (("train", np.arange(first)), ("validation", np.arange(first, len(pool)))):
+    logits = np.full((len(pool), pool.target.num_outputs), np.nan, np.float32)
+    for name, rows in (("train", slice(None, first)), ("validation", slice(first, None))):
         if name in probe.logits:
-            qualities[rows] = pool.target.read_outcomes(probe.logits[name], pool.labels[rows]).qualities
-    return division, qualities
+            logits[rows] = probe.logits[name]
+    return division, logits
 
 
 def _train_best(session: Session, contest: Contest, probe: Strategy, probe_result: RunResult) -> RunResult:
@@ -163,10 +159,11 @@ def _score_test(session: Session, result: RunResult) -> RunResult:
     return replace(result, metrics=metrics, logits=logits)
 
 
-def _without_paths(value: Any, advice: Advice, session: Session) -> Any:
+def _without_paths(value: Any, session: Session) -> Any:
     """Returns JSON values with public names in place of local paths, because results.json may be published."""
     config = session.config
-    names: Mapping[str, str] = {config.model.checkpoint: advice.checkpoint, config.data.dataset: session.data.name}
+    checkpoint = session.backbone.source.name
+    names: Mapping[str, str] = {config.model.checkpoint: checkpoint, config.data.dataset: session.data.name}
     if config.data.image_root is not None:
         names = {config.data.image_root: Path(config.data.image_root).name, **names}
 

@@ -22,6 +22,7 @@ from hf_transfer.prefix.extract import extract_images
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.taps import Tap, count_bytes
 from hf_transfer.session import Session
+from hf_transfer.targets.target import Labels
 from hf_transfer.training.readouts import tap_readouts
 
 NUM_DEPTHS = 4  # evenly spaced between the first layer and the last layer
@@ -44,7 +45,8 @@ class Depth:
 class Evidence:
     """The labels, features and pretrained logits of N images: first the train split, then the validation split."""
 
-    labels: NDArray[np.int64]  # (N,)
+    labels: Labels  # (N, ...) of the target
+    has_classes: bool  # whether the labels are class indices (N,)
     depths: tuple[Depth, ...]  # the last depth is native
     upstream_logits: NDArray[np.float32] | None  # (N, Z) of the pretrained head; None if the head is not linear
     forward_stats: ForwardStats
@@ -87,6 +89,7 @@ def gather_evidence(session: Session, *, head: LinearMap | None, readouts: bool 
     ]
     return Evidence(
         labels=np.concatenate([data.train.labels, data.validation.labels]),
+        has_classes=data.target.has_classes,
         depths=(*depths, native),
         upstream_logits=None if head is None else native.features @ head[0].T + head[1],
         forward_stats=measure_forward(session),

@@ -33,15 +33,15 @@ class ForwardStats:
 
 
 def measure_forward(session: Session) -> ForwardStats:
-    """Returns the statistics of a forward pass over a few training images, which are spread evenly over the classes.
+    """Returns the statistics of a forward pass over a few training images, which are spread evenly over the strata.
 
     Running statistics of the network do not change. BatchNorm inputs are recorded in fp32. If the run has another precision,
     a second forward pass measures the speed in this precision.
     """
     split, resources = session.data.train, session.resources
     count = min(len(split), MAX_IMAGES, max(MIN_IMAGES, round(MAX_SHARE * len(split))))
-    by_class = np.argsort(split.labels, kind="stable")
-    rows = np.sort(by_class[np.linspace(0, len(split) - 1, count).round().astype(int)]).astype(np.int64)
+    by_stratum = np.argsort(split.target.stratify(split.labels), kind="stable")
+    rows = np.sort(by_stratum[np.linspace(0, len(split) - 1, count).round().astype(int)]).astype(np.int64)
     images = EvaluationImages(split=split, preprocessing=session.preprocessing)
 
     def measure_speed(*, in_precision: bool) -> float:

@@ -1,7 +1,7 @@
 """Combines the expected and the measured gain of a strategy over the linear probe, both of them normal distributions.
 
     prior: what `rule` predicts from the probe's error, the similarity and the images per class, with the rule's own spread
-    measured: the mean difference on the same held-out images, with its standard error
+    measured: the difference on the same held-out images, with its standard error (see `paired`)
     posterior: the mean of both, weighted by 1 / variance
 
 On a dozen images, the prior decides; on thousands, the measurement does. Nothing is tested for significance: the highest
@@ -18,25 +18,24 @@ from hf_transfer.choosing.rule import WORTH
 from hf_transfer.training.records import Gain
 
 
-def expect_gain(log_ratio: float, spread: float, probe_qualities: NDArray[np.float64]) -> Gain:
-    """Returns the prior: the gain that is expected, given the probe's quality for each image (N,), such as hits.
+def expect_gain(log_ratio: float, spread: float, probe_error: float) -> Gain:
+    """Returns the prior: the gain that is expected, given the error of the probe, such as the share of misses.
 
     The expected error is the probe's error times exp(log_ratio), and `spread` is the standard deviation of this ratio on a new
-    data set. Half an image is added to the probe's error.
+    data set.
 
-    >>> gain = expect_gain(math.log(0.8), 0.2, np.array([1.0, 1.0, 0.0]))
-    >>> print(f"{gain.mean:.3f} +- {gain.error:.3f}")
-    0.075 +- 0.075
+    >>> gain = expect_gain(math.log(0.8), 0.2, 0.4)
+    >>> print(f"{gain.mean:.2f} +- {gain.error:.2f}")
+    0.08 +- 0.08
     """
-    error = (float((1 - probe_qualities).sum()) + 0.5) / (len(probe_qualities) + 1)
-    return Gain(mean=error * (1 - math.exp(log_ratio)), error=error * spread)
+    return Gain(mean=probe_error * (1 - math.exp(log_ratio)), error=probe_error * spread)
 
 
 def measure_gain(differences: NDArray[np.float64]) -> Gain:
-    """Returns the mean of `differences` (N,), the quality minus the probe's for each image, with its standard error.
+    """Returns the mean of `differences` (N,), hits (0 or 1) minus the probe's hits, with its standard error.
 
-    For hits, the squared differences count the images that only one of the two predicts correctly. One more such image is
-    added, so that the error is never 0.
+    The squared differences count the images that only one of the two predicts correctly. One more such image is added, so that
+    the error is never 0.
 
     >>> measure_gain(np.array([1.0, 0.0, 0.0, -1.0])).error == math.sqrt(3) / 4
     True

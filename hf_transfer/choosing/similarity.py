@@ -3,7 +3,7 @@
 | measure | needs | what it measures |
 |---|---|---|
 | confidence | a pretrained head | mean largest probability, which is highest on pretraining data (arXiv 1610.02136) |
-| label_information | a pretrained head | share of the labels' entropy explained: cross-fitted LEEP (arXiv 2002.12462) |
+| label_information | a pretrained head, classes | share of the labels' entropy explained: cross-fit LEEP (arXiv 2002.12462) |
 | batchnorm | running statistics | divergence of BatchNorm inputs from stored statistics (arXiv 1603.04779, 1912.08795) |
 
 ANCHORS scales each value to a score from 0 (different) to 1 (similar). The similarity is the mean of the available scores.
@@ -85,8 +85,9 @@ def measure_similarity(evidence: Evidence) -> Similarity:
             f"mean largest probability over {num_upstream} pretraining classes; entropy is {entropy:.2f} of the maximum"
         )
         measures.append(Measure.of("confidence", float(p.max(1).mean()), words))
-        words = "share of the labels' entropy that the pretrained head explains, on held-out images"
-        measures.append(Measure.of("label_information", compute_label_information(p, evidence.labels), words))
+        if evidence.has_classes:
+            words = "share of the labels' entropy that the pretrained head explains, on held-out images"
+            measures.append(Measure.of("label_information", compute_label_information(p, evidence.labels), words))
     stats = evidence.forward_stats
     if stats.batchnorm_distance is not None:
         words = f"divergence of BatchNorm inputs from the stored statistics in nats, on {stats.num_images} images"

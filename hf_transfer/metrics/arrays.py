@@ -1,4 +1,4 @@
-"""Converts tensors to arrays, and averages arrays with unknown values."""
+"""Converts tensors to arrays, checks predictions, and averages arrays with unknown values."""
 
 from typing import Any
 
@@ -25,3 +25,18 @@ def mean_of_known(values: NDArray[np.float64]) -> float:
     """
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else 0.0
+
+
+def check_finite(predictions: NDArray[np.float64]) -> None:
+    """Raises ValueError if `predictions` (N, K) of N images have NaN or infinite values, which metrics would leave out."""
+    num_broken = int((~np.isfinite(predictions)).any(axis=1).sum())
+    if num_broken:
+        raise ValueError(describe_broken(num_broken, len(predictions)))
+
+
+def describe_broken(num_broken: int, num_images: int) -> str:
+    """Returns the message for predictions that are not finite, with a remedy."""
+    return (
+        f"the logits of {num_broken} of {num_images} images are nan or infinite: "
+        "check the weights, lower the learning rate, or compute in float32"
+    )

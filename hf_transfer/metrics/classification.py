@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_transfer.metrics.arrays import to_numpy
+from hf_transfer.metrics.arrays import describe_broken, to_numpy
 from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, find_interval, resample_indices
 from hf_transfer.metrics.formulas import (
     ClassCounts,
@@ -155,10 +155,7 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
         log_probabilities[rows] = true_logit[:, 0] - log_normalizer
         confidences[rows] = np.exp(largest - log_normalizer)
     if num_broken:
-        raise ValueError(
-            f"the logits of {num_broken} of {num_samples} images are nan or infinite: "
-            "check the weights, lower the learning rate, or compute in float32"
-        )
+        raise ValueError(describe_broken(num_broken, num_samples))
     return Outcomes(
         labels=truth,
         predictions=predictions,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.metrics.arrays import mean_of_known
+from hf_transfer.metrics.arrays import check_finite, mean_of_known
 from hf_transfer.metrics.bootstrap import find_interval, resample_indices
 from hf_transfer.metrics.records import Metrics, Score
 
@@ -25,6 +25,9 @@ class MultiLabelOutcomes:
 
     logits: Floats
     labels: Floats
+
+    def __post_init__(self) -> None:
+        check_finite(self.logits)
 
     @property
     def score(self) -> Score:

@@ -47,8 +47,15 @@ class Score:
         >>> Score(quality=0.9, loss=0.3).describe()
         'accuracy 90.0 %, log-loss 0.3000'
         """
-        quality, loss = self.titles
-        return f"{quality} {self.format_quality()}, {loss} {self.loss:.4f}"
+        return f"{self.describe_quality()}, {self.titles[1]} {self.loss:.4f}"
+
+    def describe_quality(self) -> str:
+        """Returns the quality with its name as text.
+
+        >>> Score(quality=0.9, loss=0.3).describe_quality()
+        'accuracy 90.0 %'
+        """
+        return f"{self.titles[0]} {self.format_quality()}"
 
     def format_quality(self) -> str:
         """Returns the quality as text: a share in percent, any other quality as a number.
@@ -57,6 +64,19 @@ class Score:
         '0.900'
         """
         return f"{100 * self.quality:.1f} %" if self.is_share else f"{self.quality:.3f}"
+
+    def format_gain(self, gain: float) -> str:
+        """Returns a difference in quality as text: of shares in points.
+
+        >>> Score(quality=0.9, loss=0.3).format_gain(0.02)
+        '+2.0'
+        """
+        return f"{100 * gain:+.1f}" if self.is_share else f"{gain:+.3f}"
+
+    @property
+    def gain_unit(self) -> str:
+        """The unit of a difference in quality, after a space: " points" for shares."""
+        return " points" if self.is_share else ""
 
     @property
     def is_share(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.metrics.arrays import mean_of_known
+from hf_transfer.metrics.arrays import check_finite, mean_of_known
 from hf_transfer.metrics.bootstrap import find_interval, resample_indices
 from hf_transfer.metrics.records import Metrics, Score
 
@@ -26,6 +26,9 @@ class RegressionOutcomes:
     predicted: Floats
     labels: Floats
     scale: Floats
+
+    def __post_init__(self) -> None:
+        check_finite(self.predicted)
 
     @property
     def score(self) -> Score:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_transfer.metrics.formulas import count_images_to_tell_apart
-from hf_transfer.metrics.records import Metrics
+from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.reporting.report_results import find_interval
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
@@ -115,23 +115,25 @@ def describe_kept(phase: PhaseResult) -> str:
 
 def describe_choice(choice: AutoChoice) -> str:
     """Returns a sentence that says which strategy the strategy `auto` kept, and what it expects of each candidate."""
-    each = "; ".join(map(_describe_candidate, choice.candidates))
+    each = "; ".join(_describe_candidate(record, choice.probe) for record in choice.candidates)
     reason = (
-        "no candidate is expected to be better" if choice.strategy == "linear_probe" else "the highest expected gain"
+        "no candidate is expected to be better than the linear probe"
+        if choice.strategy == "linear_probe"
+        else f"the highest expected gain in {choice.probe.titles[0]} over the linear probe"
     )
     trained = "" if choice.trained_on_all else "; no time was left to train it on validation images too"
-    return f"auto kept {choice.kept}: {reason} over the linear probe; {each}{trained}"
+    return f"auto kept {choice.kept}: {reason}; {each}{trained}"
 
 
-def _describe_candidate(record: CandidateRecord) -> str:
-    """Returns the expected gain of a candidate over the probe, and what was measured."""
+def _describe_candidate(record: CandidateRecord, probe: Score) -> str:
+    """Returns the expected gain of a candidate over the probe, and what was measured. `probe` knows the unit."""
     if record.verdict is Verdict.OVER_BUDGET:
         needed = "" if record.estimated_s is None else f", one run of which needs about {record.estimated_s:.0f} s"
         return f"{record.name}{needed}, did not fit into the remaining {max(0.0, record.left_s or 0.0):.0f} s"
     if record.verdict is Verdict.NOTHING_TO_GAIN:
         return f"{record.name} did not run, because hardly any error was left"
     assert record.gain is not None
-    low, high = (100 * bound for bound in record.posterior.interval)
+    low, high = map(probe.format_gain, record.posterior.interval)
     place = (
         "the validation split"
         if record.judged_by is Judging.VALIDATION
@@ -139,8 +141,8 @@ def _describe_candidate(record: CandidateRecord) -> str:
     )
     stopped = ", stopped because it could hardly become the best" if record.verdict is Verdict.UNLIKELY else ""
     return (
-        f"{record.name} {100 * record.posterior.mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}; measured "
-        f"{100 * record.gain.mean:+.1f} on {record.num_images} images of {place}{stopped})"
+        f"{record.name} {probe.format_gain(record.posterior.mean)}{probe.gain_unit} (95 % interval {low} to {high}; measured "
+        f"{probe.format_gain(record.gain.mean)} on {record.num_images} images of {place}{stopped})"
     )
 
 

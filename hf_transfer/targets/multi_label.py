@@ -124,6 +124,10 @@ class MultiLabel(Target):
         """Returns the number of images (K,) that have each label."""
         return np.asarray((labels == 1).sum(0), np.int64)
 
+    def count_examples(self, labels: Labels) -> NDArray[np.float64]:
+        """Returns the number of images (K,) that have each label or, if there are fewer, that do not have it."""
+        return np.asarray(np.minimum((labels == 1).sum(0), (labels == 0).sum(0)), np.float64)
+
     def stratify(self, labels: Labels) -> NDArray[np.int64]:
         """Returns the rarest label of each image, so that splits and folds divide rare labels evenly.
 

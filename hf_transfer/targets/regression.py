@@ -121,6 +121,10 @@ class Regression(Target):
         ranks = labels[:, 0].argsort(kind="stable").argsort(kind="stable")
         return (ranks * count // max(1, len(labels))).astype(np.int64)
 
+    def count_examples(self, labels: Labels) -> NDArray[np.float64]:
+        """Returns half of the images (K,) in which each number is known: those above, or those below, its median."""
+        return np.asarray((~np.isnan(labels)).sum(0) / 2, np.float64)
+
     def describe_label(self, label: Any) -> str:
         """Returns the numbers, separated by commas."""
         return ", ".join(f"{value:.6g}" for value in label)

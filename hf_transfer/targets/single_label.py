@@ -123,6 +123,10 @@ class SingleLabel(Target):
         """Returns the number of images (K,) of each class."""
         return np.bincount(labels[labels >= 0], minlength=len(self.names)).astype(np.int64)
 
+    def count_examples(self, labels: Labels) -> NDArray[np.float64]:
+        """Returns the number of images (K,) of each class."""
+        return self.count(labels).astype(np.float64)
+
     def describe_label(self, label: Any) -> str:
         """Returns the name of the class."""
         return self.names[int(label)]

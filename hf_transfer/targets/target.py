@@ -89,6 +89,9 @@ class Target(ABC):
     metrics: ClassVar[tuple[MetricInfo, ...]]
     """The metrics to show. The first is the quality."""
 
+    best_quality: ClassVar[float] = 1.0
+    """The quality of perfect predictions, from which `auto` counts errors."""
+
     image_quality: ClassVar[str] = "quality"
     """The name of the mean of `Outcomes.qualities`, which may be another number than the first of `metrics`."""
 
@@ -171,6 +174,13 @@ class Target(ABC):
     def count(self, labels: Labels) -> NDArray[np.int64]:
         """Returns the number of images (K,) that have each label."""
         return np.full(len(self.names), len(labels), np.int64)
+
+    def count_examples(self, labels: Labels) -> NDArray[np.float64]:
+        """Returns how many images (K,) teach each output, in the sense of images per class.
+
+        An output with two sides, such as a number above or below its median, is taught as two classes are.
+        """
+        return np.full(len(self.names), len(labels) / 2)
 
     @abstractmethod
     def describe_label(self, label: Any) -> str:
@@ -359,8 +369,8 @@ def check_classes(target: Target, command: str) -> None:
     """Raises ValueError, in the name of a command that compares accuracies, if the target is not one class per image."""
     if not target.has_classes:
         raise ValueError(
-            f"{command} compares accuracies, and a {target.problem_type} target has none: train linear_probe, then last_layers"
-            " or full, and compare their metrics"
+            f"{command} compares accuracies, and a {target.problem_type} target has none: train auto, which compares strategies"
+            " for any target, or compare the metrics of runs"
         )
 
 

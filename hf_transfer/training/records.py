@@ -102,7 +102,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """What is known about the gain of a strategy over the linear probe in quality per image: a normal distribution."""
+    """What is known about the gain of a strategy over the linear probe in the target's quality: a normal distribution."""
 
     mean: float
     error: float  # standard deviation
@@ -143,7 +143,7 @@ class CandidateRecord:
     judged_by: Judging | None = None  # None: not started
     runs: int = 0  # finished runs, one for each fold
     num_images: int = 0  # held-out images of these runs
-    quality: float | None = None  # mean quality of these images, such as accuracy
+    quality: float | None = None  # on these images: accuracy, mean average precision, R2, ...
     probe_quality: float | None = None  # of the same images
     gain: Gain | None = None  # the measured gain on these images
     seconds: float = 0.0  # of these runs
