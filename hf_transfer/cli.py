@@ -538,11 +538,10 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def _report(given: argparse.Namespace) -> str:
     with fast_imports():
+        from hf_transfer.reporting.pages import check_page
         from hf_transfer.reporting.remake import compare_folders, remake_report
 
-    output = None if given.output is None else Path(given.output).expanduser()
-    if output is not None and not output.parent.is_dir():
-        raise ValueError(f"output={given.output!r}: give a file in a folder that exists")
+    output = check_page(given.output, "output")
     if len(given.runs) == 1:
         if given.json:
             raise ValueError("--json prints a comparison: give several runs, or read results.json of this run")
@@ -567,6 +566,7 @@ def _add_advise(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget_s", type=float, metavar="S", help="limit in seconds for --measure, or else for the recommended run"
     )
+    parser.add_argument("--report", metavar="FILE", help="also write the advice as an HTML page")
     _add_json(parser)
     _add_run_settings(parser, ("data", "model", "compute", "optimization", "augmentation", "training"))
 
@@ -575,17 +575,25 @@ def _advise(given: argparse.Namespace) -> str:
     with fast_imports():
         from hf_transfer.choosing.advise import advise
         from hf_transfer.choosing.table import format_advice
+        from hf_transfer.processes import run_on_main
+        from hf_transfer.reporting.advice_page import write_advice
+        from hf_transfer.reporting.pages import check_page
         from hf_transfer.runs import open_session
 
+    page = check_page(given.report)
     list_settings(default_config("auto"))["budget_s"].check(given.budget_s)
     session = open_session(_run_config(given))
     advice = advise(session, measure=given.measure, budget_s=given.budget_s)
-    return json.dumps(advice.to_dict(), indent=1) if given.json else format_advice(advice)
+    if page is not None:
+        run_on_main(lambda: write_advice(advice, page))
+    wrote = "" if page is None else f"\n\nwrote {page}"
+    return json.dumps(advice.to_dict(), indent=1) if given.json else format_advice(advice) + wrote
 
 
 def _add_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="Hub ids[@revision] or folders to compare")
     parser.add_argument("--sample", type=int, metavar="N", help="maximum number of images (default: 2000; 0: all)")
+    parser.add_argument("--report", metavar="FILE", help="also write the ranking as an HTML page")
     _add_json(parser)
     _add_trust(parser)
     add_settings(parser, [list_settings(ModelConfig())["image_size_px"]])
@@ -596,11 +604,18 @@ def _rank(given: argparse.Namespace) -> str:
     with fast_imports():
         from hf_transfer.choosing.rank import SAMPLE, rank
         from hf_transfer.choosing.table import format_ranking
+        from hf_transfer.processes import run_on_main
+        from hf_transfer.reporting.pages import check_page
+        from hf_transfer.reporting.ranking_page import write_ranking
 
+    page = check_page(given.report)
     ranking = rank(given.checkpoints, _run_config(given), sample=SAMPLE if given.sample is None else given.sample)
     if not ranking.rows:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in ranking.failures.items()))
-    return json.dumps(ranking.to_dict(), indent=1) if given.json else format_ranking(ranking)
+    if page is not None:
+        run_on_main(lambda: write_ranking(ranking, page))
+    wrote = "" if page is None else f"\n\nwrote {page}"
+    return json.dumps(ranking.to_dict(), indent=1) if given.json else format_ranking(ranking) + wrote
 
 
 # --- audit ------------------------------------------------------------------------------------------------------------

@@ -81,8 +81,12 @@ class Costs:
             images_per_second=rates,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else self._peak_bytes,
             memory_is="GPU memory allocated by torch" if on_gpu else "anonymous resident memory of this process",
-            device=torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            device=torch.cuda.get_device_name() if on_gpu else _describe_cpu(torch.get_num_threads()),
         )
+
+
+def _describe_cpu(threads: int) -> str:
+    return f"CPU, {threads} thread{'s' * (threads != 1)}"
 
 
 def _sample(costs: "weakref.ref[Costs]", stop: threading.Event) -> None:

@@ -3,19 +3,19 @@
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browser import drive, needs_chromium
 from PIL import Image
 from test_report import check_that_nothing_is_loaded
-from test_targets_of_runs import write_shapes
 
 import hf_transfer as ht
 from hf_transfer.cli import main
 from hf_transfer.metrics.bootstrap import mean_interval
+from hf_transfer.reporting.chain_picture import lay_out_chain
 from hf_transfer.reporting.feature_map import check_map_method, place_on_plane
 from hf_transfer.reporting.illustrations import EXPLAINED
 from hf_transfer.reporting.pictures import draw_pictures
@@ -27,8 +27,6 @@ from hf_transfer.reporting.saved_runs import illustrate_saved, read_saved_run
 from hf_transfer.reporting.settings_table import flatten
 from hf_transfer.reporting.verdict import describe_kept_model, give_verdict
 from hf_transfer.run import Run
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +91,8 @@ def test_cells_have_the_images_that_the_matrix_counts(run: Run) -> None:
     shown = np.zeros_like(matrix)
     names = run.backbone.target.names
     for image in images:
-        if image["cell"] is not None:
-            true, predicted = image["cell"]
+        for key in image["keys"]:
+            true, predicted = map(int, key.split(","))
             assert (names[true], names[predicted]) == (image["truth"], image["predicted"])
             assert image["split"] == "test"
             shown[true, predicted] += 1
@@ -233,36 +231,6 @@ def test_runs_on_other_images_are_not_compared(run: Run, tmp_path: Path) -> None
         compare_folders([run.folder, folder], tmp_path / "page.html")
 
 
-@pytest.mark.parametrize("kind", ["labels", "numbers"])
-def test_other_targets_show_what_fits(kind: str, tmp_path: Path) -> None:
-    columns: dict[str, Any] = {"problem_type": "multi_label_classification", "label_column": "shapes"}
-    if kind == "numbers":
-        columns = {"problem_type": "regression", "label_columns": ["brightness", "angle"]}
-    table = write_shapes(tmp_path)
-    folder = tmp_path / "run"
-    task = ht.Task(str(table), image_column="image", split_column="split", **columns)
-    finished = task.fit(ht.linear_probe(), output_dir=folder)
-    html = read_page(folder)
-    galleries, images = read_galleries(html), read_images(html)
-    title = "Most confident mistakes" if kind == "labels" else "Largest errors"
-    assert title in galleries
-    assert "Suspicious labels" not in galleries
-    assert "Map of the images" in html
-    assert ("Can the probabilities be trusted?" in html) is (kind == "labels")
-    assert all(image["cell"] is None for image in images)
-    assert data_of(folder, images[galleries[title][0]]) == images[galleries[title][0]]["truth"]
-    assert finished.test.num_samples == 16
-
-
-def data_of(folder: Path, image: dict[str, Any]) -> str:
-    """The label of an image in its data set, as text."""
-    data = read_saved_run(folder).data
-    assert data is not None
-    split = next(split for split in data.splits if split.name == image["split"])
-    row = next(i for i in range(len(split)) if split.image_name(i) == image["name"])
-    return split.target.describe_label(split.labels[row]) or "none"
-
-
 def test_a_map_places_similar_images_together() -> None:
     generator = np.random.default_rng(0)
     centers = np.repeat(np.eye(3, 50) * 10, 20, 0)
@@ -297,6 +265,19 @@ def test_the_verdict_follows_the_evidence(run: Run) -> None:
     poor = {**results, "metrics": {"test": scores}}
     steps = give_verdict(poor).next_steps
     assert any(step.startswith("Add labeled images of cat: 20.0 %") and "taken for dog" in step for step in steps)
+
+
+def test_a_stage_has_no_layers_that_it_has_not_grown(run: Run) -> None:
+    chain = run.backbone.chain()
+    names = [layer.name for layer in chain.layers]
+    phases = [
+        {"policy": f"stage 1 ({names[1]})", "cut": "pixels", "num_trainable": 5},
+        {"policy": "full", "cut": "pixels", "num_trainable": 50},
+    ]
+    picture = lay_out_chain(chain, phases)
+    assert picture is not None
+    assert [phase.last_grown for phase in picture.phases] == [1, len(names) - 1]
+    assert [phase.first_trained for phase in picture.phases] == [0, 0]
 
 
 def test_the_page_says_why_the_probe_was_kept() -> None:
@@ -337,8 +318,6 @@ def test_settings_are_a_table() -> None:
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 DRIVER = """
-const out = {};
-const press = (element, key) => element.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
 const rows = () => [...document.querySelectorAll("table.matrix tbody tr")].map((row) => row.cells[0].textContent);
 const order = document.getElementById("order");
 const sort = (name) => { order.value = name; order.dispatchEvent(new Event("change")); return rows(); };
@@ -376,32 +355,13 @@ document.getElementById("heat").click();
 out.heat = picture.src !== plain && picture.src.startsWith("data:image/jpeg");
 document.getElementById("heat").click();
 out.heat = out.heat && picture.src === plain;
-out.unnamed = [...document.querySelectorAll("img, svg:not([aria-hidden])")].filter(
-  (each) => !each.alt && !each.getAttribute("aria-label")).length;
-out.errors = window.pageErrors;
-document.title = "done";
-const result = document.createElement("pre");
-result.id = "result";
-result.textContent = JSON.stringify(out);
-document.body.append(result);
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+@needs_chromium
 def test_page_in_a_browser(run: Run, tmp_path: Path) -> None:
     assert run.folder is not None
-    assert CHROMIUM is not None
-    html = read_page(run.folder)
-    listen = "<script>window.pageErrors = []; window.onerror = (m) => window.pageErrors.push(String(m));</script>"
-    driven = html.replace("<body>", f"<body>{listen}", 1).replace("</body>", f"<script>{DRIVER}</script></body>")
-    page = tmp_path / "driven.html"
-    page.write_text(driven, encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command = [CHROMIUM, *options, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
-    found = re.search(r'<pre id="result">(.*?)</pre>', dom, re.DOTALL)
-    assert found is not None, dom[-2000:]
-    out = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    out = drive(read_page(run.folder), DRIVER, tmp_path)
     assert out["errors"] == []
     names, matrix = list(run.backbone.target.names), np.array(run.test.confusion_matrix)
     assert out["listed"] == out["back"] == names

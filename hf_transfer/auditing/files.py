@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_transfer.auditing.page import render_page
+from hf_transfer.auditing.page import render_audit
 from hf_transfer.auditing.records import (
     DUPLICATE_COLUMNS,
     OUTLIER_COLUMNS,
@@ -49,7 +49,7 @@ def write_audit(result: AuditResult, splits: Sequence[Split], folder: Path) -> N
     (folder / AUDIT).unlink(missing_ok=True)
     for name, columns in TABLES.items():
         _write_table(folder / f"{name}.csv", columns, content[name])
-    (folder / "audit.html").write_text(render_page(result, splits), encoding="utf-8")
+    (folder / "audit.html").write_text(render_audit(result, splits, str(folder)), encoding="utf-8")
     (folder / AUDIT).write_text(
         json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
     )

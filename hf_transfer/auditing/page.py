@@ -4,58 +4,55 @@ The pictures are encoded again, so they carry no EXIF data. The page loads nothi
 CSV files have all of them.
 """
 
-import base64
-from collections.abc import Sequence
-from io import BytesIO
-
-from PIL import Image
+from collections.abc import Iterable, Sequence
 
 from hf_transfer.auditing.records import AuditResult
-from hf_transfer.auditing.summary import summarize
+from hf_transfer.auditing.summary import suggest_next_steps, summarize
 from hf_transfer.data.splits import Split
-from hf_transfer.reporting.formats import make_environment
+from hf_transfer.reporting.illustrations import BUDGET_BYTES
+from hf_transfer.reporting.pages import render_page
+from hf_transfer.reporting.pictures import draw_pictures
 
 MAX_SUSPECTED, MAX_PAIRS, MAX_OUTLIERS, MAX_ROWS = 200, 100, 60, 50
 PICTURE_PX = 144  # longest side
-_QUALITY = 75
+_WORDS = ("held-out", "features", "linear probe", "suspected label", "near copy")
+
+Key = tuple[str, str]
+"""The path and the split of an image."""
 
 
-def render_page(result: AuditResult, splits: Sequence[Split]) -> str:
-    """Returns the HTML page of `result`, with pictures of the images in `splits`."""
+def render_audit(result: AuditResult, splits: Sequence[Split], folder: str) -> str:
+    """Returns the HTML page of `result`, with pictures of the images in `splits`. `folder`: of the audit's files."""
     suspected, outliers = result.suspected_labels[:MAX_SUSPECTED], result.outliers[:MAX_OUTLIERS]
     pairs = result.duplicates[:MAX_PAIRS]
-    wanted = {(row.path, row.split) for row in suspected} | {(row.path, row.split) for row in outliers}
-    wanted |= {(pair.a, pair.split_a) for pair in pairs} | {(pair.b, pair.split_b) for pair in pairs}
-    pictures = _draw_pictures(splits, wanted)
-    return (
-        make_environment("auditing")
-        .get_template("audit.html.jinja")
-        .render(
-            result=result,
-            pictures=pictures,
-            lines=summarize(result),
-            max_rows=MAX_ROWS,
-            suspected=suspected,
-            pairs=pairs,
-            outliers=outliers,
-        )
+    wanted = [(row.path, row.split) for row in suspected]
+    wanted += [key for pair in pairs for key in ((pair.a, pair.split_a), (pair.b, pair.split_b))]
+    wanted += [(row.path, row.split) for row in outliers]
+    return render_page(
+        "audit.html.jinja",
+        room="auditing",
+        words=_WORDS,
+        result=result,
+        pictures=_draw_pictures(splits, dict.fromkeys(wanted)),
+        steps=suggest_next_steps(result, folder),
+        lines=summarize(result),
+        max_rows=MAX_ROWS,
+        suspected=suspected,
+        pairs=pairs,
+        outliers=outliers,
+        num_crossing=sum(pair.crosses_splits for pair in result.duplicates),
+        largest=max((row.counts["train"] for row in result.class_counts), default=1) or 1,
     )
 
 
-def _draw_pictures(splits: Sequence[Split], wanted: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Returns data URLs of small pictures of the images `wanted`, by (path, split)."""
-    urls: dict[tuple[str, str], str] = {}
-    for split in splits:
-        for i in range(len(split)):
-            key: tuple[str, str] = (split.image_name(i), split.name)
-            if key in wanted:
-                urls[key] = _encode(split.reduced_image(i, PICTURE_PX)[0])
-    return urls
-
-
-def _encode(image: Image.Image) -> str:
-    picture = image.copy()
-    picture.thumbnail((PICTURE_PX, PICTURE_PX))
-    buffer = BytesIO()
-    picture.save(buffer, "JPEG", quality=_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _draw_pictures(splits: Sequence[Split], wanted: Iterable[Key]) -> dict[Key, str]:
+    """Returns data URIs of small pictures of the images `wanted`, the most important first, within the budget of a page."""
+    places = {(split.image_name(i), split.name): (split, i) for split in splits for i in range(len(split))}
+    keys = [key for key in wanted if key in places]
+    drawn = draw_pictures([places[key] for key in keys], [PICTURE_PX] * len(keys))
+    kept: dict[Key, str] = {}
+    for key, picture in zip(keys, drawn, strict=True):
+        if sum(map(len, kept.values())) + len(picture) > BUDGET_BYTES:
+            break
+        kept[key] = picture
+    return kept

@@ -31,6 +31,41 @@ def summarize(result: AuditResult) -> list[str]:
     ]
 
 
+def suggest_next_steps(result: AuditResult, folder: str) -> list[str]:
+    """Returns sentences that say what to do about the findings, the most important first; at least one.
+
+    `folder`: where the CSV files of the audit are.
+    """
+    steps = []
+    if result.suspected_labels:
+        steps.append(
+            "Look at the suspected labels below, and delete the lines of those that are right from"
+            f" {folder}/suspected_labels.csv. `hf-transfer train` takes the file by --relabel, to use the suggested labels,"
+            " or by --exclude."
+        )
+    crossing = sum(pair.crosses_splits for pair in result.duplicates)
+    if crossing:
+        steps.append(
+            f"Leave out the copies across splits ({_count_pairs(crossing)}): --exclude {folder}/duplicates.csv. Test metrics"
+            " are optimistic if test images were trained on."
+        )
+    contradicting = sum(pair.contradicts for pair in result.duplicates)
+    if contradicting:
+        steps.append(f"Decide which label of copies with different labels is right ({_count_pairs(contradicting)}).")
+    if result.outliers:
+        steps.append(
+            "Look at the images unlike all others, some of which may not belong here:"
+            f" --exclude {folder}/outliers.csv leaves them out."
+        )
+    if result.confused_classes:
+        pair = result.confused_classes[0]
+        steps.append(
+            f"Check what tells {pair.a} and {pair.b} apart: {pair.mistaken:,} of their {pair.num_images:,} images are taken"
+            " for the other class. Clearer rules for labels, or one class in place of two, may help."
+        )
+    return steps or ["Nothing to mend was found. Go on with `hf-transfer advise` or `hf-transfer train auto`."]
+
+
 def _describe_labels(result: AuditResult) -> str:
     count = len(result.suspected_labels)
     if not result.judges_labels:
@@ -52,15 +87,15 @@ def _describe_copies(result: AuditResult) -> list[str]:
     kinds = Counter(pair.kind for pair in pairs)
     crossing = sum(pair.crosses_splits for pair in pairs)
     lines = [
-        f"duplicates: {len(pairs):,} pairs ({kinds['exact']:,} exact, {kinds['near']:,} near), {crossing:,} of them across"
-        " splits"
+        f"duplicates: {_count_pairs(len(pairs))} ({kinds['exact']:,} exact, {kinds['near']:,} near), {crossing:,} of them"
+        " across splits"
     ]
     contradicting = [pair for pair in pairs if pair.contradicts]
     if contradicting:
         first = contradicting[0]
         lines.append(
-            f"copies with different labels: {len(contradicting):,} pairs; first {first.a!r} ({first.label_a}) and {first.b!r}"
-            f" ({first.label_b})"
+            f"copies with different labels: {_count_pairs(len(contradicting))}; first {first.a!r} ({first.label_a}) and"
+            f" {first.b!r} ({first.label_b})"
         )
     tested = result.test_copies
     if tested is not None and tested.num_copies:
@@ -102,6 +137,10 @@ def _describe_sizes(result: AuditResult) -> list[str]:
         ("images that their EXIF orientation turns", len(result.rotated_images)),
     )
     return [f"{title}: {count:,}" for title, count in found if count]
+
+
+def _count_pairs(count: int) -> str:
+    return f"{count:,} pair{'s' * (count != 1)}"
 
 
 def _list_counts(counts: Counter[str]) -> str:

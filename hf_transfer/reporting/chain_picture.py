@@ -1,5 +1,6 @@
 """Describes, for the report, which layers of the chain each phase left frozen and which it trained."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,16 @@ class LayerBox:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseRow:
-    """One phase in the drawing: the layers from `first_trained` on may train, and those before are frozen."""
+    """One phase in the drawing: the layers from `first_trained` on may train, and those before are frozen.
+
+    A stage of a greedy stack had no layers after `last_grown` but a head of its own.
+    """
 
     policy: str
     cut: str
     first_trained: int
     num_trainable: int
+    last_grown: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,15 @@ def lay_out_chain(chain: Chain, plan: Sequence[Mapping[str, Any]]) -> ChainPictu
                 cut=phase["cut"],
                 first_trained=starts[phase["cut"]],
                 num_trainable=phase["num_trainable"],
+                last_grown=_find_last_grown(phase["policy"], [layer.name for layer in chain.layers]),
             )
             for phase in plan
         ),
     )
+
+
+def _find_last_grown(policy: str, layers: Sequence[str]) -> int:
+    """Returns the position of the last layer that the network had in a phase, from a policy such as "stage 1 (blocks.0)"."""
+    stage = re.fullmatch(r"stage \d+ \((.+)\)", policy)
+    grown = [i for i, name in enumerate(layers) if stage is not None and name in stage[1].split(", ")]
+    return max(grown, default=len(layers) - 1)

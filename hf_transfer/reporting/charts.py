@@ -63,6 +63,7 @@ class Line:
     name: str
     path: str
     marks: Sequence[tuple[float, float]]
+    is_reference: bool = False  # a line to compare with, which is no measurement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,21 @@ class Mark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dot:
+    """One point in units of the viewBox. `low` and `high` end the interval of its y value; `image` is shown if it is chosen."""
+
+    x: float
+    y: float
+    low: float | None
+    high: float | None
+    label: str
+    color: int
+    image: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Chart:
-    """The axes and lines of one entry of `curves` in results.json, ready for the template `chart.svg.jinja`."""
+    """Axes with lines and points, ready for the template `chart.svg.jinja`."""
 
     title: str
     x_label: str
@@ -85,6 +99,7 @@ class Chart:
     y_axis: Axis
     lines: Sequence[Line]
     marks: Sequence[Mark] = ()
+    dots: Sequence[Dot] = ()
 
 
 def lay_out_matrix(scores: Mapping[str, Any]) -> Matrix | None:
@@ -125,12 +140,8 @@ def lay_out_curve(curve: Mapping[str, Any], marks: Sequence[Mark] = ()) -> Chart
     if is_log and min(x for x, _ in points) <= 0:
         raise ValueError(f"the curve {curve['title']!r} has x <= 0 on a logarithmic axis: choose x_log=False")
     levels = [mark.value for mark in marks if mark.is_level]
-    y_low, y_high, y_ticks = _linear_scale([*(y for _, y in points), *levels], is_widened=True)
-    left = 14 + _CHARACTER_WIDTH * max(len(label) for _, label in y_ticks)
-    y_axis = Axis(low=y_low, high=y_high, start=HEIGHT - _BOTTOM, stop=_TOP, is_log=False, ticks=y_ticks)
-    xs = [x for x, _ in points]
-    low, high, x_ticks = _log_scale(xs) if is_log else _linear_scale(xs, is_widened=False)
-    x_axis = Axis(low=low, high=high, start=round(left, 1), stop=WIDTH - _RIGHT, is_log=is_log, ticks=x_ticks)
+    y_axis = make_y_axis([*(y for _, y in points), *levels])
+    x_axis = make_x_axis([x for x, _ in points], y_axis, is_log=is_log)
     return Chart(
         title=curve["title"],
         x_label=curve["x_label"],
@@ -138,8 +149,21 @@ def lay_out_curve(curve: Mapping[str, Any], marks: Sequence[Mark] = ()) -> Chart
         x_axis=x_axis,
         y_axis=y_axis,
         lines=[_line(name, points, x_axis, y_axis) for name, points in series],
-        marks=[mark for mark in marks if mark.is_level or low <= mark.value <= high],
+        marks=[mark for mark in marks if mark.is_level or x_axis.low <= mark.value <= x_axis.high],
     )
+
+
+def make_y_axis(values: Sequence[float]) -> Axis:
+    """Returns the vertical axis of values, whose bounds are ticks."""
+    low, high, ticks = _linear_scale(values, is_widened=True)
+    return Axis(low=low, high=high, start=HEIGHT - _BOTTOM, stop=_TOP, is_log=False, ticks=ticks)
+
+
+def make_x_axis(values: Sequence[float], y_axis: Axis, *, is_log: bool = False, is_widened: bool = False) -> Axis:
+    """Returns the horizontal axis of values, beside the tick labels of `y_axis`. `is_widened`: see `_linear_scale`."""
+    low, high, ticks = _log_scale(values) if is_log else _linear_scale(values, is_widened=is_widened)
+    left = 14 + _CHARACTER_WIDTH * max(len(label) for _, label in y_axis.ticks)
+    return Axis(low=low, high=high, start=round(left, 1), stop=WIDTH - _RIGHT, is_log=is_log, ticks=ticks)
 
 
 def draw_curve(curve: Mapping[str, Any]) -> str:

@@ -9,17 +9,18 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
-from hf_transfer.reporting.charts import HEIGHT, WIDTH, Chart, lay_out_curve
+from hf_transfer.reporting.charts import HEIGHT, WIDTH, Chart
 from hf_transfer.reporting.comparison import ComparedRun, Comparison
 from hf_transfer.reporting.formats import format_metric, format_seconds, make_environment
-from hf_transfer.reporting.illustrations import Gallery, ShownImage
+from hf_transfer.reporting.illustrations import Gallery, ShownImage, describe_decision
 from hf_transfer.reporting.page_images import write_image_data
 from hf_transfer.reporting.pictures import LARGE_PX, draw_pictures
+from hf_transfer.reporting.points import Point, draw_against_cost
+from hf_transfer.reporting.ranges import scale_of
 from hf_transfer.reporting.report import read_part
 from hf_transfer.targets.target import Target
 
 MAX_DIFFERENT = 12  # images of a gallery
-LOG_FROM = 10  # ratio of the longest to the shortest run from which the axis of seconds is logarithmic
 
 
 def write_comparison(comparison: Comparison, images: Split, targets: Sequence[Target], path: Path) -> None:
@@ -32,7 +33,7 @@ def write_comparison(comparison: Comparison, images: Split, targets: Sequence[Ta
             style=read_part("page.css"),
             script=read_part("page.js"),
             comparison=comparison,
-            rows=[_describe_row(comparison, run, is_first=i == 0) for i, run in enumerate(comparison.runs)],
+            rows=_describe_rows(comparison),
             chart=_draw_time(comparison),
             width=WIDTH,
             height=HEIGHT,
@@ -43,7 +44,24 @@ def write_comparison(comparison: Comparison, images: Split, targets: Sequence[Ta
     path.write_text(page, encoding="utf-8")
 
 
-def _describe_row(comparison: Comparison, run: ComparedRun, *, is_first: bool) -> Mapping[str, Any]:
+def _describe_rows(comparison: Comparison) -> list[Mapping[str, Any]]:
+    factor = 100 if comparison.metric.kind == "percent" else 1
+    bounds = [factor * bound for run in comparison.runs[1:] for bound in run.difference_interval]
+    scale = scale_of([0.0, *bounds])
+    rows: list[Mapping[str, Any]] = []
+    for i, run in enumerate(comparison.runs):
+        low, high = run.difference_interval
+        rows.append(
+            {
+                **_describe_run(comparison, run),
+                "difference": comparison.describe_difference(run) if i else "the baseline",
+                "range": scale.place(factor * low, factor * run.difference, factor * high, zero=0.0) if i else None,
+            }
+        )
+    return rows
+
+
+def _describe_run(comparison: Comparison, run: ComparedRun) -> Mapping[str, Any]:
     info = comparison.metric
     bounds = "" if run.interval is None else " to ".join(format_metric(x, info, has_unit=False) for x in run.interval)
     return {
@@ -53,25 +71,26 @@ def _describe_row(comparison: Comparison, run: ComparedRun, *, is_first: bool) -
         "value": format_metric(run.value, info),
         "interval": bounds,
         "seconds": format_seconds(run.seconds),
-        "difference": "the baseline" if is_first else comparison.describe_difference(run),
     }
 
 
 def _draw_time(comparison: Comparison) -> Chart:
-    seconds = [run.seconds for run in comparison.runs]
-    is_share = comparison.metric.kind == "percent"
-    title = f"{comparison.metric.title}{', %' if is_share else ''}"
-    return lay_out_curve(
-        {
-            "title": f"{comparison.metric.title} against seconds",
-            "x_label": "seconds of the whole run",
-            "y_label": title,
-            "x_log": min(seconds) > 0 and max(seconds) / min(seconds) >= LOG_FROM,
-            "series": [
-                {"name": run.name, "x": [run.seconds], "y": [100 * run.value if is_share else run.value]}
-                for run in comparison.runs
-            ],
-        }
+    factor = 100 if comparison.metric.kind == "percent" else 1
+    title = comparison.metric.title
+    points = [
+        Point(
+            x=run.seconds,
+            y=factor * run.value,
+            interval=None if run.interval is None else (factor * run.interval[0], factor * run.interval[1]),
+            number=number,
+        )
+        for number, run in enumerate(comparison.runs, 1)
+    ]
+    return draw_against_cost(
+        points,
+        title=f"{title} against seconds",
+        x_label="seconds of the whole run",
+        y_label=f"{title}{', %' if factor == 100 else ''}, with 95 % intervals",
     )
 
 
@@ -117,9 +136,9 @@ def _describe_images(
             name=images.image_name(i),
             split=images.name,
             truth=targets[0].describe_label(images.labels[i]) or "none",
-            predicted=targets[k].describe_label(decided[1][number]) or "none",
+            predicted=describe_decision(targets[k], decided[1][number]),
             is_right=None,
-            top=((f"({targets[0].describe_label(decided[0][number]) or 'none'})", ""),),
+            top=((f"({describe_decision(targets[0], decided[0][number])})", ""),),
             cell=None,
             picture=pictures[number],
         )

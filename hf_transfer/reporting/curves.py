@@ -1,12 +1,14 @@
 """Lists the curves of a report, and their marks: the probe as a line, the ends of phases, the kept epoch, and the chosen C."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 from hf_transfer.reporting.charts import Mark
 from hf_transfer.reporting.verdict import find_probe_score
 
+SHARES = ("accuracy", "mean average precision")  # how the y label of charts of shares ends
 C_LABEL = "C ("  # how the x label of charts against C begins, see `training.readouts`
 
 
@@ -39,6 +41,21 @@ def mark_curve(curve: Mapping[str, Any], results: Mapping[str, Any]) -> list[Mar
     if curve["x_label"] == "epoch" and plan:
         return [*_mark_epochs(plan, results.get("details", {}).get("phases", [])), *_mark_probe(curve["title"], plan)]
     return []
+
+
+def show_shares_in_percent(curve: Mapping[str, Any], marks: Sequence[Mark]) -> tuple[Mapping[str, Any], Sequence[Mark]]:
+    """Returns a curve and its marks with accuracies in percent, as in the tables of the page. Other curves stay as they are.
+
+    >>> curve = {"y_label": "Accuracy", "series": [{"name": "validation", "x": [1], "y": [0.5]}]}
+    >>> shown, _ = show_shares_in_percent(curve, [])
+    >>> shown["y_label"], shown["series"][0]["y"]
+    ('Accuracy, %', [50.0])
+    """
+    if not curve["y_label"].lower().endswith(SHARES):
+        return curve, marks
+    series = [{**line, "y": [None if y is None else 100 * y for y in line["y"]]} for line in curve["series"]]
+    levels = [replace(mark, value=100 * mark.value) if mark.is_level else mark for mark in marks]
+    return {**curve, "y_label": f"{curve['y_label']}, %", "series": series}, levels
 
 
 def _mark_epochs(plan: Sequence[Mapping[str, Any]], phases: Sequence[Mapping[str, Any]]) -> list[Mark]:

@@ -9,7 +9,7 @@ import math
 import re
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from hf_transfer.targets.target import MetricInfo
@@ -25,10 +25,11 @@ _MARKUP = re.compile(r"([\\`*\[\]|~$]|^[-+#=]|(?<![^\W_])_|_(?![^\W_]))")
 def make_environment(room: str, *, is_markdown: bool = False) -> Environment:
     """Returns the Jinja environment for the templates in the folder `room` of the package hf_transfer.
 
+    Templates of every room may import those of this room, such as the parts that all pages share.
     Templates escape text for Markdown if `is_markdown`, and for HTML and SVG otherwise. A missing variable is an error.
     """
     environment = Environment(
-        loader=PackageLoader("hf_transfer", room),
+        loader=ChoiceLoader([PackageLoader("hf_transfer", room), PackageLoader("hf_transfer", "reporting")]),
         autoescape=not is_markdown,
         finalize=escape_markdown if is_markdown else _replace_control,
         undefined=StrictUndefined,

@@ -20,6 +20,13 @@ from hf_transfer.network.chain import Chain
 from hf_transfer.prefix.store import Store
 from hf_transfer.reporting.chain_picture import ChainPicture, lay_out_chain
 from hf_transfer.reporting.feature_map import MapMethod, place_on_plane
+from hf_transfer.reporting.label_mistakes import (
+    LabelMistakes,
+    choose_label_mistakes,
+    find_label_mistakes,
+    name_mistakes,
+)
+from hf_transfer.reporting.number_plots import MAX_NUMBERS, NumberPlot, choose_plotted, list_numbers, plot_number
 from hf_transfer.reporting.pictures import LARGE_PX, SMALL_PX, draw_heat_maps, draw_pictures
 from hf_transfer.reporting.predictions import Activated, deactivate
 from hf_transfer.reporting.reliability import Bin, bin_beliefs
@@ -51,6 +58,12 @@ class ShownImage:
     cell: tuple[int, int] | None
     picture: str
     heat: str = ""
+    mistaken_labels: tuple[str, ...] = ()  # such as "missed 3": what buttons of the table of labels show
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The buttons that show this image."""
+        return self.mistaken_labels if self.cell is None else (*self.mistaken_labels, f"{self.cell[0]},{self.cell[1]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +96,8 @@ class Illustrations:
     bins: tuple[Bin, ...]
     chain: ChainPicture | None
     num_suspects: int
+    label_mistakes: tuple[LabelMistakes, ...] = ()  # of a target with any number of labels per image
+    number_plots: tuple[NumberPlot, ...] = ()  # of a target with numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +125,11 @@ def illustrate(
     logits = {name: deactivate(target, values) for name, values in activated.items()}
     predicted = join_predicted(splits, logits, results["metrics"])
     choice = choose_images(predicted, target)
+    mistakes, numbers = find_label_mistakes(predicted, target), list_numbers(predicted, target)
+    others = _join_unique([choice.others, choose_label_mistakes(mistakes)])
     mapped, features = _read_features(predicted, model)
-    images, number_of = _show_images(predicted, choice, mapped, model)
+    small = _join_unique([choose_plotted(numbers), mapped])
+    images, number_of = _show_images(predicted, choice, (others, small), model, name_mistakes(mistakes))
     scored = predicted.scored
     beliefs = target.list_beliefs(predicted.logits[scored], predicted.labels[scored])
     return Illustrations(
@@ -130,19 +148,33 @@ def illustrate(
         bins=() if beliefs is None else tuple(bin_beliefs(*beliefs)),
         chain=lay_out_chain(model.chain, results.get("plan", ())),
         num_suspects=choice.num_suspects,
+        label_mistakes=tuple(mistakes),
+        number_plots=tuple(plot_number(number, number_of) for number in numbers[:MAX_NUMBERS]),
     )
 
 
+def describe_decision(target: Target, decided: Any) -> str:
+    """Returns the decision on one image as text; numbers are rounded, since no network is right to six digits."""
+    if target.counts_labels:
+        return target.describe_label(decided) or "none"
+    return ", ".join(target.describe_value(float(value)) for value in decided)
+
+
 def _show_images(
-    predicted: Predicted, choice: Choice, mapped: Rows, model: FinishedModel
+    predicted: Predicted,
+    choice: Choice,
+    rest: tuple[Rows, Rows],
+    model: FinishedModel,
+    mistaken_labels: Mapping[int, tuple[str, ...]],
 ) -> tuple[list[ShownImage], dict[int, int]]:
     """Returns the images with their pictures, and the position of each image by its row.
 
-    Images of galleries come first, then those of cells, then those that only the map has. The budget cuts the last ones.
+    `rest`: images that buttons show, and small ones for the points of charts. Images of galleries come first, then the rest.
+    The budget cuts the last ones. `mistaken_labels`: see `ShownImage`, by row.
     """
     in_gallery = _join_unique([group.rows for group in choice.groups])
-    large = _join_unique([in_gallery, choice.others])
-    rows = _join_unique([large, mapped])
+    large = _join_unique([in_gallery, rest[0]])
+    rows = _join_unique([large, rest[1]])
     sizes = [LARGE_PX] * len(large) + [SMALL_PX] * (len(rows) - len(large))
     pictures = draw_pictures(_places(predicted, rows), sizes)
     explained = _join_unique([group.rows[:EXPLAINED] for group in choice.groups])
@@ -153,7 +185,7 @@ def _show_images(
         [len(p) + len(heat_of.get(row, "")) for row, p in zip(rows.tolist(), pictures, strict=True)]
     )
     kept = [k for k in range(len(rows)) if pictures[k] and sizes_bytes[k] <= BUDGET_BYTES]
-    describe = _Describer(predicted, choice, model.backbone.target)
+    describe = _Describer(predicted, choice, model.backbone.target, mistaken_labels)
     shown = [describe.make(int(rows[k]), pictures[k], heat_of.get(int(rows[k]), "")) for k in kept]
     return shown, {int(rows[k]): position for position, k in enumerate(kept)}
 
@@ -161,8 +193,15 @@ def _show_images(
 class _Describer:
     """Describes images with the words of the target."""
 
-    def __init__(self, predicted: Predicted, choice: Choice, target: Target) -> None:
+    def __init__(
+        self,
+        predicted: Predicted,
+        choice: Choice,
+        target: Target,
+        mistaken_labels: Mapping[int, tuple[str, ...]],
+    ) -> None:
         self._predicted, self._choice, self._target = predicted, choice, target
+        self._mistaken_labels = mistaken_labels
         logits = torch.from_numpy(predicted.logits)
         self._decided = target.decide(logits).numpy()
         self._activated = target.activate(logits)
@@ -173,18 +212,22 @@ class _Describer:
         split, i = self._predicted.places[row]
         target, is_right, cells = self._target, self._choice.is_right, self._choice.cells
         is_in_matrix = cells is not None and bool(self._predicted.is_scored[row])
+        is_one_number = not target.counts_labels and len(target.names) == 1  # which the decision says already
         return ShownImage(
             name=split.image_name(i),
             split=split.name,
             truth=target.describe_label(self._predicted.labels[row]) or "none",
-            predicted=target.describe_label(self._decided[row]) or "none",
+            predicted=describe_decision(target, self._decided[row]),
             is_right=None if is_right is None else bool(is_right[row]),
-            top=tuple(
+            top=()
+            if is_one_number
+            else tuple(
                 (target.names[k], target.describe_value(float(self._activated[row, k]))) for k in self._order[row]
             ),
             cell=(int(cells[row, 0]), int(cells[row, 1])) if is_in_matrix and cells is not None else None,
             picture=picture,
             heat=heat,
+            mistaken_labels=self._mistaken_labels.get(row, ()),
         )
 
 

@@ -49,7 +49,7 @@
     });
   }
 
-  // The images of one cell of the confusion matrix, or of one pair of classes.
+  // The images of one cell of the confusion matrix, of one pair of classes, or of the mistakes of one label.
   const panel = document.getElementById("cell");
   let opener = null;
   const close = () => {
@@ -59,7 +59,7 @@
   };
   const open = (button) => {
     const cell = button.dataset.cell;
-    const numbers = images.flatMap((image, i) => (image.cell && image.cell.join() === cell ? [i] : []));
+    const numbers = images.flatMap((image, i) => (image.keys.includes(cell) ? [i] : []));
     all("td.chosen").forEach((each) => each.classList.remove("chosen"));
     button.closest("td").classList.add("chosen");
     opener = button;
@@ -127,33 +127,34 @@
     });
   }
 
-  // The map: the pointer or the arrow keys choose a point, whose image is shown beside the map.
-  const map = document.getElementById("map");
-  if (map) {
-    const points = all(".point", map);
-    const side = document.getElementById("map-image");
-    const place = (point) => [Number(point.dataset.x), Number(point.dataset.y)];
-    const byX = [...points].sort((a, b) => place(a)[0] - place(b)[0]);
-    const byY = [...points].sort((a, b) => place(a)[1] - place(b)[1]);
-    let chosen = null;
+  // Maps and scatters: the pointer or the arrow keys choose a point, whose image is shown beside its charts.
+  all(".map").forEach((group) => {
+    const side = group.querySelector(".shown");
+    const points = all(".point[data-image]", group);
     const choose = (point) => {
-      if (chosen) chosen.classList.remove("chosen");
-      chosen = point;
-      point.classList.add("chosen");
+      points.forEach((each) => each.classList.toggle("chosen", each.dataset.image === point.dataset.image));
       side.replaceChildren(makeShot(Number(point.dataset.image)));
     };
     points.forEach((point) => {
       point.addEventListener("pointerenter", () => choose(point));
       point.addEventListener("click", () => choose(point));
     });
-    map.addEventListener("focus", () => chosen || choose(byX[0]));
-    map.addEventListener("keydown", (event) => {
-      const orders = { ArrowLeft: [byX, -1], ArrowRight: [byX, 1], ArrowUp: [byY, -1], ArrowDown: [byY, 1] };
-      if (!orders[event.key]) return;
-      event.preventDefault();
-      const [order, step] = orders[event.key];
-      const next = order.indexOf(chosen) + step;
-      choose(order[(next + order.length) % order.length]);
+    all("svg[tabindex]", group).forEach((chart) => {
+      const own = all(".point[data-image]", chart);
+      if (!own.length) return;
+      const place = (point) => [Number(point.dataset.x), Number(point.dataset.y)];
+      const byX = [...own].sort((a, b) => place(a)[0] - place(b)[0]);
+      const byY = [...own].sort((a, b) => place(a)[1] - place(b)[1]);
+      const chosen = () => own.find((point) => point.classList.contains("chosen"));
+      chart.addEventListener("focus", () => chosen() || choose(byX[0]));
+      chart.addEventListener("keydown", (event) => {
+        const orders = { ArrowLeft: [byX, -1], ArrowRight: [byX, 1], ArrowUp: [byY, -1], ArrowDown: [byY, 1] };
+        if (!orders[event.key]) return;
+        event.preventDefault();
+        const [order, step] = orders[event.key];
+        const next = order.indexOf(chosen()) + step;
+        choose(order[(next + order.length) % order.length]);
+      });
     });
-  }
+  });
 })();

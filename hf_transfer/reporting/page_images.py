@@ -46,7 +46,7 @@ def write_image_data(images: Sequence[ShownImage]) -> Markup:
             "predicted": image.predicted,
             "right": image.is_right,
             "top": image.top,
-            "cell": image.cell,
+            "keys": image.keys,
             "picture": image.picture,
             "heat": image.heat,
         }

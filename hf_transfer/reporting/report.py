@@ -14,10 +14,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from hf_transfer.reporting.candidates import lay_out_candidates
 from hf_transfer.reporting.charts import HEIGHT, WIDTH, lay_out_curve, lay_out_matrix
 from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.cost_table import lay_out_cost, list_by_name
-from hf_transfer.reporting.curves import list_curves, mark_curve
+from hf_transfer.reporting.curves import list_curves, mark_curve, show_shares_in_percent
 from hf_transfer.reporting.formats import format_metric, make_environment
 from hf_transfer.reporting.glossary import COSTS, METRICS, WORDS
 from hf_transfer.reporting.illustrations import Illustrations
@@ -85,12 +86,16 @@ def render_report(results: Mapping[str, Any], illustrations: Illustrations | Non
             network=_describe_outputs(results, scores),
             has_pairs="confusion_matrix" in scores,
             metrics=_lay_out_metrics(find_metrics(results), scores, validation),
-            charts=[lay_out_curve(curve, mark_curve(curve, results)) for curve in list_curves(results)],
+            charts=[
+                lay_out_curve(*show_shares_in_percent(curve, mark_curve(curve, results)))
+                for curve in list_curves(results)
+            ],
             width=WIDTH,
             height=HEIGHT,
             matrix=lay_out_matrix(scores),
             pairs=find_confused_pairs(scores),
             labels=lay_out_labels(scores),
+            candidates=lay_out_candidates(results.get("details", {}), find_metrics(results)[0]),
             cost=lay_out_cost(results.get("cost", {})),
             fingerprints=list_by_name(data["fingerprint"]),
             notes=[
@@ -124,6 +129,8 @@ def _lay_out_illustrations(illustrations: Illustrations | None) -> dict[str, Any
             "diagram": None,
             "chain": None,
             "has_heat": False,
+            "mistake_buttons": {},
+            "number_plots": (),
         }
     return {
         "galleries": illustrations.galleries,
@@ -132,6 +139,19 @@ def _lay_out_illustrations(illustrations: Illustrations | None) -> dict[str, Any
         "diagram": lay_out_diagram(illustrations.bins) if illustrations.bins else None,
         "chain": illustrations.chain,
         "has_heat": any(image.heat for image in illustrations.images),
+        "mistake_buttons": _make_buttons(illustrations),
+        "number_plots": illustrations.number_plots,
+    }
+
+
+def _make_buttons(illustrations: Illustrations) -> dict[str, list[tuple[str, str, int]]]:
+    """Returns, for each label, the (key, title, count) of the buttons that show its missed images and its false alarms."""
+    return {
+        each.label: [
+            (f"missed {k}", f"of {each.label} missed", len(each.missed)),
+            (f"extra {k}", f"wrongly labeled {each.label}", len(each.false_alarms)),
+        ]
+        for k, each in enumerate(illustrations.label_mistakes)
     }
 
 

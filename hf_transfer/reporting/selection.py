@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
@@ -91,10 +92,10 @@ def choose_images(predicted: Predicted, target: Target) -> Choice:
     groups, is_right, others = [], None, np.zeros(0, np.int64)
     worst = scored[np.argsort(-losses[scored], kind="stable")]
     if beliefs is None:
-        groups.append(_group("Largest errors", "The images with the largest loss.", worst))
+        groups.append(_group("Largest errors", "The images with the largest loss.", worst, total=0))
     else:
-        probabilities, hits = beliefs
-        is_right = np.asarray(((hits == 1) | np.isnan(hits)).all(1))
+        probabilities, _ = beliefs
+        is_right = _judge_decisions(predicted, target)
         worst = worst[~is_right[worst]]
         note = "Wrong predictions, the one that gives the truth the lowest probability first."
         groups.append(_group("Most confident mistakes", note, worst))
@@ -113,6 +114,13 @@ def choose_images(predicted: Predicted, target: Target) -> Choice:
         cells=cells,
         num_suspects=groups[-1].total if target.has_classes else 0,
     )
+
+
+def _judge_decisions(predicted: Predicted, target: Target) -> NDArray[np.bool_]:
+    """Returns a mask (N,) of the images on which every decision is right, by the target's own thresholds."""
+    decided = target.decide(torch.from_numpy(predicted.logits)).numpy().reshape(len(predicted), -1)
+    labels = predicted.labels.reshape(len(predicted), -1)
+    return np.asarray(((decided == labels) | np.isnan(labels)).all(1))
 
 
 def _group(title: str, note: str, rows: Rows, total: int | None = None) -> Group:

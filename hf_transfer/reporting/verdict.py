@@ -91,9 +91,10 @@ def find_probe_score(plan: Sequence[Mapping[str, Any]]) -> Mapping[str, float] |
 
 def _describe_last(phase: Mapping[str, Any], num_epochs: int) -> str:
     if phase["kept"] == "solution":
+        article = "" if phase["linear_model"].startswith("one ") else "a "
         return (
-            f"Kept: the linear probe, a {phase['linear_model']} on {phase['num_features']:,} frozen features. Held-out images "
-            f"chose the strength of its regularization, C = {phase['regularization_c']:.3g}."
+            f"Kept: the linear probe, {article}{phase['linear_model']} on {phase['num_features']:,} frozen features. Held-out "
+            f"images chose the strength of its regularization, C = {phase['regularization_c']:.3g}."
         )
     name = next(iter(phase["score"]))
     quality = f"validation {name.replace('_', ' ')} {_format_quality(name)(phase['score'][name])}"

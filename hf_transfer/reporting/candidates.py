@@ -1,0 +1,87 @@
+"""Lays out the candidates of the strategy `auto`: what each was expected to gain over the linear probe, and what it gained."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_transfer.reporting.formats import format_seconds
+from hf_transfer.reporting.ranges import Range, Scale, scale_of
+from hf_transfer.targets.target import MetricInfo
+from hf_transfer.training.records import Judging, Verdict
+
+VERDICTS = {
+    Verdict.KEPT: "kept: the highest expected gain",
+    Verdict.NOT_BETTER: "another model is expected to be as good or better",
+    Verdict.UNLIKELY: "stopped early: it could hardly become the best",
+    Verdict.OVER_BUDGET: "not started: its runs did not fit into the remaining time",
+    Verdict.NOTHING_TO_GAIN: "not started: hardly any error was left",
+}
+JUDGED_BY = {Judging.FOLDS: "folds", Judging.VALIDATION: "the validation split"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateRow:
+    """One candidate as text. `range`: the interval of its expected gain; None if it did not run."""
+
+    name: str
+    expected_before: str
+    measured: str
+    expected: str
+    range: Range | None
+    seconds: str
+    verdict: str
+    is_kept: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """The candidates, and what the gain is: `unit` such as "points of accuracy", or the name of a number."""
+
+    rows: Sequence[CandidateRow]
+    unit: str
+    images: str
+    kept: str
+
+
+def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidates | None:
+    """Returns the table of candidates from `details` of results.json, or None if the strategy was another one.
+
+    `info`: the main metric, in which gains are measured.
+    """
+    choice = details.get("auto")
+    if not choice or not choice["candidates"]:
+        return None
+    factor = 100 if info.kind == "percent" else 1
+    posteriors = [_bounds(row["posterior"], factor) for row in choice["candidates"] if row["gain"] is not None]
+    scale = scale_of([0.0, *(bound for each in posteriors for bound in each)])
+    judged = next((row for row in choice["candidates"] if row["judged_by"]), None)
+    return Candidates(
+        rows=[_describe(row, factor, scale) for row in choice["candidates"]],
+        unit=f"points of {info.title.lower()}" if factor == 100 else info.title,
+        images="" if judged is None else f"held-out images of {JUDGED_BY[judged['judged_by']]}",
+        kept=choice["kept"],
+    )
+
+
+def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow:
+    has_run = row["gain"] is not None
+    low, high = _bounds(row["posterior"], factor)
+    mean = factor * row["posterior"]["mean"]
+    return CandidateRow(
+        name=row["name"],
+        expected_before=_signed(factor * row["prior"]["mean"], factor),
+        measured=f"{_signed(factor * row['gain']['mean'], factor)} on {row['num_images']:,}" if has_run else "–",
+        expected=f"{_signed(mean, factor)} ({_signed(low, factor)} to {_signed(high, factor)})" if has_run else "–",
+        range=scale.place(low, mean, high, zero=0.0) if has_run else None,
+        seconds=format_seconds(row["seconds"]) if has_run else "–",
+        verdict=VERDICTS[Verdict(row["verdict"])],
+        is_kept=row["verdict"] == Verdict.KEPT,
+    )
+
+
+def _bounds(gain: Mapping[str, float], factor: int) -> tuple[float, float]:
+    return factor * (gain["mean"] - 1.96 * gain["error"]), factor * (gain["mean"] + 1.96 * gain["error"])
+
+
+def _signed(value: float, factor: int) -> str:
+    return f"{value:+.{1 if factor == 100 else 3}f}".replace("-", "−")
