@@ -71,7 +71,8 @@ def save(picture: np.ndarray, file: Path) -> None:
 
 def write_checkpoints(root: Path) -> None:
     """Writes the embedded checkpoint under the names of convolutional networks, and a small ViT under those of ViTs."""
-    shutil.copytree(EMBEDDED, root / "timm" / "mobilenetv2_100.ra_in1k")
+    for name in ("mobilenetv2_100.ra_in1k", "resnet18.a1_in1k"):
+        shutil.copytree(EMBEDDED, root / "timm" / name)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=3, num_classes=10)
     data = {"input_size": (3, 32, 32)}
     arguments = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3}
