@@ -75,6 +75,11 @@ class DataConfig(Settings):
         "use only the table rows that meet conditions on columns, such as \"site == 'north' and year >= 2020\"; operators ==, "
         "!=, <, <=, >, >= and in [a, b]; an empty cell meets no condition",
     )
+    streaming: bool = flag(
+        False,
+        "read parquet, arrow, WebDataset and Hub data sets in order, without a local copy, for data larger than the disk; "
+        "the results of the frozen layers must fit into the cache",
+    )
     train_split: str | None = flag(None, "name of the data set's training split, if not a usual name such as train")
     validation_split: str | None = flag(
         None, "name of the validation split in the data set; `none`: split validation images off the training split"

@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from hf_transfer.errors import count_noun
+
 SAMPLE_EVERY_S = 0.05
 
 
@@ -81,12 +83,8 @@ class Costs:
             images_per_second=rates,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else self._peak_bytes,
             memory_is="GPU memory allocated by torch" if on_gpu else "anonymous resident memory of this process",
-            device=torch.cuda.get_device_name() if on_gpu else _describe_cpu(torch.get_num_threads()),
+            device=torch.cuda.get_device_name() if on_gpu else f"CPU, {count_noun(torch.get_num_threads(), 'thread')}",
         )
-
-
-def _describe_cpu(threads: int) -> str:
-    return f"CPU, {threads} thread{'s' * (threads != 1)}"
 
 
 def _sample(costs: "weakref.ref[Costs]", stop: threading.Event) -> None:

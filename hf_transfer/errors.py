@@ -5,7 +5,6 @@ RuntimeError, ...). Status 130 or 143: SIGINT or SIGTERM ended the run. Any othe
 its traceback.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -17,6 +16,13 @@ from contextlib import contextmanager
 from hf_transfer.interrupts import Interrupted
 
 TRACEBACK = "HF_TRANSFER_TRACEBACK"  # environment variable; 1: print the traceback of every error
+
+# The end of every help text.
+EXIT_STATUS = """exit status:
+  0    done
+  1    the machine, the disk or the network failed, or some images cannot be read
+  2    the command, a file or the data has a mistake: the message says what is allowed
+  130  Ctrl-C (SIGINT); 143: SIGTERM. A run that was training saves its state first: the message says how to resume"""
 
 _UNSAFE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, bytes that are not UTF-8, line separators
 _REORDERING = frozenset({"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})  # of right-to-left text
@@ -68,16 +74,9 @@ def join_lines(text: str) -> str:
     return make_printable(" ".join(text.split()))
 
 
-def make_log_handler() -> logging.Handler:
-    """Returns a handler that writes each log message to stderr without characters that a terminal would obey."""
-
-    class Formatter(logging.Formatter):
-        def format(self, record: logging.LogRecord) -> str:
-            return "\n".join(map(make_printable, super().format(record).split("\n")))
-
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Formatter("%(message)s"))
-    return handler
+def count_noun(number: int, noun: str) -> str:
+    """Returns a number and a regular noun, such as "1 thread" or "2 threads"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def make_printable(line: str) -> str:

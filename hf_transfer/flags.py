@@ -1,21 +1,23 @@
 """Reads the settings of a run. Flags override the YAML file of `--config`, and the file overrides the strategy's defaults.
 
-    config = parse("lora", prog="lora.py", description=__doc__)
+    config = parse("lora", prog="lora.py", description=__doc__).config
 
-A user's mistake ends the program with status 2 and one line that says what is allowed. Heavy modules are not imported, so
-`--help` is fast.
+`--help` shows the most used settings, and `--help_all` shows all of them. A user's mistake ends the program with status 2 and
+one line that says what is allowed. Heavy modules are not imported, so `--help` is fast.
 """
 
 import argparse
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_transfer.config import RunConfig
-from hf_transfer.errors import join_lines
+from hf_transfer.config import RunConfig, StrategyConfig
+from hf_transfer.errors import EXIT_STATUS, join_lines
 from hf_transfer.locations import find_recipe
 from hf_transfer.settings import Setting, list_settings, replace_settings, suggest_name
 from hf_transfer.strategy import Strategy, default_config
@@ -24,6 +26,12 @@ MAX_CONFIG_BYTES = 10**6
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 ESSENTIAL = ("checkpoint", "dataset", "output_dir", "epochs", "lr", "images_per_class", "seed")
 NUM_ESSENTIAL = 5  # `--help` starts with the first five of ESSENTIAL that the strategy has
+COMMON = frozenset((  # what `--help` shows beside ESSENTIAL and the settings that only this strategy has
+    "optimizer", "weight_decay", "crop_scale", "hflip", "early_stopping_patience", "label_column", "images_per_class",
+    "validation_fraction", "seed", "image_size_px", "folds", "seeds", "batch_size", "num_workers", "precision", "cache_gb",
+    "overwrite_output_dir", "resume", "export", "push_to_hub",
+))  # fmt: skip
+_COMMON_TO_STRATEGIES = frozenset(list_settings(StrategyConfig()))
 GROUPS: Mapping[str, str] = {  # nested config -> title, in the order of `--help`
     "strategy": "this strategy",
     "adapter": "adapters",
@@ -50,45 +58,84 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {join_lines(message)}\n")
 
 
-def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[str] | None = None) -> RunConfig:
-    """Returns the settings of a run of the strategy called `name`.
+@dataclass(frozen=True, kw_only=True)
+class CommandLine:
+    """The settings of a run, and how the run reports: `is_quiet`: errors only; `prints_json`: results.json on stdout."""
+
+    config: RunConfig
+    is_quiet: bool
+    prints_json: bool
+
+
+def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[str] | None = None) -> CommandLine:
+    """Returns what the command line says about a run of the strategy called `name`.
 
     `arguments` defaults to the words of the command line. `--config` names a YAML file, or a recipe of this package.
     """
-    parser = Parser(prog=prog, description=description, usage=f"{prog} [--config FILE.yaml] [--SETTING VALUE ...]")
+    words = sys.argv[1:] if arguments is None else arguments
     default = default_config(name)
     settings = list_settings(default)
-    essential = [setting for n in ESSENTIAL if (setting := settings.get(n))][:NUM_ESSENTIAL]
-    group = parser.add_argument_group("most used")
-    group.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; flags override the file")
-    add_settings(group, essential)
-    for key, title in GROUPS.items():
-        rest = [s for s in settings.values() if s.group == key and s not in essential]
-        if rest:
-            add_settings(parser.add_argument_group(title), rest)
-    given, unknown = parser.parse_known_args(arguments)
+    parser = Parser(
+        prog=prog,
+        description=description,
+        usage=f"{prog} [--config FILE.yaml] [--SETTING VALUE ...]",
+        epilog=EXIT_STATUS,
+        add_help=False,
+    )
+    _add_groups(parser, settings, shows_all="--help_all" in words)
+    given, unknown = parser.parse_known_args(words)
     if unknown:
         word = next((u for u in unknown if u.startswith("-")), unknown[0])
         name = word.lstrip("-").partition("=")[0]
         parser.error(f"unknown argument {word}{suggest_name(name, settings, '--')}")
-    flags = {k: v for k, v in vars(given).items() if k != "config" and v is not None}
+    flags = {k: v for k, v in vars(given).items() if k in settings and v is not None}
     try:
         config = default if given.config is None else read_config(given.config, default)
         config = replace_settings(config, flags)
         assert isinstance(config.strategy, Strategy)
         config.strategy.check(config)
-        return config
+        return CommandLine(config=config, is_quiet=given.quiet, prints_json=given.json)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
 
 
-def add_settings(parser: Any, settings: Sequence[Setting]) -> None:
-    """Adds a flag for each setting. The value of a flag is None if the command line does not contain the flag."""
+def _add_groups(parser: Parser, settings: Mapping[str, Setting], *, shows_all: bool) -> None:
+    """Adds all flags, in groups. The help text shows all of them, or only the most used ones."""
+    essential = [setting for name in ESSENTIAL if (setting := settings.get(name))][:NUM_ESSENTIAL]
+    own = {s.name for s in settings.values() if s.group in ("strategy", "adapter")} - _COMMON_TO_STRATEGIES
+    group = parser.add_argument_group("most used")
+    group.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; flags override the file")
+    add_settings(group, essential, shows_ranges=shows_all)
+    for key, title in GROUPS.items():
+        rest = [s for s in settings.values() if s.group == key and s not in essential]
+        shown = [s for s in rest if shows_all or s.name in COMMON | own]
+        group = parser.add_argument_group(title)
+        add_settings(group, shown, shows_ranges=shows_all)
+        add_settings(group, [s for s in rest if s not in shown], is_hidden=True)
+    group = parser.add_argument_group("help and messages")
+    group.add_argument("--help", "-h", action="help", help="show the most used settings")
+    group.add_argument(
+        "--help_all", action="help", help=f"show all {len(settings)} settings, with their allowed values"
+    )
+    add_quiet(group)
+    group.add_argument("--json", action="store_true", help="print the content of results.json on stdout at the end")
+
+
+def add_quiet(parser: Any) -> None:
+    """Adds --quiet."""
+    parser.add_argument("--quiet", action="store_true", help="print errors only: no log lines and no progress bars")
+
+
+def add_settings(
+    parser: Any, settings: Sequence[Setting], *, shows_ranges: bool = True, is_hidden: bool = False
+) -> None:
+    """Adds a flag for each setting. The value of a flag is None if the command line does not contain the flag.
+
+    The help text shows the allowed numbers if `shows_ranges`, and leaves the setting out if `is_hidden`.
+    """
     for setting in settings:
-        text = setting.help.replace("%", "%%")
-        shown = "none" if setting.value is None else str(setting.value).replace("%", "%%")
-        numbers = f"; {setting.allowed.describe('value')}" if setting.allowed else ""
-        options: dict[str, Any] = {"default": None, "help": f"{text} (default: {shown}{numbers})"}
+        help_text = argparse.SUPPRESS if is_hidden else _describe(setting, shows_range=shows_ranges)
+        options: dict[str, Any] = {"default": None, "help": help_text}
         if setting.kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif setting.choices:
@@ -97,6 +144,16 @@ def add_settings(parser: Any, settings: Sequence[Setting]) -> None:
             options |= {"type": partial(_read_value, setting), "metavar": setting.kind.__name__.upper()}
             options |= {"nargs": "+"} if setting.is_list else {}
         parser.add_argument(f"--{setting.name}", **options)
+
+
+def _describe(setting: Setting, *, shows_range: bool) -> str:
+    """Returns the help text of a setting, with its default unless the text itself says the default."""
+    value = "none" if setting.value is None else str(setting.value)
+    facts = [] if setting.value is None and "default: " in setting.help else [f"default: {value}"]
+    if shows_range and setting.allowed:
+        facts.append(setting.allowed.describe("value"))
+    text = f"{setting.help} ({'; '.join(facts)})" if facts else setting.help
+    return text.replace("%", "%%")
 
 
 def _read_value(setting: Setting, text: str) -> Any:

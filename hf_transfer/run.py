@@ -1,4 +1,4 @@
-"""A finished run, in memory or in a folder: read its metrics, predict with its model, save it, and push it."""
+"""A finished run, in memory or in a folder: read its metrics, predict, embed and explain, save it, export it, and push it."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -7,23 +7,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
-from hf_transfer.config import ExportFormat, ExportPrecision
+from hf_transfer.config import ComputeConfig, ExplainBy, ExportFormat, ExportPrecision
+from hf_transfer.data.every_image import load_images
+from hf_transfer.displays import show_paragraph, show_table, show_title
 from hf_transfer.exporting.formats import ExportOptions
 from hf_transfer.exporting.records import ExportRecord
 from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.publish import PublishOptions, publish
-from hf_transfer.inference.predict import Prediction, find_images, load_saved, predict
+from hf_transfer.inference.embed import Pool, embed
+from hf_transfer.inference.heat_maps import Explanation, make_explainer
+from hf_transfer.inference.predict import ImageLike, Prediction, find_images, load_saved, predict
 from hf_transfer.locations import find_run
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import LOCK, find_free_folder, is_finished, lock_folder
+from hf_transfer.reporting.formats import format_metric
+from hf_transfer.reporting.report_results import find_metrics
 from hf_transfer.reporting.results import describe_run
+from hf_transfer.reporting.verdict import give_verdict
 from hf_transfer.runs import write_run
 from hf_transfer.session import Session
+from hf_transfer.targets.labels import listed
 from hf_transfer.training.records import RunResult
 
 
@@ -113,13 +124,52 @@ class Run:
         see `inference.predict.predict`. Raises ValueError for a path that does not exist, and for a coverage or error that the
         model cannot promise, and BadImageError for an image that cannot be read.
         """
-        given = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
-        inputs: list[Any] = []
-        for image in given:
-            inputs += find_images([image]) if isinstance(image, str | Path) else [image]
+        inputs = _list_images(images)
         return predict(
             self.backbone, inputs, top_k=top_k, batch_size=batch_size, coverage=coverage, max_error=max_error
         )
+
+    def embed(
+        self, images: Any, *, at: str = FEATURES, pool: Pool = "mean", batch_size: int = 32
+    ) -> NDArray[np.float32]:
+        """Returns the embeddings (N, *shape) of images, which `predict` describes: by default what the head reads.
+
+        `at`, `pool`: another cut, and the mean over its positions or the whole activation (see `inference.embed.embed`).
+        Embeddings are stored in the cache, and computed once. Raises ValueError for a path that does not exist, another type
+        of image, or a cut that the network does not have, and BadImageError for an image that cannot be read.
+
+        >>> import numpy as np, hf_transfer as ht
+        >>> run = ht.Task("sklearn/digits", images_per_class=10).fit(ht.linear_probe())
+        >>> embeddings = run.embed([np.zeros((8, 8, 3), np.uint8), np.full((8, 8, 3), 255, np.uint8)])
+        >>> len(embeddings), embeddings.dtype
+        (2, dtype('float32'))
+        """
+        split, compute = load_images(_list_images(images)), ComputeConfig(batch_size=batch_size)
+        return embed(self.backbone, split, at=at, pool=pool, compute=compute).store[:]
+
+    def explain(
+        self, images: Any, *, label: str | None = None, method: ExplainBy = "grad_cam", at: str | None = None
+    ) -> list[Explanation]:
+        """Returns for each image, as `predict` describes them, which regions speak for `label`, or for its most likely label.
+
+        `method`: Grad-CAM at the cut `at` (None: chosen, see `inference.explain.choose_map_cut`), or occlusion. Raises
+        ValueError for a path that does not exist, an unknown label, or a cut without a map of the image, and BadImageError for
+        an image that cannot be read.
+
+        >>> import numpy as np, hf_transfer as ht
+        >>> run = ht.Task("sklearn/digits", images_per_class=10).fit(ht.linear_probe())
+        >>> (explanation,) = run.explain(np.zeros((8, 8, 3), np.uint8), label="3")
+        >>> explanation.label, explanation.heat.shape, explanation.draw().size
+        ('3', (32, 32), (448, 224))
+        """
+        names = self.backbone.label_names
+        if label is not None and label not in names:
+            raise ValueError(f"label={label!r}: the model has no such label; choose one of {listed(names)}")
+        if at is not None and method == "occlusion":
+            raise ValueError(f"at={at!r}: occlusion needs no cut; omit `at`, or choose method='grad_cam'")
+        explainer, inputs = make_explainer(self.backbone, method=method, at=at), _list_images(images)
+        labels = [label] * len(inputs) if label else [p.labels[0] for p in predict(self.backbone, inputs, top_k=1)]
+        return list(explainer.explain(inputs, labels))
 
     def save(self, folder: str | Path) -> Path:
         """Writes config.yaml, results.json, model/ and report.html to `folder`, as a recipe does. Returns the folder.
@@ -166,11 +216,34 @@ class Run:
         published = publish(folder, repo_id, adapter=isinstance(self.backbone, Adapted), options=options)
         return published.url
 
+    def _repr_html_(self) -> str:
+        """Returns the result, the model that was kept, the metrics and what to do next, for notebooks."""
+        verdict = give_verdict(self.results)
+        interval = f", 95 % interval {verdict.interval}" if verdict.interval else ""
+        shown = f"{verdict.title} {verdict.value} {verdict.unit}".rstrip()
+        rows = [("metric", *self.metrics)]
+        for info in find_metrics(self.results):
+            values = [scores.get(info.key) for scores in self.results["metrics"].values()]
+            if any(value is not None for value in values):
+                rows.append((info.title, *("" if v is None else str(format_metric(v, info)) for v in values)))
+        next_steps = "".join(map(show_paragraph, verdict.next_steps))
+        title = show_title(f"{self.strategy}: {shown} on {verdict.images}{interval}")
+        return title + show_paragraph(verdict.kept) + show_table(rows) + next_steps
+
     def __repr__(self) -> str:
         qualities = ", ".join(
             f"{split} {m.score.titles[0]} {m.score.format_quality()}" for split, m in self.metrics.items()
         )
         return f"<Run {self.strategy}: {qualities}>"
+
+
+def _list_images(images: Any) -> list[ImageLike]:
+    """Returns the image files of paths and folders, and the PIL images and arrays, of one such item or a list of them."""
+    given = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    inputs: list[ImageLike] = []
+    for image in given:
+        inputs += find_images([image]) if isinstance(image, str | Path) else [image]
+    return inputs
 
 
 def load_run(folder: str | Path, *, trust_remote_code: bool = False) -> Run:

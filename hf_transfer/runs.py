@@ -14,11 +14,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_available, parse_flag_from_env, set_seed
 from safetensors import SafetensorError
 
-from hf_transfer import processes
+from hf_transfer import logs, processes
 from hf_transfer.config import Engine, GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.errors import ContinuableError, make_log_handler
+from hf_transfer.errors import ContinuableError, count_noun
 from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.flags import read_config
 from hf_transfer.hub.exports import export_saved
@@ -36,7 +36,8 @@ from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.illustrations import FinishedModel, Illustrations, illustrate
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, write_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_precision, describe_quality
+from hf_transfer.reporting.sentences import describe_precision, describe_quality, describe_scored_model
+from hf_transfer.reporting.verdict import describe_kept_model
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
@@ -48,8 +49,6 @@ from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
 log = logging.getLogger("hf_transfer")
 
-# These libraries log messages that users cannot act on.
-CHATTY = ("httpx", "httpx2", "timm", "datasets", "transformers", "evaluate")
 MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our name -> accelerate's name
 
 
@@ -171,8 +170,11 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
                 f"the results cannot be written to {session.output_dir} ({error}): free disk space, or make the folder "
                 "writable"
             ) from error
+        if kept := describe_kept_model(results):
+            log.info("%s", kept)
         for split, metrics in result.metrics.items():
-            log.info("%s: %s", split, describe_quality(metrics))
+            of_model = describe_scored_model(result, session.data) if split == "validation" else ""
+            log.info("%s: %s%s", split, describe_quality(metrics), of_model)
         if precision := describe_precision(
             result.metrics["test" if "test" in result.metrics else "validation"].to_dict()
         ):
@@ -287,12 +289,10 @@ def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:
     return not is_frozen and has_batchnorm(backbone.model)
 
 
-def start_logging() -> None:
-    """Sends log lines to stderr: all lines of the main process, but only errors of other processes and of chatty libraries."""
+def start_logging(*, is_quiet: bool = False) -> None:
+    """Sends log lines to stderr: all lines of the main process unless `is_quiet`, and only errors of other processes."""
     is_main = connect_processes().is_main_process
-    logging.basicConfig(level=logging.INFO if is_main else logging.ERROR, handlers=[make_log_handler()])
-    for name in CHATTY:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logs.start_logging(logging.INFO if is_main and not is_quiet else logging.ERROR)
 
 
 def connect_processes() -> PartialState:
@@ -316,7 +316,7 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     if accelerator.device.type == "cuda":  # torch's own default rounds the products of convolutions to TF32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = choices.tf32
     if accelerator.is_main_process:
-        log.info("computing on %s; %d CPU threads", choices.describe(), torch.get_num_threads())
+        log.info("computing on %s; %s", choices.describe(), count_noun(torch.get_num_threads(), "CPU thread"))
     started = get_int_from_env(["WORLD_SIZE"], 1)
     if started != accelerator.num_processes:
         raise RuntimeError(

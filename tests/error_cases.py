@@ -245,6 +245,7 @@ SETTINGS = (
     ErrorCase(
         trigger="more images per class than there are", command="train full --images_per_class 9999 --output_dir {}/run"
     ),
+    ErrorCase(trigger="timm's name of a checkpoint", command="train full --checkpoint resnet18 --output_dir {}/run"),
     ErrorCase(trigger="a checkpoint twice", command="rank embedded embedded"),
     ErrorCase(trigger="a negative sample", command="rank embedded --sample -1"),
     ErrorCase(trigger="no label to print", command="predict embedded x.png --top_k 0"),
@@ -432,6 +433,16 @@ DATA = (
             build=image_folder(),
         )
         for name, value in COLUMN_FLAGS
+    ),
+    ErrorCase(
+        trigger="`--streaming` for an image folder",
+        command="train full --dataset {}/data --streaming",
+        build=image_folder(),
+    ),
+    ErrorCase(
+        trigger="`--streaming` with a column of splits",
+        command="train full --dataset {}/data.parquet --streaming --split_column label",
+        build=table(),
     ),
     ErrorCase(
         trigger="`--image_root` for a table of images",

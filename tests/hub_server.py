@@ -350,7 +350,14 @@ class _Handler(BaseHTTPRequestHandler):
         content, by_lfs = stored
         tag = hashlib.sha256(content).hexdigest() if by_lfs else blob_id(content)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{tag}"', "X-Linked-ETag": f'"{tag}"'}
-        self._send(200, content, {**headers, "X-Linked-Size": str(len(content)), "Accept-Ranges": "bytes"})
+        headers |= {"X-Linked-Size": str(len(content)), "Accept-Ranges": "bytes"}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if wanted:
+            start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(content))
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            self._send(206, content[start:stop], headers)
+            return
+        self._send(200, content, headers)
 
 
 _NAME = r"([^/]+/[^/]+)"

@@ -106,7 +106,7 @@ def test_the_command_runs_the_advised_settings(advice: Advice, session: Session)
         program, train, name, *flags = shlex.split(estimate.command)
         assert (program, train, name) == ("hf-transfer", "train", estimate.strategy.split()[0])
         assert flags[flags.index("--images_per_class") + 1] == "8"
-        parsed = to_settings(parse(name, prog="test", description=None, arguments=flags))
+        parsed = to_settings(parse(name, prog="test", description=None, arguments=flags).config)
         advised = to_settings(replace(session.config, strategy=find_candidates(session)[estimate.strategy]))
         elsewhere = {"output_dir": f"runs/{name}", "tracker": "auto"}
         assert parsed == advised | {k: v for k, v in elsewhere.items() if k in parsed}

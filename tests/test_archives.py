@@ -240,5 +240,5 @@ def test_other_archives_in_a_folder_are_named_with_the_remedy(tmp_path: Path) ->
     source = folder(tmp_path / "pets")
     (tmp_path / "data").mkdir()
     shutil.make_archive(str(tmp_path / "data" / "pets"), "zip", source)
-    with pytest.raises(ValueError, match=r"no image in this folder.*'pets.zip', give the archive itself as --dataset"):
+    with pytest.raises(ValueError, match=r"no image in this folder.*'pets.zip', give the file itself as --dataset"):
         load(tmp_path / "data")

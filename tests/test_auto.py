@@ -63,7 +63,7 @@ def run_command(command: str, folder: Path) -> dict[str, Any]:
     """The results of the command in results.json, in this process."""
     program, train, name, *flags = shlex.split(command)
     assert (program, train) == ("hf-transfer", "train")
-    config = parse(name, prog="test", description=None, arguments=[*flags, "--output_dir", str(folder)])
+    config = parse(name, prog="test", description=None, arguments=[*flags, "--output_dir", str(folder)]).config
     session, _ = run_config(config, output_dir=folder)
     session.costs.stop()
     return dict(json.loads((folder / "results.json").read_text()))

@@ -16,6 +16,7 @@ from torch import nn
 
 from hf_transfer.network.backbone import load
 from hf_transfer.network.forward import compute_logits
+from hf_transfer.network.source import check_checkpoint
 from tests.families import FAMILIES, NUM_CLASSES, make_model, make_pixels
 
 OWN = tuple(f"own {i}" for i in range(NUM_CLASSES))
@@ -242,6 +243,28 @@ def test_a_snapshot_folder_of_the_cache_is_known_by_its_hub_id(cached_checkpoint
 
 
 # --- what cannot be loaded ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("resnet18", "timm/resnet18.a1_in1k or timm/resnet18.a2_in1k"),
+        ("resnet18.tv_in1k", "timm/resnet18.tv_in1k or timm/resnet18.a1_in1k"),
+        ("resnet18.no_such_tag@main", "timm/resnet18.a1_in1k or "),
+        ("mobilenetv2_100", "timm/mobilenetv2_100.ra_in1k"),
+    ],
+)
+def test_a_name_in_timm_suggests_the_ids_on_the_hub(name: str, first: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"is a name in timm, but neither a folder here nor a Hub id: choose "
+    ) as caught:
+        check_checkpoint(name)
+    assert str(caught.value).partition("choose ")[2].startswith(first)
+
+
+def test_a_name_that_timm_does_not_know_may_be_on_the_hub() -> None:
+    check_checkpoint("gpt2")
+    check_checkpoint("resnet81")
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18.a1_in1k", "google/vit-base-patch16-224@main", "gpt2"])

@@ -613,7 +613,7 @@ def test_any_yaml_file_is_settings_or_one_line(tmp_path_factory: pytest.TempPath
     errors = io.StringIO()
     with redirect_stderr(errors):
         try:
-            config = parse("lora", prog="try", description="", arguments=["--config", str(file)])
+            config = parse("lora", prog="try", description="", arguments=["--config", str(file)]).config
         except SystemExit:
             assert is_one_line(errors.getvalue())
         else:

@@ -30,6 +30,7 @@ from hf_transfer.prefix import cache, contents, layout, storage
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached, key_of
 from hf_transfer.prefix.contents import clear_caches, list_caches
 from hf_transfer.prefix.layout import Arrays
+from hf_transfer.prefix.progress import deal
 from hf_transfer.prefix.ranks import Ranks
 from hf_transfer.prefix.storage import Capacity, choose_storage, measure_capacity
 from hf_transfer.prefix.store import Array, Store
@@ -49,7 +50,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def content(start: int, count: int) -> dict[str, Array]:
-    rows = np.arange(start, start + count)
+    return content_of(np.arange(start, start + count))
+
+
+def content_of(rows: Array) -> dict[str, Array]:
     return {
         "features": (rows[:, None] * 10 + np.arange(3)).astype("float32"),
         "after:blocks.1/x": (rows[:, None, None] + np.arange(4).reshape(2, 2)).astype("uint8"),
@@ -57,8 +61,8 @@ def content(start: int, count: int) -> dict[str, Array]:
 
 
 def fill(missing: MissingRows) -> None:
-    for name, values in content(missing.start, len(missing.arrays["features"])).items():
-        missing.arrays[name][missing.positions] = values[missing.positions]
+    for name, values in content_of(missing.rows).items():
+        missing.arrays[name][missing.rows] = values
 
 
 def must_not_fill(missing: MissingRows) -> None:
@@ -78,7 +82,7 @@ def build(
 
 def build_bytes(name: str, num_bytes: int, *, bound_bytes: int | None = None) -> Store:
     def write(missing: MissingRows) -> None:
-        missing.arrays["x"][:] = len(name)
+        missing.arrays["x"][missing.rows] = np.full((1, num_bytes), len(name))
 
     arrays = {"x": ((num_bytes,), "uint8")}
     return cached({"name": name}, request(arrays, 1, write, bound_bytes=bound_bytes), name).stores["x"]
@@ -313,14 +317,17 @@ class Interrupting:
         self.limit, self.error, self.rows = limit, error or KeyboardInterrupt(), 0
 
     def __call__(self, missing: MissingRows) -> None:
-        values = content(missing.start, len(missing.arrays["features"]))
-        for batch in np.array_split(missing.positions, -(-len(missing.positions) // 10)):
+        for batch in np.array_split(missing.rows, -(-len(missing.rows) // 10)):
             if self.rows >= self.limit:
                 raise self.error
             for name, array in missing.arrays.items():
-                array[batch] = values[name][batch]
+                array[batch] = content_of(batch)[name]
             self.rows += len(batch)
             missing.mark(batch)
+
+
+CHUNK_OF_700 = layout.make_layout(700, 1, 1).chunk_rows
+STORED_OF_700 = 600 // CHUNK_OF_700 * CHUNK_OF_700  # rows in chunks that are finished when 600 rows are written
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), RuntimeError("out of memory")])
@@ -333,8 +340,8 @@ def test_an_interrupted_pass_is_continued_from_its_finished_chunks(
     rest = Interrupting(1000)
     with caplog.at_level(logging.INFO):
         stores = build(700, fill=rest)
-    assert rest.rows == 700 - 512
-    assert "continuing an interrupted job: 512 of 700 rows are stored" in caplog.text
+    assert rest.rows == 700 - STORED_OF_700
+    assert f"continuing an interrupted job: {STORED_OF_700} of 700 rows are stored" in caplog.text
     for name, values in content(0, 700).items():
         np.testing.assert_array_equal(stores[name][:], values)
     forget_verified()
@@ -355,7 +362,7 @@ def test_a_damaged_chunk_of_an_unfinished_store_is_computed_again(root: Path, da
         rows[3] += 1
         rows.flush()
     elif damage == "progress":
-        progress.write_bytes(b"\xff" + progress.read_bytes()[:-10])  # both lines
+        progress.write_bytes(b"\xff" + progress.read_bytes()[:-10])  # the first and the last line
     elif damage == "header":
         file.write_bytes(b"0" * 100 + file.read_bytes()[100:])
     elif damage == "shorter":
@@ -365,7 +372,8 @@ def test_a_damaged_chunk_of_an_unfinished_store_is_computed_again(root: Path, da
     rest = Interrupting(1000)
     stores = build(700, fill=rest)
     # The file that is too short lacks only rows of the last chunk, which was not finished.
-    assert rest.rows == {"rows": 700 - 256, "shorter": 700 - 512}.get(damage, 700)
+    lost = {"rows": CHUNK_OF_700, "progress": 2 * CHUNK_OF_700, "shorter": 0}.get(damage, STORED_OF_700)
+    assert rest.rows == 700 - STORED_OF_700 + lost
     for name, values in content(0, 700).items():
         np.testing.assert_array_equal(stores[name][:], values)
 
@@ -386,14 +394,33 @@ def test_an_unfinished_store_counts_as_free_for_the_job_that_continues_it(monkey
     monkeypatch.setattr(storage, "free_disk_bytes", lambda: contents.DISK_LEFT_BYTES)  # the disk is full otherwise
     rest = Interrupting(1000)
     assert kind_of(cached(FIELDS, request(ARRAYS, 700, rest, cache="auto"))) == "disk"
-    assert rest.rows == 700 - 512
+    assert rest.rows == 700 - STORED_OF_700
 
 
-def test_a_chunk_holds_whole_batches() -> None:
-    for batch_rows in (1, 3, 64, 1000):
-        chunks = layout.make_layout(5000, 3, batch_rows).chunks(1)
-        assert all((chunk.stop - chunk.start) % batch_rows == 0 for chunk in chunks[:-1])
-        assert all(chunk.stop - chunk.start >= layout.CHUNK_ROWS for chunk in chunks[:-1])
+@pytest.mark.parametrize("batch_rows", [1, 3, 64, 1000])
+@pytest.mark.parametrize("num_rows", [0, 1, 11, 5000, 200_000])
+def test_chunks_hold_whole_batches_whatever_the_number_of_ranks(num_rows: int, batch_rows: int) -> None:
+    grids = []
+    for num_ranks in (1, 3, 8):
+        made = layout.make_layout(num_rows, num_ranks, batch_rows)
+        shards = [made.shard(i) for i in range(made.num_shards)]
+        assert [row for shard in shards for row in shard] == list(range(num_rows))
+        assert all(len(shard) <= layout.SHARD_ROWS + made.chunk_rows for shard in shards)
+        assert num_rows == 0 or all(shards)
+        grids.append([s.start + c.start for i, s in enumerate(shards) for c in made.chunks(i)])
+        assert all(start % batch_rows == 0 for start in grids[-1])
+    assert grids[0] == grids[1] == grids[2]
+    assert len(grids[0]) >= min(num_rows // batch_rows, layout.LEAST_CHUNKS) // 2
+
+
+def test_unfinished_shards_are_dealt_evenly_and_once() -> None:
+    rng = np.random.default_rng(0)
+    for num_shards, count in ((1, 3), (12, 3), (12, 2), (153, 8)):
+        unfinished = rng.integers(0, 4, num_shards).tolist()
+        dealt = deal(unfinished, count)
+        assert sorted(shard for own in dealt for shard in own) == [i for i, n in enumerate(unfinished) if n]
+        loads = [sum(unfinished[i] for i in own) for own in dealt]
+        assert max(loads) - min(loads) <= 2 * max(unfinished)
 
 
 def hang_after_600(started: Path) -> None:
@@ -417,7 +444,7 @@ def test_a_killed_pass_is_continued_while_other_jobs_leave_it_alone(root: Path, 
     clear_caches([entry.key for entry in list_caches()])
     rest = Interrupting(1000)
     stores = build(700, fill=rest)
-    assert rest.rows == 700 - 512
+    assert rest.rows == 700 - STORED_OF_700
     np.testing.assert_array_equal(stores["features"][:], content(0, 700)["features"])
     assert len(list(root.iterdir())) == 1
 
@@ -442,8 +469,8 @@ def test_a_damaged_store_is_not_read_but_rebuilt(damage: str, root: Path, caplog
     forget_verified()
     filled = []
     with caplog.at_level(logging.WARNING):
-        stores = build(fill=lambda missing: (fill(missing), filled.append(missing.start)))  # type: ignore[func-returns-value]
-    assert filled == [0]
+        stores = build(fill=lambda missing: (fill(missing), filled.append(len(missing.rows))))  # type: ignore[func-returns-value]
+    assert filled == [10]
     assert "discarding the damaged cache" in caplog.text
     np.testing.assert_array_equal(stores["features"][:], content(0, 10)["features"])
     assert len(list(root.iterdir())) == 1
@@ -460,7 +487,7 @@ def test_a_flipped_bit_anywhere_is_detected_or_harmless(root: Path, caplog: pyte
     filled: list[int] = []
 
     def count(missing: MissingRows) -> None:
-        filled.append(len(missing.positions))
+        filled.append(len(missing.rows))
         fill(missing)
 
     harmless = []
@@ -569,7 +596,7 @@ def test_each_rank_writes_its_rows_and_reads_all(num_rows: int, root: Path, tmp_
     meeting.mkdir()
     join(*[start_process(build_as_rank, meeting, rank, 2, num_rows) for rank in range(2)])
     [folder] = root.iterdir()
-    assert len(list(folder.glob("*.npy"))) == 2 * len(ARRAYS)
+    assert len(list(folder.glob("*.npy"))) == layout.make_layout(num_rows, 2, 1).num_shards * len(ARRAYS)
     np.testing.assert_array_equal(build(num_rows, fill=must_not_fill)["features"][:], content(0, num_rows)["features"])
 
 
@@ -592,12 +619,12 @@ def build_apart(num_rows: int, fill: Any, ranks: Ranks | None = None) -> cache.S
 
 def fill_any(missing: MissingRows) -> None:
     for name, array in missing.arrays.items():
-        array[missing.positions] = content(missing.start, len(array))[name][missing.positions]
+        array[missing.rows] = content_of(missing.rows)[name]
 
 
 def count_rows(counts: list[int]) -> Any:
     def fill_and_count(missing: MissingRows) -> None:
-        counts.append(len(missing.positions))
+        counts.append(len(missing.rows))
         fill_any(missing)
 
     return fill_and_count
@@ -659,7 +686,7 @@ def build_in_own_folder(tmp: Path, rank: int, count: int, num_rows: int, is_warm
     filled = []
 
     def fill_and_count(missing: MissingRows) -> None:
-        filled.append(len(missing.positions))
+        filled.append(len(missing.rows))
         fill(missing)
 
     (tmp / "meet").mkdir(exist_ok=True)
@@ -708,7 +735,7 @@ def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path)
         filled = []
 
         def fill_again(missing: MissingRows) -> None:
-            filled.append(missing.start)
+            filled.extend(missing.rows.tolist())
             fill(missing)
 
         def check(stores: Mapping[str, Store]) -> list[str]:
@@ -718,7 +745,10 @@ def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path)
         build(11, ranks=ranks, fill=fill_again, check=check)
         return filled
 
-    assert run_ranks(2, work) == [[0], [5]]
+    one, other = run_ranks(2, work)
+    assert one
+    assert other
+    assert one + other == list(range(11))
     assert len(list(root.iterdir())) == 1
     build(11, fill=must_not_fill, check=lambda stores: [])
 
@@ -768,17 +798,22 @@ def test_ranks_of_one_machine_share_its_memory_and_choose_alike(monkeypatch: pyt
     assert [each.memory_bytes for each in chosen] == [2 * GB, 2 * GB]
 
 
-def test_two_ranks_continue_their_own_chunks(root: Path) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_any_number_of_ranks_continues_the_chunks_of_three(count: int, root: Path) -> None:
     def interrupt(ranks: Ranks) -> Any:
-        return build(1400, ranks=ranks, fill=Interrupting(600, RuntimeError("killed")))
+        limit = 600 if ranks.rank == 1 else 300
+        return build(2000, ranks=ranks, fill=Interrupting(limit, RuntimeError("killed")))
 
     def finish(ranks: Ranks) -> Any:
-        rest = Interrupting(1000)
-        np.testing.assert_array_equal(build(1400, ranks=ranks, fill=rest)["features"][:], content(0, 1400)["features"])
+        rest = Interrupting(2000)
+        np.testing.assert_array_equal(build(2000, ranks=ranks, fill=rest)["features"][:], content(0, 2000)["features"])
         return rest.rows
 
-    assert {type(error) for error in run_ranks(2, interrupt)} == {RuntimeError}
-    assert run_ranks(2, finish) == [700 - 512, 700 - 512]
+    assert {type(error) for error in run_ranks(3, interrupt)} == {RuntimeError}
+    chunk = layout.make_layout(2000, 3, 1).chunk_rows
+    computed = run_ranks(count, finish)
+    assert sum(computed) == 2000 - 2 * (300 // chunk * chunk) - 600 // chunk * chunk
+    assert max(computed) < 0.6 * sum(computed) or count < 3
     assert len(list(root.iterdir())) == 1
 
 

@@ -1,13 +1,78 @@
 """The command: what it prints and trains, and that a user's mistake is one line."""
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from hf_transfer.cli import main
+from hf_transfer.cli import COMMANDS, main
+from hf_transfer.errors import EXIT_STATUS
+from hf_transfer.strategy import strategy_names
 from tests.headless import LAYOUTS
+
+
+def test_without_arguments_five_things_to_do_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    shown = capsys.readouterr().out
+    commands = re.findall(r"^  hf-transfer (\S+) ?(\S*)", shown, re.MULTILINE)
+    assert [name for name, _ in commands] == ["train", "advise", "train", "predict", "publish"]
+    assert {word for name, word in commands if name == "train"} <= set(strategy_names())
+    assert set(re.findall(r"hf-transfer ([a-z][a-z-]*)", shown)) <= {*COMMANDS, "fine-tunes"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_text_explains_exit_statuses_and_can_be_quiet(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"{EXIT_STATUS}\n")
+    assert "--quiet" in shown
+
+
+def run_command(*words: str) -> tuple[str, str]:
+    """What `hf-transfer` prints on stdout and stderr in a process of its own, as a user runs it."""
+    result = subprocess.run(
+        [sys.executable, "-m", "hf_transfer", *words], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+PROBE = ("train", "linear_probe", "--images_per_class", "4", "--readouts", "none", "--cv_folds", "1")
+
+
+def test_a_quiet_run_prints_nothing_but_its_results_as_json(tmp_path: Path) -> None:
+    shown, log = run_command(*PROBE, "--quiet", "--json", "--output_dir", str(tmp_path / "run"))
+    assert log == ""
+    assert json.loads(shown) == json.loads((tmp_path / "run" / "results.json").read_text())
+
+
+def test_a_finished_run_says_the_result_the_report_and_the_next_command(tmp_path: Path) -> None:
+    shown, log = run_command(*PROBE, "--output_dir", str(tmp_path / "my run"))
+    assert shown == ""
+    (kept,) = (line for line in log.splitlines() if line.startswith("Kept: "))
+    (validation,) = (line for line in log.splitlines() if line.startswith("validation: "))
+    (test,) = (line for line in log.splitlines() if line.startswith("test: "))
+    *_, wrote, report, following = log.splitlines()
+    results = json.loads((tmp_path / "my run" / "results.json").read_text())
+    assert kept.startswith("Kept: the linear probe, a logistic regression on 80 frozen features.")
+    assert validation.startswith("validation: accuracy ")
+    assert validation.endswith("; each image predicted by a probe that was fitted without it")
+    assert test.startswith(f"test: accuracy {100 * results['metrics']['test']['accuracy']:.1f} % (95 % interval ")
+    assert wrote.startswith(f"wrote {tmp_path / 'my run'} (")
+    assert Path(report.removeprefix("report: ")).is_file()
+    predict = shlex.split(following.removeprefix("next: hf-transfer ").partition(", or ")[0])
+    assert predict == ["predict", str(tmp_path / "my run"), "path/to/photos"]
+    Image.new("RGB", (20, 20)).save(tmp_path / "photo.png")
+    shown, log = run_command(*predict[:-1], str(tmp_path / "photo.png"), "--quiet")
+    assert shown.count(" %") == 3
+    assert log == ""
 
 
 def test_inspect_prints_the_chain_and_the_strategies(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import yaml
 
 from hf_transfer.choosing.candidates import to_flags
 from hf_transfer.config import DataConfig, RunConfig, split_repo_id
+from hf_transfer.errors import EXIT_STATUS
 from hf_transfer.flags import GROUPS, parse, read_config
 from hf_transfer.settings import KNOWN_ELSEWHERE, changed_settings, flag, list_settings, replace_settings, to_settings
 from hf_transfer.strategy import Strategy, default_config, make_strategy, strategy_names
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def parsed(*arguments: str, strategy: str = "lora") -> RunConfig:
-    return parse(strategy, prog="try", description="A recipe.", arguments=arguments)
+    return parse(strategy, prog="try", description="A recipe.", arguments=arguments).config
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, strategy: str = "lora") -> str:
@@ -56,11 +57,11 @@ def test_saved_settings_repeat_the_run(name: str, tmp_path: Path) -> None:
 
 
 def test_a_list_of_columns_survives_the_file(tmp_path: Path) -> None:
-    config = parse("full", prog="try", description="", arguments=["--label_columns", "a", "b c", "--seed", "1"])
+    config = parsed("--label_columns", "a", "b c", "--seed", "1", strategy="full")
     assert config.data.label_columns == ("a", "b c")
     assert to_flags({"label_columns": to_settings(config)["label_columns"]}) == ["--label_columns", "a", "b c"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_settings(config)))
-    assert parse("full", prog="try", description="", arguments=["--config", str(tmp_path / "config.yaml")]) == config
+    assert parsed("--config", str(tmp_path / "config.yaml"), strategy="full") == config
     with pytest.raises(ValueError, match=r"label_columns=\['a', 'a'\]: choose a list of one or more different texts"):
         replace_settings(config, {"label_columns": ["a", "a"]})
 
@@ -209,18 +210,42 @@ def test_a_strategy_is_called_after_its_file_and_names_are_checked(name: str) ->
         make_strategy(name, dataset="x")  # belongs to the task
 
 
-@pytest.mark.parametrize("name", strategy_names())
-def test_help_is_grouped_and_shows_the_most_used_flags_first(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def read_help(capsys: pytest.CaptureFixture[str], word: str, strategy: str) -> dict[str, list[str]]:
+    """The names of the flags that a help text shows, by title."""
     with pytest.raises(SystemExit) as stop:
-        parsed("--help", strategy=name)
+        parsed(word, strategy=strategy)
     assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"{EXIT_STATUS}\n")
+    shown = shown.removesuffix(f"{EXIT_STATUS}\n")
     sections: dict[str, list[str]] = {}
-    for line in capsys.readouterr().out.splitlines():
+    for line in shown.splitlines():
         if line.endswith(":") and not line.startswith(" "):
             sections[line[:-1]] = []
         elif line.startswith("  --") and sections:
             sections[list(sections)[-1]].append(line.split()[0].rstrip(",").removeprefix("--"))
-    first, *rest = [title for title in sections if title != "options"]
+    return sections
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_help_is_short_and_names_the_flag_that_shows_all(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sections = read_help(capsys, "--help", name)
+    assert sections.pop("help and messages") == ["help", "help_all", "quiet", "json"]
+    shown = [name for names in sections.values() for name in names if name != "config"]
+    own = {s.name for s in list_settings(default_config(name)).values() if s.group in ("strategy", "adapter")}
+    assert own - {"class_balance", "calibrate"} <= set(shown)
+    assert {"checkpoint", "dataset", "output_dir", "resume", "push_to_hub", "hflip"} & set(
+        list_settings(default_config(name))
+    ) <= set(shown)
+    assert len(set(shown) - own) <= 25
+    assert "dropout" not in shown
+
+
+@pytest.mark.parametrize("name", strategy_names())
+def test_all_help_is_grouped_and_shows_the_most_used_flags_first(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sections = read_help(capsys, "--help_all", name)
+    assert sections.pop("help and messages") == ["help", "help_all", "quiet", "json"]
+    first, *rest = sections
     takes_steps = "lr" in list_settings(default_config(name))
     most_used = [
         "checkpoint",

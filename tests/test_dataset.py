@@ -244,12 +244,13 @@ def test_names_are_compared_without_blanks_and_in_one_unicode_form(tmp_path: Pat
             ["train/ant/*3", "train/bee/*3", "test/wasp/*2"],
             r"the train split does not have the classes 'wasp \(2 images\)'",
         ),
+        (["labels.csv"], "to read a table such as 'labels.csv', give the file itself as --dataset"),
         (["notes.txt"], "no image in this folder"),
     ],
 )
 def test_unusable_classes_are_errors_that_name_them(tmp_path: Path, paths: list[str], message: str) -> None:
     for path in paths:
-        if path.endswith(".txt"):
+        if path.endswith((".txt", ".csv")):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text("x")
         else:

@@ -223,8 +223,10 @@ def test_predictions_of_an_exported_file_equal_those_of_the_weights(
     assert not list(folder.glob("*.safetensors"))
     rng = np.random.default_rng(1)
     for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-    files = [str(tmp_path / f"{i}.png") for i in range(6)]
+        (tmp_path / "images/test" / LABELS[i % 2]).mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8))
+        image.save(tmp_path / "images/test" / LABELS[i % 2] / f"{i}.png")
+    files = [str(path) for path in sorted((tmp_path / "images").rglob("*.png"))]
     capsys.readouterr()
     main(["predict", str(run / "model"), *files, "--json", "--engine", "eager"])
     expected = json.loads(capsys.readouterr().out)
@@ -236,6 +238,13 @@ def test_predictions_of_an_exported_file_equal_those_of_the_weights(
         for row, other in zip(rows, expected, strict=True):
             assert [e["label"] for e in row["labels"]] == [e["label"] for e in other["labels"]]
             assert [e["score"] for e in row["labels"]] == pytest.approx([e["score"] for e in other["labels"]], abs=1e-4)
+    metrics = []
+    for model, flag in ((run / "model", "eager"), (folder, engine)):
+        main(["evaluate", str(model), "--dataset", str(tmp_path / "images"), "--engine", flag, "--json"])
+        metrics.append(json.loads(capsys.readouterr().out))
+    assert metrics[1]["num_samples"] == 6
+    assert metrics[1]["accuracy"] == metrics[0]["accuracy"]
+    assert metrics[1]["nll"] == pytest.approx(metrics[0]["nll"], abs=1e-4)
 
 
 @pytest.mark.parametrize("checkpoint", ["embedded", "timm ViT"])
@@ -266,8 +275,17 @@ def test_int8_files_of_a_run_keep_its_labels(
     assert num_int8 > 0.8 * sum(np.prod(t.dims) for t in weights)
     parameters = sum(parameter.numel() for parameter in load(str(model)).model.parameters())
     assert (model / "openvino/model_int8.bin").stat().st_size < 2 * parameters  # a float32 file has 4 bytes for each
+    description = (model / "openvino/model_int8.xml").read_text()
+    if checkpoint == "embedded":  # a vision transformer broadcasts its class token to the batch
+        assert 'type="Broadcast"' not in description  # the biases of convolutions have their shape already
+    assert "\n" not in description.partition("?>")[2].strip()
+    for engine, record in zip(FORMATS, records, strict=True):
+        capsys.readouterr()
+        words = ["--dataset", "sklearn/digits", "--split", "test", "--engine", engine, "--export_precision", "int8"]
+        main(["evaluate", str(model), *words, "--json"])
+        assert record.accuracy is not None
+        assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(record.accuracy.after)
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    capsys.readouterr()
     for engine in FORMATS:
         main(
             ["predict", str(model), str(tmp_path / "a.png"), "--engine", engine, "--export_precision", "int8", "--json"]

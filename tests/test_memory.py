@@ -222,7 +222,7 @@ GOOD = [(array(i), i % 2) for i in range(6)]
     ("images", "message"),
     [
         ([], "the list is empty"),
-        ({}, "images is an empty dict; give a datasets.Dataset, a DataFrame"),
+        ({}, "images is an empty dict; give a datasets.Dataset or IterableDataset, a DataFrame"),
         ({"train": []}, "split 'train': the list is empty"),
         (pd.DataFrame({"image": [], "label": []}), "the DataFrame is empty"),
         (7, "images is of type int; give a datasets.Dataset"),

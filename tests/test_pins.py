@@ -17,7 +17,8 @@ import yaml
 from huggingface_hub import constants
 from PIL import Image
 
-from hf_transfer.config import ModelConfig
+from hf_transfer.config import DataConfig, ModelConfig
+from hf_transfer.data.dataset import load_data
 from hf_transfer.flags import read_config
 from hf_transfer.network.backbone import load
 from hf_transfer.network.peft_checkpoints import load_checkpoint
@@ -76,6 +77,17 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         for name in ("bob/upstream", "bob/pets"):
             server.repositories[name] = Repository(name, is_private=False)
         yield server
+
+
+def test_a_streamed_data_set_is_the_stored_one_at_its_commit(hub: HubServer) -> None:
+    commit = hub.repositories["bob/pets"].commit(make_dataset(100), "main")
+    streamed = load_data(DataConfig(dataset="bob/pets", streaming=True))
+    assert not list(datasets.config.HF_DATASETS_CACHE.glob("**/*.arrow")), "a stream leaves no copy"
+    stored = load_data(DataConfig(dataset="bob/pets"))
+    assert streamed.revision == stored.revision == commit
+    assert streamed.train.fingerprint == stored.train.fingerprint
+    last = len(stored.train) - 1
+    assert streamed.train.image(last).tobytes() == stored.train.image(last).tobytes()
 
 
 def test_config_yaml_repeats_the_run_after_the_branches_moved(hub: HubServer, tmp_path: Path) -> None:

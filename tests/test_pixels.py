@@ -96,6 +96,7 @@ def test_interrupted_decoding_continues_from_its_finished_chunks(
     split: Split, preprocessing: Preprocessing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(layout, "LEAST_CHUNKS", 1)
     monkeypatch.setattr(pixels, "ROWS_PER_TASK", 2)
     spec = TrainingSquares(side_px=48, augmentation=PLAIN, seed=0)
     whole = store_training_squares(split, preprocessing, spec, resources("memory")).read(np.arange(len(split)))

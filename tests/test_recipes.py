@@ -151,7 +151,7 @@ def test_the_command_in_a_recipes_header_has_settings_that_exist(name: str) -> N
     assert command is not None
     # The header of greedy_stack lists alternatives, each behind a comment.
     words = shlex.split(re.sub(r"#.*", "", command[1].replace("\\\n", " ")), comments=True)
-    assert parse(name, prog=name, description=None, arguments=words) != default_config(name)
+    assert parse(name, prog=name, description=None, arguments=words).config != default_config(name)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -123,7 +123,7 @@ def test_folds_read_one_pass_over_the_images(tmp_path: Path, monkeypatch: pytest
     fill = _Extraction.fill
 
     def count(extraction: _Extraction, missing: MissingRows) -> None:
-        computed.append(len(missing.positions))
+        computed.append(len(missing.rows))
         fill(extraction, missing)
 
     monkeypatch.setattr(_Extraction, "fill", count)

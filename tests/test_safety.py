@@ -11,7 +11,8 @@ from PIL import Image
 
 import hf_transfer as ht
 from hf_transfer.cli import main
-from hf_transfer.errors import make_log_handler, make_printable
+from hf_transfer.errors import make_printable
+from hf_transfer.logs import make_log_handler
 from hf_transfer.network.adapters import load_adapted
 from hf_transfer.network.source import find_source
 

@@ -20,6 +20,7 @@ import hf_transfer as ht
 from hf_transfer import launch
 from hf_transfer.config import RunConfig
 from hf_transfer.data.dataset import load_data
+from hf_transfer.inference.explain import explain as compute_heat
 from hf_transfer.run import Run
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config, get_strategy, strategy_names
@@ -311,6 +312,62 @@ def test_predict_takes_files_folders_images_and_arrays(run: Run, folder: Path) -
     assert len(mixed) == 2 + len(files)
     with pytest.raises(ValueError, match="no such file or folder"):
         run.predict("nowhere.png")
+
+
+def test_embed_gives_what_the_head_reads(run: Run, folder: Path) -> None:
+    files = sorted((folder / "test").rglob("*.png"))
+    embeddings = run.embed(folder / "test")
+    assert (embeddings.dtype, len(embeddings)) == (np.float32, len(files))
+    seen: list[torch.Tensor] = []
+    hook = run.model.fc.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    preprocessing = run.backbone.preprocessing
+    pixels = np.stack([preprocessing.pixels(Image.open(file).convert("RGB")) for file in files])
+    with torch.no_grad():
+        run.model.eval()(preprocessing.normalize(torch.from_numpy(pixels)))
+    hook.remove()
+    np.testing.assert_allclose(embeddings, seen[-1], rtol=1e-4, atol=1e-5)
+    image = Image.open(files[1]).convert("RGB")
+    mixed = run.embed([files[0], image, np.asarray(image)])
+    np.testing.assert_allclose(mixed, embeddings[[0, 1, 1]], rtol=1e-4, atol=1e-5)
+    assert run.folder is not None
+    np.testing.assert_allclose(ht.load_run(run.folder).embed(files[0]), embeddings[:1], rtol=1e-4, atol=1e-5)
+    cut = run.backbone.chain().cut("layer2.1")
+    assert run.embed(files[0], at="layer2.1", pool="none").shape == (1, *cut.shape)
+    assert run.embed([]).shape == (0, embeddings.shape[1])
+    with pytest.raises(ValueError, match="image 1 is a float"):
+        run.embed([files[0], 1.5])
+    with pytest.raises(ValueError, match="'layer9' is no cut of this chain"):
+        run.embed(files[0], at="layer9")
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_explain_gives_the_heat_map_of_a_label(merge: bool, folder: Path) -> None:
+    run = ht.Task(folder, base_model="someone/embedded", **DATA).fit(ht.lora(rank=2, epochs=1, merge=merge))
+    files = sorted((folder / "test").rglob("*.png"))[:3]
+    explanations = run.explain(files)
+    assert [e.label for e in explanations] == [p.labels[0] for p in run.predict(files)]
+    assert [e.image for e in explanations] == [str(file) for file in files]
+    pixels = torch.from_numpy(np.stack([e.pixels for e in explanations]))
+    images = run.backbone.preprocessing.normalize(pixels)
+    heat = compute_heat(run.backbone.chain(), images)
+    np.testing.assert_allclose([e.heat for e in explanations], heat, atol=1e-4)
+    other = next(name for name in run.backbone.label_names if name != explanations[0].label)
+    (explained,) = run.explain(Image.open(files[0]), label=other)
+    assert (explained.label, explained.image) == (other, "image 0")
+    assert np.abs(explained.heat - explanations[0].heat).max() > 0.1
+    assert explained.draw().size == (448, 224)
+    assert run.explain(files[0], method="occlusion")[0].heat.max() <= 1
+    assert run.explain([]) == []
+
+
+def test_mistakes_of_embed_and_explain_are_named(run: Run, folder: Path) -> None:
+    with pytest.raises(ValueError, match="label='cat': the model has no such label; choose one of"):
+        run.explain(folder / "test", label="cat")
+    with pytest.raises(ValueError, match="at='stem': occlusion needs no cut"):
+        run.explain(folder / "test", method="occlusion", at="stem")
+    for method in (run.embed, run.explain):
+        with pytest.raises(ValueError, match="no such file or folder"):
+            method("nowhere.png")
 
 
 def test_without_a_test_split_there_is_no_test(folder: Path) -> None:

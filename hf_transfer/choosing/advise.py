@@ -33,6 +33,7 @@ from hf_transfer.choosing.rule import RESIDUAL, TABLE, DataRegime, choose, expec
 from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.choosing.similarity import Similarity, measure_similarity
 from hf_transfer.choosing.suggestions import Suggestion, suggest
+from hf_transfer.displays import show_code, show_paragraph, show_table, show_title
 from hf_transfer.processes import ending_together, run_on_main
 from hf_transfer.session import Session
 from hf_transfer.strategy import Strategy
@@ -90,6 +91,23 @@ class Advice:
     def command(self) -> str:
         """The command that runs the recommended strategy."""
         return next(e.command for e in self.estimates if e.strategy == self.recommended)
+
+    def _repr_html_(self) -> str:
+        """Returns the estimates, the recommendation and its command, for notebooks."""
+        rows = [("strategy", "accuracy, %", "95 % interval", "source", "estimated time, s")]
+        rows += [
+            (
+                e.strategy,
+                f"{100 * e.accuracy:.1f}",
+                f"{100 * e.low:.1f} to {100 * e.high:.1f}",
+                e.source,
+                f"{e.seconds:.0f}",
+            )
+            for e in self.estimates
+        ]
+        title = show_title(f"{self.data_name} with {self.checkpoint}: {self.recommended}")
+        why = show_paragraph(f"{self.regime.describe()}; {self.reason}")
+        return title + why + show_table(rows) + show_code(self.command)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the advice as a dictionary of JSON values."""

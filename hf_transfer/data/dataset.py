@@ -11,7 +11,7 @@ The test split is never drawn from other data, and no other split is drawn from 
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -30,6 +30,7 @@ from hf_transfer.data.memory import read_memory
 from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 from hf_transfer.data.where import parse_where
+from hf_transfer.displays import show_pictures, show_table, show_title
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.reading import AUTO, read_column
 from hf_transfer.targets.target import Target
@@ -39,6 +40,9 @@ __all__ = ["Data", "Split", "load_data"]
 logger = logging.getLogger(__name__)
 
 _MAX_LISTED_FILES = 20
+
+MAX_SHOWN = 10  # images of `Data` in a notebook, one for each label
+MAX_SEARCHED = 10_000  # training images among which they are found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,14 @@ class Data:
             BadImageError: a file is missing or cannot be opened.
         """
         return (*self.loading_notes, *notes_on_copies(self.splits))
+
+    def _repr_html_(self) -> str:
+        """Returns the numbers of images and one training image of each of the first labels, for notebooks."""
+        rows = [("split", "images"), *((split.name, f"{len(split):,}") for split in self.splits)]
+        texts = [self.target.describe_label(label) or "none" for label in self.train.labels[:MAX_SEARCHED]]
+        first = list({text: i for i, text in reversed(list(enumerate(texts)))}.items())[::-1][:MAX_SHOWN]
+        pictures = [(self.train.image(i), text) for text, i in sorted(first)]
+        return show_title(self.name) + show_table(rows) + show_pictures(pictures)
 
 
 def load_data(config: DataConfig, images: Any = None) -> Data:
@@ -236,6 +248,7 @@ def choose_columns(config: DataConfig) -> Columns:
         where=() if config.where is None else parse_where(config.where),
         image_root=root,
         skips_bad_images=config.on_bad_image == "skip",
+        streaming=config.streaming,
     )
 
 
@@ -243,6 +256,7 @@ def read_stored(config: DataConfig, columns: Columns) -> StoredData:
     """Reads the dataset that `config.dataset` names, as it is stored."""
     if config.dataset in (EMBEDDED_DATASET, UPSTREAM_DATASET):
         columns.refuse(config.dataset)
+        columns.refuse_streaming(config.dataset)
         return read_digits() if config.dataset == EMBEDDED_DATASET else read_mnist()
     path = Path(config.dataset).expanduser()
     # pathlib raises an OSError if the parent folder is unreadable or the name too long.
@@ -273,6 +287,7 @@ def _read_file(path: Path, config: DataConfig, columns: Columns) -> StoredData:
     """Reads a table or an archive."""
     suffix = path.suffix.casefold()
     if is_archive(path) and not is_webdataset(path):
+        columns.refuse_streaming("an archive of image files")
         root = unpack(path)
         return replace(_read_folder(root, config, columns), license=read_license(root))
     if not is_archive(path) and suffix not in TABLE_SUFFIXES | TEXT_TABLE_SUFFIXES:
@@ -286,6 +301,11 @@ def _read_file(path: Path, config: DataConfig, columns: Columns) -> StoredData:
     if is_archive(path):
         return tables.read_webdataset([path], public_name(path.resolve()), columns)
     return (tables.read_text_file if suffix in TEXT_TABLE_SUFFIXES else tables.read_table_file)(path, columns)
+
+
+def _suggest_file(kind: str, names: Sequence[str]) -> str:
+    """Returns the end of an error message about a folder that contains the files `names`; "" without files."""
+    return f"; to read {kind} such as {names[0]!r}, give the file itself as --dataset" if names else ""
 
 
 def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData:
@@ -306,11 +326,8 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
         raise ValueError(
             f"dataset={config.dataset!r}: no image in this folder ({len(other_files):,} other files); expected"
             " <class>/<image>.jpg or train/<class>/<image>.jpg, or parquet or arrow files"
-            + (
-                f"; to read an archive such as {archives[0].name!r}, give the archive itself as --dataset"
-                if archives
-                else ""
-            )
+            + _suggest_file("an archive", [path.name for path in archives])
+            + _suggest_file("a table", [f.name for f in other_files if f.suffix.casefold() in TEXT_TABLE_SUFFIXES])
         )
     if has_images and table_files:
         raise ValueError(
@@ -327,6 +344,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
 
         return (tables.read_table_folder if table_files else tables.read_metadata_folder)(root, columns)
     columns.refuse("an image folder")
+    columns.refuse_streaming("an image folder")
     return read_folder(root, top, public_name(root), tuple(config.named_splits().values()))
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import choose_columns, read_stored, skip_bad_images
 from hf_transfer.data.folders import list_folder
 from hf_transfer.data.images import IMAGE_SUFFIXES
-from hf_transfer.data.memory import MemorySource
+from hf_transfer.data.memory import MemorySource, check_image
 from hf_transfer.data.splits import Split, role_of
 from hf_transfer.targets.labels import UNLABELED
 from hf_transfer.targets.single_label import SingleLabel
@@ -26,16 +27,20 @@ def is_data_set(images: Sequence[str]) -> bool:
     return path.suffix.casefold() not in IMAGE_SUFFIXES
 
 
-def load_files(files: Sequence[Path], *, on_bad_image: str = "error") -> Split:
-    """Returns image files as a split without labels. With `on_bad_image` "skip", unreadable files are left out and logged."""
-    source = MemorySource([file.absolute() for file in files])
-    split = Split(
+def load_images(images: Sequence[Any]) -> Split:
+    """Returns paths, PIL images and uint8 arrays (H, W, 3) as a split without labels. Raises ValueError for anything else."""
+    return Split(
         name="test",
-        source=source,
-        rows=np.arange(len(files)),
-        labels=np.full(len(files), UNLABELED, np.int64),
+        source=MemorySource([check_image(image, row, "images") for row, image in enumerate(images)]),
+        rows=np.arange(len(images)),
+        labels=np.full(len(images), UNLABELED, np.int64),
         target=SingleLabel(names=()),
     )
+
+
+def load_files(files: Sequence[Path], *, on_bad_image: str = "error") -> Split:
+    """Returns image files as a split without labels. With `on_bad_image` "skip", unreadable files are left out and logged."""
+    split = load_images([file.absolute() for file in files])
     return skip_bad_images(split, "these files", is_train=False)[0] if on_bad_image == "skip" else split
 
 

@@ -25,6 +25,7 @@ class Columns:
     where: tuple[Condition, ...] = ()  # the used rows meet all conditions
     image_root: Path | None = None  # the folder at which paths in the table start; None: the table's own folder
     skips_bad_images: bool = False  # whether missing files are no error
+    streaming: bool = False  # whether tables are read in order, without a local copy
 
     def refuse(self, owner: str) -> None:
         """Raises ValueError if a column is named although `owner` (such as "an image folder") has no columns."""
@@ -39,6 +40,14 @@ class Columns:
         for flag, name in chosen.items():
             if name is not None:
                 raise ValueError(f"{flag}={str(name)!r}: {owner} has no columns; omit --{flag}")
+
+    def refuse_streaming(self, owner: str) -> None:
+        """Raises ValueError if `streaming` is set although `owner` (such as "an image folder") is no table of images."""
+        if self.streaming:
+            raise ValueError(
+                f"streaming=True: {owner} cannot be streamed, but parquet, arrow, WebDataset and Hub data sets can; omit"
+                " --streaming"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,9 @@ from hf_transfer.targets.reading import read_column, read_columns
 
 _ImageLike = Path | bytes | Image.Image | NDArray[np.uint8]
 
-_ACCEPTED = "a datasets.Dataset, a DataFrame, a list of (image, label) pairs, or a dict of these by split name"
+_ACCEPTED = (
+    "a datasets.Dataset or IterableDataset, a DataFrame, a list of (image, label) pairs, or a dict of these by split"
+)
 _PAIRS = "a list of (image, label) pairs"
 _PILLOW = threading.Lock()  # two threads must not load one lazily opened image at the same time
 
@@ -80,6 +82,7 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
     `images` is one of the following collections, or a mapping from split names to such collections:
 
     - a `datasets.Dataset`, whose columns are found as in a Hub dataset (a `DatasetDict` is a mapping from split names);
+    - a `datasets.IterableDataset`, which is read in order (see `streams`);
     - a pandas DataFrame with a column of images and a column of labels;
     - a list or tuple of (image, label) pairs.
 
@@ -99,6 +102,10 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
 
     if columns.split is None:
         return StoredData(name=name, splits={split: partial(read, split, split, None) for split in tables})
+    if any(_is_dataset(table) and not hasattr(table, "__len__") for table in tables.values()):
+        raise ValueError(
+            f"{name}: split_column={columns.split!r}: a stream is not divided by a column; give a dict of splits"
+        )
     cells = {split: _list_cells(table, columns) for split, table in tables.items()}
     return StoredData(name=name, splits=divide(cells, columns, name, read))
 
@@ -106,8 +113,10 @@ def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:
 def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | None) -> LabeledImages:
     where = f"{name}, split {split!r}"
     if _is_dataset(images):
-        from hf_transfer.data.tables import StoredTable, read_table
+        from hf_transfer.data.tables import StoredTable, is_stream, read_stream, read_table
 
+        if is_stream(images):
+            return read_stream(images, columns, split, name)
         return read_table(StoredTable(table=images, name=name), columns, split, rows)
     groups = None
     if _is_frame(images):
@@ -122,7 +131,7 @@ def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | Non
         raise ValueError(f"{where}: images is of type {type(images).__name__}; give {_ACCEPTED}")
     if not values:
         raise ValueError(f"{where}: the {type(images).__name__} is empty; give at least two images of each class")
-    checked = [_check_image(value, row, where, columns.image_root) for row, value in enumerate(values)]
+    checked = [check_image(value, row, where, columns.image_root) for row, value in enumerate(values)]
     paths = [path for path in checked if isinstance(path, Path)]
     if paths and not any(path.exists() for path in paths):
         raise ValueError(
@@ -142,7 +151,7 @@ def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | Non
 
 def _is_dataset(images: Any) -> bool:
     datasets = sys.modules.get("datasets")  # not imported here, because the import takes 2 s
-    return datasets is not None and isinstance(images, datasets.Dataset)
+    return datasets is not None and isinstance(images, datasets.Dataset | datasets.IterableDataset)
 
 
 def _is_frame(images: Any) -> bool:
@@ -196,8 +205,11 @@ def _read_pairs(pairs: Sequence[Any], where: str) -> tuple[list[Any], dict[str, 
     return [image for image, _ in pairs], {"label": [label for _, label in pairs]}
 
 
-def _check_image(image: Any, row: int, where: str, root: Path | None) -> _ImageLike:
-    """Returns an image as one of the types that `MemorySource` reads. Relative paths start at `root`, or the current folder."""
+def check_image(image: Any, row: int, where: str, root: Path | None = None) -> _ImageLike:
+    """Returns an image as one of the types that `MemorySource` reads. Relative paths start at `root`, or the current folder.
+
+    Raises ValueError, which begins with `where`, for another type.
+    """
     if isinstance(image, (bytes, Image.Image)):
         return image
     if isinstance(image, (str, os.PathLike)):

@@ -21,13 +21,16 @@ from PIL import Image
 from hf_transfer.data.images import BadImageError, read_bytes, read_image, read_reduced
 from hf_transfer.data.manifest import DIGEST_BYTES, HAS_CTIME, is_stable, read_manifest, read_status, repeat_status
 from hf_transfer.data.paths import PackedPaths
+from hf_transfer.logs import open_bar
 
-_ROWS_PER_TASK = 64
 _MAX_NAME = 100  # letters of a file name in a message
 
 
 class ImageSource(ABC):
     """The images of one stored split, accessed by row."""
+
+    is_stream = False  # whether rows are read in order, so that a random order would read the data again and again
+    rows_per_task = 64  # rows that one thread hashes or checks
 
     def __init__(self, num_rows: int) -> None:
         self._digests: NDArray[np.uint8] = np.zeros((num_rows, DIGEST_BYTES), np.uint8)
@@ -107,26 +110,24 @@ class ImageSource(ABC):
         """Hashes the images in `rows`, in threads."""
 
         def hash_rows(start: int) -> None:
-            for row in rows[start : start + _ROWS_PER_TASK].tolist():
+            for row in rows[start : start + self.rows_per_task].tolist():
                 digest = xxhash.xxh3_128_digest(self.content(row))
                 self._digests[row] = np.frombuffer(digest, np.uint8)
                 self._is_hashed[row] = True
 
         with ThreadPoolExecutor() as threads:
             try:
-                for _ in threads.map(hash_rows, range(0, len(rows), _ROWS_PER_TASK)):
+                for _ in threads.map(hash_rows, range(0, len(rows), self.rows_per_task)):
                     pass
             finally:
                 threads.shutdown(cancel_futures=True)  # after a bad image or an interrupt
 
     def unreadable(self, rows: NDArray[np.int64], title: str) -> dict[int, BadImageError]:
         """Decodes the images in `rows`, in threads, with a progress bar, and returns the errors of unreadable images by row."""
-        from tqdm.auto import tqdm
-
         problems: dict[int, BadImageError] = {}
 
         def check(start: int) -> int:
-            block = rows[start : start + _ROWS_PER_TASK].tolist()
+            block = rows[start : start + self.rows_per_task].tolist()
             for row in block:
                 try:
                     self.image(row)
@@ -135,8 +136,8 @@ class ImageSource(ABC):
             return len(block)
 
         # disable=None: no bar unless the output is a terminal
-        with ThreadPoolExecutor() as threads, tqdm(total=len(rows), desc=title, unit="image", disable=None) as bar:
-            for count in threads.map(check, range(0, len(rows), _ROWS_PER_TASK)):
+        with ThreadPoolExecutor() as threads, open_bar(total=len(rows), title=title, unit="image") as bar:
+            for count in threads.map(check, range(0, len(rows), self.rows_per_task)):
                 bar.update(count)
         return {row: problems[row] for row in rows.tolist() if row in problems}
 
@@ -190,7 +191,10 @@ class TableSource(ImageSource):
 
     def content(self, row: int) -> bytes:
         """Returns the encoded image that the table contains, or the bytes of the file whose path the table contains."""
-        value = self._cell(row).as_py()
+        return self._content_of(self._cell(row), row)
+
+    def _content_of(self, cell: Any, row: int) -> bytes:
+        value = cell.as_py()
         encoded, path = (value["bytes"], value.get("path")) if isinstance(value, dict) else (value, None)
         if encoded is not None:
             return bytes(encoded)
@@ -302,6 +306,7 @@ class JoinedSource(ImageSource):
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
         super().__init__(sum(map(len, sources)))
+        self.is_stream = any(source.is_stream for source in sources)
         self._sources = tuple(sources)
         self._starts = np.cumsum([0, *map(len, sources)])
 

@@ -30,12 +30,23 @@ from hf_transfer.data.path_columns import read_paths
 from hf_transfer.data.rows import Cells, Rows, divide, read_groups, select_rows
 from hf_transfer.data.sources import ArraySource, ImageSource, TableSource
 from hf_transfer.data.splits import public_name, role_of
+from hf_transfer.data.streams import StreamSource
 from hf_transfer.data.text_tables import read_text_table
 from hf_transfer.targets.labels import listed
 
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^:@/\\]+))?(?:@(?P<revision>[^:@\s]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_STREAM_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    tarfile.TarError,
+    DatasetsError,
+    pa.ArrowException,
+)
 
 
 def read_hub(dataset: str, columns: Columns) -> StoredData:
@@ -56,8 +67,11 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
         raise ValueError(f"dataset={dataset!r} is a file format of `datasets`; give the folder or file itself")
     try:
         builder = datasets.load_dataset_builder(hub_id, config, revision=revision)
-        builder.download_and_prepare()
-        tables = builder.as_dataset()
+        if columns.streaming:
+            tables = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            tables = builder.as_dataset()
     except DatasetNotFoundError as error:
         raise ValueError(
             f"dataset={dataset!r} is not a folder or file on this machine: {error} Check the spelling; for a"
@@ -96,7 +110,7 @@ def read_table_file(path: Path, columns: Columns) -> StoredData:
     kind = path.suffix.casefold().lstrip(".")
     if kind == "arrow":
         _checked(path, partial(_check_arrow, path))
-    tables = _loaded(path, kind, data_files={"train": str(path)})
+    tables = _loaded(path, kind, data_files={"train": str(path)}, streaming=columns.streaming)
     return _to_stored(tables, public_name(path), columns, (path.parent,))
 
 
@@ -108,15 +122,17 @@ def read_table_folder(root: Path, columns: Columns) -> StoredData:
     for file in sorted(root.rglob("*.arrow")):
         _checked(file, partial(_check_arrow, file))
     if any((root / marker).is_file() for marker in _SAVED_BY_DATASETS):
+        columns.refuse_streaming("a folder that `save_to_disk` wrote, which is read in place,")
         tables = _checked(root, partial(datasets.load_from_disk, str(root)))
     else:
-        tables = _loaded(root, str(root))
+        tables = _loaded(root, str(root), streaming=columns.streaming)
     return _to_stored(tables, public_name(root), columns, (root,))
 
 
 def read_text_file(path: Path, columns: Columns) -> StoredData:
     """Reads a .csv, .tsv or .jsonl file of paths and labels as the train split."""
     path = path.resolve()
+    columns.refuse_streaming("a table of paths")
     return _to_stored(_checked(path, partial(read_text_table, path)), public_name(path), columns, (path.parent,))
 
 
@@ -125,18 +141,19 @@ def read_webdataset(paths: Sequence[Path], name: str, columns: Columns) -> Store
     files: dict[str, list[str]] = {}
     for path in paths:
         files.setdefault(role_of(path.name.partition(".")[0]) or "train", []).append(str(path.resolve()))
-    tables = _loaded(paths[0], "webdataset", data_files=files)
+    tables = _loaded(paths[0], "webdataset", data_files=files, streaming=columns.streaming)
     return _to_stored(tables, name, columns, tuple({path.resolve().parent: None for path in paths}))
 
 
 def read_local_config(root: Path, config: str, columns: Columns) -> StoredData:
     """Reads one configuration of a folder whose README.md names several, as on the Hub."""
-    tables = _loaded(root, str(root), config)
+    tables = _loaded(root, str(root), config, streaming=columns.streaming)
     return _to_stored(tables, f"{public_name(root)}:{config}", columns, (root,))
 
 
 def read_metadata_folder(root: Path, columns: Columns) -> StoredData:
     """Reads images with a metadata.csv, .jsonl or .parquet, in the imagefolder format of `datasets`."""
+    columns.refuse_streaming("a folder of image files")
     tables = _loaded(root, "imagefolder", data_dir=str(root))
     return _to_stored(tables, public_name(root), columns, (root,))
 
@@ -242,6 +259,10 @@ def _to_stored(
     tables: Any, name: str, columns: Columns, roots: Sequence[Path], *, has_files: bool = True
 ) -> StoredData:
     by_split: Mapping[str, Any] = tables if isinstance(tables, Mapping) else {"train": tables}
+    if any(is_stream(table) for table in by_split.values()):
+        return StoredData(
+            name=name, splits={s: partial(read_stream, t, columns, s, name, roots) for s, t in by_split.items()}
+        )
     stored = {
         split: StoredTable(table=flatten_webdataset(table), name=name, roots=roots, has_files=has_files)
         for split, table in by_split.items()
@@ -278,18 +299,64 @@ def read_table(stored: StoredTable, columns: Columns, split: str, rows: Rows | N
     return LabeledImages(source=source, rows=chosen, labels=labels, target=target, groups=groups)
 
 
+def is_stream(table: Any) -> bool:
+    """Whether a table is read in order."""
+    return isinstance(table, datasets.IterableDataset)
+
+
+def read_stream(table: Any, columns: Columns, split: str, name: str, roots: Sequence[Path] = ()) -> LabeledImages:
+    """Reads the labels and hashes the images of one `IterableDataset`, in one pass. The images are not kept.
+
+    Raises:
+        ValueError: columns are ambiguous or missing, or contain no encoded images, or a column names the split of each row.
+    """
+    where = f"{name}, split {split!r}"
+    if columns.split is not None:
+        raise ValueError(
+            f"{where}: split_column={columns.split!r}: a stream is not divided by a column; omit --streaming, or store the"
+            " splits in files of their own"
+        )
+    features = table.features or table._resolve_features().features
+    image, named = find_columns(features, columns, where, has_files=False)
+    if holds_pixels(features[image]):
+        raise ValueError(
+            f"{where}: column {image!r} contains arrays of pixels; a stream needs encoded images: omit --streaming"
+        )
+    asked = [*named, *filter(None, [columns.group]), *(condition.column for condition in columns.where)]
+    others = [column for column in dict.fromkeys(asked) if column in features]
+    try:
+        source = StreamSource(table, image, others, split, roots)
+    except _STREAM_ERRORS as error:
+        raise ValueError(
+            f"{where} cannot be streamed: {_with_cause(error)}; repair it, or store it as parquet files"
+        ) from error
+    cells = _list_cells(len(source), features, lambda name: source.cells.select([name]))
+    chosen = select_rows(cells, columns, where)
+    values = source.cells.select(list(named)).take(pa.array(chosen))
+    target, labels = read_labels(values, features, columns.problem_type, where)
+    if columns.where:
+        target, labels = target.drop_unused(labels)
+    groups = read_groups(cells, columns, chosen, where)
+    return LabeledImages(source=source, rows=chosen, labels=labels, target=target, groups=groups)
+
+
 def list_cells(table: Any) -> Cells:
     """Returns the columns of a `Dataset` as Python values, with class names in place of class indices."""
+    return _list_cells(len(table), table.features, lambda name: table.select_columns([name]).with_format("arrow")[:])
+
+
+def _list_cells(num_rows: int, features: Mapping[str, Any], select: Callable[[str], pa.Table]) -> Cells:
+    """Returns columns as Python values. `select` returns a table of one column."""
 
     def read(name: str) -> list[Any]:
-        values: list[Any] = table.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
-        feature = table.features[name]
+        values: list[Any] = select(name).column(0).to_pylist()
+        feature = features[name]
         if not isinstance(feature, datasets.ClassLabel):
             return values
         names = dict(enumerate(feature.names))
         return [names.get(value) for value in values]
 
-    return Cells(names=tuple(table.column_names), num_rows=len(table), read=read)
+    return Cells(names=tuple(features), num_rows=num_rows, read=read)
 
 
 def flatten_webdataset(table: Any) -> Any:

@@ -1,11 +1,12 @@
 """Writes a network as an ONNX graph, and converts an ONNX graph to OpenVINO.
 
-`torch.onnx`'s exporter traces the network with torch.export, so that the number of images stays free. OpenVINO reads the ONNX
-file, so both formats compute the same graph.
+`torch.onnx`'s exporter traces the network with torch.export, so that the number of images stays free. OpenVINO converts the
+ONNX file, so both formats compute the same graph.
 """
 
 import json
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -79,18 +80,28 @@ def describe(backbone: Backbone) -> dict[str, str]:
 
 def write_openvino(onnx_file: Path, file: Path, metadata: Mapping[str, str], *, is_fp16: bool = False) -> None:
     """Writes an ONNX file as OpenVINO's `file` (.xml) and its weights (.bin). With `is_fp16`, weights have 16 bits."""
+    save_openvino(read_openvino(onnx_file), file, metadata, is_fp16=is_fp16)
+
+
+def read_openvino(onnx_file: Path) -> Any:
+    """Returns an ONNX file as an OpenVINO model, in which what depends on constants alone is computed.
+
+    As the reader gives it, the model reshapes every bias by seven more operators: 2,676 in place of 1,009 for an int8
+    MobileNetV2, whose .xml had a third of the bytes.
+    """
     import openvino
 
-    save_openvino(openvino.Core().read_model(onnx_file), file, metadata, is_fp16=is_fp16)
+    return openvino.convert_model(onnx_file)
 
 
 def save_openvino(model: Any, file: Path, metadata: Mapping[str, str], *, is_fp16: bool) -> None:
-    """Writes an OpenVINO model with metadata as `file` (.xml) and its weights (.bin)."""
+    """Writes an OpenVINO model with metadata as `file` (.xml) and its weights (.bin). The .xml is not indented."""
     import openvino
 
     for name, text in metadata.items():
         model.set_rt_info(text, ["model_info", name])
     openvino.save_model(model, file, compress_to_fp16=is_fp16)
+    file.write_text(re.sub(r">\s+<", "><", file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _trace(module: nn.Module, samples: torch.Tensor, input_name: str, output_name: str) -> Any:

@@ -31,6 +31,7 @@ from hf_transfer.reporting.formats import format_percent, make_environment
 from hf_transfer.reporting.label_table import lay_out_labels, name_labels
 from hf_transfer.reporting.report_results import explain_validation, find_metrics
 from hf_transfer.reporting.sentences import describe_precision, describe_repeats
+from hf_transfer.reporting.verdict import describe_kept_model
 
 MAX_TABLE_CLASSES = 50  # with more classes, the card lists only the classes with the lowest recall
 MIN_TRAIN_IMAGES = 20  # per class; the card warns of classes with fewer training images
@@ -52,6 +53,8 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         backbone=backbone,
         mode="L" if backbone.preprocessing.channels == 1 else "RGB",
         is_from_scratch=is_from_scratch(results),
+        kept=describe_kept_model(results),
+        kept_strategy=_find_kept_strategy(results),
         adapter=backbone.describe() if isinstance(backbone, Adapted) else results["details"].get("adapter"),
         results=results,
         split=split,
@@ -90,6 +93,13 @@ def address_card(text: str, repo_id: str, revision: str | None, verified: Sequen
         text,
         flags=re.DOTALL | re.MULTILINE,
     )
+
+
+def _find_kept_strategy(results: Mapping[str, Any]) -> str:
+    """Returns the name of the strategy that the saved model is of, if the run's strategy kept another one; otherwise ""."""
+    auto, is_probe = results["details"].get("auto"), results["details"].get("kept_probe")
+    kept = auto["kept"] if auto else "linear_probe" if is_probe and len(results["plan"]) > 1 else ""
+    return "" if kept == results["strategy"] else str(kept)
 
 
 def _format_config(config: dict[str, Any]) -> Markup:

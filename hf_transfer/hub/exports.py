@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data, load_splits
+from hf_transfer.errors import count_noun
 from hf_transfer.exporting.export import export
 from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.exporting.held_out import HeldOut
@@ -119,7 +120,10 @@ def format_exports(records: tuple[ExportRecord, ...]) -> str:
             f"{record.latency_ms:.1f} ms | {rate} | {scored} |"
         )
     threads = max((record.num_threads for record in records), default=0)
-    lines += ["", f"Times are of the machine that exported, with up to {threads} threads; batches have 8 images."]
+    lines += [
+        "",
+        f"Times are of the machine that exported, with up to {count_noun(threads, 'thread')}; batches have 8 images.",
+    ]
     return "\n".join([*lines, "<!-- /exported -->"])
 
 

@@ -44,7 +44,7 @@ def derive_license(base: str | None, data: str | None, *, has_base: bool = True)
     notes = []
     for origin, terms in stated.items():
         unknown = (
-            f"**The license of the {origin} is unknown**: find it out before you rely on the license of this model."
+            f"**The license of the {origin} is unknown**: it may limit the use of this model, so find it out first."
         )
         notes.append(unknown if terms is None else f"The {origin} states {escape_markdown(terms)}.")
     known = {terms for terms in stated.values() if terms is not None}

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from hf_transfer.config import split_repo_id
 from hf_transfer.hub.attempts import Attempts, PushError, RefusedPushError, no_write_access
 from hf_transfer.hub.card import OUR_TAG, address_card
+from hf_transfer.hub.card_images import EXAMPLES, draw_examples, insert_examples
 from hf_transfer.hub.exports import verify_exports
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import MERGED_TOLERANCE, REFERENCE, TOLERANCE, Verified, find_libraries, verify
@@ -31,6 +32,7 @@ from hf_transfer.locations import find_run
 from hf_transfer.network.adapters import is_adapter_folder, load_adapted, read_base
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.source import find_source
+from hf_transfer.reporting.comparison import read_saved_target
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ CARD = "README.md"
 # A push deletes such old files if the new model lacks them, as libraries would load them with it. Other files stay.
 LOADED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "adapter_config.json",
-    "task.json", "onnx/*", "openvino/*", "export.json",
+    "task.json", "onnx/*", "openvino/*", "export.json", EXAMPLES,
 )  # fmt: skip
 
 __all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish", "publish_command"]
@@ -54,6 +56,7 @@ class PublishOptions:
     create_pr: bool = False  # open a pull request instead of committing
     overwrite: bool = False  # replace a card that hf_transfer did not write
     without_fine_tuning: bool = False  # allow a greedy stack whose layers were never trained together
+    publish_images: bool = False  # show photographs of the scored split in the card; otherwise no photograph is pushed
     dry_run: bool = False  # verify the model and list the model's files, without calling the Hub
 
 
@@ -117,7 +120,9 @@ def publish(
     files = {p.relative_to(model).as_posix(): p for p in sorted(model.rglob("*")) if p.is_file()}
     # Hidden files do not belong to the model.
     files = {name: p for name, p in files.items() if not re.search(r"(^|/)\.", name)}
-    url = None
+    url, examples = None, ""
+    if options.publish_images:
+        files[EXAMPLES], examples = draw_examples(run, read_saved_target(results))
     if not options.dry_run:
         command = publish_command(run, repo_id, options, adapter=adapter, base=base)
         attempt = Attempts(repo_id, f"Nothing is lost, because the run is on this disk. Repeat: {command}")
@@ -125,6 +130,7 @@ def publish(
         target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
         _open_repository(target, options)
         card = address_card(files[CARD].read_text(encoding="utf-8"), repo_id, revision, verified)
+        card = insert_examples(card, examples) if examples else card
         url = _commit(target, files, card, f"Add {results['strategy']}", create_pr=options.create_pr)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     return Published(repo_id=repo_id, files=sizes, url=url, verified=verified)
@@ -151,7 +157,7 @@ def publish_command(
 ) -> str:
     """Returns the `hf-transfer publish` command that repeats this push."""
     values = {"--base": base, "--revision": options.revision}
-    names = ("private", "create_pr", "overwrite", "without_fine_tuning")
+    names = ("private", "create_pr", "overwrite", "without_fine_tuning", "publish_images")
     flags = {"--adapter": adapter} | {f"--{name}": getattr(options, name) for name in names}
     words = ["hf-transfer", "publish", str(run), "--repo_id", repo_id]
     words += [word for flag, value in values.items() if value for word in (flag, value)]

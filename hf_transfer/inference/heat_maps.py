@@ -1,7 +1,7 @@
-"""Writes the explanation of each prediction as a picture: the image as the network sees it, beside it the heat map on top."""
+"""Explains predictions image by image, and draws each explanation: the image as the network sees it, and its heat map."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
 from hf_transfer.config import ExplainBy
-from hf_transfer.data.images import read_image
 from hf_transfer.inference.explain import MapCut, choose_map_cut, explain, occlude
-from hf_transfer.inference.predict import Prediction
+from hf_transfer.inference.predict import ImageLike, Prediction, name_image, open_image
 from hf_transfer.locations import chain_dir
+from hf_transfer.logs import open_bar
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.preprocessing import Pixels
@@ -30,6 +29,20 @@ LEAST_PX = 224  # smaller images are enlarged
 STRENGTH = 0.65  # largest share of the heat map's color in a pixel
 # From cold to hot; as dark to bright, so that it also reads in gray.
 COLORS = np.array([[20, 11, 70], [120, 28, 109], [203, 71, 72], [246, 140, 31], [252, 255, 164]], np.float32)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Explanation:
+    """The regions of one image that speak for a label."""
+
+    image: str  # the path that the user gave, or "image 3" for a PIL image or array at index 3
+    label: str
+    pixels: Pixels  # (H, W, C) what the network sees: uint8, or normalized float32
+    heat: NDArray[np.float32]  # (H, W) from 0 to 1
+
+    def draw(self) -> Image.Image:
+        """Returns a picture of the image, with the heat map on top of it at its right."""
+        return draw_explanation(self.pixels, self.heat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,29 +61,38 @@ class Explainer:
         """
         return run_on_main(lambda: self._write(predictions, folder))
 
+    def explain(self, images: Sequence[ImageLike], labels: Sequence[str]) -> Iterator[Explanation]:
+        """Yields the explanation of one label for each image, in batches. Raises BadImageError for an unreadable image."""
+        with open_bar(total=len(images), title="explanations", unit="img") as bar:
+            for start in range(0, len(images), BATCH):
+                rows = range(start, min(start + BATCH, len(images)))
+                shown = [name_image(images[i], i) for i in rows]
+                opened = [open_image(images[i], name) for i, name in zip(rows, shown, strict=True)]
+                pixels = np.stack([self.backbone.preprocessing.pixels(image) for image in opened])
+                heat = self._compute_heat(pixels, [labels[i] for i in rows])
+                for i, name, own_pixels, own_heat in zip(rows, shown, pixels, heat, strict=True):
+                    yield Explanation(image=name, label=labels[i], pixels=own_pixels, heat=own_heat)
+                bar.update(len(rows))
+
     def _write(self, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
         paths = [folder / name for name in name_pictures([prediction.image for prediction in predictions])]
-        starts = range(0, len(predictions), BATCH)
-        for start in tqdm(starts, desc="explanations", unit="batch", disable=None):
-            batch = predictions[start : start + BATCH]
-            pixels, heat = self._explain(batch)
-            for path, shown, values in zip(paths[start : start + BATCH], pixels, heat, strict=True):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                draw_explanation(shown, values).save(path)
+        explanations = self.explain([Path(p.image) for p in predictions], [p.labels[0] for p in predictions])
+        for path, explanation in zip(paths, explanations, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            explanation.draw().save(path)
         return paths
 
-    def _explain(self, predictions: Sequence[Prediction]) -> tuple[NDArray[Any], NDArray[np.float32]]:
-        """Returns the pixels (B, H, W, C) and the heat maps (B, H, W) of some images."""
-        preprocessing, names = self.backbone.preprocessing, self.backbone.label_names
+    def _compute_heat(self, pixels: NDArray[Any], labels: Sequence[str]) -> NDArray[np.float32]:
+        """Returns the heat maps (B, H, W) of images with `pixels` (B, H, W, C), for one label each."""
         device = next(self.backbone.model.parameters()).device
-        pixels = np.stack([preprocessing.pixels(read_image(Path(p.image), p.image)) for p in predictions])
-        images = preprocessing.normalize(torch.from_numpy(pixels).to(device))
-        outputs = torch.tensor([names.index(p.labels[0]) for p in predictions], device=device)
+        images = self.backbone.preprocessing.normalize(torch.from_numpy(pixels).to(device))
+        outputs = torch.tensor([self.backbone.label_names.index(label) for label in labels], device=device)
         if self.map_cut is None:
             heat = occlude(self.chain, images, outputs=outputs)
         else:
             heat = explain(self.chain, images, outputs=outputs, at=self.map_cut)
-        return pixels, heat.cpu().numpy()
+        values: NDArray[np.float32] = heat.cpu().numpy()
+        return values
 
 
 def make_explainer(backbone: Backbone, *, method: ExplainBy = "grad_cam", at: str | None = None) -> Explainer:

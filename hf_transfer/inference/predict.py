@@ -67,8 +67,7 @@ class _Inputs:
         return len(self.images)
 
     def name_of(self, index: int) -> str:
-        image = self.images[index]
-        return str(image) if isinstance(image, (str, Path)) else f"image {index}"
+        return name_image(self.images[index], index)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -84,24 +83,30 @@ class _Inputs:
 
     def _decode(self, index: int) -> Image.Image:
         try:
-            return self._open(index)
+            return open_image(self.images[index], self.name_of(index))
         except BadImageError as error:
             self.problems[index] = error
             return Image.new("RGB", (1, 1))
 
-    def _open(self, index: int) -> Image.Image:
-        image, name = self.images[index], self.name_of(index)
-        if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise BadImageError(
-                    f"{name}: an array {image.shape} of {image.dtype}; give RGB pixels as a uint8 array (H, W, 3)"
-                )
-            image = Image.fromarray(image)
-        elif not isinstance(image, (str, Path, Image.Image)):
+
+def name_image(image: ImageLike, index: int) -> str:
+    """Returns the path that the user gave, or "image 3" for a PIL image or array at index 3."""
+    return str(image) if isinstance(image, (str, Path)) else f"image {index}"
+
+
+def open_image(image: ImageLike, name: str) -> Image.Image:
+    """Returns an image in mode RGB. Raises BadImageError, which calls the image `name`, if it cannot be read."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise BadImageError(
-                f"{name}: cannot read {type(image).__name__}; give a path, a PIL image or a uint8 array (H, W, 3)"
+                f"{name}: an array {image.shape} of {image.dtype}; give RGB pixels as a uint8 array (H, W, 3)"
             )
-        return read_image(image, name)
+        image = Image.fromarray(image)
+    elif not isinstance(image, (str, Path, Image.Image)):
+        raise BadImageError(
+            f"{name}: cannot read {type(image).__name__}; give a path, a PIL image or a uint8 array (H, W, 3)"
+        )
+    return read_image(image, name)
 
 
 def load_saved(model: str, *, trust_remote_code: bool = False) -> Backbone:

@@ -155,6 +155,31 @@ def _check_hub_id(checkpoint: str) -> None:
             f"checkpoint={checkpoint!r} is neither a folder here nor a Hub id; give a folder in Hub layout, owner/name or "
             "owner/name@revision"
         )
+    if "/" not in checkpoint:
+        suggested = _find_timm_ids(checkpoint)
+        if suggested:
+            raise ValueError(
+                f"checkpoint={checkpoint!r} is a name in timm, but neither a folder here nor a Hub id: choose "
+                f"{' or '.join(suggested[:NAMED])}"
+            )
+
+
+def _find_timm_ids(name: str) -> list[str]:
+    """Returns the Hub ids of the weights that timm lists for `name`, an architecture with or without a tag; [] if none.
+
+    The architecture's default weights come first.
+    """
+    from timm.models import get_pretrained_cfg, list_pretrained
+
+    full, _, _ = name.partition("@")
+    architecture, _, _ = full.partition(".")
+    names = list_pretrained(f"{architecture}.*")
+    if not names:
+        return []
+    default = get_pretrained_cfg(architecture)
+    first = full if full in names else f"{architecture}.{default.tag}" if default else names[0]
+    listed = [get_pretrained_cfg(each) for each in sorted(names, key=lambda each: each != first)]
+    return [str(each.hf_hub_id) for each in listed if each is not None and each.hf_hub_id]
 
 
 def _from_folder(folder: Path, base_model: str | None) -> Source:

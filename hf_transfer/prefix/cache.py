@@ -25,18 +25,18 @@ from hf_transfer.prefix.layout import (
     Arrays,
     Checksums,
     Layout,
-    Progress,
-    UnfinishedShard,
-    can_continue,
     complete,
     discard,
     make_layout,
     open_store,
+    read_layout,
     write_layout,
 )
+from hf_transfer.prefix.progress import Progress, RowWriter
 from hf_transfer.prefix.ranks import Ranks, find_group
 from hf_transfer.prefix.storage import CacheKind, Storage, choose_storages, measure_capacity
 from hf_transfer.prefix.store import Array, Store
+from hf_transfer.prefix.work import Work
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +49,13 @@ Check = Callable[[Mapping[str, Store]], Collection[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class MissingRows:
-    """The rows that a rank must compute: those at `positions` of each array, whose first row is row `start` of the store.
+    """The numbers of the rows that a rank must compute, in order, and the arrays that take them: `arrays[name][rows] = values`.
 
-    `mark` is called with positions whose rows are written in all arrays, so that a later job need not compute them again.
+    `mark` is called with rows that are written in all arrays, so that a later job need not compute them again.
     """
 
-    arrays: Mapping[str, Array]
-    start: int
-    positions: NDArray[np.int64]
+    arrays: Mapping[str, RowWriter]
+    rows: NDArray[np.int64]
     mark: Callable[[NDArray[np.int64]], None]
 
 
@@ -198,7 +197,7 @@ class _Search:
     def _complete_memory(self) -> None:
         """Computes, on every rank, the rows in memory that no pass for the disk has computed."""
         rest = np.flatnonzero(~self.is_filled)
-        missing = MissingRows(arrays=self.in_memory, start=0, positions=rest, mark=lambda positions: None)
+        missing = MissingRows(arrays=self.in_memory, rows=rest, mark=lambda rows: None)
         self.ranks.together(lambda: self.request.fill(missing) if self.in_memory and len(rest) else None)
 
     def _named_stores(self) -> dict[str, Store]:
@@ -240,33 +239,28 @@ class _Search:
     def _build(self, missing: Sequence[int]) -> str | None:
         """Computes the missing stores on disk. Returns None, or why nothing can be written."""
         group, ranks = self.folder_group, self.ranks
-        layout = make_layout(self.request.num_rows, len(group.members), self.request.batch_rows)
         with ExitStack() as locks:
             partials: list[Path] = []
-            shards: list[UnfinishedShard] = []
 
-            def claim() -> list[str]:
-                if not group.is_leader or not missing:
-                    return []
-                claimed = [self._claim(i, layout, locks) for i in missing]
-                remove_abandoned(keep=claimed)  # those of another layout
-                row_bytes = sum(self.groups[i].row_bytes() for i in missing)
-                evict_for(self.request.num_rows * row_bytes, self.request.bound_bytes)
-                return [partial.name for partial in claimed]
+            def claim() -> tuple[list[str], Layout] | None:
+                return self._claim_all(missing, locks) if group.is_leader and missing else None
 
-            def allocate() -> None:
-                for i, partial in zip(missing, partials, strict=True):
-                    shards.append(UnfinishedShard(partial, group.index, self.groups[i].stored(), layout))
-
-            names, problem = self._write_together(claim)
+            claims, problem = self._write_together(claim)
+            claimed = claims[group.leader] if problem is None else None
+            work = None
+            if claimed is not None:
+                partials = [store_dir() / name for name in claimed[0]]
+                arrays = [self.groups[i].stored() for i in missing]
+                work = Work(partials, arrays, claimed[1], group)
             if problem is None:
-                partials = [store_dir() / name for name in names[group.leader]]
-                _, problem = self._write_together(allocate)
+                inspected, problem = self._write_together(lambda: work.inspect() if work else {})
+            if problem is None:
+                _, problem = self._write_together(lambda: work.deal(inspected) if work else None)
             if problem is not None:
                 self._delete_unless_begun(partials)
                 return problem
             try:
-                outcomes = ranks.attempt(lambda: self._fill(missing, shards, layout))
+                outcomes = ranks.attempt(lambda: self._fill(missing, work) if work else [])
             except BaseException:  # this job was interrupted, or another rank ended
                 if ranks.count == 1:  # otherwise, other ranks may still write
                     self._delete_unless_begun(partials)
@@ -275,7 +269,7 @@ class _Search:
                 self._delete_unless_begun(partials)
             results = outcomes.check()
             checksums = [results[rank] for rank in group.members]
-            _, problem = self._write_together(lambda: self._complete(missing, partials, layout, checksums))
+            _, problem = self._write_together(lambda: self._complete(missing, work, checksums) if work else None)
         return problem
 
     def _write_together(self, step: Callable[[], T]) -> tuple[list[T], str | None]:
@@ -293,53 +287,56 @@ class _Search:
         problems = [problem for _, problem in results if problem is not None]
         return [value for value, _ in results], problems[0] if problems else None  # type: ignore[misc]
 
+    def _claim_all(self, missing: Sequence[int], locks: ExitStack) -> tuple[list[str], Layout]:
+        """Locks the folders of unfinished stores, and makes space for them. Returns their names and their layout."""
+        request = self.request
+        layout = make_layout(request.num_rows, len(self.folder_group.members), request.batch_rows)
+        store_dir().mkdir(parents=True, exist_ok=True)
+        # A job with another number of ranks may have begun, with another number of shards.
+        begun = (read_layout(partial, layout) for i in missing for partial in list_partials(self.folders[i]))
+        layout = next((each for each in begun if each is not None), layout)
+        claimed = [self._claim(i, layout, locks) for i in missing]
+        remove_abandoned(keep=claimed)  # those of another layout
+        row_bytes = sum(self.groups[i].row_bytes() for i in missing)
+        evict_for(request.num_rows * row_bytes, request.bound_bytes)
+        return [partial.name for partial in claimed], layout
+
     def _claim(self, number: int, layout: Layout, locks: ExitStack) -> Path:
         """Locks an unfinished store of an ended job that has this layout, or creates a new one. Returns its folder."""
         folder = self.folders[number]
-        store_dir().mkdir(parents=True, exist_ok=True)
         for partial in list_partials(folder):
-            if can_continue(partial, layout):
+            if read_layout(partial, layout) == layout:
                 try:
                     locks.enter_context(locked(partial))
                 except Timeout:
                     continue  # another job is writing it
-                if can_continue(partial, layout):  # the job that held the lock until now may have completed it
+                if read_layout(partial, layout) == layout:  # the job that held the lock until now may have completed it
                     return partial
         partial = partial_of(folder)
         locks.enter_context(locked(partial))
         write_layout(partial, layout)
         return partial
 
-    def _fill(self, missing: Sequence[int], shards: Sequence[UnfinishedShard], layout: Layout) -> list[Checksums]:
+    def _fill(self, missing: Sequence[int], work: Work) -> list[Checksums]:
         """Computes the rows of this rank that no earlier job has finished. Returns the checksums of each missing store."""
-        group = self.folder_group
-        rows = layout.shard(group.index)
-        progress = Progress(shards, layout.chunks(group.index))
-        if len(progress.positions):
-            if stored := len(rows) - len(progress.positions):
-                log.info("continuing an interrupted job: %d of %d rows are stored", stored, len(rows))
-            arrays = {
-                name: array
-                for i, shard in zip(missing, shards, strict=True)
-                for name, array in self.groups[i].named(shard.arrays).items()
-            }
-            arrays |= {name: array[rows.start : rows.stop] for name, array in self.in_memory.items()}
-            self.request.fill(
-                MissingRows(arrays=arrays, start=rows.start, positions=progress.positions, mark=progress.mark)
-            )
-            self.is_filled[rows.start + progress.positions] = True
-        return [shard.list_checksums() for shard in shards]
+        progress = Progress(work.shards, work.layout)
+        if len(progress.rows):
+            arrays: dict[str, RowWriter] = {}
+            for i, by_name in zip(missing, work.writers(), strict=True):
+                arrays |= self.groups[i].named(by_name)
+            arrays |= self.in_memory
+            self.request.fill(MissingRows(arrays=arrays, rows=progress.rows, mark=progress.mark))
+            self.is_filled[progress.rows] = True
+        return work.list_checksums()
 
-    def _complete(
-        self, missing: Sequence[int], partials: Sequence[Path], layout: Layout, checksums: Sequence[list[Checksums]]
-    ) -> None:
+    def _complete(self, missing: Sequence[int], work: Work, checksums: Sequence[list[Checksums]]) -> None:
         """Completes the missing stores on the leader. `checksums`: for each member of the group, one for each missing store."""
         if not self.folder_group.is_leader:
             return
-        for position, (i, partial) in enumerate(zip(missing, partials, strict=True)):
+        for position, (i, partial) in enumerate(zip(missing, work.partials, strict=True)):
             files = {file: values for member in checksums for file, values in member[position].items()}
             meta = {"title": self.groups[i].title, "fields": self.fields[i]}
-            complete(partial, self.folders[i], meta, layout, files)
+            complete(partial, self.folders[i], meta, work.layout, files)
 
     def _delete_unless_begun(self, partials: Sequence[Path]) -> None:
         """Deletes the unfinished stores without a finished chunk. The next job with the same key continues the others."""

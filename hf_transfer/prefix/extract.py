@@ -17,7 +17,7 @@ from hf_transfer.network.cut import Cut
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached_apart
 from hf_transfer.prefix.engines import Runner, describe_engine, engine_tolerance
-from hf_transfer.prefix.pixels import EvaluationImages, Images
+from hf_transfer.prefix.pixels import EvaluationImages, Images, require_stored
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.storage import Storage
 from hf_transfer.prefix.store import JoinedStore, SelectedStore, Store
@@ -112,6 +112,9 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
     # Keys are needed on disk only, and contain a hash of all images.
     keys: dict[str, dict[str, Any]] = extraction.keys() if resources.uses_disk else {name: {} for name in taps}
     stored = cached_apart(keys, request, titles)
+    for name, storage in stored.storages.items():
+        if isinstance(images, EvaluationImages):
+            require_stored(images.split, f"the activations of {images.name} {name}", storage)
     recomputed = {name: Recomputed(extraction, taps[name]) for name in taps if name not in stored.stores}
     seconds = time.perf_counter() - started
     if resources.accelerator.is_main_process:
@@ -173,17 +176,17 @@ class _Extraction:
 
     def fill(self, missing: MissingRows) -> None:
         """Computes the values of the missing rows, and writes each tap's values into the tap's array."""
-        self.computed += len(missing.positions)
+        self.computed += len(missing.rows)
 
         def write(start: int, values: Mapping[str, NDArray[Any]]) -> None:
             count = len(next(iter(values.values())))
-            positions = missing.positions[start : start + count]
-            for name, rows in values.items():
-                missing.arrays[name][positions] = rows
-            missing.mark(positions)
+            rows = missing.rows[start : start + count]
+            for name, computed in values.items():
+                missing.arrays[name][rows] = computed
+            missing.mark(rows)
 
         title = f"{self.images.name} features"
-        self.compute(missing.start + missing.positions, list(missing.arrays), write, title=title)
+        self.compute(missing.rows, list(missing.arrays), write, title=title)
 
     def check(self, stores: Mapping[str, Store]) -> set[str]:
         """Returns the names of the stores whose first or last row differs from what the chain computes now."""

@@ -1,27 +1,26 @@
 """The files of one store: how they are written, verified, and continued after a killed job.
 
     meta.json              title, fields, layout, and the size and the checksums of every file; sealed, and written last
-    <array>.<shard>.npy    the rows that one rank wrote, read as a memory map
+    <array>.<shard>.npy    the rows of one shard, read as a memory map
     layout.json            only in an unfinished store: its layout
     progress.<shard>       only in an unfinished store: one sealed line for each finished chunk, with the checksums of its rows
 
-A shard is divided into chunks of `chunk_rows` rows. Each chunk of each file has a checksum (xxh3, 64 bits), which is computed
-when the chunk is finished. A store's checksums are verified when a process first opens the store.
+The rows of a store are divided into chunks of `chunk_rows` rows, and each shard has whole chunks. Neither depends on the ranks
+that write the store, so any number of ranks can continue it. Each chunk of each file has a checksum (xxh3, 64 bits), which is
+computed when the chunk is finished. A store's checksums are verified when a process first opens the store.
 """
 
 import hashlib
 import logging
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from hf_transfer.prefix.contents import META, delete, remove_store
 from hf_transfer.prefix.store import Array, Store
@@ -35,8 +34,14 @@ Arrays = Mapping[str, tuple[tuple[int, ...], str]]
 Checksums = dict[str, list[str]]
 """File name -> checksum of each chunk."""
 
+Recorded = dict[int, dict[str, str]]
+"""Chunk of a shard -> its checksum in each file."""
+
 LAYOUT, PROGRESS = "layout.json", "progress."
-CHUNK_ROWS = 256  # least number of rows in a chunk
+CHUNK_ROWS = 256  # about the largest number of rows in a chunk
+LEAST_CHUNKS = 64  # a small store has smaller chunks, so that several ranks get about equally many rows
+SHARD_ROWS = 2**16  # about the largest number of rows in a shard
+SHARDS_PER_RANK = 4  # so that other numbers of ranks can share the rest of an unfinished store
 BLOCK_BYTES = 2**20  # bytes that are read at once to verify a file
 VERIFYING_THREADS = 4
 
@@ -47,7 +52,7 @@ _verified: set[tuple[Path, int]] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the rows of a store are divided into shards, one per rank, and into chunks."""
+    """How the rows of a store are divided into shards and into chunks."""
 
     num_rows: int
     num_shards: int
@@ -55,8 +60,9 @@ class Layout:
 
     def shard(self, index: int) -> range:
         """Returns the rows of a shard."""
-        start, stop = (self.num_rows * i // self.num_shards for i in (index, index + 1))
-        return range(start, stop)
+        num_chunks = -(-self.num_rows // self.chunk_rows)
+        start, stop = (num_chunks * i // self.num_shards * self.chunk_rows for i in (index, index + 1))
+        return range(start, min(stop, self.num_rows))
 
     def chunks(self, index: int) -> list[slice]:
         """Returns the positions of each chunk within a shard."""
@@ -64,16 +70,29 @@ class Layout:
         return [slice(i, min(i + self.chunk_rows, count)) for i in range(0, count, self.chunk_rows)]
 
 
-def make_layout(num_rows: int, num_shards: int, batch_rows: int) -> Layout:
-    """Returns a layout with chunks of whole batches of `batch_rows` rows, so that a continued job computes the same batches."""
-    return Layout(num_rows=num_rows, num_shards=num_shards, chunk_rows=-(-CHUNK_ROWS // batch_rows) * batch_rows)
+def make_layout(num_rows: int, num_ranks: int, batch_rows: int) -> Layout:
+    """Returns a layout with chunks of whole batches of `batch_rows` rows, so that a continued job computes the same batches.
+
+    The chunks do not depend on the number of ranks, and each rank gets several shards.
+    """
+    least_rows = min(CHUNK_ROWS, -(-num_rows // LEAST_CHUNKS))
+    chunk_rows = max(1, -(-least_rows // batch_rows)) * batch_rows
+    num_shards = max(SHARDS_PER_RANK * num_ranks if num_ranks > 1 else 1, -(-num_rows // SHARD_ROWS))
+    return Layout(
+        num_rows=num_rows, num_shards=max(1, min(num_shards, -(-num_rows // chunk_rows))), chunk_rows=chunk_rows
+    )
 
 
 class UnfinishedShard:
-    """The rows of one store that one rank writes. `checksums` has those of each finished chunk, by file name."""
+    """One shard of a store, which one rank writes. `checksums` has those of each finished chunk, by file name."""
 
-    def __init__(self, folder: Path, index: int, arrays: Arrays, layout: Layout) -> None:
-        """Opens or creates the files in `folder`. Raises OSError if the disk has too little space."""
+    def __init__(
+        self, folder: Path, index: int, arrays: Arrays, layout: Layout, checksums: Recorded | None = None
+    ) -> None:
+        """Opens or creates the files in `folder`. Raises OSError if the disk has too little space.
+
+        `checksums`: those that another rank has read and verified.
+        """
         self._progress = folder / f"{PROGRESS}{index:05d}"
         self._chunks = layout.chunks(index)
         self.arrays: dict[str, Array] = {}
@@ -83,7 +102,7 @@ class UnfinishedShard:
             file = folder / _shard_name(name, index)
             self._files[file.name] = name
             self.arrays[name] = _open_for_writing(file, (count, *shape), np.dtype(dtype))
-        self.checksums = self._read_progress()
+        self.checksums = self._read_progress() if checksums is None else checksums
 
     def finish(self, chunk: int) -> None:
         """Records that the rows of a chunk are written."""
@@ -106,7 +125,7 @@ class UnfinishedShard:
         rows = self._chunks[chunk]
         return {file: xxhash.xxh3_64_hexdigest(self.arrays[name][rows].data) for file, name in self._files.items()}
 
-    def _read_progress(self) -> dict[int, dict[str, str]]:
+    def _read_progress(self) -> Recorded:
         """Returns the recorded checksums of the chunks whose rows match them."""
         recorded = {}
         lines = self._progress.read_bytes().splitlines() if self._progress.exists() else []
@@ -122,39 +141,13 @@ class UnfinishedShard:
         return {chunk: checksums for chunk, checksums in recorded.items() if actual[chunk] == checksums}
 
 
-class Progress:
-    """The progress of one pass that fills the shards of several stores together.
-
-    `positions`: the positions of the rows that the pass must compute, because their chunk is not finished in every shard.
-    """
-
-    def __init__(self, shards: Sequence[UnfinishedShard], chunks: Sequence[slice]) -> None:
-        self._shards, self._lock = shards, threading.Lock()
-        self._chunk_rows = chunks[0].stop if chunks else 1
-        unfinished = [i for i in range(len(chunks)) if any(i not in shard.checksums for shard in shards)]
-        self._rows_left = {i: chunks[i].stop - chunks[i].start for i in unfinished}
-        ranges = [np.arange(chunks[i].start, chunks[i].stop) for i in unfinished]
-        self.positions = np.concatenate([np.arange(0), *ranges])
-
-    def mark(self, positions: NDArray[np.int64]) -> None:
-        """Records each chunk of which no row is missing after the rows at `positions`. Several threads call this method."""
-        finished = []
-        with self._lock:
-            for chunk, count in zip(*np.unique(positions // self._chunk_rows, return_counts=True), strict=True):
-                self._rows_left[int(chunk)] -= int(count)
-                if not self._rows_left[int(chunk)]:
-                    finished.append(int(chunk))
-        for chunk in finished:
-            for shard in self._shards:
-                shard.finish(chunk)
-
-
-def can_continue(partial: Path, layout: Layout) -> bool:
-    """Whether an unfinished store has this layout."""
+def read_layout(partial: Path, like: Layout) -> Layout | None:
+    """Returns the layout of an unfinished store if its rows and chunks are those of `like`, whatever its shards, else None."""
     try:
-        return bool(read_sealed(partial / LAYOUT) == asdict(layout))
-    except (OSError, ValueError):
-        return False
+        layout = Layout(**read_sealed(partial / LAYOUT))
+        return layout if replace(layout, num_shards=like.num_shards) == like else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def write_layout(partial: Path, layout: Layout) -> None:
@@ -296,5 +289,5 @@ def _size(shape: Sequence[int]) -> int:
 
 
 def _shard_name(name: str, index: int) -> str:
-    """Returns a valid name for the file that contains the rows of the array `name` that one rank writes."""
+    """Returns a valid name for the file that contains one shard of the array `name`."""
     return f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.{index:05d}.npy"

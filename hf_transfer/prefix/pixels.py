@@ -14,15 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import augment, draw_uniform
 from hf_transfer.data.splits import Split
+from hf_transfer.logs import open_bar
 from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
+from hf_transfer.prefix.storage import Storage
 from hf_transfer.prefix.store import SelectedStore, Store
 from hf_transfer.threads import open_workers
 
@@ -169,6 +170,15 @@ class DecodedWhenRead(Store):
         return self._decoder.read(self._name, np.arange(len(self))[rows])
 
 
+def require_stored(split: Split, title: str, storage: Storage) -> None:
+    """Raises ValueError if the split is streamed, but its results `title`, which are read again and again, are not stored."""
+    if split.source.is_stream and storage.kind == "none":
+        raise ValueError(
+            f"{title}: {storage.reason}, but a streamed data set is read in order: choose a strategy that stores less, such as "
+            "linear_probe, give the cache more space (--cache_gb, or HF_TRANSFER_CACHE on another disk), or omit --streaming"
+        )
+
+
 def default_side_px(preprocessing: Preprocessing) -> int:
     """Returns the default side of stored square images: MARGIN times the longer input side, rounded up to a multiple of 8."""
     return int(np.ceil(MARGIN * max(preprocessing.height_px, preprocessing.width_px) / 8)) * 8
@@ -239,25 +249,25 @@ class _Decoding:
 
     def fill(self, missing: MissingRows, resources: Resources) -> int:
         """Decodes the images of the missing rows in threads, and writes them. Returns the number of images."""
-        positions = missing.positions
-        hidden = None if resources.accelerator.is_main_process else True  # None hides the bar if there is no terminal
-        bar = tqdm(total=len(positions), desc=f"{self.split.name} pixels", unit="img", disable=hidden)
+        rows = missing.rows
+        is_hidden = not resources.accelerator.is_main_process
+        bar = open_bar(total=len(rows), title=f"{self.split.name} pixels", unit="img", is_hidden=is_hidden)
 
         def work(first: int) -> int:
-            block = positions[first : first + ROWS_PER_TASK]
-            for i in block:
-                for name, value in self.decode(missing.start + int(i)).items():
+            block = rows[first : first + ROWS_PER_TASK]
+            for i in block.tolist():
+                for name, value in self.decode(i).items():
                     missing.arrays[name][i] = value
             missing.mark(block)
             return len(block)
 
         with bar, open_workers(count_threads(resources.compute.num_workers), "decode") as pool:
             try:
-                for done in pool.map(work, range(0, len(positions), ROWS_PER_TASK)):
+                for done in pool.map(work, range(0, len(rows), ROWS_PER_TASK)):
                     bar.update(done)
             finally:
                 pool.shutdown(cancel_futures=True)  # cancels work after a bad image
-        return len(positions)
+        return len(rows)
 
 
 class _Decoder:
@@ -324,6 +334,7 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
     stored = cached(fields, request, f"{key['kind']}, {len(split)} images")
     (storage,) = set(stored.storages.values())
     if storage.kind == "none":
+        require_stored(split, f"the pixels of {split.name}", storage)
         log.info("pixels of %s: %s", split.name, storage.reason)
         decoder = _Decoder(decoding, resources.compute.num_workers)
         return {name: DecodedWhenRead(decoder, name) for name in arrays}

@@ -93,7 +93,7 @@ def _explain(kind: str, nbytes: int, requested: CacheKind, capacity: Capacity) -
     """Returns why `nbytes` bytes are stored in the place `kind`."""
     room, memory = f"{max(0, capacity.disk_bytes) / 1e9:,.1f} GB", f"{capacity.memory_bytes / 1e9:,.1f} GB"
     if kind == "disk":
-        return f"{_format(nbytes)} are stored on disk (the cache may use {room})"
+        return f"{_format(nbytes)} are stored on disk"
     if kind == "memory":
         return f"{_format(nbytes)} are stored in memory ({memory} are free)"
     if requested == "none":

@@ -9,20 +9,23 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from hf_transfer.config import Engine
+from hf_transfer.logs import open_bar
 from hf_transfer.prefix.allocator import keep_freed_memory
 from hf_transfer.prefix.engines import BatchFunction, ModuleRunner, Runner, prepare
 from hf_transfer.prefix.pixels import Images
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.taps import Extractor, Logits
 from hf_transfer.threads import open_workers
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 BATCHES_AHEAD = 3
 
@@ -43,9 +46,8 @@ def sweep(
 
     `title`: the progress bar's title; None: no bar. On a CPU, several threads run the network and call `write`.
     """
-    # disable=None hides the bar if the output is not a terminal.
-    is_hidden = True if title is None or not resources.accelerator.is_main_process else None
-    with tqdm(total=len(rows), desc=title, unit="img", disable=is_hidden) as bar:
+    is_hidden = title is None or not resources.accelerator.is_main_process
+    with open_bar(total=len(rows), title=title or "", unit="img", is_hidden=is_hidden) as bar:
         if resources.device.type == "cpu":
             _sweep_on_cpu(runner, images, rows, write, resources, bar)
             return

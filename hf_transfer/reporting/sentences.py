@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hf_transfer.data.dataset import Data
 from hf_transfer.metrics.formulas import count_images_to_tell_apart
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.reporting.report_results import find_interval
@@ -46,6 +47,16 @@ def describe_quality(metrics: Metrics) -> str:
     low, high = (f"{100 * bound:.1f}" if score.is_share else f"{bound:.3f}" for bound in bounds or (0.0, 0.0))
     interval = "" if bounds is None else f"95 % interval {low} to {high}, "
     return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"
+
+
+def describe_scored_model(result: RunResult, data: Data) -> str:
+    """Returns a clause that says which models predicted the validation images, if not the saved one; otherwise ""."""
+    estimated_by = result.validation.details.get("estimated_by")
+    if estimated_by is not None:
+        return f"; of the models that were trained without these images ({EstimatedBy(estimated_by)})"
+    if result.kept_probe and not data.holds_out_validation:
+        return "; each image predicted by a probe that was fitted without it"
+    return ""
 
 
 def describe_precision(metrics: Mapping[str, Any]) -> str | None:

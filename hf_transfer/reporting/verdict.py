@@ -72,13 +72,18 @@ def describe_kept_model(results: Mapping[str, Any]) -> str:
 def _describe_kept_probe(results: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> str:
     plan, count = results["plan"], results.get("data", {}).get("num_images", {}).get("validation")
     probe = find_probe_score(plan) or plan[-1]["score"]
-    name = next(iter(probe))
-    as_text, best = _format_quality(name), max(row["validation"][name] for row in epochs)
+    quality, loss = list(probe)[:2]
+    by_loss = results.get("config", {}).get("select_by") == "log_loss"
+    name = loss if by_loss else quality
+    best = (min if by_loss else max)(row["validation"][name] for row in epochs)
+    is_better = best < probe[name] if by_loss else best > probe[name]
+    as_text = _format_quality(name)
     images = "" if count is None else f" on {count:,} images"
+    refitted = ", fitted again on training and validation images" if plan[0].get("refitted") else ""
     return (
-        f"Kept: the linear probe. The best of {len(epochs)} epochs had a validation {name.replace('_', ' ')} of "
-        f"{as_text(best)}, and the probe {as_text(probe[name])}{images}: no epoch was better beyond chance, so the trained "
-        "layers were discarded. Curves over epochs show the discarded network; all other figures are of the probe."
+        f"Kept: the linear probe. Validation {name.replace('_', ' ')}: {as_text(best)} after the best of {len(epochs)} epochs "
+        f"against {as_text(probe[name])} of the probe is {'within chance' if is_better else 'no gain'}{images}, so the trained "
+        f"layers were discarded. All figures are of the probe{refitted}; curves over epochs show the discarded network."
     )
 
 
@@ -124,7 +129,9 @@ def suggest_next_steps(results: Mapping[str, Any], num_suspects: int | None = No
     if found:
         return found
     if num_suspects is None:
-        return ["Look at the images that the model gets wrong: hf-transfer report RUN makes this page with pictures."]
+        return [
+            "Look at the images that the model gets wrong: `hf-transfer report RUN` makes a page with pictures of them."
+        ]
     return ["Look at the most confident mistakes below: they show what the training images lack."]
 
 

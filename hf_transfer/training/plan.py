@@ -98,7 +98,7 @@ def _run(session: Session, plan: Plan, final: FinalFit | None) -> RunResult:
 def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) -> RunResult:
     is_refitted = not session.data.holds_out_validation
     images = "training and validation images" if is_refitted else "training images"
-    log.info("no gradient step beat the probe: the result is the probe, fitted on %s", images)
+    log.info("no epoch is better than the probe beyond chance: fitting the probe again, on %s", images)
     probe = fit_head(session, phase)
     solved = replace(probe.phases[0], refitted=is_refitted)
     return replace(

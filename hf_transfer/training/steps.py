@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import nn
-from tqdm.auto import tqdm
 
 from hf_transfer.capability import accumulation_dtype
 from hf_transfer.data.augment import draw_uniform, mix
 from hf_transfer.interrupts import Interrupted, received
+from hf_transfer.logs import open_bar
 from hf_transfer.metrics.records import Score
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.freezing import set_modes, uses_batch_statistics
@@ -31,6 +31,9 @@ from hf_transfer.training.optim import lr_factor, set_lr
 from hf_transfer.training.phase import TrainPhase
 from hf_transfer.training.records import EpochRecord
 from hf_transfer.training.sharding import Shards
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # On a GPU, every read of the loss waits for the device. So the loss is read after this many steps, or this many seconds.
 CHECK_LOSS_EVERY, CHECK_LOSS_EVERY_S = 25, 2.0
@@ -210,12 +213,12 @@ class Steps:
 
     def _make_bar(self, progress: Progress) -> "tqdm[Any]":
         phase = self.run.phase
-        return tqdm(
+        return open_bar(
             total=self.steps_per_epoch,
             initial=progress.step,
-            desc=f"{phase.policy.name} {progress.epoch + 1}/{phase.epochs}",
+            title=f"{phase.policy.name} {progress.epoch + 1}/{phase.epochs}",
             unit="step",
-            disable=None if self.accelerator.is_main_process else True,
+            is_hidden=not self.accelerator.is_main_process,
             leave=progress.epoch + 1 == phase.epochs,
         )
 
@@ -243,13 +246,12 @@ class Steps:
         if not math.isfinite(progress.loss_sum):
             raise NonFiniteLossError(self._explain_loss(progress))
         accuracy = 100 * progress.hits / progress.images
-        bar.set_postfix(
-            {
-                "loss": f"{progress.loss_sum / progress.images:.3f}",
-                **({} if math.isnan(accuracy) else {"accuracy": f"{accuracy:.1f} %"}),
-                "img_s": f"{progress.images / max(progress.seconds, 1e-9):.0f}",
-            }
-        )
+        values = {
+            "loss": f"{progress.loss_sum / progress.images:.3f}",
+            **({} if math.isnan(accuracy) else {"accuracy": f"{accuracy:.1f} %"}),
+            "img_s": f"{progress.images / max(progress.seconds, 1e-9):.0f}",
+        }
+        bar.set_postfix(values, refresh=False)  # a refresh would draw more often than the bar's interval allows
         return num_due > 0, num_interrupted > 0
 
     def _read_batches(self, steps: list[Rows], epoch: int) -> Iterator[tuple[Rows, list[Batch]]]:

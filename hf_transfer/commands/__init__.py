@@ -1,0 +1,1 @@
+"""The commands of `hf-transfer`, one per file: its docstring is the help text, and `COMMAND` has its flags and its function."""
