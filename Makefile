@@ -5,13 +5,14 @@
 # make soak    the slow suites: all strategies through all doors, to the bit
 # make wheel-check   build the wheel, install it into an empty environment, and use it outside the clone
 # make bench DATA=FOLDER   images per second against the bare network and two peers (checkpoints/ and datasets/ in DATA), and the figure
+# make docs    build docs/ into build/docs; a warning, such as a broken link, is an error
 # make format  rewrite the files in the house format
 PYTHON ?= python3
 VENV ?= .venv
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: demo test check test-oldest soak bench wheel-check format
+.PHONY: demo test check test-oldest soak bench wheel-check docs format
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/linear_probe.py
@@ -53,6 +54,9 @@ wheel-check:
 	accelerate launch -m hf_transfer train full --epochs 1; \
 	sh -c "$$(hf-transfer advise --epochs 1 | tail -1)"
 
+docs: $(VENV)/.installed-docs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -73,4 +77,8 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $(VENV)/.installed $@

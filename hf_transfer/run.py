@@ -132,7 +132,7 @@ class Run:
     def embed(
         self, images: Any, *, at: str = FEATURES, pool: Pool = "mean", batch_size: int = 32
     ) -> NDArray[np.float32]:
-        """Returns the embeddings (N, *shape) of images, which `predict` describes: by default what the head reads.
+        """Returns the embeddings `(N, *shape)` of images, which `predict` describes: by default what the head reads.
 
         `at`, `pool`: another cut, and the mean over its positions or the whole activation (see `inference.embed.embed`).
         Embeddings are stored in the cache, and computed once. Raises ValueError for a path that does not exist, another type

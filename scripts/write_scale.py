@@ -66,8 +66,11 @@ one of three processes, and counts: no finished chunk is computed again, and the
 
 ## Images that do not fit on the disk
 
-    accelerate launch recipes/linear_probe.py --dataset owner/name --streaming
-    hf-transfer train last_layers --dataset shards --streaming
+```sh
+hf-transfer train last_layers --dataset shards --epochs 1 --streaming --output_dir runs/streamed
+```
+
+A Hub data set is streamed by `--dataset owner/name --streaming`.
 
 `--streaming` reads parquet and arrow files, WebDataset tars and Hub data sets in order, without the copy that `datasets`
 makes otherwise. In Python, give a `datasets.IterableDataset`. The images are read twice: once for labels and hashes, and

@@ -1,7 +1,6 @@
 """The strategy `auto`: which images judge, what decides, that its model is a recipe's own, and how it is interrupted."""
 
 import json
-import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -99,13 +98,6 @@ def test_images_that_cannot_be_divided_are_judged_by_the_validation_split(caplog
     with caplog.at_level("INFO"):
         assert divide_images(one, 0).judged_by is Judging.VALIDATION
     assert "one image" in caplog.text
-
-
-def test_the_command_of_the_page_runs(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "auto.md").read_text()
-    (command,) = re.findall(r"```sh\n(.*)\n```", page)
-    results = run_command(command, tmp_path)
-    assert results["strategy"] == "auto"
 
 
 # What decides

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from peft import PeftModel
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import safe_open
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, pipeline
@@ -37,9 +37,9 @@ from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.plan import run_plan
 from tests.sessions import make_session
+from tests.shapes import COLORS, write_shapes
 from tests.test_recipes import check_results
 
-COLORS = {"blue": (50, 70, 230), "green": (40, 200, 60), "red": (220, 40, 40), "yellow": (230, 210, 40)}
 LABELS: dict[str, Any] = {"label_column": "shapes", "problem_type": "multi_label_classification"}
 NUMBERS: dict[str, Any] = {"label_columns": ("brightness", "angle"), "problem_type": "regression"}
 COLUMNS = {"labels": LABELS, "numbers": NUMBERS}
@@ -61,27 +61,6 @@ SHORT: dict[str, dict[str, Any]] = {
     "greedy_stack embedded": {"epochs": 1, "stage_epochs": 1, "layers": 1, "checkpoint": "embedded"},
     "auto": {"epochs": 1},
 }
-
-
-def write_shapes(folder: Path) -> Path:
-    """Writes 64 pictures of up to four colored squares, and a table of the colors, brightness and angle. Returns the table."""
-    generator = np.random.default_rng(0)
-    rows = [f"image,shapes,{','.join(COLORS)},brightness,angle,split"]
-    for i in range(64):
-        names = [name for name in COLORS if generator.random() < 0.5]
-        brightness, angle = generator.uniform(20, 120), generator.uniform(-45, 45)
-        gray = (int(brightness),) * 3
-        picture = Image.new("RGB", (32, 32), gray)
-        for k, (name, color) in enumerate(COLORS.items()):
-            if name in names:
-                x, y = 4 + 16 * (k % 2), 4 + 16 * (k // 2)
-                ImageDraw.Draw(picture).rectangle((x, y, x + 8, y + 8), fill=color)
-        picture.rotate(angle, fillcolor=gray).save(folder / f"{i}.png")
-        shapes = "|".join(names) or "|"  # a lone separator: none of the labels
-        flags = ",".join(str(int(name in names)) for name in COLORS)
-        rows.append(f"{i}.png,{shapes},{flags},{brightness:.2f},{angle:.2f},{'test' if i >= 48 else 'train'}")
-    (folder / "labels.csv").write_text("\n".join(rows))
-    return folder / "labels.csv"
 
 
 @pytest.fixture(scope="module")
