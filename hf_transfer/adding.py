@@ -57,7 +57,7 @@ class AddedClasses:
         """Returns the lines that `hf-transfer add-classes` prints."""
         before, after = (f"{100 * value:.1f} %" for value in (self.old_accuracy_before, self.old_accuracy_after))
         lines = [
-            f"added {len(self.names)} classes: {listed(self.names)}",
+            f"added {len(self.names)} class{'es' if len(self.names) > 1 else ''}: {listed(self.names)}",
             f"old classes: accuracy {before} before, {after} after ({self.old_images:,} {self.split} images)",
         ]
         if self.new_accuracy is not None:
@@ -81,7 +81,7 @@ def add_classes(
             f"output_dir={output.output_dir!r} is the folder of the old run, which stays: choose another one"
         )
     old = _load_old(folder, config, results)
-    new = load_data(replace(more, seed=config.seed))
+    new = load_data(replace(more, seed=config.seed), is_addition=True)
     combined = combine(old, new)
     settings = RunConfig(
         data=config.data,

@@ -68,6 +68,14 @@ def test_the_head_is_that_of_a_probe_on_all_images(root: Path, capsys: pytest.Ca
     assert f"{100 * added['old_accuracy_after']:.1f} % after (84 test images)" in printed
 
 
+def test_one_class_can_be_added(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_digits(tmp_path / "nine", range(9, 10))
+    words = ["--dataset", str(tmp_path / "nine"), "--output_dir", str(tmp_path / "more")]
+    main(["add-classes", str(root / "run"), *words])
+    assert "added 1 class: 'digit 9'" in capsys.readouterr().out
+    assert read_results(tmp_path / "more")["label_names"] == [f"digit {i}" for i in (*OLD, 9)]
+
+
 def test_no_old_image_passes_through_the_network_again(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = OutputConfig(output_dir=str(root / "cached"))
     with caplog.at_level(logging.INFO, "hf_transfer"):

@@ -99,11 +99,12 @@ class Data:
         return show_title(self.name) + show_table(rows) + show_pictures(pictures)
 
 
-def load_data(config: DataConfig, images: Any = None) -> Data:
+def load_data(config: DataConfig, images: Any = None, *, is_addition: bool = False) -> Data:
     """Loads the splits that `config` describes. An image is decoded only when it is accessed.
 
     If `images` is given (see `memory.read_memory`), the dataset consists of these images, and `config.dataset` is only its
     public name. If `config.on_bad_image` is "skip", every image is decoded once here, and unreadable images are left out.
+    `is_addition`: the images will be added to others, so one class is enough.
 
     Raises:
         ValueError: the data or the flags have a problem; the message contains counts, names and the remedy.
@@ -145,6 +146,8 @@ def load_data(config: DataConfig, images: Any = None) -> Data:
         for role, split in splits.items():
             splits[role], notes_on_skipped = skip_bad_images(split, where[role], is_train=role == "train")
             notes += notes_on_skipped
+    if not is_addition:
+        target.check_number(splits["train"].labels, where["train"])
     return _draw(splits, config, replace(stored, notes=tuple(notes)))
 
 

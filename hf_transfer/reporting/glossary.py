@@ -29,7 +29,7 @@ WORDS = {
     "the maximum (avg+max). 'native' is the checkpoint's own way.",
     "suspected label": "A label that networks which had not seen the image find improbable, so that it may be wrong.",
     "near copy": "Another picture of the same scene, or the same picture in another size, crop or quality.",
-    "kNN": "Each image gets the class of most of its nearest neighbors by features; nothing is trained.",
+    "kNN": "Each image gets the label of most of its nearest neighbors by features; nothing is trained.",
     "C": "The inverse strength of the probe's regularization: a larger C lets the probe fit the training images more closely.",
     "held-out": "Not trained on: images that judge a network fairly.",
     "recall": "Share of the images of a label that are recognized.",

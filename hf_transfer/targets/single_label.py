@@ -87,14 +87,17 @@ class SingleLabel(Target):
         """Returns a mask (N,) of the images without a class."""
         return np.asarray(labels == UNLABELED)
 
-    def check_train_labels(self, labels: Labels, where: str) -> None:
-        """Raises ValueError if there are fewer than two classes, or a class without an image."""
-        counts = self.count(labels)
+    def check_number(self, labels: Labels, where: str) -> None:
+        """Raises ValueError if there are fewer than two classes."""
         if len(self.names) < 2:
             raise ValueError(
-                f"{where}: only one class, {listed(self.names)} ({int(counts.sum()):,} images); a classifier needs at least"
+                f"{where}: only one class, {listed(self.names)} ({len(labels):,} images); a classifier needs at least"
                 " two classes (in an image folder: one folder per class)"
             )
+
+    def check_train_labels(self, labels: Labels, where: str) -> None:
+        """Raises ValueError if a class has no image."""
+        counts = self.count(labels)
         empty = [name for name, count in zip(self.names, counts, strict=True) if count == 0]
         if empty:
             raise ValueError(

@@ -151,6 +151,9 @@ class Target(ABC):
         """Raises ValueError, which begins with `where`, if a network cannot learn the target from these labels."""
         self.check()
 
+    def check_number(self, labels: Labels, where: str) -> None:  # noqa: B027  most targets need no second output
+        """Raises ValueError, which begins with `where`, if the target has too few outputs to learn from `labels`."""
+
     def translate(self, labels: Labels, source: Target) -> Labels:
         """Returns the labels of images, which are of the target `source`, as labels of this target.
 
