@@ -261,6 +261,8 @@ def test_thresholds_of_folds_are_fitted_to_all_predictions_of_the_folds() -> Non
 class _Source:
     """Names and fingerprints of images that need not exist."""
 
+    is_stream = False
+
     def __init__(self, folder: str, count: int) -> None:
         self._folder, self._count = folder, count
 
