@@ -17,7 +17,7 @@ class Point:
 
     name: str
     is_ours: bool
-    seconds: float  # geometric mean
+    seconds: float  # CPU time, geometric mean
     accuracy: float  # percent
 
 
@@ -63,7 +63,7 @@ def draw_panel(panel: Panel) -> list[str]:
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick:g} s</text>')
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle" fill="#666">'
-        "seconds, geometric mean; test accuracy, mean</text>"
+        "CPU seconds, geometric mean; test accuracy, mean</text>"
     )
     text_y = -math.inf
     for point in sorted(panel.points, key=lambda point: -point.accuracy):

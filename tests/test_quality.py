@@ -108,7 +108,7 @@ def make_lines(bench: Any) -> list[dict[str, Any]]:
                 predicted = [0, 1] * 20
                 predicted[:count] = [1 - label for label in predicted[:count]]
                 cell = {"set": name, "checkpoint": "net.x", "images_per_class": size, "seed": seed}
-                lines.append({"system": system, **cell, "predicted": predicted, "seconds": 1.0 + count})
+                lines.append({"system": system, **cell, "predicted": predicted, "cpu_seconds": 1.0 + count})
     return lines
 
 
@@ -217,6 +217,7 @@ def test_runs_of_all_families_are_scored_on_the_same_images_and_not_repeated(tmp
         assert line["test_accuracy"] == np.mean(np.array(line["predicted"]) == np.array(lines[0]["labels"]))
         assert line["machine"]["threads"] == 1
         assert line["seconds"] > 0
+        assert line["cpu_seconds"] > 0
     assert not (tmp_path / "unused" / "activations").exists()  # --fresh_cache
     again = subprocess.run([*command, "--shard", "1/1"], capture_output=True, text=True, check=False, env=environment)
     assert (again.returncode, again.stdout) == (0, "")
