@@ -154,6 +154,20 @@ def table_peers(results: Results, auto: str) -> str:
     return "\n\n".join(["## Beside peers", *tables, note])
 
 
+def summarize_peers(lines: Sequence[Line], images_per_class: int) -> str:
+    """Returns the test accuracies of `auto` and of peers with few images, their means, and CPU seconds (for README)."""
+    results, systems = Results(lines), ("auto", *PEERS)
+    cells = [cell for cell in results.find_cells(systems) if cell.images_per_class == images_per_class]
+    rows = [
+        [f"{cell.set}, {cell.checkpoint.split('.')[0]}", *(f"{results.accuracy(cell, name):.1f}" for name in systems)]
+        for cell in cells
+    ]
+    means = [f"**{fmean(results.accuracy(cell, name) for cell in cells):.1f}**" for name in systems]
+    seconds = [f"{fmean(results.seconds(cell, name) for cell in cells):.0f}" for name in systems]
+    heads = [f"{images_per_class} images per class, test accuracy, %", *(TITLES[name] for name in systems)]
+    return format_table(heads, [*rows, ["**mean**", *means], ["mean CPU seconds", *seconds]])
+
+
 def list_accuracies(results: Results, cells: Sequence[Cell], systems: Sequence[str]) -> str:
     """Returns a table of the accuracies of all systems, with the seeds of a cell in one row."""
     rows = []

@@ -14,6 +14,7 @@ import jinja2
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 QUALITY, QUALITY_PICTURE = ROOT / "benchmarks" / "results" / "quality.jsonl", DOCS / "quality.svg"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -34,7 +35,14 @@ def write_all() -> dict[Path, str]:
     quality, picture = report_quality()
     if picture:
         pages[QUALITY_PICTURE] = picture
+        pages[README] = fill_readme(README.read_text())
     return {**pages, DOCS / "results.md": render(quality)}
+
+
+def fill_readme(text: str) -> str:
+    """Returns README with the table of peers between its marks."""
+    table = quality_report.summarize_peers(read_lines([QUALITY]), 10)
+    return re.sub(r"(<!-- quality -->\n).*?(\n<!-- end -->)", rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
 
 
 def render(quality: str) -> str:
