@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from importlib import resources
@@ -368,12 +367,3 @@ def test_without_a_name_the_folder_is_a_free_one(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     folders = [open_audit_folder(None, overwrite=False).as_posix() for _ in range(2)]
     assert folders == ["runs/audit", "runs/audit_2"]
-
-
-def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commands = re.findall(r"^    hf-transfer (.*)$", (ROOT / "docs" / "audit.md").read_text(), re.MULTILINE)
-    assert len(commands) >= 3
-    monkeypatch.chdir(tmp_path)
-    for command in commands:
-        main(shlex.split(command))
-    assert read_json(tmp_path / "runs" / "without" / "results.json")["metrics"]["test"]["accuracy"] > 0.9
