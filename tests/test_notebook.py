@@ -40,7 +40,7 @@ def test_the_saved_notebook_is_small_and_shows_results_and_images() -> None:
     assert data.outputs[0].data["text/html"].count("data:image/jpeg;base64,") == 10
     assert "Kept: " in run.outputs[0].data["text/html"]
     text = NOTEBOOK.read_text()
-    assert not re.search(r"/home/|/root/|/tmp/|/work/", text), "no path of the machine that ran it"
+    assert not re.search(r"/(home|root|tmp|work|Users)/", text), "no path of the machine that ran it"
 
 
 def test_the_notebook_runs_and_shows_what_it_showed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
