@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
 from hf_transfer.metrics.bootstrap import mean_interval, resample_indices
@@ -170,6 +171,14 @@ def test_accuracy_interval_is_the_binomial_one_for_many_images() -> None:
     expected = [accuracy - 1.96 * standard_error, accuracy + 1.96 * standard_error]
     # 1000 resamples estimate a 2.5 % quantile to about 0.09 standard errors; allow three times that.
     assert result.accuracy_interval == pytest.approx(expected, abs=0.27 * standard_error)
+
+
+@pytest.mark.parametrize(("right", "count"), [(2, 2), (18, 20), (0, 40), (40, 40)])
+def test_accuracy_interval_of_few_images_or_without_mistakes_is_exact(right: int, count: int) -> None:
+    logits = np.eye(2)[np.array([0] * right + [1] * (count - right))]
+    result = score(logits, np.zeros(count, np.int64), _names(2))
+    expected = binomtest(right, count).proportion_ci(0.95, "exact")
+    assert result.accuracy_interval == pytest.approx((expected.low, expected.high))
 
 
 def test_paired_interval_is_narrower_than_that_of_either_model() -> None:

@@ -22,7 +22,6 @@ from hf_transfer.reporting.pictures import draw_pictures
 from hf_transfer.reporting.predictions import read_named_predictions
 from hf_transfer.reporting.remake import compare_folders
 from hf_transfer.reporting.report import render_report
-from hf_transfer.reporting.report_results import find_interval
 from hf_transfer.reporting.saved_runs import illustrate_saved, read_saved_run
 from hf_transfer.reporting.settings_table import flatten
 from hf_transfer.reporting.verdict import describe_kept_model, give_verdict
@@ -308,15 +307,6 @@ def test_the_page_says_why_the_probe_was_kept() -> None:
         "Validation log loss: 0.390 after the best of 1 epochs against 0.400 of the probe is within chance" in sentence
     )
     assert "of the probe, fitted again on training and validation images" in sentence
-
-
-def test_intervals_of_few_images_are_honest() -> None:
-    scores = {"accuracy": 1.0, "accuracy_interval": [1.0, 1.0], "num_samples": 2}
-    low, high = find_interval(scores, "accuracy") or (1.0, 1.0)
-    assert low < 0.2
-    assert high == 1.0
-    many = {"accuracy": 0.9, "accuracy_interval": [0.88, 0.92], "num_samples": 900}
-    assert find_interval(many, "accuracy") == (0.88, 0.92)
 
 
 def test_settings_are_a_table() -> None:

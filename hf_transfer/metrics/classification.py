@@ -17,6 +17,7 @@ from hf_transfer.metrics.arrays import describe_broken, to_numpy
 from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, find_interval, resample_indices
 from hf_transfer.metrics.formulas import (
     ClassCounts,
+    binomial_interval,
     calibration_error,
     confusion_matrix,
     count_classes,
@@ -24,9 +25,10 @@ from hf_transfer.metrics.formulas import (
     score_classes,
     top_k_accuracy,
 )
-from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.metrics.records import Interval, Metrics, Score
 
 TOP_K = 5
+FEW_IMAGES = 30  # images below which a bootstrap interval of the accuracy is too narrow
 _MAX_NAMED = 10  # a note lists at most this many classes by name
 
 
@@ -73,8 +75,8 @@ def score(
 
     `resamples`: the number of bootstrap resamples; 0 computes no intervals. A class without an image in the split gets a note
     instead of precision, recall and F1. Balanced accuracy and macro-F1 average over the classes that are present in the split
-    or in the resample. Among equal logits, the lower class index wins. At 100 % accuracy the interval is [1, 1], because a
-    percentile interval cannot represent errors that did not occur.
+    or in the resample. Among equal logits, the lower class index wins. The interval of the accuracy is the exact binomial one
+    for fewer than 30 images, and for an accuracy of 0 or 100 %: a bootstrap cannot draw mistakes that did not occur.
 
     >>> score(np.eye(2), np.array([0, 0]), ("cat", "dog"), resamples=0).accuracy
     0.5
@@ -92,7 +94,7 @@ def score(
     rows = [{"label": name, **row} for name, row in zip(label_names, tables["per_class"], strict=True)]
     return Metrics(
         values=values,
-        intervals=_bootstrap(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {},
+        intervals=_find_intervals(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {},
         details={**tables, "per_class": rows},
         num_samples=len(outcomes.labels),
         score=outcomes.score,
@@ -163,6 +165,15 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
         label_log_probabilities=log_probabilities,
         confidences=confidences,
     )
+
+
+def _find_intervals(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, Interval]:
+    """Returns the bootstrap intervals, with an exact one of the accuracy where a bootstrap is too narrow."""
+    intervals = _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples)
+    num_right, count = int(outcomes.hits.sum()), len(outcomes.hits)
+    if count < FEW_IMAGES or num_right in (0, count):
+        intervals["accuracy"] = binomial_interval(num_right, count)
+    return intervals
 
 
 def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, tuple[float, float]]:

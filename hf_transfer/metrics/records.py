@@ -94,7 +94,7 @@ class Score:
 class Metrics:
     """The metrics of a network on one split. Numbers and intervals are also attributes: `accuracy`, `accuracy_interval`.
 
-    Intervals are 95 % bootstrap intervals over images. `details` are tables as JSON values, such as `per_class`.
+    Intervals are 95 % intervals, most of a bootstrap over images. `details` are tables as JSON values, such as `per_class`.
 
     >>> Metrics(values={"accuracy": 0.5}, num_samples=2, score=Score(quality=0.5, loss=1.0)).accuracy
     0.5

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_transfer.metrics.formulas import binomial_interval
 from hf_transfer.metrics.records import Interval
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import MetricInfo
@@ -15,7 +14,6 @@ ESTIMATED_BY = {  # metrics.validation.estimated_by -> sentence
     "them. The saved model has trained on them too.",
 }
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
-FEW_IMAGES = 30  # images for which a bootstrap interval is too narrow
 
 
 def choose_split(results: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -39,21 +37,9 @@ def find_metrics(results: Mapping[str, Any]) -> list[MetricInfo]:
 
 
 def find_interval(scores: Mapping[str, Any], key: str) -> Interval | None:
-    """Returns the 95 % interval of a metric: of the bootstrap or, for an accuracy on few images or of 100 %, an exact one.
-
-    A bootstrap cannot know mistakes that did not occur, so its interval of 2 right images of 2 is 100 to 100 %.
-
-    >>> scores = {"accuracy": 1.0, "accuracy_interval": [1.0, 1.0], "num_samples": 2}
-    >>> [round(bound, 2) for bound in find_interval(scores, "accuracy")]
-    [0.16, 1.0]
-    """
+    """Returns the 95 % interval of a metric, or None if it has none."""
     bounds = scores.get(f"{key}_interval")
-    if bounds is None:
-        return None
-    count = scores["num_samples"]
-    if key == "accuracy" and (bounds[0] == bounds[1] or count < FEW_IMAGES):
-        return binomial_interval(round(scores[key] * count), count)
-    return bounds[0], bounds[1]
+    return None if bounds is None else (bounds[0], bounds[1])
 
 
 def explain_validation(scores: Mapping[str, Any]) -> str:

@@ -62,13 +62,15 @@ def describe_scored_model(result: RunResult, data: Data) -> str:
 def describe_precision(metrics: Mapping[str, Any]) -> str | None:
     """Returns a sentence about the interval of the accuracy in `metrics` (JSON values) if it is wide; otherwise None.
 
+    Returns None for an accuracy of 0 or 100 % too, since it does not say how many images other models would get wrong.
+
     >>> describe_precision({"accuracy": 0.9, "accuracy_interval": [0.86, 0.94], "num_samples": 200})
     'With 200 images, the 95 % interval of the accuracy is 8.0 points wide: to tell two models apart that differ by half of \
 it, about 884 images are needed.'
     """
     interval = metrics.get("accuracy_interval")
     width = 0.0 if interval is None else interval[1] - interval[0]
-    if width < WIDE_INTERVAL:
+    if width < WIDE_INTERVAL or not 0 < metrics["accuracy"] < 1:
         return None
     needed = count_images_to_tell_apart(metrics["accuracy"], width / 2)
     return (
