@@ -1,11 +1,11 @@
 """Resizes and crops images of different sizes together, on any device: two batched products with antialiasing filters.
 
-Pillow resizes an image by a filter along its rows, rounds to 8 bits, and then filters along its columns. Both steps are
-products with a matrix whose row `i` has the weights of the output pixel `i`. Here each image has its own two matrices, padded
-with zeros to the largest image of the batch, and the matrices have only the rows of the pixels that the crop keeps.
+Pillow filters the rows of an image, rounds to 8 bits, and then filters its columns; Pillow 13 takes an image that loses much
+more height than width the other way round. Both steps are products with a matrix whose row `i` has the weights of the output
+pixel `i`. Here each image has its own two matrices, padded with zeros to the largest image of the batch, and the matrices have
+only the rows of the pixels that the crop keeps.
 
-The weights are Pillow's (`precompute_coeffs` in libImaging/Resample.c), without its rounding to 22 bits. Pillow 13 resizes the
-columns of some images first, and then a value beside a hard edge, which a bicubic filter overshoots, may differ by more.
+The weights are Pillow's (`precompute_coeffs` in libImaging/Resample.c), without its rounding to 22 bits.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_transfer.capability import accumulation_dtype
-from hf_transfer.network.resizing import Filter
+from hf_transfer.network.resizing import Filter, reduces_height_first
 
 SUPPORT_PX = {"bilinear": 1.0, "bicubic": 2.0}  # half the width of the filter, at the scale of the smaller image
 BICUBIC_A = -0.5
@@ -24,8 +24,7 @@ def resize_together(
 ) -> torch.Tensor:
     """Returns the centers (B, *crop_px, C) uint8 of the images (H, W, C) uint8, each resized to its own height and width.
 
-    All images have the same number of channels and are on the same device. Values differ by at most one level from those of
-    Pillow, where it resizes rows first.
+    All images have the same number of channels and are on the same device. Values differ by at most one level from Pillow's.
 
     >>> images = [torch.zeros(30, 40, 3, dtype=torch.uint8), torch.zeros(50, 20, 3, dtype=torch.uint8)]
     >>> resize_together(images, [(24, 32), (60, 24)], (24, 24), "bilinear").shape
@@ -40,8 +39,13 @@ def resize_together(
         make_filters(sizes, [each[i] for each in resized_px], crop_px[i], kernel, batch.device)
         for i, sizes in enumerate((heights, widths))
     )
-    across = _to_levels(pixels @ columns.mT[:, None])  # (B, C, H, crop width)
-    return _to_levels(rows[:, None] @ across).permute(0, 2, 3, 1).contiguous().to(torch.uint8)
+    rows, columns = rows[:, None], columns.mT[:, None]
+    values = _to_levels(rows @ _to_levels(pixels @ columns))
+    sizes = zip(heights, widths, resized_px, strict=True)
+    tall = [i for i, (height, width, resized) in enumerate(sizes) if reduces_height_first((height, width), resized)]
+    if tall:
+        values[tall] = _to_levels(_to_levels(rows[tall] @ pixels[tall]) @ columns[tall])
+    return values.permute(0, 2, 3, 1).contiguous().to(torch.uint8)
 
 
 def make_filters(
