@@ -132,8 +132,28 @@ def test_a_stream_that_does_not_repeat_is_an_error(images: tuple[list[bytes], li
 
     stream = datasets.IterableDataset.from_generator(generate, features=datasets.Features(IMAGES))
     data = load_data(DataConfig(dataset="mine"), stream)
-    with pytest.raises(BadImageError, match=r"row \d+ of split 'train': the stream had another image in this row"):
+    with pytest.raises(
+        ValueError, match=r"row \d+ of split 'train': the stream had another image in this row"
+    ) as caught:
         list(data.train)
+    assert not isinstance(caught.value, BadImageError), "--on_bad_image skip would leave the row out"
+
+
+def test_a_stream_that_breaks_is_no_bad_image(images: tuple[list[bytes], list[int]]) -> None:
+    """Else `--on_bad_image skip` would train on what was read before."""
+    passes = [0]
+
+    def generate() -> Any:
+        passes[0] += 1
+        for i in range(60):
+            if passes[0] > 1 and i == 40:
+                raise tarfile.ReadError("unexpected end of data")
+            yield {"image": {"bytes": images[0][i], "path": None}, "label": images[1][i]}
+
+    stream = datasets.IterableDataset.from_generator(generate, features=datasets.Features(IMAGES))
+    with pytest.raises(ValueError, match="the stream cannot be read: unexpected end of data") as caught:
+        load_data(DataConfig(dataset="mine", on_bad_image="skip"), stream)
+    assert not isinstance(caught.value, BadImageError)
 
 
 def test_a_row_without_an_image_is_skipped_or_an_error(tmp_path: Path, images: tuple[list[bytes], list[int]]) -> None:

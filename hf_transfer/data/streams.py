@@ -9,6 +9,7 @@ Every image is compared with its hash, because a stream may be shuffled, or its 
 
 import copy
 import os
+import tarfile
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import xxhash
+from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 
 from hf_transfer.data.images import BadImageError
@@ -26,6 +28,16 @@ from hf_transfer.data.sources import ImageSource, TableSource
 
 BATCH_ROWS = 16
 BOOKMARK_BATCHES = 64  # 1,024 rows
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    tarfile.TarError,
+    DatasetsError,
+    pa.ArrowException,
+)
 WINDOW_BYTES = 2**27  # of encoded images that stay in memory: about 1,200 photos of 500x375 pixels
 
 
@@ -64,10 +76,10 @@ class StreamSource(TableSource):
         return f"row {row}"
 
     def content(self, row: int) -> bytes:
-        """Returns the encoded image. Raises BadImageError if it is not the image that the first pass found in this row."""
+        """Returns the encoded image. Raises ValueError if it is not the image that the first pass found in this row."""
         content = super().content(row)
         if self._is_hashed[row] and xxhash.xxh3_128_digest(content) != self._digests[row].tobytes():
-            raise BadImageError(
+            raise ValueError(
                 f"{self._where(row)}: the stream had another image in this row when it was read first; give a stream without"
                 " shuffling and random steps, and do not change its files during a run"
             )
@@ -109,21 +121,22 @@ class StreamSource(TableSource):
             return self._window[number].column(self._column)[position]
 
     def _read_until(self, number: int) -> None:
-        """Reads forward until the batch `number` is in the window, from the last bookmark before it if that is far ahead."""
+        """Reads forward until the batch `number` is in the window, from the last bookmark before it if that is far ahead.
+
+        Raises ValueError for a stream that fails: a BadImageError would let `--on_bad_image skip` leave out the rows after it.
+        """
         if not (0 <= self._next <= number <= self._next + 2 * BOOKMARK_BATCHES):
             bookmark = number // BOOKMARK_BATCHES
             self._batches, self._next = self._read_from(bookmark), bookmark * BOOKMARK_BATCHES
         while self._next <= number:
             try:
                 batch = next(self._batches, None)
-            except (OSError, pa.ArrowException) as error:
+            except READ_ERRORS as error:
                 self._next = -1
-                raise BadImageError(
-                    f"{self._where(number * BATCH_ROWS)}: the stream cannot be read: {error}"
-                ) from error
+                raise ValueError(f"{self._where(number * BATCH_ROWS)}: the stream cannot be read: {error}") from error
             if batch is None:
                 self._next = -1
-                raise BadImageError(
+                raise ValueError(
                     f"{self._where(number * BATCH_ROWS)}: the stream ends before this row, but had {len(self):,} images when"
                     " it was read first; do not change its files during a run"
                 )

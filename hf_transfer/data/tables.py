@@ -5,7 +5,6 @@ pinned to the commit that was read. Offline, `datasets` reads its cache, which m
 """
 
 import re
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,23 +29,13 @@ from hf_transfer.data.path_columns import read_paths
 from hf_transfer.data.rows import Cells, Rows, divide, read_groups, select_rows
 from hf_transfer.data.sources import ArraySource, ImageSource, TableSource
 from hf_transfer.data.splits import public_name, role_of
-from hf_transfer.data.streams import StreamSource
+from hf_transfer.data.streams import READ_ERRORS, StreamSource
 from hf_transfer.data.text_tables import read_text_table
 from hf_transfer.targets.labels import listed
 
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^:@/\\]+))?(?:@(?P<revision>[^:@\s]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_STREAM_ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    tarfile.TarError,
-    DatasetsError,
-    pa.ArrowException,
-)
 
 
 def read_hub(dataset: str, columns: Columns) -> StoredData:
@@ -166,10 +155,7 @@ def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
         with _quiet_datasets():
             return read()
-    except (
-        ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, EOFError, tarfile.TarError, DatasetsError,
-        pa.ArrowException,
-    ) as error:  # fmt: skip
+    except (*READ_ERRORS, AttributeError, ImportError) as error:
         # All errors that damaged files raise in `datasets` and pyarrow. pyarrow's ArrowInvalid is a ValueError.
         empty = [
             file.name for file in ([path] if path.is_file() else sorted(path.rglob("*.parquet"))) if _is_empty(file)
@@ -326,7 +312,7 @@ def read_stream(table: Any, columns: Columns, split: str, name: str, roots: Sequ
     others = [column for column in dict.fromkeys(asked) if column in features]
     try:
         source = StreamSource(table, image, others, split, roots)
-    except _STREAM_ERRORS as error:
+    except READ_ERRORS as error:
         raise ValueError(
             f"{where} cannot be streamed: {_with_cause(error)}; repair it, or store it as parquet files"
         ) from error
