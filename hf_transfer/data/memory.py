@@ -117,7 +117,9 @@ def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | Non
 
         if is_stream(images):
             return read_stream(images, columns, split, name)
+        columns.refuse_streaming("a datasets.Dataset")
         return read_table(StoredTable(table=images, name=name), columns, split, rows)
+    columns.refuse_streaming("a collection of images in memory")
     groups = None
     if _is_frame(images):
         cells = _list_cells(images, columns)
