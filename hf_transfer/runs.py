@@ -77,11 +77,13 @@ def open_session(
         if config.output.push_to_hub is not None:
             check_push(config.output.push_to_hub)  # before hours of training
         if output_dir is not None:
-            stored = _read_decided(output_dir, config) if config.output.resume else config.compute
-            # The run can be repeated, or resumed, even if it fails before it is finished.
-            kept = {"batch_size": stored.batch_size} if config.compute.batch_size == "auto" else {}
-            resumable = replace_settings(config, {"output_dir": str(output_dir), **kept})
-            write_config(output_dir / CHECKPOINTS, resumable, unrepeatable)
+            if config.output.resume:
+                stored = _read_decided(output_dir, config)
+            # The run can be repeated, or resumed, even if it fails before it is finished. What an interrupted run decided stays
+            # until it is decided again.
+            if stored is config.compute:
+                resumable = replace_settings(config, {"output_dir": str(output_dir)})
+                write_config(output_dir / CHECKPOINTS, resumable, unrepeatable)
     if accelerator.log_with:
         # A tracker may send the settings to a server, so they contain no local path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
