@@ -1,6 +1,7 @@
 """Runs the frozen prefix once over all images and stores, for each image, the activation at a cut or a pooled vector."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -112,8 +113,8 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
     # Keys are needed on disk only, and contain a hash of all images.
     keys: dict[str, dict[str, Any]] = extraction.keys() if resources.uses_disk else {name: {} for name in taps}
     stored = cached_apart(keys, request, titles)
-    for name, storage in stored.storages.items():
-        if isinstance(images, EvaluationImages):
+    if isinstance(images, EvaluationImages):
+        for name, storage in stored.storages.items():
             require_stored(images.split, f"the activations of {images.name} {name}", storage)
     recomputed = {name: Recomputed(extraction, taps[name]) for name in taps if name not in stored.stores}
     seconds = time.perf_counter() - started
@@ -252,13 +253,18 @@ class _LastPrepared:
     def __init__(self) -> None:
         self._key = ""
         self._runner: Runner | None = None
+        self._lock = threading.Lock()  # several threads may read rows that are computed
 
     def get(self, key: str, make: Callable[[], Runner]) -> Runner:
-        if self._key != key or self._runner is None:
-            self._runner, self._key = None, ""  # frees the memory of the last network before the next one is prepared
-            self._runner = make()
-            self._key = key
-        return self._runner
+        with self._lock:
+            if self._key != key or self._runner is None:
+                self._runner, self._key = (
+                    None,
+                    "",
+                )  # frees the memory of the last network before the next one is prepared
+                self._runner = make()
+                self._key = key
+            return self._runner
 
 
 _prepared = _LastPrepared()
@@ -266,6 +272,8 @@ _prepared = _LastPrepared()
 
 class Recomputed(Store):
     """A store that computes rows from the images each time they are read, instead of storing them."""
+
+    is_stored = False
 
     def __init__(self, extraction: _Extraction, tap: Tap) -> None:
         # A zero-stride array has shape and dtype, and takes no memory.

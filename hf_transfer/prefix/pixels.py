@@ -166,6 +166,8 @@ class TrainingImages:
 class DecodedWhenRead(Store):
     """A store that decodes rows from the images each time they are read, instead of storing them."""
 
+    is_stored = False
+
     def __init__(self, decoder: "_Decoder", name: str) -> None:
         # A zero-stride array has shape and dtype, and takes no memory.
         shape, dtype = decoder.decoding.arrays[name]

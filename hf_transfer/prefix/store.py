@@ -14,6 +14,8 @@ Array = NDArray[Any]
 class Store:
     """A read-only array whose rows lie in one or several shards, in order. Reading returns copies."""
 
+    is_stored = True  # whether rows are read, and not computed each time
+
     def __init__(self, shards: Sequence[Array], path: Path | None = None) -> None:
         self._shards = [
             np.asarray(shard) for shard in shards
@@ -64,6 +66,7 @@ class SelectedStore(Store):
         # A zero-stride array has shape and dtype, and takes no memory.
         super().__init__([np.broadcast_to(np.zeros((), store.dtype), (len(rows), *store.shape[1:]))])
         self._store, self._rows = store, rows
+        self.is_stored = store.is_stored
 
     def __getitem__(self, rows: slice | Array) -> Array:
         """Returns the rows that the slice or int array `rows` selects."""
@@ -77,6 +80,7 @@ class JoinedStore(Store):
         # Zero-stride arrays have shape and dtype, and take no memory.
         super().__init__([np.broadcast_to(np.zeros((), store.dtype), store.shape) for store in stores])
         self._stores = tuple(stores)
+        self.is_stored = all(store.is_stored for store in stores)
 
     def __getitem__(self, rows: slice | Array) -> Array:
         """Returns the rows that the slice or int array `rows` selects."""

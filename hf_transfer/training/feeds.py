@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from hf_transfer.network.cut import Cut
 from hf_transfer.prefix.extract import StoredActivations, extract_images
 from hf_transfer.prefix.pixels import (
-    DecodedWhenRead,
     EvaluationImages,
     Images,
     TrainingImages,
@@ -89,7 +88,7 @@ def _feed_pixels(images: EvaluationImages) -> Feed:
         read=images.read,
         prepare=lambda pixels, rows, send: images.prepare(pixels, rows),
         is_pixels=True,
-        store=_find_stored(images.store),
+        store=images.store,
     )
 
 
@@ -100,13 +99,8 @@ def _feed_squares(images: TrainingImages) -> Feed:
         read=images.read,
         prepare=images.prepare,
         is_pixels=True,
-        store=_find_stored(images.squares),
+        store=images.squares,
     )
-
-
-def _find_stored(store: Store | None) -> Store | None:
-    """Returns the store, or None if its rows are decoded each time."""
-    return None if isinstance(store, DecodedWhenRead) else store
 
 
 def _store_squares(session: Session) -> TrainingImages:
