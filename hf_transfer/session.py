@@ -112,10 +112,6 @@ class Session:
         )
         return replace(self, config=replace_settings(self.config, {"engine": engine}))
 
-    def with_config(self, config: RunConfig) -> "Session":
-        """Returns the session with other settings."""
-        return replace(self, config=config)
-
     def with_output(self, output_dir: Path) -> "Session":
         """Returns the session with another output folder."""
         output = replace(self.config.output, output_dir=str(output_dir))

@@ -5,8 +5,10 @@ user did not set the variable: `accelerate launch` even for one process, which t
 """
 
 import os
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import psutil
 import torch
@@ -19,6 +21,9 @@ LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # The number of processes on this machine, as torchrun and implementations of MPI name it.
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _replaced: tuple[int, int] | None = (
     None  # the number of threads before this file changed the number, and the new number
@@ -65,6 +70,20 @@ def open_workers(count: int, name: str = "") -> ThreadPoolExecutor:
     """Returns `count` threads, in each of which torch computes with one thread, so that they never wait for each other."""
     torch.get_num_threads()  # otherwise a caller that has not used torch's threads yet would inherit the number 1 below
     return ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def submit_ahead(items: Iterable[Item], submit: Callable[[Item], Result], count: int) -> Iterator[Result]:
+    """Yields `submit(item)` for each item, in order. When a result is yielded, the next `count` items are submitted already.
+
+    >>> list(submit_ahead([1, 2, 3], lambda item: 10 * item, 1))
+    [10, 20, 30]
+    """
+    waiting: deque[Result] = deque()
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def count_physical_cores() -> int:

@@ -6,7 +6,6 @@ each thread decodes its own batches and runs the network on them.
 
 import itertools
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from hf_transfer.prefix.engines import BatchFunction, ModuleRunner, Runner, prep
 from hf_transfer.prefix.pixels import Images
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.taps import Extractor, Logits
-from hf_transfer.threads import open_workers
+from hf_transfer.threads import open_workers, submit_ahead
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -94,13 +93,9 @@ def read_pixels(
         def submit(batch: NDArray[np.int64]) -> list[Future[NDArray[Any]]]:
             return [pool.submit(images.read, part) for part in np.array_split(batch, min(threads, len(batch)))]
 
-        ahead = deque(submit(batch) for batch in batches[:BATCHES_AHEAD])
         try:
-            for following in [*batches[BATCHES_AHEAD:], *[None] * BATCHES_AHEAD][: len(batches)]:
-                current = ahead.popleft()
-                if following is not None:
-                    ahead.append(submit(following))
-                yield np.concatenate([part.result() for part in current])
+            for parts in submit_ahead(batches, submit, BATCHES_AHEAD):
+                yield np.concatenate([part.result() for part in parts])
         finally:
             pool.shutdown(cancel_futures=True)  # cancels work after a bad image, or if the caller stops reading
 

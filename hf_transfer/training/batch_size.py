@@ -7,7 +7,7 @@ grow with the square root of the size (arXiv 2205.10287, the square-root rule of
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hf_transfer.config import DEFAULT_BATCH_SIZE, OptimizerName
 from hf_transfer.network.freezing import has_batchnorm
@@ -81,7 +81,7 @@ def decide_batch_size(session: Session, *, stored: int | None = None) -> Session
         rule = "linear rule" if optimizer == "sgd" else "square-root rule"
         change = f", and learning rate {scaled['lr']:.3g} in place of {rates['lr']:.3g} ({rule})"
         log.info("batch size %d, %s%s", size, origin, "" if size == DEFAULT_BATCH_SIZE else change)
-    return session.with_config(replace_settings(session.config, {"batch_size": size, **scaled}))
+    return replace(session, config=replace_settings(session.config, {"batch_size": size, **scaled}))
 
 
 def measure_facts(session: Session) -> BatchFacts:

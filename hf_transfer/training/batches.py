@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.data.sending import Send
 from hf_transfer.prefix.store import Store
+from hf_transfer.threads import submit_ahead
 
 Rows = NDArray[np.int64]
 
@@ -37,7 +38,7 @@ class Feed:
     read: Callable[[Rows], NDArray[np.generic]]
     prepare: Callable[[torch.Tensor, Rows, Send], torch.Tensor]  # runs on the device
     is_pixels: bool  # whether `prepare` returns images, so that mixup and cutmix are possible
-    store: Store | None = None  # what `read` reads, row by row or repeated for each view; None if it is not stored
+    store: Store | None = None  # what `read` reads, row by row or repeated for each view
 
     def rows(self, draws: Rows, epoch: int) -> Rows:
         """Returns the rows of the store that contain the images of `draws` in this epoch."""
@@ -105,11 +106,5 @@ def find_share(step: Rows, *, rank: int, num_ranks: int) -> int:
 def read_ahead(wanted: Iterable[Rows], read: Callable[[Rows], NDArray[np.generic]]) -> Iterator[NDArray[np.generic]]:
     """Yields `read(rows)` for each `rows` in `wanted`, in order. A thread reads the next rows while the caller works."""
     with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for rows in wanted:
-            following = pool.submit(read, rows)
-            if ahead is not None:
-                yield ahead.result()
-            ahead = following
-        if ahead is not None:
-            yield ahead.result()
+        for future in submit_ahead(wanted, lambda rows: pool.submit(read, rows), 1):
+            yield future.result()

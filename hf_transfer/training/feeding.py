@@ -21,6 +21,7 @@ from hf_transfer.data.sending import send, send_pinned
 from hf_transfer.prefix.free_memory import count_free_bytes
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.store import Store
+from hf_transfer.threads import submit_ahead
 from hf_transfer.training.batches import Feed, Rows, read_ahead
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,15 @@ def choose_feeding(feed: Feed, resources: Resources, *, shows: bool = True) -> F
     if not resources.choices.device_feed:
         return lambda batches: read_on_demand(feed, batches, device)
     num_threads = count_threads(resources.compute.num_workers)
-    if feed.store is None or feed.store.nbytes > SHARE_OF_FREE * count_free_bytes(device):
+    store = feed.store
+    if store is None or not store.is_stored or store.nbytes > SHARE_OF_FREE * count_free_bytes(device):
         if shows:
-            log.info("training rows do not fit in a third of the free memory of %s: they are copied ahead", device)
+            why = "do not fit in a third of the free memory of" if store and store.is_stored else "are not stored for"
+            log.info("training rows %s %s: they are copied ahead", why, device)
         return lambda batches: stream_ahead(feed, batches, device, num_threads=num_threads)
     if shows:
-        log.info("training rows lie on %s: %.1f MB", device, feed.store.nbytes / 1e6)
-    held = copy_store(feed.store, device)
+        log.info("training rows lie on %s: %.1f MB", device, store.nbytes / 1e6)
+    held = copy_store(store, device)
     return lambda batches: gather_on_device(feed, held, batches)
 
 
@@ -85,9 +88,8 @@ def stream_ahead(
     def take() -> torch.Tensor:
         backend.current_stream().wait_stream(side)
         inputs = ahead.popleft()
-        if (
-            device.type != "cpu"
-        ):  # the memory belongs to the side stream, which must not reuse it before the step is done
+        # The memory belongs to the side stream, which must not reuse it before the step is done.
+        if device.type != "cpu":
             inputs.record_stream(backend.current_stream())
         return inputs
 
@@ -114,13 +116,9 @@ def _gather_ahead(
         def submit(rows: Rows) -> Future[torch.Tensor]:
             return pool.submit(lambda: sending.pin(feed.read(rows), device))
 
-        waiting = deque(submit(rows) for rows in batches[:BATCHES_AHEAD])
         try:
-            for following in [*batches[BATCHES_AHEAD:], *[None] * BATCHES_AHEAD][: len(batches)]:
-                current = waiting.popleft()
-                if following is not None:
-                    waiting.append(submit(following))
-                yield current.result()
+            for future in submit_ahead(batches, submit, BATCHES_AHEAD):
+                yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # cancels work if the caller stops reading
 

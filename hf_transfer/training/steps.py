@@ -185,7 +185,12 @@ class Steps:
         set_modes(self.session.chain, self.run.lowest_cut, self.run.names, freeze_batchnorm=training.freeze_batchnorm)
         balanced = self.labels if self.settings.class_balance == "sampler" else None
         steps = draw_steps(len(self.labels), self.images_per_step, seed=seed, epoch=epoch, balanced=balanced)
-        shares = [self._take_share(step) for step in steps]
+        rank, num_ranks, accumulate = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self._count_batches(),
+        )
+        shares = [take_share(step, rank=rank, num_ranks=num_ranks, accumulate=accumulate) for step in steps]
         self._rows_per_batch = self._choose_rows(shares)
         inputs = self._feed(shares[progress.step :], epoch)
         # Loss and hits since the last read.
@@ -261,15 +266,14 @@ class Steps:
         bar.set_postfix(values, refresh=False)  # a refresh would draw more often than the bar's interval allows
         return num_due > 0, num_interrupted > 0
 
-    def _take_share(self, step: Rows) -> list[Rows]:
-        """Returns the draws of each batch of this process in a step."""
-        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+    def _count_batches(self) -> int:
+        """Returns the number of batches of this process per step."""
         accumulate = self.accumulate
         if self.device.type == "cpu" and not uses_batch_statistics(self.session.chain.model):
             # Smaller batches need less memory and give the same gradient.
             size = CPU_BATCH if self.run.inputs.feed.is_pixels else CPU_STORED_BATCH
-            accumulate = max(accumulate, -(-self.images_per_step // (num_ranks * size)))
-        return take_share(step, rank=rank, num_ranks=num_ranks, accumulate=accumulate)
+            accumulate = max(accumulate, -(-self.images_per_step // (self.accelerator.num_processes * size)))
+        return accumulate
 
     def _choose_rows(self, shares: Sequence[Sequence[Rows]]) -> int | None:
         """Returns the number of rows that all batches of an epoch get, so that a compiled network has one graph.
