@@ -167,7 +167,8 @@ class Run:
             raise ValueError(f"label={label!r}: the model has no such label; choose one of {listed(names)}")
         if at is not None and method == "occlusion":
             raise ValueError(f"at={at!r}: occlusion needs no cut; omit `at`, or choose method='grad_cam'")
-        explainer, inputs = make_explainer(self.backbone, method=method, at=at), _list_images(images)
+        inputs = _list_images(images)
+        explainer = make_explainer(self.backbone, method=method, at=at)
         labels = [label] * len(inputs) if label else [p.labels[0] for p in predict(self.backbone, inputs, top_k=1)]
         return list(explainer.explain(inputs, labels))
 

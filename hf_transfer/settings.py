@@ -201,12 +201,12 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
 
 
 def suggest_name(word: str, names: Mapping[str, Any], prefix: str) -> str:
-    """Returns the end of an error message about an unknown setting: the nearest known name, or the advice to read --help."""
+    """Returns the end of an error message about an unknown setting: the nearest known name, or that --help_all lists all."""
     import difflib  # imported here, because only errors need it
 
     elsewhere = KNOWN_ELSEWHERE.get(word)
     close = [elsewhere] if elsewhere in names else difflib.get_close_matches(word, names, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists all settings"
+    return f"; did you mean {prefix}{close[0]}?" if close else "; --help_all lists all settings"
 
 
 @functools.cache

@@ -531,10 +531,16 @@ CHECKPOINTS = (
         build=image_folder(),
     ),
     ErrorCase(
+        trigger="two formats",
+        command="predict embedded {}/data --json --format csv",
+        build=image_folder(),
+    ),
+    ErrorCase(
         trigger="a cut without a map",
         command="predict embedded {}/data --explain {}/x --explain_at features",
         build=image_folder(),
     ),
+    ErrorCase(trigger="a flag before the strategy", command="train --quiet full"),
     ErrorCase(
         trigger="classes for a run that is none", command="add-classes {}/run --dataset {}/data", build=image_folder()
     ),

@@ -365,6 +365,8 @@ def test_mistakes_of_embed_and_explain_are_named(run: Run, folder: Path) -> None
         run.explain(folder / "test", label="cat")
     with pytest.raises(ValueError, match="at='stem': occlusion needs no cut"):
         run.explain(folder / "test", method="occlusion", at="stem")
+    with pytest.raises(ValueError, match="method='gradcam': choose 'grad_cam' or 'occlusion'"):
+        run.explain(folder / "test", method="gradcam")
     for method in (run.embed, run.explain):
         with pytest.raises(ValueError, match="no such file or folder"):
             method("nowhere.png")

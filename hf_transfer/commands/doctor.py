@@ -5,7 +5,7 @@ seconds. Each line is ok, warning or problem, with a remedy. The exit status is 
 import argparse
 import sys
 
-from hf_transfer.commands.command import Command
+from hf_transfer.commands.command import Command, print_text
 from hf_transfer.commands.shared_flags import add_json
 
 
@@ -15,7 +15,7 @@ def _run(given: argparse.Namespace) -> str:
     findings = examine()
     text = format_json(findings) if given.json else format_page(findings)
     if worst_status(findings) is Status.PROBLEM:
-        sys.stdout.write(text + "\n")
+        print_text(text)
         sys.exit(1)
     return text
 

@@ -50,7 +50,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add_inference(parser)
     add_json(parser)
     text = "text, json (as --json), jsonl (one line per image) or csv (default: text)"
-    parser.add_argument("--format", choices=("text", "json", "jsonl", "csv"), default="text", help=text)
+    parser.add_argument("--format", choices=("text", "json", "jsonl", "csv"), help=text)
     add_trust(parser)
 
 
@@ -62,9 +62,11 @@ def _run(given: argparse.Namespace) -> str:
         from hf_transfer.inference.rows import NamedPrediction, format_rows
 
     compute = replace_settings(ComputeConfig(), read_given(given, ComputeConfig()))
-    settings: dict[str, Any] = {name: getattr(compute, name) for name in ("batch_size", "num_workers")}
+    settings: dict[str, Any] = {"batch_size": compute.images_per_batch, "num_workers": compute.num_workers}
     if given.top_k < 1:
         raise ValueError(f"top_k={given.top_k}: choose 1 or more labels per image")
+    if given.json and given.format not in (None, "json"):
+        raise ValueError(f"format={given.format!r}: --json asks for JSON; omit one of them")
     _check_explain(given)
     request = ConfidenceRequest(coverage=given.coverage, max_error=given.max_error)
     images = find_images(_read_names(given.images))  # a wrong path fails before the model is loaded
@@ -96,7 +98,7 @@ def _run(given: argparse.Namespace) -> str:
             NamedPrediction(prediction=p, target=backbone.target, adapter=name, explanation=picture)
             for p, picture in zip_longest(predictions, pictures)
         ]
-    text = format_rows(rows, "json" if given.json else given.format)
+    text = format_rows(rows, "json" if given.json else given.format or "text")
     if not problems and not given.quiet:
         seconds = time.perf_counter() - started
         sys.stderr.write(f"{len(rows):,} images in {seconds:.1f} s: {len(rows) / seconds:,.1f} images/s\n")

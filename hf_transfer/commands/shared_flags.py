@@ -27,7 +27,10 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def list_compute() -> dict[str, Setting]:
-    """Returns the compute settings of commands that take no gradient steps, whose batch size is a number."""
+    """Returns the compute settings of commands that take no gradient steps.
+
+    There, the batch size "auto" means the default (see `ComputeConfig.images_per_batch`), so their help does not offer it.
+    """
     settings = list_settings(ComputeConfig())
     number = replace(settings["batch_size"], hint=int, help="images per batch in each process")
     return {**settings, "batch_size": number}

@@ -15,7 +15,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(given: argparse.Namespace) -> str:
-    raise AssertionError("main() starts training before it looks up a command")
+    """Refuses flags before the name: `main` runs `train NAME ...` itself, with the strategy's own parser."""
+    raise ValueError(f"give the strategy first: hf-transfer train {given.name} --SETTING VALUE ...")
 
 
 COMMAND = Command(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -96,7 +96,12 @@ class Explainer:
 
 
 def make_explainer(backbone: Backbone, *, method: ExplainBy = "grad_cam", at: str | None = None) -> Explainer:
-    """Returns the explainer of a network. `at`: the cut for Grad-CAM. Raises ValueError as `choose_map_cut` does."""
+    """Returns the explainer of a network. `at`: the cut for Grad-CAM.
+
+    Raises ValueError for an unknown method, and as `choose_map_cut` does.
+    """
+    if method not in get_args(ExplainBy):
+        raise ValueError(f"method={method!r}: choose {' or '.join(map(repr, get_args(ExplainBy)))}")
     chain = backbone.chain(cache_dir=chain_dir())
     map_cut = choose_map_cut(chain, at) if method == "grad_cam" else None
     if map_cut is not None:
