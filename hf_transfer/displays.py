@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE_PX = 72  # longest side
+QUALITY = 70
 
 
 def show_title(text: str) -> str:
@@ -44,14 +45,19 @@ def show_pictures(images: "Sequence[tuple[Image, str]]") -> str:
     """Returns small pictures in a row, each with a caption. The images are encoded again, so they carry no EXIF data."""
     return "".join(
         f'<figure style="display:inline-block;margin:4px;text-align:center"><img alt="{html.escape(caption)}" '
-        f'src="{_encode(image)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        f'src="{encode_jpeg(_shrink(image))}"><figcaption>{html.escape(caption)}</figcaption></figure>'
         for image, caption in images
     )
 
 
-def _encode(image: "Image") -> str:
+def encode_jpeg(image: "Image") -> str:
+    """Returns an RGB image as the data URI of a JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _shrink(image: "Image") -> "Image":
     small = image.convert("RGB")
     small.thumbnail((PICTURE_PX, PICTURE_PX))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=75)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return small

@@ -4,6 +4,7 @@ The pictures are encoded again, so they carry no EXIF data. The page loads nothi
 CSV files have all of them.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from hf_transfer.auditing.records import AuditResult
@@ -50,9 +51,5 @@ def _draw_pictures(splits: Sequence[Split], wanted: Iterable[Key]) -> dict[Key, 
     places = {(split.image_name(i), split.name): (split, i) for split in splits for i in range(len(split))}
     keys = [key for key in wanted if key in places]
     drawn = draw_pictures([places[key] for key in keys], [PICTURE_PX] * len(keys))
-    kept: dict[Key, str] = {}
-    for key, picture in zip(keys, drawn, strict=True):
-        if sum(map(len, kept.values())) + len(picture) > BUDGET_BYTES:
-            break
-        kept[key] = picture
-    return kept
+    sizes = itertools.accumulate(map(len, drawn))
+    return {key: picture for key, picture, size in zip(keys, drawn, sizes, strict=True) if size <= BUDGET_BYTES}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_transfer.auditing.records import AuditResult
+from hf_transfer.errors import count_noun
 
 _STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
 
@@ -46,12 +47,14 @@ def suggest_next_steps(result: AuditResult, folder: str) -> list[str]:
     crossing = sum(pair.crosses_splits for pair in result.duplicates)
     if crossing:
         steps.append(
-            f"Leave out the copies across splits ({_count_pairs(crossing)}): --exclude {folder}/duplicates.csv. Test metrics"
-            " are optimistic if test images were trained on."
+            f"Leave out the copies across splits ({count_noun(crossing, 'pair')}): --exclude {folder}/duplicates.csv. Test"
+            " metrics are optimistic if test images were trained on."
         )
     contradicting = sum(pair.contradicts for pair in result.duplicates)
     if contradicting:
-        steps.append(f"Decide which label of copies with different labels is right ({_count_pairs(contradicting)}).")
+        steps.append(
+            f"Decide which label of copies with different labels is right ({count_noun(contradicting, 'pair')})."
+        )
     if result.outliers:
         steps.append(
             "Look at the images unlike all others, some of which may not belong here:"
@@ -87,14 +90,14 @@ def _describe_copies(result: AuditResult) -> list[str]:
     kinds = Counter(pair.kind for pair in pairs)
     crossing = sum(pair.crosses_splits for pair in pairs)
     lines = [
-        f"duplicates: {_count_pairs(len(pairs))} ({kinds['exact']:,} exact, {kinds['near']:,} near), {crossing:,} of them"
+        f"duplicates: {count_noun(len(pairs), 'pair')} ({kinds['exact']:,} exact, {kinds['near']:,} near), {crossing:,} of them"
         " across splits"
     ]
     contradicting = [pair for pair in pairs if pair.contradicts]
     if contradicting:
         first = contradicting[0]
         lines.append(
-            f"copies with different labels: {_count_pairs(len(contradicting))}; first {first.a!r} ({first.label_a}) and"
+            f"copies with different labels: {count_noun(len(contradicting), 'pair')}; first {first.a!r} ({first.label_a}) and"
             f" {first.b!r} ({first.label_b})"
         )
     tested = result.test_copies
@@ -137,10 +140,6 @@ def _describe_sizes(result: AuditResult) -> list[str]:
         ("images that their EXIF orientation turns", len(result.rotated_images)),
     )
     return [f"{title}: {count:,}" for title, count in found if count]
-
-
-def _count_pairs(count: int) -> str:
-    return f"{count:,} pair{'s' * (count != 1)}"
 
 
 def _list_counts(counts: Counter[str]) -> str:

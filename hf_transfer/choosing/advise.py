@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.choosing.candidates import find_candidates, list_candidates, make_command
+from hf_transfer.choosing.candidates import Contender, find_candidates, list_candidates, make_command
 from hf_transfer.choosing.evidence import Evidence, gather_evidence, read_head
 from hf_transfer.choosing.expected_accuracy import (
     MAX_ROWS,
@@ -190,7 +190,10 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
     curve = draw_learning_curve(features, labels, c=probe.c, seed=seed)
     speed = evidence.forward_stats.images_per_second
     pricing = Pricing(session=session, images_per_second=speed, probe_seconds=probe_seconds)
-    estimates = [_estimate_strategy(name, s, regime, probe, pricing) for name, s in candidates.items()]
+    contenders = {c.name: c.contender for c in list_candidates(session) if c.name not in TABLE}
+    estimates = [
+        _estimate_strategy(name, s, contenders.get(name), regime, probe, pricing) for name, s in candidates.items()
+    ]
     return Advice(
         data_name=data.name,
         checkpoint=session.backbone.source.name,
@@ -240,15 +243,20 @@ def _score_depths(
 
 
 def _estimate_strategy(
-    name: str, strategy: Strategy, regime: DataRegime, probe: CrossValidation, pricing: Pricing
+    name: str,
+    strategy: Strategy,
+    contender: Contender | None,
+    regime: DataRegime,
+    probe: CrossValidation,
+    pricing: Pricing,
 ) -> Estimate:
-    contenders = {c.name: c.contender for c in list_candidates(pricing.session) if c.name not in TABLE}
+    """Returns the estimate of a strategy. `contender`: what `auto` expects of it, if the table of the rule does not have it."""
     accuracy, low, high = expect_accuracy(
         name,
         regime,
         (probe.accuracy, *probe.interval),
-        table={**TABLE, **{key: contender.log_ratios for key, contender in contenders.items()}},
-        residual=contenders[name].spread if name in contenders else RESIDUAL,
+        table=TABLE if contender is None else {name: contender.log_ratios},
+        residual=RESIDUAL if contender is None else contender.spread,
     )
     cost: Price | None = strategy.price(pricing)
     assert cost is not None

@@ -78,7 +78,10 @@ def list_entries(session: Session, premises: Premises, probe_error: float) -> li
         session=session,
         images_per_second=premises.images_per_second,
         probe_seconds=premises.probe_seconds,
-        step_images_per_second=measure_step_speed(session),
+        # With checkpointing, a step recomputes activations that the measured one would have to store.
+        step_images_per_second=None
+        if session.gradient.training.gradient_checkpointing
+        else measure_step_speed(session),
     )
     in_forwards = Pricing(session=session, images_per_second=1.0, probe_seconds=0.0)
     entries = []

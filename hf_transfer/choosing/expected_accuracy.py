@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import beta
 
+from hf_transfer.metrics.formulas import binomial_interval
 from hf_transfer.solvers.folds import draw_folds
 from hf_transfer.solvers.lbfgs import SolverOptions
 from hf_transfer.solvers.probe import SPREAD_FLOOR, solve_path
@@ -78,13 +78,6 @@ class LearningCurve:
     accuracy: tuple[float, ...]
     exponent: float  # error is proportional to images ** -exponent
     ahead: tuple[CurvePoint, ...]  # one point per CURVE_AHEAD; the first is for the current number of labels
-
-
-def binomial_interval(hits: int, count: int) -> tuple[float, float]:
-    """Returns the exact 95 % interval (low, high) of the success rate after `hits` successes in `count` trials."""
-    low = 0.0 if hits == 0 else float(beta.ppf(0.025, hits, count - hits + 1))
-    high = 1.0 if hits == count else float(beta.ppf(0.975, hits + 1, count - hits))
-    return low, high
 
 
 def sample_rows(labels: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:

@@ -66,9 +66,10 @@ def _gather_without_classes(session: Session) -> Premises:
     if session.is_main:
         regime = premises.regime
         log.info(
-            "auto expects what runs on %.0f images per class have shown, with twice the spread; similarity to the pretraining "
-            "images %.2f",
+            "auto expects what runs on %.0f images per class have shown, with %g times the spread; similarity to the "
+            "pretraining images %.2f",
             regime.images_per_class,
+            UNSEEN,
             regime.similarity,
         )
     return premises

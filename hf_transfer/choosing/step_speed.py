@@ -23,7 +23,8 @@ def measure_step_speed(session: Session) -> float:
     """
     model, resources = session.chain.model, session.resources
     batch_size = CPU_BATCH if resources.device.type == "cpu" else session.config.compute.images_per_batch
-    images = torch.randn(batch_size, *session.chain.image_shape, device=resources.device)
+    generator = torch.Generator(resources.device).manual_seed(0)  # the global one stays as it is
+    images = torch.randn(batch_size, *session.chain.image_shape, device=resources.device, generator=generator)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(True)
     try:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hf_transfer.data.splits import Split
 from hf_transfer.reporting.formats import escape_markdown
+from hf_transfer.reporting.illustrations import describe_decision
 from hf_transfer.reporting.predictions import deactivate
 from hf_transfer.reporting.saved_runs import SavedRun, read_activated, read_saved_run
 from hf_transfer.targets.target import Target
@@ -37,7 +38,7 @@ def draw_examples(run: Path, target: Target) -> tuple[Path, str]:
             "--publish_images"
         )
     split = saved.data.test or saved.data.validation
-    positions = _choose(split)
+    positions = _choose(split, target)
     path = run / EXAMPLES
     _draw_grid(split, positions).save(path, "JPEG", quality=_QUALITY)
     return path, _write_section(saved, split, positions, target)
@@ -49,10 +50,10 @@ def insert_examples(card: str, section: str) -> str:
     return f"\n{section}\n".join([*parts, ""] if len(parts) == 1 else parts)
 
 
-def _choose(split: Split) -> list[int]:
-    """Returns positions of images: the first of each class, then the second of each, and so on."""
+def _choose(split: Split, target: Target) -> list[int]:
+    """Returns positions of images: the first of each class, then the second of each, and so on; else the first images."""
     labels = split.labels
-    if labels.ndim > 1 or labels.dtype.kind not in "iu":
+    if not target.has_classes:
         return list(range(min(MAX_EXAMPLES, len(split))))
     columns = [np.flatnonzero(labels == label).tolist() for label in np.unique(labels)]
     rounds = [i for each in zip_longest(*columns) for i in each if i is not None]
@@ -73,8 +74,11 @@ def _draw_grid(split: Split, positions: list[int]) -> Image.Image:
 
 def _write_section(saved: SavedRun, split: Split, positions: list[int], target: Target) -> str:
     lines = ", ".join(_caption(saved, split, positions, target))
+    which = "The first images"
+    if target.has_classes:
+        which += " of each class" if len(np.unique(split.labels)) <= MAX_EXAMPLES else f" of {MAX_EXAMPLES} classes"
     return (
-        f"## Examples\n\nThe first images of each class in the {split.name} split, with the label and, if it differs, the "
+        f"## Examples\n\n{which} in the {split.name} split, with the label and, if it differs, the "
         f"prediction.\n\n![Examples]({EXAMPLES})\n\nRow by row: {lines}.\n"
     )
 
@@ -84,6 +88,6 @@ def _caption(saved: SavedRun, split: Split, positions: list[int], target: Target
     decided = target.decide(torch.from_numpy(deactivate(target, activated))).numpy()
     for position, decision in zip(positions, decided, strict=True):
         truth = target.describe_label(split.labels[position]) or "none"
-        predicted = target.describe_label(decision) or "none"
+        predicted = describe_decision(target, decision)
         shown = escape_markdown(truth)
         yield shown if truth == predicted else f"{shown} (predicted: {escape_markdown(predicted)})"

@@ -111,6 +111,7 @@ def publish(
             f"{run}: this greedy stack was not fine-tuned end to end, so its layers were never trained together. Run the "
             "recipe with --fine_tune, or publish the stack as it is with --without_fine_tuning"
         )
+    pictures = draw_examples(run, read_saved_target(results)) if options.publish_images else None
     model = _choose_model(run, results, adapter=adapter, base=base)
     tolerance = MERGED_TOLERANCE if model.name == MERGED else TOLERANCE
     verified = verify(model, run / REFERENCE, find_libraries(model), tolerance=tolerance)
@@ -120,9 +121,9 @@ def publish(
     files = {p.relative_to(model).as_posix(): p for p in sorted(model.rglob("*")) if p.is_file()}
     # Hidden files do not belong to the model.
     files = {name: p for name, p in files.items() if not re.search(r"(^|/)\.", name)}
-    url, examples = None, ""
-    if options.publish_images:
-        files[EXAMPLES], examples = draw_examples(run, read_saved_target(results))
+    if pictures is not None:
+        files[EXAMPLES] = pictures[0]
+    url = None
     if not options.dry_run:
         command = publish_command(run, repo_id, options, adapter=adapter, base=base)
         attempt = Attempts(repo_id, f"Nothing is lost, because the run is on this disk. Repeat: {command}")
@@ -130,7 +131,7 @@ def publish(
         target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
         _open_repository(target, options)
         card = address_card(files[CARD].read_text(encoding="utf-8"), repo_id, revision, verified)
-        card = insert_examples(card, examples) if examples else card
+        card = card if pictures is None else insert_examples(card, pictures[1])
         url = _commit(target, files, card, f"Add {results['strategy']}", create_pr=options.create_pr)
     sizes = {name: path.stat().st_size for name, path in files.items()}
     return Published(repo_id=repo_id, files=sizes, url=url, verified=verified)

@@ -7,7 +7,7 @@ from typing import Any
 from hf_transfer.reporting.formats import format_seconds
 from hf_transfer.reporting.ranges import Range, Scale, scale_of
 from hf_transfer.targets.target import MetricInfo
-from hf_transfer.training.records import Judging, Verdict
+from hf_transfer.training.records import Gain, Judging, Verdict
 
 VERDICTS = {
     Verdict.KEPT: "kept: the highest expected gain",
@@ -52,8 +52,8 @@ def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidat
     if not choice or not choice["candidates"]:
         return None
     factor = 100 if info.kind == "percent" else 1
-    posteriors = [_bounds(row["posterior"], factor) for row in choice["candidates"] if row["gain"] is not None]
-    scale = scale_of([0.0, *(bound for each in posteriors for bound in each)])
+    posteriors = [Gain(**row["posterior"]) for row in choice["candidates"] if row["gain"] is not None]
+    scale = scale_of([0.0, *(factor * bound for gain in posteriors for bound in gain.interval)])
     judged = next((row for row in choice["candidates"] if row["judged_by"]), None)
     return Candidates(
         rows=[_describe(row, factor, scale) for row in choice["candidates"]],
@@ -65,8 +65,8 @@ def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidat
 
 def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow:
     has_run = row["gain"] is not None
-    low, high = _bounds(row["posterior"], factor)
-    mean = factor * row["posterior"]["mean"]
+    posterior = Gain(**row["posterior"])
+    low, mean, high = (factor * value for value in (posterior.interval[0], posterior.mean, posterior.interval[1]))
     return CandidateRow(
         name=row["name"],
         expected_before=_signed(factor * row["prior"]["mean"], factor),
@@ -77,10 +77,6 @@ def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow
         verdict=VERDICTS[Verdict(row["verdict"])],
         is_kept=row["verdict"] == Verdict.KEPT,
     )
-
-
-def _bounds(gain: Mapping[str, float], factor: int) -> tuple[float, float]:
-    return factor * (gain["mean"] - 1.96 * gain["error"]), factor * (gain["mean"] + 1.96 * gain["error"])
 
 
 def _signed(value: float, factor: int) -> str:

@@ -9,15 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
-from hf_transfer.reporting.charts import HEIGHT, WIDTH, Chart
+from hf_transfer.reporting.charts import Chart
 from hf_transfer.reporting.comparison import ComparedRun, Comparison
-from hf_transfer.reporting.formats import format_metric, format_seconds, make_environment
+from hf_transfer.reporting.formats import format_metric, format_seconds
 from hf_transfer.reporting.illustrations import Gallery, ShownImage, describe_decision
 from hf_transfer.reporting.page_images import write_image_data
+from hf_transfer.reporting.pages import render_page
 from hf_transfer.reporting.pictures import LARGE_PX, draw_pictures
 from hf_transfer.reporting.points import Point, draw_against_cost
 from hf_transfer.reporting.ranges import scale_of
-from hf_transfer.reporting.report import read_part
 from hf_transfer.targets.target import Target
 
 MAX_DIFFERENT = 12  # images of a gallery
@@ -26,20 +26,13 @@ MAX_DIFFERENT = 12  # images of a gallery
 def write_comparison(comparison: Comparison, images: Split, targets: Sequence[Target], path: Path) -> None:
     """Writes the HTML page of a comparison to `path`. `images`: the split; `targets`: of each run."""
     galleries, shown = _show_differences(comparison, images, targets)
-    page = (
-        make_environment("reporting")
-        .get_template("comparison.html.jinja")
-        .render(
-            style=read_part("page.css"),
-            script=read_part("page.js"),
-            comparison=comparison,
-            rows=_describe_rows(comparison),
-            chart=_draw_time(comparison),
-            width=WIDTH,
-            height=HEIGHT,
-            galleries=galleries,
-            image_data=write_image_data(shown),
-        )
+    page = render_page(
+        "comparison.html.jinja",
+        comparison=comparison,
+        rows=_describe_rows(comparison),
+        chart=_draw_time(comparison),
+        galleries=galleries,
+        image_data=write_image_data(shown),
     )
     path.write_text(page, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Writes pages that are not of one run, such as those of `hf-transfer advise` and `hf-transfer rank`.
+"""Writes the pages that are not of one run, such as those of `hf-transfer advise`, and comparisons of runs.
 
 All pages share `page.css`, `page.js` and `page_parts.html.jinja`; they contain everything, and load nothing.
 """
@@ -29,8 +29,18 @@ def check_page(file: str | None, setting: str = "report") -> Path | None:
     return path
 
 
-def render_page(template: str, *, room: str = "reporting", words: tuple[str, ...] = (), **parts: Any) -> str:
-    """Returns the HTML page of a template in a room. `words`: entries of the glossary that the page explains."""
+def render_page(
+    template: str,
+    *,
+    room: str = "reporting",
+    words: tuple[str, ...] = (),
+    image_data: Markup = Markup("[]"),  # noqa: B008  a constant
+    **parts: Any,
+) -> str:
+    """Returns the HTML page of a template in a room.
+
+    `words`: entries of the glossary that the page explains. `image_data`: images that galleries show (see `page_images`).
+    """
     return (
         make_environment(room)
         .get_template(template)
@@ -39,7 +49,7 @@ def render_page(template: str, *, room: str = "reporting", words: tuple[str, ...
             script=read_part("page.js"),
             width=WIDTH,
             height=HEIGHT,
-            image_data=Markup("[]"),
+            image_data=image_data,
             words={word: WORDS[word] for word in words},
             **parts,
         )

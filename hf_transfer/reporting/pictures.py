@@ -1,11 +1,9 @@
 """Draws the small pictures of images that pages contain: JPEGs as data URIs, and heat maps of what the network looked at."""
 
-import base64
 import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ from PIL import Image
 
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.splits import Split
+from hf_transfer.displays import encode_jpeg
 from hf_transfer.inference.explain import choose_map_cut, explain
 from hf_transfer.inference.heat_maps import draw_explanation
 from hf_transfer.network.backbone import Backbone
@@ -23,7 +22,6 @@ from hf_transfer.network.preprocessing import Pixels
 log = logging.getLogger(__name__)
 
 LARGE_PX, SMALL_PX = 160, 72  # longest sides
-_QUALITY = 70
 _BATCH = 16
 
 Place = tuple[Split, int]
@@ -37,13 +35,6 @@ def draw_pictures(places: Sequence[Place], sizes_px: Sequence[int]) -> list[str]
     """
     with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)) as pool:
         return list(pool.map(_draw, places, sizes_px))
-
-
-def encode_jpeg(image: Image.Image) -> str:
-    """Returns an RGB image as the data URI of a JPEG."""
-    buffer = BytesIO()
-    image.save(buffer, "JPEG", quality=_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def draw_heat_maps(backbone: Backbone, chain: Chain, places: Sequence[Place], outputs: NDArray[np.int64]) -> list[str]:

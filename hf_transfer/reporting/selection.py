@@ -129,7 +129,8 @@ def _group(title: str, note: str, rows: Rows, total: int | None = None) -> Group
 
 def _find_suspects(predicted: Predicted) -> Group:
     """Returns the images of all splits whose label is probably wrong (see `training.label_errors`)."""
-    found = find_label_errors(_log_softmax(predicted.logits)[None], predicted.labels)
+    log_probabilities = torch.from_numpy(predicted.logits).double().log_softmax(1).numpy()
+    found = find_label_errors(log_probabilities[None], predicted.labels)
     note = (
         "The label itself may be wrong: a network that had not trained on the image is sure of another class (confident "
         "learning). Training and validation images are judged too."
@@ -150,9 +151,3 @@ def _spread_over_cells(worst: Rows, cells: Rows, is_right: NDArray[np.bool_] | N
     samples = [right[cells[right, 0] == k] for k in np.unique(cells[right, 0])]
     picked = [rows[np.linspace(0, len(rows) - 1, min(len(rows), RIGHT_PER_CLASS)).astype(np.int64)] for rows in samples]
     return np.concatenate([mistakes, *picked]).astype(np.int64)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns log-probabilities (N, K). scipy's function would take a second to import."""
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)))
