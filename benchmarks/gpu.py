@@ -29,18 +29,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_transfer.strategy import strategy_names
+
 ROWS = ("strategies", "ceiling", "full", "default", "pass", "linear_probe")
-STRATEGIES = (
-    "linear_probe",
-    "auto",
-    "last_layers",
-    "full",
-    "probe_then_full",
-    "gradual",
-    "lora",
-    "greedy_stack",
-    "pretrain",
-)
+STRATEGIES = tuple(strategy_names())
 FAST = ("--device_feed", "on", "--fused_optimizer", "on")
 TINY = ("--images_per_class", "12", "--num_threads", "1")
 WARM_UP_STEPS, TIMED_STEPS = 10, 50
@@ -48,7 +40,7 @@ TIMEOUT_S = 1800
 
 
 def run_recipe(given: argparse.Namespace, name: str, folder: Path, *flags: str) -> subprocess.Popen[bytes]:
-    """Starts a strategy with empty caches."""
+    """Starts a strategy with a cache of its own."""
     command = [sys.executable, "-m", "hf_transfer", "train", name, "--output_dir", str(folder), *flags]
     command += ["--batch_size", str(given.batch_size), *(TINY if given.tiny else ())]
     if not given.tiny:
@@ -74,12 +66,17 @@ def interrupt_and_resume(given: argparse.Namespace, name: str, folder: Path) -> 
     """Ends a run by SIGTERM once a state is saved, and resumes the run."""
     flags = () if name == "linear_probe" else ("--epochs", "2", "--save_every_s", "0.001", "--tracker", "none")
     child, deadline = run_recipe(given, name, folder, *flags), time.monotonic() + TIMEOUT_S
+    is_sent = False
     while child.poll() is None and time.monotonic() < deadline:
         if any((folder / "checkpoints").rglob("state.safetensors")):
             child.send_signal(signal.SIGTERM)
+            is_sent = True
             break
         time.sleep(0.01)
-    interrupted = child.wait(TIMEOUT_S) != 0
+    status = child.wait(TIMEOUT_S)
+    if status not in (0, 128 + signal.SIGTERM, -signal.SIGTERM) or (status and not is_sent):
+        raise SystemExit(f"{name} failed with status {status}")
+    interrupted = status != 0
     results = finish_recipe(
         given, name, folder, *flags, *(("--resume",) if interrupted else ("--overwrite_output_dir",))
     )

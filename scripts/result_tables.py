@@ -1,6 +1,7 @@
 """The tables of docs/results.md, each made from a file in benchmarks/results."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -29,6 +30,13 @@ def read_rows(name: str) -> list[Row]:
 def format_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def replace_between(page: str, begin: str, end: str, content: str, name: str) -> str:
+    """Returns a page with other content between two marks. Raises ValueError, which names the page, if a mark is missing."""
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"{name}: write {begin} and {end} once each, around what is generated")
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n\n{content}\n\n{end}", page, flags=re.DOTALL)
 
 
 def name_cell(row: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """The measured results on the pages docs/strategies/*.md, between the lines `<!-- measured -->` and `<!-- end -->`."""
 
-import re
 from statistics import fmean
 
 from feature_tables import table_depth, table_journey  # scripts/feature_tables.py
@@ -10,6 +9,7 @@ from result_tables import (  # scripts/result_tables.py
     format_table,
     read,
     read_rows,
+    replace_between,
     table_accuracy,
     table_jobs,
     table_ways,
@@ -25,10 +25,7 @@ MARKS = (
 
 def fill_page(name: str, page: str) -> str:
     """Returns the page of the strategy `name` with its measured results. Raises ValueError if it has no place for them."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"docs/strategies/{name}.md: write {BEGIN} and {END} once each, around the measured results")
-    measured = "\n\n".join(list_measured(name))
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n\n{measured}\n\n{END}", page, flags=re.DOTALL)
+    return replace_between(page, BEGIN, END, "\n\n".join(list_measured(name)), f"docs/strategies/{name}.md")
 
 
 def list_measured(name: str) -> list[str]:

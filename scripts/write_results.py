@@ -42,7 +42,7 @@ def write_all() -> dict[Path, str]:
 def fill_readme(text: str) -> str:
     """Returns README with the table of peers between its marks."""
     table = quality_report.summarize_peers(read_lines([QUALITY]), 10)
-    return re.sub(r"(<!-- quality -->\n).*?(\n<!-- end -->)", rf"\g<1>{table}\g<2>", text, flags=re.DOTALL)
+    return result_tables.replace_between(text, "<!-- quality -->", "<!-- end -->", table, README.name)
 
 
 def render(quality: str) -> str:

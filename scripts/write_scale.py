@@ -3,13 +3,16 @@
 python scripts/write_scale.py
 """
 
-import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from result_tables import read  # noqa: E402
+
 SIZES = (10_000, 1_000_000, 10_000_000)
 CORES = 2  # of the machine on which the rates were measured
 PROCESSES = (1, 8, 32)  # processes of CORES cores each, for the three sizes
@@ -43,7 +46,7 @@ was measured.
 
 ## Disk and memory
 
-| images | {stores} | `full`: squares | memory of labels and hashes |
+| images | {stores} | `full`: resized images | memory of labels and hashes |
 | ---: | {rule_stores} | ---: | ---: |
 {spaces}
 
@@ -78,7 +81,7 @@ once in the pass. Every process reads the labels and hashes itself. The results 
 keys are those of the stored data, so a streamed run gives the same weights to the bit, and finds the results of an earlier
 run that did not stream.
 
-- The order of training does not depend on the stream: epochs read stored activations (or, in `full`, stored squares) at
+- The order of training does not depend on the stream: epochs read stored activations (or, in `full`, stored images) at
   random.
 - If these results do not fit in the cache or in memory, the run ends with an error before the pass.
 - The stream must give the same images each time. Each image is compared with its hash.
@@ -89,7 +92,8 @@ run that did not stream.
   (`tests/test_pins.py`).
 
 Memory of a stream (largest RssAnon above that of the imported package; synthetic JPEG files of {synthetic_kb:.0f} KB in
-parquet shards of 1,000 images, embedded network, `python benchmarks/streaming.py`):
+parquet shards of 1,000 images, embedded network, 2 cores of an AMD EPYC, 2026-11-29, `python
+benchmarks/streaming.py`):
 
 | images | parquet files | first read | pass |
 | ---: | ---: | ---: | ---: |
@@ -97,12 +101,6 @@ parquet shards of 1,000 images, embedded network, `python benchmarks/streaming.p
 
 {conclusion}
 """
-
-
-def read_result(name: str) -> dict[str, Any]:
-    """Returns the content of a file in benchmarks/results."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return content
 
 
 def format_seconds(seconds: float) -> str:
@@ -128,7 +126,7 @@ def _round(number: float) -> str:
 
 def write_page() -> str:
     """Returns the page."""
-    rates = {n: read_result(file)["medians"]["pass"]["images_per_second"] for n, (file, _, _) in NETWORKS.items()}
+    rates = {n: read(f"{file}.json")["medians"]["pass"]["images_per_second"] for n, (file, _, _) in NETWORKS.items()}
     passes = [
         [f"{size:,}", format_bytes(size * IMAGE_BYTES), f"{count}"]
         + [format_seconds(size / rate / count) for rate in rates.values()]
@@ -140,7 +138,7 @@ def write_page() -> str:
         [f"{size:,}", *(format_bytes(each * size) for each in (*(4 * n for n in widths), SQUARE_BYTES, ROW_BYTES))]
         for size in SIZES
     ]
-    runs = read_result("streaming")["runs"]
+    runs = read("streaming.json")["runs"]
     streams = [
         [f"{run['images']:,}", format_bytes(run["data_bytes"])]
         + [format_bytes(run["stages"][stage]["bytes_above_start"]) for stage in ("index", "pass")]
