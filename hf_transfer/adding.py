@@ -71,7 +71,7 @@ def add_classes(
     """Adds the new classes of the data set `more` to the model of `run`, and writes a new run to the folder of `output`.
 
     `compute`: settings of ComputeConfig that differ from those of the run. Images of old classes in `more` are further images
-    of these. Raises ValueError if `run` is no finished run of a classifier with one class per image, its images cannot be
+    of these. Raises ValueError if `run` is not a finished run of a classifier with one class per image, its images cannot be
     loaded or have changed, or `more` has no new class.
     """
     folder = find_run(run)

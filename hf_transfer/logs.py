@@ -1,8 +1,10 @@
-"""Log lines and progress bars on stderr: one line per event. A bar redraws on a terminal, and is a line now and then in a file.
+"""Log lines and progress bars on stderr: one line per event.
 
-start_logging(logging.INFO)
-with open_bar(total=5000, title="activations of train", unit="img") as bar:
-bar.update(32)
+    start_logging(logging.INFO)
+    with open_bar(total=5000, title="activations of train", unit="img") as bar:
+        bar.update(32)
+
+A bar redraws on a terminal, and is a line now and then in a file.
 """
 
 import io

@@ -94,8 +94,10 @@ class Data:
         """Returns the numbers of images and one training image of each of the first labels, for notebooks."""
         rows = [("split", "images"), *((split.name, f"{len(split):,}") for split in self.splits)]
         texts = [self.target.describe_label(label) or "none" for label in self.train.labels[:MAX_SEARCHED]]
-        first = list({text: i for i, text in reversed(list(enumerate(texts)))}.items())[::-1][:MAX_SHOWN]
-        pictures = [(self.train.image(i), text) for text, i in sorted(first)]
+        first: dict[str, int] = {}
+        for i, text in enumerate(texts):
+            first.setdefault(text, i)
+        pictures = [(self.train.image(i), text) for text, i in sorted(first.items())[:MAX_SHOWN]]
         return show_title(self.name) + show_table(rows) + show_pictures(pictures)
 
 

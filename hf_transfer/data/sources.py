@@ -135,7 +135,6 @@ class ImageSource(ABC):
                     problems[row] = error
             return len(block)
 
-        # disable=None: no bar unless the output is a terminal
         with ThreadPoolExecutor() as threads, open_bar(total=len(rows), title=title, unit="image") as bar:
             for count in threads.map(check, range(0, len(rows), self.rows_per_task)):
                 bar.update(count)
