@@ -77,7 +77,7 @@ def lower_resolution(images: Tensor, uniform: NDArray[np.float64], min_resolutio
     All NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
     images' shorter side, and ValueError is raised if that side is smaller. Downsampling averages areas; upsampling is bicubic.
     """
-    resolutions = find_resolutions(*images.shape[2:], min_resolution_px)
+    resolutions = find_resolutions(images.shape[2], images.shape[3], min_resolution_px)
     drawn = (uniform * NUM_RESOLUTIONS).astype(np.int64)
     result = images.clone()
     for level in np.unique(drawn[drawn < len(resolutions)]):
