@@ -31,13 +31,10 @@ from hf_transfer.network.folding import fold_norms
 from hf_transfer.network.packing import pack_convolutions
 from hf_transfer.prefix.replaying import Replayed, pays_off, record
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.prefix.taps import Extractor, Logits, replicate
+from hf_transfer.prefix.taps import BatchFunction, Extractor, Logits, replicate
 from hf_transfer.threads import open_workers
 
 log = logging.getLogger(__name__)
-
-BatchFunction = Callable[[torch.Tensor], list[torch.Tensor]]
-"""Takes a batch on the device, and returns float32 tensors, each with a row per image. It runs without gradients."""
 
 AGREEMENT = 1e-4  # largest allowed difference from eager in fp32, relative to the largest number of the row
 

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_transfer.prefix.taps import BatchFunction
+
 # Fewer GFLOPs in a batch are computed in less than the 1 ms that their launches take, at the 1,000 TFLOP/s at which the
 # largest GPUs of today multiply bfloat16 matrices. This is an estimate.
 REPLAYED_GFLOPS = 1000.0
 WARM_UP_CALLS = 3
-
-BatchFunction = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,9 @@ from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.head import HeadInput, watch_features
 from hf_transfer.network.part import Part
+
+BatchFunction = Callable[[torch.Tensor], list[torch.Tensor]]
+"""Takes a batch on the device, and returns float32 tensors, each with a row per image. It runs without gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
