@@ -15,9 +15,11 @@ from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_availa
 from safetensors import SafetensorError
 
 from hf_transfer import logs, processes
+from hf_transfer.capability import jpeg_device
 from hf_transfer.config import ComputeConfig, GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.jpegs import check_jpeg_decoder
 from hf_transfer.errors import ContinuableError, count_noun
 from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.flags import read_config
@@ -314,7 +316,7 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     """Returns the run's Accelerator. `accelerate launch` or its config file decides options that the settings do not give.
 
     Raises RuntimeError if a launcher started several processes that would train independently of each other, and ValueError
-    for DeepSpeed.
+    for DeepSpeed, or for `decoder device` if torchvision cannot decode a JPEG.
     """
     is_alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ  # accelerate may set WORLD_SIZE itself
     connect_processes()
@@ -324,6 +326,8 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     choices = Resources(accelerator=accelerator, compute=config.compute).choices
     if accelerator.device.type == "cuda":  # torch's own default rounds the products of convolutions to TF32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = choices.tf32
+    if config.compute.decoder == "device":
+        check_jpeg_decoder(jpeg_device(accelerator.device))
     if accelerator.is_main_process:
         log.info("computing on %s; %s", choices.describe(), count_noun(torch.get_num_threads(), "CPU thread"))
     started = get_int_from_env(["WORLD_SIZE"], 1)

@@ -45,8 +45,9 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     is_exact = session.config.compute.decoder == "exact"
     if not is_exact and not readouts.measures_saved(session, trained, best, data.validation):
         log.warning(
-            "the saved network predicts differently on the published pixels and on those of the fast decoder: fitting the "
-            "probe again on the published pixels"
+            "the saved network predicts differently on the published pixels and on those of decoder %s: "
+            "fitting the probe again on the published pixels",
+            session.config.compute.decoder,
         )
         return fit_head(replace(session, config=replace_settings(session.config, {"decoder": "exact"})), phase)
     with session.costs.part("evaluate"):
@@ -127,7 +128,7 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
 def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReadout, split: Split) -> Scored:
     """Scores the solved head on a split whose images it was not fitted on.
 
-    In low precision or with fast pixels, the metrics come from stored features only if the saved network, in fp32 on the
+    In low precision or with another decoder, the metrics come from stored features only if the saved network, in fp32 on the
     published pixels, agrees with the features.
     """
     if not readouts.measures_saved(session, trained, best, split):
