@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,16 @@ def test_rates_stand_beside_the_ceiling(tmp_path: Path) -> None:
     rate, ceiling = (rows[name]["images_per_second"] for name in ("full", "ceiling"))
     assert rows["share_of_ceiling"] == pytest.approx(rate / ceiling)
     assert rate > 0
+
+
+def test_the_pass_is_measured_by_each_decoder(tmp_path: Path) -> None:
+    decoders: dict[str, Any] = run_benchmark(tmp_path / "gpu.json", "--rows", "pass")["pass"]
+    assert list(decoders) == ["exact", "fast", "device"]
+    assert all(each["images_per_second"] > 0 for each in decoders.values())
+    assert set(decoders["device"]["decoded"]) == {"together"}
+    assert decoders["exact"]["decoded"] == {}
+    assert decoders["exact"]["drift"] is None
+    assert decoders["device"]["drift"]["largest"] == 0
 
 
 @pytest.mark.soak
