@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hf_transfer.config import ComputeConfig, DataConfig
+from hf_transfer.config import ComputeConfig, DataConfig, Decoder
 from hf_transfer.costs import DecodeCounts
 from hf_transfer.data import jpegs
 from hf_transfer.data.dataset import load_data
@@ -27,6 +27,7 @@ from hf_transfer.data.jpegs import JpegSize
 from hf_transfer.data.memory import MemorySource
 from hf_transfer.data.sources import ArraySource, JoinedSource, TableSource
 from hf_transfer.data.splits import Split
+from hf_transfer.logs import open_bar
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.preprocessing import Preprocessing, load_preprocessing
@@ -35,7 +36,7 @@ from hf_transfer.prefix.drift import measure_drift
 from hf_transfer.prefix.extract import extract
 from hf_transfer.prefix.pixels import EvaluationImages, store_evaluation_pixels
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.prefix.sweep import read_together
+from hf_transfer.prefix.sweep import _sweep_in_order, read_together
 from hf_transfer.prefix.taps import tap_activation
 from hf_transfer.prefix.together import describe_counts, group_by_size
 from hf_transfer.runs import execute
@@ -104,6 +105,23 @@ def test_batches_are_read_ahead_in_order(odd: Split, exact: Preprocessing, expec
     batches = list(read_together(images, np.arange(len(odd)), batch_size=7, num_workers=2))
     assert [len(batch) for batch in batches] == [7] * 5 + [5]
     np.testing.assert_array_equal(torch.cat(batches).numpy(), expected)
+
+
+@pytest.mark.parametrize("decoder", ["exact", "device"])
+def test_one_network_gets_the_batches_that_threads_read(
+    decoder: Decoder, odd: Split, exact: Preprocessing, expected: np.ndarray
+) -> None:
+    """As on a GPU, but on the CPU."""
+    images, found = EvaluationImages(split=odd, preprocessing=exact.decoded_by(decoder, CPU)), list[torch.Tensor]()
+    rows, used = np.arange(5, len(odd)), resources(frozen_batch_size=8, num_workers=2)
+
+    def write(start: int, values: list[torch.Tensor]) -> None:
+        assert start == sum(map(len, found))
+        found.extend(values)
+
+    with open_bar(total=len(rows), title="", unit="img", is_hidden=True) as bar:
+        _sweep_in_order(lambda batch: [batch.clone()], images, rows, write, used, bar)
+    assert torch.equal(torch.cat(found), exact.normalize(torch.from_numpy(expected[rows])))
 
 
 def test_a_batch_of_large_photos_is_decoded_in_groups(

@@ -53,17 +53,7 @@ def sweep(
             _sweep_on_cpu(runner, images, rows, write, resources, bar)
             return
         (function,) = runner.functions(1)
-        start, size, num_workers = 0, batch_rows(resources), resources.compute.num_workers
-        if isinstance(images, EvaluationImages) and images.decodes_together:
-            batches = read_together(images, rows, batch_size=size, num_workers=num_workers)
-        else:
-            batches = map(torch.from_numpy, read_pixels(images, rows, batch_size=size, num_workers=num_workers))
-        for pixels in batches:
-            batch = rows[start : start + len(pixels)]
-            on_device = pixels.to(resources.device, non_blocking=True)
-            write(start, function(images.prepare(on_device, batch)))
-            start += len(pixels)
-            bar.update(len(pixels))
+        _sweep_in_order(function, images, rows, write, resources, bar)
 
 
 def prepare_for(
@@ -171,6 +161,28 @@ def to_fast_layout(activations: torch.Tensor, resources: Resources) -> torch.Ten
     if activations.ndim == 4 and resources.choices.channels_last:
         return activations.contiguous(memory_format=torch.channels_last)
     return activations
+
+
+def _sweep_in_order(
+    function: BatchFunction,
+    images: Images,
+    rows: NDArray[np.int64],
+    write: Write,
+    resources: Resources,
+    bar: "tqdm[Any]",
+) -> None:
+    """Runs `sweep` with one network, while threads read the next batches."""
+    start, size, num_workers = 0, batch_rows(resources), resources.compute.num_workers
+    if isinstance(images, EvaluationImages) and images.decodes_together:
+        batches = read_together(images, rows, batch_size=size, num_workers=num_workers)
+    else:
+        batches = map(torch.from_numpy, read_pixels(images, rows, batch_size=size, num_workers=num_workers))
+    for pixels in batches:
+        batch = rows[start : start + len(pixels)]
+        on_device = pixels.to(resources.device, non_blocking=True)
+        write(start, function(images.prepare(on_device, batch)))
+        start += len(pixels)
+        bar.update(len(pixels))
 
 
 def _sweep_on_cpu(
