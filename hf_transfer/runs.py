@@ -36,7 +36,7 @@ from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.illustrations import FinishedModel, Illustrations, illustrate
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, write_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_precision, describe_quality, describe_scored_model
+from hf_transfer.reporting.sentences import describe_quality, describe_scored_model
 from hf_transfer.reporting.verdict import describe_kept_model
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
@@ -182,10 +182,8 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
         for split, metrics in result.metrics.items():
             of_model = describe_scored_model(result, session.data) if split == "validation" else ""
             log.info("%s: %s%s", split, describe_quality(metrics), of_model)
-        if precision := describe_precision(
-            result.metrics["test" if "test" in result.metrics else "validation"].to_dict()
-        ):
-            log.info("%s", precision)
+        for note in result.metrics["test" if "test" in result.metrics else "validation"].notes:
+            log.info("%s", note)
         log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)
         shutil.rmtree(session.output_dir / SO_FAR, ignore_errors=True)
     processes.wait_for_everyone()

@@ -30,7 +30,7 @@ from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.formats import format_percent, make_environment
 from hf_transfer.reporting.label_table import lay_out_labels, name_labels
 from hf_transfer.reporting.report_results import explain_validation, find_metrics
-from hf_transfer.reporting.sentences import describe_precision, describe_repeats
+from hf_transfer.reporting.sentences import describe_repeats
 from hf_transfer.reporting.verdict import describe_kept_model
 
 MAX_TABLE_CLASSES = 50  # with more classes, the card lists only the classes with the lowest recall
@@ -138,8 +138,6 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
     if split != "test":
         limits.append(explain_validation(scores))
     limits += [f"{line}." for line in describe_repeats(results)]
-    if precision := describe_precision(scores):
-        limits.append(precision)
     if results["details"].get("fine_tuned") is False:
         limits.append("The layers were trained one at a time and never together, because there was no fine-tuning.")
     word = "classes" if name_labels(scores) == "Class" else "labels"

@@ -21,6 +21,7 @@ from hf_transfer.metrics.formulas import (
     calibration_error,
     confusion_matrix,
     count_classes,
+    count_images_to_tell_apart,
     negative_log_likelihood,
     score_classes,
     top_k_accuracy,
@@ -29,6 +30,7 @@ from hf_transfer.metrics.records import Interval, Metrics, Score
 
 TOP_K = 5
 FEW_IMAGES = 30  # images below which a bootstrap interval of the accuracy is too narrow
+COMPARED_DIFFERENCE = 0.03  # of accuracy: two models that differ by this much should be told apart
 _MAX_NAMED = 10  # a note lists at most this many classes by name
 
 
@@ -91,14 +93,33 @@ def score(
     if resamples < 0:
         raise ValueError(f"resamples={resamples}: choose 0 (no confidence intervals) or a positive number")
     values, tables = _compute(outcomes, num_classes)
+    intervals = _find_intervals(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {}
+    precision = describe_precision(values["accuracy"], intervals.get("accuracy"), len(outcomes.labels))
     rows = [{"label": name, **row} for name, row in zip(label_names, tables["per_class"], strict=True)]
     return Metrics(
         values=values,
-        intervals=_find_intervals(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {},
+        intervals=intervals,
         details={**tables, "per_class": rows},
         num_samples=len(outcomes.labels),
         score=outcomes.score,
-        notes=_note_absent_classes(rows),
+        notes=(*_note_absent_classes(rows), *([precision] if precision else [])),
+    )
+
+
+def describe_precision(accuracy: float, interval: Interval | None, num_images: int) -> str:
+    """Returns a sentence that says how many images tell two models apart, if these are too few for 3 points; otherwise "".
+
+    >>> describe_precision(0.9, (0.86, 0.94), 200)
+    'With 200 images, the 95 % interval of the accuracy is 8.0 points wide. To tell two models apart that differ by 3 points, \
+about 1,570 images are needed.'
+    """
+    needed = count_images_to_tell_apart(accuracy, COMPARED_DIFFERENCE)
+    if interval is None or needed <= num_images:
+        return ""
+    images = "1 image" if num_images == 1 else f"{num_images:,} images"
+    return (
+        f"With {images}, the 95 % interval of the accuracy is {100 * (interval[1] - interval[0]):.1f} points wide. To tell two "
+        f"models apart that differ by {100 * COMPARED_DIFFERENCE:.0f} points, about {needed:,} images are needed."
     )
 
 

@@ -100,13 +100,14 @@ def calibration_error(confidences: NDArray[np.float64], hits: NDArray[np.bool_])
 def count_images_to_tell_apart(accuracy: float, difference: float) -> int:
     """Returns how many test images show, in 4 of 5 cases, that two models differ in accuracy by `difference`, at the 5 % level.
 
-    The models have about `accuracy`, and their mistakes are independent (two-sided test of two proportions). Models that share
-    most mistakes need fewer images.
+    The models have about `accuracy`, taken as 1 to 99 %, and their mistakes are independent (two-sided test of two
+    proportions). Models that share most mistakes need fewer images.
 
     >>> count_images_to_tell_apart(0.9, 0.02)
     3533
     """
-    return math.ceil(2 * accuracy * (1 - accuracy) * ((Z_SIGNIFICANCE + Z_POWER) / difference) ** 2)
+    expected = min(max(accuracy, 0.01), 0.99)
+    return math.ceil(2 * expected * (1 - expected) * ((Z_SIGNIFICANCE + Z_POWER) / difference) ** 2)
 
 
 def binomial_interval(successes: int, count: int) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_transfer.data.dataset import Data
-from hf_transfer.metrics.formulas import count_images_to_tell_apart
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.reporting.report_results import find_interval
 from hf_transfer.targets.multi_label import MultiLabel
@@ -21,7 +20,6 @@ from hf_transfer.training.records import (
     Verdict,
 )
 
-WIDE_INTERVAL = 0.03  # of an accuracy: 3 points
 SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
 IMAGE_SHARES = frozenset((SingleLabel.image_quality, MultiLabel.image_quality))
 NUM_SPREADS = 3  # metrics in one sentence
@@ -57,26 +55,6 @@ def describe_scored_model(result: RunResult, data: Data) -> str:
     if result.kept_probe and not data.holds_out_validation:
         return "; each image predicted by a probe that was fitted without it"
     return ""
-
-
-def describe_precision(metrics: Mapping[str, Any]) -> str | None:
-    """Returns a sentence about the interval of the accuracy in `metrics` (JSON values) if it is wide; otherwise None.
-
-    Returns None for an accuracy of 0 or 100 % too, since it does not say how many images other models would get wrong.
-
-    >>> describe_precision({"accuracy": 0.9, "accuracy_interval": [0.86, 0.94], "num_samples": 200})
-    'With 200 images, the 95 % interval of the accuracy is 8.0 points wide: to tell two models apart that differ by half of \
-it, about 884 images are needed.'
-    """
-    interval = metrics.get("accuracy_interval")
-    width = 0.0 if interval is None else interval[1] - interval[0]
-    if width < WIDE_INTERVAL or not 0 < metrics["accuracy"] < 1:
-        return None
-    needed = count_images_to_tell_apart(metrics["accuracy"], width / 2)
-    return (
-        f"With {metrics['num_samples']:,} images, the 95 % interval of the accuracy is {100 * width:.1f} points wide: to tell "
-        f"two models apart that differ by half of it, about {needed:,} images are needed."
-    )
 
 
 def describe_folds(section: Mapping[str, Any]) -> str:
