@@ -131,10 +131,6 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
     rows = scores.get("per_class", [])
     scored = {row["label"]: row["support"] for row in rows if row["support"] < MIN_SCORED_IMAGES}
     limits = ["Metrics are for images from the same source as the training images; expect less for other images."]
-    if scores.get("accuracy") == 1.0:
-        limits.append(
-            "The model made no mistake on these images: only the interval of the accuracy shows how rare mistakes may be."
-        )
     if split != "test":
         limits.append(explain_validation(scores))
     limits += [f"{line}." for line in describe_repeats(results)]
