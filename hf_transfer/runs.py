@@ -18,6 +18,7 @@ from hf_transfer import logs, processes
 from hf_transfer.config import ComputeConfig, GradientConfig, RunConfig
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.seen import write_seen
 from hf_transfer.errors import ContinuableError, count_noun
 from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.flags import read_config
@@ -212,6 +213,7 @@ def _write_results(session: Session, result: RunResult, folder: Path, *, is_illu
             illustrations = _illustrate(session, result, card) if is_illustrated else None
         results = describe_run(session, result)
         write_predictions(staging / PREDICTIONS, data.splits, result.logits)
+        write_seen(staging, [data.train, data.validation])
         write_config(staging, pin_revisions(session), session.unrepeatable)
         write_results(staging, results, illustrations)
     return results

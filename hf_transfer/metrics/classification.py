@@ -94,7 +94,8 @@ def score(
         raise ValueError(f"resamples={resamples}: choose 0 (no confidence intervals) or a positive number")
     values, tables = _compute(outcomes, num_classes)
     intervals, of_intervals = drop_empty(
-        _find_intervals(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {}, len(outcomes.labels)
+        _find_intervals(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {},
+        len(outcomes.labels),
     )
     precision = describe_precision(values["accuracy"], intervals.get("accuracy"), len(outcomes.labels))
     rows = [{"label": name, **row} for name, row in zip(label_names, tables["per_class"], strict=True)]
