@@ -35,6 +35,25 @@ def test_every_help_text_explains_exit_statuses_and_can_be_quiet(name: str, caps
     assert "--quiet" in shown
 
 
+@pytest.mark.parametrize("name", ["advise", "rank", "audit"])
+def test_help_shows_the_settings_that_matter_and_help_all_the_rest(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {}
+    for word in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stop:
+            main([name, word])
+        assert stop.value.code == 0
+        shown[word] = capsys.readouterr().out
+    assert len(shown["--help"].splitlines()) <= 55
+    for flag in ("--dataset", "--images_per_class", "--help_all", "--json"):
+        assert f"  {flag} " in shown["--help"], flag
+    for flag in ("--split_column", "--decoder", "--where"):
+        assert flag not in shown["--help"], flag
+        assert f"  {flag} " in shown["--help_all"], flag
+    assert "1 <= value" in shown["--help_all"]
+
+
 def run_command(*words: str) -> tuple[str, str]:
     """What `hf-transfer` prints on stdout and stderr in a process of its own, as a user runs it."""
     result = subprocess.run(

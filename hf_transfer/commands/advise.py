@@ -13,6 +13,7 @@ from hf_transfer.strategy import default_config
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "hf-transfer advise [--SETTING VALUE ...]"
     parser.add_argument(
         "--measure",
         action="store_true",

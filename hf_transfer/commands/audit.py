@@ -12,6 +12,7 @@ from hf_transfer.startup import fast_imports
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "hf-transfer audit [--SETTING VALUE ...]"
     text = "folder for the files of the audit; default: runs/audit or, if that exists, runs/audit_2 and so on"
     parser.add_argument("--output_dir", metavar="FOLDER", help=text)
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the audit in output_dir")
