@@ -44,6 +44,7 @@ from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.threads import set_num_threads
 from hf_transfer.training.batch_size import decide_batch_size
+from hf_transfer.training.checkpoints import remove_reserves
 from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.finish import finish_target
 from hf_transfer.training.records import Json, RunResult
@@ -187,6 +188,7 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
             log.info("%s", note)
         log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)
         shutil.rmtree(session.output_dir / SO_FAR, ignore_errors=True)
+        remove_reserves(session.output_dir / CHECKPOINTS)
     processes.wait_for_everyone()
     return results
 
