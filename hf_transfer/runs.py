@@ -36,8 +36,9 @@ from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.illustrations import FinishedModel, Illustrations, illustrate
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, write_predictions
+from hf_transfer.reporting.report_results import describe_estimate
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_quality, describe_scored_model
+from hf_transfer.reporting.sentences import describe_quality
 from hf_transfer.reporting.verdict import describe_kept_model
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
@@ -182,8 +183,10 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
         if kept := describe_kept_model(results):
             log.info("%s", kept)
         for split, metrics in result.metrics.items():
-            of_model = describe_scored_model(result, session.data) if split == "validation" else ""
-            log.info("%s: %s%s", split, describe_quality(metrics), of_model)
+            estimate = describe_estimate(metrics.details)
+            if not estimate and "test" not in result.metrics and result.is_selected:
+                estimate = "optimistic, because these images also selected the model"
+            log.info("%s: %s%s", split, describe_quality(metrics), f"; {estimate}" if estimate else "")
         for note in result.metrics["test" if "test" in result.metrics else "validation"].notes:
             log.info("%s", note)
         log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)

@@ -82,7 +82,9 @@ def test_a_finished_run_says_the_result_the_report_and_the_next_command(tmp_path
     results = json.loads((tmp_path / "my run" / "results.json").read_text())
     assert kept.startswith("Kept: the linear probe, a logistic regression on 80 frozen features.")
     assert validation.startswith("validation: accuracy ")
-    assert validation.endswith("; each image predicted by a probe that was fitted without it")
+    assert validation.endswith(
+        "; each image was predicted by a model of the same recipe that had not trained on it"
+    )  # one fit
     assert test.startswith(f"test: accuracy {100 * results['metrics']['test']['accuracy']:.1f} % (95 % interval ")
     assert wrote.startswith(f"wrote {tmp_path / 'my run'} (")
     assert Path(report.removeprefix("report: ")).is_file()

@@ -283,6 +283,15 @@ def test_log_results_report_and_card_say_the_same_of_the_number_of_images(
     for text in texts:
         assert sentence in unescape(text)
         assert set(re.findall(r"apart that differ by ([^,]*), about", text)) == {"3 points"}
+    clause = "each image was predicted by a probe that was fitted without it"
+    assert scores["estimated_by"] == "cross_validation"
+    (line,) = [line for line in caplog.messages if line.startswith("validation: ")]
+    assert line.endswith(f"; {clause}")
+    for text in texts:
+        assert clause in unescape(text)
+        assert "optimistic" not in text
+    for text in texts[1:]:
+        assert f"There is no test split: {clause}." in unescape(text)
     steps = [step for step in give_verdict(run.results).next_steps if "apart" in step]
     assert steps == [f"Label more validation images. {sentence}"]
 

@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_transfer.data.dataset import Data
 from hf_transfer.metrics.records import Metrics, Score
-from hf_transfer.reporting.report_results import find_interval
+from hf_transfer.reporting.report_results import describe_estimate, find_interval
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
-from hf_transfer.training.final_fit import EstimatedBy
 from hf_transfer.training.records import (
     AutoChoice,
     CandidateRecord,
@@ -45,16 +43,6 @@ def describe_quality(metrics: Metrics) -> str:
     low, high = (f"{100 * bound:.1f}" if score.is_share else f"{bound:.3f}" for bound in bounds or (0.0, 0.0))
     interval = "" if bounds is None else f"95 % interval {low} to {high}, "
     return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"
-
-
-def describe_scored_model(result: RunResult, data: Data) -> str:
-    """Returns a clause that says which models predicted the validation images, if not the saved one; otherwise ""."""
-    estimated_by = result.validation.details.get("estimated_by")
-    if estimated_by is not None:
-        return f"; of the models that were trained without these images ({EstimatedBy(estimated_by)})"
-    if result.kept_probe and not data.holds_out_validation:
-        return "; each image predicted by a probe that was fitted without it"
-    return ""
 
 
 def describe_folds(section: Mapping[str, Any]) -> str:
@@ -175,12 +163,9 @@ def describe_suspects(result: RunResult, num_images: int) -> list[str]:
 
 def describe_estimates(result: RunResult, num_images: int) -> list[str]:
     """Returns a sentence if the model trained on all `num_images` train and validation images; otherwise []."""
-    sources = {
-        EstimatedBy.FOLDS: "folds: each image is predicted by a model of the same recipe that has not trained on its fold.",
-        EstimatedBy.SIBLING: "its sibling, a model of the same recipe that has not trained on the validation images.",
-    }
-    estimated_by = result.validation.details.get("estimated_by")
-    if estimated_by is None:
+    clause = describe_estimate(result.validation.details)
+    if not clause:
         return []
-    trained = f"The model is trained on all {num_images:,} train and validation images."
-    return [f"{trained} Validation metrics are of {sources[estimated_by]}"]
+    return [
+        f"The model is trained on all {num_images:,} train and validation images. For its validation metrics, {clause}."
+    ]
