@@ -3,11 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.metrics.records import SHARES, Metrics, Score
 from hf_transfer.reporting.report_results import describe_estimate, find_interval
-from hf_transfer.targets.multi_label import MultiLabel
-from hf_transfer.targets.regression import Regression
-from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.records import (
     AutoChoice,
     CandidateRecord,
@@ -18,8 +15,6 @@ from hf_transfer.training.records import (
     Verdict,
 )
 
-SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
-IMAGE_SHARES = frozenset((SingleLabel.image_quality, MultiLabel.image_quality))
 NUM_SPREADS = 3  # metrics in one sentence
 
 
@@ -56,7 +51,7 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     lines = [f"{seeds}, {split}: {_describe_spreads(values)}" for split, values in section["metrics"].items()]
     gain = section.get("gain_over_probe")
     if gain is not None:
-        factor, digits, unit = (100, 1, " points") if gain["metric"] in IMAGE_SHARES else (1, 3, "")
+        factor, digits, unit = (100, 1, " points") if gain["metric"] in SHARES else (1, 3, "")
         mean, low, high = (f"{factor * value:+.{digits}f}" for value in (gain["mean"], *gain["interval"]))
         lines.append(
             f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_transfer.metrics.classification import describe_precision
 from hf_transfer.metrics.formulas import binomial_interval
+from hf_transfer.metrics.records import SHARES
 from hf_transfer.reporting.formats import format_metric, format_percent
 from hf_transfer.reporting.report_results import choose_split, find_interval, find_metrics
 from hf_transfer.reporting.selection import IN_GALLERY
@@ -112,8 +113,7 @@ def _describe_last(phase: Mapping[str, Any], num_epochs: int) -> str:
 
 
 def _format_quality(name: str) -> Any:
-    is_share = name in ("accuracy", "mean_average_precision")
-    return lambda value: f"{format_percent(value)} %" if is_share else f"{value:.3f}"
+    return lambda value: f"{format_percent(value)} %" if name in SHARES else f"{value:.3f}"
 
 
 def suggest_next_steps(results: Mapping[str, Any], num_suspects: int | None = None) -> list[str]:
