@@ -15,7 +15,14 @@ from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_availa
 from safetensors import SafetensorError
 
 from hf_transfer import logs, processes
-from hf_transfer.config import ComputeConfig, GradientConfig, RunConfig
+from hf_transfer.config import (
+    EMBEDDED_CHECKPOINT,
+    EMBEDDED_DATASET,
+    UPSTREAM_DATASET,
+    ComputeConfig,
+    GradientConfig,
+    RunConfig,
+)
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.seen import write_seen
@@ -301,6 +308,20 @@ def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:
     strategy = config.strategy
     is_frozen = not isinstance(strategy, GradientConfig) or strategy.training.freeze_batchnorm
     return not is_frozen and has_batchnorm(backbone.model)
+
+
+def warn_of_embedded(config: RunConfig) -> None:
+    """Logs a warning in the main process if the embedded network, which is the default, is used for images of another kind."""
+    is_embedded = config.model.checkpoint == EMBEDDED_CHECKPOINT
+    if (
+        is_embedded
+        and config.data.dataset not in (EMBEDDED_DATASET, UPSTREAM_DATASET)
+        and PartialState().is_main_process
+    ):
+        log.warning(
+            "checkpoint embedded, the default, is a tiny network that was trained on handwritten digits; for your images,"
+            " choose a pretrained one, such as --checkpoint timm/mobilenetv2_100.ra_in1k"
+        )
 
 
 def start_logging(*, is_quiet: bool = False) -> None:

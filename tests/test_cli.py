@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -52,6 +53,23 @@ def test_help_shows_the_settings_that_matter_and_help_all_the_rest(
         assert flag not in shown["--help"], flag
         assert f"  {flag} " in shown["--help_all"], flag
     assert "1 <= value" in shown["--help_all"]
+
+
+def test_an_audit_of_photos_by_the_embedded_network_says_so_with_the_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = np.random.default_rng(0)
+    for label in ("ant", "bee"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(4):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{i}.png")
+    main(["audit", "--dataset", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "audit")])
+    (line,) = [line for line in caplog.messages if "checkpoint embedded, the default" in line]
+    assert "choose a pretrained one, such as --checkpoint timm/" in line
+    caplog.clear()
+    main(["audit", "--images_per_class", "4", "--output_dir", str(tmp_path / "digits")])
+    assert "checkpoint embedded" not in caplog.text
 
 
 def run_command(*words: str) -> tuple[str, str]:
