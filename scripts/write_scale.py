@@ -64,8 +64,11 @@ one of three processes, and counts: no finished chunk is computed again, and the
 
 - **Nodes share a cache folder** (`HF_TRANSFER_CACHE` on a network disk): each process computes its own part. The tables
   above assume this. It was run with processes of one machine only.
-- **Each node has a cache folder of its own**: the processes of a node share the work, but each node computes all images,
-  since every node reads all rows in training. More nodes then make training faster, and not the pass.
+- **Each node has a cache folder of its own**: each node computes its part, and the nodes copy the finished chunks to each
+  other, since every node reads all rows in training. A chunk that any node has finished, in an earlier job too, is
+  copied and not computed. The copies go through the processes' own connection, at most about 270 MB at once. Run with
+  processes of one machine, over gloo and with a folder each (`tests/test_exchange.py`, `tests/test_shared_pass.py`); what the
+  copies take between machines was not measured.
 
 ## Images that do not fit on the disk
 

@@ -679,34 +679,6 @@ def test_nothing_is_stored_under_none(root: Path) -> None:
     assert not root.parent.exists()
 
 
-def build_in_own_folder(tmp: Path, rank: int, count: int, num_rows: int, is_warm: bool) -> None:
-    os.environ["HF_TRANSFER_CACHE"] = str(tmp / f"cache {rank}")
-    if is_warm:
-        build(num_rows)
-    filled = []
-
-    def fill_and_count(missing: MissingRows) -> None:
-        filled.append(len(missing.rows))
-        fill(missing)
-
-    (tmp / "meet").mkdir(exist_ok=True)
-    ranks = FileRanks(tmp / "meet", rank, count).as_ranks()
-    stores = build(num_rows, ranks=ranks, fill=fill_and_count, cache="auto")
-    assert filled == ([] if is_warm else [num_rows])
-    for name, values in content(0, num_rows).items():
-        np.testing.assert_array_equal(stores[name][:], values)
-
-
-@pytest.mark.parametrize("is_warm", [False, True])
-def test_ranks_with_a_folder_each_keep_a_store_each(is_warm: bool, tmp_path: Path) -> None:
-    """Also where one of the folders holds the store already."""
-    join(
-        start_process(build_in_own_folder, tmp_path, 0, 2, 11, is_warm),
-        start_process(build_in_own_folder, tmp_path, 1, 2, 11, False),
-    )
-    assert all(len(list((tmp_path / f"cache {rank}" / "activations").iterdir())) == 1 for rank in range(2))
-
-
 def run_ranks(count: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """What `work` returns or raises on each of `count` ranks, which are threads of this process."""
     values: list[Any] = [None] * count

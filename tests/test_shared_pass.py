@@ -94,36 +94,23 @@ def test_the_images_of_the_test_are_known() -> None:
     assert len(data.train) == NUM_IMAGES
 
 
-@pytest.mark.parametrize("count", [3, 2])
-def test_three_ranks_share_a_pass_one_dies_and_the_others_chunks_count(alone: Path, tmp_path: Path, count: int) -> None:
-    """The next run has three ranks again, or only the two that are left."""
-    with started_ranks(probe, 3, tmp_path, "killed", True, KILL_AT, folder=tmp_path / "log-killed") as ranks:
+@pytest.mark.parametrize(("count", "is_shared"), [(3, True), (2, True), (3, False)])
+def test_three_ranks_share_a_pass_one_dies_and_the_others_chunks_count(
+    alone: Path, tmp_path: Path, count: int, is_shared: bool
+) -> None:
+    """The next run has three ranks again, or only the two that are left. With a disk each, as nodes, they copy the rows."""
+    with started_ranks(probe, 3, tmp_path, "killed", is_shared, KILL_AT, folder=tmp_path / "log-killed") as ranks:
         assert [rank.join() for rank in ranks] == [1, -signal.SIGKILL, 1]
     before = [finished(read_rows(tmp_path / f"killed.{rank}")) for rank in range(3)]
     assert all(len(rows) >= CHUNK_ROWS for rows in before), "each rank has finished a chunk"
     assert not (tmp_path / "killed.weights").exists()
-    run_ranks(probe, count, tmp_path, "resumed", True, folder=tmp_path / "log-resumed")
+    run_ranks(probe, count, tmp_path, "resumed", is_shared, folder=tmp_path / "log-resumed")
     after = np.concatenate([read_rows(tmp_path / f"resumed.{rank}") for rank in range(count)])
     assert len(set(after.tolist())) == len(after), "no row is computed by two ranks"
     assert not set(after.tolist()) & set().union(*before), "no finished chunk is computed again"
     # A process may have been ended between finishing a chunk and recording it here.
     unrecorded = set(range(NUM_IMAGES)) - set().union(*before) - set(after.tolist())
     assert len(unrecorded) <= 3 * CHUNK_ROWS
-    expected, resumed = load_file(alone), load_file(tmp_path / "resumed.weights")
-    for name, weight in expected.items():
-        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_ranks_with_a_disk_each_continue_what_they_stored_there(alone: Path, tmp_path: Path) -> None:
-    """As on nodes without a shared folder: each rank stores all rows, and a rank that died loses only its unfinished chunk."""
-    with started_ranks(probe, 3, tmp_path, "killed", False, KILL_AT, folder=tmp_path / "log-killed") as ranks:
-        assert [rank.join() for rank in ranks] == [1, -signal.SIGKILL, 1]
-    run_ranks(probe, 3, tmp_path, "resumed", False, folder=tmp_path / "log-resumed")
-    for rank in range(3):
-        before, after = (read_rows(tmp_path / f"{run}.{rank}") for run in ("killed", "resumed"))
-        assert len(finished(before)) >= CHUNK_ROWS
-        assert not set(after.tolist()) & finished(before), "no finished chunk is computed again"
-        assert len(set(range(NUM_IMAGES)) - finished(before) - set(after.tolist())) <= CHUNK_ROWS
     expected, resumed = load_file(alone), load_file(tmp_path / "resumed.weights")
     for name, weight in expected.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0, msg=lambda m, n=name: f"{n}: {m}")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.locations import describe_unwritable, report_unwritable, store_dir
 from hf_transfer.prefix.contents import delete, evict_for, list_partials, locked, partial_of, remove_abandoned, size_of
+from hf_transfer.prefix.exchange import Exchange
 from hf_transfer.prefix.layout import (
     PROGRESS,
     Arrays,
@@ -188,7 +189,7 @@ class _Search:
             self._plan(choose_storages(sizes, request.cache, capacity))
             on_disk = [i for i in missing if self.storages[i].kind == "disk"]
             own = [i for i in lists[self.folder_group.leader] if i in on_disk]
-            if on_disk and (problem := self._build(own)):
+            if on_disk and (problem := self._build(own, on_disk)):
                 capacity = replace(capacity, disk_bytes=0, problem=problem)
                 self._plan(choose_storages({i: self.sizes[i] for i in on_disk}, request.cache, capacity))
         # All ranks open the stores before a leader may discard one in its next call.
@@ -236,8 +237,11 @@ class _Search:
             if self.opened[i] is None:
                 raise RuntimeError(f"another job removed the cache {folder.name} while this job opened it: run again")
 
-    def _build(self, missing: Sequence[int]) -> str | None:
-        """Computes the missing stores on disk. Returns None, or why nothing can be written."""
+    def _build(self, missing: Sequence[int], on_disk: Sequence[int]) -> str | None:
+        """Computes the missing stores on disk. Returns None, or why nothing can be written.
+
+        `missing`: stores that this rank's folder lacks. `on_disk`: those that any folder lacks.
+        """
         group, ranks = self.folder_group, self.ranks
         with ExitStack() as locks:
             partials: list[Path] = []
@@ -251,23 +255,28 @@ class _Search:
             if claimed is not None:
                 partials = [store_dir() / name for name in claimed[0]]
                 arrays = [self.groups[i].stored() for i in missing]
-                work = Work(partials, arrays, claimed[1], group)
+                work = Work(missing, partials, arrays, claimed[1], group)
             if problem is None:
                 inspected, problem = self._write_together(lambda: work.inspect() if work else {})
+            exchange = self._open_exchange(on_disk, work)
+            computed = None
             if problem is None:
-                _, problem = self._write_together(lambda: work.deal(inspected) if work else None)
+                computed = exchange.divide()
+                _, problem = self._write_together(lambda: work.deal(inspected, computed) if work else None)
             if problem is not None:
                 self._delete_unless_begun(partials)
                 return problem
             try:
-                outcomes = ranks.attempt(lambda: self._fill(missing, work) if work else [])
+                outcomes = ranks.attempt(lambda: self._fill(missing, work, computed) if work else None)
             except BaseException:  # this job was interrupted, or another rank ended
                 if ranks.count == 1:  # otherwise, other ranks may still write
                     self._delete_unless_begun(partials)
                 raise
             if outcomes.errors:
                 self._delete_unless_begun(partials)
-            results = outcomes.check()
+            outcomes.check()
+            exchange.run()
+            results = ranks.together(lambda: work.list_checksums() if work else [])
             checksums = [results[rank] for rank in group.members]
             _, problem = self._write_together(lambda: self._complete(missing, work, checksums) if work else None)
         return problem
@@ -290,7 +299,7 @@ class _Search:
     def _claim_all(self, missing: Sequence[int], locks: ExitStack) -> tuple[list[str], Layout]:
         """Locks the folders of unfinished stores, and makes space for them. Returns their names and their layout."""
         request = self.request
-        layout = make_layout(request.num_rows, len(self.folder_group.members), request.batch_rows)
+        layout = self._make_layout()
         store_dir().mkdir(parents=True, exist_ok=True)
         # A job with another number of ranks may have begun, with another number of shards.
         begun = (read_layout(partial, layout) for i in missing for partial in list_partials(self.folders[i]))
@@ -317,17 +326,25 @@ class _Search:
         write_layout(partial, layout)
         return partial
 
-    def _fill(self, missing: Sequence[int], work: Work) -> list[Checksums]:
-        """Computes the rows of this rank that no earlier job has finished. Returns the checksums of each missing store."""
-        progress = Progress(work.shards, work.layout)
+    def _open_exchange(self, on_disk: Sequence[int], work: Work | None) -> Exchange:
+        row_bytes = {i: self.groups[i].row_bytes() for i in on_disk}
+        whole = {i: opened for i in on_disk if (opened := self.opened[i]) is not None}
+        return Exchange(self.ranks, self.folder_group, self._make_layout(), work, whole=whole, row_bytes=row_bytes)
+
+    def _make_layout(self) -> Layout:
+        return make_layout(self.request.num_rows, len(self.folder_group.members), self.request.batch_rows)
+
+    def _fill(self, missing: Sequence[int], work: Work, computed: frozenset[int] | None) -> None:
+        """Computes the rows of this rank that no earlier job has finished, of the chunks `computed` (None: all)."""
+        progress = Progress(work.shards, work.layout, computed)
         if len(progress.rows):
             arrays: dict[str, RowWriter] = {}
             for i, by_name in zip(missing, work.writers(), strict=True):
                 arrays |= self.groups[i].named(by_name)
             arrays |= self.in_memory
             self.request.fill(MissingRows(arrays=arrays, rows=progress.rows, mark=progress.mark))
+            progress.finish()
             self.is_filled[progress.rows] = True
-        return work.list_checksums()
 
     def _complete(self, missing: Sequence[int], work: Work, checksums: Sequence[list[Checksums]]) -> None:
         """Completes the missing stores on the leader. `checksums`: for each member of the group, one for each missing store."""

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 Arrays = Mapping[str, tuple[tuple[int, ...], str]]
 """Array name -> (shape of one row, dtype)."""
 
+Rows = Mapping[str, Array]
+"""Array name -> rows of one chunk."""
+
 Checksums = dict[str, list[str]]
 """File name -> checksum of each chunk."""
 
@@ -104,6 +107,16 @@ class UnfinishedShard:
             self.arrays[name] = _open_for_writing(file, (count, *shape), np.dtype(dtype))
         self.checksums = self._read_progress() if checksums is None else checksums
 
+    def read(self, chunk: int) -> Rows:
+        """Returns copies of the rows of a chunk, by array name."""
+        return {name: np.array(array[self._chunks[chunk]]) for name, array in self.arrays.items()}
+
+    def write(self, chunk: int, rows: Rows) -> None:
+        """Writes and records the rows of a chunk, by array name."""
+        for name, values in rows.items():
+            self.arrays[name][self._chunks[chunk]] = values
+        self.finish(chunk)
+
     def finish(self, chunk: int) -> None:
         """Records that the rows of a chunk are written."""
         self.checksums[chunk] = self._compute(chunk)
@@ -115,10 +128,7 @@ class UnfinishedShard:
             log.debug("chunk %d cannot be recorded, so a continued job would compute it again: %s", chunk, error)
 
     def list_checksums(self) -> Checksums:
-        """Returns the checksums of all chunks of every file, and records the chunks that are not recorded yet."""
-        for chunk in range(len(self._chunks)):
-            if chunk not in self.checksums:
-                self.finish(chunk)
+        """Returns the checksums of all chunks of every file. All chunks must be finished."""
         return {file: [self.checksums[i][file] for i in range(len(self._chunks))] for file in self._files}
 
     def _compute(self, chunk: int) -> dict[str, str]:

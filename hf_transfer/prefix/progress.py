@@ -1,7 +1,7 @@
 """One pass that fills the shards of several stores together: how ranks share the shards, and which rows are still missing."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -58,8 +58,16 @@ class Progress:
     `rows`: the rows that the pass must compute, because their chunk is not finished in every store.
     """
 
-    def __init__(self, shards: Mapping[int, Sequence[UnfinishedShard]], layout: Layout) -> None:
-        """`shards`: the shards that this rank writes, by number: one for each store."""
+    def __init__(
+        self,
+        shards: Mapping[int, Sequence[UnfinishedShard]],
+        layout: Layout,
+        computed: Collection[int] | None = None,
+    ) -> None:
+        """`shards`: the shards that this rank writes, by number: one for each store.
+
+        `computed`: the chunks that may be computed, by their number in the store; None: all.
+        """
         self._lock, self._chunk_rows = threading.Lock(), layout.chunk_rows
         self._owners: dict[int, tuple[int, Sequence[UnfinishedShard]]] = {}  # chunk of the store -> chunk of its shards
         self._rows_left: dict[int, int] = {}
@@ -67,8 +75,8 @@ class Progress:
         for index, stores in sorted(shards.items()):
             start = layout.shard(index).start
             for i, chunk in enumerate(layout.chunks(index)):
-                if any(i not in shard.checksums for shard in stores):
-                    number = start // layout.chunk_rows + i
+                number = start // layout.chunk_rows + i
+                if any(i not in shard.checksums for shard in stores) and (computed is None or number in computed):
                     self._owners[number], self._rows_left[number] = (i, stores), chunk.stop - chunk.start
                     rows.append(np.arange(start + chunk.start, start + chunk.stop))
         self.rows: Rows = np.concatenate(rows)
@@ -81,7 +89,14 @@ class Progress:
                 self._rows_left[int(chunk)] -= int(count)
                 if not self._rows_left[int(chunk)]:
                     finished.append(int(chunk))
-        for number in finished:
+        self._record(finished)
+
+    def finish(self) -> None:
+        """Records all chunks, after all rows are written."""
+        self._record([number for number, count in self._rows_left.items() if count])
+
+    def _record(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
             chunk, stores = self._owners[number]
             for shard in stores:
                 shard.finish(chunk)

@@ -1,7 +1,7 @@
 """The processes (ranks) that fill a store together, and which of these ranks see the same cache folder.
 
-Each group of ranks that sees one folder keeps its own stores there, so nodes with a cache folder each never wait for a file of
-another node. All ranks run the same collectives in the same order, whatever their group.
+Each group of ranks that sees one folder keeps all stores there, so nodes with a cache folder each never wait for a file of
+another node (see `exchange`). All ranks run the same collectives in the same order, whatever their group.
 """
 
 import logging

@@ -6,14 +6,17 @@ ranks, whatever the number of ranks that began the store.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from hf_transfer.prefix.layout import Arrays, Checksums, Layout, Recorded, UnfinishedShard
+from hf_transfer.prefix.layout import Arrays, Checksums, Layout, Recorded, Rows, UnfinishedShard
 from hf_transfer.prefix.progress import RowWriter, ShardedRows, deal
 from hf_transfer.prefix.ranks import FolderGroup
 
 log = logging.getLogger(__name__)
+
+Chunks = Mapping[int, frozenset[int]]
+"""Store, by its number in the request -> chunks, by their number in the store."""
 
 Inspected = dict[int, list[Recorded]]
 """Shard -> the verified checksums of its finished chunks, for each store."""
@@ -22,11 +25,18 @@ Inspected = dict[int, list[Recorded]]
 class Work:
     """The stores that a pass fills together, in the folders `partials`, and the shards of them that this rank writes.
 
-    `shards`: by number, one for each store.
+    `numbers`: the number of each store in the request. `shards`: by number, one for each store.
     """
 
-    def __init__(self, partials: Sequence[Path], arrays: Sequence[Arrays], layout: Layout, group: FolderGroup) -> None:
-        self.partials, self.arrays, self.layout, self.group = partials, arrays, layout, group
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        partials: Sequence[Path],
+        arrays: Sequence[Arrays],
+        layout: Layout,
+        group: FolderGroup,
+    ) -> None:
+        self.numbers, self.partials, self.arrays, self.layout, self.group = numbers, partials, arrays, layout, group
         self.shards: dict[int, list[UnfinishedShard]] = {}
         self._finished: dict[int, list[UnfinishedShard]] = {}  # shards that this rank inspected, and no rank writes
 
@@ -37,11 +47,18 @@ class Work:
         self.shards = {i: self._open(i, [None] * len(self.partials)) for i in own}
         return {i: [shard.checksums for shard in stores] for i, stores in self.shards.items()}
 
-    def deal(self, inspected: Sequence[Inspected]) -> None:
-        """Gives each rank its shards. `inspected`: what `inspect` returned on every rank, of this group and of others."""
+    def deal(self, inspected: Sequence[Inspected], computed: Collection[int] | None) -> None:
+        """Gives each rank its shards. `inspected`: what `inspect` returned on every rank, of this group and of others.
+
+        `computed`: the chunks that this group computes, by their number in the store; None: all. It receives the others.
+        """
         recorded = {i: found for rank in self.group.members for i, found in inspected[rank].items()}
-        unfinished = [self._count_unfinished(i, recorded[i]) for i in range(self.layout.num_shards)]
-        own = deal(unfinished, len(self.group.members))[self.group.index]
+        shards = range(self.layout.num_shards)
+        unfinished = [self._count_unfinished(i, recorded[i]) for i in shards]
+        to_compute = [self._count_unfinished(i, recorded[i], computed) for i in shards]
+        only_received = [0 if here else rows for rows, here in zip(unfinished, to_compute, strict=True)]
+        count = len(self.group.members)
+        own = [i for rows in (to_compute, only_received) for i in deal(rows, count)[self.group.index]]
         opened = self.shards
         self.shards = {i: opened.get(i) or self._open(i, recorded[i]) for i in own}
         self._finished = {i: stores for i, stores in opened.items() if not unfinished[i]}
@@ -58,6 +75,39 @@ class Work:
             for k, arrays in enumerate(self.arrays)
         ]
 
+    def list_holding(self) -> tuple[Chunks, Chunks]:
+        """Returns the chunks of this rank's shards that are finished, and those that are not, of each store of the request."""
+        has, misses = ({number: set[int]() for number in self.numbers} for _ in range(2))
+        for index, stores in (self.shards | self._finished).items():
+            first, count = self.layout.shard(index).start // self.layout.chunk_rows, len(self.layout.chunks(index))
+            for number, shard in zip(self.numbers, stores, strict=True):
+                for i in range(count):
+                    (has if i in shard.checksums else misses)[number].add(first + i)
+        return {n: frozenset(each) for n, each in has.items()}, {n: frozenset(each) for n, each in misses.items()}
+
+    def read_chunk(self, number: int, chunk: int) -> Rows:
+        """Returns the rows of a finished chunk, of which `list_holding` says that this rank has it."""
+        found = self._find(number, chunk)
+        assert found is not None
+        shard, i = found
+        return shard.read(i)
+
+    def write_chunk(self, number: int, chunk: int, rows: Rows) -> None:
+        """Writes the rows of a chunk that another group computed, if this rank writes its shard and misses it."""
+        found = self._find(number, chunk)
+        if found is not None and found[1] not in found[0].checksums:
+            shard, i = found
+            shard.write(i, rows)
+
+    def _find(self, number: int, chunk: int) -> tuple[UnfinishedShard, int] | None:
+        """Returns this rank's shard of a store that has a chunk, and the chunk's position in the shard."""
+        start = chunk * self.layout.chunk_rows
+        for index, stores in (self.shards | self._finished).items():
+            rows = self.layout.shard(index)
+            if start in rows and number in self.numbers:
+                return stores[self.numbers.index(number)], (start - rows.start) // self.layout.chunk_rows
+        return None
+
     def list_checksums(self) -> list[Checksums]:
         """Returns the checksums of this rank's shards and of the finished shards that it inspected, for each store."""
         own = (*self.shards.values(), *self._finished.values())
@@ -73,7 +123,12 @@ class Work:
             for partial, arrays, checksums in zip(self.partials, self.arrays, recorded, strict=True)
         ]
 
-    def _count_unfinished(self, index: int, recorded: Sequence[Recorded]) -> int:
-        """Returns the number of rows of a shard whose chunk is not finished in every store."""
+    def _count_unfinished(self, index: int, recorded: Sequence[Recorded], among: Collection[int] | None = None) -> int:
+        """Returns the number of rows of a shard whose chunk is not finished in every store, of the chunks in `among`."""
+        first = self.layout.shard(index).start // self.layout.chunk_rows
         chunks = enumerate(self.layout.chunks(index))
-        return sum(chunk.stop - chunk.start for i, chunk in chunks if any(i not in each for each in recorded))
+        return sum(
+            chunk.stop - chunk.start
+            for i, chunk in chunks
+            if any(i not in each for each in recorded) and (among is None or first + i in among)
+        )
