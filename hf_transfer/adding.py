@@ -171,7 +171,7 @@ def _load_old(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> Da
     """Returns the images of the run, after checking that they are the same images."""
     try:
         data = load_data(config.data)
-    except (ValueError, ConnectionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{folder}: the images of this run are needed again, and cannot be loaded ({error}). Put the data set back in its "
             "place, or train again on all images"

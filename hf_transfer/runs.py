@@ -16,10 +16,18 @@ from safetensors import SafetensorError
 
 from hf_transfer import logs, processes
 from hf_transfer.capability import jpeg_device
-from hf_transfer.config import ComputeConfig, GradientConfig, RunConfig
+from hf_transfer.config import (
+    EMBEDDED_CHECKPOINT,
+    EMBEDDED_DATASET,
+    UPSTREAM_DATASET,
+    ComputeConfig,
+    GradientConfig,
+    RunConfig,
+)
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.jpegs import check_jpeg_decoder
+from hf_transfer.data.seen import write_seen
 from hf_transfer.errors import ContinuableError, count_noun
 from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.flags import read_config
@@ -37,14 +45,16 @@ from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.illustrations import FinishedModel, Illustrations, illustrate
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, write_predictions
+from hf_transfer.reporting.report_results import describe_estimate
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_precision, describe_quality, describe_scored_model
+from hf_transfer.reporting.sentences import describe_quality
 from hf_transfer.reporting.verdict import describe_kept_model
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
 from hf_transfer.threads import set_num_threads
 from hf_transfer.training.batch_size import decide_batch_size
+from hf_transfer.training.checkpoints import remove_reserves
 from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.finish import finish_target
 from hf_transfer.training.records import Json, RunResult
@@ -182,14 +192,15 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
         if kept := describe_kept_model(results):
             log.info("%s", kept)
         for split, metrics in result.metrics.items():
-            of_model = describe_scored_model(result, session.data) if split == "validation" else ""
-            log.info("%s: %s%s", split, describe_quality(metrics), of_model)
-        if precision := describe_precision(
-            result.metrics["test" if "test" in result.metrics else "validation"].to_dict()
-        ):
-            log.info("%s", precision)
+            estimate = describe_estimate(metrics.details)
+            if not estimate and "test" not in result.metrics and result.is_selected:
+                estimate = "optimistic, because these images also selected the model"
+            log.info("%s: %s%s", split, describe_quality(metrics), f"; {estimate}" if estimate else "")
+        for note in result.metrics["test" if "test" in result.metrics else "validation"].notes:
+            log.info("%s", note)
         log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)
         shutil.rmtree(session.output_dir / SO_FAR, ignore_errors=True)
+        remove_reserves(session.output_dir / CHECKPOINTS)
     processes.wait_for_everyone()
     return results
 
@@ -216,6 +227,7 @@ def _write_results(session: Session, result: RunResult, folder: Path, *, is_illu
             illustrations = _illustrate(session, result, card) if is_illustrated else None
         results = describe_run(session, result)
         write_predictions(staging / PREDICTIONS, data.splits, result.logits)
+        write_seen(staging, [data.train, data.validation])
         write_config(staging, pin_revisions(session), session.unrepeatable)
         write_results(staging, results, illustrations)
     return results
@@ -298,6 +310,20 @@ def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:
     strategy = config.strategy
     is_frozen = not isinstance(strategy, GradientConfig) or strategy.training.freeze_batchnorm
     return not is_frozen and has_batchnorm(backbone.model)
+
+
+def warn_of_embedded(config: RunConfig) -> None:
+    """Logs a warning in the main process if the embedded network, which is the default, is used for images of another kind."""
+    is_embedded = config.model.checkpoint == EMBEDDED_CHECKPOINT
+    if (
+        is_embedded
+        and config.data.dataset not in (EMBEDDED_DATASET, UPSTREAM_DATASET)
+        and PartialState().is_main_process
+    ):
+        log.warning(
+            "checkpoint embedded, the default, is a tiny network that was trained on handwritten digits; for your images,"
+            " choose a pretrained one, such as --checkpoint timm/mobilenetv2_100.ra_in1k"
+        )
 
 
 def start_logging(*, is_quiet: bool = False) -> None:

@@ -16,6 +16,7 @@ from hf_transfer.solvers.probe import Probe
 from hf_transfer.targets.target import Target
 from hf_transfer.training import readouts
 from hf_transfer.training.evaluate import Scored, compute_stored_logits, score_images
+from hf_transfer.training.final_fit import EstimatedBy
 from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.records import Kept, PhaseResult, RunResult
@@ -119,6 +120,9 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
     else:
         logits = best.probe.held_out_logits[len(data.train) :].numpy()
         metrics = data.target.compute_metrics(logits, data.validation.labels, seed=session.config.seed)
+        # Without cross-validation, one fit on the train images predicted them.
+        by = EstimatedBy.CROSS_VALIDATION if _read_train_logits(session, best) else EstimatedBy.SIBLING
+        metrics = replace(metrics, details={**metrics.details, "estimated_by": by.value})
         scores["validation"] = Scored(metrics=metrics, logits=logits)
     if data.test is not None:
         scores["test"] = _score_split(session, trained, best, data.test)
