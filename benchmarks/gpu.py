@@ -11,6 +11,8 @@
 | `default` | the same with the default settings | |
 | `pass` | images/s of the frozen pass of `linear_probe` from image files, with empty caches, by each decoder | 8,000 |
 | `linear_probe` | seconds of `linear_probe`, all in, with empty caches | 3 s for 4,096 images |
+| `engines` | images/s of the frozen network by each engine, fed from memory, with and without a CUDA graph | |
+| `augmentation` | images/s of augmentation and normalization, operator by operator and compiled | |
 
 The decoders `exact`, `fast` and `device` take turns in `pass`, and the figures are medians of --rounds. Rates of one card are
 comparable only within one run of this script. Trainer beside it: `benchmarks/vs_trainer.py`.
@@ -18,6 +20,7 @@ comparable only within one run of this script. Trainer beside it: `benchmarks/vs
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -28,18 +31,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from hf_transfer.config import Decoder
 from hf_transfer.strategy import strategy_names
 
-ROWS = ("strategies", "ceiling", "full", "default", "pass", "linear_probe")
+ROWS = ("strategies", "ceiling", "full", "default", "pass", "linear_probe", "engines", "augmentation")
 STRATEGIES = tuple(strategy_names())
 FAST = ("--device_feed", "on", "--fused_optimizer", "on")
 TINY = ("--images_per_class", "12", "--num_threads", "1")
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 WARM_UP_STEPS, TIMED_STEPS = 10, 50
+SMALL_BATCH = 8  # whose kernels take a GPU less time than their launches take the host
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "randaugment": {"auto_augment": "randaugment"},
+    "everything": {"auto_augment": "randaugment", "random_erasing": 0.25, "min_resolution_px": 16},
+}
 TIMEOUT_S = 1800
 
 
@@ -123,8 +133,15 @@ def measure_ceiling(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
 
+    return {"images_per_second": measure_rate(given, step, size)}
+
+
+def measure_rate(given: argparse.Namespace, step: Callable[[], Any], num_images: int) -> float:
+    """Returns the images/s of `step`, which works on `num_images` images. The first calls, which compile, do not count."""
+    import torch
+
     def wait() -> None:
-        if device.type == "cuda":
+        if given.device == "cuda":
             torch.cuda.synchronize()
 
     warm_up, timed = (1, 2) if given.tiny else (WARM_UP_STEPS, TIMED_STEPS)
@@ -135,7 +152,90 @@ def measure_ceiling(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     for _ in range(timed):
         step()
     wait()
-    return {"images_per_second": timed * size / (time.perf_counter() - started)}
+    return timed * num_images / (time.perf_counter() - started)
+
+
+def measure_engines(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """The frozen network by each engine in two batch sizes; `ran` tells whether eager ran in the engine's place.
+
+    `compiled` launches its kernels one by one, and `replayed` is the same as a CUDA graph, to find from where on each pays.
+    """
+    import torch
+    from accelerate import Accelerator
+
+    from hf_transfer.config import ComputeConfig, Engine
+    from hf_transfer.network.backbone import load
+    from hf_transfer.prefix import replaying
+    from hf_transfer.prefix.engines import prepare
+    from hf_transfer.prefix.resources import Resources
+    from hf_transfer.prefix.sweep import place_model
+    from hf_transfer.prefix.taps import Logits
+
+    resources = Resources(
+        accelerator=Accelerator(cpu=given.device == "cpu"), compute=ComputeConfig(precision=given.precision)
+    )
+    backbone = load("embedded" if given.tiny else given.checkpoint, [str(i) for i in range(10)])
+    model = backbone.model.eval()
+    place_model(model, resources)
+    ways: list[tuple[str, Engine, float]] = [
+        ("eager", "eager", 0),
+        ("folded", "folded", 0),
+        ("compiled", "compiled", 0),
+    ]
+    ways += [("replayed", "compiled", float("inf"))] if given.device == "cuda" else []
+    rates: dict[str, Any] = {}
+    for size in sorted({SMALL_BATCH, given.batch_size}):
+        images = torch.rand(size, *backbone.preprocessing.image_shape, device=given.device)
+        images = images.contiguous(memory_format=torch.channels_last)
+        for name, engine, limit in ways:
+            replaying.REPLAYED_GFLOPS = limit
+            runner = prepare(engine, Logits(model), images, resources)
+            (function,) = runner.functions(1)
+            rate = measure_rate(given, partial(function, images), size)
+            rates[f"{name}, {size} images"] = {"images_per_second": rate, "ran": type(runner).__name__}
+        rates[f"GFLOPs of {size} images"] = replaying.count_gflops(Logits(model), images)
+    return rates
+
+
+def measure_augmentation(given: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Augmentation and normalization of stored squares in the device's memory, with the random numbers drawn anew."""
+    import numpy as np
+    import torch
+
+    from hf_transfer.config import AugmentationConfig
+    from hf_transfer.data.augment import augment, draw, draw_uniform
+    from hf_transfer.data.dense_augment import pack
+    from hf_transfer.data.sending import send_pinned
+    from hf_transfer.network.backbone import load
+    from hf_transfer.prefix.augmenting import compile_augmentation
+    from hf_transfer.prefix.pixels import default_side_px
+
+    preprocessing = load("embedded" if given.tiny else given.checkpoint, ["a", "b"]).preprocessing
+    height_px, width_px, side_px = preprocessing.height_px, preprocessing.width_px, default_side_px(preprocessing)
+    size, device = given.batch_size, torch.device(given.device)
+    pixels = torch.randint(0, 256, (size, side_px, side_px, 3), dtype=torch.uint8, device=device)
+    sizes, epochs = np.tile([500, 375], (size, 1)), itertools.count()
+    rates: dict[str, Any] = {}
+    for name, settings in AUGMENTATIONS.items():
+        augmentation = AugmentationConfig(**settings)
+        transform = compile_augmentation(augmentation, preprocessing)
+
+        def step(*, compiled: bool, augmentation: Any = augmentation, transform: Any = transform) -> torch.Tensor:
+            uniform = draw_uniform(0, next(epochs), np.arange(size))
+            if compiled:
+                drawn = pack(draw(pixels, sizes, uniform, augmentation, height_px, width_px))
+                inputs: torch.Tensor = transform(pixels, send_pinned(drawn, device))
+                return inputs
+            images = augment(
+                pixels, sizes, uniform, augmentation, height_px=height_px, width_px=width_px, send=send_pinned
+            )
+            return preprocessing.normalize_augmented(images)
+
+        rates[name] = {
+            "eager": measure_rate(given, partial(step, compiled=False), size),
+            "compiled": measure_rate(given, partial(step, compiled=True), size),
+        }
+    return rates
 
 
 def measure_full(given: argparse.Namespace, scratch: Path, flags: tuple[str, ...]) -> dict[str, Any]:
@@ -241,7 +341,13 @@ def main() -> None:
         "default": lambda scratch: measure_full(given, scratch, ()),
         "pass": lambda scratch: measure_passes(given, scratch),
         "linear_probe": lambda scratch: measure_probe(given, scratch),
+        "engines": lambda scratch: measure_engines(given, scratch),
+        "augmentation": lambda scratch: measure_augmentation(given, scratch),
     }
+    if given.tiny:
+        import torch
+
+        torch.compiler.set_stance("force_eager")
     rows: dict[str, Any] = {"machine": describe_machine(given)}
     for name in given.rows:
         with tempfile.TemporaryDirectory() as scratch:

@@ -225,7 +225,8 @@ class ComputeConfig(Settings):
     device_feed: Switch = flag(
         "auto",
         "keep the training rows on the device if they fit in a third of its free memory, else copy them to it ahead of the "
-        "steps that need them, from pinned memory and on a stream of their own; auto: off",
+        "steps that need them, from pinned memory and on a stream of their own; with --compile, augment them in compiled "
+        "code; auto: off",
     )
     tf32: Switch = flag("auto", "round float32 products on an NVIDIA GPU to TF32, which is faster; auto: off")
     cache: Literal["auto", "disk", "memory", "none"] = flag(
@@ -498,7 +499,11 @@ class TrainingConfig(Settings):
         "augmented views; 0: no storing, so that the frozen layers run on freshly augmented images in every epoch",
         allowed=Range(lowest=0, highest=1000),
     )
-    compile: bool = flag(False, "compile the trained layers with torch.compile: slower start, faster steps on a GPU")
+    compile: bool = flag(
+        False,
+        "compile the trained layers with torch.compile, and with --device_feed on also the augmentation: slower start, faster "
+        "steps on a GPU",
+    )
     gradient_checkpointing: bool = flag(False, "save memory: recompute activations in the backward pass")
     tracker: str = flag("auto", "tracker: auto (TensorBoard if installed), none, tensorboard, trackio, wandb, ...")
     save_every_s: float = flag(

@@ -15,20 +15,22 @@ from torchvision.transforms import InterpolationMode
 
 from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import (
-    COLOR_OPERATIONS,
     ERASED_SHARE,
-    GEOMETRIC_OPERATIONS,
-    NUM_RESOLUTIONS,
     NUM_UNIFORM,
-    OPERATIONS,
-    apply_color,
     augment,
     draw_crops,
     draw_operations,
     draw_uniform,
-    lower_resolution,
     map_geometry,
     mix,
+)
+from hf_transfer.data.image_operations import (
+    COLOR_OPERATIONS,
+    GEOMETRIC_OPERATIONS,
+    NUM_RESOLUTIONS,
+    OPERATIONS,
+    apply_color,
+    lower_resolution,
 )
 
 SIZE = 24

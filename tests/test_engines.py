@@ -288,8 +288,8 @@ def test_an_engine_that_cannot_run_is_refused_with_the_remedy(monkeypatch: pytes
 
 def test_the_version_of_openvino_is_part_of_cache_keys() -> None:
     pytest.importorskip("openvino")
-    assert describe_engine("openvino").startswith("openvino 20")
-    assert describe_engine("folded") == "folded"
+    assert describe_engine("openvino", "fp32").startswith("openvino 20")
+    assert describe_engine("folded", "fp32") == "folded"
 
 
 def test_values_are_float32_arrays_of_the_taps_shapes() -> None:

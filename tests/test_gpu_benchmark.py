@@ -44,10 +44,23 @@ def test_the_pass_is_measured_by_each_decoder(tmp_path: Path) -> None:
     assert decoders["device"]["drift"]["largest"] == 0
 
 
+def test_engines_and_augmentation_are_measured_beside_eager(tmp_path: Path) -> None:
+    rows = run_benchmark(tmp_path / "gpu.json", "--rows", "engines", "augmentation")
+    engines: dict[str, Any] = rows["engines"]
+    assert {name for name in engines if "GFLOPs" not in name} == {
+        f"{name}, {size} images" for name in ("eager", "folded", "compiled") for size in (8, 16)
+    }
+    assert {row["ran"] for name, row in engines.items() if name.startswith("compiled")} == {"_CompiledRunner"}
+    augmentation: dict[str, Any] = rows["augmentation"]
+    assert all(rates["eager"] > 0 and rates["compiled"] > 0 for rates in augmentation.values())
+    assert len(augmentation) == 3
+
+
 @pytest.mark.soak
 def test_every_strategy_resumes_and_every_row_is_measured(tmp_path: Path) -> None:
     rows = run_benchmark(tmp_path / "gpu.json")
     assert set(rows) == {
-        "machine", "strategies", "ceiling", "full", "default", "pass", "linear_probe", "share_of_ceiling"
+        "machine", "strategies", "ceiling", "full", "default", "pass", "linear_probe", "engines", "augmentation",
+        "share_of_ceiling"
     }  # fmt: skip
     assert rows["strategies"]["full"]["interrupted"]  # type: ignore[index]

@@ -88,26 +88,27 @@ def skip_validation(network: nn.Module, session: Session, inputs: PhaseData) -> 
 
 
 class CountingBackend:
-    """A backend of torch.compile that runs graphs as they are, and counts them by whether they are for training."""
+    """A backend of torch.compile that runs graphs as they are, and counts them by what they are for."""
 
     def __init__(self) -> None:
-        self.graphs = {"train": 0, "eval": 0}
+        self.graphs = {"augment": 0, "train": 0, "eval": 0}
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        self.graphs["train" if torch.is_grad_enabled() else "eval"] += 1
+        is_augmentation = any(isinstance(each, torch.Tensor) and each.dtype is torch.uint8 for each in inputs)
+        self.graphs["augment" if is_augmentation else "train" if torch.is_grad_enabled() else "eval"] += 1
         return graph.forward
 
 
-@pytest.mark.parametrize("policy", [full(), last(2)])
-def test_a_compiled_phase_has_one_graph_for_training_and_one_for_validation(
-    policy: Policy, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("policy", "device_feed"), [(full(), "on"), (full(), "off"), (last(2), "on")])
+def test_a_compiled_phase_has_one_graph_for_each_of_augmentation_training_and_validation(
+    policy: Policy, device_feed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last batches are smaller than the others: 10 images to validate on, in batches of 4."""
     backend, compile_network = CountingBackend(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network: compile_network(network, backend=backend, dynamic=False))
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compile_network(network, backend=backend, dynamic=False))
     monkeypatch.setattr("hf_transfer.training.loop.EVALUATION_BATCH", 4)
     torch._dynamo.reset()
-    compiled = train(policy, **RAGGED, compile=True)
-    assert backend.graphs == {"train": 1, "eval": 1}
+    compiled = train(policy, **RAGGED, compile=True, device_feed=device_feed)
+    assert backend.graphs == {"augment": policy.name == "full" and device_feed == "on", "train": 1, "eval": 1}
     for name, value in train(policy, **RAGGED).items():
         torch.testing.assert_close(compiled[name], value, rtol=1e-4, atol=1e-4, msg=name)

@@ -104,6 +104,17 @@ def test_no_step_waits_for_the_device(name: str, fits: bool, monkeypatch: pytest
     assert reads == 2, "the loss is read after the first step, and at the end"
 
 
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_no_step_with_the_augmentation_for_compilers_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatch mode keeps torch.compile from compiling, so the operators that it would fuse are counted one by one."""
+    monkeypatch.setattr(feeding, "count_free_bytes", lambda device: 10**9)
+    run = make_run(make_session("full", device_feed="on", compile=True, **AUGMENTATIONS[name]), full())
+    with steps_on_meta(run, monkeypatch) as steps:
+        counter, _ = count_epoch(steps, monkeypatch)
+    assert run.inputs.feed.is_compiled
+    assert counter.waits == []
+
+
 def test_no_step_on_stored_activations_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(make_session("full", device_feed="on", class_balance="loss"), last(2))
     assert run.inputs.cut is not None

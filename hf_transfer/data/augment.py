@@ -9,32 +9,37 @@ therefore does not depend on the batch, the number of processes, or resuming. Un
 whole pixels, geometric operations run before color operations, and pixels are rounded only where whole gray levels are needed.
 """
 
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-import torchvision.transforms.v2.functional as tv
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_transfer.capability import accumulation_dtype
 from hf_transfer.config import MAX_MAGNITUDE, AugmentationConfig
+from hf_transfer.data.image_operations import (
+    COLOR_OPERATIONS,
+    GEOMETRIC_OPERATIONS,
+    NUM_RESOLUTIONS,
+    OPERATIONS,
+    apply_color,
+    cover,
+    erase,
+    jitter,
+    lower_resolution,
+    sample,
+)
 from hf_transfer.data.sending import Send, send
 
 Floats = NDArray[np.float64]
 
 NUM_TRIES = 10  # candidate boxes per crop, as in torchvision
 RANDAUGMENT_OPERATIONS = 2
+NUM_OPERATIONS = {"none": 0, "randaugment": RANDAUGMENT_OPERATIONS, "trivialaugment": 1}  # per image
 ERASED_SHARE = (0.02, 0.33)  # of the image's area; the share and ERASED_RATIO follow arXiv:1708.04896, torchvision
 ERASED_RATIO = (0.3, 3.3)
-
-GEOMETRIC_OPERATIONS = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-COLOR_OPERATIONS = (
-    "brightness", "saturation", "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize"
-)  # fmt: skip
-OPERATIONS = ("identity", *GEOMETRIC_OPERATIONS, *COLOR_OPERATIONS)
 
 # The columns of `uniform`, the array of each image's random numbers, that each random choice uses.
 _CROP = slice(0, 2 * NUM_TRIES + 2)
@@ -46,8 +51,6 @@ _IS_ERASED = _ERASE.stop
 _MIX = slice(_IS_ERASED + 1, _IS_ERASED + 5)
 _RESOLUTION = _MIX.stop
 NUM_UNIFORM = _RESOLUTION + 1
-
-NUM_RESOLUTIONS = 8  # from min_resolution_px to the network's input size
 
 
 def augment(
@@ -69,6 +72,48 @@ def augment(
     Raises:
         ValueError: an argument has a wrong shape or dtype, or `min_resolution_px` exceeds the shorter output side.
     """
+    drawn = draw(pixels, sizes, uniform, augmentation, height_px, width_px)
+    operations = drawn.operations
+    grouped = np.argsort(operations, axis=0, kind="stable")  # row numbers of images, sorted by operation
+    # All drawn numbers go to the device in one transfer; float32 represents the row numbers exactly.
+    parts = (drawn.maps, drawn.factors, drawn.strengths, grouped, drawn.erased)
+    numbers = send(np.column_stack(parts).astype(np.float32), pixels.device)
+    theta, factor, strength, rows, box = numbers.split([part.shape[1] for part in parts], dim=1)
+
+    images = jitter(sample(pixels, theta, height_px, width_px), factor, augmentation)
+    for step in range(operations.shape[1]):
+        ends = np.searchsorted(operations[grouped[:, step], step], np.arange(len(OPERATIONS) + 1))
+        for operation in COLOR_OPERATIONS:
+            start, end = ends[OPERATIONS.index(operation) :][:2]
+            if start < end:
+                some = rows[start:end, step].long()
+                images.index_copy_(0, some, apply_color(images[some], operation, strength[some, step]))
+    if augmentation.min_resolution_px > 0:
+        images = lower_resolution(images, uniform[:, _RESOLUTION], augmentation.min_resolution_px, send)
+    return erase(images, box, augmentation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What a batch's random numbers decide, with a row for each image."""
+
+    maps: Floats  # (B, 6): affine maps from output positions to input positions, row by row
+    factors: Floats  # (B, 3): of brightness, contrast and saturation
+    operations: NDArray[np.int64]  # (B, n): indices into OPERATIONS
+    strengths: Floats  # (B, n): in the units of `_ranges`
+    levels: NDArray[np.int64]  # (B,): of the resolutions that `find_resolutions` returns
+    erased: Floats  # (B, 4): left, top, width and height; an empty box erases nothing
+
+
+def draw(
+    pixels: Tensor,
+    sizes: Tensor | NDArray[Any],
+    uniform: Floats,
+    augmentation: AugmentationConfig,
+    height_px: int,
+    width_px: int,
+) -> Drawn:
+    """Returns what the random numbers `uniform` decide for the images of a batch. Arguments are those of `augment`."""
     sizes = np.asarray(sizes.cpu() if isinstance(sizes, Tensor) else sizes, np.float64)
     given = (pixels.dtype, tuple(pixels.shape[3:]), sizes.shape, uniform.shape)
     if given != (torch.uint8, (3,), (len(pixels), 2), (len(pixels), NUM_UNIFORM)) or not (sizes > 0).all():
@@ -80,33 +125,17 @@ def augment(
     operations, strengths = draw_operations(uniform, augmentation, height_px, width_px)
     maps = _map_crops(boxes, sizes, uniform[:, _FLIP] < augmentation.hflip, height_px, width_px)
     maps = maps @ map_geometry(operations, strengths, height_px, width_px)
-    factors = 1 + augmentation.color_jitter * (2 * uniform[:, _COLOR] - 1)
-    grouped = np.argsort(operations, axis=0, kind="stable")  # row numbers of images, sorted by operation
     canvas = np.tile([width_px, height_px], (len(pixels), 1))
     erased, fits = _draw_boxes(uniform[:, _ERASE], canvas, ERASED_SHARE, ERASED_RATIO)
-    erased *= (fits & (uniform[:, _IS_ERASED] < augmentation.random_erasing))[:, None]  # an empty box erases nothing
-    # All drawn numbers go to the device in one transfer; float32 represents the row numbers exactly.
-    parts = (maps[:, :2].reshape(-1, 6), factors, strengths, grouped, erased)
-    drawn = send(np.column_stack(parts).astype(np.float32), pixels.device)
-    theta, factor, strength, rows, box = drawn.split([part.shape[1] for part in parts], dim=1)
-
-    images = _sample(pixels, theta.view(-1, 2, 3), height_px, width_px)
-    if augmentation.color_jitter > 0:
-        for i, operation in enumerate(("brightness", "contrast", "saturation")):
-            images = apply_color(images, operation, factor[:, i])
-    for step in range(operations.shape[1]):
-        ends = np.searchsorted(operations[grouped[:, step], step], np.arange(len(OPERATIONS) + 1))
-        for operation in COLOR_OPERATIONS:
-            start, end = ends[OPERATIONS.index(operation) :][:2]
-            if start < end:
-                some = rows[start:end, step].long()
-                images.index_copy_(0, some, apply_color(images[some], operation, strength[some, step]))
-    if augmentation.min_resolution_px > 0:
-        images = lower_resolution(images, uniform[:, _RESOLUTION], augmentation.min_resolution_px, send)
-    if augmentation.random_erasing > 0:
-        mean = images.mean((2, 3), keepdim=True, dtype=accumulation_dtype(images.device)).float()
-        images = torch.where(_cover(box, height_px, width_px), mean, images)
-    return images.contiguous(memory_format=torch.channels_last)
+    erased *= (fits & (uniform[:, _IS_ERASED] < augmentation.random_erasing))[:, None]
+    return Drawn(
+        maps=maps[:, :2].reshape(-1, 6),
+        factors=1 + augmentation.color_jitter * (2 * uniform[:, _COLOR] - 1),
+        operations=operations,
+        strengths=strengths,
+        levels=(uniform[:, _RESOLUTION] * NUM_RESOLUTIONS).astype(np.int64),
+        erased=erased,
+    )
 
 
 def mix(
@@ -135,19 +164,21 @@ def mix(
     share, cut, box = send(parts, images.device).split([1, 1, 4], dim=1)
     weight = share[..., None, None]
     if augmentation.cutmix > 0:
-        weight = torch.where(cut[..., None, None] > 0, (~_cover(box, height_px, width_px)).float(), weight)
+        weight = torch.where(cut[..., None, None] > 0, (~cover(box, height_px, width_px)).float(), weight)
     mixed = images.flip(0).lerp_(images, weight.to(images.dtype))
     return mixed, targets.flip(0).lerp_(targets, share.to(targets))
 
 
-def draw_uniform(seed: int, epoch: int, indices: NDArray[np.int64], count: int = NUM_UNIFORM) -> Floats:
+def draw_uniform(
+    seed: int, epoch: int | NDArray[np.int64], indices: NDArray[np.int64], count: int = NUM_UNIFORM
+) -> Floats:
     """Returns uniform numbers (B, count) in [0, 1), each a hash of its seed, epoch, image index and column.
 
-    `indices` (B,) are the images' positions in their split. The hash applies the finalizer of splitmix64 (Steele, Lea, Flood,
-    OOPSLA 2014) to the four keys in turn.
+    `indices` (B,) are the images' positions in their split. `epoch`: one for all images, or one for each (B,). The hash applies
+    the finalizer of splitmix64 (Steele, Lea, Flood, OOPSLA 2014) to the four keys in turn.
     """
     state = np.zeros((1, 1), np.uint64)  # an array, because NumPy warns when scalars overflow
-    for key in ([[seed]], [[epoch]], np.asarray(indices)[:, None], np.arange(count)[None]):
+    for key in ([[seed]], np.reshape(epoch, (-1, 1)), np.asarray(indices)[:, None], np.arange(count)[None]):
         state = state + (np.asarray(key).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -176,7 +207,7 @@ def draw_operations(
 
     n is 2 for RandAugment (arXiv:1909.13719), 1 for TrivialAugment Wide (arXiv:2103.10158) and 0 without auto-augmentation.
     """
-    count = {"none": 0, "randaugment": RANDAUGMENT_OPERATIONS, "trivialaugment": 1}[augmentation.auto_augment]
+    count = NUM_OPERATIONS[augmentation.auto_augment]
     choice, level, sign = uniform[:, _POLICY].reshape(len(uniform), -1, 3)[:, :count].transpose(2, 0, 1)
     operations = (choice * len(OPERATIONS)).astype(np.int64)
     is_wide = augmentation.auto_augment == "trivialaugment"
@@ -225,78 +256,6 @@ def map_geometry(operations: NDArray[np.int64], strengths: Floats, height_px: in
     return reduce(np.matmul, maps.transpose(1, 0, 2, 3), np.tile(np.eye(3), (len(operations), 1, 1)))
 
 
-def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
-    """Applies a color operation to images (B, 3, H, W) in 0..255, with a `strength` (B,) per image. May modify `images`.
-
-    Formulas follow torchvision (transforms/v2/functional/_color.py). The units of `strength` are listed in `_ranges`.
-    """
-    strength = strength.view(-1, 1, 1, 1)
-    if operation in ("posterize", "solarize", "autocontrast", "equalize"):
-        images = images.round_()  # sampling changes uniform areas by 1e-5, which would be amplified to speckles
-    match operation:
-        case "brightness":
-            images = images.mul_(strength)
-        case "saturation":
-            images = _blend(images, _gray(images), strength)
-        case "contrast":
-            # In float64, the mean does not depend on the summation order, which varies with batch size.
-            mean = _gray(images).mean((1, 2, 3), keepdim=True, dtype=accumulation_dtype(images.device)).float()
-            images = _blend(images, mean, strength)
-        case "sharpness" if min(images.shape[2:]) > 2:
-            _blend(images[:, :, 1:-1, 1:-1], _smooth(images), strength)  # border pixels stay unchanged
-        case "posterize":
-            step = 2 ** (8 - strength)
-            images = images.div_(step).floor_().mul_(step)
-        case "solarize":
-            images = torch.where(images >= strength, 255 - images, images)
-        case "autocontrast":
-            low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-            is_uniform = high == low
-            images = images.sub_(low.masked_fill(is_uniform, 0)).mul_((255 / (high - low)).masked_fill(is_uniform, 1))
-        case "equalize":
-            images = tv.equalize(images.to(torch.uint8)).float()
-    return images.clamp_(0, 255)
-
-
-def lower_resolution(images: Tensor, uniform: Floats, min_resolution_px: int, send: Send = send) -> Tensor:
-    """Downsamples images (B, 3, H, W) to resolutions chosen by the random numbers `uniform` (B,), and upsamples again.
-
-    All NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
-    images' shorter side, and ValueError is raised if that side is smaller. Downsampling averages areas; upsampling is bicubic.
-    """
-    height_px, width_px = images.shape[2:]
-    side_px = min(height_px, width_px)
-    if min_resolution_px > side_px:
-        raise ValueError(
-            f"min_resolution_px={min_resolution_px}: the network's input is {width_px}x{height_px}; choose at most {side_px}"
-        )
-    scales = np.geomspace(min_resolution_px / side_px, 1.0, NUM_RESOLUTIONS)
-    drawn = (uniform * NUM_RESOLUTIONS).astype(np.int64)
-    result = images.clone()
-    for level in np.unique(drawn[drawn < NUM_RESOLUTIONS - 1]):
-        rows = send(np.flatnonzero(drawn == level), images.device)
-        size = [round(height_px * scales[level]), round(width_px * scales[level])]
-        small = F.interpolate(images[rows].contiguous(), size=size, mode="area")
-        result[rows] = F.interpolate(small, size=[height_px, width_px], mode="bicubic").clamp_(0, 255)
-    return result
-
-
-def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """Writes factor * images + (1 - factor) * other into `images`. A factor above 1 extrapolates away from `other`."""
-    return images.mul_(factor).add_(other * (1 - factor))
-
-
-def _gray(images: Tensor) -> Tensor:
-    return (images[:, :1] * 0.2989).add_(images[:, 1:2], alpha=0.587).add_(images[:, 2:], alpha=0.114)
-
-
-def _smooth(images: Tensor) -> Tensor:
-    """Returns smoothed images without borders (B, 3, H - 2, W - 2): weight 5/13 for a pixel, 1/13 for each of 8 neighbors."""
-    rows = (images[:, :, :-2] + images[:, :, 1:-1]).add_(images[:, :, 2:])  # sums are faster than a convolution
-    sums = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:])
-    return sums.add_(images[:, :, 1:-1, 1:-1], alpha=4).div_(13)
-
-
 def _draw_boxes(
     uniform: Floats, sizes: NDArray[Any], share: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[Floats, NDArray[np.bool_]]:
@@ -326,23 +285,3 @@ def _map_crops(
     maps[:, 1, 1] = scale[:, 1]
     maps[:, :2, 2] = 2 * (boxes[:, :2] + boxes[:, 2:] / 2) / sizes - 1
     return maps
-
-
-def _sample(pixels: Tensor, theta: Tensor, height_px: int, width_px: int) -> Tensor:
-    """Resamples `pixels` (B, S, S, 3) uint8 with the affine maps `theta` (B, 2, 3) to images (B, 3, H, W) float32."""
-    x = torch.arange(width_px, device=pixels.device).view(1, 1, -1, 1) + (0.5 - width_px / 2)
-    y = torch.arange(height_px, device=pixels.device).view(1, -1, 1, 1) + (0.5 - height_px / 2)
-    # F.affine_grid is avoided, because its matrix product may round differently at another batch size.
-    along_x, along_y, offset = theta[:, None, None].unbind(-1)  # (B, 1, 1, 2) each
-    grid = (along_x * x + offset) + along_y * y
-    images = pixels.permute(0, 3, 1, 2).float()
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False).clamp_(0, 255)
-
-
-def _cover(boxes: Tensor, height_px: int, width_px: int) -> Tensor:
-    """Returns masks (B, 1, H, W), True for the pixels whose centers lie in the image's box (left, top, width, height)."""
-    left, top, width, height = boxes[:, :, None].unbind(1)  # (B, 1) each
-    x = torch.arange(width_px, device=boxes.device) + 0.5
-    y = torch.arange(height_px, device=boxes.device) + 0.5
-    columns, rows = (left <= x) & (x < left + width), (top <= y) & (y < top + height)
-    return (rows[:, :, None] & columns[:, None])[:, None]

@@ -75,16 +75,25 @@ class Colors:
     std: tuple[float, ...]  # one value per channel; divides
     second_std: tuple[float, ...] | None = None  # divides once more (EfficientNet's `include_top`)
 
-    def apply(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalizes float32 images (B, C, H, W) with values from 0 to 255, in place where possible."""
+    def constants(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Returns the means and divisors (1, C, 1, 1) on `device`, where they are copied once."""
+        values = (self.mean, self.std, *([] if self.second_std is None else [self.second_std]))
+        return tuple(_place_channels(value, device) for value in values)
+
+    def apply(self, images: torch.Tensor, constants: Sequence[torch.Tensor] | None = None) -> torch.Tensor:
+        """Normalizes float32 images (B, C, H, W) with values from 0 to 255, in place where possible.
+
+        `constants`: those of the images' device. A compiled function must be given them, or it would copy them in every call.
+        """
+        mean, std, *second = self.constants(images.device) if constants is None else constants
         if self.is_bgr:
             images = images.flip(1)
         # Divides as torchvision's ToTensor does, since x / 255 differs from x * (1 / 255) in the last bit.
         images = images.div_(255.0) if self.rescale == 1 / 255 else images.mul_(self.rescale)
         if self.offset:
             images = images.add_(self.offset)
-        images = images.sub_(_as_channels(self.mean, images)).div_(_as_channels(self.std, images))
-        return images if self.second_std is None else images.div_(_as_channels(self.second_std, images))
+        images = images.sub_(mean).div_(std)
+        return images.div_(second[0]) if second else images
 
     def reverse(self) -> "Colors":
         """Returns the steps whose results have the opposite order of channels."""
@@ -198,16 +207,24 @@ class Preprocessing:
         assert self.colors is not None
         return self.colors.apply(images)
 
-    def normalize_augmented(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalizes augmented RGB images (B, 3, H, W) float32 with values from 0 to 255, in place where possible.
-
-        A network of gray images gets their luminance. Raises ValueError if `colors` is None.
-        """
+    def constants(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Returns the constants of `normalize_augmented` on `device`. Raises ValueError if `colors` is None."""
         if self.colors is None:
             raise ValueError(f"{type(self.processor).__name__} cannot normalize augmented images")
+        return *self.colors.constants(device), _place_channels(LUMINANCE, device)
+
+    def normalize_augmented(
+        self, images: torch.Tensor, constants: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Normalizes augmented RGB images (B, 3, H, W) float32 with values from 0 to 255, in place where possible.
+
+        A network of gray images gets their luminance. `constants`: see `Colors.apply`. Raises ValueError if `colors` is None.
+        """
+        *own, luminance = self.constants(images.device) if constants is None else constants
+        assert self.colors is not None
         if self.channels == 1:
-            images = images.mul_(_as_channels(LUMINANCE, images)).sum(1, keepdim=True)
-        return self.colors.apply(images)
+            images = images.mul_(luminance).sum(1, keepdim=True)
+        return self.colors.apply(images, own)
 
     def describe(self) -> str:
         """Returns the steps as one line of text."""
@@ -597,10 +614,6 @@ def _identify_code(processor: Any) -> dict[str, str]:
 
 def _jsonable(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, bool | int | float | str | None) else str(v) for k, v in spec.items()}
-
-
-def _as_channels(values: Sequence[float], images: torch.Tensor) -> torch.Tensor:
-    return _place_channels(tuple(values), images.device)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ module on real images. If they differ, the unchanged module runs.
 |---|---|---|
 | eager | the module as it is | the reference |
 | folded | eager, each BatchNorm folded into its convolution, and weights packed | faster, ready at once |
-| compiled | torch.compile with frozen weights | seconds of compilation |
+| compiled | torch.compile with frozen weights; with bf16, of a copy in bfloat16 | seconds of compilation |
 | openvino | OpenVINO (extra `openvino`) | the fastest, seconds of conversion |
 
 No engine lowers the precision of the run. On some CPUs OpenVINO would choose bfloat16 by itself, so its precision is set.
@@ -23,26 +23,31 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_transfer.config import Engine
+from hf_transfer.config import Engine, Precision
 from hf_transfer.network.folding import fold_norms
 from hf_transfer.network.packing import pack_convolutions
+from hf_transfer.prefix.replaying import Replayed, pays_off, record
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.prefix.taps import Extractor, Logits, replicate
+from hf_transfer.prefix.taps import BatchFunction, Extractor, Logits, replicate
 from hf_transfer.threads import open_workers
 
 log = logging.getLogger(__name__)
 
-BatchFunction = Callable[[torch.Tensor], list[torch.Tensor]]
-"""Takes a batch on the device, and returns float32 tensors, each with a row per image. It runs without gradients."""
-
 AGREEMENT = 1e-4  # largest allowed difference from eager in fp32, relative to the largest number of the row
 
 
-def describe_engine(engine: Engine) -> str:
-    """Returns the engine's name, and its version where the version may change the values, for cache keys."""
-    return f"openvino {importlib.metadata.version('openvino')}" if engine == "openvino" else engine
+def describe_engine(engine: Engine, precision: Precision) -> str:
+    """Returns the engine's name, and what else of the engine may change the values, for cache keys.
+
+    >>> describe_engine("compiled", "fp32"), describe_engine("compiled", "bf16")
+    ('compiled', 'compiled bfloat16 copy')
+    """
+    if engine == "openvino":
+        return f"openvino {importlib.metadata.version('openvino')}"
+    return "compiled bfloat16 copy" if engine == "compiled" and precision == "bf16" else engine
 
 
 class Runner(Protocol):
@@ -153,10 +158,33 @@ def _prepare_folded(
     return ModuleRunner(module=_fold(module, samples, packs=is_plain), autocast=resources.autocast)
 
 
-def _export(module: Extractor | Logits, samples: torch.Tensor) -> Any:
-    """Returns the torch.export program of `module`, with folded norms, for batches of the size of `samples`."""
-    with torch.no_grad():
-        return torch.export.export(_fold(module, samples), (samples,), strict=False)
+class _InBfloat16(nn.Module):
+    """Runs a module whose network has bfloat16 weights. Values at the taps are float32."""
+
+    def __init__(self, module: Extractor | Logits) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the values of the taps for float32 inputs (B, ...)."""
+        values: list[torch.Tensor] = self.module(inputs.to(torch.bfloat16))
+        return values
+
+
+def _export(module: Extractor | Logits, samples: torch.Tensor, resources: Resources) -> nn.Module:
+    """Returns the torch.export program of `module`, with folded norms, for batches of the size of `samples`.
+
+    With bf16, the weights are cast once, here, and activations stay in bfloat16 between the layers. Autocast stays on for the
+    few layers that compute in float32 by themselves. With fp16, weights stay in float32 under autocast, since sums over many
+    layers, which autocast leaves in float32, may exceed the largest fp16 number; torch's freezing casts the weights once.
+    """
+    program: nn.Module = _fold(module, samples)
+    if resources.precision == "bf16":
+        assert isinstance(program, Extractor | Logits)
+        program.cast_network(torch.bfloat16)
+        program = _InBfloat16(program)
+    with torch.no_grad(), resources.autocast():
+        return torch.export.export(program, (samples,), strict=False).module()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,19 +203,12 @@ class _FixedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class _CompiledRunner:
-    program: Any
+    function: BatchFunction
     size: int
-    autocast: Callable[[], Any]
 
     def functions(self, count: int) -> list[BatchFunction]:
-        """Returns the same function `count` times: compiled code has no state."""
-
-        def run(batch: torch.Tensor) -> list[torch.Tensor]:
-            with torch.no_grad(), self.autocast():
-                values: list[torch.Tensor] = list(self.program(batch))
-            return values
-
-        return [_FixedBatch(function=run, size=self.size)] * count
+        """Returns the same function `count` times: several threads may call it."""
+        return [_FixedBatch(function=self.function, size=self.size)] * count
 
 
 def _prepare_compiled(
@@ -196,9 +217,14 @@ def _prepare_compiled(
     options: dict[str, Any] = {"freezing": True}
     if samples.device.type == "cpu":
         options["cpp.threads"] = 1  # each thread of the pass runs its own batch
-    graph = _export(module, samples).module()
-    program = torch.compile(graph, dynamic=False, options=options)
-    return _CompiledRunner(program=program, size=len(samples), autocast=resources.autocast)
+    program = torch.compile(_export(module, samples, resources), dynamic=False, options=options)
+
+    def run(batch: torch.Tensor) -> list[torch.Tensor]:
+        with torch.no_grad(), resources.autocast():
+            return list(program(batch))
+
+    function = Replayed(record(run, samples)) if pays_off(module, samples) else run
+    return _CompiledRunner(function=function, size=len(samples))
 
 
 class _OpenVinoRunner:

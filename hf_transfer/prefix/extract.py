@@ -163,7 +163,7 @@ class _Extraction:
                 **self.images.identity,
                 "precision": self.resources.precision,
                 "device": self.resources.device.type,
-                "engine": describe_engine(self.resources.engine),
+                "engine": describe_engine(self.resources.engine, self.resources.precision),
                 "tap": [tap.cut.name, tap.pooling],
             }
             for name, tap in self.taps.items()
@@ -243,7 +243,9 @@ class _Extraction:
         if self._prints is None:
             self._prints = self._identify_networks()
         described = [(self._prints[name], tap.cut.name, tap.pooling, tap.shape) for name, tap in taps.items()]
-        key = repr((engine, self.resources.precision, count_replicas(self.resources), start and start.name, described))
+        # An engine may have been prepared for batches of one size.
+        sizes = batch_rows(self.resources), count_replicas(self.resources)
+        key = repr((engine, self.resources.precision, *sizes, start and start.name, described))
         return _prepared.get(key, lambda: prepare_for(extractor, self.images, wanted, engine, self.resources))
 
 

@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.config import AugmentationConfig
-from hf_transfer.data.augment import augment, draw_uniform
+from hf_transfer.data.augment import augment, draw, draw_uniform
+from hf_transfer.data.dense_augment import pack
 from hf_transfer.data.sending import Send, send
 from hf_transfer.data.splits import Split
 from hf_transfer.logs import open_bar
 from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import Preprocessing
+from hf_transfer.prefix.augmenting import Transform, compile_augmentation
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.storage import Storage
@@ -128,6 +130,7 @@ class TrainingImages:
     squares: Store  # (N, S, S, 3) uint8
     sizes: Store  # (N, 2): width and height of each image in pixels
     spec: "TrainingSquares"
+    transform: Transform | None = None  # compiled; None: operator by operator
 
     @property
     def name(self) -> str:
@@ -156,28 +159,21 @@ class TrainingImages:
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64], send: Send = send) -> torch.Tensor:
         """Returns augmented and normalized images (b, C, H, W). `send` copies the random numbers to the device."""
-        epochs, indices = np.divmod(rows, len(self.split))
-        drawn = np.unique(epochs)  # a batch may end one epoch and start the next, or repeat images
-        if len(drawn) == 1:
-            return self.preprocessing.normalize_augmented(self._augment(pixels, int(drawn[0]), indices, send))
-        members = [np.flatnonzero(epochs == epoch) for epoch in drawn]
-        parts = [
-            self._augment(pixels[send(some, pixels.device)], int(epoch), indices[some], send)
-            for epoch, some in zip(drawn, members, strict=True)
-        ]
-        back = np.argsort(np.concatenate(members))
-        return self.preprocessing.normalize_augmented(torch.cat(parts)[send(back, pixels.device)])
-
-    def _augment(self, pixels: torch.Tensor, epoch: int, indices: NDArray[np.int64], send: Send) -> torch.Tensor:
-        return augment(
-            pixels,
-            self.sizes[indices],
-            draw_uniform(self.spec.seed, epoch, indices),
-            self.spec.augmentation,
-            height_px=self.preprocessing.height_px,
-            width_px=self.preprocessing.width_px,
-            send=send,
+        epochs, indices = np.divmod(
+            rows, len(self.split)
+        )  # a batch may end one epoch and start the next, or repeat images
+        uniform = draw_uniform(self.spec.seed, epochs, indices)
+        height_px, width_px = self.preprocessing.height_px, self.preprocessing.width_px
+        given = (pixels, self.sizes[indices], uniform, self.spec.augmentation)
+        if self.transform is not None:
+            return self.transform(pixels, send(pack(draw(*given, height_px, width_px)), pixels.device))
+        return self.preprocessing.normalize_augmented(
+            augment(*given, height_px=height_px, width_px=width_px, send=send)
         )
+
+    def compiled(self) -> "TrainingImages":
+        """Returns the same images, whose augmentation and normalization are compiled to one graph."""
+        return replace(self, transform=compile_augmentation(self.spec.augmentation, self.preprocessing))
 
 
 class DecodedWhenRead(Store):

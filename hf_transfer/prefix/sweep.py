@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from hf_transfer.config import Engine
 from hf_transfer.logs import open_bar
 from hf_transfer.prefix.allocator import keep_freed_memory
-from hf_transfer.prefix.engines import BatchFunction, ModuleRunner, Runner, prepare
+from hf_transfer.prefix.engines import ModuleRunner, Runner, prepare
 from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources, count_threads
-from hf_transfer.prefix.taps import Extractor, Logits
+from hf_transfer.prefix.taps import BatchFunction, Extractor, Logits
 from hf_transfer.prefix.together import Fetched
 from hf_transfer.threads import open_workers, submit_ahead
 

@@ -2,17 +2,21 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from hf_transfer.network.casting import cast_weights
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.head import HeadInput, watch_features
 from hf_transfer.network.part import Part
+
+BatchFunction = Callable[[torch.Tensor], list[torch.Tensor]]
+"""Takes a batch on the device, and returns float32 tensors, each with a row per image. It runs without gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,11 @@ class Extractor(nn.Module):
         sites = [cut.site for cut in (*self.part.ends, *([self.part.start] if self.part.start else []))]
         return {self.part.network.get_submodule(site.module) for site in sites}
 
+    def cast_network(self, dtype: torch.dtype) -> None:
+        """Converts the weights of the network to `dtype`, in place. The taps' own modules still take and have float32."""
+        self.keeps = nn.ModuleList([replicate(keep) for keep in self.keeps])  # they may contain the network's modules
+        cast_weights(self.part.network, dtype)
+
     def forward(self, inputs: torch.Tensor) -> list[torch.Tensor]:
         """Returns the float32 values (B, *shape) of each tap. The module must be in eval mode, under `no_grad`."""
         with self.part:
@@ -98,6 +107,10 @@ class Logits(nn.Module):
     def kept_modules(self) -> set[nn.Module]:
         """No module: only the logits are read."""
         return set()
+
+    def cast_network(self, dtype: torch.dtype) -> None:
+        """Converts the weights of the network to `dtype`, in place."""
+        cast_weights(self.model, dtype)
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Returns the float32 logits (B, K), as a list of one tensor."""

@@ -39,6 +39,7 @@ class Feed:
     prepare: Callable[[torch.Tensor, Rows, Send], torch.Tensor]  # runs on the device
     is_pixels: bool  # whether `prepare` returns images, so that mixup and cutmix are possible
     store: Store | None = None  # what `read` reads, row by row or repeated for each view
+    is_compiled: bool = False  # whether `prepare` is compiled, so that all batches should have the same number of rows
 
     def rows(self, draws: Rows, epoch: int) -> Rows:
         """Returns the rows of the store that contain the images of `draws` in this epoch."""

@@ -76,7 +76,8 @@ def make_phase_data(
     if preprocessing.colors is None:  # and `check_augmentation` passed
         feed = _feed_pixels(store_evaluation_pixels(data.train, preprocessing, session.resources))
     else:
-        feed = _feed_squares(_store_squares(session))
+        compiles = session.gradient.training.compile and session.resources.choices.device_feed
+        feed = _feed_squares(_store_squares(session), compiles=compiles)
     images = store_evaluation_pixels(data.validation, preprocessing, session.resources)
     return PhaseData(feed=feed, cut=None, images=images)
 
@@ -92,7 +93,8 @@ def _feed_pixels(images: EvaluationImages) -> Feed:
     )
 
 
-def _feed_squares(images: TrainingImages) -> Feed:
+def _feed_squares(images: TrainingImages, *, compiles: bool) -> Feed:
+    images = images.compiled() if compiles else images
     return Feed(
         num_images=len(images.split),
         views=None,
@@ -100,6 +102,7 @@ def _feed_squares(images: TrainingImages) -> Feed:
         prepare=images.prepare,
         is_pixels=True,
         store=images.squares,
+        is_compiled=compiles,
     )
 
 

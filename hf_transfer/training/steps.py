@@ -171,6 +171,7 @@ class Steps:
         self.steps_per_epoch = count_steps(run.inputs.feed.num_images, self.images_per_step)
         self._feeding = choose_feeding(run.inputs.feed, self.session.resources, shows=run.session.is_main)
         self._send = send_pinned if self.session.resources.choices.device_feed else send
+        self._largest_batch = 0  # number of rows of an epoch's largest batch
         self._rows_per_batch: int | None = None  # to which batches are padded
         self._steps_to_check = 1  # number of steps until the next read of the loss
         self._checked_s = self._saved_s = 0.0  # times of the last read of the loss, and of the last state
@@ -191,6 +192,7 @@ class Steps:
             self._count_batches(),
         )
         shares = [take_share(step, rank=rank, num_ranks=num_ranks, accumulate=accumulate) for step in steps]
+        self._largest_batch = _find_largest(shares)
         self._rows_per_batch = self._choose_rows(shares)
         inputs = self._feed(shares[progress.step :], epoch)
         # Loss and hits since the last read.
@@ -283,12 +285,21 @@ class Steps:
         """
         if not self.settings.training.compile or uses_batch_statistics(self.session.chain.model):
             return None
-        return max(len(batch) for share in shares for batch in share)
+        return _find_largest(shares)
 
     def _feed(self, shares: Sequence[Sequence[Rows]], epoch: int) -> Iterator[torch.Tensor]:
-        """Yields the inputs of each batch of this process, on the device."""
+        """Yields the inputs of each batch of this process, on the device.
+
+        Batches for a compiled augmentation are filled to the size of the largest: an image does not depend on the others.
+        """
         feed = self.run.inputs.feed
-        return self._feeding([feed.rows(batch, epoch) for share in shares for batch in share])
+        batches = [feed.rows(batch, epoch) for share in shares for batch in share]
+        if not feed.is_compiled:
+            yield from self._feeding(batches)
+            return
+        filled = [np.resize(rows, self._largest_batch) for rows in batches]
+        for rows, inputs in zip(batches, self._feeding(filled), strict=True):
+            yield inputs[: len(rows)]
 
     def _take_step(
         self, step: Rows, share: Sequence[Rows], inputs: Iterator[torch.Tensor], epoch: int, totals: torch.Tensor
@@ -349,6 +360,10 @@ class Steps:
             f"the loss is not finite in epoch {progress.epoch + 1}, step {progress.step} of the phase {phase.policy.name}. "
             f"Try {', '.join(remedies)}, and start fresh, because --resume requires the same settings"
         )
+
+
+def _find_largest(shares: Sequence[Sequence[Rows]]) -> int:
+    return max(len(batch) for share in shares for batch in share)
 
 
 def _mix_seeds(*parts: int) -> int:
