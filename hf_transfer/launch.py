@@ -57,9 +57,10 @@ def _run(config: RunConfig, *, is_quiet: bool) -> "tuple[Session, RunResult]":
     name = config.strategy.name
     with catch_signals():
         with fast_imports():
+            from hf_transfer.accelerator import start_logging
             from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
             from hf_transfer.repeats import run_config
-            from hf_transfer.runs import check_export, export_run, push, start_logging, warn_of_embedded
+            from hf_transfer.runs import check_export, export_run, push, warn_of_embedded
         check_export(config)
         exempt_from_collection()
         start_logging(is_quiet=is_quiet)

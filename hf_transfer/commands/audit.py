@@ -22,11 +22,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(given: argparse.Namespace) -> str:
     with fast_imports():
+        from hf_transfer.accelerator import connect_processes
         from hf_transfer.auditing.audit import audit
         from hf_transfer.auditing.files import open_audit_folder, write_audit
         from hf_transfer.auditing.summary import format_summary
         from hf_transfer.processes import run_on_main
-        from hf_transfer.runs import connect_processes, open_session, warn_of_embedded
+        from hf_transfer.runs import open_session, warn_of_embedded
 
     connect_processes()
     name, overwrite = given.output_dir, given.overwrite_output_dir
