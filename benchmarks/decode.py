@@ -7,12 +7,13 @@ grain, so that a photo of 12 megapixels has the 2 to 5 MB that a phone would wri
 
   exact            evaluation pixels as published: Pillow decodes, the checkpoint's own transform resizes
   fast             evaluation pixels with `--decoder fast`
+  device           evaluation pixels with `--decoder device` on the CPU, image by image
   square_pillow    training squares as they were computed before: Pillow decodes and resizes
   square           training squares
 
 Each round runs all paths in turn; the figures are medians of the rounds, in milliseconds per image: `wall` time of all threads
 together, and `cpu` time of all threads added up, which other programs on the machine disturb less. `drift` compares the fast
-pixels with the exact ones, and the squares with those of Pillow, in levels of 0 to 255.
+and the device's pixels with the exact ones, and the squares with those of Pillow, in levels of 0 to 255.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import torch
 from PIL import Image
 
 from hf_transfer.data.images import read_image, read_reduced
+from hf_transfer.data.jpegs import decode_jpegs
 from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import load_preprocessing
 from hf_transfer.prefix.pixels import default_side_px
@@ -57,15 +59,21 @@ def make_photo(jpeg: bytes, size: tuple[int, int]) -> bytes:
 def make_paths(checkpoint: Path) -> dict[str, Decode]:
     """Returns the functions from a JPEG to pixels, by name."""
     exact = load_preprocessing(checkpoint)
-    fast, side = exact.fast, default_side_px(exact)
+    fast, side, cpu = exact.fast, default_side_px(exact), torch.device("cpu")
 
     def make_square(jpeg: bytes) -> np.ndarray:
         reduced, _ = read_reduced(jpeg, "image", resizing.REDUCING_GAP * side)
         return resizing.resize(reduced, side, side, "bicubic")
 
+    def decode_on_device(jpeg: bytes) -> np.ndarray:
+        (image,) = decode_jpegs([jpeg], cpu)
+        assert image is not None
+        return exact.pixels_together([image])[0].numpy()
+
     return {
         "exact": lambda jpeg: exact.pixels(read_image(jpeg, "image")),
         "fast": lambda jpeg: fast.pixels(read_reduced(jpeg, "image", fast.least_px)[0]),
+        "device": decode_on_device,
         "square_pillow": lambda jpeg: np.asarray(
             read_image(jpeg, "image").resize((side, side), Image.Resampling.BICUBIC)
         ),
@@ -132,6 +140,7 @@ def main() -> None:
             },
             "drift": {
                 "fast": measure_drift(jpegs, paths["fast"], paths["exact"]),
+                "device": measure_drift(jpegs, paths["device"], paths["exact"]),
                 "square": measure_drift(jpegs, paths["square"], paths["square_pillow"]),
             },
         }

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import DataConfig, ModelConfig, OutputConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.splits import Role, Split, join
@@ -24,7 +25,7 @@ from hf_transfer.flags import read_config
 from hf_transfer.locations import CONFIG, MODEL, RESULTS, find_run
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import open_folder
-from hf_transfer.runs import connect_processes, open_session, train_session, write_run
+from hf_transfer.runs import open_session, train_session, write_run
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config, make_strategy, strategy_names
 from hf_transfer.targets.labels import listed
@@ -171,7 +172,7 @@ def _load_old(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> Da
     """Returns the images of the run, after checking that they are the same images."""
     try:
         data = load_data(config.data)
-    except (ValueError, ConnectionError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{folder}: the images of this run are needed again, and cannot be loaded ({error}). Put the data set back in its "
             "place, or train again on all images"

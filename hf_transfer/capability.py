@@ -79,6 +79,11 @@ def solver_device(device: torch.device) -> torch.device:
     return device if supports_float64(device) else torch.device("cpu")
 
 
+def jpeg_device(device: torch.device) -> torch.device:
+    """Returns the device that decodes JPEGs for a network on `device`: a GPU of CUDA has nvJPEG, others leave it to the CPU."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def list_devices() -> list[torch.device]:
     """Returns the CPU and, if there is one, the accelerator that torch uses."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -27,7 +27,7 @@ from hf_transfer.commands import (
 )
 from hf_transfer.commands.command import Command, print_text
 from hf_transfer.errors import EXIT_STATUS, one_line_errors
-from hf_transfer.flags import Parser, add_quiet
+from hf_transfer.flags import HELP_ALL, Parser, add_quiet
 from hf_transfer.launch import run_recipe
 from hf_transfer.logs import start_logging
 from hf_transfer.startup import limit_spinning
@@ -80,7 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(prog="hf-transfer", description=description, epilog=EXIT_STATUS)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.summary, description=command.description, epilog=EXIT_STATUS)
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.description,
+            epilog=EXIT_STATUS,
+            shows_all=HELP_ALL in words,
+        )
         command.add_flags(sub)
         add_quiet(sub)
     given = parser.parse_args(words)

@@ -26,7 +26,7 @@ MAX_SEED = 2**32 - 1  # NumPy's largest seed
 MAX_MAGNITUDE = 30  # RandAugment has the 31 magnitudes 0 to 30
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Decoder = Literal["exact", "fast"]
+Decoder = Literal["exact", "fast", "device"]
 SelectBy = Literal["accuracy", "log_loss"]
 ClassBalance = Literal["none", "loss", "sampler"]
 Sweep = Literal["none", "pooling", "layer", "all"]
@@ -212,7 +212,8 @@ class ComputeConfig(Settings):
     decoder: Decoder = flag(
         "exact",
         "pixels of the frozen layers and of validation; exact: as published with the checkpoint; fast: resized by torch, and "
-        "large JPEGs decoded at a fraction of their size. The metrics of the saved model are always of the published pixels",
+        "large JPEGs decoded at a fraction of their size; device: the JPEGs of a batch decoded and resized together, on an "
+        "NVIDIA GPU or else on the CPU. The metrics of the saved model are always of the published pixels",
     )
     frozen_batch_size: int = flag(
         0,

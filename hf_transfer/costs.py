@@ -3,6 +3,7 @@
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,24 @@ class Cost:
     peak_memory_bytes: int
     memory_is: str  # the kind of memory that peak_memory_bytes counts
     device: str
+    decoded: Mapping[str, int]  # images that this process decoded with `decoder device`, by what decoded them
+
+
+class DecodeCounts:
+    """Counts images by what decoded them. Several threads count."""
+
+    def __init__(self) -> None:
+        self._counts, self._lock = Counter[str](), threading.Lock()
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        """Adds numbers of images, by what decoded them."""
+        with self._lock:
+            self._counts.update(counts)
+
+    def read(self) -> dict[str, int]:
+        """Returns the numbers of images so far, the largest first."""
+        with self._lock:
+            return dict(self._counts.most_common())
 
 
 class Costs:
@@ -34,6 +53,7 @@ class Costs:
     """
 
     def __init__(self) -> None:
+        self.decoded = DecodeCounts()
         self._started = time.perf_counter()
         self._ended: float | None = None
         self._parts: dict[str, float] = {}
@@ -84,6 +104,7 @@ class Costs:
             peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else self._peak_bytes,
             memory_is="GPU memory allocated by torch" if on_gpu else "anonymous resident memory of this process",
             device=torch.cuda.get_device_name() if on_gpu else f"CPU, {count_noun(torch.get_num_threads(), 'thread')}",
+            decoded=self.decoded.read(),
         )
 
 

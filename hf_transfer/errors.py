@@ -1,8 +1,8 @@
 """Ends a command with one line instead of a traceback, and with an exit status that says who can help.
 
-Status 2: the user gave something wrong (ValueError). Status 1: the machine, the disk or the network failed (OSError,
-RuntimeError, ...). Status 130 or 143: SIGINT or SIGTERM ended the run. Any other error is a defect of this package and keeps
-its traceback.
+Status 2: what the user gave cannot be used (ValueError), also a name that is found neither here nor on the Hub. Status 1: the
+machine, the disk or the network failed (OSError, RuntimeError, ...). Status 130 or 143: SIGINT or SIGTERM ended the run. Any
+other error is a defect of this package and keeps its traceback.
 """
 
 import os
@@ -21,7 +21,8 @@ TRACEBACK = "HF_TRANSFER_TRACEBACK"  # environment variable; 1: print the traceb
 EXIT_STATUS = """exit status:
   0    done
   1    the machine, the disk or the network failed, or some images cannot be read
-  2    the command, a file or the data has a mistake: the message says what is allowed
+  2    the command, a file or the data has a mistake, or a name is found neither here nor on the Hub: the message says
+       what is allowed
   130  Ctrl-C (SIGINT); 143: SIGTERM. A run that was training saves its state first: the message says how to resume"""
 
 _UNSAFE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, bytes that are not UTF-8, line separators

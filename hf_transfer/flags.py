@@ -10,7 +10,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from hf_transfer.locations import find_recipe
 from hf_transfer.settings import Setting, list_settings, replace_settings, suggest_name
 from hf_transfer.strategy import Strategy, default_config
 
+HELP_ALL = "--help_all"
 MAX_CONFIG_BYTES = 10**6
 _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 ESSENTIAL = ("checkpoint", "dataset", "output_dir", "epochs", "lr", "images_per_class", "seed")
@@ -47,9 +48,10 @@ GROUPS: Mapping[str, str] = {  # nested config -> title, in the order of `--help
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that prints every error in one line."""
+    """An argument parser that prints every error in one line. `shows_all`: whether its help text will show all settings."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, shows_all: bool = False, **options: Any) -> None:
+        self.shows_all = shows_all
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**options, allow_abbrev=False)
 
@@ -81,8 +83,9 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
         usage=f"{prog} [--config FILE.yaml] [--SETTING VALUE ...]",
         epilog=EXIT_STATUS,
         add_help=False,
+        shows_all=HELP_ALL in words,
     )
-    _add_groups(parser, settings, shows_all="--help_all" in words)
+    _add_flags(parser, settings)
     given, unknown = parser.parse_known_args(words)
     if unknown:
         word = next((u for u in unknown if u.startswith("-")), unknown[0])
@@ -99,26 +102,46 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
         parser.error(str(error))
 
 
-def _add_groups(parser: Parser, settings: Mapping[str, Setting], *, shows_all: bool) -> None:
-    """Adds all flags, in groups. The help text shows all of them, or only the most used ones."""
-    essential = [setting for name in ESSENTIAL if (setting := settings.get(name))][:NUM_ESSENTIAL]
+def _add_flags(parser: Parser, settings: Mapping[str, Setting]) -> None:
+    """Adds all flags of a recipe, in groups. The help text shows all of them, or only the most used ones."""
+    essential = [name for name in ESSENTIAL if name in settings][:NUM_ESSENTIAL]
     own = {s.name for s in settings.values() if s.group in ("strategy", "adapter")} - _COMMON_TO_STRATEGIES
     group = parser.add_argument_group("most used")
     group.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; flags override the file")
-    add_settings(group, essential, shows_ranges=shows_all)
-    for key, title in GROUPS.items():
-        rest = [s for s in settings.values() if s.group == key and s not in essential]
-        shown = [s for s in rest if shows_all or s.name in COMMON | own]
-        group = parser.add_argument_group(title)
-        add_settings(group, shown, shows_ranges=shows_all)
-        add_settings(group, [s for s in rest if s not in shown], is_hidden=True)
+    add_groups(parser, group, settings, essential=essential, shown=COMMON | own)
     group = parser.add_argument_group("help and messages")
     group.add_argument("--help", "-h", action="help", help="show the most used settings")
-    group.add_argument(
-        "--help_all", action="help", help=f"show all {len(settings)} settings, with their allowed values"
-    )
+    add_help_all(group, len(settings))
     add_quiet(group)
     group.add_argument("--json", action="store_true", help="print the content of results.json on stdout at the end")
+
+
+def add_groups(
+    parser: Parser,
+    most_used: Any,
+    settings: Mapping[str, Setting],
+    *,
+    essential: Sequence[str],
+    shown: Collection[str] = (),
+) -> None:
+    """Adds the flags of `settings`: those in `essential` to the group `most_used`, and the others to groups of their own.
+
+    The help text shows those in `essential` and `shown`, or all of them with their allowed values if `parser.shows_all`.
+    """
+    add_settings(most_used, [settings[name] for name in essential], shows_ranges=parser.shows_all)
+    for key, title in GROUPS.items():
+        rest = [s for s in settings.values() if s.group == key and s.name not in essential]
+        visible = [s for s in rest if parser.shows_all or s.name in shown]
+        if rest:
+            group = parser.add_argument_group(title)
+            add_settings(group, visible, shows_ranges=parser.shows_all)
+            add_settings(group, [s for s in rest if s not in visible], is_hidden=True)
+
+
+def add_help_all(parser: Any, num_settings: int) -> None:
+    """Adds --help_all, which needs a parser that `shows_all` where the command line has this word."""
+    text = f"show all {num_settings} settings, with their allowed values"
+    parser.add_argument(HELP_ALL, action="help", help=text)
 
 
 def add_quiet(parser: Any) -> None:

@@ -57,12 +57,14 @@ def _run(config: RunConfig, *, is_quiet: bool) -> "tuple[Session, RunResult]":
     name = config.strategy.name
     with catch_signals():
         with fast_imports():
+            from hf_transfer.accelerator import start_logging
             from hf_transfer.output import explains_how_to_continue, make_resume_command, open_folder
             from hf_transfer.repeats import run_config
-            from hf_transfer.runs import check_export, export_run, push, start_logging
+            from hf_transfer.runs import check_export, export_run, push, warn_of_embedded
         check_export(config)
         exempt_from_collection()
         start_logging(is_quiet=is_quiet)
+        warn_of_embedded(config)
         with open_folder(config.output, name) as folder, explains_how_to_continue(make_resume_command(name, folder)):
             session, result = run_config(config, output_dir=folder)
             if config.output.export != "none":

@@ -9,6 +9,7 @@ log = logging.getLogger(__name__)
 PACKAGE = Path(__file__).resolve().parent
 CONFIG, RESULTS = "config.yaml", "results.json"  # files of an output folder
 SO_FAR = "so_far"  # folder of an output folder: a run folder with the best model of a run that is not finished
+SEEN_IMAGES = "seen_images.npy"  # file of an output folder: hashes of the images that trained or selected the model
 MODEL = "model"  # folder of an output folder: the trained model in Hub layout
 CHECKPOINTS = "checkpoints"  # folder of an output folder: the saved states and, until the run is finished, config.yaml
 

@@ -24,13 +24,15 @@ from filelock import FileLock, Timeout
 from hf_transfer.config import OutputConfig
 from hf_transfer.errors import ContinuableError
 from hf_transfer.interrupts import Interrupted
-from hf_transfer.locations import CHECKPOINTS, CONFIG, RESULTS
+from hf_transfer.locations import CHECKPOINTS, CONFIG, RESULTS, SEEN_IMAGES
 from hf_transfer.processes import run_on_main
 
 log = logging.getLogger(__name__)
 
 LOCK, STAGING = ".lock", ".saving"
-OLD_RESULTS = (RESULTS, CONFIG, "report.html", "predictions.parquet", "reference.safetensors", "merged", "model")
+OLD_RESULTS = (
+    RESULTS, CONFIG, "report.html", "predictions.parquet", SEEN_IMAGES, "reference.safetensors", "merged", "model",
+)  # fmt: skip
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer import processes
+from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import NO_CHECKPOINT, GradientConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.folds import DataFolds, divide, join_pool
@@ -30,7 +31,7 @@ from hf_transfer.output import is_finished
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_held_out_run, write_config
 from hf_transfer.reporting.sentences import describe_folds, describe_seeds
-from hf_transfer.runs import connect_processes, open_session, train_session, write_run
+from hf_transfer.runs import open_session, train_session, write_run
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, make_strategy

@@ -83,7 +83,7 @@ class Run:
 
     @property
     def validation(self) -> Metrics:
-        """The metrics on the validation split, which are optimistic, because the validation images also selected the model."""
+        """The metrics on the validation split. They are optimistic if the validation images also selected the model."""
         return self.metrics["validation"]
 
     @property

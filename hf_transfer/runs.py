@@ -1,31 +1,37 @@
 """Opens the session (the shared objects) of a run, executes the run, and writes and pushes the results."""
 
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
-from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_available, parse_flag_from_env, set_seed
+from accelerate import PartialState
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from hf_transfer import logs, processes
-from hf_transfer.config import ComputeConfig, GradientConfig, RunConfig
+from hf_transfer import processes
+from hf_transfer.accelerator import open_accelerator
+from hf_transfer.config import (
+    EMBEDDED_CHECKPOINT,
+    EMBEDDED_DATASET,
+    UPSTREAM_DATASET,
+    ComputeConfig,
+    GradientConfig,
+    RunConfig,
+)
 from hf_transfer.costs import Costs
 from hf_transfer.data.dataset import Data, load_data
-from hf_transfer.errors import ContinuableError, count_noun
+from hf_transfer.data.seen import write_seen
+from hf_transfer.errors import ContinuableError
 from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.flags import read_config
 from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, has_own_code, write_reference
-from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR, chain_dir, presets_dir
+from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR, chain_dir
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import has_batchnorm
@@ -35,22 +41,20 @@ from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.reporting.illustrations import FinishedModel, Illustrations, illustrate
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, write_predictions
+from hf_transfer.reporting.report_results import describe_estimate
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, write_config, write_results
-from hf_transfer.reporting.sentences import describe_precision, describe_quality, describe_scored_model
+from hf_transfer.reporting.sentences import describe_quality
 from hf_transfer.reporting.verdict import describe_kept_model
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy
-from hf_transfer.threads import set_num_threads
 from hf_transfer.training.batch_size import decide_batch_size
+from hf_transfer.training.checkpoints import remove_reserves
 from hf_transfer.training.final_fit import FinalFit
 from hf_transfer.training.finish import finish_target
 from hf_transfer.training.records import Json, RunResult
-from hf_transfer.training.sharding import prepare_sharding, uses_shards
 
 log = logging.getLogger("hf_transfer")
-
-MIXED_PRECISION = {"auto": None, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # our name -> accelerate's name
 
 
 @processes.ending_together()
@@ -180,14 +184,15 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
         if kept := describe_kept_model(results):
             log.info("%s", kept)
         for split, metrics in result.metrics.items():
-            of_model = describe_scored_model(result, session.data) if split == "validation" else ""
-            log.info("%s: %s%s", split, describe_quality(metrics), of_model)
-        if precision := describe_precision(
-            result.metrics["test" if "test" in result.metrics else "validation"].to_dict()
-        ):
-            log.info("%s", precision)
+            estimate = describe_estimate(metrics.details)
+            if not estimate and "test" not in result.metrics and result.is_selected:
+                estimate = "optimistic, because these images also selected the model"
+            log.info("%s: %s%s", split, describe_quality(metrics), f"; {estimate}" if estimate else "")
+        for note in result.metrics["test" if "test" in result.metrics else "validation"].notes:
+            log.info("%s", note)
         log.info("wrote %s (model/, results.json, predictions.parquet, report.html)", session.output_dir)
         shutil.rmtree(session.output_dir / SO_FAR, ignore_errors=True)
+        remove_reserves(session.output_dir / CHECKPOINTS)
     processes.wait_for_everyone()
     return results
 
@@ -214,6 +219,7 @@ def _write_results(session: Session, result: RunResult, folder: Path, *, is_illu
             illustrations = _illustrate(session, result, card) if is_illustrated else None
         results = describe_run(session, result)
         write_predictions(staging / PREDICTIONS, data.splits, result.logits)
+        write_seen(staging, [data.train, data.validation])
         write_config(staging, pin_revisions(session), session.unrepeatable)
         write_results(staging, results, illustrations)
     return results
@@ -298,79 +304,15 @@ def _trains_statistics(config: RunConfig, backbone: Backbone) -> bool:
     return not is_frozen and has_batchnorm(backbone.model)
 
 
-def start_logging(*, is_quiet: bool = False) -> None:
-    """Sends log lines to stderr: all lines of the main process unless `is_quiet`, and only errors of other processes."""
-    is_main = connect_processes().is_main_process
-    logs.start_logging(logging.INFO if is_main and not is_quiet else logging.ERROR)
-
-
-def connect_processes() -> PartialState:
-    """Connects the processes that a launcher started. The first call decides, for the Accelerator too."""
-    _refuse_deepspeed()
-    return processes.start(cpu=_uses_cpu())
-
-
-def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
-    """Returns the run's Accelerator. `accelerate launch` or its config file decides options that the settings do not give.
-
-    Raises RuntimeError if a launcher started several processes that would train independently of each other, and ValueError
-    for DeepSpeed.
-    """
-    is_alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ  # accelerate may set WORLD_SIZE itself
-    connect_processes()
-    AcceleratorState._reset_state()  # forget the precision of an earlier run in this process
-    accelerator = Accelerator(cpu=_uses_cpu(), **_accelerator_options(config, output_dir))
-    set_num_threads(config.compute.num_threads, accelerator.device)
-    choices = Resources(accelerator=accelerator, compute=config.compute).choices
-    if accelerator.device.type == "cuda":  # torch's own default rounds the products of convolutions to TF32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = choices.tf32
-    if accelerator.is_main_process:
-        log.info("computing on %s; %s", choices.describe(), count_noun(torch.get_num_threads(), "CPU thread"))
-    started = get_int_from_env(["WORLD_SIZE"], 1)
-    if started != accelerator.num_processes:
-        raise RuntimeError(
-            f"the launcher started {started} processes (WORLD_SIZE), but accelerate connected {accelerator.num_processes}: "
-            "each process would train alone and write to the same folder"
-        )
-    if is_alone and accelerator.num_processes == 1:
+def warn_of_embedded(config: RunConfig) -> None:
+    """Logs a warning in the main process if the embedded network, which is the default, is used for images of another kind."""
+    is_embedded = config.model.checkpoint == EMBEDDED_CHECKPOINT
+    if (
+        is_embedded
+        and config.data.dataset not in (EMBEDDED_DATASET, UPSTREAM_DATASET)
+        and PartialState().is_main_process
+    ):
         log.warning(
-            "MASTER_ADDR is set, but WORLD_SIZE is not: this process trains alone. To train in several processes, start them "
-            "with `accelerate launch` or `torchrun`"
+            "checkpoint embedded, the default, is a tiny network that was trained on handwritten digits; for your images,"
+            " choose a pretrained one, such as --checkpoint timm/mobilenetv2_100.ra_in1k"
         )
-    if uses_shards(accelerator):
-        prepare_sharding(config.strategy)
-    elif parse_flag_from_env("ACCELERATE_USE_FSDP") and accelerator.is_main_process:
-        log.warning(
-            "accelerate's config asks for FSDP, which needs a GPU: each process trains a whole copy of the network"
-        )
-    processes.watch()
-    return accelerator
-
-
-def _refuse_deepspeed() -> None:
-    """Raises ValueError, before DeepSpeed is imported, if `accelerate launch` was started with DeepSpeed."""
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            "distributed_type=DEEPSPEED: DeepSpeed's engine would replace the optimizer steps, which hf_transfer takes itself; "
-            f"launch with {presets_dir() / 'multi_gpu.yaml'}, or with fsdp2.yaml beside it to divide the network among GPUs"
-        )
-
-
-def _uses_cpu() -> bool:
-    """Whether the run is on the CPU. Without this argument, several processes on a CPU would not connect."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def _accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str, Any]:
-    options: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[config.compute.precision]}
-    if not isinstance(config.strategy, GradientConfig):
-        return options
-    tracker = config.strategy.training.tracker
-    if tracker == "auto":
-        tracker = "tensorboard" if is_tensorboard_available() else "none"
-    known = sorted({kind.value for kind in LoggerType} - {"all"})
-    if tracker not in (*known, "none"):
-        raise ValueError(f"tracker={tracker!r}: choose auto, none or one of {', '.join(known)}")
-    if tracker == "none":
-        return options
-    return options if output_dir is None else {**options, "log_with": tracker, "project_dir": str(output_dir / "logs")}

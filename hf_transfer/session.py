@@ -55,11 +55,13 @@ class Session:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The preprocessing of images that select weights and fill stores: exact, or fast with `decoder fast`.
+        """The preprocessing of images that select weights and fill stores: exact, or as `decoder` says.
 
         The saved model, and its metrics, have `backbone.preprocessing`.
         """
-        return self.backbone.preprocessing.decoded_by(self.config.compute.decoder)
+        return self.backbone.preprocessing.decoded_by(
+            self.config.compute.decoder, self.accelerator.device, self.costs.decoded
+        )
 
     @property
     def strategy(self) -> StrategyConfig:

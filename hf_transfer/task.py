@@ -18,13 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.interrupts import catch_signals
 from hf_transfer.output import explains_how_to_continue, open_folder
 from hf_transfer.repeats import run_config
 from hf_transfer.run import Run
-from hf_transfer.runs import connect_processes, open_session
+from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import GradientStrategy, Strategy

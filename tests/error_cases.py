@@ -308,6 +308,14 @@ EDITS = (
 
 DATA = (
     ErrorCase(trigger="a missing folder", command="train full --dataset {}/nothing"),
+    ErrorCase(
+        trigger="a misspelt folder",
+        command="train full --dataset {}/my_fotos",
+        build=lambda folder: images(folder / "my_photos", "a", "b"),
+    ),
+    ErrorCase(
+        trigger="a misspelt folder without a slash, which may be a Hub id", command="train full --dataset my_fotos"
+    ),
     ErrorCase(trigger="neither folder nor Hub id", command="train full --dataset http://x/y"),
     ErrorCase(trigger="a format of `datasets`", command="train full --dataset imagefolder"),
     ErrorCase(

@@ -92,7 +92,7 @@ def test_the_new_run_is_a_run_like_others(root: Path) -> None:
     add_classes(
         root / "run" / "model", DataConfig(dataset=str(root / "new")), output=OutputConfig(output_dir=str(folder))
     )
-    names = {"config.yaml", "results.json", "model", "predictions.parquet", "report.html"}
+    names = {"config.yaml", "results.json", "model", "predictions.parquet", "report.html", "seen_images.npy"}
     assert names <= {path.name for path in folder.iterdir()}
     assert "hf-transfer add-classes" in (folder / "config.yaml").read_text().split("\n")[1]
     measured = read_results(folder)["metrics"]["test"]["accuracy"]

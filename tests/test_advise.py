@@ -100,6 +100,14 @@ def test_the_run_that_follows_makes_no_second_pass(
     assert seen == [True, after_advice]
 
 
+def test_variants_of_a_strategy_have_folders_of_their_own() -> None:
+    session = make_session(images_per_class=4)
+    commands = [make_command(session, candidate.strategy) for candidate in list_candidates(session)]
+    folders = [command.split("--output_dir ")[1] for command in commands]
+    assert folders[0] == "runs/probe_then_full"
+    assert len(set(folders)) == len(folders) == 3
+
+
 def test_the_command_runs_the_advised_settings(advice: Advice, session: Session) -> None:
     """Parsed again, it is the session's configuration with the strategy's settings; only the output folder is new."""
     for estimate in advice.estimates:
@@ -108,7 +116,9 @@ def test_the_command_runs_the_advised_settings(advice: Advice, session: Session)
         assert flags[flags.index("--images_per_class") + 1] == "8"
         parsed = to_settings(parse(name, prog="test", description=None, arguments=flags).config)
         advised = to_settings(replace(session.config, strategy=find_candidates(session)[estimate.strategy]))
-        elsewhere = {"output_dir": f"runs/{name}", "tracker": "auto"}
+        folder = flags[flags.index("--output_dir") + 1]
+        assert folder.startswith(f"runs/{name}")
+        elsewhere = {"output_dir": folder, "tracker": "auto"}
         assert parsed == advised | {k: v for k, v in elsewhere.items() if k in parsed}
     other = make_session(dataset="sklearn/digits", on_bad_image="skip", trust_remote_code=True)
     spaced = replace(other.config.data, dataset="a b/c")

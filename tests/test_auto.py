@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,25 @@ def test_fewer_folds_give_metrics_of_their_images(tmp_path: Path, monkeypatch: p
     table = pq.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
     assert sum(row["split"] != "test" for row in table) == 16
     assert sum(row["split"] == "test" for row in table) == rows
+
+
+def test_a_finished_run_keeps_what_resuming_needs_and_no_optimizer(
+    tuned: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = tuned
+    states = list((folder / "checkpoints").rglob("*.safetensors"))
+    assert {path.name for path in states} == {"state.safetensors"}
+    weights = (folder / "model" / "model.safetensors").stat().st_size
+    assert sum(path.stat().st_size for path in states) < 1.5 * weights
+    expect(monkeypatch, probe_then_full=0.1, full=-0.1)
+    shutil.copytree(folder, tmp_path / "run")
+    epochs: list[Any] = []
+    monkeypatch.setattr(loop, "_log_epoch", lambda *values, **_: epochs.append(values))
+    results = run(tmp_path / "run", resume=True)
+    assert not epochs
+    assert results["metrics"] == expected["metrics"]
+    one, other = read_weights(folder), read_weights(tmp_path / "run")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 # An interrupted run

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from hf_transfer.data.license import read_license
-from hf_transfer.hub.card import address_card
+from hf_transfer.hub.card import address_card, record_verified
 from hf_transfer.hub.card_data import make_card_data
 from hf_transfer.hub.licenses import BINDING, PERMISSIVE, derive_license
 from hf_transfer.hub.save import save_model
@@ -138,6 +138,11 @@ def test_the_pushed_card_names_the_repository_and_the_verified_libraries(folder:
     assert "timm: logits differ by at most 3e-07" in sent
     assert "is not verified yet" not in sent
     assert sent.count("FOLDER") == 1  # text of the owner stays
+    again = record_verified(record_verified(card, [replace(verified, library="peft")]), [verified])
+    assert "timm: logits differ by at most 3e-07" in again
+    assert not re.search("is not verified yet|peft: logits", again)
+    assert again.count("A fresh process") == 1
+    assert address_card(again, "me/name", None, [verified]) == sent
     branch = address_card(card, "me/name", "v2", [verified])
     assert 'model="me/name", revision="v2")' in branch
     assert '"hf-hub:me/name@v2"' in branch

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -33,6 +34,42 @@ def test_every_help_text_explains_exit_statuses_and_can_be_quiet(name: str, caps
     shown = capsys.readouterr().out
     assert shown.endswith(f"{EXIT_STATUS}\n")
     assert "--quiet" in shown
+
+
+@pytest.mark.parametrize("name", ["advise", "rank", "audit"])
+def test_help_shows_the_settings_that_matter_and_help_all_the_rest(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = {}
+    for word in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as stop:
+            main([name, word])
+        assert stop.value.code == 0
+        shown[word] = capsys.readouterr().out
+    assert len(shown["--help"].splitlines()) <= 55
+    for flag in ("--dataset", "--images_per_class", "--help_all", "--json"):
+        assert f"  {flag} " in shown["--help"], flag
+    for flag in ("--split_column", "--decoder", "--where"):
+        assert flag not in shown["--help"], flag
+        assert f"  {flag} " in shown["--help_all"], flag
+    assert "1 <= value" in shown["--help_all"]
+
+
+def test_an_audit_of_photos_by_the_embedded_network_says_so_with_the_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = np.random.default_rng(0)
+    for label in ("ant", "bee"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(4):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{i}.png")
+    main(["audit", "--dataset", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "audit")])
+    (line,) = [line for line in caplog.messages if "checkpoint embedded, the default" in line]
+    assert "choose a pretrained one, such as --checkpoint timm/" in line
+    caplog.clear()
+    main(["audit", "--images_per_class", "4", "--output_dir", str(tmp_path / "digits")])
+    assert "checkpoint embedded" not in caplog.text
 
 
 def run_command(*words: str) -> tuple[str, str]:
@@ -63,7 +100,9 @@ def test_a_finished_run_says_the_result_the_report_and_the_next_command(tmp_path
     results = json.loads((tmp_path / "my run" / "results.json").read_text())
     assert kept.startswith("Kept: the linear probe, a logistic regression on 80 frozen features.")
     assert validation.startswith("validation: accuracy ")
-    assert validation.endswith("; each image predicted by a probe that was fitted without it")
+    assert validation.endswith(
+        "; each image was predicted by a model of the same recipe that had not trained on it"
+    )  # one fit
     assert test.startswith(f"test: accuracy {100 * results['metrics']['test']['accuracy']:.1f} % (95 % interval ")
     assert wrote.startswith(f"wrote {tmp_path / 'my run'} (")
     assert Path(report.removeprefix("report: ")).is_file()

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hf_transfer.confidence.conformal import find_limits, sort_scores
-from hf_transfer.confidence.distance import fit_distance
+from hf_transfer.confidence.distance import MIN_HELD_OUT, fit_distance, share_by_chance
 from hf_transfer.confidence.record import CONFIDENCE, Confidence, FeatureInput, read_confidence
 from hf_transfer.confidence.selective import DELTA, choose_threshold, find_lowest_limit
 from hf_transfer.confidence.temperature import fit_sigmoid_factors, fit_softmax_factor
 from hf_transfer.metrics.calibration import compare_calibration, measure_calibration
 from hf_transfer.metrics.formulas import find_share
 from hf_transfer.network.head import HeadInput, scale_outputs, watch_features
+from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
@@ -217,7 +219,33 @@ def test_too_few_images_have_no_distance() -> None:
     features = draw_features(np.random.default_rng(0), 5)
     assert fit_distance(features[:1], features) is None
     assert fit_distance(features, features[:0]) is None
-    assert fit_distance(np.ones((5, 8)), np.ones((5, 8))) is None  # every image is at the distance 0
+    assert fit_distance(np.ones((50, 8)), np.ones((50, 8))) is None  # every image is at the distance 0
+
+
+def test_few_held_out_images_call_as_many_images_unlike_training_as_is_said() -> None:
+    rng = np.random.default_rng(0)
+    train, new = draw_features(rng, 200), draw_features(rng, 2_000)
+    assert fit_distance(train, draw_features(rng, MIN_HELD_OUT - 1)) is None
+    assert share_by_chance(MIN_HELD_OUT) == pytest.approx(0.05)
+    for count in (MIN_HELD_OUT, 150):
+        distances = [fit_distance(train, draw_features(rng, count)) for _ in range(30)]
+        marked = [(d.measure(new) > 1).mean() for d in distances if d is not None]
+        assert len(marked) == 30
+        # The share of one draw has a standard deviation of about its mean, so that of 30 draws has 0.2 of it; twice that.
+        assert np.mean(marked) == pytest.approx(share_by_chance(count), rel=0.4)
+    assert 0.005 < share_by_chance(150) <= 0.01
+
+
+def test_the_report_says_how_many_images_are_unlike_training_by_chance() -> None:
+    section = {"num_held_out": 9, "held_out_by": "validation", "temperatures": [], "calibration": {}, "coverage": {}}
+    results: dict[str, Any] = {"details": {"confidence": {**section, "abstention": None, "familiar_held_out": 24}}}
+    results["data"] = {"num_images": {"validation": 24}}
+    assert "all 24 validation images. By chance, so are 4.0% of images" in describe_confidence(results)[-1]
+    results["details"]["confidence"]["familiar_held_out"] = 400
+    assert "99% of 400 validation images. By chance, so are 1.0% of" in describe_confidence(results)[-1]
+    results = {"details": {"confidence": {**section, "abstention": None, "familiar_held_out": None}}}
+    results["data"] = {"num_images": {"validation": 12}}
+    assert "12 validation images are too few for that; 19 are needed" in describe_confidence(results)[-1]
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from hf_transfer.cli import main
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, Split, load_data
 from hf_transfer.data.images import BadImageError
@@ -812,8 +813,28 @@ def test_an_empty_parquet_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dataset", ["AI-Lab-Makerere/beans", "beans:default@main"])
 def test_hub_id_without_network_is_an_error_with_the_remedy(dataset: str) -> None:
-    with pytest.raises(ConnectionError, match=rf"{dataset}.*is not in the local cache.*Give the path of a folder"):
+    with pytest.raises(ValueError, match=rf"{dataset}.*is not in the local cache.*Give the path of a folder"):
         load(dataset)
+
+
+@pytest.mark.parametrize("given", ["my_fotos", "./my_fotos", "data/my_fotos"])
+def test_a_misspelt_folder_is_a_mistake_with_both_readings_and_the_name_that_exists(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("my_photos", "other", "data/my_photos"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(["audit", "--dataset", given])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert (
+        f"dataset={given!r}: no such folder or file (relative paths start at the current folder, {tmp_path}; "
+        in message
+    )
+    assert f"did you mean '{Path(given).with_name('my_photos')}'?)" in message
+    assert ("and no data set of this name could be read from the Hub" in message) == (not given.startswith("."))
 
 
 @pytest.mark.parametrize(
@@ -823,8 +844,8 @@ def test_hub_id_without_network_is_an_error_with_the_remedy(dataset: str) -> Non
         ("/no/such/folder", "no such folder or file"),
         ("a/b/c", "no such folder or file"),
         ("train.parquet", "no such folder or file"),
-        ("not an id", "neither a folder .* nor a Hub id"),
-        ("a/b:c:d", "neither a folder .* nor a Hub id"),
+        ("not an id", "no such folder .* and no Hub id"),
+        ("a/b:c:d", "no such folder .* and no Hub id"),
         ("imagefolder", "file format of `datasets`"),
     ],
 )
@@ -884,7 +905,7 @@ def test_a_hub_dataset_has_columns(cached_hub_dataset: str) -> None:
 
 def test_without_network_another_revision_is_refused(cached_hub_dataset: str) -> None:
     for revision in ("main", "v2", "f" * 40):
-        with pytest.raises(ConnectionError, match=f"revision '{revision}'.*owner/insects@{cached_hub_dataset}"):
+        with pytest.raises(ValueError, match=f"revision '{revision}'.*owner/insects@{cached_hub_dataset}"):
             load(f"owner/insects@{revision}")
 
 

@@ -34,6 +34,16 @@ def test_rates_stand_beside_the_ceiling(tmp_path: Path) -> None:
     assert rate > 0
 
 
+def test_the_pass_is_measured_by_each_decoder(tmp_path: Path) -> None:
+    decoders: dict[str, Any] = run_benchmark(tmp_path / "gpu.json", "--rows", "pass")["pass"]
+    assert list(decoders) == ["exact", "fast", "device"]
+    assert all(each["images_per_second"] > 0 for each in decoders.values())
+    assert set(decoders["device"]["decoded"]) == {"together"}
+    assert decoders["exact"]["decoded"] == {}
+    assert decoders["exact"]["drift"] is None
+    assert decoders["device"]["drift"]["largest"] == 0
+
+
 def test_engines_and_augmentation_are_measured_beside_eager(tmp_path: Path) -> None:
     rows = run_benchmark(tmp_path / "gpu.json", "--rows", "engines", "augmentation")
     engines: dict[str, Any] = rows["engines"]

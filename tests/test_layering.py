@@ -17,8 +17,8 @@ ROOMS = (
     "settings", "config", "locations", "interrupts", "errors", "displays", "logs", "sealed", "processes", "startup",
     "capability", "threads", "choices", "costs", "metrics", "confidence", "targets", "solvers", "network", "data", "prefix",
     "session", "training", "strategy", "flags", "choosing", "strategies", "exporting", "inference", "reporting", "hub",
-    "out_of_memory", "output", "auditing", "embeddings", "runs", "adding", "repeats", "launch", "run", "task", "doctor",
-    "commands", "cli", "__main__",
+    "out_of_memory", "output", "auditing", "embeddings", "accelerator", "runs", "adding", "repeats", "launch", "run", "task",
+    "doctor", "commands", "cli", "__main__",
 )  # fmt: skip
 HEAVY = (
     "accelerate",

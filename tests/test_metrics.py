@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
+from hf_transfer.metrics import multi_label, regression
 from hf_transfer.metrics.bootstrap import mean_interval, resample_indices
 from hf_transfer.metrics.classification import read_outcomes, score
 from hf_transfer.metrics.formulas import count_images_to_tell_apart
@@ -181,6 +182,26 @@ def test_accuracy_interval_of_few_images_or_without_mistakes_is_exact(right: int
     assert result.accuracy_interval == pytest.approx((expected.low, expected.high))
 
 
+def test_an_interval_of_width_zero_is_left_out_with_a_reason() -> None:
+    labels = np.array([0, 1, 0, 1, 1])
+    logits = np.eye(2)[labels] * np.array([[1.0], [2.0], [3.0], [4.0], [5.0]])  # no mistake, but other probabilities
+    result = score(logits, labels, _names(2))
+    assert result.accuracy_interval == pytest.approx((0.025 ** (1 / 5), 1.0))
+    assert result.balanced_accuracy_interval is result.macro_f1_interval is None
+    assert result.nll_interval[0] < result.nll_interval[1]
+    (note,) = [each for each in result.notes if each.startswith("No interval")]
+    assert "balanced accuracy, macro f1: every resample of these 5 images" in note
+    rows = np.random.default_rng(0).integers(0, 2, (40, 3))
+    several = multi_label.score(8.0 * rows - 4, rows.astype(float), _names(3), [0.5] * 3, seed=0, resamples=50)
+    assert several.exact_match == 1
+    assert several.exact_match_interval == pytest.approx((0.025 ** (1 / 40), 1.0))
+    assert several.mean_average_precision_interval is several.f1_macro_interval is None
+    one = regression.RegressionOutcomes(predicted=np.ones((1, 1)), labels=np.zeros((1, 1)), scale=np.ones(1))
+    alone = regression.score(one, ["age"], seed=0, resamples=50)
+    assert alone.mae == 1
+    assert alone.mae_interval is None
+
+
 def test_paired_interval_is_narrower_than_that_of_either_model() -> None:
     logits, labels = _random_case(1000, 3, [0, 1, 2])
     other = logits + 0.1 * np.random.default_rng(1).normal(size=logits.shape)
@@ -223,7 +244,8 @@ def test_large_logits_do_not_overflow() -> None:
     logits = np.array([[1e30, 0.0], [0.0, 1e30]], dtype=np.float32)
     result = score(logits, np.array([0, 1]), ["a", "b"])
     assert (result.nll, result.ece) == (0.0, 0.0)
-    assert str(result.nll_interval) == "(0.0, 0.0)"  # not -0.0
+    assert str(result.nll) == "0.0"  # not -0.0
+    assert result.nll_interval is None  # every resample gives 0.0
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,11 @@ def test_pages_in_a_browser(ranking: Ranking, advice: Advice, tmp_path: Path, wi
     write_ranking(ranking, tmp_path / "rank.html")
     write_advice(advice, tmp_path / "advise.html")
     for name in ("rank.html", "advise.html"):
-        out = drive((tmp_path / name).read_text(encoding="utf-8"), "", tmp_path, width_px)
+        page = (tmp_path / name).read_text(encoding="utf-8")
+        script = (
+            'out.cut = [...document.querySelectorAll("pre")].filter((pre) => pre.scrollWidth > pre.clientWidth).length;'
+        )
+        out = drive(page, script, tmp_path, width_px)
         assert out["errors"] == []
+        assert width_px > 640 or not out["cut"], "commands are cut on a phone"
         assert (out["unnamed"], out["wider"]) == (0, 0), name

@@ -256,7 +256,8 @@ def test_squares_of_large_photos_are_those_of_the_whole_photo(tmp_path: Path, pr
         assert tuple(images.sizes[np.array([i])][0]) == whole.size
         expected = np.asarray(whole.resize((48, 48), Image.Resampling.BICUBIC)).astype(int)
         assert np.abs(images.squares[np.array([i])][0] - expected).mean() < 1
-    drift = measure_drift(photos, preprocessing, resources("none"))
+    fast = Resources(accelerator=Accelerator(), compute=ComputeConfig(cache="none", decoder="fast"))
+    drift = measure_drift(photos, preprocessing, fast)
     assert drift.num_images == 2
     assert 0 < drift.mean < 1.5
     assert 0 < drift.share < 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hf_transfer as ht
 from hf_transfer.cli import main
 from hf_transfer.config import AdapterConfig, DataConfig
 from hf_transfer.data.images import BadImageError
@@ -132,6 +133,41 @@ def test_dataset_classes_are_matched_to_the_models_by_name(images: Path) -> None
     right = [p.labels[0] == Path(p.image).parent.name for p in predict(load("embedded"), files, top_k=1)]
     assert metrics.accuracy == np.mean(right)
     assert evaluate("embedded", DataConfig(dataset=str(images))).num_samples == 10  # of all splits
+
+
+def test_evaluate_warns_of_images_that_the_run_has_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for label in ("ant", "bee"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 120, (16, 16, 3), dtype=np.uint8) + 120 * (label == "ant")
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    data, run = str(tmp_path / "data"), tmp_path / "run"
+    ht.Task(data, "embedded").fit(ht.linear_probe(readouts="none"), output_dir=run)
+    assert not (run / "model" / "seen_images.npy").exists()  # nothing of it is published
+    for model in (run, run / "model"):
+        caplog.clear()
+        capsys.readouterr()
+        main(["evaluate", str(model), "--dataset", data, "--json"])
+        warning = (
+            "12 of these 18 images trained or selected the model of this run, so the metrics are optimistic: evaluate"
+        )
+        assert warning in caplog.text
+        assert any(warning in note for note in json.loads(capsys.readouterr().out)["notes"])
+    caplog.clear()
+    shutil.move(tmp_path / "data" / "test", tmp_path / "moved")  # the bytes of images matter, and not their names
+    main(["evaluate", str(run), "--dataset", str(tmp_path / "moved")])
+    assert "trained or selected" not in caplog.text
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--dataset", data, "--split", "test"])
+    assert "name a stored split with --test_split, give images that the run has not seen" in capsys.readouterr().err
+    (run / "seen_images.npy").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"seen_images\.npy is damaged .*: delete the file"):
+        evaluate(str(run), DataConfig(dataset=data))
 
 
 def test_a_class_that_the_model_does_not_know_is_named(images: Path, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_transfer.accelerator import open_accelerator
 from hf_transfer.cli import main
 from hf_transfer.launch import run
 from hf_transfer.locations import presets_dir
 from hf_transfer.network.backbone import load
-from hf_transfer.runs import open_accelerator
 from tests.sessions import make_config
 from tests.test_recipes import ROOT, TIMEOUT_S
 

@@ -152,6 +152,9 @@ def test_a_dry_run_sends_nothing(hub: HubServer, run: Path, capsys: pytest.Captu
     assert status == 0, shown
     assert "model.safetensors" in shown
     assert hub.requests == []
+    card = (run / "model" / CARD).read_text()
+    assert "A fresh process without hf_transfer loaded this model" in card
+    assert "not verified yet" not in card
 
 
 def test_a_model_that_is_not_the_measured_one_is_not_pushed(

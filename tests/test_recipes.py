@@ -71,7 +71,7 @@ def test_the_output_folder_is_the_contract(first: tuple[Path, dict[str, Any], st
     folder, results, _ = first
     assert {p.name for p in folder.iterdir()} == {
         ".lock", "config.yaml", "results.json", "model", "report.html", "reference.safetensors",
-        "predictions.parquet",
+        "predictions.parquet", "seen_images.npy",
     }  # fmt: skip
     model = {p.name for p in (folder / "model").iterdir()}
     pictures = {"confusion_matrix.svg", *(f"curve_{i}.svg" for i in range(1, len(results["curves"]) + 1))}

@@ -415,7 +415,7 @@ def test_the_sibling_is_an_ordinary_run_whose_metrics_the_model_has(
     assert results["metrics"]["test"]["num_samples"] > 60
     assert {split for split, _, _ in read_rows(folder).values()} == {"validation"}
     for report in (folder / "report.html", folder / "model" / "README.md"):
-        assert "Validation metrics are of its sibling" in report.read_text()
+        assert "each image was predicted by a model of the same recipe that had not trained on it" in report.read_text()
 
 
 def test_the_model_trains_on_train_and_validation_images(with_sibling: tuple[Path, dict[str, Any]]) -> None:

@@ -211,7 +211,8 @@ def test_absent_classes_come_last_with_dashes() -> None:
 
 
 def test_a_minimal_result_is_enough() -> None:
-    page = _Page(render_report({"metrics": {"test": _scores(["a", "b"], 20, seed=0)}}))
+    scores = _scores(["a", "b"], 20, seed=0) | {"notes": []}
+    page = _Page(render_report({"metrics": {"test": scores}}))
     assert {"Result on test", "Confusion matrix", "Classes"} <= set(page.text)
     assert not {"Cost", "Data", "Curves", "How it was run"} & set(page.text)
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from test_report import check_that_nothing_is_loaded
 import hf_transfer as ht
 from hf_transfer.cli import main
 from hf_transfer.metrics.bootstrap import mean_interval
+from hf_transfer.metrics.classification import describe_precision
 from hf_transfer.reporting.chain_picture import lay_out_chain
 from hf_transfer.reporting.feature_map import check_map_method, place_on_plane
 from hf_transfer.reporting.illustrations import EXPLAINED
@@ -257,7 +259,8 @@ def test_the_verdict_follows_the_evidence(run: Run) -> None:
     assert any("hf-transfer train auto" in step for step in verdict.next_steps)
     assert not any("suspicious" in step for step in give_verdict(results, 0).next_steps)
     test = results["metrics"]["test"]
-    few = {**results, "metrics": {"test": {**test, "accuracy_interval": [0.5, 0.9]}}}
+    scores = {**test, "accuracy": 0.7, "accuracy_interval": [0.5, 0.9], "num_samples": 20}
+    few = {**results, "metrics": {"test": scores}}
     assert any(step.startswith("Label more test images") for step in give_verdict(few).next_steps)
     rows = [{"label": "cat", "recall": 0.2, "support": 50}, {"label": "dog", "recall": 0.95, "support": 200}]
     scores = {**test, "per_class": rows, "confusion_matrix": [[10, 40], [10, 190]], "accuracy": 0.8}
@@ -266,14 +269,41 @@ def test_the_verdict_follows_the_evidence(run: Run) -> None:
     assert any(step.startswith("Add labeled images of cat: 20.0 %") and "taken for dog" in step for step in steps)
 
 
+def test_log_results_report_and_card_say_the_same_of_the_number_of_images(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="hf_transfer"):
+        task = ht.Task("sklearn/digits", images_per_class=10, test_split="none")
+        run = task.fit(ht.linear_probe(), output_dir=tmp_path)
+    scores = run.results["metrics"]["validation"]  # 20 images
+    (sentence,) = [note for note in scores["notes"] if "apart" in note]
+    assert "differ by 3 points" in sentence
+    assert sentence == describe_precision(run.validation.accuracy, run.validation.accuracy_interval, 20)
+    texts = [caplog.text, read_page(tmp_path), (tmp_path / "model/README.md").read_text(encoding="utf-8")]
+    for text in texts:
+        assert sentence in unescape(text)
+        assert set(re.findall(r"apart that differ by ([^,]*), about", text)) == {"3 points"}
+    clause = "each image was predicted by a probe that was fitted without it"
+    assert scores["estimated_by"] == "cross_validation"
+    (line,) = [line for line in caplog.messages if line.startswith("validation: ")]
+    assert line.endswith(f"; {clause}")
+    for text in texts:
+        assert clause in unescape(text)
+        assert "optimistic" not in text
+    for text in texts[1:]:
+        assert f"There is no test split: {clause}." in unescape(text)
+    steps = [step for step in give_verdict(run.results).next_steps if "apart" in step]
+    assert steps == [f"Label more validation images. {sentence}"]
+
+
 def test_a_stage_has_no_layers_that_it_has_not_grown(run: Run) -> None:
     chain = run.backbone.chain()
     names = [layer.name for layer in chain.layers]
     phases = [
-        {"policy": f"stage 1 ({names[1]})", "cut": "pixels", "num_trainable": 5},
+        {"policy": "of any name", "cut": "pixels", "num_trainable": 5},
         {"policy": "full", "cut": "pixels", "num_trainable": 50},
     ]
-    picture = lay_out_chain(chain, phases)
+    picture = lay_out_chain(chain, phases, [{"layer": names[1]}])
     assert picture is not None
     assert [phase.last_grown for phase in picture.phases] == [1, len(names) - 1]
     assert [phase.first_trained for phase in picture.phases] == [0, 0]

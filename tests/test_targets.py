@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from hf_transfer.config import GradientConfig, TrainingConfig
 from hf_transfer.metrics import multi_label, regression
-from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.metrics.records import SHARES, Metrics, Score
 from hf_transfer.reporting.sentences import describe_quality
 from hf_transfer.solvers.features import RawFeatures
 from hf_transfer.solvers.lbfgs import SolverOptions
@@ -478,3 +478,10 @@ def test_features_may_be_read_in_blocks() -> None:
     options = ProbeOptions(c_grid=(0.1,), features_bytes=1000)
     blocks = fit_probe(features[:70], labels[:70], features[70:], labels[70:], THREE, options)
     torch.testing.assert_close(whole.weight, blocks.weight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("target", [SingleLabel, MultiLabel, Regression])
+def test_one_place_says_which_metrics_are_shares(target: type[Target]) -> None:
+    for info in target.metrics:
+        assert (info.kind == "percent") == (info.key in SHARES), info.key
+    assert (target.image_quality in SHARES) == (target is not Regression)

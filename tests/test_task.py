@@ -30,7 +30,10 @@ CASES = {  # strategy -> its settings
     "linear_probe": {},
     "full": {"epochs": 1, "tracker": "none"},
 }
-FILES = {".lock", "config.yaml", "results.json", "model", "report.html", "reference.safetensors", "predictions.parquet"}
+FILES = {
+    ".lock", "config.yaml", "results.json", "model", "report.html", "reference.safetensors", "predictions.parquet",
+    "seen_images.npy",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

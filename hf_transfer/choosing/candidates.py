@@ -107,13 +107,16 @@ def to_k(strategy: Strategy) -> int:
 def make_command(session: Session, strategy: Strategy) -> str:
     """Returns the `hf-transfer train` command that runs `strategy` with the data, checkpoint and settings of the session."""
     default = default_config(strategy.name)
+    own = changed_settings(strategy, type(strategy)())
+    varied = dict.fromkeys(key for each in AUTO if each.strategy == strategy.name for key in each.settings)
+    variant = [f"{key}_{own[key]}" for key in varied if key in own]  # so that variants do not share a folder
     config: RunConfig = replace(session.config, strategy=strategy)
     changed = {k: v for k, v in changed_settings(config, default).items() if k not in NOT_IN_COMMAND}
     named = {
         "checkpoint": session.config.model.checkpoint,
         "dataset": session.config.data.dataset,
         **changed,
-        "output_dir": f"runs/{strategy.name}",
+        "output_dir": f"runs/{'_'.join([strategy.name, *variant])}",
     }
     words = to_flags(named)
     is_alone = session.accelerator.num_processes == 1

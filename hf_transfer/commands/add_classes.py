@@ -28,8 +28,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(given: argparse.Namespace) -> str:
     with fast_imports():
+        from hf_transfer.accelerator import connect_processes
         from hf_transfer.adding import add_classes
-        from hf_transfer.runs import connect_processes
 
     data = replace_settings(DataConfig(), read_given(given, DataConfig()))
     output = replace_settings(OutputConfig(), read_given(given, OutputConfig()))

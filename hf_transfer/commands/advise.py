@@ -13,6 +13,7 @@ from hf_transfer.strategy import default_config
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "hf-transfer advise [--SETTING VALUE ...]"
     parser.add_argument(
         "--measure",
         action="store_true",
@@ -33,11 +34,12 @@ def _run(given: argparse.Namespace) -> str:
         from hf_transfer.processes import run_on_main
         from hf_transfer.reporting.advice_page import write_advice
         from hf_transfer.reporting.pages import check_page
-        from hf_transfer.runs import open_session
+        from hf_transfer.runs import open_session, warn_of_embedded
 
     page = check_page(given.report)
     list_settings(default_config("auto"))["budget_s"].check(given.budget_s)
     session = open_session(read_run_config(given))
+    warn_of_embedded(session.config)
     advice = advise(session, measure=given.measure, budget_s=given.budget_s)
     if page is not None:
         run_on_main(lambda: write_advice(advice, page))

@@ -12,6 +12,7 @@ from hf_transfer.startup import fast_imports
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "hf-transfer audit [--SETTING VALUE ...]"
     text = "folder for the files of the audit; default: runs/audit or, if that exists, runs/audit_2 and so on"
     parser.add_argument("--output_dir", metavar="FOLDER", help=text)
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the audit in output_dir")
@@ -21,17 +22,19 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(given: argparse.Namespace) -> str:
     with fast_imports():
+        from hf_transfer.accelerator import connect_processes
         from hf_transfer.auditing.audit import audit
         from hf_transfer.auditing.files import open_audit_folder, write_audit
         from hf_transfer.auditing.summary import format_summary
         from hf_transfer.processes import run_on_main
-        from hf_transfer.runs import connect_processes, open_session
+        from hf_transfer.runs import open_session, warn_of_embedded
 
     connect_processes()
     name, overwrite = given.output_dir, given.overwrite_output_dir
     folder = run_on_main(lambda: open_audit_folder(name, overwrite=overwrite))
     given.output_dir = given.overwrite_output_dir = None  # of the audit, not of a run
     session = open_session(read_run_config(given))
+    warn_of_embedded(session.config)
     result = audit(session)
     run_on_main(lambda: write_audit(result, session.data.splits, folder))
     if not session.is_main:

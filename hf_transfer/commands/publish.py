@@ -26,7 +26,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         "show a few photographs of the scored split in the card; without this flag, no photograph leaves this machine"
     )
     parser.add_argument("--publish_images", action="store_true", help=text)
-    parser.add_argument("--dry_run", action="store_true", help="verify the model and list the files, without pushing")
+    text = "verify the model, say so in its card, and list the files, without pushing"
+    parser.add_argument("--dry_run", action="store_true", help=text)
 
 
 def _run(given: argparse.Namespace) -> str:

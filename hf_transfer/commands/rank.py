@@ -14,6 +14,7 @@ from hf_transfer.startup import fast_imports
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "hf-transfer rank CHECKPOINT [CHECKPOINT ...] [--SETTING VALUE ...]"
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="Hub ids[@revision] or folders to compare")
     parser.add_argument("--sample", type=int, metavar="N", help="maximum number of images (default: 2000; 0: all)")
     parser.add_argument("--report", metavar="FILE", help="also write the ranking as an HTML page")

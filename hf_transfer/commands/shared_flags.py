@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hf_transfer.config import ComputeConfig, RunConfig
-from hf_transfer.flags import GROUPS, add_settings
+from hf_transfer.flags import Parser, add_groups, add_help_all, add_settings
 from hf_transfer.settings import Setting, list_settings, replace_settings
 from hf_transfer.strategy import default_config
 
@@ -14,6 +14,17 @@ EVALUATED_DATA = (  # settings of the data set that `evaluate` takes
     "image_column", "image_root", "label_column", "label_columns", "split_column", "where", "train_split", "validation_split",
     "test_split", "on_bad_image",
 )  # fmt: skip
+
+MOST_USED = (
+    "checkpoint",
+    "dataset",
+    "epochs",
+    "label_column",
+    "images_per_class",
+    "image_size_px",
+    "seed",
+    "batch_size",
+)
 
 
 def add_json(parser: argparse._ActionsContainer) -> None:
@@ -51,11 +62,16 @@ def add_inference(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_settings(parser: argparse.ArgumentParser, groups: Sequence[str]) -> None:
-    """Adds the settings of a run, of the nested configs `groups`, as flags."""
-    settings = list_settings(default_config("auto")).values()
-    for group, title in GROUPS.items():
-        if group in groups:
-            add_settings(parser.add_argument_group(title), [s for s in settings if s.group == group])
+    """Adds the settings of a run, of the nested configs `groups`, as flags. Help shows those in MOST_USED, --help_all all."""
+    assert isinstance(parser, Parser)
+    settings = {s.name: s for s in list_settings(default_config("auto")).values() if s.group in groups}
+    add_help_all(parser, len(settings))
+    add_groups(
+        parser,
+        parser.add_argument_group("most used settings"),
+        settings,
+        essential=[name for name in MOST_USED if name in settings],
+    )
 
 
 def read_run_config(given: argparse.Namespace) -> RunConfig:

@@ -3,6 +3,9 @@
 The distance is that to the NEIGHBOR-th nearest training image, between features of length 1 (arXiv 2204.06507). It is stored
 compactly: the coordinates on the main axes of the training features, in 8 bits each, and the squared length of the rest. Two
 rests are taken as orthogonal, since the directions without variance are those in which unfamiliar images differ.
+
+The limit is a conformal one (arXiv 2107.07511): of images like the m held-out ones, a share of at most 1 % is beyond it. Fewer
+than 99 held-out images cannot show 1 %. Then the limit is their largest distance, beyond which 1 in m + 1 such images lies.
 """
 
 import math
@@ -14,7 +17,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 NEIGHBOR = 2  # the second nearest: one odd training image makes nothing familiar
-FAMILIAR_SHARE = 0.99  # of held-out images within the limit
+FAMILIAR_SHARE = 0.99  # of images like the held-out ones, within the limit
+MIN_HELD_OUT = 19  # with fewer held-out images, more than 5 % of images like them would be beyond the limit
 MAX_POINTS = 4_000  # stored training images
 MAX_AXES = 128
 MAX_BASIS_BYTES = 1_000_000
@@ -32,7 +36,9 @@ class TrainingDistance:
     points: NDArray[np.int8]  # (n, A) coordinates, in units of `unit`
     rests: Floats  # (n,) squared lengths of what the axes leave
     unit: float
-    limit: float  # FAMILIAR_SHARE of the held-out images are within this distance
+    limit: (
+        float  # a share of at least 1 - `share_by_chance(num_held_out)` of images like the held-out ones is within it
+    )
     num_held_out: int
 
     def measure(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -55,11 +61,11 @@ class TrainingDistance:
 
 
 def fit_distance(train: NDArray[np.floating], held_out: NDArray[np.floating]) -> TrainingDistance | None:
-    """Returns the distance to features (n, D) of training images, whose limit FAMILIAR_SHARE of held-out images (m, D) keep.
+    """Returns the distance to features (n, D) of training images, with a limit from features (m, D) of held-out images.
 
-    Returns None if there are too few images for a distance.
+    Returns None if there are too few training images for a distance, or too few held-out images (MIN_HELD_OUT) for a limit.
     """
-    if len(train) < NEIGHBOR or not len(held_out):
+    if len(train) < NEIGHBOR or len(held_out) < MIN_HELD_OUT:
         return None
     train = _normalize(train[spread_rows(len(train), MAX_POINTS)])
     mean = train.mean(0)
@@ -76,9 +82,22 @@ def fit_distance(train: NDArray[np.floating], held_out: NDArray[np.floating]) ->
         num_held_out=len(held_out),
     )
     distances = np.sort(raw._measure(held_out))
-    rank = min(len(distances), math.ceil((len(distances) + 1) * FAMILIAR_SHARE))
-    limit = float(distances[rank - 1])
+    limit = float(distances[_rank_limit(len(distances)) - 1])
     return TrainingDistance(**{**vars(raw), "limit": limit}) if _LEAST_LIMIT < limit < math.inf else None
+
+
+def share_by_chance(num_held_out: int) -> float:
+    """Returns the share of images like the held-out ones that is beyond the limit, on average over draws of held-out images.
+
+    >>> round(share_by_chance(49), 4), round(share_by_chance(999), 4)
+    (0.02, 0.01)
+    """
+    return 1 - _rank_limit(num_held_out) / (num_held_out + 1)
+
+
+def _rank_limit(num_held_out: int) -> int:
+    """Returns which of the sorted distances of held-out images is the limit, counted from 1."""
+    return min(num_held_out, math.ceil(round((num_held_out + 1) * FAMILIAR_SHARE, 6)))
 
 
 def spread_rows(count: int, most: int) -> NDArray[np.int64]:

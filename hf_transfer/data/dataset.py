@@ -27,6 +27,7 @@ from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, TEXT_TABLE_
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
+from hf_transfer.data.nearby import describe_missing
 from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 from hf_transfer.data.where import parse_where
@@ -109,8 +110,8 @@ def load_data(config: DataConfig, images: Any = None, *, is_addition: bool = Fal
     `is_addition`: the images will be added to others, so one class is enough.
 
     Raises:
-        ValueError: the data or the flags have a problem; the message contains counts, names and the remedy.
-        ConnectionError: the Hub cannot be reached and the cache does not have the dataset.
+        ValueError: the data or the flags have a problem, or nothing of this name can be read, here or from the Hub; the message
+            contains counts, names and the remedy.
 
     >>> data = load_data(DataConfig(dataset="sklearn/digits"))
     >>> data.train[0][0].size, data.label_names[:3]
@@ -280,9 +281,7 @@ def read_stored(config: DataConfig, columns: Columns) -> StoredData:
         config.dataset.split("@")[0].split(":")[0].count("/") > 1
     )
     if looks_like_path or path.suffix.casefold() in TABLE_SUFFIXES | TEXT_TABLE_SUFFIXES or is_archive(path):
-        raise ValueError(
-            f"dataset={config.dataset!r}: no such folder or file (relative paths start at the current folder, {Path.cwd()})"
-        )
+        raise ValueError(f"dataset={config.dataset!r}: {describe_missing(config.dataset)}")
     from hf_transfer.data import tables
 
     return tables.read_hub(config.dataset, columns)

@@ -11,9 +11,9 @@ Pillow decodes the file. Decisions that Pillow leaves to its caller are made her
 
 A truncated file is an error, not an image with a gray lower half.
 
-Pillow decodes on every path. torchvision's decoder is deprecated, and TorchCodec's wheel for Linux needs CUDA's libraries. Both
-save about 0.2 ms per image, and neither decodes a JPEG at a fraction of its size, which saves 30 ms and more for a photo of 12
-megapixels (`read_reduced`).
+Pillow decodes on every path, except that `--decoder device` leaves plain JPEGs to torchvision (see `jpegs`). On a CPU,
+torchvision and TorchCodec save about 0.2 ms per image, and neither decodes a JPEG at a fraction of its size, which saves 30 ms
+and more for a photo of 12 megapixels (`read_reduced`).
 """
 
 import errno
@@ -111,6 +111,15 @@ def read_reduced(
         raise BadImageError(f"{name}: the image has no pixels ({image.width} x {image.height})")
     rgb, is_turned = _upright(_drop_partial(_rgb(image, name), reduced), image, name)
     return rgb, (height_px, width_px) if is_turned else (width_px, height_px)
+
+
+def is_upright(content: bytes) -> bool:
+    """Whether the encoded image is upright as stored. False also if its EXIF block cannot be read."""
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return image.getexif().get(_ORIENTATION_TAG, 1) not in _UPRIGHT
+    except _DECODER_ERRORS:
+        return False
 
 
 def read_bytes(path: str | Path, name: str) -> bytes:

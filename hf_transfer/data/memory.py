@@ -58,6 +58,10 @@ class MemorySource(ImageSource):
         rgb = self.image(row)
         return repr((rgb.mode, rgb.size)).encode() + rgb.tobytes()
 
+    def encoded(self, row: int) -> bytes | None:
+        """Returns encoded bytes or a file's bytes; None for a PIL image or an array."""
+        return self.content(row) if isinstance(self._images[row], bytes | Path) else None
+
     def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]] | None:
         images = [self._images[row] for row in rows.tolist()]
         paths = [os.fspath(image) for image in images if isinstance(image, Path)]

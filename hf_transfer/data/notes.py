@@ -41,10 +41,7 @@ def notes_on_draws(
             f" {config.seed}), and {len(train):,} are left to train on."
         )
     if test is None:
-        notes.append(
-            "There is no test split, so no test result. Validation metrics are optimistic, as the settings were chosen by them."
-            " Keep some labeled images aside as a test split."
-        )
+        notes.append("There is no test split, so no test result. Keep some labeled images aside as a test split.")
     return notes
 
 

@@ -47,6 +47,10 @@ class ImageSource(ABC):
     def content(self, row: int) -> bytes:
         """Returns bytes that identify the image and are equal on every machine with the same data."""
 
+    def encoded(self, row: int) -> bytes | None:
+        """Returns the bytes of the image file; None for pixels in memory. Raises BadImageError if they cannot be read."""
+        return self.content(row)
+
     def image(self, row: int) -> Image.Image:
         """Returns the image in mode RGB.
 
@@ -250,6 +254,10 @@ class ArraySource(TableSource):
         """Returns the shape and the pixels of the image as bytes, as `PixelSource` does."""
         return _pixel_bytes(self._pixels(row))
 
+    def encoded(self, row: int) -> None:
+        """Returns None, since the pixels are not encoded."""
+        return
+
     def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
         """Returns the whole image in mode RGB, and its width and height."""
         image = read_image(Image.fromarray(self._pixels(row)), self._where(row))
@@ -294,6 +302,10 @@ class PixelSource(ImageSource):
         """Returns the shape and the pixels of the image as bytes."""
         return _pixel_bytes(self._pixels[row])
 
+    def encoded(self, row: int) -> None:
+        """Returns None, since the pixels are not encoded."""
+        return
+
     def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
         """Returns the whole image in mode RGB, and its width and height."""
         image = read_image(Image.fromarray(self._pixels[row]), self.name(row))
@@ -318,6 +330,11 @@ class JoinedSource(ImageSource):
         """Returns the bytes that identify the image in its own source."""
         source, own = self._find(row)
         return source.content(own)
+
+    def encoded(self, row: int) -> bytes | None:
+        """Returns the bytes of the image file that the image's own source has."""
+        source, own = self._find(row)
+        return source.encoded(own)
 
     def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
         """Returns the image as its own source does."""

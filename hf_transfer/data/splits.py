@@ -104,6 +104,13 @@ class Split:
         except BadImageError as error:
             raise _with_remedy(error) from error
 
+    def encoded(self, i: int) -> bytes | None:
+        """Returns the bytes of the file of image `i`; None for pixels in memory. Raises the errors of `image`."""
+        try:
+            return self.source.encoded(int(self.rows[i]))
+        except BadImageError as error:
+            raise _with_remedy(error) from error
+
     def image_name(self, i: int) -> str:
         """Returns the path of image `i` inside the dataset, or its row in the stored split, such as "row 17"."""
         return self.source.name(int(self.rows[i]))

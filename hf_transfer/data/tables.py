@@ -25,6 +25,7 @@ from huggingface_hub.file_download import repo_folder_name
 from hf_transfer.data.columns import find_columns, holds_paths, holds_pixels, read_labels
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import fetch_license
+from hf_transfer.data.nearby import describe_missing
 from hf_transfer.data.path_columns import read_paths
 from hf_transfer.data.rows import Cells, Rows, divide, read_groups, select_rows
 from hf_transfer.data.sources import ArraySource, ImageSource, TableSource
@@ -42,13 +43,13 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
     """Reads the Hub dataset `id[:config][@revision]`, from the local cache when offline.
 
     Raises:
-        ValueError: `dataset` is not an id, the Hub has no such dataset, config or revision, or the dataset cannot be read.
-        ConnectionError: the Hub cannot be reached and the cache does not have the dataset.
+        ValueError: `dataset` is not an id, the Hub has no such dataset, config or revision, or cannot be reached and the cache
+            does not have the dataset, or the dataset cannot be read.
     """
     match = _HUB_ID.fullmatch(dataset)
     if match is None:
         raise ValueError(
-            f"dataset={dataset!r} is neither a folder or file on this machine nor a Hub id;"
+            f"dataset={dataset!r}: {describe_missing(dataset)}, and no Hub id;"
             " a Hub id has the form owner/name, owner/name:config or owner/name:config@revision"
         )
     hub_id, config, revision = match["id"], match["config"], match["revision"]
@@ -63,14 +64,14 @@ def read_hub(dataset: str, columns: Columns) -> StoredData:
             tables = builder.as_dataset()
     except DatasetNotFoundError as error:
         raise ValueError(
-            f"dataset={dataset!r} is not a folder or file on this machine: {error} Check the spelling; for a"
-            " private or gated dataset run `hf auth login`"
+            f"dataset={dataset!r}: {describe_missing(dataset)}, and no data set of this name on the Hub: {error} Check the"
+            " spelling; for a private or gated dataset run `hf auth login`"
         ) from error
     except (ConnectionError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ConnectionError(
-            f"dataset={dataset!r} is not a folder or file on this machine, is not in the local cache,"
-            f" and the Hub cannot be reached ({error}). Give the path of a folder that exists, or run"
-            " once online (HF_HUB_OFFLINE unset) to fill the cache"
+        raise ValueError(
+            f"dataset={dataset!r}: {describe_missing(dataset)}, and no data set of this name could be read from the Hub: it"
+            f" is not in the local cache, and the Hub cannot be reached ({error}). Give the path of a folder that exists, or"
+            " run once online (HF_HUB_OFFLINE unset) to fill the cache"
         ) from error
     except RuntimeError as error:
         if "script" not in str(error):
@@ -212,12 +213,12 @@ def _with_cause(error: Exception) -> str:
 
 
 def _notes_on_cache(builder: Any, hub_id: str, revision: str | None, commit: str | None) -> tuple[str, ...]:
-    """Returns a note if `datasets` read its cache. Raises ConnectionError if the cache may contain another revision."""
+    """Returns a note if `datasets` read its cache. Raises ValueError if the cache may contain another revision."""
     if not isinstance(builder, Cache):
         return ()
     is_same = revision is None or (commit is not None and len(revision) >= 7 and commit.startswith(revision))
     if not is_same:
-        raise ConnectionError(
+        raise ValueError(
             f"the Hub cannot be reached to check that revision {revision!r} of {hub_id} is the revision in the local cache,"
             f" {commit or 'unknown'}; use the cached revision with --dataset {hub_id}@{commit}, or try again online"
         )

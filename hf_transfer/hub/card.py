@@ -1,7 +1,8 @@
 """Writes the model card from a run's results: what the model is, how to load it, its metrics, its origin and its limits.
 
-The card is saved beside the weights, with the placeholder FOLDER for the model's location. `address_card` replaces FOLDER by
-the repository and adds the result of the verification. All other text stays, including text that the owner added by hand.
+The card is saved beside the weights, with the placeholder FOLDER for the model's location. In a dry run, `record_verified` adds
+the result of the verification. For the push, `address_card` adds it too, and replaces FOLDER by the repository. All other text
+stays, including text that the owner added by hand.
 """
 
 import math
@@ -30,15 +31,16 @@ from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.formats import format_percent, make_environment
 from hf_transfer.reporting.label_table import lay_out_labels, name_labels
 from hf_transfer.reporting.report_results import explain_validation, find_metrics
-from hf_transfer.reporting.sentences import describe_precision, describe_repeats
+from hf_transfer.reporting.sentences import describe_repeats
 from hf_transfer.reporting.verdict import describe_kept_model
 
 MAX_TABLE_CLASSES = 50  # with more classes, the card lists only the classes with the lowest recall
 MIN_TRAIN_IMAGES = 20  # per class; the card warns of classes with fewer training images
 MIN_SCORED_IMAGES = 10  # per class in the scored split; the card warns of classes with fewer scored images
 POOR_CALIBRATION = 0.05
+_CHECKED = re.compile(r"^<!-- checked -->$.*?^<!-- /checked -->$", re.DOTALL | re.MULTILINE)
 
-__all__ = ["OUR_TAG", "address_card", "make_card"]
+__all__ = ["OUR_TAG", "address_card", "make_card", "record_verified"]
 
 
 def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> ModelCard:
@@ -78,20 +80,23 @@ def address_card(text: str, repo_id: str, revision: str | None, verified: Sequen
     text = re.sub(r"^<!-- local -->$.*?^<!-- /local -->\n*", "", text, flags=re.DOTALL | re.MULTILINE)
     text = text.replace("local-dir:FOLDER", f"hf-hub:{repo_id}{suffix}")
     text = text.replace('"FOLDER"', f'"{repo_id}", revision="{revision}"' if revision else f'"{repo_id}"')
+    return _CHECKED.sub(lambda _: _describe_verified(verified), text)
+
+
+def record_verified(text: str, verified: Sequence[Verified]) -> str:
+    """Returns the text of the local card with the results of `verified`, which the next verification replaces."""
+    return _CHECKED.sub(lambda _: f"<!-- checked -->\n{_describe_verified(verified)}\n<!-- /checked -->", text)
+
+
+def _describe_verified(verified: Sequence[Verified]) -> str:
     checks = "\n".join(
         f"- {each.library}: logits differ by at most {each.logits:.1g} (relative to the largest logit), normalized pixels "
         f"by {each.pixels:.1g}; label names agree"
         for each in verified
     )
-    # The replacement is a function, because backslashes in a replacement text would be interpreted.
-    return re.sub(
-        r"^<!-- checked -->$.*?^<!-- /checked -->$",
-        lambda _: (
-            "Before the push, a fresh process without hf_transfer loaded this model and compared it with the trained network "
-            f"on real images of the scored split:\n\n{checks}"
-        ),
-        text,
-        flags=re.DOTALL | re.MULTILINE,
+    return (
+        "A fresh process without hf_transfer loaded this model and compared it with the trained network on real images of the "
+        f"scored split:\n\n{checks}"
     )
 
 
@@ -131,15 +136,9 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
     rows = scores.get("per_class", [])
     scored = {row["label"]: row["support"] for row in rows if row["support"] < MIN_SCORED_IMAGES}
     limits = ["Metrics are for images from the same source as the training images; expect less for other images."]
-    if scores.get("accuracy") == 1.0:
-        limits.append(
-            "The model made no mistake on these images: only the interval of the accuracy shows how rare mistakes may be."
-        )
     if split != "test":
         limits.append(explain_validation(scores))
     limits += [f"{line}." for line in describe_repeats(results)]
-    if precision := describe_precision(scores):
-        limits.append(precision)
     if results["details"].get("fine_tuned") is False:
         limits.append("The layers were trained one at a time and never together, because there was no fine-tuning.")
     word = "classes" if name_labels(scores) == "Class" else "labels"

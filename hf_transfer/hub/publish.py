@@ -7,7 +7,7 @@ not sent again (LFS recognizes their content), and the model appears in one comm
 import logging
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 
 from hf_transfer.config import split_repo_id
 from hf_transfer.hub.attempts import Attempts, PushError, RefusedPushError, no_write_access
-from hf_transfer.hub.card import OUR_TAG, address_card
+from hf_transfer.hub.card import OUR_TAG, address_card, record_verified
 from hf_transfer.hub.card_images import EXAMPLES, draw_examples, insert_examples
 from hf_transfer.hub.exports import verify_exports
 from hf_transfer.hub.save import save_model
@@ -57,7 +57,7 @@ class PublishOptions:
     overwrite: bool = False  # replace a card that hf_transfer did not write
     without_fine_tuning: bool = False  # allow a greedy stack whose layers were never trained together
     publish_images: bool = False  # show photographs of the scored split in the card; otherwise no photograph is pushed
-    dry_run: bool = False  # verify the model and list the model's files, without calling the Hub
+    dry_run: bool = False  # verify the model, say so in its card, and list its files, without calling the Hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def publish(
 
     `run` is the output folder of a recipe, or its folder `model`. An adapter is first merged into its base, unless
     `adapter=True`. `base` is a folder or Hub id to load in place of the base that the adapter records. `token` defaults to the
-    token of `hf auth login`.
+    token of `hf auth login`. After a dry run, the card in the folder says what was verified.
 
     Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME or an adapter's base is unreachable,
     VerificationError or ExportError if the saved model or an exported file differs from the measured model, and PushError
@@ -124,7 +124,9 @@ def publish(
     if pictures is not None:
         files[EXAMPLES] = pictures[0]
     url = None
-    if not options.dry_run:
+    if options.dry_run:
+        _update_card(model / CARD, verified)
+    else:
         command = publish_command(run, repo_id, options, adapter=adapter, base=base)
         attempt = Attempts(repo_id, f"Nothing is lost, because the run is on this disk. Repeat: {command}")
         revision = options.revision or branch
@@ -187,6 +189,14 @@ def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base:
         ) from error
     save_model(merged, results, run / MERGED)
     return run / MERGED
+
+
+def _update_card(card: Path, verified: Sequence[Verified]) -> None:
+    """Writes the results of the verification to the card beside the weights, if that folder is writable."""
+    try:
+        card.write_text(record_verified(card.read_text(encoding="utf-8"), verified), encoding="utf-8")
+    except OSError as error:
+        log.warning("%s: the card beside the weights stays without the verification (%s)", card, error.strerror)
 
 
 def _open_repository(target: _Target, options: PublishOptions) -> None:

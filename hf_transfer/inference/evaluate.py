@@ -1,19 +1,27 @@
 """Computes the metrics of a saved classifier on a labeled data set."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from hf_transfer.config import ComputeConfig, DataConfig, ExportPrecision
 from hf_transfer.data.dataset import load_splits
+from hf_transfer.data.seen import count_seen, read_seen
+from hf_transfer.data.splits import Split
 from hf_transfer.inference.load import InferenceEngine, load_for_engine
 from hf_transfer.metrics.records import Metrics
+from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.targets.target import Target
 from hf_transfer.training.evaluate import compute_checked_logits
+
+log = logging.getLogger(__name__)
 
 DEFAULT_COMPUTE = ComputeConfig()
 ALL = "all"  # all labeled images of the data set
@@ -52,7 +60,8 @@ def evaluate(
     """Returns the metrics of a saved classifier on one split of a data set, or on all its labeled images (the default).
 
     The data set's labels are matched to the model's labels by name, and may be a subset in any order. `compute` chooses the
-    engine. Raises ValueError if the data set does not store the split, or has a label that the model lacks.
+    engine. If images of the run that trained the model are among them, a warning and a note of the metrics say how many.
+    Raises ValueError if the data set does not store the split, or has a label that the model lacks.
     """
     return evaluate_split(checkpoint, data, split=split, compute=compute, trust_remote_code=trust_remote_code).metrics
 
@@ -71,6 +80,7 @@ def evaluate_split(
 
     `engine`: in place of the engine of `compute`; it may be an exported file (see `load_for_engine`).
     """
+    seen = read_seen(checkpoint)
     backbone, own_engine = load_for_engine(
         checkpoint, engine or compute.engine, precision=export_precision, trust_remote_code=trust_remote_code
     )
@@ -79,7 +89,9 @@ def evaluate_split(
     chosen = [each for name, each in splits.items() if split in (name, ALL)]
     if not chosen:
         raise ValueError(
-            f"split={split!r}: the data set {data.dataset} has no labeled split of this name; choose {', '.join(splits)} or all"
+            f"split={split!r}: the data set {data.dataset} has no labeled split of this name, only {', '.join(splits)}; name "
+            f"a stored split with --{split}_split, give images that the run has not seen as --dataset and omit --split, or"
+            f" choose --split {next(iter(splits))}"
         )
     resources = Resources(accelerator=Accelerator(), compute=compute)
     preprocessing = backbone.preprocessing
@@ -94,4 +106,20 @@ def evaluate_split(
     scored = [compute_checked_logits(backbone.model, each, resources, engine) for each in images]
     logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
     metrics = backbone.target.compute_metrics(logits, labels, seed=data.seed)
+    if seen is not None and (warning := _warn_of_seen(seen, chosen, resources)):
+        metrics = replace(metrics, notes=(*metrics.notes, warning))
     return Evaluation(split=split, target=backbone.target, metrics=metrics)
+
+
+def _warn_of_seen(seen: NDArray[np.uint64], splits: Sequence[Split], resources: Resources) -> str:
+    """Logs and returns a sentence if images of `splits` are among those that the run has `seen`; otherwise returns ""."""
+    share_digests(splits, resources)
+    num_seen, num_images = count_seen(seen, splits), sum(map(len, splits))
+    if not num_seen:
+        return ""
+    warning = (
+        f"{num_seen:,} of these {num_images:,} images trained or selected the model of this run, so the metrics are optimistic:"
+        " evaluate images that the run has not seen, with --split test or another --dataset"
+    )
+    log.warning("%s", warning)
+    return warning

@@ -4,7 +4,7 @@ The resamples depend only on the number of images and the seed, so the interval 
 images is the `mean_interval` of the differences per image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -39,3 +39,21 @@ def find_interval(values: NDArray[np.float64]) -> Interval:
     tail = (1 - CONFIDENCE_LEVEL) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def drop_empty(intervals: Mapping[str, Interval], num_images: int) -> tuple[dict[str, Interval], tuple[str, ...]]:
+    """Returns the intervals of positive width, and a sentence about the others if there are any.
+
+    A metric that is the same in all resamples, such as the macro-F1 of a model without mistakes, would differ on other images.
+
+    >>> drop_empty({"macro_f1": (1.0, 1.0), "nll": (0.1, 0.2)}, 12)[0]
+    {'nll': (0.1, 0.2)}
+    """
+    empty = [name.replace("_", " ") for name, (low, high) in intervals.items() if low == high]
+    if not empty:
+        return dict(intervals), ()
+    note = (
+        f"No interval is given for {', '.join(empty)}: every resample of these {num_images:,} images gives the same value, so "
+        "a bootstrap cannot say how much other images would change it."
+    )
+    return {name: bounds for name, bounds in intervals.items() if bounds[0] != bounds[1]}, (note,)

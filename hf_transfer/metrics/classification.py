@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_transfer.metrics.arrays import describe_broken, to_numpy
-from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, find_interval, resample_indices
+from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, drop_empty, find_interval, resample_indices
 from hf_transfer.metrics.formulas import (
     ClassCounts,
-    binomial_interval,
     calibration_error,
     confusion_matrix,
     count_classes,
+    count_images_to_tell_apart,
+    find_exact_interval,
     negative_log_likelihood,
     score_classes,
     top_k_accuracy,
@@ -28,7 +29,7 @@ from hf_transfer.metrics.formulas import (
 from hf_transfer.metrics.records import Interval, Metrics, Score
 
 TOP_K = 5
-FEW_IMAGES = 30  # images below which a bootstrap interval of the accuracy is too narrow
+COMPARED_DIFFERENCE = 0.03  # of accuracy: two models that differ by this much should be told apart
 _MAX_NAMED = 10  # a note lists at most this many classes by name
 
 
@@ -76,7 +77,8 @@ def score(
     `resamples`: the number of bootstrap resamples; 0 computes no intervals. A class without an image in the split gets a note
     instead of precision, recall and F1. Balanced accuracy and macro-F1 average over the classes that are present in the split
     or in the resample. Among equal logits, the lower class index wins. The interval of the accuracy is the exact binomial one
-    for fewer than 30 images, and for an accuracy of 0 or 100 %: a bootstrap cannot draw mistakes that did not occur.
+    for fewer than 30 images, and for an accuracy of 0 or 100 %: a bootstrap cannot draw mistakes that did not occur. A metric
+    that is the same in all resamples gets a note instead of an interval.
 
     >>> score(np.eye(2), np.array([0, 0]), ("cat", "dog"), resamples=0).accuracy
     0.5
@@ -91,14 +93,36 @@ def score(
     if resamples < 0:
         raise ValueError(f"resamples={resamples}: choose 0 (no confidence intervals) or a positive number")
     values, tables = _compute(outcomes, num_classes)
+    intervals, of_intervals = drop_empty(
+        _find_intervals(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {},
+        len(outcomes.labels),
+    )
+    precision = describe_precision(values["accuracy"], intervals.get("accuracy"), len(outcomes.labels))
     rows = [{"label": name, **row} for name, row in zip(label_names, tables["per_class"], strict=True)]
     return Metrics(
         values=values,
-        intervals=_find_intervals(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {},
+        intervals=intervals,
         details={**tables, "per_class": rows},
         num_samples=len(outcomes.labels),
         score=outcomes.score,
-        notes=_note_absent_classes(rows),
+        notes=(*_note_absent_classes(rows), *of_intervals, *([precision] if precision else [])),
+    )
+
+
+def describe_precision(accuracy: float, interval: Interval | None, num_images: int) -> str:
+    """Returns a sentence that says how many images tell two models apart, if these are too few for 3 points; otherwise "".
+
+    >>> describe_precision(0.9, (0.86, 0.94), 200)
+    'With 200 images, the 95 % interval of the accuracy is 8.0 points wide. To tell two models apart that differ by 3 points, \
+about 1,570 images are needed.'
+    """
+    needed = count_images_to_tell_apart(accuracy, COMPARED_DIFFERENCE)
+    if interval is None or needed <= num_images:
+        return ""
+    images = "1 image" if num_images == 1 else f"{num_images:,} images"
+    return (
+        f"With {images}, the 95 % interval of the accuracy is {100 * (interval[1] - interval[0]):.1f} points wide. To tell two "
+        f"models apart that differ by {100 * COMPARED_DIFFERENCE:.0f} points, about {needed:,} images are needed."
     )
 
 
@@ -170,9 +194,8 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
 def _find_intervals(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, Interval]:
     """Returns the bootstrap intervals, with an exact one of the accuracy where a bootstrap is too narrow."""
     intervals = _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples)
-    num_right, count = int(outcomes.hits.sum()), len(outcomes.hits)
-    if count < FEW_IMAGES or num_right in (0, count):
-        intervals["accuracy"] = binomial_interval(num_right, count)
+    if exact := find_exact_interval(outcomes.hits):
+        intervals["accuracy"] = exact
     return intervals
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 CALIBRATION_BINS = 15
 RELATIVE_WIDTH = 1e-12  # of the interval in which `find_share` has its result
+FEW_IMAGES = 30  # images below which a bootstrap interval of a share is too narrow
 Z_SIGNIFICANCE, Z_POWER = 1.96, 0.8416  # normal quantiles: 5 % level (two-sided), and a power of 80 %
 
 
@@ -100,13 +101,14 @@ def calibration_error(confidences: NDArray[np.float64], hits: NDArray[np.bool_])
 def count_images_to_tell_apart(accuracy: float, difference: float) -> int:
     """Returns how many test images show, in 4 of 5 cases, that two models differ in accuracy by `difference`, at the 5 % level.
 
-    The models have about `accuracy`, and their mistakes are independent (two-sided test of two proportions). Models that share
-    most mistakes need fewer images.
+    The models have about `accuracy`, taken as 1 to 99 %, and their mistakes are independent (two-sided test of two
+    proportions). Models that share most mistakes need fewer images.
 
     >>> count_images_to_tell_apart(0.9, 0.02)
     3533
     """
-    return math.ceil(2 * accuracy * (1 - accuracy) * ((Z_SIGNIFICANCE + Z_POWER) / difference) ** 2)
+    expected = min(max(accuracy, 0.01), 0.99)
+    return math.ceil(2 * expected * (1 - expected) * ((Z_SIGNIFICANCE + Z_POWER) / difference) ** 2)
 
 
 def binomial_interval(successes: int, count: int) -> tuple[float, float]:
@@ -117,6 +119,12 @@ def binomial_interval(successes: int, count: int) -> tuple[float, float]:
     """
     low = find_share(successes - 1, count, 0.975) if successes else 0.0
     return low, find_share(successes, count, 0.025)
+
+
+def find_exact_interval(hits: NDArray[np.bool_]) -> tuple[float, float] | None:
+    """Returns the exact 95 % interval of the share of `hits` (N,) where a bootstrap is too narrow; None elsewhere."""
+    num_right, count = int(hits.sum()), len(hits)
+    return binomial_interval(num_right, count) if count < FEW_IMAGES or num_right in (0, count) else None
 
 
 def find_share(most: int, count: int, probability: float) -> float:

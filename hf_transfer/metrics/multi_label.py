@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.metrics.arrays import check_finite, mean_of_known
-from hf_transfer.metrics.bootstrap import find_interval, resample_indices
+from hf_transfer.metrics.bootstrap import drop_empty, find_interval, resample_indices
+from hf_transfer.metrics.formulas import find_exact_interval
 from hf_transfer.metrics.records import Metrics, Score
 
 NAMES = ("mean_average_precision", "log_loss")
@@ -87,9 +88,12 @@ def score(
         f"{len(absent)} of {len(names)} labels occur in no image of this split, or in all ({', '.join(absent[:10])}), and so "
         "have no average precision. Macro averages are over the other labels.",
     )
+    intervals, of_intervals = drop_empty(
+        _find_intervals(outcomes, predicted, seed=seed, resamples=resamples) if resamples else {}, len(labels)
+    )
     return Metrics(
         values=values,
-        intervals=_bootstrap(outcomes, predicted, seed=seed, resamples=resamples) if resamples else {},
+        intervals=intervals,
         details={
             "per_class": [
                 {"label": name, "threshold": threshold, **row}
@@ -98,7 +102,7 @@ def score(
         },
         num_samples=len(labels),
         score=outcomes.score,
-        notes=notes if absent else (),
+        notes=(*(notes if absent else ()), *of_intervals),
     )
 
 
@@ -114,7 +118,7 @@ def _compute(
         NAMES[0]: scored.quality,
         "f1_micro": float(f1_micro[0]),
         "f1_macro": float(f1_macro[0]),
-        "exact_match": float(((predicted == (labels == 1)) | np.isnan(labels)).all(1).mean()),
+        "exact_match": float(_match_exactly(predicted, labels).mean()),
         "nll": scored.loss,
     }
     rows = [
@@ -144,12 +148,27 @@ def _f1(hits: NDArray[Any], support: NDArray[Any], chosen: NDArray[Any]) -> tupl
     return micro, (each * occurs).sum(1) / np.maximum(occurs.sum(1), 1)
 
 
+def _match_exactly(predicted: NDArray[np.bool_], labels: Floats) -> NDArray[np.bool_]:
+    """Returns whether all known labels of each image (N,) are predicted right."""
+    return np.asarray(((predicted == (labels == 1)) | np.isnan(labels)).all(1))
+
+
+def _find_intervals(
+    outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], *, seed: int, resamples: int
+) -> dict[str, tuple[float, float]]:
+    """Returns the bootstrap intervals, with an exact one of the exact matches where a bootstrap is too narrow."""
+    intervals = _bootstrap(outcomes, predicted, seed=seed, resamples=resamples)
+    if exact := find_exact_interval(_match_exactly(predicted, outcomes.labels)):
+        intervals["exact_match"] = exact
+    return intervals
+
+
 def _bootstrap(
     outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], *, seed: int, resamples: int
 ) -> dict[str, tuple[float, float]]:
     logits, labels, losses = outcomes.logits, outcomes.labels, outcomes.losses
     drawn: dict[str, list[float]] = {name: [] for name in (NAMES[0], "f1_micro", "f1_macro", "exact_match", "nll")}
-    exact = ((predicted == (labels == 1)) | np.isnan(labels)).all(1)
+    exact = _match_exactly(predicted, labels)
     sorted_by = np.argsort(-logits, axis=0, kind="stable")
     for indices in resample_indices(len(labels), seed=seed, resamples=resamples):
         for rows in indices:

@@ -8,7 +8,11 @@ from hf_transfer.config import SelectBy
 
 Interval = tuple[float, float]
 _TITLES = {"log_loss": "log-loss", "r2": "R2"}
-_SHARES = frozenset({"accuracy", "mean_average_precision"})  # qualities that are shown in percent
+SHARES = frozenset({
+    "accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "ece", "mean_average_precision", "f1_micro", "f1_macro",
+    "exact_match", "ordered_pairs_of_labels",
+})  # fmt: skip
+"""The metrics, and qualities of images, that are shown in percent. All others are shown as numbers."""
 INTERVAL = "_interval"  # the end of the name of an interval in results.json
 
 
@@ -81,7 +85,7 @@ class Score:
     @property
     def is_share(self) -> bool:
         """Whether the quality is a share, such as accuracy, which is shown in percent."""
-        return self.names[0] in _SHARES
+        return self.names[0] in SHARES
 
     @classmethod
     def from_dict(cls, values: Mapping[str, float]) -> "Score":

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.metrics.arrays import check_finite, mean_of_known
-from hf_transfer.metrics.bootstrap import find_interval, resample_indices
+from hf_transfer.metrics.bootstrap import drop_empty, find_interval, resample_indices
 from hf_transfer.metrics.records import Metrics, Score
 
 NAMES = ("r2", "squared_error")
@@ -60,13 +60,16 @@ def score(outcomes: RegressionOutcomes, names: Sequence[str], *, seed: int, resa
         {"label": name, **{key: None if np.isnan(each[key][k]) else float(each[key][k]) for key in KEYS}}
         for k, name in enumerate(names)
     ]
+    intervals, of_intervals = drop_empty(
+        _bootstrap(outcomes, seed=seed, resamples=resamples) if resamples else {}, len(outcomes.labels)
+    )
     return Metrics(
         values={key: mean_of_known(each[key]) for key in KEYS},
-        intervals=_bootstrap(outcomes, seed=seed, resamples=resamples) if resamples else {},
+        intervals=intervals,
         details={"per_number": rows},
         num_samples=len(outcomes.labels),
         score=outcomes.score,
-        notes=notes if constant else (),
+        notes=(*(notes if constant else ()), *of_intervals),
     )
 
 

@@ -11,7 +11,7 @@ plain `AutoImageProcessor`, whatever the order of its steps:
 
 `load_preprocessing` decides between the three cases by comparing outputs on images of six sizes.
 
-`Preprocessing.fast` is a faster approximation. A saved model never uses it.
+`Preprocessing.fast` is a faster approximation, and `Preprocessing.on_device` is for batches. A saved model uses neither.
 """
 
 import copy
@@ -35,7 +35,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import CenterCrop, Resize
 
+from hf_transfer.capability import jpeg_device
 from hf_transfer.config import Decoder
+from hf_transfer.costs import DecodeCounts
 from hf_transfer.network import resizing
 from hf_transfer.network.ragged import resize_together
 from hf_transfer.network.timm_processor import find_timm_processor
@@ -127,6 +129,8 @@ class Preprocessing:
     resize: Callable[[Image.Image], Pixels] = field(repr=False)  # takes an RGB image or, for one channel, a gray image
     native_resize: Callable[[Image.Image], Pixels] | None = field(default=None, repr=False)  # by torch, if possible
     least_px: int | None = None  # images may be reduced to sides of at least this many pixels; None: not reduced
+    decode_device: torch.device | None = None  # where JPEGs are decoded and resized together; None: one by one
+    decoded: DecodeCounts | None = field(default=None, repr=False, compare=False)  # counts images of `decode_device`
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -145,7 +149,7 @@ class Preprocessing:
     def pixels_together(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns decoded images (H, W, channels) uint8 of any sizes as pixels (B, height, width, channels), on their device.
 
-        They differ from `pixels` by at most one level. Nothing calls this yet, since it has not been measured on a GPU.
+        On a device with float64 they equal `pixels` to the bit.
 
         Raises:
             ValueError: the preprocessing does more than resize with a bilinear or bicubic filter and crop the center.
@@ -158,9 +162,28 @@ class Preprocessing:
         resized = [_find_size(image.shape[0], image.shape[1], steps["sizes"]) for image in images]
         return resize_together(images, resized, steps["crop"], steps["kernel"])
 
-    def decoded_by(self, decoder: Decoder) -> "Preprocessing":
-        """Returns this preprocessing, or its fast approximation for the decoder `fast`."""
+    def decoded_by(self, decoder: Decoder, device: torch.device, counts: DecodeCounts | None = None) -> "Preprocessing":
+        """Returns this preprocessing as `decoder` computes it. `device`: of the network; `counts`: counts decoded images."""
+        if decoder == "device":
+            return self.on_device(device, counts)
         return self.fast if decoder == "fast" else self
+
+    @property
+    def resizes_together(self) -> bool:
+        """Whether `pixels_together` can compute the pixels of RGB images."""
+        return isinstance(self.native_resize, partial) and self.channels == 3
+
+    def on_device(self, device: torch.device, counts: DecodeCounts | None = None) -> "Preprocessing":
+        """Returns this preprocessing for images that are decoded and resized together, on a GPU of CUDA or else on the CPU.
+
+        nvJPEG interpolates colors in another way than the decoder of the CPU, so cache keys differ. Preprocessing that does
+        more than resize and crop RGB images stays as it is.
+        """
+        if not self.resizes_together:
+            return self
+        device = jpeg_device(device)
+        version = f"device {device.type}, torchvision {importlib.metadata.version('torchvision')}"
+        return replace(self, decode_device=device, decoded=counts, spec={**self.spec, "decoder": version})
 
     @cached_property
     def fast(self) -> "Preprocessing":

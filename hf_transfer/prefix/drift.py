@@ -1,4 +1,4 @@
-"""Measures by how much the pixels of the fast decoder differ from the pixels of a checkpoint's published preprocessing."""
+"""Measures by how much the pixels of another decoder differ from the pixels of a checkpoint's published preprocessing."""
 
 import logging
 from dataclasses import dataclass
@@ -28,13 +28,14 @@ class Drift:
 
 
 def measure_drift(split: Split, preprocessing: Preprocessing, resources: Resources) -> Drift:
-    """Returns the differences between fast and exact pixels of up to MEASURED_IMAGES images, spread over the split."""
+    """Returns the differences between the decoder's and exact pixels of up to MEASURED_IMAGES images, spread over the split."""
     rows = np.unique(np.linspace(0, len(split) - 1, MEASURED_IMAGES).astype(np.int64))
-    exact, fast = (
+    decoder = resources.compute.decoder
+    exact, decoded = (
         read_all_pixels(EvaluationImages(split=split, preprocessing=each), rows, resources).astype(np.float32)
-        for each in (preprocessing, preprocessing.fast)
+        for each in (preprocessing, preprocessing.decoded_by(decoder, resources.device))
     )
-    differences = np.abs(exact - fast)
+    differences = np.abs(exact - decoded)
     drift = Drift(
         num_images=len(rows),
         largest=float(differences.max()),
@@ -44,8 +45,8 @@ def measure_drift(split: Split, preprocessing: Preprocessing, resources: Resourc
     )
     if resources.accelerator.is_main_process:
         log.info(
-            "decoder fast: on %d %s images, pixels differ from the published pixels by up to %.3g %s, by %.2g on average; "
+            "decoder %s: on %d %s images, pixels differ from the published pixels by up to %.3g %s, by %.2g on average; "
             "%.2f %% of the values differ",
-            drift.num_images, split.name, drift.largest, drift.unit, drift.mean, 100 * drift.share,
+            decoder, drift.num_images, split.name, drift.largest, drift.unit, drift.mean, 100 * drift.share,
         )  # fmt: skip
     return drift

@@ -1,13 +1,14 @@
 """Reads images by number: threads decode them to pixels, and the device turns the pixels into the network's input.
 
 Evaluation uses exactly the pixels of the checkpoint's preprocessing, unless the preprocessing is a fast approximation (`decoder
-fast`). For training, each image is decoded once and resized by torch to a larger uint8 RGB square, from which each epoch draws
-its own augmentation. Stored pixels are memory-mapped, so training epochs neither decode images nor hold them in memory.
+fast`) or decodes the files of a batch together (`decoder device`). For training, each image is decoded once and resized by
+torch to a larger uint8 RGB square, from which each epoch draws its own augmentation. Stored pixels are memory-mapped, so
+training epochs neither decode images nor hold them in memory.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.storage import Storage
 from hf_transfer.prefix.store import SelectedStore, Store
+from hf_transfer.prefix.together import Fetched, decode, fetch
 from hf_transfer.threads import open_workers
 
 log = logging.getLogger(__name__)
@@ -83,7 +85,22 @@ class EvaluationImages:
         """Returns pixels (b, H, W, C), resized and cropped."""
         if self.store is not None:
             return self.store[rows]
+        if self.decodes_together:
+            return self.decode(self.fetch(rows)).cpu().numpy()
         return np.stack([read_evaluation_pixels(self.split, self.preprocessing, int(i)) for i in rows])
+
+    @property
+    def decodes_together(self) -> bool:
+        """Whether the files of a batch are decoded together, on a device."""
+        return self.store is None and self.preprocessing.decode_device is not None
+
+    def fetch(self, rows: NDArray[np.int64]) -> list[Fetched]:
+        """Reads the files, so that `decode` can decode them together. Several threads call this method."""
+        return [fetch(self.split, self.preprocessing, int(i)) for i in rows]
+
+    def decode(self, fetched: Sequence[Fetched]) -> torch.Tensor:
+        """Returns the pixels (b, H, W, C) of fetched images on the device that decodes them."""
+        return decode(fetched, self.split, self.preprocessing)
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64]) -> torch.Tensor:
         """Returns normalized images (b, C, H, W)."""
@@ -197,12 +214,15 @@ def read_evaluation_pixels(split: Split, preprocessing: Preprocessing, i: int) -
 def store_evaluation_pixels(split: Split, preprocessing: Preprocessing, resources: Resources) -> EvaluationImages:
     """Decodes the split once to exactly the pixels that evaluation uses, and stores the pixels."""
 
-    def read(source: Split, i: int) -> dict[str, NDArray[Any]]:
-        return {"pixels": read_evaluation_pixels(source, preprocessing, i)}
+    def read(source: Split, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        return {"pixels": EvaluationImages(split=source, preprocessing=preprocessing).read(rows)}
 
     key = {"kind": "evaluation pixels", "preprocessing": dict(preprocessing.spec)}
     decoding = _Decoding(
-        split=split, read=read, arrays={"pixels": (preprocessing.pixel_shape, preprocessing.pixel_type)}
+        split=split,
+        read=read,
+        arrays={"pixels": (preprocessing.pixel_shape, preprocessing.pixel_type)},
+        decodes_together=preprocessing.decode_device is not None,
     )
     stores = _decode(decoding, key, resources)
     return EvaluationImages(split=split, preprocessing=preprocessing, store=stores["pixels"])
@@ -222,9 +242,10 @@ def store_training_squares(
             f"choose {least} or more, or 0 for the default of {default_side_px(preprocessing)}"
         )
 
-    def read(source: Split, i: int) -> dict[str, NDArray[Any]]:
-        image, size = source.reduced_image(i, resizing.REDUCING_GAP * side_px)
-        return {"squares": resizing.resize(image, side_px, side_px, "bicubic"), "sizes": np.array(size, np.int32)}
+    def read(source: Split, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        images, sizes = zip(*(source.reduced_image(int(i), resizing.REDUCING_GAP * side_px) for i in rows), strict=True)
+        squares = [resizing.resize(image, side_px, side_px, "bicubic") for image in images]
+        return {"squares": np.stack(squares), "sizes": np.array(sizes, np.int32)}
 
     arrays = {"squares": ((side_px, side_px, 3), "uint8"), "sizes": ((2,), "int32")}
     decoding = _Decoding(split=split, read=read, arrays=arrays)
@@ -236,21 +257,22 @@ def store_training_squares(
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoding:
-    """The arrays that are stored for a split, and a function that decodes one image to this image's values in the arrays."""
+    """The arrays that are stored for a split, and a function that decodes images to their values in the arrays."""
 
     split: Split
-    read: Callable[[Split, int], dict[str, NDArray[Any]]]  # values by array name
+    read: Callable[[Split, NDArray[np.int64]], dict[str, NDArray[Any]]]  # values (b, ...) by array name
     arrays: Mapping[str, tuple[tuple[int, ...], str]]
+    decodes_together: bool = False  # whether many images at once are decoded faster than one by one
 
-    def decode(self, i: int) -> dict[str, NDArray[Any]]:
-        """Returns the values of image `i`, decoded now."""
-        return self.read(self.split, i)
+    def decode(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Returns the values of the images `rows`, decoded now."""
+        return self.read(self.split, rows)
 
     def check(self, stores: Mapping[str, Store]) -> set[str]:
         """Returns the names of the stores whose first or last row differs from what decoding gives now."""
         rows = np.unique([0, len(self.split) - 1])
-        decoded = [self.decode(int(i)) for i in rows]
-        return {n for n, s in stores.items() if not np.array_equal(s[rows], np.stack([each[n] for each in decoded]))}
+        decoded = self.decode(rows)
+        return {name for name, store in stores.items() if not np.array_equal(store[rows], decoded[name])}
 
     def fill(self, missing: MissingRows, resources: Resources) -> int:
         """Decodes the images of the missing rows in threads, and writes them. Returns the number of images."""
@@ -260,9 +282,8 @@ class _Decoding:
 
         def work(first: int) -> int:
             block = rows[first : first + ROWS_PER_TASK]
-            for i in block.tolist():
-                for name, value in self.decode(i).items():
-                    missing.arrays[name][i] = value
+            for name, values in self.decode(block).items():
+                missing.arrays[name][block] = values
             missing.mark(block)
             return len(block)
 
@@ -282,7 +303,8 @@ class _Decoder:
     """
 
     def __init__(self, decoding: _Decoding, num_workers: int) -> None:
-        self.decoding, self._pool = decoding, open_workers(count_threads(num_workers), "decode")
+        self._num_threads = count_threads(num_workers)
+        self.decoding, self._pool = decoding, open_workers(self._num_threads, "decode")
         self._remembered = {
             name: np.zeros((len(decoding.split), *shape), dtype)
             for name, (shape, dtype) in decoding.arrays.items()
@@ -293,19 +315,24 @@ class _Decoder:
     def read(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Returns the values of the images `rows` in the array `name`."""
         if name in self._remembered:
-            missing = np.unique(rows[~self._is_decoded[rows]])
-            for _ in self._pool.map(self._read_one, missing):
-                pass
+            self._read(np.unique(rows[~self._is_decoded[rows]]))
             return self._remembered[name][rows]
         shape, dtype = self.decoding.arrays[name]
-        values = [decoded[name] for decoded in self._pool.map(self._read_one, rows)]
-        return np.stack(values) if values else np.empty((0, *shape), dtype)
+        values = [decoded[name] for decoded in self._read(rows)]
+        return np.concatenate(values) if values else np.empty((0, *shape), dtype)
 
-    def _read_one(self, row: np.int64) -> dict[str, NDArray[Any]]:
-        values = self.decoding.decode(int(row))
+    def _read(self, rows: NDArray[np.int64]) -> list[dict[str, NDArray[Any]]]:
+        """Returns the values of the images `rows`, decoded in threads, in order."""
+        # Single images are shared out evenly; images that are decoded together should be many.
+        count = self._num_threads if self.decoding.decodes_together else len(rows)
+        parts = np.array_split(rows, min(count, len(rows))) if len(rows) else []
+        return list(self._pool.map(self._read_part, parts))
+
+    def _read_part(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        values = self.decoding.decode(rows)
         for name, remembered in self._remembered.items():
-            remembered[row] = values[name]
-        self._is_decoded[row] = True
+            remembered[rows] = values[name]
+        self._is_decoded[rows] = True
         return values
 
 

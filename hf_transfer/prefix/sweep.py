@@ -1,7 +1,8 @@
 """Runs a network, or its prefix (the layers before a cut), over many images.
 
-On a GPU, threads decode and resize the next images while the network runs (Pillow releases the interpreter lock). On a CPU,
-each thread decodes its own batches and runs the network on them.
+On a GPU, threads decode and resize the next images while the network runs (Pillow releases the interpreter lock); with `decoder
+device`, they only read the files, and one thread decodes the next batches on the GPU. On a CPU, each thread decodes its own
+batches and runs the network on them.
 """
 
 import itertools
@@ -18,9 +19,10 @@ from hf_transfer.config import Engine
 from hf_transfer.logs import open_bar
 from hf_transfer.prefix.allocator import keep_freed_memory
 from hf_transfer.prefix.engines import ModuleRunner, Runner, prepare
-from hf_transfer.prefix.pixels import Images
+from hf_transfer.prefix.pixels import EvaluationImages, Images
 from hf_transfer.prefix.resources import Resources, count_threads
 from hf_transfer.prefix.taps import BatchFunction, Extractor, Logits
+from hf_transfer.prefix.together import Fetched
 from hf_transfer.threads import open_workers, submit_ahead
 
 if TYPE_CHECKING:
@@ -51,13 +53,7 @@ def sweep(
             _sweep_on_cpu(runner, images, rows, write, resources, bar)
             return
         (function,) = runner.functions(1)
-        start, num_workers = 0, resources.compute.num_workers
-        for pixels in read_pixels(images, rows, batch_size=batch_rows(resources), num_workers=num_workers):
-            batch = rows[start : start + len(pixels)]
-            on_device = torch.from_numpy(pixels).to(resources.device, non_blocking=True)
-            write(start, function(images.prepare(on_device, batch)))
-            start += len(pixels)
-            bar.update(len(pixels))
+        _sweep_in_order(function, images, rows, write, resources, bar)
 
 
 def prepare_for(
@@ -100,6 +96,32 @@ def read_pixels(
             pool.shutdown(cancel_futures=True)  # cancels work after a bad image, or if the caller stops reading
 
 
+def read_together(
+    images: EvaluationImages, rows: NDArray[np.int64], *, batch_size: int, num_workers: int
+) -> Iterator[torch.Tensor]:
+    """Yields the pixels of the images numbered `rows` in order, in batches (b, H, W, C) on the device that decodes them.
+
+    Threads read the files of the next batches, and one thread decodes batches.
+    """
+    threads = count_threads(num_workers)
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    with ThreadPoolExecutor(1, "decode") as decoder, ThreadPoolExecutor(threads, "read") as pool:
+
+        def decode(parts: list[Future[list[Fetched]]]) -> torch.Tensor:
+            return images.decode([each for part in parts for each in part.result()])
+
+        def submit(batch: NDArray[np.int64]) -> Future[torch.Tensor]:
+            parts = [pool.submit(images.fetch, part) for part in np.array_split(batch, min(threads, len(batch)))]
+            return decoder.submit(decode, parts)
+
+        try:
+            for pixels in submit_ahead(batches, submit, BATCHES_AHEAD):
+                yield pixels.result()
+        finally:  # after a bad image, or if the caller stops reading
+            pool.shutdown(cancel_futures=True)
+            decoder.shutdown(cancel_futures=True)
+
+
 def read_all_pixels(images: Images, rows: NDArray[np.int64], resources: Resources) -> NDArray[Any]:
     """Returns the pixels (b, H, W, C) of the few images numbered `rows`, which threads decode."""
     return next(read_pixels(images, rows, batch_size=len(rows), num_workers=resources.compute.num_workers))
@@ -139,6 +161,28 @@ def to_fast_layout(activations: torch.Tensor, resources: Resources) -> torch.Ten
     if activations.ndim == 4 and resources.choices.channels_last:
         return activations.contiguous(memory_format=torch.channels_last)
     return activations
+
+
+def _sweep_in_order(
+    function: BatchFunction,
+    images: Images,
+    rows: NDArray[np.int64],
+    write: Write,
+    resources: Resources,
+    bar: "tqdm[Any]",
+) -> None:
+    """Runs `sweep` with one network, while threads read the next batches."""
+    start, size, num_workers = 0, batch_rows(resources), resources.compute.num_workers
+    if isinstance(images, EvaluationImages) and images.decodes_together:
+        batches = read_together(images, rows, batch_size=size, num_workers=num_workers)
+    else:
+        batches = map(torch.from_numpy, read_pixels(images, rows, batch_size=size, num_workers=num_workers))
+    for pixels in batches:
+        batch = rows[start : start + len(pixels)]
+        on_device = pixels.to(resources.device, non_blocking=True)
+        write(start, function(images.prepare(on_device, batch)))
+        start += len(pixels)
+        bar.update(len(pixels))
 
 
 def _sweep_on_cpu(

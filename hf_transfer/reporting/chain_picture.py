@@ -1,6 +1,5 @@
 """Describes, for the report, which layers of the chain each phase left frozen and which it trained."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,9 +42,12 @@ class ChainPicture:
         return sum(layer.num_parameters for layer in self.layers)
 
 
-def lay_out_chain(chain: Chain, plan: Sequence[Mapping[str, Any]]) -> ChainPicture | None:
+def lay_out_chain(
+    chain: Chain, plan: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]] = ()
+) -> ChainPicture | None:
     """Returns the drawing of the phases in `plan` (as in results.json), or None if a phase has a cut that is not in the chain.
 
+    `stages`: the stages of a greedy stack, as in `details` of results.json, which are the first phases.
     A plan has other cuts than the finished network if the network grew while it trained, as a greedy stack does.
     """
     starts = {layer.cut.name: i + 1 for i, layer in enumerate(chain.layers) if layer.cut is not None}
@@ -54,6 +56,8 @@ def lay_out_chain(chain: Chain, plan: Sequence[Mapping[str, Any]]) -> ChainPictu
         starts[chain.features.name] = len(chain.layers) - 1
     if not plan or any(phase["cut"] not in starts for phase in plan):
         return None
+    positions, last = {layer.name: i for i, layer in enumerate(chain.layers)}, len(chain.layers) - 1
+    grown = [positions.get(stage["layer"], last) for stage in stages] + [last] * (len(plan) - len(stages))
     sizes = {name: parameter.numel() for name, parameter in chain.model.named_parameters()}
     return ChainPicture(
         layers=tuple(
@@ -66,15 +70,8 @@ def lay_out_chain(chain: Chain, plan: Sequence[Mapping[str, Any]]) -> ChainPictu
                 cut=phase["cut"],
                 first_trained=starts[phase["cut"]],
                 num_trainable=phase["num_trainable"],
-                last_grown=_find_last_grown(phase["policy"], [layer.name for layer in chain.layers]),
+                last_grown=last_grown,
             )
-            for phase in plan
+            for phase, last_grown in zip(plan, grown, strict=True)
         ),
     )
-
-
-def _find_last_grown(policy: str, layers: Sequence[str]) -> int:
-    """Returns the position of the last layer that the network had in a phase, from a policy such as "stage 1 (blocks.0)"."""
-    stage = re.fullmatch(r"stage \d+ \((.+)\)", policy)
-    grown = [i for i, name in enumerate(layers) if stage is not None and name in stage[1].split(", ")]
-    return max(grown, default=len(layers) - 1)

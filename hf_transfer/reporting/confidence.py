@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hf_transfer.confidence.distance import MIN_HELD_OUT, share_by_chance
+
 HELD_OUT_BY = {
     "validation": "validation images",
     "cross_validation": "images that the probe's cross-validation held out",
@@ -20,7 +22,7 @@ def describe_confidence(results: Mapping[str, Any]) -> list[str]:
         _describe_calibration(section["calibration"]),
         _describe_coverage(section["coverage"]),
         _describe_abstention(section["abstention"]),
-        _describe_distance(section["familiar_held_out"]),
+        _describe_distance(section["familiar_held_out"], results["data"]["num_images"]["validation"]),
     ]
     return [line for line in lines if line]
 
@@ -77,12 +79,19 @@ def _describe_abstention(check: Mapping[str, Any] | None) -> str:
     return f"{line}. It answers {answered:.1f}% of test images, of which {error:.1f}% wrongly."
 
 
-def _describe_distance(familiar: int | None) -> str:
+def _describe_distance(familiar: int | None, num_validation: int) -> str:
     if familiar is None:
-        return ""
+        if num_validation >= MIN_HELD_OUT:
+            return ""
+        return (
+            "The model does not say whether an image is unlike the training images:"
+            f" {num_validation:,} validation images are too few for that; {MIN_HELD_OUT} are needed."
+        )
+    share = share_by_chance(familiar)
+    which = f"all {familiar:,}" if share * (familiar + 1) < 1.5 else f"{100 * (1 - share):.0f}% of {familiar:,}"
     return (
-        "An image is unlike the training images if its features are farther from theirs than the features of 99% of"
-        f" {familiar:,} validation images."
+        "An image is unlike the training images if its features are farther from theirs than those of"
+        f" {which} validation images. By chance, so are {100 * share:.1f}% of images of the same kind."
     )
 
 

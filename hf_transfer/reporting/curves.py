@@ -5,10 +5,10 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+from hf_transfer.metrics.records import SHARES
 from hf_transfer.reporting.charts import Mark
 from hf_transfer.reporting.verdict import find_probe_score
 
-SHARES = ("accuracy", "mean average precision")  # how the y label of charts of shares ends
 C_LABEL = "C ("  # how the x label of charts against C begins, see `training.readouts`
 
 
@@ -51,7 +51,7 @@ def show_shares_in_percent(curve: Mapping[str, Any], marks: Sequence[Mark]) -> t
     >>> shown["y_label"], shown["series"][0]["y"]
     ('Accuracy, %', [50.0])
     """
-    if not curve["y_label"].lower().endswith(SHARES):
+    if curve["y_label"].lower().removeprefix("held-out ").replace(" ", "_") not in SHARES:
         return curve, marks
     series = [{**line, "y": [None if y is None else 100 * y for y in line["y"]]} for line in curve["series"]]
     levels = [replace(mark, value=100 * mark.value) if mark.is_level else mark for mark in marks]

@@ -146,7 +146,7 @@ def illustrate(
         points=tuple(_place_points(mapped, features, number_of, map_method)),
         map_method=map_method,
         bins=() if beliefs is None else tuple(bin_beliefs(*beliefs)),
-        chain=lay_out_chain(model.chain, results.get("plan", ())),
+        chain=lay_out_chain(model.chain, results.get("plan", ()), results.get("details", {}).get("stages", ())),
         num_suspects=choice.num_suspects,
         label_mistakes=tuple(mistakes),
         number_plots=tuple(plot_number(number, number_of) for number in numbers[:MAX_NUMBERS]),

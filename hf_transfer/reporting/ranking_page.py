@@ -83,7 +83,7 @@ def describe_winner(ranking: Ranking) -> list[str]:
             f" and {len(close) - 3} more" if len(close) > 3 else ""
         )
         gap = max(first.probe - close[0].probe, 0.01)
-        needed = count_images_to_tell_apart(min(max(first.probe, 0.5), 0.99), gap)
+        needed = count_images_to_tell_apart(first.probe, gap)
         sentences.append(
             f"The interval of {short[first.name]} overlaps with that of {named}: with {ranking.num_images:,} images, the order "
             f"may be chance. To tell two models apart that differ by {100 * gap:.1f} points, about {needed:,} are needed."

@@ -26,7 +26,7 @@ from hf_transfer.reporting.label_table import find_confused_pairs, lay_out_label
 from hf_transfer.reporting.page_images import lay_out_map, write_image_data
 from hf_transfer.reporting.reliability import lay_out_diagram
 from hf_transfer.reporting.report_results import choose_split, explain_validation, find_interval, find_metrics
-from hf_transfer.reporting.sentences import describe_precision, describe_repeats
+from hf_transfer.reporting.sentences import describe_repeats
 from hf_transfer.reporting.settings_table import flatten
 from hf_transfer.reporting.verdict import give_verdict
 from hf_transfer.targets.target import MetricInfo
@@ -100,7 +100,6 @@ def render_report(results: Mapping[str, Any], illustrations: Illustrations | Non
             fingerprints=list_by_name(data["fingerprint"]),
             notes=[
                 *describe_repeats(results),
-                *_list_precision(scores),
                 *describe_confidence(results),
                 *data["notes"],
                 *scores.get("notes", []),
@@ -153,11 +152,6 @@ def _make_buttons(illustrations: Illustrations) -> dict[str, list[tuple[str, str
         ]
         for k, each in enumerate(illustrations.label_mistakes)
     }
-
-
-def _list_precision(scores: Mapping[str, Any]) -> list[str]:
-    sentence = describe_precision(scores)
-    return [] if sentence is None else [sentence]
 
 
 def _lay_out_metrics(

@@ -6,12 +6,12 @@ from typing import Any
 from hf_transfer.metrics.records import Interval
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import MetricInfo
+from hf_transfer.training.final_fit import EstimatedBy
 
-ESTIMATED_BY = {  # metrics.validation.estimated_by -> sentence
-    "folds": "There is no test split. Each image was predicted by a model that had not trained on its fold. The saved model "
-    "has trained on all of them.",
-    "sibling": "There is no test split. Validation images were predicted by a model of the same recipe that had not trained on "
-    "them. The saved model has trained on them too.",
+ESTIMATED_BY = {  # metrics.validation.estimated_by -> the words for it in log, report and card
+    EstimatedBy.FOLDS: "each image was predicted by a model of the same recipe that had not trained on its fold",
+    EstimatedBy.SIBLING: "each image was predicted by a model of the same recipe that had not trained on it",
+    EstimatedBy.CROSS_VALIDATION: "each image was predicted by a probe that was fitted without it",
 }
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 
@@ -42,6 +42,15 @@ def find_interval(scores: Mapping[str, Any], key: str) -> Interval | None:
     return None if bounds is None else (bounds[0], bounds[1])
 
 
+def describe_estimate(scores: Mapping[str, Any]) -> str:
+    """Returns a clause that says which models predicted the images of `scores`, if the saved model trained on them; or ""."""
+    by = scores.get("estimated_by")
+    return "" if by is None else ESTIMATED_BY[EstimatedBy(by)]
+
+
 def explain_validation(scores: Mapping[str, Any]) -> str:
-    """Returns the sentence that says what validation metrics are worth if there is no test split."""
-    return ESTIMATED_BY.get(scores.get("estimated_by", ""), NO_TEST_SPLIT)
+    """Returns sentences that say what validation metrics are worth if there is no test split."""
+    clause = describe_estimate(scores)
+    if not clause:
+        return NO_TEST_SPLIT
+    return f"There is no test split: {clause}. The saved model has trained on all of them."

@@ -3,14 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hf_transfer.data.dataset import Data
-from hf_transfer.metrics.formulas import count_images_to_tell_apart
-from hf_transfer.metrics.records import Metrics, Score
-from hf_transfer.reporting.report_results import find_interval
-from hf_transfer.targets.multi_label import MultiLabel
-from hf_transfer.targets.regression import Regression
-from hf_transfer.targets.single_label import SingleLabel
-from hf_transfer.training.final_fit import EstimatedBy
+from hf_transfer.metrics.records import SHARES, Metrics, Score
+from hf_transfer.reporting.report_results import describe_estimate, find_interval
 from hf_transfer.training.records import (
     AutoChoice,
     CandidateRecord,
@@ -21,9 +15,6 @@ from hf_transfer.training.records import (
     Verdict,
 )
 
-WIDE_INTERVAL = 0.03  # of an accuracy: 3 points
-SHARES = frozenset(m.key for t in (SingleLabel, MultiLabel, Regression) for m in t.metrics if m.kind == "percent")
-IMAGE_SHARES = frozenset((SingleLabel.image_quality, MultiLabel.image_quality))
 NUM_SPREADS = 3  # metrics in one sentence
 
 
@@ -49,36 +40,6 @@ def describe_quality(metrics: Metrics) -> str:
     return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"
 
 
-def describe_scored_model(result: RunResult, data: Data) -> str:
-    """Returns a clause that says which models predicted the validation images, if not the saved one; otherwise ""."""
-    estimated_by = result.validation.details.get("estimated_by")
-    if estimated_by is not None:
-        return f"; of the models that were trained without these images ({EstimatedBy(estimated_by)})"
-    if result.kept_probe and not data.holds_out_validation:
-        return "; each image predicted by a probe that was fitted without it"
-    return ""
-
-
-def describe_precision(metrics: Mapping[str, Any]) -> str | None:
-    """Returns a sentence about the interval of the accuracy in `metrics` (JSON values) if it is wide; otherwise None.
-
-    Returns None for an accuracy of 0 or 100 % too, since it does not say how many images other models would get wrong.
-
-    >>> describe_precision({"accuracy": 0.9, "accuracy_interval": [0.86, 0.94], "num_samples": 200})
-    'With 200 images, the 95 % interval of the accuracy is 8.0 points wide: to tell two models apart that differ by half of \
-it, about 884 images are needed.'
-    """
-    interval = metrics.get("accuracy_interval")
-    width = 0.0 if interval is None else interval[1] - interval[0]
-    if width < WIDE_INTERVAL or not 0 < metrics["accuracy"] < 1:
-        return None
-    needed = count_images_to_tell_apart(metrics["accuracy"], width / 2)
-    return (
-        f"With {metrics['num_samples']:,} images, the 95 % interval of the accuracy is {100 * width:.1f} points wide: to tell "
-        f"two models apart that differ by half of it, about {needed:,} images are needed."
-    )
-
-
 def describe_folds(section: Mapping[str, Any]) -> str:
     """Returns a sentence about mean and spread over folds, from the section `folds` of results.json."""
     return f"{section['count']} folds: {_describe_spreads(section['metrics']['validation'])}"
@@ -90,7 +51,7 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     lines = [f"{seeds}, {split}: {_describe_spreads(values)}" for split, values in section["metrics"].items()]
     gain = section.get("gain_over_probe")
     if gain is not None:
-        factor, digits, unit = (100, 1, " points") if gain["metric"] in IMAGE_SHARES else (1, 3, "")
+        factor, digits, unit = (100, 1, " points") if gain["metric"] in SHARES else (1, 3, "")
         mean, low, high = (f"{factor * value:+.{digits}f}" for value in (gain["mean"], *gain["interval"]))
         lines.append(
             f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "
@@ -197,12 +158,9 @@ def describe_suspects(result: RunResult, num_images: int) -> list[str]:
 
 def describe_estimates(result: RunResult, num_images: int) -> list[str]:
     """Returns a sentence if the model trained on all `num_images` train and validation images; otherwise []."""
-    sources = {
-        EstimatedBy.FOLDS: "folds: each image is predicted by a model of the same recipe that has not trained on its fold.",
-        EstimatedBy.SIBLING: "its sibling, a model of the same recipe that has not trained on the validation images.",
-    }
-    estimated_by = result.validation.details.get("estimated_by")
-    if estimated_by is None:
+    clause = describe_estimate(result.validation.details)
+    if not clause:
         return []
-    trained = f"The model is trained on all {num_images:,} train and validation images."
-    return [f"{trained} Validation metrics are of {sources[estimated_by]}"]
+    return [
+        f"The model is trained on all {num_images:,} train and validation images. For its validation metrics, {clause}."
+    ]

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer.metrics.formulas import binomial_interval, count_images_to_tell_apart
+from hf_transfer.metrics.classification import describe_precision
+from hf_transfer.metrics.formulas import binomial_interval
+from hf_transfer.metrics.records import SHARES
 from hf_transfer.reporting.formats import format_metric, format_percent
 from hf_transfer.reporting.report_results import choose_split, find_interval, find_metrics
 from hf_transfer.reporting.selection import IN_GALLERY
@@ -16,7 +18,6 @@ from hf_transfer.reporting.selection import IN_GALLERY
 WIDE = 0.10  # of the accuracy's interval: the test split is too small to compare models
 FEW_SUSPECTS = 3  # suspicious labels that are worth a look
 FROZEN = ("linear_probe", "add_classes")  # strategies that train only a head
-COMPARED_DIFFERENCE = 0.03  # of accuracy, which the advice on the size of the test split is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +113,7 @@ def _describe_last(phase: Mapping[str, Any], num_epochs: int) -> str:
 
 
 def _format_quality(name: str) -> Any:
-    is_share = name in ("accuracy", "mean_average_precision")
-    return lambda value: f"{format_percent(value)} %" if is_share else f"{value:.3f}"
+    return lambda value: f"{format_percent(value)} %" if name in SHARES else f"{value:.3f}"
 
 
 def suggest_next_steps(results: Mapping[str, Any], num_suspects: int | None = None) -> list[str]:
@@ -154,13 +154,8 @@ def _suggest_larger_test(split: str, scores: Mapping[str, Any]) -> str:
     bounds = find_interval(scores, "accuracy")
     if bounds is None or bounds[1] - bounds[0] < WIDE:
         return ""
-    expected = min(max(scores["accuracy"], 0.5), 0.99)
-    needed = count_images_to_tell_apart(expected, COMPARED_DIFFERENCE)
-    width, difference = 100 * (bounds[1] - bounds[0]), 100 * COMPARED_DIFFERENCE
-    return (
-        f"Label more {split} images: with {scores['num_samples']:,}, the interval is {width:.0f} points wide. To tell two "
-        f"models apart that differ by {difference:.0f} points, about {needed:,} are needed."
-    )
+    precision = describe_precision(scores["accuracy"], bounds, scores["num_samples"])
+    return precision and f"Label more {split} images. {precision}"
 
 
 def _suggest_class(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str:

@@ -58,7 +58,10 @@ class Outcomes(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class MetricInfo:
-    """How reports show a metric of results.json. `hub` is the metric's name on the Hub, if the card publishes it there."""
+    """How reports show a metric of results.json. `hub` is the metric's name on the Hub, if the card publishes it there.
+
+    `kind` is "percent" for the metrics of this package in `metrics.records.SHARES`.
+    """
 
     key: str
     title: str

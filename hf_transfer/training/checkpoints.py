@@ -134,6 +134,12 @@ def remove_state(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
+def remove_reserves(folder: Path) -> None:
+    """Deletes the reserve of every state below `folder`, which a finished run does not need: its last state is complete."""
+    for state in sorted(folder.rglob(STATE)):
+        state.with_name(PREVIOUS).unlink(missing_ok=True)
+
+
 def _write(folder: Path, text: str, tensors: Tensors) -> None:
     """Writes a state to a temporary file, and renames the file when all of it is on the disk."""
     path = folder / STATE

@@ -19,10 +19,11 @@ from hf_transfer.training.records import Kept, PhaseResult
 
 
 class EstimatedBy(StrEnum):
-    """The earlier runs whose predictions give the validation metrics of a model that is trained on all images."""
+    """The fits whose predictions give the validation metrics of a model that is trained on all images."""
 
     FOLDS = "folds"
     SIBLING = "sibling"
+    CROSS_VALIDATION = "cross_validation"  # of a linear probe
 
 
 @dataclass(frozen=True, kw_only=True)

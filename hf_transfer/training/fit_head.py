@@ -16,6 +16,7 @@ from hf_transfer.solvers.probe import Probe
 from hf_transfer.targets.target import Target
 from hf_transfer.training import readouts
 from hf_transfer.training.evaluate import Scored, compute_stored_logits, score_images
+from hf_transfer.training.final_fit import EstimatedBy
 from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.records import Kept, PhaseResult, RunResult
@@ -45,8 +46,9 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     is_exact = session.config.compute.decoder == "exact"
     if not is_exact and not readouts.measures_saved(session, trained, best, data.validation):
         log.warning(
-            "the saved network predicts differently on the published pixels and on those of the fast decoder: fitting the "
-            "probe again on the published pixels"
+            "the saved network predicts differently on the published pixels and on those of decoder %s: "
+            "fitting the probe again on the published pixels",
+            session.config.compute.decoder,
         )
         return fit_head(replace(session, config=replace_settings(session.config, {"decoder": "exact"})), phase)
     with session.costs.part("evaluate"):
@@ -118,6 +120,9 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
     else:
         logits = best.probe.held_out_logits[len(data.train) :].numpy()
         metrics = data.target.compute_metrics(logits, data.validation.labels, seed=session.config.seed)
+        # Without cross-validation, one fit on the train images predicted them.
+        by = EstimatedBy.CROSS_VALIDATION if _read_train_logits(session, best) else EstimatedBy.SIBLING
+        metrics = replace(metrics, details={**metrics.details, "estimated_by": by.value})
         scores["validation"] = Scored(metrics=metrics, logits=logits)
     if data.test is not None:
         scores["test"] = _score_split(session, trained, best, data.test)
@@ -127,7 +132,7 @@ def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) ->
 def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReadout, split: Split) -> Scored:
     """Scores the solved head on a split whose images it was not fitted on.
 
-    In low precision or with fast pixels, the metrics come from stored features only if the saved network, in fp32 on the
+    In low precision or with another decoder, the metrics come from stored features only if the saved network, in fp32 on the
     published pixels, agrees with the features.
     """
     if not readouts.measures_saved(session, trained, best, split):

@@ -8,6 +8,7 @@ from hf_transfer.config import Precision
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.network.freezing import set_trainable
 from hf_transfer.prefix.drift import measure_drift
+from hf_transfer.prefix.together import describe_counts
 from hf_transfer.session import Session
 from hf_transfer.training import wise
 from hf_transfer.training.evaluate import score_splits
@@ -43,10 +44,25 @@ def run_plan(session: Session, plan: Plan, final: FinalFit | None = None) -> Run
         None if is_exact else measure_drift(session.data.validation, session.backbone.preprocessing, session.resources)
     )
     result = _run(session, plan, final)
+    _log_decoded(session)
     if final is not None:
         metrics = {**result.metrics, "validation": final.metrics}
         result = replace(result, metrics=metrics, logits={**result.logits, **final.logits})
     return result if drift is None else replace(result, details={**result.details, "decoder_drift": to_json(drift)})
+
+
+def _log_decoded(session: Session) -> None:
+    """Says how many images `decoder device` decoded together, and why Pillow decoded the others."""
+    if session.config.compute.decoder != "device" or not session.is_main:
+        return
+    published = session.backbone.preprocessing
+    if published.resizes_together:
+        log.info("decoder device: %s", describe_counts(session.costs.decoded.read()))
+    else:
+        log.warning(
+            "decoder device: Pillow decoded all images, since %s does more than resize and crop RGB images",
+            type(published.processor).__name__,
+        )
 
 
 def _run(session: Session, plan: Plan, final: FinalFit | None) -> RunResult:
@@ -116,8 +132,8 @@ def _end_as_probe(session: Session, phase: SolveHeadPhase, result: RunResult) ->
 def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
     """Compares the validation loss of the saved network with the loss that chose the weights.
 
-    In fp32 on exact pixels, raises RuntimeError if they differ by more than rounding explains. In other precisions, and on fast
-    pixels, logs a warning, because differences may add up, and the metrics are of the saved network in any case.
+    In fp32 on exact pixels, raises RuntimeError if they differ by more than rounding explains. In other precisions, and with
+    another decoder, logs a warning, because differences may add up, and the metrics are of the saved network in any case.
     """
     precision, decoder = session.resources.precision, session.config.compute.decoder
     if abs(measured.score.loss - chosen_by.loss) <= VERIFIED_LOG_LOSS[precision]:

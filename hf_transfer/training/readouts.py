@@ -192,9 +192,8 @@ def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resource
     The difference is relative to the largest logit. Raises RuntimeError if the difference is larger than rounding explains,
     since the saved model would then not have the measured score.
     """
-    same_pixels = EvaluationImages(
-        split=split, preprocessing=backbone.preprocessing.decoded_by(resources.compute.decoder)
-    )
+    preprocessing = backbone.preprocessing.decoded_by(resources.compute.decoder, resources.device)
+    same_pixels = EvaluationImages(split=split, preprocessing=preprocessing)
     rows = np.arange(min(VERIFIED_IMAGES, len(split)))
     whole = compute_exact_logits(backbone.model, same_pixels, rows, resources)
     with torch.no_grad():

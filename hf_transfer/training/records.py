@@ -199,6 +199,11 @@ class RunResult:
         return self.metrics["validation"]
 
     @property
+    def is_selected(self) -> bool:
+        """Whether validation images selected weights, which makes validation metrics optimistic."""
+        return any(phase.kept in (Kept.START, Kept.EPOCH) for phase in self.phases)
+
+    @property
     def test(self) -> Metrics | None:
         """The metrics on the test split, or None if the data set has no test split."""
         return self.metrics.get("test")
