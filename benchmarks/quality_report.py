@@ -155,16 +155,20 @@ def table_peers(results: Results, auto: str) -> str:
 
 
 def summarize_peers(lines: Sequence[Line], images_per_class: int) -> str:
-    """Returns the test accuracies of `auto` and of peers with few images, their means, and CPU seconds (for README)."""
-    results, systems = Results(lines), ("auto", *PEERS)
+    """Returns the test accuracies of `auto`, the probe and peers with few images, as means over seeds, and CPU seconds.
+
+    This is README's table.
+    """
+    results, systems = Results(lines), ("auto", "linear_probe", *PEERS)
     cells = [cell for cell in results.find_cells(systems) if cell.images_per_class == images_per_class]
-    rows = [
-        [f"{cell.set}, {cell.checkpoint.split('.')[0]}", *(f"{results.accuracy(cell, name):.1f}" for name in systems)]
-        for cell in cells
-    ]
+    rows = []
+    for group in dict.fromkeys(cell.group for cell in cells):
+        seeds = [cell for cell in cells if cell.group == group]
+        name = f"{seeds[0].set}, {seeds[0].checkpoint.split('.')[0]}"
+        rows.append([name, *(f"{fmean(results.accuracy(cell, each) for cell in seeds):.1f}" for each in systems)])
     means = [f"**{fmean(results.accuracy(cell, name) for cell in cells):.1f}**" for name in systems]
     seconds = [f"{fmean(results.seconds(cell, name) for cell in cells):.0f}" for name in systems]
-    heads = [f"{images_per_class} images per class, test accuracy, %", *(TITLES[name] for name in systems)]
+    heads = [f"{images_per_class} images per class, test accuracy, %", *(TITLES.get(n, f"`{n}`") for n in systems)]
     return format_table(heads, [*rows, ["**mean**", *means], ["mean CPU seconds", *seconds]])
 
 
