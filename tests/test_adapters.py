@@ -480,6 +480,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.soak
 def test_two_processes_train_the_same_adapters(tmp_path: Path) -> None:
     """Law 6: the same global batch, real processes over gloo."""
     flags = (

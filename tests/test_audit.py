@@ -342,6 +342,7 @@ def test_an_older_audit_is_not_replaced_unasked(audited: Path) -> None:
         open_audit_folder(str(audited / "audit.json"), overwrite=False)
 
 
+@pytest.mark.soak
 def test_several_processes_write_one_audit(tmp_path: Path) -> None:
     words = [
         sys.executable,

@@ -432,6 +432,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.soak  # recipes do the same in test_plan.py
 def test_suffix_trains_under_two_processes(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -311,6 +311,7 @@ def two_folders(tmp_path: Path) -> tuple[Path, Path]:
     return folders
 
 
+@pytest.mark.soak  # the same through `rank` is below
 def test_a_recipe_computes_each_checkpoints_own_features(two_folders: tuple[Path, Path], tmp_path: Path) -> None:
     def log_loss(folder: Path, cache: str) -> float:
         run = tmp_path / f"{cache} {folder.name}"

@@ -349,7 +349,7 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path) -> N
     # The law excludes BatchNorm in train mode (--no-freeze_batchnorm), whose statistics are each process's own.
     [
         ("last_layers", ("--k", "2")),  # for other strategies, see test_sharding.py
-        ("last_layers", ("--k", "2", "--class_balance", "sampler")),
+        pytest.param("last_layers", ("--k", "2", "--class_balance", "sampler"), marks=pytest.mark.soak),
     ],
 )
 def test_two_processes_train_as_one(tmp_path: Path, recipe: str, flags: tuple[str, ...]) -> None:

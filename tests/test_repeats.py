@@ -208,6 +208,7 @@ def test_an_interrupted_run_continues_with_the_finished_folds(
         run(folder, "full", folds=3, seed=7, resume=True, lr=0.1)
 
 
+@pytest.mark.soak
 def test_the_doors_give_the_same_folds(tmp_path: Path) -> None:
     """Command in two processes, configuration and Python."""
     flags = {"images_per_class": 6, "folds": 2, "readouts": "none"}

@@ -81,7 +81,7 @@ def run_all_doors(name: str, settings: dict[str, object], task: dict[str, object
     return hashes | {"Python": hash_weights(folder / "Python" / "run")}
 
 
-@pytest.mark.parametrize("name", ["linear_probe", "lora"])
+@pytest.mark.parametrize("name", ["linear_probe", pytest.param("lora", marks=pytest.mark.soak)])
 def test_four_doors_give_the_same_bits(name: str, tmp_path: Path) -> None:
     hashes = run_all_doors(name, SHORT[name], FEW_IMAGES, tmp_path)
     assert len(set(hashes.values())) == 1, hashes
