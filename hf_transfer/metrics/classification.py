@@ -29,7 +29,7 @@ from hf_transfer.metrics.formulas import (
 from hf_transfer.metrics.records import Interval, Metrics, Score
 
 TOP_K = 5
-COMPARED_DIFFERENCE = 0.03  # of accuracy: two models that differ by this much should be told apart
+COMPARED_DIFFERENCE = 0.03  # the difference in accuracy for which a note says how many images tell two models apart
 _MAX_NAMED = 10  # a note lists at most this many classes by name
 
 
