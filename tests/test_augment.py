@@ -201,11 +201,11 @@ def test_every_resolution_comes_as_often() -> None:
 
 def test_the_lowest_resolution_keeps_what_is_coarser_and_means() -> None:
     pictures = to_images(make_pictures(SIZE, SIZE))
-    lowest = lower_resolution(pictures, np.zeros(1), 8)
+    lowest = lower_resolution(pictures, np.zeros(1, np.int64), 8)
     blocks = F.avg_pool2d(pictures, 3)
     torch.testing.assert_close(F.avg_pool2d(lowest, 3)[..., 1:-1, 1:-1], blocks[..., 1:-1, 1:-1], atol=3, rtol=0)
     assert (lowest - pictures).abs().max() > 1
-    torch.testing.assert_close(lower_resolution(pictures, np.array([0.999]), 8), pictures, atol=0, rtol=0)
+    torch.testing.assert_close(lower_resolution(pictures, np.array([7]), 8), pictures, atol=0, rtol=0)
 
 
 def test_a_resolution_above_the_networks_own_is_an_error() -> None:

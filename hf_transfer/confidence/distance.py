@@ -36,9 +36,7 @@ class TrainingDistance:
     points: NDArray[np.int8]  # (n, A) coordinates, in units of `unit`
     rests: Floats  # (n,) squared lengths of what the axes leave
     unit: float
-    limit: (
-        float  # a share of at least 1 - `share_by_chance(num_held_out)` of images like the held-out ones is within it
-    )
+    limit: float  # all but `share_by_chance(num_held_out)` of images like the held-out ones are within it
     num_held_out: int
 
     def measure(self, features: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -89,7 +89,7 @@ def augment(
                 some = rows[start:end, step].long()
                 images.index_copy_(0, some, apply_color(images[some], operation, strength[some, step]))
     if augmentation.min_resolution_px > 0:
-        images = lower_resolution(images, uniform[:, _RESOLUTION], augmentation.min_resolution_px, send)
+        images = lower_resolution(images, drawn.levels, augmentation.min_resolution_px, send)
     return erase(images, box, augmentation)
 
 

@@ -71,17 +71,15 @@ def apply_color(images: Tensor, operation: str, strength: Tensor) -> Tensor:
     return images.clamp_(0, 255)
 
 
-def lower_resolution(images: Tensor, uniform: NDArray[np.float64], min_resolution_px: int, send: Send = send) -> Tensor:
-    """Downsamples images (B, 3, H, W) to resolutions chosen by the random numbers `uniform` (B,), and upsamples again.
+def lower_resolution(images: Tensor, levels: NDArray[np.int64], min_resolution_px: int, send: Send = send) -> Tensor:
+    """Reduces images (B, 3, H, W) to the resolutions numbered `levels` (B,) of `find_resolutions`, and enlarges them again.
 
-    All NUM_RESOLUTIONS resolutions are equally likely. Their shorter sides grow geometrically from `min_resolution_px` to the
-    images' shorter side, and ValueError is raised if that side is smaller. Downsampling averages areas; upsampling is bicubic.
+    A level beyond the last resolution leaves its image as it is. Reducing averages areas; enlarging is bicubic.
     """
     resolutions = find_resolutions(images.shape[2], images.shape[3], min_resolution_px)
-    drawn = (uniform * NUM_RESOLUTIONS).astype(np.int64)
     result = images.clone()
-    for level in np.unique(drawn[drawn < len(resolutions)]):
-        rows = send(np.flatnonzero(drawn == level), images.device)
+    for level in np.unique(levels[levels < len(resolutions)]):
+        rows = send(np.flatnonzero(levels == level), images.device)
         result[rows] = reduce_resolution(images[rows], resolutions[level])
     return result
 
@@ -89,7 +87,8 @@ def lower_resolution(images: Tensor, uniform: NDArray[np.float64], min_resolutio
 def find_resolutions(height_px: int, width_px: int, min_resolution_px: int) -> list[tuple[int, int]]:
     """Returns the heights and widths of all resolutions below that of the images; none if `min_resolution_px` is 0.
 
-    Raises ValueError if `min_resolution_px` exceeds the images' shorter side.
+    Their shorter sides grow geometrically from `min_resolution_px` to the images' shorter side. With that of the images, they
+    are NUM_RESOLUTIONS, which are equally likely. Raises ValueError if `min_resolution_px` exceeds the images' shorter side.
     """
     if min_resolution_px == 0:
         return []

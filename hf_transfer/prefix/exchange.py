@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 from hf_transfer.prefix.layout import Layout, Rows
@@ -118,7 +119,7 @@ class Exchange:
             *form_rounds(transfers, self._count_bytes),
             [],
         ]:  # the last round writes what the one before received
-            sent = [iter(rows) for rows in self._ranks.together(lambda some=some: write_and_read(some))]  # type: ignore[misc]
+            sent = [iter(rows) for rows in self._ranks.together(partial(write_and_read, some))]
             received = [(transfer, next(sent[transfer.sender])) for transfer in some]
 
     def _hold(self) -> Holding:

@@ -159,9 +159,8 @@ class TrainingImages:
 
     def prepare(self, pixels: torch.Tensor, rows: NDArray[np.int64], send: Send = send) -> torch.Tensor:
         """Returns augmented and normalized images (b, C, H, W). `send` copies the random numbers to the device."""
-        epochs, indices = np.divmod(
-            rows, len(self.split)
-        )  # a batch may end one epoch and start the next, or repeat images
+        # A batch may end one epoch and start the next, or repeat images.
+        epochs, indices = np.divmod(rows, len(self.split))
         uniform = draw_uniform(self.spec.seed, epochs, indices)
         height_px, width_px = self.preprocessing.height_px, self.preprocessing.width_px
         given = (pixels, self.sizes[indices], uniform, self.spec.augmentation)

@@ -78,7 +78,7 @@ class Work:
     def list_holding(self) -> tuple[Chunks, Chunks]:
         """Returns the chunks of this rank's shards that are finished, and those that are not, of each store of the request."""
         has, misses = ({number: set[int]() for number in self.numbers} for _ in range(2))
-        for index, stores in (self.shards | self._finished).items():
+        for index, stores in self._opened().items():
             first, count = self.layout.shard(index).start // self.layout.chunk_rows, len(self.layout.chunks(index))
             for number, shard in zip(self.numbers, stores, strict=True):
                 for i in range(count):
@@ -99,10 +99,14 @@ class Work:
             shard, i = found
             shard.write(i, rows)
 
+    def _opened(self) -> dict[int, list[UnfinishedShard]]:
+        """Returns the shards that this rank writes or has inspected, by number."""
+        return self.shards | self._finished
+
     def _find(self, number: int, chunk: int) -> tuple[UnfinishedShard, int] | None:
         """Returns this rank's shard of a store that has a chunk, and the chunk's position in the shard."""
         start = chunk * self.layout.chunk_rows
-        for index, stores in (self.shards | self._finished).items():
+        for index, stores in self._opened().items():
             rows = self.layout.shard(index)
             if start in rows and number in self.numbers:
                 return stores[self.numbers.index(number)], (start - rows.start) // self.layout.chunk_rows
@@ -110,7 +114,7 @@ class Work:
 
     def list_checksums(self) -> list[Checksums]:
         """Returns the checksums of this rank's shards and of the finished shards that it inspected, for each store."""
-        own = (*self.shards.values(), *self._finished.values())
+        own = self._opened().values()
         listed: list[Checksums] = [{} for _ in self.partials]
         for stores in own:
             for files, shard in zip(listed, stores, strict=True):
