@@ -78,16 +78,7 @@ def open_session(
     accelerator, costs = open_accelerator(config, output_dir), Costs()
     stored = config.compute
     if accelerator.is_main_process:
-        if config.output.push_to_hub is not None:
-            check_push(config.output.push_to_hub)  # before hours of training
-        if output_dir is not None:
-            if config.output.resume:
-                stored = _read_decided(output_dir, config)
-            # The run can be repeated, or resumed, even if it fails before it is finished. What an interrupted run decided stays
-            # until it is decided again.
-            if stored is config.compute:
-                resumable = replace_settings(config, {"output_dir": str(output_dir)})
-                write_config(output_dir / CHECKPOINTS, resumable, unrepeatable)
+        stored = _begin_output(config, output_dir, unrepeatable)
     if accelerator.log_with:
         # A tracker may send the settings to a server, so they contain no local path.
         plain = {k: v for k, v in public_settings(config).items() if isinstance(v, bool | int | float | str)}
@@ -284,6 +275,23 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
         published = publish(session.output_dir, repo_id, adapter=adapter, options=options)
     log.info("published: %s", published.url)
     return published.url
+
+
+def _begin_output(config: RunConfig, output_dir: Path | None, unrepeatable: Sequence[str]) -> ComputeConfig:
+    """Checks the push, and writes the config of a run that decides anew. Returns what the run to resume has decided, if any.
+
+    The run can be repeated, or resumed, even if it fails before it is finished. What an interrupted run decided stays until it
+    is decided again. Raises PushError if the Hub would refuse the push.
+    """
+    if config.output.push_to_hub is not None:
+        check_push(config.output.push_to_hub)  # before hours of training
+    if output_dir is None:
+        return config.compute
+    stored = _read_decided(output_dir, config) if config.output.resume else config.compute
+    if stored is config.compute:
+        resumable = replace_settings(config, {"output_dir": str(output_dir)})
+        write_config(output_dir / CHECKPOINTS, resumable, unrepeatable)
+    return stored
 
 
 def _read_decided(output_dir: Path, config: RunConfig) -> ComputeConfig:
