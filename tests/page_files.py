@@ -47,13 +47,19 @@ def write_files(root: Path) -> None:
 def write_digits(root: Path) -> None:
     """Writes folders of labeled digits, and photos without labels."""
     data = load_digits()
-    labeled = {"path/to/images": "012", "path/to/more": "34", "path/to/other_images": "012", "my_photos": "01"}
-    named = {"my_photos": {"0": "ants", "1": "bees"}}
+    labeled = {
+        "path/to/images": "012",
+        "path/to/more": "34",
+        "path/to/other_images": "012",
+        "my_photos": "01",
+        "other_photos": "01",
+    }
+    names = {"0": "ants", "1": "bees"}
     for k, (folder, classes) in enumerate(labeled.items()):
         for label in classes:
             pictures = data.images[data.target == int(label)][24 * k : 24 * k + 24]
             for i, picture in enumerate(pictures):
-                name = named.get(folder, {}).get(label, label)
+                name = names[label] if folder in ("my_photos", "other_photos") else label
                 part = "test" if i >= 16 else "train"
                 save(picture, root / folder / part / name / f"{i}.jpg")
     for i, picture in enumerate(data.images[-6:]):
