@@ -135,7 +135,7 @@ def combine(old: Data, new: Data) -> Data:
             )
             for split in given
         ]
-        return replace(join(relabeled), name=role, parts=tuple(given))
+        return replace(join(relabeled), name=role, is_joined=False, parts=tuple(given))
 
     return Data(
         train=merge("train", old.train, new.train),

@@ -7,9 +7,12 @@
 A bar redraws on a terminal, and is a line now and then in a file.
 """
 
+import functools
 import io
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hf_transfer.errors import make_printable
@@ -23,6 +26,24 @@ LINE_EVERY_S = 30.0  # between two lines of progress where no terminal can redra
 LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, about {remaining} left{postfix}"
 
 log = logging.getLogger(__name__)
+
+
+@functools.cache
+def log_once(logger: logging.Logger, text: str) -> None:
+    """Logs a line that says the same each time, such as what a checkpoint is, only the first time in this process."""
+    logger.info("%s", text)
+
+
+@contextmanager
+def without_details() -> Iterator[None]:
+    """Within the context, this package logs warnings and progress only: for runs inside a run, which log what they give."""
+    package = logging.getLogger("hf_transfer")
+    level = package.level
+    package.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def start_logging(level: int) -> None:

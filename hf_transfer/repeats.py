@@ -35,7 +35,7 @@ from hf_transfer.runs import open_session, train_session, write_run
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, make_strategy
-from hf_transfer.training.final_fit import EstimatedBy, FinalFit, plan_final_fit
+from hf_transfer.training.final_fit import EstimatedBy, FinalFit, covers_train_images, plan_final_fit
 from hf_transfer.training.phases import NOT_COMPARED
 from hf_transfer.training.records import RunResult
 
@@ -150,10 +150,17 @@ class _Start:
         sibling = own.train(replace(pooled, test=None), "sibling")
         if first.is_main:
             log.info("training the model on all %d images, as long as its sibling", total)
-        logits = sibling.logits["validation"]
-        metrics = data.target.compute_metrics(logits, data.validation.labels, seed=config.seed)
-        runs, by_split = [read_held_out_run(sibling.results)], {"validation": logits}
-        final = plan_final_fit(runs, metrics, by_split, estimated_by=EstimatedBy.SIBLING)
+        # A sibling that kept the probe held out each of its training images too, by cross-validation.
+        is_crossed = covers_train_images(sibling.results["metrics"]["validation"])
+        splits = [data.train, data.validation] if is_crossed else [data.validation]
+        by_split: dict[str, NDArray[np.float32]] = {split.name: sibling.logits[split.name] for split in splits}
+        metrics = data.target.compute_metrics(
+            np.concatenate(list(by_split.values())),
+            np.concatenate([split.labels for split in splits]),
+            seed=config.seed,
+        )
+        by = EstimatedBy.CROSS_VALIDATION if is_crossed else EstimatedBy.SIBLING
+        final = plan_final_fit([read_held_out_run(sibling.results)], metrics, by_split, estimated_by=by)
         session = open_session(
             replace(config, output=self.config.output, repeat=self.config.repeat),
             load=lambda: pooled,

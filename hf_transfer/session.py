@@ -34,6 +34,7 @@ class Session:
     costs: Costs = field(default_factory=Costs)
     output_dir: Path | None = None
     state_name: str = ""  # subfolder of `checkpoints`; a run with several plans has one subfolder per plan
+    decides_engine: bool = False  # whether the engine in `config` was decided here, and not by the user
     unrepeatable: tuple[str, ...] = ()  # sentences about inputs that config.yaml does not contain
     save_so_far: Callable[["Session", Any], None] | None = field(default=None, repr=False)
     """Saves a session's result as the best of an unfinished run, in a run folder of its own; None without an output folder."""
@@ -112,7 +113,11 @@ class Session:
             num_images=sum(map(len, splits)),
             stored=stored,
         )
-        return replace(self, config=replace_settings(self.config, {"engine": engine}))
+        return replace(
+            self,
+            config=replace_settings(self.config, {"engine": engine}),
+            decides_engine=self.decides_engine or self.config.compute.engine == "auto",
+        )
 
     def with_output(self, output_dir: Path) -> "Session":
         """Returns the session with another output folder."""

@@ -361,6 +361,8 @@ def test_an_interrupted_run_leaves_a_model_and_continues(
         results = run(tmp_path / "run", resume=True)
     assert len(epochs) == 7 + 1, "five folds, a fold of full, the final fit, and the epoch that was cut off"
     assert caplog.text.count("keeping the finished run of probe_then_full") == 2
+    assert "auto tries full without fold 1 of 5" in caplog.text
+    assert sum(line.startswith("epoch ") for line in caplog.messages) == 1, "only the final fit logs its epochs"
     assert results["metrics"] == expected["metrics"]
     weights = [read_weights(each) for each in (whole, tmp_path / "run")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -108,12 +108,12 @@ def test_a_model_from_random_weights_has_no_base(backbone: Backbone) -> None:
 
 def test_the_card_reports_the_metrics_and_the_limits(folder: Path) -> None:
     card = (folder / "README.md").read_text()
-    assert "| Accuracy | 75.0% | 25.0 to 100.0 |" in card
+    assert "| Accuracy | 75.0 % | 25.0 to 100.0 |" in card
     assert "| ant | 75.0 | 100.0 | 86.0 | 4 |" in card
     assert r"| Wespe \| &lt;groß&gt; | – | – | – | 0 |" in card
     assert "fewer than 20 images to train on: ant (4), bee (4)" in card
     assert "fewer than 10 images to score on: bee (0)" in card
-    assert "off by 12.0% on average" in card
+    assert "off by 12.0 % on average" in card
     assert "license of the dataset is unknown" in card
     assert "1. a solved head" in card
     assert "32x32 pixels, bicubic" in card

@@ -236,16 +236,26 @@ def test_few_held_out_images_call_as_many_images_unlike_training_as_is_said() ->
     assert 0.005 < share_by_chance(150) <= 0.01
 
 
+def test_features_of_an_untrained_network_need_no_held_out_images() -> None:
+    rng = np.random.default_rng(0)
+    new, strange = draw_features(rng, 2_000), draw_features(rng, 100, plane=8)
+    assert fit_distance(draw_features(rng, MIN_HELD_OUT - 1), None) is None
+    for count in (60, 150):
+        distances = [fit_distance(draw_features(rng, count), None) for _ in range(30)]
+        marked = [(d.measure(new) > 1).mean() for d in distances if d is not None]
+        assert len(marked) == 30
+        assert np.mean(marked) == pytest.approx(share_by_chance(count), rel=0.4)  # as above
+        assert np.mean([(d.measure(strange) > 1).mean() for d in distances if d is not None]) > 0.7
+
+
 def test_the_report_says_how_many_images_are_unlike_training_by_chance() -> None:
     section = {"num_held_out": 9, "held_out_by": "validation", "temperatures": [], "calibration": {}, "coverage": {}}
     results: dict[str, Any] = {"details": {"confidence": {**section, "abstention": None, "familiar_held_out": 24}}}
-    results["data"] = {"num_images": {"validation": 24}}
-    assert "all 24 validation images. By chance, so are 4.0% of images" in describe_confidence(results)[-1]
+    assert "all 24 held-out images. By chance, so are 4.0 % of images" in describe_confidence(results)[-1]
     results["details"]["confidence"]["familiar_held_out"] = 400
-    assert "99% of 400 validation images. By chance, so are 1.0% of" in describe_confidence(results)[-1]
+    assert "99 % of 400 held-out images. By chance, so are 1.0 % of" in describe_confidence(results)[-1]
     results = {"details": {"confidence": {**section, "abstention": None, "familiar_held_out": None}}}
-    results["data"] = {"num_images": {"validation": 12}}
-    assert "12 validation images are too few for that; 19 are needed" in describe_confidence(results)[-1]
+    assert "19 images or more would have to be held out" in describe_confidence(results)[-1]
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def test_the_card_and_the_report_say_what_confidence_is_worth(calibrated: Run, f
     for file in ("model/README.md", "report.html"):
         text = (folder / "calibrated" / file).read_text()
         assert "Calibration error on 539 test images" in text
-        assert "Sets for a coverage of 95% contain the label in" in text
+        assert "Sets for a coverage of 95 % contain the label in" in text
         assert "the model answers" in text
 
 

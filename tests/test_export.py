@@ -201,12 +201,13 @@ def test_a_run_is_exported_beside_its_weights_and_the_weights_load_as_before(
 ) -> None:
     for _ in range(2):  # the second export replaces the first
         main(["export", str(run), "--format", "onnx"])
-    assert "onnx/model.onnx" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"{run / 'model/onnx/model.onnx'}: ")
     main(["export", str(run / "model"), "--format", "openvino"])
     assert [record.file for record in read_records(run / "model")] == ["onnx/model.onnx", "openvino/model.xml"]
     card = (run / "model/README.md").read_text()
     assert card.count("## Exported files") == 1
     assert card.count("| `onnx/model.onnx` |") == card.count("| `openvino/model.xml` |") == 1
+    assert "held-out images |" not in card, "nothing was scored"
     assert card.index("## Exported files") < card.index("## Limits")
     settings = json.loads((run / "model/preprocessor_config.json").read_text())
     assert settings["crop_size"] == {"height": 32, "width": 32}

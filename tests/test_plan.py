@@ -33,7 +33,7 @@ from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import PhasesResult, run_phases
 from hf_transfer.training.plan import run_plan
 from hf_transfer.training.records import Kept, RunResult
-from hf_transfer.training.selection import Validation, is_kept
+from hf_transfer.training.selection import Selection, Validation, is_kept
 from hf_transfer.training.steps import NonFiniteLossError
 from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
 
@@ -176,6 +176,26 @@ def test_the_start_gives_way_to_a_gain_of_more_than_a_standard_error() -> None:
     assert is_kept(change(won=1), change(won=2), HITS)
     assert not is_kept(change(lost=5, won=4), change(won=1), HITS)
     assert is_kept(change(lost=5, won=4), change(won=1), None)
+
+
+def test_the_line_of_a_kept_epoch_says_why() -> None:
+    weights = {"w": torch.zeros(1)}
+    selection = Selection(weights, "accuracy")
+
+    def offer(epoch: int, hits: int) -> str:
+        scores = torch.cat([torch.ones(hits), torch.zeros(100 - hits)])
+        score = Score(quality=hits / 100, loss=1 - hits / 100)
+        logits = np.zeros((100, 2), np.float32)
+        is_offer_kept = selection.offer(Validation(score=score, per_example_scores=scores, logits=logits), epoch)
+        return selection.explain() if is_offer_kept else "not kept"
+
+    assert offer(1, 90) == " (kept: the best so far)"
+    assert offer(2, 89) == " (kept: within chance of epoch 1, and later)"
+    assert offer(3, 60) == "not kept"
+    assert offer(4, 95) == " (kept: the best so far)"
+    last_only = Selection(weights, "accuracy", keeps_last=True)
+    last_only.keep(Score(quality=0.5, loss=1.0), 3)
+    assert last_only.explain() == ""
 
 
 def test_an_epoch_gives_way_to_a_later_one_that_is_not_worse_beyond_chance() -> None:

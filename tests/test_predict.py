@@ -155,6 +155,7 @@ def test_evaluate_warns_of_images_that_the_run_has_used(
         main(["evaluate", str(model), "--dataset", data, "--json"])
         warning = (
             "12 of these 18 images trained or selected the model of this run, so the metrics are optimistic: evaluate"
+            " images that the run has not seen, with --split test"
         )
         assert warning in caplog.text
         assert any(warning in note for note in json.loads(capsys.readouterr().out)["notes"])
@@ -164,7 +165,15 @@ def test_evaluate_warns_of_images_that_the_run_has_used(
     assert "trained or selected" not in caplog.text
     with pytest.raises(SystemExit):
         main(["evaluate", str(run), "--dataset", data, "--split", "test"])
-    assert "name a stored split with --test_split, give images that the run has not seen" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert (
+        "only train (report.html of the run has the metrics of the images that it held out itself); omit --split"
+        in error
+    )
+    assert "or name a stored split with --test_split" in error
+    caplog.clear()
+    main(["evaluate", str(run), "--dataset", data])
+    assert caplog.text.rstrip().endswith("evaluate images that the run has not seen, with another --dataset")
     (run / "seen_images.npy").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"seen_images\.npy is damaged .*: delete the file"):
         evaluate(str(run), DataConfig(dataset=data))

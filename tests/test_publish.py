@@ -152,6 +152,7 @@ def test_a_dry_run_sends_nothing(hub: HubServer, run: Path, capsys: pytest.Captu
     assert status == 0, shown
     assert "model.safetensors" in shown
     assert hub.requests == []
+    assert f"first read the card, {run / 'model' / CARD}\nnext: hf-transfer publish {run} --repo_id" in shown
     card = (run / "model" / CARD).read_text()
     assert "A fresh process without hf_transfer loaded this model" in card
     assert "not verified yet" not in card

@@ -15,6 +15,7 @@ import pytest
 from hf_transfer.config import RunConfig
 from hf_transfer.metrics.classification import score
 from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
+from hf_transfer.reporting.glossary import COSTS
 from hf_transfer.reporting.report import render_report, write_report
 from hf_transfer.reporting.report_results import NO_TEST_SPLIT, find_interval
 from hf_transfer.reporting.results import public_settings
@@ -130,6 +131,13 @@ def _names(num_classes: int) -> list[str]:
 @pytest.mark.parametrize("curves", [True, False], ids=["curves", "no curves"])
 @pytest.mark.parametrize("test", [True, False], ids=["test", "no test"])
 @pytest.mark.parametrize("num_classes", [2, 30, 120])
+def test_the_page_has_words_for_each_part_of_the_cost() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (Path(__file__).parents[1] / "hf_transfer").rglob("*.py")]
+    parts = {name for text in sources for name in re.findall(r'costs\.part\("(\w+)"\)', text)}
+    assert "train" in parts
+    assert {name.replace("_", " ") for name in parts} - COSTS.keys() == set()
+
+
 def test_page_is_balanced_and_complete(num_classes: int, test: bool, curves: bool) -> None:
     names = _names(num_classes)
     results = _results(names, test=test, curves=curves)

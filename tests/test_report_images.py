@@ -273,12 +273,13 @@ def test_log_results_report_and_card_say_the_same_of_the_number_of_images(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="hf_transfer"):
-        task = ht.Task("sklearn/digits", images_per_class=10, test_split="none")
+        task = ht.Task("sklearn/digits", images_per_class=5, test_split="none")
         run = task.fit(ht.linear_probe(), output_dir=tmp_path)
-    scores = run.results["metrics"]["validation"]  # 20 images
+    scores = run.results["metrics"]["validation"]
+    assert scores["num_samples"] == 50  # cross-validation held out each image, so more than the 10 validation images
     (sentence,) = [note for note in scores["notes"] if "apart" in note]
     assert "differ by 3 points" in sentence
-    assert sentence == describe_precision(run.validation.accuracy, run.validation.accuracy_interval, 20)
+    assert sentence == describe_precision(run.validation.accuracy, run.validation.accuracy_interval, 50)
     texts = [caplog.text, read_page(tmp_path), (tmp_path / "model/README.md").read_text(encoding="utf-8")]
     for text in texts:
         assert sentence in unescape(text)
@@ -293,7 +294,11 @@ def test_log_results_report_and_card_say_the_same_of_the_number_of_images(
     for text in texts[1:]:
         assert f"There is no test split: {clause}." in unescape(text)
     steps = [step for step in give_verdict(run.results).next_steps if "apart" in step]
-    assert steps == [f"Label more validation images. {sentence}"]
+    assert steps == [f"Label more images. {sentence}"]
+    low, high = (f"{100 * bound:.1f}" for bound in run.validation.accuracy_interval)
+    accuracy = f"accuracy is {100 * run.validation.accuracy:.1f} % (95 % interval {low} to {high})"
+    assert f"{accuracy} on 50 cross-validated images" in texts[2]
+    assert "50 cross-validated images" in texts[1]
 
 
 def test_a_stage_has_no_layers_that_it_has_not_grown(run: Run) -> None:

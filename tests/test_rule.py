@@ -52,8 +52,8 @@ def test_between_corners_weights_sum_to_one_and_the_boundary_is_at_a_hundred() -
 def test_the_description_has_margins_and_reports_disagreement() -> None:
     description = DataRegime(images_per_class=20, similarity=0.7, similarity_spread=0.1).describe()
     assert "little, similar" in description
-    assert "5.0 times below the boundary at 100" in description
-    assert "0.20 above the boundary at 0.5" in description
+    assert "20 images per class (little is below 100)" in description
+    assert "similarity 0.70 (similar is 0.5 or more)" in description
     assert "disagree" not in description
     assert "disagree" in DataRegime(images_per_class=20, similarity=0.7, similarity_spread=0.3).describe()
 

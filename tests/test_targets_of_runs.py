@@ -101,7 +101,7 @@ def check_words(run: Run, kind: str, folder: Path) -> None:
     card, report = (folder / "model" / "README.md").read_text(), (folder / "report.html").read_text()
     main_metric, other_words = ("mean average precision", "R2") if kind == "labels" else ("R2", "average precision")
     text = card[: card.index("## Config")]
-    assert f"Its {main_metric} on the test split is " in text
+    assert re.search(rf"Its {main_metric} is \S+( %)? \(95 % interval .*\) on \d+ test images\.", text)
     assert not re.search(rf"\b(classes|class|accuracy|{other_words})\b", text, re.IGNORECASE), text
     page = re.sub(
         r"<style>.*?</style>|<script.*?</script>|<pre>.*?</pre>|class=\"[^\"]*\"|<th scope=\"row\">select_by<.*?</tr>",

@@ -111,7 +111,8 @@ def make_command(session: Session, strategy: Strategy) -> str:
     varied = dict.fromkeys(key for each in AUTO if each.strategy == strategy.name for key in each.settings)
     variant = [f"{key}_{own[key]}" for key in varied if key in own]  # so that variants do not share a folder
     config: RunConfig = replace(session.config, strategy=strategy)
-    changed = {k: v for k, v in changed_settings(config, default).items() if k not in NOT_IN_COMMAND}
+    left_out = NOT_IN_COMMAND | ({"engine"} if session.decides_engine else set())  # the run decides in the same way
+    changed = {k: v for k, v in changed_settings(config, default).items() if k not in left_out}
     named = {
         "checkpoint": session.config.model.checkpoint,
         "dataset": session.config.data.dataset,

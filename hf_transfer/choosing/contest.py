@@ -206,9 +206,10 @@ class Contest:
                 break
             if self.session.is_main:
                 log.info(
-                    "auto runs %s, part %d of %d, which may add %s%s",
-                    entry.candidate.name, number + 1, len(parts), self._describe(posterior),
-                    "" if left_s is None else f": {_say_left(left_s)}",
+                    "auto tries %s%s%s; expected against the probe: %s%s",
+                    entry.candidate.name, f" without fold {number + 1} of {len(parts)}" if len(parts) > 1 else "",
+                    f", for about {run_s:.0f} s" if run_s else "", self._describe(posterior),
+                    "" if left_s is None else f"; {_say_left(left_s)}",
                 )  # fmt: skip
             results.append(run_held_out(self.session, entry.candidate, parts[number]))
             posterior = update(entry.prior, self._compare(allowance.division, results).gain)
@@ -252,8 +253,8 @@ class Contest:
         posterior = update(entry.prior, measured.gain)
         if self.session.is_main:
             log.info(
-                "%s: %s%s against the probe on %d images; with what was expected, %s%s",
-                entry.candidate.name, score.format_gain(measured.gain.mean), score.gain_unit, measured.num_images,
+                "%s: measured against the probe on %d images: %s%s; together with what was expected: %s%s",
+                entry.candidate.name, measured.num_images, score.format_gain(measured.gain.mean), score.gain_unit,
                 self._describe(posterior),
                 ", stopped because it can hardly become the best" if verdict is Verdict.UNLIKELY else "",
             )  # fmt: skip

@@ -23,6 +23,7 @@ from hf_transfer.choosing.candidates import Candidate
 from hf_transfer.data.dataset import Data
 from hf_transfer.data.folds import divide, join_pool
 from hf_transfer.data.splits import Split
+from hf_transfer.logs import without_details
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.training.checkpoints import remove_state, save_state, share_state
@@ -105,7 +106,8 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldO
 
     Raises ValueError if the stored result is of other settings, data or weights.
     """
-    own = candidate.strategy.restart(_open(session, candidate, part.data, part.name))
+    with without_details():
+        own = candidate.strategy.restart(_open(session, candidate, part.data, part.name))
     identity = describe_identity(own, (), None)
     stored = _read_finished(own)
     if stored is not None:
@@ -118,7 +120,8 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldO
         )
         return HeldOutResult(run=run, logits=stored["logits"].numpy(), seconds=stored["seconds"])
     started = time.perf_counter()
-    result = candidate.strategy.run(own)
+    with without_details():
+        result = candidate.strategy.run(own)
     seconds = run_on_main(lambda: time.perf_counter() - started)
     held_out = HeldOutResult(run=read_run(result), logits=result.logits["validation"], seconds=seconds)
     if own.is_main and own.checkpoints is not None:
@@ -132,7 +135,8 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldO
 
 def run_once(session: Session, candidate: Candidate, part: HeldOut) -> RunResult:
     """Trains a candidate without the held-out images, and returns the result with the network."""
-    return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate, part.data, "once")))
+    with without_details():
+        return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate, part.data, "once")))
 
 
 def run_final(session: Session, candidate: Candidate, data: Data, final: FinalFit) -> RunResult:

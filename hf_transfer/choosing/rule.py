@@ -66,19 +66,21 @@ class DataRegime:
         return np.array([(1 - x) * y, x * y, (1 - x) * (1 - y), x * (1 - y)])
 
     def describe(self) -> str:
-        """Returns a sentence with the nearest corner case, and the distances of amount and similarity from the boundaries."""
+        """Returns a sentence with the nearest corner case, and the boundaries of amount and similarity.
+
+        >>> DataRegime(images_per_class=20, similarity=0.7).describe()
+        'little, similar: 20 images per class (little is below 100); similarity 0.70 (similar is 0.5 or more)'
+        """
         boundary = math.sqrt(LITTLE * MUCH)
-        factor = self.images_per_class / boundary
-        amount = (
-            f"{max(factor, 1 / factor):.1f} times {'above' if factor >= 1 else 'below'} the boundary at {boundary:.0f}"
-        )
-        margin = abs(self.similarity - 0.5)
+        amount, kind = self.cell.split(", ")
+        limits = {"little": f"below {boundary:.0f}", "much": f"{boundary:.0f} or more"}
+        limits |= {"similar": "0.5 or more", "different": "below 0.5"}
         doubt = ""
-        if self.similarity_spread is not None and self.similarity_spread >= margin:
-            doubt = " (the similarity measures disagree)"
+        if self.similarity_spread is not None and self.similarity_spread >= abs(self.similarity - 0.5):
+            doubt = "; the similarity measures disagree"
         return (
-            f"{self.cell}: {self.images_per_class:.0f} images per class, {amount}; similarity {self.similarity:.2f}, "
-            f"{margin:.2f} {'above' if self.similarity >= 0.5 else 'below'} the boundary at 0.5{doubt}"
+            f"{self.cell}: {self.images_per_class:.0f} images per class ({amount} is {limits[amount]}); similarity "
+            f"{self.similarity:.2f} ({kind} is {limits[kind]}{doubt})"
         )
 
 

@@ -6,6 +6,7 @@ onnx or --engine openvino, and `publish` sends it in the same commit.
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from hf_transfer.commands.command import Command
 from hf_transfer.commands.shared_flags import EVALUATED_DATA, add_json, add_trust, read_given
@@ -34,7 +35,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 def _run(given: argparse.Namespace) -> str:
     with fast_imports():
         from hf_transfer.exporting.formats import ExportOptions
-        from hf_transfer.hub.exports import export_saved, format_record
+        from hf_transfer.hub.exports import export_saved, find_model, format_record
 
     options = ExportOptions(
         format=given.format, precision=given.export_precision, with_preprocessing=given.with_preprocessing
@@ -48,7 +49,8 @@ def _run(given: argparse.Namespace) -> str:
     )
     if given.json:
         return json.dumps([asdict(record) for record in records], indent=1)
-    return "\n".join(format_record(record) for record in records)
+    folder = find_model(Path(given.model))[0] if given.output_dir is None else Path(given.output_dir)
+    return "\n".join(format_record(record, folder) for record in records)
 
 
 COMMAND = Command(

@@ -86,9 +86,8 @@ def _run(given: argparse.Namespace) -> str:
     started = time.perf_counter()
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         explainer = _make_explainer(given, backbone)
-        abstention = make_judge(backbone, request).abstention
-        if abstention is not None and not given.quiet:
-            sys.stderr.write(f"hf-transfer predict: {name or given.model} {abstention.describe()}\n")
+        for line in [] if given.quiet else make_judge(backbone, request).describe():
+            sys.stderr.write(f"hf-transfer predict: {name or given.model} {line}\n")
         try:
             predictions = predict(backbone, images, top_k=given.top_k, **vars(request), **settings)
         except UnreadableImagesError as error:

@@ -39,12 +39,10 @@ def _run(given: argparse.Namespace) -> str:
     options = PublishOptions(**{name: getattr(given, name) for name in names})
     published = publish(given.run, given.repo_id, adapter=given.adapter, base=given.base, options=options)
     lines = [f"{size:>12,} bytes  {path}" for path, size in published.files.items()]
-    end = (
-        f"these files would be pushed to {published.repo_id}"
-        if published.url is None
-        else f"published: {published.url}"
-    )
-    return "\n".join([*lines, end])
+    if published.url is not None:
+        return "\n".join([*lines, f"published: {published.url}"])
+    end = f"these files would be pushed to {published.repo_id}; first read the card, {published.card}"
+    return "\n".join([*lines, end, f"next: {published.command}"])
 
 
 COMMAND = Command(

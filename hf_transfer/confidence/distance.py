@@ -6,6 +6,8 @@ rests are taken as orthogonal, since the directions without variance are those i
 
 The limit is a conformal one (arXiv 2107.07511): of images like the m held-out ones, a share of at most 1 % is beyond it. Fewer
 than 99 held-out images cannot show 1 %. Then the limit is their largest distance, beyond which 1 in m + 1 such images lies.
+Features of a network that was not trained on these images need no held-out ones: each image is measured without itself (the
+jackknife, arXiv 1905.02928).
 """
 
 import math
@@ -46,24 +48,30 @@ class TrainingDistance:
         """
         return self._measure(features) / self.limit
 
-    def _measure(self, features: NDArray[np.floating]) -> NDArray[np.float64]:
+    def _measure(self, features: NDArray[np.floating], *, are_points: bool = False) -> NDArray[np.float64]:
+        """Returns distances (N,). `are_points`: the features are those of the points, each of which is left out for itself."""
         points = self.points.astype(np.float32) * np.float32(self.unit)
         squares = (points**2).sum(1) + self.rests
         nearest = [np.zeros(0)]
         for start in range(0, len(features), _ROWS):
             coordinates, rests = _project(features[start : start + _ROWS], self.mean, self.basis)
             distances = (coordinates**2).sum(1)[:, None] + rests[:, None] + squares - 2 * coordinates @ points.T
+            if are_points:
+                rows = np.arange(len(distances))
+                distances[rows, start + rows] = np.inf
             rank = min(NEIGHBOR, distances.shape[1]) - 1
             nearest.append(np.partition(np.nan_to_num(distances, nan=np.inf), rank, axis=1)[:, rank].astype(np.float64))
         return np.sqrt(np.maximum(np.concatenate(nearest), 0.0))
 
 
-def fit_distance(train: NDArray[np.floating], held_out: NDArray[np.floating]) -> TrainingDistance | None:
+def fit_distance(train: NDArray[np.floating], held_out: NDArray[np.floating] | None) -> TrainingDistance | None:
     """Returns the distance to features (n, D) of training images, with a limit from features (m, D) of held-out images.
 
-    Returns None if there are too few training images for a distance, or too few held-out images (MIN_HELD_OUT) for a limit.
+    `held_out` is None if the network that computed the features was not trained on the images: then each of them is held out
+    from the others. Returns None if there are too few training images for a distance, or too few held-out images
+    (MIN_HELD_OUT) for a limit.
     """
-    if len(train) < NEIGHBOR or len(held_out) < MIN_HELD_OUT:
+    if len(train) < NEIGHBOR or len(train if held_out is None else held_out) < MIN_HELD_OUT:
         return None
     train = _normalize(train[spread_rows(len(train), MAX_POINTS)])
     mean = train.mean(0)
@@ -77,9 +85,9 @@ def fit_distance(train: NDArray[np.floating], held_out: NDArray[np.floating]) ->
         rests=rests,
         unit=unit,
         limit=1.0,
-        num_held_out=len(held_out),
+        num_held_out=len(train if held_out is None else held_out),
     )
-    distances = np.sort(raw._measure(held_out))
+    distances = np.sort(raw._measure(train, are_points=True) if held_out is None else raw._measure(held_out))
     limit = float(distances[_rank_limit(len(distances)) - 1])
     return TrainingDistance(**{**vars(raw), "limit": limit}) if _LEAST_LIMIT < limit < math.inf else None
 

@@ -70,9 +70,15 @@ class Split:
     pool: Split | None = None  # a larger split with these images, from whose stored results this split takes its rows
     pool_rows: NDArray[np.int64] | None = None  # (N,) the position of each image in `pool`
     parts: tuple[Split, ...] = ()  # splits that follow each other here, and whose stored results this split takes
+    is_joined: bool = False  # whether the images are those of several splits, such as train and validation
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def title(self) -> str:
+        """What logs call the images."""
+        return "train and validation" if self.is_joined else self.name
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -186,6 +192,7 @@ def join(splits: Sequence[Split]) -> Split:
         labels=np.concatenate([split.labels for split in splits]),
         target=splits[0].target,
         groups=np.concatenate(groups) if has_groups else None,
+        is_joined=True,
     )
 
 

@@ -30,7 +30,7 @@ from hf_transfer.reporting.charts import draw_curve, draw_matrix
 from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.reporting.formats import format_percent, make_environment
 from hf_transfer.reporting.label_table import lay_out_labels, name_labels
-from hf_transfer.reporting.report_results import explain_validation, find_metrics
+from hf_transfer.reporting.report_results import describe_scored_images, explain_validation, find_interval, find_metrics
 from hf_transfer.reporting.sentences import describe_repeats
 from hf_transfer.reporting.verdict import describe_kept_model
 
@@ -46,7 +46,7 @@ __all__ = ["OUR_TAG", "address_card", "make_card", "record_verified"]
 def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> ModelCard:
     """Returns the card (README.md) of the model saved in `folder`, and writes the charts of the card to `folder`."""
     split = find_split(results)
-    scores = results["metrics"][split]
+    scores, metrics = results["metrics"][split], find_metrics(results)
     environment = make_environment("hub", is_markdown=True)
     text = environment.get_template("card.md.jinja").render(
         name=find_name(backbone, results),
@@ -61,7 +61,9 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         results=results,
         split=split,
         scores=scores,
-        metrics=find_metrics(results),
+        scored_images=describe_scored_images(split, scores),
+        headline_interval=find_interval(scores, metrics[0].key),
+        metrics=metrics,
         labels=lay_out_labels(scores),
         num_rows=MAX_TABLE_CLASSES,
         decision=lambda names: Markup("\n".join(backbone.target.write_decision(names))),
@@ -120,8 +122,10 @@ def _write_pictures(results: Mapping[str, Any], split: str, folder: Path) -> dic
 
     SVG files take a few kB, show text in any script, and need no drawing library.
     """
-    matrix = draw_matrix(results["metrics"][split])
-    pictures = [] if matrix is None else [(f"Confusion matrix of the {split} split", "confusion_matrix.svg", matrix)]
+    scores = results["metrics"][split]
+    matrix = draw_matrix(scores)
+    title = f"Confusion matrix of {describe_scored_images(split, scores)}"
+    pictures = [] if matrix is None else [(title, "confusion_matrix.svg", matrix)]
     for number, curve in enumerate(results["curves"], 1):
         pictures.append((str(curve["title"]), f"curve_{number}.svg", draw_curve(curve)))
     for _, name, text in pictures:
@@ -152,5 +156,5 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
         verdict = (
             "use probabilities only to rank labels" if error > POOR_CALIBRATION else "the model is well calibrated"
         )
-        limits.append(f"Probabilities are off by {format_percent(error)}% on average (calibration error): {verdict}.")
+        limits.append(f"Probabilities are off by {format_percent(error)} % on average (calibration error): {verdict}.")
     return [*limits, *scores["notes"]]

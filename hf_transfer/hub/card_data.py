@@ -13,6 +13,7 @@ from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.reporting.formats import join_lines
 from hf_transfer.reporting.report_results import find_metrics
+from hf_transfer.training.final_fit import covers_train_images
 
 OUR_TAG = "hf_transfer"
 
@@ -43,6 +44,7 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
     split = find_split(results)
     scores, data = results["metrics"][split], results["data"]
     name = _remove_markup(data["name"])
+    is_crossed = covers_train_images(scores)  # the data set itself has no split of these images
     hub_id = name.partition(":")[0]
     is_on_hub = data["revision"] is not None
     terms = find_license(backbone, results)
@@ -68,9 +70,9 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
                 dataset_type=hub_id if is_on_hub else name,
                 dataset_name=name,
                 dataset_revision=data["revision"],
-                dataset_split=split,
+                dataset_split="train" if is_crossed else split,
                 metric_type=hub_name,
-                metric_name=info.title,
+                metric_name=f"{info.title}, cross-validated" if is_crossed else info.title,
                 metric_value=round(scores[info.key], 4),
             )
             for info, hub_name in published

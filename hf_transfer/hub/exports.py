@@ -97,14 +97,15 @@ def show_exports(folder: Path) -> None:
 
 def format_exports(records: tuple[ExportRecord, ...]) -> str:
     """Returns the exported files as a section of a card."""
+    has_scores = any(record.accuracy is not None for record in records)
     lines = [
         "<!-- exported -->",
         "## Exported files",
         "",
         "Each file was run by its own runtime in a fresh process on real images, and compared with the trained network.",
         "",
-        "| file | MB | runtime | outputs differ by | one image | images/s | held-out images |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| file | MB | runtime | outputs differ by | one image | images/s |{' held-out images |' if has_scores else ''}",
+        f"| --- | --- | --- | --- | --- | --- |{' --- |' if has_scores else ''}",
     ]
     for record in records:
         rate = "" if record.images_per_second is None else f"{record.images_per_second:,.0f}"
@@ -113,11 +114,11 @@ def format_exports(records: tuple[ExportRecord, ...]) -> str:
             ""
             if accuracy is None
             else f"{accuracy.metric} {accuracy.before:.4f}, exported {accuracy.after:.4f} ({accuracy.num_images} images of "
-            f"{accuracy.split}; {100 * accuracy.agreement:.1f}% have the same largest output)"
+            f"{accuracy.split}; {100 * accuracy.agreement:.1f} % have the same largest output)"
         )
         lines.append(
             f"| `{record.file}` | {record.size_bytes / 1e6:.1f} | {record.runtime} | {record.logits:.1g} | "
-            f"{record.latency_ms:.1f} ms | {rate} | {scored} |"
+            f"{record.latency_ms:.1f} ms | {rate} |{f' {scored} |' if has_scores else ''}"
         )
     threads = max((record.num_threads for record in records), default=0)
     lines += [
@@ -127,13 +128,13 @@ def format_exports(records: tuple[ExportRecord, ...]) -> str:
     return "\n".join([*lines, "<!-- /exported -->"])
 
 
-def format_record(record: ExportRecord) -> str:
-    """Returns what is known about an exported file as one line."""
+def format_record(record: ExportRecord, folder: Path) -> str:
+    """Returns what is known about an exported file in the model folder `folder` as one line."""
     accuracy = record.accuracy
     scored = "" if accuracy is None else f", {accuracy.metric} {accuracy.before:.4f} -> {accuracy.after:.4f}"
     return (
-        f"{record.file}: {record.size_bytes / 1e6:.1f} MB, differs by {record.logits:.1g} in {record.runtime}, "
-        f"{record.latency_ms:.1f} ms an image{scored}"
+        f"{folder / record.file}: {record.size_bytes / 1e6:.1f} MB, differs from the trained network by {record.logits:.1g} in "
+        f"{record.runtime}, {record.latency_ms:.1f} ms an image{scored}"
     )
 
 

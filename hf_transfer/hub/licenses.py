@@ -43,9 +43,8 @@ def derive_license(base: str | None, data: str | None, *, has_base: bool = True)
     stated |= {"dataset": _clean(data)}
     notes = []
     for origin, terms in stated.items():
-        unknown = (
-            f"**The license of the {origin} is unknown**: it may limit the use of this model, so find it out first."
-        )
+        remedy = "find it out before you publish" + (", unless the images are yours" if origin == "dataset" else "")
+        unknown = f"**The license of the {origin} is unknown**, and may limit the use of this model: {remedy}."
         notes.append(unknown if terms is None else f"The {origin} states {escape_markdown(terms)}.")
     known = {terms for terms in stated.values() if terms is not None}
     binding = known - PERMISSIVE

@@ -67,6 +67,8 @@ class Published:
     repo_id: str
     files: dict[str, int]  # size in bytes by path
     url: str | None  # None for a dry run
+    card: Path  # the card beside the weights
+    command: str  # pushes the files
     verified: tuple[Verified, ...]
 
 
@@ -124,10 +126,10 @@ def publish(
     if pictures is not None:
         files[EXAMPLES] = pictures[0]
     url = None
+    command = publish_command(run, repo_id, options, adapter=adapter, base=base)
     if options.dry_run:
         _update_card(model / CARD, verified)
     else:
-        command = publish_command(run, repo_id, options, adapter=adapter, base=base)
         attempt = Attempts(repo_id, f"Nothing is lost, because the run is on this disk. Repeat: {command}")
         revision = options.revision or branch
         target = _Target(repo_id=repo_id, revision=revision, api=HfApi(token=token), attempt=attempt)
@@ -136,7 +138,7 @@ def publish(
         card = card if pictures is None else insert_examples(card, pictures[1])
         url = _commit(target, files, card, f"Add {results['strategy']}", create_pr=options.create_pr)
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    return Published(repo_id=repo_id, files=sizes, url=url, verified=verified)
+    return Published(repo_id=repo_id, files=sizes, url=url, card=model / CARD, command=command, verified=verified)
 
 
 def check_push(repo_id: str, *, token: str | None = None) -> None:

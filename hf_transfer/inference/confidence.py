@@ -64,6 +64,13 @@ class Judge:
             for each in self.confidence.inputs
         )
 
+    def describe(self) -> list[str]:
+        """Returns what the model does for each image: when it abstains, and if it cannot tell unfamiliar images."""
+        lines = [] if self.abstention is None else [self.abstention.describe()]
+        if self.confidence is not None and self.confidence.distance is None:
+            lines.append("does not say which images are unlike training, because too few images were held out to tell")
+        return lines
+
     def judge(self, logits: NDArray[np.float32], features: NDArray[np.float32]) -> Judgment:
         """Returns the judgment of N images with logits (N, K) and features (N, D) of `inputs`."""
         sets = intervals = answers = distances = None

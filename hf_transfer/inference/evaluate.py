@@ -1,7 +1,7 @@
 """Computes the metrics of a saved classifier on a labeled data set."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hf_transfer.config import ComputeConfig, DataConfig, ExportPrecision
 from hf_transfer.data.dataset import load_splits
 from hf_transfer.data.seen import count_seen, read_seen
-from hf_transfer.data.splits import Split
+from hf_transfer.data.splits import Role, Split
 from hf_transfer.inference.load import InferenceEngine, load_for_engine
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.prefix.digests import share_digests
@@ -88,10 +88,13 @@ def evaluate_split(
     splits = load_splits(data, backbone.target)
     chosen = [each for name, each in splits.items() if split in (name, ALL)]
     if not chosen:
+        drawn = (
+            "" if seen is None else " (report.html of the run has the metrics of the images that it held out itself)"
+        )
         raise ValueError(
-            f"split={split!r}: the data set {data.dataset} has no labeled split of this name, only {', '.join(splits)}; name "
-            f"a stored split with --{split}_split, give images that the run has not seen as --dataset and omit --split, or"
-            f" choose --split {next(iter(splits))}"
+            f"split={split!r}: the data set {data.dataset} stores no labeled split of this name, only "
+            f"{', '.join(splits)}{drawn}; omit --split to evaluate all labeled images, give another --dataset, or name a "
+            f"stored split with --{split}_split"
         )
     resources = Resources(accelerator=Accelerator(), compute=compute)
     preprocessing = backbone.preprocessing
@@ -106,20 +109,27 @@ def evaluate_split(
     scored = [compute_checked_logits(backbone.model, each, resources, engine) for each in images]
     logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
     metrics = backbone.target.compute_metrics(logits, labels, seed=data.seed)
-    if seen is not None and (warning := _warn_of_seen(seen, chosen, resources)):
+    if seen is not None and (warning := _warn_of_seen(seen, chosen, resources, splits)):
         metrics = replace(metrics, notes=(*metrics.notes, warning))
     return Evaluation(split=split, target=backbone.target, metrics=metrics)
 
 
-def _warn_of_seen(seen: NDArray[np.uint64], splits: Sequence[Split], resources: Resources) -> str:
-    """Logs and returns a sentence if images of `splits` are among those that the run has `seen`; otherwise returns ""."""
+def _warn_of_seen(
+    seen: NDArray[np.uint64], splits: Sequence[Split], resources: Resources, stored: Mapping[Role, Split]
+) -> str:
+    """Logs and returns a sentence if images of `splits` are among those that the run has `seen`; otherwise returns "".
+
+    `stored`: all splits of the data set by name.
+    """
     share_digests(splits, resources)
     num_seen, num_images = count_seen(seen, splits), sum(map(len, splits))
     if not num_seen:
         return ""
+    has_other_test = "test" in stored and list(splits) != [stored["test"]]
+    remedy = "--split test" if has_other_test else "another --dataset"
     warning = (
         f"{num_seen:,} of these {num_images:,} images trained or selected the model of this run, so the metrics are optimistic:"
-        " evaluate images that the run has not seen, with --split test or another --dataset"
+        f" evaluate images that the run has not seen, with {remedy}"
     )
     log.warning("%s", warning)
     return warning

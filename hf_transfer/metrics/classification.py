@@ -77,8 +77,8 @@ def score(
     `resamples`: the number of bootstrap resamples; 0 computes no intervals. A class without an image in the split gets a note
     instead of precision, recall and F1. Balanced accuracy and macro-F1 average over the classes that are present in the split
     or in the resample. Among equal logits, the lower class index wins. The interval of the accuracy is the exact binomial one
-    for fewer than 30 images, and for an accuracy of 0 or 100 %: a bootstrap cannot draw mistakes that did not occur. A metric
-    that is the same in all resamples gets a note instead of an interval.
+    for fewer than 10 right or fewer than 10 wrong images, since a bootstrap draws only mistakes that occurred. A metric that is
+    the same in all resamples gets a note instead of an interval.
 
     >>> score(np.eye(2), np.array([0, 0]), ("cat", "dog"), resamples=0).accuracy
     0.5

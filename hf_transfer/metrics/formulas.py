@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 CALIBRATION_BINS = 15
 RELATIVE_WIDTH = 1e-12  # of the interval in which `find_share` has its result
-FEW_IMAGES = 30  # images below which a bootstrap interval of a share is too narrow
+FEW_OUTCOMES = 10  # with fewer right or fewer wrong images, a bootstrap interval of their share is too narrow
 Z_SIGNIFICANCE, Z_POWER = 1.96, 0.8416  # normal quantiles: 5 % level (two-sided), and a power of 80 %
 
 
@@ -124,7 +124,7 @@ def binomial_interval(successes: int, count: int) -> tuple[float, float]:
 def find_exact_interval(hits: NDArray[np.bool_]) -> tuple[float, float] | None:
     """Returns the exact 95 % interval of the share of `hits` (N,) where a bootstrap is too narrow; None elsewhere."""
     num_right, count = int(hits.sum()), len(hits)
-    return binomial_interval(num_right, count) if count < FEW_IMAGES or num_right in (0, count) else None
+    return binomial_interval(num_right, count) if min(num_right, count - num_right) < FEW_OUTCOMES else None
 
 
 def find_share(most: int, count: int, probability: float) -> float:

@@ -75,7 +75,8 @@ class Score:
         >>> Score(quality=0.9, loss=0.3).format_gain(0.02)
         '+2.0'
         """
-        return f"{100 * gain:+.1f}" if self.is_share else f"{gain:+.3f}"
+        factor, digits = (100, 1) if self.is_share else (1, 3)
+        return f"{round(factor * gain, digits) + 0.0:+.{digits}f}"  # adding 0.0 makes a zero positive
 
     @property
     def gain_unit(self) -> str:

@@ -22,6 +22,7 @@ import torch
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
+from hf_transfer.logs import log_once
 from hf_transfer.network.damage import find_weights, read_tensors
 from hf_transfer.network.fingerprint import describe_modules
 from hf_transfer.network.model_args import is_unsafe_argument
@@ -112,7 +113,7 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
         log.info("%s: its %d outputs are a projection and no classes, so a new head replaces the projection",
                  source.name, num_classes)  # fmt: skip
     _log_changed(source, model, weights, loaded)
-    log.info("%s: timm %s", source.name, describe_architecture(model))
+    log_once(log, f"{source.name}: timm {describe_architecture(model)}")
     has_classes = not (is_projection or loaded.new)
     return TimmModel(
         model=model,

@@ -180,7 +180,7 @@ class _Search:
         lists = ranks.together(self._find_missing)
         missing = sorted({i for each in lists for i in each})
         found = [i for i in range(len(self.groups)) if i not in missing]
-        reason = f"{sum(self.sizes[i] for i in found) / 1e6:,.1f} MB were found on disk"
+        reason = f"{sum(self.sizes[i] for i in found) / 1e6:,.1f} MB on disk"
         self.storages = dict.fromkeys(found, Storage(kind="disk", reason=reason))
         if missing:
             reusable = sum(size_of(p) for i in missing for p in list_partials(self.folders[i]))

@@ -70,8 +70,8 @@ class EvaluationImages:
 
     @property
     def name(self) -> str:
-        """The name of the split."""
-        return self.split.name
+        """What logs call the split."""
+        return self.split.title
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -134,8 +134,8 @@ class TrainingImages:
 
     @property
     def name(self) -> str:
-        """The name of the split."""
-        return self.split.name
+        """What logs call the split."""
+        return self.split.title
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -365,11 +365,11 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
     stored = cached(fields, request, f"{key['kind']}, {len(split)} images")
     (storage,) = set(stored.storages.values())
     if storage.kind == "none":
-        require_stored(split, f"the pixels of {split.name}", storage)
-        log.info("pixels of %s: %s", split.name, storage.reason)
+        require_stored(split, f"the pixels of {split.title}", storage)
+        log.info("pixels of %s: %s", split.title, storage.reason)
         decoder = _Decoder(decoding, resources.compute.num_workers)
         return {name: DecodedWhenRead(decoder, name) for name in arrays}
     if resources.accelerator.is_main_process:
         rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "cached"
-        log.info("pixels of %s: %d images, %s; %s", split.name, len(split), rate, storage.reason)
+        log.info("pixels of %s: %d images, %s; %s", split.title, len(split), rate, storage.reason)
     return dict(stored.stores)

@@ -22,7 +22,7 @@ def describe_confidence(results: Mapping[str, Any]) -> list[str]:
         _describe_calibration(section["calibration"]),
         _describe_coverage(section["coverage"]),
         _describe_abstention(section["abstention"]),
-        _describe_distance(section["familiar_held_out"], results["data"]["num_images"]["validation"]),
+        _describe_distance(section["familiar_held_out"], section["num_held_out"]),
     ]
     return [line for line in lines if line]
 
@@ -48,8 +48,8 @@ def _describe_calibration(calibration: Mapping[str, Any]) -> str:
     low, high = (100 * bound for bound in after["interval"])
     old_low, old_high = (100 * bound for bound in before["interval"])
     return (
-        f"Calibration error on {change['num_images']:,} {name} images: {100 * before['value']:.1f}% before (95% interval"
-        f" {old_low:.1f} to {old_high:.1f}), {100 * after['value']:.1f}% after ({low:.1f} to {high:.1f}). Log-loss:"
+        f"Calibration error on {change['num_images']:,} {name} images: {100 * before['value']:.1f} % before (95 % interval"
+        f" {old_low:.1f} to {old_high:.1f}), {100 * after['value']:.1f} % after ({low:.1f} to {high:.1f}). Log-loss:"
         f" {change['log_loss_before']:.4f} before, {change['log_loss_after']:.4f} after."
     )
 
@@ -63,8 +63,8 @@ def _describe_coverage(coverage: Mapping[str, Any]) -> str:
     kind, truth = ("Intervals", "number") if is_interval else ("Sets", "label")
     size = "" if is_interval else f" They have {check['mean_size']:.2f} labels on average."
     return (
-        f"{kind} for a coverage of {100 * check['coverage']:.0f}% contain the {truth} in {100 * check['covered']:.1f}% of"
-        f" {check['num_images']:,} {name} images (95% interval {low:.1f} to {high:.1f}).{size}"
+        f"{kind} for a coverage of {100 * check['coverage']:.0f} % contain the {truth} in {100 * check['covered']:.1f} % of"
+        f" {check['num_images']:,} {name} images (95 % interval {low:.1f} to {high:.1f}).{size}"
     )
 
 
@@ -72,26 +72,29 @@ def _describe_abstention(check: Mapping[str, Any] | None) -> str:
     if check is None:
         return ""
     share = 100 * check["held_out_answered"]
-    line = f"With --max_error {check['max_error']:g}, the model answers {share:.1f}% of held-out images"
+    line = (
+        f"With `hf-transfer predict --max_error {check['max_error']:g}`, the model answers only where it is sure enough that at"
+        f" most {100 * check['max_error']:g} % of its answers are wrong: for {share:.1f} % of held-out images"
+    )
     if check["test_error"] is None:
         return f"{line}."
     answered, error = 100 * check["test_answered"], 100 * check["test_error"]
-    return f"{line}. It answers {answered:.1f}% of test images, of which {error:.1f}% wrongly."
+    return f"{line}. It answers {answered:.1f} % of test images, of which {error:.1f} % wrongly."
 
 
-def _describe_distance(familiar: int | None, num_validation: int) -> str:
+def _describe_distance(familiar: int | None, num_held_out: int) -> str:
     if familiar is None:
-        if num_validation >= MIN_HELD_OUT:
+        if num_held_out >= MIN_HELD_OUT:  # something else than their number prevents it
             return ""
         return (
-            "The model does not say whether an image is unlike the training images:"
-            f" {num_validation:,} validation images are too few for that; {MIN_HELD_OUT} are needed."
+            f"The model does not say whether an image is unlike the training images: {MIN_HELD_OUT} images or more would have"
+            " to be held out for that."
         )
     share = share_by_chance(familiar)
-    which = f"all {familiar:,}" if share * (familiar + 1) < 1.5 else f"{100 * (1 - share):.0f}% of {familiar:,}"
+    which = f"all {familiar:,}" if share * (familiar + 1) < 1.5 else f"{100 * (1 - share):.0f} % of {familiar:,}"
     return (
         "An image is unlike the training images if its features are farther from theirs than those of"
-        f" {which} validation images. By chance, so are {100 * share:.1f}% of images of the same kind."
+        f" {which} held-out images. By chance, so are {100 * share:.1f} % of images of the same kind."
     )
 
 

@@ -59,7 +59,7 @@ def lower_first(text: str) -> str:
 def format_metric(value: float, info: MetricInfo, has_unit: bool = True) -> str:
     """Returns the value of a metric as text, in percent or as a number."""
     if info.kind == "percent":
-        return f"{format_percent(value)}{'%' if has_unit else ''}"
+        return f"{format_percent(value)}{' %' if has_unit else ''}"
     return format_number(value)
 
 

@@ -47,6 +47,8 @@ COSTS = {  # part of the cost in results.json -> what it did
     "store": "store the inputs of the trained layers",
     "probe": "solve the linear probe",
     "train": "gradient steps",
+    "wise ft": "mix the trained weights with those from before",
+    "advise": "estimate what fine-tuning may add",
     "evaluate": "measure the finished network",
     "confidence": "calibrate it, and measure how far it can be trusted",
     "save": "write the model",

@@ -25,7 +25,13 @@ from hf_transfer.reporting.illustrations import Illustrations
 from hf_transfer.reporting.label_table import find_confused_pairs, lay_out_labels
 from hf_transfer.reporting.page_images import lay_out_map, write_image_data
 from hf_transfer.reporting.reliability import lay_out_diagram
-from hf_transfer.reporting.report_results import choose_split, explain_validation, find_interval, find_metrics
+from hf_transfer.reporting.report_results import (
+    choose_split,
+    describe_scored_images,
+    explain_validation,
+    find_interval,
+    find_metrics,
+)
 from hf_transfer.reporting.sentences import describe_repeats
 from hf_transfer.reporting.settings_table import flatten
 from hf_transfer.reporting.verdict import give_verdict
@@ -82,7 +88,7 @@ def render_report(results: Mapping[str, Any], illustrations: Illustrations | Non
             shown=shown,
             warning="" if shown == "test" else explain_validation(scores),
             verdict=give_verdict(results, None if illustrations is None else illustrations.num_suspects),
-            num_samples=scores["num_samples"],
+            scored_images=describe_scored_images(shown, scores),
             network=_describe_outputs(results, scores),
             has_pairs="confusion_matrix" in scores,
             metrics=_lay_out_metrics(find_metrics(results), scores, validation),

@@ -6,7 +6,7 @@ from typing import Any
 from hf_transfer.metrics.records import Interval
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import MetricInfo
-from hf_transfer.training.final_fit import EstimatedBy
+from hf_transfer.training.final_fit import EstimatedBy, covers_train_images
 
 ESTIMATED_BY = {  # metrics.validation.estimated_by -> the words for it in log, report and card
     EstimatedBy.FOLDS: "each image was predicted by a model of the same recipe that had not trained on its fold",
@@ -46,6 +46,18 @@ def describe_estimate(scores: Mapping[str, Any]) -> str:
     """Returns a clause that says which models predicted the images of `scores`, if the saved model trained on them; or ""."""
     by = scores.get("estimated_by")
     return "" if by is None else ESTIMATED_BY[EstimatedBy(by)]
+
+
+def describe_scored_images(split: str, scores: Mapping[str, Any]) -> str:
+    """Returns the number and the kind of the images that have these scores.
+
+    >>> describe_scored_images("validation", {"num_samples": 60, "estimated_by": "cross_validation"})
+    '60 cross-validated images'
+    >>> describe_scored_images("test", {"num_samples": 1})
+    '1 test image'
+    """
+    kind = "cross-validated" if covers_train_images(scores) else split
+    return f"{scores['num_samples']:,} {kind} image{'s' * (scores['num_samples'] != 1)}"
 
 
 def explain_validation(scores: Mapping[str, Any]) -> str:

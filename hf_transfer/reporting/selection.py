@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hf_transfer.data.splits import Split
 from hf_transfer.reporting.pictures import Place
 from hf_transfer.targets.target import Labels, Target
-from hf_transfer.training.final_fit import EstimatedBy
+from hf_transfer.training.final_fit import covers_train_images
 from hf_transfer.training.label_errors import find_label_errors
 
 IN_GALLERY = 12  # images of a gallery
@@ -71,8 +71,8 @@ def join_predicted(
     splits: Sequence[Split], logits: Mapping[str, NDArray[np.float32]], metrics: Mapping[str, Any]
 ) -> Predicted:
     """Returns all images with finite logits, from the logits (N, K) by split and the metrics as in results.json."""
-    by_folds = metrics.get("validation", {}).get("estimated_by") == EstimatedBy.FOLDS
-    scored = {"test"} if metrics.get("test") else {"train", "validation"} if by_folds else {"validation"}
+    covers_all = covers_train_images(metrics.get("validation", {}))
+    scored = {"test"} if metrics.get("test") else {"train", "validation"} if covers_all else {"validation"}
     parts = [
         (split, np.flatnonzero(np.isfinite(logits[split.name]).all(1))) for split in splits if split.name in logits
     ]

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics.classification import describe_precision
 from hf_transfer.metrics.formulas import binomial_interval
 from hf_transfer.metrics.records import SHARES
 from hf_transfer.reporting.formats import format_metric, format_percent
-from hf_transfer.reporting.report_results import choose_split, find_interval, find_metrics
+from hf_transfer.reporting.report_results import choose_split, describe_scored_images, find_interval, find_metrics
 from hf_transfer.reporting.selection import IN_GALLERY
 
 WIDE = 0.10  # of the accuracy's interval: the test split is too small to compare models
-FEW_SUSPECTS = 3  # suspicious labels that are worth a look
 FROZEN = ("linear_probe", "add_classes")  # strategies that train only a head
 
 
@@ -44,7 +44,7 @@ def give_verdict(results: Mapping[str, Any], num_suspects: int | None = None) ->
         value=format_metric(scores[info.key], info, has_unit=False),
         unit="%" if info.kind == "percent" else info.unit,
         interval="" if bounds is None else " to ".join(format_metric(x, info, has_unit=False) for x in bounds),
-        images=f"{scores['num_samples']:,} {split} images",
+        images=describe_scored_images(split, scores),
         kept=describe_kept_model(results),
         next_steps=suggest_next_steps(results, num_suspects),
     )
@@ -58,12 +58,9 @@ def describe_kept_model(results: Mapping[str, Any]) -> str:
     if "auto" in details:
         kept = details["auto"]["kept"]
         others = len(details["auto"]["candidates"])
-        reason = (
-            "no candidate is expected to be better than the linear probe"
-            if kept == "linear_probe"
-            else "it has the highest expected gain over the linear probe"
-        )
-        return f"Kept: {kept}, of {others} candidates and the linear probe, because {reason}."
+        if kept == "linear_probe":
+            return f"Kept: the linear probe. None of {count_noun(others, 'candidate')} is expected to be better."
+        return f"Kept: {kept}, which has the highest expected gain over the linear probe, of {count_noun(others, 'candidate')}."
     epochs = [row for phase in details.get("phases", []) for row in phase["history"]]
     if details.get("kept_probe") and epochs:
         return _describe_kept_probe(results, epochs)
@@ -136,13 +133,13 @@ def suggest_next_steps(results: Mapping[str, Any], num_suspects: int | None = No
 
 
 def _suggest_labels(num_suspects: int | None) -> str:
-    if num_suspects is None or num_suspects < FEW_SUSPECTS:
+    if not num_suspects:
         return ""
     shown = min(num_suspects, IN_GALLERY)
     which = (
         f"{shown} most suspicious labels below, of {num_suspects:,}"
         if num_suspects > shown
-        else f"{shown} suspicious labels below"
+        else f"{count_noun(shown, 'suspicious label')} below"
     )
     return (
         f"Look at the {which}: wrong labels spoil training and metrics alike. `hf-transfer audit` lists them in a file, which "
@@ -155,7 +152,7 @@ def _suggest_larger_test(split: str, scores: Mapping[str, Any]) -> str:
     if bounds is None or bounds[1] - bounds[0] < WIDE:
         return ""
     precision = describe_precision(scores["accuracy"], bounds, scores["num_samples"])
-    return precision and f"Label more {split} images. {precision}"
+    return precision and f"Label more {'test images' if split == 'test' else 'images'}. {precision}"
 
 
 def _suggest_class(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from hf_transfer.training.records import RunResult
 
 REPORTED_COVERAGE = 0.95
 REPORTED_ERROR = 0.02  # or the lowest error above it that the held-out images can show
+HIGHEST_REPORTED_ERROR = 0.2  # a limit above it says too little
 MAX_HITS = 10_000  # stored held-out images
 
 
@@ -161,8 +162,10 @@ def _check_abstention(
 ) -> AbstentionCheck | None:
     lowest = find_lowest_limit(confidence.confidences, confidence.hits)
     max_error = None if lowest is None else max(lowest, REPORTED_ERROR)
-    found = None if max_error is None else choose_threshold(confidence.confidences, confidence.hits, max_error)
-    if found is None or max_error is None:
+    if max_error is None or max_error > HIGHEST_REPORTED_ERROR:
+        return None
+    found = choose_threshold(confidence.confidences, confidence.hits, max_error)
+    if found is None:
         return None
     answered = error = None
     if test is not None:

@@ -42,13 +42,16 @@ FROM_IMAGES = SampleSize(train=300, validation=200)
 
 
 def find_distance(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> TrainingDistance | None:
-    """Returns the distance to the features of training images, which validation images limit."""
+    """Returns the distance to the features of training images, which held-out images limit."""
     train, held_out = find_features(session, result, inputs)
     return fit_distance(train, held_out)
 
 
-def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features]:
-    """Returns features (n, F) of training images and (m, F) of validation images, as the saved network's head reads them."""
+def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features | None]:
+    """Returns features (n, F) of training images and (m, F) of validation images, as the saved network's head reads them.
+
+    Only the head of a probe was trained, so its features are those of train and validation images together, and None.
+    """
     data, activations = session.data, result.activations
     splits = {"train": data.train, "validation": data.validation}
     probe = np.unique(
@@ -57,8 +60,10 @@ def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInpu
     if splits.keys() <= result.features.keys() and _agree(
         result.features["validation"][probe], session, result, inputs, probe
     ):
-        train, held_out = (result.features[name][spread_rows(len(split), MAX_POINTS)] for name, split in splits.items())
-        return train, held_out
+        stores = [result.features[name] for name in splits]
+        rows = spread_rows(sum(map(len, splits.values())), MAX_POINTS)
+        first = len(stores[0])
+        return np.concatenate([stores[0][rows[rows < first]], stores[1][rows[rows >= first] - first]]), None
     if activations is not None and activations.chain.model is result.backbone.model:
         exact = _continue(activations, "validation", probe, session, inputs)
         if _agree(exact, session, result, inputs, probe):

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,17 @@ class EstimatedBy(StrEnum):
     FOLDS = "folds"
     SIBLING = "sibling"
     CROSS_VALIDATION = "cross_validation"  # of a linear probe
+
+    @property
+    def covers_train_images(self) -> bool:
+        """Whether the metrics are of train and validation images, because each of them was held out once."""
+        return self is not EstimatedBy.SIBLING
+
+
+def covers_train_images(details: Mapping[str, Any]) -> bool:
+    """Whether validation metrics with these details, such as `estimated_by`, are of train images too."""
+    by = details.get("estimated_by")
+    return by is not None and EstimatedBy(by).covers_train_images
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from hf_transfer.training.calibrate import (
     rescore,
 )
 from hf_transfer.training.confidence import record_confidence, report_confidence
-from hf_transfer.training.final_fit import EstimatedBy
+from hf_transfer.training.final_fit import covers_train_images
 from hf_transfer.training.records import RunResult, to_json
 
 
@@ -91,12 +91,12 @@ def _fit_decisions(session: Session, result: RunResult, *, is_scored: bool) -> R
 
 
 def _list_images(session: Session, result: RunResult) -> dict[str, Sequence[Split]]:
-    """Returns the splits whose images the metrics of each split are of. With folds, `validation` has all of their images."""
+    """Returns the splits whose images the metrics of each split are of: if each image was held out once, all of them."""
     data = session.data
     images: dict[str, Sequence[Split]] = {}
     if "validation" in result.logits:
-        is_by_folds = result.validation.details.get("estimated_by") == EstimatedBy.FOLDS
-        images["validation"] = [data.train, data.validation] if is_by_folds else [data.validation]
+        covers_all = covers_train_images(result.validation.details)
+        images["validation"] = [data.train, data.validation] if covers_all else [data.validation]
     if data.test is not None and "test" in result.logits:
         images["test"] = [data.test]
     return images

@@ -30,8 +30,9 @@ def fit_head(session: Session, phase: SolveHeadPhase) -> RunResult:
     """Fits the head on training and validation images, after held-out images chose the readout (a way to compute features).
 
     If the validation images are a fold of a run with folds, the head is fitted on training images only, and scored on the fold.
-    Otherwise, each validation image is scored by a fit that has not seen the image. Test images are scored once. Raises
-    RuntimeError if the whole network and the probe on stored features compute different logits.
+    Otherwise, the validation metrics are of fits that have not seen the image that they predict: with cross-validation, of all
+    train and validation images. Test images are scored once. Raises RuntimeError if the whole network and the probe on stored
+    features compute different logits.
     """
     chain, data = session.chain, session.data
     audit = Audit(chain, chain.features, chain.classifier_parameters)
@@ -112,21 +113,32 @@ def _read_train_logits(session: Session, best: readouts.ProbedReadout) -> dict[s
 def _score(session: Session, trained: Backbone, best: readouts.ProbedReadout) -> dict[str, Scored]:
     """Scores the solved head on the test split and on a validation split that it was not fitted on.
 
-    If the head was fitted on the validation split, held-out fits are scored there.
+    If the head was fitted on the validation split, held-out fits are scored (see `_score_held_out`).
     """
     data, scores = session.data, dict[str, Scored]()
     if data.holds_out_validation:
         scores["validation"] = _score_split(session, trained, best, data.validation)
     else:
-        logits = best.probe.held_out_logits[len(data.train) :].numpy()
-        metrics = data.target.compute_metrics(logits, data.validation.labels, seed=session.config.seed)
-        # Without cross-validation, one fit on the train images predicted them.
-        by = EstimatedBy.CROSS_VALIDATION if _read_train_logits(session, best) else EstimatedBy.SIBLING
-        metrics = replace(metrics, details={**metrics.details, "estimated_by": by.value})
-        scores["validation"] = Scored(metrics=metrics, logits=logits)
+        scores["validation"] = _score_held_out(session, best)
     if data.test is not None:
         scores["test"] = _score_split(session, trained, best, data.test)
     return scores
+
+
+def _score_held_out(session: Session, best: readouts.ProbedReadout) -> Scored:
+    """Scores the held-out fits: with cross-validation on all images, otherwise on those of the validation split.
+
+    The logits are always those of the validation split.
+    """
+    data, logits = session.data, best.probe.held_out_logits.numpy()
+    is_crossed = bool(_read_train_logits(session, best))
+    by = EstimatedBy.CROSS_VALIDATION if is_crossed else EstimatedBy.SIBLING
+    first = len(data.train)
+    labels = np.concatenate([data.train.labels, data.validation.labels])
+    rows = slice(0 if is_crossed else first, None)
+    metrics = data.target.compute_metrics(logits[rows], labels[rows], seed=session.config.seed)
+    metrics = replace(metrics, details={**metrics.details, "estimated_by": by.value})
+    return Scored(metrics=metrics, logits=logits[first:])
 
 
 def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReadout, split: Split) -> Scored:

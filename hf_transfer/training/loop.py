@@ -102,7 +102,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
                 else:
                     validation_score, is_kept = run.length.scores[progress.epoch], progress.epoch + 1 == epochs
                     selection.keep(run.length.score, progress.epoch + 1)
-            _log_epoch(progress.finish_epoch(validation_score), run, is_kept=is_kept)
+            _log_epoch(progress.finish_epoch(validation_score), run, selection.explain() if is_kept else "")
             if run.length is None:
                 _stop_early(progress, selection, session)
             save()
@@ -258,7 +258,7 @@ def _restore(resumed: Mapping[str, Any], selection: Selection, trainable: Traina
         accelerator.scaler.load_state_dict(resumed["scaler"])
 
 
-def _log_epoch(record: EpochRecord, run: PhaseRun, *, is_kept: bool) -> None:
+def _log_epoch(record: EpochRecord, run: PhaseRun, reason: str) -> None:
     values = {
         "train_loss": record.train_loss,
         **({} if record.train_accuracy is None else {"train_accuracy": record.train_accuracy}),
@@ -271,7 +271,7 @@ def _log_epoch(record: EpochRecord, run: PhaseRun, *, is_kept: bool) -> None:
             "epoch %d: loss %.4f%s, %s %s, %.0f images/s%s", record.epoch, record.train_loss,
             "" if record.train_accuracy is None else f", train accuracy {100 * record.train_accuracy:.1f} %",
             "validation" if run.length is None else "held-out", record.validation.describe(),
-            record.images_per_second, " (keeping these weights)" if is_kept else "",
+            record.images_per_second, reason,
         )  # fmt: skip
 
 

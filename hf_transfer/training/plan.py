@@ -32,8 +32,8 @@ def run_plan(session: Session, plan: Plan, final: FinalFit | None = None) -> Run
     """Trains the session's network in place, phase by phase, and scores the network on validation images and test images.
 
     If the first phase solves for the head and no gradient step improves on this head, or if the plan has no gradient steps, the
-    result is a linear probe (see `training.fit_head`). This probe is fitted on validation images too, each of which is scored
-    by a fit that has not seen the image. The best readout of the probe may need a model other than the chain's model.
+    result is a linear probe (see `training.fit_head`). This probe is fitted on validation images too. Each image is
+    scored by a fit that has not seen it. The best readout of the probe may need a model other than the chain's model.
 
     With `final`, everything trains on train and validation images, and the metrics of validation are those of earlier runs.
     Saves states in the folder `session.checkpoints`. Raises the errors of `check_foldable` and `run_phases`.

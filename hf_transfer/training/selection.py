@@ -100,6 +100,14 @@ class Selection:
             self._best, self._best_scores, self.best_epoch = validation.score, validation.per_example_scores, epoch
         return True
 
+    def explain(self) -> str:
+        """Returns why the weights of the last offered epoch are kept, as text after the line of the epoch."""
+        if self._keeps_last or self.epoch is None:
+            return ""
+        if self.epoch == self.best_epoch:
+            return " (kept: the best so far)"
+        return f" (kept: within chance of epoch {self.best_epoch}, and later)"
+
     def restore(self) -> None:
         """Copies the kept weights into the model, in place."""
         with torch.no_grad():
