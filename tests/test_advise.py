@@ -118,11 +118,14 @@ def test_the_command_runs_the_advised_settings(advice: Advice, session: Session)
         advised = to_settings(replace(session.config, strategy=find_candidates(session)[estimate.strategy]))
         folder = flags[flags.index("--output_dir") + 1]
         assert folder.startswith(f"runs/{name}")
-        elsewhere = {"output_dir": folder, "tracker": "auto"}
+        assert "--engine" not in flags, "the run decides in the same way"
+        elsewhere = {"output_dir": folder, "tracker": "auto", "engine": "auto"}
         assert parsed == advised | {k: v for k, v in elsewhere.items() if k in parsed}
     other = make_session(dataset="sklearn/digits", on_bad_image="skip", trust_remote_code=True)
     spaced = replace(other.config.data, dataset="a b/c")
     command = make_command(replace(other, config=replace(other.config, data=spaced)), make_strategy("lora"))
+    own = replace(session, config=replace_settings(session.config, {"engine": "eager"}), decides_engine=False)
+    assert "--engine eager" in make_command(own, make_strategy("lora")), "the user chose it"
     assert "'a b/c'" in command
     assert "--trust_remote_code" in shlex.split(command)
     assert shlex.split(command)[:3] == ["hf-transfer", "train", "lora"]

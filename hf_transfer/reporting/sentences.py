@@ -152,7 +152,7 @@ def describe_suspects(result: RunResult, num_images: int) -> list[str]:
         return []
     return [
         f"The probe doubts the labels of {count:,} of {num_images:,} train and validation images. `hf-transfer audit` with the"
-        " same --dataset and --checkpoint shows them, and looks for copies."
+        " same --dataset and --checkpoint judges them more closely, and looks for copies."
     ]
 
 

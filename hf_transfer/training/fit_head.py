@@ -82,7 +82,11 @@ def count_suspects(session: Session, probe: Probe) -> int | None:
     log_probabilities[np.bincount(labels)[labels] < 2] = np.nan  # no fit without this image knows its class
     count = len(find_label_errors(log_probabilities[None], labels).rows)
     if count and session.is_main:
-        log.info("the probe doubts %d of %d labels: hf-transfer audit shows which", count, len(labels))
+        log.info(
+            "the probe doubts %d of %d labels: report.html shows them, and hf-transfer audit judges more closely",
+            count,
+            len(labels),
+        )
     return count
 
 
