@@ -1,6 +1,7 @@
 """Stores are complete or absent, whatever happens while they are built; keys show every difference; size is bounded."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ from filelock import FileLock
 import hf_transfer.prefix.ranks as ranks_module
 from hf_transfer import locations
 from hf_transfer.prefix import cache, contents, layout, storage
-from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached, key_of
+from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached, cached_apart, key_of
 from hf_transfer.prefix.contents import clear_caches, list_caches
 from hf_transfer.prefix.layout import Arrays
 from hf_transfer.prefix.progress import deal
@@ -161,6 +162,75 @@ def test_a_store_is_found_the_second_time() -> None:
     build()
     again = build(fill=must_not_fill)
     np.testing.assert_array_equal(again["features"][:], content(0, 10)["features"])
+
+
+def keys_of(rows: Array) -> Array:
+    """The key (n, 16) of each of the images `rows`."""
+    return np.stack([np.frombuffer(hashlib.md5(str(row).encode()).digest(), np.uint8) for row in rows.tolist()])
+
+
+def build_of(images: Array, **fields: Any) -> tuple[dict[str, Store], list[int]]:
+    """The stores of these images, and the images that were computed. A row depends on its image alone."""
+    computed: list[int] = []
+
+    def fill_images(missing: MissingRows) -> None:
+        computed.extend(images[missing.rows].tolist())
+        for name, values in content_of(images[missing.rows]).items():
+            missing.arrays[name][missing.rows] = values
+        missing.mark(missing.rows)
+
+    asked = request(ARRAYS, len(images), fill_images, row_keys=keys_of(images))
+    return dict(cached({**FIELDS, "data": images.tolist(), **fields}, asked).stores), sorted(computed)
+
+
+def test_rows_of_known_images_are_copied_from_other_stores() -> None:
+    first, computed = build_of(np.arange(600))
+    assert computed == list(range(600))
+    assert set(first) == set(ARRAYS), "the keys of the rows are no array of the request"
+    second, computed = build_of(np.arange(500, 900))
+    assert computed == list(range(600, 900))
+    mixed = np.random.default_rng(0).permutation(
+        np.r_[np.arange(50, 880), 2000, 2000]
+    )  # of both, and one new image twice
+    third, computed = build_of(mixed)
+    assert computed == [2000, 2000]
+    for stores, images in ((first, np.arange(600)), (second, np.arange(500, 900)), (third, mixed)):
+        for name, values in content_of(images).items():
+            np.testing.assert_array_equal(stores[name][:], values)
+
+
+def test_rows_of_other_weights_are_not_copied(root: Path) -> None:
+    build_of(np.arange(20))
+    assert len(build_of(np.arange(10), weights="other")[1]) == 10
+    assert build_of(np.arange(9))[1] == []
+    for file in root.rglob("*.npy"):
+        file.write_bytes(file.read_bytes()[:-1] + b"x")  # damaged rows are no rows
+    assert len(build_of(np.arange(8))[1]) in (0, 8)  # what this process has verified already, it may read
+
+
+def test_a_pass_that_fills_two_stores_copies_rows_that_both_know() -> None:
+    def ask(names: list[str], images: Array) -> int:
+        rows: list[int] = []
+
+        def fill_images(missing: MissingRows) -> None:
+            rows.extend(missing.rows.tolist())
+            for name in missing.arrays:
+                missing.arrays[name][missing.rows] = content_of(images[missing.rows])[name]
+
+        arrays = {name: ARRAYS[name] for name in names}
+        fields = {name: {**FIELDS, "tap": name, "data": images.tolist()} for name in names}
+        stores = cached_apart(
+            fields, request(arrays, len(images), fill_images, row_keys=keys_of(images)), dict.fromkeys(names, "")
+        ).stores
+        for name in names:
+            np.testing.assert_array_equal(stores[name][:], content_of(images)[name])
+        return len(rows)
+
+    one, other = ARRAYS
+    assert ask([one], np.arange(10)) == 10
+    assert ask([one, other], np.arange(9)) == 9, "the second store has no row yet"
+    assert ask([one, other], np.arange(3, 8)) == 0
+    assert ask([one], np.arange(12)) == 2
 
 
 def test_memory_leaves_nothing_on_disk(root: Path) -> None:

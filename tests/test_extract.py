@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from hf_transfer.config import ComputeConfig, DataConfig
+from hf_transfer.config import ComputeConfig, DataConfig, Engine
 from hf_transfer.data.dataset import load_data
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.splits import Split
@@ -151,7 +151,8 @@ def test_other_weights_images_or_arithmetic_are_another_store(network: tuple[Bac
         return extract_from(network, split, **compute).images
 
     assert images(train) == len(train)
-    assert images(train.select(np.arange(3))) == 3
+    assert images(train.select(np.arange(3))) == 0, "other images in another order, and each of them is known"
+    assert images(train.select(np.arange(3)), precision="bf16") == 3
     assert images(train, precision="bf16") == len(train)
     buffer = dict(chain.model.named_buffers())["bn1.running_mean"]
     buffer += 1  # a buffer decides activations as a weight does
@@ -159,6 +160,38 @@ def test_other_weights_images_or_arithmetic_are_another_store(network: tuple[Bac
         assert images(train) == len(train)
     finally:
         buffer -= 1
+
+
+@pytest.mark.parametrize("engine", ["eager", "folded"])
+def test_only_new_images_are_computed_after_a_change_of_the_data(
+    network: tuple[Backbone, Chain], train: Split, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Images left out, relabeled, put in another order or in another split are known; the values are those of a fresh pass."""
+    settings: dict[str, Any] = {"engine": engine, "batch_size": 4}
+    count = len(train)
+    most, others = train.select(np.arange(0, count - 3)), train.select(np.arange(count - 3, count))
+    assert extract_from(network, most, **settings).images == count - 3
+    assert extract_from(network, others, **settings).images == 3
+    relabeled = replace(train, labels=1 - train.labels)
+    without_one = train.select(np.delete(np.arange(count), 5))
+    changed = [relabeled, without_one, train.select(np.arange(count)[::-1])]
+    kept = [extract_from(network, split, **settings) for split in changed]
+    assert [extracted.images for extracted in kept] == [0, 0, 0]
+    values = [{name: store[:] for name, store in extracted.stores.items()} for extracted in kept]
+    del kept
+    clear_caches()
+    for split, stored in zip(changed, values, strict=True):
+        fresh = extract_from(network, split, **settings, cache="memory").stores
+        for name, array in stored.items():
+            np.testing.assert_array_equal(array, fresh[name][:])
+    assert extract_from(network, most, **settings).images == count - 3
+    with caplog.at_level("INFO"):
+        extracted = extract_from(network, train, **settings)
+    assert extracted.images == 3
+    assert "3 computed at" in caplog.text
+    assert "the others found in the cache" in caplog.text
+    for name, expected in direct(*network, train).items():
+        np.testing.assert_allclose(extracted.stores[name][:], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_is_no_part_of_the_key(network: tuple[Backbone, Chain]) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from hf_transfer.locations import describe_unwritable, report_unwritable, store_dir
 from hf_transfer.prefix.contents import delete, evict_for, list_partials, locked, partial_of, remove_abandoned, size_of
 from hf_transfer.prefix.exchange import Exchange
+from hf_transfer.prefix.known_rows import KEY_BYTES, ROW_KEYS, KnownRows, RowKeys, copy_known_rows, find_known_rows
 from hf_transfer.prefix.layout import (
     PROGRESS,
     Arrays,
@@ -65,14 +66,17 @@ class StoreRequest:
     """The requested arrays, and the functions that compute and check their rows.
 
     `fill(missing)` writes this rank's missing rows. `check(stores)` returns the names of stores from the cache that contain
-    wrong rows. `batch_rows`: number of rows that `fill` computes together. `bound_bytes`: size limit of all stores together;
-    None: the default limit.
+    wrong rows. With `row_keys`, rows that stores of other images have are copied (see `known_rows`). `batch_rows`: number of
+    rows that `fill` computes together. `bound_bytes`: size limit of all stores together; None: the default limit.
     """
 
     arrays: Arrays
     num_rows: int
     fill: Callable[[MissingRows], None]
     cache: CacheKind
+    row_keys: RowKeys | None = (
+        None  # (N, 16) what each row depends on besides the fields, if it depends on no other row
+    )
     check: Check | None = None
     batch_rows: int = 1
     ranks: Ranks = field(default_factory=Ranks)
@@ -99,7 +103,8 @@ def cached(fields: Mapping[str, Any], request: StoreRequest, title: str = "") ->
     `fields`: everything that determines the content. With several ranks, all ranks must call this function. An error of `fill`
     on one rank leaves no store in the cache, and raises an error on every rank.
     """
-    return _Search([_Group(fields=fields, arrays=request.arrays, title=title)], request).run()
+    has_keys = request.row_keys is not None
+    return _Search([_Group(fields=fields, arrays=request.arrays, title=title, has_keys=has_keys)], request).run()
 
 
 def cached_apart(fields: Mapping[str, Mapping[str, Any]], request: StoreRequest, titles: Mapping[str, str]) -> Stored:
@@ -108,7 +113,11 @@ def cached_apart(fields: Mapping[str, Mapping[str, Any]], request: StoreRequest,
     A later request can therefore find each array separately. `fill` is called once for all missing arrays.
     """
     arrays = request.arrays
-    groups = [_Group(fields=fields[n], arrays={n: arrays[n]}, title=titles[n], alias="array") for n in arrays]
+    has_keys = request.row_keys is not None
+    groups = [
+        _Group(fields=fields[n], arrays={n: arrays[n]}, title=titles[n], alias="array", has_keys=has_keys)
+        for n in arrays
+    ]
     return _Search(groups, request).run()
 
 
@@ -120,9 +129,11 @@ class _Group:
     arrays: Arrays
     title: str
     alias: str | None = None  # name on disk of the group's only array, for which each request may use another name
+    has_keys: bool = False  # whether the key of each row is stored too
 
     def stored(self) -> Arrays:
-        return {self.alias or name: kind for name, kind in self.arrays.items()}
+        arrays = {self.alias or name: kind for name, kind in self.arrays.items()}
+        return {**arrays, ROW_KEYS: ((KEY_BYTES,), "uint8")} if self.has_keys else arrays
 
     def decided_by(self, num_rows: int) -> dict[str, Any]:
         return {**self.fields, "arrays": {n: [list(s), d] for n, (s, d) in self.stored().items()}, "num_rows": num_rows}
@@ -149,6 +160,7 @@ class _Search:
         self.opened: list[dict[str, Store] | None] = [None for _ in groups]
         self.in_memory: dict[str, Array] = {}
         self.is_filled = np.zeros(request.num_rows, np.bool_)  # which rows of all arrays in memory are computed
+        self.known: list[KnownRows | None] = []  # of each missing group: rows that stores of other images have
 
     def run(self) -> Stored:
         request, ranks = self.request, self.ranks
@@ -189,6 +201,8 @@ class _Search:
             self._plan(choose_storages(sizes, request.cache, capacity))
             on_disk = [i for i in missing if self.storages[i].kind == "disk"]
             own = [i for i in lists[self.folder_group.leader] if i in on_disk]
+            if request.row_keys is not None:  # before other stores are evicted for the missing ones
+                self.known = [find_known_rows(self.fields[i], request.row_keys) for i in own]
             if on_disk and (problem := self._build(own, on_disk)):
                 capacity = replace(capacity, disk_bytes=0, problem=problem)
                 self._plan(choose_storages({i: self.sizes[i] for i in on_disk}, request.cache, capacity))
@@ -339,10 +353,14 @@ class _Search:
         progress = Progress(work.shards, work.layout, computed)
         if len(progress.rows):
             arrays: dict[str, RowWriter] = {}
-            for i, by_name in zip(missing, work.writers(), strict=True):
+            writers = work.writers()
+            for i, by_name in zip(missing, writers, strict=True):
                 arrays |= self.groups[i].named(by_name)
             arrays |= self.in_memory
-            self.request.fill(MissingRows(arrays=arrays, rows=progress.rows, mark=progress.mark))
+            known = self.known if not self.in_memory else []
+            rows = copy_known_rows(known, writers, self.request.row_keys, progress)
+            if len(rows):
+                self.request.fill(MissingRows(arrays=arrays, rows=rows, mark=progress.mark))
             progress.finish()
             self.is_filled[progress.rows] = True
 

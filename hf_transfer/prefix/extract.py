@@ -27,6 +27,9 @@ from hf_transfer.prefix.taps import Extractor, Tap
 
 log = logging.getLogger(__name__)
 
+MOST_PADDED = 16  # images that the network takes together: a batch of one new image repeats it so often
+ALONE = ("eager", "folded")  # engines whose kernels compute each image of a batch alone, to the last bit, on a CPU
+
 
 @dataclass(frozen=True, kw_only=True)
 class Extracted:
@@ -105,6 +108,7 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
         fill=extraction.fill,
         check=extraction.check,
         cache=resources.compute.cache,
+        row_keys=extraction.row_keys() if resources.uses_disk else None,
         batch_rows=batch_rows(resources),
         ranks=resources.ranks,
         bound_bytes=resources.max_disk_bytes,
@@ -120,6 +124,8 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
     seconds = time.perf_counter() - started
     if resources.accelerator.is_main_process:
         origin = f"{extraction.computed / seconds:.0f} images/s" if extraction.computed else "found in the cache"
+        if 0 < extraction.computed < len(images):
+            origin = f"{extraction.computed} computed at {origin}, the others found in the cache"
         origin = "none computed" if not stored.stores else origin
         places = "; ".join(dict.fromkeys(storage.reason for storage in stored.storages.values()))
         log.info(
@@ -169,6 +175,22 @@ class _Extraction:
             for name, tap in self.taps.items()
         }
 
+    def row_keys(self) -> NDArray[np.uint8] | None:
+        """Returns what each image's values depend on (N, 16), or None if they may depend on the other images of a batch."""
+        if not self._computes_alone or not isinstance(self.images, EvaluationImages):
+            return None
+        return None if self.images.decodes_together else self.images.split.digests()
+
+    @property
+    def _computes_alone(self) -> bool:
+        """Whether an image has the same values, to the last bit, in any batch of the same size.
+
+        On a GPU, and compiled, nobody has checked it.
+        """
+        resources = self.resources
+        is_exact = resources.device.type == "cpu" and resources.engine in ALONE and resources.precision == "fp32"
+        return is_exact and batch_rows(resources) <= MOST_PADDED
+
     def _identify_networks(self) -> dict[str, list[str]]:
         """Returns, for each tap, the hashes of the network up to its cut and up to the last cut that its module reaches."""
         ends = {name: (tap.cut, tap.through or tap.cut) for name, tap in self.taps.items()}
@@ -187,7 +209,7 @@ class _Extraction:
             missing.mark(rows)
 
         title = f"{self.images.name} features"
-        self.compute(missing.rows, list(missing.arrays), write, title=title)
+        self.compute(missing.rows, list(missing.arrays), write, title=title, pads=self._computes_alone)
 
     def check(self, stores: Mapping[str, Store]) -> set[str]:
         """Returns the names of the stores whose first or last row differs from what the chain computes now."""
@@ -220,17 +242,19 @@ class _Extraction:
         *,
         title: str | None = None,
         engine: Engine | None = None,
+        pads: bool = False,
     ) -> None:
         """Computes the values of the images numbered `wanted` for each tap in `names`, and calls `write` with each batch.
 
         `write` takes the position of the batch's first image in `wanted`, and the values by tap name. Several threads call it.
+        `pads`: see `sweep`.
         """
         runner = self._prepare(tuple(names), engine or self.resources.engine, wanted)
 
         def write_named(start: int, values: list[torch.Tensor]) -> None:
             write(start, {name: value.cpu().numpy() for name, value in zip(names, values, strict=True)})
 
-        sweep(runner, self.images, wanted, write_named, self.resources, title=title)
+        sweep(runner, self.images, wanted, write_named, self.resources, title=title, pads=pads)
 
     def _prepare(self, names: tuple[str, ...], engine: Engine, wanted: NDArray[np.int64]) -> Runner:
         """Returns the function from images to the values of the taps in `names`, as `engine` runs it."""

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from hf_transfer.config import AugmentationConfig
 from hf_transfer.data.augment import augment, draw, draw_uniform
 from hf_transfer.data.dense_augment import pack
+from hf_transfer.data.images import READER_VERSION
 from hf_transfer.data.sending import Send, send
 from hf_transfer.data.splits import Split
 from hf_transfer.logs import open_bar
@@ -76,7 +77,12 @@ class EvaluationImages:
     @property
     def identity(self) -> Mapping[str, Any]:
         """The fingerprint of the split's content, and the preprocessing."""
-        return {"data": self.split.fingerprint, "preprocessing": dict(self.preprocessing.spec), "views": 1}
+        return {
+            "data": self.split.fingerprint,
+            "reader": READER_VERSION,
+            "preprocessing": dict(self.preprocessing.spec),
+            "views": 1,
+        }
 
     def __len__(self) -> int:
         return len(self.split)
@@ -356,12 +362,13 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
         fill=fill,
         check=decoding.check,
         cache=resources.compute.cache,
+        row_keys=split.digests() if resources.uses_disk and not decoding.decodes_together else None,
         ranks=resources.ranks,
         bound_bytes=resources.max_disk_bytes,
     )
     started = time.perf_counter()
     # The fingerprint is needed on disk only, and is a hash of all images.
-    fields = {**key, "data": split.fingerprint} if resources.uses_disk else key
+    fields = {**key, "data": split.fingerprint, "reader": READER_VERSION} if resources.uses_disk else key
     stored = cached(fields, request, f"{key['kind']}, {len(split)} images")
     (storage,) = set(stored.storages.values())
     if storage.kind == "none":
@@ -371,5 +378,7 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
         return {name: DecodedWhenRead(decoder, name) for name in arrays}
     if resources.accelerator.is_main_process:
         rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "cached"
+        if 0 < num_decoded < len(split):
+            rate = f"{num_decoded} {rate}, the others found in the cache"
         log.info("pixels of %s: %d images, %s; %s", split.title, len(split), rate, storage.reason)
     return dict(stored.stores)

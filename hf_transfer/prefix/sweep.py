@@ -42,15 +42,17 @@ def sweep(
     resources: Resources,
     *,
     title: str | None = None,
+    pads: bool = False,
 ) -> None:
     """Runs a network on the images numbered `rows`, batch by batch, and calls `write` with each batch's values, in any order.
 
-    `title`: the progress bar's title; None: no bar. On a CPU, several threads run the network and call `write`.
+    `title`: the progress bar's title; None: no bar. On a CPU, several threads run the network and call `write`. With `pads`,
+    the last batch repeats images: kernels may round in another way for another size of the batch.
     """
     is_hidden = title is None or not resources.accelerator.is_main_process
     with open_bar(total=len(rows), title=title or "", unit="img", is_hidden=is_hidden) as bar:
         if resources.device.type == "cpu":
-            _sweep_on_cpu(runner, images, rows, write, resources, bar)
+            _sweep_on_cpu(runner, images, rows, write, resources, bar, pads=pads)
             return
         (function,) = runner.functions(1)
         _sweep_in_order(function, images, rows, write, resources, bar)
@@ -186,7 +188,14 @@ def _sweep_in_order(
 
 
 def _sweep_on_cpu(
-    runner: Runner, images: Images, rows: NDArray[np.int64], write: Write, resources: Resources, bar: "tqdm[Any]"
+    runner: Runner,
+    images: Images,
+    rows: NDArray[np.int64],
+    write: Write,
+    resources: Resources,
+    bar: "tqdm[Any]",
+    *,
+    pads: bool,
 ) -> None:
     """Runs `sweep` on a CPU: each thread decodes small batches and runs its own copy of the network on these batches.
 
@@ -202,11 +211,13 @@ def _sweep_on_cpu(
             batch = rows[start : start + size]
             if not len(batch) or stops.is_set():
                 return
-            pixels = torch.from_numpy(images.read(batch))
+            pixels, numbers, count = images.read(batch), batch, len(batch)
+            if pads and count < size:
+                pixels, numbers = pixels[np.resize(np.arange(count), size)], np.resize(batch, size)
             with torch.no_grad():
-                prepared = images.prepare(pixels, batch)
-            write(start, function(prepared))
-            bar.update(len(batch))
+                prepared = images.prepare(torch.from_numpy(pixels), numbers)
+            write(start, [values[:count] for values in function(prepared)])
+            bar.update(count)
 
     keep_freed_memory()
     functions = runner.functions(min(count_replicas(resources), -(-len(rows) // size)))
