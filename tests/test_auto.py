@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 import hf_transfer as ht
 from hf_transfer.choosing import candidates, contest, decide
-from hf_transfer.choosing.candidates import Candidate, Contender, list_candidates
+from hf_transfer.choosing.candidates import Candidate, Contender, find_trained_share, list_candidates
 from hf_transfer.choosing.contest import Allowance, Budget, Contest, Entry, sort_entries
 from hf_transfer.choosing.gain import expect_gain, find_best, measure_gain, probability_above, update
 from hf_transfer.choosing.judging import Division, divide_images, hold_out_validation
+from hf_transfer.choosing.rule import DataRegime, expect_accuracy
 from hf_transfer.flags import parse
 from hf_transfer.repeats import run_config
 from hf_transfer.settings import to_settings
@@ -54,6 +55,7 @@ def expect(monkeypatch: pytest.MonkeyPatch, **gains: float) -> None:
         return Gain(mean=log_ratio, error=1e-6)
 
     monkeypatch.setattr(decide, "expect_gain", expected)
+    monkeypatch.setattr(decide, "find_trained_share", lambda *_: 1.0)
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -206,6 +208,22 @@ def test_nothing_runs_where_nothing_is_left_to_gain(
         own = Contest(session=session, division=division, probe_logits=logits, budget=Budget(None))
         with pytest.raises(pytest.fail.Exception):
             own.enter(make_entry())
+
+
+def test_fewer_epochs_let_expect_less() -> None:
+    """Expectations are of runs with a candidate's own epochs; with a sixth of them, a sixth of the gain is expected."""
+    settings = {"images_per_class": 10}
+    whole, longer, shorter = (make_session("auto", **settings, epochs=epochs) for epochs in (12, 24, 2))
+    (first, *_) = list_candidates(whole)
+    assert (first.name, to_settings(first.strategy)["epochs"]) == ("probe_then_full", 12)
+    for session, share in ((whole, 1.0), (longer, 1.0), (shorter, 1 / 6)):
+        (candidate, *_) = list_candidates(session)
+        assert find_trained_share(session, candidate.strategy, candidate.contender) == pytest.approx(share)
+    assert find_trained_share(shorter, make_strategy("linear_probe"), None) == 1.0
+    regime, probe = DataRegime(images_per_class=1000, similarity=0.1), (0.6, 0.5, 0.7)
+    gains = [expect_accuracy("full", regime, probe, trained_share=share)[0] - 0.6 for share in (0.0, 0.2, 1.0)]
+    assert gains[0] == pytest.approx(0.0)
+    assert 0 < gains[1] < gains[2] / 2
 
 
 def test_candidates_keep_their_last_epoch_and_take_the_settings_that_the_user_gave() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import hf_transfer as ht
 from hf_transfer.choosing import decide
+from hf_transfer.choosing.candidates import find_trained_share
 from hf_transfer.choosing.evidence import gather_evidence, read_head
 from hf_transfer.choosing.gain import expect_gain, measure_gain
 from hf_transfer.choosing.paired import compare, find_error
@@ -134,6 +135,7 @@ def test_premises_need_no_classes(kind: str, table: Path, monkeypatch: pytest.Mo
     for entry in entries:
         contender = entry.candidate.contender
         log_ratio = float(premises.regime.weights @ np.array(contender.log_ratios))
+        log_ratio *= find_trained_share(session, entry.candidate.strategy, contender)
         assert entry.prior == expect_gain(log_ratio, UNSEEN * contender.spread, 0.2)
         assert entry.estimated_s
 

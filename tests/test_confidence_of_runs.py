@@ -271,10 +271,10 @@ def test_a_trained_part_computes_the_features_of_the_network_from_stored_activat
     def watch(own: Session, result: RunResult, inputs: Sequence[HeadInput]) -> None:
         seen.append(result)
         computed.clear()
-        features = find_features(own, result, inputs)
+        features = familiarity._read_features(own, result, inputs)
         assert computed == [2]  # two images pass through the whole network, to check the activations
         computed.clear()
-        expected = find_features(own, replace(result, activations=None), inputs)
+        expected = familiarity._read_features(own, replace(result, activations=None), inputs)
         assert computed == [len(own.data.train), len(own.data.validation)]
         for one, other in zip(features, expected, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

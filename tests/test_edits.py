@@ -49,7 +49,8 @@ def test_suspected_labels_are_left_out_but_no_test_image(pets: Path, tmp_path: P
     text = f"{SUSPECTED}train/cat/1.png,train,cat,dog,0.9\n{drawn},validation,cat,dog,0.8\ntest/cat/0.png,test,cat,dog,0.7\n"
     data = load(pets, tmp_path, exclude=text)
     assert names(whole) - names(data) == {"train/cat/1.png", drawn}
-    assert any("Left out 2 of 12 train images, which exclude.csv lists" in note for note in data.notes)
+    (note,) = [note for note in data.notes if "Left out 2 of 12 train images, which exclude.csv lists" in note]
+    assert "metrics are higher without them" in note, "a probe was wrong about these images"
     assert any("1 test images, which stay as they are" in note for note in data.notes)
     assert data.train.fingerprint != whole.train.fingerprint
 
@@ -69,6 +70,7 @@ def test_a_plain_list_may_leave_out_test_images(pets: Path, tmp_path: Path) -> N
     whole, data = load(pets, tmp_path), load(pets, tmp_path, exclude="test/cat/2.png\ntrain/dog/5.png\n")
     assert names(whole) - names(data) == {"test/cat/2.png", "train/dog/5.png"}
     assert any("Left out 1 of 6 test images" in note for note in data.notes)
+    assert not any("metrics are higher without them" in note for note in data.notes)
 
 
 def test_suggested_labels_are_taken_except_for_test_images(pets: Path, tmp_path: Path) -> None:

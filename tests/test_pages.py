@@ -189,12 +189,14 @@ def test_candidates_of_auto_show_gain_and_reason() -> None:
         make_candidate("full", "unlikely", -0.03),
         make_candidate("last_layers", "over_budget", None),
     ]
-    details = {"auto": {"kept": "lora", "candidates": candidates}}
+    details = {"auto": {"kept": "lora", "candidates": candidates, "trained_on_all": True, "probe": {"accuracy": 0.85}}}
     rows = read_rows(render_report({"metrics": {"test": scores}, "details": details}), "candidates")
     assert [row[0] for row in rows] == ["linear_probe", "lora", "full", "last_layers"]
+    assert rows[0][2] == "85.0 %, cross-validated"
     assert rows[1][1:4] == ["+1.0", "+5.0 on 120", "+5.0 (+1.1 to +8.9)"]
     assert rows[1][-1].startswith("kept")
     assert rows[2][3] == "−3.0 (−6.9 to +0.9)"
+    assert rows[2][-1] == "dropped: worse than the probe on these images, stopped early"
     assert rows[3][2:4] == ["–", "–"]
     assert "did not fit" in rows[3][-1]
     without = render_report({"metrics": {"test": scores}, "details": {}})

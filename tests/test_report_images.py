@@ -212,6 +212,31 @@ def test_two_runs_are_compared_image_by_image(
     assert re.search(r"tuned \(full\): accuracy .*points \(.*\), (more than|within) chance", capsys.readouterr().out)
 
 
+def test_runs_without_a_test_split_are_compared_on_all_images_that_both_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = ht.Task("sklearn/digits", images_per_class=5, test_split="none")
+    one = task.fit(ht.linear_probe(), output_dir=tmp_path / "one")
+    task.fit(ht.linear_probe(readouts="none"), output_dir=tmp_path / "other")
+    task.fit(ht.last_layers(epochs=1, probe_first=False), output_dir=tmp_path / "validated")
+    lines = {}
+    for name in ("other", "validated"):
+        names = [str(tmp_path / each) for each in ("one", name)]
+        main(["report", *names, "--output", str(tmp_path / "both.html")])
+        lines[name] = capsys.readouterr().out.splitlines()
+    assert lines["other"][0].startswith("50 cross-validated images; ")
+    assert f"accuracy {100 * one.validation.accuracy:.1f} %" in lines["other"][1]
+    assert lines["validated"][0].startswith("10 validation images; "), "the second run held out no others"
+    labels = task.data.validation.labels
+    probabilities = read_named_predictions(tmp_path / "one" / "predictions.parquet", one.backbone.target)["validation"][
+        1
+    ]
+    accuracy = (probabilities.argmax(1) == labels).mean()
+    assert f"accuracy {100 * accuracy:.1f} %" in lines["validated"][1], (
+        "on the compared images, not on those of the run"
+    )
+
+
 def _list_test_labels(each: Run) -> list[dict[str, str]]:
     assert each.folder is not None
     data = read_saved_run(each.folder).data
@@ -312,6 +337,28 @@ def test_a_stage_has_no_layers_that_it_has_not_grown(run: Run) -> None:
     assert picture is not None
     assert [phase.last_grown for phase in picture.phases] == [1, len(names) - 1]
     assert [phase.first_trained for phase in picture.phases] == [0, 0]
+
+
+def test_the_page_says_how_sure_auto_is() -> None:
+    row = {
+        "name": "full",
+        "gain": {"mean": 0.04, "error": 0.05},
+        "num_images": 25,
+        "posterior": {"mean": 0.03, "error": 0.04},
+    }
+    choice = {"kept": "full", "candidates": [row, {"name": "lora", "gain": None}], "trained_on_all": True}
+    results: dict[str, Any] = {"plan": [{"kept": "last"}], "details": {"auto": choice}}
+    assert describe_kept_model(results) == (
+        "Kept: full, the best of 2 candidates. On 25 held-out images, its accuracy is +4.0 points compared with the linear "
+        "probe's. With what other data sets let expect, the gain is +3.0 points (95 % interval -4.8 to +10.8), so it may "
+        "also be chance."
+    )
+    row["posterior"] = {"mean": 0.03, "error": 0.01}
+    choice["trained_on_all"] = False
+    sentence = describe_kept_model(results)
+    assert sentence.endswith("(95 % interval +1.0 to +5.0). No time was left to train it on the validation images too.")
+    choice["kept"] = "linear_probe"
+    assert describe_kept_model(results) == "Kept: the linear probe. None of 2 candidates is expected to be better."
 
 
 def test_the_page_says_why_the_probe_was_kept() -> None:

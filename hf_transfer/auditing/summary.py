@@ -14,10 +14,14 @@ def format_summary(result: AuditResult, folder: Path) -> str:
     """Returns the lines that the command prints."""
     images = ", ".join(f"{count:,} {split}" for split, count in result.num_images.items())
     lines = [f"{result.dataset}: {images} images, audited with {result.checkpoint}", *summarize(result)]
-    lines += [
-        f"wrote {folder} (audit.html shows the images; audit.json; suspected_labels.csv, duplicates.csv, outliers.csv)",
-        f"to train without some of them: hf-transfer train linear_probe ... --exclude {folder}/suspected_labels.csv",
-    ]
+    lines.append(
+        f"wrote {folder} (audit.html shows the images; audit.json; suspected_labels.csv, duplicates.csv, outliers.csv)"
+    )
+    if result.suspected_labels:
+        lines.append(
+            f"next: look at audit.html, delete the lines of {folder}/suspected_labels.csv whose label is right, and then"
+            f" hf-transfer train linear_probe ... --exclude {folder}/suspected_labels.csv"
+        )
     return "\n".join(lines)
 
 
@@ -40,9 +44,10 @@ def suggest_next_steps(result: AuditResult, folder: str) -> list[str]:
     steps = []
     if result.suspected_labels:
         steps.append(
-            "Look at the suspected labels below, and delete the lines of those that are right from"
-            f" {folder}/suspected_labels.csv. `hf-transfer train` takes the file by --relabel, to use the suggested labels,"
-            " or by --exclude."
+            "Look at the suspected labels below. Many may be hard images with the right label, so delete from"
+            f" {folder}/suspected_labels.csv each line whose label is right. `hf-transfer train` takes what is left by"
+            " --relabel, to use the suggested labels, or by --exclude. Leaving out hard images with the right label makes"
+            " the metrics look better, and the model worse."
         )
     crossing = sum(pair.crosses_splits for pair in result.duplicates)
     if crossing:
@@ -63,8 +68,8 @@ def suggest_next_steps(result: AuditResult, folder: str) -> list[str]:
     if result.confused_classes:
         pair = result.confused_classes[0]
         steps.append(
-            f"Check what tells {pair.a} and {pair.b} apart: {pair.mistaken:,} of their {pair.num_images:,} images are taken"
-            " for the other class. Clearer rules for labels, or one class in place of two, may help."
+            f"{pair.mistaken:,} of {pair.num_images:,} images of {pair.a} and {pair.b} are taken for the other class. Is it"
+            " clear by which rule they are labeled? If you do not need the difference, merge the classes."
         )
     return steps or ["Nothing to mend was found. Go on with `hf-transfer advise` or `hf-transfer train auto`."]
 

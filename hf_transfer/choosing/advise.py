@@ -17,7 +17,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.choosing.candidates import Contender, find_candidates, list_candidates, make_command
+from hf_transfer.choosing.candidates import (
+    Contender,
+    find_candidates,
+    find_trained_share,
+    list_candidates,
+    make_command,
+)
 from hf_transfer.choosing.evidence import Evidence, gather_evidence, read_head
 from hf_transfer.choosing.expected_accuracy import (
     MAX_ROWS,
@@ -257,6 +263,7 @@ def _estimate_strategy(
         (probe.accuracy, *probe.interval),
         table=TABLE if contender is None else {name: contender.log_ratios},
         residual=RESIDUAL if contender is None else contender.spread,
+        trained_share=find_trained_share(pricing.session, strategy, contender),
     )
     cost: Price | None = strategy.price(pricing)
     assert cost is not None
@@ -334,11 +341,11 @@ def _explain(chosen: str, estimates: Mapping[str, Estimate], regime: DataRegime,
         return f"the probe reaches {accuracy}; {top.strategy} is slower, and is expected to add only {gain:.1f} points"
     gain = 100 * (best.accuracy - probe.accuracy)
     reason = (
-        f"{chosen} is expected to reach {accuracy}, {gain:+.1f} points compared with the probe's {100 * probe.accuracy:.1f} %, "
-        f"on {regime.cell} data"
+        f"it is expected to reach {accuracy}, {gain:+.1f} points compared with the probe's {100 * probe.accuracy:.1f} %, on "
+        f"{regime.cell} data"
     )
     return (
         reason
         if chosen == "full"
-        else f"{reason}; {chosen} returns the probe if no epoch is significantly better on validation images"
+        else f"{reason}; alone, it returns the probe if no epoch is better beyond chance on validation images"
     )

@@ -8,8 +8,9 @@ from typing import Any
 from hf_transfer.choosing.rule import STRATEGIES, LogRatios
 from hf_transfer.config import RunConfig
 from hf_transfer.session import Session
-from hf_transfer.settings import changed_settings, list_settings, replace_settings
+from hf_transfer.settings import changed_settings, list_settings, replace_settings, to_settings
 from hf_transfer.strategy import Strategy, default_config, get_strategy
+from hf_transfer.training.steps import count_epochs
 
 # `tracker`, `resume` and `overwrite_output_dir` do not change the result. `make_command` adds the other three settings.
 NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "overwrite_output_dir", "output_dir"})
@@ -96,6 +97,23 @@ def find_candidates(session: Session) -> dict[str, Strategy]:
     if to_k(candidates["last_layers"]) > num_layers:
         candidates["last_layers"] = replace_settings(candidates["last_layers"], {"k": num_layers})
     return candidates
+
+
+def find_trained_share(session: Session, strategy: Strategy, contender: Contender | None) -> float:
+    """Returns how long a strategy trains, as a share of the runs that let expect its gain: 1 for as long, or longer.
+
+    Those runs had the strategy's default epochs and steps, or those of the `contender`.
+    """
+    reference = _inherit(get_strategy(strategy.name)(), {} if contender is None else contender.settings)
+    own, expected = (_count_epochs(session, each) for each in (strategy, reference))
+    return min(1.0, own / expected) if expected else 1.0
+
+
+def _count_epochs(session: Session, strategy: Strategy) -> int:
+    settings = to_settings(strategy)
+    if "epochs" not in settings:  # it solves for its head
+        return 0
+    return count_epochs(session, settings["epochs"], min_steps=settings["min_steps"])
 
 
 def to_k(strategy: Strategy) -> int:

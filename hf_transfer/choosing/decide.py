@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.choosing.candidates import find_candidates, list_candidates, make_command
+from hf_transfer.choosing.candidates import find_candidates, find_trained_share, list_candidates, make_command
 from hf_transfer.choosing.contest import Budget, Contest, Entry, Outcome, sort_entries
 from hf_transfer.choosing.gain import expect_gain
 from hf_transfer.choosing.judging import (
@@ -89,6 +89,7 @@ def list_entries(session: Session, premises: Premises, probe_error: float) -> li
         seconds, cost = run_on_main(partial(_estimate_seconds, candidate.strategy, (measured, in_forwards)))
         contender = candidate.contender
         log_ratio = float(premises.regime.weights @ np.array(contender.log_ratios))
+        log_ratio *= find_trained_share(session, candidate.strategy, contender)
         gain = expect_gain(log_ratio, premises.doubt * contender.spread, probe_error)
         own_cost = float("inf") if cost is None else cost
         entries.append(Entry(candidate=candidate, prior=gain, estimated_s=seconds, cost=own_cost))

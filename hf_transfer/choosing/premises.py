@@ -47,7 +47,7 @@ def gather_premises(session: Session) -> Premises:
         return _gather_without_classes(session)
     advice = advise(session)
     if session.is_main:
-        log.info("advice: %s", advice.reason)
+        log.info("advice: %s: %s", advice.recommended, advice.reason)
     return Premises(
         regime=advice.regime,
         images_per_second=advice.images_per_second,

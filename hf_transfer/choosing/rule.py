@@ -96,16 +96,18 @@ def expect_accuracy(
     *,
     table: Table = TABLE,
     residual: float = RESIDUAL,
+    trained_share: float = 1.0,
 ) -> tuple[float, float, float]:
     """Returns the expected (accuracy, low, high) of a strategy, where low and high bound a 95 % interval.
 
     `probe` is the measured (accuracy, low, high) of the probe. The interval covers the uncertainty of the probe's error and of
-    the ratio (error of the strategy / error of the probe).
+    the ratio (error of the strategy / error of the probe). `trained_share`: how long the strategy trains, as a share of the
+    runs behind the table; the expected logarithm of the ratio is in proportion to it.
     """
     probe_accuracy, probe_low, probe_high = probe
     if strategy == "linear_probe":
         return probe
-    ratio = expect_log_ratio(strategy, regime, table)
+    ratio = trained_share * expect_log_ratio(strategy, regime, table)
     accuracy = max(0.0, 1 - (1 - probe_accuracy) * math.exp(ratio))
     tiny = 1e-4
     spread = (math.log(1 - probe_low + tiny) - math.log(1 - probe_high + tiny)) / (2 * 1.96)

@@ -1,5 +1,5 @@
 """Print the metrics of a saved model, with 95 % intervals, on all labeled images of a data set, or on one split
-(--split test). The data set's classes or labels are matched to those of the model by name.
+(--split test), and the recall of each class. The data set's classes or labels are matched to those of the model by name.
 """
 
 import argparse
@@ -44,7 +44,8 @@ def _run(given: argparse.Namespace) -> str:
     )
     if given.json:
         return json.dumps(found.metrics.to_dict(), indent=1)
-    return "\n".join([f"{found.split}: {found.metrics.num_samples:,} images", *found.describe_metrics()])
+    head = f"{found.split}: {found.metrics.num_samples:,} images"
+    return "\n".join([head, *found.describe_metrics(), *found.describe_classes()])
 
 
 COMMAND = Command(

@@ -93,6 +93,8 @@ def _run(given: argparse.Namespace) -> str:
         except UnreadableImagesError as error:
             predictions, problems = list(error.predictions), error.problems
         pictures = [] if explainer is None else explainer.write(predictions, Path(given.explain))
+        if pictures and not given.quiet:
+            sys.stderr.write(f"{sum(map(bool, pictures)):,} explanations are in {given.explain}\n")
         rows += [
             NamedPrediction(prediction=p, target=backbone.target, adapter=name, explanation=picture)
             for p, picture in zip_longest(predictions, pictures)

@@ -24,6 +24,10 @@ import numpy as np
 from hf_transfer.data.splits import ROLES, Role, Split
 from hf_transfer.targets.labels import listed
 
+FLATTERING = (
+    " An audit suspects images that are hard to predict, so metrics are higher without them: judge on images that were not"
+    " chosen, such as a test split."
+)
 _PAIR_COLUMNS = ("a", "b", "split_a", "split_b")
 
 
@@ -44,6 +48,7 @@ class _Listing:
     file: str  # the name of the file without its folder
     entries: Sequence[_Entry]
     is_audit: bool
+    has_suspects: bool = False  # whether a probe, which was wrong about these images, chose them
 
 
 def edit_splits(
@@ -78,7 +83,8 @@ def _exclude(splits: Mapping[Role, Split], listing: _Listing) -> tuple[dict[Role
         if len(rows) == len(split):
             raise ValueError(f"{listing.setting} names all {len(split):,} {role} images: shorten the list")
         edited[role] = split.select(np.setdiff1d(np.arange(len(split)), rows))
-        notes.append(f"Left out {len(rows):,} of {len(split):,} {role} images, which {listing.file} lists (--exclude).")
+        note = f"Left out {len(rows):,} of {len(split):,} {role} images, which {listing.file} lists (--exclude)."
+        notes.append(note + (FLATTERING if listing.has_suspects and role != "test" else ""))
     return edited, notes or [f"{listing.file} names no image to leave out (--exclude)."]
 
 
@@ -178,7 +184,9 @@ def _read_listing(name: str, value: str) -> _Listing:
         raise ValueError(f"{setting} has no column label or suggested, but {listed(header)}; add the column")
     _check_rows(rows, ["path", *([label] if name == "relabel" else [])], setting)
     entries = [_Entry(path=row["path"], split=row.get("split") or None, label=row.get(label)) for row in rows]
-    return _Listing(setting=setting, file=path.name, entries=entries, is_audit="score" in header)
+    return _Listing(
+        setting=setting, file=path.name, entries=entries, is_audit="score" in header, has_suspects="suggested" in header
+    )
 
 
 def _check_rows(rows: Sequence[Mapping[str, str]], columns: Sequence[str], setting: str) -> None:

@@ -12,6 +12,7 @@ from hf_transfer.config import ComputeConfig, DataConfig, ExportPrecision
 from hf_transfer.data.dataset import load_splits
 from hf_transfer.data.seen import count_seen, read_seen
 from hf_transfer.data.splits import Role, Split
+from hf_transfer.errors import count_noun, make_printable
 from hf_transfer.inference.load import InferenceEngine, load_for_engine
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.prefix.digests import share_digests
@@ -24,6 +25,7 @@ from hf_transfer.training.evaluate import compute_checked_logits
 log = logging.getLogger(__name__)
 
 DEFAULT_COMPUTE = ComputeConfig()
+MAX_LINES = 20  # classes that are listed
 ALL = "all"  # all labeled images of the data set
 
 
@@ -47,6 +49,19 @@ class Evaluation:
                     line += f"  (95 % interval {low} to {high})"
                 lines.append(line.rstrip())
         return lines
+
+    def describe_classes(self) -> list[str]:
+        """Returns lines with the recall of up to MAX_LINES classes or labels, the lowest first; none for numbers."""
+        rows = [
+            row for row in self.metrics.details.get("per_class", []) if row["support"] and row["recall"] is not None
+        ]
+        rows.sort(key=lambda row: row["recall"])
+        lines = [
+            f"  {make_printable(row['label']):22} {100 * row['recall']:8.1f} %  of {count_noun(row['support'], 'image')}"
+            for row in rows[:MAX_LINES]
+        ]
+        more = [f"  and {len(rows) - MAX_LINES:,} more"] if len(rows) > MAX_LINES else []
+        return ["Recall, the lowest first:", *lines, *more] if lines else []
 
 
 def evaluate(

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_transfer.reporting.formats import format_seconds
+from hf_transfer.reporting.formats import format_metric, format_seconds
 from hf_transfer.reporting.ranges import Range, Scale, scale_of
 from hf_transfer.targets.target import MetricInfo
 from hf_transfer.training.records import Gain, Judging, Verdict
 
 VERDICTS = {
     Verdict.KEPT: "kept: the highest expected gain",
-    Verdict.NOT_BETTER: "another model is expected to be as good or better",
+    Verdict.NOT_BETTER: "not kept: another model is expected to be as good or better",
     Verdict.UNLIKELY: "stopped early: it could hardly become the best",
     Verdict.OVER_BUDGET: "not started: its runs did not fit into the remaining time",
     Verdict.NOTHING_TO_GAIN: "not started: hardly any error was left",
@@ -41,6 +41,7 @@ class Candidates:
     unit: str
     images: str
     kept: str
+    probe: str  # the cross-validated quality of the probe
 
 
 def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidates | None:
@@ -60,7 +61,12 @@ def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidat
         unit=f"points of {info.title.lower()}" if factor == 100 else info.title,
         images="" if judged is None else f"held-out images of {JUDGED_BY[judged['judged_by']]}",
         kept=choice["kept"],
+        probe=_describe_probe(choice.get("probe", {}), info),
     )
+
+
+def _describe_probe(score: Mapping[str, float], info: MetricInfo) -> str:
+    return "" if not score else f"{format_metric(next(iter(score.values())), info)}, cross-validated"
 
 
 def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow:
@@ -74,9 +80,18 @@ def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow
         expected=f"{_signed(mean, factor)} ({_signed(low, factor)} to {_signed(high, factor)})" if has_run else "–",
         range=scale.place(low, mean, high, zero=0.0) if has_run else None,
         seconds=format_seconds(row["seconds"]) if has_run else "–",
-        verdict=VERDICTS[Verdict(row["verdict"])],
+        verdict=_explain(row),
         is_kept=row["verdict"] == Verdict.KEPT,
     )
+
+
+def _explain(row: Mapping[str, Any]) -> str:
+    verdict = Verdict(row["verdict"])
+    is_worse = row["gain"] is not None and row["gain"]["mean"] < 0 and row["posterior"]["mean"] < 0
+    if is_worse and verdict in (Verdict.NOT_BETTER, Verdict.UNLIKELY):
+        stopped = ", stopped early" if verdict is Verdict.UNLIKELY else ""
+        return f"dropped: worse than the probe on these images{stopped}"
+    return VERDICTS[verdict]
 
 
 def _signed(value: float, factor: int) -> str:

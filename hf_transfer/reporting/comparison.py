@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.data.splits import Split, join
 from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.metrics.records import Interval
 from hf_transfer.reporting.formats import format_metric, format_seconds
 from hf_transfer.reporting.predictions import deactivate
 from hf_transfer.reporting.report_results import choose_split, find_interval, find_metrics
 from hf_transfer.reporting.saved_runs import SavedRun, read_activated
-from hf_transfer.targets.target import MetricInfo, Target, find_target, to_tuple
+from hf_transfer.targets.target import Labels, MetricInfo, Target, find_target, to_tuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class ComparedRun:
     name: str
     strategy: str
     checkpoint: str
-    value: float  # the target's main metric
+    value: float  # the target's main metric on the compared images
     interval: Interval | None
     seconds: float
     difference: float
@@ -44,13 +45,14 @@ class ComparedRun:
 class Comparison:
     """Runs on the same images. The first one is the baseline."""
 
-    split: str
+    split: str  # "test", "validation", or "cross-validated" if train images, which the runs held out in turn, are among them
     num_images: int
     metric: MetricInfo
     image_quality: str  # the name of the quality per image, whose differences are compared
     runs: tuple[ComparedRun, ...]
     outputs: Sequence[NDArray[np.float32]]  # logits (N, K) of each run
-    rows: NDArray[np.int64]  # (N,) the images of the split that all runs predicted
+    images: Split  # of which all runs predicted `rows`
+    rows: NDArray[np.int64]  # (N,)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the numbers as JSON values."""
@@ -93,36 +95,66 @@ def compare_runs(runs: Sequence[SavedRun]) -> Comparison:
         raise ValueError(
             f"{first.folder}: the runs cannot be compared without their images; put the data set back in its place"
         )
-    images = next(each for each in first.data.splits if each.name == split)
+    held_out = [each for each in first.data.splits if each.name in _held_out_in(split)]
+    images = held_out[0] if len(held_out) == 1 else join(held_out)
     targets = [read_saved_target(run.results) for run in runs]
     outputs = [
-        deactivate(
-            target, read_activated(SavedRun(folder=run.folder, results=run.results, data=first.data), target)[split]
-        )
+        _read_outputs(SavedRun(folder=run.folder, results=run.results, data=first.data), target, held_out)
         for run, target in zip(runs, targets, strict=True)
     ]
     rows = np.flatnonzero(np.all([np.isfinite(each).all(1) for each in outputs], axis=0))
-    labels = images.labels[rows]
+    if not len(rows):
+        raise ValueError(
+            "no image was held out by all of these runs, so they cannot be compared: train them with a test split"
+        )
+    labels, outputs = images.labels[rows], [each[rows] for each in outputs]
     qualities = [
-        np.asarray(target.read_outcomes(each[rows], labels).qualities)
-        for target, each in zip(targets, outputs, strict=True)
+        np.asarray(target.read_outcomes(each, labels).qualities) for target, each in zip(targets, outputs, strict=True)
     ]
     names = _name_runs([run.folder for run in runs])
     info = next(
         each for each in find_metrics(first.results) if first.results["metrics"][split].get(each.key) is not None
     )
+    scored = [_score(run, info, target, each, labels) for run, target, each in zip(runs, targets, outputs, strict=True)]
     return Comparison(
-        split=split,
+        split="cross-validated" if split != "test" and rows[0] < len(first.data.train) else split,
         num_images=len(rows),
         metric=info,
         image_quality=targets[0].image_quality,
         runs=tuple(
-            _describe_run(name, run, info, each - qualities[0])
-            for name, run, each in zip(names, runs, qualities, strict=True)
+            _describe_run(name, run, score, each - qualities[0])
+            for name, run, score, each in zip(names, runs, scored, qualities, strict=True)
         ),
-        outputs=[each[rows] for each in outputs],
+        outputs=outputs,
+        images=images,
         rows=rows,
     )
+
+
+def _held_out_in(split: str) -> tuple[str, ...]:
+    """Returns the splits in which runs that show `split` may have held out images."""
+    return ("test",) if split == "test" else ("train", "validation")
+
+
+def _read_outputs(run: SavedRun, target: Target, splits: Sequence[Split]) -> NDArray[np.float32]:
+    """Returns the logits (N, K) of the images of all splits; NaN for an image that the run did not hold out."""
+    activated = read_activated(run, target)
+    missing = [np.full((len(split), target.num_outputs), np.nan, np.float32) for split in splits]
+    return np.concatenate([
+        deactivate(target, activated[split.name]) if split.name in activated else nothing
+        for split, nothing in zip(splits, missing, strict=True)
+    ])  # fmt: skip
+
+
+def _score(
+    run: SavedRun, info: MetricInfo, target: Target, outputs: NDArray[np.float32], labels: Labels
+) -> tuple[float, Interval | None]:
+    """Returns the metric with its interval: that of the run, if it is of as many images, else of these outputs (N, K)."""
+    scores = choose_split(run.results)[1]
+    if scores["num_samples"] == len(labels):
+        return scores[info.key], find_interval(scores, info.key)
+    metrics = target.compute_metrics(outputs, labels, seed=0)
+    return metrics.values[info.key], metrics.intervals.get(info.key)
 
 
 def read_saved_target(results: Mapping[str, Any]) -> Target:
@@ -133,14 +165,15 @@ def read_saved_target(results: Mapping[str, Any]) -> Target:
     return find_target(results["target"]["problem_type"])(**values)
 
 
-def _describe_run(name: str, run: SavedRun, info: MetricInfo, differences: NDArray[Any]) -> ComparedRun:
-    scores = choose_split(run.results)[1]
+def _describe_run(
+    name: str, run: SavedRun, score: tuple[float, Interval | None], differences: NDArray[Any]
+) -> ComparedRun:
     return ComparedRun(
         name=name,
         strategy=run.results["strategy"],
         checkpoint=run.results["checkpoint"]["id"],
-        value=scores[info.key],
-        interval=find_interval(scores, info.key),
+        value=score[0],
+        interval=score[1],
         seconds=run.results["cost"]["seconds"]["total"],
         difference=float(differences.mean()),
         difference_interval=mean_interval(differences),
@@ -154,7 +187,9 @@ def _check_comparable(runs: Sequence[SavedRun], split: str) -> None:
             run.results["label_names"] != first.results["label_names"]
         ):
             raise ValueError(f"{run.folder} has other labels than {first.folder}: compare runs on the same data set")
-        fingerprints = [each.results["data"]["fingerprint"].get(split) for each in (first, run)]
+        fingerprints = [
+            [each.results["data"]["fingerprint"].get(name) for name in _held_out_in(split)] for each in (first, run)
+        ]
         if choose_split(run.results)[0] != split or fingerprints[0] != fingerprints[1]:
             raise ValueError(
                 f"{run.folder} was scored on other {split} images than {first.folder}: compare runs on the same data set, with "

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hf_transfer.data.splits import Split
 from hf_transfer.reporting.charts import Chart
 from hf_transfer.reporting.comparison import ComparedRun, Comparison
 from hf_transfer.reporting.formats import format_metric, format_seconds
@@ -23,9 +22,9 @@ from hf_transfer.targets.target import Target
 MAX_DIFFERENT = 12  # images of a gallery
 
 
-def write_comparison(comparison: Comparison, images: Split, targets: Sequence[Target], path: Path) -> None:
-    """Writes the HTML page of a comparison to `path`. `images`: the split; `targets`: of each run."""
-    galleries, shown = _show_differences(comparison, images, targets)
+def write_comparison(comparison: Comparison, targets: Sequence[Target], path: Path) -> None:
+    """Writes the HTML page of a comparison to `path`. `targets`: of each run."""
+    galleries, shown = _show_differences(comparison, targets)
     page = render_page(
         "comparison.html.jinja",
         comparison=comparison,
@@ -87,14 +86,12 @@ def _draw_time(comparison: Comparison) -> Chart:
     )
 
 
-def _show_differences(
-    comparison: Comparison, images: Split, targets: Sequence[Target]
-) -> tuple[list[Gallery], list[ShownImage]]:
+def _show_differences(comparison: Comparison, targets: Sequence[Target]) -> tuple[list[Gallery], list[ShownImage]]:
     """Returns galleries of the images that a run predicts better or worse than the first run, and these images.
 
     The images with the largest difference in loss come first.
     """
-    labels = images.labels[comparison.rows]
+    labels = comparison.images.labels[comparison.rows]
     outcomes = [t.read_outcomes(logits, labels) for t, logits in zip(targets, comparison.outputs, strict=True)]
     galleries: list[Gallery] = []
     shown: list[ShownImage] = []
@@ -105,7 +102,7 @@ def _show_differences(
             different = np.flatnonzero(gain > 0 if is_better else gain < 0)
             order = different[np.argsort(-fall[different] if is_better else fall[different], kind="stable")]
             names = comparison.runs[k].name, comparison.runs[0].name
-            chosen = _describe_images(comparison, images, targets, k, order[:MAX_DIFFERENT])
+            chosen = _describe_images(comparison, targets, k, order[:MAX_DIFFERENT])
             gallery = Gallery(
                 title=f"{names[0]} is {word} than {names[1]}",
                 note=f"Predicted by {names[0]}, and in brackets by {names[1]}.",
@@ -119,15 +116,16 @@ def _show_differences(
 
 
 def _describe_images(
-    comparison: Comparison, images: Split, targets: Sequence[Target], k: int, rows: NDArray[np.int64]
+    comparison: Comparison, targets: Sequence[Target], k: int, rows: NDArray[np.int64]
 ) -> list[ShownImage]:
+    images = comparison.images
     places = [(images, int(i)) for i in comparison.rows[rows]]
     pictures = draw_pictures(places, [LARGE_PX] * len(places))
     decided = [targets[run].decide(torch.from_numpy(comparison.outputs[run][rows])).numpy() for run in (0, k)]
     described = [
         ShownImage(
             name=images.image_name(i),
-            split=images.name,
+            split=images.title,
             truth=targets[0].describe_label(images.labels[i]) or "none",
             predicted=describe_decision(targets[k], decided[1][number]),
             is_right=None,

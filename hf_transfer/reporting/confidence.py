@@ -33,6 +33,8 @@ def _describe_temperatures(section: Mapping[str, Any]) -> str:
     if not temperatures:
         return f"Confidence was measured on {images}."
     low, high = min(temperatures), max(temperatures)
+    if low == high == 1:
+        return f"The temperature stays 1: on {images}, no other is better beyond chance."
     if low == high:
         return f"The temperature is {low:.3f}. It was fitted on {images}, and is part of the weights."
     return (
@@ -46,6 +48,11 @@ def _describe_calibration(calibration: Mapping[str, Any]) -> str:
         return ""
     before, after = change["before"], change["after"]
     low, high = (100 * bound for bound in after["interval"])
+    if change["log_loss_before"] == change["log_loss_after"]:
+        return (
+            f"Calibration error on {change['num_images']:,} {name} images: {100 * after['value']:.1f} % (95 % interval"
+            f" {low:.1f} to {high:.1f})."
+        )
     old_low, old_high = (100 * bound for bound in before["interval"])
     return (
         f"Calibration error on {change['num_images']:,} {name} images: {100 * before['value']:.1f} % before (95 % interval"

@@ -34,9 +34,6 @@ def compare_folders(runs: Sequence[str | Path], output: Path | None = None) -> t
     """
     saved = [read_saved_run(run) for run in runs]
     comparison = compare_runs(saved)
-    data = saved[0].data
-    assert data is not None
-    images = next(split for split in data.splits if split.name == comparison.split)
     path = output or Path(COMPARISON)
-    write_comparison(comparison, images, [read_saved_target(run.results) for run in saved], path)
+    write_comparison(comparison, [read_saved_target(run.results) for run in saved], path)
     return comparison, path

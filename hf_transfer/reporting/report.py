@@ -89,6 +89,7 @@ def render_report(results: Mapping[str, Any], illustrations: Illustrations | Non
             warning="" if shown == "test" else explain_validation(scores),
             verdict=give_verdict(results, None if illustrations is None else illustrations.num_suspects),
             scored_images=describe_scored_images(shown, scores),
+            is_held_out="estimated_by" in scores,  # by other models than the saved one
             network=_describe_outputs(results, scores),
             has_pairs="confusion_matrix" in scores,
             metrics=_lay_out_metrics(find_metrics(results), scores, validation),

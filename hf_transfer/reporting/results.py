@@ -59,7 +59,9 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
             "license": data.license,
             "fingerprint": {name: split.fingerprint for name, split in splits.items() if split is not None},
             "num_images": {name: len(split) for name, split in splits.items() if split is not None},
-            "train_images_per_class": _count_images(data.train),
+            "train_images_per_class": _count_images(
+                data.train, [data.validation] if "estimated_by" in result.validation.details else []
+            ),
             "notes": [*data.notes, *describe_estimates(result, num_images), *describe_suspects(result, num_images)],
         },
         "checkpoint": _describe_checkpoint(result.backbone),
@@ -68,9 +70,9 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
     }
 
 
-def _count_images(train: Split) -> dict[str, int]:
-    """Returns the number of training images that have each label; {} if the target has no labels to count."""
-    counts = train.counts()
+def _count_images(train: Split, also_trained_on: Sequence[Split]) -> dict[str, int]:
+    """Returns the number of images with each label that the saved model has trained on; {} if there are no labels to count."""
+    counts = sum((split.counts() for split in also_trained_on), train.counts())
     return dict(zip(train.label_names, counts.tolist(), strict=True)) if train.target.counts_labels else {}
 
 

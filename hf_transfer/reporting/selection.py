@@ -132,8 +132,9 @@ def _find_suspects(predicted: Predicted) -> Group:
     log_probabilities = torch.from_numpy(predicted.logits).double().log_softmax(1).numpy()
     found = find_label_errors(log_probabilities[None], predicted.labels)
     note = (
-        "The label itself may be wrong: a network that had not trained on the image is sure of another class (confident "
-        "learning). Training and validation images are judged too."
+        "The label itself may be wrong: a network that had not trained on the image gives another class the probability that "
+        "images of that class usually get (confident learning). Many are hard images with the right label: look before you "
+        "change one. Training and validation images are judged too."
     )
     return _group("Suspicious labels", note, found.rows)
 

@@ -15,6 +15,8 @@ from hf_transfer.metrics.records import SHARES
 from hf_transfer.reporting.formats import format_metric, format_percent
 from hf_transfer.reporting.report_results import choose_split, describe_scored_images, find_interval, find_metrics
 from hf_transfer.reporting.selection import IN_GALLERY
+from hf_transfer.targets.target import MetricInfo
+from hf_transfer.training.records import Gain
 
 WIDE = 0.10  # of the accuracy's interval: the test split is too small to compare models
 FROZEN = ("linear_probe", "add_classes")  # strategies that train only a head
@@ -57,14 +59,34 @@ def describe_kept_model(results: Mapping[str, Any]) -> str:
         return ""
     if "auto" in details:
         kept = details["auto"]["kept"]
-        others = len(details["auto"]["candidates"])
+        rows = details["auto"]["candidates"]
         if kept == "linear_probe":
-            return f"Kept: the linear probe. None of {count_noun(others, 'candidate')} is expected to be better."
-        return f"Kept: {kept}, which has the highest expected gain over the linear probe, of {count_noun(others, 'candidate')}."
+            return f"Kept: the linear probe. None of {count_noun(len(rows), 'candidate')} is expected to be better."
+        row = next((each for each in rows if each["name"] == kept and each["gain"] is not None), None)
+        evidence = "" if row is None else f" {_describe_gain(row, find_metrics(results)[0])}"
+        smaller = (
+            "" if details["auto"]["trained_on_all"] else " No time was left to train it on the validation images too."
+        )
+        return f"Kept: {kept}, the best of {count_noun(len(rows), 'candidate')}.{evidence}{smaller}"
     epochs = [row for phase in details.get("phases", []) for row in phase["history"]]
     if details.get("kept_probe") and epochs:
         return _describe_kept_probe(results, epochs)
     return _describe_last(plan[-1], len(details["phases"][-1]["history"]) if epochs else 0)
+
+
+def _describe_gain(row: Mapping[str, Any], info: MetricInfo) -> str:
+    """Returns what a candidate of `auto` gained over the probe on held-out images, and what is expected of it."""
+    factor, digits, unit = (100, 1, " points") if info.kind == "percent" else (1, 3, "")
+    posterior = Gain(**row["posterior"])
+    measured, expected, low, high = (
+        f"{round(factor * value, digits) + 0.0:+.{digits}f}"
+        for value in (row["gain"]["mean"], posterior.mean, *posterior.interval)
+    )
+    doubt = ", so it may also be chance" if posterior.interval[0] <= 0 else ""
+    return (
+        f"On {row['num_images']:,} held-out images, its {info.title.lower()} is {measured}{unit} compared with the linear "
+        f"probe's. With what other data sets let expect, the gain is {expected}{unit} (95 % interval {low} to {high}){doubt}."
+    )
 
 
 def _describe_kept_probe(results: Mapping[str, Any], epochs: Sequence[Mapping[str, Any]]) -> str:
@@ -142,8 +164,8 @@ def _suggest_labels(num_suspects: int | None) -> str:
         else f"{count_noun(shown, 'suspicious label')} below"
     )
     return (
-        f"Look at the {which}: wrong labels spoil training and metrics alike. `hf-transfer audit` lists them in a file, which "
-        "`hf-transfer train` takes by --relabel or --exclude."
+        f"Look at the {which}: wrong labels spoil training and metrics alike. `hf-transfer audit` judges labels more closely, "
+        "and writes a list for --relabel or --exclude of `hf-transfer train`."
     )
 
 

@@ -50,8 +50,15 @@ def find_distance(session: Session, result: RunResult, inputs: Sequence[HeadInpu
 def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features | None]:
     """Returns features (n, F) of training images and (m, F) of validation images, as the saved network's head reads them.
 
-    Only the head of a probe was trained, so its features are those of train and validation images together, and None.
+    If the network trained on both alike, or on none of them, as a probe, they come together, followed by None.
     """
+    train, held_out = _read_features(session, result, inputs)
+    if result.kept_probe or "estimated_by" in result.validation.details:
+        return np.concatenate([train, held_out]), None
+    return train, held_out
+
+
+def _read_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features]:
     data, activations = session.data, result.activations
     splits = {"train": data.train, "validation": data.validation}
     probe = np.unique(
@@ -60,10 +67,8 @@ def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInpu
     if splits.keys() <= result.features.keys() and _agree(
         result.features["validation"][probe], session, result, inputs, probe
     ):
-        stores = [result.features[name] for name in splits]
-        rows = spread_rows(sum(map(len, splits.values())), MAX_POINTS)
-        first = len(stores[0])
-        return np.concatenate([stores[0][rows[rows < first]], stores[1][rows[rows >= first] - first]]), None
+        train, held_out = (result.features[name][spread_rows(len(split), MAX_POINTS)] for name, split in splits.items())
+        return train, held_out
     if activations is not None and activations.chain.model is result.backbone.model:
         exact = _continue(activations, "validation", probe, session, inputs)
         if _agree(exact, session, result, inputs, probe):

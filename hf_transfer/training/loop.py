@@ -270,7 +270,7 @@ def _log_epoch(record: EpochRecord, run: PhaseRun, reason: str) -> None:
         log.info(
             "epoch %d: loss %.4f%s, %s %s, %.0f images/s%s", record.epoch, record.train_loss,
             "" if record.train_accuracy is None else f", train accuracy {100 * record.train_accuracy:.1f} %",
-            "validation" if run.length is None else "held-out", record.validation.describe(),
+            "validation" if run.length is None else "mean of the runs before:", record.validation.describe(),
             record.images_per_second, reason,
         )  # fmt: skip
 

@@ -147,6 +147,9 @@ def choose_readout(
                 summary.c, summary.score.describe(), summary.seconds,
             )  # fmt: skip
         chosen = list(probes)[choose_probe(list(probes.values()))]
+        if len(candidates) > 1:
+            reason = " (no other is better beyond chance)" if chosen == 0 else ""
+            log.info("the probe reads %s%s", candidates[chosen].readout.name, reason)
         tensors: dict[str, Any] = {n: v.cpu() for n, v in vars(probes[chosen]).items() if isinstance(v, torch.Tensor)}
         return chosen, replace(probes[chosen], **tensors), summaries
 

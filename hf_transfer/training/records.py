@@ -156,7 +156,7 @@ class AutoChoice:
 
     kept: str  # name of the candidate, or linear_probe
     strategy: str  # the strategy of the kept candidate
-    probe: Score  # cross-validated score of the linear probe on validation images
+    probe: Score  # of the linear probe, cross-validated on train and validation images
     candidates: tuple[CandidateRecord, ...]  # in the order in which they were judged
     trained_on_all: bool  # whether the model has trained on train and validation images
     command: str  # command that gives the same weights
