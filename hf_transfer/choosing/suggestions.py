@@ -44,8 +44,10 @@ def suggest(
         ("stronger augmentation", "probe_then_full", {"auto_augment": "trivialaugment", "random_erasing": 0.25}),
         ("interpolating frozen and fine-tuned weights (WiSE-FT)", "probe_then_full", {"wise_ft": True}),
     ):
-        r = expect_log_ratio("lora" if name == "lora" else "probe_then_full", regime)
-        evidence = f"the error after fine-tuning is expected to be {100 * math.exp(r):.0f} % of the probe's error"
+        base = "lora" if name == "lora" else "probe_then_full"
+        accuracy = 1 - (1 - native.probe) * math.exp(expect_log_ratio(base, regime))
+        evidence = f"{base} is expected to reach {100 * accuracy:.1f} %"
+        evidence += ", and what these settings change was not measured" if settings else ""
         command = make_command(session, replace_settings(candidates[name], settings))
         suggestions.append(Suggestion(title=title, evidence=evidence, command=command))
     data = changed_settings(session.config.data, DataConfig()) | {"dataset": session.config.data.dataset}
@@ -63,13 +65,14 @@ def suggest(
 def _suggest_labels(curve: LearningCurve) -> Suggestion:
     now, *later = curve.ahead
     forecast = "; ".join(
-        f"{100 * p.accuracy:.1f} % ({100 * p.low:.1f} to {100 * p.high:.1f}) at {p.images_per_class:.0f}" for p in later
+        f"{100 * p.accuracy:.1f} % ({100 * p.low:.1f} to {100 * p.high:.1f}) with {p.images_per_class:.0f}"
+        for p in later
     )
     return Suggestion(
         title="more labels",
         evidence=(
-            f"the probe's error is proportional to images ** -{curve.exponent:.2f}: {100 * now.accuracy:.1f} % accuracy at "
-            f"{now.images_per_class:.0f} images per class, expected {forecast}"
+            f"a probe is expected to reach {forecast} images per class; a curve through parts of the data gives "
+            f"{100 * now.accuracy:.1f} % with the {now.images_per_class:.0f} of now"
         ),
         command=None,
     )
