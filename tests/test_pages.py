@@ -192,7 +192,7 @@ def test_candidates_of_auto_show_gain_and_reason() -> None:
     details = {"auto": {"kept": "lora", "candidates": candidates, "trained_on_all": True, "probe": {"accuracy": 0.85}}}
     rows = read_rows(render_report({"metrics": {"test": scores}, "details": details}), "candidates")
     assert [row[0] for row in rows] == ["linear_probe", "lora", "full", "last_layers"]
-    assert rows[0][2] == "85.0 %, cross-validated"
+    assert rows[0][2] == "85.0 %"
     assert rows[1][1:4] == ["+1.0", "+5.0 on 120", "+5.0 (+1.1 to +8.9)"]
     assert rows[1][-1].startswith("kept")
     assert rows[2][3] == "−3.0 (−6.9 to +0.9)"

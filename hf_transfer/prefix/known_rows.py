@@ -65,12 +65,14 @@ def find_known_rows(fields: Mapping[str, Any], row_keys: RowKeys) -> KnownRows |
             break
         if ROW_KEYS not in entry.fields.get("arrays", {}) or _family(entry.fields) != wanted:
             continue
-        stores = open_store(store_dir() / entry.key)
-        if stores is None:
+        unverified = open_store(
+            store_dir() / entry.key, verify=False
+        )  # all rows of a store of other images would be read
+        if unverified is None:
             continue
-        rows = match_rows(row_keys, stores[ROW_KEYS][:])
+        rows = match_rows(row_keys, unverified[ROW_KEYS][:])
         rows[~is_missing] = -1
-        if (rows >= 0).any():
+        if (rows >= 0).any() and (stores := open_store(store_dir() / entry.key)) is not None:
             donors.append((stores, rows))
             is_missing &= rows < 0
     return KnownRows(donors=donors) if donors else None

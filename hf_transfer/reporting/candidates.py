@@ -66,7 +66,7 @@ def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidat
 
 
 def _describe_probe(score: Mapping[str, float], info: MetricInfo) -> str:
-    return "" if not score else f"{format_metric(next(iter(score.values())), info)}, cross-validated"
+    return "" if not score else format_metric(next(iter(score.values())), info)
 
 
 def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow:

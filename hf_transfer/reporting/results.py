@@ -45,7 +45,7 @@ def describe_run(session: Session, result: RunResult) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "strategy": strategy.name,
-        "plan": _describe_plan(result),
+        "plan": [_describe_phase(phase) for phase in result.phases],
         "metrics": {split: metrics.to_dict() for split, metrics in result.metrics.items()},
         "label_names": list(data.label_names),
         "target": {**to_json(result.backbone.target.to_dict()), "metrics": to_json(data.target.metrics)},
@@ -138,14 +138,6 @@ def read_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
-
-
-def _describe_plan(result: RunResult) -> list[dict[str, Any]]:
-    """Returns the phases as JSON values. The first description also says which result the strategy `auto` kept, and why."""
-    plan = [_describe_phase(phase) for phase in result.phases]
-    if result.choice is not None:
-        plan[0]["description"] += f" ({describe_choice(result.choice)})"
-    return plan
 
 
 def _describe_phase(phase: PhaseResult) -> dict[str, Any]:
