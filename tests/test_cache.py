@@ -169,7 +169,7 @@ def keys_of(rows: Array) -> Array:
     return np.stack([np.frombuffer(hashlib.md5(str(row).encode()).digest(), np.uint8) for row in rows.tolist()])
 
 
-def build_of(images: Array, **fields: Any) -> tuple[dict[str, Store], list[int]]:
+def build_of(images: Array, check: Any = None, **fields: Any) -> tuple[dict[str, Store], list[int]]:
     """The stores of these images, and the images that were computed. A row depends on its image alone."""
     computed: list[int] = []
 
@@ -179,7 +179,7 @@ def build_of(images: Array, **fields: Any) -> tuple[dict[str, Store], list[int]]
             missing.arrays[name][missing.rows] = values
         missing.mark(missing.rows)
 
-    asked = request(ARRAYS, len(images), fill_images, row_keys=keys_of(images))
+    asked = request(ARRAYS, len(images), fill_images, row_keys=keys_of(images), check=check)
     return dict(cached({**FIELDS, "data": images.tolist(), **fields}, asked).stores), sorted(computed)
 
 
@@ -207,6 +207,13 @@ def test_rows_of_other_weights_are_not_copied(root: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1] + b"x")
     layout._verified.clear()  # as in a new process
     assert len(build_of(np.arange(8))[1]) == 8, "damaged rows are no rows"
+
+
+def test_a_store_with_wrong_rows_is_computed_again_and_not_copied() -> None:
+    build_of(np.arange(20))
+    build_of(np.arange(10, 20))  # copied from the first
+    assert build_of(np.arange(20), check=lambda _: {"features"})[1] == list(range(20))
+    assert build_of(np.arange(20))[1] == []
 
 
 def test_stores_of_other_images_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ def test_predict_and_evaluate_print_a_table_or_json(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.startswith("all: 6 images")
     with pytest.raises(SystemExit):
         main(["evaluate", "embedded", "--dataset", str(tmp_path), "--split", "validation"])
-    assert "choose --split train" in capsys.readouterr().err
+    assert "only train, test; omit --split to evaluate all labeled images" in capsys.readouterr().err
 
 
 def test_train_runs_a_strategy_and_its_model_predicts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

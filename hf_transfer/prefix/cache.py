@@ -161,6 +161,9 @@ class _Search:
         self.in_memory: dict[str, Array] = {}
         self.is_filled = np.zeros(request.num_rows, np.bool_)  # which rows of all arrays in memory are computed
         self.known: list[KnownRows | None] = []  # of each missing group: rows that stores of other images have
+        self.rejected: list[
+            int
+        ] = []  # groups whose stores had wrong rows, which stores of other images may have copied
 
     def run(self) -> Stored:
         request, ranks = self.request, self.ranks
@@ -202,7 +205,9 @@ class _Search:
             on_disk = [i for i in missing if self.storages[i].kind == "disk"]
             own = [i for i in lists[self.folder_group.leader] if i in on_disk]
             if request.row_keys is not None:  # before other stores are evicted for the missing ones
-                self.known = [find_known_rows(self.fields[i], request.row_keys) for i in own]
+                rejected = {i for each in ranks.together(lambda: self.rejected) for i in each}
+                keys = request.row_keys
+                self.known = [None if i in rejected else find_known_rows(self.fields[i], keys) for i in own]
             if on_disk and (problem := self._build(own, on_disk)):
                 capacity = replace(capacity, disk_bytes=0, problem=problem)
                 self._plan(choose_storages({i: self.sizes[i] for i in on_disk}, request.cache, capacity))
@@ -234,6 +239,7 @@ class _Search:
                 number = next(i for i, group in enumerate(self.groups) if name in group.arrays)
                 reason = "differs from what the network computes now: discarding and rebuilding it"
                 discard(self.folders[number], f"the cache of {name} {reason}")
+                self.rejected.append(number)
                 self.opened[number] = None
         missing = [i for i, opened in enumerate(self.opened) if opened is None]
         if missing:

@@ -177,9 +177,9 @@ class _Extraction:
 
     def row_keys(self) -> NDArray[np.uint8] | None:
         """Returns what each image's values depend on (N, 16), or None if they may depend on the other images of a batch."""
-        if not self._computes_alone or not isinstance(self.images, EvaluationImages):
-            return None
-        return None if self.images.decodes_together else self.images.split.digests()
+        return (
+            self.images.split.digests() if isinstance(self.images, EvaluationImages) and self._computes_alone else None
+        )
 
     @property
     def _computes_alone(self) -> bool:
@@ -189,7 +189,8 @@ class _Extraction:
         """
         resources = self.resources
         is_exact = resources.device.type == "cpu" and resources.engine in ALONE and resources.precision == "fp32"
-        return is_exact and batch_rows(resources) <= MOST_PADDED
+        is_read_alone = isinstance(self.images, EvaluationImages) and not self.images.decodes_together
+        return is_exact and is_read_alone and batch_rows(resources) <= MOST_PADDED
 
     def _identify_networks(self) -> dict[str, list[str]]:
         """Returns, for each tap, the hashes of the network up to its cut and up to the last cut that its module reaches."""
