@@ -177,9 +177,10 @@ class _Extraction:
 
     def row_keys(self) -> NDArray[np.uint8] | None:
         """Returns what each image's values depend on (N, 16), or None if they may depend on the other images of a batch."""
-        return (
-            self.images.split.digests() if isinstance(self.images, EvaluationImages) and self._computes_alone else None
-        )
+        images = self.images
+        if not isinstance(images, EvaluationImages) or images.decodes_together or not self._computes_alone:
+            return None
+        return images.split.digests()
 
     @property
     def _computes_alone(self) -> bool:
@@ -189,8 +190,7 @@ class _Extraction:
         """
         resources = self.resources
         is_exact = resources.device.type == "cpu" and resources.engine in ALONE and resources.precision == "fp32"
-        is_read_alone = isinstance(self.images, EvaluationImages) and not self.images.decodes_together
-        return is_exact and is_read_alone and batch_rows(resources) <= MOST_PADDED
+        return is_exact and isinstance(self.images, EvaluationImages) and batch_rows(resources) <= MOST_PADDED
 
     def _identify_networks(self) -> dict[str, list[str]]:
         """Returns, for each tap, the hashes of the network up to its cut and up to the last cut that its module reaches."""
