@@ -162,11 +162,17 @@ def test_other_weights_images_or_arithmetic_are_another_store(network: tuple[Bac
         buffer -= 1
 
 
-@pytest.mark.parametrize("engine", ["eager", "folded"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("timm ResNet", "eager"), ("timm ResNet", "folded"), ("timm ViT", "eager"), ("ViT", "eager"), ("Swin", "eager")],
+)
 def test_only_new_images_are_computed_after_a_change_of_the_data(
-    network: tuple[Backbone, Chain], train: Split, engine: Engine, caplog: pytest.LogCaptureFixture
+    name: str, train: Split, engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Images left out, relabeled, put in another order or in another split are known; the values are those of a fresh pass."""
+    write_upstream(name, tmp_path / "upstream")
+    backbone = load(str(tmp_path / "upstream"), ("a", "b"))
+    network = backbone, backbone.chain()
     settings: dict[str, Any] = {"engine": engine, "batch_size": 4}
     count = len(train)
     most, others = train.select(np.arange(0, count - 3)), train.select(np.arange(count - 3, count))

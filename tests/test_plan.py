@@ -187,15 +187,16 @@ def test_the_line_of_a_kept_epoch_says_why() -> None:
         score = Score(quality=hits / 100, loss=1 - hits / 100)
         logits = np.zeros((100, 2), np.float32)
         is_offer_kept = selection.offer(Validation(score=score, per_example_scores=scores, logits=logits), epoch)
-        return selection.explain() if is_offer_kept else "not kept"
+        assert bool(selection.explain(epoch)) == is_offer_kept
+        return selection.explain(epoch)
 
     assert offer(1, 90) == " (kept: the best so far)"
     assert offer(2, 89) == " (kept: within chance of epoch 1, and later)"
-    assert offer(3, 60) == "not kept"
+    assert offer(3, 60) == ""
     assert offer(4, 95) == " (kept: the best so far)"
     last_only = Selection(weights, "accuracy", keeps_last=True)
     last_only.keep(Score(quality=0.5, loss=1.0), 3)
-    assert last_only.explain() == ""
+    assert last_only.explain(3) == ""
 
 
 def test_an_epoch_gives_way_to_a_later_one_that_is_not_worse_beyond_chance() -> None:

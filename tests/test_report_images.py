@@ -339,6 +339,9 @@ def test_a_stage_has_no_layers_that_it_has_not_grown(run: Run) -> None:
     assert [phase.first_trained for phase in picture.phases] == [0, 0]
 
 
+PROBE_SCORE = {"accuracy": 0.8, "log_loss": 0.5}
+
+
 def test_the_page_says_how_sure_auto_is() -> None:
     row = {
         "name": "full",
@@ -346,17 +349,24 @@ def test_the_page_says_how_sure_auto_is() -> None:
         "num_images": 25,
         "posterior": {"mean": 0.03, "error": 0.04},
     }
-    choice = {"kept": "full", "candidates": [row, {"name": "lora", "gain": None}], "trained_on_all": True}
+    choice = {
+        "kept": "full",
+        "candidates": [row, {"name": "lora", "gain": None}],
+        "trained_on_all": True,
+        "probe": PROBE_SCORE,
+    }
     results: dict[str, Any] = {"plan": [{"kept": "last"}], "details": {"auto": choice}}
     assert describe_kept_model(results) == (
-        "Kept: full, the best of 2 candidates. On 25 held-out images, its accuracy is +4.0 points compared with the linear "
-        "probe's. With what other data sets let expect, the gain is +3.0 points (95 % interval -4.8 to +10.8), so it may "
+        "Kept: full, the best of 2 candidates. Its gain in accuracy over the linear probe is +4.0 points on 25 held-out "
+        "images, and +3.0 points (95 % interval -4.8 to +10.8) together with the experience from other data sets, so it may "
         "also be chance."
     )
     row["posterior"] = {"mean": 0.03, "error": 0.01}
     choice["trained_on_all"] = False
     sentence = describe_kept_model(results)
-    assert sentence.endswith("(95 % interval +1.0 to +5.0). No time was left to train it on the validation images too.")
+    assert (
+        "(95 % interval +1.0 to +5.0) together with the experience from other data sets. No time was left" in sentence
+    )
     choice["kept"] = "linear_probe"
     assert describe_kept_model(results) == "Kept: the linear probe. None of 2 candidates is expected to be better."
 

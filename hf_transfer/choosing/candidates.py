@@ -18,7 +18,7 @@ NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "overw
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A strategy that `auto` compares with the linear probe, with what benchmark runs let expect of it.
+    """A strategy that `auto` compares with the linear probe, with what benchmark runs lead it to expect.
 
     `log_ratios` is a row as in `rule.TABLE`, and `spread` the uncertainty of the error ratio on a new data set.
     """
@@ -100,7 +100,7 @@ def find_candidates(session: Session) -> dict[str, Strategy]:
 
 
 def find_trained_share(session: Session, strategy: Strategy, contender: Contender | None) -> float:
-    """Returns how long a strategy trains, as a share of the runs that let expect its gain: 1 for as long, or longer.
+    """Returns how long a strategy trains, as a share of the runs behind its expected gain: 1 for as long, or longer.
 
     Those runs had the strategy's default epochs and steps, or those of the `contender`.
     """

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hf_transfer.choosing.candidates import make_command, to_flags
+from hf_transfer.choosing.candidates import find_trained_share, make_command, to_flags
 from hf_transfer.choosing.expected_accuracy import DepthScore, LearningCurve
 from hf_transfer.choosing.rule import DataRegime, expect_log_ratio
 from hf_transfer.config import DataConfig
@@ -45,7 +45,8 @@ def suggest(
         ("interpolating frozen and fine-tuned weights (WiSE-FT)", "probe_then_full", {"wise_ft": True}),
     ):
         base = "lora" if name == "lora" else "probe_then_full"
-        accuracy = 1 - (1 - native.probe) * math.exp(expect_log_ratio(base, regime))
+        log_ratio = find_trained_share(session, candidates[base], None) * expect_log_ratio(base, regime)
+        accuracy = 1 - (1 - native.probe) * math.exp(log_ratio)
         evidence = f"{base} is expected to reach {100 * accuracy:.1f} %"
         evidence += ", and what these settings change was not measured" if settings else ""
         command = make_command(session, replace_settings(candidates[name], settings))

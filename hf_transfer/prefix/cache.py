@@ -19,7 +19,16 @@ from filelock import Timeout
 from numpy.typing import NDArray
 
 from hf_transfer.locations import describe_unwritable, report_unwritable, store_dir
-from hf_transfer.prefix.contents import delete, evict_for, list_partials, locked, partial_of, remove_abandoned, size_of
+from hf_transfer.prefix.contents import (
+    delete,
+    evict_for,
+    list_caches,
+    list_partials,
+    locked,
+    partial_of,
+    remove_abandoned,
+    size_of,
+)
 from hf_transfer.prefix.exchange import Exchange
 from hf_transfer.prefix.known_rows import KEY_BYTES, ROW_KEYS, KnownRows, RowKeys, copy_known_rows, find_known_rows
 from hf_transfer.prefix.layout import (
@@ -74,9 +83,7 @@ class StoreRequest:
     num_rows: int
     fill: Callable[[MissingRows], None]
     cache: CacheKind
-    row_keys: RowKeys | None = (
-        None  # (N, 16) what each row depends on besides the fields, if it depends on no other row
-    )
+    row_keys: RowKeys | None = None  # (N, 16) what a row depends on besides the fields; None: it may depend on others
     check: Check | None = None
     batch_rows: int = 1
     ranks: Ranks = field(default_factory=Ranks)
@@ -161,9 +168,7 @@ class _Search:
         self.in_memory: dict[str, Array] = {}
         self.is_filled = np.zeros(request.num_rows, np.bool_)  # which rows of all arrays in memory are computed
         self.known: list[KnownRows | None] = []  # of each missing group: rows that stores of other images have
-        self.rejected: list[
-            int
-        ] = []  # groups whose stores had wrong rows, which stores of other images may have copied
+        self.rejected: list[int] = []  # groups whose stores had wrong rows; stores of other images may have copied them
 
     def run(self) -> Stored:
         request, ranks = self.request, self.ranks
@@ -206,8 +211,8 @@ class _Search:
             own = [i for i in lists[self.folder_group.leader] if i in on_disk]
             if request.row_keys is not None:  # before other stores are evicted for the missing ones
                 rejected = {i for each in ranks.together(lambda: self.rejected) for i in each}
-                keys = request.row_keys
-                self.known = [None if i in rejected else find_known_rows(self.fields[i], keys) for i in own]
+                keys, entries = request.row_keys, list_caches()
+                self.known = [None if i in rejected else find_known_rows(self.fields[i], keys, entries) for i in own]
             if on_disk and (problem := self._build(own, on_disk)):
                 capacity = replace(capacity, disk_bytes=0, problem=problem)
                 self._plan(choose_storages({i: self.sizes[i] for i in on_disk}, request.cache, capacity))

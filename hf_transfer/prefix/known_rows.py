@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.locations import store_dir
-from hf_transfer.prefix.contents import list_caches
+from hf_transfer.prefix.contents import CacheEntry
 from hf_transfer.prefix.layout import open_store
 from hf_transfer.prefix.progress import Progress, RowWriter
 from hf_transfer.prefix.store import Store
@@ -50,29 +50,27 @@ class KnownRows:
                 array[here] = stores[name][places[here]]
 
 
-def find_known_rows(fields: Mapping[str, Any], row_keys: RowKeys) -> KnownRows | None:
+def find_known_rows(fields: Mapping[str, Any], row_keys: RowKeys, entries: Sequence[CacheEntry]) -> KnownRows | None:
     """Returns the rows with these keys (N, 16) that complete stores of other images have; None if no store has any.
 
-    `fields`: those of the store that is missing. Open stores are not evicted.
+    `fields`: those of the store that is missing. `entries`: all stores, least recently used first. Open stores are not evicted.
     """
-    wanted, donors, is_missing = (
-        _family(fields),
-        list[tuple[dict[str, Store], Rows]](),
-        np.ones(len(row_keys), np.bool_),
-    )
-    for entry in reversed(list_caches()):  # the store that was used last comes first
+    wanted, is_missing = _family(fields), np.ones(len(row_keys), np.bool_)
+    donors: list[tuple[Mapping[str, Store], Rows]] = []
+    for entry in reversed(entries):
         if not is_missing.any():
             break
         if ROW_KEYS not in entry.fields.get("arrays", {}) or _family(entry.fields) != wanted:
             continue
+        folder = store_dir() / entry.key
         unverified = open_store(
-            store_dir() / entry.key, verify=False
-        )  # all rows of a store of other images would be read
+            folder, verify=False
+        )  # verifying would read all rows, also of a store without known images
         if unverified is None:
             continue
         rows = match_rows(row_keys, unverified[ROW_KEYS][:])
         rows[~is_missing] = -1
-        if (rows >= 0).any() and (stores := open_store(store_dir() / entry.key)) is not None:
+        if (rows >= 0).any() and (stores := open_store(folder)) is not None:
             donors.append((stores, rows))
             is_missing &= rows < 0
     return KnownRows(donors=donors) if donors else None

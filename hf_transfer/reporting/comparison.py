@@ -138,12 +138,13 @@ def _held_out_in(split: str) -> tuple[str, ...]:
 
 def _read_outputs(run: SavedRun, target: Target, splits: Sequence[Split]) -> NDArray[np.float32]:
     """Returns the logits (N, K) of the images of all splits; NaN for an image that the run did not hold out."""
-    activated = read_activated(run, target)
-    missing = [np.full((len(split), target.num_outputs), np.nan, np.float32) for split in splits]
-    return np.concatenate([
-        deactivate(target, activated[split.name]) if split.name in activated else nothing
-        for split, nothing in zip(splits, missing, strict=True)
-    ])  # fmt: skip
+    activated, nothing = read_activated(run, target), np.full(target.num_outputs, np.nan, np.float32)
+    return np.concatenate(
+        [
+            deactivate(target, activated[split.name]) if split.name in activated else np.tile(nothing, (len(split), 1))
+            for split in splits
+        ]
+    )
 
 
 def _score(

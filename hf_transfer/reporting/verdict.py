@@ -11,11 +11,10 @@ from typing import Any
 from hf_transfer.errors import count_noun
 from hf_transfer.metrics.classification import describe_precision
 from hf_transfer.metrics.formulas import binomial_interval
-from hf_transfer.metrics.records import SHARES
+from hf_transfer.metrics.records import SHARES, Score
 from hf_transfer.reporting.formats import format_metric, format_percent
 from hf_transfer.reporting.report_results import choose_split, describe_scored_images, find_interval, find_metrics
 from hf_transfer.reporting.selection import IN_GALLERY
-from hf_transfer.targets.target import MetricInfo
 from hf_transfer.training.records import Gain
 
 WIDE = 0.10  # of the accuracy's interval: the test split is too small to compare models
@@ -63,7 +62,7 @@ def describe_kept_model(results: Mapping[str, Any]) -> str:
         if kept == "linear_probe":
             return f"Kept: the linear probe. None of {count_noun(len(rows), 'candidate')} is expected to be better."
         row = next((each for each in rows if each["name"] == kept and each["gain"] is not None), None)
-        evidence = "" if row is None else f" {_describe_gain(row, find_metrics(results)[0])}"
+        evidence = "" if row is None else f" {_describe_gain(row, Score.from_dict(details['auto']['probe']))}"
         smaller = (
             "" if details["auto"]["trained_on_all"] else " No time was left to train it on the validation images too."
         )
@@ -74,18 +73,14 @@ def describe_kept_model(results: Mapping[str, Any]) -> str:
     return _describe_last(plan[-1], len(details["phases"][-1]["history"]) if epochs else 0)
 
 
-def _describe_gain(row: Mapping[str, Any], info: MetricInfo) -> str:
+def _describe_gain(row: Mapping[str, Any], probe: Score) -> str:
     """Returns what a candidate of `auto` gained over the probe on held-out images, and what is expected of it."""
-    factor, digits, unit = (100, 1, " points") if info.kind == "percent" else (1, 3, "")
-    posterior = Gain(**row["posterior"])
-    measured, expected, low, high = (
-        f"{round(factor * value, digits) + 0.0:+.{digits}f}"
-        for value in (row["gain"]["mean"], posterior.mean, *posterior.interval)
-    )
+    posterior, unit = Gain(**row["posterior"]), probe.gain_unit
+    measured, expected, low, high = map(probe.format_gain, (row["gain"]["mean"], posterior.mean, *posterior.interval))
     doubt = ", so it may also be chance" if posterior.interval[0] <= 0 else ""
     return (
-        f"On {row['num_images']:,} held-out images, its {info.title.lower()} is {measured}{unit} compared with the linear "
-        f"probe's. With what other data sets let expect, the gain is {expected}{unit} (95 % interval {low} to {high}){doubt}."
+        f"Its gain in {probe.titles[0]} over the linear probe is {measured}{unit} on {row['num_images']:,} held-out images, "
+        f"and {expected}{unit} (95 % interval {low} to {high}) together with the experience from other data sets{doubt}."
     )
 
 

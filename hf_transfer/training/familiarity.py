@@ -53,7 +53,7 @@ def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInpu
     If the network trained on both alike, or on none of them, as a probe, they come together, followed by None.
     """
     train, held_out = _read_features(session, result, inputs)
-    if result.kept_probe or "estimated_by" in result.validation.details:
+    if "estimated_by" in result.validation.details:
         return np.concatenate([train, held_out]), None
     return train, held_out
 

@@ -26,16 +26,10 @@ class EstimatedBy(StrEnum):
     SIBLING = "sibling"
     CROSS_VALIDATION = "cross_validation"  # of a linear probe
 
-    @property
-    def covers_train_images(self) -> bool:
-        """Whether the metrics are of train and validation images, because each of them was held out once."""
-        return self is not EstimatedBy.SIBLING
-
 
 def covers_train_images(details: Mapping[str, Any]) -> bool:
-    """Whether validation metrics with these details, such as `estimated_by`, are of train images too."""
-    by = details.get("estimated_by")
-    return by is not None and EstimatedBy(by).covers_train_images
+    """Whether validation metrics with these details are of train images too, because each image was held out once."""
+    return details.get("estimated_by") in (EstimatedBy.FOLDS, EstimatedBy.CROSS_VALIDATION)
 
 
 @dataclass(frozen=True, kw_only=True)

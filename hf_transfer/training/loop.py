@@ -98,11 +98,13 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
                 trainable.copy_back()
                 if run.length is None:
                     validation = validate(trainable.evaluated, session, run.inputs)
-                    validation_score, is_kept = validation.score, selection.offer(validation, progress.epoch + 1)
+                    validation_score = validation.score
+                    selection.offer(validation, progress.epoch + 1)
                 else:
-                    validation_score, is_kept = run.length.scores[progress.epoch], progress.epoch + 1 == epochs
+                    validation_score = run.length.scores[progress.epoch]
                     selection.keep(run.length.score, progress.epoch + 1)
-            _log_epoch(progress.finish_epoch(validation_score), run, selection.explain() if is_kept else "")
+            record = progress.finish_epoch(validation_score)
+            _log_epoch(record, run, selection.explain(record.epoch))
             if run.length is None:
                 _stop_early(progress, selection, session)
             save()

@@ -100,9 +100,9 @@ class Selection:
             self._best, self._best_scores, self.best_epoch = validation.score, validation.per_example_scores, epoch
         return True
 
-    def explain(self) -> str:
-        """Returns why the weights of the last offered epoch are kept, as text after the line of the epoch."""
-        if self._keeps_last or self.epoch is None:
+    def explain(self, epoch: int) -> str:
+        """Returns why the weights after an epoch are kept, as text after the line of the epoch; "" if they are not."""
+        if self._keeps_last or self.epoch != epoch:
             return ""
         if self.epoch == self.best_epoch:
             return " (kept: the best so far)"
