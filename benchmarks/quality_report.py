@@ -14,6 +14,7 @@ from quality_systems import LEFT_OUT, PEERS, STRATEGIES  # benchmarks/quality_sy
 from hf_transfer.metrics.bootstrap import mean_interval
 
 CANDIDATES = STRATEGIES[1:]  # the single strategies among which hindsight chooses
+SHARED = ("precision", "image_size_px")  # settings that all systems of a cell have in common
 TITLES = {
     "auto": "`auto`",
     LEFT_OUT: "`auto`, its table fitted without the set",
@@ -40,6 +41,12 @@ class Results:
                 raise SystemExit(
                     f"{cell_of(line).describe()}: {line['system']} has two lines; report their files apart"
                 )
+            first = next(iter(self.lines[cell_of(line)].values()))
+            if any(line.get(key) != first.get(key) for key in SHARED):
+                raise SystemExit(
+                    f"{cell_of(line).describe()}: {first['system']} and {line['system']} differ in {' or '.join(SHARED)}; "
+                    "report their files apart"
+                )
             is_right = np.array(line["predicted"]) == np.array(labels[line["set"]])
             self.hits.setdefault(cell_of(line), {})[line["system"]] = is_right
 
@@ -47,6 +54,11 @@ class Results:
         """Returns the cells that have a line of every one of `systems`, sorted, those with all images last."""
         complete = [cell for cell, runs in self.lines.items() if set(systems) <= set(runs)]
         return sorted(complete, key=lambda c: (c.images_per_class or math.inf, c))
+
+    def describe(self, cell: Cell) -> str:
+        """Returns the cell in a few words, and the precision if it isn't fp32."""
+        precision = next(iter(self.lines[cell].values())).get("precision", "fp32")
+        return cell.describe() if precision == "fp32" else f"{cell.describe()}, {precision}"
 
     def accuracy(self, cell: Cell, system: str) -> float:
         """Returns the test accuracy in percent."""
@@ -115,7 +127,7 @@ def table_all_images(results: Results, auto: str) -> str:
         difference = 100.0 * results.hits[cell][auto] - 100.0 * others[best]
         low, high = mean_interval(difference)
         rows.append([
-            cell.describe(), f"{results.accuracy(cell, auto):.1f}", f"{results.accuracy(cell, best):.1f} ({best})",
+            results.describe(cell), f"{results.accuracy(cell, auto):.1f}", f"{results.accuracy(cell, best):.1f} ({best})",
             f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})",
             f"{compute_regret(results.hits[cell][auto], list(others.values())):+.1f}",
         ])  # fmt: skip
@@ -142,7 +154,7 @@ def table_peers(results: Results, auto: str) -> str:
         shown = [
             "" if n is None else f"{results.accuracy(cell, n):.1f} % in {results.seconds(cell, n):.0f} s" for n in named
         ]
-        rows.append([cell.describe(), *shown])
+        rows.append([results.describe(cell), *shown])
     gains = []
     for peer, of_peer in by_peer.items():
         gain = average({c: compute_gain(results.hits[c][auto], results.hits[c][peer]) for c in of_peer})

@@ -147,8 +147,20 @@ def test_lines_that_cannot_be_compared_are_refused(bench: Any) -> None:
         bench.quality_report.report([*lines, dict(lines[-1])])
     with pytest.raises(SystemExit, match="different test images"):
         bench.quality_report.report([*lines, {**lines[0], "labels": [1, 0] * 20}])
+    with pytest.raises(SystemExit, match="differ in precision"):
+        bench.quality_report.report([*lines[:-1], {**lines[-1], "precision": "bf16"}])
     with pytest.raises(SystemExit, match="no line of auto"):
         bench.quality_report.report([line for line in lines if line.get("system") != "auto"])
+
+
+def test_a_cell_in_mixed_precision_says_so(bench: Any) -> None:
+    lines = [
+        {**line, "precision": "bf16" if (line.get("set"), line.get("images_per_class")) == ("b", 0) else "fp32"}
+        for line in make_lines(bench)
+    ]
+    text = bench.quality_report.report(lines)
+    assert "| b, net, all images, seed 0, bf16 | 90.0 | 100.0 (full) |" in text
+    assert text.count("bf16") == 2  # also beside peers
 
 
 def test_of_a_large_set_the_first_images_of_each_class_are_used(bench: Any, tmp_path: Path) -> None:
