@@ -89,14 +89,29 @@ def table_hindsight(results: Results, auto: str) -> str:
     cells = [cell for cell in results.find_cells(systems) if cell.images_per_class]
     if not cells:
         return ""
+    accuracies = list_accuracies(results, cells, systems)
+    return "\n\n".join(["## Against the best strategy in hindsight", accuracies, compare_ways(results, cells, systems)])
+
+
+def summarize_ways(lines: Sequence[Line]) -> str:
+    """Returns how `auto` and each single strategy did with few images, over all cells that all of them ran.
+
+    This is the table of docs/strategies/auto.md.
+    """
+    results, systems = Results(lines), ("auto", *CANDIDATES)
+    return compare_ways(results, [cell for cell in results.find_cells(systems) if cell.images_per_class], systems)
+
+
+def compare_ways(results: Results, cells: Sequence[Cell], systems: Sequence[str]) -> str:
+    """Returns a table with the mean accuracy, regret and seconds of each of `systems`, and the gain of the first one."""
     rows = []
     for way in systems:
         regrets, gains = dict[Cell, float](), dict[Cell, float]()
         for cell in cells:
             hits = results.hits[cell]
             regrets[cell] = compute_regret(hits[way], [hits[name] for name in CANDIDATES])
-            gains[cell] = compute_gain(hits[auto], hits[way])
-        gain = "" if way == auto else str(average(gains))
+            gains[cell] = compute_gain(hits[systems[0]], hits[way])
+        gain = "" if way == systems[0] else str(average(gains))
         seconds = fmean(results.seconds(cell, way) for cell in cells)
         title = TITLES.get(way, f"always `{way}`")
         accuracy = fmean(results.accuracy(cell, way) for cell in cells)
@@ -112,8 +127,7 @@ def table_hindsight(results: Results, auto: str) -> str:
         f"Regret: against the strategy that is best on a random half of the test images, scored on the other half (both ways, "
         f"{SPLITS} halves). {count(cells)}; intervals by a bootstrap over cells."
     )
-    return "\n\n".join(["## Against the best strategy in hindsight", list_accuracies(results, cells, systems),
-                        format_table(heads, rows), note])  # fmt: skip
+    return format_table(heads, rows) + "\n\n" + note
 
 
 def table_all_images(results: Results, auto: str) -> str:

@@ -2,6 +2,7 @@
 
 from statistics import fmean
 
+import quality_report  # benchmarks/quality_report.py
 from feature_tables import table_depth, table_journey  # scripts/feature_tables.py
 from result_tables import (  # scripts/result_tables.py
     FINE_TUNED,
@@ -12,7 +13,6 @@ from result_tables import (  # scripts/result_tables.py
     replace_between,
     table_accuracy,
     table_jobs,
-    table_ways,
 )
 
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
@@ -98,10 +98,9 @@ def _list_special(name: str) -> list[str]:
         return [describe_adapters()]
     if name == "auto":
         return [
-            "`auto` of 2026-11-25, which knew fewer candidates, over 12 cells (3 data sets, 2 checkpoints, 10 and 50 images a "
-            "class) and 2 seeds. Regret is against the best strategy in hindsight:",
-            table_ways(),
-            "Figures of the present form: [results](../results.md).",
+            "With 10 and 50 images per class, inputs of 128 pixels ([how](../quality.md), 2026-11-29):",
+            quality_report.summarize_ways(read_rows("quality.jsonl")),
+            "Each cell, all images, and peers: [results](../results.md#accuracy-beside-peers).",
         ]
     return []
 
