@@ -5,7 +5,8 @@
     python benchmarks/leads.py fit --out F.jsonl --advice benchmarks/results/advise.jsonl     # the numbers of `candidates.AUTO`
 
 FOLDER holds checkpoints/ and datasets/. For each data set, size, checkpoint and seed, `--images_per_class` images are drawn,
-and up to --most other images of the same training split judge what each lead trained. A lead trains on all drawn images for a
+and up to --most other images of the same training split judge what each lead trained. With `--images_per_class 0`, all others
+are trained on, and at most a fifth of the split judges. A lead trains on all drawn images for a
 fixed number of epochs, but those that end in "on four fifths" hold a fifth out to choose the epoch, as recipes do. "WiSE-FT"
 and "soup" average the weights of leads that ran before, and "fold soup" those of five networks, each without a fifth.
 
@@ -29,9 +30,11 @@ from left_out import draw  # benchmarks/left_out.py
 from lines import Cell, Line, append_line, cell_of, read_lines  # benchmarks/lines.py
 from quality_sets import CHECKPOINTS, SETS  # benchmarks/quality_sets.py
 
+from hf_transfer.config import RunConfig
 from hf_transfer.data.folds import divide, join_pool
 from hf_transfer.data.splits import Split
 from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, default_config
@@ -82,6 +85,13 @@ LEADS: dict[str, Lead] = {
     "100 steps, RandAugment": steps(auto_augment="randaugment"),
     "100 steps, larger input": steps(image_size_px=160),
     "200 steps, lr 1e-3": steps(min_steps=200, lr=1e-3),
+    "20 epochs, zero head": Lead(settings={"epochs": 20, "head_scale": 0.0}),
+    "20 epochs, lr 1e-3": Lead(settings={"epochs": 20, "lr": 1e-3}),
+    "20 epochs, zero head, lr 5e-4": Lead(settings={"epochs": 20, "head_scale": 0.0, "lr": 5e-4}),
+    "20 epochs, zero head, lr 1e-3": Lead(settings={"epochs": 20, "head_scale": 0.0, "lr": 1e-3}),
+    "20 epochs, zero head, batch statistics": Lead(
+        settings={"epochs": 20, "head_scale": 0.0, "freeze_batchnorm": False}
+    ),
     "two greedy layers after blocks.4.2, on four fifths": Lead(
         strategy="greedy_stack",
         settings={
@@ -112,8 +122,19 @@ UNTRAINED = Lead(settings={"epochs": 1, "lr": 1e-30, "ema_decay": 0.0})  # a sol
 
 def open_cell(settings: Mapping[str, Any], most: int) -> Session:
     """Returns a session on the drawn images, whose test split is the images that judge."""
-    session, others = draw(replace_settings(default_config("linear_probe"), settings), most)
+    config = replace_settings(default_config("linear_probe"), settings)
+    session, others = draw(config, most) if settings["images_per_class"] else draw_all(config, most)
     return replace(session, data=replace(join_pool(session.data), test=replace(others, name="test")))
+
+
+def draw_all(config: RunConfig, most: int) -> tuple[Session, Split]:
+    """Returns a session on all images but up to `most`, at most a fifth of all, and those."""
+    session = open_session(config).without_test()
+    train, validation = session.data.train, session.data.validation
+    count = min(most, (len(train) + len(validation)) // 5)
+    order = np.random.default_rng(0).permutation(len(train))
+    others, rest = (train.select(np.sort(rows)) for rows in (order[:count], order[count:]))
+    return replace(session, data=replace(session.data, train=rest)), others
 
 
 def open_lead(lead: Lead, base: Session, shared: Mapping[str, Any]) -> Session:
@@ -227,7 +248,7 @@ def run(given: argparse.Namespace) -> None:
             continue
         shared = {
             "dataset": str(given.data / "datasets" / name), "checkpoint": str(given.data / "checkpoints" / checkpoint),
-            "images_per_class": size, "seed": seed, "precision": given.precision, "num_workers": 1,
+            "images_per_class": size or None, "seed": seed, "precision": given.precision, "num_workers": 1,
             "image_size_px": given.image_size_px,
         }  # fmt: skip
         cell_run = CellRun(open_cell(shared, given.most), shared)

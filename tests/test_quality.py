@@ -112,6 +112,20 @@ def make_lines(bench: Any) -> list[dict[str, Any]]:
     return lines
 
 
+def test_leads_on_all_images_train_on_none_that_judge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    leads = importlib.import_module("leads")
+    shared = {"dataset": "sklearn/digits", "images_per_class": None, "output_dir": str(tmp_path)}
+    data = leads.open_cell(shared, most=100).data
+    trained = np.concatenate([data.train.rows, data.validation.rows])
+    assert len(data.test) == 100
+    assert np.intersect1d(data.test.rows, trained).size == 0
+    everything = np.sort(np.concatenate([data.test.rows, trained]))
+    whole = ht.Task("sklearn/digits").data
+    assert np.array_equal(everything, np.sort(np.concatenate([whole.train.rows, whole.validation.rows])))
+    assert len(leads.open_cell(shared, most=10**6).data.test) == len(everything) // 5
+
+
 def test_the_report_has_regret_gains_and_seconds(bench: Any, tmp_path: Path) -> None:
     lines, figure = make_lines(bench), tmp_path / "figure.svg"
     text = bench.quality_report.report(lines, figure=figure)
