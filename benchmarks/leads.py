@@ -89,6 +89,9 @@ LEADS: dict[str, Lead] = {
     "20 epochs, lr 1e-3": Lead(settings={"epochs": 20, "lr": 1e-3}),
     "20 epochs, zero head, lr 5e-4": Lead(settings={"epochs": 20, "head_scale": 0.0, "lr": 5e-4}),
     "20 epochs, zero head, lr 1e-3": Lead(settings={"epochs": 20, "head_scale": 0.0, "lr": 1e-3}),
+    "20 epochs, zero head, lr 1e-4, no layer decay": Lead(
+        settings={"epochs": 20, "head_scale": 0.0, "lr": 1e-4, "layer_decay": 1.0}
+    ),
     "20 epochs, zero head, batch statistics": Lead(
         settings={"epochs": 20, "head_scale": 0.0, "freeze_batchnorm": False}
     ),

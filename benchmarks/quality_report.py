@@ -131,11 +131,13 @@ def compare_ways(results: Results, cells: Sequence[Cell], systems: Sequence[str]
 
 
 def table_all_images(results: Results, auto: str) -> str:
-    """Returns `auto` against the best other system in each cell with all images, paired on the same test images."""
+    """Returns the accuracy of each system with all images, and `auto` against the best other one on the same test images."""
+    cells = sorted(cell for cell in results.lines if not cell.images_per_class)
+    systems = [s for s in (auto, *STRATEGIES[1:], *PEERS) if any(s in results.lines[cell] for cell in cells)]
     rows = []
-    for cell in results.find_cells([auto]):
+    for cell in cells:
         others = {name: hits for name, hits in results.hits[cell].items() if name not in ("auto", LEFT_OUT)}
-        if cell.images_per_class or not others:
+        if auto not in results.lines[cell] or not others:
             continue
         best = max(others, key=lambda name: int(others[name].sum()))
         difference = 100.0 * results.hits[cell][auto] - 100.0 * others[best]
@@ -152,7 +154,15 @@ def table_all_images(results: Results, auto: str) -> str:
         "it is partly lucky; regret is against the best on other images, as above."
     )
     heads = ["cell", f"{TITLES[auto]}, %", "the best other system, %", "difference, paired (95 %)", "regret, points"]
-    return "\n\n".join(["## All images", format_table(heads, rows), note])
+    accuracies = [
+        [
+            results.describe(cell),
+            *(f"{results.accuracy(cell, s):.1f}" if s in results.lines[cell] else "" for s in systems),
+        ]
+        for cell in cells
+    ]
+    table = format_table(["test accuracy, %", *(TITLES.get(s, f"`{s}`") for s in systems)], accuracies)
+    return "\n\n".join(["## All images", table, format_table(heads, rows), note])
 
 
 def table_peers(results: Results, auto: str) -> str:

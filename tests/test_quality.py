@@ -141,6 +141,7 @@ def test_the_report_has_regret_gains_and_seconds(bench: Any, tmp_path: Path) -> 
     assert rows["always `lora`"][2] == "+10.00 (+10.00 to +10.00)"
     assert rows["a, net, all images, seed 0"] == ["90.0 % in 5 s", "70.0 % in 13 s", ""]
     assert "| b, net, all images, seed 0 | 90.0 | 100.0 (full) | -10.0 (-20.0 to -2.5) | +10.0 |" in text
+    assert "| test accuracy, % | `auto` | `linear_probe` | `last_layers` |" in text
     assert rows["b, net, all images, seed 0"] == ["90.0 % in 5 s", "70.0 % in 13 s", ""]
     assert rows["fastai `fine_tune`"][:2] == ["+20.00 (+20.00 to +20.00)", "2.60"]
     names = [element.text for element in ET.parse(figure).iter() if element.tag.endswith("text")]
@@ -174,7 +175,8 @@ def test_a_cell_in_mixed_precision_says_so(bench: Any) -> None:
     ]
     text = bench.quality_report.report(lines)
     assert "| b, net, all images, seed 0, bf16 | 90.0 | 100.0 (full) |" in text
-    assert text.count("bf16") == 2  # also beside peers
+    assert "| b, net, all images, seed 0, bf16 | 90.0 | 80.0 | 80.0 | 80.0 | 80.0 | 100.0 | 70.0 |" in text
+    assert text.count("bf16") == 3  # also beside peers
 
 
 def test_of_a_large_set_the_first_images_of_each_class_are_used(bench: Any, tmp_path: Path) -> None:
