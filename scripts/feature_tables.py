@@ -4,21 +4,25 @@ import re
 from collections.abc import Sequence
 from statistics import fmean, median
 
+import numpy as np
 from hindsight import average  # benchmarks/hindsight.py
 from lines import Cell, cell_of  # benchmarks/lines.py
 from result_tables import DATA_SETS, NETWORKS, ROOT, Row, format_table, read, read_rows  # scripts/result_tables.py
+
+from hf_transfer.metrics.bootstrap import mean_interval
 
 # --- leads --------------------------------------------------------------------------------------------------------------
 
 
 def table_leads() -> str:
-    """Returns the gain of each way to fine-tune over the probe on the same images, by cell and on average.
+    """Returns the gain of each way to fine-tune with 10 images a class over the probe, by cell and on average.
 
     Averages of the weights of other leads took no time of their own.
     """
     by_lead: dict[str, dict[Cell, Row]] = {}
     for row in read_rows("leads.jsonl"):
-        by_lead.setdefault(row["lead"], {})[cell_of(row)] = row
+        if row["images_per_class"] == 10:
+            by_lead.setdefault(row["lead"], {})[cell_of(row)] = row
     probes = by_lead.pop("linear_probe")
     cells = list(probes)
     rows = []
@@ -33,6 +37,26 @@ def table_leads() -> str:
         rows.append([lead, interval, *by_cell, f"{seconds:.0f}" if seconds >= 1 else ""])
     names = [f"{NETWORKS[cell.checkpoint]}, {DATA_SETS[cell.set]}" for cell in cells]
     return format_table(["lead", "mean gain, points (95 %)", *names, "median seconds"], rows)
+
+
+def table_leads_on_all() -> str:
+    """Returns the accuracy of each way to fine-tune with all images, by cell, with an interval over the images that judge."""
+    by_lead: dict[str, dict[Cell, Row]] = {}
+    for row in read_rows("leads.jsonl"):
+        if row["images_per_class"] == 0:
+            by_lead.setdefault(row["lead"], {})[cell_of(row)] = row
+    cells = sorted({cell for runs in by_lead.values() for cell in runs})
+    rows = [
+        [lead, *(_show_accuracy(runs[cell]) if cell in runs else "" for cell in cells)]
+        for lead, runs in by_lead.items()
+    ]
+    names = [f"{NETWORKS[cell.checkpoint]}, {DATA_SETS[cell.set]}, %" for cell in cells]
+    return format_table(["lead", *names], rows)
+
+
+def _show_accuracy(run: Row) -> str:
+    low, high = mean_interval(np.array(list(run["hits"]), np.float64))
+    return f"{100 * run['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 # --- greedy stacks --------------------------------------------------------------------------------------------------------
