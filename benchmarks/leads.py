@@ -6,9 +6,9 @@
 
 FOLDER holds checkpoints/ and datasets/. For each data set, size, checkpoint and seed, `--images_per_class` images are drawn,
 and up to --most other images of the same training split judge what each lead trained. With `--images_per_class 0`, all others
-are trained on, and at most a fifth of the split judges. A lead trains on all drawn images for a
-fixed number of epochs, but those that end in "on four fifths" hold a fifth out to choose the epoch, as recipes do. "WiSE-FT"
-and "soup" average the weights of leads that ran before, and "fold soup" those of five networks, each without a fifth.
+are trained on, and at most a fifth of the split judges. A lead trains on all drawn images for a fixed number of epochs, but
+those that end in "on four fifths" hold a fifth out to choose the epoch, as recipes do. "WiSE-FT" and "soup" average the weights
+of leads that ran before, and "fold soup" those of five networks, each without a fifth.
 
 `report` prints each lead's gain over the reference on the same images, with a bootstrap interval over cells. Finished leads are
 in --out, and are not run again.
@@ -86,9 +86,7 @@ LEADS: dict[str, Lead] = {
     "100 steps, larger input": steps(image_size_px=160),
     "200 steps, lr 1e-3": steps(min_steps=200, lr=1e-3),
     "20 epochs, zero head": Lead(settings={"epochs": 20, "head_scale": 0.0}),
-    "20 epochs, lr 1e-3": Lead(settings={"epochs": 20, "lr": 1e-3}),
     "20 epochs, zero head, lr 5e-4": Lead(settings={"epochs": 20, "head_scale": 0.0, "lr": 5e-4}),
-    "20 epochs, zero head, lr 1e-3": Lead(settings={"epochs": 20, "head_scale": 0.0, "lr": 1e-3}),
     "20 epochs, zero head, lr 1e-4, no layer decay": Lead(
         settings={"epochs": 20, "head_scale": 0.0, "lr": 1e-4, "layer_decay": 1.0}
     ),

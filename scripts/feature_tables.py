@@ -19,10 +19,7 @@ def table_leads() -> str:
 
     Averages of the weights of other leads took no time of their own.
     """
-    by_lead: dict[str, dict[Cell, Row]] = {}
-    for row in read_rows("leads.jsonl"):
-        if row["images_per_class"] == 10:
-            by_lead.setdefault(row["lead"], {})[cell_of(row)] = row
+    by_lead = _read_leads(10)
     probes = by_lead.pop("linear_probe")
     cells = list(probes)
     rows = []
@@ -41,10 +38,7 @@ def table_leads() -> str:
 
 def table_leads_on_all() -> str:
     """Returns the accuracy of each way to fine-tune with all images, by cell, with an interval over the images that judge."""
-    by_lead: dict[str, dict[Cell, Row]] = {}
-    for row in read_rows("leads.jsonl"):
-        if row["images_per_class"] == 0:
-            by_lead.setdefault(row["lead"], {})[cell_of(row)] = row
+    by_lead = _read_leads(0)
     cells = sorted({cell for runs in by_lead.values() for cell in runs})
     rows = [
         [lead, *(_show_accuracy(runs[cell]) if cell in runs else "" for cell in cells)]
@@ -52,6 +46,15 @@ def table_leads_on_all() -> str:
     ]
     names = [f"{NETWORKS[cell.checkpoint]}, {DATA_SETS[cell.set]}, %" for cell in cells]
     return format_table(["lead", *names], rows)
+
+
+def _read_leads(images_per_class: int) -> dict[str, dict[Cell, Row]]:
+    """Returns the runs of each lead with so many images per class (0: all), by cell."""
+    by_lead: dict[str, dict[Cell, Row]] = {}
+    for row in read_rows("leads.jsonl"):
+        if row["images_per_class"] == images_per_class:
+            by_lead.setdefault(row["lead"], {})[cell_of(row)] = row
+    return by_lead
 
 
 def _show_accuracy(run: Row) -> str:
