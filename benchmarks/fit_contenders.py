@@ -23,7 +23,10 @@ CONTENDERS = {
 
 
 def list_lead_runs(lines: Sequence[Line], advice: Sequence[Line]) -> list[BenchmarkRun]:
-    """Returns the runs of all contenders, with the probe of their cell. The similarity is the mean of the cell's advice."""
+    """Returns the runs of all contenders, with the probe of their cell. The similarity is the mean of the cell's advice.
+
+    Runs on all images of a training split are left out: `candidates.AUTO` keeps a guess for much data.
+    """
     regimes: dict[Cell, list[DataRegime]] = {}
     for line in advice:
         if line["system"] == "advice":
@@ -33,7 +36,7 @@ def list_lead_runs(lines: Sequence[Line], advice: Sequence[Line]) -> list[Benchm
     runs = []
     for line in lines:
         cell = cell_of(line)
-        if line["lead"] in leads and cell in probes:
+        if line["lead"] in leads and cell in probes and cell.images_per_class:
             own = regimes[cell.group]
             similarity = float(np.mean([regime.similarity for regime in own]))
             runs.append(

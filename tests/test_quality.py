@@ -92,6 +92,13 @@ def test_auto_expects_what_the_leads_show_and_without_a_set_something_else(bench
     assert own == candidates.AUTO
 
 
+def test_runs_on_all_images_do_not_change_what_auto_expects(bench: Any) -> None:
+    leads, advice = bench.lines.read_lines([LEADS]), bench.lines.read_lines([STORED])
+    on_all = [{**line, "images_per_class": 0} for line in leads]
+    list_runs = bench.fit_contenders.list_lead_runs
+    assert list_runs([*leads, *on_all], advice) == list_runs(leads, advice)
+
+
 def make_lines(bench: Any) -> list[dict[str, Any]]:
     """Two sets with two seeds of 40 test images: `full` is right on all, `auto` on all but 4, the rest on all but 8."""
     lines: list[dict[str, Any]] = []
