@@ -16,12 +16,14 @@ in --out, and are not run again.
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from left_out import draw  # benchmarks/left_out.py
 from lines import Cell, Line, append_line, cell_of, read_lines  # benchmarks/lines.py
 from quality_sets import CHECKPOINTS, SETS  # benchmarks/quality_sets.py
 
+from hf_transfer.choosing import judging
 from hf_transfer.config import RunConfig
 from hf_transfer.data.folds import divide, join_pool
 from hf_transfer.data.splits import Split
@@ -40,7 +43,7 @@ from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, default_config
 from hf_transfer.training.evaluate import score_images
 from hf_transfer.training.final_fit import FinalFit, PhaseLength
-from hf_transfer.training.records import RunResult
+from hf_transfer.training.records import RunResult, to_json
 from hf_transfer.training.steps import count_epochs
 from hf_transfer.training.wise import Weights, copy_weights, mix_weights, set_weights
 
@@ -55,6 +58,7 @@ class Lead:
     strategy: str = "probe_then_full"
     settings: Mapping[str, Any] = field(default_factory=dict)
     on_all: bool = True
+    folds: bool = True  # False: `auto` compares on one split, however few the images
 
 
 def steps(strategy: str = "probe_then_full", **settings: Any) -> Lead:
@@ -62,8 +66,22 @@ def steps(strategy: str = "probe_then_full", **settings: Any) -> Lead:
     return Lead(strategy=strategy, settings={"min_steps": 100, **settings})
 
 
+AS_TRAINER = {
+    "epochs": 20,
+    "lr": 1e-4,
+    "layer_decay": 1.0,
+    "crop_scale": 0.08,
+    "color_jitter": 0.0,
+    "label_smoothing": 0.0,
+    "ema_decay": 0.0,
+    "warmup_ratio": 0.0,
+    "freeze_batchnorm": False,
+}
+
 LEADS: dict[str, Lead] = {
     "linear_probe": Lead(strategy="linear_probe", on_all=False),  # refits on all images itself
+    "auto": Lead(strategy="auto", on_all=False),  # trains on all images at the end itself
+    "auto, one split": Lead(strategy="auto", on_all=False, folds=False),
     "probe_then_full on four fifths": Lead(on_all=False),
     "full on four fifths": Lead(strategy="full", on_all=False),
     "probe_then_full": Lead(),
@@ -93,6 +111,19 @@ LEADS: dict[str, Lead] = {
     "20 epochs, zero head, batch statistics": Lead(
         settings={"epochs": 20, "head_scale": 0.0, "freeze_batchnorm": False}
     ),
+    "100 steps, zero head, squares of 224": steps(head_scale=0.0, train_side_px=224),
+    "100 steps, zero head, crops from 0.08, squares of 224": steps(
+        head_scale=0.0, crop_scale=0.08, train_side_px=224
+    ),
+    "20 epochs and 100 steps, zero head, crops from 0.08": steps(
+        epochs=20, head_scale=0.0, crop_scale=0.08, train_side_px=224
+    ),
+    "20 epochs, zero head, crops from 0.08": Lead(settings={"epochs": 20, "head_scale": 0.0, "crop_scale": 0.08}),
+    "20 epochs, zero head, crops from 0.08, squares of 224": Lead(
+        settings={"epochs": 20, "head_scale": 0.0, "crop_scale": 0.08, "train_side_px": 224}
+    ),
+    "as the tuned Trainer": Lead(strategy="full", settings=AS_TRAINER),
+    "as the tuned Trainer, squares of 224": Lead(strategy="full", settings={**AS_TRAINER, "train_side_px": 224}),
     "two greedy layers after blocks.4.2, on four fifths": Lead(
         strategy="greedy_stack",
         settings={
@@ -140,11 +171,20 @@ def draw_all(config: RunConfig, most: int) -> tuple[Session, Split]:
 
 def open_lead(lead: Lead, base: Session, shared: Mapping[str, Any]) -> Session:
     """Returns the session of a lead on the data of `base`, with the network as loaded."""
-    tracker = {} if lead.strategy == "linear_probe" else {"tracker": "none"}
-    config = replace_settings(default_config(lead.strategy), {**shared, **tracker, **lead.settings})
+    training = {} if lead.strategy == "linear_probe" else {"tracker": "none", **choose_squares(lead, shared)}
+    config = replace_settings(default_config(lead.strategy), {**shared, **training, **lead.settings})
     strategy = config.strategy
     assert isinstance(strategy, Strategy)
     return strategy.restart(replace(base, config=config))
+
+
+def choose_squares(lead: Lead, shared: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the side of the stored squares that was the default until 2026-11-30, so that later leads compare with earlier ones.
+
+    `auto` has the default of today.
+    """
+    side_px = {**shared, **lead.settings}["image_size_px"]
+    return {} if lead.strategy == "auto" or side_px is None else {"train_side_px": math.ceil(1.15 * side_px / 8) * 8}
 
 
 def train(lead: Lead, session: Session) -> RunResult:
@@ -152,7 +192,8 @@ def train(lead: Lead, session: Session) -> RunResult:
     strategy = session.config.strategy
     assert isinstance(strategy, Strategy)
     if not lead.on_all:
-        return strategy.run(session)
+        with patch.object(judging, "FOLDS", judging.FOLDS if lead.folds else ()):
+            return strategy.run(session)
     nothing = Score(quality=0.0, loss=0.0)
     training = session.gradient.training
     epochs = count_epochs(session.with_all_images(), training.epochs, min_steps=training.min_steps)
@@ -208,7 +249,8 @@ class CellRun:
         result = train(lead, open_lead(lead, self.base, self.shared))
         if lead.on_all:
             self.weights[name] = read_weights(result)
-        return describe(result.logits["test"], self.judged)
+        choice = {} if result.choice is None else {"auto": to_json(result.choice)}
+        return {**describe(result.logits["test"], self.judged), **choice}
 
     def mix(self) -> dict[str, dict[str, Any]]:
         """Scores everything that averages the weights of leads that ran."""

@@ -48,6 +48,12 @@ AUTO: list[Contender] = [
         log_ratios=(0.29, -0.20, -0.72, -1.00),
         spread=0.60,
     ),
+    Contender(
+        strategy="probe_then_full",
+        settings={"epochs": 20, "head_scale": 0.0, "crop_scale": 0.08},
+        log_ratios=(0.13, -0.20, -0.42, -1.00),
+        spread=0.24,
+    ),
 ]
 """The strategies that `auto` compares with the linear probe. `python benchmarks/leads.py fit` prints the numbers."""
 
