@@ -35,7 +35,8 @@ from hf_transfer.threads import open_workers
 
 log = logging.getLogger(__name__)
 
-MARGIN = 1.15  # side of the training square divided by the side of the network's input (1 / crop_pct for crop_pct 0.87)
+MARGIN = 1.75  # side of the training square divided by the side of the network's input; 1 / sqrt(0.35) = 1.69
+"""At this side, the smallest crop of the default `crop_scale` still has a stored pixel for each pixel of the input."""
 ROWS_PER_TASK = 16
 _SQUARES_VERSION = f"torch {resizing.KERNELS_VERSION}"
 _MAX_REMEMBERED_BYTES = 64  # of one image's value; smaller values are kept when an image is decoded
