@@ -112,9 +112,7 @@ LEADS: dict[str, Lead] = {
         settings={"epochs": 20, "head_scale": 0.0, "freeze_batchnorm": False}
     ),
     "100 steps, zero head, squares of 224": steps(head_scale=0.0, train_side_px=224),
-    "100 steps, zero head, crops from 0.08, squares of 224": steps(
-        head_scale=0.0, crop_scale=0.08, train_side_px=224
-    ),
+    "100 steps, zero head, crops from 0.08, squares of 224": steps(head_scale=0.0, crop_scale=0.08, train_side_px=224),
     "20 epochs and 100 steps, zero head, crops from 0.08": steps(
         epochs=20, head_scale=0.0, crop_scale=0.08, train_side_px=224
     ),
@@ -179,7 +177,7 @@ def open_lead(lead: Lead, base: Session, shared: Mapping[str, Any]) -> Session:
 
 
 def choose_squares(lead: Lead, shared: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the side of the stored squares that was the default until 2026-11-30, so that later leads compare with earlier ones.
+    """Returns the side of the stored squares that was the default until 2026-11-30, so that all leads can be compared.
 
     `auto` has the default of today.
     """

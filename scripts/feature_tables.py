@@ -37,14 +37,16 @@ def table_leads() -> str:
 
 
 def table_leads_on_all() -> str:
-    """Returns the accuracy of each way to fine-tune with all images, by cell, with an interval over the images that judge."""
+    """Returns accuracy and log-loss of each way to fine-tune with all images, by cell.
+
+    Intervals are over the images that judge.
+    """
     by_lead = _read_leads(0)
     cells = sorted({cell for runs in by_lead.values() for cell in runs})
     rows = [
-        [lead, *(_show_accuracy(runs[cell]) if cell in runs else "" for cell in cells)]
-        for lead, runs in by_lead.items()
+        [lead, *(_show_scores(runs[cell]) if cell in runs else "" for cell in cells)] for lead, runs in by_lead.items()
     ]
-    names = [f"{NETWORKS[cell.checkpoint]}, {DATA_SETS[cell.set]}, %" for cell in cells]
+    names = [f"{NETWORKS[cell.checkpoint]}, {DATA_SETS[cell.set]}, seed {cell.seed}" for cell in cells]
     return format_table(["lead", *names], rows)
 
 
@@ -57,9 +59,9 @@ def _read_leads(images_per_class: int) -> dict[str, dict[Cell, Row]]:
     return by_lead
 
 
-def _show_accuracy(run: Row) -> str:
+def _show_scores(run: Row) -> str:
     low, high = mean_interval(np.array(list(run["hits"]), np.float64))
-    return f"{100 * run['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    return f"{100 * run['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f}), {run['log_loss']:.2f}"
 
 
 # --- greedy stacks --------------------------------------------------------------------------------------------------------

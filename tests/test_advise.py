@@ -48,8 +48,8 @@ def advice() -> Advice:
 
 
 def test_advice_reports_measurements_and_expectations(advice: Advice) -> None:
-    # The session sets `epochs`, which replaces the least number of steps of auto's candidates.
-    also = ["probe_then_full head_scale=0.0", "probe_then_full lr=0.001"]
+    # The session sets `epochs`, which replaces the length of training of auto's candidates.
+    also = [f"probe_then_full {own}" for own in ("head_scale=0.0", "lr=0.001", "head_scale=0.0 crop_scale=0.08")]
     assert [e.strategy for e in advice.estimates] == [*STRATEGIES, *also]
     sources = {e.strategy: e.source for e in advice.estimates}
     assert sources.pop("linear_probe") == "measured"
@@ -105,7 +105,7 @@ def test_variants_of_a_strategy_have_folders_of_their_own() -> None:
     commands = [make_command(session, candidate.strategy) for candidate in list_candidates(session)]
     folders = [command.split("--output_dir ")[1] for command in commands]
     assert folders[0] == "runs/probe_then_full"
-    assert len(set(folders)) == len(folders) == 3
+    assert len(set(folders)) == len(folders) == 4
 
 
 def test_the_command_runs_the_advised_settings(advice: Advice, session: Session) -> None:

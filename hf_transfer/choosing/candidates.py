@@ -132,8 +132,9 @@ def make_command(session: Session, strategy: Strategy) -> str:
     """Returns the `hf-transfer train` command that runs `strategy` with the data, checkpoint and settings of the session."""
     default = default_config(strategy.name)
     own = changed_settings(strategy, type(strategy)())
+    given = changed_settings(session.config.strategy, type(session.config.strategy)())  # the same for all variants
     varied = dict.fromkeys(key for each in AUTO if each.strategy == strategy.name for key in each.settings)
-    variant = [f"{key}_{own[key]}" for key in varied if key in own]  # so that variants do not share a folder
+    variant = [f"{key}_{own[key]}" for key in varied if key in own and key not in given]  # each has a folder of its own
     config: RunConfig = replace(session.config, strategy=strategy)
     left_out = NOT_IN_COMMAND | ({"engine"} if session.decides_engine else set())  # the run decides in the same way
     changed = {k: v for k, v in changed_settings(config, default).items() if k not in left_out}
