@@ -88,7 +88,8 @@ def test_auto_expects_what_the_leads_show_and_without_a_set_something_else(bench
             assert contender.log_ratios == pytest.approx(fitted.log_ratios, abs=0.0051)
             assert contender.spread == pytest.approx(fitted.spread, abs=0.0051)
     with bench.fit_contenders.contenders_without("sign_digits", leads, advice):
-        assert candidates.AUTO[-1].log_ratios != pytest.approx(own[-1].log_ratios, abs=0.1)
+        for contender, fitted in zip(own[1:3], candidates.AUTO[1:3], strict=True):  # those that differ most among sets
+            assert contender.log_ratios != pytest.approx(fitted.log_ratios, abs=0.1)
     assert own == candidates.AUTO
 
 
