@@ -3,13 +3,13 @@
     python benchmarks/left_out_choices.py runs/quality.jsonl
 
 A line of `auto` in the runs of benchmarks/quality.py has the measured gain of each candidate. Here, each gain is combined with
-expectations that are fitted to the leads on the other data sets (benchmarks/fit_contenders.py), and the best candidate is
-chosen again. Where the choice is the same, so is the model, and its accuracy is one that no run on this data set has informed.
+what `auto` expects today, and with expectations that are fitted to the leads on the other data sets
+(benchmarks/fit_contenders.py). Where both choose the same candidate, its accuracy is one that no run on this data set has
+informed.
 """
 
 import argparse
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +25,21 @@ RESULTS = Path(__file__).parent / "results"
 PROBE = "linear_probe"
 
 
-def choose_again(line: Line, leads: Sequence[Line], advice: Sequence[Line]) -> str:
-    """Returns the name of the candidate that `auto` keeps with expectations that have not seen the line's data set.
+def choose_again(line: Line) -> str:
+    """Returns the name of the candidate that `auto` keeps with the expectations of `candidates.AUTO`.
 
     The candidates that ran are compared. One that was stopped, or did not start, might have run with other expectations.
     """
-    spreads = {contender.name: contender.spread for contender in candidates.AUTO}
-    weights = make_regime(line).weights
+    regime, contenders = make_regime(line), {contender.name: contender for contender in candidates.AUTO}
+    ran = [candidate for candidate in line["auto"]["candidates"] if candidate["runs"]]
+    widest = max(ran, key=lambda candidate: int(candidate["num_images"]))
+    error = ((1 - widest["probe_quality"]) * widest["num_images"] + 0.5) / (widest["num_images"] + 1)  # of the probe
     names, gains = list[str](), list[Gain]()
-    with contenders_without(line["set"], leads, advice):
-        fitted = {contender.name: contender for contender in candidates.AUTO}
-    for candidate in line["auto"]["candidates"]:
-        if not candidate["runs"]:
-            continue
-        name = candidate["name"]
-        error = candidate["prior"]["error"] / spreads[name]  # the probe's error
-        mean = error * (1 - math.exp(float(weights @ np.array(fitted[name].log_ratios))))
-        prior = Gain(mean=mean, error=error * fitted[name].spread)
-        names.append(name)
+    for candidate in ran:
+        contender = contenders[candidate["name"]]
+        mean = error * (1 - math.exp(float(regime.weights @ np.array(contender.log_ratios))))
+        prior = Gain(mean=mean, error=error * contender.find_spread(regime))
+        names.append(contender.name)
         gains.append(update(prior, Gain(**{key: candidate["gain"][key] for key in ("mean", "error")})))
     best = find_best(gains)
     return PROBE if best is None else names[best]
@@ -60,7 +57,9 @@ def main() -> None:
     for line in read_lines(given.runs):
         if line.get("system") != "auto":
             continue
-        kept, again = line["auto"]["kept"], choose_again(line, leads, advice)
+        kept = choose_again(line)
+        with contenders_without(line["set"], leads, advice):
+            again = choose_again(line)
         count, same = count + 1, same + (kept == again)
         print(f"{cell_of(line).describe()}: {kept}{'' if kept == again else f'; without this set {again}'}")
     print(f"{same} of {count} choices are the same")

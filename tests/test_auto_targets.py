@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 import hf_transfer as ht
-from hf_transfer.choosing import decide
+from hf_transfer.choosing import candidates, decide
 from hf_transfer.choosing.candidates import find_trained_share
 from hf_transfer.choosing.evidence import gather_evidence, read_head
 from hf_transfer.choosing.gain import expect_gain, measure_gain
@@ -136,7 +137,7 @@ def test_premises_need_no_classes(kind: str, table: Path, monkeypatch: pytest.Mo
         contender = entry.candidate.contender
         log_ratio = float(premises.regime.weights @ np.array(contender.log_ratios))
         log_ratio *= find_trained_share(session, entry.candidate.strategy, contender)
-        assert entry.prior == expect_gain(log_ratio, UNSEEN * contender.spread, 0.2)
+        assert entry.prior == expect_gain(log_ratio, UNSEEN * contender.find_spread(premises.regime), 0.2)
         assert entry.estimated_s
 
 
@@ -146,6 +147,15 @@ def test_classes_are_expected_as_advised() -> None:
     assert premises.advice is not None
     assert premises.doubt == 1
     assert premises.regime == premises.advice.regime
+
+
+def test_what_is_expected_for_much_data_is_as_uncertain_for_every_candidate() -> None:
+    session = make_session("auto", images_per_class=4)
+    few = gather_premises(session)
+    many = replace(few, regime=replace(few.regime, images_per_class=1000))
+    errors = [{entry.prior.error for entry in decide.list_entries(session, each, 0.2)} for each in (few, many)]
+    assert len(errors[0]) == len(candidates.AUTO), "each as fitted"
+    assert errors[1] == {0.2 * candidates.GUESSED_SPREAD}
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def _estimate_strategy(
         regime,
         (probe.accuracy, *probe.interval),
         table=TABLE if contender is None else {name: contender.log_ratios},
-        residual=RESIDUAL if contender is None else contender.spread,
+        residual=RESIDUAL if contender is None else contender.find_spread(regime),
         trained_share=find_trained_share(pricing.session, strategy, contender),
     )
     cost: Price | None = strategy.price(pricing)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_transfer.choosing.rule import STRATEGIES, LogRatios
+from hf_transfer.choosing.rule import STRATEGIES, DataRegime, LogRatios
 from hf_transfer.config import RunConfig
 from hf_transfer.session import Session
 from hf_transfer.settings import changed_settings, list_settings, replace_settings, to_settings
@@ -20,7 +20,7 @@ NOT_IN_COMMAND = frozenset({"checkpoint", "dataset", "tracker", "resume", "overw
 class Contender:
     """A strategy that `auto` compares with the linear probe, with what benchmark runs lead it to expect.
 
-    `log_ratios` is a row as in `rule.TABLE`, and `spread` the uncertainty of the error ratio on a new data set.
+    `log_ratios` is a row as in `rule.TABLE`, and `spread` the uncertainty of the error ratio on a new data set with few images.
     """
 
     strategy: str
@@ -33,6 +33,19 @@ class Contender:
         """The strategy with its settings, such as "probe_then_full lr=0.001"."""
         return " ".join([self.strategy, *(f"{key}={value}" for key, value in self.settings.items())])
 
+    def find_spread(self, regime: DataRegime) -> float:
+        """Returns the uncertainty of the error ratio in a regime: for much data, that of a guess.
+
+        >>> own = Contender(strategy="full", settings={}, log_ratios=(0.1, -0.2, -0.4, -1.0), spread=0.25)
+        >>> own.find_spread(DataRegime(images_per_class=10, similarity=0.5))
+        0.25
+        >>> own.find_spread(DataRegime(images_per_class=1000, similarity=0.5))
+        0.45
+        """
+        return (1 - regime.amount) * self.spread + regime.amount * GUESSED_SPREAD
+
+
+GUESSED_SPREAD = 0.45  # for much data, which no run behind the expectations had: as before any run
 
 AUTO: list[Contender] = [
     Contender(strategy="probe_then_full", settings={}, log_ratios=(0.09, -0.20, -0.35, -1.00), spread=0.23),

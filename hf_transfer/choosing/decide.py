@@ -90,7 +90,7 @@ def list_entries(session: Session, premises: Premises, probe_error: float) -> li
         contender = candidate.contender
         log_ratio = float(premises.regime.weights @ np.array(contender.log_ratios))
         log_ratio *= find_trained_share(session, candidate.strategy, contender)
-        gain = expect_gain(log_ratio, premises.doubt * contender.spread, probe_error)
+        gain = expect_gain(log_ratio, premises.doubt * contender.find_spread(premises.regime), probe_error)
         own_cost = float("inf") if cost is None else cost
         entries.append(Entry(candidate=candidate, prior=gain, estimated_s=seconds, cost=own_cost))
     return sort_entries(entries)
