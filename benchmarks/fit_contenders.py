@@ -20,7 +20,7 @@ CONTENDERS = {
     "probe_then_full min_steps=100 lr=0.001": "100 steps, lr 1e-3",
     "probe_then_full epochs=20 head_scale=0.0 crop_scale=0.08": "20 epochs, zero head, crops from 0.08, squares of 224",
 }
-"""The lead that trains as a contender of `auto` does."""
+"""The lead that trains as a contender of `auto` does. The first three had smaller squares (`leads.choose_squares`)."""
 
 
 def list_lead_runs(lines: Sequence[Line], advice: Sequence[Line]) -> list[BenchmarkRun]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from lines import Cell, Line, cell_of  # benchmarks/lines.py
 
+from hf_transfer.choosing.candidates import GUESSED_SPREAD
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime, Table
 
 PRIOR: Table = {
@@ -21,7 +22,7 @@ PRIOR: Table = {
 """What we expect before any run of ours. Fine-tuning from a probe is kept only if it validates better, so it loses little.
 VTAB-1k (arXiv 2409.16434; 1,000 images per task, most unlike ImageNet): LoRA has 0.63 of the probe's error, untuned full
 fine-tuning 0.8 to 1.0. With few images, an untrained head costs more than fine-tuning gains (arXiv 2202.10054)."""
-PRIOR_RESIDUAL = 0.45
+PRIOR_RESIDUAL = GUESSED_SPREAD
 PRIOR_WEIGHT = 2.0  # PRIOR counts as this many benchmark runs at each corner
 
 

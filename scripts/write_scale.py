@@ -13,11 +13,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from result_tables import read  # noqa: E402
 
+from hf_transfer.prefix.pixels import MARGIN  # noqa: E402
+
 SIZES = (10_000, 1_000_000, 10_000_000)
 CORES = 2  # of the machine on which the rates were measured
 PROCESSES = (1, 8, 32)  # processes of CORES cores each, for the three sizes
 IMAGE_BYTES = 110_000  # assumed: about the mean of a 500x375 JPEG photo
-SQUARE_BYTES = 392 * 392 * 3 + 8  # a training square of a 224 px network and its size: `pixels.default_side_px`
+SQUARE_BYTES = int(224 * MARGIN) ** 2 * 3 + 8  # a training square of a 224 px network and its size
 ROW_BYTES = 8 + 16 + 1 + 2 * 8  # of a split: label, hash, its mark, and two row numbers
 NETWORKS = {  # name: file of its rates, features of the probe, numbers at the cut below the last two layers
     "MobileNetV2": ("throughput_mobilenetv2_photo", 1280, 160 * 7 * 7),
