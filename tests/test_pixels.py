@@ -26,6 +26,7 @@ from hf_transfer.prefix.drift import measure_drift
 from hf_transfer.prefix.pixels import (
     EvaluationImages,
     TrainingSquares,
+    choose_side_px,
     default_side_px,
     store_evaluation_pixels,
     store_training_squares,
@@ -142,6 +143,18 @@ def test_a_row_is_an_image_in_an_epoch_whatever_the_batch(split: Split, preproce
     assert torch.equal(mixed[2], together[2])
 
 
+def test_squares_of_small_images_are_as_large_as_the_input(split: Split, preprocessing: Preprocessing) -> None:
+    """And larger ones, where an image is larger: of the test images, the widest has 64 pixels."""
+    input_px = max(preprocessing.height_px, preprocessing.width_px)
+    assert input_px < 64
+    assert choose_side_px(split, preprocessing) == default_side_px(preprocessing) > input_px
+    large = replace(preprocessing, height_px=64, width_px=64)
+    assert choose_side_px(split, large) == 64
+    assert choose_side_px(split, replace(large, height_px=63, width_px=63)) == default_side_px(large)
+    few = split.take_from_pool([0, 1], "train")
+    assert choose_side_px(few, large) == choose_side_px(split, large)
+
+
 def test_a_side_below_the_networks_is_refused(split: Split, preprocessing: Preprocessing) -> None:
     spec = TrainingSquares(side_px=16, augmentation=PLAIN, seed=0)
     with pytest.raises(ValueError, match=f"0 for the default of {default_side_px(preprocessing)}"):
@@ -161,6 +174,9 @@ class CountingSource(ImageSource):
 
     def content(self, row: int) -> bytes:
         return self._source.content(row)
+
+    def longer_side_px(self, row: int) -> int:
+        return self._source.longer_side_px(row)
 
     def reduced_image(self, row: int, least_px: int | None = None) -> tuple[Image.Image, tuple[int, int]]:
         self.decoded[row] += 1

@@ -315,14 +315,15 @@ def test_torchvision_is_checked_before_the_data(tmp_path: Path, monkeypatch: pyt
         make_session("linear_probe", tmp_path / "run", decoder="device", dataset=str(tmp_path / "nothing"))
 
 
-def test_bytes_are_those_of_the_file_and_pixels_in_memory_have_none(tmp_path: Path) -> None:
-    jpeg, image = encode(Image.new("RGB", (8, 8))), Image.new("RGB", (8, 8))
+def test_bytes_and_sizes_are_those_of_the_file_and_pixels_in_memory_have_no_bytes(tmp_path: Path) -> None:
+    jpeg, image = encode(Image.new("RGB", (8, 5))), Image.new("RGB", (5, 8))
     file = tmp_path / "a.jpg"
     file.write_bytes(jpeg)
     memory = MemorySource([file, jpeg, image, np.asarray(image)])
     digits = load_data(DataConfig(images_per_class=2)).train.source
     joined = JoinedSource([memory, digits])
     assert [joined.encoded(row) for row in range(5)] == [jpeg, jpeg, None, None, None]
+    assert {joined.longer_side_px(row) for row in range(5)} == {8}
     cells = datasets.Dataset.from_dict({"image": [{"bytes": jpeg, "path": None}], "pixels": [[[0, 1], [2, 3]]]})
     assert TableSource(cells, "image", "train").encoded(0) == jpeg
     assert ArraySource(cells, "pixels", "train").encoded(0) is None

@@ -122,6 +122,15 @@ def is_upright(content: bytes) -> bool:
         return False
 
 
+def read_longer_side(content: bytes, name: str) -> int:
+    """Returns the longer side in pixels of the encoded image, from its header. Raises BadImageError if it has none."""
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return max(image.size)
+    except _DECODER_ERRORS as error:
+        raise BadImageError(f"{name}: {_diagnosis(content, error)}") from error
+
+
 def read_bytes(path: str | Path, name: str) -> bytes:
     """Returns the bytes of one image file.
 

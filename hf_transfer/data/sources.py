@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from hf_transfer.data.images import BadImageError, read_bytes, read_image, read_reduced
+from hf_transfer.data.images import BadImageError, read_bytes, read_image, read_longer_side, read_reduced
 from hf_transfer.data.manifest import DIGEST_BYTES, HAS_CTIME, is_stable, read_manifest, read_status, repeat_status
 from hf_transfer.data.paths import PackedPaths
 from hf_transfer.logs import open_bar
@@ -66,6 +66,11 @@ class ImageSource(ABC):
             BadImageError: the image cannot be read.
         """
         return read_reduced(self.content(row), self._where(row), least_px)
+
+    def longer_side_px(self, row: int) -> int:
+        """Returns the longer side of the image in pixels, for a file from its header. Raises the errors of `image`."""
+        content = self.encoded(row)
+        return max(self.image(row).size) if content is None else read_longer_side(content, self._where(row))
 
     def _where(self, row: int) -> str:
         """Returns the image's name in error messages."""

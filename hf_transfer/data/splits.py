@@ -117,6 +117,13 @@ class Split:
         except BadImageError as error:
             raise _with_remedy(error) from error
 
+    def longer_side_px(self, i: int) -> int:
+        """Returns the longer side of image `i` in pixels, for a file from its header. Raises the errors of `image`."""
+        try:
+            return self.source.longer_side_px(int(self.rows[i]))
+        except BadImageError as error:
+            raise _with_remedy(error) from error
+
     def image_name(self, i: int) -> str:
         """Returns the path of image `i` inside the dataset, or its row in the stored split, such as "row 17"."""
         return self.source.name(int(self.rows[i]))

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MARGIN = 1.75  # side of the training square divided by the side of the network's input; 1 / sqrt(0.35) = 1.69
 """At this side, the smallest crop of the default `crop_scale` still has a stored pixel for each pixel of the input."""
+NUM_SAMPLED = 32  # images whose sizes choose the side of the training squares
 ROWS_PER_TASK = 16
 _SQUARES_VERSION = f"torch {resizing.KERNELS_VERSION}"
 _MAX_REMEMBERED_BYTES = 64  # of one image's value; smaller values are kept when an image is decoded
@@ -210,6 +211,21 @@ def require_stored(split: Split, title: str, storage: Storage) -> None:
 def default_side_px(preprocessing: Preprocessing) -> int:
     """Returns the default side of stored square images: MARGIN times the longer input side, rounded up to a multiple of 8."""
     return int(np.ceil(MARGIN * max(preprocessing.height_px, preprocessing.width_px) / 8)) * 8
+
+
+def choose_side_px(split: Split, preprocessing: Preprocessing) -> int:
+    """Returns the side of the square images that are stored for a split, if the user gives none.
+
+    If none of NUM_SAMPLED images is larger than the network's input, a square of the input's size holds all their detail.
+    Otherwise, and for a streamed split, whose images are read in order, the side is `default_side_px`.
+    """
+    images = split.pool or split  # the same for all splits of a pool, which share their squares
+    input_px = max(preprocessing.height_px, preprocessing.width_px)
+    if images.source.is_stream:
+        return default_side_px(preprocessing)
+    sample = np.unique(np.linspace(0, len(images) - 1, NUM_SAMPLED).astype(int))
+    fits = all(images.longer_side_px(int(i)) <= input_px for i in sample)
+    return input_px if fits else default_side_px(preprocessing)
 
 
 def read_evaluation_pixels(split: Split, preprocessing: Preprocessing, i: int) -> NDArray[Any]:

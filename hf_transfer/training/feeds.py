@@ -19,7 +19,7 @@ from hf_transfer.prefix.pixels import (
     Images,
     TrainingImages,
     TrainingSquares,
-    default_side_px,
+    choose_side_px,
     store_evaluation_pixels,
     store_training_squares,
 )
@@ -108,13 +108,14 @@ def _feed_squares(images: TrainingImages, *, compiles: bool) -> Feed:
 
 def _store_squares(session: Session) -> TrainingImages:
     training, preprocessing = session.gradient.training, session.preprocessing
+    train = session.data.train
     squares = TrainingSquares(
-        side_px=training.train_side_px or default_side_px(preprocessing),
+        side_px=training.train_side_px or choose_side_px(train, preprocessing),
         augmentation=session.gradient.augmentation,
         seed=session.config.seed,
         views=max(1, training.cache_views),
     )
-    return store_training_squares(session.data.train, preprocessing, squares, session.resources)
+    return store_training_squares(train, preprocessing, squares, session.resources)
 
 
 def _read_activations(session: Session, way: Sequence[Cut], before: PhaseData | None) -> PhaseData:
