@@ -490,8 +490,8 @@ class TrainingConfig(Settings):
     train_side_px: int = flag(
         0,
         "each training image is decoded once to a square with this side in pixels, and crops are cut from the square; 0: 1.75 "
-        "times the network's input, or the input's side if no image is larger. A larger side keeps more detail in small crops, "
-        "and takes more disk space",
+        "times the network's input, or the input's side if none of 32 images is larger. A larger side keeps more detail in "
+        "small crops, and takes more disk space",
         allowed=SIDE_PX_OR_NONE,
     )
     cache_views: int = flag(

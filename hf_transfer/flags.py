@@ -85,7 +85,8 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
         add_help=False,
         shows_all=HELP_ALL in words,
     )
-    _add_flags(parser, settings)
+    assert isinstance(default.strategy, Strategy)
+    _add_flags(parser, settings, shown=COMMON - default.strategy.refused)
     given, unknown = parser.parse_known_args(words)
     if unknown:
         word = next((u for u in unknown if u.startswith("-")), unknown[0])
@@ -102,13 +103,13 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
         parser.error(str(error))
 
 
-def _add_flags(parser: Parser, settings: Mapping[str, Setting]) -> None:
-    """Adds all flags of a recipe, in groups. The help text shows all of them, or only the most used ones."""
+def _add_flags(parser: Parser, settings: Mapping[str, Setting], *, shown: frozenset[str]) -> None:
+    """Adds all flags of a recipe, in groups. The help text shows all of them, or only those of the strategy and `shown`."""
     essential = [name for name in ESSENTIAL if name in settings][:NUM_ESSENTIAL]
     own = {s.name for s in settings.values() if s.group in ("strategy", "adapter")} - _COMMON_TO_STRATEGIES
     group = parser.add_argument_group("most used")
     group.add_argument("--config", metavar="FILE.yaml", help="YAML file with settings; flags override the file")
-    add_groups(parser, group, settings, essential=essential, shown=COMMON | own)
+    add_groups(parser, group, settings, essential=essential, shown=shown | own)
     group = parser.add_argument_group("help and messages")
     group.add_argument("--help", "-h", action="help", help="show the most used settings")
     add_help_all(group, len(settings))

@@ -37,6 +37,7 @@ class Strategy(StrategyConfig):
     """The base of all strategies. A subclass overrides `plan`, and other methods if it needs more than a plan."""
 
     task_defaults: ClassVar[Mapping[str, Any]] = {}  # defaults of settings outside the strategy, such as the checkpoint
+    refused: ClassVar[frozenset[str]] = frozenset()  # names of settings that `check` refuses, and `--help` leaves out
 
     can_scale_lr: ClassVar[bool] = (
         False  # whether all that trains follows `lr` and `head_lr`, so batch_size may be auto

@@ -242,6 +242,19 @@ def test_help_is_short_and_names_the_flag_that_shows_all(name: str, capsys: pyte
 
 
 @pytest.mark.parametrize("name", strategy_names())
+def test_help_leaves_out_what_the_strategy_refuses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = default_config(name).strategy
+    assert isinstance(strategy, Strategy)
+    sections = read_help(capsys, "--help", name)
+    assert not strategy.refused & {flag for flags in sections.values() for flag in flags}
+    values = {"folds": 3, "train_on_all": True, "select_by": "log_loss", "wise_ft": True, "early_stopping_patience": 1}
+    for setting in strategy.refused:
+        config = replace_settings(default_config(name), {setting: values[setting]})
+        with pytest.raises(ValueError, match=f"{setting}="):
+            config.strategy.check(config)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", strategy_names())
 def test_all_help_is_grouped_and_shows_the_most_used_flags_first(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     sections = read_help(capsys, "--help_all", name)
     assert sections.pop("help and messages") == ["help", "help_all", "quiet", "json"]

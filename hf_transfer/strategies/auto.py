@@ -4,7 +4,7 @@ The frozen network runs once over the images. The features show how accurate a p
 pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). Then each candidate
 is trained without a part of the images, and compared with the probe on that part: folds of few images, the validation split of
 many. The expected and the measured gain together decide. The best candidate is trained again on train and validation images. A
-training setting that the user gives applies to every candidate. For other settings, each strategy has its own defaults.
+training setting with another value than its default applies to every candidate. Other settings are those of the candidate.
 """
 
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ class Auto(GradientStrategy):
     """Settings of the strategy `auto`, which chooses another strategy."""
 
     can_scale_lr: ClassVar[bool] = False  # each candidate has learning rates of its own
+    refused: ClassVar[frozenset[str]] = frozenset({*SELECTING, "folds", "train_on_all"})
 
     budget_s: float | None = flag(
         None,
