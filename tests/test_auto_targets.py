@@ -96,6 +96,20 @@ def test_the_error_of_a_gain_is_its_spread_over_data_sets(target: Target) -> Non
     assert np.mean([gain.error for gain in gains]) == pytest.approx(np.std([gain.mean for gain in gains]), rel=0.25)
 
 
+@pytest.mark.parametrize("target", [SingleLabel(names=("a", "b")), NUMBERED], ids=["classes", "numbers"])
+def test_images_of_a_group_count_once(target: Target) -> None:
+    """Twenty copies of each of 30 images know no more than the 30 images do."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 30) if target.has_classes else generator.normal(size=(30, 1))
+    one, other = generator.normal(size=(2, 30, target.num_outputs))
+    once = compare(target, labels, one, other, np.arange(30)).gain
+    copies = [np.repeat(each, 20, axis=0) for each in (labels, one, other)]
+    assert compare(target, *copies, np.repeat(np.arange(30), 20)).gain.error == pytest.approx(once.error, rel=0.05)
+    assert compare(target, *copies).gain.error < once.error / 2
+    if target.has_classes:
+        assert once.error == pytest.approx(compare(target, labels, one, other).gain.error, rel=0.1)
+
+
 def test_equal_predictions_have_no_gain_but_an_error() -> None:
     labels, logits, _ = draw(NUMBERED, 20, 0.5, np.random.default_rng(0))
     assert compare(NUMBERED, labels, logits, logits).gain == Gain(mean=0.0, error=pytest.approx(1 / 20))
@@ -219,7 +233,7 @@ def test_without_time_the_command_of_the_page_keeps_the_probe(tmp_path: Path, mo
     assert choice["kept"] == "linear_probe"
     assert "accuracy" not in choice["reason"]
     assert choice["reason"].startswith(
-        "auto kept linear_probe: no candidate is expected to be better than the linear probe;"
+        "auto kept linear_probe: no candidate was judged; probe_then_full, one run of which"
     )
 
 
