@@ -176,8 +176,9 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
             log.info("%s", kept)
         for split, metrics in result.metrics.items():
             estimate = describe_estimate(metrics.details)
-            if not estimate and "test" not in result.metrics and result.is_selected:
-                estimate = "optimistic, because these images also selected the model"
+            if "test" not in result.metrics and (result.is_chosen or (result.is_selected and not estimate)):
+                optimistic = "optimistic, because these images also selected the model"
+                estimate = f"{estimate}; {optimistic}" if estimate else optimistic
             log.info("%s: %s%s", split, describe_quality(metrics), f"; {estimate}" if estimate else "")
         for note in result.metrics["test" if "test" in result.metrics else "validation"].notes:
             log.info("%s", note)

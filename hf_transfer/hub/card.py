@@ -141,7 +141,7 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
     scored = {row["label"]: row["support"] for row in rows if row["support"] < MIN_SCORED_IMAGES}
     limits = ["Metrics are for images from the same source as the training images; expect less for other images."]
     if split != "test":
-        limits.append(explain_validation(scores))
+        limits.append(explain_validation(results, scores))
     limits += [f"{line}." for line in describe_repeats(results)]
     if results["details"].get("fine_tuned") is False:
         limits.append("The layers were trained one at a time and never together, because there was no fine-tuning.")

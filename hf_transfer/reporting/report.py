@@ -86,7 +86,7 @@ def render_report(results: Mapping[str, Any], illustrations: Illustrations | Non
             checkpoint={"id": "", "revision": ""} | results.get("checkpoint", {}),
             data=data,
             shown=shown,
-            warning="" if shown == "test" else explain_validation(scores),
+            warning="" if shown == "test" else explain_validation(results, scores),
             verdict=give_verdict(results, None if illustrations is None else illustrations.num_suspects),
             scored_images=describe_scored_images(shown, scores),
             is_held_out="estimated_by" in scores,  # by other models than the saved one

@@ -15,6 +15,8 @@ ESTIMATED_BY = {  # metrics.validation.estimated_by -> the words for it in log, 
 }
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 
+CHOSE_STRATEGY = " These predictions also chose the strategy, so the metrics are optimistic."
+
 
 def choose_split(results: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Returns the name and the metrics of the split that a report shows: test or, without one, validation.
@@ -60,9 +62,11 @@ def describe_scored_images(split: str, scores: Mapping[str, Any]) -> str:
     return f"{scores['num_samples']:,} {kind} image{'s' * (scores['num_samples'] != 1)}"
 
 
-def explain_validation(scores: Mapping[str, Any]) -> str:
-    """Returns sentences that say what validation metrics are worth if there is no test split."""
+def explain_validation(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    """Returns sentences that say what the validation metrics `scores` are worth if there is no test split."""
     clause = describe_estimate(scores)
     if not clause:
         return NO_TEST_SPLIT
-    return f"There is no test split: {clause}. The saved model has trained on all of them."
+    candidates = results.get("details", {}).get("auto", {}).get("candidates", ())
+    chose = CHOSE_STRATEGY if any(row["runs"] for row in candidates) else ""
+    return f"There is no test split: {clause}. The saved model has trained on all of them.{chose}"
