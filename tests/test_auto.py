@@ -19,14 +19,18 @@ from hf_transfer.choosing import candidates, contest, decide
 from hf_transfer.choosing.candidates import Candidate, Contender, find_trained_share, list_candidates
 from hf_transfer.choosing.contest import Allowance, Budget, Contest, Entry, sort_entries
 from hf_transfer.choosing.gain import expect_gain, find_best, measure_gain, probability_above, update
-from hf_transfer.choosing.judging import Division, divide_images, hold_out_validation
+from hf_transfer.choosing.judging import Division, HeldOut, HeldOutResult, divide_images, hold_out_validation, run_once
 from hf_transfer.choosing.rule import DataRegime, expect_accuracy
+from hf_transfer.data.dataset import Data
 from hf_transfer.flags import parse
 from hf_transfer.repeats import run_config
+from hf_transfer.session import Session
 from hf_transfer.settings import to_settings
 from hf_transfer.strategy import make_strategy
 from hf_transfer.training import loop
+from hf_transfer.training.final_fit import HeldOutRun
 from hf_transfer.training.records import Gain, Judging
+from hf_transfer.training.steps import NonFiniteLossError
 from tests.sessions import make_config, make_session, read_data
 
 SCHEMA = json.loads((Path(ht.__file__).parent / "reporting" / "results.schema.json").read_text())
@@ -152,6 +156,12 @@ def make_entry(name: str = "full", gain: float = 0.01, cost: float = 1.0, second
     return Entry(candidate=candidate, prior=Gain(mean=gain, error=0.1), estimated_s=seconds, cost=cost)
 
 
+def make_contest(division: Division, logits: NDArray[np.float32], budget: Budget | None = None) -> Contest:
+    session = replace(make_session("auto", **FEW), data=division.data)
+    probe = make_strategy("linear_probe", readouts="none")
+    return Contest(session=session, division=division, probe=probe, probe_logits=logits, budget=budget or Budget(None))
+
+
 def test_the_highest_expected_gain_per_cost_comes_first() -> None:
     entries = [
         make_entry("loss", -0.1, 1),
@@ -178,8 +188,7 @@ def test_a_budget_decides_how_much_of_a_candidate_runs(
 ) -> None:
     """A run takes 10 s, and a run on all images 13.3 s."""
     division = divide_images(read_data(make_config("auto", images_per_class=4).data), 0)
-    session = make_session("auto", **FEW)
-    own = Contest(session=session, division=division, probe_logits=predict(division), budget=Budget(left_s))
+    own = make_contest(division, predict(division), Budget(left_s))
     allowance = own._allow(make_entry(), left_s)
     found = allowance and (allowance.division.judged_by, allowance.num_runs, allowance.has_final)
     assert found == expected
@@ -194,10 +203,10 @@ def predict(division: Division, *, misses: int = 0) -> NDArray[np.float32]:
 def test_nothing_runs_where_nothing_is_left_to_gain(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    session, few = make_session("auto", **FEW), read_data(make_config("auto", images_per_class=9).data)
+    few = read_data(make_config("auto", images_per_class=9).data)
     many = divide_images(read_data(make_config("auto", images_per_class=10).data), 0)
     monkeypatch.setattr(Contest, "_allow", lambda *_: pytest.fail("the candidate was about to run"))
-    own = Contest(session=session, division=many, probe_logits=predict(many), budget=Budget(None))
+    own = make_contest(many, predict(many))
     with caplog.at_level("INFO"):
         own.enter(make_entry())
     assert [record.verdict for record in own.finish()] == ["nothing_to_gain"]
@@ -205,9 +214,78 @@ def test_nothing_runs_where_nothing_is_left_to_gain(
     # 90 images are too few to know, and an error on one of 100 is 1 %.
     for division, misses in ((divide_images(few, 0), 0), (many, 1)):
         logits = predict(division, misses=misses)
-        own = Contest(session=session, division=division, probe_logits=logits, budget=Budget(None))
+        own = make_contest(division, logits)
         with pytest.raises(pytest.fail.Exception):
             own.enter(make_entry())
+
+
+def divide_other_labels() -> Division:
+    """Validation images of another kind than the training images: each digit is called by the name of the next one."""
+    data = read_data(make_config("auto", images_per_class=8).data)
+    other = replace(data.validation, labels=(data.validation.labels + 1) % 10)
+    return divide_images(replace(data, validation=other, draws_validation=False), 0)
+
+
+def test_the_probe_that_a_candidate_is_compared_with_has_not_seen_the_held_out_images_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    division = divide_other_labels()
+    (part,) = division.parts
+    wrong = np.eye(10, dtype=np.float32)[(part.data.validation.labels - 1) % 10]  # what the training images teach
+
+    def pretend(*_: object) -> HeldOutResult:
+        return HeldOutResult(run=HeldOutRun(phases=()), logits=wrong, seconds=1.0)
+
+    monkeypatch.setattr(contest, "run_held_out", pretend)
+    own = make_contest(division, predict(division))
+    own.session = replace(own.session, data=division.data)
+    own.probe_logits = predict(division, misses=len(division.pool) // 2)
+    own.enter(make_entry())
+    (record,) = own.finish()
+    assert record.probe_quality is not None
+    assert record.probe_quality < 0.2
+    assert record.gain is not None
+    assert abs(record.gain.mean) < 0.2
+
+
+def test_a_candidate_that_diverges_is_dropped_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expect(monkeypatch, full=0.2, probe_then_full=0.1)
+    run_held_out = contest.run_held_out
+
+    def diverge(session: Any, candidate: Candidate, part: HeldOut) -> HeldOutResult:
+        if candidate.name == "full" and part.name == "fold_2":
+            raise NonFiniteLossError("the loss is nan")
+        return run_held_out(session, candidate, part)
+
+    monkeypatch.setattr(contest, "run_held_out", diverge)
+    results = run(tmp_path / "run")
+    assert [(row["name"], row["verdict"]) for row in results["details"]["auto"]["candidates"]] == [
+        ("full", "diverged"),
+        ("probe_then_full", "kept"),
+    ]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "1 of 2 candidates diverged" in page
+    assert "the best of 1 judged candidate" in page
+
+
+def test_a_model_of_the_training_images_is_trained_on_the_images_of_the_command() -> None:
+    """Without a pool, whose images would choose the size of the squares."""
+    session, opened = make_session("auto", **FEW), list[Data]()
+
+    class StopError(Exception):
+        pass
+
+    def restart(own: Session) -> Session:
+        opened.append(own.data)
+        raise StopError
+
+    candidate = make_entry().candidate
+    object.__setattr__(candidate.strategy, "restart", restart)
+    with pytest.raises(StopError):
+        run_once(session, candidate)
+    assert opened == [replace(session.data, test=None)]
 
 
 def test_fewer_epochs_let_expect_less() -> None:
@@ -268,6 +346,24 @@ def test_results_list_every_candidate(tuned: tuple[Path, dict[str, Any]]) -> Non
     assert "points (95 % interval" in choice["reason"]
     assert not (folder / "so_far").exists()
     assert "on 40 images of 5 folds" in (folder / "model" / "README.md").read_text()
+
+
+def test_without_test_images_log_and_card_say_that_the_metrics_are_of_the_best_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expect(monkeypatch, probe_then_full=0.1)
+    with caplog.at_level("INFO"):
+        run(tmp_path / "chosen", test_split="none")
+        *_, line = [line for line in caplog.messages if line.startswith("validation: ")]
+        assert "had not trained on its fold; optimistic" in line
+        caplog.clear()
+        run(tmp_path / "alone", test_split="none", budget_s=1e-3)
+        *_, line = [line for line in caplog.messages if line.startswith("validation: ")]
+        assert "optimistic" not in line
+    sentence = "These predictions also chose the strategy, so the metrics are optimistic."
+    for file in ("report.html", "model/README.md"):
+        assert sentence in (tmp_path / "chosen" / file).read_text()
+        assert sentence not in (tmp_path / "alone" / file).read_text()
 
 
 def test_the_kept_model_is_that_of_the_command(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -20,18 +20,23 @@ from hf_transfer.choosing.candidates import Candidate
 from hf_transfer.choosing.gain import find_best, probability_above, update
 from hf_transfer.choosing.judging import (
     Division,
+    HeldOut,
     HeldOutResult,
     hold_out_validation,
     read_run,
     run_held_out,
     run_once,
+    run_probe,
 )
 from hf_transfer.choosing.paired import Comparison, compare, find_error
 from hf_transfer.choosing.rule import WORTH
 from hf_transfer.metrics.records import Score
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import number_groups
+from hf_transfer.strategy import Strategy
 from hf_transfer.training.records import CandidateRecord, Gain, RunResult, Verdict
+from hf_transfer.training.steps import NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +89,15 @@ class Outcome:
 
 @dataclass
 class Contest:
-    """The candidates that were judged so far, on images that the probe has predicted too."""
+    """The candidates that were judged so far, on images that a probe has predicted too, which trained on the same images."""
 
     session: Session
     division: Division
+    probe: Strategy
     probe_logits: NDArray[np.float32]  # (N, K) of the pool, cross-validated; NaN: not predicted
     budget: Budget
     outcomes: list[Outcome] = field(default_factory=list)
+    _baselines: dict[str, NDArray[np.float32]] = field(default_factory=dict)  # logits of `run_probe` by the part's name
 
     @property
     def best(self) -> Outcome | None:
@@ -114,10 +121,15 @@ class Contest:
         allowance = self._allow(entry, left_s)
         if allowance is None:
             needed = "an unknown time" if entry.estimated_s is None else f"about {entry.estimated_s:.0f} s"
+            left_s = None if left_s is None else left_s - self._reserved_s
             self._skip(entry, Verdict.OVER_BUDGET, left_s, f"one run needs {needed}, and {_say_left(left_s)}")
             return
-        outcome = self._judge(entry, allowance) if allowance.has_final else self._judge_alone(entry, allowance)
         before = self.best
+        try:
+            outcome = self._judge(entry, allowance) if allowance.has_final else self._judge_alone(entry, allowance)
+        except NonFiniteLossError as error:  # in all processes
+            self._skip(entry, Verdict.DIVERGED, left_s, f"its training diverged ({error})")
+            return
         self.outcomes.append(outcome)
         save = self.session.save_so_far
         if outcome.model is not None and self.best is outcome and outcome is not before and save is not None:
@@ -148,6 +160,11 @@ class Contest:
     def _predicted(self) -> NDArray[np.int64]:
         return np.flatnonzero(np.isfinite(self.probe_logits).all(1))
 
+    @property
+    def _reserved_s(self) -> float:
+        """The estimated time of the final fit of the best so far."""
+        return 0.0 if self.best is None else self.best.final_s
+
     def _find_best_quality(self) -> tuple[float, int]:
         """Returns the quality of the best so far, and the number of images on which it was measured."""
         if self.best is None:
@@ -157,7 +174,7 @@ class Contest:
         return record.quality, record.num_images
 
     def _skip(self, entry: Entry, verdict: Verdict, left_s: float | None, reason: str) -> None:
-        """Records a candidate that does not run."""
+        """Records a candidate that has no result."""
         record = CandidateRecord(
             name=entry.candidate.name,
             strategy=entry.candidate.strategy.name,
@@ -169,7 +186,7 @@ class Contest:
         )
         self.outcomes.append(Outcome(entry=entry, record=record))
         if self.session.is_main:
-            log.info("auto skips %s: %s", entry.candidate.name, reason)
+            log.info("auto drops %s: %s", entry.candidate.name, reason)
 
     def _allow(self, entry: Entry, left_s: float | None) -> Allowance | None:
         """Returns how much of a candidate fits into the remaining time, or None if nothing fits."""
@@ -178,7 +195,7 @@ class Contest:
             return everything
         if entry.estimated_s is None:
             return None
-        reserved = 0.0 if self.best is None else self.best.final_s
+        reserved = self._reserved_s
         num_runs = int((left_s - max(reserved, self._estimate_final(entry.estimated_s))) / max(entry.estimated_s, 1e-9))
         if num_runs >= min(2, everything.num_runs):
             return Allowance(division=self.division, num_runs=min(num_runs, everything.num_runs), has_final=True)
@@ -198,7 +215,7 @@ class Contest:
         parts, results = allowance.division.parts, list[HeldOutResult]()
         posterior, verdict = entry.prior, Verdict.NOT_BETTER
         to_beat = WORTH if self.best is None else self.best.record.posterior.mean
-        reserved = 0.0 if self.best is None else self.best.final_s
+        reserved = self._reserved_s
         for number in range(allowance.num_runs):
             left_s = self.budget.left_s()
             run_s = float(np.mean([r.seconds for r in results])) if results else entry.estimated_s or 0.0
@@ -228,7 +245,7 @@ class Contest:
     def _judge_alone(self, entry: Entry, allowance: Allowance) -> Outcome:
         """Trains the candidate on the training images, as a model that may be kept as it is."""
         started = time.perf_counter()
-        model = run_once(self.session, entry.candidate, allowance.division.parts[0])
+        model = run_once(self.session, entry.candidate)
         seconds = run_on_main(lambda: time.perf_counter() - started)
         result = HeldOutResult(run=read_run(model), logits=model.logits["validation"], seconds=seconds)
         record = self._describe_judged(entry, allowance.division, [result], Verdict.NOT_BETTER)
@@ -236,9 +253,18 @@ class Contest:
 
     def _compare(self, division: Division, results: list[HeldOutResult]) -> Comparison:
         """Compares a candidate with the probe on the images that its runs held out."""
-        rows = np.concatenate([part.rows for part in division.parts[: len(results)]])
+        parts, pool = division.parts[: len(results)], division.pool
+        rows = np.concatenate([part.rows for part in parts])
         logits = np.concatenate([result.logits for result in results])
-        return compare(division.pool.target, division.pool.labels[rows], logits, self.probe_logits[rows])
+        probe_logits = np.concatenate([self._predict_probe(part) for part in parts])
+        groups = number_groups([pool])
+        return compare(pool.target, pool.labels[rows], logits, probe_logits, None if groups is None else groups[rows])
+
+    def _predict_probe(self, part: HeldOut) -> NDArray[np.float32]:
+        """Returns the logits of the held-out images by a probe that trained on as many images as the candidates."""
+        if part.name not in self._baselines:
+            self._baselines[part.name] = run_probe(self.session, self.probe, part)
+        return self._baselines[part.name]
 
     def _describe(self, gain: Gain) -> str:
         """Returns a gain with its interval as text: "+2.1 points (95 % interval +0.4 to +3.8)"."""

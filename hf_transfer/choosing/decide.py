@@ -22,7 +22,6 @@ from hf_transfer.choosing.judging import (
     AUTO_STATES,
     Division,
     divide_images,
-    hold_out_validation,
     plan_final,
     run_final,
 )
@@ -56,7 +55,7 @@ def choose_and_run(session: Session, *, budget_s: float | None) -> RunResult:
     if session.save_so_far is not None:
         session.save_so_far(session.without_test().with_strategy(probe), probe_result)
     division, logits = _divide(session, probe_result)
-    contest = Contest(session=session, division=division, probe_logits=logits, budget=budget)
+    contest = Contest(session=session, division=division, probe=probe, probe_logits=logits, budget=budget)
     for entry in list_entries(session, premises, contest.probe_error):
         contest.enter(entry)
     result = _train_best(session, contest, probe, probe_result)
@@ -104,11 +103,9 @@ def _estimate_seconds(strategy: Strategy, pricings: Sequence[Pricing]) -> list[f
 def _divide(session: Session, probe: RunResult) -> tuple[Division, NDArray[np.float32]]:
     """Returns the division of the images, and the logits (N, K) of the probe's cross-validated predictions of the pool.
 
-    If the probe predicted only validation images, the division has no folds, and the training images have logits NaN.
+    If the probe predicted only validation images, the training images have logits NaN.
     """
     division = divide_images(session.data, session.config.seed)
-    if "train" not in probe.logits:
-        division = hold_out_validation(division)
     pool, first = division.pool, len(session.data.train)
     logits = np.full((len(pool), pool.target.num_outputs), np.nan, np.float32)
     for name, rows in (("train", slice(None, first)), ("validation", slice(first, None))):

@@ -1,4 +1,4 @@
-"""Holds out images on which `auto` compares candidates with the linear probe, and trains candidates without these images.
+"""Holds out images on which `auto` compares candidates with the linear probe, and trains both without these images.
 
 | train and validation images | held out |
 |---|---|
@@ -26,6 +26,7 @@ from hf_transfer.data.splits import Split
 from hf_transfer.logs import without_details
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
+from hf_transfer.strategy import Strategy
 from hf_transfer.training.checkpoints import remove_state, save_state, share_state
 from hf_transfer.training.final_fit import EstimatedBy, FinalFit, HeldOutRun, plan_final_fit
 from hf_transfer.training.phases import check_same, describe_identity
@@ -92,7 +93,8 @@ def divide_images(data: Data, seed: int) -> Division:
 def _hold_out_validation(data: Data) -> Division:
     total, first = len(data.train) + len(data.validation), len(data.train)
     pooled = join_pool(data)
-    part = HeldOut(name="validation", data=replace(pooled, test=None), rows=np.arange(first, total))
+    own = replace(pooled, test=None, holds_out_validation=True)
+    part = HeldOut(name="validation", data=own, rows=np.arange(first, total))
     return Division(judged_by=Judging.VALIDATION, data=pooled, parts=(part,))
 
 
@@ -107,7 +109,7 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldO
     Raises ValueError if the stored result is of other settings, data or weights.
     """
     with without_details():
-        own = candidate.strategy.restart(_open(session, candidate, part.data, part.name))
+        own = candidate.strategy.restart(_open(session, candidate.name, part.data, part.name))
     identity = describe_identity(own, (), None)
     stored = _read_finished(own)
     if stored is not None:
@@ -133,15 +135,22 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldO
     return held_out
 
 
-def run_once(session: Session, candidate: Candidate, part: HeldOut) -> RunResult:
-    """Trains a candidate without the held-out images, and returns the result with the network."""
+def run_probe(session: Session, probe: Strategy, part: HeldOut) -> NDArray[np.float32]:
+    """Fits the linear probe without the held-out images, and returns its logits (N, K) of these images."""
     with without_details():
-        return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate, part.data, "once")))
+        return probe.run(probe.restart(_open(session, probe.name, part.data, part.name))).logits["validation"]
+
+
+def run_once(session: Session, candidate: Candidate) -> RunResult:
+    """Trains a candidate on the training images, as the strategy alone does, and returns the result with the network."""
+    with without_details():
+        own = _open(session.without_test(), candidate.name, session.without_test().data, "once")
+        return candidate.strategy.run(candidate.strategy.restart(own))
 
 
 def run_final(session: Session, candidate: Candidate, data: Data, final: FinalFit) -> RunResult:
     """Trains a candidate on all train and validation images, and scores it on the test images."""
-    return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate, data, "final")), final)
+    return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate.name, data, "final")), final)
 
 
 def plan_final(division: Division, results: list[HeldOutResult], seed: int) -> FinalFit:
@@ -168,8 +177,8 @@ def read_run(result: RunResult) -> HeldOutRun:
     return HeldOutRun(phases=result.phases, num_stages=len(stages), depth=int(result.details.get("depth", 0)))
 
 
-def _open(session: Session, candidate: Candidate, data: Data, name: str) -> Session:
-    folder = candidate.name.replace(" ", "_").replace("/", "_")
+def _open(session: Session, candidate: str, data: Data, name: str) -> Session:
+    folder = candidate.replace(" ", "_").replace("/", "_")
     return replace(session, data=data).with_checkpoints(f"{AUTO_STATES}/{folder}/{name}")
 
 

@@ -15,6 +15,7 @@ VERDICTS = {
     Verdict.UNLIKELY: "stopped early: it could hardly become the best",
     Verdict.OVER_BUDGET: "not started: its runs did not fit into the remaining time",
     Verdict.NOTHING_TO_GAIN: "not started: hardly any error was left",
+    Verdict.DIVERGED: "dropped: its training diverged",
 }
 JUDGED_BY = {Judging.FOLDS: "folds", Judging.VALIDATION: "the validation split"}
 

@@ -90,8 +90,10 @@ def describe_kept(phase: PhaseResult) -> str:
 def describe_choice(choice: AutoChoice) -> str:
     """Returns a sentence that says which strategy the strategy `auto` kept, and what it expects of each candidate."""
     each = "; ".join(_describe_candidate(record, choice.probe) for record in choice.candidates)
+    judged = sum(record.runs > 0 for record in choice.candidates)
+    none = "no candidate" if judged == len(choice.candidates) else f"none of the {judged} candidates that were judged"
     reason = (
-        "no candidate is expected to be better than the linear probe"
+        ("no candidate was judged" if judged == 0 else f"{none} is expected to be better than the linear probe")
         if choice.strategy == "linear_probe"
         else f"the highest expected gain in {choice.probe.titles[0]} over the linear probe"
     )
@@ -106,6 +108,8 @@ def _describe_candidate(record: CandidateRecord, probe: Score) -> str:
         return f"{record.name}{needed}, did not fit into the remaining {max(0.0, record.left_s or 0.0):.0f} s"
     if record.verdict is Verdict.NOTHING_TO_GAIN:
         return f"{record.name} did not run, because hardly any error was left"
+    if record.verdict is Verdict.DIVERGED:
+        return f"{record.name} was dropped, because its training diverged"
     assert record.gain is not None
     low, high = map(probe.format_gain, record.posterior.interval)
     place = (

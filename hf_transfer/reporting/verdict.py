@@ -16,8 +16,14 @@ from hf_transfer.reporting.formats import format_metric, format_percent
 from hf_transfer.reporting.report_results import choose_split, describe_scored_images, find_interval, find_metrics
 from hf_transfer.reporting.selection import IN_GALLERY
 from hf_transfer.training.records import Gain
+from hf_transfer.training.records import Verdict as CandidateVerdict
 
 WIDE = 0.10  # of the accuracy's interval: the test split is too small to compare models
+UNJUDGED = {  # verdict of a candidate of `auto` without a result -> the words for it
+    CandidateVerdict.OVER_BUDGET: "did not fit into the time budget",
+    CandidateVerdict.NOTHING_TO_GAIN: "did not start, because hardly any error was left",
+    CandidateVerdict.DIVERGED: "diverged",
+}
 FROZEN = ("linear_probe", "add_classes")  # strategies that train only a head
 
 
@@ -57,20 +63,29 @@ def describe_kept_model(results: Mapping[str, Any]) -> str:
     if not plan or not isinstance(plan[-1], Mapping) or "kept" not in plan[-1]:
         return ""
     if "auto" in details:
-        kept = details["auto"]["kept"]
-        rows = details["auto"]["candidates"]
-        if kept == "linear_probe":
-            return f"Kept: the linear probe. None of {count_noun(len(rows), 'candidate')} is expected to be better."
-        row = next((each for each in rows if each["name"] == kept and each["gain"] is not None), None)
-        evidence = "" if row is None else f" {_describe_gain(row, Score.from_dict(details['auto']['probe']))}"
-        smaller = (
-            "" if details["auto"]["trained_on_all"] else " No time was left to train it on the validation images too."
-        )
-        return f"Kept: {kept}, the best of {count_noun(len(rows), 'candidate')}.{evidence}{smaller}"
+        return _describe_choice(details["auto"])
     epochs = [row for phase in details.get("phases", []) for row in phase["history"]]
     if details.get("kept_probe") and epochs:
         return _describe_kept_probe(results, epochs)
     return _describe_last(plan[-1], len(details["phases"][-1]["history"]) if epochs else 0)
+
+
+def _describe_choice(choice: Mapping[str, Any]) -> str:
+    """Returns sentences that say what `auto` kept, of which candidates, and why others were not judged."""
+    rows, kept = choice["candidates"], choice["kept"]
+    judged = [row for row in rows if row["gain"] is not None]
+    counts = [(sum(row["verdict"] == verdict for row in rows), words) for verdict, words in UNJUDGED.items()]
+    others = "".join(
+        f" {number} of {count_noun(len(rows), 'candidate')} {words}." for number, words in counts if number
+    )
+    which = count_noun(len(judged), "judged candidate" if others else "candidate")
+    if kept == "linear_probe":
+        worse = f" None of {which} is expected to be better." if judged else ""
+        return f"Kept: the linear probe.{worse}{others}"
+    row = next((each for each in judged if each["name"] == kept), None)
+    evidence = "" if row is None else f" {_describe_gain(row, Score.from_dict(choice['probe']))}"
+    smaller = "" if choice["trained_on_all"] else " No time was left to train it on the validation images too."
+    return f"Kept: {kept}, the best of {which}.{others}{evidence}{smaller}"
 
 
 def _describe_gain(row: Mapping[str, Any], probe: Score) -> str:

@@ -121,6 +121,7 @@ class Verdict(StrEnum):
     UNLIKELY = "unlikely"  # stopped after a few folds, because it could hardly become the best
     OVER_BUDGET = "over_budget"  # not started, because its runs do not fit into the remaining time
     NOTHING_TO_GAIN = "nothing_to_gain"  # not started, because the best so far makes hardly any error
+    DIVERGED = "diverged"  # dropped, because a loss was not finite
 
 
 class Judging(StrEnum):
@@ -147,7 +148,7 @@ class CandidateRecord:
     probe_quality: float | None = None  # of the same images
     gain: Gain | None = None  # the measured gain on these images
     seconds: float = 0.0  # of these runs
-    left_s: float | None = None  # remaining time when the candidate was over budget
+    left_s: float | None = None  # when it was over budget: the remaining time, without the final fit of the best so far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +203,11 @@ class RunResult:
     def is_selected(self) -> bool:
         """Whether validation images selected weights, which makes validation metrics optimistic."""
         return any(phase.kept in (Kept.START, Kept.EPOCH) for phase in self.phases)
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether the predictions of validation images chose the strategy, which makes validation metrics optimistic."""
+        return self.choice is not None and any(candidate.runs for candidate in self.choice.candidates)
 
     @property
     def test(self) -> Metrics | None:
