@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 import hf_transfer as ht
-from hf_transfer.choosing import candidates, contest, decide
+from hf_transfer.choosing import budget, candidates, contest, decide
+from hf_transfer.choosing.budget import Budget
 from hf_transfer.choosing.candidates import Candidate, Contender, find_trained_share, list_candidates
-from hf_transfer.choosing.contest import Allowance, Budget, Contest, Entry, sort_entries
+from hf_transfer.choosing.contest import Allowance, Contest, Entry, sort_entries
 from hf_transfer.choosing.gain import expect_gain, find_best, measure_gain, probability_above, update
 from hf_transfer.choosing.judging import Division, HeldOut, HeldOutResult, divide_images, hold_out_validation, run_once
 from hf_transfer.choosing.rule import DataRegime, expect_accuracy
@@ -156,10 +157,10 @@ def make_entry(name: str = "full", gain: float = 0.01, cost: float = 1.0, second
     return Entry(candidate=candidate, prior=Gain(mean=gain, error=0.1), estimated_s=seconds, cost=cost)
 
 
-def make_contest(division: Division, logits: NDArray[np.float32], budget: Budget | None = None) -> Contest:
+def make_contest(division: Division, logits: NDArray[np.float32], given: Budget | None = None) -> Contest:
     session = replace(make_session("auto", **FEW), data=division.data)
     probe = make_strategy("linear_probe", readouts="none")
-    return Contest(session=session, division=division, probe=probe, probe_logits=logits, budget=budget or Budget(None))
+    return Contest(session=session, division=division, probe=probe, probe_logits=logits, budget=given or Budget(None))
 
 
 def test_the_highest_expected_gain_per_cost_comes_first() -> None:
@@ -445,6 +446,66 @@ def test_a_finished_run_keeps_what_resuming_needs_and_no_optimizer(
 
 
 # An interrupted run
+
+
+def test_a_resumed_run_repeats_what_the_budget_decided_and_another_budget_decides_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the final fit would follow from other folds than the state that it continues from."""
+    expect(monkeypatch, probe_then_full=0.1)
+    num_runs, epochs, log_epoch = 2, list[Any](), loop._log_epoch
+
+    def allow(own: Contest, entry: Entry, left_s: float | None) -> Allowance:
+        return Allowance(division=own.division, num_runs=num_runs, has_final=True)
+
+    def count(*values: Any, **named: Any) -> None:
+        epochs.append(values)
+        log_epoch(*values, **named)
+
+    monkeypatch.setattr(contest.Contest, "_allow", allow)
+    monkeypatch.setattr(loop, "_log_epoch", count)
+    first = run(tmp_path / "run", budget_s=1e6)
+    assert (len(epochs), first["metrics"]["validation"]["num_samples"]) == (3, 16)
+    num_runs = 5
+    again = run(tmp_path / "run", budget_s=1e6, resume=True)
+    assert (len(epochs), again["metrics"]) == (3, first["metrics"])
+    more = run(tmp_path / "run", budget_s=2e6, resume=True)
+    assert (len(epochs), more["metrics"]["validation"]["num_samples"]) == (3 + 3 + 1, 40)
+
+
+def test_the_time_of_an_interrupted_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: now)
+    own = Budget(100.0, tmp_path / "auto")
+    now = 30.0
+    assert own.decide("a", lambda left_s: left_s) == 70.0
+    now = 1000.0  # of another process
+    own = Budget(100.0, tmp_path / "auto", resumes=True)
+    assert (own.starts_over, own.decide("a", lambda left_s: 0.0), own.decide("b", lambda left_s: left_s)) == (
+        False,
+        70,
+        70,
+    )
+    own = Budget(200.0, tmp_path / "auto", resumes=True)
+    assert (own.starts_over, own.decide("a", lambda left_s: left_s)) == (True, 200.0)
+    assert Budget(None, tmp_path / "auto", resumes=True).starts_over
+    assert Budget(None, tmp_path / "other", resumes=True).decide("a", lambda left_s: left_s) is None
+    assert not Budget(None, tmp_path / "other", resumes=True).starts_over
+
+
+def test_estimates_follow_the_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    division = divide_other_labels()
+    (part,) = division.parts
+    logits = np.zeros((len(part.data.validation), 10), np.float32)
+
+    def pretend(*_: object) -> HeldOutResult:
+        return HeldOutResult(run=HeldOutRun(phases=()), logits=logits, seconds=30.0)
+
+    monkeypatch.setattr(contest, "run_held_out", pretend)
+    own = make_contest(division, predict(division, misses=30))
+    for name in ("first", "second"):
+        own.enter(make_entry(name, seconds=10.0))
+    assert [record.estimated_s for record in own.finish()] == [10.0, 30.0]
 
 
 def test_an_interrupted_run_leaves_a_model_and_continues(

@@ -10,12 +10,15 @@ of the best possible quality. A budget decides before a candidate starts how muc
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.choosing.budget import Budget
 from hf_transfer.choosing.candidates import Candidate
 from hf_transfer.choosing.gain import find_best, probability_above, update
 from hf_transfer.choosing.judging import (
@@ -41,19 +44,6 @@ from hf_transfer.training.steps import NonFiniteLossError
 log = logging.getLogger(__name__)
 
 HOPELESS = 0.05  # a candidate that is less likely than this to become the best is stopped
-
-
-class Budget:
-    """The time that is left. All processes see the time of the main process."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self._seconds = seconds
-        self._started = time.perf_counter()
-
-    def left_s(self) -> float | None:
-        """Returns the remaining seconds, or None without a limit. All processes must call this method."""
-        limit, started = self._seconds, self._started
-        return None if limit is None else run_on_main(lambda: limit - (time.perf_counter() - started))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +102,16 @@ class Contest:
 
     def enter(self, entry: Entry) -> None:
         """Runs a candidate as far as it fits into the budget and may become the best."""
-        left_s = self.budget.left_s()
+        given, entry = entry, replace(entry, estimated_s=self._correct(entry.estimated_s))
         quality, num_images = self._find_best_quality()
         if find_error(self.division.pool.target, quality, num_images) < WORTH:
             best = replace(self.probe_score, quality=quality)
-            self._skip(entry, Verdict.NOTHING_TO_GAIN, left_s, f"the best so far has {best.describe_quality()}")
+            self._skip(entry, Verdict.NOTHING_TO_GAIN, None, f"the best so far has {best.describe_quality()}")
             return
-        allowance = self._allow(entry, left_s)
+        decided = self.budget.decide(entry.candidate.name, lambda left_s: self._describe_allowed(entry, left_s))
+        left_s, allowance = decided["left_s"], self._read_allowance(decided["allowance"])
         if allowance is None:
             needed = "an unknown time" if entry.estimated_s is None else f"about {entry.estimated_s:.0f} s"
-            left_s = None if left_s is None else left_s - self._reserved_s
             self._skip(entry, Verdict.OVER_BUDGET, left_s, f"one run needs {needed}, and {_say_left(left_s)}")
             return
         before = self.best
@@ -130,6 +120,7 @@ class Contest:
         except NonFiniteLossError as error:  # in all processes
             self._skip(entry, Verdict.DIVERGED, left_s, f"its training diverged ({error})")
             return
+        outcome = replace(outcome, entry=given)
         self.outcomes.append(outcome)
         save = self.session.save_so_far
         if outcome.model is not None and self.best is outcome and outcome is not before and save is not None:
@@ -188,6 +179,36 @@ class Contest:
         if self.session.is_main:
             log.info("auto drops %s: %s", entry.candidate.name, reason)
 
+    def _correct(self, seconds: float | None) -> float | None:
+        """Returns an estimated time, times the median of measured by estimated time of the candidates that ran."""
+        ratios = [
+            outcome.record.seconds / outcome.record.runs / outcome.entry.estimated_s
+            for outcome in self.judged
+            if outcome.entry.estimated_s
+        ]
+        return seconds if seconds is None or not ratios else seconds * float(np.median(ratios))
+
+    def _describe_allowed(self, entry: Entry, left_s: float | None) -> dict[str, Any]:
+        """Returns as JSON how much of a candidate fits, and the seconds left beside the final fit of the best so far."""
+        allowance = self._allow(entry, left_s)
+        return {
+            "left_s": None if left_s is None else left_s - self._reserved_s,
+            "allowance": None
+            if allowance is None
+            else {
+                "judged_by": allowance.division.judged_by.value,
+                "num_runs": allowance.num_runs,
+                "has_final": allowance.has_final,
+            },
+        }
+
+    def _read_allowance(self, allowance: Mapping[str, Any] | None) -> Allowance | None:
+        if allowance is None:
+            return None
+        is_same = allowance["judged_by"] == self.division.judged_by
+        division = self.division if is_same else hold_out_validation(self.division)
+        return Allowance(division=division, num_runs=allowance["num_runs"], has_final=allowance["has_final"])
+
     def _allow(self, entry: Entry, left_s: float | None) -> Allowance | None:
         """Returns how much of a candidate fits into the remaining time, or None if nothing fits."""
         everything = Allowance(division=self.division, num_runs=len(self.division.parts), has_final=True)
@@ -217,9 +238,12 @@ class Contest:
         to_beat = WORTH if self.best is None else self.best.record.posterior.mean
         reserved = self._reserved_s
         for number in range(allowance.num_runs):
-            left_s = self.budget.left_s()
             run_s = float(np.mean([r.seconds for r in results])) if results else entry.estimated_s or 0.0
-            if results and left_s is not None and left_s < run_s + max(reserved, self._estimate_final(run_s)):
+            needed_s = run_s + max(reserved, self._estimate_final(run_s)) if results else 0.0
+            left_s = self.budget.decide(
+                f"{entry.candidate.name}, run {number + 1}", partial(_keep_if_enough, needed_s=needed_s)
+            )
+            if results and left_s == 0:
                 break
             if self.session.is_main:
                 log.info(
@@ -304,6 +328,11 @@ class Contest:
 def sort_entries(entries: list[Entry]) -> list[Entry]:
     """Returns the entries by expected gain per cost. Entries without an expected gain come last, the least loss first."""
     return sorted(entries, key=lambda e: -e.prior.mean / (e.cost if e.prior.mean > 0 else 1.0))
+
+
+def _keep_if_enough(left_s: float | None, *, needed_s: float) -> float | None:
+    """Returns the remaining time, or 0 if it is less than what is needed."""
+    return 0.0 if left_s is not None and needed_s and left_s < needed_s else left_s
 
 
 def _say_left(left_s: float | None) -> str:

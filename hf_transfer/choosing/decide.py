@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.choosing.budget import Budget
 from hf_transfer.choosing.candidates import find_candidates, find_trained_share, list_candidates, make_command
-from hf_transfer.choosing.contest import Budget, Contest, Entry, Outcome, sort_entries
+from hf_transfer.choosing.contest import Contest, Entry, Outcome, sort_entries
 from hf_transfer.choosing.gain import expect_gain
 from hf_transfer.choosing.judging import (
     AUTO_STATES,
+    FINAL,
     Division,
     divide_images,
     plan_final,
@@ -45,8 +47,13 @@ def choose_and_run(session: Session, *, budget_s: float | None) -> RunResult:
     time of all runs. A run that has started is not interrupted.
     """
     check_augmentation(session, reads_pixels=True)  # candidates train the whole network
-    budget = Budget(budget_s)
     run_on_main(lambda: _remove_older(session))
+    states = None if session.checkpoints is None else session.checkpoints / AUTO_STATES
+    budget = Budget(budget_s, states, resumes=session.config.output.resume)
+    if (
+        budget.starts_over and states is not None
+    ):  # other runs may be judged, from which the length of the final fit follows
+        run_on_main(lambda: _remove_finals(states))
     with session.costs.part("advise"):
         premises = gather_premises(session)
     session.costs.count_images("advise", premises.images_computed)
@@ -69,6 +76,11 @@ def _remove_older(session: Session) -> None:
     """Removes the stored results of an older run that this run does not resume."""
     if session.checkpoints is not None and not session.config.output.resume:
         shutil.rmtree(session.checkpoints / AUTO_STATES, ignore_errors=True)
+
+
+def _remove_finals(states: Path) -> None:
+    for folder in states.glob(f"*/{FINAL}"):
+        shutil.rmtree(folder)
 
 
 def list_entries(session: Session, premises: Premises, probe_error: float) -> list[Entry]:

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 FOLDS = ((50, 5), (1000, 3))
 """Below the first number of images, the second number of folds."""
 AUTO_STATES = "auto"  # subfolder of `checkpoints`
+FINAL = "final"  # subfolder of a candidate, for the run on all images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ def run_once(session: Session, candidate: Candidate) -> RunResult:
 
 def run_final(session: Session, candidate: Candidate, data: Data, final: FinalFit) -> RunResult:
     """Trains a candidate on all train and validation images, and scores it on the test images."""
-    return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate.name, data, "final")), final)
+    return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate.name, data, FINAL)), final)
 
 
 def plan_final(division: Division, results: list[HeldOutResult], seed: int) -> FinalFit:

@@ -37,7 +37,7 @@ class Pricing:
     """Estimates the costs of strategies from a session and the speed measured on the session's images."""
 
     session: Session
-    images_per_second: float  # of a forward pass in the precision of the run
+    images_per_second: float  # of a forward pass of one process in the precision of the run
     probe_seconds: float  # time of the solver for one head
     step_images_per_second: float | None = None  # of a forward pass within a training step; None: `images_per_second`
 
@@ -72,7 +72,8 @@ class Pricing:
         epochs = count_epochs(self.session, training.epochs, min_steps=training.min_steps)
         first = passes * self._pass_seconds + (self.probe_seconds if solves_head else 0.0)
         # At the end, the validation logits of the last epoch are compared with those of the saved network.
-        seconds = first + epochs * epoch + min(validation, AGREEING_IMAGES) / self.images_per_second
+        agreeing = min(validation, AGREEING_IMAGES) / self.images_per_second
+        seconds = first + (epochs * epoch + agreeing) / self._num_processes
         cpu_batch = CPU_BATCH if cut is None else CPU_STORED_BATCH
         batch = cpu_batch if self._on_cpu else self.session.config.compute.images_per_batch
         memory = self._base_bytes + 4 * COPIES_OF_TRAINED * trained + batch * self._activation_bytes(cut)
@@ -84,7 +85,13 @@ class Pricing:
 
     @property
     def _pass_seconds(self) -> float:
-        return (len(self.session.data.train) + len(self.session.data.validation)) / self.images_per_second
+        num_images = len(self.session.data.train) + len(self.session.data.validation)
+        return num_images / self.images_per_second / self._num_processes
+
+    @property
+    def _num_processes(self) -> int:
+        """The number of processes, which share the images of each pass and each step."""
+        return int(self.session.accelerator.num_processes)
 
     @property
     def _base_bytes(self) -> int:

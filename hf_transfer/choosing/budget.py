@@ -1,0 +1,57 @@
+"""The time budget of `auto`, with the decisions that the remaining time made, which a resumed run repeats.
+
+What fits depends on the clock. If a resumed run decided again, it would compare other runs than the interrupted one, and the
+state of the interrupted one would not fit. So each decision is written to a file, with the time that has passed.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_transfer.processes import run_on_main
+from hf_transfer.sealed import read_sealed, write_sealed
+
+DECISIONS = "decisions.json"
+
+
+class Budget:
+    """The time that is left. All processes see the time and the decisions of the main process.
+
+    `folder`: where the decisions are written; None: nowhere. With `resumes`, the decisions there are repeated, and the time
+    that had passed when the last one was made counts. If they are of another number of `seconds`, `starts_over` is true.
+    """
+
+    def __init__(self, seconds: float | None, folder: Path | None = None, *, resumes: bool = False) -> None:
+        self._seconds = seconds
+        self._file = None if folder is None else folder / DECISIONS
+        stored = run_on_main(self._read) if resumes else None
+        self.starts_over = resumes and (None if stored is None else stored["budget_s"]) != seconds
+        if stored is None or self.starts_over:
+            stored = {"decisions": {}, "passed_s": 0.0}
+        self._decisions: dict[str, Any] = stored["decisions"]
+        self._started = time.perf_counter() - stored["passed_s"]
+
+    def decide(self, name: str, choose: Callable[[float | None], Any]) -> Any:
+        """Returns the stored decision `name`, or the JSON value that `choose` returns for the remaining seconds.
+
+        Without a limit, `choose` gets None. It runs in the main process only, but all processes must call this method.
+        """
+        return run_on_main(lambda: self._decide(name, choose))
+
+    def _decide(self, name: str, choose: Callable[[float | None], Any]) -> Any:
+        if name not in self._decisions:
+            passed_s = time.perf_counter() - self._started
+            self._decisions[name] = choose(None if self._seconds is None else self._seconds - passed_s)
+            if self._file is not None and self._seconds is not None:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                content = {"budget_s": self._seconds, "passed_s": passed_s, "decisions": self._decisions}
+                write_sealed(self._file, content)
+        return self._decisions[name]
+
+    def _read(self) -> dict[str, Any] | None:
+        """Returns what an interrupted run with a budget has written, or None."""
+        try:
+            return None if self._file is None else dict(read_sealed(self._file))
+        except (OSError, ValueError):
+            return None
