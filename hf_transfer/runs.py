@@ -1,5 +1,6 @@
 """Opens the session (the shared objects) of a run, executes the run, and writes and pushes the results."""
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -194,8 +195,11 @@ def _save_so_far(session: Session, result: RunResult) -> None:
     assert session.output_dir is not None
     folder = session.output_dir / SO_FAR
     session = replace(session, config=replace_settings(session.config, {"push_to_hub": None, "private": False}))
+    # Finishing scales the head in place, but the run goes on with this network, and finishes it again if it is kept.
+    copied = replace(result, backbone=replace(result.backbone, model=copy.deepcopy(result.backbone.model)))
+    finished = finish_target(session, copied)
     with session.costs.part("save"):
-        write_run(replace(session.with_output(folder), save_so_far=None), result, is_illustrated=False)
+        write_run(replace(session.with_output(folder), save_so_far=None), finished, is_illustrated=False)
     if session.is_main:
         log.info("%s contains the best model so far, until the run is finished", folder)
 

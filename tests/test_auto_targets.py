@@ -254,7 +254,14 @@ def test_an_interrupted_run_continues_to_the_same_model(
     monkeypatch.setattr(loop, "_log_epoch", stop_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         fit("numbers", table, tmp_path / "run")
-    assert ht.load_run(tmp_path / "run" / "so_far").strategy == "linear_probe"
+    so_far = tmp_path / "run" / "so_far"
+    assert ht.load_run(so_far).strategy == "linear_probe"
+    task = ht.Task(str(table), "embedded", **SMALL, **COLUMNS["numbers"])
+    task.fit(ht.linear_probe(), output_dir=tmp_path / "alone")
+    alone, unfinished = read_weights(tmp_path / "alone"), read_weights(so_far)
+    assert all(torch.equal(alone[name], unfinished[name]) for name in alone), (
+        "the head computes numbers in their own unit"
+    )
     with caplog.at_level("INFO"):
         resumed = fit("numbers", table, tmp_path / "run", resume=True)
     assert caplog.text.count("keeping the finished run of probe_then_full") == 1
