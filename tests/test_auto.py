@@ -5,6 +5,7 @@ import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -30,6 +31,7 @@ from hf_transfer.settings import to_settings
 from hf_transfer.strategy import make_strategy
 from hf_transfer.training import loop
 from hf_transfer.training.final_fit import HeldOutRun
+from hf_transfer.training.pricing import Pricing
 from hf_transfer.training.records import Gain, Judging
 from hf_transfer.training.steps import NonFiniteLossError
 from tests.sessions import make_config, make_session, read_data
@@ -323,6 +325,7 @@ def test_candidates_keep_their_last_epoch_and_take_the_settings_that_the_user_ga
         ({"wise_ft": True}, "wise_ft=True: the images that compare .* omit --wise_ft"),
         ({"early_stopping_patience": 2}, "omit --early_stopping_patience"),
         ({"select_by": "log_loss"}, "omit --select_by"),
+        ({"seeds": 2, "budget_s": 60.0}, "omit --budget_s or --seeds"),
     ],
 )
 def test_settings_that_auto_decides_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -491,6 +494,21 @@ def test_the_time_of_an_interrupted_run_counts(tmp_path: Path, monkeypatch: pyte
     assert Budget(None, tmp_path / "auto", resumes=True).starts_over
     assert Budget(None, tmp_path / "other", resumes=True).decide("a", lambda left_s: left_s) is None
     assert not Budget(None, tmp_path / "other", resumes=True).starts_over
+
+
+def test_processes_share_the_time_of_passes_and_steps_but_not_of_the_solver() -> None:
+    session = make_session("auto", **FEW)
+    several = SimpleNamespace(num_processes=4, gradient_accumulation_steps=1, device=session.accelerator.device)
+    alone, shared = (
+        Pricing(session=each, images_per_second=1.0, probe_seconds=8.0)
+        for each in (session, replace(session, accelerator=several))  # type: ignore[arg-type]
+    )
+    assert (alone.price_probe().seconds, shared.price_probe().seconds) == (40 + 8, 10 + 8)
+    full = make_strategy("full", epochs=1)
+    prices = [full.price(pricing) for pricing in (alone, shared)]
+    assert prices[0] is not None
+    assert prices[1] is not None
+    assert prices[0].seconds == pytest.approx(4 * prices[1].seconds)
 
 
 def test_estimates_follow_the_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:

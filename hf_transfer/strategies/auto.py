@@ -45,6 +45,11 @@ class Auto(GradientStrategy):
                 f"auto: folds={repeat.folds}, train_on_all={repeat.train_on_all}: auto chooses its own folds; omit --folds and "
                 "--train_on_all, or give them to the strategy that auto keeps"
             )
+        if repeat.seeds > 1 and self.budget_s is not None:
+            raise ValueError(
+                f"auto: seeds={repeat.seeds}, budget_s={self.budget_s:g}: what fits into a budget depends on the speed of the "
+                "machine, so seeds would not be alike; omit --budget_s or --seeds"
+            )
         for name in SELECTING:
             value = getattr(self.training, name)
             if value != getattr(TrainingConfig(), name):
