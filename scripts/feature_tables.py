@@ -212,7 +212,7 @@ def table_groups() -> str:
     names = {
         "random": "frames divided at random",
         "groups": "frames of an object together",
-        "new objects": "the truth: others",
+        "new objects": "the truth: photographs of other objects",
     }
     rows = []
     for key, name in names.items():
