@@ -66,6 +66,7 @@ def steps(strategy: str = "probe_then_full", **settings: Any) -> Lead:
     return Lead(strategy=strategy, settings={"min_steps": 100, **settings})
 
 
+LONG = {"epochs": 20, "head_scale": 0.0, "crop_scale": 0.08, "train_side_px": 224}
 AS_TRAINER = {
     "epochs": 20,
     "lr": 1e-4,
@@ -117,8 +118,11 @@ LEADS: dict[str, Lead] = {
         epochs=20, head_scale=0.0, crop_scale=0.08, train_side_px=224
     ),
     "20 epochs, zero head, crops from 0.08": Lead(settings={"epochs": 20, "head_scale": 0.0, "crop_scale": 0.08}),
-    "20 epochs, zero head, crops from 0.08, squares of 224": Lead(
-        settings={"epochs": 20, "head_scale": 0.0, "crop_scale": 0.08, "train_side_px": 224}
+    "20 epochs, zero head, crops from 0.08, squares of 224": Lead(settings=LONG),
+    "40 epochs, zero head, crops from 0.08, squares of 224": Lead(settings={**LONG, "epochs": 40}),
+    "20 epochs, zero head, lr 5e-4, crops from 0.08, squares of 224": Lead(settings={**LONG, "lr": 5e-4}),
+    "20 epochs, zero head, no label smoothing, crops from 0.08, squares of 224": Lead(
+        settings={**LONG, "label_smoothing": 0.0}
     ),
     "as the tuned Trainer": Lead(strategy="full", settings=AS_TRAINER),
     "as the tuned Trainer, squares of 224": Lead(strategy="full", settings={**AS_TRAINER, "train_side_px": 224}),
