@@ -30,6 +30,7 @@ from hf_transfer.processes import run_on_main
 log = logging.getLogger(__name__)
 
 LOCK, STAGING = ".lock", ".saving"
+LOCKED_BY = "process"  # the first word of a lock that a run has left
 OLD_RESULTS = (
     RESULTS, CONFIG, "report.html", "predictions.parquet", SEEN_IMAGES, "reference.safetensors", "merged", "model",
 )  # fmt: skip
@@ -39,13 +40,15 @@ OLD_RESULTS = (
 def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
     """Chooses and creates the output folder of a run, and locks the folder during the `with` block.
 
-    The main process decides for all processes. Raises ValueError if another run has locked the folder, or if the folder
-    contains a finished run that the settings neither overwrite nor resume, and OSError if the folder is not writable.
+    The main process decides for all processes. Raises ValueError if another run has locked the folder, if the folder contains a
+    finished run that the settings neither overwrite nor resume, or if it contains files of somebody else that the run would
+    replace, and OSError if the folder is not writable.
     """
     with ExitStack() as locks:
 
         def choose() -> str:
             folder = _name_folder(output, strategy)
+            refuse_foreign(folder)
             locks.enter_context(lock_folder(folder))
             if is_finished(folder) and not output.overwrite_output_dir:
                 if not output.resume:
@@ -80,13 +83,27 @@ def lock_folder(folder: Path) -> Iterator[None]:
         ) from None
     with lock:
         lock.release()  # the `with` statement has acquired the lock a second time
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        path.write_text(f"{LOCKED_BY} {os.getpid()} on {socket.gethostname()}")
         yield
 
 
 def is_finished(folder: Path) -> bool:
     """Returns whether `folder` contains a finished run."""
     return (folder / RESULTS).exists()
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises ValueError if a run would replace files in `folder` that no run has written, such as a folder `model`."""
+    lock = folder / LOCK
+    is_ours = any(path.exists() for path in (folder / RESULTS, folder / CHECKPOINTS / CONFIG, folder / STAGING))
+    if is_ours or (lock.is_file() and lock.read_text(errors="replace").startswith(LOCKED_BY)):
+        return
+    names = [name for name in OLD_RESULTS if (folder / name).exists()]
+    if names:
+        raise ValueError(
+            f"output_dir={folder} contains {', '.join(names)}, which no run has written and a run would replace: choose "
+            "another folder, or move what is there"
+        )
 
 
 def find_free_folder(folder: Path) -> Path:

@@ -13,7 +13,9 @@ from torch import nn
 import hf_transfer as ht
 from hf_transfer.cli import main
 from hf_transfer.inference.explain import choose_map_cut, explain, occlude
-from hf_transfer.inference.heat_maps import draw_explanation
+from hf_transfer.inference.heat_maps import draw_explanation, make_explainer
+from hf_transfer.inference.predict import predict
+from hf_transfer.network.backbone import load
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.positions import Layout, find_layouts
 from tests.families import FAMILIES, built, make_pixels
@@ -239,6 +241,24 @@ def test_predict_writes_one_picture_per_image(
     assert sorted(path.relative_to(tmp_path / "why").as_posix() for path in tmp_path.rglob("*.png")) == names
     with Image.open(tmp_path / "why" / "a/1.png") as picture:
         assert picture.size == (448, 224)  # 32 pixels, seven times as large, twice
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "embedded", str(photos), "--explain", str(tmp_path / "why"), *flags])
+    assert stop.value.code == 1, "older explanations are replaced"
+
+
+def test_explanations_do_not_replace_the_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = tmp_path / "photos" / "a.png"
+    photo.parent.mkdir()
+    Image.new("RGB", (8, 8), "red").save(photo)
+    content = photo.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", "embedded", str(photo.parent), "--explain", str(photo.parent)])
+    assert stop.value.code == 2
+    assert "is no explanation that may be replaced: give another folder" in capsys.readouterr().err
+    explainer = make_explainer(load("embedded"))
+    with pytest.raises(ValueError, match="no explanation that may be replaced"):
+        explainer.write(predict(load("embedded"), [photo]), photo.parent)
+    assert photo.read_bytes() == content
 
 
 def test_the_picture_shows_the_image_and_the_heat() -> None:

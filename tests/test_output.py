@@ -95,6 +95,33 @@ def test_a_named_folder_with_a_finished_run_is_refused_unless_asked(tmp_path: Pa
         choose(output_dir=str(tmp_path / "file"))
 
 
+@pytest.mark.parametrize("name", ["model", "config.yaml", "report.html"])
+def test_files_that_no_run_has_written_are_not_replaced(name: str, tmp_path: Path) -> None:
+    """A folder `model` of the user's project, for example."""
+    foreign = tmp_path / "project" / name
+    (foreign if name == "model" else foreign.parent).mkdir(parents=True)
+    (foreign / "weights.bin" if name == "model" else foreign).write_text("precious")
+    with (
+        pytest.raises(ValueError, match=f"contains {name}, which no run has written"),
+        open_folder(OutputConfig(output_dir=str(foreign.parent), overwrite_output_dir=True), "full"),
+    ):
+        pass
+    with pytest.raises(ValueError, match=f"contains {name}, which no run has written"):
+        ht.Task("sklearn/digits", images_per_class=2).fit(ht.linear_probe(readouts="none")).save(foreign.parent)
+    assert sorted(path.name for path in foreign.parent.iterdir()) == [name]
+    assert (foreign / "weights.bin" if name == "model" else foreign).read_text() == "precious"
+
+
+def test_what_an_interrupted_run_has_left_is_replaced(tmp_path: Path) -> None:
+    for left in (".lock", ".saving/x", "checkpoints/config.yaml"):
+        folder = tmp_path / left.replace("/", "_")
+        (folder / "model").mkdir(parents=True)
+        (folder / left).parent.mkdir(exist_ok=True)
+        (folder / left).write_text("process 1 on host")
+        with open_folder(OutputConfig(output_dir=str(folder)), "full") as opened:
+            assert opened == folder
+
+
 def test_without_a_name_a_run_takes_the_next_folder_and_resume_the_newest_unfinished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ a run also says which images are unlike all training images, gives sets of label
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -70,6 +71,10 @@ def _run(given: argparse.Namespace) -> str:
     _check_explain(given)
     request = ConfidenceRequest(coverage=given.coverage, max_error=given.max_error)
     images = find_images(_read_names(given.images))  # a wrong path fails before the model is loaded
+    if given.explain:
+        from hf_transfer.inference.heat_maps import name_pictures, refuse_foreign
+
+        refuse_foreign([Path(given.explain) / name for name in name_pictures([str(image) for image in images])])
     trust = given.trust_remote_code
     if given.adapter:
         if given.inference_engine == "onnx" or given.export_precision:
@@ -81,31 +86,34 @@ def _run(given: argparse.Namespace) -> str:
             given.model, given.inference_engine, precision=given.export_precision, trust_remote_code=trust
         )
         backbones = iter([backbone])
+    is_first = os.environ.get("RANK", "0") == "0"  # a launcher numbers its processes
+    is_silent = given.quiet or not is_first
     rows = []
     problems: Sequence[Exception] = ()
     started = time.perf_counter()
     for name, backbone in zip(given.adapter or [None], backbones, strict=True):
         explainer = _make_explainer(given, backbone)
-        for line in [] if given.quiet else make_judge(backbone, request).describe():
+        for line in [] if is_silent else make_judge(backbone, request).describe():
             sys.stderr.write(f"hf-transfer predict: {name or given.model} {line}\n")
         try:
             predictions = predict(backbone, images, top_k=given.top_k, **vars(request), **settings)
         except UnreadableImagesError as error:
             predictions, problems = list(error.predictions), error.problems
         pictures = [] if explainer is None else explainer.write(predictions, Path(given.explain))
-        if pictures and not given.quiet:
+        if pictures and not is_silent:
             sys.stderr.write(f"{sum(map(bool, pictures)):,} explanations are in {given.explain}\n")
         rows += [
             NamedPrediction(prediction=p, target=backbone.target, adapter=name, explanation=picture)
             for p, picture in zip_longest(predictions, pictures)
         ]
     text = format_rows(rows, "json" if given.json else given.format or "text")
-    if not problems and not given.quiet:
+    if not problems and not is_silent:
         seconds = time.perf_counter() - started
         sys.stderr.write(f"{len(rows):,} images in {seconds:.1f} s: {len(rows) / seconds:,.1f} images/s\n")
     if problems:
-        print_text(text)
-        sys.stderr.write("".join(f"hf-transfer predict: {describe_error(problem)}\n" for problem in problems))
+        if is_first:
+            print_text(text)
+            sys.stderr.write("".join(f"hf-transfer predict: {describe_error(problem)}\n" for problem in problems))
         sys.exit(1)
     return text
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from hf_transfer.config import ExplainBy
 from hf_transfer.inference.explain import MapCut, choose_map_cut, explain, occlude
@@ -25,6 +26,7 @@ from hf_transfer.processes import run_on_main
 log = logging.getLogger(__name__)
 
 BATCH = 16
+SOFTWARE = "hf_transfer explanation"  # in each PNG, which tells it from other pictures
 LEAST_PX = 224  # smaller images are enlarged
 STRENGTH = 0.65  # largest share of the heat map's color in a pixel
 # From cold to hot; as dark to bright, so that it also reads in gray.
@@ -76,10 +78,13 @@ class Explainer:
 
     def _write(self, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
         paths = [folder / name for name in name_pictures([prediction.image for prediction in predictions])]
+        refuse_foreign(paths)
         explanations = self.explain([Path(p.image) for p in predictions], [p.labels[0] for p in predictions])
         for path, explanation in zip(paths, explanations, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
-            explanation.draw().save(path)
+            mark = PngInfo()
+            mark.add_text("Software", SOFTWARE)
+            explanation.draw().save(path, pnginfo=mark)
         return paths
 
     def _compute_heat(self, pixels: NDArray[Any], labels: Sequence[str]) -> NDArray[np.float32]:
@@ -108,6 +113,21 @@ def make_explainer(backbone: Backbone, *, method: ExplainBy = "grad_cam", at: st
         layout = map_cut.layout
         log.info("Grad-CAM at the cut %s: %d x %d positions", map_cut.cut.name, layout.height, layout.width)
     return Explainer(backbone=backbone, chain=chain, map_cut=map_cut)
+
+
+def refuse_foreign(pictures: Sequence[Path]) -> None:
+    """Raises ValueError if a picture would replace a file that is no explanation, such as one of the images themselves."""
+    for path in pictures:
+        if path.exists() and not _is_explanation(path):
+            raise ValueError(f"explain: {path} exists, and is no explanation that may be replaced: give another folder")
+
+
+def _is_explanation(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError):
+        return False
 
 
 def name_pictures(images: Sequence[str]) -> list[Path]:
