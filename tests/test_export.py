@@ -1,6 +1,7 @@
 """Exported = trained: ONNX and OpenVINO compute the network's logits and Pillow's pixels, in their own runtimes."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hf_transfer as ht
 from hf_transfer.cli import main
 from hf_transfer.config import AdapterConfig
 from hf_transfer.exporting import fresh_runtime
@@ -21,6 +23,7 @@ from hf_transfer.exporting.preprocessing_graph import build_preprocessing
 from hf_transfer.exporting.records import read_records
 from hf_transfer.exporting.runtime import ExportedNetwork, load_exported
 from hf_transfer.exporting.verify import ExportError, Reference, make_reference, verify_export
+from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.verify import find_libraries, verify
 from hf_transfer.network.adapters import add_adapters, merge_adapters
 from hf_transfer.network.backbone import Backbone, load
@@ -99,6 +102,9 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
         ExportError, match=r"model\.onnx computes other outputs than the trained network in onnxruntime"
     ):
         verify_export(tmp_path / "onnx/model.onnx", backbone, reference, "fp32", 1)
+    large = Reference(images=reference.images, inputs=reference.inputs, logits=3 * reference.logits)
+    with pytest.raises(ExportError, match="computes other outputs"):  # by two thirds of the largest logit
+        verify_export(tmp_path / "onnx/model.onnx", backbone, large, "int8", 1)
     moved = Reference(images=reference.images, inputs=reference.inputs, logits=reference.logits + 1)
     with pytest.raises(ExportError, match="export the model again"):
         export(backbone, tmp_path, ExportOptions(), reference=moved)
@@ -211,8 +217,36 @@ def test_a_run_is_exported_beside_its_weights_and_the_weights_load_as_before(
     assert card.index("## Exported files") < card.index("## Limits")
     settings = json.loads((run / "model/preprocessor_config.json").read_text())
     assert settings["crop_size"] == {"height": 32, "width": 32}
+    graph = (run / "model/onnx/model.onnx").read_bytes()
+    for path in (Path(ht.__file__).parent, sys.prefix, "site-packages"):
+        assert str(path).encode() not in graph, "a published file says nothing about the machine"
     # transformers and timm still compute the trained network's logits from the trained network's pixels.
     assert len(verify(run / "model", run / "reference.safetensors", find_libraries(run / "model"))) == 2
+
+
+def test_a_second_model_leaves_nothing_of_the_first_in_the_folder(run: Path, tmp_path: Path) -> None:
+    write_upstream("timm ViT", tmp_path / "upstream")
+    other = make_run(load(str(tmp_path / "upstream"), ("x", "y"), base_model="someone/other"), tmp_path / "other")
+    config = json.loads((other / "model/config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.1, 0.2, 0.3]
+    (other / "model/config.json").write_text(json.dumps(config))
+    for source in (run, other):
+        export_saved(source, output_dir=tmp_path / "exported")
+    export_saved(other, output_dir=tmp_path / "fresh")
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (tmp_path / "exported" / name).read_text() == (tmp_path / "fresh" / name).read_text()
+    with pytest.raises(ValueError, match="contains the weights of another model"):
+        export_saved(run, output_dir=other / "model")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions")
+def test_others_may_read_what_a_run_and_an_export_write(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    main(["train", "linear_probe", "--images_per_class", "20", "--output_dir", str(folder)])
+    main(["export", str(folder), "--format", "onnx"])
+    modes = {path.stat().st_mode & 0o777 for path in folder.rglob("*.safetensors")}
+    assert len(modes) == 1
+    assert modes == {(folder / "results.json").stat().st_mode & 0o777}
 
 
 @pytest.mark.parametrize("engine", FORMATS)

@@ -109,7 +109,7 @@ def _trace(module: nn.Module, samples: torch.Tensor, input_name: str, output_nam
     batch = torch.export.Dim("batch")
     try:
         with torch.no_grad(), _quiet():
-            return torch.onnx.export(
+            program = torch.onnx.export(
                 module.eval(),
                 (samples,),
                 dynamo=True,
@@ -125,6 +125,17 @@ def _trace(module: nn.Module, samples: torch.Tensor, input_name: str, output_nam
         raise ValueError(
             f"torch.onnx cannot export this network ({reason}); use the saved model with transformers or timm"
         ) from error
+    assert program is not None
+    _forget_sources(program.model)
+    return program
+
+
+def _forget_sources(model: Any) -> None:
+    """Removes the exporter's notes from an ONNX model: they contain paths of this machine, and a twentieth of the bytes."""
+    for graph in (model.graph, *model.functions.values()):
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():  # also in subgraphs
+            node.metadata_props.clear()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from torchvision.transforms import CenterCrop, Resize
 
+from hf_transfer.confidence.record import CONFIDENCE
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.preprocessing import SETTINGS_FILE, Preprocessing
@@ -21,15 +22,20 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "
 
 
 def write_layout(backbone: Backbone, folder: Path) -> None:
-    """Writes or completes both files in `folder`. Files of a saved model that are complete stay as they are."""
+    """Completes both files in a folder that has the model's weights, or writes them to a folder of exported files alone.
+
+    Files of a saved model that are complete stay as they are. In a folder without weights, files may be of another model.
+    """
     source = backbone.source.folder
     own = folder / "config.json"
-    config = read_json(own) if own.is_file() else _read_config(backbone)
+    is_saved = own.is_file() and has_weights(folder)
+    config = read_json(own) if is_saved else _read_config(backbone)
     completed = {**config, **_list_entries(backbone, config)}
-    if not own.is_file() or completed != config:
+    if not is_saved or completed != config:
         _write_json(own, completed)
-    if (folder / SETTINGS_FILE).is_file():
+    if is_saved and (folder / SETTINGS_FILE).is_file():
         return
+    (folder / SETTINGS_FILE).unlink(missing_ok=True)
     if hasattr(backbone.preprocessing.processor, "val_transforms"):
         settings = make_settings(backbone.preprocessing)
         if settings is not None:
@@ -39,6 +45,11 @@ def write_layout(backbone: Backbone, folder: Path) -> None:
     for code in source.glob("*.py"):  # the class of a processor or network may come with the checkpoint
         if not (folder / code.name).exists():
             shutil.copy(code, folder / code.name)
+
+
+def has_weights(folder: Path) -> bool:
+    """Returns whether a model is saved in `folder`, so that its files are not only of exports."""
+    return any(path.name != CONFIDENCE for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
 
 
 def make_settings(preprocessing: Preprocessing) -> dict[str, Any] | None:
