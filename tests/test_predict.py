@@ -1,5 +1,6 @@
 """Predictions of a saved model equal those of the transformers pipeline on the same files."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -15,9 +16,11 @@ from hf_transfer.config import AdapterConfig, DataConfig
 from hf_transfer.data.images import BadImageError
 from hf_transfer.hub.save import save_model
 from hf_transfer.inference.evaluate import evaluate
-from hf_transfer.inference.predict import UnreadableImagesError, find_images, predict
+from hf_transfer.inference.predict import Prediction, UnreadableImagesError, find_images, predict
+from hf_transfer.inference.rows import NamedPrediction, format_rows
 from hf_transfer.network.adapters import add_adapters, load_adapted
 from hf_transfer.network.backbone import load
+from hf_transfer.targets.regression import Regression
 from tests.test_save import results_for, write_upstream
 
 
@@ -92,6 +95,42 @@ def test_unreadable_images_do_not_stop_the_others(
     shown = capsys.readouterr()
     assert [row["image"] for row in json.loads(shown.out)] == [str(file) for file in readable]
     assert [line.count(".png: ") + line.count(".jpg: ") for line in shown.err.splitlines()] == [1, 1]
+
+
+def test_images_that_another_process_could_not_read_have_no_prediction(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each process decodes its own share, and knows only its own problems."""
+    files = find_images([images / "test"])
+    problem = BadImageError(f"{files[3]}: the image is damaged")
+    monkeypatch.setattr("hf_transfer.inference.predict.gather", lambda own: [own, {3: problem}])
+    with pytest.raises(UnreadableImagesError, match="damaged") as caught:
+        predict(load("embedded"), files)
+    assert [each.image for each in caught.value.predictions] == [str(file) for file in files if file != files[3]]
+    for rank, shown in (("0", 4), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            main(["predict", "embedded", str(images / "test"), "--format", "jsonl"])
+        assert stop.value.code == 1
+        output = capsys.readouterr()
+        assert len(output.out.splitlines()) == shown
+        assert output.err.count("damaged") == bool(shown)
+
+
+def test_a_number_may_be_called_like_a_column_of_the_table() -> None:
+    target = Regression(names=("distance", "image", "angle"))
+    prediction = Prediction(
+        image="a.png", labels=target.names, values=(12.5, 3.0, 1.0), unlike_training=False, distance=0.4
+    )
+    rows = list(
+        csv.DictReader(format_rows([NamedPrediction(prediction=prediction, target=target)], "csv").splitlines())
+    )
+    assert rows == [
+        {
+            "image": "a.png", "predicted distance": "12.5", "predicted image": "3.0", "angle": "1.0",
+            "unlike_training": "false", "distance": "0.4",
+        }
+    ]  # fmt: skip
 
 
 def test_images_in_memory_are_predicted_as_their_files_are(images: Path) -> None:

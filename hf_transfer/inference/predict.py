@@ -21,6 +21,7 @@ from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.processes import gather
 from hf_transfer.targets.target import read_target
 from hf_transfer.training.evaluate import compute_logits_and_features
 
@@ -195,16 +196,17 @@ def predict(
     chosen = decide_engine(backbone.model, inputs, resources, image_shape=shape, num_images=len(inputs))
     model = backbone.model.eval()
     logits, features = compute_logits_and_features(model, judge.inputs, inputs, resources, engine=chosen)
+    problems = {i: error for own in gather(inputs.problems) for i, error in own.items()}  # of all processes
     judgment = judge.judge(logits, features)
     activated = backbone.target.activate(torch.from_numpy(logits))
     order = backbone.target.order_outputs(activated)
     predictions = [
         _describe(inputs.name_of(i), backbone.label_names, activated[i].tolist(), order[i].tolist(), top_k, judgment, i)
         for i in range(len(inputs))
-        if i not in inputs.problems
+        if i not in problems
     ]
-    if inputs.problems:
-        raise UnreadableImagesError([inputs.problems[i] for i in sorted(inputs.problems)], predictions)
+    if problems:
+        raise UnreadableImagesError([problems[i] for i in sorted(problems)], predictions)
     return predictions
 
 

@@ -13,6 +13,7 @@ from hf_transfer.inference.predict import Prediction
 from hf_transfer.targets.target import Target
 
 OutputFormat = Literal["text", "json", "jsonl", "csv"]
+FIXED_COLUMNS = frozenset({"image", "adapter", "set", "answers", "unlike_training", "distance", "explanation"})
 SEPARATOR = "|"  # between the labels of a set in a CSV cell, as in tables of labels
 
 
@@ -31,7 +32,7 @@ def format_rows(rows: Sequence[NamedPrediction], output_format: OutputFormat) ->
 
     What the model does not know, or nobody asked for, is left out. The columns of CSV are image, adapter, label, score,
     label_2, score_2, ... (a regression has one column for each number), set, answers, unlike_training, distance and
-    explanation.
+    explanation. A number or label called like one of these columns is called "predicted distance" and so on.
     """
     match output_format:
         case "text":
@@ -100,6 +101,7 @@ def _flatten(row: NamedPrediction) -> dict[str, Any]:
             values |= {f"label{end}": label, f"score{end}": score}
     for name, (low, high) in zip(p.labels, p.intervals or (), strict=p.intervals is not None):
         values |= {f"{name} low": low, f"{name} high": high}
+    values = {f"predicted {name}" if name in FIXED_COLUMNS else name: value for name, value in values.items()}
     label_set = {} if p.label_set is None else {"set": SEPARATOR.join(p.label_set)}
     judged = {name: str(value).lower() if isinstance(value, bool) else value for name, value in _judge(p).items()}
     return {"image": p.image, **adapter, **values, **label_set, **judged, **_explain(row)}
