@@ -41,6 +41,14 @@ def replace_file(file: Path, content: bytes) -> None:
         raise
 
 
+def share(file: Path) -> None:
+    """Gives a file that safetensors wrote, which only its owner may read, the permissions of other new files."""
+    probe = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    probe.touch()
+    file.chmod(probe.stat().st_mode)
+    probe.unlink()
+
+
 def read_sealed(file: Path) -> Any:
     """Returns the JSON value in `file`. Raises ValueError if the file is damaged, OSError if it cannot be read."""
     return unseal(file.read_bytes())

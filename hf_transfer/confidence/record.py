@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from hf_transfer.confidence.conformal import find_limits
 from hf_transfer.confidence.distance import TrainingDistance
 from hf_transfer.confidence.selective import Abstention, choose_threshold, find_lowest_limit
+from hf_transfer.sealed import share
 
 CONFIDENCE = "confidence.safetensors"
 KEY = "hf_transfer_confidence"  # of the file's metadata, and of the entry in config.json that names the file
@@ -88,6 +89,7 @@ class Confidence:
             values["distance"] = {name: getattr(self.distance, name) for name in _NUMBERS_OF_DISTANCE}
             tensors |= {f"distance_{name}": getattr(self.distance, name) for name in _OF_DISTANCE}
         save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, path, metadata={KEY: json.dumps(values)})
+        share(path)
 
 
 def read_confidence(folder: Path) -> Confidence | None:

@@ -16,6 +16,7 @@ from hf_transfer.network.adapters import TASK, Adapted, check_saved_apart
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.timm_models import save_timm
 from hf_transfer.network.transformers_types import is_transformers_model
+from hf_transfer.sealed import share
 
 
 def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> None:
@@ -46,7 +47,7 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
     card = partial / "README.md"
     make_card(backbone, results, partial).save(card)
     for weights in partial.glob("*.safetensors"):
-        weights.chmod(card.stat().st_mode)  # safetensors ignores the umask and lets only the owner read
+        share(weights)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
 

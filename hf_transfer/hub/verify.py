@@ -21,6 +21,7 @@ from hf_transfer.hub import fresh_process
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.source import ADAPTER_CONFIG
+from hf_transfer.sealed import share
 
 REFERENCE = "reference.safetensors"
 NUM_IMAGES = 8
@@ -57,6 +58,7 @@ def write_reference(backbone: Backbone, split: Split, path: Path) -> None:
     tensors = {f"image_{i}": torch.from_numpy(np.array(image)) for i, image in enumerate(images)}
     tensors |= {"inputs": inputs, "logits": logits.contiguous()}
     save_file(tensors, path, metadata={"labels": json.dumps(list(backbone.label_names))})
+    share(path)
 
 
 def verify(
