@@ -240,6 +240,13 @@ def test_features_of_an_untrained_network_need_no_held_out_images() -> None:
     rng = np.random.default_rng(0)
     new, strange = draw_features(rng, 2_000), draw_features(rng, 100, plane=8)
     assert fit_distance(draw_features(rng, MIN_HELD_OUT - 1), None) is None
+    # Ten nearly equal images of each object: most images of another object are not unlike those of all other objects.
+    objects, others = draw_features(rng, 60), draw_features(rng, 200)
+    frames = np.repeat(objects, 10, axis=0) + 1e-3 * rng.normal(size=(600, objects.shape[1]))
+    for groups, most, least in ((np.repeat(np.arange(60), 10), 0.1, 0.0), (None, 1.0, 0.9)):
+        distance = fit_distance(frames, None, groups)
+        assert distance is not None
+        assert least <= (distance.measure(others) > 1).mean() <= most
     for count in (60, 150):
         distances = [fit_distance(draw_features(rng, count), None) for _ in range(30)]
         marked = [(d.measure(new) > 1).mean() for d in distances if d is not None]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.solvers.groups import Codes
+
 Floats = NDArray[np.float32]
 
 NEIGHBOR = 2  # the second nearest: one odd training image makes nothing familiar
@@ -48,32 +50,35 @@ class TrainingDistance:
         """
         return self._measure(features) / self.limit
 
-    def _measure(self, features: NDArray[np.floating], *, are_points: bool = False) -> NDArray[np.float64]:
-        """Returns distances (N,). `are_points`: the features are those of the points, each of which is left out for itself."""
+    def _measure(self, features: NDArray[np.floating], groups: Codes | None = None) -> NDArray[np.float64]:
+        """Returns distances (N,). `groups` (N,): the features are those of the points, each group left out for itself."""
         points = self.points.astype(np.float32) * np.float32(self.unit)
         squares = (points**2).sum(1) + self.rests
         nearest = [np.zeros(0)]
         for start in range(0, len(features), _ROWS):
             coordinates, rests = _project(features[start : start + _ROWS], self.mean, self.basis)
             distances = (coordinates**2).sum(1)[:, None] + rests[:, None] + squares - 2 * coordinates @ points.T
-            if are_points:
-                rows = np.arange(len(distances))
-                distances[rows, start + rows] = np.inf
+            if groups is not None:
+                distances[groups[start : start + _ROWS, None] == groups] = np.inf
             rank = min(NEIGHBOR, distances.shape[1]) - 1
             nearest.append(np.partition(np.nan_to_num(distances, nan=np.inf), rank, axis=1)[:, rank].astype(np.float64))
         return np.sqrt(np.maximum(np.concatenate(nearest), 0.0))
 
 
-def fit_distance(train: NDArray[np.floating], held_out: NDArray[np.floating] | None) -> TrainingDistance | None:
+def fit_distance(
+    train: NDArray[np.floating], held_out: NDArray[np.floating] | None, groups: Codes | None = None
+) -> TrainingDistance | None:
     """Returns the distance to features (n, D) of training images, with a limit from features (m, D) of held-out images.
 
     `held_out` is None if the network that computed the features was not trained on the images: then each of them is held out
-    from the others. Returns None if there are too few training images for a distance, or too few held-out images
-    (MIN_HELD_OUT) for a limit.
+    from the others, or each of the `groups` (n,), since images of one group are near each other. Returns None if there are too
+    few training images for a distance, or too few held-out images (MIN_HELD_OUT) for a limit.
     """
     if len(train) < NEIGHBOR or len(train if held_out is None else held_out) < MIN_HELD_OUT:
         return None
-    train = _normalize(train[spread_rows(len(train), MAX_POINTS)])
+    rows = spread_rows(len(train), MAX_POINTS)
+    groups = np.arange(len(rows)) if groups is None else groups[rows]
+    train = _normalize(train[rows])
     mean = train.mean(0)
     basis = _find_axes(train - mean, max(1, min(MAX_AXES, MAX_BASIS_BYTES // (2 * train.shape[1])))).astype(np.float16)
     coordinates, rests = _project(train, mean, basis)
@@ -87,7 +92,7 @@ def fit_distance(train: NDArray[np.floating], held_out: NDArray[np.floating] | N
         limit=1.0,
         num_held_out=len(train if held_out is None else held_out),
     )
-    distances = np.sort(raw._measure(train, are_points=True) if held_out is None else raw._measure(held_out))
+    distances = np.sort(raw._measure(train, groups) if held_out is None else raw._measure(held_out))
     limit = float(distances[_rank_limit(len(distances)) - 1])
     return TrainingDistance(**{**vars(raw), "limit": limit}) if _LEAST_LIMIT < limit < math.inf else None
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.confidence.distance import MAX_POINTS, TrainingDistance, fit_distance, spread_rows
+from hf_transfer.data.dataset import Data
 from hf_transfer.data.splits import Split
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.head import HeadInput, watch_features
@@ -20,6 +21,7 @@ from hf_transfer.prefix.engine_choice import limit_engine
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.store import SelectedStore
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import Codes, number_groups
 from hf_transfer.training.evaluate import compute_logits_and_features, compute_stored_logits
 from hf_transfer.training.records import Activations, RunResult
 
@@ -43,8 +45,10 @@ FROM_IMAGES = SampleSize(train=300, validation=200)
 
 def find_distance(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> TrainingDistance | None:
     """Returns the distance to the features of training images, which held-out images limit."""
-    train, held_out = find_features(session, result, inputs)
-    return fit_distance(train, held_out)
+    train, held_out = _read_features(session, result, inputs)
+    if not _is_joined(result):
+        return fit_distance(train, held_out)
+    return fit_distance(np.concatenate([train, held_out]), None, _find_groups(session.data, len(train), len(held_out)))
 
 
 def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features | None]:
@@ -53,9 +57,19 @@ def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInpu
     If the network trained on both alike, or on none of them, as a probe, they come together, followed by None.
     """
     train, held_out = _read_features(session, result, inputs)
-    if "estimated_by" in result.validation.details:
-        return np.concatenate([train, held_out]), None
-    return train, held_out
+    return (np.concatenate([train, held_out]), None) if _is_joined(result) else (train, held_out)
+
+
+def _is_joined(result: RunResult) -> bool:
+    """Whether the network trained on train and validation images alike, or on none of them."""
+    return "estimated_by" in result.validation.details
+
+
+def _find_groups(data: Data, num_train: int, num_validation: int) -> Codes | None:
+    """Returns the groups of the images whose features `_read_features` gives; None if images have no groups."""
+    codes, first = number_groups([data.train, data.validation]), len(data.train)
+    rows = spread_rows(first, num_train), first + spread_rows(len(data.validation), num_validation)
+    return None if codes is None else codes[np.concatenate(rows)]
 
 
 def _read_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features]:
