@@ -131,6 +131,29 @@ def test_the_probes_folds_keep_groups() -> None:
     assert count_divided(codes, fold_of.numpy()) == 0
     assert count_divided(codes, draw_folds(targets, 5, 0).numpy()) > 0
     assert int(draw_folds(targets[:4], 5, 0, torch.tensor([0, 0, 1, 1])).max()) == 1, "no more folds than groups"
+    assert int(draw_folds(targets[:10], 5, 0, torch.zeros(10)).max()) == 4, "a single group is divided"
+
+
+def test_a_fold_of_one_group_solves_its_head_on_the_other_group() -> None:
+    """And a class with a single training image, which no fit of a fold knows, does not choose C."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 8, generator=generator)
+    labels = torch.arange(40) % 2
+    features[:, 0] += 3 * labels
+    groups = torch.arange(40) // 20
+    lonely = labels[:20].clone()
+    lonely[0] = 2
+    for own, names in ((labels[:20], ("a", "b")), (lonely, ("a", "b", "c"))):
+        target = SingleLabel(names=names)
+        options = ProbeOptions(holds_out=True, refit=False)
+        held_out = torch.cat([labels[20:], torch.tensor([len(names) - 1])])
+        rows = [features[:20].numpy(), torch.cat([features[20:], features[:1]]).numpy()]
+        readouts = [RawFeatures(arrays=rows, device=torch.device("cpu"))]
+        probes, _ = fit_probes(readouts, own, held_out, target, options, torch.cat([groups, groups[:1]]))
+        (probe,) = probes.values()
+        assert probe.weight.isfinite().all()
+        assert np.isfinite(probe.score.loss)
+        assert probe.score.loss < 0.5
 
 
 def test_a_probe_whose_folds_divide_groups_believes_copies() -> None:

@@ -37,9 +37,9 @@ def draw_folds(strata: Tensor, folds: int, seed: int, groups: Tensor | None = No
     """Returns the fold (N,) that holds out each row. Folds divide each stratum evenly, and their sizes differ by at most 1.
 
     `groups` (N,): numbers of groups, each of which stays in one fold (see `groups.spread_groups`). With fewer groups than
-    folds, there are as many folds as groups.
+    folds, there are as many folds as groups. A single group is divided, because a fold needs other rows to fit on.
     """
-    if groups is not None:
+    if groups is not None and len(groups.unique()) > 1:
         count = min(folds, len(groups.unique()))
         spread = spread_groups(strata.cpu().numpy(), groups.cpu().numpy(), count, seed)
         return torch.from_numpy(spread).to(strata.device)

@@ -350,6 +350,9 @@ def _weigh_folds(labels: Tensor, fold_of: Tensor, num_train: int, target: Target
     def weigh(rows: Tensor) -> Tensor:
         return target.balance(labels, rows) if options.class_balance != "none" else rows.float()
 
+    fitted_or_held_out = is_fitted | (fold_of >= 0)
+    scored = torch.zeros_like(is_train)
+    scored[fitted_or_held_out] = target.find_scored(labels[fitted_or_held_out], fold_of[fitted_or_held_out], count)
     return Folds(
         target=target,
         labels=labels,
@@ -357,7 +360,7 @@ def _weigh_folds(labels: Tensor, fold_of: Tensor, num_train: int, target: Target
         fold_of=fold_of,
         fit_weights=torch.stack([weigh((fold_of != fold) & is_fitted) for fold in range(count)]),
         head_weights=weigh(torch.ones_like(is_train) if options.refit else is_train),
-        score_weights=weigh(target.find_scored(labels, fold_of, count)),
+        score_weights=weigh(scored),
     )
 
 
