@@ -23,11 +23,13 @@ from hf_transfer.choosing.premises import UNSEEN, gather_premises
 from hf_transfer.choosing.similarity import measure_similarity
 from hf_transfer.cli import main
 from hf_transfer.session import Session
+from hf_transfer.strategy import make_strategy
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import Target
 from hf_transfer.training import loop
+from hf_transfer.training.finish import _fit_decisions, finish_target
 from hf_transfer.training.records import Gain
 from tests.sessions import make_session
 from tests.test_auto import expect, run_command
@@ -120,6 +122,18 @@ def test_a_target_whose_best_quality_is_zero_counts_errors_from_there() -> None:
         best_quality = 0.0
 
     assert find_error(Negative(names=("x",)), -0.2, 100) == pytest.approx((20 + 0.5) / 101)
+
+
+def test_thresholds_are_fitted_to_no_fold_and_a_note_says_that_f1_is_optimistic(table: Path) -> None:
+    session = open_shapes("labels", table)
+    probe = make_strategy("linear_probe", readouts="none")
+    session = session.with_strategy(probe)
+    result = probe.run(probe.restart(session))
+    finished = finish_target(session, result)
+    assert finished.backbone.target != result.backbone.target, "the thresholds moved"
+    assert any("F1 and exact matches are optimistic" in note for note in finished.validation.notes)
+    held_out = replace(session, data=replace(session.data, holds_out_validation=True))
+    assert _fit_decisions(held_out, result, is_scored=True) is result
 
 
 # --- what is expected ----------------------------------------------------------------------------------------------------

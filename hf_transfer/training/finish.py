@@ -31,6 +31,9 @@ def check_foldable(session: Session) -> None:
         )
 
 
+FITTED_DECISIONS = "The thresholds were fitted to these images too, so F1 and exact matches are optimistic."
+
+
 def finish_target(session: Session, result: RunResult) -> RunResult:
     """Returns the result whose network is ready to be saved. The head of the network is scaled in place.
 
@@ -83,11 +86,18 @@ def _fit_decisions(session: Session, result: RunResult, *, is_scored: bool) -> R
     `is_scored`: whether the metrics are of the logits, so that only other decisions need new metrics.
     """
     images, target = _list_images(session, result), result.backbone.target
-    if "validation" not in images:
+    if "validation" not in images or session.data.holds_out_validation:  # a fold measures the recipe, and fits nothing
         return result
     logits, labels = join_predictions(result, images["validation"])
     decided = target.fit_decisions(logits, labels)
-    return result if is_scored and decided == target else rescore(session, result, decided, images)
+    if is_scored and decided == target:
+        return result
+    rescored = rescore(session, result, decided, images)
+    if decided == target:
+        return rescored
+    metrics = rescored.metrics["validation"]
+    noted = replace(metrics, notes=(*metrics.notes, FITTED_DECISIONS))
+    return replace(rescored, metrics={**rescored.metrics, "validation": noted})
 
 
 def _list_images(session: Session, result: RunResult) -> dict[str, Sequence[Split]]:
