@@ -27,11 +27,13 @@ from hf_transfer.data.splits import Split
 from hf_transfer.locations import CHECKPOINTS, RESULTS
 from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.network.damage import read_json
+from hf_transfer.network.fingerprint import hash_tensors
 from hf_transfer.output import is_finished
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_held_out_run, write_config
 from hf_transfer.reporting.sentences import describe_folds, describe_seeds
 from hf_transfer.runs import open_session, train_session, write_run
+from hf_transfer.sealed import replace_file
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import Strategy, make_strategy
@@ -42,6 +44,7 @@ from hf_transfer.training.records import RunResult
 log = logging.getLogger(__name__)
 
 PROBE = "linear_probe"
+NETWORK = "network"  # file in `checkpoints` with the hash of the weights from which all runs start
 Load = Callable[[RunConfig], Data]
 
 
@@ -114,6 +117,7 @@ class _Start:
             config, load=lambda: self.load(config), output_dir=self.output_dir, unrepeatable=self.unrepeatable
         )
         first.costs.stop()
+        self.check_network(first)
         folds = divide(first.data, count, config.seed)
         config = pin_revisions(first)  # with the engine that was chosen: one engine, one cache
         repeats = []
@@ -142,11 +146,14 @@ class _Start:
             self.config, load=lambda: self.load(self.config), output_dir=self.output_dir, unrepeatable=self.unrepeatable
         )
         first.costs.stop()
+        self.check_network(first)
         data, config = first.data, pin_revisions(first)
         total = len(data.train) + len(data.validation)
         pooled = join_pool(data)
         line = "this is the sibling of a model that is trained on train and validation images: it scores no test images"
-        own = replace(self, config=_alone(config), unrepeatable=(*self.unrepeatable, line))
+        # The model is calibrated on the sibling's predictions, which must not be calibrated already.
+        alone = replace_settings(_alone(config), {"calibrate": False})
+        own = replace(self, config=alone, unrepeatable=(*self.unrepeatable, line))
         sibling = own.train(replace(pooled, test=None), "sibling")
         if first.is_main:
             log.info("training the model on all %d images, as long as its sibling", total)
@@ -185,6 +192,7 @@ class _Start:
                 data = self.load(own.config)
             if kept is None:  # the network is needed, so a finished run of the first seed continues from its last state
                 session = own.open(data, f"seed_{seed}")
+                self.check_network(session)
                 kept, engine = (session, train_session(session)), session.config.compute.engine
                 own = replace(own, config=replace_settings(own.config, {"engine": engine}))
                 runs.append(_record(*kept))
@@ -211,6 +219,12 @@ class _Start:
         """Opens the session of a run on `data`, whose folder is `name` in the output folder."""
         folder = None if self.output_dir is None else self.output_dir / name
         return open_session(self.config, load=lambda: data, output_dir=folder, unrepeatable=self.unrepeatable)
+
+    def check_network(self, session: Session) -> None:
+        """Stores the hash of the weights before training. Raises ValueError if the runs to resume had other weights."""
+        if self.output_dir is not None:
+            file, network = self.output_dir / CHECKPOINTS / NETWORK, hash_tensors(session.chain.model.state_dict())
+            processes.run_on_main(lambda: _check_hash(file, network, resumes=self.config.output.resume))
 
     def train(self, data: Data, name: str) -> Repeat:
         """Runs the strategy on `data`, or reads the finished run to resume. Its folder is `name` in the output folder."""
@@ -245,6 +259,16 @@ def _record(session: Session, result: RunResult) -> Repeat:
 
 def _name(data: Data) -> dict[str, Split]:
     return {str(split.name): split for split in data.splits}
+
+
+def _check_hash(file: Path, network: str, *, resumes: bool) -> None:
+    if resumes and file.is_file() and file.read_text() != network:
+        raise ValueError(
+            f"--resume: the runs in {file.parents[1]} started from other weights than this checkpoint has now. Give the same "
+            "checkpoint, or start fresh without --resume in another folder"
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(file, network.encode())
 
 
 def _read_finished(folder: Path, config: RunConfig, data: Data) -> Repeat | None:

@@ -177,7 +177,8 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
             log.info("%s", kept)
         for split, metrics in result.metrics.items():
             estimate = describe_estimate(metrics.details)
-            if "test" not in result.metrics and (result.is_chosen or (result.is_selected and not estimate)):
+            is_selected = result.is_selected if not estimate else bool(metrics.details.get("is_selected"))
+            if "test" not in result.metrics and (result.is_chosen or is_selected):
                 optimistic = "optimistic, because these images also selected the model"
                 estimate = f"{estimate}; {optimistic}" if estimate else optimistic
             log.info("%s: %s%s", split, describe_quality(metrics), f"; {estimate}" if estimate else "")

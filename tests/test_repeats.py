@@ -21,11 +21,12 @@ from hf_transfer.data.folds import divide
 from hf_transfer.data.splits import Role, Split
 from hf_transfer.metrics.classification import score
 from hf_transfer.metrics.multi_label import choose_thresholds
-from hf_transfer.metrics.records import Score
+from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.prefix.cache import MissingRows
 from hf_transfer.prefix.extract import _Extraction
 from hf_transfer.repeats import run_config
 from hf_transfer.reporting.predictions import PREDICTIONS
+from hf_transfer.reporting.report_results import explain_validation
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from hf_transfer.targets.multi_label import MultiLabel
@@ -406,7 +407,12 @@ def test_the_sibling_is_an_ordinary_run_whose_metrics_the_model_has(
 ) -> None:
     folder, results = with_sibling
     sibling = json.loads((folder / "sibling" / "results.json").read_text())
-    _, alone = run(tmp_path / "alone", "full", epochs=3, keep_last_epoch=True)
+    _, calibrated = run(tmp_path / "calibrated", "full", epochs=3, keep_last_epoch=True)
+    assert (
+        calibrated["details"]["confidence"]["temperatures"] == results["details"]["confidence"]["temperatures"] != [1.0]
+    )
+    assert calibrated["metrics"]["validation"]["nll"] == pytest.approx(results["metrics"]["validation"]["nll"])
+    _, alone = run(tmp_path / "alone", "full", epochs=3, keep_last_epoch=True, calibrate=False)
     assert sibling["metrics"]["validation"] == alone["metrics"]["validation"]
     assert "test" not in sibling["metrics"], "test images are for the model alone"
     one, other = (load_file(each / "model" / "model.safetensors") for each in (folder / "sibling", tmp_path / "alone"))
@@ -417,6 +423,26 @@ def test_the_sibling_is_an_ordinary_run_whose_metrics_the_model_has(
     assert {split for split, _, _ in read_rows(folder).values()} == {"validation"}
     for report in (folder / "report.html", folder / "model" / "README.md"):
         assert "each image was predicted by a model of the same recipe that had not trained on it" in report.read_text()
+
+
+def test_runs_of_other_weights_are_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "run", "linear_probe", folds=2, readouts="none")
+    run(tmp_path / "run", "linear_probe", folds=2, readouts="none", resume=True, overwrite_output_dir=True)
+    monkeypatch.setattr(repeats, "hash_tensors", lambda tensors: "of another checkpoint")
+    with pytest.raises(ValueError, match="started from other weights than this checkpoint has now"):
+        run(tmp_path / "run", "linear_probe", folds=2, readouts="none", resume=True, overwrite_output_dir=True)
+
+
+@pytest.mark.parametrize(("kept", "is_said"), [(Kept.EPOCH, True), (Kept.LAST, False)])
+def test_metrics_say_whether_the_held_out_images_chose_epochs(kept: Kept, is_said: bool) -> None:
+    score = Score(quality=0.5, loss=1.0)
+    phase = PhaseResult(
+        policy="full", cut=None, optimizer="adamw", epochs=1, num_trainable=1, kept=kept, score=score, kept_epoch=1
+    )
+    metrics = Metrics(values={}, num_samples=2, score=score)
+    final = plan_final_fit([HeldOutRun(phases=(phase,))], metrics, {}, estimated_by=EstimatedBy.SIBLING)
+    sentence = explain_validation({}, final.metrics.details)
+    assert ("also chose the epochs of those models, so the metrics are optimistic" in sentence) == is_said
 
 
 def test_the_model_trains_on_train_and_validation_images(with_sibling: tuple[Path, dict[str, Any]]) -> None:

@@ -17,6 +17,8 @@ NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they
 
 CHOSE_STRATEGY = " These predictions also chose the strategy, so the metrics are optimistic."
 
+CHOSE_EPOCHS = " These images also chose the epochs of those models, so the metrics are optimistic."
+
 
 def choose_split(results: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """Returns the name and the metrics of the split that a report shows: test or, without one, validation.
@@ -69,4 +71,6 @@ def explain_validation(results: Mapping[str, Any], scores: Mapping[str, Any]) ->
         return NO_TEST_SPLIT
     candidates = results.get("details", {}).get("auto", {}).get("candidates", ())
     chose = CHOSE_STRATEGY if any(row["runs"] for row in candidates) else ""
+    if scores.get("is_selected"):
+        chose = CHOSE_EPOCHS
     return f"There is no test split: {clause}. The saved model has trained on all of them.{chose}"

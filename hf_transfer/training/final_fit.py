@@ -74,11 +74,19 @@ def plan_final_fit(
     estimated_by: EstimatedBy,
 ) -> FinalFit:
     """Returns the final fit after the earlier runs. `logits` (N, K) are their predictions by split, and have the `metrics`."""
+    selects = any(phase.kept in (Kept.START, Kept.EPOCH) for run in runs for phase in run.phases)
     depth = round(statistics.median_low(run.depth for run in runs))
     alphas = [alpha for run in runs if run.phases and (alpha := run.phases[-1].wise_ft_alpha) is not None]
     return FinalFit(
         phases=tuple(_average([run.phases[run.num_stages :] for run in runs])),
-        metrics=replace(metrics, details={**metrics.details, "estimated_by": estimated_by.value}),
+        metrics=replace(
+            metrics,
+            details={
+                **metrics.details,
+                "estimated_by": estimated_by.value,
+                **({"is_selected": True} if selects else {}),
+            },
+        ),
         logits=logits,
         stages=tuple(_average([run.phases[: run.num_stages] for run in runs]))[:depth],
         wise_ft_alpha=statistics.median(alphas) if alphas else None,
