@@ -236,6 +236,18 @@ def test_shards_in_a_folder_are_divided_by_their_names(tmp_path: Path) -> None:
     assert data.train.groups[:2].tolist() == ["p1", "p1"]
 
 
+@pytest.mark.parametrize("pattern", ["pets-{}-000", "{}/000", "{}/pets-000", "pets_{}2017_000"])
+def test_shards_are_divided_by_a_word_of_their_names_or_by_their_folders(pattern: str, tmp_path: Path) -> None:
+    for split, rows in {"train": range(12), "validation": range(12, 16), "test": range(16, 20)}.items():
+        file = tmp_path / "pets" / f"{pattern.format(split)}.tar"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shard(file, rows, LABELS["json"])
+    assert [len(split) for split in load(tmp_path / "pets").splits] == [12, 4, 4]
+    shard(tmp_path / "pets" / "more-000.tar", range(20, 24), LABELS["json"])
+    with pytest.raises(ValueError, match=r"1 of 4 archives say no split \(first: more-000.tar\), but others do"):
+        load(tmp_path / "pets")
+
+
 def test_other_archives_in_a_folder_are_named_with_the_remedy(tmp_path: Path) -> None:
     source = folder(tmp_path / "pets")
     (tmp_path / "data").mkdir()

@@ -320,7 +320,6 @@ def test_an_unreadable_folder_is_named() -> None:
             (root / "bee").chmod(0o755)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets leaves the csv open
 def test_metadata_beside_images_gives_the_labels(tmp_path: Path) -> None:
     for split, n in (("train", 6), ("test", 2)):
         write(tmp_path / split, f"pictures/*{n}")
@@ -331,9 +330,28 @@ def test_metadata_beside_images_gives_the_labels(tmp_path: Path) -> None:
     assert data.label_names == ("ant", "bee")
     assert labels_by_image(data.test) == {"test/pictures/0.png": "ant", "test/pictures/1.png": "bee"}
     (tmp_path / "train/metadata.csv").write_text("name,label\nx,y\n")
-    with pytest.raises(ValueError, match=r"cannot be read.*file_name"):
+    with pytest.raises(ValueError, match=r"read: train/metadata.csv: it has no column file_name, but 'name', 'label'"):
         load(tmp_path)
-    gc.collect()  # here, not in a later test
+
+
+def test_metadata_above_the_folders_of_splits_gives_the_labels_not_the_folders(tmp_path: Path) -> None:
+    """As they are written: "007" is another class than "7", and "None" is a class. A note counts unlisted images."""
+    labels = ("7", "007", "None")
+    rows = ["file_name,label"]
+    for split, n in (("train", 12), ("test", 6)):
+        write(tmp_path, f"{split}/camera/*{n}")
+        rows += [f"{split}/camera/{i}.png,{labels[i % 3]}" for i in range(n)]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows[:-1]))
+    data = load(tmp_path)
+    assert data.label_names == ("007", "7", "None")
+    assert data.test is not None
+    assert labels_by_image(data.test)["test/camera/1.png"] == "007"
+    assert (len(data.train) + len(data.validation), len(data.test)) == (12, 5)
+    assert any("17 of 18 images" in note and "test/camera/5.png" in note for note in data.loading_notes)
+    write(tmp_path, "others/*1")
+    (tmp_path / "metadata.csv").write_text("\n".join([*rows, "others/0.png,7"]))
+    with pytest.raises(ValueError, match=r"1 images that metadata files list lie outside of the folders of splits"):
+        load(tmp_path)
 
 
 def test_a_mixture_of_images_and_tables_is_refused(tmp_path: Path) -> None:

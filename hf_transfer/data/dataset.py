@@ -325,7 +325,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
     if not has_images and not table_files and archives and all(map(is_webdataset, archives)):
         from hf_transfer.data import tables
 
-        return tables.read_webdataset(archives, public_name(root), columns)
+        return tables.read_webdataset(archives, public_name(root), columns, root)
     if not has_images and not table_files:
         raise ValueError(
             f"dataset={config.dataset!r}: no image in this folder ({len(other_files):,} other files); expected"
@@ -346,7 +346,11 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
                 )
         from hf_transfer.data import tables
 
-        return (tables.read_table_folder if table_files else tables.read_metadata_folder)(root, columns)
+        if table_files:
+            return tables.read_table_folder(root, columns)
+        return tables.read_metadata_folder(
+            root, [*map(PurePosixPath, metadata)], {*map(str, top.all_images())}, columns
+        )
     columns.refuse("an image folder")
     columns.refuse_streaming("an image folder")
     return read_folder(root, top, public_name(root), tuple(config.named_splits().values()))

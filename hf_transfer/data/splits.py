@@ -267,6 +267,17 @@ def role_of(split_name: str) -> Role | None:
     return roles.pop() if len(roles) == 1 else None
 
 
+def role_in(name: str) -> Role | None:
+    """Returns the only role that a word of a name says, whatever the other words, as in "pets-train-000"; None without one.
+
+    >>> role_in("imagenet1k-validation-00"), role_in("0000"), role_in("train_and_test")
+    ('validation', None, None)
+    """
+    words = re.findall(r"[^\W\d_]+", name.casefold())
+    roles = {_ROLE_OF_WORD[word] for word in words if word in _ROLE_OF_WORD}
+    return roles.pop() if len(roles) == 1 else None
+
+
 def public_name(path: Path) -> str:
     """Returns the public name of the dataset at the resolved `path`: the base name of `path`, without a file suffix.
 

@@ -5,14 +5,15 @@ pinned to the commit that was read. Offline, `datasets` reads its cache, which m
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError, DatasetsError
@@ -29,7 +30,7 @@ from hf_transfer.data.nearby import describe_missing
 from hf_transfer.data.path_columns import read_paths
 from hf_transfer.data.rows import Cells, Rows, divide, read_groups, select_rows
 from hf_transfer.data.sources import ArraySource, ImageSource, TableSource
-from hf_transfer.data.splits import public_name, role_of
+from hf_transfer.data.splits import public_name, role_in, role_of
 from hf_transfer.data.streams import READ_ERRORS, StreamSource
 from hf_transfer.data.text_tables import read_text_table
 from hf_transfer.targets.labels import listed
@@ -126,11 +127,24 @@ def read_text_file(path: Path, columns: Columns) -> StoredData:
     return _to_stored(_checked(path, partial(read_text_table, path)), public_name(path), columns, (path.parent,))
 
 
-def read_webdataset(paths: Sequence[Path], name: str, columns: Columns) -> StoredData:
-    """Reads tars in WebDataset format. The name of a tar says its split, as in "test-000.tar"; without a split, it is train."""
+def read_webdataset(paths: Sequence[Path], name: str, columns: Columns, root: Path | None = None) -> StoredData:
+    """Reads tars in WebDataset format, which are the train split if no name says a split.
+
+    The name of a tar says its split, as in "pets-test-000.tar", or else a folder between `root` and the tar does. Raises
+    ValueError if some tars have a split and others have none.
+    """
     files: dict[str, list[str]] = {}
+    unnamed = []
     for path in paths:
-        files.setdefault(role_of(path.name.partition(".")[0]) or "train", []).append(str(path.resolve()))
+        folders = () if root is None else reversed(path.relative_to(root).parts[:-1])
+        role = next(filter(None, map(role_in, (path.name.partition(".")[0], *folders))), None)
+        unnamed += [] if role else [path.name]
+        files.setdefault(role or "train", []).append(str(path.resolve()))
+    if unnamed and len(unnamed) < len(paths):
+        raise ValueError(
+            f"{name}: the names of {len(unnamed)} of {len(paths)} archives say no split (first: {unnamed[0]}), but others do; "
+            'name all of them after their split, as in "train-000.tar"'
+        )
     tables = _loaded(paths[0], "webdataset", data_files=files, streaming=columns.streaming)
     return _to_stored(tables, name, columns, tuple({path.resolve().parent: None for path in paths}))
 
@@ -141,11 +155,64 @@ def read_local_config(root: Path, config: str, columns: Columns) -> StoredData:
     return _to_stored(tables, f"{public_name(root)}:{config}", columns, (root,))
 
 
-def read_metadata_folder(root: Path, columns: Columns) -> StoredData:
-    """Reads images with a metadata.csv, .jsonl or .parquet, in the imagefolder format of `datasets`."""
+def read_metadata_folder(
+    root: Path, files: Sequence[PurePosixPath], images: Collection[str], columns: Columns
+) -> StoredData:
+    """Reads images with metadata.csv, .jsonl or .parquet `files`, in the imagefolder format of `datasets`.
+
+    A column `file_name` has the paths of images, which start at the folder of the metadata file. A folder that is called like a
+    split makes a split, wherever the metadata file is. `images`: those in the folder; a note counts the unlisted ones. Raises
+    ValueError if a file is damaged or has no such column, and if only some of the images lie in folders of splits.
+    """
     columns.refuse_streaming("a folder of image files")
-    tables = _loaded(root, "imagefolder", data_dir=str(root))
-    return _to_stored(tables, public_name(root), columns, (root,))
+    name = public_name(root)
+    by_split: dict[str, list[Any]] = {}
+    listed_images: set[str] = set()
+    for file in files:
+        table = _checked(root, partial(_read_metadata, root, file))
+        paths = table["file_name"][:]
+        splits = np.array([_find_split(path) for path in paths])
+        for split in dict.fromkeys(splits.tolist()):
+            by_split.setdefault(split, []).append(table.select(np.flatnonzero(splits == split)))
+        listed_images.update(paths)
+    if len(by_split) > 1 and "" in by_split:
+        raise ValueError(
+            f"{name}: {sum(map(len, by_split['']))} images that metadata files list lie outside of the folders of splits "
+            f"({listed(sorted(filter(None, by_split)))}); move them into one, or name the split in a column (--split_column)"
+        )
+    tables = {
+        split or "train": _checked(root, partial(datasets.concatenate_datasets, parts))
+        for split, parts in by_split.items()
+    }
+    stored = _to_stored(tables, name, columns, (root,))
+    unlisted = sorted(set(images) - listed_images)
+    if not unlisted:
+        return stored
+    note = (
+        f"The metadata files list {len(images) - len(unlisted):,} of {len(images):,} images in this folder; the others are not "
+        f"used: {listed(unlisted, 3)}."
+    )
+    return replace(stored, notes=(*stored.notes, note))
+
+
+def _read_metadata(root: Path, file: PurePosixPath) -> Any:
+    """Returns a metadata file as a table, with paths that start at `root`. Errors start with the file's name."""
+    try:
+        path = root / file
+        table = datasets.Dataset(pq.read_table(path)) if path.suffix == ".parquet" else read_text_table(path)
+        if "file_name" not in table.column_names:
+            raise ValueError(f"it has no column file_name, but {listed(table.column_names)}")
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file}: {error}") from error
+    names = [name if name is None else str(file.parent / str(name)) for name in table["file_name"][:]]
+    where = table.column_names.index("file_name")
+    return datasets.Dataset(table.data.table.set_column(where, "file_name", pa.array(names, pa.string())))
+
+
+def _find_split(path: str | None) -> str:
+    """Returns the first folder of a path that is called like a split, or "" without one."""
+    folders = () if path is None else PurePosixPath(path).parts[:-1]
+    return next((folder for folder in folders if role_of(folder)), "")
 
 
 def _loaded(path: Path, *arguments: Any, **named: Any) -> Any:
