@@ -303,6 +303,22 @@ def test_folders_and_links_that_cannot_be_read_are_named(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="user ids exist on POSIX only")
+def test_an_unreadable_hidden_folder_is_left_out() -> None:
+    """Such as .Spotlight-V100 on a disk of another user."""
+    with tempfile.TemporaryDirectory() as parent:
+        root = write(Path(parent, "pets"), "ant/*4", "bee/*4", ".system/*1")
+        Path(parent).chmod(0o755)
+        (root / ".system").chmod(0o000)
+        user = os.geteuid()
+        os.seteuid(user or 65534)  # root may read everything
+        try:
+            assert load(root).label_names == ("ant", "bee")
+        finally:
+            os.seteuid(user)
+            (root / ".system").chmod(0o755)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="user ids exist on POSIX only")
 def test_an_unreadable_folder_is_named() -> None:
     with tempfile.TemporaryDirectory() as parent:
         root = write(Path(parent, "pets"), "ant/*4", "bee/*4")

@@ -126,6 +126,12 @@ def test_sixteen_bit_grays_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert pixels(gray16_png(values, transparent=256)).tolist()[0][2] == list(WHITE)
 
 
+def test_thirty_two_bit_integers_of_eight_bit_values_stay_as_they_are() -> None:
+    values = np.array([[0, 100, 255]], np.int32)
+    assert pixels(Image.fromarray(values)).tolist() == [[[v] * 3 for v in values[0].tolist()]]
+    assert pixels(encoded(Image.fromarray(values), "TIFF")).tolist() == [[[v] * 3 for v in values[0].tolist()]]
+
+
 def test_integers_beyond_sixteen_bits_are_refused() -> None:
     with pytest.raises(BadImageError, match=r"scan\.tif.*-1 to 70000.*8 or 16 bits"):
         read_image(Image.fromarray(np.array([[-1, 70000]], np.int32)), "scan.tif")

@@ -129,8 +129,11 @@ def _is_hidden_class(folder: os.DirEntry[str]) -> bool:
     """Whether a folder may be meant as a class but is ignored: its name starts with a dot, and it contains images."""
     if not folder.name.startswith(".") or folder.name.casefold() in _HIDDEN_LITTER:
         return False
-    with os.scandir(folder.path) as entries:
-        return any(PurePosixPath(entry.name).suffix.casefold() in IMAGE_SUFFIXES for entry in entries)
+    try:
+        with os.scandir(folder.path) as entries:
+            return any(PurePosixPath(entry.name).suffix.casefold() in IMAGE_SUFFIXES for entry in entries)
+    except PermissionError:  # of the system, such as .Spotlight-V100 on a disk of another user
+        return False
 
 
 def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str]) -> StoredData:
