@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 
@@ -39,6 +40,7 @@ MARGIN = 1.75  # side of the training square divided by the side of the network'
 """At this side, the smallest crop of the default `crop_scale` still has a stored pixel for each pixel of the input."""
 NUM_SAMPLED = 32  # images whose sizes choose the side of the training squares
 ROWS_PER_TASK = 16
+_READER = f"{READER_VERSION}, Pillow {PIL.__version__}"  # another version of Pillow may round other pixels
 _SQUARES_VERSION = f"torch {resizing.KERNELS_VERSION}"
 _MAX_REMEMBERED_BYTES = 64  # of one image's value; smaller values are kept when an image is decoded
 
@@ -81,7 +83,7 @@ class EvaluationImages:
         """The fingerprint of the split's content, and the preprocessing."""
         return {
             "data": self.split.fingerprint,
-            "reader": READER_VERSION,
+            "reader": _READER,
             "preprocessing": dict(self.preprocessing.spec),
             "views": 1,
         }
@@ -385,7 +387,7 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
     )
     started = time.perf_counter()
     # The fingerprint is needed on disk only, and is a hash of all images.
-    fields = {**key, "data": split.fingerprint, "reader": READER_VERSION} if resources.uses_disk else key
+    fields = {**key, "data": split.fingerprint, "reader": _READER} if resources.uses_disk else key
     stored = cached(fields, request, f"{key['kind']}, {len(split)} images")
     (storage,) = set(stored.storages.values())
     if storage.kind == "none":
