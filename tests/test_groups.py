@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hf_transfer.data.notes import notes_on_groups
+from hf_transfer.data.notes import notes_on_groups, notes_on_intervals
 from hf_transfer.data.splits import Role, Split, draw
 from hf_transfer.solvers.features import RawFeatures
 from hf_transfer.solvers.folds import draw_folds
@@ -181,3 +181,11 @@ def test_stored_splits_that_share_groups_are_noted() -> None:
     (note,) = notes_on_groups([train, test])
     assert note.startswith("The test split shares 2 groups with train (3 of its 5 images): 'p1', 'p4'.")
     assert notes_on_groups([train, make_split(labels, np.array(["q"] * 5), "test")]) == []
+
+
+def test_a_note_says_that_intervals_count_images_of_a_group() -> None:
+    labels = np.array([0, 1, 0, 1, 0])
+    assert notes_on_intervals([make_split(labels, np.arange(5), "test")]) == [], "a group for each image"
+    (note,) = notes_on_intervals([make_split(labels, np.array(["a", "a", "b", "b", "b"]), "test")])
+    assert note.startswith("The 5 test images are of 2 groups. ")
+    assert note.endswith("so they are too narrow.")

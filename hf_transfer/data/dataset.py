@@ -28,7 +28,13 @@ from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
 from hf_transfer.data.nearby import describe_missing
-from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
+from hf_transfer.data.notes import (
+    notes_on_classes,
+    notes_on_copies,
+    notes_on_draws,
+    notes_on_groups,
+    notes_on_intervals,
+)
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 from hf_transfer.data.where import parse_where
 from hf_transfer.displays import show_pictures, show_table, show_title
@@ -173,7 +179,8 @@ def _draw(splits: Mapping[Role, Split], config: DataConfig, stored: StoredData) 
         config, train, validation, test, num_stored=num_stored, is_validation_drawn=is_validation_drawn
     )
     drawn_splits = [split for split in (train, validation, test) if split is not None]
-    notes += [*notes_on_groups(drawn_splits), *notes_on_classes(train, validation, test)]
+    notes += [*notes_on_groups(drawn_splits), *notes_on_intervals([validation if test is None else test])]
+    notes += notes_on_classes(train, validation, test)
     return Data(
         train=train,
         validation=validation,

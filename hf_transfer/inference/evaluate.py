@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.config import ComputeConfig, DataConfig, ExportPrecision
 from hf_transfer.data.dataset import load_splits
+from hf_transfer.data.notes import notes_on_intervals
 from hf_transfer.data.seen import count_seen, read_seen
 from hf_transfer.data.splits import Role, Split
 from hf_transfer.errors import count_noun, make_printable
@@ -124,6 +125,7 @@ def evaluate_split(
     scored = [compute_checked_logits(backbone.model, each, resources, engine) for each in images]
     logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
     metrics = backbone.target.compute_metrics(logits, labels, seed=data.seed)
+    metrics = replace(metrics, notes=(*metrics.notes, *notes_on_intervals(chosen)))
     if seen is not None and (warning := _warn_of_seen(seen, chosen, resources, splits)):
         metrics = replace(metrics, notes=(*metrics.notes, warning))
     return Evaluation(split=split, target=backbone.target, metrics=metrics)
