@@ -509,6 +509,13 @@ def test_an_adapter_brings_the_preprocessing_that_its_base_lacks(tmp_path: Path)
     assert colors.mean == (0.1, 0.1, 0.1)
 
 
+def test_a_timm_base_with_other_preprocessing_is_not_left_to_plain_timm(tmp_path: Path) -> None:
+    """An adapter that is saved alone would be read with the base's own preprocessing."""
+    one, other = write_timm(tmp_path / "one"), write_timm(tmp_path / "other")
+    assert load(str(one)).is_auto_class
+    assert not load(str(one), preprocessing_from=str(other)).is_auto_class
+
+
 def test_preprocessing_of_the_other_library_is_refused(tmp_path: Path) -> None:
     vit, resnet = write_vit(tmp_path / "vit"), write_timm(tmp_path / "resnet")
     with pytest.raises(ValueError, match="vit is a transformers checkpoint, which is saved with the preprocessing of"):

@@ -82,7 +82,12 @@ def _typed(column: pa.ChunkedArray) -> pa.ChunkedArray:
         return numbers
     has_leading_zero = pc.any(pc.match_substring_regex(column, r"^[-+]?0\d")).as_py()
     numbers = None if has_leading_zero else _cast(column, pa.float64())
-    return column if numbers is None or pc.any(pc.is_nan(numbers)).as_py() else numbers
+    if numbers is None or pc.any(pc.is_nan(numbers)).as_py():
+        return column
+    is_whole = pc.all(pc.match_substring_regex(column, r"^[-+]?\d+$")).as_py()
+    # Long integers, such as numbers of patients, may become equal as floats.
+    merges = is_whole and pc.count_distinct(numbers).as_py() < pc.count_distinct(column).as_py()
+    return column if merges else numbers
 
 
 def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray | None:

@@ -100,7 +100,8 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | Target | None
     )
     if upstream is None:
         loaded = load_timm(source, config, given_args)
-        model, own_labels, is_auto_class, weights = loaded.model, loaded.label_names, loaded.is_plain, loaded.weights
+        model, own_labels, weights = loaded.model, loaded.label_names, loaded.weights
+        is_auto_class = loaded.is_plain and origin is None  # plain timm takes the preprocessing of the base
         if target is None and not own_labels:
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         new_head = target is not None and not target.has_outputs_of(read_target(config, own_labels))
