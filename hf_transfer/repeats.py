@@ -36,6 +36,7 @@ from hf_transfer.runs import open_session, train_session, write_run
 from hf_transfer.sealed import replace_file
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.strategy import Strategy, make_strategy
 from hf_transfer.training.final_fit import EstimatedBy, FinalFit, covers_train_images, plan_final_fit
 from hf_transfer.training.phases import NOT_COMPARED
@@ -161,9 +162,10 @@ class _Start:
         is_crossed = covers_train_images(sibling.results["metrics"]["validation"])
         splits = [data.train, data.validation] if is_crossed else [data.validation]
         by_split: dict[str, NDArray[np.float32]] = {split.name: sibling.logits[split.name] for split in splits}
-        metrics = data.target.compute_metrics(
+        metrics = data.target.measure(
             np.concatenate(list(by_split.values())),
             np.concatenate([split.labels for split in splits]),
+            groups=number_groups(splits),
             seed=config.seed,
         )
         by = EstimatedBy.CROSS_VALIDATION if is_crossed else EstimatedBy.SIBLING
@@ -298,7 +300,7 @@ def _combine(folds: DataFolds, repeats: Sequence[Repeat], *, seed: int) -> Final
     logits = np.empty((len(pool), pool.target.num_outputs), np.float32)
     for fold, repeat in enumerate(repeats):
         logits[folds.fold_of == fold] = repeat.logits["validation"]
-    metrics = pool.target.compute_metrics(logits, pool.labels, seed=seed)
+    metrics = pool.target.measure(logits, pool.labels, groups=number_groups([pool]), seed=seed)
     by_split = {"train": logits[:first], "validation": logits[first:]}
     runs = [read_held_out_run(repeat.results) for repeat in repeats]
     return plan_final_fit(runs, metrics, by_split, estimated_by=EstimatedBy.FOLDS)
@@ -330,12 +332,13 @@ def _compare(runs: Sequence[Repeat], probes: Sequence[Repeat], *, seed: int) -> 
     gains = [run.read_qualities(split) - probe.read_qualities(split) for run, probe in zip(runs, probes, strict=True)]
     is_stored = len({run.results["data"]["fingerprint"][split] for run in runs}) == 1
     per_image = np.mean(gains, axis=0) if is_stored else np.concatenate(gains)
+    groups = number_groups([run.splits[split] for run in (runs[:1] if is_stored else runs)])
     return {
         "gain_over_probe": {
             "split": split,
             "metric": runs[0].splits[split].target.image_quality,
             "mean": float(per_image.mean()),
-            "interval": list(mean_interval(per_image, seed=seed)),
+            "interval": list(mean_interval(per_image, seed=seed, groups=groups)),
             "values": [float(each.mean()) for each in gains],
         }
     }

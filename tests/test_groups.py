@@ -7,8 +7,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hf_transfer.data.notes import notes_on_groups, notes_on_intervals
+from hf_transfer.data.notes import notes_on_groups
 from hf_transfer.data.splits import Role, Split, draw
+from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.solvers.features import RawFeatures
 from hf_transfer.solvers.folds import draw_folds
 from hf_transfer.solvers.groups import draw_groups, number_groups, spread_groups
@@ -183,9 +184,29 @@ def test_stored_splits_that_share_groups_are_noted() -> None:
     assert notes_on_groups([train, make_split(labels, np.array(["q"] * 5), "test")]) == []
 
 
-def test_a_note_says_that_intervals_count_images_of_a_group() -> None:
-    labels = np.array([0, 1, 0, 1, 0])
-    assert notes_on_intervals([make_split(labels, np.arange(5), "test")]) == [], "a group for each image"
-    (note,) = notes_on_intervals([make_split(labels, np.array(["a", "a", "b", "b", "b"]), "test")])
-    assert note.startswith("The 5 test images are of 2 groups. ")
-    assert note.endswith("so they are too narrow.")
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_intervals_of_grouped_images_contain_the_truth(is_grouped: bool) -> None:
+    """Of 60 objects with ten frames each, whose errors are alike. In 200 draws; without groups, they are too narrow."""
+    generator, covered = np.random.default_rng(0), 0
+    groups = np.repeat(np.arange(60), 10)
+    for _ in range(200):
+        hits = (np.repeat(generator.random(60), 10) + 0.3 * generator.normal(size=600) < 0.7).astype(float)
+        truth = float((generator.random(100_000) + 0.3 * generator.normal(size=100_000) < 0.7).mean())
+        low, high = mean_interval(hits, resamples=200, groups=groups if is_grouped else None)
+        covered += low <= truth <= high
+    assert (covered >= 180) == is_grouped
+
+
+def test_metrics_of_grouped_images_draw_groups_unless_each_image_is_one() -> None:
+    generator = np.random.default_rng(0)
+    labels = np.repeat(generator.integers(0, 2, 30), 20)
+    logits = np.repeat(generator.normal(size=(30, 2)), 20, axis=0)
+    target = SingleLabel(names=("a", "b"))
+    alone, together = (
+        target.measure(logits, labels, groups=groups) for groups in (np.arange(600), np.repeat(np.arange(30), 20))
+    )
+    assert alone == target.compute_metrics(logits, labels)
+    assert alone.values == together.values
+    for name, (low, high) in alone.intervals.items():
+        wide = together.intervals[name]
+        assert wide[1] - wide[0] > 3 * (high - low)

@@ -26,6 +26,7 @@ from hf_transfer.data.splits import Split
 from hf_transfer.logs import without_details
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.checkpoints import remove_state, save_state, share_state
 from hf_transfer.training.final_fit import EstimatedBy, FinalFit, HeldOutRun, plan_final_fit
@@ -161,7 +162,9 @@ def plan_final(division: Division, results: list[HeldOutResult], seed: int) -> F
     for part, result in zip(division.parts, results, strict=False):
         logits[part.rows] = result.logits
     rows = np.flatnonzero(np.isfinite(logits).all(1))
-    metrics = pool.target.compute_metrics(logits[rows], pool.labels[rows], seed=seed)
+    codes = number_groups([pool])
+    groups = None if codes is None else codes[rows]
+    metrics = pool.target.measure(logits[rows], pool.labels[rows], groups=groups, seed=seed)
     by_folds = division.judged_by is Judging.FOLDS
     by_split: Mapping[str, NDArray[np.float32]] = {"train": logits[:first]} if by_folds else {}
     return plan_final_fit(

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.solvers.groups import Codes
-
 Floats = NDArray[np.float32]
 
 NEIGHBOR = 2  # the second nearest: one odd training image makes nothing familiar
@@ -50,7 +48,7 @@ class TrainingDistance:
         """
         return self._measure(features) / self.limit
 
-    def _measure(self, features: NDArray[np.floating], groups: Codes | None = None) -> NDArray[np.float64]:
+    def _measure(self, features: NDArray[np.floating], groups: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
         """Returns distances (N,). `groups` (N,): the features are those of the points, each group left out for itself."""
         points = self.points.astype(np.float32) * np.float32(self.unit)
         squares = (points**2).sum(1) + self.rests
@@ -66,7 +64,7 @@ class TrainingDistance:
 
 
 def fit_distance(
-    train: NDArray[np.floating], held_out: NDArray[np.floating] | None, groups: Codes | None = None
+    train: NDArray[np.floating], held_out: NDArray[np.floating] | None, groups: NDArray[np.int64] | None = None
 ) -> TrainingDistance | None:
     """Returns the distance to features (n, D) of training images, with a limit from features (m, D) of held-out images.
 

@@ -33,7 +33,6 @@ from hf_transfer.data.notes import (
     notes_on_copies,
     notes_on_draws,
     notes_on_groups,
-    notes_on_intervals,
 )
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 from hf_transfer.data.where import parse_where
@@ -179,8 +178,7 @@ def _draw(splits: Mapping[Role, Split], config: DataConfig, stored: StoredData) 
         config, train, validation, test, num_stored=num_stored, is_validation_drawn=is_validation_drawn
     )
     drawn_splits = [split for split in (train, validation, test) if split is not None]
-    notes += [*notes_on_groups(drawn_splits), *notes_on_intervals([validation if test is None else test])]
-    notes += notes_on_classes(train, validation, test)
+    notes += [*notes_on_groups(drawn_splits), *notes_on_classes(train, validation, test)]
     return Data(
         train=train,
         validation=validation,

@@ -8,7 +8,6 @@ import numpy as np
 
 from hf_transfer.config import DataConfig
 from hf_transfer.data.splits import Split
-from hf_transfer.solvers.groups import number_groups
 from hf_transfer.targets.labels import listed
 
 _STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
@@ -85,20 +84,6 @@ def notes_on_groups(splits: Sequence[Split]) -> list[str]:
                 f"The {other.name} split shares {len(shared):,} groups with {split.name} ({leaked:,} of its {len(other):,}"
                 f" images): {listed(shared.tolist(), _MAX_LISTED_COPIES)}. Metrics on {other.name} are optimistic; keep each"
                 " group in one split."
-            )
-    return notes
-
-
-def notes_on_intervals(splits: Sequence[Split]) -> list[str]:
-    """Returns sentences about splits whose images belong to fewer groups, which intervals do not know."""
-    notes = []
-    for split in splits:
-        codes = number_groups([split])
-        count = len(split) if codes is None else len(np.unique(codes))
-        if count < len(split):
-            notes.append(
-                f"The {len(split):,} {split.name} images are of {count:,} groups. Images of one group are alike, but intervals "
-                "count each image, so they are too narrow."
             )
     return notes
 

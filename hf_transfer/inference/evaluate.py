@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from hf_transfer.config import ComputeConfig, DataConfig, ExportPrecision
 from hf_transfer.data.dataset import load_splits
-from hf_transfer.data.notes import notes_on_intervals
 from hf_transfer.data.seen import count_seen, read_seen
 from hf_transfer.data.splits import Role, Split
 from hf_transfer.errors import count_noun, make_printable
@@ -20,6 +19,7 @@ from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.engine_choice import decide_engine
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.targets.target import Target
 from hf_transfer.training.evaluate import compute_checked_logits
 
@@ -124,8 +124,7 @@ def evaluate_split(
     )
     scored = [compute_checked_logits(backbone.model, each, resources, engine) for each in images]
     logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
-    metrics = backbone.target.compute_metrics(logits, labels, seed=data.seed)
-    metrics = replace(metrics, notes=(*metrics.notes, *notes_on_intervals(chosen)))
+    metrics = backbone.target.measure(logits, labels, groups=number_groups(chosen), seed=data.seed)
     if seen is not None and (warning := _warn_of_seen(seen, chosen, resources, splits)):
         metrics = replace(metrics, notes=(*metrics.notes, warning))
     return Evaluation(split=split, target=backbone.target, metrics=metrics)

@@ -16,21 +16,55 @@ CONFIDENCE_LEVEL = 0.95
 BLOCK_ELEMENTS = 2**21  # largest temporary array: 16 MB in float64
 
 
-def resample_indices(num_samples: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.int64]]:
-    """Yields bootstrap indices in blocks (R, num_samples), with `resamples` rows in total. `seed` determines all indices."""
+def resample_indices(
+    num_samples: int, *, seed: int, resamples: int, groups: NDArray[np.int64] | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """Yields bootstrap indices in blocks (R, num_samples), with `resamples` rows in total. `seed` determines all indices.
+
+    With `groups` (num_samples,), whole groups are drawn until there are num_samples images; of the last group, only as many as
+    fit are taken.
+    """
     generator = np.random.default_rng(seed)
     rows_per_block = max(1, BLOCK_ELEMENTS // num_samples)
+    draw = None if groups is None else _GroupDraw(groups)
     for start in range(0, resamples, rows_per_block):
         num_rows = min(rows_per_block, resamples - start)
-        yield generator.integers(num_samples, size=(num_rows, num_samples))
+        if draw is None:
+            yield generator.integers(num_samples, size=(num_rows, num_samples))
+        else:
+            yield np.stack([draw(generator) for _ in range(num_rows)])
 
 
-def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0, resamples: int = 1000) -> Interval:
-    """Returns the 95 % bootstrap interval of the mean of values (N,), one per image.
+class _GroupDraw:
+    """Draws as many images as there are, in whole groups (Davison & Hinkley 1997, section 3.8)."""
+
+    def __init__(self, groups: NDArray[np.int64]) -> None:
+        _, own, self.sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        self.images = np.argsort(own, kind="stable")  # group after group
+        self.starts = np.cumsum(self.sizes) - self.sizes
+
+    def __call__(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        count, drawn = len(self.images), np.zeros(0, np.int64)
+        while len(drawn) < count:
+            chosen = generator.integers(len(self.sizes), size=len(self.sizes))
+            sizes = self.sizes[chosen]
+            within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            drawn = np.concatenate([drawn, self.images[np.repeat(self.starts[chosen], sizes) + within]])
+        return drawn[:count]
+
+
+def mean_interval(
+    values: NDArray[np.floating[Any]],
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    groups: NDArray[np.int64] | None = None,
+) -> Interval:
+    """Returns the 95 % bootstrap interval of the mean of values (N,), one per image. `groups` (N,) are drawn as a whole.
 
     To compare two models on the same images, pass the differences per image, such as the differences of `Outcomes.hits`.
     """
-    blocks = resample_indices(len(values), seed=seed, resamples=resamples)
+    blocks = resample_indices(len(values), seed=seed, resamples=resamples, groups=groups)
     return find_interval(np.concatenate([values[indices].mean(axis=1) for indices in blocks]))
 
 

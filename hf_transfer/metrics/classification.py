@@ -71,14 +71,15 @@ def score(
     *,
     seed: int = 0,
     resamples: int = 1000,
+    groups: NDArray[np.int64] | None = None,
 ) -> Metrics:
     """Returns all metrics of one split, from logits (N, K) of any float type and labels (N,) in 0..K-1.
 
-    `resamples`: the number of bootstrap resamples; 0 computes no intervals. A class without an image in the split gets a note
-    instead of precision, recall and F1. Balanced accuracy and macro-F1 average over the classes that are present in the split
-    or in the resample. Among equal logits, the lower class index wins. The interval of the accuracy is the exact binomial one
-    for fewer than 10 right or fewer than 10 wrong images, since a bootstrap draws only mistakes that occurred. A metric that is
-    the same in all resamples gets a note instead of an interval.
+    `resamples`: the number of bootstrap resamples; 0 computes no intervals. With `groups` (N,), these draw whole groups. A
+    class without an image in the split gets a note instead of precision, recall and F1. Balanced accuracy and macro-F1 average
+    over the classes that are present in the split or in the resample. Among equal logits, the lower class index wins. Without
+    groups, the interval of the accuracy is the exact binomial one for fewer than 10 right or fewer than 10 wrong images, since
+    a bootstrap draws only mistakes that occurred. A metric that is the same in all resamples gets a note, and no interval.
 
     >>> score(np.eye(2), np.array([0, 0]), ("cat", "dog"), resamples=0).accuracy
     0.5
@@ -94,7 +95,7 @@ def score(
         raise ValueError(f"resamples={resamples}: choose 0 (no confidence intervals) or a positive number")
     values, tables = _compute(outcomes, num_classes)
     intervals, of_intervals = drop_empty(
-        _find_intervals(outcomes, num_classes, seed=seed, resamples=resamples) if resamples else {},
+        _find_intervals(outcomes, num_classes, seed=seed, resamples=resamples, groups=groups) if resamples else {},
         len(outcomes.labels),
     )
     precision = describe_precision(values["accuracy"], intervals.get("accuracy"), len(outcomes.labels))
@@ -191,19 +192,23 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
     )
 
 
-def _find_intervals(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, Interval]:
+def _find_intervals(
+    outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int, groups: NDArray[np.int64] | None
+) -> dict[str, Interval]:
     """Returns the bootstrap intervals, with an exact one of the accuracy where a bootstrap is too narrow."""
-    intervals = _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples)
-    if exact := find_exact_interval(outcomes.hits):
+    intervals = _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples, groups=groups)
+    if groups is None and (exact := find_exact_interval(outcomes.hits)):
         intervals["accuracy"] = exact
     return intervals
 
 
-def _bootstrap(outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
+def _bootstrap(
+    outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int, groups: NDArray[np.int64] | None
+) -> dict[str, tuple[float, float]]:
     """Returns the intervals of accuracy, balanced accuracy, macro-F1 and NLL, all from the same resamples."""
     hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # class K: wrong predictions
     drawn: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):
+    for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples, groups=groups):
         counts = ClassCounts(
             hits=_count_rows(hit_classes[indices], num_classes + 1)[:, :num_classes],
             support=_count_rows(outcomes.labels[indices], num_classes),

@@ -77,9 +77,19 @@ def choose_thresholds(logits: Floats, labels: Floats) -> tuple[float, ...]:
 
 
 def score(
-    logits: Floats, labels: Floats, names: Sequence[str], thresholds: Sequence[float], *, seed: int, resamples: int
+    logits: Floats,
+    labels: Floats,
+    names: Sequence[str],
+    thresholds: Sequence[float],
+    *,
+    seed: int,
+    resamples: int,
+    groups: NDArray[np.int64] | None = None,
 ) -> Metrics:
-    """Returns all metrics of one split, from logits and labels (N, K). A label is predicted above its threshold."""
+    """Returns all metrics of one split, from logits and labels (N, K). A label is predicted above its threshold.
+
+    The intervals draw whole `groups` (N,).
+    """
     outcomes = MultiLabelOutcomes(logits=logits, labels=labels)
     predicted = _sigmoid(logits) > np.asarray(thresholds)
     values, rows = _compute(outcomes, predicted)
@@ -89,7 +99,8 @@ def score(
         "have no average precision. Macro averages are over the other labels.",
     )
     intervals, of_intervals = drop_empty(
-        _find_intervals(outcomes, predicted, seed=seed, resamples=resamples) if resamples else {}, len(labels)
+        _find_intervals(outcomes, predicted, seed=seed, resamples=resamples, groups=groups) if resamples else {},
+        len(labels),
     )
     return Metrics(
         values=values,
@@ -154,23 +165,33 @@ def _match_exactly(predicted: NDArray[np.bool_], labels: Floats) -> NDArray[np.b
 
 
 def _find_intervals(
-    outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], *, seed: int, resamples: int
+    outcomes: MultiLabelOutcomes,
+    predicted: NDArray[np.bool_],
+    *,
+    seed: int,
+    resamples: int,
+    groups: NDArray[np.int64] | None,
 ) -> dict[str, tuple[float, float]]:
     """Returns the bootstrap intervals, with an exact one of the exact matches where a bootstrap is too narrow."""
-    intervals = _bootstrap(outcomes, predicted, seed=seed, resamples=resamples)
-    if exact := find_exact_interval(_match_exactly(predicted, outcomes.labels)):
+    intervals = _bootstrap(outcomes, predicted, seed=seed, resamples=resamples, groups=groups)
+    if groups is None and (exact := find_exact_interval(_match_exactly(predicted, outcomes.labels))):
         intervals["exact_match"] = exact
     return intervals
 
 
 def _bootstrap(
-    outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], *, seed: int, resamples: int
+    outcomes: MultiLabelOutcomes,
+    predicted: NDArray[np.bool_],
+    *,
+    seed: int,
+    resamples: int,
+    groups: NDArray[np.int64] | None,
 ) -> dict[str, tuple[float, float]]:
     logits, labels, losses = outcomes.logits, outcomes.labels, outcomes.losses
     drawn: dict[str, list[float]] = {name: [] for name in (NAMES[0], "f1_micro", "f1_macro", "exact_match", "nll")}
     exact = _match_exactly(predicted, labels)
     sorted_by = np.argsort(-logits, axis=0, kind="stable")
-    for indices in resample_indices(len(labels), seed=seed, resamples=resamples):
+    for indices in resample_indices(len(labels), seed=seed, resamples=resamples, groups=groups):
         for rows in indices:
             counts = np.bincount(rows, minlength=len(labels))
             precisions = [

@@ -49,8 +49,18 @@ class RegressionOutcomes:
         return np.asarray(np.where(known, squares, 0.0).sum(1) / np.maximum(known.sum(1), 1))
 
 
-def score(outcomes: RegressionOutcomes, names: Sequence[str], *, seed: int, resamples: int) -> Metrics:
-    """Returns all metrics of one split. A constant or unknown number has no R2 and no rank correlation, and gets a note."""
+def score(
+    outcomes: RegressionOutcomes,
+    names: Sequence[str],
+    *,
+    seed: int,
+    resamples: int,
+    groups: NDArray[np.int64] | None = None,
+) -> Metrics:
+    """Returns all metrics of one split. A constant or unknown number has no R2 and no rank correlation, and gets a note.
+
+    The intervals draw whole `groups` (N,).
+    """
     each = _compute(outcomes.predicted, outcomes.labels)
     constant = [name for name, r2 in zip(names, each["r2"], strict=True) if np.isnan(r2)]
     notes = (
@@ -61,7 +71,7 @@ def score(outcomes: RegressionOutcomes, names: Sequence[str], *, seed: int, resa
         for k, name in enumerate(names)
     ]
     intervals, of_intervals = drop_empty(
-        _bootstrap(outcomes, seed=seed, resamples=resamples) if resamples else {}, len(outcomes.labels)
+        _bootstrap(outcomes, seed=seed, resamples=resamples, groups=groups) if resamples else {}, len(outcomes.labels)
     )
     return Metrics(
         values={key: mean_of_known(each[key]) for key in KEYS},
@@ -104,9 +114,11 @@ def _spearman(predicted: Floats, labels: Floats) -> float:
     return float(a @ b / norm) if norm > 0 else float("nan")
 
 
-def _bootstrap(outcomes: RegressionOutcomes, *, seed: int, resamples: int) -> dict[str, tuple[float, float]]:
+def _bootstrap(
+    outcomes: RegressionOutcomes, *, seed: int, resamples: int, groups: NDArray[np.int64] | None
+) -> dict[str, tuple[float, float]]:
     drawn: dict[str, list[float]] = {key: [] for key in KEYS}
-    for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples):
+    for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples, groups=groups):
         for rows in indices:
             for key, each in _compute(outcomes.predicted[rows], outcomes.labels[rows]).items():
                 drawn[key].append(mean_of_known(each))

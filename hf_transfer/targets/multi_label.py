@@ -174,12 +174,18 @@ class MultiLabel(Target):
         )
 
     def compute_metrics(
-        self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, *, seed: int = 0, resamples: int = 1000
+        self,
+        logits: NDArray[Any] | Tensor,
+        labels: Labels | Tensor,
+        *,
+        seed: int = 0,
+        resamples: int = 1000,
+        groups: NDArray[np.int64] | None = None,
     ) -> Metrics:
         """Returns the metrics of `multi_label.score`."""
         outcomes = self.read_outcomes(logits, labels)
         return multi_label.score(
-            outcomes.logits, outcomes.labels, self.names, self.cutoffs, seed=seed, resamples=resamples
+            outcomes.logits, outcomes.labels, self.names, self.cutoffs, seed=seed, resamples=resamples, groups=groups
         )
 
     def count_hits(self, logits: Tensor, labels: Tensor) -> Tensor:

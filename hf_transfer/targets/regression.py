@@ -162,10 +162,18 @@ class Regression(Target):
         )
 
     def compute_metrics(
-        self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, *, seed: int = 0, resamples: int = 1000
+        self,
+        logits: NDArray[Any] | Tensor,
+        labels: Labels | Tensor,
+        *,
+        seed: int = 0,
+        resamples: int = 1000,
+        groups: NDArray[np.int64] | None = None,
     ) -> Metrics:
         """Returns the metrics of `regression.score`."""
-        return regression.score(self.read_outcomes(logits, labels), self.names, seed=seed, resamples=resamples)
+        return regression.score(
+            self.read_outcomes(logits, labels), self.names, seed=seed, resamples=resamples, groups=groups
+        )
 
     def decides_alike(self, logits: Tensor, others: Tensor) -> bool:
         """Whether numbers differ by less than a thousandth of the spread of the training labels."""

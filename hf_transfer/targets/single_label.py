@@ -186,10 +186,16 @@ class SingleLabel(Target):
         return classification.read_outcomes(logits, labels)
 
     def compute_metrics(
-        self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, *, seed: int = 0, resamples: int = 1000
+        self,
+        logits: NDArray[Any] | Tensor,
+        labels: Labels | Tensor,
+        *,
+        seed: int = 0,
+        resamples: int = 1000,
+        groups: NDArray[np.int64] | None = None,
     ) -> Metrics:
         """Returns the metrics of `classification.score`."""
-        return classification.score(logits, labels, self.names, seed=seed, resamples=resamples)
+        return classification.score(logits, labels, self.names, seed=seed, resamples=resamples, groups=groups)
 
     def count_hits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the number of images whose class has the largest logit."""

@@ -12,9 +12,10 @@ targets of this package. A target of your own is a subclass that `register_targe
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import numpy as np
@@ -245,6 +246,27 @@ class Target(ABC):
         self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, *, seed: int = 0, resamples: int = 1000
     ) -> Metrics:
         """Returns all metrics of a split, from logits (N, K), with intervals from `resamples` bootstrap resamples."""
+
+    def measure(
+        self,
+        logits: NDArray[Any] | Tensor,
+        labels: Labels | Tensor,
+        *,
+        groups: NDArray[np.int64] | None,
+        seed: int = 0,
+    ) -> Metrics:
+        """Returns `compute_metrics`, whose intervals draw whole groups if images share `groups` (N,).
+
+        The metrics of a target whose `compute_metrics` has no argument `groups` get a note instead.
+        """
+        count = len(labels) if groups is None else len(np.unique(groups))
+        if count == len(labels):
+            return self.compute_metrics(logits, labels, seed=seed)
+        if "groups" in inspect.signature(self.compute_metrics).parameters:
+            return self.compute_metrics(logits, labels, seed=seed, groups=groups)  # type: ignore[call-arg]
+        metrics = self.compute_metrics(logits, labels, seed=seed)
+        note = f"The {len(labels):,} images are of {count:,} groups, but intervals count each image, so they are too narrow."
+        return replace(metrics, notes=(*metrics.notes, note))
 
     def count_hits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns how many of B images are predicted right, for the progress bar; NaN if nothing is right or wrong."""

@@ -19,6 +19,7 @@ from hf_transfer.metrics.calibration import CalibrationChange, compare_calibrati
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.head import HeadInput, measure_inputs, scale_outputs
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import Codes, number_groups
 from hf_transfer.targets.target import Labels, Target
 from hf_transfer.training.final_fit import EstimatedBy
 from hf_transfer.training.records import RunResult
@@ -61,6 +62,12 @@ def join_predictions(result: RunResult, splits: Sequence[Split]) -> tuple[NDArra
     labels = np.concatenate([split.labels for split in splits])
     is_predicted = np.isfinite(logits).all(1)
     return logits[is_predicted], labels[is_predicted]
+
+
+def join_groups(result: RunResult, splits: Sequence[Split]) -> Codes | None:
+    """Returns the groups (n,) of the images whose predictions `join_predictions` joins; None without groups."""
+    codes = number_groups(splits)
+    return None if codes is None else codes[np.isfinite(np.concatenate([result.logits[s.name] for s in splits])).all(1)]
 
 
 def read_head(session: Session, result: RunResult) -> tuple[HeadInput, ...]:
@@ -135,6 +142,6 @@ def rescore(session: Session, result: RunResult, target: Target, images: Mapping
     metrics = dict(result.metrics)
     for name in metrics.keys() & images.keys():
         logits, labels = join_predictions(result, images[name])
-        scored = target.compute_metrics(logits, labels, seed=session.config.seed)
+        scored = target.measure(logits, labels, groups=join_groups(result, images[name]), seed=session.config.seed)
         metrics[name] = replace(scored, details={**metrics[name].details, **scored.details})
     return replace(result, metrics=metrics, backbone=replace(result.backbone, target=target))

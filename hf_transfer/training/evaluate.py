@@ -25,6 +25,7 @@ from hf_transfer.prefix.sweep import place_model, prepare_for, read_pixels, swee
 from hf_transfer.prefix.taps import Logits, LogitsAndFeatures
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.targets.target import Labels
 from hf_transfer.training.gather import gather_logits
 from hf_transfer.training.padding import run_padded
@@ -216,7 +217,7 @@ def _score(chain: Chain, images: EvaluationImages, session: Session, logits: Log
             num_images=max(0, len(images) - IMAGES_FOR_CHECK),
         )
         logits, _ = compute_checked_logits(chain.model, images, resources, engine)
-    metrics = split.target.compute_metrics(logits, split.labels, seed=session.config.seed)
+    metrics = split.target.measure(logits, split.labels, groups=number_groups([split]), seed=session.config.seed)
     return Scored(metrics=metrics, logits=logits)
 
 

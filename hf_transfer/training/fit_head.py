@@ -12,6 +12,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.solvers.probe import Probe
 from hf_transfer.targets.target import Target
 from hf_transfer.training import readouts
@@ -140,7 +141,9 @@ def _score_held_out(session: Session, best: readouts.ProbedReadout) -> Scored:
     first = len(data.train)
     labels = np.concatenate([data.train.labels, data.validation.labels])
     rows = slice(0 if is_crossed else first, None)
-    metrics = data.target.compute_metrics(logits[rows], labels[rows], seed=session.config.seed)
+    codes = number_groups([data.train, data.validation])
+    groups = None if codes is None else codes[rows]
+    metrics = data.target.measure(logits[rows], labels[rows], groups=groups, seed=session.config.seed)
     metrics = replace(metrics, details={**metrics.details, "estimated_by": by.value})
     return Scored(metrics=metrics, logits=logits[first:])
 
@@ -161,4 +164,5 @@ def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReado
         return score_images(chain, trained.preprocessing, split, session)
     store = best.features.stores[split.name]
     logits, labels = compute_stored_logits(best.compute_logits, store, split.labels, session.resources)
-    return Scored(metrics=split.target.compute_metrics(logits, labels, seed=session.config.seed), logits=logits)
+    metrics = split.target.measure(logits, labels, groups=number_groups([split]), seed=session.config.seed)
+    return Scored(metrics=metrics, logits=logits)
