@@ -345,21 +345,22 @@ PROBE_SCORE = {"accuracy": 0.8, "log_loss": 0.5}
 def test_the_page_says_how_sure_auto_is() -> None:
     row = {
         "name": "full",
+        "verdict": "kept",
         "gain": {"mean": 0.04, "error": 0.05},
         "num_images": 25,
         "posterior": {"mean": 0.03, "error": 0.04},
     }
     choice = {
         "kept": "full",
-        "candidates": [row, {"name": "lora", "gain": None}],
+        "candidates": [row, {"name": "lora", "verdict": "over_budget", "gain": None}],
         "trained_on_all": True,
         "probe": PROBE_SCORE,
     }
     results: dict[str, Any] = {"plan": [{"kept": "last"}], "details": {"auto": choice}}
     assert describe_kept_model(results) == (
-        "Kept: full, the best of 2 candidates. Its gain in accuracy over the linear probe is +4.0 points on 25 held-out "
-        "images, and +3.0 points (95 % interval -4.8 to +10.8) together with the experience from other data sets, so it may "
-        "also be chance."
+        "Kept: full, the best of 1 judged candidate. 1 of 2 candidates did not fit into the time budget. Its gain in accuracy "
+        "over the linear probe is +4.0 points on 25 held-out images, and +3.0 points (95 % interval -4.8 to +10.8) together with "
+        "the experience from other data sets, so it may also be chance."
     )
     row["posterior"] = {"mean": 0.03, "error": 0.01}
     choice["trained_on_all"] = False
@@ -368,7 +369,15 @@ def test_the_page_says_how_sure_auto_is() -> None:
         "(95 % interval +1.0 to +5.0) together with the experience from other data sets. No time was left" in sentence
     )
     choice["kept"] = "linear_probe"
+    row["verdict"] = "not_better"
+    assert describe_kept_model(results) == (
+        "Kept: the linear probe. None of 1 judged candidate is expected to be better. 1 of 2 candidates did not fit into the "
+        "time budget."
+    )
+    choice["candidates"] = [row, row]
     assert describe_kept_model(results) == "Kept: the linear probe. None of 2 candidates is expected to be better."
+    choice["candidates"] = [{"name": "lora", "verdict": "over_budget", "gain": None}]
+    assert describe_kept_model(results) == "Kept: the linear probe. 1 of 1 candidate did not fit into the time budget."
 
 
 def test_the_page_says_why_the_probe_was_kept() -> None:
