@@ -359,8 +359,8 @@ def test_the_page_says_how_sure_auto_is() -> None:
     results: dict[str, Any] = {"plan": [{"kept": "last"}], "details": {"auto": choice}}
     assert describe_kept_model(results) == (
         "Kept: full, the best of 1 judged candidate. 1 of 2 candidates did not fit into the time budget. Its gain in accuracy "
-        "over the linear probe is +4.0 points on 25 held-out images, and +3.0 points (95 % interval -4.8 to +10.8) together with "
-        "the experience from other data sets, so it may also be chance."
+        "over the linear probe is +4.0 points on 25 held-out images, and +3.0 points (95 % interval -4.8 to +10.8) together "
+        "with the experience from other data sets, so it may also be chance."
     )
     row["posterior"] = {"mean": 0.03, "error": 0.01}
     choice["trained_on_all"] = False
