@@ -5,7 +5,6 @@ fast.
 """
 
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -25,7 +24,7 @@ from hf_transfer.commands import (
     report,
     train,
 )
-from hf_transfer.commands.command import Command, print_text
+from hf_transfer.commands.command import Command, is_first_process, print_text
 from hf_transfer.errors import EXIT_STATUS, one_line_errors
 from hf_transfer.flags import HELP_ALL, Parser, add_quiet
 from hf_transfer.launch import run_recipe
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start_logging(logging.ERROR if given.quiet else logging.WARNING)
     with one_line_errors(f"hf-transfer {given.command}"):
         text = COMMANDS[given.command].run(given)
-    if text and os.environ.get("RANK", "0") == "0":  # a launcher numbers its processes
+    if text and is_first_process():
         print_text(text)
 
 

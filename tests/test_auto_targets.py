@@ -131,7 +131,7 @@ def test_thresholds_are_fitted_to_no_fold_and_a_note_says_that_f1_is_optimistic(
     result = probe.run(probe.restart(session))
     finished = finish_target(session, result)
     assert finished.backbone.target != result.backbone.target, "the thresholds moved"
-    assert any("F1 and exact matches are optimistic" in note for note in finished.validation.notes)
+    assert any("metrics of decisions are optimistic" in note for note in finished.validation.notes)
     held_out = replace(session, data=replace(session.data, holds_out_validation=True))
     assert _fit_decisions(held_out, result, is_scored=True) is result
 

@@ -192,7 +192,8 @@ def test_an_interval_of_width_zero_is_left_out_with_a_reason() -> None:
     (note,) = [each for each in result.notes if each.startswith("No interval")]
     assert "balanced accuracy, macro f1: every resample of these 5 images" in note
     rows = np.random.default_rng(0).integers(0, 2, (40, 3))
-    several = multi_label.score(8.0 * rows - 4, rows.astype(float), _names(3), [0.5] * 3, seed=0, resamples=50)
+    labeled = multi_label.MultiLabelOutcomes(logits=8.0 * rows - 4, labels=rows.astype(float))
+    several = multi_label.score(labeled, _names(3), [0.5] * 3, seed=0, resamples=50)
     assert several.exact_match == 1
     assert several.exact_match_interval == pytest.approx((0.025 ** (1 / 40), 1.0))
     assert several.mean_average_precision_interval is several.f1_macro_interval is None

@@ -340,7 +340,9 @@ def test_metrics_of_labels_are_scikit_learns() -> None:
     generator = np.random.default_rng(0)
     labels = (generator.random((80, 4)) < 0.4).astype(np.float64)
     logits = np.round(generator.normal(size=(80, 4)) + labels, 1)  # with ties
-    found = multi_label.score(logits, labels, list("abcd"), [0.5] * 4, seed=0, resamples=20)
+    found = multi_label.score(
+        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), list("abcd"), [0.5] * 4, seed=0, resamples=20
+    )
     assert found.mean_average_precision == pytest.approx(
         sklearn_metrics.average_precision_score(labels, logits, average="macro")
     )
@@ -359,7 +361,9 @@ def test_unknown_labels_are_left_out_of_the_metrics() -> None:
     labels = (generator.random((60, 2)) < 0.5).astype(np.float64)
     logits = generator.normal(size=(60, 2))
     labels[::3, 1] = np.nan
-    found = multi_label.score(logits, labels, ["a", "b"], [0.5, 0.5], seed=0, resamples=0)
+    found = multi_label.score(
+        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), ["a", "b"], [0.5, 0.5], seed=0, resamples=0
+    )
     known = ~np.isnan(labels[:, 1])
     own = sklearn_metrics.average_precision_score(labels[known, 1], logits[known, 1])
     assert found.per_class[1]["average_precision"] == pytest.approx(own)
@@ -391,7 +395,9 @@ def test_qualities_of_many_labels_need_memory_for_the_logits_alone() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     logits, labels = np.array([[-2000.0, 1.0], [3.0, 2000.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
-    found = multi_label.score(logits, labels, ["a", "b"], [0.5, 0.5], seed=0, resamples=0)
+    found = multi_label.score(
+        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), ["a", "b"], [0.5, 0.5], seed=0, resamples=0
+    )
     assert found.per_class[0]["recall"] == 0.0
     assert multi_label.choose_thresholds(logits, labels)[1] == pytest.approx((1 + 1 / (1 + np.exp(-1))) / 2)
 

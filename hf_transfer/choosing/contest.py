@@ -9,6 +9,7 @@ of the best possible quality. A budget decides before a candidate starts how muc
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -239,11 +240,12 @@ class Contest:
         reserved = self._reserved_s
         for number in range(allowance.num_runs):
             run_s = float(np.mean([r.seconds for r in results])) if results else entry.estimated_s or 0.0
-            needed_s = run_s + max(reserved, self._estimate_final(run_s)) if results else 0.0
-            left_s = self.budget.decide(
-                f"{entry.candidate.name}, run {number + 1}", partial(_keep_if_enough, needed_s=needed_s)
-            )
-            if results and left_s == 0:
+            needed_s = (
+                run_s + max(reserved, self._estimate_final(run_s)) if results else -math.inf
+            )  # one run always fits
+            decision = f"{entry.candidate.name}, run {number + 1}"
+            left_s, is_enough = self.budget.decide(decision, partial(_compare_left, needed_s=needed_s))
+            if not is_enough:
                 break
             if self.session.is_main:
                 log.info(
@@ -281,8 +283,7 @@ class Contest:
         rows = np.concatenate([part.rows for part in parts])
         logits = np.concatenate([result.logits for result in results])
         probe_logits = np.concatenate([self._predict_probe(part) for part in parts])
-        groups = number_groups([pool])
-        return compare(pool.target, pool.labels[rows], logits, probe_logits, None if groups is None else groups[rows])
+        return compare(pool.target, pool.labels[rows], logits, probe_logits, number_groups([pool], rows))
 
     def _predict_probe(self, part: HeldOut) -> NDArray[np.float32]:
         """Returns the logits of the held-out images by a probe that trained on as many images as the candidates."""
@@ -330,9 +331,9 @@ def sort_entries(entries: list[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda e: -e.prior.mean / (e.cost if e.prior.mean > 0 else 1.0))
 
 
-def _keep_if_enough(left_s: float | None, *, needed_s: float) -> float | None:
-    """Returns the remaining time, or 0 if it is less than what is needed."""
-    return 0.0 if left_s is not None and needed_s and left_s < needed_s else left_s
+def _compare_left(left_s: float | None, *, needed_s: float) -> tuple[float | None, bool]:
+    """Returns the remaining time, and whether it is as long as needed."""
+    return left_s, left_s is None or left_s >= needed_s
 
 
 def _say_left(left_s: float | None) -> str:

@@ -50,9 +50,7 @@ def choose_and_run(session: Session, *, budget_s: float | None) -> RunResult:
     run_on_main(lambda: _remove_older(session))
     states = None if session.checkpoints is None else session.checkpoints / AUTO_STATES
     budget = Budget(budget_s, states, resumes=session.config.output.resume)
-    if (
-        budget.starts_over and states is not None
-    ):  # other runs may be judged, from which the length of the final fit follows
+    if budget.starts_over and states is not None:  # the final fit may follow from other runs
         run_on_main(lambda: _remove_finals(states))
     with session.costs.part("advise"):
         premises = gather_premises(session)

@@ -146,8 +146,8 @@ def run_probe(session: Session, probe: Strategy, part: HeldOut) -> NDArray[np.fl
 def run_once(session: Session, candidate: Candidate) -> RunResult:
     """Trains a candidate on the training images, as the strategy alone does, and returns the result with the network."""
     with without_details():
-        own = _open(session.without_test(), candidate.name, session.without_test().data, "once")
-        return candidate.strategy.run(candidate.strategy.restart(own))
+        own = session.without_test()
+        return candidate.strategy.run(candidate.strategy.restart(_open(own, candidate.name, own.data, "once")))
 
 
 def run_final(session: Session, candidate: Candidate, data: Data, final: FinalFit) -> RunResult:
@@ -162,9 +162,7 @@ def plan_final(division: Division, results: list[HeldOutResult], seed: int) -> F
     for part, result in zip(division.parts, results, strict=False):
         logits[part.rows] = result.logits
     rows = np.flatnonzero(np.isfinite(logits).all(1))
-    codes = number_groups([pool])
-    groups = None if codes is None else codes[rows]
-    metrics = pool.target.measure(logits[rows], pool.labels[rows], groups=groups, seed=seed)
+    metrics = pool.target.measure(logits[rows], pool.labels[rows], groups=number_groups([pool], rows), seed=seed)
     by_folds = division.judged_by is Judging.FOLDS
     by_split: Mapping[str, NDArray[np.float32]] = {"train": logits[:first]} if by_folds else {}
     return plan_final_fit(

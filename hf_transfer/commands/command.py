@@ -1,6 +1,7 @@
 """What a command consists of, and how its result is printed."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ class Command:
     description: str | None  # the docstring of the command's file
     add_flags: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], str]
+
+
+def is_first_process() -> bool:
+    """Whether this process is alone, or the first of those that a launcher has numbered."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_text(text: str) -> None:

@@ -6,7 +6,6 @@ a run also says which images are unlike all training images, gives sets of label
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from hf_transfer.commands.command import Command, print_text
+from hf_transfer.commands.command import Command, is_first_process, print_text
 from hf_transfer.commands.shared_flags import add_inference, add_json, add_trust, read_given
 from hf_transfer.config import ComputeConfig, ExplainBy
 from hf_transfer.errors import describe_error
@@ -86,8 +85,7 @@ def _run(given: argparse.Namespace) -> str:
             given.model, given.inference_engine, precision=given.export_precision, trust_remote_code=trust
         )
         backbones = iter([backbone])
-    is_first = os.environ.get("RANK", "0") == "0"  # a launcher numbers its processes
-    is_silent = given.quiet or not is_first
+    is_silent = given.quiet or not is_first_process()
     rows = []
     problems: Sequence[Exception] = ()
     started = time.perf_counter()
@@ -111,7 +109,7 @@ def _run(given: argparse.Namespace) -> str:
         seconds = time.perf_counter() - started
         sys.stderr.write(f"{len(rows):,} images in {seconds:.1f} s: {len(rows) / seconds:,.1f} images/s\n")
     if problems:
-        if is_first:
+        if is_first_process():
             print_text(text)
             sys.stderr.write("".join(f"hf-transfer predict: {describe_error(problem)}\n" for problem in problems))
         sys.exit(1)

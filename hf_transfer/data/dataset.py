@@ -28,12 +28,7 @@ from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
 from hf_transfer.data.nearby import describe_missing
-from hf_transfer.data.notes import (
-    notes_on_classes,
-    notes_on_copies,
-    notes_on_draws,
-    notes_on_groups,
-)
+from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 from hf_transfer.data.where import parse_where
 from hf_transfer.displays import show_pictures, show_table, show_title
@@ -353,9 +348,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
 
         if table_files:
             return tables.read_table_folder(root, columns)
-        return tables.read_metadata_folder(
-            root, [*map(PurePosixPath, metadata)], {*map(str, top.all_images())}, columns
-        )
+        return tables.read_metadata_folder(root, metadata, tuple(top.all_images()), columns)
     columns.refuse("an image folder")
     columns.refuse_streaming("an image folder")
     return read_folder(root, top, public_name(root), tuple(config.named_splits().values()))

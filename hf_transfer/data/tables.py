@@ -5,7 +5,7 @@ pinned to the commit that was read. Offline, `datasets` reads its cache, which m
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,7 @@ from hf_transfer.data.sources import ArraySource, ImageSource, TableSource
 from hf_transfer.data.splits import public_name, role_in, role_of
 from hf_transfer.data.streams import READ_ERRORS, StreamSource
 from hf_transfer.data.text_tables import read_text_table
+from hf_transfer.errors import count_noun
 from hf_transfer.targets.labels import listed
 
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
@@ -155,9 +156,7 @@ def read_local_config(root: Path, config: str, columns: Columns) -> StoredData:
     return _to_stored(tables, f"{public_name(root)}:{config}", columns, (root,))
 
 
-def read_metadata_folder(
-    root: Path, files: Sequence[PurePosixPath], images: Collection[str], columns: Columns
-) -> StoredData:
+def read_metadata_folder(root: Path, files: Sequence[str], images: Sequence[str], columns: Columns) -> StoredData:
     """Reads images with metadata.csv, .jsonl or .parquet `files`, in the imagefolder format of `datasets`.
 
     A column `file_name` has the paths of images, which start at the folder of the metadata file. A folder that is called like a
@@ -177,8 +176,9 @@ def read_metadata_folder(
         listed_images.update(paths)
     if len(by_split) > 1 and "" in by_split:
         raise ValueError(
-            f"{name}: {sum(map(len, by_split['']))} images that metadata files list lie outside of the folders of splits "
-            f"({listed(sorted(filter(None, by_split)))}); move them into one, or name the split in a column (--split_column)"
+            f"{name}: {count_noun(sum(map(len, by_split[''])), 'listed image')} outside of the folders of splits "
+            f"({listed(sorted(filter(None, by_split)))}); move all images into one of them, or name the split in a column "
+            "(--split_column)"
         )
     tables = {
         split or "train": _checked(root, partial(datasets.concatenate_datasets, parts))
@@ -195,7 +195,7 @@ def read_metadata_folder(
     return replace(stored, notes=(*stored.notes, note))
 
 
-def _read_metadata(root: Path, file: PurePosixPath) -> Any:
+def _read_metadata(root: Path, file: str) -> Any:
     """Returns a metadata file as a table, with paths that start at `root`. Errors start with the file's name."""
     try:
         path = root / file
@@ -204,7 +204,7 @@ def _read_metadata(root: Path, file: PurePosixPath) -> Any:
             raise ValueError(f"it has no column file_name, but {listed(table.column_names)}")
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{file}: {error}") from error
-    names = [name if name is None else str(file.parent / str(name)) for name in table["file_name"][:]]
+    names = [name if name is None else str(PurePosixPath(file).parent / str(name)) for name in table["file_name"][:]]
     where = table.column_names.index("file_name")
     return datasets.Dataset(table.data.table.set_column(where, "file_name", pa.array(names, pa.string())))
 

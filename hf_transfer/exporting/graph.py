@@ -131,7 +131,7 @@ def _trace(module: nn.Module, samples: torch.Tensor, input_name: str, output_nam
 
 
 def _forget_sources(model: Any) -> None:
-    """Removes the exporter's notes from an ONNX model: they contain paths of this machine, and a twentieth of the bytes."""
+    """Removes the exporter's notes from an ONNX model: which contain paths of this machine."""
     for graph in (model.graph, *model.functions.values()):
         graph.metadata_props.clear()
         for node in graph.all_nodes():  # also in subgraphs

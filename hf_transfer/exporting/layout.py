@@ -11,9 +11,8 @@ from typing import Any
 
 from torchvision.transforms import CenterCrop, Resize
 
-from hf_transfer.confidence.record import CONFIDENCE
 from hf_transfer.network.backbone import Backbone
-from hf_transfer.network.damage import read_json
+from hf_transfer.network.damage import find_weights, read_json
 from hf_transfer.network.preprocessing import SETTINGS_FILE, Preprocessing
 from hf_transfer.network.timm_processor import WRAPPER
 from hf_transfer.network.transformers_types import is_transformers_model
@@ -28,7 +27,7 @@ def write_layout(backbone: Backbone, folder: Path) -> None:
     """
     source = backbone.source.folder
     own = folder / "config.json"
-    is_saved = own.is_file() and has_weights(folder)
+    is_saved = own.is_file() and bool(find_weights(folder))
     config = read_json(own) if is_saved else _read_config(backbone)
     completed = {**config, **_list_entries(backbone, config)}
     if not is_saved or completed != config:
@@ -43,13 +42,8 @@ def write_layout(backbone: Backbone, folder: Path) -> None:
     else:
         backbone.preprocessing.processor.save_pretrained(folder)
     for code in source.glob("*.py"):  # the class of a processor or network may come with the checkpoint
-        if not (folder / code.name).exists():
+        if not is_saved or not (folder / code.name).exists():
             shutil.copy(code, folder / code.name)
-
-
-def has_weights(folder: Path) -> bool:
-    """Returns whether a model is saved in `folder`, so that its files are not only of exports."""
-    return any(path.name != CONFIDENCE for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
 
 
 def make_settings(preprocessing: Preprocessing) -> dict[str, Any] | None:

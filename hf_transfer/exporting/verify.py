@@ -25,7 +25,8 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.forward import compute_logits, eval_mode
 
 # Relative to the largest logit, or to 1 if that is more. float32: other kernels. float16 and int8: only a wrong graph differs
-# by more; how good such a file is, the accuracy on held-out images says. Measured for int8: 0.03 to 0.17. Zeros differ by 1.
+# by more; how good such a file is, the accuracy on held-out images says. int8 differs by 0.03 to 0.17 in
+# benchmarks/results/export.json, and a file of zeros by 1.
 TOLERANCES: dict[ExportPrecision, float] = {"fp32": 1e-4, "fp16": 0.05, "int8": 0.5}
 ACTIVATED_TOLERANCE = 0.05  # of probabilities, where pixels may differ by LEVELS
 TIMEOUT_S = 900

@@ -9,7 +9,6 @@ from hf_transfer.errors import count_noun
 from hf_transfer.exporting.export import export
 from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.exporting.held_out import HeldOut
-from hf_transfer.exporting.layout import has_weights
 from hf_transfer.exporting.records import ExportRecord, read_records
 from hf_transfer.exporting.verify import Reference, read_reference, verify_export
 from hf_transfer.flags import read_config
@@ -18,7 +17,7 @@ from hf_transfer.inference.predict import load_saved
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.adapters import is_adapter_folder
 from hf_transfer.network.backbone import Backbone
-from hf_transfer.network.damage import read_json
+from hf_transfer.network.damage import find_weights, read_json
 from hf_transfer.strategy import default_config, strategy_names
 
 CARD = "README.md"
@@ -50,7 +49,8 @@ def export_saved(
             f"{run_or_model} is an adapter, which is exported merged: name a folder for the merged model with --output_dir"
         )
     folder = model if output_dir is None else Path(output_dir)
-    if folder.resolve() != model.resolve() and has_weights(folder):
+    has_weights = bool(find_weights(folder)) or is_adapter_folder(str(folder))
+    if folder.resolve() != model.resolve() and has_weights:
         raise ValueError(f"output_dir={folder} contains the weights of another model: choose another folder")
     backbone = load_saved(str(model), trust_remote_code=trust_remote_code)
     held_out = None if options.precision == "fp32" else _find_held_out(backbone, run, data, options)

@@ -5,6 +5,7 @@ images is the `mean_interval` of the differences per image.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,19 @@ def resample_indices(
             yield generator.integers(num_samples, size=(num_rows, num_samples))
         else:
             yield np.stack([draw(generator) for _ in range(num_rows)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """How a split is resampled: `resamples` times (0: no intervals), by `seed`, with `groups` (N,) in whole groups."""
+
+    seed: int
+    resamples: int
+    groups: NDArray[np.int64] | None
+
+    def draw(self, num_samples: int) -> Iterator[NDArray[np.int64]]:
+        """Yields the indices of `resample_indices`."""
+        return resample_indices(num_samples, seed=self.seed, resamples=self.resamples, groups=self.groups)
 
 
 class _GroupDraw:

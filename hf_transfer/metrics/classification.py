@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_transfer.metrics.arrays import describe_broken, to_numpy
-from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, drop_empty, find_interval, resample_indices
+from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, Bootstrap, drop_empty, find_interval
 from hf_transfer.metrics.formulas import (
     ClassCounts,
     calibration_error,
@@ -94,8 +94,9 @@ def score(
     if resamples < 0:
         raise ValueError(f"resamples={resamples}: choose 0 (no confidence intervals) or a positive number")
     values, tables = _compute(outcomes, num_classes)
+    bootstrap = Bootstrap(seed=seed, resamples=resamples, groups=groups)
     intervals, of_intervals = drop_empty(
-        _find_intervals(outcomes, num_classes, seed=seed, resamples=resamples, groups=groups) if resamples else {},
+        _find_intervals(outcomes, num_classes, bootstrap) if resamples else {},
         len(outcomes.labels),
     )
     precision = describe_precision(values["accuracy"], intervals.get("accuracy"), len(outcomes.labels))
@@ -192,23 +193,19 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
     )
 
 
-def _find_intervals(
-    outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int, groups: NDArray[np.int64] | None
-) -> dict[str, Interval]:
+def _find_intervals(outcomes: Outcomes, num_classes: int, bootstrap: Bootstrap) -> dict[str, Interval]:
     """Returns the bootstrap intervals, with an exact one of the accuracy where a bootstrap is too narrow."""
-    intervals = _bootstrap(outcomes, num_classes, seed=seed, resamples=resamples, groups=groups)
-    if groups is None and (exact := find_exact_interval(outcomes.hits)):
+    intervals = _resample(outcomes, num_classes, bootstrap)
+    if bootstrap.groups is None and (exact := find_exact_interval(outcomes.hits)):
         intervals["accuracy"] = exact
     return intervals
 
 
-def _bootstrap(
-    outcomes: Outcomes, num_classes: int, *, seed: int, resamples: int, groups: NDArray[np.int64] | None
-) -> dict[str, tuple[float, float]]:
+def _resample(outcomes: Outcomes, num_classes: int, bootstrap: Bootstrap) -> dict[str, tuple[float, float]]:
     """Returns the intervals of accuracy, balanced accuracy, macro-F1 and NLL, all from the same resamples."""
     hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # class K: wrong predictions
     drawn: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples, groups=groups):
+    for indices in bootstrap.draw(len(outcomes.labels)):
         counts = ClassCounts(
             hits=_count_rows(hit_classes[indices], num_classes + 1)[:, :num_classes],
             support=_count_rows(outcomes.labels[indices], num_classes),

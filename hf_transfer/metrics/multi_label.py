@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.metrics.arrays import check_finite, mean_of_known
-from hf_transfer.metrics.bootstrap import drop_empty, find_interval, resample_indices
+from hf_transfer.metrics.bootstrap import Bootstrap, drop_empty, find_interval
 from hf_transfer.metrics.formulas import find_exact_interval
 from hf_transfer.metrics.records import Metrics, Score
 
@@ -77,8 +77,7 @@ def choose_thresholds(logits: Floats, labels: Floats) -> tuple[float, ...]:
 
 
 def score(
-    logits: Floats,
-    labels: Floats,
+    outcomes: MultiLabelOutcomes,
     names: Sequence[str],
     thresholds: Sequence[float],
     *,
@@ -86,12 +85,11 @@ def score(
     resamples: int,
     groups: NDArray[np.int64] | None = None,
 ) -> Metrics:
-    """Returns all metrics of one split, from logits and labels (N, K). A label is predicted above its threshold.
+    """Returns all metrics of one split. A label is predicted above its threshold.
 
     The intervals draw whole `groups` (N,).
     """
-    outcomes = MultiLabelOutcomes(logits=logits, labels=labels)
-    predicted = _sigmoid(logits) > np.asarray(thresholds)
+    predicted = _sigmoid(outcomes.logits) > np.asarray(thresholds)
     values, rows = _compute(outcomes, predicted)
     absent = [name for name, row in zip(names, rows, strict=True) if row["average_precision"] is None]
     notes = (
@@ -99,8 +97,10 @@ def score(
         "have no average precision. Macro averages are over the other labels.",
     )
     intervals, of_intervals = drop_empty(
-        _find_intervals(outcomes, predicted, seed=seed, resamples=resamples, groups=groups) if resamples else {},
-        len(labels),
+        _find_intervals(outcomes, predicted, Bootstrap(seed=seed, resamples=resamples, groups=groups))
+        if resamples
+        else {},
+        len(outcomes.labels),
     )
     return Metrics(
         values=values,
@@ -111,7 +111,7 @@ def score(
                 for name, threshold, row in zip(names, thresholds, rows, strict=True)
             ]
         },
-        num_samples=len(labels),
+        num_samples=len(outcomes.labels),
         score=outcomes.score,
         notes=(*(notes if absent else ()), *of_intervals),
     )
@@ -165,33 +165,23 @@ def _match_exactly(predicted: NDArray[np.bool_], labels: Floats) -> NDArray[np.b
 
 
 def _find_intervals(
-    outcomes: MultiLabelOutcomes,
-    predicted: NDArray[np.bool_],
-    *,
-    seed: int,
-    resamples: int,
-    groups: NDArray[np.int64] | None,
+    outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], bootstrap: Bootstrap
 ) -> dict[str, tuple[float, float]]:
     """Returns the bootstrap intervals, with an exact one of the exact matches where a bootstrap is too narrow."""
-    intervals = _bootstrap(outcomes, predicted, seed=seed, resamples=resamples, groups=groups)
-    if groups is None and (exact := find_exact_interval(_match_exactly(predicted, outcomes.labels))):
+    intervals = _resample(outcomes, predicted, bootstrap)
+    if bootstrap.groups is None and (exact := find_exact_interval(_match_exactly(predicted, outcomes.labels))):
         intervals["exact_match"] = exact
     return intervals
 
 
-def _bootstrap(
-    outcomes: MultiLabelOutcomes,
-    predicted: NDArray[np.bool_],
-    *,
-    seed: int,
-    resamples: int,
-    groups: NDArray[np.int64] | None,
+def _resample(
+    outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], bootstrap: Bootstrap
 ) -> dict[str, tuple[float, float]]:
     logits, labels, losses = outcomes.logits, outcomes.labels, outcomes.losses
     drawn: dict[str, list[float]] = {name: [] for name in (NAMES[0], "f1_micro", "f1_macro", "exact_match", "nll")}
     exact = _match_exactly(predicted, labels)
     sorted_by = np.argsort(-logits, axis=0, kind="stable")
-    for indices in resample_indices(len(labels), seed=seed, resamples=resamples, groups=groups):
+    for indices in bootstrap.draw(len(labels)):
         for rows in indices:
             counts = np.bincount(rows, minlength=len(labels))
             precisions = [

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.metrics.arrays import check_finite, mean_of_known
-from hf_transfer.metrics.bootstrap import drop_empty, find_interval, resample_indices
+from hf_transfer.metrics.bootstrap import Bootstrap, drop_empty, find_interval
 from hf_transfer.metrics.records import Metrics, Score
 
 NAMES = ("r2", "squared_error")
@@ -71,7 +71,8 @@ def score(
         for k, name in enumerate(names)
     ]
     intervals, of_intervals = drop_empty(
-        _bootstrap(outcomes, seed=seed, resamples=resamples, groups=groups) if resamples else {}, len(outcomes.labels)
+        _resample(outcomes, Bootstrap(seed=seed, resamples=resamples, groups=groups)) if resamples else {},
+        len(outcomes.labels),
     )
     return Metrics(
         values={key: mean_of_known(each[key]) for key in KEYS},
@@ -114,11 +115,9 @@ def _spearman(predicted: Floats, labels: Floats) -> float:
     return float(a @ b / norm) if norm > 0 else float("nan")
 
 
-def _bootstrap(
-    outcomes: RegressionOutcomes, *, seed: int, resamples: int, groups: NDArray[np.int64] | None
-) -> dict[str, tuple[float, float]]:
+def _resample(outcomes: RegressionOutcomes, bootstrap: Bootstrap) -> dict[str, tuple[float, float]]:
     drawn: dict[str, list[float]] = {key: [] for key in KEYS}
-    for indices in resample_indices(len(outcomes.labels), seed=seed, resamples=resamples, groups=groups):
+    for indices in bootstrap.draw(len(outcomes.labels)):
         for rows in indices:
             for key, each in _compute(outcomes.predicted[rows], outcomes.labels[rows]).items():
                 drawn[key].append(mean_of_known(each))

@@ -152,6 +152,7 @@ class TrainingImages:
         """Everything that determines the network's input, such as the split's fingerprint, the augmentation and the seed."""
         return {
             "data": self.split.fingerprint,
+            "reader": _READER,
             "preprocessing": dict(self.preprocessing.spec),
             "side": self.squares.shape[1],
             "squares": _SQUARES_VERSION,

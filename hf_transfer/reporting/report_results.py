@@ -14,9 +14,7 @@ ESTIMATED_BY = {  # metrics.validation.estimated_by -> the words for it in log, 
     EstimatedBy.CROSS_VALIDATION: "each image was predicted by a probe that was fitted without it",
 }
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
-
 CHOSE_STRATEGY = " These predictions also chose the strategy, so the metrics are optimistic."
-
 CHOSE_EPOCHS = " These images also chose the epochs of those models, so the metrics are optimistic."
 
 

@@ -6,7 +6,7 @@ one, each in the fold where the classes' shares become most equal. An image with
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,10 @@ class Grouped(Protocol):
     def __len__(self) -> int: ...
 
 
-def number_groups(splits: Sequence[Grouped]) -> Codes | None:
+def number_groups(splits: Sequence[Grouped], rows: NDArray[Any] | slice = slice(None)) -> Codes | None:
     """Returns the numbers of the groups of all images, over all splits in order; None if no split has groups.
 
-    Images with a blank group, and images of a split without groups, get a number of their own.
+    Images with a blank group, and images of a split without groups, get a number of their own. `rows` selects images.
     """
     if all(split.groups is None for split in splits):
         return None
@@ -37,7 +37,7 @@ def number_groups(splits: Sequence[Grouped]) -> Codes | None:
     codes = codes.reshape(-1).astype(np.int64)
     is_blank = names == ""
     codes[is_blank] = len(names) + np.arange(int(is_blank.sum()))
-    return codes
+    return codes[rows]
 
 
 def spread_groups(labels: NDArray[np.int64], codes: Codes, folds: int, seed: int) -> NDArray[np.int64]:

@@ -184,9 +184,7 @@ class MultiLabel(Target):
     ) -> Metrics:
         """Returns the metrics of `multi_label.score`."""
         outcomes = self.read_outcomes(logits, labels)
-        return multi_label.score(
-            outcomes.logits, outcomes.labels, self.names, self.cutoffs, seed=seed, resamples=resamples, groups=groups
-        )
+        return multi_label.score(outcomes, self.names, self.cutoffs, seed=seed, resamples=resamples, groups=groups)
 
     def count_hits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the sum over images of the share of known labels that are on the right side of 0.5."""

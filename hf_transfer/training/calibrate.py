@@ -66,8 +66,7 @@ def join_predictions(result: RunResult, splits: Sequence[Split]) -> tuple[NDArra
 
 def join_groups(result: RunResult, splits: Sequence[Split]) -> Codes | None:
     """Returns the groups (n,) of the images whose predictions `join_predictions` joins; None without groups."""
-    codes = number_groups(splits)
-    return None if codes is None else codes[np.isfinite(np.concatenate([result.logits[s.name] for s in splits])).all(1)]
+    return number_groups(splits, np.isfinite(np.concatenate([result.logits[split.name] for split in splits])).all(1))
 
 
 def read_head(session: Session, result: RunResult) -> tuple[HeadInput, ...]:

@@ -67,9 +67,9 @@ def _is_joined(result: RunResult) -> bool:
 
 def _find_groups(data: Data, num_train: int, num_validation: int) -> Codes | None:
     """Returns the groups of the images whose features `_read_features` gives; None if images have no groups."""
-    codes, first = number_groups([data.train, data.validation]), len(data.train)
+    first = len(data.train)
     rows = spread_rows(first, num_train), first + spread_rows(len(data.validation), num_validation)
-    return None if codes is None else codes[np.concatenate(rows)]
+    return number_groups([data.train, data.validation], np.concatenate(rows))
 
 
 def _read_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features]:

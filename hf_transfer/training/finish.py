@@ -31,7 +31,9 @@ def check_foldable(session: Session) -> None:
         )
 
 
-FITTED_DECISIONS = "The thresholds were fitted to these images too, so F1 and exact matches are optimistic."
+FITTED_DECISIONS = (
+    "The decisions, such as thresholds, were fitted to these images too, so metrics of decisions are optimistic."
+)
 
 
 def finish_target(session: Session, result: RunResult) -> RunResult:

@@ -141,8 +141,7 @@ def _score_held_out(session: Session, best: readouts.ProbedReadout) -> Scored:
     first = len(data.train)
     labels = np.concatenate([data.train.labels, data.validation.labels])
     rows = slice(0 if is_crossed else first, None)
-    codes = number_groups([data.train, data.validation])
-    groups = None if codes is None else codes[rows]
+    groups = number_groups([data.train, data.validation], rows)
     metrics = data.target.measure(logits[rows], labels[rows], groups=groups, seed=session.config.seed)
     metrics = replace(metrics, details={**metrics.details, "estimated_by": by.value})
     return Scored(metrics=metrics, logits=logits[first:])
