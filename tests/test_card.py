@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from hf_transfer.data.license import read_license
-from hf_transfer.hub.card import address_card, record_verified
+from hf_transfer.hub.card import address_card, make_card, record_verified
 from hf_transfer.hub.card_data import make_card_data
 from hf_transfer.hub.licenses import BINDING, PERMISSIVE, derive_license
 from hf_transfer.hub.save import save_model
@@ -81,6 +81,15 @@ def test_the_license_of_a_dataset_comes_from_its_card(tmp_path: Path) -> None:
     assert read_license(tmp_path) is None
     (tmp_path / "README.md").write_text("---\nlicense:\n- cc-by-4.0\n---\nBees.")
     assert read_license(tmp_path) == "cc-by-4.0"
+
+
+@pytest.mark.parametrize("column", [None, "patient"])
+def test_the_card_says_what_its_intervals_draw(column: str | None, backbone: Backbone, folder: Path) -> None:
+    results = results_for(backbone)
+    results["config"] |= {"group_column": column}
+    text = str(make_card(backbone, results, folder))
+    assert f"a bootstrap over {'images' if column is None else 'whole groups'}" in text
+    assert ("but exact for an accuracy" in text) == (column is None)
 
 
 def test_the_hub_accepts_the_metadata(backbone: Backbone, folder: Path) -> None:
