@@ -29,7 +29,6 @@ from hf_transfer.run import Run
 from hf_transfer.runs import execute
 from hf_transfer.session import Session
 from hf_transfer.training import familiarity
-from hf_transfer.training.familiarity import find_features
 from hf_transfer.training.records import RunResult
 from tests.sessions import make_config, make_session
 from tests.test_confidence import make_record
@@ -302,9 +301,9 @@ def test_outdated_activations_are_not_used(monkeypatch: pytest.MonkeyPatch) -> N
     )
     execute(session)
     ((result, inputs),) = seen
-    expected = find_features(session, replace(result, activations=None), inputs)
+    expected = familiarity._read_features(session, replace(result, activations=None), inputs)
     assert result.activations is not None
     outdated = {name: Store([store[:] * 2]) for name, store in result.activations.stores.items()}
     changed = replace(result, activations=replace(result.activations, stores=outdated))
-    for one, other in zip(find_features(session, changed, inputs), expected, strict=True):
+    for one, other in zip(familiarity._read_features(session, changed, inputs), expected, strict=True):
         np.testing.assert_array_equal(one, other)

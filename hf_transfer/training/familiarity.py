@@ -46,23 +46,10 @@ FROM_IMAGES = SampleSize(train=300, validation=200)
 def find_distance(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> TrainingDistance | None:
     """Returns the distance to the features of training images, which held-out images limit."""
     train, held_out = _read_features(session, result, inputs)
-    if not _is_joined(result):
+    if "estimated_by" not in result.validation.details:
         return fit_distance(train, held_out)
+    # The network has trained on train and validation images alike, or on none of them, as a probe.
     return fit_distance(np.concatenate([train, held_out]), None, _find_groups(session.data, len(train), len(held_out)))
-
-
-def find_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features | None]:
-    """Returns features (n, F) of training images and (m, F) of validation images, as the saved network's head reads them.
-
-    If the network trained on both alike, or on none of them, as a probe, they come together, followed by None.
-    """
-    train, held_out = _read_features(session, result, inputs)
-    return (np.concatenate([train, held_out]), None) if _is_joined(result) else (train, held_out)
-
-
-def _is_joined(result: RunResult) -> bool:
-    """Whether the network trained on train and validation images alike, or on none of them."""
-    return "estimated_by" in result.validation.details
 
 
 def _find_groups(data: Data, num_train: int, num_validation: int) -> Codes | None:
@@ -73,6 +60,7 @@ def _find_groups(data: Data, num_train: int, num_validation: int) -> Codes | Non
 
 
 def _read_features(session: Session, result: RunResult, inputs: Sequence[HeadInput]) -> tuple[Features, Features]:
+    """Returns features (n, F) of training and (m, F) of validation images, as the saved network's head reads them."""
     data, activations = session.data, result.activations
     splits = {"train": data.train, "validation": data.validation}
     probe = np.unique(
