@@ -33,6 +33,7 @@ from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from tests.families import make_pixels
 from tests.sessions import make_session
+from tests.test_add_classes import write_digits
 from tests.test_publish import make_run
 from tests.test_save import LABELS, write_upstream
 
@@ -213,7 +214,7 @@ def test_a_run_is_exported_beside_its_weights_and_the_weights_load_as_before(
     card = (run / "model/README.md").read_text()
     assert card.count("## Exported files") == 1
     assert card.count("| `onnx/model.onnx` |") == card.count("| `openvino/model.xml` |") == 1
-    assert "held-out images |" not in card, "nothing was scored"
+    assert "trained and exported |" not in card, "nothing was scored"
     assert card.index("## Exported files") < card.index("## Limits")
     settings = json.loads((run / "model/preprocessor_config.json").read_text())
     assert settings["crop_size"] == {"height": 32, "width": 32}
@@ -222,6 +223,32 @@ def test_a_run_is_exported_beside_its_weights_and_the_weights_load_as_before(
         assert str(path).encode() not in graph, "a published file says nothing about the machine"
     # transformers and timm still compute the trained network's logits from the trained network's pixels.
     assert len(verify(run / "model", run / "reference.safetensors", find_libraries(run / "model"))) == 2
+
+
+def test_images_that_the_model_may_have_trained_on_give_no_accuracy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_digits(tmp_path / "data", range(3), test=False)
+    run = tmp_path / "run"
+    ht.Task(str(data), "embedded").fit(ht.linear_probe(readouts="none"), output_dir=run)
+    for split, more in (("validation", []), ("train", ["--dataset", str(data)])):
+        capsys.readouterr()
+        main(["export", str(run), "--format", "onnx", "--export_precision", "fp16", *more])
+        (record,) = read_records(run / "model")
+        assert record.accuracy is not None
+        assert (record.accuracy.split, record.accuracy.before, record.accuracy.after) == (split, None, None)
+        assert record.accuracy.agreement > 0.9
+        text = f"{split} images (the model may have trained on them, so no accuracy is given)"
+        assert text in capsys.readouterr().out
+        assert text in (run / "model/README.md").read_text()
+    ht.Task(str(data), "embedded").fit(ht.full(epochs=1), output_dir=tmp_path / "full")
+    main(["export", str(tmp_path / "full"), "--format", "onnx", "--export_precision", "fp16"])
+    (record,) = read_records(tmp_path / "full/model")
+    assert record.accuracy is not None
+    measured = json.loads((tmp_path / "full/results.json").read_text())["metrics"]["validation"]["accuracy"]
+    assert record.accuracy.before == pytest.approx(measured), (
+        "it selected an epoch by these images, and trained on others"
+    )
 
 
 def test_a_second_model_leaves_nothing_of_the_first_in_the_folder(run: Path, tmp_path: Path) -> None:
@@ -303,6 +330,8 @@ def test_int8_files_of_a_run_keep_its_labels(
         assert record.accuracy is not None
         assert record.accuracy.split == "test"
         assert record.logits > TOLERANCE  # the numbers are really rounded
+        assert record.accuracy.before is not None
+        assert record.accuracy.after is not None
         assert record.accuracy.after >= record.accuracy.before - 0.05
         assert record.accuracy.agreement >= 0.9
     weights = [t for t in onnx.load(model / "onnx/model_int8.onnx").graph.initializer if np.prod(t.dims) >= 256]

@@ -63,10 +63,7 @@ def export(
         records = [_verify(backbone, staging, file, options, reference) for file in files]
         if held_out is not None and options.precision != "fp32":
             accuracy = held_out.compare(backbone, staging / main, options.format)
-            log.info(
-                "%s: %s %.4g before, %.4g after, on %d %s images",
-                main, accuracy.metric, accuracy.before, accuracy.after, accuracy.num_images, accuracy.split,
-            )  # fmt: skip
+            log.info("%s: %s", main, accuracy.format())
             records[0] = replace(records[0], accuracy=accuracy)
         _keep(staging, folder)
     write_layout(backbone, folder)

@@ -1,4 +1,4 @@
-"""The images that a lower precision needs: training images to calibrate, and held-out images to score before and after."""
+"""The images that a lower precision needs: training images to calibrate, and other images to score before and after."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +23,14 @@ CALIBRATION_IMAGES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """`train`: images for calibration, whose labels are not read. `scored`: the split that both networks are scored on."""
+    """`train`: images for calibration, whose labels are not read. `scored`: the split that both networks are scored on.
+
+    With `may_be_trained_on`, the network may have trained on the images of `scored`, so only the agreement is measured.
+    """
 
     train: Split
     scored: Split
+    may_be_trained_on: bool
     seed: int = 0
 
     def list_calibration(self, backbone: Backbone) -> Iterator[NDArray[np.float32]]:
@@ -48,14 +52,16 @@ class HeldOut:
         )  # in this process
         metric = backbone.target.metrics[0].key
         scores = [
-            backbone.target.compute_metrics(logits, self.scored.labels, seed=self.seed).values[metric]
+            None
+            if self.may_be_trained_on
+            else float(backbone.target.compute_metrics(logits, self.scored.labels, seed=self.seed).values[metric])
             for logits in (before, after)
         ]
         return Accuracy(
             metric=metric,
             split=self.scored.name,
             num_images=len(self.scored),
-            before=float(scores[0]),
-            after=float(scores[1]),
+            before=scores[0],
+            after=scores[1],
             agreement=float((before.argmax(1) == after.argmax(1)).float().mean()),
         )

@@ -16,14 +16,27 @@ RECORDS = "export.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """The target's main metric on the same held-out images, with the trained network and with an exported file."""
+    """The target's main metric on the same held-out images, with the trained network and with an exported file.
+
+    Images that the network may have trained on give no metric, only the agreement.
+    """
 
     metric: str  # key in results.json, such as "accuracy"
     split: str
     num_images: int
-    before: float
-    after: float
+    before: float | None  # None: the network may have trained on these images
+    after: float | None
     agreement: float  # share of images with the same largest output
+
+    def format(self) -> str:
+        """Returns the comparison in words."""
+        same = f"{100 * self.agreement:.1f} % have the same largest output"
+        if self.before is None or self.after is None:
+            return (
+                f"{same}, of {self.num_images:,} {self.split} images (the model may have trained on them, so no "
+                f"{self.metric} is given)"
+            )
+        return f"{self.metric} {self.before:.4f}, exported {self.after:.4f} ({self.num_images:,} {self.split} images; {same})"
 
 
 @dataclass(frozen=True, kw_only=True)

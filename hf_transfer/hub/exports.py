@@ -107,18 +107,12 @@ def format_exports(records: tuple[ExportRecord, ...]) -> str:
         "",
         "Each file was run by its own runtime in a fresh process on real images, and compared with the trained network.",
         "",
-        f"| file | MB | runtime | outputs differ by | one image | images/s |{' held-out images |' if has_scores else ''}",
+        f"| file | MB | runtime | outputs differ by | one image | images/s |{' trained and exported |' if has_scores else ''}",
         f"| --- | --- | --- | --- | --- | --- |{' --- |' if has_scores else ''}",
     ]
     for record in records:
         rate = "" if record.images_per_second is None else f"{record.images_per_second:,.0f}"
-        accuracy = record.accuracy
-        scored = (
-            ""
-            if accuracy is None
-            else f"{accuracy.metric} {accuracy.before:.4f}, exported {accuracy.after:.4f} ({accuracy.num_images} images of "
-            f"{accuracy.split}; {100 * accuracy.agreement:.1f} % have the same largest output)"
-        )
+        scored = "" if record.accuracy is None else record.accuracy.format()
         lines.append(
             f"| `{record.file}` | {record.size_bytes / 1e6:.1f} | {record.runtime} | {record.logits:.1g} | "
             f"{record.latency_ms:.1f} ms | {rate} |{f' {scored} |' if has_scores else ''}"
@@ -133,8 +127,7 @@ def format_exports(records: tuple[ExportRecord, ...]) -> str:
 
 def format_record(record: ExportRecord, folder: Path) -> str:
     """Returns what is known about an exported file in the model folder `folder` as one line."""
-    accuracy = record.accuracy
-    scored = "" if accuracy is None else f", {accuracy.metric} {accuracy.before:.4f} -> {accuracy.after:.4f}"
+    scored = "" if record.accuracy is None else f", {record.accuracy.format()}"
     return (
         f"{folder / record.file}: {record.size_bytes / 1e6:.1f} MB, differs from the trained network by {record.logits:.1g} in "
         f"{record.runtime}, {record.latency_ms:.1f} ms an image{scored}"
@@ -155,11 +148,18 @@ def _find_held_out(
     Raises ValueError if int8 needs images and there are none.
     """
     if data is None and run is not None:
-        strategy = read_json(run / RESULTS)["strategy"]
+        results = read_json(run / RESULTS)
+        strategy = results["strategy"]
         default = default_config(strategy if strategy in strategy_names() else "linear_probe")
         config = read_config(str(run / CONFIG), default).data
         splits = load_data(config)
-        return HeldOut(train=splits.train, scored=splits.test or splits.validation, seed=config.seed)
+        is_trained_on = splits.test is None and "estimated_by" in results["metrics"]["validation"]
+        return HeldOut(
+            train=splits.train,
+            scored=splits.test or splits.validation,
+            may_be_trained_on=is_trained_on,
+            seed=config.seed,
+        )
     if data is None:
         if options.precision == "int8":
             raise ValueError(
@@ -169,4 +169,5 @@ def _find_held_out(
     roles = load_splits(data, backbone.target)
     names = ("test", "validation", "train")
     scored = next(split for name in names if (split := roles.get(name)) is not None)  # type: ignore[call-overload]
-    return HeldOut(train=roles.get("train", scored), scored=scored, seed=data.seed)
+    may_be_trained_on = scored.name != "test"  # what the network trained on is not known
+    return HeldOut(train=roles.get("train", scored), scored=scored, may_be_trained_on=may_be_trained_on, seed=data.seed)
