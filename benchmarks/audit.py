@@ -25,7 +25,7 @@ from hf_transfer.auditing.audit import audit
 from hf_transfer.auditing.files import write_audit
 from hf_transfer.auditing.records import AuditResult, Duplicate
 from hf_transfer.data.dataset import Data
-from hf_transfer.runs import execute, open_session
+from hf_transfer.runs import open_session, train_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
@@ -63,7 +63,7 @@ def flip_labels(data: Data, path: Path, seed: int) -> set[str]:
 def measure_labels(dataset: Path, checkpoint: Path, seeds: int, folder: Path) -> dict[str, Any]:
     """Returns the share of flips found, and the test accuracies of probes on clean, flipped and reduced labels."""
     session = open_data(dataset, checkpoint)
-    clean = execute(session).metrics["test"].accuracy
+    clean = train_session(session).metrics["test"].accuracy
     rows = []
     for seed in range(seeds):
         relabel, found = folder / f"flips_{seed}.csv", folder / f"audit_{seed}"
@@ -79,10 +79,12 @@ def measure_labels(dataset: Path, checkpoint: Path, seeds: int, folder: Path) ->
             "suspected": len(listed),
             "found_among_first": len(flipped & set(first)) / len(flipped),
             "found": len(flipped & set(listed)) / len(flipped),
-            "test_accuracy_flipped": execute(noisy).metrics["test"].accuracy,
+            "test_accuracy_flipped": train_session(noisy).metrics["test"].accuracy,
         }
         reduced = {"relabel": str(relabel), "exclude": str(found / "suspected_labels.csv")}
-        row["test_accuracy_after_exclude"] = execute(open_data(dataset, checkpoint, **reduced)).metrics["test"].accuracy
+        row["test_accuracy_after_exclude"] = (
+            train_session(open_data(dataset, checkpoint, **reduced)).metrics["test"].accuracy
+        )
         rows.append(row)
     return {"test_accuracy_clean": clean, "seeds": rows}
 

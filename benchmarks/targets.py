@@ -41,7 +41,7 @@ from torchvision import transforms
 from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from hf_transfer.data.splits import Split
-from hf_transfer.runs import execute, open_session
+from hf_transfer.runs import open_session, train_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.solvers.probe import DEFAULT_C_GRID, SPREAD_FLOOR
@@ -138,7 +138,7 @@ def open_run(strategy: str, settings: dict[str, Any]) -> Session:
 def run_strategy(strategy: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the test metrics of a strategy, with intervals, and its epochs."""
     session = open_run(strategy, settings)
-    result = execute(session)
+    result = train_session(session)
     assert result.test is not None
     values = {**result.test.values, **{f"{k}_interval": list(v) for k, v in result.test.intervals.items()}}
     c = result.phases[0].regularization_c

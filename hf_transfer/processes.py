@@ -136,9 +136,14 @@ def watch() -> None:
 
 
 def leave() -> None:
-    """Stops watching: from now on, the end of this process is no failure for the others, unless an exception ends it."""
+    """Stops watching: from now on, the end of this process is no failure for the others, unless an exception ends it.
+
+    A program may run many trainings, so the processes disconnect only here, at its end.
+    """
     error = getattr(sys, "last_value", None)  # the exception that ended the main thread
     _say_goodbye({"left": True} if error is None else {"error": describe_error(error)})
+    if error is None and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @contextmanager

@@ -98,7 +98,6 @@ def run_config(
             config, load=lambda: start.load(config), output_dir=output_dir, unrepeatable=unrepeatable
         )
         result = train_session(session)
-    session.accelerator.end_training()
     return session, result
 
 

@@ -120,13 +120,6 @@ def open_session(
     return session
 
 
-def execute(session: Session) -> RunResult:
-    """Runs `train_session`, and then disconnects the processes, so this is the last run of a program."""
-    result = train_session(session)
-    session.accelerator.end_training()
-    return result
-
-
 @processes.ending_together()
 def train_session(
     session: Session, final: FinalFit | None = None, repeats: Mapping[str, Json] | None = None

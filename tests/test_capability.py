@@ -21,7 +21,7 @@ from hf_transfer.capability import (
     solver_device,
 )
 from hf_transfer.prefix.resources import MAX_THREADS, count_threads
-from hf_transfer.runs import execute
+from hf_transfer.runs import train_session
 from hf_transfer.solvers.probe import solve_path
 from hf_transfer.targets.single_label import SingleLabel
 from tests.sessions import make_session
@@ -73,7 +73,7 @@ AUGMENTATION = {
 def test_a_run_makes_no_float64_tensor_on_a_device_without_float64(strategy: str, settings: dict[str, Any]) -> None:
     session = make_session(strategy, images_per_class=4, cache="memory", **settings)
     with NoFloat64Transfer(), NoFloat64():
-        result = execute(session)
+        result = train_session(session)
     assert result.metrics["test"].accuracy > 0.3
 
 

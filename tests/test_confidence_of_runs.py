@@ -26,7 +26,7 @@ from hf_transfer.prefix.store import Store
 from hf_transfer.prefix.taps import LogitsAndFeatures
 from hf_transfer.repeats import run_config
 from hf_transfer.run import Run
-from hf_transfer.runs import execute
+from hf_transfer.runs import train_session
 from hf_transfer.session import Session
 from hf_transfer.training import familiarity
 from hf_transfer.training.records import RunResult
@@ -299,7 +299,7 @@ def test_outdated_activations_are_not_used(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         "hf_transfer.training.confidence.find_distance", lambda _, result, inputs: seen.append((result, inputs))
     )
-    execute(session)
+    train_session(session)
     ((result, inputs),) = seen
     expected = familiarity._read_features(session, replace(result, activations=None), inputs)
     assert result.activations is not None

@@ -17,7 +17,7 @@ from hf_transfer.locations import CHECKPOINTS, CONFIG
 from hf_transfer.prefix import pixels
 from hf_transfer.prefix.extract import Recomputed
 from hf_transfer.prefix.store import Store
-from hf_transfer.runs import execute
+from hf_transfer.runs import train_session
 from hf_transfer.solvers.probe import ProbeOptions
 from hf_transfer.training.evaluate import AGREEING_IMAGES
 from hf_transfer.training.readouts import choose_readout, extract_readouts, install_probe, measures_saved
@@ -35,7 +35,7 @@ def test_the_engine_is_decided_and_written(tmp_path: Path, requested: str, engin
     engine = session.config.compute.engine
     assert engine in engines
     assert read_engine(tmp_path / "run" / CHECKPOINTS / CONFIG) == engine
-    execute(session)
+    train_session(session)
     assert read_engine(tmp_path / "run" / CONFIG) == engine
 
 
@@ -51,7 +51,7 @@ def test_a_resumed_run_keeps_its_engine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["linear_probe", "last_layers"])
 def test_every_engine_gives_the_accuracy_of_eager(tmp_path: Path, strategy: str) -> None:
-    exact, folded = (execute(make_session(strategy, engine=engine)) for engine in ("eager", "folded"))
+    exact, folded = (train_session(make_session(strategy, engine=engine)) for engine in ("eager", "folded"))
     for split, metrics in exact.metrics.items():
         assert folded.metrics[split].accuracy == pytest.approx(metrics.accuracy, abs=0.02)
         assert folded.metrics[split].nll == pytest.approx(metrics.nll, abs=1e-2)
@@ -110,7 +110,7 @@ def test_a_second_comparison_with_eager_reads_only_the_images_that_check_the_cac
 
 def test_evaluate_and_predict_run_by_an_engine(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     session = make_session("linear_probe", tmp_path)
-    result = execute(session)
+    result = train_session(session)
     model = str(tmp_path / "model")
     with caplog.at_level(logging.INFO):
         exact, folded = (

@@ -23,7 +23,7 @@ from hf_transfer import interrupts
 from hf_transfer.errors import one_line_errors
 from hf_transfer.interrupts import Interrupted, catch_signals, deferred, received
 from hf_transfer.network.policies import full
-from hf_transfer.runs import execute
+from hf_transfer.runs import train_session
 from hf_transfer.session import Session
 from hf_transfer.training import phase
 from hf_transfer.training.checkpoints import load_state
@@ -62,7 +62,7 @@ def test_a_signal_in_the_pass_over_the_images_ends_the_run(tmp_path: Path, monke
     assert session.chain  # traced, in further forward passes
     session.chain.model.register_forward_pre_hook(count)
     with pytest.raises(Interrupted), catch_signals():
-        execute(session)
+        train_session(session)
     assert len(batches) == 1
 
 

@@ -26,7 +26,7 @@ from hf_transfer.output import (
     open_folder,
     replace_results,
 )
-from hf_transfer.runs import execute, push
+from hf_transfer.runs import push, train_session
 from hf_transfer.training.records import RunResult
 from tests.sessions import make_session
 
@@ -193,11 +193,11 @@ def test_a_full_disk_at_the_end_loses_no_weights(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(runs, "save_model", save_on_full_disk)
         with pytest.raises(ContinuableError, match=f"results cannot be written to {tmp_path} .*free disk space"):
-            execute(make_session("full", tmp_path, epochs=1))
+            train_session(make_session("full", tmp_path, epochs=1))
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not (tmp_path / "results.json").exists()
     assert (tmp_path / "checkpoints" / "config.yaml").exists()
-    result = execute(make_session("full", tmp_path, epochs=1, resume=True))
+    result = train_session(make_session("full", tmp_path, epochs=1, resume=True))
     assert result.resumed
     assert (tmp_path / "model" / "model.safetensors").exists()
     assert not (tmp_path / "checkpoints" / "config.yaml").exists()
@@ -262,7 +262,7 @@ def test_full_memory_names_the_batches_that_give_the_same_result(
 
     session.chain.model.register_forward_pre_hook(fail)
     with pytest.raises(FullMemoryError, match=f"batch_size={session.config.compute.batch_size} and .*{pair}"):
-        execute(session)
+        train_session(session)
 
 
 def test_a_real_allocation_that_fails_is_recognized() -> None:

@@ -23,7 +23,7 @@ from hf_transfer.flags import read_config
 from hf_transfer.network.backbone import load
 from hf_transfer.network.peft_checkpoints import load_checkpoint
 from hf_transfer.network.source import Source, find_source, pin_checkpoint
-from hf_transfer.runs import execute, open_session
+from hf_transfer.runs import open_session, train_session
 from hf_transfer.strategy import default_config
 from tests.hub_server import Files, HubServer, Repository
 from tests.sessions import make_config
@@ -95,7 +95,7 @@ def test_config_yaml_repeats_the_run_after_the_branches_moved(hub: HubServer, tm
     first = (upstream.commit(make_checkpoint(0), "main"), pets.commit(make_dataset(100), "main"))
     names = {"checkpoint": "bob/upstream@main", "dataset": "bob/pets"}
     config = make_config("linear_probe", readouts="none", cv_folds=2, images_per_class=None, **names)
-    execute(open_session(config, output_dir=tmp_path / "run"))
+    train_session(open_session(config, output_dir=tmp_path / "run"))
     file = tmp_path / "run" / "config.yaml"
     settings = yaml.safe_load(file.read_text())
     assert (settings["checkpoint"], settings["dataset"]) == (f"bob/upstream@{first[0]}", f"bob/pets@{first[1]}")
@@ -104,7 +104,7 @@ def test_config_yaml_repeats_the_run_after_the_branches_moved(hub: HubServer, tm
     pets.commit(make_dataset(250), "main")
     again = read_config(str(file), default_config("linear_probe"))
     for name, repeated in (("again", again), ("moved", config)):
-        execute(open_session(repeated, output_dir=tmp_path / name))
+        train_session(open_session(repeated, output_dir=tmp_path / name))
     weights = {name: load(str(tmp_path / name / "model")).model.state_dict() for name in ("run", "again", "moved")}
     assert all(torch.equal(value, weights["again"][name]) for name, value in weights["run"].items())
     assert any(not torch.equal(value, weights["moved"][name]) for name, value in weights["run"].items())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions, write_predictions
-from hf_transfer.runs import execute
+from hf_transfer.runs import train_session
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
@@ -26,7 +26,7 @@ def read(folder: Path) -> dict[str, Any]:
 def run(folder: Path, strategy: str, **settings: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Split]]:
     """A run's predictions, its results.json, and its splits by name."""
     session = make_session(strategy, output_dir=folder, **settings)
-    execute(session)
+    train_session(session)
     splits = {split.name: split for split in session.data.splits}
     return read(folder), json.loads((folder / "results.json").read_text()), splits
 

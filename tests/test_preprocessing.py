@@ -34,7 +34,7 @@ from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.preprocessing import PARITY, Preprocessing, load_preprocessing, quiet_transformers
 from hf_transfer.prefix.pixels import EvaluationImages, TrainingSquares, store_evaluation_pixels, store_training_squares
 from hf_transfer.prefix.resources import Resources
-from hf_transfer.runs import execute
+from hf_transfer.runs import train_session
 from hf_transfer.training.phases import describe_identity
 from tests.processors import EXCEPTIONS, PROCESSORS, REFUSED
 from tests.sessions import make_session
@@ -351,7 +351,7 @@ def test_images_are_reduced_only_if_the_processor_resizes_them(resizes: bool, tm
 def run_and_reload(strategy: str, checkpoint: Path, output_dir: Path, **settings: Any) -> Path:
     """Trains, and checks in this process that transformers and timm alone compute the saved reference from the folder."""
     session = make_session(strategy, output_dir, checkpoint=str(checkpoint), **settings)
-    execute(session)
+    train_session(session)
     model = output_dir / "model"
     backbone = load_saved(str(model), trust_remote_code=True)
     images = list(photos(4))
@@ -394,13 +394,13 @@ def test_a_processor_without_constant_colors_works_without_augmentation(tmp_path
     assert preprocessing.pixel_type == "float32"
     assert "code" in preprocessing.spec
     assert "no augmentation" in preprocessing.describe()
-    assert execute(session).test.accuracy >= 0
+    assert train_session(session).test.accuracy >= 0
     plain = {"crop_scale": 1.0, "hflip": 0.0, "color_jitter": 0.0}
-    assert execute(make_session("full", **given, **plain)).test.accuracy >= 0
+    assert train_session(make_session("full", **given, **plain)).test.accuracy >= 0
     for strategy, settings in (("full", {}), ("last_layers", {"cache_views": 2, "k": 1}), ("auto", {})):
         session = make_session(strategy, **given, **settings)
         with pytest.raises(ValueError, match="cannot follow augmentation: choose the strategy linear_probe") as error:
-            execute(session)
+            train_session(session)
         assert "\n" not in str(error.value)
         assert session.costs.read().seconds.keys() <= {
             "data",
@@ -444,7 +444,7 @@ def test_other_numbers_of_channels_are_refused(write: Any, tmp_path: Path) -> No
 def test_saved_pixels_are_those_of_a_fresh_process(write: Any, channels: int, tmp_path: Path) -> None:
     settings = {"processor": "DINOv3ViTImageProcessor"} if channels == 3 else {}
     folder = write(tmp_path / "upstream", channels=channels, **settings)
-    execute(make_session("full", tmp_path / "run", checkpoint=str(folder), epochs=1))
+    train_session(make_session("full", tmp_path / "run", checkpoint=str(folder), epochs=1))
     model = tmp_path / "run" / "model"
     assert verify(model, tmp_path / "run" / REFERENCE, find_libraries(model))
 
@@ -503,7 +503,7 @@ def test_an_adapter_brings_the_preprocessing_that_its_base_lacks(tmp_path: Path)
     (base / "preprocessor_config.json").unlink()
     write_settings(in_hub_cache("with-preprocessing"), **SETTINGS)
     given = {"checkpoint": "someone/without-preprocessing", "preprocessing_from": "someone/with-preprocessing"}
-    execute(make_session("lora", tmp_path / "run", **given, merge=False, epochs=1, rank=2))
+    train_session(make_session("lora", tmp_path / "run", **given, merge=False, epochs=1, rank=2))
     colors = load_saved(str(tmp_path / "run" / "model")).preprocessing.colors
     assert colors is not None
     assert colors.mean == (0.1, 0.1, 0.1)

@@ -99,6 +99,23 @@ def test_processes_may_end_at_different_times(tmp_path: Path) -> None:
     run_ranks(leave_at_different_times, 3, folder=tmp_path)
 
 
+def fit_twice(folder: Path) -> list[float]:
+    import hf_transfer as ht
+
+    task = ht.Task("sklearn/digits", seed=0, images_per_class=4)
+    runs = [task.fit(ht.linear_probe(readouts="none", class_balance=balance)) for balance in ("none", "loss")]
+    runs[1].save(folder)
+    assert (folder / "results.json").exists(), "every process returns after the files are written"
+    return [float(run.test.accuracy) for run in runs]
+
+
+def test_a_program_trains_twice_in_several_processes(tmp_path: Path) -> None:
+    one, other = run_ranks(
+        fit_twice, 2, tmp_path / "run", folder=tmp_path, env={"HF_TRANSFER_CACHE": str(tmp_path / "cache")}
+    )
+    assert one == other
+
+
 def test_one_process_waits_for_nobody() -> None:
     assert not torch.distributed.is_initialized()
     processes.wait_for_everyone()
@@ -159,7 +176,7 @@ def test_the_slow_solve_of_a_run_does_not_time_out(tmp_path: Path) -> None:
 
 
 def probe_slowly(folder: Path) -> bool:
-    from hf_transfer.runs import execute
+    from hf_transfer.runs import train_session
     from hf_transfer.training import readouts
     from tests.sessions import make_session
 
@@ -171,5 +188,5 @@ def probe_slowly(folder: Path) -> bool:
 
     readouts._fit = fit_slowly
     session = make_session("linear_probe", output_dir=folder, readouts="none")
-    execute(session)
+    train_session(session)
     return (folder / "results.json").exists()

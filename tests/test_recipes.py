@@ -20,7 +20,7 @@ import torch
 
 from hf_transfer.flags import parse, read_config
 from hf_transfer.network.backbone import load
-from hf_transfer.runs import execute, open_session
+from hf_transfer.runs import open_session, train_session
 from hf_transfer.strategy import default_config
 from tests.sessions import make_config
 
@@ -216,7 +216,7 @@ def test_frozen_layers_are_saved_to_the_bit_and_trained_ones_change(tmp_path: Pa
 def test_every_adapter_trains_on_convolutions(method: str, tmp_path: Path) -> None:
     """Through the recipe, whose memory layout is channels last: peft's DoRA could not read such kernels."""
     config = make_config("lora", adapter=method, epochs=1, images_per_class=4, output_dir=str(tmp_path))
-    result = execute(open_session(config, output_dir=tmp_path))
+    result = train_session(open_session(config, output_dir=tmp_path))
     assert result.phases[-1].optimizer == "adamw"
     assert result.phases[-1].num_trainable > 0
     assert load(str(tmp_path / "model")).label_names == tuple("0123456789")

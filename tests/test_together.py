@@ -39,7 +39,7 @@ from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.sweep import _sweep_in_order, read_together
 from hf_transfer.prefix.taps import tap_activation
 from hf_transfer.prefix.together import describe_counts, group_by_size
-from hf_transfer.runs import execute
+from hf_transfer.runs import train_session
 from tests.odd_images import NUM_ODD_IMAGES, encode, make_odd_images, write_odd_images
 from tests.sessions import make_session
 from tests.test_extract import KilledAfter
@@ -267,10 +267,10 @@ def test_a_run_gives_the_metrics_of_the_saved_file_and_says_who_decoded(
 ) -> None:
     settings: dict[str, Any] = {"readouts": "none"} if strategy == "linear_probe" else {"epochs": 1}
     settings |= {"dataset": str(digit_files), "images_per_class": 8}
-    exact = execute(make_session(strategy, tmp_path / "exact", **settings))
+    exact = train_session(make_session(strategy, tmp_path / "exact", **settings))
     session = make_session(strategy, tmp_path / "run", decoder="device", **settings)
     with caplog.at_level("INFO"):
-        result = execute(session)
+        result = train_session(session)
     accuracy, log_loss = measure(tmp_path / "run" / "model", session)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["metrics"]["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
@@ -294,7 +294,7 @@ def test_metrics_are_of_the_published_pixels_however_wrong_the_devices_are(
     settings = {"dataset": str(digit_files), "images_per_class": 8, "readouts": "none"}
     session = make_session("linear_probe", tmp_path / "run", decoder="device", **settings)
     with caplog.at_level("INFO"):
-        execute(session)
+        train_session(session)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     accuracy, log_loss = measure(tmp_path / "run" / "model", session)
     assert results["metrics"]["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
