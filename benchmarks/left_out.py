@@ -101,7 +101,7 @@ def compare_epochs(config: RunConfig, most: int) -> dict[str, float]:
     epochs = validations[-training.epochs :]
     best = kept = epochs[0]
     for epoch in epochs[1:]:
-        if is_kept(epoch.validation.per_example_scores, best.validation.per_example_scores, None):
+        if is_kept(epoch.validation.independent_scores, best.validation.independent_scores, None):
             kept = epoch
         best = min(best, epoch, key=lambda e: e.validation.score.rank(training.select_by))
     return {"best": best.judged, "last as good": kept.judged, "last": epochs[-1].judged}

@@ -27,13 +27,15 @@ from hf_transfer.network.freezing import FrozenChangedError
 from hf_transfer.network.policies import Policy, full, last
 from hf_transfer.reporting.sentences import describe_phase
 from hf_transfer.strategy import Strategy
+from hf_transfer.targets.multi_label import MultiLabel
+from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training import phase
 from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import PhasesResult, run_phases
 from hf_transfer.training.plan import run_plan
 from hf_transfer.training.records import Kept, RunResult
-from hf_transfer.training.selection import Selection, Validation, is_kept
+from hf_transfer.training.selection import Selection, Validation, is_kept, score_validation
 from hf_transfer.training.steps import NonFiniteLossError
 from tests.test_recipes import ROOT, TIMEOUT_S, run_recipe
 
@@ -186,7 +188,7 @@ def test_the_line_of_a_kept_epoch_says_why() -> None:
         scores = torch.cat([torch.ones(hits), torch.zeros(100 - hits)])
         score = Score(quality=hits / 100, loss=1 - hits / 100)
         logits = np.zeros((100, 2), np.float32)
-        is_offer_kept = selection.offer(Validation(score=score, per_example_scores=scores, logits=logits), epoch)
+        is_offer_kept = selection.offer(Validation(score=score, independent_scores=scores, logits=logits), epoch)
         assert bool(selection.explain(epoch)) == is_offer_kept
         return selection.explain(epoch)
 
@@ -197,6 +199,57 @@ def test_the_line_of_a_kept_epoch_says_why() -> None:
     last_only = Selection(weights, "accuracy", keeps_last=True)
     last_only.keep(Score(quality=0.5, loss=1.0), 3)
     assert last_only.explain(3) == ""
+
+
+def make_multi_label(strength: float, *, num_labels: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Returns logits (60, K) that find the labels (60, K) the better, the larger `strength` is."""
+    labels = (np.random.default_rng(0).random((60, num_labels)) < 0.4).astype(np.float32)
+    noise = np.random.default_rng(1).normal(size=labels.shape)
+    return (strength * labels + noise).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_the_quality_that_is_reported_selects_epochs_of_several_labels(num_labels: int) -> None:
+    target = MultiLabel(names=tuple("abc"[:num_labels]))
+    bad, good = (
+        score_validation(target, *make_multi_label(strength, num_labels=num_labels), "accuracy")
+        for strength in (0.0, 4.0)
+    )
+    assert good.score.quality > bad.score.quality + 0.3
+    assert good.independent_scores.mean() == pytest.approx(good.score.quality)
+    assert is_kept(good.independent_scores, None, bad.independent_scores), "the start must give way"
+    assert not is_kept(bad.independent_scores, good.independent_scores, None), "a later epoch is far worse"
+
+
+def test_alike_images_of_a_group_count_once_when_epochs_are_compared() -> None:
+    target, labels = SingleLabel(names=("a", "b")), np.zeros(100, np.int64)
+    start, epoch = (
+        np.tile([[0.0, 1.0]], (100, 1)).astype(np.float32),
+        np.tile([[0.0, 1.0]], (100, 1)).astype(np.float32),
+    )
+    epoch[:10] = [1.0, 0.0]  # ten images more are right: ten objects, or ten images of one object
+    for groups, expected in ((None, True), (np.arange(100), True), (np.arange(100) // 10, False)):
+        before, after = (score_validation(target, each, labels, "accuracy", groups) for each in (start, epoch))
+        assert is_kept(after.independent_scores, None, before.independent_scores) is expected
+
+
+def test_patience_counts_from_the_best_epoch_even_if_the_start_is_still_kept() -> None:
+    selection = Selection({"w": torch.zeros(1)}, "accuracy")
+
+    def validation(hits: int) -> Validation:
+        scores = torch.cat([torch.ones(hits), torch.zeros(100 - hits)])
+        score = Score(quality=hits / 100, loss=1 - hits / 100)
+        return Validation(score=score, independent_scores=scores, logits=np.zeros((100, 2), np.float32))
+
+    selection.keep_start(validation(90))
+    for epoch, hits in enumerate((50, 60, 70, 65), start=1):  # the dip after the start, and the way back
+        assert not selection.offer(validation(hits), epoch)
+    assert (selection.epoch, selection.best_epoch, selection.improved_epoch) == (None, 0, 3)
+    restored = Selection({"w": torch.zeros(1)}, "accuracy")
+    restored.load_state_dict(selection.state_dict())
+    assert restored.improved_epoch == 3
+    assert not restored.offer(validation(68), 5)
+    assert restored.improved_epoch == 3, "the highest score is restored too"
 
 
 def test_an_epoch_gives_way_to_a_later_one_that_is_not_worse_beyond_chance() -> None:
@@ -222,7 +275,7 @@ def test_many_small_losses_do_not_add_up(tmp_path: Path) -> None:
     scores = iter(
         Validation(
             score=Score(quality=float(hits.mean()), loss=1.0),
-            per_example_scores=hits,
+            independent_scores=hits,
             logits=np.zeros((count, 10), np.float32),
         )
         for hits in falling

@@ -26,6 +26,7 @@ from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import Audit, set_trainable
 from hf_transfer.processes import wait_for_everyone
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.training.ema import Averaged
 from hf_transfer.training.evaluate import compute_compiled_logits, compute_image_logits, compute_stored_logits
 from hf_transfer.training.feeds import PhaseData
@@ -61,8 +62,8 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
 
     If `run.length` is given, the model is not validated, and has the weights after that many epochs.
     `starts_trained`: whether the initial weights are kept unless an epoch is better beyond chance. `resumed`: the saved state
-    of this phase. Raises NonFiniteLossError if the loss is not finite, FrozenChangedError if a frozen tensor changed, and
-    Interrupted, after a state was saved, if a signal asked the run to end.
+    of this phase. Raises NonFiniteLossError if the loss or a prediction is not finite, FrozenChangedError if a frozen tensor
+    changed, and Interrupted, after a state was saved, if a signal asked the run to end.
     """
     session, training = run.session, run.session.gradient.training
     chain, accelerator = session.chain, session.accelerator
@@ -135,7 +136,8 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
 
     The network computes in the precision of the run and, with `--compile`, is compiled. What is saved is scored in fp32.
     """
-    labels, is_compiled = session.data.validation.labels, session.gradient.training.compile
+    split, is_compiled = session.data.validation, session.gradient.training.compile
+    labels = split.labels
     if inputs.activations is not None:
         with eval_mode(session.chain.model), torch.no_grad():
             logits, truth = compute_stored_logits(
@@ -152,7 +154,9 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
         logits, truth = compute_image_logits(
             session.chain.model, inputs.images, labels, session.resources, shows_progress=False
         )
-    return score_validation(session.data.target, logits, truth, session.gradient.training.select_by)
+    return score_validation(
+        session.data.target, logits, truth, session.gradient.training.select_by, number_groups([split])
+    )
 
 
 def compile_network(network: nn.Module, training: TrainingConfig) -> nn.Module:
@@ -280,7 +284,7 @@ def _log_epoch(record: EpochRecord, run: PhaseRun, reason: str) -> None:
 def _stop_early(progress: Progress, selection: Selection, session: Session) -> None:
     training = session.gradient.training
     patience = training.early_stopping_patience
-    if patience and progress.epoch - selection.best_epoch >= patience:
+    if patience and progress.epoch - selection.improved_epoch >= patience:
         progress.stopped = True
         if session.is_main:
             log.info("stopping early: validation %s has not improved for %d epochs", training.select_by, patience)

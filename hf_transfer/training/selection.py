@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.config import SelectBy
+from hf_transfer.metrics.jackknife import pseudo_values
 from hf_transfer.metrics.records import Score
 from hf_transfer.targets.target import Labels, Target
 from hf_transfer.training.records import Kept
@@ -22,22 +23,41 @@ from hf_transfer.training.records import Kept
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """The score on the validation split, the per-example scores (N,) that select the epoch, and the logits (N, K)."""
+    """The score on the validation split, independent scores (M,) that select the epoch, and the logits (N, K).
+
+    The mean of the independent scores is the quality or the negative loss: they are those of images, or pseudo-values of the
+    jackknife where the quality is no mean over images, or where images of one group are alike.
+    """
 
     score: Score
-    per_example_scores: torch.Tensor
+    independent_scores: torch.Tensor
     logits: NDArray[np.float32]
 
 
-def score_validation(target: Target, logits: NDArray[np.float32], labels: Labels, select_by: SelectBy) -> Validation:
-    """Scores logits (N, K). `select_by` decides whether per-example scores are qualities (hits, for classes) or losses."""
+def score_validation(
+    target: Target,
+    logits: NDArray[np.float32],
+    labels: Labels,
+    select_by: SelectBy,
+    groups: NDArray[np.int64] | None = None,
+) -> Validation:
+    """Scores logits (N, K) by the quality or, with `select_by="loss"`, by the loss. `groups` (N,): the images' groups."""
     outcomes = target.read_outcomes(logits, labels)
-    per_example = outcomes.qualities if select_by == "accuracy" else -outcomes.losses
-    return Validation(score=outcomes.score, per_example_scores=torch.from_numpy(per_example), logits=logits)
+    by_quality = select_by == "accuracy"
+    of_images = outcomes.qualities if by_quality else -outcomes.losses
+    is_mean = not by_quality or target.image_quality == outcomes.score.names[0]
+
+    def measure(rows: NDArray[np.int64]) -> float:
+        if is_mean:
+            return float(of_images[rows].mean())
+        return target.read_outcomes(logits[rows], labels[rows]).score.quality
+
+    scores = of_images if is_mean and groups is None else pseudo_values(measure, len(labels), groups)
+    return Validation(score=outcomes.score, independent_scores=torch.from_numpy(scores), logits=logits)
 
 
 def is_kept(scores: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor | None) -> bool:
-    """Returns whether an epoch with the per-example scores `scores` (N,) replaces the weights kept so far.
+    """Returns whether an epoch with the independent scores `scores` (M,) replaces the weights kept so far.
 
     `best`: the scores of the best epoch kept so far, or None. `start`: the scores of the initial weights, or None if the
     initial weights are not trained.
@@ -68,10 +88,12 @@ class Selection:
         self._best_scores: torch.Tensor | None = None
         self._start_scores: torch.Tensor | None = None
         self._score: Score | None = None
-        self._best: Score | None = None
+        self._best: Score | None = None  # of the epochs kept so far
+        self._highest: Score | None = None  # of all epochs
         self.logits: NDArray[np.float32] | None = None  # of the kept weights (N, K); None: computed before a resume
         self.epoch: int | None = None  # the kept epoch, from 1; None: the initial weights
         self.best_epoch = 0  # the best epoch among all epochs kept so far, from 1; 0 before the first epoch
+        self.improved_epoch = 0  # the best epoch among all epochs, kept or not, from 1
 
     @property
     def kept(self) -> Kept:
@@ -88,17 +110,22 @@ class Selection:
 
     def keep_start(self, validation: Validation) -> None:
         """Keeps the initial weights. Every later epoch is compared with the score of the initial weights."""
-        self._start_scores = validation.per_example_scores
+        self._start_scores = validation.independent_scores
         self._keep(validation, None)
 
     def offer(self, validation: Validation, epoch: int) -> bool:
         """Keeps the weights after an epoch if `is_kept` accepts the scores. Returns whether the weights are kept."""
-        if not self._keeps_last and not is_kept(validation.per_example_scores, self._best_scores, self._start_scores):
+        if self._is_better(validation.score, self._highest):
+            self._highest, self.improved_epoch = validation.score, epoch
+        if not self._keeps_last and not is_kept(validation.independent_scores, self._best_scores, self._start_scores):
             return False
         self._keep(validation, epoch)
-        if self._best is None or validation.score.rank(self._select_by) < self._best.rank(self._select_by):
-            self._best, self._best_scores, self.best_epoch = validation.score, validation.per_example_scores, epoch
+        if self._is_better(validation.score, self._best):
+            self._best, self._best_scores, self.best_epoch = validation.score, validation.independent_scores, epoch
         return True
+
+    def _is_better(self, score: Score, than: Score | None) -> bool:
+        return than is None or score.rank(self._select_by) < than.rank(self._select_by)
 
     def explain(self, epoch: int) -> str:
         """Returns why the weights after an epoch are kept, as text after the line of the epoch; "" if they are not."""
@@ -122,8 +149,10 @@ class Selection:
             "start_scores": self._start_scores,
             "score": self._score and self._score.to_dict(),
             "best": self._best and self._best.to_dict(),
+            "highest": self._highest and self._highest.to_dict(),
             "epoch": self.epoch,
             "best_epoch": self.best_epoch,
+            "improved_epoch": self.improved_epoch,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -132,7 +161,9 @@ class Selection:
         self._best_scores, self._start_scores = state["best_scores"], state["start_scores"]
         self._score = Score.from_dict(state["score"]) if state["score"] else None
         self._best = Score.from_dict(state["best"]) if state["best"] else None
+        self._highest = Score.from_dict(state["highest"]) if state["highest"] else None
         self.epoch, self.best_epoch = state["epoch"], state["best_epoch"]
+        self.improved_epoch = state["improved_epoch"]
 
     def keep(self, score: Score, epoch: int | None) -> None:
         """Keeps the current weights, which have the given score, after an epoch or (None) before the first epoch."""
