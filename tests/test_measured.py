@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from sessions import make_session
 
 from hf_transfer.config import Engine
 from hf_transfer.inference.predict import load_saved
+from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.network import resizing
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.prefix import engine_choice
-from hf_transfer.runs import execute
+from hf_transfer.runs import train_session
 from hf_transfer.session import Session
 from hf_transfer.training import evaluate, plan
+from hf_transfer.training.evaluate import agrees
 from hf_transfer.training.phases import PhasesResult
 
 SCHEMA = Path(__file__).resolve().parents[1] / "hf_transfer" / "reporting" / "results.schema.json"
@@ -47,7 +49,7 @@ def test_metrics_are_of_the_saved_file(
 ) -> None:
     monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
     session = make_session(strategy, tmp_path / "run", precision=precision, images_per_class=12, **settings)
-    execute(session)
+    train_session(session)
     reported = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["test"]
     accuracy, log_loss = measure(tmp_path / "run" / "model", session)
     assert reported["accuracy"] == pytest.approx(accuracy, abs=1e-9)
@@ -61,7 +63,7 @@ def test_a_probe_that_disagrees_with_the_saved_network_is_scored_again(
     monkeypatch.setattr(evaluate, "AGREEING_LOG_LOSS", -1.0)
     session = make_session("linear_probe", tmp_path / "run", **settings)
     with caplog.at_level("INFO"):
-        execute(session)
+        train_session(session)
     assert "scoring again" in caplog.text
     reported = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["test"]
     assert reported["nll"] == pytest.approx(measure(tmp_path / "run" / "model", session)[1], abs=1e-5)
@@ -107,7 +109,7 @@ def test_final_metrics_run_by_the_engine_and_repeat_no_validation(
 ) -> None:
     session = make_session(strategy, tmp_path, engine="folded", **settings)
     with counted_splits() as passes:
-        execute(session)
+        train_session(session)
     repeated = [("validation", "folded")] if "wise_ft" in settings else []
     assert passes == [*repeated, ("test", "folded")]
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
@@ -119,7 +121,7 @@ def test_an_engine_that_disagrees_with_the_saved_network_is_replaced_by_eager(
 ) -> None:
     session = make_session("last_layers", tmp_path, engine="folded", probe_first=False)
     with counted_splits(noise_of={"folded"}) as passes:
-        execute(session)
+        train_session(session)
     assert passes == [("test", "folded"), ("test", "eager")]
     assert caplog.text.count("the predictions of engine folded differ from those of the saved model") == 1
     assert_metrics_are_of_the_saved_file(tmp_path, session)
@@ -137,7 +139,7 @@ def test_validation_logits_of_other_weights_are_computed_again(
 
     monkeypatch.setattr(plan, "run_phases", run_phases)
     session = make_session("last_layers", tmp_path, probe_first=False)
-    execute(session)
+    train_session(session)
     assert "the validation logits of the last epoch differ from those of the saved network" in caplog.text
     assert_metrics_are_of_the_saved_file(tmp_path, session)
 
@@ -148,7 +150,7 @@ def test_validation_logits_in_low_precision_or_of_fast_pixels_are_not_metrics(
 ) -> None:
     session = make_session("last_layers", tmp_path, engine="folded", probe_first=False, **settings)
     with counted_splits() as passes:
-        execute(session)
+        train_session(session)
     assert [split for split, _ in passes] == ["validation", "test"]
     assert_metrics_are_of_the_saved_file(tmp_path, session)
 
@@ -157,9 +159,9 @@ def test_validation_logits_in_low_precision_or_of_fast_pixels_are_not_metrics(
 def test_a_run_resumed_after_its_last_step_reports_the_same_metrics(
     strategy: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = execute(make_session(strategy, tmp_path, **settings))
+    whole = train_session(make_session(strategy, tmp_path, **settings))
     again = make_session(strategy, tmp_path, resume=True, **settings)
-    resumed = execute(again)
+    resumed = train_session(again)
     assert resumed.resumed
     assert resumed.metrics == whole.metrics
 
@@ -169,10 +171,24 @@ def test_scores_that_chose_other_weights_are_reported(
 ) -> None:
     monkeypatch.setattr(plan, "VERIFIED_LOG_LOSS", {"fp32": -1.0, "bf16": -1.0})
     with caplog.at_level("WARNING"):
-        execute(make_session("full", tmp_path / "bf16", precision="bf16", epochs=1))
+        train_session(make_session("full", tmp_path / "bf16", precision="bf16", epochs=1))
     assert "chosen by imprecise scores" in caplog.text
     with pytest.raises(RuntimeError, match="the saved network has a validation loss"):
-        execute(make_session("full", tmp_path / "fp32", precision="fp32", epochs=1))
+        train_session(make_session("full", tmp_path / "fp32", precision="fp32", epochs=1))
+
+
+def test_a_large_loss_is_compared_relative_to_its_size() -> None:
+    session = make_session("full")
+    for chosen, measured, is_same in ((61986.5487, 61986.5499, True), (0.5, 0.5005, True), (0.5, 0.502, False)):
+        score = Score(quality=0.5, loss=measured)
+        with nullcontext() if is_same else pytest.raises(RuntimeError, match="the saved network has"):
+            plan._verify(Metrics(values={}, num_samples=2, score=score), replace(score, loss=chosen), session)
+    labels = torch.tensor([1, 0])
+    logits = torch.tensor([[0.0, -6e4], [-6e4, 0.0]])  # both wrong, with a loss of 60,000
+    split = replace(session.data.validation.select(np.array([0, 1])), labels=labels.numpy())
+    wide = torch.full((2, split.target.num_outputs - 2), -1e6)
+    assert agrees(torch.cat([logits * (1 + 1e-7), wide], 1), torch.cat([logits, wide], 1), split)
+    assert not agrees(torch.cat([logits * 1.01, wide], 1), torch.cat([logits, wide], 1), split)
 
 
 @pytest.mark.parametrize("strategy", ["linear_probe", "full"])
@@ -187,7 +203,7 @@ def test_metrics_are_of_the_published_pixels_however_wrong_the_fast_ones_are(
     settings = {"readouts": "none"} if strategy == "linear_probe" else {"epochs": 1}
     session = make_session(strategy, tmp_path / "run", decoder="fast", **settings)
     with caplog.at_level("INFO"):
-        execute(session)
+        train_session(session)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     accuracy, log_loss = measure(tmp_path / "run" / "model", session)
     assert results["metrics"]["test"]["accuracy"] == pytest.approx(accuracy, abs=1e-9)
@@ -204,7 +220,7 @@ def test_metrics_with_the_fast_decoder_pass_the_check_and_the_schema(
     monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
     session = make_session("linear_probe", tmp_path / "run", decoder="fast", readouts="none")
     with caplog.at_level("INFO"):
-        execute(session)
+        train_session(session)
     assert "scoring again" not in caplog.text
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     jsonschema.validate(results, json.loads(SCHEMA.read_text()))

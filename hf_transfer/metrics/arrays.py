@@ -27,11 +27,15 @@ def mean_of_known(values: NDArray[np.float64]) -> float:
     return float(known.mean()) if len(known) else 0.0
 
 
+class NonFinitePredictionsError(ValueError):
+    """Raised if predictions are NaN or infinite."""
+
+
 def check_finite(predictions: NDArray[np.float64]) -> None:
-    """Raises ValueError if `predictions` (N, K) of N images have NaN or infinite values, which metrics would leave out."""
+    """Raises NonFinitePredictionsError if `predictions` (N, K) have NaN or infinite values, which metrics would leave out."""
     num_broken = int((~np.isfinite(predictions)).any(axis=1).sum())
     if num_broken:
-        raise ValueError(describe_broken(num_broken, len(predictions)))
+        raise NonFinitePredictionsError(describe_broken(num_broken, len(predictions)))
 
 
 def describe_broken(num_broken: int, num_images: int) -> str:

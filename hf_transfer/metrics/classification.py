@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_transfer.metrics.arrays import describe_broken, to_numpy
+from hf_transfer.metrics.arrays import NonFinitePredictionsError, describe_broken, to_numpy
 from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, Bootstrap, drop_empty, find_interval
 from hf_transfer.metrics.formulas import (
     ClassCounts,
@@ -183,7 +183,7 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
         log_probabilities[rows] = true_logit[:, 0] - log_normalizer
         confidences[rows] = np.exp(largest - log_normalizer)
     if num_broken:
-        raise ValueError(describe_broken(num_broken, num_samples))
+        raise NonFinitePredictionsError(describe_broken(num_broken, num_samples))
     return Outcomes(
         labels=truth,
         predictions=predictions,

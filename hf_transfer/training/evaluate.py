@@ -251,10 +251,11 @@ def compute_exact_logits(
 
 
 def agrees(logits: torch.Tensor, exact: torch.Tensor, split: Split) -> bool:
-    """Whether logits (B, K) of B images decide as `exact`, with the same mean loss up to AGREEING_LOG_LOSS."""
+    """Whether logits (B, K) decide as `exact`, and the mean loss agrees within AGREEING_LOG_LOSS, times the loss if above 1."""
     target, labels = split.target, torch.from_numpy(split.labels)
-    difference = float(target.losses(logits, labels).nanmean() - target.losses(exact, labels).nanmean())
-    return target.decides_alike(logits, exact) and abs(difference) <= AGREEING_LOG_LOSS
+    loss, exact_loss = (float(target.losses(each, labels).nanmean()) for each in (logits, exact))
+    agrees_in_loss = abs(loss - exact_loss) <= AGREEING_LOG_LOSS * max(1.0, abs(exact_loss))
+    return target.decides_alike(logits, exact) and agrees_in_loss
 
 
 def _take_share(count: int, resources: Resources) -> NDArray[np.int64]:

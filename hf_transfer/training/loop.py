@@ -20,6 +20,7 @@ from torch import nn
 
 from hf_transfer.config import TrainingConfig
 from hf_transfer.interrupts import deferred
+from hf_transfer.metrics.arrays import NonFinitePredictionsError
 from hf_transfer.metrics.records import Score
 from hf_transfer.network.dropping import find_head_dropouts, head_dropout, stochastic_depth
 from hf_transfer.network.forward import eval_mode
@@ -98,7 +99,10 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
                 _agree_on_statistics(trainable.state, accelerator)
                 trainable.copy_back()
                 if run.length is None:
-                    validation = validate(trainable.evaluated, session, run.inputs)
+                    try:
+                        validation = validate(trainable.evaluated, session, run.inputs)
+                    except NonFinitePredictionsError as error:  # in all processes
+                        raise steps.explain_divergence("a prediction for a validation image", progress) from error
                     validation_score = validation.score
                     selection.offer(validation, progress.epoch + 1)
                 else:

@@ -136,7 +136,7 @@ def _verify(measured: Metrics, chosen_by: Score, session: Session) -> None:
     another decoder, logs a warning, because differences may add up, and the metrics are of the saved network in any case.
     """
     precision, decoder = session.resources.precision, session.config.compute.decoder
-    if abs(measured.score.loss - chosen_by.loss) <= VERIFIED_LOG_LOSS[precision]:
+    if abs(measured.score.loss - chosen_by.loss) <= VERIFIED_LOG_LOSS[precision] * max(1.0, abs(chosen_by.loss)):
         return
     message = (
         f"the saved network has a validation loss of {measured.score.loss:.4f} in fp32, but the chosen weights had "

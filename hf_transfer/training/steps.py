@@ -258,7 +258,7 @@ class Steps:
         progress.loss_sum += loss_sum
         progress.hits += hits
         if not math.isfinite(progress.loss_sum):
-            raise NonFiniteLossError(self._explain_loss(progress))
+            raise self.explain_divergence("the loss", progress)
         accuracy = 100 * progress.hits / progress.images
         values = {
             "loss": f"{progress.loss_sum / progress.images:.3f}",
@@ -311,10 +311,14 @@ class Steps:
         # The loss is the mean over the step. Cancel that processes average gradients, and that Accelerate divides the loss.
         scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / step_weight
         start = find_share(step, rank=accelerator.process_index, num_ranks=accelerator.num_processes)
+        to_mean = len(step) / step_weight  # the sum over an epoch is divided by its number of images
         for i, draws in enumerate(share):
             is_last = i + 1 == len(share)
             with nullcontext() if is_last else trainable.no_sync(accelerator):
-                self._accumulate(draws, next(inputs), labels[start : start + len(draws)], epoch, scale, totals)
+                own = labels[start : start + len(draws)]
+                loss, hits = self._accumulate(draws, next(inputs), own, epoch, scale)
+            totals[0].add_(loss * to_mean)
+            totals[1].add_(hits)
             start += len(draws)
         max_norm = self.settings.training.max_grad_norm
         if max_norm:
@@ -332,9 +336,8 @@ class Steps:
         labels: torch.Tensor,
         epoch: int,
         scale: torch.Tensor,
-        totals: torch.Tensor,
-    ) -> None:
-        """Adds the gradient of one batch to the parameters' gradients, and the batch's loss and number of hits to `totals`."""
+    ) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """Adds the gradient of one batch to the parameters' gradients. Returns the sum of its losses, and its hits."""
         augmentation, targets = self.settings.augmentation, labels
         if self.run.inputs.feed.is_pixels and augmentation.is_mixing:
             uniform = draw_uniform(self.session.config.seed, epoch, draws)
@@ -342,22 +345,22 @@ class Steps:
         logits = run_padded(self.trainable.network, inputs, self._rows_per_batch)
         loss = self.loss(logits.float(), targets)
         self.accelerator.backward(loss * scale)
-        totals[0].add_(loss.detach() / self.loss.weigh(labels).mean())
-        totals[1].add_(self.target.count_hits(logits.detach(), labels))
+        return loss.detach(), self.target.count_hits(logits.detach(), labels)
 
     def _read_labels(self, draws: Rows) -> NDArray[np.int64]:
         labels: NDArray[np.int64] = self.labels[draws % len(self.labels)]
         return labels
 
-    def _explain_loss(self, progress: Progress) -> str:
+    def explain_divergence(self, subject: str, progress: Progress) -> "NonFiniteLossError":
+        """Returns the error, with remedies, for a `subject`, such as "the loss", that is not finite."""
         phase = self.run.phase
         remedies = [f"a lower --lr (now {phase.optimization.lr:g})", "a longer --warmup_ratio"]
         if not self.settings.training.max_grad_norm:
             remedies.append("--max_grad_norm 1")
         if self.accelerator.mixed_precision != "no":
             remedies.append("--precision bf16 or fp32")
-        return (
-            f"the loss is not finite in epoch {progress.epoch + 1}, step {progress.step} of the phase {phase.policy.name}. "
+        return NonFiniteLossError(
+            f"{subject} is not finite in epoch {progress.epoch + 1}, step {progress.step} of the phase {phase.policy.name}. "
             f"Try {', '.join(remedies)}, and start fresh, because --resume requires the same settings"
         )
 
