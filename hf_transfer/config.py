@@ -525,6 +525,10 @@ class TrainingConfig(Settings):
                 f"keep_last_epoch=True, early_stopping_patience={self.early_stopping_patience}: validation images would choose "
                 "the last epoch; omit one of the two"
             )
+        if self.keep_last_epoch and self.wise_ft:
+            raise ValueError(
+                "keep_last_epoch=True, wise_ft=True: validation images would choose the mixture of weights; omit one of the two"
+            )
 
 
 AdapterName = Literal["lora", "dora", "loha", "ia3"]

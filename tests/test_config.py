@@ -254,6 +254,12 @@ def test_help_leaves_out_what_the_strategy_refuses(name: str, capsys: pytest.Cap
             config.strategy.check(config)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("chooser", [{"wise_ft": True}, {"early_stopping_patience": 2}])
+def test_validation_images_choose_nothing_where_the_last_epoch_is_kept(chooser: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"validation images would choose .* omit one of the two"):
+        replace_settings(default_config("full"), {"keep_last_epoch": True, **chooser})
+
+
 @pytest.mark.parametrize("name", strategy_names())
 def test_all_help_is_grouped_and_shows_the_most_used_flags_first(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     sections = read_help(capsys, "--help_all", name)

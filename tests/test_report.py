@@ -17,7 +17,7 @@ from hf_transfer.metrics.classification import score
 from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.reporting.glossary import COSTS
 from hf_transfer.reporting.report import render_report, write_report
-from hf_transfer.reporting.report_results import NO_TEST_SPLIT, find_interval
+from hf_transfer.reporting.report_results import NO_TEST_SPLIT, NOTHING_SELECTED, explain_validation, find_interval
 from hf_transfer.reporting.results import public_settings
 from hf_transfer.settings import replace_settings
 from hf_transfer.targets.single_label import SingleLabel
@@ -170,6 +170,19 @@ def test_a_page_without_a_test_split_warns() -> None:
     assert "Result on validation" in without
     assert NO_TEST_SPLIT not in with_test
     assert "Result on test" in with_test
+
+
+def test_a_page_without_a_test_split_says_what_selected_the_model() -> None:
+    results = _results(_names(3), test=False, curves=False)
+    for kept, sentence in (
+        (["solution", "last"], NOTHING_SELECTED),
+        (["solution", "epoch"], NO_TEST_SPLIT),
+        ([], NO_TEST_SPLIT),
+    ):
+        of_run = {**results, "phases": [{"kept": each} for each in kept]}
+        assert explain_validation(of_run, of_run["metrics"]["validation"]) == sentence
+    chosen = {**results, "phases": [{"kept": "last"}], "details": {"auto": {"candidates": [{"runs": 1}]}}}
+    assert explain_validation(chosen, chosen["metrics"]["validation"]) == NO_TEST_SPLIT, "the images chose the strategy"
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:

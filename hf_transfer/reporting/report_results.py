@@ -7,6 +7,7 @@ from hf_transfer.metrics.records import Interval
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import MetricInfo
 from hf_transfer.training.final_fit import EstimatedBy, covers_train_images
+from hf_transfer.training.records import Kept
 
 ESTIMATED_BY = {  # metrics.validation.estimated_by -> the words for it in log, report and card
     EstimatedBy.FOLDS: "each image was predicted by a model of the same recipe that had not trained on its fold",
@@ -14,6 +15,7 @@ ESTIMATED_BY = {  # metrics.validation.estimated_by -> the words for it in log, 
     EstimatedBy.CROSS_VALIDATION: "each image was predicted by a probe that was fitted without it",
 }
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
+NOTHING_SELECTED = "There is no test split. No validation image trained the model or selected it."
 CHOSE_STRATEGY = " These predictions also chose the strategy, so the metrics are optimistic."
 CHOSE_EPOCHS = " These images also chose the epochs of those models, so the metrics are optimistic."
 
@@ -65,10 +67,12 @@ def describe_scored_images(split: str, scores: Mapping[str, Any]) -> str:
 def explain_validation(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     """Returns sentences that say what the validation metrics `scores` are worth if there is no test split."""
     clause = describe_estimate(scores)
-    if not clause:
-        return NO_TEST_SPLIT
     candidates = results.get("details", {}).get("auto", {}).get("candidates", ())
     chose = CHOSE_STRATEGY if any(row["runs"] for row in candidates) else ""
+    if not clause:
+        kept = [phase["kept"] for phase in results.get("phases", ())]
+        is_fair = Kept.LAST in kept and not {Kept.START, Kept.EPOCH}.intersection(kept) and not chose
+        return NOTHING_SELECTED if is_fair else NO_TEST_SPLIT
     if scores.get("is_selected"):
         chose = CHOSE_EPOCHS
     return f"There is no test split: {clause}. The saved model has trained on all of them.{chose}"
