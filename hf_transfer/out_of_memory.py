@@ -34,4 +34,6 @@ def suggest_batches(session: Session) -> str:
     pair = f"--batch_size {smaller} --gradient_accumulation_steps {accumulated * size // smaller}"
     if not session.config.strategy.training.freeze_batchnorm:
         return f"the memory is full with {given}: {pair} takes the same steps, with BatchNorm statistics of smaller batches"
+    if session.config.strategy.augmentation.is_mixing:
+        return f"the memory is full with {given}: {pair} takes the same steps, with images mixed in smaller batches"
     return f"the memory is full with {given}: {pair} gives the same result. Add these flags when you continue"

@@ -124,6 +124,19 @@ def test_a_loss_that_is_not_finite_stops_with_remedies(tmp_path: Path) -> None:
         train([full()], tmp_path, lr=1000.0, max_grad_norm=0.0, warmup_ratio=0.0, ema_decay=0.0)
 
 
+def test_a_network_that_diverges_in_the_last_step_of_an_epoch_stops_with_remedies(tmp_path: Path) -> None:
+    settings = {
+        "optimizer": "sgd",
+        "lr": 1000.0,
+        "head_lr": 1000.0,
+        "max_grad_norm": 0.0,
+        "warmup_ratio": 0.0,
+        "ema_decay": 0.0,
+    }
+    with pytest.raises(NonFiniteLossError, match=r"a prediction .* in epoch 1, step 1 of the phase full.*a lower --lr"):
+        train([full()], tmp_path, batch_size=1000, **settings)
+
+
 def test_a_plan_that_only_solves_for_the_head_equals_the_linear_probe_to_the_bit(tmp_path: Path) -> None:
     """Law 11: the plan, the strategy, and the same upstream weights give one result."""
     session, own = make_session("full", tmp_path), make_session("linear_probe", tmp_path)
@@ -329,6 +342,31 @@ def test_mixing_needs_images(tmp_path: Path) -> None:
         train([last(1)], tmp_path, mixup=0.2)
     result, _ = train([last(1)], tmp_path, mixup=0.2, cutmix=1.0, cache_views=0)
     assert result.phases[0].history
+
+
+def test_phases_that_cannot_mix_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        train([last(1), full()], tmp_path, mixup=0.2, epochs=1)
+    assert "mixup and cutmix mix no images in the phases last(1), which train on stored activations" in caplog.text
+
+
+def test_mixed_images_continue_in_the_same_batches_only(tmp_path: Path) -> None:
+    """Images are mixed with others of their batch, so another division of a step gives other weights."""
+    train([full()], tmp_path, batch_size=8, epochs=1, mixup=0.2)
+    settings = {"batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 1, "resume": True}
+    with pytest.raises(ValueError, match="batches was '1 processes with 1 batches of 8"):
+        train([full()], tmp_path, mixup=0.2, **settings)
+
+
+def test_the_train_loss_of_weighted_classes_does_not_depend_on_the_division_into_batches(tmp_path: Path) -> None:
+    plain = {"class_balance": "loss", "images_per_class": None, "epochs": 1, "ema_decay": 0.0}
+    losses = []
+    for size in (24, 4):
+        result, _ = train(
+            [last(1)], tmp_path / str(size), **plain, batch_size=size, gradient_accumulation_steps=24 // size
+        )
+        losses.append(result.phases[0].history[0].train_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_early_stopping_ends_the_phase(tmp_path: Path) -> None:

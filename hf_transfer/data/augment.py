@@ -5,7 +5,8 @@ drawn in original pixels. The crop, the return to the original aspect ratio, the
 affine map per image, so pixels are resampled once. Beyond its edges, an image is continued by its mirror image.
 
 Each of an image's random numbers is a hash of the seed, the epoch, the image's index and the number's position. Augmentation
-therefore does not depend on the batch, the number of processes, or resuming. Unlike in torchvision, crops are not rounded to
+therefore does not depend on the batch, the number of processes, or resuming, except that mixup and cutmix mix an image with
+another one of its batch. Unlike in torchvision, crops are not rounded to
 whole pixels, geometric operations run before color operations, and pixels are rounded only where whole gray levels are needed.
 """
 

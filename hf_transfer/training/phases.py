@@ -35,7 +35,7 @@ from hf_transfer.training.steps import PhaseRun, count_accumulated, count_epochs
 
 log = logging.getLogger(__name__)
 
-STATE_FORMAT = 7  # increase this number when a run could not continue from older states in the same way
+STATE_FORMAT = 8  # increase this number when a run could not continue from older states in the same way
 
 # Settings that only divide a step's images into batches. Their product with the number of processes is compared instead.
 BATCHES = frozenset(("batch_size", "gradient_accumulation_steps"))
@@ -328,12 +328,18 @@ class _PlanRun:
         augmentation, training = self.session.gradient.augmentation, self.session.gradient.training
         if not augmentation.is_mixing or training.cache_views == 0:
             return
-        phases = zip(self.plan, self.chains, self.selected, strict=True)
+        phases = list(zip(self.plan, self.chains, self.selected, strict=True))
         if self.plan and all(isinstance(p, SolveHeadPhase) or c.lowest_cut(s) is not None for p, c, s in phases):
             raise ValueError(
                 f"mixup={augmentation.mixup}, cutmix={augmentation.cutmix}: a phase with a frozen prefix trains on stored "
                 "activations, not on images, which mixup and cutmix need: choose --cache_views 0, or omit --mixup and --cutmix"
             )
+        without = [p.policy.name for p, c, s in phases if isinstance(p, TrainPhase) and c.lowest_cut(s) is not None]
+        if without and self.session.is_main:
+            log.info(
+                "mixup and cutmix mix no images in the phases %s, which train on stored activations; --cache_views 0 changes "
+                "that", ", ".join(without),
+            )  # fmt: skip
 
 
 def _solve(
@@ -364,6 +370,8 @@ def describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> d
     settings["images_per_step"] = count_images_per_step(session)
     if not session.gradient.training.freeze_batchnorm:
         settings["batch_size"] = session.config.compute.images_per_batch  # BatchNorm's statistics are those of a batch
+    if session.gradient.augmentation.is_mixing:
+        settings["batches"] = _describe_batches(session)  # images are mixed with others of their batch
     splits = {"train": session.data.train.fingerprint, "validation": session.data.validation.fingerprint}
     network = hash_tensors(session.chain.model.state_dict())  # not its path, which may change
     preprocessing = dict(session.backbone.preprocessing.spec)
