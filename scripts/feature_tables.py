@@ -17,9 +17,9 @@ from hf_transfer.metrics.bootstrap import mean_interval
 def table_leads() -> str:
     """Returns the gain of each way to fine-tune with 10 images a class over the probe, by cell and on average.
 
-    Averages of the weights of other leads took no time of their own.
+    Averages of the weights of other leads took no time of their own. Cells of seed 4 have runs of `auto` alone.
     """
-    by_lead = _read_leads(10)
+    by_lead = _read_leads(10, seed=3)
     probes = by_lead.pop("linear_probe")
     cells = list(probes)
     rows = []
@@ -50,11 +50,26 @@ def table_leads_on_all() -> str:
     return format_table(["lead", *names], rows)
 
 
-def _read_leads(images_per_class: int) -> dict[str, dict[Cell, Row]]:
-    """Returns the runs of each lead with so many images per class (0: all), by cell."""
+def table_folds() -> str:
+    """Returns the accuracy of `auto` by folds and by one split with 10 images a class, beside the probe, by cell."""
+    runs = [_read_leads(10)[lead] for lead in ("linear_probe", "auto", "auto, one split")]
+    rows = [
+        [
+            f"{NETWORKS[cell.checkpoint]}, {DATA_SETS[cell.set]}, seed {cell.seed}",
+            *(f"{100 * run[cell]['accuracy']:.1f}" for run in runs),
+            *(f"{run[cell]['seconds']:.0f}" for run in runs[1:]),
+        ]
+        for cell in sorted(runs[2], key=lambda cell: cell.seed)
+    ]
+    header = ["cell", "probe, %", "`auto` by folds", "by one split", "seconds by folds", "by one split"]
+    return format_table(header, rows)
+
+
+def _read_leads(images_per_class: int, *, seed: int | None = None) -> dict[str, dict[Cell, Row]]:
+    """Returns the runs of each lead with so many images per class (0: all), by cell. `seed`: of the images; None: all."""
     by_lead: dict[str, dict[Cell, Row]] = {}
     for row in read_rows("leads.jsonl"):
-        if row["images_per_class"] == images_per_class:
+        if row["images_per_class"] == images_per_class and seed in (None, row["seed"]):
             by_lead.setdefault(row["lead"], {})[cell_of(row)] = row
     return by_lead
 
