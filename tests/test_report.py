@@ -19,9 +19,11 @@ from hf_transfer.reporting.glossary import COSTS
 from hf_transfer.reporting.report import render_report, write_report
 from hf_transfer.reporting.report_results import NO_TEST_SPLIT, NOTHING_SELECTED, explain_validation, find_interval
 from hf_transfer.reporting.results import public_settings
+from hf_transfer.runs import train_session
 from hf_transfer.settings import replace_settings
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.training.records import to_json
+from tests.sessions import make_session
 
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
 
@@ -172,16 +174,15 @@ def test_a_page_without_a_test_split_warns() -> None:
     assert "Result on test" in with_test
 
 
-def test_a_page_without_a_test_split_says_what_selected_the_model() -> None:
-    results = _results(_names(3), test=False, curves=False)
-    for kept, sentence in (
-        (["solution", "last"], NOTHING_SELECTED),
-        (["solution", "epoch"], NO_TEST_SPLIT),
-        ([], NO_TEST_SPLIT),
-    ):
-        of_run = {**results, "phases": [{"kept": each} for each in kept]}
-        assert explain_validation(of_run, of_run["metrics"]["validation"]) == sentence
-    chosen = {**results, "phases": [{"kept": "last"}], "details": {"auto": {"candidates": [{"runs": 1}]}}}
+@pytest.mark.parametrize("keeps_last", [False, True])
+def test_a_card_without_a_test_split_says_whether_images_selected_the_model(keeps_last: bool, tmp_path: Path) -> None:
+    settings = {"epochs": 1, "images_per_class": 6, "test_split": "none", "keep_last_epoch": keeps_last}
+    train_session(make_session("full", tmp_path, **settings))
+    results = json.loads((tmp_path / "results.json").read_text())
+    sentence = explain_validation(results, results["metrics"]["validation"])
+    assert sentence == (NOTHING_SELECTED if keeps_last else NO_TEST_SPLIT)
+    assert sentence in (tmp_path / "model" / "README.md").read_text()
+    chosen = {**results, "details": {"auto": {"candidates": [{"runs": 1}]}}}
     assert explain_validation(chosen, chosen["metrics"]["validation"]) == NO_TEST_SPLIT, "the images chose the strategy"
 
 
