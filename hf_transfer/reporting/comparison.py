@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split, join
 from hf_transfer.metrics.bootstrap import mean_interval
-from hf_transfer.metrics.records import Interval
+from hf_transfer.metrics.records import Interval, Metrics
 from hf_transfer.reporting.formats import format_metric, format_seconds
 from hf_transfer.reporting.predictions import deactivate
 from hf_transfer.reporting.report_results import choose_split, find_interval, find_metrics
 from hf_transfer.reporting.saved_runs import SavedRun, read_activated
-from hf_transfer.targets.target import Labels, MetricInfo, Target, find_target, to_tuple
+from hf_transfer.solvers.groups import number_groups
+from hf_transfer.targets.multi_label import MultiLabel
+from hf_transfer.targets.target import MetricInfo, Target, find_target, to_tuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def compare_runs(runs: Sequence[SavedRun]) -> Comparison:
         )
     held_out = [each for each in first.data.splits if each.name in _held_out_in(split)]
     images = held_out[0] if len(held_out) == 1 else join(held_out)
-    targets = [read_saved_target(run.results) for run in runs]
+    targets = read_targets(runs)
     outputs = [
         _read_outputs(SavedRun(folder=run.folder, results=run.results, data=first.data), target, held_out)
         for run, target in zip(runs, targets, strict=True)
@@ -108,6 +110,7 @@ def compare_runs(runs: Sequence[SavedRun]) -> Comparison:
             "no image was held out by all of these runs, so they cannot be compared: train them with a test split"
         )
     labels, outputs = images.labels[rows], [each[rows] for each in outputs]
+    groups = number_groups([images], rows)
     qualities = [
         np.asarray(target.read_outcomes(each, labels).qualities) for target, each in zip(targets, outputs, strict=True)
     ]
@@ -115,14 +118,17 @@ def compare_runs(runs: Sequence[SavedRun]) -> Comparison:
     info = next(
         each for each in find_metrics(first.results) if first.results["metrics"][split].get(each.key) is not None
     )
-    scored = [_score(run, info, target, each, labels) for run, target, each in zip(runs, targets, outputs, strict=True)]
+    scored = [
+        _score(run, info, target.measure(each, labels, groups=groups))
+        for run, target, each in zip(runs, targets, outputs, strict=True)
+    ]
     return Comparison(
         split="cross-validated" if split != "test" and rows[0] < len(first.data.train) else split,
         num_images=len(rows),
         metric=info,
         image_quality=targets[0].image_quality,
         runs=tuple(
-            _describe_run(name, run, score, each - qualities[0])
+            _describe_run(name, run, score, each - qualities[0], groups)
             for name, run, score, each in zip(names, runs, scored, qualities, strict=True)
         ),
         outputs=outputs,
@@ -147,15 +153,21 @@ def _read_outputs(run: SavedRun, target: Target, splits: Sequence[Split]) -> NDA
     )
 
 
-def _score(
-    run: SavedRun, info: MetricInfo, target: Target, outputs: NDArray[np.float32], labels: Labels
-) -> tuple[float, Interval | None]:
-    """Returns the metric with its interval: that of the run, if it is of as many images, else of these outputs (N, K)."""
+def _score(run: SavedRun, info: MetricInfo, metrics: Metrics) -> tuple[float, Interval | None]:
+    """Returns the metric with its interval: that of the run, if it is of as many images as `metrics`, else of these."""
     scores = choose_split(run.results)[1]
-    if scores["num_samples"] == len(labels):
+    if scores["num_samples"] == metrics.num_samples:
         return scores[info.key], find_interval(scores, info.key)
-    metrics = target.compute_metrics(outputs, labels, seed=0)
     return metrics.values[info.key], metrics.intervals.get(info.key)
+
+
+def read_targets(runs: Sequence[SavedRun]) -> list[Target]:
+    """Returns a target for each run: that of the first run, with the run's own thresholds.
+
+    The errors of numbers are then in the same unit, though each run has standardized its numbers by its own train images.
+    """
+    targets = [read_saved_target(run.results) for run in runs]
+    return [own if isinstance(own, MultiLabel) else targets[0] for own in targets]
 
 
 def read_saved_target(results: Mapping[str, Any]) -> Target:
@@ -167,7 +179,11 @@ def read_saved_target(results: Mapping[str, Any]) -> Target:
 
 
 def _describe_run(
-    name: str, run: SavedRun, score: tuple[float, Interval | None], differences: NDArray[Any]
+    name: str,
+    run: SavedRun,
+    score: tuple[float, Interval | None],
+    differences: NDArray[Any],
+    groups: NDArray[np.int64] | None,
 ) -> ComparedRun:
     return ComparedRun(
         name=name,
@@ -177,7 +193,7 @@ def _describe_run(
         interval=score[1],
         seconds=run.results["cost"]["seconds"]["total"],
         difference=float(differences.mean()),
-        difference_interval=mean_interval(differences),
+        difference_interval=mean_interval(differences, groups=groups),
     )
 
 

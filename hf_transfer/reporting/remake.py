@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_transfer.reporting.comparison import Comparison, compare_runs, read_saved_target
+from hf_transfer.reporting.comparison import Comparison, compare_runs, read_targets
 from hf_transfer.reporting.comparison_page import write_comparison
 from hf_transfer.reporting.feature_map import MapMethod, check_map_method
 from hf_transfer.reporting.report import REPORT, write_report
@@ -35,5 +35,5 @@ def compare_folders(runs: Sequence[str | Path], output: Path | None = None) -> t
     saved = [read_saved_run(run) for run in runs]
     comparison = compare_runs(saved)
     path = output or Path(COMPARISON)
-    write_comparison(comparison, [read_saved_target(run.results) for run in saved], path)
+    write_comparison(comparison, read_targets(saved), path)
     return comparison, path

@@ -1,0 +1,81 @@
+"""Runs are compared in one unit, and by whole groups of images."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hf_transfer.data.splits import Split
+from hf_transfer.reporting.comparison import compare_runs
+from hf_transfer.reporting.predictions import write_predictions
+from hf_transfer.reporting.saved_runs import SavedRun
+from hf_transfer.solvers.groups import number_groups
+from hf_transfer.targets.regression import Regression
+from hf_transfer.targets.single_label import SingleLabel
+from hf_transfer.targets.target import Target
+from hf_transfer.training.records import to_json
+
+
+class Names:
+    """Images of which only the names are read."""
+
+    def name(self, row: int) -> str:
+        return f"{row}.png"
+
+
+def make_split(labels: np.ndarray, target: Target, groups: np.ndarray | None = None) -> Split:
+    images: Any = Names()
+    return Split(name="test", source=images, rows=np.arange(len(labels)), labels=labels, target=target, groups=groups)
+
+
+def save_run(folder: Path, split: Split, target: Target, logits: np.ndarray) -> SavedRun:
+    """Writes the predictions of a run, and returns it with what a comparison reads of its results.json."""
+    folder.mkdir()
+    logits, split = logits.astype(np.float32), replace(split, target=target)
+    write_predictions(folder / "predictions.parquet", [split], {"test": logits})
+    metrics = target.measure(logits, split.labels, groups=number_groups([split]))
+    results = {
+        "strategy": "full",
+        "checkpoint": {"id": "owner/name"},
+        "cost": {"seconds": {"total": 1.0}},
+        "label_names": list(target.names),
+        "metrics": {"test": metrics.to_dict()},
+        "target": {**to_json(target.to_dict()), "metrics": to_json(target.metrics)},
+        "data": {"fingerprint": {"test": "same"}},
+    }
+    data: Any = SimpleNamespace(splits=[split], train=[], validation=[])
+    return SavedRun(folder=folder, results=results, data=data)
+
+
+def test_equal_predictions_of_numbers_are_equal_whatever_the_train_images_were(tmp_path: Path) -> None:
+    """Each run standardizes its numbers by its own train images, which another --seed draws anew."""
+    rng = np.random.default_rng(0)
+    numbers = rng.normal(size=(200, 1)).astype(np.float32)
+    predicted = numbers + rng.normal(0, 0.3, (200, 1))
+    split = make_split(numbers, Regression(names=("size",)))
+    runs = [
+        save_run(
+            tmp_path / str(i), split, Regression(names=("size",), center=(0.0,), scale=(scale,), folded=True), predicted
+        )
+        for i, scale in enumerate((1.0, 1.1))
+    ]
+    _, other = compare_runs(runs).runs
+    assert (other.difference, other.difference_interval) == (0.0, (0.0, 0.0))
+    assert not other.is_different
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_alike_images_of_a_group_count_once_in_a_difference(is_grouped: bool, tmp_path: Path) -> None:
+    target, labels = SingleLabel(names=("a", "b")), np.zeros(100, np.int64)
+    groups = (np.arange(100) // 10).astype(str) if is_grouped else None
+    split = make_split(labels, target, groups)
+    right, wrong = np.array([4.0, 0.0]), np.array([0.0, 4.0])
+    one, other = (np.tile(right, (100, 1)) for _ in range(2))
+    one[:20], other[:10] = wrong, wrong  # the other run is right in ten images more, or in those of one object more
+    runs = [save_run(tmp_path / str(i), split, target, logits) for i, logits in enumerate((one, other))]
+    compared = compare_runs(runs).runs[1]
+    assert compared.difference == pytest.approx(0.1)
+    assert compared.is_different is not is_grouped
