@@ -6,9 +6,11 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -23,7 +25,8 @@ from scipy.ndimage import gaussian_filter
 
 from hf_transfer.auditing import hashes
 from hf_transfer.auditing.alignment import compare_aligned
-from hf_transfer.auditing.duplicates import find_copies, group_copies
+from hf_transfer.auditing.audit import _test_without_copies
+from hf_transfer.auditing.duplicates import Copies, find_copies, group_copies
 from hf_transfer.auditing.facts import THUMBNAIL_PX, ImageFacts, read_orientation
 from hf_transfer.auditing.files import open_audit_folder
 from hf_transfer.auditing.hashes import compute_hashes, find_close_hashes
@@ -34,6 +37,7 @@ from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.inference.neighbors import find_neighbors
 from hf_transfer.targets.single_label import SingleLabel
+from tests.test_comparison import make_split
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +138,27 @@ def test_exact_copies_pair_with_the_last_one_and_near_copies_too() -> None:
     assert groups[0] == groups[2] == groups[3]
     assert len(set(groups.tolist())) == 4
     assert len(set(group_copies([], 3).tolist())) == 3
+
+
+def test_images_of_a_group_of_the_data_set_share_a_fold_too() -> None:
+    copies = [Copies(first=1, second=2, kind="near", score=0.9)]
+    groups = group_copies(copies, 5, np.array([7, 7, 8, 9, 8]))
+    assert groups[0] == groups[1] == groups[2] == groups[4], "copies join the groups 7 and 8"
+    assert groups[3] != groups[0]
+
+
+def test_every_test_image_with_a_copy_elsewhere_is_counted() -> None:
+    """Exact copies form pairs with the last one alone, which is another test image here."""
+    target = SingleLabel(names=("a", "b"))
+    rng = np.random.default_rng(0)
+    labels = np.tile([0, 1], 10)
+    features = (rng.normal(size=(20, 4)) + labels[:, None]).astype(np.float32)
+    splits = [replace(make_split(labels[:10], target), name=name) for name in ("train", "test")]
+    images: Any = SimpleNamespace(splits=splits, labels=labels)
+    copies = [Copies(first=0, second=12, kind="exact", score=1.0), Copies(first=10, second=12, kind="exact", score=1.0)]
+    found = _test_without_copies(images, copies, features, 0.1)
+    assert found is not None
+    assert found.num_copies == 2
 
 
 def test_one_of_many_copies_is_kept(tmp_path: Path) -> None:

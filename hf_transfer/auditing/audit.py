@@ -30,6 +30,7 @@ from hf_transfer.auditing.records import (
 from hf_transfer.data.splits import Split
 from hf_transfer.prefix.resources import count_threads
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.targets.target import Labels
 from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.readouts import ReadoutFeatures, extract_readouts
@@ -82,7 +83,7 @@ def audit(session: Session) -> AuditResult:
     with _timing(seconds, "duplicates"):
         digests = np.concatenate([split.digests() for split in data.splits])
         copies = find_copies(digests, features[0], facts, num_threads)
-    groups = group_copies(copies, len(images.labels))
+    groups = group_copies(copies, len(images.labels), number_groups(data.splits))
     held_out, tested = [], None
     if data.target.has_classes:
         with _timing(seconds, "labels"):
@@ -158,13 +159,11 @@ def _test_without_copies(
     is_test = np.repeat([split.name == "test" for split in images.splits], [len(split) for split in images.splits])
     if not is_test.any():
         return None
-    has_copy = np.zeros(len(is_test), np.bool_)
-    for pair in copies:
-        if is_test[pair.first] != is_test[pair.second]:
-            has_copy[[pair.first, pair.second]] = True
+    groups = group_copies(copies, len(is_test))
+    has_copy = is_test & np.isin(groups, groups[~is_test])
     labeled = LabeledFeatures(features=features, labels=images.labels, is_test=is_test)
     accuracy, without = score_without_copies(labeled, images.splits[0].target, c, has_copy)
-    return TestCopies(num_copies=int((has_copy & is_test).sum()), accuracy=accuracy, accuracy_without=without)
+    return TestCopies(num_copies=int(has_copy.sum()), accuracy=accuracy, accuracy_without=without)
 
 
 def _pair_classes(images: _Images, held_out: Sequence[HeldOut]) -> list[ConfusedClasses]:
