@@ -115,6 +115,14 @@ class Regression(Target):
                 " label column"
             )
 
+    def translate(self, labels: Labels, source: Target) -> Labels:
+        """Returns numbers (N, K) with the columns of this target; a number that `source` does not have is unknown."""
+        if source.names == self.names:
+            return labels
+        index_of = {name: index for index, name in enumerate(source.names)}
+        unknown = np.full(len(labels), np.nan, np.float32)
+        return np.stack([labels[:, index_of[name]] if name in index_of else unknown for name in self.names], 1)
+
     def stratify(self, labels: Labels) -> NDArray[np.int64]:
         """Returns the decile of each image by its first number, so that splits and folds cover the whole range."""
         count = max(1, min(NUM_STRATA, len(labels) // LEAST_IN_STRATUM))
