@@ -491,3 +491,21 @@ def test_one_place_says_which_metrics_are_shares(target: type[Target]) -> None:
     for info in target.metrics:
         assert (info.kind == "percent") == (info.key in SHARES), info.key
     assert (target.image_quality in SHARES) == (target is not Regression)
+
+
+def test_numbers_are_matched_by_name() -> None:
+    model = Regression(names=("brightness", "angle", "size"))
+    labels = np.array([[1.0, 10.0], [2.0, 20.0]], np.float32)
+    translated = model.translate(labels, Regression(names=("angle", "brightness")))
+    np.testing.assert_array_equal(translated, np.array([[10, 1, np.nan], [20, 2, np.nan]], np.float32))
+
+
+def test_sets_of_labels_hold_their_coverage_where_labels_are_unknown() -> None:
+    """An image with an unknown label says nothing, since that label may be present and the hardest one to find."""
+    target = MultiLabel(names=("a", "b", "c"))
+    logits = np.array([[3.0, -1.0, 0.0]] * 3, np.float32)
+    labels = np.array([[1, 1, 0], [1, np.nan, 0], [0, 0, 0]], np.float32)
+    scores = target.score_labels(logits, labels)[:, 0]
+    assert scores[0] == pytest.approx(np.log1p(np.exp(1.0)))
+    assert np.isnan(scores[1])
+    assert scores[2] == -np.inf

@@ -240,9 +240,12 @@ class MultiLabel(Target):
         return np.maximum(probabilities, 1 - probabilities), hits
 
     def score_labels(self, logits: NDArray[Any], labels: Labels) -> NDArray[np.float64]:
-        """Returns the negative log-probability (N, 1) of the least likely present label; minus infinity without one."""
+        """Returns the negative log-probability (N, 1) of the least likely present label; minus infinity without one.
+
+        It is NaN for an image with an unknown label, which may be present and the least likely one.
+        """
         losses = np.where(labels == 1, np.logaddexp(0.0, -logits.astype(np.float64)), -np.inf).max(1)
-        return np.where(np.isnan(labels).all(1), np.nan, losses)[:, None]
+        return np.where(np.isnan(labels).any(1), np.nan, losses)[:, None]
 
     def find_set(self, logits: Tensor, limits: Tensor) -> Tensor:
         """Returns a mask (B, K) of the labels that are likely enough: all present labels are among them."""
