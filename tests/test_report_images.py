@@ -26,7 +26,7 @@ from hf_transfer.reporting.remake import compare_folders
 from hf_transfer.reporting.report import render_report
 from hf_transfer.reporting.saved_runs import illustrate_saved, read_saved_run
 from hf_transfer.reporting.settings_table import flatten
-from hf_transfer.reporting.verdict import describe_kept_model, give_verdict
+from hf_transfer.reporting.verdict import _suggest_class, describe_kept_model, give_verdict
 from hf_transfer.run import Run
 
 
@@ -292,6 +292,15 @@ def test_the_verdict_follows_the_evidence(run: Run) -> None:
     poor = {**results, "metrics": {"test": scores}}
     steps = give_verdict(poor).next_steps
     assert any(step.startswith("Add labeled images of cat: 20.0 %") and "taken for dog" in step for step in steps)
+
+
+@pytest.mark.parametrize(("num_classes", "is_named"), [(2, True), (100, False)])
+def test_the_worst_of_many_classes_is_named_only_if_that_is_no_chance(num_classes: int, is_named: bool) -> None:
+    """Of 100 equal classes with 50 images each, one has 33 hits where 40 are expected in more than half of all draws."""
+    rows = [{"label": str(i), "recall": 0.8, "support": 50} for i in range(num_classes - 1)]
+    rows.append({"label": "worst", "recall": 0.64, "support": 50})
+    scores = {"accuracy": 0.8, "per_class": rows, "confusion_matrix": np.eye(num_classes).tolist()}
+    assert ("worst" in _suggest_class({}, scores)) is is_named
 
 
 def test_log_results_report_and_card_say_the_same_of_the_number_of_images(

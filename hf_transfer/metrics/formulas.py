@@ -111,14 +111,14 @@ def count_images_to_tell_apart(accuracy: float, difference: float) -> int:
     return math.ceil(2 * expected * (1 - expected) * ((Z_SIGNIFICANCE + Z_POWER) / difference) ** 2)
 
 
-def binomial_interval(successes: int, count: int) -> tuple[float, float]:
-    """Returns the 95 % interval of a share of `count` images (Clopper and Pearson 1934).
+def binomial_interval(successes: int, count: int, *, error: float = 0.05) -> tuple[float, float]:
+    """Returns the interval of a share of `count` images that misses it with probability `error` (Clopper and Pearson 1934).
 
     >>> tuple(round(bound, 4) for bound in binomial_interval(95, 100))
     (0.8872, 0.9836)
     """
-    low = find_share(successes - 1, count, 0.975) if successes else 0.0
-    return low, find_share(successes, count, 0.025)
+    low = find_share(successes - 1, count, 1 - error / 2) if successes else 0.0
+    return low, find_share(successes, count, error / 2)
 
 
 def find_exact_interval(hits: NDArray[np.bool_]) -> tuple[float, float] | None:

@@ -188,12 +188,16 @@ def _suggest_larger_test(split: str, scores: Mapping[str, Any]) -> str:
 
 
 def _suggest_class(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
-    """Suggests more images of the worst class, if the class is significantly worse than the average image."""
+    """Suggests more images of the worst class, if the class is significantly worse than the average image.
+
+    The worst of many classes is often bad by chance, so the error of its interval is divided by their number (Bonferroni).
+    """
     rows = [row for row in scores.get("per_class", []) if row.get("recall") is not None and row["support"]]
     if len(rows) < 2 or "confusion_matrix" not in scores:
         return ""
     worst = min(rows, key=lambda row: row["recall"])
-    high = binomial_interval(round(worst["recall"] * worst["support"]), worst["support"])[1]
+    num_hits = round(worst["recall"] * worst["support"])
+    high = binomial_interval(num_hits, worst["support"], error=0.05 / len(rows))[1]
     if high >= scores["accuracy"]:
         return ""
     counts = results.get("data", {}).get("train_images_per_class", {})
