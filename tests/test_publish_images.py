@@ -11,7 +11,7 @@ from PIL import Image
 
 from hf_transfer.cli import main
 from hf_transfer.hub.card_images import COLUMNS, EXAMPLES, MAX_EXAMPLES, insert_examples
-from hf_transfer.hub.publish import LOADED
+from hf_transfer.hub.publish import LOADED, _list_files
 from tests.hub_server import HubServer
 from tests.test_publish import CARD, hub, push, pytestmark, unverified
 
@@ -112,3 +112,52 @@ def test_examples_come_before_training_or_at_the_end_of_an_edited_card() -> None
     )
     assert insert_examples("# Mine\n", "## Examples\n") == "# Mine\n\n## Examples\n\n"
     assert MAX_EXAMPLES % COLUMNS == 0
+
+
+@pytest.mark.usefixtures("unverified")
+@pytest.mark.parametrize("name", ["cat.jpg", "photos/dog.PNG", "onnx/cat.jpg", "notes.txt", "scan"])
+def test_files_of_somebody_else_in_the_model_folder_are_refused(
+    name: str, run: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "model" / name
+    file.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(file, format="PNG")
+    for flags in ((), ("--dry_run",), ("--publish_images",)):
+        status, shown = push(hub, run, capsys, *flags)
+        assert status == 2
+        message = f"model/{name} was not written by hf_transfer: move it out of model/, then publish again"
+        assert message in shown
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "task.json",
+        "modeling_greedy.py", "curve_2.svg", "processor_config.json", "confidence.safetensors", "export.json",
+        "onnx/model_int8.onnx", "onnx/model.onnx.data", "onnx/model_with_preprocessing.onnx", "openvino/model_fp16.bin",
+    ],
+)  # fmt: skip
+def test_files_that_a_run_or_an_export_writes_are_pushed(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "model" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "model" / ".cat.jpg").touch()  # hidden files stay
+    assert list(_list_files(tmp_path / "model")) == [name]
+
+
+def test_the_card_counts_images_but_does_not_name_them(tmp_path: Path) -> None:
+    """The log and the report name them."""
+    data = write_photos(tmp_path / "data")
+    (data / "train" / "blue jay" / "private_0.jpg").write_bytes(b"broken")
+    shutil.copy(data / "train" / "blue jay" / "private_1.jpg", data / "test" / "blue jay" / "private_copy.jpg")
+    shutil.copy(data / "train" / "blue jay" / "private_2.jpg", data / "train" / "red_*fox*" / "private_twin.jpg")
+    (data / "train" / "private_loose.jpg").write_bytes(b"broken")
+    words = ["--readouts", "none", "--cv_folds", "1", "--on_bad_image", "skip", "--output_dir", str(tmp_path / "run")]
+    main(["train", "linear_probe", "--dataset", str(data), *words])
+    notes = json.loads((tmp_path / "run" / "results.json").read_text())["data"]["notes"]
+    assert sum("private_" in note for note in notes) == 4
+    card = (tmp_path / "run" / "model" / CARD).read_text()
+    assert "private_" not in card
+    assert "images that cannot be read." in card
+    assert "byte for byte (1 of 7). Metrics on test are optimistic; remove the copies" in card

@@ -1,5 +1,6 @@
 """Writes sentences about the data for the log and the report: decisions made for the user, and possible problems."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,6 +13,21 @@ from hf_transfer.targets.labels import listed
 
 _STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
 _MAX_LISTED_COPIES = 3
+# The names after a count, which `hide_names` removes, and the sentence that may follow them.
+_NAMES = re.compile(
+    r"(cannot be read|are not used|images\)|byte for byte \([^)]*\)|different labels \([^)]*\))"
+    r": .*?(\. (?:Metrics on|At least one) [^.]*)?\.$",
+    re.DOTALL,
+)
+
+
+def hide_names(note: str) -> str:
+    """Returns a note without the names of images and groups, of which only the count is left: a card is read by others.
+
+    >>> hide_names("Skipped 1 of 9 train images that cannot be read: pets/ann.jpg: truncated.")
+    'Skipped 1 of 9 train images that cannot be read.'
+    """
+    return _NAMES.sub(lambda match: f"{match[1]}{match[2] or ''}.", note)
 
 
 def notes_on_draws(

@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard
 from markupsafe import Markup
 
+from hf_transfer.data.notes import hide_names
 from hf_transfer.hub.card_data import (
     OUR_TAG,
     find_license,
@@ -66,6 +67,7 @@ def make_card(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> M
         metrics=metrics,
         labels=lay_out_labels(scores),
         num_rows=MAX_TABLE_CLASSES,
+        notes=[hide_names(note) for note in results["data"]["notes"]],
         decision=lambda names: Markup("\n".join(backbone.target.write_decision(names))),
         pictures=_write_pictures(results, split, folder),
         license=find_license(backbone, results),

@@ -9,8 +9,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from pathlib import Path
+from fnmatch import fnmatch, fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from hf_transfer.confidence.record import CONFIDENCE
 from hf_transfer.config import split_repo_id
 from hf_transfer.hub.attempts import Attempts, PushError, RefusedPushError, no_write_access
 from hf_transfer.hub.card import OUR_TAG, address_card, record_verified
@@ -38,11 +39,23 @@ log = logging.getLogger(__name__)
 
 MERGED = "merged"  # folder beside model/ for the plain checkpoint that is pushed instead of an adapter
 CARD = "README.md"
+NAMED = 5  # files in a message
 # A push deletes such old files if the new model lacks them, as libraries would load them with it. Other files stay.
 LOADED = (
     "*.safetensors", "*.safetensors.index.json", "config.json", "preprocessor_config.json", "adapter_config.json",
     "task.json", "onnx/*", "openvino/*", "export.json", EXAMPLES,
 )  # fmt: skip
+
+# The files of a saved and exported model, by folder below model/. A push refuses all other files: they may be private.
+WRITTEN: Mapping[str, tuple[str, ...]] = {
+    ".": (
+        CARD, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+        "adapter_config.json", "task.json", "export.json", "model*.safetensors", "model.safetensors.index.json",
+        "adapter_model.safetensors", CONFIDENCE, "confusion_matrix.svg", "curve_*.svg", "*.py",
+    ),
+    "onnx": ("model*.onnx", "model*.onnx.data"),
+    "openvino": ("model*.xml", "model*.bin"),
+}  # fmt: skip
 
 __all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish", "publish_command"]
 
@@ -97,9 +110,9 @@ def publish(
     `adapter=True`. `base` is a folder or Hub id to load in place of the base that the adapter records. `token` defaults to the
     token of `hf auth login`. After a dry run, the card in the folder says what was verified.
 
-    Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME or an adapter's base is unreachable,
-    VerificationError or ExportError if the saved model or an exported file differs from the measured model, and PushError
-    with a remedy if the Hub refuses.
+    Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME, an adapter's base is unreachable or the model
+    folder contains a file that hf_transfer has not written, VerificationError or ExportError if the saved model or an exported
+    file differs from the measured model, and PushError with a remedy if the Hub refuses.
 
         publish("runs/x", "me/model", options=PublishOptions(private=True))
     """
@@ -115,14 +128,12 @@ def publish(
         )
     pictures = draw_examples(run, read_saved_target(results)) if options.publish_images else None
     model = _choose_model(run, results, adapter=adapter, base=base)
+    files = _list_files(model)
     tolerance = MERGED_TOLERANCE if model.name == MERGED else TOLERANCE
     verified = verify(model, run / REFERENCE, find_libraries(model), tolerance=tolerance)
     for each in verified:
         log.info("model reloaded by %s in a fresh process: logits differ by %.1g (relative)", each.library, each.logits)
     verify_exports(model, run / REFERENCE)
-    files = {p.relative_to(model).as_posix(): p for p in sorted(model.rglob("*")) if p.is_file()}
-    # Hidden files do not belong to the model.
-    files = {name: p for name, p in files.items() if not re.search(r"(^|/)\.", name)}
     if pictures is not None:
         files[EXAMPLES] = pictures[0]
     url = None
@@ -191,6 +202,29 @@ def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base:
         ) from error
     save_model(merged, results, run / MERGED)
     return run / MERGED
+
+
+def _list_files(model: Path) -> dict[str, Path]:
+    """Returns the files of the model folder to push, by name. Hidden files do not belong to the model.
+
+    Raises ValueError if the folder contains a file that a run or an export cannot have written.
+    """
+    files = {p.relative_to(model).as_posix(): p for p in sorted(model.rglob("*")) if p.is_file()}
+    files = {name: path for name, path in files.items() if not re.search(r"(^|/)\.", name)}
+    foreign = [f"{model.name}/{name}" for name in files if not _is_written(PurePosixPath(name))]
+    if foreign:
+        more = f" and {len(foreign) - NAMED} more" if len(foreign) > NAMED else ""
+        verb, them = ("was", "it") if len(foreign) == 1 else ("were", "them")
+        raise ValueError(
+            f"{', '.join(foreign[:NAMED])}{more} {verb} not written by hf_transfer: move {them} out of {model.name}/, then "
+            "publish again"
+        )
+    return files
+
+
+def _is_written(name: PurePosixPath) -> bool:
+    """Returns whether `name`, a path below the model folder, is the name of a file of a saved or exported model."""
+    return any(fnmatchcase(name.name, pattern) for pattern in WRITTEN.get(str(name.parent), ()))
 
 
 def _update_card(card: Path, verified: Sequence[Verified]) -> None:
