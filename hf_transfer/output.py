@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from hf_transfer.config import OutputConfig
 from hf_transfer.errors import ContinuableError
 from hf_transfer.interrupts import Interrupted
-from hf_transfer.locations import CHECKPOINTS, CONFIG, RESULTS, SEEN_IMAGES
+from hf_transfer.locations import CHECKPOINTS, CONFIG, MODEL, RESULTS, SEEN_IMAGES
 from hf_transfer.processes import run_on_main
 
 log = logging.getLogger(__name__)
@@ -41,13 +41,15 @@ def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
     """Chooses and creates the output folder of a run, and locks the folder during the `with` block.
 
     The main process decides for all processes. Raises ValueError if another run has locked the folder, if the folder contains a
-    finished run that the settings neither overwrite nor resume, or if it contains files of somebody else that the run would
-    replace, and OSError if the folder is not writable.
+    finished run that the settings neither overwrite nor resume, if it lies inside another run's folder, or if it contains files
+    of somebody else that the run would replace, and OSError if the folder is not writable.
     """
     with ExitStack() as locks:
 
         def choose() -> str:
             folder = _name_folder(output, strategy)
+            if output.output_dir is not None:
+                refuse_nested(folder)
             refuse_foreign(folder)
             locks.enter_context(lock_folder(folder))
             if is_finished(folder) and not output.overwrite_output_dir:
@@ -104,6 +106,16 @@ def refuse_foreign(folder: Path) -> None:
             f"output_dir={folder} contains {', '.join(names)}, which no run has written and a run would replace: choose "
             "another folder, or move what is there"
         )
+
+
+def refuse_nested(folder: Path) -> None:
+    """Raises ValueError if `folder` lies inside the folder of another run, which may be deleted, or published, as a whole."""
+    for parent in folder.expanduser().resolve().parents:
+        is_run = is_finished(parent) and (parent / MODEL).is_dir()
+        if is_run or (parent / CHECKPOINTS / CONFIG).is_file():
+            raise ValueError(
+                f"output_dir={folder} lies inside the folder of another run, {parent}: choose a folder outside of it"
+            )
 
 
 def find_free_folder(folder: Path) -> Path:

@@ -27,7 +27,7 @@ from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.damage import read_json
-from hf_transfer.output import LOCK, find_free_folder, is_finished, lock_folder, refuse_foreign
+from hf_transfer.output import LOCK, find_free_folder, is_finished, lock_folder, refuse_foreign, refuse_nested
 from hf_transfer.reporting.formats import format_metric
 from hf_transfer.reporting.report_results import find_metrics
 from hf_transfer.reporting.results import describe_run
@@ -175,14 +175,15 @@ class Run:
     def save(self, folder: str | Path) -> Path:
         """Writes config.yaml, results.json, model/ and report.html to `folder`, as a recipe does. Returns the folder.
 
-        Raises FileExistsError if the folder contains another run, and ValueError if another run is writing to the folder, or if
-        it contains files of somebody else that would be replaced.
+        Raises FileExistsError if the folder contains another run, and ValueError if another run is writing to the folder, if it
+        lies inside another run's folder, or if it contains files of somebody else that would be replaced.
         """
         folder = Path(folder)
         if folder == self.folder:
             return folder
         if is_finished(folder):
             raise FileExistsError(f"{folder} contains a finished run: choose another folder, or delete this folder")
+        refuse_nested(folder)
         refuse_foreign(folder)
         is_main = self._session is None or self._session.is_main
         with lock_folder(folder) if is_main else nullcontext():

@@ -112,6 +112,25 @@ def test_files_that_no_run_has_written_are_not_replaced(name: str, tmp_path: Pat
     assert (foreign / "weights.bin" if name == "model" else foreign).read_text() == "precious"
 
 
+@pytest.mark.parametrize("left", ["results.json", "checkpoints/config.yaml"])
+@pytest.mark.parametrize("inside", ["model", "model/new", "new"])
+def test_a_folder_inside_another_run_is_refused(left: str, inside: str, tmp_path: Path) -> None:
+    """Publishing the model of that run would push the other run's report, which shows images."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / left).parent.mkdir(exist_ok=True)
+    (tmp_path / "run" / left).touch()
+    folder = tmp_path / "run" / inside
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        ValueError, match=f"output_dir={folder} lies inside the folder of another run, {tmp_path}/run: "
+    ):
+        choose(output_dir=str(folder), overwrite_output_dir=True)
+    with pytest.raises(ValueError, match="lies inside the folder of another run"):
+        ht.Run(folder=tmp_path).save(folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert choose(output_dir=str(tmp_path / "run_2")) == tmp_path / "run_2"
+
+
 def test_what_an_interrupted_run_has_left_is_replaced(tmp_path: Path) -> None:
     for left in (".lock", ".saving/x", "checkpoints/config.yaml"):
         folder = tmp_path / left.replace("/", "_")
