@@ -255,7 +255,7 @@ class OutputConfig(Settings):
     output_dir: str | None = flag(
         None,
         "folder to which the run writes its config, results, model and report; default: runs/STRATEGY or, if that exists, "
-        "runs/STRATEGY_2 and so on; with --resume, the newest unfinished one of these folders",
+        "runs/STRATEGY_2 and so on; with --resume, the newest of these folders with the saved state of an unfinished run",
     )
     overwrite_output_dir: bool = flag(
         False,

@@ -42,15 +42,18 @@ def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
 
     The main process decides for all processes. Raises ValueError if another run has locked the folder, if the folder contains a
     finished run that the settings neither overwrite nor resume, if it lies inside another run's folder, or if it contains files
-    of somebody else that the run would replace, and OSError if the folder is not writable.
+    of somebody else that the run would replace, and OSError if the folder is not writable. A folder that the run has created
+    is deleted if the `with` block raises an error before its first state or result, unless the run can continue.
     """
     with ExitStack() as locks:
 
         def choose() -> str:
-            folder = _name_folder(output, strategy)
+            folder, is_new = _name_folder(output, strategy)
             if output.output_dir is not None:
                 refuse_nested(folder)
             refuse_foreign(folder)
+            if is_new:
+                locks.push(lambda kind, error, trace: _delete_failed(folder, error))
             locks.enter_context(lock_folder(folder))
             if is_finished(folder) and not output.overwrite_output_dir:
                 if not output.resume:
@@ -59,6 +62,8 @@ def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
                     raise _refuse(folder, "a finished run, and no saved state of this strategy to resume")
             if output.output_dir is None:
                 log.info("output folder: %s", folder)
+            if output.resume and not _has_progress(folder):
+                log.info("no saved state in %s: starting afresh", folder)
             return str(folder)
 
         yield Path(run_on_main(choose))
@@ -192,15 +197,32 @@ def _can_resume(folder: Path, strategy: str) -> bool:
     return has_states and json.loads((folder / RESULTS).read_text()).get("strategy") == strategy
 
 
-def _name_folder(output: OutputConfig, strategy: str) -> Path:
+def _name_folder(output: OutputConfig, strategy: str) -> tuple[Path, bool]:
+    """Returns the output folder, and whether this run creates it.
+
+    A run to resume is the newest unfinished one that has saved something, and otherwise the newest unfinished one.
+    """
     if output.output_dir is not None:
-        return Path(output.output_dir).expanduser()
+        folder = Path(output.output_dir).expanduser()
+        return folder, not folder.exists()
     default = Path("runs") / strategy
     if output.resume:
         started = [c for c in default.parent.glob(f"{strategy}*/{CHECKPOINTS}/{CONFIG}") if _is_numbered(c, strategy)]
+        saved = [config for config in started if _has_progress(config.parents[1])]
         if started:
-            return max(started, key=lambda config: config.stat().st_mtime).parents[1]
-    return find_free_folder(default)
+            return max(saved or started, key=lambda config: config.stat().st_mtime).parents[1], False
+    return find_free_folder(default), True
+
+
+def _has_progress(folder: Path) -> bool:
+    """Returns whether the run in `folder`, or one of its folds or seeds, has saved a state or a result."""
+    return any(any(folder.rglob(name)) for name in (f"{CHECKPOINTS}/**/*.safetensors", RESULTS))
+
+
+def _delete_failed(folder: Path, error: BaseException | None) -> None:
+    """Deletes the folder of a run that ended by an error with nothing to continue from, so that no other run resumes it."""
+    if isinstance(error, Exception) and not isinstance(error, ContinuableError) and not _has_progress(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_numbered(config: Path, strategy: str) -> bool:

@@ -279,8 +279,8 @@ def push(session: Session, result: RunResult, repo_id: str) -> str | None:
 def _begin_output(config: RunConfig, output_dir: Path | None, unrepeatable: Sequence[str]) -> ComputeConfig:
     """Checks the push, and writes the config of a run that decides anew. Returns what the run to resume has decided, if any.
 
-    The run can be repeated, or resumed, even if it fails before it is finished. What an interrupted run decided stays until it
-    is decided again. Raises PushError if the Hub would refuse the push.
+    The run can be repeated, or resumed, even if it is killed before it is finished. What an interrupted run decided stays
+    until it is decided again. Raises PushError if the Hub would refuse the push.
     """
     if config.output.push_to_hub is not None:
         check_push(config.output.push_to_hub)  # before hours of training

@@ -13,6 +13,7 @@ import torch
 
 import hf_transfer as ht
 from hf_transfer import runs
+from hf_transfer.cli import main
 from hf_transfer.config import OutputConfig
 from hf_transfer.errors import ContinuableError, describe_error
 from hf_transfer.hub.save import save_model
@@ -154,6 +155,55 @@ def test_without_a_name_a_run_takes_the_next_folder_and_resume_the_newest_unfini
         os.utime(config, (i, i))
     assert choose(resume=True) == Path("runs/lora")
     assert find_free_folder(Path("runs/full")) == Path("runs/full")
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "saved", ["", "checkpoints/state.safetensors", "fold_1/checkpoints/probe/state.safetensors", "so_far/results.json"]
+)
+@pytest.mark.parametrize("error", [ValueError, ContinuableError, Interrupted])
+def test_a_run_that_fails_before_it_saves_anything_leaves_no_folder(
+    error: type[BaseException], saved: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"output_dir": "runs/new"} if named else {}
+    folder = Path("runs/new" if named else "runs/lora")
+
+    def fail(error: BaseException, *names: str) -> None:
+        with open_folder(OutputConfig(**settings), "lora") as opened:
+            for name in filter(None, names):
+                (opened / name).parent.mkdir(parents=True, exist_ok=True)
+                (opened / name).touch()
+            raise error
+
+    is_left = error is not ValueError or bool(saved)
+    with pytest.raises(error):
+        fail(error(2), "checkpoints/config.yaml", saved)
+    assert folder.exists() == is_left
+    with pytest.raises(ValueError, match="again"):
+        fail(ValueError("again"))
+    assert folder.exists() == is_left, "a folder that was there stays"
+
+
+def test_a_failed_run_does_not_take_the_place_of_the_run_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    for time, name in enumerate(("lora", "lora_2")):
+        config = Path("runs", name, "checkpoints", "config.yaml")
+        config.parent.mkdir(parents=True)
+        config.touch()
+        os.utime(config, (time, time))
+    assert choose(resume=True) == Path("runs/lora_2")
+    assert "no saved state in runs/lora_2: starting afresh" in caplog.text
+    caplog.clear()
+    Path("runs/lora/checkpoints/state.safetensors").touch()
+    assert choose(resume=True) == Path("runs/lora")
+    assert "afresh" not in caplog.text
+    with pytest.raises(SystemExit):
+        main(["train", "full", "--dataset", "typo"])
+    assert [path.name for path in Path("runs").iterdir() if path.name.startswith("full")] == []
 
 
 @pytest.fixture

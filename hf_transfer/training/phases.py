@@ -197,8 +197,6 @@ class _PlanRun:
             self.start, self._phase_state, self.is_resumed = state["start"], state["phase"], True
             log.info("resuming in phase %d of %d", min(len(self.done) + 1, len(self.plan)), len(self.plan))
         elif session.is_main and self.checkpoints is not None:
-            if resume:
-                log.info("found no saved state in the folder %s: the run starts fresh", self.checkpoints.name)
             remove_state(self.checkpoints)
         wait_for_everyone()
         self.audit = Audit(chain, None, frozenset().union(*self.selected))  # tensors that no phase trains
