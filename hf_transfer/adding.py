@@ -5,7 +5,7 @@
 
 The features stay those of the run's network, and the head is solved again, as a linear probe, on the images of the run and on
 the new ones. The features of the old images are in the cache if a linear probe made them. Accuracy is measured on the run's own
-test images (validation images if it has none), before and after, where the new classes compete with the old ones.
+test images (validation images if it has none), the same before and after, where the new classes compete with the old ones.
 """
 
 import logging
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import DataConfig, ModelConfig, OutputConfig, RunConfig
@@ -25,11 +26,13 @@ from hf_transfer.flags import read_config
 from hf_transfer.locations import CONFIG, MODEL, RESULTS, find_run
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import open_folder
+from hf_transfer.reporting.predictions import PREDICTIONS, deactivate, read_named_predictions
 from hf_transfer.runs import open_session, train_session, write_run
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config, make_strategy, strategy_names
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.single_label import SingleLabel
+from hf_transfer.targets.target import Target
 from hf_transfer.training.records import RunResult
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ class AddedClasses:
     names: tuple[str, ...]
     folder: str
     split: str  # the held-out images: test, or validation if the old run has no test images
-    old_images: int
+    old_images: int  # held-out images of the old run, on which both accuracies are measured
     old_accuracy_before: float
     old_accuracy_after: float
     new_images: int  # held-out images of the new classes
@@ -96,7 +99,7 @@ def add_classes(
         note = f"the images are those of the run {folder} and of {more.dataset}: repeat it with hf-transfer add-classes"
         session = open_session(settings, load=lambda: combined, unrepeatable=[note])
         result = train_session(session)
-        added = _compare(results, old, combined, result, new_folder)
+        added = _compare(old, combined, folder / PREDICTIONS, result, new_folder)
         details = {name: value for name, value in added.to_dict().items() if name != "folder"}
         write_run(
             session.with_output(new_folder), replace(result, details={**result.details, "added_classes": details})
@@ -154,9 +157,11 @@ def combine(old: Data, new: Data) -> Data:
 
 def _read_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
     """Returns the settings and the results of a finished run of a classifier with one class per image."""
-    if not (folder / RESULTS).is_file() or not (folder / MODEL).is_dir() or not (folder / CONFIG).is_file():
+    files = [folder / name for name in (RESULTS, CONFIG, PREDICTIONS)]
+    if not all(file.is_file() for file in files) or not (folder / MODEL).is_dir():
         raise ValueError(
-            f"{folder} is not a finished run: give a run's output folder, with config.yaml, results.json and model/"
+            f"{folder} is not a finished run: give a run's output folder, with config.yaml, results.json, "
+            f"{PREDICTIONS} and model/"
         )
     results = read_json(folder / RESULTS)
     problem_type = results["target"]["problem_type"]
@@ -187,20 +192,32 @@ def _load_old(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> Da
     return data
 
 
-def _compare(results: Mapping[str, Any], old: Data, combined: Data, result: RunResult, folder: Path) -> AddedClasses:
-    """Returns the accuracy on held-out images of the old run before and after, and that on images of the new classes."""
-    before, after = (old.validation, combined.validation) if combined.test is None else (old.test, combined.test)
-    assert before is not None
-    decided = combined.target.decide(torch.from_numpy(result.logits[after.name])).numpy()
-    hits = np.asarray(decided == after.labels)
+def _compare(old: Data, combined: Data, predictions: Path, result: RunResult, folder: Path) -> AddedClasses:
+    """Returns the accuracy on held-out images of the old run before and after, and that on images of the new classes.
+
+    Both accuracies are of the images that the file `predictions` of the old run has rows for. A probe without test images
+    predicts its validation images by fits that have not seen them, before and after.
+    """
+    split, after = (old.validation, combined.validation) if combined.test is None else (old.test, combined.test)
+    assert split is not None
+    names, numbers = read_named_predictions(predictions, old.target)[split.name]
+    positions = {split.image_name(i): i for i in range(len(split))}
+    rows = [positions[name] for name in names]
+    hits_before = _find_hits(old.target, deactivate(old.target, numbers), split.labels[rows])
+    hits = _find_hits(combined.target, result.logits[after.name], after.labels)
     is_new = after.labels >= len(old.label_names)
     return AddedClasses(
         names=combined.label_names[len(old.label_names) :],
         folder=str(folder),
         split=after.name,
-        old_images=len(before),
-        old_accuracy_before=results["metrics"][after.name]["accuracy"],
-        old_accuracy_after=float(hits[: len(before)].mean()),
+        old_images=len(rows),
+        old_accuracy_before=float(hits_before.mean()),
+        old_accuracy_after=float(hits[rows].mean()),  # the old images come first
         new_images=int(is_new.sum()),
         new_accuracy=float(hits[is_new].mean()) if is_new.any() else None,
     )
+
+
+def _find_hits(target: Target, logits: NDArray[np.float32], labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Returns for each image whether its label is the one that the target decides on for the logits (N, K)."""
+    return np.asarray(target.decide(torch.from_numpy(logits)).numpy() == labels)

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -15,6 +16,7 @@ from hf_transfer.cli import main
 from hf_transfer.config import DataConfig, OutputConfig
 from hf_transfer.hub.verify import REFERENCE, find_libraries, verify
 from hf_transfer.inference.evaluate import evaluate
+from hf_transfer.strategy import Strategy
 
 OLD, NEW = range(7), range(7, 10)
 SPLITS = ("train", "validation", "test")
@@ -103,14 +105,39 @@ def test_the_new_run_is_a_run_like_others(root: Path) -> None:
     assert "digit 9" in (folder / "model" / "README.md").read_text()
 
 
-def test_validation_images_measure_a_run_without_test_images(root: Path, tmp_path: Path) -> None:
-    old = write_digits(tmp_path / "old", range(2), test=False)
-    ht.Task(str(old), "embedded").fit(ht.linear_probe(readouts="none"), output_dir=tmp_path / "run")
+@pytest.mark.parametrize("strategy", [ht.linear_probe(readouts="none"), ht.full(epochs=1)], ids=lambda s: s.name)
+def test_the_same_validation_images_measure_a_run_without_test_images(
+    root: Path, tmp_path: Path, strategy: Strategy
+) -> None:
+    """Before as after: the probe's metrics in results.json are of its training images too."""
+    old = write_digits(tmp_path / "old", OLD, test=False)
+    for i in range(12):  # wrong labels, which no fit gets right
+        (old / "train" / "digit 1" / f"{i}.png").rename(old / "train" / "digit 0" / f"wrong_{i}.png")
+    run = ht.Task(str(old), "embedded").fit(strategy, output_dir=tmp_path / "run")
     output = OutputConfig(output_dir=str(tmp_path / "more"))
     added = add_classes(tmp_path / "run", DataConfig(dataset=str(root / "new")), output=output)
     assert added.split == "validation"
-    assert added.old_accuracy_before == read_results(tmp_path / "run")["metrics"]["validation"]["accuracy"]
+    assert added.old_images == len(run._session.data.validation)
+    table = pq.read_table(tmp_path / "run" / "predictions.parquet").to_pylist()
+    rows = [row for row in table if row["split"] == "validation"]
+    assert len(rows) == added.old_images
+    hits = [row["label"] == f"digit {int(np.argmax(row['probabilities']))}" for row in rows]
+    assert added.old_accuracy_before == pytest.approx(np.mean(hits))
+    assert f"after ({len(rows)} validation images)" in added.format()
     assert "test" not in read_results(tmp_path / "more")["metrics"]
+    after = pq.read_table(tmp_path / "more" / "predictions.parquet").to_pylist()
+    names = {row["path"] for row in rows}
+    hits = [
+        row["label"] == f"digit {int(np.argmax(row['probabilities']))}"
+        for row in after
+        if row["split"] == "validation" and row["path"] in names and row["label"] < "digit 7"
+    ]
+    assert len(hits) == added.old_images
+    assert added.old_accuracy_after == pytest.approx(np.mean(hits))
+    if strategy.name == "linear_probe":
+        metrics = read_results(tmp_path / "run")["metrics"]["validation"]
+        assert metrics["num_samples"] > added.old_images
+        assert metrics["accuracy"] != added.old_accuracy_before
 
 
 def test_mistakes_are_one_line(root: Path, tmp_path: Path) -> None:
