@@ -146,6 +146,25 @@ def test_what_the_hub_refuses_ends_in_one_line(hub: HubServer, name: str, messag
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistyped_run_folder_is_not_taken_for_a_hub_id_alone(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/probe/model").mkdir(parents=True)
+    Path("bob").mkdir()
+    meant = (
+        "runs/probee: no such folder (did you mean 'runs/probe'?), and no model of this name could be read from the Hub"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"{meant} (the Hub has none that you may read;")):
+        load("runs/probee")
+    with pytest.raises(ValueError, match=re.escape("bob/missing: no such folder, and no model of this name could be")):
+        load("bob/missing")
+    with pytest.MonkeyPatch.context() as patch:  # undone before `signed_in` restores the same constant
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match=re.escape(f"{meant} (it cannot be reached: no network, or")):
+            load("runs/probee")
+
+
 def test_a_peft_repository_is_pinned_at_its_own_commit(hub: HubServer, tmp_path: Path) -> None:
     def read(folder: Path) -> Files:
         return {path.name: (path.read_bytes(), path.suffix == ".safetensors") for path in folder.iterdir()}

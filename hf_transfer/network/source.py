@@ -4,6 +4,7 @@ Only files that loading needs are downloaded: config, preprocessing, model card 
 if a checkpoint has no safetensors.
 """
 
+import difflib
 import logging
 import os
 import re
@@ -327,10 +328,16 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise ValueError(f"{repo} has no revision {revision!r}: choose a branch, tag or commit of {repo}") from error
     except RepositoryNotFoundError as error:
+        if missing := _describe_missing_folder(repo):
+            raise ValueError(
+                f"{missing} (the Hub has none that you may read; for a private model, run `hf auth login`)"
+            ) from error
         raise ValueError(
             f"the Hub has no model {repo!r} that you may read: check the id, or run `hf auth login` for a private model"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if missing := _describe_missing_folder(repo):
+            raise ValueError(f"{missing} (it cannot be reached: no network, or HF_HUB_OFFLINE=1)") from error
         raise ValueError(
             f"{repo} is not in the local Hub cache, and the Hub cannot be reached (no network, or HF_HUB_OFFLINE=1). "
             f"Remedy: run `hf download {repo}` on a machine with a network, or choose a local folder"
@@ -339,6 +346,16 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         raise ValueError(f"{repo!r} is not a Hub id: {error}") from error
     except HfHubHTTPError as error:
         raise ValueError(f"the download of {repo} from the Hub failed ({error}): try again") from error
+
+
+def _describe_missing_folder(name: str) -> str:
+    """Returns the start of the error message for a Hub id that may be a mistyped folder: its parent is here. Otherwise ""."""
+    parent = Path(name).parent
+    if "/" not in name or not _is_folder(parent):
+        return ""
+    close = difflib.get_close_matches(Path(name).name, [path.name for path in parent.iterdir() if path.is_dir()], n=1)
+    meant = f" (did you mean '{parent / close[0]}'?)" if close else ""
+    return f"{name}: no such folder{meant}, and no model of this name could be read from the Hub"
 
 
 def _explain_weights(name: str, files: Sequence[str]) -> str:
