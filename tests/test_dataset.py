@@ -197,7 +197,10 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
         (["train/*3", "test/*3"], "no class folders"),
         (["train/a/*3", "train/b/*3", "val/a/*1", "valid/a/*1"], "'val', 'valid' may each be the validation split"),
         (["test/a/*3", "test/b/*3"], "no split to train on among 'test'"),
-        (["*3"], "3 of 3 images have no label"),
+        (
+            ["*3"],
+            r": no class folders, so the 3 images have no label; sort them .* such as .*/cat/1\.jpg and .*, or give a",
+        ),
     ],
 )
 def test_layouts_that_can_be_read_in_two_ways_are_refused(tmp_path: Path, paths: list[str], message: str) -> None:
@@ -272,7 +275,7 @@ def test_test_images_without_labels_are_no_test_split(tmp_path: Path) -> None:
     data = load(tmp_path)
     assert data.test is None
     assert "None of the 5 images of split 'test' has a label" in "".join(data.notes)
-    with pytest.raises(ValueError, match="5 of 5 images have no label"):
+    with pytest.raises(ValueError, match="/test: no class folders, so the 5 images have no label"):
         load(tmp_path, test_split="test")
 
 

@@ -387,12 +387,18 @@ def _check_labels(images: LabeledImages, where: str, *, is_train: bool) -> None:
     """Raises ValueError if a split is empty or has unlabeled images, or if train has one class or a class without images."""
     if not len(images.labels):
         raise ValueError(f"{where} is empty" + ("" if is_train else "; pass --test_split or --validation_split none"))
+    if (folder := images.flat_folder) is not None:
+        count = "1 image has" if len(images.labels) == 1 else f"{len(images.labels):,} images have"
+        raise ValueError(
+            f"{folder}: no class folders, so the {count} no label; sort them into one folder per class, such as "
+            f"{folder}/cat/1.jpg and {folder}/dog/2.jpg, or give a table of paths and labels"
+        )
     unlabeled = np.flatnonzero(images.target.find_unlabeled(images.labels))
     if unlabeled.size:
         some = [images.source.name(int(images.rows[i])) for i in unlabeled[:3]]
         raise ValueError(
-            f"{where}: {unlabeled.size:,} of {len(images.labels):,} images have no label (in a table or list: None, NaN, blank"
-            f" or -1; in a folder: no class folder): {listed(some)}, ...; {images.target.unlabeled_remedy}"
+            f"{where}: {unlabeled.size:,} of {len(images.labels):,} images have no label (None, NaN, blank or -1):"
+            f" {listed(some)}, ...; {images.target.unlabeled_remedy}"
         )
     if is_train:
         images.target.check_train_labels(images.labels, where)

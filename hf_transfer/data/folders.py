@@ -226,6 +226,7 @@ def _read_split(root: Path, folder: Folder, name: str) -> LabeledImages:
             rows=rows,
             labels=np.full_like(rows, UNLABELED),
             target=SingleLabel(names=()),
+            flat_folder=where,
         )
     inner_names = sorted({deep.name for inner in with_images for deep in inner.folders_with_images()})
     if len(with_images) > 1 and len(inner_names) > 1 and not any(inner.images for inner in with_images):

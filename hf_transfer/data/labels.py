@@ -62,6 +62,7 @@ class LabeledImages:
     groups: NDArray[np.str_] | None = (
         None  # (N,) the group (patient, camera, video, ...) of each image, if groups are named
     )
+    flat_folder: str | None = None  # the folder of all images, if it has no class folders, so that no image has a label
 
 
 @dataclass(frozen=True, kw_only=True)
