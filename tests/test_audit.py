@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -37,6 +39,7 @@ from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.inference.neighbors import find_neighbors
 from hf_transfer.targets.single_label import SingleLabel
+from tests.test_add_classes import write_digits
 from tests.test_comparison import make_split
 
 ROOT = Path(__file__).parents[1]
@@ -394,3 +397,31 @@ def test_without_a_name_the_folder_is_a_free_one(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     folders = [open_audit_folder(None, overwrite=False).as_posix() for _ in range(2)]
     assert folders == ["runs/audit", "runs/audit_2"]
+
+
+def test_the_next_command_trains_with_the_settings_of_the_audit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_digits(tmp_path / "my digits", range(3), test=False) / "train"
+    for i in range(4):
+        (folder / "digit 1" / f"{i}.png").rename(folder / "digit 0" / f"wrong_{i}.png")
+    (folder / "digit 2" / "0.png").write_bytes(b"broken")
+    words = ["audit", "--dataset", "my digits", "--on_bad_image", "skip", "--validation_fraction", "0.3"]
+    main(words)
+    suspects = "runs/audit/suspected_labels.csv"
+    start = f"next: look at audit.html, delete the lines of {suspects} whose label is right, and then "
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(start)
+    command = shlex.split(line.removeprefix(start))
+    assert command[:3] == ["hf-transfer", "train", "linear_probe"]
+    main(command[1:])
+    config = yaml.safe_load((tmp_path / "runs" / "linear_probe" / "config.yaml").read_text())
+    given = {"dataset": "my digits", "on_bad_image": "skip", "validation_fraction": 0.3, "exclude": suspects}
+    assert given.items() <= config.items()
+    kept = Path("kept.csv")  # a list of the user's own, which stays in force
+    kept.write_text("path\ntrain/digit 2/1.png\n")
+    main([*words, "--exclude", str(kept)])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "whose label is right, add its other lines to kept.csv, and then hf-transfer train" in line
+    assert "--exclude kept.csv" in line

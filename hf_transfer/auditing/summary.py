@@ -2,25 +2,33 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hf_transfer.auditing.records import AuditResult
+from hf_transfer.choosing.candidates import make_command
 from hf_transfer.errors import count_noun
+from hf_transfer.session import Session
+from hf_transfer.settings import replace_settings
+from hf_transfer.strategy import make_strategy
 
 _STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
 
 
-def format_summary(result: AuditResult, folder: Path) -> str:
-    """Returns the lines that the command prints."""
+def format_summary(result: AuditResult, folder: Path, session: Session) -> str:
+    """Returns the lines that the command prints, of which the last is the command that trains on the images of `session`."""
     images = ", ".join(f"{count:,} {split}" for split, count in result.num_images.items())
     lines = [f"{result.dataset}: {images} images, audited with {result.checkpoint}", *summarize(result)]
     lines.append(
         f"wrote {folder} (audit.html shows the images; audit.json; suspected_labels.csv, duplicates.csv, outliers.csv)"
     )
     if result.suspected_labels:
+        suspects, excluded = str(folder / "suspected_labels.csv"), session.config.data.exclude
+        others = "" if excluded is None else f", add its other lines to {excluded}"
+        config = replace_settings(session.config, {"exclude": excluded or suspects})
+        command = make_command(replace(session, config=config), make_strategy("linear_probe"))
         lines.append(
-            f"next: look at audit.html, delete the lines of {folder}/suspected_labels.csv whose label is right, and then"
-            f" hf-transfer train linear_probe ... --exclude {folder}/suspected_labels.csv"
+            f"next: look at audit.html, delete the lines of {suspects} whose label is right{others}, and then {command}"
         )
     return "\n".join(lines)
 

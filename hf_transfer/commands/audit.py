@@ -39,7 +39,7 @@ def _run(given: argparse.Namespace) -> str:
     run_on_main(lambda: write_audit(result, session.data.splits, folder))
     if not session.is_main:
         return ""
-    return json.dumps(result.to_dict(), indent=1) if given.json else format_summary(result, folder)
+    return json.dumps(result.to_dict(), indent=1) if given.json else format_summary(result, folder, session)
 
 
 COMMAND = Command(
