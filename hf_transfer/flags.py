@@ -13,6 +13,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -89,9 +90,7 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
     _add_flags(parser, settings, shown=COMMON - default.strategy.refused)
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        word = next((u for u in unknown if u.startswith("-")), unknown[0])
-        name = word.lstrip("-").partition("=")[0]
-        parser.error(f"unknown argument {word}{suggest_name(name, settings, '--')}")
+        parser.error(_explain_unknown(unknown, words, settings))
     flags = {k: v for k, v in vars(given).items() if k in settings and v is not None}
     try:
         config = default if given.config is None else read_config(given.config, default)
@@ -101,6 +100,19 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
         return CommandLine(config=config, is_quiet=given.quiet, prints_json=given.json)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+
+
+def _explain_unknown(unknown: Sequence[str], words: Sequence[str], settings: Mapping[str, Setting]) -> str:
+    """Returns the error message for the `unknown` ones among the words of a command line: the first flag, or else a value."""
+    flag = next((word for word in unknown if word.startswith("-")), None)
+    if flag is not None:
+        return f"unknown argument {flag}{suggest_name(flag.lstrip('-').partition('=')[0], settings, '--')}"
+    switches = {f"--{no}{name}": name for name, each in settings.items() if each.kind is bool for no in ("", "no-")}
+    for before, word in pairwise(words):
+        if word == unknown[0] and before in switches:
+            name = switches[before]
+            return f"{before} takes no value: write --{name} or --no-{name}"
+    return f"unexpected value {unknown[0]!r}"
 
 
 def _add_flags(parser: Parser, settings: Mapping[str, Setting], *, shown: frozenset[str]) -> None:

@@ -216,6 +216,8 @@ SETTINGS = (
     ErrorCase(trigger="a fraction for a whole number", command="train full --epochs 1.5"),
     ErrorCase(trigger="text for a number", command="train full --lr fast"),
     ErrorCase(trigger="an unknown flag", command="train full --learning_rate 1"),
+    ErrorCase(trigger="a value for a switch", command="train full --freeze_batchnorm false"),
+    ErrorCase(trigger="a value without a flag", command="train full path/to/images"),
     ErrorCase(trigger="an unknown strategy", command="train lroa"),
     ErrorCase(trigger="an unknown command", command="trian"),
     ErrorCase(trigger="a push to no repository", command="train full --push_to_hub me"),

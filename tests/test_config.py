@@ -95,6 +95,18 @@ def test_an_unknown_flag_suggests_the_name_used_here(
     assert refused(capsys, f"--{given}=8") == expected.replace(f"--{given};", f"--{given}=8;")
 
 
+@pytest.mark.parametrize("switch", ["freeze_batchnorm", "no-freeze_batchnorm"])
+def test_a_value_after_a_switch_is_explained(capsys: pytest.CaptureFixture[str], switch: str) -> None:
+    expected = f"try: --{switch} takes no value: write --freeze_batchnorm or --no-freeze_batchnorm\n"
+    assert refused(capsys, f"--{switch}", "false") == expected
+    assert refused(capsys, "--epochs", "false", "false") == "try: unexpected value 'false'\n"
+    assert refused(capsys, "folder") == "try: unexpected value 'folder'\n"
+    assert (
+        refused(capsys, f"--{switch}", "false", "--epoch", "2")
+        == "try: unknown argument --epoch; did you mean --epochs?\n"
+    )
+
+
 def test_an_abbreviated_flag_is_not_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown argument --batch" in refused(capsys, "--batch", "8")
 
