@@ -171,19 +171,21 @@ def changed_settings(config: Any, default: Any) -> dict[str, Any]:
     return {name: value for name, value in to_settings(config).items() if name not in before or value != before[name]}
 
 
-# What transformers' TrainingArguments and examples, timm's train.py, and peft call these settings.
+# What transformers' TrainingArguments and examples, timm's train.py, fastai and peft call these settings.
 KNOWN_ELSEWHERE: Mapping[str, str] = {
     "model_name_or_path": "checkpoint", "model_name": "checkpoint", "model": "checkpoint", "initial_checkpoint": "checkpoint",
     "dataset_name": "dataset", "data_dir": "dataset", "train_dir": "dataset", "data": "dataset",
     "image_column_name": "image_column", "label_column_name": "label_column", "image_dir": "image_root",
-    "groups": "group_column", "train_val_split": "validation_fraction",
+    "groups": "group_column", "train_val_split": "validation_fraction", "valid_pct": "validation_fraction",
+    "val_split": "validation_split",
     "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "per_device_train_batch_size": "batch_size",
     "optim": "optimizer", "opt": "optimizer", "sched": "lr_scheduler_type", "schedule": "lr_scheduler_type",
     "lr_scheduler": "lr_scheduler_type", "warmup": "warmup_ratio", "warmup_steps": "warmup_ratio",
     "warmup_epochs": "warmup_ratio", "clip_grad": "max_grad_norm", "clip_norm": "max_grad_norm",
     "accumulate": "gradient_accumulation_steps", "grad_accum_steps": "gradient_accumulation_steps",
     "patience": "early_stopping_patience", "patience_epochs": "early_stopping_patience", "smoothing": "label_smoothing",
-    "label_smoothing_factor": "label_smoothing", "model_ema_decay": "ema_decay", "metric_for_best_model": "select_by",
+    "label_smoothing_factor": "label_smoothing", "model_ema": "ema_decay", "model_ema_decay": "ema_decay",
+    "metric_for_best_model": "select_by",
     "amp": "precision", "amp_dtype": "precision", "bf16": "precision", "fp16": "precision", "mixed_precision": "precision",
     "dtype": "precision", "torch_dtype": "precision", "workers": "num_workers", "dataloader_num_workers": "num_workers",
     "num_cpu_threads_per_process": "num_threads", "torch_num_threads": "num_threads",
@@ -201,11 +203,15 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
 
 
 def suggest_name(word: str, names: Mapping[str, Any], prefix: str) -> str:
-    """Returns the end of an error message about an unknown setting: the nearest known name, or that --help_all lists all."""
+    """Returns the end of an error message about an unknown setting: the nearest known name, or that --help_all lists all.
+
+    A word may have hyphens for underscores. A name known elsewhere, of a setting that is not in `names`, is close to no other.
+    """
     import difflib  # imported here, because only errors need it
 
-    elsewhere = KNOWN_ELSEWHERE.get(word)
-    close = [elsewhere] if elsewhere in names else difflib.get_close_matches(word, names, n=1)
+    word = word.replace("-", "_")
+    known = [KNOWN_ELSEWHERE[word]] if word in KNOWN_ELSEWHERE else difflib.get_close_matches(word, names, n=1)
+    close = [name for name in known if name in names]
     return f"; did you mean {prefix}{close[0]}?" if close else "; --help_all lists all settings"
 
 

@@ -84,6 +84,14 @@ def test_where_to_push_is_checked_before_anything_runs(capsys: pytest.CaptureFix
         ("per_device_train_batch_size", "batch_size"),
         ("lora_alpha", "alpha"),
         ("clip_grad", "max_grad_norm"),
+        ("clip-grad", "max_grad_norm"),
+        ("data-dir", "dataset"),
+        ("warmup-epochs", "warmup_ratio"),
+        ("layer-decay", "layer_decay"),
+        ("bach-size", "batch_size"),
+        ("valid_pct", "validation_fraction"),
+        ("val-split", "validation_split"),
+        ("model-ema", "ema_decay"),
     ],
 )
 def test_an_unknown_flag_suggests_the_name_used_here(
@@ -113,7 +121,8 @@ def test_an_abbreviated_flag_is_not_accepted(capsys: pytest.CaptureFixture[str])
 
 def test_a_setting_that_this_strategy_does_not_have_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("learning_rate", "epochs"):
-        assert "did you mean --lr" not in refused(capsys, f"--{name}", "8", strategy="linear_probe")
+        assert "did you mean" not in refused(capsys, f"--{name}", "8", strategy="linear_probe")
+    assert "did you mean" not in refused(capsys, "--warmup-epochs", "8", strategy="linear_probe")
 
 
 def test_names_known_elsewhere_stand_for_settings_that_exist() -> None:
