@@ -181,6 +181,8 @@ def test_an_exported_file_keeps_the_record_but_knows_no_features(
     main(["predict", str(tmp_path / "alone"), str(photos), *asked])
     shown = capsys.readouterr()
     assert "held-out images" in shown.err
+    reason = "because an exported file gives no features: omit --engine, or give the folder of the weights"
+    assert f"does not say which images are unlike training, {reason}" in shown.err
     rows = json.loads(shown.out)
     assert [(row["set"], row["answers"]) for row in rows] == [(list(p.label_set or ()), p.answers) for p in expected]
     assert all("unlike_training" not in row and "distance" not in row for row in rows)

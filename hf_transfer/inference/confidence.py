@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from hf_transfer.confidence.conformal import check_coverage
 from hf_transfer.confidence.record import Confidence
 from hf_transfer.confidence.selective import Abstention, check_max_error
+from hf_transfer.exporting.runtime import ExportedNetwork
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.head import HeadInput
 from hf_transfer.targets.target import Target
@@ -53,6 +54,7 @@ class Judge:
     confidence: Confidence | None
     limits: NDArray[np.float64] | None
     abstention: Abstention | None
+    is_exported: bool = False  # whether the model is an exported file, which computes no features
 
     @property
     def inputs(self) -> tuple[HeadInput, ...]:
@@ -68,7 +70,12 @@ class Judge:
         """Returns what the model does for each image: when it abstains, and if it cannot tell unfamiliar images."""
         lines = [] if self.abstention is None else [self.abstention.describe()]
         if self.confidence is not None and self.confidence.distance is None:
-            lines.append("does not say which images are unlike training, because too few images were held out to tell")
+            reason = (
+                "an exported file gives no features: omit --engine, or give the folder of the weights"
+                if self.is_exported
+                else "too few images were held out to tell"
+            )
+            lines.append(f"does not say which images are unlike training, because {reason}")
         return lines
 
     def judge(self, logits: NDArray[np.float32], features: NDArray[np.float32]) -> Judgment:
@@ -101,4 +108,10 @@ def make_judge(backbone: Backbone, request: ConfidenceRequest) -> Judge:
         limits = confidence.find_limits(request.coverage)
     if confidence is not None and request.max_error is not None:
         abstention = confidence.choose_threshold(request.max_error)
-    return Judge(target=backbone.target, confidence=confidence, limits=limits, abstention=abstention)
+    return Judge(
+        target=backbone.target,
+        confidence=confidence,
+        limits=limits,
+        abstention=abstention,
+        is_exported=isinstance(backbone.model, ExportedNetwork),
+    )
