@@ -20,9 +20,9 @@ TRACEBACK = "HF_TRANSFER_TRACEBACK"  # environment variable; 1: print the traceb
 # The end of every help text.
 EXIT_STATUS = """exit status:
   0    done
-  1    the machine, the disk or the network failed, or some images cannot be read
-  2    the command, a file or the data has a mistake, or a name is found neither here nor on the Hub: the message says
-       what is allowed
+  1    the machine, the disk or the network failed, or `predict` could not read some images
+  2    the command, a file or the data has a mistake, such as an unreadable image in a data set, or a name is found
+       neither here nor on the Hub: the message says what is allowed
   130  Ctrl-C (SIGINT); 143: SIGTERM. A run that was training saves its state first: the message says how to resume"""
 
 _UNSAFE = frozenset({"Cc", "Cs", "Zl", "Zp"})  # control characters, bytes that are not UTF-8, line separators

@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADER = """# Errors
 
 A mistake ends every command and recipe in one line: what was given, what is allowed, and the remedy. In Python, the same
-text is the message of a `ValueError`. Exit status 2: change the command, the files or the data. Exit status 1: the machine, the
-disk or the network failed, or some images cannot be read. Exit status 130 or 143: Ctrl-C (SIGINT) or SIGTERM ended the run, and
-its state is saved. `HF_TRANSFER_TRACEBACK=1` prints the traceback.
+text is the message of a `ValueError`. Exit status 2: change the command, the files or the data (for example, an image of a data
+set that cannot be read). Exit status 1: the machine, the disk or the network failed, or `predict` could not read some images.
+Exit status 130 or 143: Ctrl-C (SIGINT) or SIGTERM ended the run, and its state is saved. `HF_TRANSFER_TRACEBACK=1` prints the
+traceback.
 
 `python scripts/write_errors.py` writes this page from the cases in `tests/error_cases.py`, which run as tests.
 """
