@@ -239,7 +239,10 @@ def test_only_the_trouble_cell_has_suggestions(session: Session) -> None:
     depths = [depth_score("blocks.0", 0.7, is_native=False), depth_score("blocks.1", 0.5, is_native=True)]
     trouble = DataRegime(images_per_class=8, similarity=0.1)
     suggestions = {s.title: s for s in suggest(vit, candidates, trouble, depths, CURVE)}
-    assert "60.0 % (45.0 to 70.0) with 10 images per class" in suggestions["more labels"].evidence
+    assert suggestions["more labels"].evidence == (
+        "a probe is expected to reach 60.0 % (45.0 to 70.0) with 10 images per class; the learning curve gives 50.0 % for the "
+        "5 images per class that you have"
+    )
     earlier = suggestions["features of earlier layers"]
     assert earlier.command is not None
     assert "--from_layer blocks.1" in earlier.command

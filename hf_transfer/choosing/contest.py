@@ -304,7 +304,7 @@ class Contest:
         posterior = update(entry.prior, measured.gain)
         if self.session.is_main:
             log.info(
-                "%s: measured against the probe on %d images: %s%s; with the experience from other data sets: %s%s",
+                "%s: gain over the probe on %d images: %s%s; combined with what is expected from other data sets: %s%s",
                 entry.candidate.name, measured.num_images, score.format_gain(measured.gain.mean), score.gain_unit,
                 self._describe(posterior),
                 ", stopped because it can hardly become the best" if verdict is Verdict.UNLIKELY else "",

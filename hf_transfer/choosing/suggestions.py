@@ -72,8 +72,8 @@ def _suggest_labels(curve: LearningCurve) -> Suggestion:
     return Suggestion(
         title="more labels",
         evidence=(
-            f"a probe is expected to reach {forecast} images per class; a curve through parts of the data gives "
-            f"{100 * now.accuracy:.1f} % with the {now.images_per_class:.0f} of now"
+            f"a probe is expected to reach {forecast} images per class; the learning curve gives {100 * now.accuracy:.1f} % "
+            f"for the {now.images_per_class:.0f} images per class that you have"
         ),
         command=None,
     )

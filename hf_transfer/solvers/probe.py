@@ -383,7 +383,8 @@ def _fit(features: RawFeatures, folds: Folds, options: ProbeOptions) -> Probe:
     held_out = _HeldOut(problems=problems, folds=folds)
     path, best, fits = _follow_path(held_out, options, _FINE)
     if len(options.c_grid) > 1 and best.c in (min(options.c_grid), max(options.c_grid)):
-        log.info("the best C of the probe, %g, is at the end of the grid: a wider grid may give a better probe", best.c)
+        end = "strongest" if best.c == min(options.c_grid) else "weakest"
+        log.debug("C = %g is the %s regularization of the probe that is tried", best.c, end)
     # Solve the folds of the chosen C again to full accuracy, together with the head, which is one more problem.
     solutions, _ = _solve(
         problems,
