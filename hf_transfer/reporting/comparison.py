@@ -162,9 +162,9 @@ def _score(run: SavedRun, info: MetricInfo, metrics: Metrics) -> tuple[float, In
 
 
 def read_targets(runs: Sequence[SavedRun]) -> list[Target]:
-    """Returns a target for each run: that of the first run, with the run's own thresholds.
+    """Returns a target for each run: its own if it has thresholds of labels, otherwise that of the first run.
 
-    The errors of numbers are then in the same unit, though each run has standardized its numbers by its own train images.
+    The errors of numbers are then in one unit, though each run has standardized its numbers by its own train images.
     """
     targets = [read_saved_target(run.results) for run in runs]
     return [own if isinstance(own, MultiLabel) else targets[0] for own in targets]
