@@ -272,6 +272,32 @@ def test_a_norm_under_its_old_spelling_is_read(tmp_path: Path) -> None:
     assert torch.equal(norm.bias, bias)
 
 
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [("ViT", "ViTForImageClassification"), ("Beit", "BeitForImageClassification"), ("ViT", "ViTModel")],
+)
+def test_norms_of_layers_under_their_old_spelling_are_read(kind: str, model: str, tmp_path: Path) -> None:
+    # transformers renames `encoder.layer.0` to `layers.0` while it loads, so the file's names are not the model's.
+    expected = save_vit(tmp_path / "old", 3, kind, model).state_dict()
+    spelling = {"weight": "gamma", "bias": "beta"}
+    weights = load_file(tmp_path / "old" / "model.safetensors")
+    norms = [name for name in weights if "norm" in name]
+    respelled = {name.rpartition(".")[0] + "." + spelling[name.rpartition(".")[2]]: weights[name] for name in norms}
+    assert len(respelled) == len(norms) > 4
+    edit_weights(tmp_path / "old", {**dict.fromkeys(norms), **respelled})
+    found = load(str(tmp_path / "old"), LABELS)
+    own: Any = found.model
+    prefix = "" if model.endswith("Classification") else f"{own.base_model_prefix}."
+    body = {name: tensor for name, tensor in own.state_dict().items() if not name.startswith("classifier")}
+    assert len(body) > len(norms)
+    for name, tensor in body.items():
+        assert torch.equal(tensor, expected[name.removeprefix(prefix)]), name
+    own.save_pretrained(tmp_path / "saved")  # with the names that plain transformers reads
+    assert not [
+        name for name in load_file(tmp_path / "saved" / "model.safetensors") if name.endswith(("gamma", "beta"))
+    ]
+
+
 @pytest.mark.parametrize("key", ["teacher.beit.pooler.layernorm.weight", "module.pooler.layernorm.gamma"])
 def test_a_norm_that_the_file_has_under_another_name_is_not_lost(key: str, tmp_path: Path) -> None:
     save_vit(tmp_path, 10, "Beit", "BeitForImageClassification")

@@ -30,6 +30,9 @@ from hf_transfer.network.weights import (
 
 log = logging.getLogger(__name__)
 
+OLD_SPELLING = {"weight": "gamma", "bias": "beta"}  # of a norm's parameters, in files converted from TensorFlow
+NEW_SPELLING = {old: new for new, old in OLD_SPELLING.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
@@ -96,21 +99,44 @@ def apply_model_args(config: PreTrainedConfig, given: Mapping[str, Any]) -> None
 def load_class(
     kind: Any, source: Source, config: PreTrainedConfig, **arguments: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """Returns the network of the class `kind` with the checkpoint's weights in float32, and transformers' loading report."""
+    """Returns the network of the class `kind` with the checkpoint's weights in float32, and transformers' loading report.
+
+    Norms whose weight and bias the checkpoint calls `gamma` and `beta` are read too.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    pickled = any(map(is_pickled, find_weights(source.folder)))
     try:
         with quiet_transformers():
             model, info = kind.from_pretrained(
-                source.folder,
-                config=config,
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,
-                use_safetensors=not any(map(is_pickled, find_weights(source.folder))),
-                output_loading_info=True,
-                **arguments,
+                source.folder, config=config, use_safetensors=not pickled, **options, **arguments
             )
+            if norms := _find_old_norms(model, info):
+                # Not by transformers' `key_mapping`, which would save the model with the old names.
+                origin, state = model.config.name_or_path, dict(_read_respelled(source, norms))
+                model, info = type(model).from_pretrained(None, config=model.config, state_dict=state, **options)
+                model.config.name_or_path = origin
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source.name} cannot be loaded as {kind.__name__}: {error}") from error
     return model, info
+
+
+def _find_old_norms(model: PreTrainedModel, info: Mapping[str, Any]) -> set[str]:
+    """Returns the last parts of the names of norms that lack weights which the file has under the names `gamma` and `beta`."""
+    unexpected, prefix = set(info["unexpected_keys"]), f"{model.base_model_prefix}."
+    names = {name: _spell_norm(name, model) for name in info["missing_keys"]}
+    return {name.split(".")[-2] for name, old in names.items() if old and unexpected & {old, old.removeprefix(prefix)}}
+
+
+def _read_respelled(source: Source, norms: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields name and value of the checkpoint's tensors, with `weight` and `bias` for `gamma` and `beta` of `norms`.
+
+    `norms`: the last parts of the norms' names, since transformers renames the parts before them while it loads a file.
+    """
+    for name, tensor in read_tensors(source.folder):
+        *modules, parameter = name.split(".")
+        if modules and modules[-1] in norms:
+            parameter = NEW_SPELLING.get(parameter, parameter)
+        yield ".".join((*modules, parameter)), tensor
 
 
 def set_labels(config: PreTrainedConfig, labels: Iterable[str]) -> None:
@@ -171,18 +197,13 @@ def compare_weights(
 ) -> Weights:
     """Compares the names of the tensors of `model` and of the checkpoint. `info`: transformers' loading report.
 
-    `inside`: only tensors whose names start with this prefix are compared. Weights of norms that the checkpoint calls `gamma`
-    and `beta` are copied into `model`. Raises ValueError, with names, if weights are missing that are neither in `heads` nor of
-    a norm behind the last layer, which starts as the identity.
+    `inside`: only tensors whose names start with this prefix are compared. Raises ValueError, with names, if weights are
+    missing that are neither in `heads` nor of a norm behind the last layer, which starts as the identity.
     """
     unexpected = set(info["unexpected_keys"])
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
     absent = {name for name in absent if name.startswith(inside)}
     body = absent - set(heads)
-    renamed = {twin: name for name in body if (twin := _spell_norm(name, model)) in unexpected}
-    for twin, tensor in read_tensors(source.folder, renamed):
-        model.get_parameter(renamed[twin]).data.copy_(tensor)
-    body -= set(renamed.values())
     identity = {name for name in body if starts_as_identity(model, name, unexpected)}
     missing = body - identity
     if missing:
@@ -190,12 +211,12 @@ def compare_weights(
     return Weights(
         new=frozenset(absent & set(heads)),
         identity=frozenset(name.rpartition(".")[0] for name in identity),
-        unused=frozenset(unexpected - set(renamed)),
+        unused=frozenset(unexpected),
     )
 
 
 def _spell_norm(name: str, model: PreTrainedModel) -> str:
     """Returns the name that older checkpoints give to the parameter `name` of a norm, or "" for other parameters."""
     module, _, parameter = name.rpartition(".")
-    spelling = {"weight": "gamma", "bias": "beta"}.get(parameter)
+    spelling = OLD_SPELLING.get(parameter)
     return f"{module}.{spelling}" if spelling and is_affine_norm(model.get_submodule(module)) else ""
