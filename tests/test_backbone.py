@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from hf_transfer.network.backbone import load
+from hf_transfer.network.backbone import create, load, with_new_head
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.source import check_checkpoint
 from tests.families import FAMILIES, NUM_CLASSES, make_model, make_pixels
@@ -87,6 +87,44 @@ def test_the_same_labels_keep_the_head(publish: Publish, tmp_path: Path) -> None
     assert not found.new_head
     pixels = make_pixels(found.preprocessing.image_shape, 2)
     assert torch.equal(compute_logits(found.model, pixels), compute_logits(model, pixels))
+
+
+def test_pvt_gets_as_many_outputs_as_labels(tmp_path: Path) -> None:
+    # PvtConfig has num_labels as a field of its own, with the default 1000, which id2label does not change.
+    small = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "mlp_ratios": [2] * 4}
+    config = transformers.PvtConfig(image_size=64, num_labels=NUM_CLASSES, **small)
+    config.id2label = dict(enumerate(OWN))
+    transformers.PvtForImageClassification(config).save_pretrained(tmp_path / "pvt")
+    transformers.ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "pvt")
+    created = create("pvt", OTHER, image_size_px=64, model_args=json.dumps(small))
+    for found in (load(str(tmp_path / "pvt"), OTHER), with_new_head(load(str(tmp_path / "pvt")), OTHER), created):
+        assert found.new_head
+        assert compute_logits(found.model, make_pixels((3, 64, 64), 2)).shape == (2, len(OTHER))
+        assert [name.partition(".")[0] for name in found.chain().classifier_parameters] == ["classifier"] * 2
+        found.model.save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+        plain = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "saved")
+        assert plain.classifier.out_features == len(OTHER)
+
+
+def test_a_network_that_ignores_the_number_of_labels_is_refused(tmp_path: Path) -> None:
+    publish_transformers(tmp_path)
+    (tmp_path / "fixed.py").write_text(FIXED_HEAD)
+    edit_config(tmp_path, lambda config: config.update(auto_map={"AutoModelForImageClassification": "fixed.Fixed"}))
+    with pytest.raises(ValueError, match="Fixed has no classifier with one output for each of the 3 labels; choose"):
+        load(str(tmp_path), OTHER, trust_remote_code=True)
+    assert load(str(tmp_path), trust_remote_code=True).label_names == OWN  # its own outputs are of use
+
+
+FIXED_HEAD = """
+from torch import nn
+from transformers import ViTForImageClassification
+
+
+class Fixed(ViTForImageClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = nn.Linear(config.hidden_size, 5)
+"""
 
 
 @BOTH

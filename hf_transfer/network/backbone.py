@@ -270,12 +270,11 @@ def _create_transformers(
 ) -> Backbone:
     from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessor
 
-    from hf_transfer.network.transformers_models import apply_model_args
+    from hf_transfer.network.transformers_models import apply_model_args, set_labels
 
     config = AutoConfig.for_model(model_type)
     apply_model_args(config, model_args)
-    config.id2label = dict(enumerate(target.names))
-    config.label2id = {name: i for i, name in enumerate(target.names)}
+    set_labels(config, target.names)
     size_px = image_size_px or getattr(config, "image_size", None) or 224
     if hasattr(config, "image_size"):
         config.image_size = size_px

@@ -59,8 +59,8 @@ def load_classifier(
 
     The classifier is new if `labels` differ from the checkpoint's own.
 
-    Raises ValueError if weights outside the classifier are missing, and NoTrainedHeadError if the classifier's weights are
-    missing and no labels are given.
+    Raises ValueError if weights outside the classifier are missing, or if the class has no output for each label, and
+    NoTrainedHeadError if the classifier's weights are missing and no labels are given.
     """
     id2label: dict[Any, Any] = dict(config.id2label or {})
     own_labels = tuple(str(id2label[i]) for i in sorted(id2label))
@@ -69,6 +69,12 @@ def load_classifier(
     arguments = {"trust_remote_code": trust_remote_code}
     model, info = load_class(AutoModelForImageClassification, source, config, **arguments)
     heads = find_heads(model)
+    count = len(own_labels if labels is None else labels)
+    if (labels is not None and not heads.linear) or model.config.num_labels != count:
+        raise ValueError(
+            f"{source.name}: {type(model).__name__} has no classifier with one output for each of the {count} labels; choose a "
+            "checkpoint of another architecture"
+        )
     weights = compare_weights(source, model, info, heads.parameters)
     weights.log(source)
     absent = weights.new
@@ -143,6 +149,7 @@ def set_labels(config: PreTrainedConfig, labels: Iterable[str]) -> None:
     """Writes the names of the classes into `config`, in place."""
     names = dict(enumerate(labels))
     config.problem_type = None  # of the labels before; the target's own is added when the model is saved
+    config.num_labels = len(names)  # PvtConfig has this as a field of its own, which id2label does not change
     config.id2label = names
     config.label2id = {name: i for i, name in names.items()}
 
