@@ -143,7 +143,9 @@ class ModelConfig(Settings):
         "checkpoint to start from: Hub id (owner/name[@revision]), local folder in Hub layout, or `embedded` (a tiny one "
         "in this package)",
     )
-    base_model: str | None = flag(None, "Hub id to record as base model, if a local checkpoint does not name its base")
+    base_model: str | None = flag(
+        None, "Hub id to record as base model, for a local folder with the weights of that checkpoint"
+    )
     trust_remote_code: bool = flag(False, "allow Python code that comes with the checkpoint")
     preprocessing_from: str | None = flag(
         None,

@@ -1,6 +1,7 @@
 """Adapters: identity at the start, in their map's layer, merged = unmerged (law 8), saved = trained (law 7), or refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -386,7 +387,18 @@ def test_convolutions_that_normalise_their_weight_are_refused() -> None:
 def test_an_adapter_without_a_base_id_is_refused(upstreams: dict[str, Path]) -> None:
     backbone = load(str(upstreams["timm ViT"]), LABELS)
     adapted, _ = add_adapters(backbone, backbone.chain(), make_adapter("lora"))
-    with pytest.raises(ValueError, match="--base_model owner/name, or save a merged model"):
+    with pytest.raises(ValueError, match="--base_model owner/name if the Hub has its weights, or save a merged model"):
+        check_saved_apart(adapted)
+
+
+def test_an_adapter_of_a_fine_tuned_folder_does_not_name_the_folders_base(
+    upstreams: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(upstreams["timm ViT"], tmp_path / "tuned")
+    (tmp_path / "tuned" / "README.md").write_text(f"---\nbase_model: {BASE}\nbase_model_relation: finetune\n---\n")
+    backbone = load(str(tmp_path / "tuned"), LABELS)
+    adapted, _ = add_adapters(backbone, backbone.chain(), make_adapter("lora"))
+    with pytest.raises(ValueError, match="tuned is a folder without a Hub id"):
         check_saved_apart(adapted)
 
 

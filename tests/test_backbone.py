@@ -239,7 +239,8 @@ def test_a_folders_card_names_its_base_model_and_licence(tmp_path: Path) -> None
     publish_timm(tmp_path)
     (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: timm/resnet18.a1_in1k\n---\n# Model\n")
     source = load(str(tmp_path)).source
-    assert (source.id, source.license) == ("timm/resnet18.a1_in1k", "mit")
+    assert (source.base_model, source.license) == ("timm/resnet18.a1_in1k", "mit")
+    assert (source.id, source.name) == (None, tmp_path.name)  # the base's id does not name these weights
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 import transformers
 from PIL import Image
 
+from hf_transfer.hub.card_data import make_card_data
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.forward import compute_logits
@@ -155,7 +156,8 @@ def test_the_card_names_the_upstream_and_no_path(tmp_path: Path) -> None:
     assert "base_model: timm/resnet18.a1_in1k" in card
     assert str(tmp_path) not in card
     again = load(str(tmp_path / "model"))
-    assert again.source.id == "timm/resnet18.a1_in1k"  # the folder records its origin
+    assert (again.source.id, again.source.base_model) == (None, "timm/resnet18.a1_in1k")
+    assert make_card_data(again, results_for(again)).base_model == "timm/resnet18.a1_in1k"
     assert again.label_names == LABELS
     assert not again.new_head
     # Weights have the same file permissions as the card.

@@ -30,7 +30,9 @@ def is_from_scratch(results: Mapping[str, Any]) -> bool:
 
 def find_name(backbone: Backbone, results: Mapping[str, Any]) -> str:
     """Returns the model's name, made of the names of the base model and the dataset."""
-    return _remove_markup(f"{PurePath(backbone.source.name).name}-{PurePath(results['data']['name']).name}")
+    return _remove_markup(
+        f"{PurePath(backbone.source.credited or backbone.source.name).name}-{PurePath(results['data']['name']).name}"
+    )
 
 
 def find_license(backbone: Backbone, results: Mapping[str, Any]) -> DerivedLicense:
@@ -49,7 +51,7 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
     is_on_hub = data["revision"] is not None
     terms = find_license(backbone, results)
     is_adapter = isinstance(backbone, Adapted)
-    has_base = backbone.source.id is not None and not is_from_scratch(results)
+    has_base = backbone.source.credited is not None and not is_from_scratch(results)
     published = [(info, info.hub) for info in find_metrics(results) if info.hub is not None]
     tags = ["image-classification", *_tag_target(backbone), "transfer-learning", backbone.library, OUR_TAG]
     return ModelCardData(
@@ -58,7 +60,7 @@ def make_card_data(backbone: Backbone, results: Mapping[str, Any]) -> ModelCardD
         pipeline_tag="image-classification",
         license=terms.id,
         license_name=terms.name and _remove_markup(terms.name),
-        base_model=backbone.source.id if has_base else None,
+        base_model=backbone.source.credited if has_base else None,
         base_model_relation=("adapter" if is_adapter else "finetune") if has_base else None,
         datasets=[hub_id] if is_on_hub else None,
         metrics=[hub_name for _, hub_name in published],

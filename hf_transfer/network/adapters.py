@@ -251,8 +251,8 @@ def check_saved_apart(adapted: Adapted) -> str:
     """
     if adapted.source.id is None:
         raise ValueError(
-            f"--no-merge: an adapter folder names its base checkpoint by a Hub id, and {adapted.source.name} does not "
-            "record its Hub id. Give --base_model owner/name, or save a merged model (--merge)"
+            f"--no-merge: an adapter folder names its base checkpoint by a Hub id, and {adapted.source.name} is a folder "
+            "without a Hub id. Give --base_model owner/name if the Hub has its weights, or save a merged model (--merge)"
         )
     mistaken = [name for name in adapted.targets if name.endswith(adapted.head.modules)]
     if mistaken:

@@ -65,17 +65,23 @@ HUB_ID = re.compile(r"(?!\.)[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A checkpoint's files and its public name. `id` and `revision` may be published, but never the path `folder`."""
+    """A checkpoint's files and its public name. `id`, `revision` and `base_model` may be published, never the path `folder`."""
 
     folder: Path
-    id: str | None  # Hub id of the checkpoint, if known
+    id: str | None  # Hub id of these weights, if known
     revision: str | None  # commit hash, if the files came from the Hub
     license: str | None
+    base_model: str | None = None  # Hub id of the checkpoint that a folder's weights were fine-tuned from, by its card
 
     @property
     def name(self) -> str:
         """The name for logs and cards: the Hub id if it is known, else the name of the folder."""
         return self.id or self.folder.name
+
+    @property
+    def credited(self) -> str | None:
+        """The Hub id that a model card names as base model: of these weights, or else of the weights they were made from."""
+        return self.id or self.base_model
 
     def read_config(self) -> dict[str, Any]:
         """Returns the contents of the checkpoint's config.json."""
@@ -86,8 +92,8 @@ def find_source(checkpoint: str, *, base_model: str | None = None, trust_remote_
     """Finds the files of `checkpoint`: a Hub id (`owner/name` or `owner/name@revision`), a folder of a model
     or of a run, or "embedded".
 
-    `base_model`: the Hub id of the checkpoint, for a folder that does not record an id. Raises ValueError, with the remedy, for
-    an unknown id or revision, a gated or private repository, a missing network, or weights in another format.
+    `base_model`: the Hub id of the checkpoint, for a local folder with the same weights. Raises ValueError, with the remedy,
+    for an unknown id or revision, a gated or private repository, a missing network, or weights in another format.
     """
     if checkpoint == EMBEDDED_CHECKPOINT:
         with resources.as_file(resources.files("hf_transfer") / "assets" / EMBEDDED_CHECKPOINT) as folder:
@@ -205,9 +211,10 @@ def _from_folder(folder: Path, base_model: str | None) -> Source:
     own_id = f"{cached[1]}/{cached[2]}" if cached else None
     return Source(
         folder=folder,
-        id=base_model or own_id or recorded,
+        id=base_model or own_id,
         revision=cached[3] if cached else None,
         license=_license(folder, card),
+        base_model=recorded,
     )
 
 
