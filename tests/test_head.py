@@ -19,13 +19,14 @@ from hf_transfer.choosing.evidence import gather_evidence, read_head
 from hf_transfer.config import AdapterConfig, ModelConfig
 from hf_transfer.hub.save import save_model
 from hf_transfer.network.adapters import add_adapters, load_adapted
-from hf_transfer.network.backbone import load
+from hf_transfer.network.backbone import load, with_new_head
 from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.freezing import set_modes, set_trainable
 from hf_transfer.network.head import read_probe, write_probe
 from hf_transfer.network.policies import head
 from hf_transfer.network.readout import find_readouts, read_features
+from hf_transfer.network.timm_models import save_timm
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.plan import run_plan
@@ -316,6 +317,22 @@ def test_advice_predicts_what_the_distilled_checkpoints_own_head_predicts(
         expected = load(str(checkpoint)).model(pixels)
     assert evidence.upstream_logits is not None
     assert relative(torch.from_numpy(evidence.upstream_logits[:4]), expected) < 1e-4
+
+
+@pytest.mark.parametrize("num_classes", [4, 0])
+def test_a_checkpoint_that_loses_its_distillation_classifier_is_no_base_for_plain_peft(
+    num_classes: int, checkpoint: Path, tmp_path: Path
+) -> None:
+    # timm's RepViT drops head_dist in reset_classifier, and creates it for any number of classes.
+    stages = {"embed_dim": (8, 8), "depth": (1, 1)}
+    save_timm(timm.create_model("repvit_m0_9", num_classes=num_classes, **stages), tmp_path)
+    found = load(str(tmp_path), LABELS)
+    plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=len(LABELS))
+    assert any("head_dist" in name for name in set(plain.state_dict()) - set(found.model.state_dict()))
+    assert not found.is_auto_class
+    if num_classes:
+        assert not with_new_head(load(str(tmp_path)), LABELS).is_auto_class
+    assert load(str(checkpoint), LABELS).is_auto_class  # DeiT keeps both
 
 
 def test_adapters_of_a_distilled_checkpoint_are_saved_with_both_maps_and_reloaded_by_plain_peft(

@@ -31,7 +31,7 @@ from hf_transfer.network.preprocessing import (
     resize_preprocessing,
 )
 from hf_transfer.network.source import Source, find_preprocessing, find_source
-from hf_transfer.network.timm_models import load_timm, save_timm
+from hf_transfer.network.timm_models import load_timm, renew_classifier, save_timm
 from hf_transfer.network.weights import NoTrainedHeadError, Weights
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import Target, read_target
@@ -106,7 +106,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | Target | None
             raise NoTrainedHeadError(f"{source.name} has no trained head: give labels for a new head")
         new_head = target is not None and not target.has_outputs_of(read_target(config, own_labels))
         if target is not None and new_head:
-            model.reset_classifier(target.num_outputs)  # type: ignore[operator]
+            is_auto_class = renew_classifier(model, target.num_outputs) and is_auto_class
     else:
         from hf_transfer.network.headless import Upstream, load_headless, own_classes
         from hf_transfer.network.transformers_models import load_classifier
@@ -256,13 +256,14 @@ def with_new_head(backbone: Backbone, labels: Sequence[str] | Target) -> Backbon
     """Returns a copy of the backbone with an untrained head for `labels`."""
     target = as_target(labels)
     model: Any = copy.deepcopy(backbone.model)
+    is_auto_class = backbone.is_auto_class
     if backbone.library == "timm":
-        model.reset_classifier(target.num_outputs)
+        is_auto_class = renew_classifier(model, target.num_outputs) and is_auto_class
     else:
         from hf_transfer.network.transformers_models import renew_heads
 
         renew_heads(model, target.names)
-    return replace(backbone, model=model.eval(), target=target, new_head=True)
+    return replace(backbone, model=model.eval(), target=target, new_head=True, is_auto_class=is_auto_class)
 
 
 def _create_transformers(

@@ -123,6 +123,23 @@ def load_timm(source: Source, config: Mapping[str, Any], given: Mapping[str, Any
     )
 
 
+def renew_classifier(model: nn.Module, num_classes: int) -> bool:
+    """Gives `model` an untrained classifier, in place. Returns whether `timm.create_model` creates the same tensors.
+
+    RepViT loses its distillation classifier here, which `timm.create_model` with the same number of classes creates.
+    """
+    own: Any = model
+    had_classes, before = own.num_classes > 0, set(own.state_dict())
+    # Before the reset, which may write arguments here that the checkpoint does not name.
+    arguments = {name: value for name, value in own._model_args.items() if name != "num_classes"}
+    own.reset_classifier(num_classes)
+    if had_classes and set(own.state_dict()) == before:
+        return True
+    with on_meta():
+        plain = timm.create_model(own.pretrained_cfg["architecture"], num_classes=num_classes, **arguments)
+    return set(own.state_dict()) == set(plain.state_dict())
+
+
 def _read_label_names(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     """Returns the names of a timm checkpoint's classes, as transformers' TimmWrapperConfig finds them.
 
