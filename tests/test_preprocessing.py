@@ -414,6 +414,28 @@ def test_a_processor_without_constant_colors_works_without_augmentation(tmp_path
 # --- channels ---------------------------------------------------------------------------------------------------------------
 
 
+def test_a_saved_classifier_over_a_backbone_of_gray_images_is_loaded_again(tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**size, image_size=16, patch_size=8, num_channels=1)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path / "tower")
+    gray = {"image_mean": [0.5], "image_std": [0.5]}
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}, **gray).save_pretrained(tmp_path / "tower")
+    made: Any = load(str(tmp_path / "tower"), ["a", "b"])
+    assert made.model.config.model_type == "backbone_classifier"
+    for part in (made.model, made.preprocessing.processor):
+        part.save_pretrained(tmp_path / "saved")
+    again: Any = load(str(tmp_path / "saved"))
+    assert again.preprocessing.image_shape == made.preprocessing.image_shape == (1, 16, 16)
+    assert again.model(torch.zeros(2, 1, 16, 16)).logits.shape == (2, 2)
+
+
+def test_a_backbone_that_is_only_named_states_no_channels(tmp_path: Path) -> None:
+    folder = write_vit(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "backbone": "resnet50", "num_channels": None}))
+    assert load_preprocessing(folder).channels == 3
+
+
 def test_gray_pixels_are_those_of_the_saved_processor(tmp_path: Path) -> None:
     """The settings have three means, as timm and transformers write them by default; the saved ones have the average."""
     folder = write_vit(tmp_path, channels=1, image_mean=[0.4, 0.5, 0.6], image_std=[0.5, 0.5, 0.5], do_convert_rgb=True)

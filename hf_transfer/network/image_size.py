@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.preprocessing import quiet_transformers
+from hf_transfer.network.vision_config import find_vision_configs
 from hf_transfer.network.weights import shorten_names
 
 SAME_RELATIVE = 1e-4  # largest allowed difference from the network's own interpolation, relative to the largest value
@@ -173,9 +174,7 @@ def _rebuild(model: PreTrainedModel, image_size_px: int, error: Exception) -> Pr
 
 def _set_image_size(config: PreTrainedConfig, image_size_px: int) -> bool:
     """Writes the image size into `config`, or into the config of its vision network, in place. Returns False without one."""
-    vision, backbone = getattr(config, "vision_config", None), getattr(config, "backbone", None)  # of BackboneConfig
-    inner = backbone.get("config") if isinstance(backbone, dict) else None
-    for fields in (vars(config), getattr(vision, "__dict__", {}), inner or {}):
+    for fields in (vars(config), *find_vision_configs(vars(config))):
         if fields.get("image_size"):
             fields["image_size"] = image_size_px if isinstance(fields["image_size"], int) else [image_size_px] * 2
             return True

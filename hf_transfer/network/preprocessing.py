@@ -41,6 +41,7 @@ from hf_transfer.costs import DecodeCounts
 from hf_transfer.network import resizing
 from hf_transfer.network.ragged import resize_together
 from hf_transfer.network.timm_processor import find_timm_processor
+from hf_transfer.network.vision_config import find_vision_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -352,11 +353,10 @@ def _read_settings(origin: Path) -> dict[str, Any] | None:
 def _read_channels(config: Mapping[str, Any]) -> int:
     """Returns the number of channels that the network of a config.json takes; 3 if the config does not say."""
     body = config.get("body") or {}  # of a greedy stack
-    inner = config.get("vision_config") or body.get("config") or {}
     stated = (
         (config.get("model_args") or body.get("model_args") or {}).get("in_chans"),
         config.get("num_channels"),
-        inner.get("num_channels"),
+        *(inner.get("num_channels") for inner in find_vision_configs(config)),
         ((config.get("pretrained_cfg") or {}).get("input_size") or [None])[0],
     )
     return next((int(number) for number in stated if number is not None), 3)
