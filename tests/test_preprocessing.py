@@ -429,6 +429,20 @@ def test_a_saved_classifier_over_a_backbone_of_gray_images_is_loaded_again(tmp_p
     assert again.model(torch.zeros(2, 1, 16, 16)).logits.shape == (2, 2)
 
 
+def test_model_args_may_make_a_network_of_gray_images(tmp_path: Path) -> None:
+    # timm sums the kernels of the first convolution.
+    colored: Any = load(str(write_timm(tmp_path / "timm"))).model
+    gray: Any = load(str(tmp_path / "timm"), ["a", "b"], model_args='{"in_chans": 1}')
+    assert gray.preprocessing.image_shape == (1, 16, 16)
+    first = next(name for name, tensor in colored.state_dict().items() if tensor.ndim == 4)
+    summed = colored.get_parameter(first).sum(1, keepdim=True)
+    torch.testing.assert_close(gray.model.get_parameter(first), summed)
+    assert gray.chain().image_shape == (1, 16, 16)
+    write_vit(tmp_path / "vit")
+    with pytest.raises(ValueError, match=r"lacks weights outside the head: .*patch_embeddings"):
+        load(str(tmp_path / "vit"), ["a", "b"], model_args='{"num_channels": 1}')
+
+
 def test_a_backbone_that_is_only_named_states_no_channels(tmp_path: Path) -> None:
     folder = write_vit(tmp_path)
     config = json.loads((folder / "config.json").read_text())

@@ -97,6 +97,7 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | Target | None
         source.folder,
         trust_remote_code=trust_remote_code,
         preprocessing_from=None if origin is None else find_preprocessing(origin),
+        model_args=given_args,
     )
     if upstream is None:
         loaded = load_timm(source, config, given_args)

@@ -253,16 +253,21 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_preprocessing(
-    folder: Path, *, trust_remote_code: bool = False, preprocessing_from: Path | None = None
+    folder: Path,
+    *,
+    trust_remote_code: bool = False,
+    preprocessing_from: Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
 ) -> Preprocessing:
     """Loads the preprocessing of the checkpoint in `folder` (Hub layout).
 
     `preprocessing_from`: another checkpoint's folder, or a preprocessor_config.json, whose preprocessing is used instead.
-    Raises ValueError if there is no preprocessing, if its output depends on the size of the image, or if the network takes
-    neither RGB nor gray images.
+    `model_args`: arguments that replace those in config.json, and may change the number of channels. Raises ValueError if
+    there is no preprocessing, if its output depends on the size of the image, or if the network takes neither RGB nor gray
+    images.
     """
     config = json.loads((folder / "config.json").read_text())
-    channels = _read_channels(config)
+    channels = _read_channels(_replace_arguments(config, model_args or {}))
     if channels not in (1, 3):
         raise ValueError(
             f"{folder.name} takes images of {channels} channels: images here have 3 channels (RGB) or 1 channel (gray); "
@@ -348,6 +353,18 @@ def _read_settings(origin: Path) -> dict[str, Any] | None:
     content: dict[str, Any] = json.loads(origin.read_text())
     settings = content.get("image_processor") or content.get("feature_extractor") or content
     return settings if "image_processor_type" in settings or origin.name == SETTINGS_FILE else None
+
+
+def _replace_arguments(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the contents of a config.json with the setting model_args: arguments of timm, or fields of transformers."""
+    if "architecture" in config:
+        return {**config, "model_args": {**(config.get("model_args") or {}), **given}}
+    nested = {
+        name: _replace_arguments(config[name], value)
+        for name, value in given.items()
+        if isinstance(value, dict) and isinstance(config.get(name), dict)
+    }
+    return {**config, **given, **nested}
 
 
 def _read_channels(config: Mapping[str, Any]) -> int:
