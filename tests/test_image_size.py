@@ -7,10 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoImageProcessor
 
 from hf_transfer.cli import main
@@ -145,6 +147,23 @@ PROCESSORS: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
         {"size": {"longest_edge": 36}, "pad_size": {"height": 48, "width": 48}},
     ),
 )
+
+
+def test_a_processor_that_squashes_images_from_384_pixels_on_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"size": {"shortest_edge": 32}, "crop_pct": 0.875}
+    own = load_preprocessing(write_settings(tmp_path, "ConvNextImageProcessor", **settings))
+    image = Image.new("RGB", (200, 100))
+    image.paste((255, 255, 255), (0, 0, 40, 100))  # a bar that the crop of the center leaves out
+    with caplog.at_level(logging.INFO):
+        below, above = (resize_preprocessing(own, size_px) for size_px in (352, 384))
+    for preprocessing, is_cropped in ((own, True), (below, True), (above, False)):
+        assert (np.asarray(preprocessing.pixels(image)).max() == 0) == is_cropped
+        assert ("crop 0.875" in preprocessing.describe()) == is_cropped
+    lines = [record.getMessage() for record in caplog.records if "squashes whole images" in record.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith("image_size_px=384: ConvNextImageProcessor")
 
 
 @pytest.mark.parametrize(("name", "settings", "expected"), PROCESSORS, ids=[name for name, *_ in PROCESSORS])

@@ -38,6 +38,7 @@ from torchvision.transforms import CenterCrop, Resize
 from hf_transfer.capability import jpeg_device
 from hf_transfer.config import Decoder
 from hf_transfer.costs import DecodeCounts
+from hf_transfer.logs import log_once
 from hf_transfer.network import resizing
 from hf_transfer.network.ragged import resize_together
 from hf_transfer.network.timm_processor import find_timm_processor
@@ -310,6 +311,12 @@ def resize_preprocessing(preprocessing: Preprocessing, image_size_px: int) -> Pr
             f"image_size_px={image_size_px}: {type(processor).__name__} then gives images of {resized.width_px}x"
             f"{resized.height_px} pixels; omit image_size_px, or choose other preprocessing (--preprocessing_from)"
         )
+    if preprocessing.crop_pct and not resized.crop_pct:
+        log_once(
+            log,
+            f"image_size_px={image_size_px}: {type(processor).__name__} squashes whole images to a square at this size, and "
+            f"crops their center at {width}x{height} pixels: ConvNeXt's processor does not crop from 384 pixels on",
+        )
     return resized
 
 
@@ -460,12 +467,13 @@ def _from_transformers(processor: Any, channels: int) -> Preprocessing:
     spec = {k: v for k, v in processor.to_dict().items() if not k.startswith("_")}
     resample = Image.Resampling(getattr(processor, "resample", None) or Image.Resampling.BILINEAR)
     colors = _read_colors(processor, channels)
+    crop_pct = getattr(processor, "crop_pct", None)
     preprocessing = Preprocessing(
         height_px=outputs[0].shape[1],
         width_px=outputs[0].shape[2],
         channels=channels,
         interpolation=resample.name.lower(),
-        crop_pct=getattr(processor, "crop_pct", None),
+        crop_pct=crop_pct if crop_pct and _crops(processor, channels) else None,
         colors=colors,
         spec={
             "library": "transformers",
@@ -479,6 +487,16 @@ def _from_transformers(processor: Any, channels: int) -> Preprocessing:
         resize=partial(_resize_only, processor),
     )
     return _fit(preprocessing, outputs)
+
+
+def _crops(processor: Any, channels: int) -> bool:
+    """Whether the processor leaves out both ends of an image that is twice as wide as high."""
+    dark = Image.new("RGB" if channels == 3 else "L", (64, 32))
+    ends = dark.copy()
+    for left in (0, 56):
+        ends.paste(Image.new(dark.mode, (8, 32), "white"), (left, 0))
+    plain, marked = (_run_checked(processor, image, channels) for image in (dark, ends))
+    return torch.equal(plain, marked)
 
 
 def _fit(preprocessing: Preprocessing, outputs: Sequence[torch.Tensor]) -> Preprocessing:
