@@ -159,6 +159,16 @@ def test_the_logits_are_a_linear_map_of_the_features_and_a_probe_can_be_written_
     assert {n.rpartition(".")[0] for n in changed} == set(chain.head.modules)
 
 
+@pytest.mark.parametrize("name", ["mean of two", "timm distilled DeiT"])
+def test_the_maps_are_found_without_gradients_too(name: str) -> None:
+    model, chain = make_network(name)
+    with torch.no_grad():
+        again = build_chain(model, chain.image_shape)
+    assert again.head == chain.head
+    assert again.head is not None
+    assert not again.head.is_direct
+
+
 @pytest.mark.parametrize("name", ["mean of two", "weighted sum", "timm distilled DeiT", "timm LeViT"])
 def test_the_part_after_the_features_computes_the_logits_and_trains_the_maps_alone(name: str) -> None:
     model, chain = make_network(name)

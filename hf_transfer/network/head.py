@@ -98,8 +98,9 @@ def measure_inputs(
     if head.is_direct:
         return (HeadInput(modules=head.modules, shares=(torch.ones(1),)),)
     generator = torch.Generator().manual_seed(0)
-    inputs, outputs, logits = _run_on_noise(model, image_shape, head, cut, generator)
-    gradients = torch.autograd.grad(logits[:, 0].sum(), list(outputs.values()), materialize_grads=True)
+    with torch.enable_grad():  # also where the caller has turned gradients off
+        inputs, outputs, logits = _run_on_noise(model, image_shape, head, cut, generator)
+        gradients = torch.autograd.grad(logits[:, 0].sum(), list(outputs.values()), materialize_grads=True)
     shares = {name: gradient[0, :, 0] for name, gradient in zip(outputs, gradients, strict=True)}
     _, outputs, logits = _run_on_noise(model, image_shape, head, cut, generator)
     if any(outputs[name].shape[1] != len(share) for name, share in shares.items()):
