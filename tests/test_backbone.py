@@ -416,6 +416,13 @@ def test_a_checkpoint_without_head_needs_labels(publish: Publish, tmp_path: Path
     assert compute_logits(found.model, make_pixels(found.preprocessing.image_shape, 2)).shape == (2, 3)
 
 
+def test_a_head_that_only_the_config_names_is_new(tmp_path: Path) -> None:
+    publish_transformers(tmp_path)
+    assert not load(str(tmp_path), OWN).new_head
+    edit_weights(tmp_path, remove_head)
+    assert load(str(tmp_path), OWN).new_head
+
+
 @pytest.mark.parametrize("labels", [["ant"], [], ["ant", "bee", "ant"]])
 def test_labels_must_be_two_or_more_different_names(labels: list[str], tmp_path: Path) -> None:
     publish_timm(tmp_path)

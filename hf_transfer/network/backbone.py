@@ -120,7 +120,8 @@ def load(checkpoint: str | ModelConfig, /, labels: Sequence[str] | Target | None
             is_auto_class = type(model) in own_classes(type(upstream.config)) and not given_args
         else:
             model, own_labels, weights = load_classifier(source, upstream, names, trust_remote_code=trust_remote_code)
-            new_head = target is not None and not target.has_outputs_of(read_target(config, own_labels))
+            is_other = target is not None and not target.has_outputs_of(read_target(config, own_labels))
+            new_head = is_other or bool(weights.new)  # a config may name labels whose head the file lacks
             # Otherwise the class comes with the checkpoint's code.
             is_auto_class = type(model)._auto_class is None and not given_args
     backbone = Backbone(
