@@ -426,6 +426,28 @@ def test_a_peft_repository_is_merged_into_its_base(tmp_path: Path, caplog: pytes
         load_checkpoint(config)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [{"base_model": "a/b"}, {"preprocessing_from": "a/b"}, {"pooling": "class"}, {"model_args": "{}"}],
+    ids=lambda given: next(iter(given)),
+)
+def test_settings_that_an_adapter_records_are_refused(given: dict[str, str], tmp_path: Path) -> None:
+    publish(tmp_path / "upstream", **VIT)
+    publish_adapter(tmp_path / "upstream", tmp_path / "adapter")
+    config = ModelConfig(checkpoint=str(tmp_path / "adapter"), **given)  # type: ignore[arg-type]
+    (tmp_path / "adapter" / "task.json").write_text("{}")  # as this package saves it
+    with pytest.raises(
+        ValueError, match=rf"^--{next(iter(given))}: .* is an adapter.*; omit --{next(iter(given))}, or"
+    ):
+        load_checkpoint(config, LABELS)
+    (tmp_path / "adapter" / "task.json").unlink()  # as peft saves it: it records only its base
+    if "base_model" in given:
+        with pytest.raises(ValueError, match="omit --base_model, or give the base"):
+            load_checkpoint(config, LABELS)
+    elif "model_args" in given:
+        assert load_checkpoint(config, LABELS).label_names == LABELS
+
+
 def test_an_adapter_of_another_network_ends_in_one_line(tmp_path: Path) -> None:
     publish(tmp_path / "upstream", **VIT)
     publish(tmp_path / "other", **VIT | {"embed_dim": 32})

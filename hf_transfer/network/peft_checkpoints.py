@@ -22,20 +22,25 @@ log = logging.getLogger(__name__)
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of the names of tensors in an adapter's file
 MAX_LETTERS = 300  # of peft's reason in an error message
+# Settings that an adapter records: its base, and, if this package saved the adapter, how the base is loaded.
+RECORDED = ("base_model", "preprocessing_from", "pooling", "model_args")
 PLACEHOLDERS = ("0", "1")  # labels of a head that the adapter's head, or a new one, replaces
 
 
 def load_checkpoint(model_config: ModelConfig, labels: Sequence[str] | Target | None = None) -> Backbone:
     """Loads the checkpoint of `model_config`. If it is a PEFT repository, loads its base and merges the adapter.
 
-    Raises ValueError in the same cases as `backbone.load`, and if the adapter does not fit its base.
+    Raises ValueError in the same cases as `backbone.load`, if the adapter does not fit its base, and for settings of the base
+    that the adapter records itself.
     """
     checkpoint = model_config.checkpoint
     folder = find_adapter(checkpoint)
     if folder is None:
         return load(model_config, labels)
+    is_own = (folder / TASK).is_file()
+    _check_unset(model_config, RECORDED if is_own else RECORDED[:1])
     check_weights(folder / WEIGHTS)  # without this file, peft would load a pickle
-    backbone = load_adapted(folder) if (folder / TASK).is_file() else _merge(folder, model_config)
+    backbone = load_adapted(folder) if is_own else _merge(folder, model_config)
     modules = _find_merged(backbone.model, load_file(folder / WEIGHTS))
     log.info("%s is an adapter: merged into %d modules of its base %s: %s", checkpoint, len(modules), read_base(folder),
              shorten_names(modules))  # fmt: skip
@@ -56,6 +61,17 @@ def load_for_inspection(model_config: ModelConfig) -> Backbone:
         return load_checkpoint(model_config)
     except NoTrainedHeadError:
         return load_checkpoint(model_config, PLACEHOLDERS)
+
+
+def _check_unset(model_config: ModelConfig, names: Sequence[str]) -> None:
+    """Raises ValueError if one of the settings `names` differs from its default."""
+    default = ModelConfig()
+    given = [f"--{name}" for name in names if getattr(model_config, name) != getattr(default, name)]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: the checkpoint {model_config.checkpoint} is an adapter, which records its base and how the "
+            f"base is loaded; omit {' and '.join(given)}, or give the base as --checkpoint"
+        )
 
 
 def _merge(folder: Path, model_config: ModelConfig) -> Backbone:
