@@ -1,8 +1,11 @@
 """A policy names the parameters that train; the rest, orphans included, is frozen."""
 
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import timm
 import torch
 from families import FAMILIES, built, make_model
 from torch import nn
@@ -88,6 +91,17 @@ def test_biases_are_every_bias_and_the_classifier(name: str) -> None:
     assert set(chain.classifier_parameters) <= selected
     assert all(n.endswith("bias") for n in selected - set(chain.classifier_parameters))
     assert selected.isdisjoint(chain.unused_parameters)
+
+
+def test_biases_of_attention_that_are_parameters_of_their_own_are_biases() -> None:
+    model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=16, num_heads=2, img_size=32, num_classes=2)
+    names = {name for name, _ in model.named_parameters()}
+    chain: Any = SimpleNamespace(
+        layers=[SimpleNamespace(parameters=names)], classifier_parameters=frozenset({"head.weight", "head.bias"})
+    )
+    selected = biases().select(chain)
+    assert {"blocks.0.attn.q_bias", "blocks.0.attn.v_bias", "blocks.0.attn.proj.bias"} <= selected
+    assert not {name for name in names if "weight" in name or "table" in name} & (selected - {"head.weight"})
 
 
 def test_matching_selects_by_name_and_adds_the_classifier() -> None:

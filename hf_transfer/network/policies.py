@@ -73,10 +73,13 @@ def norms() -> Policy:
 
 
 def biases() -> Policy:
-    """Trains every bias, and the classifier (BitFit, arXiv 2106.10199)."""
+    """Trains every bias, and the classifier (BitFit, arXiv 2106.10199).
+
+    Biases of attention are often parameters of their own, such as `q_bias` and `in_proj_bias`.
+    """
 
     def select(chain: Chain) -> frozenset[str]:
-        selected = {name for name in _used_parameters(chain) if name.rpartition(".")[2] == "bias"}
+        selected = {name for name in _used_parameters(chain) if re.search(r"(^|[._])bias$", name)}
         return frozenset(selected | set(chain.classifier_parameters))
 
     return Policy(name="biases", select=select)
