@@ -22,14 +22,14 @@ from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import DataConfig, ModelConfig, OutputConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.splits import Role, Split, join
-from hf_transfer.flags import read_config
+from hf_transfer.flags import read_saved_config
 from hf_transfer.locations import CONFIG, MODEL, RESULTS, find_run
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import open_folder
 from hf_transfer.reporting.predictions import PREDICTIONS, deactivate, read_named_predictions
 from hf_transfer.runs import open_session, train_session, write_run
 from hf_transfer.settings import replace_settings
-from hf_transfer.strategy import default_config, make_strategy, strategy_names
+from hf_transfer.strategy import make_strategy
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import Target
@@ -169,8 +169,7 @@ def _read_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
         raise ValueError(
             f"{folder} is a run for {problem_type}: add-classes takes a run with one class per image; train again on all images"
         )
-    strategy = results["strategy"] if results["strategy"] in strategy_names() else "full"  # a plan of the user's own
-    return read_config(str(folder / CONFIG), default_config(strategy)), results
+    return read_saved_config(folder), results
 
 
 def _load_old(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> Data:

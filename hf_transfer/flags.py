@@ -7,6 +7,7 @@ one line that says what is allowed. Heavy modules are not imported, so `--help` 
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -19,9 +20,9 @@ from typing import Any, NoReturn
 
 from hf_transfer.config import RunConfig, StrategyConfig
 from hf_transfer.errors import EXIT_STATUS, join_lines
-from hf_transfer.locations import find_recipe
+from hf_transfer.locations import CONFIG, RESULTS, find_recipe
 from hf_transfer.settings import Setting, list_settings, replace_settings, suggest_name
-from hf_transfer.strategy import Strategy, default_config
+from hf_transfer.strategy import Strategy, default_config, strategy_names
 
 HELP_ALL = "--help_all"
 MAX_CONFIG_BYTES = 10**6
@@ -211,6 +212,13 @@ def read_config(path: str, default: RunConfig) -> RunConfig:
     if not os.path.isfile(file):  # noqa: PTH113
         raise ValueError(f"--config {path}: there is no such file, and no recipe of this name")
     return replace_settings(default, _read_yaml(file, f"--config {path}: "), where=f"--config {path}: ")
+
+
+def read_saved_config(run: Path) -> RunConfig:
+    """Returns the settings in the folder of a finished run. Raises ValueError if they cannot be read."""
+    strategy = json.loads((run / RESULTS).read_text(encoding="utf-8"))["strategy"]
+    default = default_config(strategy if strategy in strategy_names() else "full")  # a plan made in Python
+    return read_config(str(run / CONFIG), default)
 
 
 def _read_yaml(file: Path, where: str) -> dict[str, Any]:

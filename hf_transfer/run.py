@@ -16,14 +16,14 @@ from hf_transfer.data.every_image import load_images
 from hf_transfer.displays import show_paragraph, show_table, show_title
 from hf_transfer.exporting.formats import ExportOptions
 from hf_transfer.exporting.records import ExportRecord
-from hf_transfer.hub.exports import export_saved
+from hf_transfer.hub.exports import choose_held_out, export_saved
 from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.embed import Pool, embed
 from hf_transfer.inference.heat_maps import Explanation, make_explainer
 from hf_transfer.inference.predict import ImageLike, Prediction, find_images, load_saved, predict
-from hf_transfer.locations import find_run
+from hf_transfer.locations import MODEL, find_run
 from hf_transfer.metrics.records import Metrics
-from hf_transfer.network.adapters import Adapted
+from hf_transfer.network.adapters import is_adapter_folder
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.damage import read_json
@@ -178,9 +178,9 @@ class Run:
         Raises FileExistsError if the folder contains another run, and ValueError if another run is writing to the folder, if it
         lies inside another run's folder, or if it contains files of somebody else that would be replaced.
         """
-        folder = Path(folder)
-        if folder == self.folder:
-            return folder
+        folder = Path(folder).expanduser()
+        if self.folder is not None and folder.resolve() == self.folder.resolve():
+            return self.folder
         if is_finished(folder):
             raise FileExistsError(f"{folder} contains a finished run: choose another folder, or delete this folder")
         refuse_nested(folder)
@@ -201,15 +201,21 @@ class Run:
         format: ExportFormat = "onnx",  # noqa: A002 - the name of the flag
         precision: ExportPrecision = "fp32",
         with_preprocessing: bool = False,
+        output_dir: str | Path | None = None,
     ) -> tuple[ExportRecord, ...]:
-        """Exports the saved model into its folder (`folder/model`), and returns what is known about each file.
+        """Exports the saved model to `folder/model` or to `output_dir`, and returns what is known about each file.
 
-        Raises ValueError if the run is not saved, and ExportError if an exported file differs from the trained network.
+        An adapter is exported merged, to `output_dir`. Raises ValueError if the run is not saved, and ExportError if an
+        exported file differs from the trained network.
         """
         if self.folder is None:
             raise ValueError("this run is not saved, and its export belongs to its folder: call run.save first")
         options = ExportOptions(format=format, precision=precision, with_preprocessing=with_preprocessing)
-        return export_saved(self.folder, options, trust_remote_code=self._trusts_code)
+        session = self._session
+        held_out = None if session is None else choose_held_out(session.data, self.results)
+        return export_saved(
+            self.folder, options, output_dir=output_dir, held_out=held_out, trust_remote_code=self._trusts_code
+        )
 
     def push(self, repo_id: str, options: PublishOptions | None = None) -> str | None:
         """Verifies the model, pushes it to OWNER/NAME on the Hub, and returns the model's URL.
@@ -217,7 +223,8 @@ class Run:
         A run that is not saved is first saved to `runs/<strategy>`, or to `runs/<strategy>_2` (`_3`, ...) if that exists.
         """
         folder = self.folder or self.save(find_free_folder(Path("runs") / self.strategy))
-        published = publish(folder, repo_id, adapter=isinstance(self.backbone, Adapted), options=options)
+        is_adapter = is_adapter_folder(str(folder / MODEL))
+        published = publish(folder, repo_id, adapter=is_adapter, options=options)
         return published.url
 
     def _repr_html_(self) -> str:

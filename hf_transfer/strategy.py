@@ -36,6 +36,7 @@ PACKAGE = "hf_transfer.strategies"
 class Strategy(StrategyConfig):
     """The base of all strategies. A subclass overrides `plan`, and other methods if it needs more than a plan."""
 
+    in_phases: ClassVar[frozenset[str]] = frozenset()  # settings that the phases of a plan made in Python state instead
     task_defaults: ClassVar[Mapping[str, Any]] = {}  # defaults of settings outside the strategy, such as the checkpoint
     refused: ClassVar[frozenset[str]] = frozenset()  # names of settings that `check` refuses, and `--help` leaves out
 

@@ -13,13 +13,13 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_transfer.accelerator import connect_processes
-from hf_transfer.config import EMBEDDED_CHECKPOINT, OutputConfig, RunConfig, StrategyConfig
+from hf_transfer.config import EMBEDDED_CHECKPOINT, OptimizerConfig, OutputConfig, RunConfig, StrategyConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.interrupts import catch_signals
 from hf_transfer.output import explains_how_to_continue, open_folder
@@ -29,6 +29,7 @@ from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import GradientStrategy, Strategy
+from hf_transfer.targets.labels import listed
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ Phases = Sequence[SolveHeadPhase | TrainPhase]
 class CustomPlan(GradientStrategy):
     """A strategy whose phases the user gives as a list, with the settings of gradient training."""
 
+    in_phases: ClassVar[frozenset[str]] = frozenset({"epochs", *(field.name for field in fields(OptimizerConfig))})
+
     phases: tuple[SolveHeadPhase | TrainPhase, ...] = ()
 
     @property
@@ -69,8 +72,9 @@ class Task:
 
     `images`: a folder, file or Hub id, as for `--dataset`; a `datasets.Dataset` or `DatasetDict`; a DataFrame of paths and
     labels; a list of (image, label) pairs; or a dict from split name to any of these (see `data.memory.read_memory`).
-    `checkpoint`: a Hub id, a folder, or "embedded". `settings`: settings of `hf-transfer train` that do not belong to the
-    strategy, such as `seed`, `images_per_class`, `batch_size`, `precision`. `dataset` is the name of images in memory.
+    `checkpoint`: a Hub id, a folder, or "embedded"; by default that of the strategy, "embedded" for most. `settings`: settings
+    of `hf-transfer train` that do not belong to the strategy, such as `seed`, `images_per_class`, `batch_size`, `precision`.
+    `dataset` is the name of images in memory.
 
     >>> import hf_transfer as ht
     >>> ht.Task("sklearn/digits", images_per_class=10).data.label_names[:3]
@@ -79,7 +83,7 @@ class Task:
     Raises ValueError for an unknown setting or a value that is not allowed.
     """
 
-    def __init__(self, images: Any, checkpoint: str = EMBEDDED_CHECKPOINT, **settings: Any) -> None:
+    def __init__(self, images: Any, checkpoint: str | None = None, **settings: Any) -> None:
         is_name = isinstance(images, str | os.PathLike)
         for name in settings:
             if name in NOT_OF_A_TASK:
@@ -88,7 +92,8 @@ class Task:
             raise ValueError(f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give only one")
         self.images = None if is_name else images
         dataset = str(images) if is_name else settings.pop("dataset", IN_MEMORY)
-        values = {"dataset": dataset, "checkpoint": checkpoint, **settings}
+        self._has_checkpoint = checkpoint is not None
+        values = {"dataset": dataset, "checkpoint": checkpoint or EMBEDDED_CHECKPOINT, **settings}
         self.config = replace_settings(RunConfig(), values, where="Task: ")
 
     @cached_property
@@ -150,7 +155,7 @@ class Task:
 
     def _configure(self, strategy: Strategy, output: OutputConfig) -> RunConfig:
         config = replace(self.config, strategy=strategy, output=output)
-        if strategy.task_defaults and self.config.model.checkpoint == EMBEDDED_CHECKPOINT:
+        if not self._has_checkpoint:
             config = replace_settings(config, strategy.task_defaults)
         return config
 
@@ -170,6 +175,8 @@ class Task:
 def _as_strategy(strategy: Strategy | Phases, settings: dict[str, Any]) -> Strategy:
     if not isinstance(strategy, StrategyConfig):
         strategy = CustomPlan(phases=tuple(strategy))
+        if in_phases := [name for name in settings if name in CustomPlan.in_phases]:
+            raise ValueError(f"{listed(in_phases)}: phases have settings of their own; give them to ht.train")
     assert isinstance(strategy, Strategy)
     return replace_settings(strategy, settings, where=f"{strategy.name}: ")
 

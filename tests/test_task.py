@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 import hf_transfer as ht
 from hf_transfer import launch
-from hf_transfer.config import RunConfig
+from hf_transfer.config import OutputConfig, RunConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.inference.explain import explain as compute_heat
 from hf_transfer.run import Run
@@ -395,6 +396,55 @@ def test_a_plan_of_ones_own_runs_as_the_strategy_with_that_plan(folder: Path) ->
     assert len(mine.plan) == 2
     theirs = task.fit(ht.last_layers(k=1, epochs=1, lr=1e-3, tracker="none"))
     assert_same_weights(weights_of(mine), weights_of(theirs))
+
+
+def test_settings_that_phases_have_themselves_are_refused_and_not_recorded(folder: Path) -> None:
+    task = ht.Task(folder, **DATA)
+    plan = [ht.train(ht.policies.last(1), epochs=1, lr=1e-3)]
+    with pytest.raises(ValueError, match="'epochs', 'lr': phases have settings of their own"):
+        task.fit(plan, epochs=7, lr=0.5)
+    settings = task.fit(plan, hflip=0.0, tracker="none").results["config"]
+    assert settings["hflip"] == 0.0
+    assert not {"epochs", "lr", "head_lr", "optimizer"} & settings.keys()
+
+
+def test_a_checkpoint_that_is_given_is_used_even_if_it_is_the_default(folder: Path) -> None:
+    stack = ht.greedy_stack(layers=1, stage_epochs=1, epochs=1, tracker="none")
+    tasks = ht.Task(folder, "embedded", **DATA), ht.Task(folder, **DATA)
+    checkpoints = [task._configure(stack, OutputConfig()).model.checkpoint for task in tasks]
+    assert checkpoints == ["embedded", "none"]
+
+
+def test_a_run_of_images_in_memory_and_a_plan_of_ones_own_is_exported(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    run = ht.Task(read_pairs(folder / "train"), **DATA).fit([ht.solve_head()], output_dir=tmp_path / "run")
+    (record,) = run.export(precision="fp16")
+    assert record.accuracy is not None
+    (record,) = ht.load_run(tmp_path / "run").export(precision="fp16")
+    assert record.accuracy is None, "the images are gone"
+
+
+def test_save_knows_its_own_folder_and_the_home_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    run = ht.Task(folder, **DATA).fit(ht.linear_probe(readouts="none"), output_dir="here")
+    assert run.save(tmp_path / "here").resolve() == tmp_path / "here"
+    assert run.save("~/mine") == tmp_path / "home" / "mine"
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_loaded_adapter_is_pushed_as_an_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[bool] = []
+    published = SimpleNamespace(url=None)
+    monkeypatch.setattr("hf_transfer.run.publish", lambda *_, adapter, options: pushed.append(adapter) or published)
+    for name in ("adapter_config.json", "config.json"):
+        folder = tmp_path / name
+        (folder / "model").mkdir(parents=True)
+        (folder / "model" / name).write_text("{}")
+        Run(folder=folder).push("me/x")
+    assert pushed == [True, False]
 
 
 def test_config_yaml_says_what_it_cannot_repeat(folder: Path, run: Run, tmp_path: Path) -> None:

@@ -1,24 +1,28 @@
 """Exports the model of a run, or of a model folder, and shows the exported files in the model card."""
 
+import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from hf_transfer.config import DataConfig
-from hf_transfer.data.dataset import load_data, load_splits
+from hf_transfer.data.dataset import Data, load_data, load_splits
 from hf_transfer.errors import count_noun
 from hf_transfer.exporting.export import export
 from hf_transfer.exporting.formats import ExportOptions, check_installed
 from hf_transfer.exporting.held_out import HeldOut
 from hf_transfer.exporting.records import ExportRecord, read_records
 from hf_transfer.exporting.verify import Reference, read_reference, verify_export
-from hf_transfer.flags import read_config
+from hf_transfer.flags import read_saved_config
 from hf_transfer.hub.verify import REFERENCE, has_own_code
 from hf_transfer.inference.predict import load_saved
-from hf_transfer.locations import CONFIG, RESULTS
+from hf_transfer.locations import RESULTS
 from hf_transfer.network.adapters import is_adapter_folder
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.damage import find_weights, read_json
-from hf_transfer.strategy import default_config, strategy_names
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 _BLOCK = re.compile(r"^<!-- exported -->$.*?^<!-- /exported -->$\n*", re.DOTALL | re.MULTILINE)
@@ -31,13 +35,14 @@ def export_saved(
     *,
     output_dir: str | Path | None = None,
     data: DataConfig | None = None,
+    held_out: HeldOut | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[ExportRecord, ...]:
     """Exports the model of a run folder or a model folder, and returns a record of each file.
 
-    `output_dir`: where to write; None: the model folder. `data`: labeled images for int8; None: those of the run. Raises
-    ValueError if there is no model, packages are missing or the network cannot be exported, and ExportError if an exported file
-    computes other outputs than the trained network.
+    `output_dir`: where to write; None: the model folder. `data`: labeled images for lower precisions, or `held_out`, if they
+    are loaded already; None: those of the run. Raises ValueError if there is no model, packages are missing or the network
+    cannot be exported, and ExportError if an exported file computes other outputs than the trained network.
 
         export_saved("runs/x", ExportOptions(format="onnx", precision="int8"))
     """
@@ -53,7 +58,10 @@ def export_saved(
     if folder.resolve() != model.resolve() and has_weights:
         raise ValueError(f"output_dir={folder} contains the weights of another model: choose another folder")
     backbone = load_saved(str(model), trust_remote_code=trust_remote_code)
-    held_out = None if options.precision == "fp32" else _find_held_out(backbone, run, data, options)
+    if options.precision == "fp32":
+        held_out = None
+    elif held_out is None:
+        held_out = _find_held_out(backbone, run, data, options)
     records = export(backbone, folder, options, reference=_find_reference(model), held_out=held_out)
     if (folder / CARD).is_file():
         show_exports(folder)
@@ -140,6 +148,17 @@ def _find_reference(model: Path) -> Reference | None:
     return read_reference(file) if file.is_file() else None
 
 
+def choose_held_out(data: Data, results: Mapping[str, Any]) -> HeldOut:
+    """Returns the images of a run, whose results.json is `results`, for calibration and scoring."""
+    is_trained_on = data.test is None and "estimated_by" in results["metrics"]["validation"]
+    return HeldOut(
+        train=data.train,
+        scored=data.test or data.validation,
+        may_be_trained_on=is_trained_on,
+        seed=results["config"]["seed"],
+    )
+
+
 def _find_held_out(
     backbone: Backbone, run: Path | None, data: DataConfig | None, options: ExportOptions
 ) -> HeldOut | None:
@@ -148,18 +167,13 @@ def _find_held_out(
     Raises ValueError if int8 needs images and there are none.
     """
     if data is None and run is not None:
-        results = read_json(run / RESULTS)
-        strategy = results["strategy"]
-        default = default_config(strategy if strategy in strategy_names() else "linear_probe")
-        config = read_config(str(run / CONFIG), default).data
-        splits = load_data(config)
-        is_trained_on = splits.test is None and "estimated_by" in results["metrics"]["validation"]
-        return HeldOut(
-            train=splits.train,
-            scored=splits.test or splits.validation,
-            may_be_trained_on=is_trained_on,
-            seed=config.seed,
-        )
+        try:
+            return choose_held_out(load_data(read_saved_config(run).data), read_json(run / RESULTS))
+        except (ValueError, OSError) as error:
+            if options.precision == "int8":
+                raise
+            log.warning("%s: no accuracy is given, because the images of the run cannot be loaded: %s", run, error)
+            return None
     if data is None:
         if options.precision == "int8":
             raise ValueError(

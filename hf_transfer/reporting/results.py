@@ -77,7 +77,7 @@ def _count_images(train: Split, also_trained_on: Sequence[Split]) -> dict[str, i
 
 
 def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Returns all settings except those in OF_ONE_START, with public names in place of local paths.
+    """Returns the settings that the run used, except those in OF_ONE_START, with public names in place of local paths.
 
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
@@ -88,7 +88,8 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
         is_local = path.exists() or (folder != Path() and folder.is_dir())
         if settings[name] is not None and is_local:
             settings[name] = (names or {}).get(name, path.resolve().name)
-    return {name: value for name, value in settings.items() if name not in OF_ONE_START}
+    left_out = {*OF_ONE_START, *(config.strategy.in_phases if isinstance(config.strategy, Strategy) else ())}
+    return {name: value for name, value in settings.items() if name not in left_out}
 
 
 def pin_revisions(session: Session) -> RunConfig:

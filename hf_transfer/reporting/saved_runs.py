@@ -10,14 +10,13 @@ import numpy as np
 
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.splits import Split
-from hf_transfer.flags import read_config
+from hf_transfer.flags import read_saved_config
 from hf_transfer.inference.predict import load_saved
 from hf_transfer.locations import CONFIG, MODEL, RESULTS, chain_dir, find_run
 from hf_transfer.network.damage import read_json
 from hf_transfer.reporting.feature_map import MapMethod
 from hf_transfer.reporting.illustrations import FinishedModel, Illustrations, illustrate
 from hf_transfer.reporting.predictions import PREDICTIONS, Activated, read_named_predictions
-from hf_transfer.strategy import default_config, strategy_names
 from hf_transfer.targets.target import Target
 
 log = logging.getLogger(__name__)
@@ -70,9 +69,8 @@ def _align(split: Split, names: list[str], values: Activated) -> Activated:
 
 
 def _load_images(folder: Path, results: Mapping[str, Any]) -> Data | None:
-    strategy = results["strategy"] if results["strategy"] in strategy_names() else "full"  # a plan of the user's own
     try:
-        data = load_data(read_config(str(folder / CONFIG), default_config(strategy)).data)
+        data = load_data(read_saved_config(folder).data)
         expected = results["data"]["fingerprint"]
         changed = [split.name for split in data.splits if expected.get(split.name) != split.fingerprint]
     except (ValueError, OSError) as error:
