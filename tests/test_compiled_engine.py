@@ -177,8 +177,10 @@ def test_a_network_that_was_prepared_for_another_batch_size_is_not_used_again(mo
         return prepare_for(module, images, rows, engine, given)
 
     monkeypatch.setattr("hf_transfer.prefix.extract.prepare_for", watch)
-    for size in (4, 8, 8):
-        session = make_session("linear_probe", engine="folded", frozen_batch_size=size, cache="memory")
+    sessions = [
+        make_session("linear_probe", engine="folded", frozen_batch_size=size, cache="memory") for size in (4, 8, 8)
+    ]
+    for session in sessions:
         taps = {"": tap_activation(session.chain.cuts[0])}
         extract(session.chain, session.preprocessing, session.data.validation, taps, session.resources)
     assert sizes == [4, 8]

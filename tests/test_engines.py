@@ -12,7 +12,7 @@ from timm.layers import StdConv2d
 from torch import nn
 
 from hf_transfer.config import ComputeConfig, Engine
-from hf_transfer.network.chain import Chain
+from hf_transfer.network.chain import Chain, build_chain
 from hf_transfer.network.fingerprint import hash_tensors, named_tensors
 from hf_transfer.network.folding import FoldedNorm, fold_norms, has_foldable_norms
 from hf_transfer.network.packing import PackedConvolution, pack_convolutions
@@ -23,7 +23,7 @@ from hf_transfer.prefix.engines import ModuleRunner, describe_engine, prepare
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.taps import Extractor, Logits, Tap, replicate, tap_activation
 from hf_transfer.training.readouts import tap_readouts
-from tests.families import built, make_model, make_pixels
+from tests.families import FAMILIES, built, make_model, make_pixels
 
 ENGINES = ["folded", pytest.param("compiled", marks=pytest.mark.soak), "openvino"]
 BATCH = 4
@@ -202,6 +202,21 @@ def test_an_engine_that_cannot_run_a_network_is_not_used(caplog: pytest.LogCaptu
     runner = prepare("openvino", Logits(Untraceable().eval()), pixels, resources(engine="openvino"))
     assert "engine openvino cannot run this network" in caplog.text
     assert torch.equal(run(runner, pixels)[0], 2 * pixels)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["timm MobileNetV3", "timm ViT"])
+def test_a_prepared_network_keeps_its_values_when_the_model_is_trained(engine: Engine, name: str) -> None:
+    require(engine)
+    model = make_model(name)
+    chain = build_chain(model, FAMILIES[name].image_shape)
+    pixels = make_pixels(chain.image_shape, BATCH)
+    runner = prepare(engine, Extractor(chain, all_taps(chain)), pixels, resources(engine=engine))
+    before = run(runner, pixels)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor += 1
+    assert all(torch.equal(*pair) for pair in zip(run(runner, pixels), before, strict=True))
 
 
 def test_copies_for_threads_share_all_tensors() -> None:

@@ -1,6 +1,8 @@
 """The prefix pass: stored activations are those that the network computes, in order, once, under keys that tell them apart."""
 
+import gc
 import logging
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from hf_transfer.data.splits import Split
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.readout import find_readouts
-from hf_transfer.prefix import layout
+from hf_transfer.prefix import engines, layout
+from hf_transfer.prefix import extract as extract_module
 from hf_transfer.prefix.contents import clear_caches, list_caches
 from hf_transfer.prefix.extract import Extracted, extract
 from hf_transfer.prefix.pixels import EvaluationImages
@@ -344,3 +347,39 @@ def test_a_prepared_network_is_not_used_after_its_later_weights_changed(train: S
     exact, converted = read("eager"), read("openvino")
     assert np.abs(exact - before).max() > 0.1
     np.testing.assert_allclose(converted, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_an_engine_that_fails_does_not_run_a_model_that_was_trained_since(
+    train: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("unsupported operator")
+
+    monkeypatch.setitem(engines._PREPARE, "folded", fail)
+    write_upstream("timm ResNet", tmp_path / "upstream")
+
+    def read(backbone: Backbone) -> np.ndarray:
+        resources = Resources(accelerator=Accelerator(), compute=ComputeConfig(cache="memory", engine="folded"))
+        chain = backbone.chain()
+        taps = {"": tap_activation(chain.cuts[-1])}
+        return extract(chain, backbone.preprocessing, train, taps, resources).stores[""][:]
+
+    trained, fresh = (load(str(tmp_path / "upstream"), ("a", "b")) for _ in range(2))
+    before = read(trained)
+    read(trained)
+    assert caplog.text.count("engine folded cannot run this network") == 1
+    with torch.no_grad():
+        for parameter in trained.model.parameters():
+            parameter += 0.1
+    np.testing.assert_array_equal(read(fresh), before)
+
+
+def test_a_prepared_network_is_freed_with_its_model(train: Split, tmp_path: Path) -> None:
+    write_upstream("timm ResNet", tmp_path / "upstream")
+    backbone = load(str(tmp_path / "upstream"), ("a", "b"))
+    extract_from((backbone, backbone.chain()), train, engine="folded")
+    model, runner = weakref.ref(backbone.model), weakref.ref(extract_module._prepared._runner)
+    assert runner() is not None
+    del backbone
+    gc.collect()
+    assert (model(), runner()) == (None, None)

@@ -14,6 +14,7 @@ module on real images. If they differ, the unchanged module runs.
 No engine lowers the precision of the run. On some CPUs OpenVINO would choose bfloat16 by itself, so its precision is set.
 """
 
+import copy
 import importlib.metadata
 import logging
 import time
@@ -142,9 +143,11 @@ def _run_alone(function: BatchFunction, batch: torch.Tensor) -> list[torch.Tenso
 
 
 def _fold(module: Extractor | Logits, samples: torch.Tensor, *, packs: bool = False) -> Extractor | Logits:
-    """Returns a copy of `module` with folded norms and, with `packs`, with packed convolutions."""
-    copied = replicate(module)
-    assert isinstance(copied, Extractor | Logits)
+    """Returns a copy of `module` with folded norms and, with `packs`, with packed convolutions.
+
+    The copy shares no tensor with `module`, so it computes the same when the network's weights change later.
+    """
+    copied = copy.deepcopy(module).eval().requires_grad_(False)
     folded = fold_norms(copied, lambda: copied(samples[:1]), kept=copied.kept_modules)
     if packs:
         pack_convolutions(copied, lambda: copied(samples), folded, kept=copied.kept_modules)
@@ -262,9 +265,6 @@ def _trace(module: Extractor | Logits, samples: torch.Tensor) -> Any:
     depends on the numbers in the batch.
     """
     folded = _fold(module, samples)
-    for child in folded.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            setattr(child, name, torch.nn.Parameter(parameter.detach(), requires_grad=False))  # constants of the trace
     with torch.no_grad(), warnings.catch_warnings():
         with _FixedComputation():  # type: ignore[no-untyped-call]
             folded(samples[:1])

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
@@ -17,7 +19,7 @@ from hf_transfer.network.chain import VERIFIED_RELATIVE, Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.cache import MissingRows, StoreRequest, cached_apart
-from hf_transfer.prefix.engines import Runner, describe_engine, engine_tolerance
+from hf_transfer.prefix.engines import ModuleRunner, Runner, describe_engine, engine_tolerance
 from hf_transfer.prefix.pixels import EvaluationImages, Images, require_stored
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.storage import Storage
@@ -263,35 +265,49 @@ class _Extraction:
         start = self.images.cut if isinstance(self.images, StoredActivations) else None
         taps = {name: self.taps[name] for name in names}
         extractor = Extractor(self.chain, taps, start=start)
-        if engine == "eager":
-            return prepare_for(extractor, self.images, wanted, engine, self.resources)
+        eager = ModuleRunner(module=extractor, autocast=self.resources.autocast)
+        if engine == "eager" or not len(wanted):
+            return eager
         if self._prints is None:
             self._prints = self._identify_networks()
         described = [(self._prints[name], tap.cut.name, tap.pooling, tap.shape) for name, tap in taps.items()]
         # An engine may have been prepared for batches of one size.
         sizes = batch_rows(self.resources), count_replicas(self.resources)
         key = repr((engine, self.resources.precision, *sizes, start and start.name, described))
-        return _prepared.get(key, lambda: prepare_for(extractor, self.images, wanted, engine, self.resources))
+
+        def make() -> Runner | None:
+            runner = prepare_for(extractor, self.images, wanted, engine, self.resources)
+            is_eager = isinstance(runner, ModuleRunner) and runner.module is extractor
+            return None if is_eager else runner
+
+        return _prepared.get(key, self.chain.model, make) or eager
 
 
 class _LastPrepared:
-    """Keeps the network that was prepared last, since the splits of a data set run through the same network one by one."""
+    """Keeps the network that was prepared last, since the splits of a data set run through the same network one by one.
+
+    It is kept as long as the model for which it was prepared. A network that its engine cannot run is kept as None: eager runs
+    the model's own tensors, which may be trained later.
+    """
 
     def __init__(self) -> None:
         self._key = ""
         self._runner: Runner | None = None
+        self._model: weakref.ref[nn.Module] | None = None
         self._lock = threading.Lock()  # several threads may read rows that are computed
 
-    def get(self, key: str, make: Callable[[], Runner]) -> Runner:
+    def get(self, key: str, model: nn.Module, make: Callable[[], Runner | None]) -> Runner | None:
         with self._lock:
-            if self._key != key or self._runner is None:
-                self._runner, self._key = (
-                    None,
-                    "",
-                )  # frees the memory of the last network before the next one is prepared
-                self._runner = make()
-                self._key = key
-            return self._runner
+            runner = self._runner
+            if self._key != key or self._model is None:
+                self._forget(self._model)  # frees the memory of the last network before the next one is prepared
+                runner = make()
+                self._model, self._runner, self._key = weakref.ref(model, self._forget), runner, key
+            return runner
+
+    def _forget(self, model: "weakref.ref[nn.Module] | None") -> None:
+        if model is self._model:
+            self._model, self._runner, self._key = None, None, ""
 
 
 _prepared = _LastPrepared()
