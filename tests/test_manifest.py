@@ -25,7 +25,7 @@ from hf_transfer.data.images import BadImageError
 from hf_transfer.data.manifest import ENTRY, Manifest, is_stable
 from hf_transfer.data.memory import MemorySource
 from hf_transfer.data.paths import PackedPaths
-from hf_transfer.data.sources import FolderSource
+from hf_transfer.data.sources import FolderSource, ImageSource, TableSource
 from hf_transfer.data.splits import Split
 from hf_transfer.prefix.digests import share_digests
 from hf_transfer.prefix.resources import Resources
@@ -307,6 +307,37 @@ def test_paths_in_memory_have_manifests_and_pixels_have_none(root: Path, tmp_pat
     assert [count_reads(MemorySource(paths), tmp_path / "manifests") for _ in range(2)] == [COUNT, 0]
     pixels = np.zeros((2, 3), np.uint8)
     assert [count_reads(MemorySource([pixels]), tmp_path / "manifests") for _ in range(2)] == [1, 1]
+
+
+def list_sources(root: Path) -> dict[str, ImageSource]:
+    paths = [root / "train" / name(row) for row in range(COUNT)]
+    table = datasets.Dataset.from_dict({"image": [{"path": str(path), "bytes": None} for path in paths]})
+    return {
+        "folder": FolderSource(root / "train", [name(row) for row in range(COUNT)]),
+        "table": TableSource(table, "image", "train", [root]),
+        "memory": MemorySource(paths),
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "memory"])
+def test_an_image_that_changes_after_it_was_hashed_is_an_error(tmp_path: Path, kind: str) -> None:
+    """Else its results would be stored under the hash of the old image."""
+    source = list_sources(write_images(tmp_path))[kind]
+    digests = source.digests(np.arange(COUNT))
+    for row in range(COUNT):
+        source.reduced_image(row)
+    file = tmp_path / "train" / name(1)
+    old = file.read_bytes()
+    Image.new("L", (8, 8), 250).save(file)
+    for read in (source.content, source.encoded, source.reduced_image, source.longer_side_px):
+        with pytest.raises(
+            ValueError, match=r"class_1/1\.png.*: the image changed during the run, .* start the run again"
+        ) as caught:
+            read(1)
+        assert not isinstance(caught.value, BadImageError), "--on_bad_image skip would leave the row out"
+    file.write_bytes(old)
+    assert source.content(1) == old
+    assert np.array_equal(list_sources(tmp_path)[kind].digests(np.arange(COUNT)), digests)
 
 
 def write_images(root: Path) -> Path:

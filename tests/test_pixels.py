@@ -172,7 +172,7 @@ class CountingSource(ImageSource):
     def name(self, row: int) -> str:
         return self._source.name(row)
 
-    def content(self, row: int) -> bytes:
+    def _read(self, row: int) -> bytes:
         return self._source.content(row)
 
     def longer_side_px(self, row: int) -> int:

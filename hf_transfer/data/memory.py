@@ -48,8 +48,8 @@ class MemorySource(ImageSource):
             return f"row {row}"
         return os.fsencode(image.relative_to(self._root).as_posix()).decode("utf-8", "replace")
 
-    def content(self, row: int) -> bytes:
-        """Returns encoded bytes or a file's bytes unchanged, and for a PIL image or an array its mode, size and pixels."""
+    def _read(self, row: int) -> bytes:
+        """Reads encoded bytes or a file's bytes unchanged, and for a PIL image or an array its mode, size and pixels."""
         image = self._images[row]
         if isinstance(image, bytes):
             return image
@@ -75,9 +75,9 @@ class MemorySource(ImageSource):
         if isinstance(image, Image.Image):
             with _PILLOW:
                 return read_reduced(image, self.name(row))
-        return read_reduced(
-            Image.fromarray(image) if isinstance(image, np.ndarray) else image, self.name(row), least_px
-        )
+        if isinstance(image, np.ndarray):
+            return read_reduced(Image.fromarray(image), self.name(row))
+        return super().reduced_image(row, least_px)
 
 
 def read_memory(images: Any, *, columns: Columns, name: str) -> StoredData:

@@ -2,7 +2,8 @@
 
 For each row of one stored split, a source returns the bytes that identify the image, the decoded image, and the image's name in
 messages. A source leaves no file open after a read, so worker processes can receive a pickled source. Each row's bytes are
-hashed once, in threads (xxh3, 128 bits).
+hashed once, in threads (xxh3, 128 bits), and compared with this hash at every later read: results are stored under the hash, so
+another image must not pass for the one that was hashed.
 """
 
 import os
@@ -31,6 +32,10 @@ class ImageSource(ABC):
 
     is_stream = False  # whether rows are read in order, so that a random order would read the data again and again
     rows_per_task = 64  # rows that one thread hashes or checks
+    _changed = (  # the end of a message
+        "the image changed during the run, after it was hashed; start the run again (in Python, with a new Task), and do not "
+        "change its images meanwhile"
+    )
 
     def __init__(self, num_rows: int) -> None:
         self._digests: NDArray[np.uint8] = np.zeros((num_rows, DIGEST_BYTES), np.uint8)
@@ -44,8 +49,20 @@ class ImageSource(ABC):
         """Returns the name of the image in messages: its path inside the dataset, or its row, such as "row 17"."""
 
     @abstractmethod
+    def _read(self, row: int) -> bytes:
+        """Reads bytes that identify the image and are equal on every machine with the same data."""
+
     def content(self, row: int) -> bytes:
-        """Returns bytes that identify the image and are equal on every machine with the same data."""
+        """Returns bytes that identify the image and are equal on every machine with the same data.
+
+        Raises:
+            BadImageError: the bytes cannot be read.
+            ValueError: the image changed after it was hashed.
+        """
+        content = self._read(row)
+        if self._is_hashed[row] and xxhash.xxh3_128_digest(content) != self._digests[row].tobytes():
+            raise ValueError(f"{self._where(row)}: {self._changed}")
+        return content
 
     def encoded(self, row: int) -> bytes | None:
         """Returns the bytes of the image file; None for pixels in memory. Raises BadImageError if they cannot be read."""
@@ -163,8 +180,8 @@ class FolderSource(ImageSource):
         # A name that is not UTF-8 on disk cannot be printed or written to a report.
         return self._paths.encoded(row).decode("utf-8", "replace")
 
-    def content(self, row: int) -> bytes:
-        """Returns the file's bytes."""
+    def _read(self, row: int) -> bytes:
+        """Reads the file's bytes."""
         return read_bytes(Path(self._root, self._paths[row]), self.name(row))
 
     def _read_status(self, rows: NDArray[np.int64]) -> tuple[str, NDArray[np.void]]:
@@ -197,8 +214,8 @@ class TableSource(ImageSource):
                 return PurePath(path).relative_to(root).as_posix()
         return f"row {row} ({PurePath(path).name[:_MAX_NAME]})"
 
-    def content(self, row: int) -> bytes:
-        """Returns the encoded image that the table contains, or the bytes of the file whose path the table contains."""
+    def _read(self, row: int) -> bytes:
+        """Reads the encoded image that the table contains, or the bytes of the file whose path the table contains."""
         return self._content_of(self._cell(row), row)
 
     def _content_of(self, cell: Any, row: int) -> bytes:
@@ -255,8 +272,8 @@ class TableSource(ImageSource):
 class ArraySource(TableSource):
     """One column of a `datasets.Dataset` with gray images (H, W) or RGB images (H, W, 3) of integers from 0 to 255."""
 
-    def content(self, row: int) -> bytes:
-        """Returns the shape and the pixels of the image as bytes, as `PixelSource` does."""
+    def _read(self, row: int) -> bytes:
+        """Reads the shape and the pixels of the image as bytes, as `PixelSource` does."""
         return _pixel_bytes(self._pixels(row))
 
     def encoded(self, row: int) -> None:
@@ -303,8 +320,8 @@ class PixelSource(ImageSource):
         """Returns the image's name in messages, such as "row 17"."""
         return f"row {row}"
 
-    def content(self, row: int) -> bytes:
-        """Returns the shape and the pixels of the image as bytes."""
+    def _read(self, row: int) -> bytes:
+        """Reads the shape and the pixels of the image as bytes."""
         return _pixel_bytes(self._pixels[row])
 
     def encoded(self, row: int) -> None:
@@ -331,8 +348,8 @@ class JoinedSource(ImageSource):
         source, own = self._find(row)
         return source.name(own)
 
-    def content(self, row: int) -> bytes:
-        """Returns the bytes that identify the image in its own source."""
+    def _read(self, row: int) -> bytes:
+        """Reads the bytes that identify the image in its own source, which compares them with its hash."""
         source, own = self._find(row)
         return source.content(own)
 

@@ -4,7 +4,7 @@ One pass reads the labels and hashes every image, and sets a bookmark (`state_di
 from the place that was read last, or from a bookmark before the wanted row. So a pass over the images in order reads the stream
 once, and a rank starts near its first row. A few batches stay in memory, since threads read neighboring rows at the same time.
 
-Every image is compared with its hash, because a stream may be shuffled, or its files may change.
+The first pass hashes the images, so a later read finds out whether a stream is shuffled, or its files changed.
 """
 
 import copy
@@ -46,6 +46,10 @@ class StreamSource(TableSource):
 
     is_stream = True
     rows_per_task = BATCH_ROWS
+    _changed = (
+        "the stream had another image in this row when it was read first; give a stream without shuffling and random steps, "
+        "and do not change its files during a run"
+    )
 
     def __init__(self, table: Any, column: str, others: Sequence[str], split: str, roots: Sequence[Path] = ()) -> None:
         """Reads the stream once, for the number of rows, the columns `others` and the hashes of the images."""
@@ -74,16 +78,6 @@ class StreamSource(TableSource):
     def name(self, row: int) -> str:
         """Returns the image's name in messages, such as "row 17": a stored path would have to be read from the stream."""
         return f"row {row}"
-
-    def content(self, row: int) -> bytes:
-        """Returns the encoded image. Raises ValueError if it is not the image that the first pass found in this row."""
-        content = super().content(row)
-        if self._is_hashed[row] and xxhash.xxh3_128_digest(content) != self._digests[row].tobytes():
-            raise ValueError(
-                f"{self._where(row)}: the stream had another image in this row when it was read first; give a stream without"
-                " shuffling and random steps, and do not change its files during a run"
-            )
-        return content
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out what another process opens by itself."""
