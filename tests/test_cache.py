@@ -1,6 +1,7 @@
 """Stores are complete or absent, whatever happens while they are built; keys show every difference; size is bounded."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -214,6 +215,49 @@ def test_a_store_with_wrong_rows_is_computed_again_and_not_copied() -> None:
     build_of(np.arange(10, 20))  # copied from the first
     assert build_of(np.arange(20), check=lambda _: {"features"})[1] == list(range(20))
     assert build_of(np.arange(20))[1] == []
+
+
+@pytest.fixture
+def without_renames(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complete stores cannot be renamed, as those of another user in a folder with the sticky bit."""
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.parent == root and "." not in path.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+def reject(stores: Mapping[str, Store]) -> set[str]:
+    return {"features"}
+
+
+@pytest.mark.usefixtures("without_renames")
+def test_a_store_with_wrong_rows_that_cannot_be_removed_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    build(fill=lambda missing: None)  # other rows than `fill` writes
+    counts: list[int] = []
+    stored = cached(FIELDS, request(ARRAYS, 10, count_rows(counts), cache="auto", check=reject))
+    assert (kind_of(stored), counts) == ("memory", [10])
+    np.testing.assert_array_equal(stored.stores["features"][:], content(0, 10)["features"])
+    assert "(Permission denied): remove it as the user who owns it" in caplog.text
+    with pytest.raises(OSError, match=r"cache='disk': cannot remove the cache .*: remove it as the user who owns it"):
+        build(check=reject)
+
+
+def test_a_store_that_appears_in_place_of_a_rejected_one_is_replaced(root: Path) -> None:
+    """A job of another version may write wrong rows again, while this job computes."""
+    build(fill=lambda missing: None)
+
+    def fill_late(missing: MissingRows) -> None:
+        fill(missing)
+        build(fill=lambda missing: None)
+
+    build(fill=fill_late, check=reject)
+    forget_verified()
+    np.testing.assert_array_equal(build(fill=must_not_fill)["features"][:], content(0, 10)["features"])
+    assert len(list(root.iterdir())) == 1
 
 
 def test_stores_of_other_images_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,8 @@ class _Search:
         self.folder_group = find_group(ranks)
         self.folders = [store_dir() / key_of(fields) for fields in self.fields]
         # The leaders decide, since another job may finish or evict a store in this moment.
-        lists = ranks.together(self._find_missing)
+        results = ranks.together(self._find_missing)
+        lists, problems = [each for each, _ in results], [problem for _, problem in results if problem is not None]
         missing = sorted({i for each in lists for i in each})
         found = [i for i in range(len(self.groups)) if i not in missing]
         reason = f"{sum(self.sizes[i] for i in found) / 1e6:,.1f} MB on disk"
@@ -205,6 +206,8 @@ class _Search:
         if missing:
             reusable = sum(size_of(p) for i in missing for p in list_partials(self.folders[i]))
             capacity = measure_capacity(ranks, request.bound_bytes, needs_disk=True, reusable_bytes=reusable)
+            if problems:
+                capacity = replace(capacity, disk_bytes=0, problem=problems[0])
             sizes = {i: self.sizes[i] for i in missing}
             self._plan(choose_storages(sizes, request.cache, capacity))
             on_disk = [i for i in missing if self.storages[i].kind == "disk"]
@@ -232,27 +235,32 @@ class _Search:
             stores |= group.named(opened) if opened else {}
         return stores
 
-    def _find_missing(self) -> list[int]:
-        """Opens, verifies and checks the stores on the leader. Returns the numbers of the array groups that are missing."""
+    def _find_missing(self) -> tuple[list[int], str | None]:
+        """Opens, verifies and checks the stores on the leader.
+
+        Returns the numbers of the array groups that are missing, and why a store with wrong rows cannot be removed (None if all
+        can), since nothing can be stored in its place.
+        """
         if not self.folder_group.is_leader:
-            return []
+            return [], None
         # Open stores cannot be evicted, so the stores found here survive when space is made for the missing stores.
         self.opened = [open_store(folder) for folder in self.folders]
         stores = self._named_stores()
+        problem = None
         if stores and self.request.check is not None and self.request.num_rows:
             for name in self.request.check(stores):
                 number = next(i for i, group in enumerate(self.groups) if name in group.arrays)
                 reason = "differs from what the network computes now: discarding and rebuilding it"
-                discard(self.folders[number], f"the cache of {name} {reason}")
                 self.rejected.append(number)
                 self.opened[number] = None
+                problem = discard(self.folders[number], f"the cache of {name} {reason}") or problem
         missing = [i for i, opened in enumerate(self.opened) if opened is None]
         if missing:
             remove_abandoned(keep=[partial for i in missing for partial in list_partials(self.folders[i])])
         elif self.folder_group.problem is None:
             # A job may have been killed between completing a store and removing its lock.
             remove_abandoned(keys=[folder.name for folder in self.folders])
-        return missing
+        return missing, problem
 
     def _open_all(self) -> None:
         for i, folder in enumerate(self.folders):
@@ -382,7 +390,7 @@ class _Search:
         for position, (i, partial) in enumerate(zip(missing, work.partials, strict=True)):
             files = {file: values for member in checksums for file, values in member[position].items()}
             meta = {"title": self.groups[i].title, "fields": self.fields[i]}
-            complete(partial, self.folders[i], meta, work.layout, files)
+            complete(partial, self.folders[i], meta, work.layout, files, is_rejected=i in self.rejected)
 
     def _delete_unless_begun(self, partials: Sequence[Path]) -> None:
         """Deletes the unfinished stores without a finished chunk. The next job with the same key continues the others."""

@@ -170,8 +170,20 @@ def write_layout(partial: Path, layout: Layout) -> None:
         raise
 
 
-def complete(partial: Path, folder: Path, meta: Mapping[str, Any], layout: Layout, checksums: Checksums) -> None:
-    """Writes meta.json into the unfinished store, and renames the store to `folder`."""
+def complete(
+    partial: Path,
+    folder: Path,
+    meta: Mapping[str, Any],
+    layout: Layout,
+    checksums: Checksums,
+    *,
+    is_rejected: bool = False,
+) -> None:
+    """Writes meta.json into the unfinished store, and renames the store to `folder`. Raises OSError if this is impossible.
+
+    `is_rejected`: whether this job found wrong rows in a store of this name, so that no other store may take the place of its
+    own.
+    """
     files = {name: {"size": (partial / name).stat().st_size, "checksums": values} for name, values in checksums.items()}
     write_sealed(partial / META, {**meta, "layout": asdict(layout), "files": files})
     for file in partial.iterdir():
@@ -180,7 +192,9 @@ def complete(partial: Path, folder: Path, meta: Mapping[str, Any], layout: Layou
     try:
         partial.rename(folder)
     except OSError:
-        if open_store(folder) is None:  # a damaged store had this name, and is removed now
+        if is_rejected:
+            remove_store(folder)
+        if is_rejected or open_store(folder) is None:  # a damaged store had this name, and is removed now
             partial.rename(folder)
         else:
             delete(partial)  # another job has completed this store, and equal keys mean equal contents
@@ -218,15 +232,16 @@ def open_store(folder: Path, *, verify: bool = True) -> dict[str, Store] | None:
     return None
 
 
-def discard(folder: Path, warning: str) -> None:
-    """Logs `warning`, and removes a store if possible."""
+def discard(folder: Path, warning: str) -> str | None:
+    """Logs `warning`, and removes a store. Returns None, or a sentence that says why it cannot be removed, which is logged."""
     log.warning("%s", warning)
     try:
         remove_store(folder)
     except OSError as error:
-        log.warning(
-            "cannot remove the cache %s (%s): remove it as the user who owns it", folder, error.strerror or error
-        )
+        problem = f"cannot remove the cache {folder} ({error.strerror or error}): remove it as the user who owns it"
+        log.warning("%s", problem)
+        return problem
+    return None
 
 
 def _open_for_writing(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
