@@ -170,13 +170,15 @@ def keys_of(rows: Array) -> Array:
     return np.stack([np.frombuffer(hashlib.md5(str(row).encode()).digest(), np.uint8) for row in rows.tolist()])
 
 
-def build_of(images: Array, check: Any = None, **fields: Any) -> tuple[dict[str, Store], list[int]]:
+def build_of(
+    images: Array, check: Any = None, fill_with: Callable[[Array], dict[str, Array]] = content_of, **fields: Any
+) -> tuple[dict[str, Store], list[int]]:
     """The stores of these images, and the images that were computed. A row depends on its image alone."""
     computed: list[int] = []
 
     def fill_images(missing: MissingRows) -> None:
         computed.extend(images[missing.rows].tolist())
-        for name, values in content_of(images[missing.rows]).items():
+        for name, values in fill_with(images[missing.rows]).items():
             missing.arrays[name][missing.rows] = values
         missing.mark(missing.rows)
 
@@ -210,11 +212,37 @@ def test_rows_of_other_weights_are_not_copied(root: Path) -> None:
     assert len(build_of(np.arange(8))[1]) == 8, "damaged rows are no rows"
 
 
+def reject(stores: Mapping[str, Store], rows: Array) -> set[str]:
+    return {"features"}
+
+
 def test_a_store_with_wrong_rows_is_computed_again_and_not_copied() -> None:
     build_of(np.arange(20))
     build_of(np.arange(10, 20))  # copied from the first
-    assert build_of(np.arange(20), check=lambda _: {"features"})[1] == list(range(20))
+    assert build_of(np.arange(20), check=reject)[1] == list(range(20))
     assert build_of(np.arange(20))[1] == []
+
+
+def test_rows_of_other_stores_are_checked_before_they_are_copied(caplog: pytest.LogCaptureFixture) -> None:
+    def check_of(images: Array) -> Any:
+        def check(stores: Mapping[str, Store], rows: Array) -> set[str]:
+            checked.append(images[rows].tolist())
+            right = content_of(images[rows])
+            return {name for name, store in stores.items() if not np.array_equal(store[rows], right[name])}
+
+        return check
+
+    right, wrong = np.arange(100, 120), np.arange(20)
+    build_of(right)
+    build_of(wrong, fill_with=lambda images: content_of(images + 1))  # as an older version of the network's code
+    asked = np.r_[wrong[3:], right[5:]]
+    checked: list[list[int]] = []
+    stores, computed = build_of(asked, check=check_of(asked))
+    assert sorted(checked) == [[3, 19], [105, 119]]
+    assert computed == wrong[3:].tolist()
+    for name, values in content_of(asked).items():
+        np.testing.assert_array_equal(stores[name][:], values)
+    assert caplog.text.count("differs from what the network computes now: its rows are not copied") == 1
 
 
 @pytest.fixture
@@ -228,10 +256,6 @@ def without_renames(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-
-
-def reject(stores: Mapping[str, Store]) -> set[str]:
-    return {"features"}
 
 
 @pytest.mark.usefixtures("without_renames")
@@ -839,7 +863,7 @@ def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path)
             filled.extend(missing.rows.tolist())
             fill(missing)
 
-        def check(stores: Mapping[str, Store]) -> list[str]:
+        def check(stores: Mapping[str, Store], rows: Array) -> list[str]:
             assert ranks.rank == 0, "rank 0 alone checks"
             return ["features"]
 
@@ -851,7 +875,7 @@ def test_a_store_that_fails_the_check_of_rank_0_is_made_again_by_all(root: Path)
     assert other
     assert one + other == list(range(11))
     assert len(list(root.iterdir())) == 1
-    build(11, fill=must_not_fill, check=lambda stores: [])
+    build(11, fill=must_not_fill, check=lambda stores, rows: [])
 
 
 @pytest.mark.parametrize("cache", ["disk", "memory"])
@@ -874,7 +898,7 @@ def test_a_rank_that_fails_ends_all_ranks_with_its_message(cache: str, root: Pat
 
 def test_a_check_that_fails_on_rank_0_ends_all_ranks(root: Path) -> None:
     def work(ranks: Ranks) -> Any:
-        def check(stores: Mapping[str, Store]) -> list[str]:
+        def check(stores: Mapping[str, Store], rows: Array) -> list[str]:
             raise RuntimeError("the device has no memory")
 
         return build(ranks=ranks, check=check)

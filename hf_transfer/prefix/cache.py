@@ -46,7 +46,7 @@ from hf_transfer.prefix.layout import (
 from hf_transfer.prefix.progress import Progress, RowWriter
 from hf_transfer.prefix.ranks import Ranks, find_group
 from hf_transfer.prefix.storage import CacheKind, Storage, choose_storages, measure_capacity
-from hf_transfer.prefix.store import Array, Store
+from hf_transfer.prefix.store import Array, SelectedStore, Store
 from hf_transfer.prefix.work import Work
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 FORMAT = 2  # increase it when stores of an older layout must not be read
 
-Check = Callable[[Mapping[str, Store]], Collection[str]]
-"""Takes stores by name and returns the names of the stores that contain wrong rows."""
+Check = Callable[[Mapping[str, Store], NDArray[np.int64]], Collection[str]]
+"""Takes stores by name and a few row numbers, and returns the names of the stores in which one of these rows is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +74,10 @@ class MissingRows:
 class StoreRequest:
     """The requested arrays, and the functions that compute and check their rows.
 
-    `fill(missing)` writes this rank's missing rows. `check(stores)` returns the names of stores from the cache that contain
-    wrong rows. With `row_keys`, rows that stores of other images have are copied (see `known_rows`). `batch_rows`: number of
-    rows that `fill` computes together. `bound_bytes`: size limit of all stores together; None: the default limit.
+    `fill(missing)` writes this rank's missing rows. `check(stores, rows)` computes a few rows again, and returns the
+    names of stores from the cache that contain others. With `row_keys`, rows that stores of other images have are copied (see
+    `known_rows`). `batch_rows`: number of rows that `fill` computes together. `bound_bytes`: size limit of all stores together;
+    None: the default limit.
     """
 
     arrays: Arrays
@@ -214,8 +215,7 @@ class _Search:
             own = [i for i in lists[self.folder_group.leader] if i in on_disk]
             if request.row_keys is not None:  # before other stores are evicted for the missing ones
                 rejected = {i for each in ranks.together(lambda: self.rejected) for i in each}
-                keys, entries = request.row_keys, list_caches()
-                self.known = [None if i in rejected else find_known_rows(self.fields[i], keys, entries) for i in own]
+                ranks.together(lambda: self._find_known(own, rejected))
             if on_disk and (problem := self._build(own, on_disk)):
                 capacity = replace(capacity, disk_bytes=0, problem=problem)
                 self._plan(choose_storages({i: self.sizes[i] for i in on_disk}, request.cache, capacity))
@@ -248,7 +248,7 @@ class _Search:
         stores = self._named_stores()
         problem = None
         if stores and self.request.check is not None and self.request.num_rows:
-            for name in self.request.check(stores):
+            for name in self.request.check(stores, np.unique([0, self.request.num_rows - 1])):
                 number = next(i for i, group in enumerate(self.groups) if name in group.arrays)
                 reason = "differs from what the network computes now: discarding and rebuilding it"
                 self.rejected.append(number)
@@ -261,6 +261,24 @@ class _Search:
             # A job may have been killed between completing a store and removing its lock.
             remove_abandoned(keys=[folder.name for folder in self.folders])
         return missing, problem
+
+    def _find_known(self, numbers: Sequence[int], rejected: Collection[int]) -> None:
+        """Finds the rows of missing array groups that stores of other images have. All rows of `rejected` are computed."""
+        keys, entries = self.request.row_keys, list_caches()
+        assert keys is not None
+        for i in numbers:
+            agrees = self._compare_with(self.groups[i])
+            self.known.append(None if i in rejected else find_known_rows(self.fields[i], keys, entries, agrees))
+
+    def _compare_with(self, group: _Group) -> Callable[[Mapping[str, Store], NDArray[np.int64]], bool]:
+        """Returns the function that says whether the check accepts the first and the last row that another store has."""
+
+        def agrees(stores: Mapping[str, Store], places: NDArray[np.int64]) -> bool:
+            chosen = {name: SelectedStore(store, places) for name, store in group.named(stores).items()}
+            known = np.flatnonzero(places >= 0)
+            return self.request.check is None or not self.request.check(chosen, np.unique(known[[0, -1]]))
+
+        return agrees
 
     def _open_all(self) -> None:
         for i, folder in enumerate(self.folders):

@@ -214,10 +214,9 @@ class _Extraction:
         title = f"{self.images.name} features"
         self.compute(missing.rows, list(missing.arrays), write, title=title, pads=self._computes_alone)
 
-    def check(self, stores: Mapping[str, Store]) -> set[str]:
-        """Returns the names of the stores whose first or last row differs from what the chain computes now."""
-        rows = np.unique([0, len(self.images) - 1])
-        self.checked = len(rows)
+    def check(self, stores: Mapping[str, Store], rows: NDArray[np.int64]) -> set[str]:
+        """Returns the names of the stores in which one of `rows` differs from what the chain computes now."""
+        self.checked += len(rows)
         again = self.compute_rows(rows, list(stores), engine="eager")  # another engine would take seconds to prepare
         tolerance = check_tolerance(self.resources)
         if self.resources.engine != "eager":

@@ -3,11 +3,13 @@
 A store is found by a key that contains a hash of all its images. If one image is left out, added or relabeled, or moves from
 train to validation, the key is another one, though nearly all rows are known. So each row is stored with a key of its own, the
 hash of its image's bytes. A row may be copied from a store whose fields are equal except for those that identify the images as
-a set. Such rows are equal to the last bit, because requests with row keys promise that a row does not depend on the others.
+a set. Such rows are equal to the last bit, because requests with row keys promise that a row does not depend on the others. Two
+rows of each such store are computed again first, since the code may have changed since the store was written.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from hf_transfer.prefix.contents import CacheEntry
 from hf_transfer.prefix.layout import open_store
 from hf_transfer.prefix.progress import Progress, RowWriter
 from hf_transfer.prefix.store import Store
+
+log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 RowKeys = NDArray[np.uint8]
@@ -50,10 +54,16 @@ class KnownRows:
                 array[here] = stores[name][places[here]]
 
 
-def find_known_rows(fields: Mapping[str, Any], row_keys: RowKeys, entries: Sequence[CacheEntry]) -> KnownRows | None:
+def find_known_rows(
+    fields: Mapping[str, Any],
+    row_keys: RowKeys,
+    entries: Sequence[CacheEntry],
+    agrees: Callable[[Mapping[str, Store], Rows], bool],
+) -> KnownRows | None:
     """Returns the rows with these keys (N, 16) that complete stores of other images have; None if no store has any.
 
     `fields`: those of the store that is missing. `entries`: all stores, least recently used first. Open stores are not evicted.
+    `agrees`: takes a store's arrays, by name on disk, and the row of each image there, or -1; says whether the rows are right.
     """
     wanted, is_missing = _family(fields), np.ones(len(row_keys), np.bool_)
     donors: list[tuple[Mapping[str, Store], Rows]] = []
@@ -70,9 +80,13 @@ def find_known_rows(fields: Mapping[str, Any], row_keys: RowKeys, entries: Seque
             continue
         rows = match_rows(row_keys, unverified[ROW_KEYS][:])
         rows[~is_missing] = -1
-        if (rows >= 0).any() and (stores := open_store(folder)) is not None:
-            donors.append((stores, rows))
-            is_missing &= rows < 0
+        if not (rows >= 0).any() or (stores := open_store(folder)) is None:
+            continue
+        if not agrees(stores, rows):
+            log.warning("the cache %s differs from what the network computes now: its rows are not copied", entry.key)
+            continue
+        donors.append((stores, rows))
+        is_missing &= rows < 0
     return KnownRows(donors=donors) if donors else None
 
 
