@@ -20,6 +20,11 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 COMPILERS = ("c++", "g++", "clang++", "cl")  # torch.compile needs one of them on a CPU
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # of x86, x86 with AMX, and Arm
+# Of cgroups v2 and v1: the files of the limit and of the usage, and the line of memory.stat with the unused part of the cache.
+CGROUP_MEMORY = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 WITHOUT_FLOAT64 = frozenset({"mps"})  # device types on which creating a float64 tensor raises an error
 
 
@@ -161,6 +166,21 @@ def limit_memory(memory_bytes: int, root: Path) -> int:
     folders = list(_cgroup_folders(root, "memory"))
     limits = [_read(folder / name).strip() for folder in folders for name in ("memory.max", "memory.limit_in_bytes")]
     return min([memory_bytes, *(int(limit) for limit in limits if limit.isdigit())])
+
+
+def free_memory_bytes(root: Path = Path("/")) -> int:
+    """Returns the memory that this process may still use: of the machine, and of the limits of the process's cgroups.
+
+    Files that the kernel keeps in memory and has not used for long count as free, as in `docker stats`.
+    """
+    free = [int(psutil.virtual_memory().available)]
+    for folder in _cgroup_folders(root, "memory"):
+        for limit_file, usage_file, cached in CGROUP_MEMORY:
+            limit, usage = _read(folder / limit_file).strip(), _read(folder / usage_file).strip()
+            if limit.isdigit() and usage.isdigit():
+                counts = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+                free.append(int(limit) - int(usage) + int(counts.get(cached, 0)))
+    return max(0, min(free))
 
 
 def _count_allowed_cores() -> int:

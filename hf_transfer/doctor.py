@@ -176,11 +176,10 @@ def _check_threads() -> list[Finding]:
 def _check_memory() -> list[Finding]:
     import psutil
 
-    from hf_transfer.capability import limit_memory
+    from hf_transfer.capability import free_memory_bytes, limit_memory
 
-    memory = psutil.virtual_memory()
-    total = limit_memory(memory.total, Path("/"))
-    free = min(memory.available, total)
+    total = limit_memory(psutil.virtual_memory().total, Path("/"))
+    free = min(free_memory_bytes(), total)
     text = f"{free / 1e9:.1f} GB of {total / 1e9:.1f} GB of memory are free"
     facts = {"free_bytes": free, "total_bytes": total}
     if free >= LITTLE_MEMORY_BYTES:

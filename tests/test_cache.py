@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -918,7 +917,7 @@ def test_memory_under_several_ranks_holds_all_rows_on_each(root: Path) -> None:
 
 def test_ranks_of_one_machine_share_its_memory_and_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([8 * GB, 4 * GB])
-    monkeypatch.setattr(storage.psutil, "virtual_memory", lambda: SimpleNamespace(available=next(free)))
+    monkeypatch.setattr(storage, "free_memory_bytes", lambda: next(free))
     chosen = run_ranks(2, lambda ranks: measure_capacity(ranks, None, needs_disk=False))
     assert [each.memory_bytes for each in chosen] == [2 * GB, 2 * GB]
 

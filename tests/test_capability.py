@@ -1,8 +1,10 @@
 """What machines can do, from the files of made-up machines; and training on a device that has no float64."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -14,14 +16,19 @@ from hf_transfer.capability import (
     MachineFacts,
     accumulation_dtype,
     describe_capability,
+    free_memory_bytes,
     limit_cores,
     limit_memory,
     list_devices,
     read_facts,
     solver_device,
 )
+from hf_transfer.prefix.free_memory import count_free_bytes
+from hf_transfer.prefix.ranks import Ranks
 from hf_transfer.prefix.resources import MAX_THREADS, count_threads
+from hf_transfer.prefix.storage import measure_capacity
 from hf_transfer.runs import train_session
+from hf_transfer.solvers.features import default_memory
 from hf_transfer.solvers.probe import solve_path
 from hf_transfer.targets.single_label import SingleLabel
 from tests.sessions import make_session
@@ -147,6 +154,80 @@ def test_cgroups_limit_cores_and_memory(files: dict[str, str], cores: int, memor
     write(tmp_path, files)
     assert limit_cores(16, tmp_path) == cores
     assert limit_memory(64 * 10**9, tmp_path) == memory_gb * 10**9
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("files", "free_gib"),
+    [
+        ({}, 48),
+        # v2, as inside a container: of 8 GiB, 6 are in use, and 1 of these is a cache of files.
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": f"{8 * GIB}\n",
+                "sys/fs/cgroup/memory.current": f"{6 * GIB}\n",
+                "sys/fs/cgroup/memory.stat": f"anon {4 * GIB}\nactive_file {GIB}\ninactive_file {GIB}\n",
+            },
+            3,
+        ),
+        # v2, as on a cluster: another step of the job has used most of the job's memory.
+        (
+            {
+                "proc/self/cgroup": "0::/job1/step0\n",
+                "sys/fs/cgroup/job1/memory.max": f"{16 * GIB}\n",
+                "sys/fs/cgroup/job1/memory.current": f"{14 * GIB}\n",
+                "sys/fs/cgroup/job1/memory.stat": "inactive_file 0\n",
+                "sys/fs/cgroup/job1/step0/memory.max": f"{8 * GIB}\n",
+                "sys/fs/cgroup/job1/step0/memory.current": f"{GIB}\n",
+            },
+            2,
+        ),
+        # v1, in a container whose cgroup has another path outside; only the lines with total_ count the cgroups below.
+        (
+            {
+                "proc/self/cgroup": "4:memory:/docker/1\n0::/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{3 * GIB}\n",
+                "sys/fs/cgroup/memory/memory.stat": f"inactive_file 0\ntotal_inactive_file {2 * GIB}\n",
+            },
+            3,
+        ),
+        # v2, without a limit; and over a limit that was lowered.
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": "max\n",
+                "sys/fs/cgroup/memory.current": f"{60 * GIB}\n",
+            },
+            48,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/\n",
+                "sys/fs/cgroup/memory.max": f"{GIB}\n",
+                "sys/fs/cgroup/memory.current": f"{2 * GIB}\n",
+            },
+            0,
+        ),
+    ],
+)
+def test_free_memory_is_what_the_cgroups_leave(
+    files: dict[str, str], free_gib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=48 * GIB))
+    assert free_memory_bytes(write(tmp_path, files)) == free_gib * GIB
+
+
+def test_stores_features_and_training_rows_fit_into_the_limit_of_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    text_of = {"cgroup": "0::/\n", "memory.max": f"{8 * GIB}\n", "memory.current": f"{6 * GIB}\n"}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=48 * GIB))
+    monkeypatch.setattr(capability, "_read", lambda path: text_of.get(path.name, ""))
+    assert measure_capacity(Ranks(), None, needs_disk=False).memory_bytes == 2 * GIB
+    assert count_free_bytes(torch.device("cpu")) == 2 * GIB
+    assert default_memory(torch.device("cpu")) == GIB // 2
 
 
 @pytest.mark.parametrize(

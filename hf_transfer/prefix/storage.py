@@ -6,8 +6,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-import psutil
-
+from hf_transfer.capability import free_memory_bytes
 from hf_transfer.prefix.contents import DISK_LEFT_BYTES, default_bound_bytes, free_disk_bytes, list_evictable
 from hf_transfer.prefix.ranks import Ranks, find_group
 
@@ -116,7 +115,7 @@ def measure_capacity(ranks: Ranks, bound_bytes: int | None, *, needs_disk: bool,
     """
     problem = find_group(ranks).problem if needs_disk else None
     disk_bytes = _measure_disk(bound_bytes, reusable_bytes) if needs_disk and problem is None else 0
-    mine = Capacity(disk_bytes=disk_bytes, memory_bytes=psutil.virtual_memory().available, problem=problem)
+    mine = Capacity(disk_bytes=disk_bytes, memory_bytes=free_memory_bytes(), problem=problem)
     measured: list[tuple[str, Capacity]] = ranks.gather((socket.gethostname(), mine))
     ranks_on = Counter(host for host, _ in measured)
     problems = [each.problem for _, each in measured if each.problem is not None]

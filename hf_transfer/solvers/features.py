@@ -6,14 +6,12 @@ features that do not fit into memory stay where they are stored, and every produ
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 from torch import Tensor
 
-from hf_transfer.capability import accumulation_dtype, limit_memory
+from hf_transfer.capability import accumulation_dtype, free_memory_bytes
 
 BLOCK_BYTES = 2**26  # size of one block, if features are read in blocks
 ROTATED_RATIO = 2  # so many times more features than images make a rotation worth its time
@@ -159,7 +157,7 @@ def default_memory(device: torch.device) -> int:
     """Returns the memory in bytes for features: a quarter of the free memory of the device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] // 4)
-    return limit_memory(psutil.virtual_memory().available, Path("/")) // 4
+    return free_memory_bytes() // 4
 
 
 def _measure_spread(blocks: Iterator[Tensor] | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
