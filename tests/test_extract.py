@@ -23,7 +23,7 @@ from hf_transfer.network.readout import find_readouts
 from hf_transfer.prefix import engines, layout
 from hf_transfer.prefix import extract as extract_module
 from hf_transfer.prefix.contents import clear_caches, list_caches
-from hf_transfer.prefix.extract import Extracted, extract
+from hf_transfer.prefix.extract import Extracted, _agree, extract
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.sweep import read_pixels, use_fast_layout
@@ -304,6 +304,30 @@ def test_the_fast_layout_leaves_kernels_of_3d_convolutions() -> None:
     assert model[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[call-arg]
     assert model[1].weight.is_contiguous()
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed", "agrees"),
+    [
+        ([1.0, 2.0], [1.0, 2.00001], True),
+        ([1.0, 2.0], [1.0, 2.01], False),
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([np.inf, 1.0], [np.inf, 1.000001], True),  # a float16 network that overflows
+        ([np.inf, 1.0], [np.inf, 1.1], False),
+        ([np.inf, 1.0], [-np.inf, 1.0], False),
+        ([np.nan, 1.0], [np.nan, 1.000001], True),
+        ([np.nan, 1.0], [np.inf, 1.0], False),
+        ([np.inf, np.nan], [np.inf, np.nan], True),
+        ([1.0, 2.0], [1.0, np.inf], False),
+        ([1.0, 2.0], [1.0, np.nan], False),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_rows_agree_in_their_finite_numbers_and_in_the_others_exactly(
+    stored: list[float], computed: list[float], agrees: bool
+) -> None:
+    rows = [np.array([[1.0, 1.0], given], np.float32) for given in (stored, computed)]
+    assert _agree(*rows, tolerance=1e-5) is agrees
 
 
 def test_engines_share_no_store_and_each_finds_its_own(network: tuple[Backbone, Chain], train: Split) -> None:

@@ -345,8 +345,15 @@ def check_tolerance(resources: Resources) -> float:
 
 
 def _agree(stored: NDArray[Any], computed: NDArray[Any], tolerance: float) -> bool:
-    """Whether no number of `stored` and `computed` differs by more than `tolerance` times the largest number of its row."""
+    """Whether no number of `stored` and `computed` differs by more than `tolerance` times the largest finite number of its row.
+
+    Numbers that are not finite must be equal.
+    """
     for old, new in zip(stored, computed, strict=True):
-        if not (np.abs(old - new).max() <= tolerance * np.abs(old).max() or np.array_equal(old, new, equal_nan=True)):
+        is_finite = np.isfinite(old)
+        if not np.array_equal(old[~is_finite], new[~is_finite], equal_nan=True):
+            return False
+        a, b = old[is_finite], new[is_finite]
+        if len(a) and not np.abs(a - b).max() <= tolerance * np.abs(a).max():
             return False
     return True
