@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -441,13 +442,62 @@ def test_a_killed_fill_is_not_read_and_its_folder_is_removed_by_the_next(root: P
 def test_an_unfinished_store_is_kept_while_its_lock_is_held(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     left = root / f"{'0' * 32}.partial.aaaaaaaa"
     left.mkdir(parents=True)
-    with FileLock(f"{left}.lock") as lock, caplog.at_level(logging.INFO):
-        Path(lock.lock_file).write_text("process 12 on some-host")
+    with FileLock(f"{left}.lock"), caplog.at_level(logging.INFO):
         build()
         assert left.exists()
-    assert f"process 12 on some-host is writing the cache {'0' * 32}" in caplog.text
+    assert f"another job is writing the cache {'0' * 32}" in caplog.text
     clear_caches()
     assert list(root.iterdir()) == []
+
+
+def test_a_new_lock_that_another_job_takes_first_is_given_up_for_another(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job that removes leftovers locks each file that it finds, also one that was created in this moment."""
+    root.mkdir(parents=True)
+    names = iter(["taken", "free"])
+    monkeypatch.setattr(cache, "partial_of", lambda folder: folder.with_name(f"{folder.name}.partial.{next(names)}"))
+    with FileLock(root / f"{key_of_build()}.partial.taken.lock"):
+        stored = cached(FIELDS, request(ARRAYS, 10, fill, cache="auto"))
+    assert kind_of(stored) == "disk"
+    assert not caplog.records
+
+
+def key_of_build() -> str:
+    """The key of the store that `build` makes."""
+    arrays = {name: [list(shape), dtype] for name, (shape, dtype) in ARRAYS.items()}
+    return key_of({**FIELDS, "arrays": arrays, "num_rows": 10})
+
+
+def without_flock() -> None:
+    """Makes this process's file system one without locks, as some network file systems are."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    fcntl.flock = refuse
+
+
+def lock_and_die(partial: Path) -> None:
+    without_flock()
+    with contents.locked(partial):
+        os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_the_lock_of_a_killed_job_ends_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, filelock writes the owner into the lock file, and finds out whether the owner is alive."""
+    pytest.importorskip("filelock", minversion="4")  # older versions need a file system with locks
+    partial = tmp_path / "key.partial.0"
+    join(start_process(lock_and_die, partial))
+    assert Path(f"{partial}.lock").exists()
+    monkeypatch.setattr(fcntl, "flock", fcntl.flock)
+    without_flock()
+    with contents.locked(partial):
+        assert Path(f"{partial}.lock").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_job_left_beside_a_finished_store_is_removed_when_the_store_is_found(root: Path) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +52,7 @@ from hf_transfer.prefix.work import Work
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+LOCK_ATTEMPTS = 20
 FORMAT = 2  # increase it when stores of an older layout must not be read
 
 Check = Callable[[Mapping[str, Store], NDArray[np.int64]], Collection[str]]
@@ -372,8 +373,7 @@ class _Search:
                     continue  # another job is writing it
                 if read_layout(partial, layout) == layout:  # the job that held the lock until now may have completed it
                     return partial
-        partial = partial_of(folder)
-        locks.enter_context(locked(partial))
+        partial = _lock_new(folder, locks)
         write_layout(partial, layout)
         return partial
 
@@ -416,3 +416,18 @@ class _Search:
             for partial in partials:
                 if not any(partial.glob(f"{PROGRESS}*")):
                     delete(partial)
+
+
+def _lock_new(folder: Path, locks: ExitStack) -> Path:
+    """Locks a new unfinished store, which will become `folder`. Returns its folder, which does not exist yet.
+
+    A job that removes leftovers may take the new lock file before this job has locked it; then another name is tried.
+    """
+    for _ in range(LOCK_ATTEMPTS - 1):
+        partial = partial_of(folder)
+        with suppress(Timeout):
+            locks.enter_context(locked(partial))
+            return partial
+    partial = partial_of(folder)
+    locks.enter_context(locked(partial))
+    return partial

@@ -6,13 +6,11 @@
 """
 
 import logging
-import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -133,11 +131,12 @@ def size_of(path: Path) -> int:
 
 @contextmanager
 def locked(partial: Path) -> Iterator[None]:
-    """Locks the unfinished store `partial` while the `with` block runs. Raises Timeout if another job holds the lock."""
+    """Locks the unfinished store `partial` while the `with` block runs. Raises Timeout if another job holds the lock.
+
+    The content of the lock file belongs to filelock, which writes the owner there on a file system without locks.
+    """
     lock = FileLock(f"{partial}{LOCK}", timeout=0)
     with lock:
-        with suppress(OSError):  # the name of the owner is for the log only, and does not fit on a full disk
-            Path(lock.lock_file).write_text(f"process {os.getpid()} on {socket.gethostname()}")
         try:
             yield
         finally:
@@ -155,7 +154,7 @@ def remove_abandoned(keep: Collection[Path] = (), keys: Collection[str] | None =
             with locked(partial):
                 delete(partial)
         except Timeout:
-            log.info("%s is writing the cache %s", _read_owner(partial), partial.name.partition(PARTIAL)[0])
+            log.info("another job is writing the cache %s", partial.name.partition(PARTIAL)[0])
         except OSError as error:
             log.info("the unfinished store %s cannot be removed: %s", partial.name, error)
     for token in (path for path in paths if TOKEN in path.name):
@@ -205,13 +204,6 @@ def _list_paths() -> list[Path]:
         return sorted(store_dir().iterdir())
     except OSError:
         return []  # there are no stores, or the folder cannot be read
-
-
-def _read_owner(partial: Path) -> str:
-    try:
-        return Path(f"{partial}{LOCK}").read_text() or "another job"
-    except (OSError, ValueError):
-        return "another job"
 
 
 def _existing(path: Path) -> Path:
