@@ -599,6 +599,28 @@ def test_an_unfinished_store_counts_as_free_for_the_job_that_continues_it(monkey
     assert rest.rows == 700 - STORED_OF_700
 
 
+def test_nothing_is_evicted_for_an_unfinished_store_that_has_its_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    build_bytes("other", 1000)
+    with pytest.raises(KeyboardInterrupt):
+        build(700, fill=Interrupting(600), title="continued")
+    for module in (storage, contents):
+        monkeypatch.setattr(module, "free_disk_bytes", lambda: contents.DISK_LEFT_BYTES)
+    build(700, title="continued")
+    assert titles() == ["other", "continued"]
+
+
+def test_an_unfinished_store_of_another_job_counts_in_the_limit(root: Path) -> None:
+    build_bytes("a", 10_000)
+    other = root / f"{'0' * 32}.partial.aaaaaaaa"
+    other.mkdir()
+    (other / "rows.npy").write_bytes(bytes(10_000))
+    with FileLock(f"{other}.lock"):
+        build_bytes("b", 10_000, bound_bytes=35_000)
+        assert titles() == ["a", "b"]
+        build_bytes("c", 10_000, bound_bytes=35_000)
+        assert titles() == ["b", "c"]
+
+
 @pytest.mark.parametrize("batch_rows", [1, 3, 64, 1000])
 @pytest.mark.parametrize("num_rows", [0, 1, 11, 5000, 200_000])
 def test_chunks_hold_whole_batches_whatever_the_number_of_ranks(num_rows: int, batch_rows: int) -> None:

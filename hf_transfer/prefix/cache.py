@@ -359,7 +359,7 @@ class _Search:
         claimed = [self._claim(i, layout, locks) for i in missing]
         remove_abandoned(keep=claimed)  # those of another layout
         row_bytes = sum(self.groups[i].row_bytes() for i in missing)
-        evict_for(request.num_rows * row_bytes, request.bound_bytes)
+        evict_for(request.num_rows * row_bytes, request.bound_bytes, claimed)
         return [partial.name for partial in claimed], layout
 
     def _claim(self, number: int, layout: Layout, locks: ExitStack) -> Path:

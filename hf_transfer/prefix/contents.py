@@ -77,15 +77,17 @@ def clear_caches(keys: Sequence[str] | None = None) -> int:
     return sum(entries[key].nbytes for key in chosen)
 
 
-def evict_for(needed_bytes: int, bound_bytes: int | None) -> None:
-    """Evicts the least recently used stores until `needed_bytes` more fit on the disk and into the limit `bound_bytes`.
+def evict_for(needed_bytes: int, bound_bytes: int | None, claimed: Collection[Path] = ()) -> None:
+    """Evicts the least recently used stores until new stores of `needed_bytes` fit on the disk and into the limit.
 
-    `bound_bytes`: None means the default limit.
+    `bound_bytes`: the limit of all stores; None means the default limit. `claimed`: the unfinished stores that will become the
+    new stores, whose bytes are on the disk already. Unfinished stores of other jobs count too, but are not evicted.
     """
     bound = default_bound_bytes() if bound_bytes is None else bound_bytes
+    others = sum(size_of(path) for path in _list_paths() if _is_partial(path) and path not in claimed)
     excess = max(
-        sum(entry.nbytes for entry in list_caches()) + needed_bytes - bound,
-        needed_bytes + DISK_LEFT_BYTES - free_disk_bytes(),
+        sum(entry.nbytes for entry in list_caches()) + others + needed_bytes - bound,
+        needed_bytes - sum(map(size_of, claimed)) + DISK_LEFT_BYTES - free_disk_bytes(),
     )
     for entry in list_evictable():
         if excess <= 0:
@@ -118,7 +120,7 @@ def partial_of(folder: Path) -> Path:
 
 def list_partials(folder: Path) -> list[Path]:
     """Returns the unfinished stores, of this and of other jobs, that were to become `folder`."""
-    return [path for path in _list_paths() if path.name.startswith(f"{folder.name}{PARTIAL}") and path.suffix != LOCK]
+    return [path for path in _list_paths() if path.name.startswith(f"{folder.name}{PARTIAL}") and _is_partial(path)]
 
 
 def size_of(path: Path) -> int:
@@ -204,6 +206,10 @@ def _list_paths() -> list[Path]:
         return sorted(store_dir().iterdir())
     except OSError:
         return []  # there are no stores, or the folder cannot be read
+
+
+def _is_partial(path: Path) -> bool:
+    return PARTIAL in path.name and path.suffix != LOCK
 
 
 def _existing(path: Path) -> Path:
