@@ -1118,6 +1118,43 @@ def test_a_warm_store_of_another_user_is_read(monkeypatch: pytest.MonkeyPatch) -
             path.chmod(0o755)
 
 
+@pytest.fixture
+def windows_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Open files cannot be deleted, and folders cannot be renamed while one of their files is mapped."""
+    descriptors, maps = Path("/proc/self/fd"), Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the open files of a process are listed on Linux only")
+    unlink, rename = Path.unlink, Path.rename
+
+    def unlink_closed(path: Path, missing_ok: bool = False) -> None:
+        if any(os.path.realpath(each) == str(path) for each in descriptors.iterdir()):
+            raise PermissionError(errno.EACCES, "used by another process", str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    def rename_unmapped(path: Path, target: Path) -> Path:
+        if path.is_dir() and f"{path}/" in maps.read_text():
+            raise PermissionError(errno.EACCES, "used by another process", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "unlink", unlink_closed)
+    monkeypatch.setattr(Path, "rename", rename_unmapped)
+
+
+@pytest.mark.usefixtures("windows_rules")
+def test_stores_are_built_checked_and_replaced_under_the_rules_of_windows(root: Path) -> None:
+    build()
+    counts: list[int] = []
+    build(fill=count_rows(counts), check=reject)
+    build(fill=must_not_fill)
+    [folder] = (path for path in root.iterdir() if path.is_dir())
+    file = next(folder.glob("*.npy"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    forget_verified()
+    np.testing.assert_array_equal(build(fill=count_rows(counts))["features"][:], content(0, 10)["features"])
+    assert counts == [10, 10]
+    assert [path for path in root.iterdir() if path.is_dir()] == [folder]
+
+
 # Bounded, listed, cleared
 
 

@@ -249,7 +249,9 @@ class _Search:
         stores = self._named_stores()
         problem = None
         if stores and self.request.check is not None and self.request.num_rows:
-            for name in self.request.check(stores, np.unique([0, self.request.num_rows - 1])):
+            rejected = self.request.check(stores, np.unique([0, self.request.num_rows - 1]))
+            stores.clear()  # Windows does not rename a folder while its files are mapped
+            for name in rejected:
                 number = next(i for i, group in enumerate(self.groups) if name in group.arrays)
                 reason = "differs from what the network computes now: discarding and rebuilding it"
                 self.rejected.append(number)
@@ -328,7 +330,7 @@ class _Search:
                 self._delete_unless_begun(partials)
             outcomes.check()
             exchange.run()
-            results = ranks.together(lambda: work.list_checksums() if work else [])
+            results = ranks.together(lambda: work.close() if work else [])
             checksums = [results[rank] for rank in group.members]
             _, problem = self._write_together(lambda: self._complete(missing, work, checksums) if work else None)
         return problem

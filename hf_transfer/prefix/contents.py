@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -142,7 +142,10 @@ def locked(partial: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
+            # While the lock is held, since afterwards the file may be the lock of another job. Windows cannot delete an open
+            # file; there, filelock deletes it after the release.
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
 
 
 def remove_abandoned(keep: Collection[Path] = (), keys: Collection[str] | None = None) -> None:

@@ -206,6 +206,7 @@ def open_store(folder: Path, *, verify: bool = True) -> dict[str, Store] | None:
 
     With `verify`, the first call of this process compares all rows with their checksums.
     """
+    shards: dict[str, list[Array]] = {}
     try:
         meta = read_sealed(folder / META)
         layout, arrays = Layout(**meta["layout"]), meta["fields"]["arrays"]
@@ -225,9 +226,10 @@ def open_store(folder: Path, *, verify: bool = True) -> dict[str, Store] | None:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not folder.exists():
             return None
-        reason: Exception = error
+        reason = str(error)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = error
+        reason = str(error)
+    shards.clear()  # Windows does not rename a folder while its files are mapped
     discard(folder, f"discarding the damaged cache {folder.name} ({reason})")
     return None
 

@@ -112,13 +112,16 @@ class Work:
                 return stores[self.numbers.index(number)], (start - rows.start) // self.layout.chunk_rows
         return None
 
-    def list_checksums(self) -> list[Checksums]:
-        """Returns the checksums of this rank's shards and of the finished shards that it inspected, for each store."""
-        own = self._opened().values()
+    def close(self) -> list[Checksums]:
+        """Returns the checksums of this rank's shards and of the finished shards that it inspected, for each store.
+
+        The memory maps of all shards are dropped, since Windows does not rename a folder while its files are mapped.
+        """
         listed: list[Checksums] = [{} for _ in self.partials]
-        for stores in own:
+        for stores in self._opened().values():
             for files, shard in zip(listed, stores, strict=True):
                 files |= shard.list_checksums()
+        self.shards, self._finished = {}, {}
         return listed
 
     def _open(self, index: int, recorded: Sequence[Recorded | None]) -> list[UnfinishedShard]:
