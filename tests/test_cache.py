@@ -1074,6 +1074,35 @@ def test_a_full_disk_costs_the_disk_alone(root: Path, caplog: pytest.LogCaptureF
     assert len(list(root.iterdir())) == 1, "the small one"
 
 
+@pytest.mark.parametrize("can_allocate", [True, False])
+def test_the_space_of_a_store_is_taken_before_its_rows_are_computed(
+    can_allocate: bool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a disk that becomes full meanwhile would kill the process. macOS cannot allocate the space of a file."""
+    monkeypatch.setattr(layout, "CAN_ALLOCATE", can_allocate)
+    arrays: Arrays = {"x": ((1000, 1001), "float32")}
+
+    def measure(missing: MissingRows) -> None:
+        [file] = root.rglob("*.npy")
+        assert 512 * file.stat().st_blocks >= file.stat().st_size > 4 * 1000 * 1001
+        missing.arrays["x"][missing.rows] = np.ones((1, 1000, 1001))
+
+    assert (cached({}, request(arrays, 1, measure)).stores["x"][:] == 1).all()
+
+
+def test_a_file_that_a_killed_job_has_not_filled_is_filled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "CAN_ALLOCATE", False)
+    file, dtype = tmp_path / "x.npy", np.dtype("float32")
+    layout._write_zeros(file, (1000, 1001), dtype)
+    os.truncate(file, 2000)
+    assert layout._open_for_writing(file, (1000, 1001), dtype).shape == (1000, 1001)
+    assert 512 * file.stat().st_blocks >= file.stat().st_size > 4 * 1000 * 1001
+    layout._open_for_writing(file, (1000, 1001), dtype)[:] = 1
+    assert (layout._open_for_writing(file, (1000, 1001), dtype) == 1).all()
+
+
 def test_a_warm_store_is_read_from_a_folder_without_space(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     build()
     reset_reports()

@@ -45,8 +45,9 @@ CHUNK_ROWS = 256  # about the largest number of rows in a chunk
 LEAST_CHUNKS = 64  # a small store has smaller chunks, so that several ranks get about equally many rows
 SHARD_ROWS = 2**16  # about the largest number of rows in a shard
 SHARDS_PER_RANK = 4  # so that other numbers of ranks can share the rest of an unfinished store
-BLOCK_BYTES = 2**20  # bytes that are read at once to verify a file
+BLOCK_BYTES = 2**20  # bytes that are read at once to verify a file, or written at once
 VERIFYING_THREADS = 4
+CAN_ALLOCATE = hasattr(os, "posix_fallocate")  # not on macOS and Windows
 
 _verified: set[tuple[Path, int]] = (
     set()
@@ -249,17 +250,32 @@ def discard(folder: Path, warning: str) -> str | None:
 def _open_for_writing(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """Returns a memory map of all rows of a shard: of the existing file if it has this shape, else of a new file."""
     try:
+        num_bytes = file.stat().st_size  # opening a file that is too short makes it longer
         array = np.lib.format.open_memmap(file, mode="r+")
         is_usable = array.shape == shape and array.dtype == dtype and array.flags.c_contiguous
+        is_usable &= CAN_ALLOCATE or num_bytes == file.stat().st_size
     except (FileNotFoundError, ValueError):
         is_usable = False
-    if not is_usable:
+    if not is_usable and not CAN_ALLOCATE:
+        _write_zeros(file, shape, dtype)
+        array = np.lib.format.open_memmap(file, mode="r+")
+    elif not is_usable:
         array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-    if hasattr(os, "posix_fallocate"):
+    if CAN_ALLOCATE:
         # A full disk raises an error here. Without this, writing to the memory map would kill the process.
         with file.open("r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     return array
+
+
+def _write_zeros(file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Writes an array of zeros, so that a full disk raises an error here: a memory map of a new file has no space yet."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    zeros, num_bytes = bytes(BLOCK_BYTES), dtype.itemsize * _size(shape)
+    with file.open("wb") as opened:
+        np.lib.format.write_array_header_1_0(opened, header)
+        for start in range(0, num_bytes, BLOCK_BYTES):
+            opened.write(zeros[: num_bytes - start])
 
 
 def _map_file(file: Path, files: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
