@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 import hf_transfer as ht
 from hf_transfer.cli import main
 from hf_transfer.confidence.record import CONFIDENCE, KEY
+from hf_transfer.confidence.selective import choose_threshold
 from hf_transfer.data.images import BadImageError
 from hf_transfer.inference.predict import load_saved, predict
 from hf_transfer.network.backbone import load
@@ -29,6 +32,7 @@ from hf_transfer.run import Run
 from hf_transfer.runs import train_session
 from hf_transfer.session import Session
 from hf_transfer.training import familiarity
+from hf_transfer.training.calibrate import HeldOut
 from hf_transfer.training.records import RunResult
 from tests.sessions import make_config, make_session
 from tests.test_confidence import make_record
@@ -309,3 +313,36 @@ def test_outdated_activations_are_not_used(monkeypatch: pytest.MonkeyPatch) -> N
     changed = replace(result, activations=replace(result.activations, stores=outdated))
     for one, other in zip(familiarity._read_features(session, changed, inputs), expected, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_the_bound_of_abstention_holds_for_alike_images_of_a_group() -> None:
+    """True error 5 % at each probability, and asked for 4 %: with 95 % confidence nothing is promised."""
+    rng, promised = np.random.default_rng(0), {True: 0, False: 0}
+    for seed in range(60):
+        is_wrong = np.repeat(rng.random(400) < 0.05, 10)
+        logits = np.zeros((4000, 2), np.float32)
+        logits[:, 0] = np.repeat(rng.uniform(1, 3, 400), 10)
+        held_out = HeldOut(logits=logits, labels=is_wrong.astype(np.int64), by="folds", groups=np.arange(4000) // 10)
+        for is_drawn in promised:
+            each = held_out.draw_one_per_group(seed) if is_drawn else held_out
+            assert len(each) == (400 if is_drawn else 4000)
+            found = choose_threshold(each.logits[:, 0], each.labels == 0, 0.04)
+            promised[is_drawn] += found is not None
+    assert promised[True] <= 6, "5 % of 60 draws are 3"
+    assert promised[False] > 6, "else this test shows nothing"
+
+
+def test_a_run_with_groups_holds_out_one_image_of_each(tmp_path: Path) -> None:
+    images, labels = load_digits(n_class=2, return_X_y=True)
+    rows = ["path,label,object"]
+    for i in range(60):
+        for copy in range(3):
+            Image.fromarray(np.uint8(images[i].reshape(8, 8) * 15)).save(tmp_path / f"{i}_{copy}.png")
+            rows.append(f"{i}_{copy}.png,digit {labels[i]},{i}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    task = ht.Task(str(tmp_path / "labels.csv"), group_column="object")
+    results = task.fit(ht.linear_probe(readouts="none")).results
+    confidence = results["details"]["confidence"]
+    assert confidence["held_out_by"] == "cross_validation"
+    assert confidence["num_held_out"] == 60
+    assert results["metrics"]["validation"]["num_samples"] == 180

@@ -40,6 +40,17 @@ def number_groups(splits: Sequence[Grouped], rows: NDArray[Any] | slice = slice(
     return codes[rows]
 
 
+def draw_one_per_group(codes: Codes, seed: int) -> NDArray[np.int64]:
+    """Returns the row of one image of each group, drawn at random, in rising order.
+
+    >>> len(draw_one_per_group(np.array([5, 5, 7, 8]), seed=0))
+    3
+    """
+    order = np.random.default_rng(seed).permutation(len(codes))
+    _, firsts = np.unique(codes[order], return_index=True)
+    return np.sort(order[firsts])
+
+
 def spread_groups(labels: NDArray[np.int64], codes: Codes, folds: int, seed: int) -> NDArray[np.int64]:
     """Returns the fold (N,) of each image, so that each group is in one fold, and folds are as alike as groups allow.
 

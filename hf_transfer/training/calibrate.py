@@ -5,6 +5,8 @@ images that the predicting network was not fitted on: of the folds, of the probe
 images. Validation images have selected the epoch, so they are a little optimistic. Test images choose nothing.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from hf_transfer.metrics.calibration import CalibrationChange, compare_calibrati
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.head import HeadInput, measure_inputs, scale_outputs
 from hf_transfer.session import Session
-from hf_transfer.solvers.groups import Codes, number_groups
+from hf_transfer.solvers.groups import Codes, draw_one_per_group, number_groups
 from hf_transfer.targets.target import Labels, Target
 from hf_transfer.training.final_fit import EstimatedBy
 from hf_transfer.training.records import RunResult
@@ -37,9 +39,17 @@ class HeldOut:
     logits: NDArray[np.float32]  # (n, K)
     labels: Labels  # (n, ...)
     by: str  # "validation", "cross_validation" or "folds"
+    groups: Codes | None = None  # (n,)
 
     def __len__(self) -> int:
         return len(self.logits)
+
+    def draw_one_per_group(self, seed: int) -> HeldOut:
+        """Returns the predictions for one image of each group, since bounds are for independent images."""
+        if self.groups is None:
+            return self
+        rows = draw_one_per_group(self.groups, seed)
+        return HeldOut(logits=self.logits[rows], labels=self.labels[rows], by=self.by)
 
 
 def find_held_out(session: Session, result: RunResult) -> HeldOut | None:
@@ -52,8 +62,9 @@ def find_held_out(session: Session, result: RunResult) -> HeldOut | None:
         return None
     by_folds = result.validation.details.get("estimated_by") == EstimatedBy.FOLDS
     by = "folds" if by_folds else "cross_validation" if "train" in logits else "validation"
-    joined, labels = join_predictions(result, [data.train, data.validation] if "train" in logits else [data.validation])
-    return HeldOut(logits=joined, labels=labels, by=by)
+    splits = [data.train, data.validation] if "train" in logits else [data.validation]
+    joined, labels = join_predictions(result, splits)
+    return HeldOut(logits=joined, labels=labels, by=by, groups=join_groups(result, splits))
 
 
 def join_predictions(result: RunResult, splits: Sequence[Split]) -> tuple[NDArray[np.float32], Labels]:

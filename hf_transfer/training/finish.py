@@ -6,6 +6,7 @@ from dataclasses import replace
 from hf_transfer.data.splits import Split
 from hf_transfer.network.head import HeadInput, has_bias, scale_outputs
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import draw_one_per_group, number_groups
 from hf_transfer.training.calibrate import (
     LEAST_HELD_OUT,
     HeldOut,
@@ -73,6 +74,10 @@ def _add_confidence(session: Session, result: RunResult, held_out: HeldOut, inpu
             assert calibrated is not None
             held_out = calibrated
             test = None if test is None else (result.logits["test"], test[1])
+        held_out = held_out.draw_one_per_group(seed)
+        if test is not None and data.test is not None and (codes := number_groups([data.test])) is not None:
+            rows = draw_one_per_group(codes, seed)
+            test = test[0][rows], test[1][rows]
         confidence = record_confidence(session, result, held_out, inputs, factors)
         report = report_confidence(confidence, target, held_out, test, changes, seed=seed)
     return replace(
