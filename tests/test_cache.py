@@ -460,7 +460,7 @@ def test_a_new_lock_that_another_job_takes_first_is_given_up_for_another(
     with FileLock(root / f"{key_of_build()}.partial.taken.lock"):
         stored = cached(FIELDS, request(ARRAYS, 10, fill, cache="auto"))
     assert kind_of(stored) == "disk"
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def key_of_build() -> str:

@@ -87,9 +87,9 @@ def collect_inputs(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tor
     collected: list[torch.Tensor] = []
     accumulate = Steps._accumulate
 
-    def watch(self: Steps, draws: Any, inputs: torch.Tensor, *rest: Any) -> None:
+    def watch(self: Steps, draws: Any, inputs: torch.Tensor, *rest: Any) -> Any:
         collected.append(inputs.clone())
-        accumulate(self, draws, inputs, *rest)
+        return accumulate(self, draws, inputs, *rest)
 
     with monkeypatch.context() as patches:
         patches.setattr(Steps, "_accumulate", watch)

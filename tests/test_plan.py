@@ -246,6 +246,15 @@ def test_alike_images_of_a_group_count_once_when_epochs_are_compared() -> None:
         assert is_kept(after.independent_scores, None, before.independent_scores) is expected
 
 
+def test_validation_images_of_one_group_are_compared_as_images() -> None:
+    target, labels = SingleLabel(names=("a", "b")), np.zeros(20, np.int64)
+    logits = np.tile([[0.0, 1.0]], (20, 1)).astype(np.float32)
+    validation = score_validation(target, logits, labels, "accuracy", np.zeros(20, np.int64))
+    assert len(validation.independent_scores) == 20
+    one = torch.ones(1)
+    assert not is_kept(one, None, one - 1), "a single score has no error"
+
+
 def test_patience_counts_from_the_best_epoch_even_if_the_start_is_still_kept() -> None:
     selection = Selection({"w": torch.zeros(1)}, "accuracy")
 

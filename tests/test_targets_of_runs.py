@@ -70,7 +70,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(case: str, kind: str, table: Path, folder: Path | None = None, **settings: Any) -> Run:
     settings = {**SHORT[case], **settings}
-    task = ht.Task(str(table), settings.pop("checkpoint", "embedded"), **SMALL, **COLUMNS[kind])
+    task = ht.Task(str(table), settings.pop("checkpoint", None), **SMALL, **COLUMNS[kind])
     assert task.data.target.problem_type == COLUMNS[kind]["problem_type"]
     return task.fit(getattr(ht, case.split()[0])(**settings), output_dir=folder)
 

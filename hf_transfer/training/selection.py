@@ -52,6 +52,8 @@ def score_validation(
             return float(of_images[rows].mean())
         return target.read_outcomes(logits[rows], labels[rows]).score.quality
 
+    if groups is not None and len(np.unique(groups)) < 2:
+        groups = None  # one group gives no error
     scores = of_images if is_mean and groups is None else pseudo_values(measure, len(labels), groups)
     return Validation(score=outcomes.score, independent_scores=torch.from_numpy(scores), logits=logits)
 
@@ -68,6 +70,8 @@ def is_kept(scores: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor
 
 
 def _is_beyond_chance(gains: torch.Tensor) -> bool:
+    if len(gains) < 2:
+        return False
     # A difference of one image is exactly one standard error. The factor 1.001 makes sure that one image is not enough.
     return bool(gains.sum() > 1.001 * gains.std() * len(gains) ** 0.5)
 
