@@ -98,17 +98,8 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
             with trainable.average.swapped(trainable.state) if trainable.average else nullcontext():
                 _agree_on_statistics(trainable.state, accelerator)
                 trainable.copy_back()
-                if run.length is None:
-                    try:
-                        validation = validate(trainable.evaluated, session, run.inputs)
-                    except NonFinitePredictionsError as error:  # in all processes
-                        raise steps.explain_divergence("a prediction for a validation image", progress) from error
-                    validation_score = validation.score
-                    selection.offer(validation, progress.epoch + 1)
-                else:
-                    validation_score = run.length.scores[progress.epoch]
-                    selection.keep(run.length.score, progress.epoch + 1)
-            record = progress.finish_epoch(validation_score)
+                score = _score_epoch(run, trainable, steps, progress, selection)
+            record = progress.finish_epoch(score)
             _log_epoch(record, run, selection.explain(record.epoch))
             if run.length is None:
                 _stop_early(progress, selection, session)
@@ -127,6 +118,23 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         images=sum(record.images for record in progress.history),
         validation_logits=selection.logits,
     )
+
+
+def _score_epoch(run: PhaseRun, trainable: Trainable, steps: Steps, progress: Progress, selection: Selection) -> Score:
+    """Scores the network after an epoch, offers its weights to `selection`, and returns the score.
+
+    If `run.length` is given, the weights are kept, and the score is that of the runs before.
+    """
+    epoch = progress.epoch + 1
+    if run.length is not None:
+        selection.keep(run.length.score, epoch)
+        return run.length.scores[progress.epoch]
+    try:
+        validation = validate(trainable.evaluated, run.session, run.inputs)
+    except NonFinitePredictionsError as error:  # in all processes
+        raise steps.explain_divergence("a prediction for a validation image", progress) from error
+    selection.offer(validation, epoch)
+    return validation.score
 
 
 def _find_rate(history: Sequence[EpochRecord]) -> float:
