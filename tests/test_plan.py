@@ -29,7 +29,7 @@ from hf_transfer.reporting.sentences import describe_phase
 from hf_transfer.strategy import Strategy
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
-from hf_transfer.training import phase
+from hf_transfer.training import phase, selection
 from hf_transfer.training.fit_head import fit_head
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 from hf_transfer.training.phases import PhasesResult, run_phases
@@ -201,7 +201,7 @@ def test_the_line_of_a_kept_epoch_says_why() -> None:
         scores = torch.cat([torch.ones(hits), torch.zeros(100 - hits)])
         score = Score(quality=hits / 100, loss=1 - hits / 100)
         logits = np.zeros((100, 2), np.float32)
-        is_offer_kept = selection.offer(Validation(score=score, independent_scores=scores, logits=logits), epoch)
+        is_offer_kept = selection.offer(Validation(score=score, measure_scores=lambda: scores, logits=logits), epoch)
         assert bool(selection.explain(epoch)) == is_offer_kept
         return selection.explain(epoch)
 
@@ -234,6 +234,17 @@ def test_the_quality_that_is_reported_selects_epochs_of_several_labels(num_label
     assert not is_kept(bad.independent_scores, good.independent_scores, None), "a later epoch is far worse"
 
 
+def test_the_jackknife_runs_only_where_scores_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(selection, "pseudo_values", lambda measure, count, groups: calls.append(count) or np.ones(50))
+    for keeps_last, expected in ((True, 0), (False, 2)):
+        calls.clear()
+        kept = Selection({"w": torch.zeros(1)}, "accuracy", keeps_last=keeps_last)
+        kept.keep_start(score_validation(MultiLabel(names=("a",)), *make_multi_label(0.0), "accuracy"))
+        kept.offer(score_validation(MultiLabel(names=("a",)), *make_multi_label(4.0), "accuracy"), 1)
+        assert len(calls) == expected
+
+
 def test_alike_images_of_a_group_count_once_when_epochs_are_compared() -> None:
     target, labels = SingleLabel(names=("a", "b")), np.zeros(100, np.int64)
     start, epoch = (
@@ -261,7 +272,7 @@ def test_patience_counts_from_the_best_epoch_even_if_the_start_is_still_kept() -
     def validation(hits: int) -> Validation:
         scores = torch.cat([torch.ones(hits), torch.zeros(100 - hits)])
         score = Score(quality=hits / 100, loss=1 - hits / 100)
-        return Validation(score=score, independent_scores=scores, logits=np.zeros((100, 2), np.float32))
+        return Validation(score=score, measure_scores=lambda: scores, logits=np.zeros((100, 2), np.float32))
 
     selection.keep_start(validation(90))
     for epoch, hits in enumerate((50, 60, 70, 65), start=1):  # the dip after the start, and the way back
@@ -297,7 +308,7 @@ def test_many_small_losses_do_not_add_up(tmp_path: Path) -> None:
     scores = iter(
         Validation(
             score=Score(quality=float(hits.mean()), loss=1.0),
-            independent_scores=hits,
+            measure_scores=lambda hits=hits: hits,
             logits=np.zeros((count, 10), np.float32),
         )
         for hits in falling

@@ -4,8 +4,9 @@ Two models that saw the same test images share most of their mistakes. So the in
 narrower than the intervals of the two accuracies suggest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def compare_runs(runs: Sequence[SavedRun]) -> Comparison:
         each for each in find_metrics(first.results) if first.results["metrics"][split].get(each.key) is not None
     )
     scored = [
-        _score(run, info, target.measure(each, labels, groups=groups))
+        _score(run, info, len(labels), partial(target.measure, each, labels, groups=groups))
         for run, target, each in zip(runs, targets, outputs, strict=True)
     ]
     return Comparison(
@@ -153,11 +154,14 @@ def _read_outputs(run: SavedRun, target: Target, splits: Sequence[Split]) -> NDA
     )
 
 
-def _score(run: SavedRun, info: MetricInfo, metrics: Metrics) -> tuple[float, Interval | None]:
-    """Returns the metric with its interval: that of the run, if it is of as many images as `metrics`, else of these."""
+def _score(
+    run: SavedRun, info: MetricInfo, count: int, measure: Callable[[], Metrics]
+) -> tuple[float, Interval | None]:
+    """Returns the metric with its interval: that of the run, if it is of as many images as are compared, else measured."""
     scores = choose_split(run.results)[1]
-    if scores["num_samples"] == metrics.num_samples:
+    if scores["num_samples"] == count:
         return scores[info.key], find_interval(scores, info.key)
+    metrics = measure()
     return metrics.values[info.key], metrics.intervals.get(info.key)
 
 

@@ -6,8 +6,9 @@ the best epoch by more than one standard error (Breiman et al. 1984, section 3.4
 partly luck, and the schedule and the moving average converge towards the end.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,20 @@ from hf_transfer.training.records import Kept
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """The score on the validation split, independent scores (M,) that select the epoch, and the logits (N, K).
-
-    The mean of the independent scores is the quality or the negative loss: they are those of images, or pseudo-values of the
-    jackknife where the quality is no mean over images, or where images of one group are alike.
-    """
+    """The score on the validation split, the logits (N, K), and a function that gives `independent_scores`."""
 
     score: Score
-    independent_scores: torch.Tensor
     logits: NDArray[np.float32]
+    measure_scores: Callable[[], torch.Tensor] = field(repr=False)
+
+    @cached_property
+    def independent_scores(self) -> torch.Tensor:
+        """The scores (M,) that select the epoch, whose mean is the quality or the negative loss.
+
+        They are those of images, or pseudo-values of the jackknife where the quality is no mean over images, or where images of
+        one group are alike. The jackknife takes time, so they are computed when they are read first.
+        """
+        return self.measure_scores()
 
 
 def score_validation(
@@ -41,7 +47,7 @@ def score_validation(
     select_by: SelectBy,
     groups: NDArray[np.int64] | None = None,
 ) -> Validation:
-    """Scores logits (N, K) by the quality or, with `select_by="loss"`, by the loss. `groups` (N,): the images' groups."""
+    """Scores logits (N, K) by the quality or, with `select_by="log_loss"`, by the loss. `groups` (N,): the images' groups."""
     outcomes = target.read_outcomes(logits, labels)
     by_quality = select_by == "accuracy"
     of_images = outcomes.qualities if by_quality else -outcomes.losses
@@ -54,8 +60,12 @@ def score_validation(
 
     if groups is not None and len(np.unique(groups)) < 2:
         groups = None  # one group gives no error
-    scores = of_images if is_mean and groups is None else pseudo_values(measure, len(labels), groups)
-    return Validation(score=outcomes.score, independent_scores=torch.from_numpy(scores), logits=logits)
+
+    def measure_scores() -> torch.Tensor:
+        is_of_images = is_mean and groups is None
+        return torch.from_numpy(of_images if is_of_images else pseudo_values(measure, len(labels), groups))
+
+    return Validation(score=outcomes.score, logits=logits, measure_scores=measure_scores)
 
 
 def is_kept(scores: torch.Tensor, best: torch.Tensor | None, start: torch.Tensor | None) -> bool:
@@ -114,18 +124,19 @@ class Selection:
 
     def keep_start(self, validation: Validation) -> None:
         """Keeps the initial weights. Every later epoch is compared with the score of the initial weights."""
-        self._start_scores = validation.independent_scores
+        self._start_scores = None if self._keeps_last else validation.independent_scores
         self._keep(validation, None)
 
     def offer(self, validation: Validation, epoch: int) -> bool:
         """Keeps the weights after an epoch if `is_kept` accepts the scores. Returns whether the weights are kept."""
         if self._is_better(validation.score, self._highest):
             self._highest, self.improved_epoch = validation.score, epoch
-        if not self._keeps_last and not is_kept(validation.independent_scores, self._best_scores, self._start_scores):
+        scores = None if self._keeps_last else validation.independent_scores
+        if scores is not None and not is_kept(scores, self._best_scores, self._start_scores):
             return False
         self._keep(validation, epoch)
         if self._is_better(validation.score, self._best):
-            self._best, self._best_scores, self.best_epoch = validation.score, validation.independent_scores, epoch
+            self._best, self._best_scores, self.best_epoch = validation.score, scores, epoch
         return True
 
     def _is_better(self, score: Score, than: Score | None) -> bool:
