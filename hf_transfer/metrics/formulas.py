@@ -112,7 +112,7 @@ def count_images_to_tell_apart(accuracy: float, difference: float) -> int:
 
 
 def binomial_interval(successes: int, count: int, *, error: float = 0.05) -> tuple[float, float]:
-    """Returns the interval of a share of `count` images that misses it with probability `error` (Clopper and Pearson 1934).
+    """Returns an interval that misses the share of `count` images with probability `error` or less (Clopper and Pearson 1934).
 
     >>> tuple(round(bound, 4) for bound in binomial_interval(95, 100))
     (0.8872, 0.9836)
