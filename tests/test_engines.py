@@ -1,6 +1,8 @@
 """Engines: each computes what eager computes, falls back loudly, and is chosen by a rule that two machines agree on."""
 
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -217,6 +219,35 @@ def test_a_prepared_network_keeps_its_values_when_the_model_is_trained(engine: E
         for tensor in (*model.parameters(), *model.buffers()):
             tensor += 1
     assert all(torch.equal(*pair) for pair in zip(run(runner, pixels), before, strict=True))
+
+
+PROGRAM = """
+import gc, os, signal, threading
+import torch
+from accelerate import Accelerator
+from hf_transfer.config import ComputeConfig
+from hf_transfer.prefix.engines import prepare
+from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.taps import Logits
+
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2)).eval()
+resources = Resources(accelerator=Accelerator(), compute=ComputeConfig(engine="openvino"))
+runners = [prepare("openvino", Logits(network), torch.rand(4, 3, 8, 8), resources)]
+print(type(runners[0]).__name__)
+thread = threading.Thread(target=lambda: (runners.clear(), gc.collect()))
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_signal_is_handled_after_another_thread_dropped_the_engine() -> None:
+    """OpenVINO then unmapped the main thread's stack for signal handlers: a segmentation fault in place of a saved state."""
+    pytest.importorskip("openvino")
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["_OpenVinoRunner", "handled"]
 
 
 def test_copies_for_threads_share_all_tensors() -> None:

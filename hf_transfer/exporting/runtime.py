@@ -16,6 +16,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.preprocessing import load_preprocessing
 from hf_transfer.network.source import Source
+from hf_transfer.prefix.openvino_core import openvino_core
 from hf_transfer.targets.target import read_target
 
 
@@ -78,8 +79,6 @@ def _open_onnx(file: Path) -> Any:
 
 
 def _open_openvino(file: Path) -> Any:
-    import openvino
-
     num_threads = count_cores()
     settings = {
         "INFERENCE_PRECISION_HINT": "f32",  # some CPUs would choose bfloat16
@@ -87,4 +86,4 @@ def _open_openvino(file: Path) -> Any:
         "NUM_STREAMS": num_threads,
         "ENABLE_CPU_PINNING": False,
     }
-    return openvino.Core().compile_model(str(file), "CPU", settings)
+    return openvino_core().compile_model(str(file), "CPU", settings)

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_transfer.config import Engine, Precision
 from hf_transfer.network.folding import fold_norms
 from hf_transfer.network.packing import pack_convolutions
+from hf_transfer.prefix.openvino_core import openvino_core
 from hf_transfer.prefix.replaying import Replayed, pays_off, record
 from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.taps import BatchFunction, Extractor, Logits, replicate
@@ -275,7 +276,6 @@ def _trace(module: Extractor | Logits, samples: torch.Tensor) -> Any:
 def _prepare_openvino(
     module: Extractor | Logits, samples: torch.Tensor, resources: Resources, count: int
 ) -> _OpenVinoRunner:
-    import openvino
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -290,7 +290,7 @@ def _prepare_openvino(
         "NUM_STREAMS": count,
         "ENABLE_CPU_PINNING": False,  # several processes would pin their threads to the same cores
     }
-    return _OpenVinoRunner(openvino.Core().compile_model(model, "CPU", settings), len(samples))
+    return _OpenVinoRunner(openvino_core().compile_model(model, "CPU", settings), len(samples))
 
 
 _PREPARE: dict[Engine, Callable[[Extractor | Logits, torch.Tensor, Resources, int], Runner]] = {
