@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python recipes/linear_probe.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --max-worker-restart 0
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
