@@ -123,10 +123,34 @@ def test_the_posterior_lies_between_prior_and_measurement_by_their_precision() -
 
 
 def test_a_gain_of_no_image_still_has_an_error() -> None:
-    assert measure_gain(np.zeros(10)).error == 0.1
-    wins = np.array([1.0] * 6 + [-1.0] * 3 + [0.0] * 91)
-    assert measure_gain(wins).mean == pytest.approx(0.03)
-    assert measure_gain(wins).error == pytest.approx(np.sqrt(10) / 100)
+    assert measure_gain(np.zeros(10), np.zeros(10)) == Gain(mean=0.0, error=pytest.approx(0.1))
+
+
+def draw_differences(count: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of hits (N,) and of probabilities (N,) between a good and a poor network for two classes."""
+    known = 2 * generator.normal(size=count)
+    logits = [own * known + other * generator.normal(size=count) for own, other in ((0.9, 0.8), (0.7, 1.4))]
+    labels = generator.random(count) < 1 / (1 + np.exp(-known))
+    hits = [((each > 0) == labels).astype(float) for each in logits]
+    probabilities = [1 / (1 + np.exp(np.where(labels, -each, each))) for each in logits]
+    return hits[0] - hits[1], probabilities[0] - probabilities[1]
+
+
+def test_on_few_images_probabilities_measure_the_gain_more_exactly_than_hits() -> None:
+    generator = np.random.default_rng(0)
+    accuracy_gain = draw_differences(400_000, generator)[0].mean()
+    drawn = [draw_differences(60, generator) for _ in range(400)]
+    by_hits = np.array([hits.mean() for hits, _ in drawn])
+    gains = [measure_gain(*each) for each in drawn]
+    errors = np.array([gain.mean for gain in gains]) - accuracy_gain
+    assert np.sqrt((errors**2).mean()) < 0.7 * np.sqrt(((by_hits - accuracy_gain) ** 2).mean())
+    assert np.mean([abs(error) < 1.96 * gain.error for error, gain in zip(errors, gains, strict=True)]) > 0.95
+
+
+def test_on_many_images_hits_measure_the_gain() -> None:
+    hits, probabilities = draw_differences(50_000, np.random.default_rng(0))
+    assert abs(hits.mean() - probabilities.mean()) > 0.02
+    assert measure_gain(hits, probabilities).mean == pytest.approx(hits.mean(), abs=0.001)
 
 
 def test_the_expected_gain_is_a_share_of_the_probes_error() -> None:
@@ -141,10 +165,10 @@ def test_the_expected_gain_is_a_share_of_the_probes_error() -> None:
 def test_two_lucky_images_of_twenty_do_not_outweigh_an_expected_loss() -> None:
     """Few images like those of pretraining, where full fine-tuning is expected to make more errors than the probe."""
     prior = expect_gain(0.55, 0.37, 5.5 / 21)
-    lucky = measure_gain(np.array([1.0] * 3 + [-1.0] + [0.0] * 16))
+    lucky, many = np.array([1.0] * 3 + [-1.0] + [0.0] * 16), np.array([1.0] * 150 + [-1.0] * 50 + [0.0] * 800)
     assert prior.mean < -0.1
-    assert update(prior, lucky).mean < 0
-    assert update(prior, measure_gain(np.array([1.0] * 150 + [-1.0] * 50 + [0.0] * 800))).mean > 0.05
+    assert update(prior, measure_gain(lucky, lucky)).mean < 0
+    assert update(prior, measure_gain(many, many)).mean > 0.05
 
 
 def test_equal_gains_go_to_the_cheaper_and_no_gain_to_the_probe() -> None:

@@ -18,7 +18,7 @@ from hf_transfer.choosing import candidates, decide
 from hf_transfer.choosing.candidates import find_trained_share
 from hf_transfer.choosing.evidence import gather_evidence, read_head
 from hf_transfer.choosing.gain import expect_gain, measure_gain
-from hf_transfer.choosing.paired import compare, find_error
+from hf_transfer.choosing.paired import compare, find_error, read_probabilities
 from hf_transfer.choosing.premises import UNSEEN, gather_premises
 from hf_transfer.choosing.similarity import measure_similarity
 from hf_transfer.cli import main
@@ -81,13 +81,17 @@ def test_the_gain_is_in_the_quality_that_reports_show(target: Target) -> None:
     assert find_error(target, shown[0], 60) == pytest.approx(((1 - shown[0]) * 60 + 0.5) / 61)
 
 
-def test_classes_are_compared_by_their_hits() -> None:
+def test_classes_are_compared_by_hits_and_by_probabilities_at_their_best_temperatures() -> None:
     target, generator = SingleLabel(names=("a", "b", "c")), np.random.default_rng(0)
-    labels, (one, other) = generator.integers(0, 3, 50), generator.normal(size=(2, 50, 3))
-    hits = [(logits.argmax(1) == labels).astype(float) for logits in (one, other)]
+    labels, noise = generator.integers(0, 3, 50), generator.normal(size=(2, 50, 3))
+    one, other = 2 * np.eye(3)[labels] + noise[0], np.eye(3)[labels] + noise[1]
     compared = compare(target, labels, one, other)
-    assert compared.gain == measure_gain(hits[0] - hits[1])
+    hits = [(logits.argmax(1) == labels).astype(float) for logits in (one, other)]
     assert (compared.quality, compared.probe_quality) == pytest.approx((hits[0].mean(), hits[1].mean()))
+    probabilities = [read_probabilities(target, logits, labels) for logits in (one, other)]
+    assert compared.gain == measure_gain(hits[0] - hits[1], probabilities[0] - probabilities[1])
+    sure = compare(target, labels, 5 * one, other).gain  # five times as sure, with the same decisions
+    assert sure.mean == pytest.approx(compared.gain.mean, abs=0.01)
 
 
 @pytest.mark.parametrize("target", [LABELED, NUMBERED], ids=["labels", "numbers"])

@@ -1,7 +1,7 @@
 """Combines the expected and the measured gain of a strategy over the linear probe, both of them normal distributions.
 
     prior: what `rule` predicts from the probe's error, the similarity and the images per class, with the rule's own spread
-    measured: the difference on the same held-out images, with its standard error (see `paired`)
+    measured: on the same held-out images, from hits and from probabilities, with its standard error (see `paired`)
     posterior: the mean of both, weighted by 1 / variance
 
 On a dozen images, the prior decides; on thousands, the measurement does. Nothing is tested for significance: the highest
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from hf_transfer.choosing.rule import WORTH
 from hf_transfer.training.records import Gain
 
+PROBABILITY_ERROR = 0.025
+"""By how much the gain in the probability of the true class differs from the gain in accuracy, as a standard deviation."""
+
 
 def expect_gain(log_ratio: float, spread: float, probe_error: float) -> Gain:
     """Returns the prior: the gain that is expected, given the error of the probe, such as the share of misses.
@@ -31,17 +34,37 @@ def expect_gain(log_ratio: float, spread: float, probe_error: float) -> Gain:
     return Gain(mean=probe_error * (1 - math.exp(log_ratio)), error=probe_error * spread)
 
 
-def measure_gain(differences: NDArray[np.float64]) -> Gain:
-    """Returns the mean of `differences` (N,), hits (0 or 1) minus the probe's hits, with its standard error.
+def measure_gain(
+    hits: NDArray[np.float64], probabilities: NDArray[np.float64], groups: NDArray[np.int64] | None = None
+) -> Gain:
+    """Estimates the gain in accuracy from two kinds of differences to the probe on N images: hits (N,), and probabilities (N,).
 
-    The squared differences count the images that only one of the two predicts correctly. One more such image is added, so that
-    the error is never 0.
+    A hit is 1 or 0, and a probability is that of the image's true class. The mean of hits is right on average, but on few
+    images chance moves it more. The mean of probabilities may differ from the gain by PROBABILITY_ERROR, however many images
+    there are. The weighted mean with the least error is returned: on dozens of images nearly that of the probabilities, and on
+    thousands that of the hits. Images of one of the `groups` (N,) have similar errors, so they count as one.
 
-    >>> measure_gain(np.array([1.0, 0.0, 0.0, -1.0])).error == math.sqrt(3) / 4
-    True
+    One image on which the networks differ is added, so that the error is never 0.
+
+    >>> rng = np.random.default_rng(0)
+    >>> probabilities = rng.normal(0.1, 0.3, size=4000)
+    >>> hits = np.sign(probabilities) * (rng.random(4000) < 0.4)
+    >>> for n in (50, 4000):
+    ...     gain = measure_gain(hits[:n], probabilities[:n])
+    ...     print(f"{gain.mean:.3f} +- {gain.error:.3f}, between {hits[:n].mean():.3f} and {probabilities[:n].mean():.3f}")
+    0.135 +- 0.051, between 0.120 and 0.139
+    0.098 +- 0.010, between 0.098 and 0.095
     """
-    count = len(differences)
-    return Gain(mean=float(differences.mean()), error=math.sqrt(float((differences**2).sum()) + 1) / count)
+    count = len(hits)
+    units = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    sums = np.stack([np.bincount(units, weights=each) for each in (hits, probabilities)])  # (2, units)
+    one_more = (count / sums.shape[1]) ** 2
+    errors: NDArray[np.float64] = (sums @ sums.T + one_more) / count**2  # squared, of both means, and what they share
+    errors[1, 1] += PROBABILITY_ERROR**2
+    share = (errors[0, 0] - errors[0, 1]) / (errors[0, 0] + errors[1, 1] - 2 * errors[0, 1])
+    weights = np.array([1 - share, share]).clip(0, 1)
+    mean = weights @ np.array([hits.mean(), probabilities.mean()])
+    return Gain(mean=float(mean), error=math.sqrt(float(weights @ errors @ weights)))
 
 
 def update(prior: Gain, measured: Gain) -> Gain:
