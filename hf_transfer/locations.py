@@ -1,5 +1,6 @@
 """The folders of caches and of the package's recipes, and names in an output folder."""
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -12,6 +13,9 @@ SO_FAR = "so_far"  # folder of an output folder: a run folder with the best mode
 SEEN_IMAGES = "seen_images.npy"  # file of an output folder: hashes of the images that trained or selected the model
 MODEL = "model"  # folder of an output folder: the trained model in Hub layout
 CHECKPOINTS = "checkpoints"  # folder of an output folder: the saved states and, until the run is finished, config.yaml
+# Names in every results.json and config.yaml of a run. Other programs write files of the same names.
+RESULTS_KEYS = frozenset({"strategy", "plan", "config"})
+CONFIG_KEYS = frozenset({"dataset", "checkpoint", "overwrite_output_dir"})
 
 
 def cache_dir() -> Path:
@@ -71,6 +75,24 @@ def presets_dir() -> Path:
     return recipes_dir() / "accelerate"
 
 
+def is_finished(folder: Path) -> bool:
+    """Returns whether `folder` contains a finished run: a results.json that a run has written."""
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(results, dict) and results.keys() >= RESULTS_KEYS
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Returns whether `folder` contains an unfinished run: a checkpoints/config.yaml that a run has written."""
+    try:
+        lines = (folder / CHECKPOINTS / CONFIG).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return False
+    return {line.partition(":")[0] for line in lines} >= CONFIG_KEYS  # a run writes one line `name: value` per setting
+
+
 def resolve_model(name: str) -> str:
     """Returns the model folder of a run if `name` is the run's output folder, and any other name (a Hub id, ...) unchanged.
 
@@ -81,7 +103,7 @@ def resolve_model(name: str) -> str:
         return name
     if (folder / RESULTS).is_file() and (folder / MODEL).is_dir():
         return str(folder / MODEL)
-    if (folder / CHECKPOINTS / CONFIG).is_file():
+    if is_unfinished(folder):
         raise ValueError(
             f"{name}: the run in this folder is not finished, so it has no model; give a finished run, or finish this one with "
             f"--config {folder / CHECKPOINTS / CONFIG} --resume"

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from hf_transfer.config import OutputConfig
 from hf_transfer.errors import ContinuableError
 from hf_transfer.interrupts import Interrupted
-from hf_transfer.locations import CHECKPOINTS, CONFIG, MODEL, RESULTS, SEEN_IMAGES
+from hf_transfer.locations import CHECKPOINTS, CONFIG, MODEL, RESULTS, SEEN_IMAGES, is_finished, is_unfinished
 from hf_transfer.processes import run_on_main
 
 log = logging.getLogger(__name__)
@@ -94,18 +94,13 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def is_finished(folder: Path) -> bool:
-    """Returns whether `folder` contains a finished run."""
-    return (folder / RESULTS).exists()
-
-
 def refuse_foreign(folder: Path) -> None:
     """Raises ValueError if a run would replace files in `folder` that no run has written, such as a folder `model`."""
     lock = folder / LOCK
-    is_ours = any(path.exists() for path in (folder / RESULTS, folder / CHECKPOINTS / CONFIG, folder / STAGING))
+    is_ours = is_finished(folder) or is_unfinished(folder) or (folder / STAGING).exists()
     if is_ours or (lock.is_file() and lock.read_text(errors="replace").startswith(LOCKED_BY)):
         return
-    names = [name for name in OLD_RESULTS if (folder / name).exists()]
+    names = [name for name in (*OLD_RESULTS, f"{CHECKPOINTS}/{CONFIG}") if (folder / name).exists()]
     if names:
         raise ValueError(
             f"output_dir={folder} contains {', '.join(names)}, which no run has written and a run would replace: choose "
@@ -116,8 +111,7 @@ def refuse_foreign(folder: Path) -> None:
 def refuse_nested(folder: Path) -> None:
     """Raises ValueError if `folder` lies inside the folder of another run, which may be deleted, or published, as a whole."""
     for parent in folder.expanduser().resolve().parents:
-        is_run = is_finished(parent) and (parent / MODEL).is_dir()
-        if is_run or (parent / CHECKPOINTS / CONFIG).is_file():
+        if (is_finished(parent) and (parent / MODEL).is_dir()) or is_unfinished(parent):
             raise ValueError(
                 f"output_dir={folder} lies inside the folder of another run, {parent}: choose a folder outside of it"
             )
@@ -207,10 +201,11 @@ def _name_folder(output: OutputConfig, strategy: str) -> tuple[Path, bool]:
         return folder, not folder.exists()
     default = Path("runs") / strategy
     if output.resume:
-        started = [c for c in default.parent.glob(f"{strategy}*/{CHECKPOINTS}/{CONFIG}") if _is_numbered(c, strategy)]
-        saved = [config for config in started if _has_progress(config.parents[1])]
+        named = [folder for folder in default.parent.glob(f"{strategy}*") if _is_numbered(folder, strategy)]
+        started = [folder for folder in named if is_unfinished(folder)]
+        saved = [folder for folder in started if _has_progress(folder)]
         if started:
-            return max(saved or started, key=lambda config: config.stat().st_mtime).parents[1], False
+            return max(saved or started, key=lambda each: (each / CHECKPOINTS / CONFIG).stat().st_mtime), False
     return find_free_folder(default), True
 
 
@@ -225,6 +220,6 @@ def _delete_failed(folder: Path, error: BaseException | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_numbered(config: Path, strategy: str) -> bool:
-    number = config.parents[1].name.removeprefix(strategy)
+def _is_numbered(folder: Path, strategy: str) -> bool:
+    number = folder.name.removeprefix(strategy)
     return not number or (number[0] == "_" and number[1:].isdigit())

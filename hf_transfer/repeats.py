@@ -24,11 +24,10 @@ from hf_transfer.config import NO_CHECKPOINT, GradientConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.folds import DataFolds, divide, join_pool
 from hf_transfer.data.splits import Split
-from hf_transfer.locations import CHECKPOINTS, RESULTS
+from hf_transfer.locations import CHECKPOINTS, RESULTS, is_finished
 from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.fingerprint import hash_tensors
-from hf_transfer.output import is_finished
 from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_held_out_run, write_config
 from hf_transfer.reporting.sentences import describe_folds, describe_seeds

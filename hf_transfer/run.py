@@ -21,13 +21,13 @@ from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.embed import Pool, embed
 from hf_transfer.inference.heat_maps import Explanation, make_explainer
 from hf_transfer.inference.predict import ImageLike, Prediction, find_images, load_saved, predict
-from hf_transfer.locations import MODEL, find_run
+from hf_transfer.locations import MODEL, find_run, is_finished
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.adapters import is_adapter_folder
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.damage import read_json
-from hf_transfer.output import LOCK, find_free_folder, is_finished, lock_folder, refuse_foreign, refuse_nested
+from hf_transfer.output import LOCK, find_free_folder, lock_folder, refuse_foreign, refuse_nested
 from hf_transfer.reporting.formats import format_metric
 from hf_transfer.reporting.report_results import find_metrics
 from hf_transfer.reporting.results import describe_run

@@ -21,6 +21,8 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from hf_transfer.cli import main
+from hf_transfer.config import RunConfig
+from hf_transfer.reporting.results import write_config
 from hf_transfer.settings import Setting, list_settings
 from hf_transfer.strategy import default_config, strategy_names
 
@@ -483,8 +485,7 @@ def write_tiny_vit(folder: Path) -> None:
 
 def unfinished_run(folder: Path) -> None:
     """Writes what a run leaves that was interrupted."""
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "config.yaml").write_text("seed: 0\n")
+    write_config(folder / "checkpoints", RunConfig())
 
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"

@@ -1,5 +1,6 @@
 """The output folder: one run at a time, no run overwritten unasked, and never one run's model beside another's config."""
 
+import json
 import os
 import resource
 import signal
@@ -14,10 +15,11 @@ import torch
 import hf_transfer as ht
 from hf_transfer import runs
 from hf_transfer.cli import main
-from hf_transfer.config import OutputConfig
+from hf_transfer.config import OutputConfig, RunConfig
 from hf_transfer.errors import ContinuableError, describe_error
 from hf_transfer.hub.save import save_model
 from hf_transfer.interrupts import Interrupted
+from hf_transfer.locations import is_unfinished
 from hf_transfer.out_of_memory import FullMemoryError, is_out_of_memory
 from hf_transfer.output import (
     explains_how_to_continue,
@@ -27,13 +29,16 @@ from hf_transfer.output import (
     open_folder,
     replace_results,
 )
+from hf_transfer.reporting.results import write_config
 from hf_transfer.runs import push, train_session
 from hf_transfer.training.records import RunResult
 from tests.sessions import make_session
 
+RESULTS = {"strategy": "lora", "plan": [], "config": {}}  # what tells a run's results.json from that of another program
+
 HOLD = """
 import sys
-from hf_transfer.config import OutputConfig
+from hf_transfer.config import OutputConfig, RunConfig
 from hf_transfer.output import open_folder
 try:
     with open_folder(OutputConfig(output_dir=sys.argv[1]), "lora"):
@@ -76,7 +81,7 @@ def test_a_named_folder_with_a_finished_run_is_refused_unless_asked(tmp_path: Pa
     named = {"output_dir": str(folder)}
     assert choose(**named) == folder
     assert choose(**named) == folder  # it is unfinished
-    (folder / "results.json").write_text("{}")
+    (folder / "results.json").write_text(json.dumps(RESULTS))
     with pytest.raises(
         ValueError, match=r"contains a finished run: choose another folder, or .*--overwrite_output_dir"
     ):
@@ -84,11 +89,11 @@ def test_a_named_folder_with_a_finished_run_is_refused_unless_asked(tmp_path: Pa
     assert choose(**named, overwrite_output_dir=True) == folder
     (folder / "checkpoints").mkdir()
     for strategy, state in (("lora", "nothing"), ("full", "state.safetensors")):
-        (folder / "results.json").write_text(f'{{"strategy": "{strategy}"}}')
+        (folder / "results.json").write_text(json.dumps({**RESULTS, "strategy": strategy}))
         (folder / "checkpoints" / state).touch()
         with pytest.raises(ValueError, match="no saved state of this strategy to resume"):
             choose(**named, resume=True)
-    (folder / "results.json").write_text('{"strategy": "lora"}')
+    (folder / "results.json").write_text(json.dumps(RESULTS))
     assert choose(**named, resume=True) == folder
     assert (folder / "results.json").exists()  # until the new run is finished
     (tmp_path / "file").touch()
@@ -96,20 +101,31 @@ def test_a_named_folder_with_a_finished_run_is_refused_unless_asked(tmp_path: Pa
         choose(output_dir=str(tmp_path / "file"))
 
 
-@pytest.mark.parametrize("name", ["model", "config.yaml", "report.html"])
+def leave(folder: Path, name: str) -> None:
+    """Writes one of the files that tell others that a run has written to `folder`."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if name == "checkpoints/config.yaml":
+        write_config(folder / "checkpoints", RunConfig())
+    else:
+        (folder / name).write_text(json.dumps(RESULTS) if name == "results.json" else "process 1 on host")
+
+
+@pytest.mark.parametrize("name", ["model", "config.yaml", "report.html", "results.json", "checkpoints/config.yaml"])
 def test_files_that_no_run_has_written_are_not_replaced(name: str, tmp_path: Path) -> None:
     """A folder `model` of the user's project, for example."""
     foreign = tmp_path / "project" / name
     (foreign if name == "model" else foreign.parent).mkdir(parents=True)
     (foreign / "weights.bin" if name == "model" else foreign).write_text("precious")
+    project = tmp_path / "project"
+    before = sorted(project.rglob("*"))
     with (
         pytest.raises(ValueError, match=f"contains {name}, which no run has written"),
-        open_folder(OutputConfig(output_dir=str(foreign.parent), overwrite_output_dir=True), "full"),
+        open_folder(OutputConfig(output_dir=str(project), overwrite_output_dir=True), "full"),
     ):
         pass
     with pytest.raises(ValueError, match=f"contains {name}, which no run has written"):
-        ht.Task("sklearn/digits", images_per_class=2).fit(ht.linear_probe(readouts="none")).save(foreign.parent)
-    assert sorted(path.name for path in foreign.parent.iterdir()) == [name]
+        ht.Task("sklearn/digits", images_per_class=2).fit(ht.linear_probe(readouts="none")).save(project)
+    assert sorted(project.rglob("*")) == before
     assert (foreign / "weights.bin" if name == "model" else foreign).read_text() == "precious"
 
 
@@ -118,8 +134,7 @@ def test_files_that_no_run_has_written_are_not_replaced(name: str, tmp_path: Pat
 def test_a_folder_inside_another_run_is_refused(left: str, inside: str, tmp_path: Path) -> None:
     """Publishing the model of that run would push the other run's report, which shows images."""
     (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / left).parent.mkdir(exist_ok=True)
-    (tmp_path / "run" / left).touch()
+    leave(tmp_path / "run", left)
     folder = tmp_path / "run" / inside
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
@@ -132,12 +147,23 @@ def test_a_folder_inside_another_run_is_refused(left: str, inside: str, tmp_path
     assert choose(output_dir=str(tmp_path / "run_2")) == tmp_path / "run_2"
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "a: 1\n- b", "\xff", ""])
+def test_a_folder_inside_a_project_with_files_of_the_same_names_is_no_folder_inside_a_run(
+    content: str, tmp_path: Path
+) -> None:
+    """A project may have a folder `model` beside the results of another program, and the config of its checkpoints."""
+    for name in ("results.json", "checkpoints/config.yaml", "model/weights.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="latin-1")
+    folder = tmp_path / "runs" / "x"
+    assert choose(output_dir=str(folder)) == folder
+
+
 def test_what_an_interrupted_run_has_left_is_replaced(tmp_path: Path) -> None:
     for left in (".lock", ".saving/x", "checkpoints/config.yaml"):
         folder = tmp_path / left.replace("/", "_")
         (folder / "model").mkdir(parents=True)
-        (folder / left).parent.mkdir(exist_ok=True)
-        (folder / left).write_text("process 1 on host")
+        leave(folder, left)
         with open_folder(OutputConfig(output_dir=str(folder)), "full") as opened:
             assert opened == folder
 
@@ -149,10 +175,8 @@ def test_without_a_name_a_run_takes_the_next_folder_and_resume_the_newest_unfini
     folders = [choose() for _ in range(3)]
     assert [str(folder) for folder in folders] == ["runs/lora", "runs/lora_2", "runs/lora_3"]
     for i, name in enumerate(("lora_2", "lora", "lora_x")):
-        config = Path("runs", name, "checkpoints", "config.yaml")
-        config.parent.mkdir(parents=True)
-        config.touch()
-        os.utime(config, (i, i))
+        leave(Path("runs", name), "checkpoints/config.yaml")
+        os.utime(Path("runs", name, "checkpoints", "config.yaml"), (i, i))
     assert choose(resume=True) == Path("runs/lora")
     assert find_free_folder(Path("runs/full")) == Path("runs/full")
 
@@ -191,10 +215,8 @@ def test_a_failed_run_does_not_take_the_place_of_the_run_to_resume(
     monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO")
     for time, name in enumerate(("lora", "lora_2")):
-        config = Path("runs", name, "checkpoints", "config.yaml")
-        config.parent.mkdir(parents=True)
-        config.touch()
-        os.utime(config, (time, time))
+        leave(Path("runs", name), "checkpoints/config.yaml")
+        os.utime(Path("runs", name, "checkpoints", "config.yaml"), (time, time))
     assert choose(resume=True) == Path("runs/lora_2")
     assert "no saved state in runs/lora_2: starting afresh" in caplog.text
     caplog.clear()
@@ -265,7 +287,7 @@ def test_a_full_disk_at_the_end_loses_no_weights(tmp_path: Path, monkeypatch: py
             train_session(make_session("full", tmp_path, epochs=1))
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not (tmp_path / "results.json").exists()
-    assert (tmp_path / "checkpoints" / "config.yaml").exists()
+    assert is_unfinished(tmp_path)
     result = train_session(make_session("full", tmp_path, epochs=1, resume=True))
     assert result.resumed
     assert (tmp_path / "model" / "model.safetensors").exists()
@@ -290,7 +312,7 @@ def test_a_push_that_ends_early_names_the_command_that_repeats_the_push(
 
 
 def test_a_run_that_fails_early_can_be_repeated_and_leaves_the_old_run(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
     task = ht.Task(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere"):
         task.fit(ht.linear_probe(), output_dir=tmp_path, overwrite_output_dir=True)

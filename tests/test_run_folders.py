@@ -8,8 +8,10 @@ from PIL import Image
 
 import hf_transfer as ht
 from hf_transfer.cli import main
-from hf_transfer.locations import find_run, resolve_model
+from hf_transfer.config import RunConfig
+from hf_transfer.locations import find_run, is_finished, is_unfinished, resolve_model
 from hf_transfer.network.source import check_checkpoint, find_source
+from hf_transfer.reporting.results import write_config
 
 SETTINGS = {"images_per_class": 10, "cache": "none", "engine": "eager"}
 
@@ -64,15 +66,19 @@ def test_only_the_folder_of_a_run_is_replaced(run: Path, tmp_path: Path) -> None
 
 
 def test_a_run_that_is_not_finished_is_named(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "config.yaml").write_text("seed: 0\n")
+    write_config(tmp_path / "checkpoints", RunConfig())
     with pytest.raises(ValueError, match=r"is not finished.*--resume"):
         check_checkpoint(str(tmp_path))
 
 
-def test_a_folder_with_other_results_is_no_run(tmp_path: Path) -> None:
+def test_files_of_other_programs_make_no_run(run: Path, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({}))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "config.yaml").write_text("dataset: cifar\n")
     assert resolve_model(str(tmp_path)) == str(tmp_path)
+    assert not is_finished(tmp_path)
+    assert not is_unfinished(tmp_path)
+    assert is_finished(run)
 
 
 def test_publish_takes_the_model_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
