@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import LOCK, find_free_folder, lock_folder, refuse_foreign, refuse_nested
+from hf_transfer.processes import run_on_main
 from hf_transfer.reporting.formats import format_metric
 from hf_transfer.reporting.report_results import find_metrics
 from hf_transfer.reporting.results import describe_run
@@ -175,25 +176,35 @@ class Run:
     def save(self, folder: str | Path) -> Path:
         """Writes config.yaml, results.json, model/ and report.html to `folder`, as a recipe does. Returns the folder.
 
-        Raises FileExistsError if the folder contains another run, and ValueError if another run is writing to the folder, if it
-        lies inside another run's folder, or if it contains files of somebody else that would be replaced.
+        With several processes, all call this method, and the main process writes. Raises FileExistsError if the folder contains
+        another run, and ValueError if another run is writing to the folder, if it lies inside another run's folder, or if it
+        contains files of somebody else that would be replaced.
         """
         folder = Path(folder).expanduser()
         if self.folder is not None and folder.resolve() == self.folder.resolve():
             return self.folder
-        if is_finished(folder):
-            raise FileExistsError(f"{folder} contains a finished run: choose another folder, or delete this folder")
-        refuse_nested(folder)
-        refuse_foreign(folder)
-        is_main = self._session is None or self._session.is_main
-        with lock_folder(folder) if is_main else nullcontext():
+        with ExitStack() as locks:
+
+            def lock() -> None:
+                if is_finished(folder):
+                    raise FileExistsError(
+                        f"{folder} contains a finished run: choose another folder, or delete this folder"
+                    )
+                refuse_nested(folder)
+                refuse_foreign(folder)
+                locks.enter_context(lock_folder(folder))
+
+            run_on_main(lock)
             if self._session is not None and self._result is not None:
                 write_run(self._session.with_output(folder), self._result)
             else:
-                assert self.folder is not None
-                shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
+                run_on_main(lambda: self._copy(folder))
         self.folder = folder
         return folder
+
+    def _copy(self, folder: Path) -> None:
+        assert self.folder is not None
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
 
     def export(
         self,
@@ -222,7 +233,7 @@ class Run:
 
         A run that is not saved is first saved to `runs/<strategy>`, or to `runs/<strategy>_2` (`_3`, ...) if that exists.
         """
-        folder = self.folder or self.save(find_free_folder(Path("runs") / self.strategy))
+        folder = self.folder or self.save(run_on_main(lambda: find_free_folder(Path("runs") / self.strategy)))
         is_adapter = is_adapter_folder(str(folder / MODEL))
         published = publish(folder, repo_id, adapter=is_adapter, options=options)
         return published.url

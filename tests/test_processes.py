@@ -116,6 +116,34 @@ def test_a_program_trains_twice_in_several_processes(tmp_path: Path) -> None:
     assert one == other
 
 
+def save_at_different_times(folder: Path) -> list[str]:
+    import hf_transfer as ht
+
+    run = ht.Task("sklearn/digits", images_per_class=4).fit(ht.linear_probe(readouts="none"))
+    deadline = time.monotonic() + 5 * PartialState().process_index
+    while time.monotonic() < deadline and not (folder / "run" / "results.json").exists():
+        time.sleep(0.05)
+    run.save(folder / "run")
+    copied = ht.load_run(folder / "run")
+    copied.save(folder / "copy")
+    assert (folder / "copy" / "results.json").exists(), "every process returns after the files are written"
+    errors = []
+    for name in ("run", "copy/inside"):
+        with pytest.raises((ValueError, OSError, RuntimeError)) as refusal:
+            copied.save(folder / name)
+        errors.append(str(refusal.value))
+    return errors
+
+
+def test_a_process_that_is_slower_than_the_writing_saves_the_same_run(tmp_path: Path) -> None:
+    one, other = run_ranks(
+        save_at_different_times, 2, tmp_path, folder=tmp_path, env={"HF_TRANSFER_CACHE": str(tmp_path / "cache")}
+    )
+    for errors in (one, other):
+        assert "contains a finished run" in errors[0]
+        assert "lies inside the folder of another run" in errors[1]
+
+
 def test_one_process_waits_for_nobody() -> None:
     assert not torch.distributed.is_initialized()
     processes.wait_for_everyone()
