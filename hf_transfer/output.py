@@ -48,13 +48,13 @@ def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
     with ExitStack() as locks:
 
         def choose() -> str:
-            folder, is_new = _name_folder(output, strategy)
+            folder, is_created = _name_folder(output, strategy)
             if output.output_dir is not None:
                 refuse_nested(folder)
             refuse_foreign(folder)
-            if is_new:
+            is_created |= locks.enter_context(lock_folder(folder))
+            if is_created:  # the stack deletes first, and unlocks then
                 locks.push(lambda kind, error, trace: _delete_failed(folder, error))
-            locks.enter_context(lock_folder(folder))
             if is_finished(folder) and not output.overwrite_output_dir:
                 if not output.resume:
                     raise _refuse(folder, "a finished run")
@@ -70,14 +70,15 @@ def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[bool]:
     """Creates `folder`, and locks it during the `with` block. The system frees the lock of a process that is killed.
 
-    Raises ValueError, with the process and host that has the lock, if another run has locked the folder.
+    Yields whether this call has created the folder. Raises ValueError, with the process and host that has the lock, if another
+    run has locked the folder.
     """
     path = folder / LOCK
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        is_created = _create(folder)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"output_dir={folder} is a file, or lies below a file: choose a folder") from None
     lock = FileLock(path, timeout=0)
@@ -85,20 +86,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"output_dir={folder}: another run ({path.read_text() or 'just started'}) writes to this folder: choose another "
+            f"output_dir={folder}: another run ({_read_lock(folder) or 'just started'}) writes to this folder: choose another "
             "folder, or wait until that run has ended"
         ) from None
     with lock:
         lock.release()  # the `with` statement has acquired the lock a second time
         path.write_text(f"{LOCKED_BY} {os.getpid()} on {socket.gethostname()}")
-        yield
+        yield is_created
 
 
 def refuse_foreign(folder: Path) -> None:
     """Raises ValueError if a run would replace files in `folder` that no run has written, such as a folder `model`."""
-    lock = folder / LOCK
     is_ours = is_finished(folder) or is_unfinished(folder) or (folder / STAGING).exists()
-    if is_ours or (lock.is_file() and lock.read_text(errors="replace").startswith(LOCKED_BY)):
+    if is_ours or _read_lock(folder).startswith(LOCKED_BY):
         return
     names = [name for name in (*OLD_RESULTS, f"{CHECKPOINTS}/{CONFIG}") if (folder / name).exists()]
     if names:
@@ -191,14 +191,32 @@ def _can_resume(folder: Path, strategy: str) -> bool:
     return has_states and json.loads((folder / RESULTS).read_text()).get("strategy") == strategy
 
 
+def _create(folder: Path) -> bool:
+    """Creates `folder` unless it exists. Returns whether this process has created it, even if others try at the same moment."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
+def _read_lock(folder: Path) -> str:
+    """Returns the process and host that have, or had, the lock of `folder`; "" if there is no lock."""
+    try:
+        return (folder / LOCK).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def _name_folder(output: OutputConfig, strategy: str) -> tuple[Path, bool]:
-    """Returns the output folder, and whether this run creates it.
+    """Returns the output folder, and whether this call has created it.
 
     A run to resume is the newest unfinished one that has saved something, and otherwise the newest unfinished one.
     """
     if output.output_dir is not None:
-        folder = Path(output.output_dir).expanduser()
-        return folder, not folder.exists()
+        return Path(output.output_dir).expanduser(), False
     default = Path("runs") / strategy
     if output.resume:
         named = [folder for folder in default.parent.glob(f"{strategy}*") if _is_numbered(folder, strategy)]

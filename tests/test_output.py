@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import hf_transfer as ht
-from hf_transfer import runs
+from hf_transfer import output, runs
 from hf_transfer.cli import main
 from hf_transfer.config import OutputConfig, RunConfig
 from hf_transfer.errors import ContinuableError, describe_error
@@ -207,6 +208,41 @@ def test_a_run_that_fails_before_it_saves_anything_leaves_no_folder(
     with pytest.raises(ValueError, match="again"):
         fail(ValueError("again"))
     assert folder.exists() == is_left, "a folder that was there stays"
+
+
+@pytest.mark.parametrize("check", ["refuse_nested", "refuse_foreign"])
+def test_a_run_that_is_refused_leaves_the_folder_of_the_run_that_was_faster(
+    check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both start when there is no folder. The faster one locks it while the other one is at `check`."""
+    output_config = OutputConfig(output_dir=str(tmp_path / "new"))
+    with ExitStack() as faster:
+
+        def be_slower(_: Path) -> None:
+            monkeypatch.undo()
+            faster.enter_context(open_folder(output_config, "lora"))
+
+        monkeypatch.setattr(output, check, be_slower)
+        with pytest.raises(ValueError, match=r"another run \(process"), open_folder(output_config, "lora"):
+            pass
+        assert (tmp_path / "new" / ".lock").is_file()
+        with pytest.raises(ValueError, match="of the faster run"), faster:
+            raise ValueError("of the faster run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_is_deleted_while_it_is_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deleted = []
+
+    def look(folder: Path, **options: Any) -> None:
+        with pytest.raises(ValueError, match="another run"), lock_folder(folder):
+            pass
+        deleted.append(folder)
+
+    monkeypatch.setattr(output.shutil, "rmtree", look)
+    with pytest.raises(ValueError, match="early"), open_folder(OutputConfig(output_dir=str(tmp_path / "new")), "lora"):
+        raise ValueError("early")
+    assert deleted == [tmp_path / "new"]
 
 
 def test_a_failed_run_does_not_take_the_place_of_the_run_to_resume(
