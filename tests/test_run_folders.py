@@ -56,6 +56,17 @@ def test_training_starts_from_a_run(run: Path) -> None:
     assert continued.test.accuracy == ht.load_run(run / "model").test.accuracy
 
 
+@pytest.mark.parametrize("folder", ["", "model"])
+def test_a_run_that_starts_from_a_run_names_it(folder: str, run: Path) -> None:
+    """The folder `model` of every run has the same name."""
+    task = ht.Task("sklearn/digits", str(run / folder), **SETTINGS)
+    results = task.fit(ht.linear_probe(readouts="none")).results
+    assert results["checkpoint"]["id"] == "mine"
+    assert results["config"]["checkpoint"] == "mine"
+    with pytest.raises(ValueError, match="mine is a folder without a Hub id"):
+        task.fit(ht.lora(merge=False))
+
+
 def test_only_the_folder_of_a_run_is_replaced(run: Path, tmp_path: Path) -> None:
     assert resolve_model(str(run)) == str(run / "model")
     for name in (str(run / "model"), "embedded", "timm/resnet18.a1_in1k", str(tmp_path), str(tmp_path / "missing")):

@@ -158,6 +158,9 @@ def test_the_card_names_the_upstream_and_no_path(tmp_path: Path) -> None:
     again = load(str(tmp_path / "model"))
     assert (again.source.id, again.source.base_model) == (None, "timm/resnet18.a1_in1k")
     assert make_card_data(again, results_for(again)).base_model == "timm/resnet18.a1_in1k"
+    save_model(again, results_for(again), tmp_path / "again")
+    assert "`timm/resnet18.a1_in1k`, adapted to `" in card
+    assert "\nA model based on `timm/resnet18.a1_in1k`, adapted to `" in (tmp_path / "again" / "README.md").read_text()
     assert again.label_names == LABELS
     assert not again.new_head
     # Weights have the same file permissions as the card.

@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 from hf_transfer.confidence.record import CONFIDENCE
 from hf_transfer.confidence.record import KEY as CONFIDENCE_KEY
 from hf_transfer.config import EMBEDDED_CHECKPOINT, NO_CHECKPOINT
-from hf_transfer.locations import resolve_model
+from hf_transfer.locations import find_run, resolve_model
 from hf_transfer.network.damage import WEIGHTS, check_files, find_weights, is_pickled, read_json
 
 log = logging.getLogger(__name__)
@@ -75,8 +75,8 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The name for logs and cards: the Hub id if it is known, else the name of the folder."""
-        return self.id or self.folder.name
+        """The name for logs and cards: the Hub id if it is known, else the name of the folder, or of the run of a model."""
+        return self.id or find_run(self.folder).name
 
     @property
     def credited(self) -> str | None:
