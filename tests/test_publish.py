@@ -330,12 +330,14 @@ def test_an_adapter_is_sent_as_it_is_or_merged_and_only_with_its_base(
     assert sent["adapter_model.safetensors"] == (run / "model" / "adapter_model.safetensors").read_bytes()
     assert "peft: logits differ by at most" in sent[CARD].decode()
     assert contents(run) == before
-    # Pushing the plain checkpoint to the same repository removes the adapter's files.
+    # Pushing the plain checkpoint to the same repository removes the adapter's files. Terms that the user has added are sent.
+    (run / "model" / "NOTICE").write_text("terms of the base")
     status, shown = push(hub, run, capsys, "--base", str(tmp_path / "upstream"))
     assert status == 0, shown
     sent = hub.files("alice/digits")
     assert "transformers: logits differ by at most" in sent[CARD].decode()
     assert "model.safetensors" in sent
+    assert sent["NOTICE"] == b"terms of the base"
     assert not {"adapter_config.json", "adapter_model.safetensors", "task.json"} & set(sent)
     assert ModelCard(sent[CARD].decode()).data.base_model == "bob/upstream"
     # A different base under the same id is refused.

@@ -115,7 +115,9 @@ def test_examples_come_before_training_or_at_the_end_of_an_edited_card() -> None
 
 
 @pytest.mark.usefixtures("unverified")
-@pytest.mark.parametrize("name", ["cat.jpg", "photos/dog.PNG", "onnx/cat.jpg", "notes.txt", "scan"])
+@pytest.mark.parametrize(
+    "name", ["cat.jpg", "photos/dog.PNG", "onnx/cat.jpg", "notes.txt", "scan", "NOTICE.jpg", "onnx/NOTICE"]
+)
 def test_files_of_somebody_else_in_the_model_folder_are_refused(
     name: str, run: Path, hub: HubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +146,12 @@ def test_files_that_a_run_or_an_export_writes_are_pushed(name: str, tmp_path: Pa
     file.touch()
     (tmp_path / "model" / ".cat.jpg").touch()  # hidden files stay
     assert list(_list_files(tmp_path / "model")) == [name]
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "NOTICE.md"])
+def test_the_terms_that_a_user_adds_are_pushed(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    assert list(_list_files(tmp_path)) == [name]
 
 
 def test_the_card_counts_images_but_does_not_name_them(tmp_path: Path) -> None:

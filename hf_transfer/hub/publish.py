@@ -7,6 +7,7 @@ not sent again (LFS recognizes their content), and the model appears in one comm
 import logging
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch, fnmatchcase
@@ -46,7 +47,8 @@ LOADED = (
     "task.json", "onnx/*", "openvino/*", "export.json", EXAMPLES,
 )  # fmt: skip
 
-# The files of a saved and exported model, by folder below model/. A push refuses all other files: they may be private.
+# The files of a saved and exported model, by folder below model/. A push refuses all other files, because they may be private,
+# except the texts in TERMS, which a license may oblige the user to add.
 WRITTEN: Mapping[str, tuple[str, ...]] = {
     ".": (
         CARD, "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -56,6 +58,7 @@ WRITTEN: Mapping[str, tuple[str, ...]] = {
     "onnx": ("model*.onnx", "model*.onnx.data"),
     "openvino": ("model*.xml", "model*.bin"),
 }  # fmt: skip
+TERMS = tuple(f"{name}{suffix}" for name in ("LICENSE", "NOTICE") for suffix in ("", ".txt", ".md"))
 
 __all__ = ["PublishOptions", "Published", "PushError", "check_push", "publish", "publish_command"]
 
@@ -111,8 +114,8 @@ def publish(
     token of `hf auth login`. After a dry run, the card in the folder says what was verified.
 
     Raises ValueError if `run` is not a finished run, `repo_id` is not OWNER/NAME, an adapter's base is unreachable or the model
-    folder contains a file that hf_transfer has not written, VerificationError or ExportError if the saved model or an exported
-    file differs from the measured model, and PushError with a remedy if the Hub refuses.
+    folder contains a file that hf_transfer has not written and that is not in TERMS, VerificationError or ExportError if the
+    saved model or an exported file differs from the measured model, and PushError with a remedy if the Hub refuses.
 
         publish("runs/x", "me/model", options=PublishOptions(private=True))
     """
@@ -201,17 +204,20 @@ def _choose_model(run: Path, results: Mapping[str, Any], *, adapter: bool, base:
             f"the base of this adapter, {base or recorded}, cannot be loaded: {error}. You can also {remedy}"
         ) from error
     save_model(merged, results, run / MERGED)
+    for name in TERMS:
+        if (model / name).is_file():
+            shutil.copy(model / name, run / MERGED / name)
     return run / MERGED
 
 
 def _list_files(model: Path) -> dict[str, Path]:
     """Returns the files of the model folder to push, by name. Hidden files do not belong to the model.
 
-    Raises ValueError if the folder contains a file that a run or an export cannot have written.
+    Raises ValueError if the folder contains a file that a run or an export cannot have written and that is not in TERMS.
     """
     files = {p.relative_to(model).as_posix(): p for p in sorted(model.rglob("*")) if p.is_file()}
     files = {name: path for name, path in files.items() if not re.search(r"(^|/)\.", name)}
-    foreign = [f"{model.name}/{name}" for name in files if not _is_written(PurePosixPath(name))]
+    foreign = [f"{model.name}/{n}" for n in files if n not in TERMS and not _is_written(PurePosixPath(n))]
     if foreign:
         more = f" and {len(foreign) - NAMED} more" if len(foreign) > NAMED else ""
         verb, them = ("was", "it") if len(foreign) == 1 else ("were", "them")
