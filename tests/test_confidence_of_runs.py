@@ -346,3 +346,35 @@ def test_a_run_with_groups_holds_out_one_image_of_each(tmp_path: Path) -> None:
     assert confidence["held_out_by"] == "cross_validation"
     assert confidence["num_held_out"] == 60
     assert results["metrics"]["validation"]["num_samples"] == 180
+
+
+@pytest.mark.parametrize("unknown_in", ["all splits", "test"])
+def test_sets_need_images_whose_labels_are_all_known(
+    unknown_in: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One label of each image is unknown, in all splits or in test images alone."""
+    images, digits = load_digits(return_X_y=True)
+    rows, names = ["path,even,large,third,split"], ("even", "large", "third")
+    for i in range(80):
+        split = ("train", "validation", "test", "train")[i % 4]
+        Image.fromarray(np.uint8(images[i].reshape(8, 8) * 15)).save(tmp_path / f"{i}.png")
+        flags = [str(int(flag)) for flag in (digits[i] % 2 == 0, digits[i] > 4, digits[i] % 3 == 0)]
+        if unknown_in in ("all splits", split):
+            flags[i // 4 % 3] = ""
+        rows.append(",".join([f"{i}.png", *flags, split]))
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    columns: dict[str, Any] = {"label_columns": names, "split_column": "split"}
+    task = ht.Task(str(tmp_path / "labels.csv"), problem_type="multi_label_classification", **columns)
+    run = task.fit(ht.linear_probe(readouts="none"), output_dir=tmp_path / "run")
+    known = {"all splits": [], "test": ["held_out"]}[unknown_in]
+    coverage = run.results["details"]["confidence"]["coverage"]
+    assert list(coverage) == known
+    assert [coverage[name]["num_images"] for name in known] == [60] * len(known)
+    words = ["predict", str(tmp_path / "run" / "model"), str(tmp_path / "0.png"), "--coverage", "0.9"]
+    if known:
+        main(words)
+        assert "; set: " in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "coverage=0.9: this model has no sets or intervals, since no held-out" in capsys.readouterr().err

@@ -43,7 +43,7 @@ class Confidence:
     num_held_out: int = 0
     held_out_by: str = ""  # who held these images out: "validation", "cross_validation" or "folds"
     scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """Sorted conformal scores (n, C); (0, 0): the target has no conformal sets."""
+    """Sorted conformal scores (n, C); (0, 0): the target has no conformal sets, or no held-out image has known labels."""
     confidences: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
     """The top probabilities (n,) of held-out images; empty: the target has no classes."""
     hits: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
@@ -54,7 +54,10 @@ class Confidence:
     def find_limits(self, coverage: float) -> NDArray[np.float64]:
         """Returns the limits (C,) of scores for sets with this coverage. Raises ValueError if there are no conformal sets."""
         if not self.scores.size:
-            raise ValueError(f"coverage={coverage}: this kind of target has no sets; omit --coverage")
+            raise ValueError(
+                f"coverage={coverage}: this model has no sets or intervals, since no held-out image had all labels known, or"
+                " this kind of target has none; omit --coverage"
+            )
         return find_limits(self.scores, coverage)
 
     def choose_threshold(self, max_error: float) -> Abstention:

@@ -37,7 +37,7 @@ class CoverageCheck:
     covered: float
     interval: Interval  # 95 % binomial interval of `covered`
     mean_size: float | None  # labels per set; None for numbers
-    num_images: int
+    num_images: int  # whose labels are known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class ConfidenceReport:
     held_out_by: str
     num_held_out: int
     calibration: Mapping[str, CalibrationChange]  # by split: held_out (cross-fitted) and test
-    coverage: Mapping[str, CoverageCheck]  # by split: held_out (cross-fitted) and test
+    coverage: Mapping[str, CoverageCheck]  # the same; without a split that has no image with known labels
     abstention: AbstentionCheck | None
     familiar_held_out: int | None  # held-out images that set the limit of the distance; None: no distance is saved
 
@@ -74,7 +74,10 @@ def record_confidence(
     """Returns the record of a network whose logits were scaled by `factors` (K,). `held_out`: calibrated predictions."""
     target = result.backbone.target
     scores = target.score_labels(held_out.logits, held_out.labels)
-    stored = np.zeros((0, 0), np.float32) if scores is None else sort_scores(scores, seed=session.config.seed)
+    if scores is None or np.isnan(scores).all():
+        stored = np.zeros((0, 0), np.float32)
+    else:
+        stored = sort_scores(scores, seed=session.config.seed)
     confidences, hits = _read_hits(target, held_out.logits, held_out.labels)
     if len(hits) > MAX_HITS:
         kept = np.random.default_rng(session.config.seed).choice(len(hits), MAX_HITS, replace=False)
@@ -102,7 +105,7 @@ def report_confidence(
     seed: int,
 ) -> ConfidenceReport:
     """Returns what the record is worth: measured on halves of the held-out images in turn, and on test images."""
-    coverage: dict[str, CoverageCheck] = {}
+    coverage: dict[str, CoverageCheck | None] = {}
     scores = target.score_labels(held_out.logits, held_out.labels)
     if scores is not None and confidence.scores.size:
         halves = np.random.default_rng(seed).permutation(len(held_out)) % 2
@@ -118,7 +121,7 @@ def report_confidence(
         held_out_by=held_out.by,
         num_held_out=len(held_out),
         calibration=changes,
-        coverage=coverage,
+        coverage={name: check for name, check in coverage.items() if check is not None},
         abstention=_check_abstention(confidence, target, test),
         familiar_held_out=None if confidence.distance is None else confidence.distance.num_held_out,
     )
@@ -142,18 +145,20 @@ def _read_hits(
 
 def _check_coverage(
     target: Target, logits: NDArray[np.float32], scores: NDArray[np.float64], limits: NDArray[np.float64]
-) -> CoverageCheck:
-    """Returns the share of known labels whose score (N, C) is at most the limit (N, C) of their image."""
+) -> CoverageCheck | None:
+    """Returns the share of known labels whose score (N, C) is at most the limit (N, C) of their image, or None."""
     known = ~np.isnan(scores)
+    count = int(known.sum())
+    if not count:
+        return None
     covered = int((scores <= limits)[known].sum())
     mask = target.find_set(torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(limits))
-    count = int(known.sum())
     return CoverageCheck(
         coverage=REPORTED_COVERAGE,
         covered=covered / count,
         interval=binomial_interval(covered, count),
         mean_size=None if mask is None else float(mask.numpy().sum(1).mean()),
-        num_images=len(logits),
+        num_images=int(known.any(1).sum()),
     )
 
 
