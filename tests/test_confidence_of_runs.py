@@ -332,20 +332,43 @@ def test_the_bound_of_abstention_holds_for_alike_images_of_a_group() -> None:
     assert promised[False] > 6, "else this test shows nothing"
 
 
-def test_a_run_with_groups_holds_out_one_image_of_each(tmp_path: Path) -> None:
+def fit_objects(folder: Path, num_objects: int) -> Run:
+    """Trains a probe on three alike images of each of `num_objects` objects, which are the groups."""
     images, labels = load_digits(n_class=2, return_X_y=True)
     rows = ["path,label,object"]
-    for i in range(60):
+    for i in range(num_objects):
         for copy in range(3):
-            Image.fromarray(np.uint8(images[i].reshape(8, 8) * 15)).save(tmp_path / f"{i}_{copy}.png")
+            Image.fromarray(np.uint8(images[i].reshape(8, 8) * 15)).save(folder / f"{i}_{copy}.png")
             rows.append(f"{i}_{copy}.png,digit {labels[i]},{i}")
-    (tmp_path / "labels.csv").write_text("\n".join(rows))
-    task = ht.Task(str(tmp_path / "labels.csv"), group_column="object")
-    results = task.fit(ht.linear_probe(readouts="none")).results
+    (folder / "labels.csv").write_text("\n".join(rows))
+    task = ht.Task(str(folder / "labels.csv"), group_column="object")
+    return task.fit(ht.linear_probe(readouts="none"), output_dir=folder / "run")
+
+
+def test_a_run_with_groups_holds_out_one_image_of_each(tmp_path: Path) -> None:
+    results = fit_objects(tmp_path, 60).results
     confidence = results["details"]["confidence"]
     assert confidence["held_out_by"] == "cross_validation"
     assert confidence["num_held_out"] == 60
     assert results["metrics"]["validation"]["num_samples"] == 180
+
+
+def test_fewer_than_ten_groups_give_neither_sets_nor_abstention(tmp_path: Path) -> None:
+    run = fit_objects(tmp_path, 7)
+    confidence = run.results["details"]["confidence"]
+    assert (confidence["num_held_out"], confidence["coverage"], confidence["abstention"]) == (7, {}, None)
+    for asked in ({"coverage": 0.9}, {"max_error": 0.5}):
+        with pytest.raises(ValueError, match=r"10 or more held-out images \(with --group_column, of"):
+            run.predict(str(tmp_path / "0_0.png"), **asked)
+
+
+def test_sets_of_all_labels_have_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit_objects(tmp_path, 12)
+    for coverage, is_noted in (("0.9", False), ("0.95", True)):  # 12 of 13 are 92 %
+        main(["predict", str(tmp_path / "run" / "model"), str(tmp_path / "0_0.png"), "--coverage", coverage])
+        shown = capsys.readouterr()
+        assert ("has too few held-out images for this coverage" in shown.err) == is_noted
+        assert ("set: digit 0, digit 1" in shown.out) == is_noted
 
 
 @pytest.mark.parametrize("unknown_in", ["all splits", "test"])
@@ -377,4 +400,4 @@ def test_sets_need_images_whose_labels_are_all_known(
         return
     with pytest.raises(SystemExit):
         main(words)
-    assert "coverage=0.9: this model has no sets or intervals, since no held-out" in capsys.readouterr().err
+    assert "coverage=0.9: this model has no sets or intervals, which need 10 or" in capsys.readouterr().err

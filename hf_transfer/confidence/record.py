@@ -43,9 +43,9 @@ class Confidence:
     num_held_out: int = 0
     held_out_by: str = ""  # who held these images out: "validation", "cross_validation" or "folds"
     scores: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
-    """Sorted conformal scores (n, C); (0, 0): the target has no conformal sets, or no held-out image has known labels."""
+    """Sorted conformal scores (n, C); (0, 0): the target has no conformal sets, or too few images have known labels."""
     confidences: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
-    """The top probabilities (n,) of held-out images; empty: the target has no classes."""
+    """The top probabilities (n,) of held-out images; empty: the target has no classes, or there are too few."""
     hits: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
     """Whether each of these images is predicted right (n,)."""
     distance: TrainingDistance | None = None
@@ -55,8 +55,8 @@ class Confidence:
         """Returns the limits (C,) of scores for sets with this coverage. Raises ValueError if there are no conformal sets."""
         if not self.scores.size:
             raise ValueError(
-                f"coverage={coverage}: this model has no sets or intervals, since no held-out image had all labels known, or"
-                " this kind of target has none; omit --coverage"
+                f"coverage={coverage}: this model has no sets or intervals, which need 10 or more held-out images (with"
+                " --group_column, of as many groups) whose labels are all known; omit --coverage"
             )
         return find_limits(self.scores, coverage)
 
@@ -64,8 +64,8 @@ class Confidence:
         """Returns when to abstain. Raises ValueError if the held-out images cannot show an error this low."""
         if not len(self.hits):
             raise ValueError(
-                f"max_error={max_error}: only a model with one class per image, and held-out images, can abstain; omit"
-                " --max_error"
+                f"max_error={max_error}: only a model with one class per image, and 10 or more held-out images (with"
+                " --group_column, of as many groups), can abstain; omit --max_error"
             )
         found = choose_threshold(self.confidences, self.hits, max_error)
         if found is None:

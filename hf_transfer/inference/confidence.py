@@ -67,8 +67,10 @@ class Judge:
         )
 
     def describe(self) -> list[str]:
-        """Returns what the model does for each image: when it abstains, and if it cannot tell unfamiliar images."""
+        """Returns what the model does for each image: when it abstains, and if it cannot tell labels or unfamiliar images."""
         lines = [] if self.abstention is None else [self.abstention.describe()]
+        if self.limits is not None and np.isinf(self.limits).any():
+            lines.append("has too few held-out images for this coverage, so nothing is excluded; ask for less coverage")
         if self.confidence is not None and self.confidence.distance is None:
             reason = (
                 "an exported file gives no features: omit --engine, or give the folder of the weights"

@@ -19,7 +19,7 @@ from hf_transfer.metrics.records import Interval
 from hf_transfer.network.head import HeadInput
 from hf_transfer.session import Session
 from hf_transfer.targets.target import Labels, Target
-from hf_transfer.training.calibrate import HeldOut
+from hf_transfer.training.calibrate import LEAST_HELD_OUT, HeldOut
 from hf_transfer.training.familiarity import find_distance
 from hf_transfer.training.records import RunResult
 
@@ -71,14 +71,19 @@ def record_confidence(
     inputs: Sequence[HeadInput],
     factors: NDArray[np.float64] | None,
 ) -> Confidence:
-    """Returns the record of a network whose logits were scaled by `factors` (K,). `held_out`: calibrated predictions."""
+    """Returns the record of a network whose logits were scaled by `factors` (K,). `held_out`: calibrated predictions.
+
+    `held_out` has one image of each group. Of fewer than LEAST_HELD_OUT, the record has neither scores nor hits.
+    """
     target = result.backbone.target
     scores = target.score_labels(held_out.logits, held_out.labels)
-    if scores is None or np.isnan(scores).all():
+    if scores is None or (~np.isnan(scores)).any(1).sum() < LEAST_HELD_OUT:
         stored = np.zeros((0, 0), np.float32)
     else:
         stored = sort_scores(scores, seed=session.config.seed)
     confidences, hits = _read_hits(target, held_out.logits, held_out.labels)
+    if len(hits) < LEAST_HELD_OUT:
+        confidences, hits = confidences[:0], hits[:0]
     if len(hits) > MAX_HITS:
         kept = np.random.default_rng(session.config.seed).choice(len(hits), MAX_HITS, replace=False)
         confidences, hits = confidences[kept], hits[kept]
