@@ -32,12 +32,13 @@ from hf_transfer.auditing.duplicates import Copies, find_copies, group_copies
 from hf_transfer.auditing.facts import THUMBNAIL_PX, ImageFacts, read_orientation
 from hf_transfer.auditing.files import open_audit_folder
 from hf_transfer.auditing.hashes import compute_hashes, find_close_hashes
-from hf_transfer.auditing.held_out import draw_group_folds, predict_held_out
+from hf_transfer.auditing.held_out import FOLDS, predict_held_out
 from hf_transfer.auditing.outliers import BLANK_SCORE, find_outliers
 from hf_transfer.cli import main
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.inference.neighbors import find_neighbors
+from hf_transfer.solvers.folds import draw_folds
 from hf_transfer.targets.single_label import SingleLabel
 from tests.test_add_classes import write_digits
 from tests.test_comparison import make_split
@@ -179,14 +180,6 @@ def test_one_of_many_copies_is_kept(tmp_path: Path) -> None:
     assert kept & {f"train/cat/{i}.png" for i in range(4)} in [{f"train/cat/{i}.png"} for i in range(4)]
 
 
-def test_folds_keep_groups_together_and_classes_apart() -> None:
-    y = torch.arange(60) % 3
-    groups = np.arange(60) // 2
-    fold_of = draw_group_folds(y, groups, 5, seed=0).numpy()
-    assert (fold_of[::2] == fold_of[1::2]).all()
-    assert np.bincount(fold_of).tolist() == [12] * 5
-
-
 def test_a_copy_in_another_fold_would_hide_a_wrong_label() -> None:
     """Image 0 and its copy 1 have the same wrong label: only if one fold holds out both, the probe doubts the label."""
     rng = np.random.default_rng(0)
@@ -199,7 +192,7 @@ def test_a_copy_in_another_fold_would_hide_a_wrong_label() -> None:
     def doubt(groups: NDArray[np.int64]) -> float:
         return float(predict_held_out(x, y, groups, SingleLabel(names=("a", "b")), seed=0).log_probabilities[0, y[0]])
 
-    folds = draw_group_folds(torch.from_numpy(y), apart, 5, 0)
+    folds = draw_folds(torch.from_numpy(y), FOLDS, 0, torch.from_numpy(apart))
     assert folds[0] != folds[1]
     assert doubt(together) < doubt(apart) - 0.1
 
@@ -212,6 +205,17 @@ def test_a_class_of_one_image_is_not_judged() -> None:
     ).log_probabilities
     assert np.isnan(log_probabilities[40]).all()
     assert np.isfinite(log_probabilities[:40]).all()
+
+
+def test_two_groups_check_each_other_but_groups_of_one_class_cannot() -> None:
+    y = np.arange(80) % 2
+    x = np.random.default_rng(0).normal(size=(80, 4)).astype(np.float32)
+    x[:, 0] += 3 * (2 * y - 1)
+    groups = np.arange(80) // 40
+    log_probabilities = predict_held_out(x, y, groups, SingleLabel(names=("a", "b")), seed=0).log_probabilities
+    assert (log_probabilities.argmax(1) == y).mean() > 0.9
+    with pytest.raises(ValueError, match="no class has two images that differ"):
+        predict_held_out(x, y, y, SingleLabel(names=("a", "b")), seed=0)
 
 
 def test_far_and_blank_images_are_outliers() -> None:
@@ -361,6 +365,28 @@ def test_labels_that_are_no_classes_are_not_judged(tmp_path: Path, capsys: pytes
     (tmp_path / "labels.csv").write_text("path,label\nrow 0,1.5\n")
     with pytest.raises(ValueError, match="regression target, which has no classes to choose"):
         load_data(DataConfig(dataset=words[1], problem_type="regression", relabel=str(tmp_path / "labels.csv")))
+
+
+@pytest.mark.parametrize("camera_of", ["class", "all", "copies"])
+def test_groups_that_leave_no_class_to_other_groups_are_divided(
+    camera_of: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A camera for each class, one camera, or two cameras that a copy of an image joins; and a wrong label."""
+    rows = ["file,label,camera,split"]
+    for i in range(60):
+        image = paint(100 if camera_of == "copies" and i in (0, 30) else i, hue=i % 3)
+        image.save(tmp_path / f"{i}.png")
+        label, split = 1 if i == 33 else i % 3, "validation" if i % 10 == 0 else "train"
+        camera = {"class": label, "all": 0, "copies": i // 30}[camera_of]
+        rows.append(f"{i}.png,hue {label},{camera},{split}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    words = ["--dataset", str(tmp_path / "labels.csv"), "--split_column", "split", "--group_column", "camera"]
+    main(["audit", *words, "--output_dir", str(tmp_path / "audit")])
+    found = read_json(tmp_path / "audit" / "audit.json")
+    assert found["divides_groups"]
+    assert "33.png" in [row["path"] for row in found["suspected_labels"]]
+    for text in (capsys.readouterr().out, (tmp_path / "audit" / "audit.html").read_text()):
+        assert "not respected, since no class is in two groups" in text
 
 
 def test_an_older_audit_is_not_replaced_unasked(audited: Path) -> None:

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from hf_transfer.auditing.duplicates import BLANK_CONTRAST, Copies, find_copies, group_copies
 from hf_transfer.auditing.facts import ImageFacts, read_facts
-from hf_transfer.auditing.held_out import HeldOut, LabeledFeatures, confuse, predict_held_out, score_without_copies
+from hf_transfer.auditing.held_out import (
+    HeldOut,
+    LabeledFeatures,
+    confuse,
+    is_class_in_two,
+    predict_held_out,
+    score_without_copies,
+)
 from hf_transfer.auditing.outliers import find_outliers
 from hf_transfer.auditing.records import (
     AuditResult,
@@ -83,11 +90,14 @@ def audit(session: Session) -> AuditResult:
     with _timing(seconds, "duplicates"):
         digests = np.concatenate([split.digests() for split in data.splits])
         copies = find_copies(digests, features[0], facts, num_threads)
-    groups = group_copies(copies, len(images.labels), number_groups(data.splits))
-    held_out, tested = [], None
+    held_out, tested, divides_groups = [], None, False
     if data.target.has_classes:
         with _timing(seconds, "labels"):
-            seed = session.config.seed
+            seed, codes = session.config.seed, number_groups(data.splits)
+            groups = group_copies(copies, len(images.labels), codes)
+            divides_groups = codes is not None and not is_class_in_two(images.labels, groups)
+            if divides_groups:
+                groups = group_copies(copies, len(images.labels))
             held_out = [predict_held_out(x, images.labels, groups, data.target, seed=seed) for x in features]
             tested = _test_without_copies(images, copies, features[0], held_out[0].c)
     with _timing(seconds, "outliers"):
@@ -101,6 +111,7 @@ def audit(session: Session) -> AuditResult:
         images_computed=computed,
         seconds=seconds,
         judges_labels=bool(held_out),
+        divides_groups=divides_groups,
         suspected_labels=tuple(_suspect(images, held_out)) if held_out else (),
         duplicates=tuple(_describe_copies(images, copies)),
         outliers=tuple(

@@ -32,34 +32,34 @@ def predict_held_out(
 ) -> HeldOut:
     """Returns the probabilities (N, K) of rows `features` (N, D) by 5-fold cross-validation; the lowest log-loss chooses C.
 
-    Rows with equal `groups` (N,) are in one fold.
+    Rows with equal `groups` (N,) are in one fold. Raises ValueError if no class is in two groups.
     """
     x, y = torch.from_numpy(np.asarray(features, np.float32)), torch.from_numpy(labels)
-    fold_of = draw_group_folds(y, groups, FOLDS, seed)
-    masks = torch.stack([(fold_of != fold).float() for fold in range(FOLDS)])
-    cs = [c for c in C_GRID for _ in range(FOLDS)]
+    if not is_class_in_two(labels, groups):
+        raise ValueError("no class has two images that differ, so no label can be checked by other images")
+    fold_of = draw_folds(y, FOLDS, seed, torch.from_numpy(groups))
+    folds = range(int(fold_of.max()) + 1)
+    masks = torch.stack([(fold_of != fold).float() for fold in folds])
+    cs = [c for c in C_GRID for _ in folds]
     path = solve_path(x, y, target, cs, masks.repeat(len(C_GRID), 1), SOLVER)
-    is_scored = torch.stack([torch.isin(y, y[fold_of != fold]) for fold in range(FOLDS)])[fold_of, torch.arange(len(y))]
+    is_scored = torch.stack([torch.isin(y, y[fold_of != fold]) for fold in folds])[fold_of, torch.arange(len(y))]
     best, best_loss, best_c = None, np.inf, C_GRID[0]
     for i, c in enumerate(C_GRID):
         logits = torch.full((len(y), target.num_outputs), torch.nan)
-        for fold in range(FOLDS):
+        for fold in folds:
             rows = (fold_of == fold) & is_scored
-            problem = i * FOLDS + fold
+            problem = i * len(folds) + fold
             logits[rows] = F.linear(x[rows], path.weight[problem], path.bias[problem])
         loss = F.cross_entropy(logits[is_scored], y[is_scored]).item()
         if loss < best_loss:
             best, best_loss, best_c = logits, loss, c
-    if best is None:
-        raise ValueError("no class has two images that differ, so no label can be checked by other images")
+    assert best is not None
     return HeldOut(log_probabilities=best.log_softmax(1).numpy(), c=best_c)
 
 
-def draw_group_folds(y: torch.Tensor, groups: NDArray[np.int64], folds: int, seed: int) -> torch.Tensor:
-    """Returns the fold (N,) that holds out each row, stratified by the class of each group's first row."""
-    _, firsts, group_of = np.unique(groups, return_index=True, return_inverse=True)
-    of_group = draw_folds(y[torch.from_numpy(firsts)], folds, seed)
-    return of_group[torch.from_numpy(group_of.reshape(-1))]
+def is_class_in_two(labels: NDArray[np.int64], groups: NDArray[np.int64]) -> bool:
+    """Returns whether a class of labels (N,) is in two groups (N,), so that images of one can check labels of the other."""
+    return len(np.unique(np.stack([labels, groups]), axis=1)[0]) > len(np.unique(labels))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -117,6 +117,7 @@ class AuditResult:
     images_computed: int  # number of images that the network ran on; the others came from the cache
     seconds: Mapping[str, float]  # of "pass", "pixels", "duplicates", "labels", "outliers"
     judges_labels: bool  # False for labels that are no classes
+    divides_groups: bool  # whether images of one group checked each other's labels, since no class is in two groups
     suspected_labels: tuple[SuspectedLabel, ...]
     duplicates: tuple[Duplicate, ...]
     outliers: tuple[Outlier, ...]
@@ -140,6 +141,7 @@ class AuditResult:
             "images_computed": self.images_computed,
             "seconds": dict(self.seconds),
             "judges_labels": self.judges_labels,
+            "divides_groups": self.divides_groups,
             "suspected_labels": [_pick(row, SUSPECTED_COLUMNS) for row in self.suspected_labels],
             "duplicates": [_pick(row, DUPLICATE_COLUMNS) for row in self.duplicates],
             "contradictions": [

@@ -37,6 +37,7 @@ def summarize(result: AuditResult) -> list[str]:
     """Returns one sentence for each kind of finding. Labels, copies and outliers have one even if nothing is found."""
     return [
         _describe_labels(result),
+        *_describe_groups(result),
         *_describe_copies(result),
         _describe_outliers(result),
         *_describe_classes(result),
@@ -94,6 +95,15 @@ def _describe_labels(result: AuditResult) -> str:
         f"suspected labels: {count:,} ({_list_counts(splits)}); first {first.path!r}, labeled"
         f" {first.label!r}, may be {first.suggested!r}"
     )
+
+
+def _describe_groups(result: AuditResult) -> list[str]:
+    if not result.divides_groups:
+        return []
+    return [
+        "groups: not respected, since no class is in two groups (groups with a copy of the same image count as one); a wrong"
+        " label that a whole group shares is not found"
+    ]
 
 
 def _describe_copies(result: AuditResult) -> list[str]:
