@@ -331,12 +331,13 @@ def _compare(runs: Sequence[Repeat], probes: Sequence[Repeat], *, seed: int) -> 
     is_stored = len({run.results["data"]["fingerprint"][split] for run in runs}) == 1
     per_image = np.mean(gains, axis=0) if is_stored else np.concatenate(gains)
     groups = number_groups([run.splits[split] for run in (runs[:1] if is_stored else runs)])
+    interval = mean_interval(per_image, seed=seed, groups=groups)
     return {
         "gain_over_probe": {
             "split": split,
             "metric": runs[0].splits[split].target.image_quality,
             "mean": float(per_image.mean()),
-            "interval": list(mean_interval(per_image, seed=seed, groups=groups)),
+            "interval": None if interval is None else list(interval),
             "values": [float(each.mean()) for each in gains],
         }
     }

@@ -10,6 +10,7 @@ import pytest
 
 from hf_transfer.data.splits import Split
 from hf_transfer.reporting.comparison import compare_runs
+from hf_transfer.reporting.comparison_page import _describe_rows
 from hf_transfer.reporting.predictions import write_predictions
 from hf_transfer.reporting.saved_runs import SavedRun
 from hf_transfer.solvers.groups import number_groups
@@ -79,3 +80,16 @@ def test_alike_images_of_a_group_count_once_in_a_difference(is_grouped: bool, tm
     compared = compare_runs(runs).runs[1]
     assert compared.difference == pytest.approx(0.1)
     assert compared.is_different is not is_grouped
+
+
+def test_a_difference_on_images_of_one_group_is_undecided(tmp_path: Path) -> None:
+    target, labels = SingleLabel(names=("a", "b")), np.zeros(20, np.int64)
+    split = make_split(labels, target, np.full(20, "hospital"))
+    logits = np.tile([4.0, 0.0], (20, 1))
+    runs = [save_run(tmp_path / str(i), split, target, sign * logits) for i, sign in enumerate((-1, 1))]
+    comparison = compare_runs(runs)
+    assert comparison.runs[1].difference_interval is None
+    assert not comparison.runs[1].is_different
+    shown = "accuracy +100.0 points (no interval, since all images are of one group), undecided"
+    assert comparison.format().endswith(shown)
+    assert [row["range"] for row in _describe_rows(comparison)] == [None, None]

@@ -597,11 +597,11 @@ def test_finished_seeds_are_kept(
 
 def test_seeds_that_share_stored_validation_images_count_each_image_once() -> None:
     """Eight images, of which each seed predicts the same four better than the probe."""
-    split = make_split("validation", 8)
-    better, worse = np.eye(2, dtype=np.float32)[split.labels], np.eye(2, dtype=np.float32)[1 - split.labels]
+    alone, together = (make_split("validation", 8, groups) for groups in (None, ["camera"] * 8))
+    better, worse = np.eye(2, dtype=np.float32)[alone.labels], np.eye(2, dtype=np.float32)[1 - alone.labels]
     mixed = np.where(np.arange(8)[:, None] < 4, worse, better)
 
-    def compare(names: list[str]) -> dict[str, Any]:
+    def compare(names: list[str], split: Split = alone) -> dict[str, Any]:
         """The comparison of one run per name of validation images."""
 
         def record(name: str, logits: NDArray[np.float32]) -> repeats.Repeat:
@@ -616,6 +616,7 @@ def test_seeds_that_share_stored_validation_images_count_each_image_once() -> No
     assert compare(["a"] * 16)["interval"] == one["interval"]
     drawn = compare([f"drawn by seed {i}" for i in range(16)])
     assert np.diff(drawn["interval"]) < 0.5 * np.diff(one["interval"])
+    assert compare(["a"], together)["interval"] is None
 
 
 def test_a_probe_is_not_compared_with_itself() -> None:

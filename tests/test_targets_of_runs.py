@@ -306,3 +306,5 @@ def test_the_gain_over_a_probe_is_in_points_only_for_shares(metric: str, shown: 
     gain = {"metric": metric, "split": "test", "mean": 0.05, "interval": [0.01, 0.09]}
     [line] = describe_seeds({"seeds": [0, 1], "metrics": {}, "gain_over_probe": gain})
     assert shown in line
+    [line] = describe_seeds({"seeds": [0, 1], "metrics": {}, "gain_over_probe": gain | {"interval": None}})
+    assert line.endswith("(no interval, since all images are of one group, on the same images)")

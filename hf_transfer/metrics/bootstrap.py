@@ -6,7 +6,7 @@ images is the `mean_interval` of the differences per image.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,17 +67,31 @@ class _GroupDraw:
         return drawn[:count]
 
 
+@overload
+def mean_interval(values: NDArray[np.floating[Any]], *, seed: int = 0, resamples: int = 1000) -> Interval: ...
+
+
+@overload
+def mean_interval(
+    values: NDArray[np.floating[Any]], *, seed: int = 0, resamples: int = 1000, groups: NDArray[np.int64] | None
+) -> Interval | None: ...
+
+
 def mean_interval(
     values: NDArray[np.floating[Any]],
     *,
     seed: int = 0,
     resamples: int = 1000,
     groups: NDArray[np.int64] | None = None,
-) -> Interval:
+) -> Interval | None:
     """Returns the 95 % bootstrap interval of the mean of values (N,), one per image. `groups` (N,) are drawn as a whole.
+
+    Returns None if all images are of one group, which says nothing about others.
 
     To compare two models on the same images, pass the differences per image, such as the differences of `Outcomes.hits`.
     """
+    if groups is not None and len(np.unique(groups)) < 2:
+        return None
     blocks = resample_indices(len(values), seed=seed, resamples=resamples, groups=groups)
     return find_interval(np.concatenate([values[indices].mean(axis=1) for indices in blocks]))
 

@@ -18,7 +18,7 @@ from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.metrics.records import Interval, Metrics
 from hf_transfer.reporting.formats import format_metric, format_seconds
 from hf_transfer.reporting.predictions import deactivate
-from hf_transfer.reporting.report_results import choose_split, find_interval, find_metrics
+from hf_transfer.reporting.report_results import NO_INTERVAL, choose_split, find_interval, find_metrics
 from hf_transfer.reporting.saved_runs import SavedRun, read_activated
 from hf_transfer.solvers.groups import number_groups
 from hf_transfer.targets.multi_label import MultiLabel
@@ -36,12 +36,13 @@ class ComparedRun:
     interval: Interval | None
     seconds: float
     difference: float
-    difference_interval: Interval
+    difference_interval: Interval | None  # None if all images are of one group
 
     @property
     def is_different(self) -> bool:
         """Whether the interval of the difference excludes 0."""
-        return self.difference_interval[0] > 0 or self.difference_interval[1] < 0
+        bounds = self.difference_interval
+        return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +82,11 @@ class Comparison:
         """Returns the difference to the first run as a clause, and whether it is more than chance."""
         is_share = self.metric.kind == "percent"
         factor, unit, digits = (100, " points", 1) if is_share else (1, "", 3)
-        mean, low, high = (f"{factor * x:+.{digits}f}" for x in (run.difference, *run.difference_interval))
-        meaning = "more than chance" if run.is_different else "within chance"
-        return f"{self.image_quality.replace('_', ' ')} {mean}{unit} ({low} to {high}), {meaning}"
+        mean, *bounds = (f"{factor * x:+.{digits}f}" for x in (run.difference, *(run.difference_interval or ())))
+        difference = f"{self.image_quality.replace('_', ' ')} {mean}{unit}"
+        if not bounds:
+            return f"{difference} ({NO_INTERVAL}), undecided"
+        return f"{difference} ({' to '.join(bounds)}), {'more than' if run.is_different else 'within'} chance"
 
 
 def compare_runs(runs: Sequence[SavedRun]) -> Comparison:

@@ -38,16 +38,19 @@ def write_comparison(comparison: Comparison, targets: Sequence[Target], path: Pa
 
 def _describe_rows(comparison: Comparison) -> list[Mapping[str, Any]]:
     factor = 100 if comparison.metric.kind == "percent" else 1
-    bounds = [factor * bound for run in comparison.runs[1:] for bound in run.difference_interval]
+    bounds = [factor * bound for run in comparison.runs[1:] for bound in run.difference_interval or ()]
     scale = scale_of([0.0, *bounds])
     rows: list[Mapping[str, Any]] = []
     for i, run in enumerate(comparison.runs):
-        low, high = run.difference_interval
+        shown = None
+        if i and run.difference_interval is not None:
+            low, high = run.difference_interval
+            shown = scale.place(factor * low, factor * run.difference, factor * high, zero=0.0)
         rows.append(
             {
                 **_describe_run(comparison, run),
                 "difference": comparison.describe_difference(run) if i else "the baseline",
-                "range": scale.place(factor * low, factor * run.difference, factor * high, zero=0.0) if i else None,
+                "range": shown,
             }
         )
     return rows

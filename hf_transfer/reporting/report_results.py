@@ -16,6 +16,7 @@ ESTIMATED_BY = {  # metrics.validation.estimated_by -> the words for it in log, 
 }
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 NOTHING_SELECTED = "There is no test split. No validation image trained the model or selected it."
+NO_INTERVAL = "no interval, since all images are of one group"
 CHOSE_STRATEGY = " These predictions also chose the strategy, so the metrics are optimistic."
 CHOSE_EPOCHS = " These images also chose the epochs of those models, so the metrics are optimistic."
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_transfer.metrics.records import SHARES, Metrics, Score
-from hf_transfer.reporting.report_results import describe_estimate, find_interval
+from hf_transfer.reporting.report_results import NO_INTERVAL, describe_estimate, find_interval
 from hf_transfer.training.records import (
     AutoChoice,
     CandidateRecord,
@@ -52,10 +52,11 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     gain = section.get("gain_over_probe")
     if gain is not None:
         factor, digits, unit = (100, 1, " points") if gain["metric"] in SHARES else (1, 3, "")
-        mean, low, high = (f"{factor * value:+.{digits}f}" for value in (gain["mean"], *gain["interval"]))
+        mean, *bounds = (f"{factor * value:+.{digits}f}" for value in (gain["mean"], *(gain["interval"] or ())))
+        interval = f"95 % interval {' to '.join(bounds)}" if bounds else NO_INTERVAL
         lines.append(
             f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "
-            f"{mean}{unit} (95 % interval {low} to {high}, on the same images)"
+            f"{mean}{unit} ({interval}, on the same images)"
         )
     return lines
 
