@@ -170,7 +170,10 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
             log.info("%s", kept)
         for split, metrics in result.metrics.items():
             estimate = describe_estimate(metrics.details)
-            is_selected = result.is_selected if not estimate else bool(metrics.details.get("is_selected"))
+            if estimate:
+                is_selected = bool(metrics.details.get("is_selected"))
+            else:
+                is_selected = result.is_selected(holds_out_validation=session.data.holds_out_validation)
             if "test" not in result.metrics and (result.is_chosen or is_selected):
                 optimistic = "optimistic, because these images also selected the model"
                 estimate = f"{estimate}; {optimistic}" if estimate else optimistic

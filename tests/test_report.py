@@ -174,13 +174,24 @@ def test_a_page_without_a_test_split_warns() -> None:
     assert "Result on test" in with_test
 
 
-@pytest.mark.parametrize("keeps_last", [False, True])
-def test_a_card_without_a_test_split_says_whether_images_selected_the_model(keeps_last: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "keeps_last", "is_fair"),
+    [
+        ("full", False, False),
+        ("full", True, True),
+        ("probe_then_full", True, False),
+    ],  # folds chose C of the solved head
+)
+def test_a_card_without_a_test_split_says_whether_images_selected_the_model(
+    strategy: str, keeps_last: bool, is_fair: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = {"epochs": 1, "images_per_class": 6, "test_split": "none", "keep_last_epoch": keeps_last}
-    train_session(make_session("full", tmp_path, **settings))
+    with caplog.at_level("INFO"):
+        train_session(make_session(strategy, tmp_path, **settings))
     results = json.loads((tmp_path / "results.json").read_text())
     sentence = explain_validation(results, results["metrics"]["validation"])
-    assert sentence == (NOTHING_SELECTED if keeps_last else NO_TEST_SPLIT)
+    assert sentence == (NOTHING_SELECTED if is_fair else NO_TEST_SPLIT)
+    assert ("optimistic, because these images also selected the model" in caplog.text) is not is_fair
     assert sentence in (tmp_path / "model" / "README.md").read_text()
     chosen = {**results, "details": {"auto": {"candidates": [{"runs": 1}]}}}
     assert explain_validation(chosen, chosen["metrics"]["validation"]) == NO_TEST_SPLIT, "the images chose the strategy"

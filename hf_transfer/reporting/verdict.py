@@ -137,7 +137,7 @@ def _describe_last(phase: Mapping[str, Any], num_epochs: int) -> str:
         return f"Kept: the weights from before the last phase ({quality}), because no epoch was better beyond chance."
     which = f"epoch {phase['kept_epoch']} of {num_epochs or phase['epochs']}"
     if phase["kept"] == "last":
-        return f"Kept: the weights of {which}, the last one; no image selected it ({quality})."
+        return f"Kept: the weights of {which}, the last one; no image selected the epoch ({quality})."
     return f"Kept: the weights of {which} in the phase {phase['policy']}, which validation images selected ({quality})."
 
 

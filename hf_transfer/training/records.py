@@ -199,10 +199,13 @@ class RunResult:
         """The metrics on the validation split."""
         return self.metrics["validation"]
 
-    @property
-    def is_selected(self) -> bool:
-        """Whether validation images selected weights, which makes validation metrics optimistic."""
-        return any(phase.kept in (Kept.START, Kept.EPOCH) for phase in self.phases)
+    def is_selected(self, *, holds_out_validation: bool) -> bool:
+        """Whether validation images selected weights, which makes validation metrics optimistic.
+
+        They choose the regularization of a solved head too, unless they are a fold (`Data.holds_out_validation`).
+        """
+        unselected = {Kept.LAST, Kept.SOLUTION} if holds_out_validation else {Kept.LAST}
+        return any(phase.kept not in unselected for phase in self.phases)
 
     @property
     def is_chosen(self) -> bool:
