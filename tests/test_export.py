@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import hf_transfer as ht
 from hf_transfer.cli import main
@@ -249,6 +251,31 @@ def test_images_that_the_model_may_have_trained_on_give_no_accuracy(
     assert record.accuracy.before == pytest.approx(measured), (
         "it selected an epoch by these images, and trained on others"
     )
+
+
+def test_an_exported_file_of_numbers_says_how_much_they_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two numbers, one in units a thousand times as small."""
+    images, digits = load_digits(return_X_y=True)
+    rows = ["path,small,large"]
+    for i in range(60):
+        Image.fromarray(np.uint8(images[i].reshape(8, 8) * 15)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{digits[i]},{1000 * digits[i]}")
+    (tmp_path / "numbers.csv").write_text("\n".join(rows))
+    columns: Any = {"label_columns": ("small", "large"), "problem_type": "regression"}
+    task = ht.Task(str(tmp_path / "numbers.csv"), **columns)
+    task.fit(ht.linear_probe(readouts="none"), output_dir=tmp_path / "run")
+    main(["export", str(tmp_path / "run"), "--format", "onnx", "--export_precision", "fp16"])
+    (record,) = read_records(tmp_path / "run/model")
+    assert record.accuracy is not None
+    assert record.accuracy.agreement is None
+    small, large = record.accuracy.differences or ()
+    assert 0 < small < 0.1
+    assert large == pytest.approx(1000 * small, rel=0.9)
+    text = f"the numbers differ by {small:.3g}, {large:.3g} on average, of "
+    assert text in capsys.readouterr().out
+    assert text in (tmp_path / "run/model/README.md").read_text()
 
 
 def test_a_second_model_leaves_nothing_of_the_first_in_the_folder(run: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ CALIBRATION_IMAGES = 256
 class HeldOut:
     """`train`: images for calibration, whose labels are not read. `scored`: the split that both networks are scored on.
 
-    With `may_be_trained_on`, the network may have trained on the images of `scored`, so only the agreement is measured.
+    With `may_be_trained_on`, the network may have trained on the images of `scored`, so only the two networks are compared.
     """
 
     train: Split
@@ -50,18 +50,25 @@ class HeldOut:
         before, after = (
             compute_exact_logits(network, images, rows, resources) for network in networks
         )  # in this process
-        metric = backbone.target.metrics[0].key
+        target = backbone.target
+        metric = target.metrics[0].key
         scores = [
             None
             if self.may_be_trained_on
-            else float(backbone.target.compute_metrics(logits, self.scored.labels, seed=self.seed).values[metric])
+            else float(target.compute_metrics(logits, self.scored.labels, seed=self.seed).values[metric])
             for logits in (before, after)
         ]
+        agreement = differences = None
+        if target.counts_labels:
+            agreement = float((before.argmax(1) == after.argmax(1)).float().mean())
+        else:
+            differences = (target.activate(before) - target.activate(after)).abs().mean(0).tolist()
         return Accuracy(
             metric=metric,
             split=self.scored.name,
             num_images=len(self.scored),
             before=scores[0],
             after=scores[1],
-            agreement=float((before.argmax(1) == after.argmax(1)).float().mean()),
+            agreement=agreement,
+            differences=differences,
         )

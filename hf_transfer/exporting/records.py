@@ -18,7 +18,7 @@ RECORDS = "export.json"
 class Accuracy:
     """The target's main metric on the same held-out images, with the trained network and with an exported file.
 
-    Images that the network may have trained on give no metric, only the agreement.
+    Images that the network may have trained on give no metric, only the agreement of labels or the differences of numbers.
     """
 
     metric: str  # key in results.json, such as "accuracy"
@@ -26,17 +26,25 @@ class Accuracy:
     num_images: int
     before: float | None  # None: the network may have trained on these images
     after: float | None
-    agreement: float  # share of images with the same largest output
+    agreement: float | None  # share of images with the same largest output; None for numbers
+    differences: Sequence[float] | None = (
+        None  # mean absolute difference of each number, in its own unit; None for labels
+    )
 
     def format(self) -> str:
         """Returns the comparison in words."""
-        same = f"{100 * self.agreement:.1f} % have the same largest output"
+        same = self._describe_sameness()
         if self.before is None or self.after is None:
             return (
                 f"{same}, of {self.num_images:,} {self.split} images (the model may have trained on them, so no "
                 f"{self.metric} is given)"
             )
         return f"{self.metric} {self.before:.4f}, exported {self.after:.4f} ({self.num_images:,} {self.split} images; {same})"
+
+    def _describe_sameness(self) -> str:
+        if self.agreement is not None:
+            return f"{100 * self.agreement:.1f} % have the same largest output"
+        return f"the numbers differ by {', '.join(f'{each:.3g}' for each in self.differences or ())} on average"
 
 
 @dataclass(frozen=True, kw_only=True)
