@@ -28,6 +28,7 @@ from hf_transfer.prefix.resources import Resources
 from hf_transfer.prefix.store import Store
 from hf_transfer.prefix.taps import LogitsAndFeatures
 from hf_transfer.repeats import run_config
+from hf_transfer.reporting.confidence import describe_confidence
 from hf_transfer.run import Run
 from hf_transfer.runs import train_session
 from hf_transfer.session import Session
@@ -350,6 +351,7 @@ def test_a_run_with_groups_holds_out_one_image_of_each(tmp_path: Path) -> None:
     confidence = results["details"]["confidence"]
     assert confidence["held_out_by"] == "cross_validation"
     assert confidence["num_held_out"] == 60
+    assert "180 images that the probe" in describe_confidence(results)[0], "all images fit the temperature"
     assert results["metrics"]["validation"]["num_samples"] == 180
 
 
