@@ -93,11 +93,8 @@ def audit(session: Session) -> AuditResult:
     held_out, tested, divides_groups = [], None, False
     if data.target.has_classes:
         with _timing(seconds, "labels"):
-            seed, codes = session.config.seed, number_groups(data.splits)
-            groups = group_copies(copies, len(images.labels), codes)
-            divides_groups = codes is not None and not is_class_in_two(images.labels, groups)
-            if divides_groups:
-                groups = group_copies(copies, len(images.labels))
+            seed = session.config.seed
+            groups, divides_groups = _keep_together(images.labels, copies, number_groups(data.splits))
             held_out = [predict_held_out(x, images.labels, groups, data.target, seed=seed) for x in features]
             tested = _test_without_copies(images, copies, features[0], held_out[0].c)
     with _timing(seconds, "outliers"):
@@ -143,6 +140,18 @@ def choose_readouts(readouts: Sequence[ReadoutFeatures]) -> list[ReadoutFeatures
     poolings = [r for r in readouts[1:] if r.readout.layer == own.layer]
     earlier = [r for r in readouts[1:] if r.readout.layer != own.layer and r.readout.pooling == own.pooling]
     return [readouts[0], *poolings[:1], *earlier[(len(earlier) + 1) // 4 :][:1]][:MAX_READOUTS]
+
+
+def _keep_together(
+    labels: NDArray[np.int64], copies: Sequence[Copies], codes: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], bool]:
+    """Returns the groups (N,) of images that are in one fold, and whether images of one of the `codes` (N,) may be in two.
+
+    Copies are together, and images with the same code, unless no class would be in two groups.
+    """
+    groups = group_copies(copies, len(labels), codes)
+    divides_groups = codes is not None and not is_class_in_two(labels, groups)
+    return group_copies(copies, len(labels)) if divides_groups else groups, divides_groups
 
 
 def _suspect(images: _Images, held_out: Sequence[HeldOut]) -> Iterator[SuspectedLabel]:
