@@ -63,7 +63,7 @@ def test_a_signal_in_the_pass_over_the_images_ends_the_run(tmp_path: Path, monke
     session.chain.model.register_forward_pre_hook(count)
     with pytest.raises(Interrupted), catch_signals():
         train_session(session)
-    assert len(batches) == 1
+    assert len(batches) <= 3, "the thread may begin a batch before the main thread raises"
 
 
 def test_training_ends_at_a_step_of_its_own_and_a_second_ctrl_c_ends_it_at_once() -> None:
