@@ -6,7 +6,8 @@
 `run` trains the candidates on the folds of a cell of benchmarks/leads.py, and writes hits and probabilities of the held-out
 images. benchmarks/results/leads.jsonl has the accuracy that each candidate reaches on hundreds of other images when it trains
 on all drawn ones. `report` prints the gain over the probe there of the candidate that each way of measuring chooses: on the
-held-out images as they are, and as a mean over bootstrap resamples of them. No test image is read.
+held-out images as they are, and as a mean over bootstrap resamples of them. It also prints what both kinds of differences say
+of each candidate. No test image is read.
 """
 
 import argparse
@@ -14,7 +15,8 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,12 +28,12 @@ from lines import Cell, Line, append_line, cell_of, read_lines  # benchmarks/lin
 from numpy.typing import NDArray
 from quality_sets import CHECKPOINTS, SETS  # benchmarks/quality_sets.py
 
-from hf_transfer.choosing import contest
+from hf_transfer.choosing import contest, gain
 from hf_transfer.choosing.budget import Budget
 from hf_transfer.choosing.candidates import find_candidates
 from hf_transfer.choosing.contest import Contest
 from hf_transfer.choosing.decide import list_entries
-from hf_transfer.choosing.gain import find_best, measure_gain, update
+from hf_transfer.choosing.gain import find_best, update
 from hf_transfer.choosing.judging import divide_images, run_probe
 from hf_transfer.choosing.paired import read_probabilities
 from hf_transfer.choosing.premises import gather_premises
@@ -44,6 +46,8 @@ RESAMPLES = 1000
 MOST = 400  # other images that judge in benchmarks/leads.py; they decide which images are drawn
 Differences = NDArray[np.float64]
 """Of hits, or of probabilities, to the probe, on the held-out images (N,)."""
+Measure = Callable[[Differences, Differences], Gain]
+ERRORS = (0.01, gain.PROBABILITY_ERROR, 0.05)
 
 
 def judge(session: Session) -> dict[str, Any]:
@@ -96,64 +100,90 @@ def run(given: argparse.Namespace) -> None:
 # --- report -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgedCandidate:
+    """What the held-out images say of a candidate, and its gain in points of accuracy when it trains on all drawn images."""
+
+    name: str
+    prior: Gain
+    hits: Differences
+    probabilities: Differences
+    final_gain: float
+
+
 def measure_hits(hits: Differences, _: Differences) -> Gain:
     """Returns the gain in accuracy by hits alone. Images on which both networks are right, or wrong, count for nothing."""
     return Gain(mean=float(hits.mean()), error=math.sqrt(float((hits**2).sum()) + 1) / len(hits))
 
 
-WAYS: Mapping[str, Callable[[Differences, Differences], Gain]] = {
+def measure_with_error(error: float) -> Measure:
+    """Returns `measure_gain` with another PROBABILITY_ERROR."""
+
+    def measure(hits: Differences, probabilities: Differences) -> Gain:
+        with patch.object(gain, "PROBABILITY_ERROR", error):
+            return gain.measure_gain(hits, probabilities)
+
+    return measure
+
+
+WAYS: Mapping[str, Measure] = {
     "hits alone": measure_hits,
-    "hits and probabilities": measure_gain,
+    **{f"hits and probabilities, PROBABILITY_ERROR {e}": measure_with_error(e) for e in ERRORS},
 }
 
 
-def read_differences(line: Line, name: str) -> tuple[Differences, Differences]:
-    """Returns the differences of hits and of probabilities to the probe."""
-    (own_hits, own), (hits, probe) = (
-        (np.array(list(map(float, line["judged"][key]["hits"]))), np.array(line["judged"][key]["probabilities"]))
-        for key in (name, "linear_probe")
-    )
-    return own_hits - hits, own - probe
+def read_judged(line: Line, accuracies: Mapping[tuple[Cell, str], float]) -> list[JudgedCandidate]:
+    """Returns the candidates of a cell."""
+    cell, judged = cell_of(line), line["judged"]
+
+    def subtract_probe(name: str) -> tuple[Differences, Differences]:
+        own, probe = judged[name], judged["linear_probe"]
+        hits = [np.array(list(each["hits"]), float) for each in (own, probe)]
+        return hits[0] - hits[1], np.array(own["probabilities"]) - np.array(probe["probabilities"])
+
+    candidates = []
+    for name in [name for name in judged if name != "linear_probe"]:
+        hits, probabilities = subtract_probe(name)
+        final_gain = 100 * (accuracies[cell, CONTENDERS[name]] - accuracies[cell, "linear_probe"])
+        prior = Gain(**judged[name]["prior"])
+        candidates.append(
+            JudgedCandidate(name=name, prior=prior, hits=hits, probabilities=probabilities, final_gain=final_gain)
+        )
+    return candidates
+
+
+def choose(candidates: Sequence[JudgedCandidate], measure: Measure, rows: Any = slice(None)) -> float:
+    """Returns the final gain of the candidate that `auto` would keep by the held-out images `rows`."""
+    gains = [update(each.prior, measure(each.hits[rows], each.probabilities[rows])) for each in candidates]
+    best = find_best(gains)
+    return 0.0 if best is None else candidates[best].final_gain
 
 
 def report(given: argparse.Namespace) -> None:
-    """Prints a row for each way of measuring."""
+    """Prints what each way of measuring chooses, and what it measures of each candidate."""
     accuracies = {(cell_of(line), line["lead"]): line["accuracy"] for line in read_lines([given.leads])}
-    lines, rng = read_lines([given.out]), np.random.default_rng(0)
-    resamples = [
-        rng.integers(0, n, (RESAMPLES, n)) for n in (len(read_differences(x, "linear_probe")[0]) for x in lines)
-    ]
+    cells = {cell_of(line): read_judged(line, accuracies) for line in read_lines([given.out])}
     print(
-        f"| measured by | gain of the choice, points | mean of {RESAMPLES:,} resamples | by cell |\n| --- | --- | --- | --- |"
+        f"| measured by | gain of the choice, points | mean of {RESAMPLES:,} resamples | by cell |\n|---|---|---|---|"
     )
     for way, measure in WAYS.items():
-        own, drawn = [], []
-        for line, samples in zip(lines, resamples, strict=True):
-            cell = cell_of(line)
-            names = [name for name in line["judged"] if name != "linear_probe"]
-            true = [accuracies[cell, CONTENDERS[name]] - accuracies[cell, "linear_probe"] for name in names]
-            priors = [Gain(**line["judged"][name]["prior"]) for name in names]
-            differences = [read_differences(line, name) for name in names]
-
-            def choose(
-                rows: Any,
-                priors: list[Gain] = priors,
-                differences: list[tuple[Differences, Differences]] = differences,
-                true: list[float] = true,
-                measure: Callable[[Differences, Differences], Gain] = measure,
-            ) -> float:
-                gains = [
-                    update(prior, measure(hits[rows], probabilities[rows]))
-                    for prior, (hits, probabilities) in zip(priors, differences, strict=True)
-                ]
-                best = find_best(gains)
-                return 0.0 if best is None else 100 * true[best]
-
-            own.append(choose(slice(None)))
-            drawn.append(np.mean([choose(rows) for rows in samples]))
-        cells = ", ".join(f"{value:+.1f}" for value in drawn)
-        print(f"| {way} | {np.mean(own):+.1f} | {np.mean(drawn):+.1f} | {cells} |")
-    print("\n" + "; ".join(f"{line['set']}, {line['checkpoint'].split('.')[0]}" for line in lines))
+        rng, drawn = np.random.default_rng(0), []
+        for candidates in cells.values():
+            count = len(candidates[0].hits)
+            resamples = rng.integers(0, count, (RESAMPLES, count))
+            drawn.append(float(np.mean([choose(candidates, measure, rows) for rows in resamples])))
+        own = np.mean([choose(candidates, measure) for candidates in cells.values()])
+        print(f"| {way} | {own:+.1f} | {np.mean(drawn):+.1f} | {', '.join(f'{each:+.1f}' for each in drawn)} |")
+    best = [max(0.0, *(each.final_gain for each in candidates)) for candidates in cells.values()]
+    print(f"| (the best candidate) | {np.mean(best):+.1f} | | {', '.join(f'{each:+.1f}' for each in best)} |")
+    print("\nGains over the probe and standard errors, points\n\n| cell | candidate | hits | probabilities | final |")
+    print("|---|---|---|---|---|")
+    for cell, candidates in cells.items():
+        for each in candidates:
+            shown = [
+                f"{100 * x.mean():+.1f} +- {100 * x.std() / len(x) ** 0.5:.1f}" for x in (each.hits, each.probabilities)
+            ]
+            print(f"| {cell.describe()} | {each.name} | {' | '.join(shown)} | {each.final_gain:+.1f} |")
 
 
 def main() -> None:
