@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/linear_probe.py
 
+# A worker that crashes ends the tests: pytest-xdist 3.8 would replace it, and then wait for ever (its issue 1378).
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n auto --dist loadfile --max-worker-restart 0
 

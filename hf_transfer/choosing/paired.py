@@ -62,7 +62,8 @@ def read_probabilities(target: Target, logits: NDArray[Any], labels: Labels) -> 
     """Returns the probability of each image's true class (N,), at the temperature with the least log-loss.
 
     So what is only more or less confidence does not count when networks are compared. A small penalty keeps the temperature
-    finite where every image is predicted correctly.
+    finite where every image is predicted correctly. (`Target.fit_factors` serves another end: it keeps the temperature 1 unless
+    the images show that another one is better beyond chance, and few images never do.)
     """
 
     def read_losses(log_factor: float) -> NDArray[np.float64]:

@@ -27,9 +27,7 @@ class Accuracy:
     before: float | None  # None: the network may have trained on these images
     after: float | None
     agreement: float | None  # share of images with the same largest output; None for numbers
-    differences: Sequence[float] | None = (
-        None  # mean absolute difference of each number, in its own unit; None for labels
-    )
+    differences: Sequence[float] | None = None  # mean absolute one of each number, in its unit; None for labels
 
     def format(self) -> str:
         """Returns the comparison in words."""

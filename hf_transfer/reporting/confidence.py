@@ -28,10 +28,9 @@ def describe_confidence(results: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_temperatures(section: Mapping[str, Any]) -> str:
-    fitted = section["calibration"].get(
-        "held_out", {}
-    )  # all held-out images; of groups, the rest has one image of each
-    images = f"{fitted.get('num_images', section['num_held_out']):,} {HELD_OUT_BY[section['held_out_by']]}"
+    # A temperature is fitted to all held-out images; `num_held_out` counts one image of each group.
+    fitted = section["calibration"].get("held_out", {"num_images": section["num_held_out"]})
+    images = f"{fitted['num_images']:,} {HELD_OUT_BY[section['held_out_by']]}"
     temperatures: Sequence[float] = section["temperatures"]
     if not temperatures:
         return f"Confidence was measured on {images}."
