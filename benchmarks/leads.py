@@ -219,8 +219,7 @@ def score(weights: Weights, result: RunResult, session: Session) -> dict[str, An
     """Returns how well the network of `result` does with other weights on the images that judge."""
     assert session.data.test is not None
     set_weights(result.backbone.model, weights)
-    chain = result.backbone.chain(cache_dir=session.resources.chain_dir)
-    scored = score_images(chain, result.backbone.preprocessing, session.data.test, session)
+    scored = score_images(result.backbone, session.data.test, session)
     return describe(scored.logits, session.data.test)
 
 

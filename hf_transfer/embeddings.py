@@ -150,8 +150,9 @@ def _search(
 ) -> dict[str, tuple[Match, ...]]:
     """Returns the images that are most similar to each query."""
     files = [Path(image).expanduser() for image in options.query]
-    in_memory = replace(options.compute, cache="memory", engine="eager")  # few images are not worth more
-    queries = _embed(backbone, load_files(files), replace(options, compute=in_memory)).store[:]
+    cache = options.compute.cache if options.compute.cache == "none" else "memory"
+    few = replace(options.compute, cache=cache, engine="eager")  # few images are not worth more
+    queries = _embed(backbone, load_files(files), replace(options, compute=few)).store[:]
     neighbors = find_nearest(queries.reshape(len(queries), -1), _read_rows(embedded), options.top)
     return {
         query: tuple(Match(image=names[i], cosine=float(c)) for i, c in zip(indices, cosines, strict=True))

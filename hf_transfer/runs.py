@@ -32,7 +32,7 @@ from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, has_own_code, write_reference
-from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR, chain_dir
+from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import has_batchnorm
@@ -223,9 +223,7 @@ def _illustrate(session: Session, result: RunResult, results: Mapping[str, Any])
     if not result.logits:
         return None
     backbone, data = result.backbone, session.data
-    is_known = backbone.model is session.backbone.model and not isinstance(backbone, Adapted)
-    chain = session.chain if is_known else backbone.chain(cache_dir=chain_dir())
-    model = FinishedModel(backbone=backbone, chain=chain, features=result.features)
+    model = FinishedModel(backbone=backbone, chain=session.chain_of(backbone), features=result.features)
     activated = {name: activate(data.target, logits) for name, logits in result.logits.items()}
     return illustrate(data.splits, activated, model, results)
 

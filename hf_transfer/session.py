@@ -49,6 +49,14 @@ class Session:
         assert self._chain is not None
         return self._chain
 
+    def chain_of(self, backbone: Backbone) -> Chain:
+        """Returns the chain of a network that was trained in this session: the session's own chain if its layers are the same.
+
+        The same model has other layers once adapters are added or merged.
+        """
+        has_own_layers = backbone.model is self.backbone.model and type(backbone) is type(self.backbone)
+        return self.chain if has_own_layers else backbone.chain(cache_dir=self.resources.chain_dir)
+
     @property
     def resources(self) -> Resources:
         """The processes, threads, memory and precision that a pass over images may use."""

@@ -118,6 +118,14 @@ def test_without_a_cache_the_images_are_computed_once(
         assert json.loads(capsys.readouterr().out)["images_per_s"] > 0
 
 
+def test_without_a_cache_no_cache_folder_is_touched(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TRANSFER_CACHE", str(tmp_path / "cache"))
+    main(["embed", "embedded", str(photos), "--query", str(find_images([photos])[4]), "--cache", "none"])
+    assert not [*(tmp_path / "cache").rglob("*")]
+
+
 def test_a_query_finds_its_own_image_first(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = find_images([photos])
     main(["embed", "embedded", str(photos), "--query", str(files[4]), str(files[1]), "--top", "3", "--json"])

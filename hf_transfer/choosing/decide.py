@@ -163,9 +163,8 @@ def _score_test(session: Session, result: RunResult) -> RunResult:
     """Returns the result with metrics and logits of the test images, if the data set has them."""
     if session.data.test is None:
         return result
-    chain = result.backbone.chain(cache_dir=session.resources.chain_dir)
     with session.costs.part("evaluate"):
-        scored: Scored = score_images(chain, result.backbone.preprocessing, session.data.test, session)
+        scored: Scored = score_images(result.backbone, session.data.test, session)
     metrics, logits = {**result.metrics, "test": scored.metrics}, {**result.logits, "test": scored.logits}
     return replace(result, metrics=metrics, logits=logits)
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from hf_transfer.config import ComputeConfig
 from hf_transfer.data.splits import Split
-from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import FEATURES, Chain
 from hf_transfer.network.positions import Layout, find_layouts
@@ -63,7 +62,7 @@ def embed(
     BadImageError if an image cannot be read.
     """
     resources = Resources(accelerator=Accelerator(), compute=compute)
-    chain = backbone.chain(cache_dir=chain_dir())
+    chain = backbone.chain(cache_dir=resources.chain_dir)
     tap = make_tap(chain, at, pool, resources)
     pixels = EvaluationImages(split=images, preprocessing=backbone.preprocessing)
     shape, count = backbone.preprocessing.image_shape, len(images)

@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
-from hf_transfer.locations import chain_dir
 from hf_transfer.metrics.calibration import CalibrationChange, compare_calibration
-from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.head import HeadInput, measure_inputs, scale_outputs
 from hf_transfer.session import Session
 from hf_transfer.solvers.groups import Codes, draw_one_per_group, number_groups
@@ -82,9 +80,7 @@ def join_groups(result: RunResult, splits: Sequence[Split]) -> Codes | None:
 
 def read_head(session: Session, result: RunResult) -> tuple[HeadInput, ...]:
     """Returns the inputs of the linear maps that give the logits of the trained network; () if there are no such maps."""
-    backbone = result.backbone
-    is_known = backbone.model is session.backbone.model and not isinstance(backbone, Adapted)
-    chain = session.chain if is_known else backbone.chain(cache_dir=chain_dir())
+    chain = session.chain_of(result.backbone)
     if chain.head is None or chain.features is None:
         return ()
     return measure_inputs(chain.model, chain.image_shape, chain.head, chain.features)

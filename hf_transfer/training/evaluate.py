@@ -13,9 +13,8 @@ from torch import nn
 from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
 from hf_transfer.metrics.records import Metrics
-from hf_transfer.network.chain import Chain
+from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.head import HeadInput
-from hf_transfer.network.preprocessing import Preprocessing
 from hf_transfer.prefix.engine_choice import limit_engine
 from hf_transfer.prefix.engines import ModuleRunner
 from hf_transfer.prefix.pixels import EvaluationImages, Images
@@ -166,9 +165,9 @@ def compute_checked_logits(
     return compute_image_logits(model, images, labels, resources.in_fp32())
 
 
-def score_images(chain: Chain, preprocessing: Preprocessing, split: Split, session: Session) -> Scored:
+def score_images(backbone: Backbone, split: Split, session: Session) -> Scored:
     """Scores the whole network on a data split, in fp32. The images of the split are read from files."""
-    return _score(chain, EvaluationImages(split=split, preprocessing=preprocessing), session)
+    return _score(backbone.model, EvaluationImages(split=split, preprocessing=backbone.preprocessing), session)
 
 
 def score_splits(
@@ -191,18 +190,18 @@ def score_splits(
             images = stored if is_stored else EvaluationImages(split=split, preprocessing=published)
             assert images is not None
             logits = validation_logits if split is session.data.validation else None
-            scored[split.name] = _score(session.chain, images, session, logits)
+            scored[split.name] = _score(session.chain.model, images, session, logits)
     return scored
 
 
-def _score(chain: Chain, images: EvaluationImages, session: Session, logits: LogitRows | None = None) -> Scored:
+def _score(model: nn.Module, images: EvaluationImages, session: Session, logits: LogitRows | None = None) -> Scored:
     """Scores the whole network on `images`, from `logits` (N, K) if they agree with the network.
 
     Metrics are always measured in fp32, because the saved weights are fp32 and users load them so, whatever the precision of
     the run. The run's engine computes missing logits, if there are enough images to prepare the engine for.
     """
     split, resources = images.split, session.resources.in_fp32()
-    if logits is not None and not agrees_with_eager(logits, chain.model, images, resources):
+    if logits is not None and not agrees_with_eager(logits, model, images, resources):
         log.warning(
             "the %s logits of the last epoch differ from those of the saved network: computing the metrics again",
             split.name,
@@ -211,12 +210,12 @@ def _score(chain: Chain, images: EvaluationImages, session: Session, logits: Log
     if logits is None:
         engine = limit_engine(
             resources.engine,
-            chain.model,
+            model,
             resources,
             image_shape=images.preprocessing.image_shape,
             num_images=max(0, len(images) - IMAGES_FOR_CHECK),
         )
-        logits, _ = compute_checked_logits(chain.model, images, resources, engine)
+        logits, _ = compute_checked_logits(model, images, resources, engine)
     metrics = split.target.measure(logits, split.labels, groups=number_groups([split]), seed=session.config.seed)
     return Scored(metrics=metrics, logits=logits)
 

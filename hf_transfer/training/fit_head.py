@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
-from hf_transfer.locations import chain_dir
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import Audit
 from hf_transfer.session import Session
@@ -159,8 +158,7 @@ def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReado
                 "the saved network on the published pixels differs from the features in %s with decoder %s: scoring again",
                 session.resources.precision, session.config.compute.decoder,
             )  # fmt: skip
-        chain = trained.chain(cache_dir=chain_dir())
-        return score_images(chain, trained.preprocessing, split, session)
+        return score_images(trained, split, session)
     store = best.features.stores[split.name]
     logits, labels = compute_stored_logits(best.compute_logits, store, split.labels, session.resources)
     metrics = split.target.measure(logits, labels, groups=number_groups([split]), seed=session.config.seed)
