@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hf_transfer.network.backbone import as_target
 from hf_transfer.network.freezing import set_modes, set_trainable
 from hf_transfer.network.greedy import AuxiliaryHead, GreedyStack
 from hf_transfer.network.growing import BlockSpec, create_blocks, grow_blocks
@@ -85,7 +86,7 @@ def main() -> None:
     given = parser.parse_args()
     labels = [str(i) for i in range(NUM_CLASSES)]
     blocks, aux = BlockSpec(layers=given.stages, width=given.width), AuxiliaryHead(hidden=given.aux_hidden)
-    stack = grow_blocks(create_blocks(labels, blocks, aux, image_size_px=given.side_px), aux)
+    stack = grow_blocks(create_blocks(as_target(labels), blocks, aux, image_size_px=given.side_px), aux)
     use_fast_layout(stack.grown)
     rows = []
     print(f"{'stage':>5} {'alone ms':>9} {'stored':>7} {'recomputed':>10}   (relative to alone)")

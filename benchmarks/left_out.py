@@ -61,7 +61,7 @@ def compare_floors(config: RunConfig, most: int) -> dict[float, tuple[float, flo
     scores = {}
     for floor in (0.0, 1.0):
         options = ProbeOptions(spread_floor=floor, seed=config.seed)
-        probe = fit_probe(x["train"], y["train"], x["validation"], y["validation"], len(data.label_names), options)
+        probe = fit_probe(x["train"], y["train"], x["validation"], y["validation"], data.target, options)
         logits = x["test"] @ probe.weight.T + probe.bias
         loss = torch.nn.functional.cross_entropy(logits, y["test"])
         scores[floor] = (100 * float((logits.argmax(1) == y["test"]).float().mean()), float(loss))
