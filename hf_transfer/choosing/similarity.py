@@ -21,6 +21,7 @@ from hf_transfer.choosing.evidence import Evidence
 from hf_transfer.choosing.scores import softmax
 from hf_transfer.solvers.folds import draw_folds
 
+FOLDS = 5  # of the labels, to estimate what a pretraining class says about them
 PSEUDO_COUNT = 0.1  # number of prior images of each pretraining class, distributed like all labels
 # These anchors are not blind: they were rounded after a look at values on the data sets of benchmarks/advise.py.
 ANCHORS: Mapping[str, tuple[float, float]] = {
@@ -100,19 +101,17 @@ def measure_similarity(evidence: Evidence) -> Similarity:
     )
 
 
-def compute_label_information(
-    probabilities: NDArray[np.float64], labels: NDArray[np.int64], *, folds: int = 5, seed: int = 0
-) -> float:
+def compute_label_information(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     """Returns the share, 0 to 1, of the labels' entropy that a head's `probabilities` (N, Z) explain: 1 + LEEP / H(labels).
 
     P(label | pretraining class) is estimated on the images of the other folds. The original LEEP estimates it on the scored
     images, and so overestimates a head with a thousand classes on few images. A negative share is returned as 0.
     """
-    fold_of = draw_folds(torch.from_numpy(labels), folds, seed).numpy()
+    fold_of = draw_folds(torch.from_numpy(labels), FOLDS, seed=0).numpy()
     one_hot = np.eye(int(labels.max()) + 1)[labels]
     log_predicted = np.empty(len(labels))
     log_guessed = np.empty(len(labels))
-    for fold in range(folds):
+    for fold in range(FOLDS):
         fitted, held_out = fold_of != fold, fold_of == fold
         frequency = (one_hot[fitted].sum(0) + 0.5) / (fitted.sum() + 0.5 * one_hot.shape[1])
         joint = one_hot[fitted].T @ probabilities[fitted] + PSEUDO_COUNT * frequency[:, None]  # (K, Z)

@@ -123,16 +123,15 @@ class Chain:
         prefix = self.layers[:end]
         return [n for x in prefix for n in x.parameters], [n for x in prefix for n in x.buffers]
 
-    def run_prefix(self, cuts: Sequence[Cut], inputs: torch.Tensor, *, start: Cut | None = None) -> list[torch.Tensor]:
+    def run_prefix(self, cuts: Sequence[Cut], images: torch.Tensor) -> list[torch.Tensor]:
         """Returns the activations (B, *cut.shape) at each cut in `cuts`, from one forward in eval mode without gradients.
 
-        `inputs`: normalized images (B, 3, H, W) on the model's device or, if `start` is given, activations (B, *start.shape) at
-        that earlier cut. Then only the layers after `start` run. Trainable layers may use the returned activations as inputs,
+        `images`: normalized (B, 3, H, W), on the model's device. Trainable layers may use the returned activations as inputs,
         since the forward runs under no_grad and not under inference_mode.
         """
-        part = Part(self.model, self.image_shape, start=start, ends=cuts)
+        part = Part(self.model, self.image_shape, ends=cuts)
         with eval_mode(self.model), torch.no_grad(), part:
-            return part.activations(inputs)
+            return part.activations(images)
 
     def fingerprint(self, cuts: Sequence[Cut]) -> dict[str, str]:
         """Returns a dict from the name of each cut to a hash of the weights and the structure of the network before the cut."""

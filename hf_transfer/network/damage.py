@@ -6,7 +6,7 @@ Errors of libraries become a ValueError here, so that no caller has to know how 
 import functools
 import json
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from traceback import walk_tb
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -100,17 +100,15 @@ def is_pickled(file: Path) -> bool:
     return file.suffix == ".bin"
 
 
-def read_tensors(folder: Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields name and value of the tensors in a checkpoint's files whose name is in `names` (None: of all tensors)."""
-    for path in [] if names is not None and not names else find_weights(folder):
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields name and value of the tensors in a checkpoint's files."""
+    for path in find_weights(folder):
         if is_pickled(path):
-            tensors = _read_pickled(path)
-            yield from ((name, tensor) for name, tensor in tensors.items() if names is None or name in names)
+            yield from _read_pickled(path).items()
             continue
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if names is None or name in names:
-                    yield name, file.get_tensor(name)
+                yield name, file.get_tensor(name)
 
 
 def _read_pickled(file: Path) -> dict[str, torch.Tensor]:

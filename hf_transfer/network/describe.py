@@ -14,7 +14,7 @@ from hf_transfer.network.chain import Chain, Layer
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.forward import compute_logits, eval_mode
 from hf_transfer.network.part import watch_cuts
-from hf_transfer.network.policies import Policy, biases, full, head, last, norms
+from hf_transfer.network.policies import biases, full, head, last, norms
 from hf_transfer.network.targets import find_targets, shorten
 from hf_transfer.network.timm_models import describe_architecture
 
@@ -106,10 +106,9 @@ def count_flops(chain: Chain) -> tuple[int, dict[str, int]]:
     return counter.get_total_flops(), before
 
 
-def price_strategies(chain: Chain, policies: list[Policy] | None = None) -> list[StrategyCost]:
-    """Returns the cost of each policy in `policies`. None stands for the policies that suit every network."""
-    if policies is None:
-        policies = [head(), *(last(k) for k in (1, 2, 4) if k < len(chain)), norms(), biases(), full()]
+def price_strategies(chain: Chain) -> list[StrategyCost]:
+    """Returns the cost of each policy that suits every network."""
+    policies = [head(), *(last(k) for k in (1, 2, 4) if k < len(chain)), norms(), biases(), full()]
     total_flops, before = count_flops(chain)
     sizes = {name: p.numel() for name, p in chain.model.named_parameters()}
     costs = []

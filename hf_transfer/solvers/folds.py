@@ -15,7 +15,6 @@ class Folds:
 
     target: Target
     labels: Tensor  # (N, ...) of the target
-    is_train: Tensor  # (N,)
     fold_of: Tensor  # (N,) the fold that holds out each row; -1: no fold
     fit_weights: Tensor  # (number of folds, N) the weight of each row in the fit of a fold
     head_weights: Tensor  # (N,) the weight of each row in the fit of the head

@@ -356,7 +356,6 @@ def _weigh_folds(labels: Tensor, fold_of: Tensor, num_train: int, target: Target
     return Folds(
         target=target,
         labels=labels,
-        is_train=is_train,
         fold_of=fold_of,
         fit_weights=torch.stack([weigh((fold_of != fold) & is_fitted) for fold in range(count)]),
         head_weights=weigh(torch.ones_like(is_train) if options.refit else is_train),
