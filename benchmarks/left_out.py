@@ -77,10 +77,8 @@ def watching(others: Split) -> Iterator[list[JudgedEpoch]]:
     def validate(network: torch.nn.Module, session: Session, inputs: PhaseData) -> Validation:
         validation = plain(network, session, inputs)
         images = EvaluationImages(split=others, preprocessing=session.backbone.preprocessing)
-        logits, labels = compute_image_logits(
-            session.chain.model, images, others.labels, session.resources, shows_progress=False
-        )
-        judged = 100 * float((logits.argmax(1) == labels).mean())
+        logits = compute_image_logits(session.chain.model, images, session.resources, shows_progress=False)
+        judged = 100 * float((logits.argmax(1) == others.labels).mean())
         epochs.append(JudgedEpoch(validation=validation, judged=judged))
         return validation
 

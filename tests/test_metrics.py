@@ -21,7 +21,7 @@ from hf_transfer.metrics.bootstrap import mean_interval, resample_indices
 from hf_transfer.metrics.classification import read_outcomes, score
 from hf_transfer.metrics.formulas import count_images_to_tell_apart
 from hf_transfer.metrics.records import Metrics
-from hf_transfer.training.gather import gather_logits
+from hf_transfer.training.gather import gather_rows
 
 # 3 classes, 5 images; the predictions are 0, 1, 1, 2, 0
 HAND_PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]])
@@ -319,11 +319,9 @@ def test_modules_need_no_network_and_no_cache(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_gather_in_one_process_returns_the_rows() -> None:
-    logits, labels = _random_case(5, 3, [0, 1, 2])
-    for given in ((logits, labels), (torch.from_numpy(logits), torch.from_numpy(labels))):
-        gathered, gathered_labels = gather_logits(Accelerator(cpu=True), *given)
-        assert np.array_equal(gathered, logits)
-        assert np.array_equal(gathered_labels, labels)
+    logits, _ = _random_case(5, 3, [0, 1, 2])
+    for given in (logits, torch.from_numpy(logits)):
+        assert np.array_equal(gather_rows(Accelerator(cpu=True), given), logits)
 
 
 _WORKER = """
@@ -331,7 +329,10 @@ import sys
 import numpy as np
 import torch
 from accelerate import Accelerator
-from hf_transfer.training.gather import gather_logits
+from hf_transfer.prefix.resources import Resources
+from hf_transfer.prefix.store import Store
+from hf_transfer.training.evaluate import compute_stored_logits
+from hf_transfer.training.gather import gather_rows
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -339,24 +340,27 @@ folder, rank = sys.argv[1], accelerator.process_index
 for border in (4, 7, 0):  # rows 0..border-1 on rank 0, border..6 on rank 1
     for dtype in (torch.float32, torch.bfloat16):
         logits = torch.arange(21, dtype=dtype).reshape(7, 3).requires_grad_()
-        labels = np.arange(7) % 3
-        mine = slice(0, border) if rank == 0 else slice(border, 7)
-        part = logits[mine] if len(labels[mine]) else np.zeros((0, 0))
-        got, got_labels = gather_logits(accelerator, part, labels[mine])
+        part = logits[:border] if rank == 0 else logits[border:]
+        got = gather_rows(accelerator, part if len(part) else np.zeros((0, 0)))
         assert got.dtype == np.float32 and np.array_equal(got, np.arange(21).reshape(7, 3)), (border, got)
-        assert got_labels.dtype == np.int64 and np.array_equal(got_labels, labels), (border, got_labels)
-empty = gather_logits(accelerator, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
-assert empty[0].shape == (0, 3) and empty[1].shape == (0,)
-for case, part, labels in (
-    ("rank 1 passes logits of shape (2, 3) and 1 labels", np.zeros((2, 3)), np.zeros(2 - rank, int)),
-    ("(2, 4) and 2 labels, another rank logits of", np.zeros((2, 3 + rank)), np.zeros(2, int)),
-):
-    try:
-        gather_logits(accelerator, part, labels)
-    except ValueError as error:
-        assert case in str(error) or "(2, 3) and 2 labels" in str(error), error
-    else:
-        raise AssertionError("no error: " + case)
+assert gather_rows(accelerator, torch.zeros(0, 3)).shape == (0, 3)
+try:
+    gather_rows(accelerator, np.zeros((2, 3 + rank)))
+except ValueError as error:
+    assert "rank 0 passes rows of 3 numbers, another rank rows of 4" in str(error), error
+else:
+    raise AssertionError("no error for rows of different lengths")
+# Each process computes its share of the rows, in order; one row too few is an error on both.
+resources, rows = Resources(accelerator=accelerator), np.arange(21, dtype=np.float32).reshape(7, 3)
+for count in (7, 1, 0):
+    logits = compute_stored_logits(lambda x: 2 * x, Store([rows[:count]]), resources, batch_size=3)
+    assert logits.shape == (count, 3 if count else 0) and np.array_equal(logits, 2 * rows[:count].reshape(logits.shape))
+try:
+    compute_stored_logits(lambda x: x[:3], Store([rows]), resources)
+except ValueError as error:
+    assert "the network gives 6 rows for 7 images" in str(error), error
+else:
+    raise AssertionError("no error for a missing row")
 open(f"{folder}/done-{rank}", "w").close()
 accelerator.end_training()
 """

@@ -199,7 +199,7 @@ READERS: dict[str, Callable[[Split, Preprocessing, Resources], Any]] = {
         read_pixels(EvaluationImages(split=s, preprocessing=p), np.arange(len(s)), batch_size=4, num_workers=2)
     ),
     "a pass on the CPU": lambda s, p, r: compute_image_logits(
-        load("embedded").model, EvaluationImages(split=s.select(np.arange(8)), preprocessing=p), s.labels[:8], r
+        load("embedded").model, EvaluationImages(split=s.select(np.arange(8)), preprocessing=p), r
     ),
     "few images": lambda s, p, r: read_all_pixels(EvaluationImages(split=s, preprocessing=p), np.arange(4), r),
 }

@@ -122,8 +122,8 @@ def evaluate_split(
         image_shape=preprocessing.image_shape,
         num_images=sum(map(len, chosen)),
     )
-    scored = [compute_checked_logits(backbone.model, each, resources, engine) for each in images]
-    logits, labels = (np.concatenate(arrays) for arrays in zip(*scored, strict=True))
+    logits = np.concatenate([compute_checked_logits(backbone.model, each, resources, engine) for each in images])
+    labels = np.concatenate([each.labels for each in chosen])
     metrics = backbone.target.measure(logits, labels, groups=number_groups(chosen), seed=data.seed)
     if seen is not None and (warning := _warn_of_seen(seen, chosen, resources, splits)):
         metrics = replace(metrics, notes=(*metrics.notes, warning))

@@ -25,8 +25,7 @@ from hf_transfer.prefix.taps import Logits, LogitsAndFeatures
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.solvers.groups import number_groups
-from hf_transfer.targets.target import Labels
-from hf_transfer.training.gather import gather_logits
+from hf_transfer.training.gather import gather_rows
 from hf_transfer.training.padding import run_padded
 
 log = logging.getLogger(__name__)
@@ -37,8 +36,7 @@ AGREEING_IMAGES, AGREEING_LOG_LOSS = 64, 1e-3
 IMAGES_FOR_CHECK = 8 * AGREEING_IMAGES
 
 LogitRows = NDArray[np.float32]
-LogitsAndLabels = tuple[LogitRows, Labels]
-"""Logits (N, K) and labels (N, ...) of all images, on every process."""
+"""Logits (N, K) of all images in their order, on every process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +50,11 @@ class Scored:
 def compute_stored_logits(
     network: Callable[[torch.Tensor], torch.Tensor],
     store: Store,
-    labels: Labels,
     resources: Resources,
     *,
     batch_size: int = 1024,
     pads: bool = False,
-) -> LogitsAndLabels:
+) -> LogitRows:
     """Returns the logits that `network` computes from a store of activations (N, ...).
 
     `network` is a head, or the part of the network after a cut: it maps activations (b, ...) on the device to logits (b, K).
@@ -72,51 +69,47 @@ def compute_stored_logits(
             activations = torch.from_numpy(store[share[i : i + batch_size]]).to(resources.device)
             logits = run_padded(network, to_fast_layout(activations, resources), num_rows)
             parts.append(logits.float().cpu().numpy())
-    own = np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
-    return gather_logits(resources.accelerator, own, labels[share])
+    return _gather_shares(parts, len(store), resources)
 
 
 def compute_compiled_logits(
     network: Callable[[torch.Tensor], torch.Tensor],
     images: Images,
-    labels: Labels,
     resources: Resources,
     *,
     batch_size: int,
-) -> LogitsAndLabels:
+) -> LogitRows:
     """Returns the logits of a compiled network, which maps images (b, C, H, W) to logits (b, K), in the run's precision.
 
     All batches of a process get the same number of rows, so that the network has one graph.
     """
     share = _take_share(len(images), resources)
     num_rows, start = max(1, min(batch_size, len(share))), 0
-    parts: list[torch.Tensor] = []
+    parts: list[torch.Tensor] = []  # on the device, which need not wait for a copy of each batch
     with torch.no_grad(), resources.autocast():
         for pixels in read_pixels(images, share, batch_size=num_rows, num_workers=resources.compute.num_workers):
             rows = share[start : start + len(pixels)]
             inputs = images.prepare(torch.from_numpy(pixels).to(resources.device, non_blocking=True), rows)
             parts.append(run_padded(network, inputs, num_rows).float())
             start += len(pixels)
-    own = torch.cat(parts).cpu().numpy() if parts else np.zeros((0, 0), np.float32)
-    return gather_logits(resources.accelerator, own, labels[share])
+    return _gather_shares([part.cpu().numpy() for part in parts], len(images), resources)
 
 
 def compute_image_logits(
     model: nn.Module,
     images: Images,
-    labels: Labels,
     resources: Resources,
     *,
     shows_progress: bool = True,
     engine: Engine = "eager",
-) -> LogitsAndLabels:
+) -> LogitRows:
     """Returns the logits of the whole network in eval mode for `images`, in the precision of `resources`.
 
     Engines run frozen networks: while a network trains, `engine` must be "eager".
     """
     title = f"{images.name} images" if shows_progress else None
-    (logits,), truth = _run_on_images(Logits(model), images, labels, resources, engine=engine, title=title)
-    return logits, truth
+    (logits,) = _run_on_images(Logits(model), images, resources, engine=engine, title=title)
+    return logits
 
 
 def compute_logits_and_features(
@@ -124,45 +117,39 @@ def compute_logits_and_features(
 ) -> tuple[LogitRows, NDArray[np.float32]]:
     """Returns the logits (N, K) of a frozen network for `images`, and the features (N, F) of the inputs of its head."""
     module = LogitsAndFeatures(model, inputs) if inputs else Logits(model)
-    unused = np.zeros(len(images), np.int64)
-    (logits, *features), _ = _run_on_images(
-        module, images, unused, resources, engine=engine, title=f"{images.name} images"
-    )
+    logits, *features = _run_on_images(module, images, resources, engine=engine, title=f"{images.name} images")
     return logits, features[0] if features else np.zeros((len(logits), 0), np.float32)
 
 
 def _run_on_images(
-    module: Logits, images: Images, labels: Labels, resources: Resources, *, engine: Engine, title: str | None
-) -> tuple[list[NDArray[np.float32]], Labels]:
-    """Returns each of the values (N, ...) that `module` computes, and the labels, on every process."""
+    module: Logits, images: Images, resources: Resources, *, engine: Engine, title: str | None
+) -> list[NDArray[np.float32]]:
+    """Returns each of the values (N, ...) that `module` computes, on every process."""
     share = _take_share(len(images), resources)
-    rows: list[list[NDArray[np.float32]]] = [[]] * len(share)
+    batches: dict[int, list[NDArray[np.float32]]] = {}
 
     def write(start: int, values: list[torch.Tensor]) -> None:
-        arrays = [value.cpu().numpy() for value in values]
-        rows[start : start + len(arrays[0])] = [list(each) for each in zip(*arrays, strict=True)]
+        batches[start] = [value.cpu().numpy() for value in values]
 
     place_model(module.model, resources)
     runner = prepare_for(module, images, share, engine, resources)
     sweep(runner, images, share, write, resources, title=title)
-    own = [np.stack(each) for each in zip(*rows, strict=True)] or [np.zeros((0, 0), np.float32)] * module.num_values
-    gathered = [gather_logits(resources.accelerator, each, labels[share]) for each in own]
-    return [values for values, _ in gathered], gathered[0][1]
+    in_order = [batches[start] for start in sorted(batches)]
+    return [_gather_shares([batch[i] for batch in in_order], len(images), resources) for i in range(module.num_values)]
 
 
 def compute_checked_logits(
     model: nn.Module, images: EvaluationImages, resources: Resources, engine: Engine
-) -> LogitsAndLabels:
+) -> LogitRows:
     """Returns the logits of the whole network by `engine` if they agree with eager fp32 on some images, else by eager fp32."""
-    labels = images.split.labels
-    logits, truth = compute_image_logits(model, images, labels, resources, engine=engine)
+    logits = compute_image_logits(model, images, resources, engine=engine)
     if engine == "eager" or agrees_with_eager(logits, model, images, resources):
-        return logits, truth
+        return logits
     log.warning(
         "the predictions of engine %s differ from those of the saved model: computing the metrics again with eager",
         engine,
     )
-    return compute_image_logits(model, images, labels, resources.in_fp32())
+    return compute_image_logits(model, images, resources.in_fp32())
 
 
 def score_images(backbone: Backbone, split: Split, session: Session) -> Scored:
@@ -215,7 +202,7 @@ def _score(model: nn.Module, images: EvaluationImages, session: Session, logits:
             image_shape=images.preprocessing.image_shape,
             num_images=max(0, len(images) - IMAGES_FOR_CHECK),
         )
-        logits, _ = compute_checked_logits(model, images, resources, engine)
+        logits = compute_checked_logits(model, images, resources, engine)
     metrics = split.target.measure(logits, split.labels, groups=number_groups([split]), seed=session.config.seed)
     return Scored(metrics=metrics, logits=logits)
 
@@ -258,6 +245,19 @@ def agrees(logits: torch.Tensor, exact: torch.Tensor, split: Split) -> bool:
 
 
 def _take_share(count: int, resources: Resources) -> NDArray[np.int64]:
+    """Returns the rows of this process, which follow those of the processes before it."""
     accelerator = resources.accelerator
     share: NDArray[np.int64] = np.array_split(np.arange(count), accelerator.num_processes)[accelerator.process_index]
     return share
+
+
+def _gather_shares(batches: Sequence[NDArray[np.float32]], count: int, resources: Resources) -> NDArray[np.float32]:
+    """Returns the rows (count, K) of all processes in order, from the batches (b, K) of this process's share.
+
+    Raises ValueError on all processes if there is not one row per image.
+    """
+    own = np.concatenate(batches) if batches else np.zeros((0, 0), np.float32)
+    rows = gather_rows(resources.accelerator, own)
+    if len(rows) != count:
+        raise ValueError(f"the network gives {len(rows)} rows for {count} images: it must give one per image")
+    return rows

@@ -101,14 +101,13 @@ def _continue(
 ) -> Features:
     """Returns features (n, F) of images `rows` of a split, by the part of the network after the cut of `activations`."""
     chain, store = activations.chain, SelectedStore(activations.stores[name], rows)
-    unused = np.zeros(len(rows), np.int64)
     with chain.part(start=activations.cut) as part, eval_mode(chain.model), watch_features(chain.model, inputs) as read:
 
         def compute(activation: torch.Tensor) -> torch.Tensor:
             part(activation)
             return read()
 
-        return compute_stored_logits(compute, store, unused, session.resources.in_fp32(), batch_size=BATCH_SIZE)[0]
+        return compute_stored_logits(compute, store, session.resources.in_fp32(), batch_size=BATCH_SIZE)
 
 
 def _run(

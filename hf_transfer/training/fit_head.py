@@ -160,6 +160,6 @@ def _score_split(session: Session, trained: Backbone, best: readouts.ProbedReado
             )  # fmt: skip
         return score_images(trained, split, session)
     store = best.features.stores[split.name]
-    logits, labels = compute_stored_logits(best.compute_logits, store, split.labels, session.resources)
-    metrics = split.target.measure(logits, labels, groups=number_groups([split]), seed=session.config.seed)
+    logits = compute_stored_logits(best.compute_logits, store, session.resources)
+    metrics = split.target.measure(logits, split.labels, groups=number_groups([split]), seed=session.config.seed)
     return Scored(metrics=metrics, logits=logits)

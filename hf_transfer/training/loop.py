@@ -149,25 +149,20 @@ def validate(network: nn.Module, session: Session, inputs: PhaseData) -> Validat
     The network computes in the precision of the run and, with `--compile`, is compiled. What is saved is scored in fp32.
     """
     split, is_compiled = session.data.validation, session.gradient.training.compile
-    labels = split.labels
     if inputs.activations is not None:
         with eval_mode(session.chain.model), torch.no_grad():
-            logits, truth = compute_stored_logits(
-                network, inputs.activations, labels, session.resources, batch_size=EVALUATION_BATCH, pads=is_compiled
+            logits = compute_stored_logits(
+                network, inputs.activations, session.resources, batch_size=EVALUATION_BATCH, pads=is_compiled
             )
     elif is_compiled:
         assert inputs.images is not None
         with eval_mode(session.chain.model):
-            logits, truth = compute_compiled_logits(
-                network, inputs.images, labels, session.resources, batch_size=EVALUATION_BATCH
-            )
+            logits = compute_compiled_logits(network, inputs.images, session.resources, batch_size=EVALUATION_BATCH)
     else:
         assert inputs.images is not None
-        logits, truth = compute_image_logits(
-            session.chain.model, inputs.images, labels, session.resources, shows_progress=False
-        )
+        logits = compute_image_logits(session.chain.model, inputs.images, session.resources, shows_progress=False)
     return score_validation(
-        session.data.target, logits, truth, session.gradient.training.select_by, number_groups([split])
+        session.data.target, logits, split.labels, session.gradient.training.select_by, number_groups([split])
     )
 
 

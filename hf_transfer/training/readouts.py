@@ -185,8 +185,8 @@ def install_probe(backbone: Backbone, chain: Chain, best: ProbedReadout) -> Back
 def score_probe(probed: ProbedReadout, split: Split, resources: Resources) -> Score:
     """Scores a probe on the stored features of `split`."""
     store = probed.features.stores[split.name]
-    logits, labels = compute_stored_logits(probed.compute_logits, store, split.labels, resources)
-    return split.target.read_outcomes(logits, labels).score
+    logits = compute_stored_logits(probed.compute_logits, store, resources)
+    return split.target.read_outcomes(logits, split.labels).score
 
 
 def verify_probe(backbone: Backbone, best: ProbedReadout, split: Split, resources: Resources) -> float:

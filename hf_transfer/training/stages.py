@@ -251,7 +251,7 @@ def _score_stages(
         if split is None:
             continue
         images = EvaluationImages(split=split, preprocessing=stack.backbone.preprocessing)
-        logits, labels = compute_image_logits(stack.whole.model, images, split.labels, session.resources)
+        logits, labels = compute_image_logits(stack.whole.model, images, session.resources), split.labels
         stages = logits.reshape(len(labels), len(stack.stages), -1).transpose(1, 0, 2)  # (S, N, K)
         for scores, each in zip(by_stage, stages, strict=True):
             scores[split.name] = split.target.read_outcomes(each, labels).score
