@@ -32,12 +32,13 @@ from hf_transfer.auditing.duplicates import Copies, find_copies, group_copies
 from hf_transfer.auditing.facts import THUMBNAIL_PX, ImageFacts, read_orientation
 from hf_transfer.auditing.files import open_audit_folder
 from hf_transfer.auditing.hashes import compute_hashes, find_close_hashes
-from hf_transfer.auditing.held_out import FOLDS, predict_held_out
+from hf_transfer.auditing.held_out import predict_held_out
 from hf_transfer.auditing.outliers import BLANK_SCORE, find_outliers
 from hf_transfer.cli import main
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.inference.neighbors import find_neighbors
+from hf_transfer.solvers.cross_validation import FOLDS
 from hf_transfer.solvers.folds import draw_folds
 from hf_transfer.targets.single_label import SingleLabel
 from tests.test_add_classes import write_digits

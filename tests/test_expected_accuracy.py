@@ -6,11 +6,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from hf_transfer.choosing.expected_accuracy import (
-    CrossValidation,
+    ProbeAccuracy,
     _fit_law,
     binomial_interval,
-    cross_validate,
     draw_learning_curve,
+    measure_probe,
     sample_rows,
 )
 from tests.test_scores import blobs
@@ -19,7 +19,7 @@ from tests.test_scores import blobs
 def test_the_estimate_is_what_new_images_give() -> None:
     """Held-out accuracy of 300 rows against a probe fitted on all of them and scored on 3,000 others."""
     x, labels = blobs(3300, 12, 4, 0.45)
-    validation = cross_validate(x[:300], labels[:300])
+    validation = measure_probe(x[:300], labels[:300])
     scaler = StandardScaler().fit(x[:300])
     model = LogisticRegression(C=validation.c, max_iter=500).fit(scaler.transform(x[:300]), labels[:300])
     truth = model.score(scaler.transform(x[300:]), labels[300:])
@@ -32,13 +32,13 @@ def test_the_estimate_is_what_new_images_give() -> None:
 def test_random_labels_give_chance_accuracy() -> None:
     x, _ = blobs(200, 10, 2, 2.0)
     labels = np.random.default_rng(1).integers(0, 2, 200)
-    assert 0.35 < cross_validate(x, labels).accuracy < 0.65
+    assert 0.35 < measure_probe(x, labels).accuracy < 0.65
 
 
 def test_the_interval_is_the_exact_one() -> None:
     assert binomial_interval(0, 10) == pytest.approx((0.0, 0.3085), abs=1e-4)  # 1 - 0.025 ** (1 / 10)
     assert binomial_interval(10, 10) == pytest.approx((0.6915, 1.0), abs=1e-4)
-    low, high = CrossValidation(hits=np.arange(100) < 90).interval
+    low, high = ProbeAccuracy(hits=np.arange(100) < 90, c=1.0).interval
     assert low == pytest.approx(0.824, abs=2e-3)
     assert high == pytest.approx(0.951, abs=2e-3)
 

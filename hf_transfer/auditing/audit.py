@@ -14,14 +14,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.auditing.duplicates import BLANK_CONTRAST, Copies, find_copies, group_copies
 from hf_transfer.auditing.facts import ImageFacts, read_facts
-from hf_transfer.auditing.held_out import (
-    HeldOut,
-    LabeledFeatures,
-    confuse,
-    is_class_in_two,
-    predict_held_out,
-    score_without_copies,
-)
+from hf_transfer.auditing.held_out import LabeledFeatures, confuse, predict_held_out, score_without_copies
 from hf_transfer.auditing.outliers import find_outliers
 from hf_transfer.auditing.records import (
     AuditResult,
@@ -37,7 +30,8 @@ from hf_transfer.auditing.records import (
 from hf_transfer.data.splits import Split
 from hf_transfer.prefix.resources import count_threads
 from hf_transfer.session import Session
-from hf_transfer.solvers.groups import number_groups
+from hf_transfer.solvers.cross_validation import CrossValidated
+from hf_transfer.solvers.groups import is_class_in_two, number_groups
 from hf_transfer.targets.target import Labels
 from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.readouts import ReadoutFeatures, extract_readouts
@@ -154,7 +148,7 @@ def _keep_together(
     return group_copies(copies, len(labels)) if divides_groups else groups, divides_groups
 
 
-def _suspect(images: _Images, held_out: Sequence[HeldOut]) -> Iterator[SuspectedLabel]:
+def _suspect(images: _Images, held_out: Sequence[CrossValidated]) -> Iterator[SuspectedLabel]:
     errors = find_label_errors(np.stack([each.log_probabilities for each in held_out]), images.labels)
     names = images.splits[0].label_names
     for i, suggested, score in zip(errors.rows, errors.suggested, errors.scores, strict=True):
@@ -186,7 +180,7 @@ def _test_without_copies(
     return TestCopies(num_copies=int(has_copy.sum()), accuracy=accuracy, accuracy_without=without)
 
 
-def _pair_classes(images: _Images, held_out: Sequence[HeldOut]) -> list[ConfusedClasses]:
+def _pair_classes(images: _Images, held_out: Sequence[CrossValidated]) -> list[ConfusedClasses]:
     """Returns the pairs of classes that are often taken for each other, by falling share of their images."""
     matrix, names = confuse(held_out, images.labels), images.splits[0].label_names
     counts, pairs = matrix.sum(1), []

@@ -27,11 +27,11 @@ from hf_transfer.choosing.candidates import (
 from hf_transfer.choosing.evidence import Evidence, gather_evidence, read_head
 from hf_transfer.choosing.expected_accuracy import (
     MAX_ROWS,
-    CrossValidation,
     DepthScore,
     LearningCurve,
-    cross_validate,
+    ProbeAccuracy,
     draw_learning_curve,
+    measure_probe,
     sample_rows,
 )
 from hf_transfer.choosing.pilots import Pilot, run_pilots
@@ -189,9 +189,8 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
     rows = sample_rows(evidence.labels, MAX_ROWS, seed)
     features, labels = evidence.features[rows], evidence.labels[rows]
     started = time.perf_counter()
-    probe = cross_validate(features, labels, seed=seed)
+    probe = measure_probe(features, labels, seed=seed)
     probe_seconds = time.perf_counter() - started
-    assert probe.c is not None
     depths = _score_depths(evidence, rows, probe, seed)
     curve = draw_learning_curve(features, labels, c=probe.c, seed=seed)
     speed = evidence.forward_stats.images_per_second
@@ -226,14 +225,14 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
 
 
 def _score_depths(
-    evidence: Evidence, rows: NDArray[np.int64], probe: CrossValidation, seed: int
+    evidence: Evidence, rows: NDArray[np.int64], probe: ProbeAccuracy, seed: int
 ) -> tuple[DepthScore, ...]:
     """Returns the accuracies of kNN and of a linear probe on the features of each depth, for the images with indices `rows`."""
     labels = evidence.labels[rows]
     scores = []
     for depth in evidence.depths:
         features = depth.features[rows]
-        own = probe if depth.is_native else cross_validate(features, labels, c_grid=(probe.c or 0.0,), seed=seed)
+        own = probe if depth.is_native else measure_probe(features, labels, c_grid=(probe.c,), seed=seed)
         scores.append(
             DepthScore(
                 layer=depth.layer,
@@ -253,7 +252,7 @@ def _estimate_strategy(
     strategy: Strategy,
     contender: Contender | None,
     regime: DataRegime,
-    probe: CrossValidation,
+    probe: ProbeAccuracy,
     pricing: Pricing,
 ) -> Estimate:
     """Returns the estimate of a strategy. `contender`: what `auto` expects of it, if the table of the rule does not have it."""

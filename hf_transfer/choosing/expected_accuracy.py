@@ -1,8 +1,4 @@
-"""Cross-validates a linear probe on frozen features, and extrapolates the probe's accuracy to more labeled images.
-
-All probes on one matrix of features are solved in one batch (see `solvers.probe`), because they differ only in their
-regularization and in the weights of the rows. A row that a probe does not train on has weight 0.
-"""
+"""Measures the accuracy of a cross-validated linear probe on frozen features, and extrapolates it to more labeled images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.metrics.formulas import binomial_interval
+from hf_transfer.solvers.cross_validation import C_GRID, FoldedProblem, cross_validate, is_predicted
 from hf_transfer.solvers.folds import draw_folds
-from hf_transfer.solvers.lbfgs import SolverOptions
-from hf_transfer.solvers.probe import SPREAD_FLOOR, solve_path
 from hf_transfer.targets.single_label import SingleLabel
 
-C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)  # coarser than the grid of `solvers.probe`, because each C is solved once per fold
-FOLDS = 5
-SOLVER = SolverOptions(
-    tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR
-)  # tighter options do not change the accuracies
 MAX_ROWS = 2000  # more rows cost time and do not change the advice
 CURVE_SHARES = (0.125, 0.25, 0.5, 1.0)  # shares of each fold's training rows, as nested subsets
 CURVE_AHEAD = (1.0, 2.0, 4.0, 10.0)  # extrapolation: multiples of the current number of labels
@@ -30,11 +20,11 @@ CURVE_RESAMPLES = 400
 
 
 @dataclass(frozen=True, kw_only=True)
-class CrossValidation:
-    """The result of a cross-validation. Each row (image) is predicted by a probe that was fitted to the other folds."""
+class ProbeAccuracy:
+    """The accuracy of a cross-validated probe. An image whose class no other fold has counts as a mistake."""
 
-    hits: NDArray[np.bool_]  # (N,) whether each row is predicted correctly
-    c: float | None = None  # the chosen inverse regularization strength
+    hits: NDArray[np.bool_]  # (N,) whether each image is predicted correctly
+    c: float  # the chosen inverse regularization strength
 
     @property
     def accuracy(self) -> float:
@@ -88,44 +78,27 @@ def sample_rows(labels: NDArray[np.int64], most: int, seed: int) -> NDArray[np.i
     return np.flatnonzero(fold_of.numpy() == 0)
 
 
-def cross_validate(
-    features: NDArray[Any],
-    labels: NDArray[np.int64],
-    *,
-    c_grid: Sequence[float] = C_GRID,
-    folds: int = FOLDS,
-    seed: int = 0,
-) -> CrossValidation:
-    """Cross-validates a linear probe on features (N, F). Returns the result for the C with the lowest held-out log loss."""
-    problem = _Problem.of(features, labels, folds, seed)
-    masks = torch.stack([(problem.fold_of != fold).float() for fold in range(folds)])
-    logits = problem.solve([c for c in c_grid for _ in range(folds)], masks.repeat(len(c_grid), 1))
-    best, best_loss = None, np.inf
-    for i, c in enumerate(c_grid):
-        held_out = problem.select_held_out(logits[i * folds : (i + 1) * folds])
-        loss = float(torch.nn.functional.cross_entropy(held_out, problem.y))
-        if loss < best_loss:
-            best, best_loss = CrossValidation(hits=(held_out.argmax(1) == problem.y).numpy(), c=c), loss
-    assert best is not None
-    return best
+def measure_probe(
+    features: NDArray[Any], labels: NDArray[np.int64], *, c_grid: Sequence[float] = C_GRID, seed: int = 0
+) -> ProbeAccuracy:
+    """Returns the cross-validated accuracy of a linear probe on features (N, F), for the C with the lowest log-loss."""
+    validated = cross_validate(features, labels, _make_target(labels), seed=seed, c_grid=c_grid)
+    return ProbeAccuracy(hits=_find_hits(validated.logits, labels), c=validated.c)
 
 
-def draw_learning_curve(
-    features: NDArray[Any], labels: NDArray[np.int64], *, c: float, folds: int = FOLDS, seed: int = 0
-) -> LearningCurve:
+def draw_learning_curve(features: NDArray[Any], labels: NDArray[np.int64], *, c: float, seed: int = 0) -> LearningCurve:
     """Returns the probe's accuracy for growing shares of the training rows, and a power law fitted to the probe's error.
 
     The law error(n) = a * n ** -b (arXiv 1712.00409, section 3) is fitted to logarithms by weighted least squares. Intervals
     come from a bootstrap over images, in which each resample omits one share. The intervals cover noise and part of the
     uncertainty of the law, which assumes that enough images remove every error.
     """
-    problem = _Problem.of(features, labels, folds, seed)
-    rank = _rank_in_class(problem.y, problem.fold_of, folds)
-    masks = torch.stack([(rank[fold] < share).float() for share in CURVE_SHARES for fold in range(folds)])
-    logits = problem.solve([c] * len(masks), masks).unflatten(0, (len(CURVE_SHARES), folds))
-    hits = torch.stack([problem.select_held_out(x).argmax(-1) == problem.y for x in logits]).numpy()  # (shares, N)
+    problem = FoldedProblem.of(features, labels, _make_target(labels), seed=seed, groups=None)
+    rank = _rank_in_class(problem)
+    masks = torch.stack([(rank < share).float() for share in CURVE_SHARES])  # (shares, folds, N)
+    hits = _find_hits(problem.predict([c] * len(masks), masks), labels)  # (shares, N)
     num_classes = len(np.unique(labels))
-    num_fitted = masks.unflatten(0, (len(CURVE_SHARES), folds)).sum((1, 2)).numpy() / folds
+    num_fitted = masks.sum((1, 2)).numpy() / problem.num_folds
     sizes = num_fitted / num_classes
     ahead = len(labels) / num_classes * np.array(CURVE_AHEAD)
     intercept, slope = _fit_law(sizes, hits)
@@ -148,35 +121,23 @@ def draw_learning_curve(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Problem:
-    """The input of a cross-validation: features `x` (N, F), labels `y` (N,) and fold numbers `fold_of` (N,)."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-    fold_of: torch.Tensor
-
-    @classmethod
-    def of(cls, features: NDArray[Any], labels: NDArray[np.int64], folds: int, seed: int) -> "_Problem":
-        y = torch.from_numpy(labels)
-        return cls(x=torch.from_numpy(np.asarray(features, np.float32)), y=y, fold_of=draw_folds(y, folds, seed))
-
-    def solve(self, cs: Sequence[float], row_weights: torch.Tensor) -> torch.Tensor:
-        """Fits one probe for each C in `cs`, with the image weights of the same position. Returns logits (P, N, K)."""
-        target = SingleLabel(names=tuple(map(str, range(max(2, int(self.y.max()) + 1)))))
-        path = solve_path(self.x, self.y, target, cs, row_weights, SOLVER)
-        return torch.einsum("nd,pkd->pnk", self.x, path.weight) + path.bias[:, None]
-
-    def select_held_out(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns, for each image, the logits of the probe that was not fitted to the image."""
-        return logits[self.fold_of, torch.arange(len(self.y))]
+def _make_target(labels: NDArray[np.int64]) -> SingleLabel:
+    return SingleLabel(names=tuple(map(str, range(max(2, int(labels.max()) + 1)))))
 
 
-def _rank_in_class(y: torch.Tensor, fold_of: torch.Tensor, folds: int) -> torch.Tensor:
+def _find_hits(logits: torch.Tensor, labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Returns whether held-out logits (..., N, K) predict the labels (N,); False where there is no prediction (nan)."""
+    is_hit = is_predicted(logits) & (logits.argmax(-1) == torch.from_numpy(labels))
+    hits: NDArray[np.bool_] = is_hit.numpy()
+    return hits
+
+
+def _rank_in_class(problem: FoldedProblem) -> torch.Tensor:
     """Returns, for each fold and image, the image's random rank in its class, 0 to below 1. Held-out images get rank 2."""
-    rank = torch.full((folds, len(y)), 2.0)
+    y, fold_of = problem.labels, problem.fold_of
+    rank = torch.full((problem.num_folds, len(y)), 2.0)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))
-    for fold in range(folds):
+    for fold in range(problem.num_folds):
         for label in y.unique():
             rows = order[(y[order] == label) & (fold_of[order] != fold)]
             # The first row of a class has rank 0, so every subset contains this row.

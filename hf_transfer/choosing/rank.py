@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from scipy.stats import kendalltau, spearmanr
 
 from hf_transfer.choosing.evidence import gather_evidence
-from hf_transfer.choosing.expected_accuracy import cross_validate, sample_rows
+from hf_transfer.choosing.expected_accuracy import measure_probe, sample_rows
 from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.config import RunConfig
 from hf_transfer.costs import Costs
@@ -171,7 +171,7 @@ def _score(checkpoint: str, session: Session, started: float) -> CheckpointScore
     times = [started, time.perf_counter()]
     evidence = gather_evidence(session, head=None, readouts=False)
     times.append(time.perf_counter())
-    probe = cross_validate(evidence.features, evidence.labels, seed=session.config.seed)
+    probe = measure_probe(evidence.features, evidence.labels, seed=session.config.seed)
     times.append(time.perf_counter())
     knn = float(knn_hits(evidence.features, evidence.labels).mean())
     times.append(time.perf_counter())

@@ -40,6 +40,11 @@ def number_groups(splits: Sequence[Grouped], rows: NDArray[Any] | slice = slice(
     return codes[rows]
 
 
+def is_class_in_two(labels: NDArray[np.int64], groups: Codes) -> bool:
+    """Returns whether a class of labels (N,) is in two groups (N,), so that images of one can check labels of the other."""
+    return len(np.unique(np.stack([labels, groups]), axis=1)[0]) > len(np.unique(labels))
+
+
 def draw_one_per_group(codes: Codes, seed: int) -> NDArray[np.int64]:
     """Returns the row of one image of each group, drawn at random, in rising order.
 
