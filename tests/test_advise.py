@@ -198,6 +198,8 @@ def test_pilots_change_the_choice(advice: Advice) -> None:
     )
     assert _recommend(many, None).recommended == "probe_then_full"
     assert _recommend(replace(many, pilots=()), None).recommended == "linear_probe"
+    width = {n: _recommend(replace(many, validation_groups=n), None).estimates[3] for n in (None, 10)}
+    assert width[None].high - width[None].low < width[10].high - width[10].low  # images of one group count once
     within = _recommend(many, 1.5)
     assert within.recommended == "linear_probe"
     assert "does not fit" in within.reason

@@ -5,17 +5,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
+from PIL import Image
 
+from hf_transfer.auditing.held_out import predict_held_out
+from hf_transfer.choosing.advise import advise
+from hf_transfer.choosing.expected_accuracy import ProbeAccuracy, _rank_in_class, measure_probe
+from hf_transfer.choosing.rank import rank
+from hf_transfer.choosing.scores import knn_hits
+from hf_transfer.choosing.similarity import compute_label_information
 from hf_transfer.data.notes import notes_on_groups
 from hf_transfer.data.splits import Role, Split, draw
 from hf_transfer.metrics.bootstrap import mean_interval
+from hf_transfer.metrics.formulas import binomial_interval
+from hf_transfer.solvers.cross_validation import FoldedProblem, check_can_hold_out
 from hf_transfer.solvers.features import RawFeatures
 from hf_transfer.solvers.folds import draw_folds
 from hf_transfer.solvers.groups import draw_groups, number_groups, spread_groups
 from hf_transfer.solvers.probe import ProbeOptions, fit_probes
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
+from tests.sessions import make_config, make_session
 
 
 def frames(objects: int, per_object: int = 10, classes: int = 3) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -173,6 +184,96 @@ def test_a_probe_whose_folds_divide_groups_believes_copies() -> None:
     )
     assert leaked > 0.85
     assert honest < 0.7
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Eight near-copies of each of 40 random pictures with random labels: who has seen no copy can only guess."""
+    folder, generator = tmp_path_factory.mktemp("copies"), np.random.default_rng(0)
+    rows = ["image,label,picture"]
+    for picture, label in enumerate(generator.permutation(np.arange(40) % 2)):
+        coarse = generator.integers(0, 256, (7, 7)).repeat(4, 0).repeat(4, 1)
+        for copy in range(8):
+            pixels = np.clip(coarse + generator.normal(0, 3, coarse.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).convert("RGB").save(folder / f"{picture}_{copy}.png")
+            rows.append(f"{picture}_{copy}.png,{'ab'[label]},{picture}")
+    (folder / "labels.csv").write_text("\n".join(rows))
+    return {"dataset": str(folder / "labels.csv"), "label_column": "label", "images_per_class": None}
+
+
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_advice_keeps_copies_together(copies: dict[str, Any], is_grouped: bool) -> None:
+    """The probe, its interval, the learning curve and kNN, on random labels."""
+    advice = advise(make_session(**copies, **({"group_column": "picture"} if is_grouped else {})))
+    for depth in advice.depths:
+        low, high = depth.probe_interval
+        assert (depth.probe < 0.7) == (depth.knn < 0.7) == is_grouped
+        assert (
+            high - low > 0.2
+        ) == is_grouped  # of 0.5 on 40 images, the exact interval is 0.32 wide, on 320 it is 0.11
+    assert (advice.curve.accuracy[-1] < 0.7) == is_grouped
+    now = advice.curve.ahead[0]
+    assert (now.high - now.low > 0.2) == is_grouped
+    assert advice.validation_groups == (8 if is_grouped else None)
+
+
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_a_ranking_keeps_copies_together(copies: dict[str, Any], is_grouped: bool) -> None:
+    config = make_config(**copies, **({"group_column": "picture"} if is_grouped else {}))
+    (row,) = rank(["embedded"], config, accelerator=Accelerator(cpu=True)).rows
+    assert (row.probe < 0.7) == is_grouped
+    assert (row.knn < 0.7) == is_grouped
+    assert (row.probe_interval[1] - row.probe_interval[0] > 0.2) == is_grouped
+
+
+def test_the_probe_of_advice_is_the_audits() -> None:
+    """60 groups of 10 near-copies with random labels: without groups, the probe seems to be right in 9 of 10 cases."""
+    generator = np.random.default_rng(0)
+    codes = np.repeat(np.arange(60), 10)
+    labels = generator.permutation(np.arange(60) % 2)[codes]
+    features = (generator.normal(size=(60, 40))[codes] + 0.3 * generator.normal(size=(600, 40))).astype(np.float32)
+    together = measure_probe(features, labels, groups=codes)
+    audited = predict_held_out(features, labels, codes, SingleLabel(names=("a", "b")), seed=0)
+    assert together.hits.tolist() == (audited.log_probabilities.argmax(1) == labels).tolist()
+    assert together.accuracy < 0.65
+    assert knn_hits(features, labels, groups=codes).mean() < 0.65
+    assert measure_probe(features, labels).accuracy > 0.8
+    assert knn_hits(features, labels).mean() > 0.8
+    # The pretrained classes are pictures, so they say all about copies and nothing about other pictures.
+    classes = np.eye(60)[codes]
+    assert compute_label_information(classes, labels) > 0.8
+    assert compute_label_information(classes, labels, codes) < 0.05
+
+
+def test_the_interval_of_a_probe_draws_groups() -> None:
+    """Alike images count as one; if all are right, each group counts as one image of the exact interval."""
+    codes, right = np.repeat(np.arange(60), 10), np.repeat(np.arange(60) < 45, 10)
+    assert ProbeAccuracy(hits=right, c=1.0, groups=codes).interval == mean_interval(right.astype(float), groups=codes)
+    assert ProbeAccuracy(hits=right, c=1.0, groups=np.arange(600)).interval == ProbeAccuracy(hits=right, c=1.0).interval
+    perfect = ProbeAccuracy(hits=np.ones(600, np.bool_), c=1.0, groups=codes)
+    assert perfect.interval == binomial_interval(60, 60)
+
+
+def test_shares_of_a_learning_curve_are_shares_of_groups() -> None:
+    labels, codes = frames(30)
+    features = np.random.default_rng(0).normal(size=(300, 4))
+    problem = FoldedProblem.of(features, labels, SingleLabel(names=("a", "b", "c")), seed=0, groups=codes)
+    for fold, rank_of in enumerate(_rank_in_class(problem, codes)):
+        for label in range(3):
+            fitted = np.flatnonzero((problem.fold_of.numpy() != fold) & (labels == label))
+            in_order = codes[fitted[rank_of[fitted].argsort().numpy()]]
+            assert np.count_nonzero(np.diff(in_order)) + 1 == len(np.unique(in_order)), "one group after the other"
+
+
+def test_classes_of_one_group_cannot_be_advised_on() -> None:
+    labels = np.arange(20) % 2
+    with pytest.raises(ValueError, match=r"no class has images of two groups.*--group_column"):
+        check_can_hold_out(labels, labels)
+    with pytest.raises(ValueError, match=r"no class has images of two groups.*--group_column"):
+        measure_probe(np.eye(20), labels, groups=labels)
+    with pytest.raises(ValueError, match="no class has two images"):
+        check_can_hold_out(np.arange(3), None)
+    check_can_hold_out(labels, np.zeros(20, np.int64))  # a single group is divided
 
 
 def test_stored_splits_that_share_groups_are_noted() -> None:

@@ -24,7 +24,7 @@ from hf_transfer.choosing.candidates import (
     list_candidates,
     make_command,
 )
-from hf_transfer.choosing.evidence import Evidence, gather_evidence, read_head
+from hf_transfer.choosing.evidence import Evidence, check_has_folds, gather_evidence, read_head
 from hf_transfer.choosing.expected_accuracy import (
     MAX_ROWS,
     DepthScore,
@@ -42,6 +42,7 @@ from hf_transfer.choosing.suggestions import Suggestion, suggest
 from hf_transfer.displays import show_code, show_paragraph, show_table, show_title
 from hf_transfer.processes import ending_together, run_on_main
 from hf_transfer.session import Session
+from hf_transfer.solvers.groups import number_groups
 from hf_transfer.strategy import Strategy
 from hf_transfer.targets.target import check_classes
 from hf_transfer.training.pricing import Price, Pricing
@@ -92,6 +93,7 @@ class Advice:
     images_per_second: float  # of a forward pass in the precision of the run
     probe_seconds: float  # time of the solver for one head
     cost: Mapping[str, float]  # seconds of "loading", "features", "estimates", "pilots"; "images_computed"
+    validation_groups: int | None = None  # number of groups of the validation images, if the data have groups
 
     @property
     def command(self) -> str:
@@ -150,9 +152,11 @@ def advise(session: Session, *, measure: bool = False, budget_s: float | None = 
 
     With `measure`, the strategies also train briefly, best estimate first, for at most `budget_s` seconds in total (default
     600). Without `measure`, `budget_s` limits the estimated time of the recommended strategy. In a distributed run, all
-    processes must call this function. Raises ValueError if the logits are not a weighted sum of linear maps.
+    processes must call this function. Raises ValueError if the logits are not a weighted sum of linear maps, and if no class
+    has images of two groups.
     """
     check_classes(session.data.target, "advise")
+    check_has_folds(session.data)
     session = session.without_test()
     clock = [time.perf_counter()]
     candidates = find_candidates(session)
@@ -186,13 +190,15 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
     regime = DataRegime(
         images_per_class=float(np.median(counts)), similarity=similarity.score, similarity_spread=similarity.spread
     )
+    validation_groups = number_groups([data.validation])
     rows = sample_rows(evidence.labels, MAX_ROWS, seed)
     features, labels = evidence.features[rows], evidence.labels[rows]
+    groups = None if evidence.groups is None else evidence.groups[rows]
     started = time.perf_counter()
-    probe = measure_probe(features, labels, seed=seed)
+    probe = measure_probe(features, labels, groups=groups, seed=seed)
     probe_seconds = time.perf_counter() - started
     depths = _score_depths(evidence, rows, probe, seed)
-    curve = draw_learning_curve(features, labels, c=probe.c, seed=seed)
+    curve = draw_learning_curve(features, labels, c=probe.c, groups=groups, seed=seed)
     speed = evidence.forward_stats.images_per_second
     pricing = Pricing(session=session, images_per_second=speed, probe_seconds=probe_seconds)
     contenders = {c.name: c.contender for c in list_candidates(session) if c.name not in TABLE}
@@ -221,6 +227,7 @@ def _estimate(session: Session, candidates: Mapping[str, Strategy], evidence: Ev
         images_per_second=speed,
         probe_seconds=probe_seconds,
         cost={},
+        validation_groups=None if validation_groups is None else len(np.unique(validation_groups)),
     )
 
 
@@ -228,11 +235,11 @@ def _score_depths(
     evidence: Evidence, rows: NDArray[np.int64], probe: ProbeAccuracy, seed: int
 ) -> tuple[DepthScore, ...]:
     """Returns the accuracies of kNN and of a linear probe on the features of each depth, for the images with indices `rows`."""
-    labels = evidence.labels[rows]
+    labels, groups = evidence.labels[rows], probe.groups
     scores = []
     for depth in evidence.depths:
         features = depth.features[rows]
-        own = probe if depth.is_native else measure_probe(features, labels, c_grid=(probe.c,), seed=seed)
+        own = probe if depth.is_native else measure_probe(features, labels, groups=groups, c_grid=(probe.c,), seed=seed)
         scores.append(
             DepthScore(
                 layer=depth.layer,
@@ -240,7 +247,7 @@ def _score_depths(
                 is_native=depth.is_native,
                 probe=own.accuracy,
                 probe_interval=own.interval,
-                knn=float(knn_hits(features, labels).mean()),
+                knn=float(knn_hits(features, labels, groups=groups).mean()),
                 num_features=features.shape[1],
             )
         )
@@ -281,8 +288,8 @@ def _estimate_strategy(
 def _recommend(advice: Advice, budget_s: float | None) -> Advice:
     """Returns the advice with a recommended strategy and a reason. Measured trial runs first update the estimates."""
     probe = next(e for e in advice.estimates if e.strategy == "linear_probe")
-    num_validation = advice.num_images["validation"]
-    estimates = {e.strategy: _add_pilots(e, probe, advice.pilots, num_validation) for e in advice.estimates}
+    independent = advice.num_images["validation"] if advice.validation_groups is None else advice.validation_groups
+    estimates = {e.strategy: _add_pilots(e, probe, advice.pilots, independent) for e in advice.estimates}
     chosen = choose(
         {name: e.accuracy for name, e in estimates.items()},
         {name: e.seconds for name, e in estimates.items()},
@@ -301,7 +308,8 @@ def _add_pilots(estimate: Estimate, probe: Estimate, pilots: Sequence[Pilot], nu
 
     The update is the mean of the estimated and the measured accuracy, weighted by 1 / variance. A trial run measures the gain
     over the probe on the same n validation images. The gain's variance is at most (misses of strategy and probe) / n^2, because
-    the gain depends only on images that exactly one of the two misses. Half a miss is added to each count of misses.
+    the gain depends only on images that exactly one of the two misses. Half a miss is added to each count of misses. Images of
+    one group are alike, so `num_validation` counts groups if the data have groups.
     """
     base = next((p for p in pilots if p.strategy == "linear_probe"), None)
     mine = [p for p in pilots if p.strategy == estimate.strategy and p.epochs]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.choosing.forward_stats import ForwardStats, measure_forward
 from hf_transfer.config import ModelConfig
+from hf_transfer.data.dataset import Data
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.head import measure_inputs, read_probe
@@ -22,6 +23,8 @@ from hf_transfer.prefix.extract import extract_images
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.taps import Tap, count_bytes
 from hf_transfer.session import Session
+from hf_transfer.solvers.cross_validation import check_can_hold_out
+from hf_transfer.solvers.groups import Codes, number_groups
 from hf_transfer.targets.target import Labels
 from hf_transfer.training.readouts import tap_readouts
 
@@ -46,6 +49,7 @@ class Evidence:
     """The labels, features and pretrained logits of N images: first the train split, then the validation split."""
 
     labels: Labels  # (N, ...) of the target
+    groups: Codes | None  # (N,) numbers of the groups (patients, cameras, ...), if the data have groups
     has_classes: bool  # whether the labels are class indices (N,)
     depths: tuple[Depth, ...]  # the last depth is native
     upstream_logits: NDArray[np.float32] | None  # (N, Z) of the pretrained head; None if the head is not linear
@@ -56,6 +60,12 @@ class Evidence:
     def features(self) -> NDArray[np.float32]:
         """The features (N, F) of the N images after pooling, which are the input of the checkpoint's own classifier."""
         return self.depths[-1].features
+
+
+def check_has_folds(data: Data) -> None:
+    """Raises ValueError if no train or validation image can be predicted from others (see `check_can_hold_out`)."""
+    splits = [data.train, data.validation]
+    check_can_hold_out(np.concatenate([split.labels for split in splits]), number_groups(splits))
 
 
 def gather_evidence(session: Session, *, head: LinearMap | None, readouts: bool = True) -> Evidence:
@@ -89,6 +99,7 @@ def gather_evidence(session: Session, *, head: LinearMap | None, readouts: bool 
     ]
     return Evidence(
         labels=np.concatenate([data.train.labels, data.validation.labels]),
+        groups=number_groups([data.train, data.validation]),
         has_classes=data.target.has_classes,
         depths=(*depths, native),
         upstream_logits=None if head is None else native.features @ head[0].T + head[1],

@@ -2,15 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_transfer.metrics.bootstrap import mean_interval, resample_indices
 from hf_transfer.metrics.formulas import binomial_interval
 from hf_transfer.solvers.cross_validation import C_GRID, FoldedProblem, cross_validate, is_predicted
 from hf_transfer.solvers.folds import draw_folds
+from hf_transfer.solvers.groups import Codes
 from hf_transfer.targets.single_label import SingleLabel
 
 MAX_ROWS = 2000  # more rows cost time and do not change the advice
@@ -25,6 +28,7 @@ class ProbeAccuracy:
 
     hits: NDArray[np.bool_]  # (N,) whether each image is predicted correctly
     c: float  # the chosen inverse regularization strength
+    groups: Codes | None = None  # (N,) numbers of the groups, which no fold divides
 
     @property
     def accuracy(self) -> float:
@@ -33,8 +37,17 @@ class ProbeAccuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The exact 95 % interval of the accuracy for N independent images (Clopper and Pearson 1934)."""
-        return binomial_interval(int(self.hits.sum()), len(self.hits))
+        """The 95 % interval of the accuracy: for independent images the exact one (Clopper and Pearson 1934).
+
+        The bootstrap draws whole groups. If all resamples have the same accuracy, such as 100 %, each group counts as one image
+        of the exact interval.
+        """
+        count = len(self.hits) if self.groups is None else len(np.unique(self.groups))
+        if count < len(self.hits):
+            drawn = mean_interval(self.hits.astype(np.float64), groups=self.groups)
+            if drawn is not None and drawn[0] < drawn[1]:
+                return drawn
+        return binomial_interval(round(self.accuracy * count), count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,22 +92,35 @@ def sample_rows(labels: NDArray[np.int64], most: int, seed: int) -> NDArray[np.i
 
 
 def measure_probe(
-    features: NDArray[Any], labels: NDArray[np.int64], *, c_grid: Sequence[float] = C_GRID, seed: int = 0
+    features: NDArray[Any],
+    labels: NDArray[np.int64],
+    *,
+    groups: Codes | None = None,
+    c_grid: Sequence[float] = C_GRID,
+    seed: int = 0,
 ) -> ProbeAccuracy:
-    """Returns the cross-validated accuracy of a linear probe on features (N, F), for the C with the lowest log-loss."""
-    validated = cross_validate(features, labels, _make_target(labels), seed=seed, c_grid=c_grid)
-    return ProbeAccuracy(hits=_find_hits(validated.logits, labels), c=validated.c)
+    """Returns the cross-validated accuracy of a linear probe on features (N, F), for the C with the lowest log-loss.
+
+    Images of one of the `groups` (N,) are in one fold. Raises ValueError as `cross_validate` does.
+    """
+    validated = cross_validate(features, labels, _make_target(labels), seed=seed, groups=groups, c_grid=c_grid)
+    return ProbeAccuracy(hits=_find_hits(validated.logits, labels), c=validated.c, groups=groups)
 
 
-def draw_learning_curve(features: NDArray[Any], labels: NDArray[np.int64], *, c: float, seed: int = 0) -> LearningCurve:
+def draw_learning_curve(
+    features: NDArray[Any], labels: NDArray[np.int64], *, c: float, groups: Codes | None = None, seed: int = 0
+) -> LearningCurve:
     """Returns the probe's accuracy for growing shares of the training rows, and a power law fitted to the probe's error.
 
     The law error(n) = a * n ** -b (arXiv 1712.00409, section 3) is fitted to logarithms by weighted least squares. Intervals
     come from a bootstrap over images, in which each resample omits one share. The intervals cover noise and part of the
     uncertainty of the law, which assumes that enough images remove every error.
+
+    With `groups` (N,), folds and resamples have whole groups. A share of the training rows is a share of their groups, because
+    more images come from more groups.
     """
-    problem = FoldedProblem.of(features, labels, _make_target(labels), seed=seed, groups=None)
-    rank = _rank_in_class(problem)
+    problem = FoldedProblem.of(features, labels, _make_target(labels), seed=seed, groups=groups)
+    rank = _rank_in_class(problem, groups)
     masks = torch.stack([(rank < share).float() for share in CURVE_SHARES])  # (shares, folds, N)
     hits = _find_hits(problem.predict([c] * len(masks), masks), labels)  # (shares, N)
     num_classes = len(np.unique(labels))
@@ -102,10 +128,10 @@ def draw_learning_curve(features: NDArray[Any], labels: NDArray[np.int64], *, c:
     sizes = num_fitted / num_classes
     ahead = len(labels) / num_classes * np.array(CURVE_AHEAD)
     intercept, slope = _fit_law(sizes, hits)
-    resampled = np.random.default_rng(seed).integers(len(labels), size=(CURVE_RESAMPLES, len(labels)))
+    resampled = resample_indices(len(labels), seed=seed, resamples=CURVE_RESAMPLES, groups=groups)
     laws = [
         _fit_law(np.delete(sizes, i % len(sizes)), np.delete(hits[:, rows], i % len(sizes), 0))
-        for i, rows in enumerate(resampled)
+        for i, rows in enumerate(chain.from_iterable(resampled))
     ]
     accuracies = 1 - np.exp([a - b * np.log(ahead) for a, b in laws])
     low, high = np.quantile(np.clip(accuracies, 0, 1), [0.025, 0.975], axis=0)
@@ -132,11 +158,17 @@ def _find_hits(logits: torch.Tensor, labels: NDArray[np.int64]) -> NDArray[np.bo
     return hits
 
 
-def _rank_in_class(problem: FoldedProblem) -> torch.Tensor:
-    """Returns, for each fold and image, the image's random rank in its class, 0 to below 1. Held-out images get rank 2."""
+def _rank_in_class(problem: FoldedProblem, groups: Codes | None) -> torch.Tensor:
+    """Returns, for each fold and image, the image's random rank in its class, 0 to below 1. Held-out images get rank 2.
+
+    Images of one of the `groups` (N,) have neighboring ranks.
+    """
     y, fold_of = problem.labels, problem.fold_of
     rank = torch.full((problem.num_folds, len(y)), 2.0)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(1))
+    if groups is not None:
+        _, first, own = np.unique(groups[order.numpy()], return_index=True, return_inverse=True)
+        order = order[torch.from_numpy(first[own].argsort(kind="stable"))]
     for fold in range(problem.num_folds):
         for label in y.unique():
             rows = order[(y[order] == label) & (fold_of[order] != fold)]

@@ -15,7 +15,7 @@ import numpy as np
 from accelerate import Accelerator
 from scipy.stats import kendalltau, spearmanr
 
-from hf_transfer.choosing.evidence import gather_evidence
+from hf_transfer.choosing.evidence import check_has_folds, gather_evidence
 from hf_transfer.choosing.expected_accuracy import measure_probe, sample_rows
 from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.config import RunConfig
@@ -96,7 +96,8 @@ def rank(
     """Ranks `checkpoints` by the accuracy of a linear probe on at most `sample` train and validation images (0: all images).
 
     A checkpoint that cannot be loaded or scored is skipped and listed in `Ranking.failures`. Raises ValueError if `checkpoints`
-    is empty or contains a checkpoint twice, if `sample` is negative, or if the data set is invalid.
+    is empty or contains a checkpoint twice, if `sample` is negative, or if the data set is invalid or has no class with images
+    of two groups.
     """
     repeated = sorted({name for name in checkpoints if list(checkpoints).count(name) > 1})
     if repeated or not checkpoints:
@@ -110,6 +111,7 @@ def rank(
     loaded = load_data(config.data)
     check_classes(loaded.target, "rank")
     data = sample_data(loaded, sample, config.seed)
+    check_has_folds(data)
     share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))
     rows, failures = [], {}
     with Costs() as costs:
@@ -171,9 +173,10 @@ def _score(checkpoint: str, session: Session, started: float) -> CheckpointScore
     times = [started, time.perf_counter()]
     evidence = gather_evidence(session, head=None, readouts=False)
     times.append(time.perf_counter())
-    probe = measure_probe(evidence.features, evidence.labels, seed=session.config.seed)
+    labels, groups = evidence.labels, evidence.groups
+    probe = measure_probe(evidence.features, labels, groups=groups, seed=session.config.seed)
     times.append(time.perf_counter())
-    knn = float(knn_hits(evidence.features, evidence.labels).mean())
+    knn = float(knn_hits(evidence.features, labels, groups=groups).mean())
     times.append(time.perf_counter())
     return CheckpointScore(
         name=source.name if source.id else checkpoint,

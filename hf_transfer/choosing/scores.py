@@ -5,17 +5,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.solvers.groups import Codes
+
 KNN_NEIGHBORS = 20
 KNN_TEMPERATURE = 0.07
 BLOCK_ROWS = 1024  # number of rows that are compared with all rows at once
 
 
-def knn_hits(features: NDArray[Any], labels: NDArray[np.int64], *, neighbors: int = KNN_NEIGHBORS) -> NDArray[np.bool_]:
+def knn_hits(
+    features: NDArray[Any],
+    labels: NDArray[np.int64],
+    *,
+    groups: Codes | None = None,
+    neighbors: int = KNN_NEIGHBORS,
+) -> NDArray[np.bool_]:
     """Returns (N,): for each row of `features` (N, D), whether the votes of the nearest other rows predict the row's label.
 
     Neighbors are ranked by cosine similarity, and their votes are weighted by exp(similarity / 0.07) (arXiv 1805.01978, section
     3.4; arXiv 2104.14294, appendix F.1). If the smallest class has n rows, at most n - 1 neighbors vote, so that other classes
-    cannot outnumber this class. Raises ValueError for mismatched shapes, non-finite features, or a single class.
+    cannot outnumber this class. Rows of one of the `groups` (N,) are no neighbors of each other, so at most as many neighbors
+    vote as each class has rows outside its largest group. A single group counts as none. Raises ValueError for mismatched
+    shapes, non-finite features, or a single class.
 
     >>> knn_hits(np.eye(2)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])).tolist()
     [True, True, True, True]
@@ -23,13 +33,15 @@ def knn_hits(features: NDArray[Any], labels: NDArray[np.int64], *, neighbors: in
     x = np.asarray(features, np.float64)
     present, counts = _check(x, labels)
     x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    k = max(1, min(neighbors, int(counts.min()) - 1, len(x) - 1))
+    own = np.arange(len(x)) if groups is None or len(np.unique(groups)) == 1 else groups
+    largest = [np.unique(own[labels == label], return_counts=True)[1].max() for label in present]
+    k = max(1, min(neighbors, int((counts - largest).min()), len(x) - 1))
     one_hot = labels[:, None] == present[None]
     hits = np.empty(len(x), np.bool_)
     for start in range(0, len(x), BLOCK_ROWS):
         rows = np.arange(start, min(start + BLOCK_ROWS, len(x)))
         similarity = x[rows] @ x.T
-        similarity[np.arange(len(rows)), rows] = -np.inf  # a row is not its own neighbor
+        similarity[own[rows, None] == own] = -np.inf  # a row is not its own neighbor
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         near = np.take_along_axis(similarity, nearest, axis=1)
         votes = (np.exp((near - 1) / KNN_TEMPERATURE)[:, :, None] * one_hot[nearest]).sum(1)

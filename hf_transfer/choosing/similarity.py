@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from hf_transfer.choosing.evidence import Evidence
 from hf_transfer.choosing.scores import softmax
+from hf_transfer.solvers.cross_validation import FOLDS
 from hf_transfer.solvers.folds import draw_folds
+from hf_transfer.solvers.groups import Codes
 
-FOLDS = 5  # of the labels, to estimate what a pretraining class says about them
 PSEUDO_COUNT = 0.1  # number of prior images of each pretraining class, distributed like all labels
 # These anchors are not blind: they were rounded after a look at values on the data sets of benchmarks/advise.py.
 ANCHORS: Mapping[str, tuple[float, float]] = {
@@ -88,7 +89,8 @@ def measure_similarity(evidence: Evidence) -> Similarity:
         measures.append(Measure.of("confidence", float(p.max(1).mean()), words))
         if evidence.has_classes:
             words = "share of the labels' entropy that the pretrained head explains, on held-out images"
-            measures.append(Measure.of("label_information", compute_label_information(p, evidence.labels), words))
+            information = compute_label_information(p, evidence.labels, evidence.groups)
+            measures.append(Measure.of("label_information", information, words))
     stats = evidence.forward_stats
     if stats.batchnorm_distance is not None:
         words = f"divergence of BatchNorm inputs from the stored statistics in nats, on {stats.num_images} images"
@@ -101,17 +103,21 @@ def measure_similarity(evidence: Evidence) -> Similarity:
     )
 
 
-def compute_label_information(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+def compute_label_information(
+    probabilities: NDArray[np.float64], labels: NDArray[np.int64], groups: Codes | None = None
+) -> float:
     """Returns the share, 0 to 1, of the labels' entropy that a head's `probabilities` (N, Z) explain: 1 + LEEP / H(labels).
 
     P(label | pretraining class) is estimated on the images of the other folds. The original LEEP estimates it on the scored
-    images, and so overestimates a head with a thousand classes on few images. A negative share is returned as 0.
+    images, and so overestimates a head with a thousand classes on few images. Images of one of the `groups` (N,) are in one
+    fold. A negative share is returned as 0.
     """
-    fold_of = draw_folds(torch.from_numpy(labels), FOLDS, seed=0).numpy()
+    of_images = None if groups is None else torch.from_numpy(groups)
+    fold_of = draw_folds(torch.from_numpy(labels), FOLDS, 0, of_images).numpy()
     one_hot = np.eye(int(labels.max()) + 1)[labels]
     log_predicted = np.empty(len(labels))
     log_guessed = np.empty(len(labels))
-    for fold in range(FOLDS):
+    for fold in range(int(fold_of.max()) + 1):
         fitted, held_out = fold_of != fold, fold_of == fold
         frequency = (one_hot[fitted].sum(0) + 0.5) / (fitted.sum() + 0.5 * one_hot.shape[1])
         joint = one_hot[fitted].T @ probabilities[fitted] + PSEUDO_COUNT * frequency[:, None]  # (K, Z)

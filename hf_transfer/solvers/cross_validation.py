@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_transfer.solvers.folds import draw_folds
-from hf_transfer.solvers.groups import Codes
+from hf_transfer.solvers.groups import Codes, is_class_in_two
 from hf_transfer.solvers.lbfgs import SolverOptions
 from hf_transfer.solvers.probe import SPREAD_FLOOR, solve_path
 from hf_transfer.targets.target import Target
@@ -53,19 +53,37 @@ def cross_validate(
     """Returns the held-out predictions of features (N, D) with class indices (N,), for the C with the lowest log-loss.
 
     Rows with equal `groups` (N,) are in one fold. Rows whose class no fit has do not choose C. Raises ValueError if all rows
-    are such rows.
+    are such rows (see `check_can_hold_out`).
     """
     problem = FoldedProblem.of(features, labels, target, seed=seed, groups=groups)
     logits = problem.predict(c_grid, problem.masks().expand(len(c_grid), -1, -1))
     is_scored = is_predicted(logits[0])
     if not is_scored.any():
-        raise ValueError(
-            f"no class is in two groups, so none of the {len(labels):,} images can be predicted from others: name a column of"
-            " smaller groups with --group_column, or omit it"
-        )
+        raise ValueError(_describe_lonely_classes(groups))
     losses = [F.cross_entropy(each[is_scored], problem.labels[is_scored]).item() for each in logits]
     best = min(range(len(c_grid)), key=lambda i: losses[i])
     return CrossValidated(logits=logits[best], c=c_grid[best])
+
+
+def check_can_hold_out(labels: NDArray[np.int64], groups: Codes | None) -> None:
+    """Raises ValueError if no class of labels (N,) is in two `groups` (N,). A single group counts as none.
+
+    Without groups, each image is one.
+    """
+    units = np.arange(len(labels)) if groups is None or len(np.unique(groups)) == 1 else groups
+    if not is_class_in_two(labels, units):
+        raise ValueError(_describe_lonely_classes(groups))
+
+
+def _describe_lonely_classes(groups: Codes | None) -> str:
+    if groups is None:
+        return (
+            "no class has two images, so no image can be predicted from others: give at least two images of one class"
+        )
+    return (
+        "no class has images of two groups, so no image can be predicted from other groups: name a column of smaller groups"
+        " with --group_column, or omit it"
+    )
 
 
 def is_predicted(logits: Tensor) -> Tensor:
