@@ -22,6 +22,7 @@ from hf_transfer.choosing.paired import compare, find_error, read_probabilities
 from hf_transfer.choosing.premises import UNSEEN, gather_premises
 from hf_transfer.choosing.similarity import measure_similarity
 from hf_transfer.cli import main
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.session import Session
 from hf_transfer.strategy import make_strategy
 from hf_transfer.targets.multi_label import MultiLabel
@@ -73,7 +74,8 @@ def test_the_gain_is_in_the_quality_that_reports_show(target: Target) -> None:
     labels, good, poor = draw(target, 60, 0.5, np.random.default_rng(0))
     compared = compare(target, labels, good, poor)
     shown = [
-        target.compute_metrics(logits, labels, resamples=0).values[target.metrics[0].key] for logits in (good, poor)
+        target.compute_metrics(logits, labels, Bootstrap(resamples=0)).values[target.metrics[0].key]
+        for logits in (good, poor)
     ]
     assert (compared.quality, compared.probe_quality) == pytest.approx(tuple(shown))
     assert compared.gain.mean == pytest.approx(shown[0] - shown[1])

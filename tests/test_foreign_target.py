@@ -18,6 +18,7 @@ import hf_transfer as ht
 from hf_transfer.config import DataConfig
 from hf_transfer.hub.verify import find_libraries, verify
 from hf_transfer.inference.evaluate import evaluate
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.run import load_run
 from hf_transfer.targets import target as registry
@@ -86,10 +87,14 @@ class Ordinal(Target):
         errors = (self.decide(given) - grades).abs().double()
         return Graded(errors=errors.numpy(), losses=self.losses(given, grades).numpy())
 
-    def compute_metrics(self, logits: Any, labels: Any, *, seed: int = 0, resamples: int = 1000) -> Metrics:
+    def compute_metrics(self, logits: Any, labels: Any, bootstrap: Bootstrap) -> Metrics:
         outcomes = self.read_outcomes(logits, labels)
-        values = {"one_minus_mae": outcomes.score.quality, "mean_grade_error": float(outcomes.errors.mean())}
-        return Metrics(values=values, num_samples=len(outcomes.errors), score=outcomes.score)
+        errors, score = outcomes.errors, outcomes.score
+        intervals, notes = bootstrap.find_intervals(
+            lambda rows: {"mean_grade_error": errors[rows].mean(1)}, len(errors)
+        )
+        values = {"one_minus_mae": score.quality, "mean_grade_error": float(errors.mean())}
+        return Metrics(values=values, num_samples=len(errors), score=score, intervals=intervals, notes=notes)
 
     def decide(self, logits: torch.Tensor) -> torch.Tensor:
         return (logits > 0).sum(1)
@@ -146,6 +151,22 @@ def test_a_target_outside_the_package_trains_scores_saves_and_reloads(
     assert all(
         each.labels_agree for each in verify(model, tmp_path / "run/reference.safetensors", find_libraries(model))
     )
+
+
+def test_intervals_of_a_target_outside_the_package_draw_whole_groups() -> None:
+    """And without intervals, no note speaks of them."""
+    generator = np.random.default_rng(0)
+    labels, logits = generator.integers(0, 4, 30).repeat(20), generator.normal(size=(30, 3)).repeat(20, axis=0)
+    target = Ordinal(names=("above 0", "above 1", "above 2"))
+    alone, together = (target.measure(logits, labels, groups=each) for each in (None, np.arange(30).repeat(20)))
+    assert alone.values == together.values
+    low, high = alone.mean_grade_error_interval
+    wide_low, wide_high = together.mean_grade_error_interval
+    assert wide_high - wide_low > 3 * (high - low)
+    without = target.compute_metrics(logits, labels, Bootstrap(resamples=0))
+    assert without.values == alone.values
+    assert without.intervals == {}
+    assert without.notes == ()
 
 
 def test_a_saved_network_of_an_unknown_target_is_refused(images: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from hf_transfer.choosing.scores import knn_hits
 from hf_transfer.choosing.similarity import compute_label_information
 from hf_transfer.data.notes import notes_on_groups
 from hf_transfer.data.splits import Role, Split, draw
-from hf_transfer.metrics.bootstrap import mean_interval
+from hf_transfer.metrics.bootstrap import Bootstrap, mean_interval
 from hf_transfer.metrics.formulas import binomial_interval
 from hf_transfer.solvers.cross_validation import FoldedProblem, check_can_hold_out
 from hf_transfer.solvers.features import RawFeatures
@@ -306,7 +306,7 @@ def test_metrics_of_grouped_images_draw_groups_unless_each_image_is_one() -> Non
     alone, together = (
         target.measure(logits, labels, groups=groups) for groups in (np.arange(600), np.repeat(np.arange(30), 20))
     )
-    assert alone == target.compute_metrics(logits, labels)
+    assert alone == target.compute_metrics(logits, labels, Bootstrap())
     assert alone.values == together.values
     for name, (low, high) in alone.intervals.items():
         wide = together.intervals[name]

@@ -6,6 +6,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from accelerate import Accelerator
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from hf_transfer.metrics import multi_label, regression
-from hf_transfer.metrics.bootstrap import mean_interval, resample_indices
-from hf_transfer.metrics.classification import read_outcomes, score
+from hf_transfer.metrics import classification, multi_label, regression
+from hf_transfer.metrics.bootstrap import Bootstrap, mean_interval, resample_indices
+from hf_transfer.metrics.classification import read_outcomes
 from hf_transfer.metrics.formulas import count_images_to_tell_apart
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.training.gather import gather_rows
@@ -26,6 +27,10 @@ from hf_transfer.training.gather import gather_rows
 # 3 classes, 5 images; the predictions are 0, 1, 1, 2, 0
 HAND_PROBABILITIES = np.array([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]])
 HAND_LABELS = np.array([0, 1, 2, 2, 1])
+
+
+def score(logits: Any, labels: Any, names: Sequence[str], *, seed: int = 0, resamples: int = 1000) -> Metrics:
+    return classification.score(read_outcomes(logits, labels), names, Bootstrap(seed=seed, resamples=resamples))
 
 
 def _names(num_classes: int) -> list[str]:
@@ -193,12 +198,12 @@ def test_an_interval_of_width_zero_is_left_out_with_a_reason() -> None:
     assert "balanced accuracy, macro f1: every resample of these 5 images" in note
     rows = np.random.default_rng(0).integers(0, 2, (40, 3))
     labeled = multi_label.MultiLabelOutcomes(logits=8.0 * rows - 4, labels=rows.astype(float))
-    several = multi_label.score(labeled, _names(3), [0.5] * 3, seed=0, resamples=50)
+    several = multi_label.score(labeled, _names(3), [0.5] * 3, Bootstrap(resamples=50))
     assert several.exact_match == 1
     assert several.exact_match_interval == pytest.approx((0.025 ** (1 / 40), 1.0))
     assert several.mean_average_precision_interval is several.f1_macro_interval is None
     one = regression.RegressionOutcomes(predicted=np.ones((1, 1)), labels=np.zeros((1, 1)), scale=np.ones(1))
-    alone = regression.score(one, ["age"], seed=0, resamples=50)
+    alone = regression.score(one, ["age"], Bootstrap(resamples=50))
     assert alone.mae == 1
     assert alone.mae_interval is None
 
@@ -270,6 +275,11 @@ def test_large_logits_do_not_overflow() -> None:
 def test_mistakes_are_named(logits: Any, labels: Any, names: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score(logits, labels, list(names))
+
+
+def test_a_negative_number_of_resamples_is_refused() -> None:
+    with pytest.raises(ValueError, match="resamples=-1: choose 0"):
+        Bootstrap(resamples=-1)
 
 
 def test_the_modules_of_evaluate_compute_what_a_run_reports() -> None:

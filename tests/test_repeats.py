@@ -19,7 +19,8 @@ from hf_transfer.config import RepeatConfig, RunConfig
 from hf_transfer.data.dataset import Data
 from hf_transfer.data.folds import divide
 from hf_transfer.data.splits import Role, Split
-from hf_transfer.metrics.classification import score
+from hf_transfer.metrics.bootstrap import Bootstrap
+from hf_transfer.metrics.classification import read_outcomes, score
 from hf_transfer.metrics.multi_label import choose_thresholds
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.prefix.cache import MissingRows
@@ -371,7 +372,7 @@ def make_phase(kept: Kept, epoch: int | None, accuracies: list[float]) -> PhaseR
 
 
 def test_the_final_fit_is_as_long_as_the_median_of_the_folds() -> None:
-    metrics = score(np.eye(2), np.array([0, 1]), ("a", "b"), resamples=0)
+    metrics = score(read_outcomes(np.eye(2), np.array([0, 1])), ("a", "b"), Bootstrap(resamples=0))
     tuned = [make_phase(Kept.EPOCH, epoch, [0.1 * i for i in range(1, epoch + 1)]) for epoch in (2, 4, 5)]
     runs = [HeldOutRun(phases=(make_phase(Kept.START, None, [0.1]), phase)) for phase in tuned]
     final = plan_final_fit(runs, metrics, {}, estimated_by=EstimatedBy.FOLDS)
@@ -381,7 +382,7 @@ def test_the_final_fit_is_as_long_as_the_median_of_the_folds() -> None:
 
 
 def test_the_final_fit_of_a_stack_has_the_median_depth() -> None:
-    metrics = score(np.eye(2), np.array([0, 1]), ("a", "b"), resamples=0)
+    metrics = score(read_outcomes(np.eye(2), np.array([0, 1])), ("a", "b"), Bootstrap(resamples=0))
     phases = [make_phase(Kept.EPOCH, epoch, [0.5] * epoch) for epoch in (1, 2, 3, 4)]
     runs = [
         HeldOutRun(phases=(*phases[:stages], phases[3]), num_stages=stages, depth=depth)

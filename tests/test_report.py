@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from hf_transfer.config import RunConfig
-from hf_transfer.metrics.classification import score
+from hf_transfer.metrics.bootstrap import Bootstrap
+from hf_transfer.metrics.classification import read_outcomes, score
 from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
 from hf_transfer.reporting.glossary import COSTS
 from hf_transfer.reporting.report import render_report, write_report
@@ -74,7 +75,7 @@ def _scores(names: list[str], num_samples: int, seed: int, absent: int = 0) -> d
     labels = generator.integers(len(names) - absent, size=num_samples)
     logits = generator.normal(size=(num_samples, len(names)))
     logits[np.arange(num_samples), labels] += 2
-    return score(logits, labels, names, resamples=50).to_dict()
+    return score(read_outcomes(logits, labels), names, Bootstrap(resamples=50)).to_dict()
 
 
 def _results(names: list[str], *, test: bool = True, curves: bool = True) -> dict[str, Any]:
@@ -259,7 +260,7 @@ def test_cost_and_fingerprints_may_come_by_name() -> None:
 
 def test_a_perfect_classifier_of_many_classes_has_no_confused_pairs() -> None:
     names = _names(40)
-    perfect = score(10 * np.eye(40), np.arange(40), names, resamples=10).to_dict()
+    perfect = score(read_outcomes(10 * np.eye(40), np.arange(40)), names, Bootstrap(resamples=10)).to_dict()
     assert "No image was misclassified." in render_report({"metrics": {"test": perfect}})
 
 

@@ -12,6 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 from hf_transfer.config import GradientConfig, TrainingConfig
 from hf_transfer.metrics import multi_label, regression
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.records import SHARES, Metrics, Score
 from hf_transfer.reporting.sentences import describe_quality
 from hf_transfer.solvers.features import RawFeatures
@@ -341,7 +342,7 @@ def test_metrics_of_labels_are_scikit_learns() -> None:
     labels = (generator.random((80, 4)) < 0.4).astype(np.float64)
     logits = np.round(generator.normal(size=(80, 4)) + labels, 1)  # with ties
     found = multi_label.score(
-        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), list("abcd"), [0.5] * 4, seed=0, resamples=20
+        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), list("abcd"), [0.5] * 4, Bootstrap(resamples=20)
     )
     assert found.mean_average_precision == pytest.approx(
         sklearn_metrics.average_precision_score(labels, logits, average="macro")
@@ -362,7 +363,7 @@ def test_unknown_labels_are_left_out_of_the_metrics() -> None:
     logits = generator.normal(size=(60, 2))
     labels[::3, 1] = np.nan
     found = multi_label.score(
-        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), ["a", "b"], [0.5, 0.5], seed=0, resamples=0
+        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), ["a", "b"], [0.5, 0.5], Bootstrap(resamples=0)
     )
     known = ~np.isnan(labels[:, 1])
     own = sklearn_metrics.average_precision_score(labels[known, 1], logits[known, 1])
@@ -396,7 +397,7 @@ def test_qualities_of_many_labels_need_memory_for_the_logits_alone() -> None:
 def test_large_logits_do_not_overflow() -> None:
     logits, labels = np.array([[-2000.0, 1.0], [3.0, 2000.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])
     found = multi_label.score(
-        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), ["a", "b"], [0.5, 0.5], seed=0, resamples=0
+        multi_label.MultiLabelOutcomes(logits=logits, labels=labels), ["a", "b"], [0.5, 0.5], Bootstrap(resamples=0)
     )
     assert found.per_class[0]["recall"] == 0.0
     assert multi_label.choose_thresholds(logits, labels)[1] == pytest.approx((1 + 1 / (1 + np.exp(-1))) / 2)
@@ -419,7 +420,7 @@ def test_metrics_of_numbers_are_scikit_learns() -> None:
     labels = generator.normal(size=(70, 2)) * [1, 20]
     predicted = labels + generator.normal(size=(70, 2)) * [0.5, 5]
     outcomes = regression.RegressionOutcomes(predicted=predicted, labels=labels, scale=np.ones(2))
-    found = regression.score(outcomes, ["x", "y"], seed=0, resamples=20)
+    found = regression.score(outcomes, ["x", "y"], Bootstrap(resamples=20))
     assert found.r2 == pytest.approx(sklearn_metrics.r2_score(labels, predicted))
     assert found.mae == pytest.approx(sklearn_metrics.mean_absolute_error(labels, predicted))
     assert found.rmse == pytest.approx(np.mean(np.sqrt(((labels - predicted) ** 2).mean(0))))
@@ -446,7 +447,7 @@ def test_r2_is_no_percentage() -> None:
 
 def test_a_constant_number_has_no_r2_but_a_note() -> None:
     outcomes = regression.RegressionOutcomes(predicted=np.ones((3, 1)), labels=np.ones((3, 1)), scale=np.ones(1))
-    found = regression.score(outcomes, ["x"], seed=0, resamples=0)
+    found = regression.score(outcomes, ["x"], Bootstrap(resamples=0))
     assert found.per_number[0]["r2"] is None
     assert "the same in all images" in found.notes[0]
 
@@ -454,10 +455,10 @@ def test_a_constant_number_has_no_r2_but_a_note() -> None:
 def test_a_number_that_no_image_of_a_split_has_is_left_out() -> None:
     labels = np.array([[1, np.nan], [2, 5.0], [3, np.nan], [5, np.nan]])
     outcomes = regression.RegressionOutcomes(predicted=np.ones((4, 2)), labels=labels, scale=np.ones(2))
-    found = regression.score(outcomes, ["x", "y"], seed=0, resamples=50)  # most resamples have no second number
+    found = regression.score(outcomes, ["x", "y"], Bootstrap(resamples=50))  # most resamples have no second number
     assert found.mae == pytest.approx((7 / 4 + 4) / 2)
     outcomes = regression.RegressionOutcomes(predicted=np.ones((1, 2)), labels=labels[:1], scale=np.ones(2))
-    assert regression.score(outcomes, ["x", "y"], seed=0, resamples=5).per_number[1]["mae"] is None
+    assert regression.score(outcomes, ["x", "y"], Bootstrap(resamples=5)).per_number[1]["mae"] is None
 
 
 # --- files --------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hf_transfer.config import ComputeConfig, ExportFormat
 from hf_transfer.data.splits import Split
 from hf_transfer.exporting.records import Accuracy
 from hf_transfer.exporting.runtime import ExportedNetwork
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.prefix.pixels import EvaluationImages
 from hf_transfer.prefix.resources import Resources
@@ -55,7 +56,7 @@ class HeldOut:
         scores = [
             None
             if self.may_be_trained_on
-            else float(target.compute_metrics(logits, self.scored.labels, seed=self.seed).values[metric])
+            else float(target.compute_metrics(logits, self.scored.labels, Bootstrap(resamples=0)).values[metric])
             for logits in (before, after)
         ]
         agreement = differences = None

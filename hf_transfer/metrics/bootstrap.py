@@ -4,17 +4,22 @@ The resamples depend only on the number of images and the seed, so the interval 
 images is the `mean_interval` of the differences per image.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_transfer.metrics.formulas import find_exact_interval
 from hf_transfer.metrics.records import Interval
 
 CONFIDENCE_LEVEL = 0.95
 BLOCK_ELEMENTS = 2**21  # largest temporary array: 16 MB in float64
+
+Measure = Callable[[NDArray[np.int64]], Mapping[str, NDArray[np.float64]]]
+"""The metrics, each (R,), of R resamples of N images, whose rows (R, N) are given."""
 
 
 def resample_indices(
@@ -40,13 +45,39 @@ def resample_indices(
 class Bootstrap:
     """How a split is resampled: `resamples` times (0: no intervals), by `seed`, with `groups` (N,) in whole groups."""
 
-    seed: int
-    resamples: int
-    groups: NDArray[np.int64] | None
+    seed: int = 0
+    resamples: int = 1000
+    groups: NDArray[np.int64] | None = None
 
-    def draw(self, num_samples: int) -> Iterator[NDArray[np.int64]]:
-        """Yields the indices of `resample_indices`."""
-        return resample_indices(num_samples, seed=self.seed, resamples=self.resamples, groups=self.groups)
+    def __post_init__(self) -> None:
+        if self.resamples < 0:
+            raise ValueError(f"resamples={self.resamples}: choose 0 (no confidence intervals) or a positive number")
+
+    def find_intervals(
+        self, measure: Measure, num_samples: int, hits: Mapping[str, NDArray[np.bool_]] | None = None
+    ) -> tuple[dict[str, Interval], tuple[str, ...]]:
+        """Returns the 95 % interval of each metric, and a sentence about those without one (see `drop_empty`).
+
+        `measure` computes the metrics, each (R,), of R resamples whose rows (R, num_samples) are given. `hits` are the outcomes
+        (num_samples,) of metrics that are shares of images. Without groups, the interval of such a metric is the exact binomial
+        one for fewer than 10 right or fewer than 10 wrong images, since a bootstrap draws only mistakes that occurred.
+
+        >>> errors = np.array([0.0, 1.0, 2.0, 5.0])
+        >>> intervals, notes = Bootstrap().find_intervals(lambda rows: {"error": errors[rows].mean(1)}, 4)
+        >>> bool(intervals["error"][0] < errors.mean() < intervals["error"][1])
+        True
+        """
+        if not self.resamples:
+            return {}, ()
+        drawn: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+        for rows in resample_indices(num_samples, seed=self.seed, resamples=self.resamples, groups=self.groups):
+            for name, values in measure(rows).items():
+                drawn[name].append(values)
+        intervals = {name: find_interval(np.concatenate(parts)) for name, parts in drawn.items()}
+        for name, own in (hits or {}).items():
+            if self.groups is None and (exact := find_exact_interval(own)):
+                intervals[name] = exact
+        return drop_empty(intervals, num_samples)
 
 
 class _GroupDraw:

@@ -4,9 +4,9 @@ The logits are first reduced to a few columns (`Outcomes`) with one number per i
 computes the metrics, and `bootstrap` the intervals.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_transfer.metrics.arrays import NonFinitePredictionsError, describe_broken, to_numpy
-from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, Bootstrap, drop_empty, find_interval
+from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, Bootstrap
 from hf_transfer.metrics.formulas import (
     ClassCounts,
     calibration_error,
     confusion_matrix,
     count_classes,
     count_images_to_tell_apart,
-    find_exact_interval,
     negative_log_likelihood,
     score_classes,
     top_k_accuracy,
@@ -35,13 +34,14 @@ _MAX_NAMED = 10  # a note lists at most this many classes by name
 
 @dataclass(frozen=True, kw_only=True)
 class Outcomes:
-    """The values that the metrics need from the logits. Every array has N values, one per image."""
+    """The values that the metrics need from the logits (N, K) of K classes. Every array has N values, one per image."""
 
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
     label_ranks: NDArray[np.int64]  # number of classes that rank above the true class
     label_log_probabilities: NDArray[np.float64]
     confidences: NDArray[np.float64]  # probability of the predicted class
+    num_classes: int
 
     @property
     def hits(self) -> NDArray[np.bool_]:
@@ -64,43 +64,27 @@ class Outcomes:
         return Score(quality=float(self.hits.mean()), loss=-float(self.label_log_probabilities.mean()))
 
 
-def score(
-    logits: NDArray[np.floating[Any]] | Tensor,
-    labels: NDArray[np.integer[Any]] | Tensor,
-    label_names: Sequence[str],
-    *,
-    seed: int = 0,
-    resamples: int = 1000,
-    groups: NDArray[np.int64] | None = None,
-) -> Metrics:
-    """Returns all metrics of one split, from logits (N, K) of any float type and labels (N,) in 0..K-1.
+def score(outcomes: Outcomes, names: Sequence[str], bootstrap: Bootstrap) -> Metrics:
+    """Returns all metrics of one split.
 
-    `resamples`: the number of bootstrap resamples; 0 computes no intervals. With `groups` (N,), these draw whole groups. A
-    class without an image in the split gets a note instead of precision, recall and F1. Balanced accuracy and macro-F1 average
-    over the classes that are present in the split or in the resample. Among equal logits, the lower class index wins. Without
-    groups, the interval of the accuracy is the exact binomial one for fewer than 10 right or fewer than 10 wrong images, since
-    a bootstrap draws only mistakes that occurred. A metric that is the same in all resamples gets a note, and no interval.
+    A class without an image in the split gets a note instead of precision, recall and F1. Balanced accuracy and macro-F1
+    average over the classes that are present in the split or in the resample.
 
-    >>> score(np.eye(2), np.array([0, 0]), ("cat", "dog"), resamples=0).accuracy
+    >>> score(read_outcomes(np.eye(2), np.array([0, 0])), ("cat", "dog"), Bootstrap(resamples=0)).accuracy
     0.5
 
-    Raises ValueError for a split without images, shapes that do not agree, labels outside 0..K-1, and logits that are not
-    finite.
+    Raises ValueError unless there is one name per class.
     """
-    outcomes = read_outcomes(logits, labels)
-    num_classes = int(logits.shape[1])
-    if len(label_names) != num_classes:
-        raise ValueError(f"{len(label_names)} label names for logits of {num_classes} classes: give one name per class")
-    if resamples < 0:
-        raise ValueError(f"resamples={resamples}: choose 0 (no confidence intervals) or a positive number")
-    values, tables = _compute(outcomes, num_classes)
-    bootstrap = Bootstrap(seed=seed, resamples=resamples, groups=groups)
-    intervals, of_intervals = drop_empty(
-        _find_intervals(outcomes, num_classes, bootstrap) if resamples else {},
-        len(outcomes.labels),
+    if len(names) != outcomes.num_classes:
+        raise ValueError(
+            f"{len(names)} label names for logits of {outcomes.num_classes} classes: give one name per class"
+        )
+    values, tables = _compute(outcomes)
+    intervals, of_intervals = bootstrap.find_intervals(
+        partial(_measure, outcomes), len(outcomes.labels), {"accuracy": outcomes.hits}
     )
     precision = describe_precision(values["accuracy"], intervals.get("accuracy"), len(outcomes.labels))
-    rows = [{"label": name, **row} for name, row in zip(label_names, tables["per_class"], strict=True)]
+    rows = [{"label": name, **row} for name, row in zip(names, tables["per_class"], strict=True)]
     return Metrics(
         values=values,
         intervals=intervals,
@@ -128,9 +112,9 @@ about 1,570 images are needed.'
     )
 
 
-def _compute(outcomes: Outcomes, num_classes: int) -> tuple[dict[str, float], dict[str, Any]]:
+def _compute(outcomes: Outcomes) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns the metrics by name, and the tables."""
-    matrix = confusion_matrix(outcomes.labels, outcomes.predictions, num_classes)
+    matrix = confusion_matrix(outcomes.labels, outcomes.predictions, outcomes.num_classes)
     counts = count_classes(matrix)
     values = {
         "accuracy": float(counts.accuracy()),
@@ -139,13 +123,17 @@ def _compute(outcomes: Outcomes, num_classes: int) -> tuple[dict[str, float], di
         "nll": negative_log_likelihood(outcomes.label_log_probabilities),
         "ece": calibration_error(outcomes.confidences, outcomes.hits),
     }
-    if num_classes > TOP_K:
+    if outcomes.num_classes > TOP_K:
         values[f"top{TOP_K}_accuracy"] = top_k_accuracy(outcomes.label_ranks, TOP_K)
     return values, {"per_class": score_classes(matrix), "confusion_matrix": matrix.tolist()}
 
 
 def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np.integer[Any]] | Tensor) -> Outcomes:
-    """Computes the outcomes of N images in float64, from logits (N, K) and labels (N,). Raises ValueError as `score` does."""
+    """Computes the outcomes of N images in float64, from logits (N, K) of any float type and labels (N,) in 0..K-1.
+
+    Among equal logits, the lower class index wins. Raises ValueError for a split without images, shapes that do not agree,
+    labels outside 0..K-1, and logits that are not finite.
+    """
     logits, truth = to_numpy(logits), to_numpy(labels)
     if logits.ndim != 2 or truth.shape != logits.shape[:1]:
         raise ValueError(
@@ -190,32 +178,25 @@ def read_outcomes(logits: NDArray[np.floating[Any]] | Tensor, labels: NDArray[np
         label_ranks=ranks,
         label_log_probabilities=log_probabilities,
         confidences=confidences,
+        num_classes=num_classes,
     )
 
 
-def _find_intervals(outcomes: Outcomes, num_classes: int, bootstrap: Bootstrap) -> dict[str, Interval]:
-    """Returns the bootstrap intervals, with an exact one of the accuracy where a bootstrap is too narrow."""
-    intervals = _resample(outcomes, num_classes, bootstrap)
-    if bootstrap.groups is None and (exact := find_exact_interval(outcomes.hits)):
-        intervals["accuracy"] = exact
-    return intervals
-
-
-def _resample(outcomes: Outcomes, num_classes: int, bootstrap: Bootstrap) -> dict[str, tuple[float, float]]:
-    """Returns the intervals of accuracy, balanced accuracy, macro-F1 and NLL, all from the same resamples."""
+def _measure(outcomes: Outcomes, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+    """Returns the accuracy, balanced accuracy, macro-F1 and NLL, each (R,), of R resamples with the rows (R, N)."""
+    num_classes = outcomes.num_classes
     hit_classes = np.where(outcomes.hits, outcomes.labels, num_classes)  # class K: wrong predictions
-    drawn: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    for indices in bootstrap.draw(len(outcomes.labels)):
-        counts = ClassCounts(
-            hits=_count_rows(hit_classes[indices], num_classes + 1)[:, :num_classes],
-            support=_count_rows(outcomes.labels[indices], num_classes),
-            predicted=_count_rows(outcomes.predictions[indices], num_classes),
-        )
-        drawn["accuracy"].append(counts.accuracy())
-        drawn["balanced_accuracy"].append(counts.balanced_accuracy())
-        drawn["macro_f1"].append(counts.macro_f1())
-        drawn["nll"].append(0.0 - outcomes.label_log_probabilities[indices].mean(axis=1))
-    return {name: find_interval(np.concatenate(parts)) for name, parts in drawn.items()}
+    counts = ClassCounts(
+        hits=_count_rows(hit_classes[rows], num_classes + 1)[:, :num_classes],
+        support=_count_rows(outcomes.labels[rows], num_classes),
+        predicted=_count_rows(outcomes.predictions[rows], num_classes),
+    )
+    return {
+        "accuracy": counts.accuracy(),
+        "balanced_accuracy": counts.balanced_accuracy(),
+        "macro_f1": counts.macro_f1(),
+        "nll": 0.0 - outcomes.label_log_probabilities[rows].mean(axis=1),
+    }
 
 
 def _count_rows(classes: NDArray[np.int64], width: int) -> NDArray[np.int64]:

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.metrics.arrays import check_finite, mean_of_known
-from hf_transfer.metrics.bootstrap import Bootstrap, drop_empty, find_interval
-from hf_transfer.metrics.formulas import find_exact_interval
+from hf_transfer.metrics.bootstrap import Bootstrap, Measure
 from hf_transfer.metrics.records import Metrics, Score
 
 NAMES = ("mean_average_precision", "log_loss")
@@ -77,18 +76,9 @@ def choose_thresholds(logits: Floats, labels: Floats) -> tuple[float, ...]:
 
 
 def score(
-    outcomes: MultiLabelOutcomes,
-    names: Sequence[str],
-    thresholds: Sequence[float],
-    *,
-    seed: int,
-    resamples: int,
-    groups: NDArray[np.int64] | None = None,
+    outcomes: MultiLabelOutcomes, names: Sequence[str], thresholds: Sequence[float], bootstrap: Bootstrap
 ) -> Metrics:
-    """Returns all metrics of one split. A label is predicted above its threshold.
-
-    The intervals draw whole `groups` (N,).
-    """
+    """Returns all metrics of one split. A label is predicted above its threshold."""
     predicted = _sigmoid(outcomes.logits) > np.asarray(thresholds)
     values, rows = _compute(outcomes, predicted)
     absent = [name for name, row in zip(names, rows, strict=True) if row["average_precision"] is None]
@@ -96,12 +86,9 @@ def score(
         f"{len(absent)} of {len(names)} labels occur in no image of this split, or in all ({', '.join(absent[:10])}), and so "
         "have no average precision. Macro averages are over the other labels.",
     )
-    intervals, of_intervals = drop_empty(
-        _find_intervals(outcomes, predicted, Bootstrap(seed=seed, resamples=resamples, groups=groups))
-        if resamples
-        else {},
-        len(outcomes.labels),
-    )
+    exact = _match_exactly(predicted, outcomes.labels)
+    measure = _prepare_measure(outcomes, predicted, exact)
+    intervals, of_intervals = bootstrap.find_intervals(measure, len(outcomes.labels), {"exact_match": exact})
     return Metrics(
         values=values,
         intervals=intervals,
@@ -164,36 +151,24 @@ def _match_exactly(predicted: NDArray[np.bool_], labels: Floats) -> NDArray[np.b
     return np.asarray(((predicted == (labels == 1)) | np.isnan(labels)).all(1))
 
 
-def _find_intervals(
-    outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], bootstrap: Bootstrap
-) -> dict[str, tuple[float, float]]:
-    """Returns the bootstrap intervals, with an exact one of the exact matches where a bootstrap is too narrow."""
-    intervals = _resample(outcomes, predicted, bootstrap)
-    if bootstrap.groups is None and (exact := find_exact_interval(_match_exactly(predicted, outcomes.labels))):
-        intervals["exact_match"] = exact
-    return intervals
-
-
-def _resample(
-    outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], bootstrap: Bootstrap
-) -> dict[str, tuple[float, float]]:
+def _prepare_measure(outcomes: MultiLabelOutcomes, predicted: NDArray[np.bool_], exact: NDArray[np.bool_]) -> Measure:
+    """Returns the function that computes the metrics of resamples. `exact` (N,): whether all known labels are right."""
     logits, labels, losses = outcomes.logits, outcomes.labels, outcomes.losses
-    drawn: dict[str, list[float]] = {name: [] for name in (NAMES[0], "f1_micro", "f1_macro", "exact_match", "nll")}
-    exact = _match_exactly(predicted, labels)
     sorted_by = np.argsort(-logits, axis=0, kind="stable")
-    for indices in bootstrap.draw(len(labels)):
-        for rows in indices:
-            counts = np.bincount(rows, minlength=len(labels))
-            precisions = [
-                _average_precision(logits[:, k], labels[:, k], counts, sorted_by[:, k]) for k in range(labels.shape[1])
-            ]
-            drawn[NAMES[0]].append(mean_of_known(np.array(precisions)))
-            micro, macro = _f1(*(c[None] for c in _count(predicted[rows], labels[rows])))
-            drawn["f1_micro"].append(float(micro[0]))
-            drawn["f1_macro"].append(float(macro[0]))
-            drawn["exact_match"].append(float(exact[rows].mean()))
-            drawn["nll"].append(float(losses[rows].mean()))
-    return {name: find_interval(np.array(values)) for name, values in drawn.items()}
+
+    def measure_one(rows: NDArray[np.int64]) -> tuple[float, ...]:
+        counts = np.bincount(rows, minlength=len(labels))
+        precisions = [
+            _average_precision(logits[:, k], labels[:, k], counts, sorted_by[:, k]) for k in range(labels.shape[1])
+        ]
+        micro, macro = _f1(*(c[None] for c in _count(predicted[rows], labels[rows])))
+        return mean_of_known(np.array(precisions)), micro[0], macro[0], exact[rows].mean(), losses[rows].mean()
+
+    def measure(resamples: NDArray[np.int64]) -> dict[str, Floats]:
+        columns = np.array([measure_one(rows) for rows in resamples], np.float64).T
+        return dict(zip((NAMES[0], "f1_micro", "f1_macro", "exact_match", "nll"), columns, strict=True))
+
+    return measure
 
 
 def _average_precision(

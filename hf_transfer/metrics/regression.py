@@ -6,12 +6,13 @@ left out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.metrics.arrays import check_finite, mean_of_known
-from hf_transfer.metrics.bootstrap import Bootstrap, drop_empty, find_interval
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.records import Metrics, Score
 
 NAMES = ("r2", "squared_error")
@@ -49,18 +50,8 @@ class RegressionOutcomes:
         return np.asarray(np.where(known, squares, 0.0).sum(1) / np.maximum(known.sum(1), 1))
 
 
-def score(
-    outcomes: RegressionOutcomes,
-    names: Sequence[str],
-    *,
-    seed: int,
-    resamples: int,
-    groups: NDArray[np.int64] | None = None,
-) -> Metrics:
-    """Returns all metrics of one split. A constant or unknown number has no R2 and no rank correlation, and gets a note.
-
-    The intervals draw whole `groups` (N,).
-    """
+def score(outcomes: RegressionOutcomes, names: Sequence[str], bootstrap: Bootstrap) -> Metrics:
+    """Returns all metrics of one split. A constant or unknown number has no R2 and no rank correlation, and gets a note."""
     each = _compute(outcomes.predicted, outcomes.labels)
     constant = [name for name, r2 in zip(names, each["r2"], strict=True) if np.isnan(r2)]
     notes = (
@@ -70,10 +61,7 @@ def score(
         {"label": name, **{key: None if np.isnan(each[key][k]) else float(each[key][k]) for key in KEYS}}
         for k, name in enumerate(names)
     ]
-    intervals, of_intervals = drop_empty(
-        _resample(outcomes, Bootstrap(seed=seed, resamples=resamples, groups=groups)) if resamples else {},
-        len(outcomes.labels),
-    )
+    intervals, of_intervals = bootstrap.find_intervals(partial(_measure, outcomes), len(outcomes.labels))
     return Metrics(
         values={key: mean_of_known(each[key]) for key in KEYS},
         intervals=intervals,
@@ -115,13 +103,10 @@ def _spearman(predicted: Floats, labels: Floats) -> float:
     return float(a @ b / norm) if norm > 0 else float("nan")
 
 
-def _resample(outcomes: RegressionOutcomes, bootstrap: Bootstrap) -> dict[str, tuple[float, float]]:
-    drawn: dict[str, list[float]] = {key: [] for key in KEYS}
-    for indices in bootstrap.draw(len(outcomes.labels)):
-        for rows in indices:
-            for key, each in _compute(outcomes.predicted[rows], outcomes.labels[rows]).items():
-                drawn[key].append(mean_of_known(each))
-    return {key: find_interval(np.array(values)) for key, values in drawn.items()}
+def _measure(outcomes: RegressionOutcomes, resamples: NDArray[np.int64]) -> dict[str, Floats]:
+    """Returns each metric (R,) of R resamples with the rows (R, N)."""
+    computed = [_compute(outcomes.predicted[rows], outcomes.labels[rows]) for rows in resamples]
+    return {key: np.array([mean_of_known(each[key]) for each in computed]) for key in KEYS}
 
 
 def _mean_of_each(values: Floats) -> Floats:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hf_transfer.confidence.temperature import fit_sigmoid_factors
 from hf_transfer.metrics import multi_label
 from hf_transfer.metrics.arrays import to_numpy
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.targets.labels import clean_names, listed
 from hf_transfer.targets.losses import Sigmoid
@@ -173,18 +174,9 @@ class MultiLabel(Target):
             logits=to_numpy(logits).astype(np.float64), labels=to_numpy(labels).astype(np.float64)
         )
 
-    def compute_metrics(
-        self,
-        logits: NDArray[Any] | Tensor,
-        labels: Labels | Tensor,
-        *,
-        seed: int = 0,
-        resamples: int = 1000,
-        groups: NDArray[np.int64] | None = None,
-    ) -> Metrics:
+    def compute_metrics(self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, bootstrap: Bootstrap) -> Metrics:
         """Returns the metrics of `multi_label.score`."""
-        outcomes = self.read_outcomes(logits, labels)
-        return multi_label.score(outcomes, self.names, self.cutoffs, seed=seed, resamples=resamples, groups=groups)
+        return multi_label.score(self.read_outcomes(logits, labels), self.names, self.cutoffs, bootstrap)
 
     def count_hits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the sum over images of the share of known labels that are on the right side of 0.5."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from hf_transfer.config import GradientConfig
 from hf_transfer.metrics import regression
 from hf_transfer.metrics.arrays import to_numpy
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.targets.labels import clean_names, listed
 from hf_transfer.targets.losses import HalfSquare
@@ -169,19 +170,9 @@ class Regression(Target):
             predicted=predicted, labels=to_numpy(labels).astype(np.float64), scale=scale
         )
 
-    def compute_metrics(
-        self,
-        logits: NDArray[Any] | Tensor,
-        labels: Labels | Tensor,
-        *,
-        seed: int = 0,
-        resamples: int = 1000,
-        groups: NDArray[np.int64] | None = None,
-    ) -> Metrics:
+    def compute_metrics(self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, bootstrap: Bootstrap) -> Metrics:
         """Returns the metrics of `regression.score`."""
-        return regression.score(
-            self.read_outcomes(logits, labels), self.names, seed=seed, resamples=resamples, groups=groups
-        )
+        return regression.score(self.read_outcomes(logits, labels), self.names, bootstrap)
 
     def decides_alike(self, logits: Tensor, others: Tensor) -> bool:
         """Whether numbers differ by less than a thousandth of the spread of the training labels."""

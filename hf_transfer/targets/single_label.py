@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hf_transfer.confidence.temperature import fit_softmax_factor
 from hf_transfer.metrics import classification
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.targets.labels import UNLABELED, clean_names, index_labels, listed
 from hf_transfer.targets.losses import Softmax
@@ -185,17 +186,9 @@ class SingleLabel(Target):
         """Returns hit, rank and log-probability of each image's class."""
         return classification.read_outcomes(logits, labels)
 
-    def compute_metrics(
-        self,
-        logits: NDArray[Any] | Tensor,
-        labels: Labels | Tensor,
-        *,
-        seed: int = 0,
-        resamples: int = 1000,
-        groups: NDArray[np.int64] | None = None,
-    ) -> Metrics:
+    def compute_metrics(self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, bootstrap: Bootstrap) -> Metrics:
         """Returns the metrics of `classification.score`."""
-        return classification.score(logits, labels, self.names, seed=seed, resamples=resamples, groups=groups)
+        return classification.score(self.read_outcomes(logits, labels), self.names, bootstrap)
 
     def count_hits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns the number of images whose class has the largest logit."""

@@ -12,10 +12,9 @@ targets of this package. A target of your own is a subclass that `register_targe
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.config import GradientConfig, StrategyConfig
+from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.targets.losses import AnyConvex, ConvexLoss
 
 if TYPE_CHECKING:
@@ -242,10 +242,8 @@ class Target(ABC):
         """Returns the outcome on each image, from logits (N, K)."""
 
     @abstractmethod
-    def compute_metrics(
-        self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, *, seed: int = 0, resamples: int = 1000
-    ) -> Metrics:
-        """Returns all metrics of a split, from logits (N, K), with intervals from `resamples` bootstrap resamples."""
+    def compute_metrics(self, logits: NDArray[Any] | Tensor, labels: Labels | Tensor, bootstrap: Bootstrap) -> Metrics:
+        """Returns all metrics of a split, from logits (N, K), with the intervals of `bootstrap.find_intervals`."""
 
     def measure(
         self,
@@ -255,18 +253,10 @@ class Target(ABC):
         groups: NDArray[np.int64] | None,
         seed: int = 0,
     ) -> Metrics:
-        """Returns `compute_metrics`, whose intervals draw whole groups if images share `groups` (N,).
-
-        The metrics of a target whose `compute_metrics` has no argument `groups` get a note instead.
-        """
-        count = len(labels) if groups is None else len(np.unique(groups))
-        if count == len(labels):
-            return self.compute_metrics(logits, labels, seed=seed)
-        if "groups" in inspect.signature(self.compute_metrics).parameters:
-            return self.compute_metrics(logits, labels, seed=seed, groups=groups)  # type: ignore[call-arg]
-        metrics = self.compute_metrics(logits, labels, seed=seed)
-        note = f"The {len(labels):,} images are of {count:,} groups, but intervals count each image, so they are too narrow."
-        return replace(metrics, notes=(*metrics.notes, note))
+        """Returns `compute_metrics`, whose intervals draw whole groups if images share `groups` (N,)."""
+        is_shared = groups is not None and len(np.unique(groups)) < len(labels)
+        bootstrap = Bootstrap(seed=seed, groups=groups if is_shared else None)
+        return self.compute_metrics(logits, labels, bootstrap)
 
     def count_hits(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Returns how many of B images are predicted right, for the progress bar; NaN if nothing is right or wrong."""
