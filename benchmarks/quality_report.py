@@ -190,6 +190,28 @@ def table_peers(results: Results, auto: str) -> str:
     return "\n\n".join(["## Beside peers", *tables, note])
 
 
+def list_gains(lines: Sequence[Line], sets: Sequence[str] | None = None) -> str:
+    """Returns the accuracy of each system in each cell, and the paired gain of `auto` with an interval over the test images.
+
+    This is the table of a set that has too few cells for intervals over cells.
+    """
+    results = Results(lines, sets)
+    systems = [s for s in (*CANDIDATES, *PEERS) if any(s in runs for runs in results.lines.values())]
+    rows = []
+    for cell in results.find_cells(["auto"]):
+        row = [results.describe(cell), f"{results.accuracy(cell, 'auto'):.1f} in {results.seconds(cell, 'auto'):.0f} s"]
+        for name in systems:
+            if name not in results.lines[cell]:
+                row.append("")
+                continue
+            difference = 100.0 * results.hits[cell]["auto"] - 100.0 * results.hits[cell][name]
+            low, high = mean_interval(difference)
+            gain = f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+            row.append(f"{results.accuracy(cell, name):.1f} in {results.seconds(cell, name):.0f} s; {gain}")
+        rows.append(row)
+    return format_table(["cell", *(TITLES.get(name, f"`{name}`") for name in ("auto", *systems))], rows)
+
+
 def summarize_peers(lines: Sequence[Line], images_per_class: int) -> str:
     """Returns the test accuracies of `auto`, the probe and peers with few images, as means over seeds, and CPU seconds.
 

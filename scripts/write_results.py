@@ -15,6 +15,7 @@ import jinja2
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
+UNSEEN = ROOT / "benchmarks" / "results" / "quality_unseen.jsonl"
 QUALITY, QUALITY_PICTURE = ROOT / "benchmarks" / "results" / "quality.jsonl", DOCS / "quality.svg"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -52,6 +53,7 @@ def render(quality: str) -> str:
     )
     return environment.get_template("results.md.jinja").render(
         quality=quality,
+        unseen=quality_report.list_gains(read_lines([UNSEEN])),
         t=result_tables,
         f=feature_tables,
         s=strategy_tables,

@@ -164,6 +164,19 @@ def test_the_report_has_regret_gains_and_seconds(bench: Any, tmp_path: Path) -> 
     assert "| `auto` |" not in left_out
 
 
+def test_each_cell_has_the_gain_over_each_system_that_ran_in_it(bench: Any) -> None:
+    lines = [line for line in make_lines(bench) if (line.get("system"), line.get("images_per_class")) != ("fastai", 0)]
+    heads, _, *rows = bench.quality_report.list_gains(lines, ["b"]).splitlines()
+    assert heads.endswith("| `full` | fastai `fine_tune` |")
+    assert len(rows) == 3
+    few = [part.strip() for part in rows[0].split("|")[1:-1]]
+    assert few[:2] == ["b, net, 10 per class, seed 0", "90.0 in 5 s"]
+    assert few[-2] == "100.0 in 1 s; -10.0 (-20.0 to -2.5)"
+    assert few[-1].startswith("70.0 in 13 s; +20.0 (+")
+    assert rows[-1].startswith("| b, net, all images, seed 0 | 90.0 in 5 s |")
+    assert rows[-1].endswith("|  |")
+
+
 def test_lines_that_cannot_be_compared_are_refused(bench: Any) -> None:
     lines = make_lines(bench)
     with pytest.raises(SystemExit, match="two lines"):
