@@ -104,6 +104,9 @@ class Contest:
     def enter(self, entry: Entry) -> None:
         """Runs a candidate as far as it fits into the budget and may become the best."""
         given, entry = entry, replace(entry, estimated_s=self._correct(entry.estimated_s))
+        if self.division.obstacle is not None:
+            self._skip(entry, Verdict.NOT_COMPARABLE, None, self.division.obstacle)
+            return
         quality, num_images = self._find_best_quality()
         if find_error(self.division.pool.target, quality, num_images) < WORTH:
             best = replace(self.probe_score, quality=quality)
@@ -221,11 +224,11 @@ class Contest:
         num_runs = int((left_s - max(reserved, self._estimate_final(entry.estimated_s))) / max(entry.estimated_s, 1e-9))
         if num_runs >= min(2, everything.num_runs):
             return Allowance(division=self.division, num_runs=min(num_runs, everything.num_runs), has_final=True)
-        if num_runs >= 1:
-            return Allowance(division=hold_out_validation(self.division), num_runs=1, has_final=True)
-        if left_s - reserved >= entry.estimated_s:
-            return Allowance(division=hold_out_validation(self.division), num_runs=1, has_final=False)
-        return None
+        fits_once = left_s - reserved >= entry.estimated_s
+        if num_runs < 1 and not fits_once:
+            return None
+        split = hold_out_validation(self.division)
+        return None if split.obstacle else Allowance(division=split, num_runs=1, has_final=num_runs >= 1)
 
     def _estimate_final(self, run_s: float) -> float:
         """Returns the time of a run on all images, given that of a run on the training images."""

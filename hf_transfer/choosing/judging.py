@@ -27,6 +27,7 @@ from hf_transfer.logs import without_details
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.solvers.groups import number_groups
+from hf_transfer.solvers.probe import ProbeOptions, check_choosable
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.checkpoints import remove_state, save_state, share_state
 from hf_transfer.training.final_fit import EstimatedBy, FinalFit, HeldOutRun, plan_final_fit
@@ -57,6 +58,8 @@ class Division:
     judged_by: Judging
     data: Data  # train and validation as drawn, with the rows of the pool, for the model that trains on all of them
     parts: tuple[HeldOut, ...]
+    seed: int
+    obstacle: str | None = None  # why no probe can be fitted without the held-out images, so that nothing is compared
 
     @property
     def pool(self) -> Split:
@@ -75,34 +78,64 @@ class HeldOutResult:
 
 
 def divide_images(data: Data, seed: int) -> Division:
-    """Returns the division into folds for few images, and the validation split otherwise."""
-    split = _hold_out_validation(data)
+    """Returns the division into folds for few images, and the validation split otherwise.
+
+    If the images of a class, or their groups, are too few for the folds, fewer folds are tried, and last the validation split.
+    """
+    split = _hold_out_split(data, seed)
     count = next((folds for limit, folds in FOLDS if len(split.pool) < limit), None)
     if count is None or not data.draws_validation:
         return split
-    try:
-        folds = divide(data, count, seed)
-    except ValueError as error:
-        log.info("auto compares on the validation split, because the images cannot be divided (%s)", error)
-        return split
+    reason = ""
+    for folds in range(count, 1, -1):
+        try:
+            return _hold_out_folds(data, folds, seed)
+        except ValueError as error:
+            reason = str(error)
+    judges = "compares on the validation split" if split.obstacle is None else "compares nothing"
+    log.info("auto %s, because the images cannot be divided into folds (%s)", judges, reason)
+    return split
+
+
+def _hold_out_folds(data: Data, count: int, seed: int) -> Division:
+    """Returns the division into folds. Raises ValueError if a class, or its groups, have too few images."""
+    folds = divide(data, count, seed)
     parts = tuple(
         HeldOut(name=f"fold_{i + 1}", data=folds.hold_out(i), rows=np.flatnonzero(folds.fold_of == i))
         for i in range(count)
     )
-    return Division(judged_by=Judging.FOLDS, data=folds.keep_all(), parts=parts)
+    for part in parts:
+        _check_probe(part.data, seed)
+    return Division(judged_by=Judging.FOLDS, data=folds.keep_all(), parts=parts, seed=seed)
 
 
-def _hold_out_validation(data: Data) -> Division:
+def _hold_out_split(data: Data, seed: int) -> Division:
     total, first = len(data.train) + len(data.validation), len(data.train)
     pooled = join_pool(data)
     own = replace(pooled, test=None, holds_out_validation=True)
     part = HeldOut(name="validation", data=own, rows=np.arange(first, total))
-    return Division(judged_by=Judging.VALIDATION, data=pooled, parts=(part,))
+    try:
+        _check_probe(own, seed)
+        obstacle = None
+    except ValueError as error:
+        obstacle = str(error)
+    return Division(judged_by=Judging.VALIDATION, data=pooled, parts=(part,), seed=seed, obstacle=obstacle)
+
+
+def _check_probe(data: Data, seed: int) -> None:
+    """Raises ValueError if the training images alone cannot choose the regularization of a linear probe."""
+    groups = number_groups([data.train])
+    check_choosable(
+        torch.from_numpy(data.train.labels),
+        data.target,
+        ProbeOptions(seed=seed),
+        None if groups is None else torch.from_numpy(groups),
+    )
 
 
 def hold_out_validation(division: Division) -> Division:
     """Returns the division whose only run holds out the validation split."""
-    return division if division.judged_by is Judging.VALIDATION else _hold_out_validation(division.data)
+    return division if division.judged_by is Judging.VALIDATION else _hold_out_split(division.data, division.seed)
 
 
 def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldOutResult:

@@ -16,6 +16,7 @@ VERDICTS = {
     Verdict.OVER_BUDGET: "not started: its runs did not fit into the remaining time",
     Verdict.NOTHING_TO_GAIN: "not started: hardly any error was left",
     Verdict.DIVERGED: "dropped: its training diverged",
+    Verdict.NOT_COMPARABLE: "not started: too few images or groups to hold some out",
 }
 JUDGED_BY = {Judging.FOLDS: "folds", Judging.VALIDATION: "the validation split"}
 

@@ -111,6 +111,8 @@ def _describe_candidate(record: CandidateRecord, probe: Score) -> str:
         return f"{record.name} did not run, because hardly any error was left"
     if record.verdict is Verdict.DIVERGED:
         return f"{record.name} was dropped, because its training diverged"
+    if record.verdict is Verdict.NOT_COMPARABLE:
+        return f"{record.name} did not run, because there are too few images or groups to hold some out"
     assert record.gain is not None
     low, high = map(probe.format_gain, record.posterior.interval)
     place = (

@@ -23,6 +23,7 @@ UNJUDGED = {  # verdict of a candidate of `auto` without a result -> the words f
     CandidateVerdict.OVER_BUDGET: "did not fit into the time budget",
     CandidateVerdict.NOTHING_TO_GAIN: "did not start, because hardly any error was left",
     CandidateVerdict.DIVERGED: "diverged",
+    CandidateVerdict.NOT_COMPARABLE: "did not start, because there are too few images or groups to hold some out",
 }
 FROZEN = ("linear_probe", "add_classes")  # strategies that train only a head
 

@@ -272,7 +272,7 @@ def fit_probes(
     device = readouts[0].device
     labels = torch.cat([train_y.to(device), val_y.to(device)])
     fold_of = _draw_fold_of(target.stratify(labels.cpu().numpy()), len(train_y), options, groups).to(device)
-    folds = _weigh_folds(labels, fold_of, len(train_y), target, options)
+    folds = _weigh_folds(labels, fold_of, len(train_y), target, options, groups)
     summaries: dict[int, ProbeSummary] = {}
     with _full_precision():
         if len(readouts) > 1 and options.select_by == "log_loss":
@@ -282,6 +282,14 @@ def fit_probes(
     probes = dict(zip(rest, fitted, strict=True))
     summaries |= {i: probe.summary for i, probe in probes.items()}
     return probes, [summaries[i] for i in range(len(readouts))]
+
+
+def check_choosable(
+    labels: Tensor, target: Target, options: ProbeOptions = DEFAULT_OPTIONS, groups: Tensor | None = None
+) -> None:
+    """Raises ValueError if cross-validation of rows with these labels (N, ...) has no row that can choose C."""
+    fold_of = _draw_fold_of(target.stratify(labels.numpy()), len(labels), options, groups)
+    _find_scored(labels, fold_of, target, groups)
 
 
 def _scout_all(readouts: Sequence[RawFeatures], folds: Folds, options: ProbeOptions) -> dict[int, ProbeSummary]:
@@ -342,7 +350,9 @@ def _draw_fold_of(strata: NDArray[np.int64], num_train: int, options: ProbeOptio
     return torch.cat([fold_of, fold_of.new_full((len(strata) - count,), -1)])
 
 
-def _weigh_folds(labels: Tensor, fold_of: Tensor, num_train: int, target: Target, options: ProbeOptions) -> Folds:
+def _weigh_folds(
+    labels: Tensor, fold_of: Tensor, num_train: int, target: Target, options: ProbeOptions, groups: Tensor | None
+) -> Folds:
     count = int(fold_of.max()) + 1
     is_train = torch.arange(len(labels), device=labels.device) < num_train
     is_fitted = is_train if options.holds_out else torch.ones_like(is_train)
@@ -350,9 +360,11 @@ def _weigh_folds(labels: Tensor, fold_of: Tensor, num_train: int, target: Target
     def weigh(rows: Tensor) -> Tensor:
         return target.balance(labels, rows) if options.class_balance != "none" else rows.float()
 
-    fitted_or_held_out = is_fitted | (fold_of >= 0)
+    rows = is_fitted | (fold_of >= 0)
     scored = torch.zeros_like(is_train)
-    scored[fitted_or_held_out] = target.find_scored(labels[fitted_or_held_out], fold_of[fitted_or_held_out], count)
+    scored[rows] = _find_scored(
+        labels[rows], fold_of[rows], target, None if groups is None else groups.to(rows.device)[rows]
+    )
     return Folds(
         target=target,
         labels=labels,
@@ -361,6 +373,19 @@ def _weigh_folds(labels: Tensor, fold_of: Tensor, num_train: int, target: Target
         head_weights=weigh(torch.ones_like(is_train) if options.refit else is_train),
         score_weights=weigh(scored),
     )
+
+
+def _find_scored(labels: Tensor, fold_of: Tensor, target: Target, groups: Tensor | None) -> Tensor:
+    """Returns a mask (N,) of the rows by which C is chosen. Raises ValueError if there is no such row."""
+    scored = target.find_scored(labels, fold_of, int(fold_of.max()) + 1)
+    if not bool(scored.any()):
+        of_groups = "" if groups is None else f" of {len(groups.unique())} groups, which no fold divides"
+        remedy = "at least two images of one class" if groups is None else "images of at least two groups of one class"
+        raise ValueError(
+            f"no class has both a row to fit on and a row to choose C by, among {len(labels)} rows (images){of_groups}: give "
+            f"{remedy}"
+        )
+    return scored
 
 
 def _scout(features: RawFeatures, folds: Folds, options: ProbeOptions, steps: _Steps) -> tuple[ProbeSummary, Tensor]:

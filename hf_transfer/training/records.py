@@ -122,6 +122,7 @@ class Verdict(StrEnum):
     OVER_BUDGET = "over_budget"  # not started, because its runs do not fit into the remaining time
     NOTHING_TO_GAIN = "nothing_to_gain"  # not started, because the best so far makes hardly any error
     DIVERGED = "diverged"  # dropped, because a loss was not finite
+    NOT_COMPARABLE = "not_comparable"  # not started, because too few images or groups are left without held-out ones
 
 
 class Judging(StrEnum):
