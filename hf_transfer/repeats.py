@@ -28,7 +28,7 @@ from hf_transfer.locations import CHECKPOINTS, RESULTS, is_finished
 from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.fingerprint import hash_tensors
-from hf_transfer.reporting.predictions import PREDICTIONS, activate, deactivate, read_predictions
+from hf_transfer.reporting.predictions import PREDICTIONS, deactivate, read_predictions
 from hf_transfer.reporting.results import describe_run, pin_revisions, public_settings, read_held_out_run, write_config
 from hf_transfer.reporting.sentences import describe_folds, describe_seeds
 from hf_transfer.runs import open_session, train_session, write_run
@@ -37,7 +37,14 @@ from hf_transfer.session import Session
 from hf_transfer.settings import replace_settings
 from hf_transfer.solvers.groups import number_groups
 from hf_transfer.strategy import Strategy, make_strategy
-from hf_transfer.training.final_fit import EstimatedBy, FinalFit, covers_train_images, plan_final_fit
+from hf_transfer.training.final_fit import (
+    EstimatedBy,
+    FinalFit,
+    HeldOutPredictions,
+    combine_held_out,
+    covers_train_images,
+    round_logits,
+)
 from hf_transfer.training.phases import NOT_COMPARED
 from hf_transfer.training.records import RunResult
 
@@ -153,21 +160,22 @@ class _Start:
         # The model is calibrated on the sibling's predictions, which must not be calibrated already.
         alone = replace_settings(_alone(config), {"calibrate": False})
         own = replace(self, config=alone, unrepeatable=(*self.unrepeatable, line))
-        sibling = own.train(replace(pooled, test=None), "sibling")
+        # If they select no epoch, validation images do not choose the regularization of a solved head either.
+        keeps_last = isinstance(config.strategy, GradientConfig) and config.strategy.training.keep_last_epoch
+        sibling = own.train(replace(pooled, test=None, holds_out_validation=keeps_last), "sibling")
         if first.is_main:
             log.info("training the model on all %d images, as long as its sibling", total)
+        assert pooled.train.pool is not None
         # A sibling that kept the probe held out each of its training images too, by cross-validation.
         is_crossed = covers_train_images(sibling.results["metrics"]["validation"])
-        splits = [data.train, data.validation] if is_crossed else [data.validation]
-        by_split: dict[str, NDArray[np.float32]] = {split.name: sibling.logits[split.name] for split in splits}
-        metrics = data.target.measure(
-            np.concatenate(list(by_split.values())),
-            np.concatenate([split.labels for split in splits]),
-            groups=number_groups(splits),
-            seed=config.seed,
+        splits = ["train", "validation"] if is_crossed else ["validation"]
+        predictions = HeldOutPredictions(
+            run=read_held_out_run(sibling.results),
+            rows=np.arange(0 if is_crossed else len(data.train), total),
+            logits=np.concatenate([sibling.logits[split] for split in splits]),
         )
         by = EstimatedBy.CROSS_VALIDATION if is_crossed else EstimatedBy.SIBLING
-        final = plan_final_fit([read_held_out_run(sibling.results)], metrics, by_split, estimated_by=by)
+        final = combine_held_out(pooled.train.pool, len(data.train), [predictions], estimated_by=by, seed=config.seed)
         session = open_session(
             replace(config, output=self.config.output, repeat=self.config.repeat),
             load=lambda: pooled,
@@ -253,7 +261,7 @@ def _alone(config: RunConfig) -> RunConfig:
 
 def _record(session: Session, result: RunResult) -> Repeat:
     target = session.data.target
-    logits = {split: deactivate(target, activate(target, each)) for split, each in result.logits.items()}
+    logits = {split: round_logits(target, each) for split, each in result.logits.items()}
     return Repeat(results=describe_run(session, result), splits=_name(session.data), logits=logits)
 
 
@@ -294,14 +302,15 @@ def _read_finished(folder: Path, config: RunConfig, data: Data) -> Repeat | None
 
 def _combine(folds: DataFolds, repeats: Sequence[Repeat], *, seed: int) -> FinalFit:
     """Returns the final fit, with the predictions of all folds in the order of the pool."""
-    pool, first = folds.pool, len(folds.data.train)
-    logits = np.empty((len(pool), pool.target.num_outputs), np.float32)
-    for fold, repeat in enumerate(repeats):
-        logits[folds.fold_of == fold] = repeat.logits["validation"]
-    metrics = pool.target.measure(logits, pool.labels, groups=number_groups([pool]), seed=seed)
-    by_split = {"train": logits[:first], "validation": logits[first:]}
-    runs = [read_held_out_run(repeat.results) for repeat in repeats]
-    return plan_final_fit(runs, metrics, by_split, estimated_by=EstimatedBy.FOLDS)
+    predictions = [
+        HeldOutPredictions(
+            run=read_held_out_run(repeat.results),
+            rows=np.flatnonzero(folds.fold_of == fold),
+            logits=repeat.logits["validation"],
+        )
+        for fold, repeat in enumerate(repeats)
+    ]
+    return combine_held_out(folds.pool, len(folds.data.train), predictions, estimated_by=EstimatedBy.FOLDS, seed=seed)
 
 
 def _summarize(repeats: Sequence[Repeat], *splits: str) -> dict[str, Any]:

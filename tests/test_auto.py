@@ -403,6 +403,38 @@ def test_the_kept_model_is_that_of_the_command(tuned: tuple[Path, dict[str, Any]
     assert results["metrics"]["validation"]["accuracy"] == alone["metrics"]["validation"]["accuracy"]
 
 
+@pytest.mark.parametrize("judged", ["folds", "validation", "two folds"])
+def test_the_command_gives_the_same_temperature_unless_folds_are_missing(
+    judged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expect(monkeypatch, probe_then_full=0.3)
+
+    def allow(own: Contest, entry: Entry, left_s: float | None) -> Allowance:
+        division = hold_out_validation(own.division) if judged == "validation" else own.division
+        return Allowance(
+            division=division, num_runs=2 if judged == "two folds" else len(division.parts), has_final=True
+        )
+
+    monkeypatch.setattr(contest.Contest, "_allow", allow)
+    results = run(tmp_path / "run", images_per_class=8, epochs=4, lr=2e-3, label_smoothing=0.3)
+    choice, (temperature,) = results["details"]["auto"], set(results["details"]["confidence"]["temperatures"])
+    alone = run_command(choice["command"], tmp_path / "alone")
+    (of_command,) = set(alone["details"]["confidence"]["temperatures"])
+    one, other = read_weights(tmp_path / "run"), read_weights(tmp_path / "alone")
+    assert 0.1 < temperature < 0.95
+    assert choice["command_is_exact"] == (judged != "two folds")
+    if choice["command_is_exact"]:
+        assert temperature == of_command
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    else:
+        assert "its command fits the temperature on all folds" in choice["reason"]
+        assert temperature != of_command
+        head = {name for name in one if not torch.equal(one[name], other[name])}
+        assert head == {name for name in one if name.startswith("fc.")}
+        for name in head:  # each is rounded to float32 once
+            torch.testing.assert_close(one[name] * temperature, other[name] * of_command, rtol=1e-6, atol=1e-6)
+
+
 def test_a_kept_probe_is_the_probe_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expect(monkeypatch, probe_then_full=-0.1, full=-0.1)
     results = run(tmp_path / "run")

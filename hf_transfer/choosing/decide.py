@@ -43,8 +43,9 @@ log = logging.getLogger(__name__)
 def choose_and_run(session: Session, *, budget_s: float | None) -> RunResult:
     """Trains the linear probe and the candidates of `auto`. Returns the best result with the reason.
 
-    The weights equal those of a run of the command in the result's `choice`, to the last bit. `budget_s` limits the estimated
-    time of all runs. A run that has started is not interrupted.
+    The weights equal those of a run of the command in the result's `choice`, to the last bit. If a budget left out folds of the
+    kept candidate, the head's weights differ by the temperature. `budget_s` limits the estimated time of all runs. A run that
+    has started is not interrupted.
     """
     check_augmentation(session, reads_pixels=True)  # candidates train the whole network
     run_on_main(lambda: _remove_older(session))
@@ -136,9 +137,11 @@ def _train_best(session: Session, contest: Contest, probe: Strategy, probe_resul
         candidates=records,
         trained_on_all=best is None or best.model is None,
         command=make_command(_repeat(session, best), strategy),
+        command_is_exact=best is None or best.division is None or len(best.results) == len(best.division.parts),
     )
     if session.is_main:
-        log.info("auto keeps %s", name)
+        differs = "; its temperature is fitted on the folds that ran, and that of its command on all folds"
+        log.info("auto keeps %s%s", name, "" if choice.command_is_exact else differs)
     if best is None:
         return replace(_score_test(session, probe_result), choice=choice)
     if best.model is not None:
@@ -146,7 +149,7 @@ def _train_best(session: Session, contest: Contest, probe: Strategy, probe_resul
     assert best.division is not None
     if session.is_main:
         log.info("auto trains %s on all %d images", name, len(best.division.pool))
-    final = plan_final(best.division, list(best.results), session.config.seed)
+    final = plan_final(best.division, best.results)
     return replace(run_final(session, best.entry.candidate, best.division.data, final), choice=choice)
 
 

@@ -11,7 +11,7 @@ The predictions of a finished run are stored in `checkpoints`, so that `--resume
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,14 @@ from hf_transfer.solvers.groups import number_groups
 from hf_transfer.solvers.probe import ProbeOptions, check_choosable
 from hf_transfer.strategy import Strategy
 from hf_transfer.training.checkpoints import remove_state, save_state, share_state
-from hf_transfer.training.final_fit import EstimatedBy, FinalFit, HeldOutRun, plan_final_fit
+from hf_transfer.training.final_fit import (
+    EstimatedBy,
+    FinalFit,
+    HeldOutPredictions,
+    HeldOutRun,
+    combine_held_out,
+    round_logits,
+)
 from hf_transfer.training.phases import check_same, describe_identity
 from hf_transfer.training.records import Judging, RunResult, phase_from_json, to_json
 
@@ -188,22 +195,15 @@ def run_final(session: Session, candidate: Candidate, data: Data, final: FinalFi
     return candidate.strategy.run(candidate.strategy.restart(_open(session, candidate.name, data, FINAL)), final)
 
 
-def plan_final(division: Division, results: list[HeldOutResult], seed: int) -> FinalFit:
-    """Returns the final fit after the runs of a candidate. Images that no run held out have no logits (NaN)."""
-    pool, first = division.pool, len(division.data.train)
-    logits = np.full((len(pool), pool.target.num_outputs), np.nan, np.float32)
-    for part, result in zip(division.parts, results, strict=False):
-        logits[part.rows] = result.logits
-    rows = np.flatnonzero(np.isfinite(logits).all(1))
-    metrics = pool.target.measure(logits[rows], pool.labels[rows], groups=number_groups([pool], rows), seed=seed)
-    by_folds = division.judged_by is Judging.FOLDS
-    by_split: Mapping[str, NDArray[np.float32]] = {"train": logits[:first]} if by_folds else {}
-    return plan_final_fit(
-        [result.run for result in results],
-        metrics,
-        {**by_split, "validation": logits[first:]},
-        estimated_by=EstimatedBy.FOLDS if by_folds else EstimatedBy.SIBLING,
-    )
+def plan_final(division: Division, results: Sequence[HeldOutResult]) -> FinalFit:
+    """Returns the final fit after the runs of a candidate, as a run of its command plans it."""
+    target = division.pool.target
+    predictions = [
+        HeldOutPredictions(run=result.run, rows=part.rows, logits=round_logits(target, result.logits))
+        for part, result in zip(division.parts, results, strict=False)
+    ]
+    by = EstimatedBy.FOLDS if division.judged_by is Judging.FOLDS else EstimatedBy.SIBLING
+    return combine_held_out(division.pool, len(division.data.train), predictions, estimated_by=by, seed=division.seed)
 
 
 def read_run(result: RunResult) -> HeldOutRun:

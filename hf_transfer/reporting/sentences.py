@@ -99,7 +99,10 @@ def describe_choice(choice: AutoChoice) -> str:
         else f"the highest expected gain in {choice.probe.titles[0]} over the linear probe"
     )
     trained = "" if choice.trained_on_all else "; no time was left to train it on validation images too"
-    return f"auto kept {choice.kept}: {reason}; {each}{trained}"
+    differs = (
+        "" if choice.command_is_exact else "; its command fits the temperature on all folds, and auto on those that ran"
+    )
+    return f"auto kept {choice.kept}: {reason}; {each}{trained}{differs}"
 
 
 def _describe_candidate(record: CandidateRecord, probe: Score) -> str:

@@ -13,9 +13,13 @@ from enum import StrEnum
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from hf_transfer.data.splits import Split
 from hf_transfer.metrics.records import Metrics, Score
+from hf_transfer.solvers.groups import number_groups
+from hf_transfer.targets.target import Target
 from hf_transfer.training.records import Kept, PhaseResult
 
 
@@ -64,6 +68,41 @@ class FinalFit:
     def for_stages(self) -> "FinalFit":
         """Returns the lengths for the stages of a greedy stack, which are a plan of their own."""
         return replace(self, phases=self.stages, wise_ft_alpha=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutPredictions:
+    """An earlier run with its logits (n, K), as `round_logits` returns them, for the images in `rows` (n,) of the pool."""
+
+    run: HeldOutRun
+    rows: NDArray[np.int64]
+    logits: NDArray[np.float32]
+
+
+def round_logits(target: Target, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the logits (N, K) that can be read from predictions.parquet, which has probabilities or numbers.
+
+    The temperature of the final fit depends on these, so a resumed run, `auto` and its command must have the same.
+    """
+    return target.deactivate(target.activate(torch.from_numpy(logits)).float()).float().numpy()
+
+
+def combine_held_out(
+    pool: Split, num_train: int, predictions: Sequence[HeldOutPredictions], *, estimated_by: EstimatedBy, seed: int
+) -> FinalFit:
+    """Returns the final fit after the earlier runs. Images that no run held out have no logits (NaN).
+
+    `pool`: the training images, of which there are `num_train`, then the validation images.
+    """
+    logits = np.full((len(pool), pool.target.num_outputs), np.nan, np.float32)
+    for each in predictions:
+        logits[each.rows] = each.logits
+    rows = np.flatnonzero(np.isfinite(logits).all(1))
+    metrics = pool.target.measure(logits[rows], pool.labels[rows], groups=number_groups([pool], rows), seed=seed)
+    by_split = {"train": logits[:num_train], "validation": logits[num_train:]}
+    if estimated_by is EstimatedBy.SIBLING:
+        del by_split["train"]
+    return plan_final_fit([each.run for each in predictions], metrics, by_split, estimated_by=estimated_by)
 
 
 def plan_final_fit(

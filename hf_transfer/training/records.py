@@ -161,7 +161,9 @@ class AutoChoice:
     probe: Score  # of the linear probe, cross-validated on train and validation images
     candidates: tuple[CandidateRecord, ...]  # in the order in which they were judged
     trained_on_all: bool  # whether the model has trained on train and validation images
-    command: str  # command that gives the same weights
+    command: str  # command that gives the same weights, if `command_is_exact`
+    # False: a budget left out folds of the kept candidate, and the command fits the temperature on all folds
+    command_is_exact: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
