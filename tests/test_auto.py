@@ -297,6 +297,38 @@ def test_a_candidate_that_diverges_is_dropped_and_the_others_run(
     assert "the best of 1 judged candidate" in page
 
 
+@pytest.mark.parametrize("kept", ["full", "linear_probe"])
+def test_if_the_final_fit_diverges_the_next_best_takes_its_place(
+    kept: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    gains = {"probe_then_full": 0.2, "full": 0.1 if kept == "full" else -0.1}
+    expect(monkeypatch, **gains)
+    log_epoch, plans = loop._log_epoch, []
+
+    def diverge(record: Any, run: Any, *rest: Any) -> None:
+        if run.length is not None:
+            plans.append(run.session.strategy.name)
+            if plans[-1] == "probe_then_full":
+                raise NonFiniteLossError("the loss is nan")
+        log_epoch(record, run, *rest)
+
+    monkeypatch.setattr(loop, "_log_epoch", diverge)
+    with caplog.at_level("INFO"):
+        choice = run(tmp_path / "run", save_every_s=0.0)["details"]["auto"]
+    verdicts = {row["name"]: row["verdict"] for row in choice["candidates"]}
+    assert verdicts == {"probe_then_full": "diverged", "full": "kept" if kept == "full" else "unlikely"}
+    assert choice["kept"] == kept
+    assert choice["command"].startswith(f"hf-transfer train {kept}")
+    assert "auto drops probe_then_full: its training on all images diverged (the loss is nan)" in caplog.text
+    assert plans == ["probe_then_full", *(["full"] if kept == "full" else [])]
+    alone = run_command(choice["command"], tmp_path / "alone")
+    assert choice["command_is_exact"] == (kept == "linear_probe"), "full was stopped after a fold"
+    if choice["command_is_exact"]:
+        one, other = read_weights(tmp_path / "run"), read_weights(tmp_path / "alone")
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert alone["metrics"]["validation"]["accuracy"] == choice["probe"]["accuracy"]
+
+
 def test_a_model_of_the_training_images_is_trained_on_the_images_of_the_command() -> None:
     """Without a pool, whose images would choose the size of the squares."""
     session, opened = make_session("auto", **FEW), list[Data]()

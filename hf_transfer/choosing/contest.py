@@ -105,24 +105,26 @@ class Contest:
         """Runs a candidate as far as it fits into the budget and may become the best."""
         given, entry = entry, replace(entry, estimated_s=self._correct(entry.estimated_s))
         if self.division.obstacle is not None:
-            self._skip(entry, Verdict.NOT_COMPARABLE, None, self.division.obstacle)
+            self.outcomes.append(self._drop(entry, Verdict.NOT_COMPARABLE, None, self.division.obstacle))
             return
         quality, num_images = self._find_best_quality()
         if find_error(self.division.pool.target, quality, num_images) < WORTH:
             best = replace(self.probe_score, quality=quality)
-            self._skip(entry, Verdict.NOTHING_TO_GAIN, None, f"the best so far has {best.describe_quality()}")
+            reason = f"the best so far has {best.describe_quality()}"
+            self.outcomes.append(self._drop(entry, Verdict.NOTHING_TO_GAIN, None, reason))
             return
         decided = self.budget.decide(entry.candidate.name, lambda left_s: self._describe_allowed(entry, left_s))
         left_s, allowance = decided["left_s"], self._read_allowance(decided["allowance"])
         if allowance is None:
             needed = "an unknown time" if entry.estimated_s is None else f"about {entry.estimated_s:.0f} s"
-            self._skip(entry, Verdict.OVER_BUDGET, left_s, f"one run needs {needed}, and {_say_left(left_s)}")
+            reason = f"one run needs {needed}, and {_say_left(left_s)}"
+            self.outcomes.append(self._drop(entry, Verdict.OVER_BUDGET, left_s, reason))
             return
         before = self.best
         try:
             outcome = self._judge(entry, allowance) if allowance.has_final else self._judge_alone(entry, allowance)
         except NonFiniteLossError as error:  # in all processes
-            self._skip(entry, Verdict.DIVERGED, left_s, f"its training diverged ({error})")
+            self.outcomes.append(self._drop(entry, Verdict.DIVERGED, left_s, f"its training diverged ({error})"))
             return
         outcome = replace(outcome, entry=given)
         self.outcomes.append(outcome)
@@ -130,15 +132,18 @@ class Contest:
         if outcome.model is not None and self.best is outcome and outcome is not before and save is not None:
             save(self.session.without_test().with_strategy(entry.candidate.strategy), outcome.model)
 
+    def drop_diverged(self, outcome: Outcome, error: NonFiniteLossError) -> None:
+        """Drops a candidate whose training on all images diverged, as one whose run diverged."""
+        dropped = self._drop(outcome.entry, Verdict.DIVERGED, None, f"its training on all images diverged ({error})")
+        self.outcomes = [dropped if each is outcome else each for each in self.outcomes]
+
     def finish(self) -> tuple[CandidateRecord, ...]:
         """Returns the records of all candidates, with the final verdicts."""
-        best, records = self.best, []
-        for outcome in self.outcomes:
-            is_open = outcome.record.verdict is Verdict.NOT_BETTER
-            records.append(
-                replace(outcome.record, verdict=Verdict.KEPT) if outcome is best and is_open else outcome.record
-            )
-        return tuple(records)
+        best = self.best
+        return tuple(
+            replace(outcome.record, verdict=Verdict.KEPT) if outcome is best else outcome.record
+            for outcome in self.outcomes
+        )
 
     @cached_property
     def probe_score(self) -> Score:
@@ -168,8 +173,8 @@ class Contest:
         assert record.quality is not None
         return record.quality, record.num_images
 
-    def _skip(self, entry: Entry, verdict: Verdict, left_s: float | None, reason: str) -> None:
-        """Records a candidate that has no result."""
+    def _drop(self, entry: Entry, verdict: Verdict, left_s: float | None, reason: str) -> Outcome:
+        """Logs the reason, and returns the outcome of a candidate that has no result."""
         record = CandidateRecord(
             name=entry.candidate.name,
             strategy=entry.candidate.strategy.name,
@@ -179,9 +184,9 @@ class Contest:
             estimated_s=entry.estimated_s,
             left_s=left_s,
         )
-        self.outcomes.append(Outcome(entry=entry, record=record))
         if self.session.is_main:
             log.info("auto drops %s: %s", entry.candidate.name, reason)
+        return Outcome(entry=entry, record=record)
 
     def _correct(self, seconds: float | None) -> float | None:
         """Returns an estimated time, times the median of measured by estimated time of the candidates that ran."""

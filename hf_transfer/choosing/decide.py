@@ -36,6 +36,7 @@ from hf_transfer.training.evaluate import Scored, score_images
 from hf_transfer.training.feeds import check_augmentation
 from hf_transfer.training.pricing import Pricing
 from hf_transfer.training.records import AutoChoice, Judging, RunResult
+from hf_transfer.training.steps import NonFiniteLossError
 
 log = logging.getLogger(__name__)
 
@@ -126,31 +127,47 @@ def _divide(session: Session, probe: RunResult) -> tuple[Division, NDArray[np.fl
 
 
 def _train_best(session: Session, contest: Contest, probe: Strategy, probe_result: RunResult) -> RunResult:
-    """Trains the best candidate on all images, unless it is the probe, or a model that is kept as it is."""
-    best, records = contest.best, contest.finish()
+    """Trains the best candidate on all images, unless it is the probe, or a model that is kept as it is.
+
+    If this training diverges, the next best candidate takes its place.
+    """
+    while (best := contest.best) is not None and best.model is None:
+        try:
+            result = _train_final(session, best)
+        except NonFiniteLossError as error:  # in all processes
+            contest.drop_diverged(best, error)
+        else:
+            break
+    else:
+        result = _score_test(session, probe_result if best is None or best.model is None else best.model)
+    choice = _describe_choice(session, contest, probe, probe_result)
+    if session.is_main:
+        differs = "; its temperature is fitted on the folds that ran, and that of its command on all folds"
+        log.info("auto keeps %s%s", choice.kept, "" if choice.command_is_exact else differs)
+    return replace(result, choice=choice)
+
+
+def _train_final(session: Session, best: Outcome) -> RunResult:
+    """Trains a candidate on all train and validation images."""
+    assert best.division is not None
+    if session.is_main:
+        log.info("auto trains %s on all %d images", best.entry.candidate.name, len(best.division.pool))
+    final = plan_final(best.division, best.results)
+    return run_final(session, best.entry.candidate, best.division.data, final)
+
+
+def _describe_choice(session: Session, contest: Contest, probe: Strategy, probe_result: RunResult) -> AutoChoice:
+    best = contest.best
     strategy = probe if best is None else best.entry.candidate.strategy
-    name = probe.name if best is None else best.entry.candidate.name
-    choice = AutoChoice(
-        kept=name,
+    return AutoChoice(
+        kept=probe.name if best is None else best.entry.candidate.name,
         strategy=strategy.name,
         probe=probe_result.validation.score,
-        candidates=records,
+        candidates=contest.finish(),
         trained_on_all=best is None or best.model is None,
         command=make_command(_repeat(session, best), strategy),
         command_is_exact=best is None or best.division is None or len(best.results) == len(best.division.parts),
     )
-    if session.is_main:
-        differs = "; its temperature is fitted on the folds that ran, and that of its command on all folds"
-        log.info("auto keeps %s%s", name, "" if choice.command_is_exact else differs)
-    if best is None:
-        return replace(_score_test(session, probe_result), choice=choice)
-    if best.model is not None:
-        return replace(_score_test(session, best.model), choice=choice)
-    assert best.division is not None
-    if session.is_main:
-        log.info("auto trains %s on all %d images", name, len(best.division.pool))
-    final = plan_final(best.division, best.results)
-    return replace(run_final(session, best.entry.candidate, best.division.data, final), choice=choice)
 
 
 def _repeat(session: Session, best: Outcome | None) -> Session:
