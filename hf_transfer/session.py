@@ -20,6 +20,10 @@ from hf_transfer.prefix.resources import Resources
 from hf_transfer.settings import replace_settings
 
 
+def _do_nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True, kw_only=True)
 class Session:
     """The network, data, settings, processes, costs and output folder of one run.
@@ -38,6 +42,8 @@ class Session:
     unrepeatable: tuple[str, ...] = ()  # sentences about inputs that config.yaml does not contain
     save_so_far: Callable[["Session", Any], None] | None = field(default=None, repr=False)
     """Saves a session's result as the best of an unfinished run, in a run folder of its own; None without an output folder."""
+    note_state: Callable[[], None] = field(default=_do_nothing, repr=False)
+    """Called in the main process when the state of an unfinished plan has been saved."""
     _chain: Chain | None = field(default=None, repr=False)
 
     @property

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from hf_transfer.choosing.rule import DataRegime, expect_accuracy
 from hf_transfer.data.dataset import Data
 from hf_transfer.flags import parse
 from hf_transfer.repeats import run_config
+from hf_transfer.sealed import read_sealed
 from hf_transfer.session import Session
 from hf_transfer.settings import to_settings
 from hf_transfer.strategy import make_strategy
@@ -577,11 +579,41 @@ def test_the_time_of_an_interrupted_run_counts(tmp_path: Path, monkeypatch: pyte
         70,
         70,
     )
+    now = 1020.0
+    own.save()
+    assert Budget(100.0, tmp_path / "auto", resumes=True).decide("c", lambda left_s: left_s) == 50
     own = Budget(200.0, tmp_path / "auto", resumes=True)
     assert (own.starts_over, own.decide("a", lambda left_s: left_s)) == (True, 200.0)
     assert Budget(None, tmp_path / "auto", resumes=True).starts_over
     assert Budget(None, tmp_path / "other", resumes=True).decide("a", lambda left_s: left_s) is None
     assert not Budget(None, tmp_path / "other", resumes=True).starts_over
+
+
+def test_the_time_of_an_interrupted_fold_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which each epoch takes 1,000 s more than it does."""
+    expect(monkeypatch, probe_then_full=0.1)
+    perf_counter, log_epoch, passed_s, interrupts = time.perf_counter, loop._log_epoch, 0.0, True
+
+    def allow(own: Contest, entry: Entry, left_s: float | None) -> Allowance:
+        return Allowance(division=own.division, num_runs=1, has_final=True)
+
+    def take_long(record: Any, *rest: Any) -> None:
+        nonlocal passed_s
+        passed_s += 1000
+        if interrupts and record.epoch == 2:
+            raise KeyboardInterrupt
+        log_epoch(record, *rest)
+
+    monkeypatch.setattr(contest.Contest, "_allow", allow)
+    monkeypatch.setattr(loop, "_log_epoch", take_long)
+    monkeypatch.setattr(time, "perf_counter", lambda: perf_counter() + passed_s)
+    settings = {"budget_s": 1e6, "epochs": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", **settings)
+    assert 2000 < read_sealed(tmp_path / "run" / "checkpoints" / "auto" / "decisions.json")["passed_s"] < 3000
+    interrupts = False
+    (record,) = run(tmp_path / "run", resume=True, **settings)["details"]["auto"]["candidates"]
+    assert 2000 < record["seconds"] < 3000, "the first epoch, and the second one again"
 
 
 def test_processes_share_the_time_of_passes_and_steps_but_not_of_the_solver() -> None:

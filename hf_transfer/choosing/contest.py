@@ -10,7 +10,6 @@ of the best possible quality. A budget decides before a candidate starts how muc
 
 import logging
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -35,7 +34,6 @@ from hf_transfer.choosing.judging import (
 from hf_transfer.choosing.paired import Comparison, compare, find_error
 from hf_transfer.choosing.rule import WORTH
 from hf_transfer.metrics.records import Score
-from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.solvers.groups import number_groups
 from hf_transfer.strategy import Strategy
@@ -278,9 +276,7 @@ class Contest:
 
     def _judge_alone(self, entry: Entry, allowance: Allowance) -> Outcome:
         """Trains the candidate on the training images, as a model that may be kept as it is."""
-        started = time.perf_counter()
-        model = run_once(self.session, entry.candidate)
-        seconds = run_on_main(lambda: time.perf_counter() - started)
+        model, seconds = run_once(self.session, entry.candidate)
         result = HeldOutResult(run=read_run(model), logits=model.logits["validation"], seconds=seconds)
         record = self._describe_judged(entry, allowance.division, [result], Verdict.NOT_BETTER)
         return Outcome(entry=entry, record=record, division=allowance.division, results=(result,), model=model)

@@ -54,6 +54,16 @@ def choose_and_run(session: Session, *, budget_s: float | None) -> RunResult:
     budget = Budget(budget_s, states, resumes=session.config.output.resume)
     if budget.starts_over and states is not None:  # the final fit may follow from other runs
         run_on_main(lambda: _remove_finals(states))
+    session = replace(session, note_state=budget.save)
+    try:
+        return _choose(session, budget)
+    except KeyboardInterrupt:
+        if session.is_main:
+            budget.save()
+        raise
+
+
+def _choose(session: Session, budget: Budget) -> RunResult:
     with session.costs.part("advise"):
         premises = gather_premises(session)
     session.costs.count_images("advise", premises.images_computed)

@@ -10,7 +10,6 @@ The predictions of a finished run are stored in `checkpoints`, so that `--resume
 """
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_transfer.choosing.budget import SECONDS, Stopwatch
 from hf_transfer.choosing.candidates import Candidate
 from hf_transfer.data.dataset import Data
 from hf_transfer.data.folds import divide, join_pool
 from hf_transfer.data.splits import Split
 from hf_transfer.logs import without_details
-from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
 from hf_transfer.solvers.groups import number_groups
 from hf_transfer.solvers.probe import ProbeOptions, check_choosable
@@ -163,10 +162,8 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldO
             depth=stored["depth"],
         )
         return HeldOutResult(run=run, logits=stored["logits"].numpy(), seconds=stored["seconds"])
-    started = time.perf_counter()
     with without_details():
-        result = candidate.strategy.run(own)
-    seconds = run_on_main(lambda: time.perf_counter() - started)
+        result, seconds = _run_timed(own, candidate)
     held_out = HeldOutResult(run=read_run(result), logits=result.logits["validation"], seconds=seconds)
     if own.is_main and own.checkpoints is not None:
         run = held_out.run
@@ -174,6 +171,7 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldO
         logits = torch.from_numpy(held_out.logits)
         save_state(own.checkpoints / "finished", {**state, "identity": identity, "logits": logits})
         remove_state(own.checkpoints)
+        (own.checkpoints / SECONDS).unlink(missing_ok=True)
     return held_out
 
 
@@ -183,11 +181,23 @@ def run_probe(session: Session, probe: Strategy, part: HeldOut) -> NDArray[np.fl
         return probe.run(probe.restart(_open(session, probe.name, part.data, part.name))).logits["validation"]
 
 
-def run_once(session: Session, candidate: Candidate) -> RunResult:
-    """Trains a candidate on the training images, as the strategy alone does, and returns the result with the network."""
+def run_once(session: Session, candidate: Candidate) -> tuple[RunResult, float]:
+    """Trains a candidate on the training images, as the strategy alone does. Returns the result and the seconds."""
     with without_details():
         own = session.without_test()
-        return candidate.strategy.run(candidate.strategy.restart(_open(own, candidate.name, own.data, "once")))
+        return _run_timed(candidate.strategy.restart(_open(own, candidate.name, own.data, "once")), candidate)
+
+
+def _run_timed(session: Session, candidate: Candidate) -> tuple[RunResult, float]:
+    """Returns the result and the seconds, which include those of the interrupted run that this run continues."""
+    stopwatch = Stopwatch(session.checkpoints, resumes=session.config.output.resume)
+
+    def note_state() -> None:
+        stopwatch.save()
+        session.note_state()
+
+    result = candidate.strategy.run(replace(session, note_state=note_state))
+    return result, stopwatch.read()
 
 
 def run_final(session: Session, candidate: Candidate, data: Data, final: FinalFit) -> RunResult:

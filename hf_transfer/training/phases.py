@@ -212,6 +212,7 @@ class _PlanRun:
                 "start": self.start,
             }
             self._writer.write(state)
+            self.session.note_state()
 
     def run_phase(self, number: int) -> None:
         phase, session = self.plan[number], self.session.with_chain(self.chains[number])
