@@ -1,6 +1,7 @@
 """The strategy `auto`: which images judge, what decides, that its model is a recipe's own, and how it is interrupted."""
 
 import json
+import re
 import shlex
 import shutil
 import time
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file
 
 import hf_transfer as ht
@@ -467,6 +469,25 @@ def test_the_command_gives_the_same_temperature_unless_folds_are_missing(
         assert head == {name for name in one if name.startswith("fc.")}
         for name in head:  # each is rounded to float32 once
             torch.testing.assert_close(one[name] * temperature, other[name] * of_command, rtol=1e-6, atol=1e-6)
+
+
+def test_a_short_path_is_replaced_in_commands_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder "." has the name e, which sentences and numbers must not get in place of each full stop."""
+    for name in "ab":
+        (tmp_path / "e" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.full((8, 8, 3), 40 + 100 * (name == "b") + i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "e" / name / f"{i}.png")
+    monkeypatch.chdir(tmp_path / "e")
+    results = run(tmp_path / "run", dataset=".", images_per_class=None, budget_s=1e-3)
+    advice, choice = results["details"]["advice"], results["details"]["auto"]
+    assert re.match(r"[^.]*\d\.\d %", advice["reason"])
+    commands = [choice["command"], advice["command"], *(each["command"] for each in advice["estimates"])]
+    commands += [each["command"] for each in advice["suggestions"] if each["command"]]
+    for command in commands:
+        words = shlex.split(command)
+        assert words[words.index("--dataset") + 1] == "e"
+        assert str(tmp_path) not in command
 
 
 def test_a_kept_probe_is_the_probe_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

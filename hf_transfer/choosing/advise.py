@@ -23,6 +23,7 @@ from hf_transfer.choosing.candidates import (
     find_trained_share,
     list_candidates,
     make_command,
+    with_public_names,
 )
 from hf_transfer.choosing.evidence import Evidence, check_has_folds, gather_evidence, read_head
 from hf_transfer.choosing.expected_accuracy import (
@@ -147,13 +148,15 @@ class Advice:
 
 
 @ending_together()
-def advise(session: Session, *, measure: bool = False, budget_s: float | None = None) -> Advice:
+def advise(
+    session: Session, *, measure: bool = False, budget_s: float | None = None, is_public: bool = False
+) -> Advice:
     """Returns the advice for the session's data and checkpoint.
 
     With `measure`, the strategies also train briefly, best estimate first, for at most `budget_s` seconds in total (default
-    600). Without `measure`, `budget_s` limits the estimated time of the recommended strategy. In a distributed run, all
-    processes must call this function. Raises ValueError if the logits are not a weighted sum of linear maps, and if no class
-    has images of two groups.
+    600). Without `measure`, `budget_s` limits the estimated time of the recommended strategy. With `is_public`, commands have
+    public names in place of local paths. In a distributed run, all processes must call this function. Raises ValueError if the
+    logits are not a weighted sum of linear maps, and if no class has images of two groups.
     """
     check_classes(session.data.target, "advise")
     check_has_folds(session.data)
@@ -164,7 +167,8 @@ def advise(session: Session, *, measure: bool = False, budget_s: float | None = 
     clock.append(time.perf_counter())
     evidence = gather_evidence(session, head=head)
     clock.append(time.perf_counter())
-    advice = run_on_main(lambda: _estimate(session, candidates, evidence))
+    named = with_public_names(session) if is_public else session
+    advice = run_on_main(lambda: _estimate(named, candidates, evidence))
     clock.append(time.perf_counter())
     if measure:
         by_accuracy = sorted(advice.estimates, key=lambda e: -e.accuracy)

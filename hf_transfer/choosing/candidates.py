@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime, LogRatios
-from hf_transfer.config import RunConfig
+from hf_transfer.config import RunConfig, name_paths
 from hf_transfer.session import Session
 from hf_transfer.settings import changed_settings, list_settings, replace_settings, to_settings
 from hf_transfer.strategy import Strategy, default_config, get_strategy
@@ -139,6 +139,12 @@ def to_k(strategy: Strategy) -> int:
     """Returns `k`, the number of layers that the strategy `last_layers` trains."""
     k: int = list_settings(strategy)["k"].value
     return k
+
+
+def with_public_names(session: Session) -> Session:
+    """Returns the session whose settings, and so its commands, have public names in place of local paths."""
+    names = {"checkpoint": session.backbone.source.name, "dataset": session.data.name}
+    return replace(session, config=name_paths(session.config, names))
 
 
 def make_command(session: Session, strategy: Strategy) -> str:

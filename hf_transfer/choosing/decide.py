@@ -6,17 +6,22 @@ network is scored on the test images. `reporting/sentences.py` describes the cho
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.choosing.budget import Budget
-from hf_transfer.choosing.candidates import find_candidates, find_trained_share, list_candidates, make_command
+from hf_transfer.choosing.candidates import (
+    find_candidates,
+    find_trained_share,
+    list_candidates,
+    make_command,
+    with_public_names,
+)
 from hf_transfer.choosing.contest import Contest, Entry, Outcome, sort_entries
 from hf_transfer.choosing.gain import expect_gain
 from hf_transfer.choosing.judging import (
@@ -76,10 +81,8 @@ def _choose(session: Session, budget: Budget) -> RunResult:
     for entry in list_entries(session, premises, contest.probe_error):
         contest.enter(entry)
     result = _train_best(session, contest, probe, probe_result)
-    advice = {} if premises.advice is None else {"advice": _without_paths(premises.advice.to_dict(), session)}
-    assert result.choice is not None
-    choice = replace(result.choice, command=_without_paths(result.choice.command, session))
-    return replace(result, choice=choice, details={**result.details, **advice})
+    advice = {} if premises.advice is None else {"advice": premises.advice.to_dict()}
+    return replace(result, details={**result.details, **advice})
 
 
 def _remove_older(session: Session) -> None:
@@ -175,7 +178,7 @@ def _describe_choice(session: Session, contest: Contest, probe: Strategy, probe_
         probe=probe_result.validation.score,
         candidates=contest.finish(),
         trained_on_all=best is None or best.model is None,
-        command=make_command(_repeat(session, best), strategy),
+        command=make_command(with_public_names(_repeat(session, best)), strategy),
         command_is_exact=best is None or best.division is None or len(best.results) == len(best.division.parts),
     )
 
@@ -197,24 +200,3 @@ def _score_test(session: Session, result: RunResult) -> RunResult:
         scored: Scored = score_images(result.backbone, session.data.test, session)
     metrics, logits = {**result.metrics, "test": scored.metrics}, {**result.logits, "test": scored.logits}
     return replace(result, metrics=metrics, logits=logits)
-
-
-def _without_paths(value: Any, session: Session) -> Any:
-    """Returns JSON values with public names in place of local paths, because results.json may be published."""
-    config = session.config
-    checkpoint = session.backbone.source.name
-    names: Mapping[str, str] = {config.model.checkpoint: checkpoint, config.data.dataset: session.data.name}
-    if config.data.image_root is not None:
-        names = {config.data.image_root: Path(config.data.image_root).name, **names}
-
-    def public(value: Any) -> Any:
-        if isinstance(value, str):
-            for path, name in names.items():
-                if "/" in path or "\\" in path or Path(path).expanduser().exists():
-                    value = value.replace(path, name)
-            return value
-        if isinstance(value, dict):
-            return {k: public(v) for k, v in value.items()}
-        return [public(v) for v in value] if isinstance(value, list | tuple) else value
-
-    return public(value)

@@ -45,7 +45,7 @@ def gather_premises(session: Session) -> Premises:
     """
     if not session.data.target.has_classes:
         return _gather_without_classes(session)
-    advice = advise(session)
+    advice = advise(session, is_public=True)  # results.json may be published
     if session.is_main:
         log.info("advice: %s: %s", advice.recommended, advice.reason)
     return Premises(

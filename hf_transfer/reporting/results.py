@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hf_transfer.config import GradientConfig, RunConfig
+from hf_transfer.config import GradientConfig, RunConfig, name_paths
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
@@ -81,13 +81,7 @@ def public_settings(config: RunConfig, names: Mapping[str, str] | None = None) -
 
     `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
     """
-    settings = to_settings(config)
-    for name in ("checkpoint", "dataset", "image_root", "preprocessing_from", "exclude", "relabel"):
-        path = Path(settings[name] or "").expanduser()
-        folder = Path(str(settings[name]).rpartition(":")[0]).expanduser()  # of a data set folder:config
-        is_local = path.exists() or (folder != Path() and folder.is_dir())
-        if settings[name] is not None and is_local:
-            settings[name] = (names or {}).get(name, path.resolve().name)
+    settings = to_settings(name_paths(config, names))
     left_out = {*OF_ONE_START, *(config.strategy.in_phases if isinstance(config.strategy, Strategy) else ())}
     return {name: value for name, value in settings.items() if name not in left_out}
 
