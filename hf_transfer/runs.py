@@ -33,6 +33,7 @@ from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, has_own_code, write_reference
 from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR
+from hf_transfer.logs import without_details
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.freezing import has_batchnorm
@@ -148,10 +149,8 @@ def train_session(
     return result
 
 
-def write_run(session: Session, result: RunResult, *, is_illustrated: bool = True) -> dict[str, Any]:
-    """Writes all files of a finished run in the main process, while the other processes wait.
-
-    `is_illustrated`: whether the report shows images.
+def write_run(session: Session, result: RunResult) -> dict[str, Any]:
+    """Writes all files of a finished run in the main process, while the other processes wait, and logs what they say.
 
     Returns the content of results.json in the main process, and {} in the other processes. Raises ContinuableError if the disk
     refuses a file; an older run in the folder is then unchanged.
@@ -159,13 +158,7 @@ def write_run(session: Session, result: RunResult, *, is_illustrated: bool = Tru
     results: dict[str, Any] = {}
     if session.is_main:
         assert session.output_dir is not None
-        try:
-            results = _write_results(session, result, session.output_dir, is_illustrated=is_illustrated)
-        except (OSError, SafetensorError) as error:
-            raise ContinuableError(
-                f"the results cannot be written to {session.output_dir} ({error}): free disk space, or make the folder "
-                "writable"
-            ) from error
+        results = _write_results(session, result, session.output_dir, is_illustrated=True)
         if kept := describe_kept_model(results):
             log.info("%s", kept)
         for split, metrics in result.metrics.items():
@@ -194,14 +187,29 @@ def _save_so_far(session: Session, result: RunResult) -> None:
     session = replace(session, config=replace_settings(session.config, {"push_to_hub": None, "private": False}))
     # Finishing scales the head in place, but the run goes on with this network, and finishes it again if it is kept.
     copied = replace(result, backbone=replace(result.backbone, model=copy.deepcopy(result.backbone.model)))
-    finished = finish_target(session, copied)
-    with session.costs.part("save"):
-        write_run(replace(session.with_output(folder), save_so_far=None), finished, is_illustrated=False)
+    with without_details():
+        finished = finish_target(session, copied)
     if session.is_main:
+        with (
+            session.costs.part("save"),
+            without_details(),
+        ):  # the run has not ended, so nothing else is said of this model
+            _write_results(session.with_output(folder), finished, folder, is_illustrated=False)
         log.info("%s contains the best model so far, until the run is finished", folder)
+    processes.wait_for_everyone()
 
 
 def _write_results(session: Session, result: RunResult, folder: Path, *, is_illustrated: bool) -> dict[str, Any]:
+    """Writes all files of a run. `is_illustrated`: whether the report shows images. Raises ContinuableError."""
+    try:
+        return _write_files(session, result, folder, is_illustrated=is_illustrated)
+    except (OSError, SafetensorError) as error:
+        raise ContinuableError(
+            f"the results cannot be written to {folder} ({error}): free disk space, or make the folder writable"
+        ) from error
+
+
+def _write_files(session: Session, result: RunResult, folder: Path, *, is_illustrated: bool) -> dict[str, Any]:
     data, costs = session.data, session.costs
     card = describe_run(session, result)  # the card's cost does not include saving
     with replace_results(folder) as staging:

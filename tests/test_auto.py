@@ -684,8 +684,12 @@ def test_an_interrupted_run_leaves_a_model_and_continues(
         log_epoch(*values, **named)
 
     monkeypatch.setattr(loop, "_log_epoch", stop_in_the_third)
-    with pytest.raises(KeyboardInterrupt):
+    with caplog.at_level("INFO"), pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run")
+    assert caplog.text.count("so_far") == 1
+    for words in ("Kept:", "validation: ", "temperature", "wrote "):
+        assert words not in caplog.text, "nothing says that the run had ended"
+    caplog.clear()
     assert not (tmp_path / "run" / "results.json").exists()
     so_far = ht.load_run(tmp_path / "run" / "so_far")
     jsonschema.validate(json.loads((tmp_path / "run" / "so_far" / "results.json").read_text()), SCHEMA)
