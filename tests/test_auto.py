@@ -24,7 +24,14 @@ from hf_transfer.choosing.budget import Budget
 from hf_transfer.choosing.candidates import Candidate, Contender, find_trained_share, list_candidates
 from hf_transfer.choosing.contest import Allowance, Contest, Entry, sort_entries
 from hf_transfer.choosing.gain import expect_gain, find_best, measure_gain, probability_above, update
-from hf_transfer.choosing.judging import Division, HeldOut, HeldOutResult, divide_images, hold_out_validation, run_once
+from hf_transfer.choosing.judging import (
+    Division,
+    HeldOutPart,
+    HeldOutResult,
+    divide_images,
+    hold_out_validation,
+    run_once,
+)
 from hf_transfer.choosing.rule import DataRegime, expect_accuracy
 from hf_transfer.data.dataset import Data
 from hf_transfer.flags import parse
@@ -285,7 +292,7 @@ def test_a_candidate_that_diverges_is_dropped_and_the_others_run(
     expect(monkeypatch, full=0.2, probe_then_full=0.1)
     run_held_out = contest.run_held_out
 
-    def diverge(session: Any, candidate: Candidate, part: HeldOut) -> HeldOutResult:
+    def diverge(session: Any, candidate: Candidate, part: HeldOutPart) -> HeldOutResult:
         if candidate.name == "full" and part.name == "fold_2":
             raise NonFiniteLossError("the loss is nan")
         return run_held_out(session, candidate, part)

@@ -23,7 +23,7 @@ from hf_transfer.choosing.candidates import Candidate
 from hf_transfer.choosing.gain import find_best, probability_above, update
 from hf_transfer.choosing.judging import (
     Division,
-    HeldOut,
+    HeldOutPart,
     HeldOutResult,
     hold_out_validation,
     read_run,
@@ -118,7 +118,6 @@ class Contest:
             reason = f"one run needs {needed}, and {_say_left(left_s)}"
             self.outcomes.append(self._drop(entry, Verdict.OVER_BUDGET, left_s, reason))
             return
-        before = self.best
         try:
             outcome = self._judge(entry, allowance) if allowance.has_final else self._judge_alone(entry, allowance)
         except NonFiniteLossError as error:  # in all processes
@@ -127,7 +126,7 @@ class Contest:
         outcome = replace(outcome, entry=given)
         self.outcomes.append(outcome)
         save = self.session.save_so_far
-        if outcome.model is not None and self.best is outcome and outcome is not before and save is not None:
+        if outcome.model is not None and self.best is outcome and save is not None:
             save(self.session.without_test().with_strategy(entry.candidate.strategy), outcome.model)
 
     def drop_diverged(self, outcome: Outcome, error: NonFiniteLossError) -> None:
@@ -289,7 +288,7 @@ class Contest:
         probe_logits = np.concatenate([self._predict_probe(part) for part in parts])
         return compare(pool.target, pool.labels[rows], logits, probe_logits, number_groups([pool], rows))
 
-    def _predict_probe(self, part: HeldOut) -> NDArray[np.float32]:
+    def _predict_probe(self, part: HeldOutPart) -> NDArray[np.float32]:
         """Returns the logits of the held-out images by a probe that trained on as many images as the candidates."""
         if part.name not in self._baselines:
             self._baselines[part.name] = run_probe(self.session, self.probe, part)

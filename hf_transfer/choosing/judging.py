@@ -49,7 +49,7 @@ FINAL = "final"  # subfolder of a candidate, for the run on all images
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutPart:
     """The data of one run: `rows` of the pool (train, then validation images) are its validation split."""
 
     name: str
@@ -63,7 +63,7 @@ class Division:
 
     judged_by: Judging
     data: Data  # train and validation as drawn, with the rows of the pool, for the model that trains on all of them
-    parts: tuple[HeldOut, ...]
+    parts: tuple[HeldOutPart, ...]
     seed: int
     obstacle: str | None = None  # why no probe can be fitted without the held-out images, so that nothing is compared
 
@@ -107,7 +107,7 @@ def _hold_out_folds(data: Data, count: int, seed: int) -> Division:
     """Returns the division into folds. Raises ValueError if a class, or its groups, have too few images."""
     folds = divide(data, count, seed)
     parts = tuple(
-        HeldOut(name=f"fold_{i + 1}", data=folds.hold_out(i), rows=np.flatnonzero(folds.fold_of == i))
+        HeldOutPart(name=f"fold_{i + 1}", data=folds.hold_out(i), rows=np.flatnonzero(folds.fold_of == i))
         for i in range(count)
     )
     for part in parts:
@@ -119,7 +119,7 @@ def _hold_out_split(data: Data, seed: int) -> Division:
     total, first = len(data.train) + len(data.validation), len(data.train)
     pooled = join_pool(data)
     own = replace(pooled, test=None, holds_out_validation=True)
-    part = HeldOut(name="validation", data=own, rows=np.arange(first, total))
+    part = HeldOutPart(name="validation", data=own, rows=np.arange(first, total))
     try:
         _check_probe(own, seed)
         obstacle = None
@@ -144,7 +144,7 @@ def hold_out_validation(division: Division) -> Division:
     return division if division.judged_by is Judging.VALIDATION else _hold_out_split(division.data, division.seed)
 
 
-def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldOutResult:
+def run_held_out(session: Session, candidate: Candidate, part: HeldOutPart) -> HeldOutResult:
     """Trains a candidate without the held-out images, or reads the stored result of the finished run to resume.
 
     Raises ValueError if the stored result is of other settings, data or weights.
@@ -175,7 +175,7 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOut) -> HeldO
     return held_out
 
 
-def run_probe(session: Session, probe: Strategy, part: HeldOut) -> NDArray[np.float32]:
+def run_probe(session: Session, probe: Strategy, part: HeldOutPart) -> NDArray[np.float32]:
     """Fits the linear probe without the held-out images, and returns its logits (N, K) of these images."""
     with without_details():
         return probe.run(probe.restart(_open(session, probe.name, part.data, part.name))).logits["validation"]
