@@ -49,8 +49,8 @@ log = logging.getLogger(__name__)
 def choose_and_run(session: Session, *, budget_s: float | None) -> RunResult:
     """Trains the linear probe and the candidates of `auto`. Returns the best result with the reason.
 
-    The weights equal those of a run of the command in the result's `choice`, to the last bit. If a budget left out folds of the
-    kept candidate, the head's weights differ by the temperature. `budget_s` limits the estimated time of all runs. A run that
+    The weights equal those of a run of the command in the result's `choice`, to the last bit. If not all folds of the kept
+    candidate ran, the head's weights differ by the temperature. `budget_s` limits the estimated time of all runs. A run that
     has started is not interrupted.
     """
     check_augmentation(session, reads_pixels=True)  # candidates train the whole network

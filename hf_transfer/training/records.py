@@ -162,7 +162,7 @@ class AutoChoice:
     candidates: tuple[CandidateRecord, ...]  # in the order in which they were judged
     trained_on_all: bool  # whether the model has trained on train and validation images
     command: str  # command that gives the same weights, if `command_is_exact`
-    # False: a budget left out folds of the kept candidate, and the command fits the temperature on all folds
+    # False: not all folds of the kept candidate ran, and the command fits the temperature on all folds
     command_is_exact: bool = True
 
 
