@@ -6,8 +6,10 @@
 `run` trains the candidates on the folds of a cell of benchmarks/leads.py, and writes hits and probabilities of the held-out
 images. benchmarks/results/leads.jsonl has the accuracy that each candidate reaches on hundreds of other images when it trains
 on all drawn ones. `report` prints the gain over the probe there of the candidate that each way of measuring chooses: on the
-held-out images as they are, and as a mean over bootstrap resamples of them. It also prints what both kinds of differences say
-of each candidate. No test image is read.
+held-out images as they are, and as a mean over bootstrap resamples of them. The choice also depends on what `auto` expects,
+which is fitted to those very accuracies. So each set is chosen for with expectations that are fitted to the other sets
+(benchmarks/fit_contenders.py). A second row has the choice with those of `candidates.AUTO`, which have seen the set. `report`
+also prints what both kinds of differences say of each candidate. No test image is read.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from fit_contenders import CONTENDERS  # benchmarks/fit_contenders.py
+from fit_contenders import CONTENDERS, contenders_without, expect  # benchmarks/fit_contenders.py
 from leads import LEADS, open_cell, open_lead  # benchmarks/leads.py
 from lines import Cell, Line, append_line, cell_of, read_lines  # benchmarks/lines.py
 from numpy.typing import NDArray
@@ -37,6 +39,7 @@ from hf_transfer.choosing.gain import find_best, update
 from hf_transfer.choosing.judging import divide_images, run_probe
 from hf_transfer.choosing.paired import read_probabilities
 from hf_transfer.choosing.premises import gather_premises
+from hf_transfer.choosing.rule import DataRegime
 from hf_transfer.session import Session
 from hf_transfer.targets.target import Labels, Target
 from hf_transfer.training.records import Gain
@@ -51,7 +54,7 @@ ERRORS = (0.01, gain.PROBABILITY_ERROR, 0.05)
 
 
 def judge(session: Session) -> dict[str, Any]:
-    """Returns hits and probabilities of the held-out images by each candidate and by the probe, with the expected gains."""
+    """Returns hits and probabilities of the held-out images by each candidate and by the probe, and the premises of `auto`."""
     probe = find_candidates(session)["linear_probe"]
     premises, result = gather_premises(session), probe.run(probe.restart(session.without_test()))
     division = divide_images(session.data, session.config.seed)
@@ -67,9 +70,9 @@ def judge(session: Session) -> dict[str, Any]:
     judged = {"linear_probe": read_images(pool.target, of_probe, labels)}
     for outcome in ran.judged:
         own = np.concatenate([each.logits for each in outcome.results])
-        prior = {"mean": outcome.entry.prior.mean, "error": outcome.entry.prior.error}
-        judged[outcome.record.name] = {**read_images(pool.target, own, labels), "prior": prior}
-    return judged
+        judged[outcome.record.name] = read_images(pool.target, own, labels)
+    regime = {"images_per_class": premises.regime.images_per_class, "similarity": premises.regime.similarity}
+    return {"regime": regime, "probe_error": ran.probe_error, "judged": judged}
 
 
 def read_images(target: Target, logits: NDArray[np.float32], labels: Labels) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def run(given: argparse.Namespace) -> None:
             "image_size_px": given.image_size_px,
         }  # fmt: skip
         judged = judge(open_lead(LEADS["auto"], open_cell(shared, MOST), shared))
-        append_line(given.out, {**cell._asdict(), "judged": judged, "seconds": time.perf_counter() - started})
+        append_line(given.out, {**cell._asdict(), **judged, "seconds": time.perf_counter() - started})
         print(cell.describe(), file=sys.stderr, flush=True)
 
 
@@ -116,6 +119,11 @@ def measure_hits(hits: Differences, _: Differences) -> Gain:
     return Gain(mean=float(hits.mean()), error=math.sqrt(float((hits**2).sum()) + 1) / len(hits))
 
 
+def find_error(differences: Differences) -> float:
+    """Returns the standard error of the mean."""
+    return float(differences.std() / len(differences) ** 0.5)
+
+
 def measure_with_error(error: float) -> Measure:
     """Returns `measure_gain` with another PROBABILITY_ERROR."""
 
@@ -133,7 +141,7 @@ WAYS: Mapping[str, Measure] = {
 
 
 def read_judged(line: Line, accuracies: Mapping[tuple[Cell, str], float]) -> list[JudgedCandidate]:
-    """Returns the candidates of a cell."""
+    """Returns the candidates of a cell, with the gains that `candidates.AUTO` expects."""
     cell, judged = cell_of(line), line["judged"]
 
     def subtract_probe(name: str) -> tuple[Differences, Differences]:
@@ -141,11 +149,11 @@ def read_judged(line: Line, accuracies: Mapping[tuple[Cell, str], float]) -> lis
         hits = [np.array(list(each["hits"]), float) for each in (own, probe)]
         return hits[0] - hits[1], np.array(own["probabilities"]) - np.array(probe["probabilities"])
 
-    candidates = []
+    regime, candidates = DataRegime(**line["regime"]), []
     for name in [name for name in judged if name != "linear_probe"]:
         hits, probabilities = subtract_probe(name)
         final_gain = 100 * (accuracies[cell, CONTENDERS[name]] - accuracies[cell, "linear_probe"])
-        prior = Gain(**judged[name]["prior"])
+        prior = expect(name, regime, line["probe_error"])
         candidates.append(
             JudgedCandidate(name=name, prior=prior, hits=hits, probabilities=probabilities, final_gain=final_gain)
         )
@@ -159,30 +167,59 @@ def choose(candidates: Sequence[JudgedCandidate], measure: Measure, rows: Any = 
     return 0.0 if best is None else candidates[best].final_gain
 
 
+def list_accuracies(leads: Sequence[Line]) -> dict[tuple[Cell, str], float]:
+    """Returns the accuracy of each lead by its cell and name."""
+    return {(cell_of(line), line["lead"]): line["accuracy"] for line in leads}
+
+
+def read_left_out(line: Line, leads: Sequence[Line], advice: Sequence[Line]) -> list[JudgedCandidate]:
+    """Returns the candidates of a cell, with the gains that runs on other data sets lead to expect."""
+    accuracies = list_accuracies(leads)
+    with contenders_without(line["set"], leads, advice):
+        return read_judged(line, accuracies)
+
+
+def list_errors(candidate: JudgedCandidate) -> list[float]:
+    """Returns standard errors in points: of hits, of probabilities, and of the gain by hits alone and by both."""
+    both = candidate.hits, candidate.probabilities
+    return [
+        100 * error for error in (*map(find_error, both), measure_hits(*both).error, gain.measure_gain(*both).error)
+    ]
+
+
 def report(given: argparse.Namespace) -> None:
     """Prints what each way of measuring chooses, and what it measures of each candidate."""
-    accuracies = {(cell_of(line), line["lead"]): line["accuracy"] for line in read_lines([given.leads])}
-    cells = {cell_of(line): read_judged(line, accuracies) for line in read_lines([given.out])}
+    leads, advice, lines = (read_lines([file]) for file in (given.leads, given.advice, given.out))
+    accuracies = list_accuracies(leads)
+    cells = {cell_of(line): read_judged(line, accuracies) for line in lines}
+    expected = {
+        "the other sets": {cell_of(line): read_left_out(line, leads, advice) for line in lines},
+        "all sets": cells,
+    }
     print(
-        f"| measured by | gain of the choice, points | mean of {RESAMPLES:,} resamples | by cell |\n|---|---|---|---|"
+        f"| measured by | expected from | gain of the choice, points | mean of {RESAMPLES:,} resamples | by cell |\n"
+        "|---|---|---|---|---|"
     )
-    for way, measure in WAYS.items():
+    for (way, measure), (source, judged) in itertools.product(WAYS.items(), expected.items()):
         rng, drawn = np.random.default_rng(0), []
-        for candidates in cells.values():
+        for candidates in judged.values():
             count = len(candidates[0].hits)
             resamples = rng.integers(0, count, (RESAMPLES, count))
             drawn.append(float(np.mean([choose(candidates, measure, rows) for rows in resamples])))
-        own = np.mean([choose(candidates, measure) for candidates in cells.values()])
-        print(f"| {way} | {own:+.1f} | {np.mean(drawn):+.1f} | {', '.join(f'{each:+.1f}' for each in drawn)} |")
+        own = np.mean([choose(candidates, measure) for candidates in judged.values()])
+        by_cell = ", ".join(f"{each:+.1f}" for each in drawn)
+        print(f"| {way} | {source} | {own:+.1f} | {np.mean(drawn):+.1f} | {by_cell} |")
     best = [max(0.0, *(each.final_gain for each in candidates)) for candidates in cells.values()]
-    print(f"| (the best candidate) | {np.mean(best):+.1f} | | {', '.join(f'{each:+.1f}' for each in best)} |")
+    print(f"| (the best candidate) | | {np.mean(best):+.1f} | | {', '.join(f'{each:+.1f}' for each in best)} |")
+    names = ("hits", "probabilities", "the gain by hits alone", "the gain by both")
+    errors = np.array([list_errors(each) for candidates in cells.values() for each in candidates])
+    middle = ", ".join(f"{name} {each:.1f}" for name, each in zip(names, np.median(errors, axis=0), strict=True))
+    print(f"\nStandard errors, points, median of {len(errors)} candidates: {middle}")
     print("\nGains over the probe and standard errors, points\n\n| cell | candidate | hits | probabilities | final |")
     print("|---|---|---|---|---|")
     for cell, candidates in cells.items():
         for each in candidates:
-            shown = [
-                f"{100 * x.mean():+.1f} +- {100 * x.std() / len(x) ** 0.5:.1f}" for x in (each.hits, each.probabilities)
-            ]
+            shown = [f"{100 * x.mean():+.1f} +- {100 * find_error(x):.1f}" for x in (each.hits, each.probabilities)]
             print(f"| {cell.describe()} | {each.name} | {' | '.join(shown)} | {each.final_gain:+.1f} |")
 
 
@@ -200,6 +237,9 @@ def main() -> None:
     runs.add_argument("--precision", default="fp32", help="fp32 or bf16")
     runs.set_defaults(call=run)
     reports.add_argument("--leads", type=Path, default=RESULTS / "leads.jsonl", help="what each candidate reaches")
+    reports.add_argument(
+        "--advice", type=Path, default=RESULTS / "advise.jsonl", help="similarities of the cells of --leads"
+    )
     reports.set_defaults(call=report)
     for each in (runs, reports):
         each.add_argument(

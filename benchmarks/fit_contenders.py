@@ -12,7 +12,9 @@ from fit_rule import PRIOR, BenchmarkRun, fit_spread, fit_table, make_regime  # 
 from lines import Cell, Line, cell_of  # benchmarks/lines.py
 
 from hf_transfer.choosing import candidates
+from hf_transfer.choosing.gain import expect_gain
 from hf_transfer.choosing.rule import DataRegime, LogRatios
+from hf_transfer.training.records import Gain
 
 CONTENDERS = {
     "probe_then_full": "probe_then_full",
@@ -75,3 +77,10 @@ def contenders_without(left_out: str, lines: Sequence[Line], advice: Sequence[Li
         yield
     finally:
         candidates.AUTO[:] = own
+
+
+def expect(name: str, regime: DataRegime, probe_error: float) -> Gain:
+    """Returns what `auto` expects of the contender `name`, which trains for its own number of epochs."""
+    contender = next(each for each in candidates.AUTO if each.name == name)
+    log_ratio = float(regime.weights @ np.array(contender.log_ratios))
+    return expect_gain(log_ratio, contender.find_spread(regime), probe_error)

@@ -9,15 +9,12 @@ informed.
 """
 
 import argparse
-import math
 from pathlib import Path
 
-import numpy as np
-from fit_contenders import contenders_without  # benchmarks/fit_contenders.py
+from fit_contenders import contenders_without, expect  # benchmarks/fit_contenders.py
 from fit_rule import make_regime  # benchmarks/fit_rule.py
 from lines import Line, cell_of, read_lines  # benchmarks/lines.py
 
-from hf_transfer.choosing import candidates
 from hf_transfer.choosing.gain import find_best, update
 from hf_transfer.training.records import Gain
 
@@ -30,16 +27,14 @@ def choose_again(line: Line) -> str:
 
     The candidates that ran are compared. One that was stopped, or did not start, might have run with other expectations.
     """
-    regime, contenders = make_regime(line), {contender.name: contender for contender in candidates.AUTO}
+    regime = make_regime(line)
     ran = [candidate for candidate in line["auto"]["candidates"] if candidate["runs"]]
     widest = max(ran, key=lambda candidate: int(candidate["num_images"]))
     error = ((1 - widest["probe_quality"]) * widest["num_images"] + 0.5) / (widest["num_images"] + 1)  # of the probe
     names, gains = list[str](), list[Gain]()
     for candidate in ran:
-        contender = contenders[candidate["name"]]
-        mean = error * (1 - math.exp(float(regime.weights @ np.array(contender.log_ratios))))
-        prior = Gain(mean=mean, error=error * contender.find_spread(regime))
-        names.append(contender.name)
+        prior = expect(candidate["name"], regime, error)
+        names.append(candidate["name"])
         gains.append(update(prior, Gain(**{key: candidate["gain"][key] for key in ("mean", "error")})))
     best = find_best(gains)
     return PROBE if best is None else names[best]

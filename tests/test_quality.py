@@ -20,6 +20,7 @@ from PIL import Image
 
 import hf_transfer as ht
 from hf_transfer.choosing import candidates
+from hf_transfer.choosing.gain import PROBABILITY_ERROR
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("lines", "hindsight", "fit_rule", "fit_contenders", "quality_sets", "quality_systems", "quality_report")
@@ -91,6 +92,34 @@ def test_auto_expects_what_the_leads_show_and_without_a_set_something_else(bench
         for contender, fitted in zip(own[1:3], candidates.AUTO[1:3], strict=True):  # those that differ most among sets
             assert contender.log_ratios != pytest.approx(fitted.log_ratios, abs=0.1)
     assert own == candidates.AUTO
+
+
+def test_the_noise_of_choices_is_reported_with_expectations_that_have_not_seen_the_set(
+    monkeypatch: pytest.MonkeyPatch, bench: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    noise = importlib.import_module("choice_noise")
+    monkeypatch.setattr(noise, "RESAMPLES", 3)
+    leads, judged = bench.lines.read_lines([LEADS]), ROOT / "benchmarks" / "results" / "choice_noise.jsonl"
+
+    def expect(accuracy_of: str) -> list[Any]:
+        """Expected gains on sign digits, if other runs on `accuracy_of` had reached another accuracy than they did."""
+        changed = [{**line, "accuracy": 0.5 if line["set"] == accuracy_of else line["accuracy"]} for line in leads]
+        line = next(line for line in bench.lines.read_lines([judged]) if line["set"] == "sign_digits")
+        return [each.prior for each in noise.read_left_out(line, changed, bench.lines.read_lines([STORED]))]
+
+    assert expect("sign_digits") == expect("none of them") != expect("trashnet")
+
+    noise.report(SimpleNamespace(leads=LEADS, advice=STORED, out=judged))
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| hits")]
+    gains = {(way.removeprefix("| "), source): gain for way, source, gain, *_ in rows}
+    both = f"hits and probabilities, PROBABILITY_ERROR {PROBABILITY_ERROR}"
+    defaults = (ROOT / "docs" / "defaults.md").read_text()
+    item = " ".join(defaults[defaults.index("- **Hits alone") :].split("\n- ")[0].split())
+    for source, words in (("the other sets", "choose {1};"), ("all sets", "({0} and {1};")):
+        shown = [gains[way, source].removeprefix("+") for way in ("hits alone", both)]
+        assert words.format(*shown) in item
+    assert f"gains {gains['hits alone', 'the other sets'].removeprefix('+')} points" in item
 
 
 def test_runs_on_all_images_do_not_change_what_auto_expects(bench: Any) -> None:
