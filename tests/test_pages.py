@@ -203,6 +203,22 @@ def test_candidates_of_auto_show_gain_and_reason() -> None:
     assert "What auto tried" not in without
 
 
+def test_candidates_of_auto_show_the_measured_gain_beside_the_estimated_one() -> None:
+    scores = {"accuracy": 0.9, "accuracy_interval": [0.85, 0.94], "num_samples": 200}
+    candidates = [
+        make_candidate("lora", "not_better", 0.012, quality=0.75, probe_quality=0.8),
+        make_candidate("full", "over_budget", None, quality=None, probe_quality=None),
+    ]
+    details = {"auto": {"kept": "linear_probe", "candidates": candidates, "trained_on_all": True}}
+    html = render_report({"metrics": {"test": scores}, "details": details})
+    rows = read_rows(html, "candidates")
+    assert rows[1][2:5] == ["−5.0 on 120", "+1.2", "+1.2 (−2.7 to +5.1)"]
+    assert rows[2][2:5] == ["–", "–", "–"]
+    assert len(rows[0]) == len(rows[1])
+    assert "Measured: the difference on the held-out images." in html
+    assert "From hits and probabilities" in html
+
+
 @pytest.mark.parametrize("words", [["rank", "./nowhere"], ["advise", "--checkpoint", "./nowhere"]])
 def test_a_page_that_cannot_be_written_is_refused_first(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import hf_transfer as ht
 from hf_transfer.cli import main
 from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.metrics.classification import describe_precision
+from hf_transfer.metrics.records import Score
 from hf_transfer.reporting.chain_picture import lay_out_chain
 from hf_transfer.reporting.feature_map import check_map_method, place_on_plane
 from hf_transfer.reporting.illustrations import EXPLAINED
@@ -25,9 +27,12 @@ from hf_transfer.reporting.predictions import read_named_predictions
 from hf_transfer.reporting.remake import compare_folders
 from hf_transfer.reporting.report import render_report
 from hf_transfer.reporting.saved_runs import illustrate_saved, read_saved_run
+from hf_transfer.reporting.sentences import describe_choice
 from hf_transfer.reporting.settings_table import flatten
 from hf_transfer.reporting.verdict import _suggest_class, describe_kept_model, give_verdict
 from hf_transfer.run import Run
+from hf_transfer.training.records import AutoChoice, CandidateRecord, Gain, Judging, to_json
+from hf_transfer.training.records import Verdict as CandidateVerdict
 
 
 @pytest.fixture(scope="module")
@@ -387,6 +392,28 @@ def test_the_page_says_how_sure_auto_is() -> None:
     assert describe_kept_model(results) == "Kept: the linear probe. None of 2 candidates is expected to be better."
     choice["candidates"] = [{"name": "lora", "verdict": "over_budget", "gain": None}]
     assert describe_kept_model(results) == "Kept: the linear probe. 1 of 1 candidate did not fit into the time budget."
+
+
+def test_the_page_tells_the_measured_gain_of_auto_from_the_estimated_one() -> None:
+    score, gain = Score(quality=0.8, loss=0.5), Gain(mean=0.012, error=0.02)
+    record = CandidateRecord(
+        name="full", strategy="full", verdict=CandidateVerdict.KEPT, prior=gain, posterior=gain, estimated_s=1.0,
+        judged_by=Judging.FOLDS, runs=3, num_images=60, quality=0.75, probe_quality=0.8, gain=gain, seconds=9.0,
+    )  # fmt: skip
+    choice = AutoChoice(
+        kept="full", strategy="full", probe=score, candidates=(record,), trained_on_all=True, command="hf-transfer"
+    )
+    results = {"plan": [{"kept": "last"}], "details": {"auto": to_json(choice)}}
+    assert "measured -5.0 on 60 images of 3 folds, from hits and probabilities +1.2)" in describe_choice(choice)
+    assert (
+        "Its gain in accuracy over the linear probe is -5.0 points on 60 held-out images, estimated at +1.2 points from hits "
+        "and probabilities, and +1.2 points"
+    ) in describe_kept_model(results)
+    plain = replace(record, quality=0.812)  # for labels and numbers, the estimate is what was measured
+    choice = replace(choice, candidates=(plain,))
+    assert "measured +1.2 on 60 images of 3 folds)" in describe_choice(choice)
+    results = {"plan": [{"kept": "last"}], "details": {"auto": to_json(choice)}}
+    assert "is +1.2 points on 60 held-out images, and +1.2 points" in describe_kept_model(results)
 
 
 def test_the_page_says_why_the_probe_was_kept() -> None:

@@ -303,12 +303,14 @@ class Contest:
     def _describe_judged(
         self, entry: Entry, division: Division, results: list[HeldOutResult], verdict: Verdict
     ) -> CandidateRecord:
-        measured, score = self._compare(division, results), self.probe_score
+        measured, score, pool = self._compare(division, results), self.probe_score, division.pool
         posterior = update(entry.prior, measured.gain)
         if self.session.is_main:
             log.info(
-                "%s: gain over the probe on %d images: %s%s; combined with what is expected from other data sets: %s%s",
-                entry.candidate.name, measured.num_images, score.format_gain(measured.gain.mean), score.gain_unit,
+                "%s: gain over the probe on %d images: %s%s%s; combined with what is expected from other data sets: %s%s",
+                entry.candidate.name, measured.num_images,
+                score.format_gain(measured.quality - measured.probe_quality), score.gain_unit,
+                f", from hits and probabilities {score.format_gain(measured.gain.mean)}" * pool.target.has_classes,
                 self._describe(posterior),
                 ", stopped because it can hardly become the best" if verdict is Verdict.UNLIKELY else "",
             )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_transfer.reporting.formats import format_metric, format_seconds
 from hf_transfer.reporting.ranges import Range, Scale, scale_of
+from hf_transfer.reporting.report_results import is_same_gain, read_measured_gain
 from hf_transfer.targets.target import MetricInfo
 from hf_transfer.training.records import Gain, Judging, Verdict
 
@@ -28,6 +29,7 @@ class CandidateRow:
     name: str
     expected_before: str
     measured: str
+    estimated: str
     expected: str
     range: Range | None
     seconds: str
@@ -37,9 +39,13 @@ class CandidateRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidates:
-    """The candidates, and what the gain is: `unit` such as "points of accuracy", or the name of a number."""
+    """The candidates, and what the gain is: `unit` such as "points of accuracy", or the name of a number.
+
+    `has_estimates`: gains were estimated from hits and probabilities, so they are not the measured differences.
+    """
 
     rows: Sequence[CandidateRow]
+    has_estimates: bool
     unit: str
     images: str
     kept: str
@@ -55,11 +61,13 @@ def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidat
     if not choice or not choice["candidates"]:
         return None
     factor = 100 if info.kind == "percent" else 1
-    posteriors = [Gain(**row["posterior"]) for row in choice["candidates"] if row["gain"] is not None]
+    judged_rows = [row for row in choice["candidates"] if row["gain"] is not None]
+    posteriors = [Gain(**row["posterior"]) for row in judged_rows]
     scale = scale_of([0.0, *(factor * bound for gain in posteriors for bound in gain.interval)])
     judged = next((row for row in choice["candidates"] if row["judged_by"]), None)
     return Candidates(
         rows=[_describe(row, factor, scale) for row in choice["candidates"]],
+        has_estimates=not all(is_same_gain(row["gain"]["mean"], read_measured_gain(row)) for row in judged_rows),
         unit=f"points of {info.title.lower()}" if factor == 100 else info.title,
         images="" if judged is None else f"held-out images of {JUDGED_BY[judged['judged_by']]}",
         kept=choice["kept"],
@@ -78,7 +86,8 @@ def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow
     return CandidateRow(
         name=row["name"],
         expected_before=_signed(factor * row["prior"]["mean"], factor),
-        measured=f"{_signed(factor * row['gain']['mean'], factor)} on {row['num_images']:,}" if has_run else "–",
+        measured=f"{_signed(factor * read_measured_gain(row), factor)} on {row['num_images']:,}" if has_run else "–",
+        estimated=_signed(factor * row["gain"]["mean"], factor) if has_run else "–",
         expected=f"{_signed(mean, factor)} ({_signed(low, factor)} to {_signed(high, factor)})" if has_run else "–",
         range=scale.place(low, mean, high, zero=0.0) if has_run else None,
         seconds=format_seconds(row["seconds"]) if has_run else "–",
@@ -89,7 +98,7 @@ def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow
 
 def _explain(row: Mapping[str, Any]) -> str:
     verdict = Verdict(row["verdict"])
-    is_worse = row["gain"] is not None and row["gain"]["mean"] < 0 and row["posterior"]["mean"] < 0
+    is_worse = row["gain"] is not None and read_measured_gain(row) < 0 and row["posterior"]["mean"] < 0
     if is_worse and verdict in (Verdict.NOT_BETTER, Verdict.UNLIKELY):
         stopped = ", stopped early" if verdict is Verdict.UNLIKELY else ""
         return f"dropped: worse than the probe on these images{stopped}"

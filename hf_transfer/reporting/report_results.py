@@ -1,5 +1,6 @@
 """Reads from results.json what reports and cards share: the split that they show, and the metrics of the target."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,20 @@ def describe_scored_images(split: str, scores: Mapping[str, Any]) -> str:
     """
     kind = "cross-validated" if covers_train_images(scores) else split
     return f"{scores['num_samples']:,} {kind} image{'s' * (scores['num_samples'] != 1)}"
+
+
+def read_measured_gain(row: Mapping[str, Any]) -> float:
+    """Returns the difference in quality between a judged candidate of `auto` and the linear probe, on the held-out images.
+
+    Results of older versions do not have both qualities, and their gain is this difference.
+    """
+    own, probe = row.get("quality"), row.get("probe_quality")
+    return float(row["gain"]["mean"] if own is None or probe is None else own - probe)
+
+
+def is_same_gain(estimated: float, measured: float) -> bool:
+    """Whether an estimated gain is the measured one, as for labels and numbers. For classes, probabilities count too."""
+    return math.isclose(estimated, measured, abs_tol=1e-9)
 
 
 def explain_validation(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str:

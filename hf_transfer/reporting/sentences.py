@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_transfer.metrics.records import SHARES, Metrics, Score
-from hf_transfer.reporting.report_results import NO_INTERVAL, describe_estimate, find_interval
+from hf_transfer.reporting.report_results import NO_INTERVAL, describe_estimate, find_interval, is_same_gain
 from hf_transfer.training.records import (
     AutoChoice,
     CandidateRecord,
@@ -117,16 +117,19 @@ def _describe_candidate(record: CandidateRecord, probe: Score) -> str:
     if record.verdict is Verdict.NOT_COMPARABLE:
         return f"{record.name} did not run, because there are too few images or groups to hold some out"
     assert record.gain is not None
+    assert record.measured_gain is not None
     low, high = map(probe.format_gain, record.posterior.interval)
     place = (
         "the validation split"
         if record.judged_by is Judging.VALIDATION
         else f"{record.runs} fold{'s' * (record.runs > 1)}"
     )
+    is_measured = is_same_gain(record.gain.mean, record.measured_gain)
+    estimate = "" if is_measured else f", from hits and probabilities {probe.format_gain(record.gain.mean)}"
     stopped = ", stopped because it could hardly become the best" if record.verdict is Verdict.UNLIKELY else ""
     return (
         f"{record.name} {probe.format_gain(record.posterior.mean)}{probe.gain_unit} (95 % interval {low} to {high}; measured "
-        f"{probe.format_gain(record.gain.mean)} on {record.num_images} images of {place}{stopped})"
+        f"{probe.format_gain(record.measured_gain)} on {record.num_images} images of {place}{estimate}{stopped})"
     )
 
 

@@ -13,7 +13,14 @@ from hf_transfer.metrics.classification import describe_precision
 from hf_transfer.metrics.formulas import binomial_interval
 from hf_transfer.metrics.records import SHARES, Score
 from hf_transfer.reporting.formats import format_metric, format_percent
-from hf_transfer.reporting.report_results import choose_split, describe_scored_images, find_interval, find_metrics
+from hf_transfer.reporting.report_results import (
+    choose_split,
+    describe_scored_images,
+    find_interval,
+    find_metrics,
+    is_same_gain,
+    read_measured_gain,
+)
 from hf_transfer.reporting.selection import IN_GALLERY
 from hf_transfer.training.records import Gain
 from hf_transfer.training.records import Verdict as CandidateVerdict
@@ -92,11 +99,16 @@ def _describe_choice(choice: Mapping[str, Any]) -> str:
 def _describe_gain(row: Mapping[str, Any], probe: Score) -> str:
     """Returns what a candidate of `auto` gained over the probe on held-out images, and what is expected of it."""
     posterior, unit = Gain(**row["posterior"]), probe.gain_unit
-    measured, expected, low, high = map(probe.format_gain, (row["gain"]["mean"], posterior.mean, *posterior.interval))
+    gains = (read_measured_gain(row), row["gain"]["mean"], posterior.mean, *posterior.interval)
+    measured, estimated, expected, low, high = map(probe.format_gain, gains)
+    estimate = (
+        "" if is_same_gain(gains[0], gains[1]) else f", estimated at {estimated}{unit} from hits and probabilities"
+    )
     doubt = ", so it may also be chance" if posterior.interval[0] <= 0 else ""
     return (
-        f"Its gain in {probe.titles[0]} over the linear probe is {measured}{unit} on {row['num_images']:,} held-out images, "
-        f"and {expected}{unit} (95 % interval {low} to {high}) together with the experience from other data sets{doubt}."
+        f"Its gain in {probe.titles[0]} over the linear probe is {measured}{unit} on {row['num_images']:,} held-out images"
+        f"{estimate}, and {expected}{unit} (95 % interval {low} to {high}) together with the experience from other data sets"
+        f"{doubt}."
     )
 
 

@@ -147,9 +147,14 @@ class CandidateRecord:
     num_images: int = 0  # held-out images of these runs
     quality: float | None = None  # on these images: accuracy, mean average precision, R2, ...
     probe_quality: float | None = None  # of the same images
-    gain: Gain | None = None  # the measured gain on these images
+    gain: Gain | None = None  # estimated from these images: for classes, from hits and probabilities
     seconds: float = 0.0  # of these runs
     left_s: float | None = None  # when it was over budget: the remaining time, without the final fit of the best so far
+
+    @property
+    def measured_gain(self) -> float | None:
+        """The difference in quality to the linear probe on the held-out images."""
+        return None if self.quality is None or self.probe_quality is None else self.quality - self.probe_quality
 
 
 @dataclass(frozen=True, kw_only=True)
