@@ -22,7 +22,8 @@ import hf_transfer as ht
 from hf_transfer.choosing import budget, candidates, contest, decide
 from hf_transfer.choosing.budget import Budget
 from hf_transfer.choosing.candidates import Candidate, Contender, find_trained_share, list_candidates
-from hf_transfer.choosing.contest import Allowance, Contest, Entry, sort_entries
+from hf_transfer.choosing.contest import Allowance, Contest, Entry, Outcome, sort_entries
+from hf_transfer.choosing.decide import list_entries
 from hf_transfer.choosing.gain import expect_gain, find_best, measure_gain, probability_above, update
 from hf_transfer.choosing.judging import (
     Division,
@@ -32,6 +33,7 @@ from hf_transfer.choosing.judging import (
     hold_out_validation,
     run_once,
 )
+from hf_transfer.choosing.premises import Premises
 from hf_transfer.choosing.rule import DataRegime, expect_accuracy
 from hf_transfer.data.dataset import Data
 from hf_transfer.flags import parse
@@ -372,6 +374,35 @@ def test_fewer_epochs_let_expect_less() -> None:
     gains = [expect_accuracy("full", regime, probe, trained_share=share)[0] - 0.6 for share in (0.0, 0.2, 1.0)]
     assert gains[0] == pytest.approx(0.0)
     assert 0 < gains[1] < gains[2] / 2
+
+
+def test_a_head_of_zeros_does_not_run_for_a_small_part_of_its_epochs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such a head starts at chance, so with few epochs nothing like the probe is to be expected of it."""
+    premises = Premises(
+        regime=DataRegime(images_per_class=4, similarity=0.5),
+        images_per_second=100.0, probe_seconds=0.1, doubt=1.0, images_computed=0, advice=None,
+    )  # fmt: skip
+    division = divide_images(read_data(make_config("auto", images_per_class=4).data), 0)
+
+    def diverge(*_: object) -> Outcome:
+        raise NonFiniteLossError("the loss is nan")
+
+    monkeypatch.setattr(Contest, "_judge", diverge)
+    monkeypatch.setattr(decide, "measure_step_speed", lambda _: 100.0)
+    for epochs, num_left_out in ((1, 2), (12, 0)):  # 12 is the default: each candidate has its own epochs
+        own = make_contest(division, predict(division, misses=9))
+        own.session = replace(make_session("auto", images_per_class=4, epochs=epochs), data=division.data)
+        with caplog.at_level("INFO"):
+            for entry in list_entries(own.session, premises, 0.2):
+                own.enter(entry)
+        verdicts = {record.name: record.verdict for record in own.finish()}
+        left_out = [name for name, verdict in verdicts.items() if verdict == "too_short"]
+        assert (len(verdicts), len(left_out)) == (4, num_left_out)
+        assert all("head_scale=0.0" in name for name in left_out)
+        assert set(verdicts.values()) <= {"too_short", "diverged"}
+    assert "5 % of its own epochs are too few for a head that starts from zeros" in caplog.text
 
 
 def test_candidates_keep_their_last_epoch_and_take_the_settings_that_the_user_gave() -> None:

@@ -47,6 +47,9 @@ class Contender:
 
 GUESSED_SPREAD = 0.45  # for much data, which no run behind the expectations had: as before any run
 
+LEAST_SHARE = 0.5
+"""Of its own epochs, a candidate with a head of zeros trains for this share at least. The share is a guess."""
+
 AUTO: list[Contender] = [
     Contender(strategy="probe_then_full", settings={}, log_ratios=(0.09, -0.20, -0.35, -1.00), spread=0.23),
     Contender(
@@ -126,6 +129,14 @@ def find_trained_share(session: Session, strategy: Strategy, contender: Contende
     reference = _inherit(get_strategy(strategy.name)(), {} if contender is None else contender.settings)
     own, expected = (_count_epochs(session, each) for each in (strategy, reference))
     return min(1.0, own / expected) if expected else 1.0
+
+
+def is_too_short(strategy: Strategy, trained_share: float) -> bool:
+    """Whether a strategy starts from a head of zeros, and trains too little to leave chance (see `find_trained_share`).
+
+    Its expected gain cannot be scaled down with the epochs: with none of them, such a head is at chance, not at the probe.
+    """
+    return to_settings(strategy).get("head_scale") == 0 and trained_share < LEAST_SHARE
 
 
 def _count_epochs(session: Session, strategy: Strategy) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.choosing.budget import Budget
-from hf_transfer.choosing.candidates import Candidate
+from hf_transfer.choosing.candidates import Candidate, is_too_short
 from hf_transfer.choosing.gain import find_best, probability_above, update
 from hf_transfer.choosing.judging import (
     Division,
@@ -53,6 +53,7 @@ class Entry:
     prior: Gain
     estimated_s: float | None  # time of one run
     cost: float  # in forward passes, which is the same on every machine
+    trained_share: float = 1.0  # of its own epochs, for which it is expected to gain what `prior` says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,11 @@ class Contest:
             needed = "an unknown time" if entry.estimated_s is None else f"about {entry.estimated_s:.0f} s"
             reason = f"one run needs {needed}, and {_say_left(left_s)}"
             self.outcomes.append(self._drop(entry, Verdict.OVER_BUDGET, left_s, reason))
+            return
+        if is_too_short(entry.candidate.strategy, entry.trained_share):
+            share = f"{100 * entry.trained_share:.0f} % of its own epochs"
+            reason = f"{share} are too few for a head that starts from zeros"
+            self.outcomes.append(self._drop(entry, Verdict.TOO_SHORT, left_s, reason))
             return
         try:
             outcome = self._judge(entry, allowance) if allowance.has_final else self._judge_alone(entry, allowance)

@@ -113,10 +113,11 @@ def list_entries(session: Session, premises: Premises, probe_error: float) -> li
         seconds, cost = run_on_main(partial(_estimate_seconds, candidate.strategy, (measured, in_forwards)))
         contender = candidate.contender
         log_ratio = float(premises.regime.weights @ np.array(contender.log_ratios))
-        log_ratio *= find_trained_share(session, candidate.strategy, contender)
+        share = find_trained_share(session, candidate.strategy, contender)
+        log_ratio *= share
         gain = expect_gain(log_ratio, premises.doubt * contender.find_spread(premises.regime), probe_error)
         own_cost = float("inf") if cost is None else cost
-        entries.append(Entry(candidate=candidate, prior=gain, estimated_s=seconds, cost=own_cost))
+        entries.append(Entry(candidate=candidate, prior=gain, estimated_s=seconds, cost=own_cost, trained_share=share))
     return sort_entries(entries)
 
 

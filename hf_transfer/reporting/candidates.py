@@ -16,6 +16,7 @@ VERDICTS = {
     Verdict.UNLIKELY: "stopped early: it could hardly become the best",
     Verdict.OVER_BUDGET: "not started: its runs did not fit into the remaining time",
     Verdict.NOTHING_TO_GAIN: "not started: hardly any error was left",
+    Verdict.TOO_SHORT: "not started: the epochs are too few for a head that starts from zeros",
     Verdict.DIVERGED: "dropped: its training diverged",
     Verdict.NOT_COMPARABLE: "not started: too few images or groups to hold some out",
 }
@@ -80,12 +81,12 @@ def _describe_probe(score: Mapping[str, float], info: MetricInfo) -> str:
 
 
 def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow:
-    has_run = row["gain"] is not None
+    has_run, is_too_short = row["gain"] is not None, row["verdict"] == Verdict.TOO_SHORT  # nothing is expected of it
     posterior = Gain(**row["posterior"])
     low, mean, high = (factor * value for value in (posterior.interval[0], posterior.mean, posterior.interval[1]))
     return CandidateRow(
         name=row["name"],
-        expected_before=_signed(factor * row["prior"]["mean"], factor),
+        expected_before="–" if is_too_short else _signed(factor * row["prior"]["mean"], factor),
         measured=f"{_signed(factor * read_measured_gain(row), factor)} on {row['num_images']:,}" if has_run else "–",
         estimated=_signed(factor * row["gain"]["mean"], factor) if has_run else "–",
         expected=f"{_signed(mean, factor)} ({_signed(low, factor)} to {_signed(high, factor)})" if has_run else "–",

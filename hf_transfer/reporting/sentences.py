@@ -112,6 +112,8 @@ def _describe_candidate(record: CandidateRecord, probe: Score) -> str:
         return f"{record.name}{needed}, did not fit into the remaining {max(0.0, record.left_s or 0.0):.0f} s"
     if record.verdict is Verdict.NOTHING_TO_GAIN:
         return f"{record.name} did not run, because hardly any error was left"
+    if record.verdict is Verdict.TOO_SHORT:
+        return f"{record.name} did not run, because the epochs are too few for a head that starts from zeros"
     if record.verdict is Verdict.DIVERGED:
         return f"{record.name} was dropped, because its training diverged"
     if record.verdict is Verdict.NOT_COMPARABLE:

@@ -29,6 +29,7 @@ WIDE = 0.10  # of the accuracy's interval: the test split is too small to compar
 UNJUDGED = {  # verdict of a candidate of `auto` without a result -> the words for it
     CandidateVerdict.OVER_BUDGET: "did not fit into the time budget",
     CandidateVerdict.NOTHING_TO_GAIN: "did not start, because hardly any error was left",
+    CandidateVerdict.TOO_SHORT: "did not start, because the epochs are too few for a head that starts from zeros",
     CandidateVerdict.DIVERGED: "diverged",
     CandidateVerdict.NOT_COMPARABLE: "did not start, because there are too few images or groups to hold some out",
 }

@@ -121,6 +121,7 @@ class Verdict(StrEnum):
     UNLIKELY = "unlikely"  # stopped after a few folds, because it could hardly become the best
     OVER_BUDGET = "over_budget"  # not started, because its runs do not fit into the remaining time
     NOTHING_TO_GAIN = "nothing_to_gain"  # not started, because the best so far makes hardly any error
+    TOO_SHORT = "too_short"  # not started, because its head of zeros would train for too few epochs
     DIVERGED = "diverged"  # dropped, because a loss was not finite
     NOT_COMPARABLE = "not_comparable"  # not started, because too few images or groups are left without held-out ones
 
