@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_transfer.choosing.advise import Advice, Estimate, _add_pilots, _recommend, advise
-from hf_transfer.choosing.candidates import find_candidates, list_candidates, make_command, to_k
+from hf_transfer.choosing.candidates import count_own_epochs, find_candidates, list_candidates, make_command, to_k
 from hf_transfer.choosing.expected_accuracy import CurvePoint, DepthScore, LearningCurve
 from hf_transfer.choosing.pilots import Pilot, run_pilots
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime
@@ -215,6 +215,27 @@ def test_pilots_halve_within_the_budget() -> None:
     assert [(p.strategy, p.epochs) for p in pilots[3:]] == [(best, 2)]
     alone = run_pilots(session, {"full": candidates["full"]}, {"full": 1e9}, budget_s=1.0)
     assert [p.strategy for p in alone] == ["linear_probe"]
+
+
+def test_a_pilot_takes_its_share_of_the_candidates_own_epochs(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also when its time is estimated: a full run takes a second for each of its own epochs."""
+    own = session.with_strategy(replace_settings(session.config.strategy, {"epochs": 12}))
+    candidates = {name: s for name, s in find_candidates(own).items() if name != "linear_probe"}
+    full = {name: count_own_epochs(own, strategy) for name, strategy in candidates.items()}
+    assert full["full"] == 12
+    assert full["probe_then_full epochs=20 head_scale=0.0 crop_scale=0.08"] == 20
+    assert full["probe_then_full min_steps=100 lr=0.001"] > 24, "more than the session has"
+    monkeypatch.setattr("hf_transfer.choosing.pilots._run", lambda name, _, epochs, __: pilot(name, epochs, 0.5))
+    seconds = {name: float(epochs) for name, epochs in full.items()}
+    first = {p.strategy: p.epochs for p in reversed(run_pilots(own, candidates, seconds, budget_s=1e6))}
+    assert first == {"linear_probe": 0, **{name: round(epochs / 6) for name, epochs in full.items()}}
+    with caplog.at_level("INFO"):
+        assert len(run_pilots(own, candidates, seconds, budget_s=1.5)) == 1
+    for name, epochs in full.items():
+        share = round(epochs / 6)
+        assert f"trial run of {name} with {share} epochs, which needs about {share} s" in caplog.text
 
 
 CURVE = LearningCurve(

@@ -127,7 +127,7 @@ def find_trained_share(session: Session, strategy: Strategy, contender: Contende
     Those runs had the strategy's default epochs and steps, or those of the `contender`.
     """
     reference = _inherit(get_strategy(strategy.name)(), {} if contender is None else contender.settings)
-    own, expected = (_count_epochs(session, each) for each in (strategy, reference))
+    own, expected = (count_own_epochs(session, each) for each in (strategy, reference))
     return min(1.0, own / expected) if expected else 1.0
 
 
@@ -139,7 +139,8 @@ def is_too_short(strategy: Strategy, trained_share: float) -> bool:
     return to_settings(strategy).get("head_scale") == 0 and trained_share < LEAST_SHARE
 
 
-def _count_epochs(session: Session, strategy: Strategy) -> int:
+def count_own_epochs(session: Session, strategy: Strategy) -> int:
+    """Returns for how many epochs a strategy trains on the session's images; 0 if it only solves for its head."""
     settings = to_settings(strategy)
     if "epochs" not in settings:  # it solves for its head
         return 0

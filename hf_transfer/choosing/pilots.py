@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from hf_transfer.choosing.candidates import count_own_epochs
 from hf_transfer.costs import Costs
 from hf_transfer.metrics.records import Score
 from hf_transfer.processes import run_on_main
@@ -16,7 +17,6 @@ from hf_transfer.session import Session
 from hf_transfer.strategy import GradientStrategy, Strategy
 from hf_transfer.training.phase import Plan, SolveHeadPhase
 from hf_transfer.training.phases import run_phases
-from hf_transfer.training.steps import count_epochs
 
 log = logging.getLogger(__name__)
 
@@ -38,32 +38,36 @@ def run_pilots(
 ) -> tuple[Pilot, ...]:
     """Trains `candidates` (best estimate first) in rounds. Each round trains the better half of them for twice the epochs.
 
-    Every run starts from the checkpoint. A run is skipped if its estimated time (from `full_run_seconds`, or from the previous
-    round) exceeds the rest of `budget_s`. The linear probe runs first, and is fitted to training images only, so that all
-    runs are compared on the same validation images.
+    In a round, each candidate trains for the same share of its own full run's epochs. Every run starts from the checkpoint. A
+    run is skipped if its estimated time (from `full_run_seconds`, or from the previous round) exceeds the rest of `budget_s`.
+    The linear probe runs first, and is fitted to training images only, so that all runs are compared on the same validation
+    images.
     """
     started = time.perf_counter()
-    training = session.gradient.training
-    full_epochs = count_epochs(session, training.epochs, min_steps=training.min_steps)
+    full_epochs = {name: count_own_epochs(session, strategy) for name, strategy in candidates.items()}
+    epochs = {name: max(1, round(FIRST_SHARE * full)) for name, full in full_epochs.items()}
     pilots = [_run("linear_probe", None, 0, session)]
-    left, epochs = list(candidates), max(1, round(FIRST_SHARE * full_epochs))
+    left = list(candidates)
     while left:
+        finished = list[Pilot]()
         for name in list(left):
             remaining = budget_s - agree(time.perf_counter() - started)
             previous = next((p for p in reversed(pilots) if p.strategy == name), None)
-            per_epoch = full_run_seconds[name] / full_epochs if previous is None else previous.seconds / previous.epochs
-            if per_epoch * epochs > remaining:
+            per_epoch = (
+                full_run_seconds[name] / full_epochs[name] if previous is None else previous.seconds / previous.epochs
+            )
+            if per_epoch * epochs[name] > remaining:
                 left.remove(name)
                 log.info(
                     "skipping the trial run of %s with %d epochs, which needs about %.0f s: %.0f s of the budget are left",
-                    name, epochs, per_epoch * epochs, remaining,
+                    name, epochs[name], per_epoch * epochs[name], remaining,
                 )  # fmt: skip
                 continue
-            pilots.append(_run(name, candidates[name], epochs, session))
-        finished = [p for p in pilots if p.epochs == epochs and p.strategy in left]
+            finished.append(_run(name, candidates[name], epochs[name], session))
+        pilots += finished
         finished.sort(key=lambda p: p.score.rank("accuracy"))
-        left = [p.strategy for p in finished[: len(finished) // 2]] if epochs < full_epochs else []
-        epochs = min(2 * epochs, full_epochs)
+        left = [p.strategy for p in finished[: len(finished) // 2] if p.epochs < full_epochs[p.strategy]]
+        epochs = {name: min(2 * own, full_epochs[name]) for name, own in epochs.items()}
     return tuple(pilots)
 
 
