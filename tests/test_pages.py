@@ -219,6 +219,35 @@ def test_candidates_of_auto_show_the_measured_gain_beside_the_estimated_one() ->
     assert "From hits and probabilities" in html
 
 
+def test_candidates_of_auto_say_on_which_images_each_was_judged() -> None:
+    """With a budget, some are judged on folds, and others on the validation split."""
+    scores = {"accuracy": 0.9, "accuracy_interval": [0.85, 0.94], "num_samples": 200}
+    by_folds, by_split = (
+        make_candidate(name, "not_better", 0.05, judged_by=judged_by, num_images=count)
+        for name, judged_by, count in (("lora", "folds", 120), ("full", "validation", 24))
+    )
+    skipped = make_candidate("last_layers", "over_budget", None)
+
+    def show(*candidates: dict[str, Any]) -> tuple[str, list[str]]:
+        details = {"auto": {"kept": "linear_probe", "candidates": candidates, "trained_on_all": True}}
+        html = render_report({"metrics": {"test": scores}, "details": details})
+        head = html[html.index("Gain over the linear probe") :].split(".")[0]
+        return head, [row[2] for row in read_rows(html, "candidates")[1:]]
+
+    folds, split = "held-out images of folds", "held-out images of the validation split"
+    assert show(by_folds, skipped) == (
+        f"Gain over the linear probe in points of accuracy, on {folds}",
+        ["+5.0 on 120", "–"],
+    )
+    assert show(skipped, by_split) == (
+        f"Gain over the linear probe in points of accuracy, on {split}",
+        ["–", "+5.0 on 24"],
+    )
+    head, measured = show(by_split, by_folds)
+    assert head == f"Gain over the linear probe in points of accuracy, on {folds} or the validation split"
+    assert measured == ["+5.0 on 24 of the validation split", "+5.0 on 120 of folds"]
+
+
 @pytest.mark.parametrize("words", [["rank", "./nowhere"], ["advise", "--checkpoint", "./nowhere"]])
 def test_a_page_that_cannot_be_written_is_refused_first(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -65,12 +65,12 @@ def lay_out_candidates(details: Mapping[str, Any], info: MetricInfo) -> Candidat
     judged_rows = [row for row in choice["candidates"] if row["gain"] is not None]
     posteriors = [Gain(**row["posterior"]) for row in judged_rows]
     scale = scale_of([0.0, *(factor * bound for gain in posteriors for bound in gain.interval)])
-    judged = next((row for row in choice["candidates"] if row["judged_by"]), None)
+    judged_by = sorted({Judging(row["judged_by"]) for row in judged_rows})
     return Candidates(
-        rows=[_describe(row, factor, scale) for row in choice["candidates"]],
+        rows=[_describe(row, factor, scale, says_where=len(judged_by) > 1) for row in choice["candidates"]],
         has_estimates=not all(is_same_gain(row["gain"]["mean"], read_measured_gain(row)) for row in judged_rows),
         unit=f"points of {info.title.lower()}" if factor == 100 else info.title,
-        images="" if judged is None else f"held-out images of {JUDGED_BY[judged['judged_by']]}",
+        images=f"held-out images of {' or '.join(JUDGED_BY[each] for each in judged_by)}" if judged_by else "",
         kept=choice["kept"],
         probe=_describe_probe(choice.get("probe", {}), info),
     )
@@ -80,14 +80,15 @@ def _describe_probe(score: Mapping[str, float], info: MetricInfo) -> str:
     return "" if not score else format_metric(next(iter(score.values())), info)
 
 
-def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow:
+def _describe(row: Mapping[str, Any], factor: int, scale: Scale, *, says_where: bool) -> CandidateRow:
+    """Returns the row of a candidate. `says_where`: a budget let some be judged on folds and others on the validation split."""
     has_run, is_too_short = row["gain"] is not None, row["verdict"] == Verdict.TOO_SHORT  # nothing is expected of it
     posterior = Gain(**row["posterior"])
     low, mean, high = (factor * value for value in (posterior.interval[0], posterior.mean, posterior.interval[1]))
     return CandidateRow(
         name=row["name"],
         expected_before="–" if is_too_short else _signed(factor * row["prior"]["mean"], factor),
-        measured=f"{_signed(factor * read_measured_gain(row), factor)} on {row['num_images']:,}" if has_run else "–",
+        measured=_describe_measured(row, factor, says_where=says_where) if has_run else "–",
         estimated=_signed(factor * row["gain"]["mean"], factor) if has_run else "–",
         expected=f"{_signed(mean, factor)} ({_signed(low, factor)} to {_signed(high, factor)})" if has_run else "–",
         range=scale.place(low, mean, high, zero=0.0) if has_run else None,
@@ -95,6 +96,11 @@ def _describe(row: Mapping[str, Any], factor: int, scale: Scale) -> CandidateRow
         verdict=_explain(row),
         is_kept=row["verdict"] == Verdict.KEPT,
     )
+
+
+def _describe_measured(row: Mapping[str, Any], factor: int, *, says_where: bool) -> str:
+    where = f" of {JUDGED_BY[row['judged_by']]}" if says_where else ""
+    return f"{_signed(factor * read_measured_gain(row), factor)} on {row['num_images']:,}{where}"
 
 
 def _explain(row: Mapping[str, Any]) -> str:
