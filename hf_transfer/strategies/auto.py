@@ -1,10 +1,11 @@
 """Choose a strategy: compare others with a linear probe on held-out images, and train the best on all images.
 
-The frozen network runs once over the images. The features show how accurate a probe is, how similar the images are to the
-pretraining images, and how much fine-tuning is expected to add (`hf-transfer advise` prints these figures). Then each candidate
-is trained without a part of the images, and compared with the probe on that part: folds of few images, the validation split of
-many. The expected and the measured gain together decide. The best candidate is trained again on train and validation images. A
-training setting with another value than its default applies to every candidate. Other settings are those of the candidate.
+The frozen network runs once over the images. The features show how accurate a probe is and how similar the images are to the
+pretraining images (`hf-transfer advise` prints both). From these follows how much each candidate is expected to add; of plain
+`probe_then_full`, `advise` expects something else, by a table of its own. Then each candidate is trained without a part of the
+images, and compared with the probe on that part: folds of few images, the validation split of many. The expected and the
+measured gain together decide. The best candidate is trained again on train and validation images. A training setting with
+another value than its default applies to every candidate. Other settings are those of the candidate.
 """
 
 from dataclasses import dataclass
