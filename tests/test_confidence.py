@@ -13,7 +13,7 @@ from torch import nn
 from hf_transfer.confidence.conformal import find_limits, sort_scores
 from hf_transfer.confidence.distance import MIN_HELD_OUT, fit_distance, share_by_chance
 from hf_transfer.confidence.record import CONFIDENCE, Confidence, FeatureInput, read_confidence
-from hf_transfer.confidence.selective import DELTA, choose_threshold, find_lowest_limit
+from hf_transfer.confidence.selective import DELTA, bound_error, choose_threshold, find_lowest_limit
 from hf_transfer.confidence.temperature import fit_sigmoid_factors, fit_softmax_factor
 from hf_transfer.metrics.calibration import compare_calibration, measure_calibration
 from hf_transfer.metrics.formulas import find_share
@@ -168,11 +168,42 @@ def test_equal_probabilities_are_answered_together_and_a_limit_may_be_out_of_rea
     assert found is not None
     assert (found.threshold, found.answered, found.mistakes) == (0.9, 500, 0)
     assert choose_threshold(confidences[:20], hits[:20], 0.02) is None  # 20 right images show at most 14 %
-    assert find_lowest_limit(confidences[:20], hits[:20]) == 0.2
+    assert find_lowest_limit(confidences[:20], hits[:20]) == 0.14
     assert choose_threshold(np.zeros(0), np.zeros(0, np.bool_), 0.5) is None
     record = Confidence(confidences=confidences[:20].astype(np.float32), hits=hits[:20])
-    with pytest.raises(ValueError, match=r"20 held-out images .* choose --max_error 0.2 or more"):
+    with pytest.raises(ValueError, match=r"20 held-out images .* choose --max_error 0.14 or more"):
         record.choose_threshold(0.02)
+
+
+@pytest.mark.parametrize(("count", "mistakes"), [(12, 0), (60, 5), (400, 30), (37, 0)])
+def test_the_suggested_limit_is_the_lowest_that_is_accepted(count: int, mistakes: int) -> None:
+    confidences, hits = np.linspace(1, 0.5, count), np.ones(count, np.bool_)
+    hits[count - 2 * mistakes :: 2] = False
+    lowest = find_lowest_limit(confidences, hits)
+    assert lowest is not None
+    for limit in (lowest, lowest + 0.01, 0.5, 0.9):
+        assert choose_threshold(confidences, hits, limit) is not None
+    assert choose_threshold(confidences, hits, 0.9 * lowest) is None, "one step of the second digit is below 10 %"
+    record = Confidence(confidences=confidences.astype(np.float32), hits=hits)
+    with pytest.raises(ValueError, match=f"choose --max_error {lowest:g} or more"):
+        record.choose_threshold(lowest / 2)
+
+
+def test_all_images_are_answered_if_the_bound_of_all_is_below_the_limit() -> None:
+    found = choose_threshold(np.linspace(0.5, 1, 12), np.ones(12, np.bool_), 0.306)  # 1 - (DELTA / 4) ** (1 / 12)
+    assert found is not None
+    assert found.answered == 12
+    assert find_lowest_limit(np.linspace(0.5, 1, 12), np.zeros(12, np.bool_)) is None, "no share below 1 is shown"
+
+
+def test_every_limit_holds_at_once_so_that_it_may_be_chosen_after_looking() -> None:
+    """With the same chance of a mistake everywhere, the suggested limit is below it in at most DELTA of the draws."""
+    rng, broken = np.random.default_rng(0), 0
+    for _ in range(400):
+        lowest = find_lowest_limit(rng.random(60), rng.random(60) < 0.7)
+        broken += lowest is not None and lowest < 0.3
+    assert broken / 400 <= DELTA
+    assert bound_error(18, 60, DELTA) > 0.3
 
 
 @pytest.mark.parametrize(

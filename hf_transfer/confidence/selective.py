@@ -1,8 +1,11 @@
-"""Chooses when to abstain, so that the error among the answers stays below a limit (arXiv 1705.08500, algorithm SGR).
+"""Chooses when to abstain, so that the error among the answers stays below a limit (after SGR, arXiv 1705.08500).
 
-The network answers where its top probability is at least a threshold. A binary search over the held-out images finds a low
-threshold whose error is below the limit. Every step tests an exact binomial bound at the level DELTA / steps. So with
-probability 1 - DELTA over the draw of the held-out images, the true error of the answers is below the limit.
+The network answers where its top probability is at least a threshold. As in SGR, exact binomial bounds of held-out images judge
+each threshold. SGR searches by halves: it tests half of the images first, and all images only if that half passes. But fewer
+images have a larger bound, so a search fails on few held-out images that would pass together. Here, a grid of thresholds,
+which answer fixed SHARES of the held-out images, is tested as a whole, each at the level DELTA / thresholds. So with
+probability 1 - DELTA over the draw of the held-out images, all bounds hold at once (union bound): the true error of the
+answers is below the limit, whichever threshold is chosen, and also if the limit is chosen after looking at the bounds.
 """
 
 import math
@@ -14,7 +17,8 @@ from numpy.typing import NDArray
 from hf_transfer.metrics.formulas import find_share
 
 DELTA = 0.05  # the probability that the true error is above the limit
-LIMITS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # errors that messages and cards suggest
+SHARES = (1, 7 / 8, 3 / 4, 5 / 8, 1 / 2, 3 / 8, 1 / 4, 1 / 8, 1 / 16)  # of images that are answered
+LEAST_ANSWERED = 10  # fewer held-out images show next to nothing, and each tested threshold costs level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,40 +41,36 @@ class Abstention:
 def choose_threshold(confidences: NDArray[np.floating], hits: NDArray[np.bool_], max_error: float) -> Abstention | None:
     """Returns the threshold for held-out top probabilities (n,), and whether each prediction is right (n,).
 
-    Returns None if the images cannot show, at any tested threshold, that the error is at most `max_error`.
+    It is the threshold with the most answers, of those whose bound is at most `max_error`, or None if there is none.
 
     >>> confidences = np.linspace(0.5, 1, 500)
     >>> choose_threshold(confidences, confidences > 0.6, 0.05).answered
-    409
+    375
 
     Raises ValueError for a `max_error` outside (0, 1).
     """
     check_max_error(max_error)
-    order = np.argsort(-confidences, kind="stable")
-    ordered, mistakes = confidences[order], np.cumsum(~hits[order])
-    ends = np.flatnonzero(np.append(ordered[1:] < ordered[:-1], len(ordered) > 0))  # equal probabilities stay together
-    level = DELTA / max(1, math.ceil(math.log2(len(ends) + 1))) if len(ends) else DELTA
-    low, high, best = 0, len(ends) - 1, None
-    while low <= high:
-        middle = (low + high) // 2
-        end = int(ends[middle])
-        if bound_error(int(mistakes[end]), end + 1, level) <= max_error:
-            low, best = middle + 1, end
-        else:
-            high = middle - 1
-    if best is None:
-        return None
-    return Abstention(
-        threshold=float(ordered[best]),
-        answered=best + 1,
-        mistakes=int(mistakes[best]),
-        num_images=len(confidences),
-    )
+    for tested in _test_thresholds(confidences, hits):
+        if tested.bound <= max_error:
+            return Abstention(
+                threshold=tested.threshold,
+                answered=tested.answered,
+                mistakes=tested.mistakes,
+                num_images=len(confidences),
+            )
+    return None
 
 
 def find_lowest_limit(confidences: NDArray[np.floating], hits: NDArray[np.bool_]) -> float | None:
-    """Returns the lowest of LIMITS that the held-out images can show, or None."""
-    return next((limit for limit in LIMITS if choose_threshold(confidences, hits, limit) is not None), None)
+    """Returns the lowest error that the held-out images can show, rounded up to two digits, or None if that is 1.
+
+    >>> find_lowest_limit(np.linspace(0.5, 1, 12), np.ones(12, np.bool_))
+    0.27
+    """
+    lowest = min((tested.bound for tested in _test_thresholds(confidences, hits)), default=1.0)
+    unit = 10.0 ** (math.floor(math.log10(lowest)) - 1)
+    limit = float(f"{math.ceil(lowest / unit) * unit:.2g}")
+    return limit if limit < 1 else None
 
 
 def bound_error(mistakes: int, count: int, level: float) -> float:
@@ -86,3 +86,33 @@ def check_max_error(max_error: float) -> None:
     """Raises ValueError for a `max_error` outside (0, 1)."""
     if not 0 < max_error < 1:
         raise ValueError(f"max_error={max_error}: choose a share between 0 and 1, such as 0.02")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TestedThreshold:
+    threshold: float
+    answered: int
+    mistakes: int
+    bound: float  # of the true error of the answers
+
+
+def _test_thresholds(confidences: NDArray[np.floating], hits: NDArray[np.bool_]) -> list[_TestedThreshold]:
+    """Returns the tested thresholds, most answers first. Which are tested depends on the probabilities, not on `hits`."""
+    count = len(confidences)
+    order = np.argsort(-confidences, kind="stable")
+    ordered, mistakes = confidences[order], np.cumsum(~hits[order])
+    ranks = {int(count * share) for share in SHARES}
+    ends = {  # equal probabilities stay together
+        int(np.searchsorted(-ordered, -ordered[rank - 1], side="right"))
+        for rank in ranks
+        if rank >= min(count, LEAST_ANSWERED) and rank > 0
+    }
+    return [
+        _TestedThreshold(
+            threshold=float(ordered[end - 1]),
+            answered=end,
+            mistakes=int(mistakes[end - 1]),
+            bound=bound_error(int(mistakes[end - 1]), end, DELTA / len(ends)),
+        )
+        for end in sorted(ends, reverse=True)
+    ]

@@ -24,8 +24,7 @@ from hf_transfer.training.familiarity import find_distance
 from hf_transfer.training.records import RunResult
 
 REPORTED_COVERAGE = 0.95
-REPORTED_ERROR = 0.02  # or the lowest error above it that the held-out images can show
-HIGHEST_REPORTED_ERROR = 0.2  # a limit above it says too little
+REPORTED_ERRORS = (0.02, 0.05, 0.1, 0.2)  # the lowest that can be shown; above 0.2 says too little
 MAX_HITS = 10_000  # stored held-out images
 
 
@@ -171,8 +170,8 @@ def _check_abstention(
     confidence: Confidence, target: Target, test: tuple[NDArray[np.float32], Labels] | None
 ) -> AbstentionCheck | None:
     lowest = find_lowest_limit(confidence.confidences, confidence.hits)
-    max_error = None if lowest is None else max(lowest, REPORTED_ERROR)
-    if max_error is None or max_error > HIGHEST_REPORTED_ERROR:
+    max_error = next((limit for limit in REPORTED_ERRORS if lowest is not None and lowest <= limit), None)
+    if max_error is None:
         return None
     found = choose_threshold(confidence.confidences, confidence.hits, max_error)
     if found is None:
