@@ -215,3 +215,47 @@ def test_paths_of_a_frame_start_at_image_root(tmp_path: Path) -> None:
 def test_a_task_takes_the_flags_as_keywords(tmp_path: Path) -> None:
     data = ht.Task(as_frame(tmp_path)[1], split_column="part", where="year > 2016", label_columns=["label"]).data
     assert numbers(data.train) == list(range(2, 8))
+
+
+UNUSED_SPLIT = "The column 'part' (train, val, test) is not used: add --split_column part."
+UNUSED_GROUP = "The column 'patient' is not used: --group_column patient keeps images of one patient together."
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"split_column": "part"}, {"group_column": "patient"}, {"where": "part != test"}]
+)
+@pytest.mark.parametrize("build", [as_text(".csv"), as_parquet_of_paths, lambda root: ("t", table_of_images(root))])
+def test_a_note_names_unused_columns_of_splits_and_groups(
+    build: Callable[[Path], tuple[str, Any]], flags: dict[str, str], tmp_path: Path
+) -> None:
+    dataset, images = build(tmp_path)
+    notes = load_data(DataConfig(dataset=dataset, label_column="label", **flags), images).notes  # type: ignore[arg-type]
+    assert (UNUSED_SPLIT in notes) == (not {"split_column", "where"} & flags.keys())
+    assert (UNUSED_GROUP in notes) == ("group_column" not in flags)
+    assert not any("'year'" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "note"),
+    [
+        ("is_valid", (False, True), "(False, True) is not used: add --split_column is_valid; --train_split, "),
+        ("fold", (0, 1), "(0, 1) is not used: add --split_column fold; --train_split, "),
+        ("my split", ("Training", "Testing"), "add --split_column 'my split'."),
+        ("Video ID", (3, 4), "--group_column 'Video ID' keeps images of one video together."),
+        ("set", (1, 1), None),
+        ("kind", ("train", "bus"), None),
+    ],
+)
+@pytest.mark.parametrize("is_frame", [True, False])
+def test_names_and_values_of_unused_columns_decide(
+    name: str, values: tuple[Any, Any], note: str | None, is_frame: bool, tmp_path: Path
+) -> None:
+    pictures(tmp_path)
+    first, config = frame(image=[f"{i}.png" for i in range(24)]), DataConfig(dataset="t", image_root=str(tmp_path))
+    table = first[["image", "label"]].assign(**{name: [values[i // 12] for i in range(24)]})
+    images = table if is_frame else datasets.Dataset.from_pandas(table)
+    notes = [each for each in load_data(config, images).notes if f"The column {name!r}" in each]
+    assert [note in each for each in notes] == ([True] if note else []), notes
+    if note:
+        divided = load_data(config, {"train": images, "test": images}).notes
+        assert any(f"The column {name!r}" in each for each in divided) == ("group" in note)

@@ -28,7 +28,13 @@ from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
 from hf_transfer.data.nearby import describe_missing
-from hf_transfer.data.notes import notes_on_classes, notes_on_copies, notes_on_draws, notes_on_groups
+from hf_transfer.data.notes import (
+    notes_on_classes,
+    notes_on_copies,
+    notes_on_draws,
+    notes_on_groups,
+    notes_on_unused_columns,
+)
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 from hf_transfer.data.where import parse_where
 from hf_transfer.displays import show_pictures, show_table, show_title
@@ -137,6 +143,7 @@ def load_data(config: DataConfig, images: Any = None, *, is_addition: bool = Fal
             " split cannot be used as the test split."
         )
         del stored_splits["test"]
+    notes += notes_on_unused_columns(stored_splits["train"], columns, is_divided=len(stored.splits) > 1)
     target = stored_splits["train"].target
     splits: dict[Role, Split] = {}
     for role, stored_split in stored_splits.items():

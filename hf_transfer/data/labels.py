@@ -1,7 +1,7 @@
 """The form in which every data source returns a dataset: stored splits with a target and one label per row."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,11 @@ class Columns:
     skips_bad_images: bool = False  # whether missing files are no error
     streaming: bool = False  # whether tables are read in order, without a local copy
 
+    def list_unused(self, names: Iterable[str], used: Iterable[str]) -> list[str]:
+        """Returns the `names` of columns that are neither `used`, as image and labels, nor named by the user."""
+        named = {*used, self.group, self.split, *(condition.column for condition in self.where)}
+        return [name for name in names if name not in named]
+
     def refuse(self, owner: str) -> None:
         """Raises ValueError if a column is named although `owner` (such as "an image folder") has no columns."""
         chosen = {
@@ -51,6 +56,14 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnusedColumn:
+    """A column of text, integers or booleans that is neither image nor label, and that the user has not named."""
+
+    num_rows: int
+    list_distinct: Callable[[int | None], list[str]]  # the distinct values, as text, of so many first rows, or of all
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabeledImages:
     """One stored split: image `rows[i]` of `source` has the label `labels[i]` of the target `target`."""
 
@@ -62,6 +75,7 @@ class LabeledImages:
     groups: NDArray[np.str_] | None = (
         None  # (N,) the group (patient, camera, video, ...) of each image, if groups are named
     )
+    others: Mapping[str, UnusedColumn] = field(default_factory=dict)  # columns of the stored table, by name
     flat_folder: str | None = None  # the folder of all images, if it has no class folders, so that no image has a label
 
 

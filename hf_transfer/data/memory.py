@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hf_transfer.data.images import read_bytes, read_reduced
-from hf_transfer.data.labels import Columns, LabeledImages, StoredData
+from hf_transfer.data.labels import Columns, LabeledImages, StoredData, UnusedColumn
 from hf_transfer.data.manifest import read_status
 from hf_transfer.data.paths import PackedPaths
 from hf_transfer.data.rows import Cells, Rows, divide, read_groups, select_rows
@@ -124,12 +124,13 @@ def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | Non
         columns.refuse_streaming("a datasets.Dataset")
         return read_table(StoredTable(table=images, name=name), columns, split, rows)
     columns.refuse_streaming("a collection of images in memory")
-    groups = None
+    groups: NDArray[np.str_] | None = None
+    others: dict[str, UnusedColumn] = {}
     if _is_frame(images):
         cells = _list_cells(images, columns)
         rows = select_rows(cells, columns, where) if rows is None else rows
         groups = read_groups(cells, columns, rows, where)
-        values, labels = _read_frame(images.iloc[rows], columns, where)
+        values, labels, others = _read_frame(images.iloc[rows], columns, where)
     elif isinstance(images, (list, tuple)):
         columns.refuse(_PAIRS)
         values, labels = _read_pairs(images, where)
@@ -151,7 +152,12 @@ def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | Non
     else:
         target, indices = read_columns(labels, problem_type=columns.problem_type, where=where)
     return LabeledImages(
-        source=MemorySource(checked), rows=np.arange(len(indices)), labels=indices, target=target, groups=groups
+        source=MemorySource(checked),
+        rows=np.arange(len(indices)),
+        labels=indices,
+        target=target,
+        groups=groups,
+        others=others,
     )
 
 
@@ -189,15 +195,27 @@ def _values(column: Any) -> list[Any]:
     ]
 
 
-def _read_frame(frame: Any, columns: Columns, where: str) -> tuple[list[Any], dict[str, list[Any]]]:
-    """Returns the images and the label columns of a DataFrame, with None for missing values."""
+def _read_frame(
+    frame: Any, columns: Columns, where: str
+) -> tuple[list[Any], dict[str, list[Any]], dict[str, UnusedColumn]]:
+    """Returns the images and label columns of a DataFrame, with None for missing values, and `LabeledImages.others`."""
     from hf_transfer.data.columns import find_frame_columns  # imports datasets
 
     position_of = {str(column): i for i, column in enumerate(frame.columns)}
     types = {column: str(frame.iloc[:, i].dtype) for column, i in position_of.items()}
     image, chosen = find_frame_columns(types, columns, where)
     images = _values(frame.iloc[:, position_of[image]])
-    return images, {label: _values(frame.iloc[:, position_of[label]]) for label in chosen}
+    others = {
+        name: UnusedColumn(num_rows=len(frame), list_distinct=partial(_list_distinct, frame.iloc[:, position_of[name]]))
+        for name in columns.list_unused(position_of, (image, *chosen))
+    }
+    return images, {label: _values(frame.iloc[:, position_of[label]]) for label in chosen}, others
+
+
+def _list_distinct(column: Any, most: int | None) -> list[str]:
+    """Returns the distinct text, integers and booleans of a column of a DataFrame, as text, in its first `most` rows."""
+    values = _values(column.iloc[:most])
+    return list(dict.fromkeys(str(value) for value in values if isinstance(value, str | int)))
 
 
 def _read_pairs(pairs: Sequence[Any], where: str) -> tuple[list[Any], dict[str, list[Any]]]:

@@ -1,6 +1,7 @@
 """Writes sentences about the data for the log and the report: decisions made for the user, and possible problems."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -8,11 +9,16 @@ from itertools import combinations
 import numpy as np
 
 from hf_transfer.config import DataConfig
-from hf_transfer.data.splits import Split
+from hf_transfer.data.labels import Columns, LabeledImages
+from hf_transfer.data.splits import Split, role_of
 from hf_transfer.targets.labels import listed
 
 _STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
 _MAX_LISTED_COPIES = 3
+_SPLIT_COLUMN = re.compile(r"split|set|subset|fold|partition|is_(train|training|val|valid|validation|test)")
+_MAX_SPLITS = 20  # distinct values; a column with more is none of splits
+_GROUP_COLUMN = re.compile(r"(patient|subject|participant|person|group|video|clip|camera)s?([ _-]?(id|name|number))?")
+_FIRST_ROWS = 1000  # rows whose values rule out most columns before all rows are read
 # The names after a count, which `hide_names` removes, and the sentence that may follow them.
 _NAMES = re.compile(
     r"(cannot be read|are not used|images\)|byte for byte \([^)]*\)|different labels \([^)]*\))"
@@ -58,6 +64,33 @@ def notes_on_draws(
         )
     if test is None:
         notes.append("There is no test split, so no test result. Keep some labeled images aside as a test split.")
+    return notes
+
+
+def notes_on_unused_columns(images: LabeledImages, columns: Columns, *, is_divided: bool) -> list[str]:
+    """Returns sentences about unused columns that seem to name the split or the group of each train image.
+
+    `is_divided`: whether the data are stored in several splits, so that a column cannot divide them.
+    """
+    notes = []
+    for name, column in images.others.items():
+        is_called_split = _SPLIT_COLUMN.fullmatch(name.casefold()) is not None
+        first = column.list_distinct(_FIRST_ROWS)
+        if columns.split is None and not is_divided and (is_called_split or all(map(role_of, first))):
+            values = column.list_distinct(None)
+            are_roles = all(map(role_of, values))
+            if 2 <= len(values) <= _MAX_SPLITS and (is_called_split or are_roles):
+                more = "" if are_roles else "; --train_split, --validation_split and --test_split name its values"
+                notes.append(
+                    f"The column {name!r} ({', '.join(values)}) is not used: add --split_column {shlex.quote(name)}{more}."
+                )
+        group = None if columns.group else _GROUP_COLUMN.fullmatch(name.casefold())
+        if (
+            group and 2 <= len(column.list_distinct(None)) < column.num_rows
+        ):  # several groups, and some of several images
+            notes.append(
+                f"The column {name!r} is not used: --group_column {shlex.quote(name)} keeps images of one {group[1]} together."
+            )
     return notes
 
 

@@ -24,7 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
 from hf_transfer.data.columns import find_columns, holds_paths, holds_pixels, read_labels
-from hf_transfer.data.labels import Columns, LabeledImages, StoredData
+from hf_transfer.data.labels import Columns, LabeledImages, StoredData, UnusedColumn
 from hf_transfer.data.license import fetch_license
 from hf_transfer.data.nearby import describe_missing
 from hf_transfer.data.path_columns import read_paths
@@ -350,7 +350,12 @@ def read_table(stored: StoredTable, columns: Columns, split: str, rows: Rows | N
     else:
         source = (ArraySource if holds_pixels(feature) else TableSource)(table, image, split, stored.roots)
     groups = read_groups(cells, columns, chosen, where)
-    return LabeledImages(source=source, rows=chosen, labels=labels, target=target, groups=groups)
+    others = {
+        name: UnusedColumn(num_rows=len(table), list_distinct=partial(_list_distinct, table, name))
+        for name in columns.list_unused(table.features, (image, *named))
+        if _holds_words(table.features[name])
+    }
+    return LabeledImages(source=source, rows=chosen, labels=labels, target=target, groups=groups, others=others)
 
 
 def is_stream(table: Any) -> bool:
@@ -392,6 +397,23 @@ def read_stream(table: Any, columns: Columns, split: str, name: str, roots: Sequ
         target, labels = target.drop_unused(labels)
     groups = read_groups(cells, columns, chosen, where)
     return LabeledImages(source=source, rows=chosen, labels=labels, target=target, groups=groups)
+
+
+def _holds_words(feature: Any) -> bool:
+    """Whether a column contains text, integers, booleans or classes."""
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    return isinstance(feature, datasets.Value) and (
+        "string" in feature.dtype or "int" in feature.dtype or feature.dtype == "bool"
+    )
+
+
+def _list_distinct(table: Any, name: str, most: int | None) -> list[str]:
+    """Returns the distinct values of a column, as text, in its first `most` rows."""
+    column = table.select_columns([name]).with_format("arrow")[:most].column(0).unique()
+    feature = table.features[name]
+    names = dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else {}
+    return [str(names.get(value, value)) for value in column.to_pylist() if value is not None]
 
 
 def list_cells(table: Any) -> Cells:
