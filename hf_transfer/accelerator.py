@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, get_int_from_env, is_tensorboard_available, parse_flag_from_env
 
 from hf_transfer import logs, processes
@@ -41,7 +42,7 @@ def open_accelerator(config: RunConfig, output_dir: Path | None) -> Accelerator:
     """Returns the run's Accelerator. `accelerate launch` or its config file decides options that the settings do not give.
 
     Raises RuntimeError if a launcher started several processes that would train independently of each other, and ValueError
-    for DeepSpeed, or for `decoder device` if torchvision cannot decode a JPEG.
+    for DeepSpeed, for a tracker that is not installed, or for `decoder device` if torchvision cannot decode a JPEG.
     """
     is_alone = "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ  # accelerate may set WORLD_SIZE itself
     connect_processes()
@@ -102,4 +103,8 @@ def _accelerator_options(config: RunConfig, output_dir: Path | None) -> dict[str
         raise ValueError(f"tracker={tracker!r}: choose auto, none or one of {', '.join(known)}")
     if tracker == "none":
         return options
+    if tracker not in {kind.value for kind in get_available_trackers()}:  # accelerate would warn, and track nothing
+        raise ValueError(
+            f"tracker={tracker!r}: the package {tracker} is not installed; pip install {tracker}, or choose none"
+        )
     return options if output_dir is None else {**options, "log_with": tracker, "project_dir": str(output_dir / "logs")}

@@ -1,7 +1,9 @@
 """The output folder: one run at a time, no run overwritten unasked, and never one run's model beside another's config."""
 
+import importlib.util
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -100,6 +102,15 @@ def test_a_named_folder_with_a_finished_run_is_refused_unless_asked(tmp_path: Pa
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file"):
         choose(output_dir=str(tmp_path / "file"))
+
+
+def test_a_tracker_that_is_not_installed_is_an_error_and_no_run_without_tracking(tmp_path: Path) -> None:
+    absent = next(name for name in ("wandb", "comet_ml", "aim", "swanlab") if importlib.util.find_spec(name) is None)
+    message = f"tracker='{absent}': the package {absent} is not installed; pip install {absent}, or choose none"
+    task = ht.Task("sklearn/digits", images_per_class=8)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        task.fit(ht.full(epochs=1, tracker=absent), output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def leave(folder: Path, name: str) -> None:
