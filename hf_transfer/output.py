@@ -60,6 +60,12 @@ def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
                     raise _refuse(folder, "a finished run")
                 if not _can_resume(folder, strategy):
                     raise _refuse(folder, "a finished run, and no saved state of this strategy to resume")
+            elif is_unfinished(folder) and not output.resume and _has_progress(folder):
+                log.warning(
+                    "%s has the saved state of an unfinished run, which this run replaces; to continue that run, add --resume, "
+                    "and to keep it, choose another --output_dir",
+                    folder,
+                )
             if output.output_dir is None:
                 log.info("output folder: %s", folder)
             if output.resume and not _has_progress(folder):

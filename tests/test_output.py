@@ -104,6 +104,21 @@ def test_a_named_folder_with_a_finished_run_is_refused_unless_asked(tmp_path: Pa
         choose(output_dir=str(tmp_path / "file"))
 
 
+def test_a_run_says_that_it_replaces_the_state_of_an_unfinished_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    leave(folder, "checkpoints/config.yaml")
+    line = f"{folder} has the saved state of an unfinished run, which this run replaces; to continue that run, add --resume"
+    choose(output_dir=str(folder))
+    assert line not in caplog.text, "nothing is lost"
+    (folder / "checkpoints" / "state.safetensors").touch()
+    choose(output_dir=str(folder), resume=True)
+    assert line not in caplog.text
+    choose(output_dir=str(folder))
+    assert line in caplog.text
+
+
 def test_a_tracker_that_is_not_installed_is_an_error_and_no_run_without_tracking(tmp_path: Path) -> None:
     absent = next(name for name in ("wandb", "comet_ml", "aim", "swanlab") if importlib.util.find_spec(name) is None)
     message = f"tracker='{absent}': the package {absent} is not installed; pip install {absent}, or choose none"
