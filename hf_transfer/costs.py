@@ -27,6 +27,7 @@ class Cost:
     memory_is: str  # the kind of memory that peak_memory_bytes counts
     device: str
     decoded: Mapping[str, int]  # images that this process decoded with `decoder device`, by what decoded them
+    is_resumed: bool = False  # whether seconds and images are those since the last resume, not those of the whole run
 
 
 class DecodeCounts:
@@ -59,6 +60,7 @@ class Costs:
         self._parts: dict[str, float] = {}
         self._images: dict[str, int] = {}
         self._peak_bytes = 0
+        self._is_resumed = False
         self._stop = threading.Event()
         # A thread that held this object would never end if the run fails before `stop`.
         self._sampler = threading.Thread(target=_sample, args=(weakref.ref(self), self._stop), daemon=True)
@@ -86,6 +88,10 @@ class Costs:
         """Adds `images` to the number of images on which the network ran in `part`."""
         self._images[part] = self._images.get(part, 0) + images
 
+    def note_resume(self) -> None:
+        """Notes that an earlier process did a part of the run, whose seconds and images are not counted here."""
+        self._is_resumed = True
+
     def stop(self) -> None:
         """Stops the clock and the sampling of memory."""
         if self._ended is None:
@@ -105,6 +111,7 @@ class Costs:
             memory_is="GPU memory allocated by torch" if on_gpu else "anonymous resident memory of this process",
             device=torch.cuda.get_device_name() if on_gpu else f"CPU, {count_noun(torch.get_num_threads(), 'thread')}",
             decoded=self.decoded.read(),
+            is_resumed=self._is_resumed,
         )
 
 

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
+from hf_transfer.costs import Cost
 from hf_transfer.data.license import read_license
 from hf_transfer.hub.card import address_card, make_card, record_verified
 from hf_transfer.hub.card_data import make_card_data
@@ -18,6 +19,7 @@ from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import Verified
 from hf_transfer.network.backbone import Backbone, load
 from hf_transfer.reporting.report import render_report
+from hf_transfer.training.records import to_json
 from tests.card_rules import LICENSES, find_errors
 from tests.test_save import results_for
 
@@ -113,6 +115,18 @@ def test_a_model_from_random_weights_has_no_base(backbone: Backbone) -> None:
     data = make_card_data(backbone, results_for(backbone) | {"config": {"checkpoint": "none"}})
     assert data.base_model is None
     assert data.license is None
+
+
+@pytest.mark.parametrize(("is_resumed", "words"), [(False, "in total"), (True, "since the last resume")])
+def test_the_card_says_which_part_of_a_resumed_run_the_cost_is_of(
+    is_resumed: bool, words: str, backbone: Backbone, folder: Path
+) -> None:
+    cost = Cost(
+        seconds={"train": 3.0, "total": 4.0}, images_per_second={"train": 32.0}, peak_memory_bytes=1, memory_is="resident",
+        device="CPU, 1 thread", decoded={}, is_resumed=is_resumed,
+    )  # fmt: skip
+    card = str(make_card(backbone, results_for(backbone) | {"cost": to_json(cost)}, folder))
+    assert f"Cost: 4.00 s {words}, 32.0 images per second in train; peak memory" in card
 
 
 def test_the_card_reports_the_metrics_and_the_limits(folder: Path) -> None:

@@ -68,6 +68,16 @@ def test_equal_predictions_of_numbers_are_equal_whatever_the_train_images_were(t
     assert not other.is_different
 
 
+def test_the_time_of_a_resumed_run_is_no_total(tmp_path: Path) -> None:
+    target = SingleLabel(names=("a", "b"))
+    split = make_split(np.zeros(20, np.int64), target)
+    runs = [save_run(tmp_path / str(i), split, target, np.eye(2)[np.zeros(20, np.int64)]) for i in range(2)]
+    runs[1].results["cost"]["is_resumed"] = True
+    first, second = compare_runs(runs).format().splitlines()[1:]
+    assert first.endswith("1.00 s")
+    assert "1.00 s since the last resume" in second
+
+
 @pytest.mark.parametrize("is_grouped", [False, True])
 def test_alike_images_of_a_group_count_once_in_a_difference(is_grouped: bool, tmp_path: Path) -> None:
     target, labels = SingleLabel(names=("a", "b")), np.zeros(100, np.int64)

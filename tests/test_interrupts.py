@@ -145,6 +145,29 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path)
         assert all(torch.equal(weights[name], value) for name, value in expected.items())
 
 
+def test_the_cost_of_a_resumed_run_counts_the_images_of_its_own_process(tmp_path: Path) -> None:
+    plan = [phase.train(full(), epochs=3, lr=1e-3)]
+    session = make_session("full", tmp_path)
+    with pytest.raises(Interrupted), catch_signals(), signal_in_step(session, 7):  # of 12 steps
+        run_phases(session, plan, checkpoints=tmp_path)
+    assert not session.costs.read().is_resumed
+    state = load_state(tmp_path)
+    assert state is not None
+    progress, num_images = state["phase"]["progress"], len(session.data.train)
+    for images_left in (2 * num_images - progress["images"], 0):  # the second time, the run is finished
+        again = make_session("full", tmp_path, resume=True)
+        [done] = run_phases(again, plan, checkpoints=tmp_path).done
+        cost = again.costs.read()
+        assert cost.is_resumed
+        if images_left:
+            assert cost.images_per_second["train"] * cost.seconds["train"] == pytest.approx(images_left)
+            before = progress["phase_seconds"]
+            assert 0 < before < done.cost.train_seconds < before + cost.seconds["train"]
+        else:
+            assert "train" not in cost.images_per_second
+        assert done.cost.train_images == 3 * num_images  # of the whole phase, as its seconds
+
+
 def test_another_division_of_a_step_continues_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """16 images per step in one batch, then in two: as from one process to two. Another number of images is refused."""
     plan = [phase.train(full(), epochs=1, lr=1e-3)]

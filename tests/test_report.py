@@ -258,6 +258,12 @@ def test_cost_and_fingerprints_may_come_by_name() -> None:
     assert page.table("cost")[-1][1] == "1 min 40 s"
 
 
+def test_the_cost_of_a_resumed_run_is_no_total() -> None:
+    results = _results(_names(2))
+    results["cost"]["is_resumed"] = True
+    assert _Page(render_report(results)).table("cost")[-1][0] == "Since the last resume"
+
+
 def test_a_perfect_classifier_of_many_classes_has_no_confused_pairs() -> None:
     names = _names(40)
     perfect = score(read_outcomes(10 * np.eye(40), np.arange(40)), names, Bootstrap(resamples=10)).to_dict()

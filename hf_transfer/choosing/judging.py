@@ -155,6 +155,7 @@ def run_held_out(session: Session, candidate: Candidate, part: HeldOutPart) -> H
     stored = _read_finished(own)
     if stored is not None:
         check_same(stored["identity"], identity)
+        session.costs.note_resume()
         log.info("keeping the finished run of %s, %s", candidate.name, part.name)
         run = HeldOutRun(
             phases=tuple(phase_from_json(row) for row in stored["phases"]),

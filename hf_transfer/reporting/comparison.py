@@ -35,8 +35,13 @@ class ComparedRun:
     value: float  # the target's main metric on the compared images
     interval: Interval | None
     seconds: float
+    is_resumed: bool  # whether `seconds` are those since the last resume
     difference: float
     difference_interval: Interval | None  # None if all images are of one group
+
+    def describe_seconds(self) -> str:
+        """Returns the run's time, such as "4.0 s", and whether it is the time since the last resume."""
+        return f"{format_seconds(self.seconds)}{' since the last resume' if self.is_resumed else ''}"
 
     @property
     def is_different(self) -> bool:
@@ -70,9 +75,7 @@ class Comparison:
         """Returns the lines that `hf-transfer report` prints."""
         lines = [f"{self.num_images:,} {self.split} images; differences are paired, with 95 % intervals"]
         for i, run in enumerate(self.runs):
-            value = (
-                f"{self.metric.title.lower()} {format_metric(run.value, self.metric)}, {format_seconds(run.seconds)}"
-            )
+            value = f"{self.metric.title.lower()} {format_metric(run.value, self.metric)}, {run.describe_seconds()}"
             lines.append(
                 f"{run.name} ({run.strategy}): {value}{'' if i == 0 else f'; {self.describe_difference(run)}'}"
             )
@@ -199,6 +202,7 @@ def _describe_run(
         value=score[0],
         interval=score[1],
         seconds=run.results["cost"]["seconds"]["total"],
+        is_resumed=run.results["cost"].get("is_resumed", False),
         difference=float(differences.mean()),
         difference_interval=mean_interval(differences, groups=groups),
     )

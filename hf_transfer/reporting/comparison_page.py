@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.reporting.charts import Chart
 from hf_transfer.reporting.comparison import ComparedRun, Comparison
-from hf_transfer.reporting.formats import format_metric, format_seconds
+from hf_transfer.reporting.formats import format_metric
 from hf_transfer.reporting.illustrations import Gallery, ShownImage, describe_decision
 from hf_transfer.reporting.page_images import write_image_data
 from hf_transfer.reporting.pages import render_page
@@ -65,13 +65,14 @@ def _describe_run(comparison: Comparison, run: ComparedRun) -> Mapping[str, Any]
         "checkpoint": run.checkpoint,
         "value": format_metric(run.value, info),
         "interval": bounds,
-        "seconds": format_seconds(run.seconds),
+        "seconds": run.describe_seconds(),
     }
 
 
 def _draw_time(comparison: Comparison) -> Chart:
     factor = 100 if comparison.metric.kind == "percent" else 1
     title = comparison.metric.title
+    is_resumed = any(run.is_resumed for run in comparison.runs)
     points = [
         Point(
             x=run.seconds,
@@ -84,7 +85,7 @@ def _draw_time(comparison: Comparison) -> Chart:
     return draw_against_cost(
         points,
         title=f"{title} against seconds",
-        x_label="seconds of the whole run",
+        x_label="seconds of the whole run" + (", or since its last resume" if is_resumed else ""),
         y_label=f"{title}{', %' if factor == 100 else ''}, with 95 % intervals",
     )
 

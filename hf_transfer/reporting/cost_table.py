@@ -20,6 +20,7 @@ class CostTable:
 
     parts: Sequence[CostPart]
     total: float
+    is_resumed: bool  # whether the costs are those since the last resume
     rates: Sequence[tuple[str, float]]
     peak_memory_bytes: int | None
     memory_is: str
@@ -36,6 +37,7 @@ def lay_out_cost(cost: Mapping[str, Any]) -> CostTable:
             for name, value in seconds.items()
         ],
         total=total,
+        is_resumed=cost.get("is_resumed", False),
         rates=list_by_name(cost.get("images_per_second")),
         peak_memory_bytes=cost.get("peak_memory_bytes"),
         memory_is=cost.get("memory_is", ""),

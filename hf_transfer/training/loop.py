@@ -6,6 +6,7 @@ scaled so that a step equals a step of one process.
 """
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -52,7 +53,9 @@ class TrainedPhase:
     score: Score
     num_trainable: int
     images_per_second: float
-    images: int
+    seconds: float  # of the whole phase: the interrupted process counts until its last saved state
+    images: int  # of the whole phase
+    new_images: int  # without those of an interrupted process
     validation_logits: (
         NDArray[np.float32] | None
     )  # of the kept weights (N, K); None if an interrupted run computed them
@@ -70,7 +73,7 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
     chain, accelerator = session.chain, session.accelerator
     set_trainable(chain.model, run.names)
     audit = Audit(chain, run.lowest_cut, run.names, freeze_batchnorm=training.freeze_batchnorm)
-    progress = Progress()
+    progress, started = Progress(), time.perf_counter()
     with ExitStack() as contexts:
         trained_run, trainable = _prepare(run, contexts)
         keeps_last = training.keep_last_epoch or run.length is not None
@@ -85,8 +88,10 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         if resumed is None and run.head_scale != 1:
             _scale_head(trained_run, trainable)
         steps = Steps(trained_run, trainable)
+        images_before, seconds_before = progress.count_images(), progress.phase_seconds
 
         def save() -> None:
+            progress.phase_seconds = seconds_before + time.perf_counter() - started
             trainable.copy_back()
             run.save(_read_state(progress, selection, trainable, accelerator))
             wait_for_everyone()  # the main process writes
@@ -115,7 +120,9 @@ def train_phase(run: PhaseRun, *, starts_trained: bool, resumed: Mapping[str, An
         score=selection.score,
         num_trainable=sum(p.numel() for name, p in chain.model.named_parameters() if name in run.names),
         images_per_second=_find_rate(progress.history),
-        images=sum(record.images for record in progress.history),
+        seconds=seconds_before + time.perf_counter() - started,
+        images=progress.count_images(),
+        new_images=progress.count_images() - images_before,
         validation_logits=selection.logits,
     )
 

@@ -195,6 +195,7 @@ class _PlanRun:
             _load_model(chain, state["model"])
             self.done = [phase_from_json(row) for row in state["done"]]
             self.start, self._phase_state, self.is_resumed = state["start"], state["phase"], True
+            session.costs.note_resume()
             log.info("resuming in phase %d of %d", min(len(self.done) + 1, len(self.plan)), len(self.plan))
         elif session.is_main and self.checkpoints is not None:
             remove_state(self.checkpoints)
@@ -236,11 +237,11 @@ class _PlanRun:
         cut = session.chain.lowest_cut(self.selected[number])
         before = self._inputs if phase.through else None
         previous = self.plan[number - 1] if number else None
-        times = [time.perf_counter()]
+        started = time.perf_counter()
         with session.costs.part("store"):
             self._inputs = make_phase_data(session, cut, through=phase.through, before=before)
         session.costs.count_images("store", self._inputs.num_computed)
-        times.append(time.perf_counter())
+        store_seconds = time.perf_counter() - started
         run = PhaseRun(
             phase=phase,
             session=session,
@@ -256,9 +257,8 @@ class _PlanRun:
         starts_trained = phase.is_trained or (bool(self.done) and phase.chain is None)
         with session.costs.part("train"):
             trained = train_phase(run, starts_trained=starts_trained, resumed=self._phase_state)
-        session.costs.count_images("train", trained.images)
+        session.costs.count_images("train", trained.new_images)
         self._validation_logits = trained.validation_logits
-        times.append(time.perf_counter())
         return PhaseResult(
             policy=phase.policy.name,
             cut=None if cut is None else cut.name,
@@ -273,9 +273,9 @@ class _PlanRun:
             score=trained.score,
             history=trained.history,
             cost=PhaseCost(
-                store_seconds=times[1] - times[0],
+                store_seconds=store_seconds,
                 store_images=self._inputs.num_computed,
-                train_seconds=times[2] - times[1],
+                train_seconds=trained.seconds,
                 train_images=trained.images,
             ),
         )

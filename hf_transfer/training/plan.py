@@ -89,7 +89,7 @@ def _run(session: Session, plan: Plan, final: FinalFit | None) -> RunResult:
         kept_probe=keeps_probe,
         num_audited=ran.num_audited,
         activations=ran.activations,
-        resumed=ran.resumed,  # the recorded costs of a resumed run do not include the interrupted process
+        resumed=ran.resumed,
         details=details,
     )
     if keeps_probe:

@@ -114,12 +114,17 @@ class Progress:
     seconds: float = 0.0
     history: list[EpochRecord] = field(default_factory=list)
     stopped: bool = False  # whether early stopping ended the phase
+    phase_seconds: float = 0.0  # of the phase until its last saved state, in all processes that resumed each other
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "Progress":
         """Creates a `Progress` from the JSON values of a saved state. The inverse is `records.to_json`."""
         history = [EpochRecord(**{**row, "validation": Score.from_dict(row["validation"])}) for row in state["history"]]
         return cls(**{**state, "history": history})
+
+    def count_images(self) -> int:
+        """Returns the number of images that the phase has trained on, in finished epochs and in the current one."""
+        return sum(record.images for record in self.history) + self.images
 
     def finish_epoch(self, validation: Score) -> EpochRecord:
         """Adds a record of the current epoch to the history, and moves to the start of the next epoch."""
