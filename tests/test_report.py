@@ -16,7 +16,7 @@ from hf_transfer.config import RunConfig
 from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.classification import read_outcomes, score
 from hf_transfer.reporting.formats import format_bytes, format_number, format_percent, format_seconds
-from hf_transfer.reporting.glossary import COSTS
+from hf_transfer.reporting.glossary import COSTS, WORDS
 from hf_transfer.reporting.report import render_report, write_report
 from hf_transfer.reporting.report_results import NO_TEST_SPLIT, NOTHING_SELECTED, explain_validation, find_interval
 from hf_transfer.reporting.results import public_settings
@@ -242,6 +242,15 @@ def test_a_minimal_result_is_enough() -> None:
     page = _Page(render_report({"metrics": {"test": scores}}))
     assert {"Result on test", "Confusion matrix", "Classes"} <= set(page.text)
     assert not {"Cost", "Data", "Curves", "How it was run"} & set(page.text)
+
+
+def test_the_glossary_says_what_an_interval_contains() -> None:
+    """The value for all images, in 95 % of samples; the value of another sample of the same size only in about 83 %."""
+    rng = np.random.default_rng(0)
+    means, others = rng.normal(size=(2, 20_000))  # of samples of one size, in standard errors from the true mean
+    assert np.mean(np.abs(means) < 1.96) == pytest.approx(0.95, abs=0.01)
+    assert np.mean(np.abs(means - others) < 1.96) == pytest.approx(0.83, abs=0.01)
+    assert "contains the value for all images" in WORDS["95 % interval"]
 
 
 def test_cost_and_fingerprints_may_come_by_name() -> None:

@@ -18,7 +18,7 @@ METRICS = {  # key in results.json -> what the metric says
 }
 
 WORDS = {
-    "95 % interval": "Other test images of the same kind would give a value in this range in about 19 of 20 cases.",
+    "95 % interval": "In about 19 of 20 such samples of images, the interval contains the value for all images of this kind.",
     "chain": "The network as a sequence of layers, from the image to the output.",
     "cut": "The place in the chain before which nothing trains. Everything before it is computed once for each image.",
     "frozen": "Not trained: the weights stay those of the checkpoint.",
