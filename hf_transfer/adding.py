@@ -22,6 +22,7 @@ from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import DataConfig, ModelConfig, OutputConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.splits import Role, Split, join
+from hf_transfer.errors import count_noun
 from hf_transfer.flags import read_saved_config
 from hf_transfer.locations import CONFIG, MODEL, RESULTS, find_run
 from hf_transfer.network.damage import read_json
@@ -62,10 +63,12 @@ class AddedClasses:
         before, after = (f"{100 * value:.1f} %" for value in (self.old_accuracy_before, self.old_accuracy_after))
         lines = [
             f"added {len(self.names)} class{'es' if len(self.names) > 1 else ''}: {listed(self.names)}",
-            f"old classes: accuracy {before} before, {after} after ({self.old_images:,} {self.split} images)",
+            f"old classes: accuracy {before} before, {after} after ({count_noun(self.old_images, f'{self.split} image')})",
         ]
         if self.new_accuracy is not None:
-            lines.append(f"new classes: accuracy {100 * self.new_accuracy:.1f} % ({self.new_images:,} images)")
+            lines.append(
+                f"new classes: accuracy {100 * self.new_accuracy:.1f} % ({count_noun(self.new_images, 'image')})"
+            )
         return "\n".join([*lines, f"wrote {self.folder}"])
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer.config import EMBEDDED_DATASET
-from hf_transfer.errors import describe_error
+from hf_transfer.errors import count_noun, describe_error
 from hf_transfer.locations import PACKAGE, cache_dir, presets_dir, recipes_dir
 
 DISTRIBUTION = "hf-transfer-learning"
@@ -163,8 +163,8 @@ def _check_threads() -> list[Finding]:
     threads.set_num_threads(0, torch.device("cpu"))
     chosen = torch.get_num_threads()
     text = (
-        f"a run on the CPU computes with {chosen} threads, on {cores} usable cores (OMP_NUM_THREADS is {setting or 'not set'}; "
-        "--num_threads chooses another number)"
+        f"a run on the CPU computes with {count_noun(chosen, 'thread')}, on {count_noun(cores, 'usable core')} "
+        f"(OMP_NUM_THREADS is {setting or 'not set'}; --num_threads chooses another number)"
     )
     facts = {"num_threads": chosen, "num_cores": cores, "OMP_NUM_THREADS": setting}
     if chosen == share:

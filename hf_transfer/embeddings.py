@@ -12,7 +12,7 @@ from hf_transfer.config import ComputeConfig, DataConfig, ModelConfig
 from hf_transfer.data.dataset import choose_columns
 from hf_transfer.data.every_image import is_data_set, load_every_split, load_files
 from hf_transfer.data.splits import Split
-from hf_transfer.errors import make_printable
+from hf_transfer.errors import count_noun, make_printable
 from hf_transfer.inference.embed import Embedded, Pool, embed
 from hf_transfer.inference.neighbors import find_nearest
 from hf_transfer.inference.predict import find_images
@@ -123,7 +123,7 @@ def format_embedded(result: EmbeddedImages) -> str:
     size = " x ".join(map(str, result.shape))
     speed = "found in the cache" if result.images_per_s is None else f"{result.images_per_s:.0f} images/s"
     written = f"; wrote {result.output}" if result.output else ""
-    lines = [f"{result.num_images:,} images, {size} numbers each ({result.at}), {speed}{written}"]
+    lines = [f"{count_noun(result.num_images, 'image')}, {size} numbers each ({result.at}), {speed}{written}"]
     for query, found in result.matches.items():
         lines += ["", f"{make_printable(query)}:"]
         lines += [f"{match.cosine:8.4f}  {make_printable(match.image)}" for match in found]

@@ -51,7 +51,7 @@ def test_suspected_labels_are_left_out_but_no_test_image(pets: Path, tmp_path: P
     assert names(whole) - names(data) == {"train/cat/1.png", drawn}
     (note,) = [note for note in data.notes if "Left out 2 of 12 train images, which exclude.csv lists" in note]
     assert "metrics are higher without them" in note, "a probe was wrong about these images"
-    assert any("1 test images, which stay as they are" in note for note in data.notes)
+    assert any("1 test image, which stays as it is" in note for note in data.notes)
     assert data.train.fingerprint != whole.train.fingerprint
 
 

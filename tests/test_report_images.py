@@ -430,7 +430,7 @@ def test_the_page_says_why_the_probe_was_kept() -> None:
         },
     }
     sentence = describe_kept_model(results)
-    compared = "88.1 % after the best of 1 epochs against 87.5 % of the probe is within chance on 160 images"
+    compared = "88.1 % after 1 epoch against 87.5 % of the probe is within chance on 160 images"
     assert compared in sentence
     assert "All figures are of the probe; curves over epochs show the discarded network." in sentence
     worse = {**results, "details": {**results["details"], "phases": [{"history": []}, {"history": [
@@ -440,9 +440,7 @@ def test_the_page_says_why_the_probe_was_kept() -> None:
     by_loss = {**results, "config": {"select_by": "log_loss"}}
     by_loss["plan"] = [{**results["plan"][0], "refitted": True}, results["plan"][1]]
     sentence = describe_kept_model(by_loss)
-    assert (
-        "Validation log loss: 0.390 after the best of 1 epochs against 0.400 of the probe is within chance" in sentence
-    )
+    assert "Validation log loss: 0.390 after 1 epoch against 0.400 of the probe is within chance" in sentence
     assert "of the probe, fitted again on training and validation images" in sentence
 
 

@@ -133,7 +133,7 @@ def test_class_names_that_are_numbers_are_the_numbers() -> None:
 def test_class_indices_in_lists_are_not_one_class() -> None:
     with pytest.raises(ValueError, match=r"labels such as \[0\] are of type list; one class per image"):
         read_column([[0], [1]], problem_type="single_label_classification", names=["a", "b"], where="data")
-    with pytest.raises(ValueError, match="1 labels such as 7 are no indices of the 2 names"):
+    with pytest.raises(ValueError, match="1 label such as 7 is no index of the 2 names"):
         read_column([[0], [7]], names=["a", "b"], where="data")
 
 
@@ -162,7 +162,7 @@ def test_labels_are_translated_by_name() -> None:
     source = MultiLabel(names=("c", "a"))
     labels = np.array([[1, 0], [np.nan, 1]], np.float32)
     np.testing.assert_array_equal(THREE.translate(labels, source), [[0, 0, 1], [1, 0, np.nan]])
-    assert THREE.list_unknown(np.array([[1.0, 1.0]]), MultiLabel(names=("a", "z"))) == ["z (1 images)"]
+    assert THREE.list_unknown(np.array([[1.0, 1.0]]), MultiLabel(names=("a", "z"))) == ["z (1 image)"]
 
 
 # --- strata -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from hf_transfer.choosing.candidates import count_own_epochs
 from hf_transfer.costs import Costs
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics.records import Score
 from hf_transfer.processes import run_on_main
 from hf_transfer.session import Session
@@ -59,8 +60,8 @@ def run_pilots(
             if per_epoch * epochs[name] > remaining:
                 left.remove(name)
                 log.info(
-                    "skipping the trial run of %s with %d epochs, which needs about %.0f s: %.0f s of the budget are left",
-                    name, epochs[name], per_epoch * epochs[name], remaining,
+                    "skipping the trial run of %s with %s, which needs about %.0f s: %.0f s of the budget are left",
+                    name, count_noun(epochs[name], "epoch"), per_epoch * epochs[name], remaining,
                 )  # fmt: skip
                 continue
             finished.append(_run(name, candidates[name], epochs[name], session))
@@ -90,8 +91,8 @@ def _run(name: str, strategy: Strategy | None, epochs: int, session: Session) ->
         strategy=name, epochs=epochs, score=phases.done[-1].score, seconds=agree(time.perf_counter() - started)
     )
     log.info(
-        "the trial run of %s with %d epochs reached %.1f %% validation accuracy in %.0f s",
-        name, epochs, 100 * result.score.quality, result.seconds,
+        "the trial run of %s with %s reached %.1f %% validation accuracy in %.0f s",
+        name, count_noun(epochs, "epoch"), 100 * result.score.quality, result.seconds,
     )  # fmt: skip
     return result
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from hf_transfer.choosing.advise import Advice
 from hf_transfer.choosing.rank import Ranking
+from hf_transfer.errors import count_noun
 
 PREDICTOR_TITLES = {
     "knn": "kNN accuracy",
@@ -57,7 +58,7 @@ def format_advice(advice: Advice) -> str:
     if advice.pilots:
         lines += ["", "short trial runs (validation accuracy of the weights that a run would keep):"]
         lines += [
-            f"  {p.strategy}, {p.epochs} epochs: {_percent(p.score.quality)} %, {_seconds(p.seconds)}"
+            f"  {p.strategy}, {count_noun(p.epochs, 'epoch')}: {_percent(p.score.quality)} %, {_seconds(p.seconds)}"
             for p in advice.pilots
         ]
     if advice.suggestions:

@@ -8,6 +8,7 @@ import json
 from hf_transfer.commands.command import Command
 from hf_transfer.commands.shared_flags import EVALUATED_DATA, add_inference, add_json, add_trust, read_given
 from hf_transfer.config import ComputeConfig, DataConfig
+from hf_transfer.errors import count_noun
 from hf_transfer.flags import add_settings
 from hf_transfer.settings import list_settings, replace_settings
 from hf_transfer.startup import fast_imports
@@ -44,7 +45,7 @@ def _run(given: argparse.Namespace) -> str:
     )
     if given.json:
         return json.dumps(found.metrics.to_dict(), indent=1)
-    head = f"{found.split}: {found.metrics.num_samples:,} images"
+    head = f"{found.split}: {count_noun(found.metrics.num_samples, 'image')}"
     return "\n".join([head, *found.describe_metrics(), *found.describe_classes()])
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from hf_transfer.commands.command import Command, is_first_process, print_text
 from hf_transfer.commands.shared_flags import add_inference, add_json, add_trust, read_given
 from hf_transfer.config import ComputeConfig, ExplainBy
-from hf_transfer.errors import describe_error
+from hf_transfer.errors import count_noun, describe_error
 from hf_transfer.settings import replace_settings
 from hf_transfer.startup import fast_imports
 
@@ -99,7 +99,9 @@ def _run(given: argparse.Namespace) -> str:
             predictions, problems = list(error.predictions), error.problems
         pictures = [] if explainer is None else explainer.write(predictions, Path(given.explain))
         if pictures and not is_silent:
-            sys.stderr.write(f"{sum(map(bool, pictures)):,} explanations are in {given.explain}\n")
+            count = sum(map(bool, pictures))
+            verb = "is" if count == 1 else "are"
+            sys.stderr.write(f"{count_noun(count, 'explanation')} {verb} in {given.explain}\n")
         rows += [
             NamedPrediction(prediction=p, target=backbone.target, adapter=name, explanation=picture)
             for p, picture in zip_longest(predictions, pictures)
@@ -107,7 +109,7 @@ def _run(given: argparse.Namespace) -> str:
     text = format_rows(rows, "json" if given.json else given.format or "text")
     if not problems and not is_silent:
         seconds = time.perf_counter() - started
-        sys.stderr.write(f"{len(rows):,} images in {seconds:.1f} s: {len(rows) / seconds:,.1f} images/s\n")
+        sys.stderr.write(f"{count_noun(len(rows), 'image')} in {seconds:.1f} s: {len(rows) / seconds:,.1f} images/s\n")
     if problems:
         if is_first_process():
             print_text(text)

@@ -121,9 +121,11 @@ def _relabel(splits: Mapping[Role, Split], listing: _Listing) -> tuple[dict[Role
 
 
 def _describe_kept_tests(count: int, listing: _Listing) -> str:
+    what = "1 test image, which stays as it is" if count == 1 else f"{count:,} test images, which stay as they are"
+    them = "it" if count == 1 else "them"
     return (
-        f"{listing.file} names {count:,} test images, which stay as they are: a file of the audit changes no test image. To"
-        " change them, list them in another file."
+        f"{listing.file} names {what}: a file of the audit changes no test image. To change {them}, list {them} in another"
+        " file."
     )
 
 

@@ -24,6 +24,7 @@ from hf_transfer.data.images import IMAGE_SUFFIXES
 from hf_transfer.data.labels import LabeledImages, StoredData
 from hf_transfer.data.sources import FolderSource
 from hf_transfer.data.splits import role_of
+from hf_transfer.errors import count_noun
 from hf_transfer.targets.labels import UNLABELED, clean_names, listed
 from hf_transfer.targets.single_label import SingleLabel
 
@@ -155,8 +156,10 @@ def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str
     suffixes = Counter(PurePosixPath(file).suffix or "no suffix" for file in top.all_other_files() if "/" in file)
     if suffixes:
         kinds = ", ".join(f"{suffix} ({count:,})" for suffix, count in suffixes.most_common(5))
+        verbs = ("does", "is") if suffixes.total() == 1 else ("do", "are")
         notes.append(
-            f"{suffixes.total():,} files in {name} do not have the suffix of an image and are not read: {kinds}."
+            f"{count_noun(suffixes.total(), 'file')} in {name} {verbs[0]} not have the suffix of an image and {verbs[1]} not "
+            f"read: {kinds}."
         )
     hidden = list(top.all_hidden())
     if hidden:
@@ -248,6 +251,8 @@ def _read_split(root: Path, folder: Folder, name: str) -> LabeledImages:
 def _note_on_loose_images(folder: Folder) -> list[str]:
     if not folder.images:
         return []
+    verb = "is" if len(folder.images) == 1 else "are"
     return [
-        f"{len(folder.images):,} images are outside the class folders and are not used: {listed(folder.images, 3)}."
+        f"{count_noun(len(folder.images), 'image')} {verb} outside the class folders and {verb} not used: "
+        f"{listed(folder.images, 3)}."
     ]

@@ -11,6 +11,7 @@ import numpy as np
 from hf_transfer.config import DataConfig
 from hf_transfer.data.labels import Columns, LabeledImages
 from hf_transfer.data.splits import Split, role_of
+from hf_transfer.errors import count_noun
 from hf_transfer.targets.labels import listed
 
 _STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
@@ -21,7 +22,7 @@ _GROUP_COLUMN = re.compile(r"(patient|subject|participant|person|group|video|cli
 _FIRST_ROWS = 1000  # rows whose values rule out most columns before all rows are read
 # The names after a count, which `hide_names` removes, and the sentence that may follow them.
 _NAMES = re.compile(
-    r"(cannot be read|are not used|images\)|byte for byte \([^)]*\)|different labels \([^)]*\))"
+    r"(cannot be read|(?:is|are) not used|images\)|byte for byte \([^)]*\)|different labels \([^)]*\))"
     r": .*?(\. (?:Metrics on|At least one) [^.]*)?\.$",
     re.DOTALL,
 )
@@ -54,13 +55,15 @@ def notes_on_draws(
         )
         if not is_validation_drawn:
             notes.append(
-                f"The whole validation split is used ({len(validation):,} images); images_per_class limits only train."
+                f"The whole validation split is used ({count_noun(len(validation), 'image')}); images_per_class limits only"
+                " train."
             )
     if is_validation_drawn:
+        verb = "is" if len(validation) == 1 else "are"
         manner = "stratified" if train.groups is None else "in whole groups, stratified as well as these allow"
         notes.append(
-            f"No validation split is given, so {len(validation):,} train images are drawn as validation ({manner}, seed"
-            f" {config.seed}), and {len(train):,} are left to train on."
+            f"No validation split is given, so {count_noun(len(validation), 'train image')} {verb} drawn as validation"
+            f" ({manner}, seed {config.seed}), and {len(train):,} {'is' if len(train) == 1 else 'are'} left to train on."
         )
     if test is None:
         notes.append("There is no test split, so no test result. Keep some labeled images aside as a test split.")
@@ -130,9 +133,9 @@ def notes_on_groups(splits: Sequence[Split]) -> list[str]:
         leaked = int(np.isin(other.groups, shared).sum())
         if leaked:
             notes.append(
-                f"The {other.name} split shares {len(shared):,} groups with {split.name} ({leaked:,} of its {len(other):,}"
-                f" images): {listed(shared.tolist(), _MAX_LISTED_COPIES)}. Metrics on {other.name} are optimistic; keep each"
-                " group in one split."
+                f"The {other.name} split shares {count_noun(len(shared), 'group')} with {split.name} ({leaked:,} of its"
+                f" {len(other):,} images): {listed(shared.tolist(), _MAX_LISTED_COPIES)}. Metrics on"
+                f" {other.name} are optimistic; keep each group in one split."
             )
     return notes
 

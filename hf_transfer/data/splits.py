@@ -27,6 +27,7 @@ from PIL import Image
 
 from hf_transfer.data.images import READER_VERSION, BadImageError
 from hf_transfer.data.sources import ImageSource, JoinedSource
+from hf_transfer.errors import count_noun
 from hf_transfer.solvers.groups import draw_groups, number_groups
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.target import Labels, Target
@@ -228,7 +229,8 @@ def draw(
         if counts[smallest] < images_per_class:
             raise ValueError(
                 f"images_per_class={images_per_class}: class {train.label_names[smallest]!r} has only"
-                f" {counts[smallest]:,} images to train on; choose --images_per_class {counts[smallest]} or less"
+                f" {count_noun(int(counts[smallest]), 'image')} to train on; choose"
+                f" --images_per_class {counts[smallest]} or less"
             )
         counts = np.minimum(counts, images_per_class)
     ranks = _rank_in_class(strata, seed)

@@ -188,8 +188,9 @@ def read_metadata_folder(root: Path, files: Sequence[str], images: Sequence[str]
     unlisted = sorted(set(images) - listed_images)
     if not unlisted:
         return stored
+    others = "the other one is" if len(unlisted) == 1 else "the others are"
     note = (
-        f"The metadata files list {len(images) - len(unlisted):,} of {len(images):,} images in this folder; the others are not "
+        f"The metadata files list {len(images) - len(unlisted):,} of {len(images):,} images in this folder; {others} not "
         f"used: {listed(unlisted, 3)}."
     )
     return replace(stored, notes=(*stored.notes, note))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hf_transfer.config import ExportFormat, ExportPrecision
+from hf_transfer.errors import count_noun
 from hf_transfer.network.damage import read_json
 
 RECORDS = "export.json"
@@ -31,13 +32,10 @@ class Accuracy:
 
     def format(self) -> str:
         """Returns the comparison in words."""
-        same = self._describe_sameness()
+        same, images = self._describe_sameness(), count_noun(self.num_images, f"{self.split} image")
         if self.before is None or self.after is None:
-            return (
-                f"{same}, of {self.num_images:,} {self.split} images (the model may have trained on them, so no "
-                f"{self.metric} is given)"
-            )
-        return f"{self.metric} {self.before:.4f}, exported {self.after:.4f} ({self.num_images:,} {self.split} images; {same})"
+            return f"{same}, of {images} (the model may have trained on them, so no {self.metric} is given)"
+        return f"{self.metric} {self.before:.4f}, exported {self.after:.4f} ({images}; {same})"
 
     def _describe_sameness(self) -> str:
         if self.agreement is not None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split, join
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.metrics.records import Interval, Metrics
 from hf_transfer.reporting.formats import format_metric, format_seconds
@@ -73,7 +74,7 @@ class Comparison:
 
     def format(self) -> str:
         """Returns the lines that `hf-transfer report` prints."""
-        lines = [f"{self.num_images:,} {self.split} images; differences are paired, with 95 % intervals"]
+        lines = [f"{count_noun(self.num_images, f'{self.split} image')}; differences are paired, with 95 % intervals"]
         for i, run in enumerate(self.runs):
             value = f"{self.metric.title.lower()} {format_metric(run.value, self.metric)}, {run.describe_seconds()}"
             lines.append(

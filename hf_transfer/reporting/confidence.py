@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_transfer.confidence.distance import MIN_HELD_OUT, share_by_chance
+from hf_transfer.errors import count_noun
 
 HELD_OUT_BY = {
     "validation": "validation images",
@@ -49,15 +50,13 @@ def _describe_calibration(calibration: Mapping[str, Any]) -> str:
     if change is None:
         return ""
     before, after = change["before"], change["after"]
+    images = count_noun(change["num_images"], f"{name} image")
     low, high = (100 * bound for bound in after["interval"])
     if change["log_loss_before"] == change["log_loss_after"]:
-        return (
-            f"Calibration error on {change['num_images']:,} {name} images: {100 * after['value']:.1f} % (95 % interval"
-            f" {low:.1f} to {high:.1f})."
-        )
+        return f"Calibration error on {images}: {100 * after['value']:.1f} % (95 % interval {low:.1f} to {high:.1f})."
     old_low, old_high = (100 * bound for bound in before["interval"])
     return (
-        f"Calibration error on {change['num_images']:,} {name} images: {100 * before['value']:.1f} % before (95 % interval"
+        f"Calibration error on {images}: {100 * before['value']:.1f} % before (95 % interval"
         f" {old_low:.1f} to {old_high:.1f}), {100 * after['value']:.1f} % after ({low:.1f} to {high:.1f}). Log-loss:"
         f" {change['log_loss_before']:.4f} before, {change['log_loss_after']:.4f} after."
     )
@@ -73,7 +72,7 @@ def _describe_coverage(coverage: Mapping[str, Any]) -> str:
     size = "" if is_interval else f" They have {check['mean_size']:.2f} labels on average."
     return (
         f"{kind} for a coverage of {100 * check['coverage']:.0f} % contain the {truth} in {100 * check['covered']:.1f} % of"
-        f" {check['num_images']:,} {name} images (95 % interval {low:.1f} to {high:.1f}).{size}"
+        f" {count_noun(check['num_images'], f'{name} image')} (95 % interval {low:.1f} to {high:.1f}).{size}"
     )
 
 

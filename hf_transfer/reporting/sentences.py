@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics.records import SHARES, Metrics, Score
 from hf_transfer.reporting.report_results import NO_INTERVAL, describe_estimate, find_interval, is_same_gain
 from hf_transfer.training.records import (
@@ -37,7 +38,7 @@ def describe_quality(metrics: Metrics) -> str:
     bounds = find_interval(metrics.to_dict(), score.names[0])
     low, high = (f"{100 * bound:.1f}" if score.is_share else f"{bound:.3f}" for bound in bounds or (0.0, 0.0))
     interval = "" if bounds is None else f"95 % interval {low} to {high}, "
-    return f"{score.titles[0]} {score.format_quality()} ({interval}{metrics.num_samples} images)"
+    return f"{score.titles[0]} {score.format_quality()} ({interval}{count_noun(metrics.num_samples, 'image')})"
 
 
 def describe_folds(section: Mapping[str, Any]) -> str:
@@ -131,7 +132,7 @@ def _describe_candidate(record: CandidateRecord, probe: Score) -> str:
     stopped = ", stopped because it could hardly become the best" if record.verdict is Verdict.UNLIKELY else ""
     return (
         f"{record.name} {probe.format_gain(record.posterior.mean)}{probe.gain_unit} (95 % interval {low} to {high}; measured "
-        f"{probe.format_gain(record.measured_gain)} on {record.num_images} images of {place}{estimate}{stopped})"
+        f"{probe.format_gain(record.measured_gain)} on {count_noun(record.num_images, 'image')} of {place}{estimate}{stopped})"
     )
 
 
@@ -153,7 +154,7 @@ def _describe_steps(phase: PhaseResult) -> str:
     cut = "the pixels" if phase.cut is None else phase.cut
     sentence = (
         f"{phase.policy}: {phase.num_trainable:,} trained parameters, cut at {cut}, {phase.optimizer} with peak learning "
-        f"rate {phase.lr:g} ({phase.lr_scheduler_type}), up to {phase.epochs} epochs; {describe_kept(phase)}"
+        f"rate {phase.lr:g} ({phase.lr_scheduler_type}), up to {count_noun(phase.epochs, 'epoch')}; {describe_kept(phase)}"
     )
     if phase.wise_ft_alpha is None:
         return sentence

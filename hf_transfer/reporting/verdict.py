@@ -107,9 +107,9 @@ def _describe_gain(row: Mapping[str, Any], probe: Score) -> str:
     )
     doubt = ", so it may also be chance" if posterior.interval[0] <= 0 else ""
     return (
-        f"Its gain in {probe.titles[0]} over the linear probe is {measured}{unit} on {row['num_images']:,} held-out images"
-        f"{estimate}, and {expected}{unit} (95 % interval {low} to {high}) together with the experience from other data sets"
-        f"{doubt}."
+        f"Its gain in {probe.titles[0]} over the linear probe is {measured}{unit} on "
+        f"{count_noun(row['num_images'], 'held-out image')}{estimate}, and {expected}{unit} (95 % "
+        f"interval {low} to {high}) together with the experience from other data sets{doubt}."
     )
 
 
@@ -122,10 +122,11 @@ def _describe_kept_probe(results: Mapping[str, Any], epochs: Sequence[Mapping[st
     best = (min if by_loss else max)(row["validation"][name] for row in epochs)
     is_better = best < probe[name] if by_loss else best > probe[name]
     as_text = _format_quality(name)
-    images = "" if count is None else f" on {count:,} images"
+    trained = "1 epoch" if len(epochs) == 1 else f"the best of {len(epochs)} epochs"
+    images = "" if count is None else f" on {count_noun(count, 'image')}"
     refitted = ", fitted again on training and validation images" if plan[0].get("refitted") else ""
     return (
-        f"Kept: the linear probe. Validation {name.replace('_', ' ')}: {as_text(best)} after the best of {len(epochs)} epochs "
+        f"Kept: the linear probe. Validation {name.replace('_', ' ')}: {as_text(best)} after {trained} "
         f"against {as_text(probe[name])} of the probe is {'within chance' if is_better else 'no gain'}{images}, so the trained "
         f"layers were discarded. All figures are of the probe{refitted}; curves over epochs show the discarded network."
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_transfer.confidence.temperature import fit_sigmoid_factors
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics import multi_label
 from hf_transfer.metrics.arrays import to_numpy
 from hf_transfer.metrics.bootstrap import Bootstrap
@@ -72,8 +73,9 @@ class MultiLabel(Target):
         if names is not None:
             wrong = [index for index in given if type(index) is not int or not 0 <= index < len(names)]
             if wrong:
+                verb = "is no index" if len(wrong) == 1 else "are no indices"
                 raise ValueError(
-                    f"{where}: {len(wrong):,} labels such as {wrong[0]!r} are no indices of the {len(names)} names"
+                    f"{where}: {count_noun(len(wrong), 'label')} such as {wrong[0]!r} {verb} of the {len(names)} names"
                 )
             return cls(names=clean_names(names, where)), _mark(values, {i: i for i in range(len(names))})
         wrong = [name for name in given if not isinstance(name, str) and type(name) is not int]
@@ -97,8 +99,9 @@ class MultiLabel(Target):
         labels = np.array([[np.nan if v is None else v for v in column] for column in columns], np.float32).T
         wrong = labels[~np.isnan(labels) & (labels != 0) & (labels != 1)]
         if wrong.size:
+            verb = "is" if wrong.size == 1 else "are"
             raise ValueError(
-                f"{where}: {wrong.size:,} labels such as {wrong[0]:g} are neither 0 nor 1; for numbers, give "
+                f"{where}: {count_noun(wrong.size, 'label')} such as {wrong[0]:g} {verb} neither 0 nor 1; for numbers, give "
                 "--problem_type regression"
             )
         return cls(names=clean_names(names, where)), np.ascontiguousarray(labels)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_transfer.config import GradientConfig
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics import regression
 from hf_transfer.metrics.arrays import to_numpy
 from hf_transfer.metrics.bootstrap import Bootstrap
@@ -72,8 +73,9 @@ class Regression(Target):
         ]
         wrong = [v for row in rows for v in row if v is not None and not isinstance(v, int | float)]
         if wrong:
+            verb = "is no number" if len(wrong) == 1 else "are no numbers"
             raise ValueError(
-                f"{where}: {len(wrong):,} labels such as {wrong[0]!r} are no numbers; choose another label column, or omit"
+                f"{where}: {count_noun(len(wrong), 'label')} such as {wrong[0]!r} {verb}; choose another label column, or omit"
                 " --problem_type regression"
             )
         labels = np.array([[np.nan if v is None else v for v in row] for row in rows], np.float32)

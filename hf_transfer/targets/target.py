@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from hf_transfer.config import GradientConfig, StrategyConfig
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.targets.losses import AnyConvex, ConvexLoss
 
@@ -172,7 +173,7 @@ class Target(ABC):
     def list_unknown(self, labels: Labels, source: Target) -> list[str]:
         """Returns the names that occur in labels of the target `source` but not in this target: "cat (5 images)", ..."""
         counts = zip(source.names, source.count(labels).tolist(), strict=True)
-        return [f"{name} ({count:,} images)" for name, count in counts if count and name not in self.names]
+        return [f"{name} ({count_noun(count, 'image')})" for name, count in counts if count and name not in self.names]
 
     def stratify(self, labels: Labels) -> NDArray[np.int64]:
         """Returns the stratum (N,) of each image, from 0 up. Splits and folds divide each stratum evenly."""

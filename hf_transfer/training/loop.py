@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hf_transfer.config import TrainingConfig
+from hf_transfer.errors import count_noun
 from hf_transfer.interrupts import deferred
 from hf_transfer.metrics.arrays import NonFinitePredictionsError
 from hf_transfer.metrics.records import Score
@@ -301,7 +302,8 @@ def _stop_early(progress: Progress, selection: Selection, session: Session) -> N
     if patience and progress.epoch - selection.improved_epoch >= patience:
         progress.stopped = True
         if session.is_main:
-            log.info("stopping early: validation %s has not improved for %d epochs", training.select_by, patience)
+            epochs = count_noun(patience, "epoch")
+            log.info("stopping early: validation %s has not improved for %s", training.select_by, epochs)
 
 
 def _recompute_activations(model: Any) -> ExitStack:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_transfer.config import GradientConfig, SelectBy
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics.records import Score
 from hf_transfer.network.forward import eval_mode
 from hf_transfer.network.freezing import set_trainable
@@ -121,7 +122,7 @@ def grow(session: Session, stack: GreedyStack, options: GrowOptions, final: Fina
     def continues(done: Sequence[PhaseResult]) -> bool:
         stale = len(done) - find_best_depth(done, select_by)
         if final is None and options.patience_layers and stale >= options.patience_layers:
-            log.info("growing stops: validation %s has not improved for %d layers", select_by, stale)
+            log.info("growing stops: validation %s has not improved for %s", select_by, count_noun(stale, "layer"))
             return False
         return True
 
