@@ -126,6 +126,14 @@ def test_sixteen_bit_grays_are_scaled_not_clipped(tmp_path: Path) -> None:
     assert pixels(gray16_png(values, transparent=256)).tolist()[0][2] == list(WHITE)
 
 
+def test_sixteen_bit_grays_of_eight_bit_values_stay_as_they_are() -> None:
+    values = np.array([[0, 100, 255]], np.uint16)
+    expected = [[[v] * 3 for v in values[0].tolist()]]
+    assert pixels(gray16_png(values)).tolist() == expected
+    assert pixels(encoded(Image.fromarray(values), "TIFF")).tolist() == expected
+    assert pixels(gray16_png(values, transparent=100)).tolist()[0][1] == list(WHITE)
+
+
 def test_thirty_two_bit_integers_of_eight_bit_values_stay_as_they_are() -> None:
     values = np.array([[0, 100, 255]], np.int32)
     assert pixels(Image.fromarray(values)).tolist() == [[[v] * 3 for v in values[0].tolist()]]

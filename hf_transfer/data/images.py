@@ -4,8 +4,8 @@ Pillow decodes the file. Decisions that Pillow leaves to its caller are made her
 
 - EXIF orientation is applied, so that portrait photos from a phone are upright.
 - Transparency (RGBA, LA, PA, palettes and color keys) is composited on white, as on a web page.
-- 16-bit gray values are divided by 256. Pillow's own conversion clips at 255, which turns such images white.
-- 32-bit integers are read so too, but stay as they are if none is above 255.
+- 16-bit and 32-bit gray values are divided by 256, but stay as they are if none of the image is above 255: such a file stores
+  8-bit values. Pillow's own conversion clips at 255, which turns 16-bit images white.
 - Floats in 0..1 are scaled by 255, floats in 0..255 stay as they are, and other ranges are an error.
 - Animations and multi-page files give their first frame.
 - Color profiles are not applied, because the pipelines that pretrained the checkpoints did not apply color profiles.
@@ -31,7 +31,7 @@ from PIL import Image, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
-READER_VERSION = 2  # part of every data fingerprint; increase it when the same bytes decode to other pixels
+READER_VERSION = 3  # part of every data fingerprint; increase it when the same bytes decode to other pixels
 
 # Suffixes of files that are read as images. Pillow cannot read .heic: such a file is an error with a remedy, not left out.
 # fmt: off
@@ -183,7 +183,7 @@ def _from_integers(image: Image.Image, name: str) -> Image.Image:
             f"{name}: the pixels are integers from {low} to {high}, outside the 16-bit range 0 to 65535, so the scale is"
             " unknown: save the image with 8 or 16 bits"
         )
-    gray = (values if image.mode == "I" and high <= 0xFF else values >> 8).astype(np.uint8)
+    gray = (values if high <= 0xFF else values >> 8).astype(np.uint8)
     color_key = image.info.get("transparency")
     if isinstance(color_key, int):  # the tRNS chunk of a 16-bit gray PNG makes this value transparent
         gray[values == color_key] = 255
