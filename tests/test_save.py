@@ -167,6 +167,14 @@ def test_the_card_names_the_upstream_and_no_path(tmp_path: Path) -> None:
     assert len({file.stat().st_mode for file in (tmp_path / "model").iterdir()}) == 1
 
 
+def test_saving_writes_nothing_to_standard_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_upstream("ViT", tmp_path / "upstream")
+    backbone = load(str(tmp_path / "upstream"), LABELS)
+    capfd.readouterr()
+    save_model(backbone, results_for(backbone), tmp_path / "model")
+    assert capfd.readouterr().err == ""
+
+
 def test_an_older_model_stays_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_upstream("timm ResNet", tmp_path / "upstream")
     backbone = load(str(tmp_path / "upstream"), LABELS)

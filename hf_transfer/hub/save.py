@@ -14,6 +14,7 @@ from hf_transfer.confidence.record import CONFIDENCE, KEY
 from hf_transfer.hub.card import make_card
 from hf_transfer.network.adapters import TASK, Adapted, check_saved_apart
 from hf_transfer.network.backbone import Backbone
+from hf_transfer.network.preprocessing import quiet_transformers
 from hf_transfer.network.timm_models import save_timm
 from hf_transfer.network.transformers_types import is_transformers_model
 from hf_transfer.sealed import share
@@ -35,7 +36,8 @@ def save_model(backbone: Backbone, results: Mapping[str, Any], folder: Path) -> 
     if isinstance(backbone, Adapted):
         _save_adapter(backbone, partial)
     elif is_transformers_model(backbone.model):
-        backbone.model.save_pretrained(partial)
+        with quiet_transformers():  # the bar of the weights is shown even where standard error is no terminal
+            backbone.model.save_pretrained(partial)
         _add_to_config(partial, backbone.target.to_config())
         backbone.preprocessing.processor.save_pretrained(partial)
     else:

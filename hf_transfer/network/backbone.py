@@ -289,6 +289,7 @@ def _create_transformers(
     processor = ViTImageProcessor(size={"height": size_px, "width": size_px}, resample=Image.Resampling.BICUBIC)
     with tempfile.TemporaryDirectory(prefix="hf_transfer-") as parent:
         folder = Path(parent, model_type)
-        model.save_pretrained(folder)
+        with quiet_transformers():
+            model.save_pretrained(folder)
         processor.save_pretrained(folder)
         return replace(load(str(folder), target), new_head=True)
