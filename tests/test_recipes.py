@@ -228,7 +228,14 @@ def test_auto_says_what_it_chose_between(tmp_path: Path) -> None:
     check_results(results)
     choice = results["details"]["auto"]
     assert choice["kept"] in ("linear_probe", *(each["name"] for each in choice["candidates"]))
-    assert all(each["gain"] and each["judged_by"] == "folds" for each in choice["candidates"])
+    too_short = [each for each in choice["candidates"] if each["verdict"] == "too_short"]
+    assert ["head_scale=0.0" in each["name"] for each in too_short] == [
+        True,
+        True,
+    ]  # one epoch does not train a new head
+    judged = [each for each in choice["candidates"] if each not in too_short]
+    assert len(judged) == 2
+    assert all(each["gain"] and each["judged_by"] == "folds" for each in judged)
 
 
 def test_curves_go_to_the_tracker(tmp_path: Path) -> None:
