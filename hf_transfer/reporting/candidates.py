@@ -6,7 +6,7 @@ from typing import Any
 
 from hf_transfer.reporting.formats import format_metric, format_seconds
 from hf_transfer.reporting.ranges import Range, Scale, scale_of
-from hf_transfer.reporting.report_results import is_same_gain, read_measured_gain
+from hf_transfer.reporting.report_results import WHY_NOT_STARTED, is_same_gain, read_measured_gain
 from hf_transfer.targets.target import MetricInfo
 from hf_transfer.training.records import Gain, Judging, Verdict
 
@@ -15,10 +15,8 @@ VERDICTS = {
     Verdict.NOT_BETTER: "not kept: another model is expected to be as good or better",
     Verdict.UNLIKELY: "stopped early: it could hardly become the best",
     Verdict.OVER_BUDGET: "not started: its runs did not fit into the remaining time",
-    Verdict.NOTHING_TO_GAIN: "not started: hardly any error was left",
-    Verdict.TOO_SHORT: "not started: the epochs are too few for a head that starts from zeros",
+    **{verdict: f"not started: {why}" for verdict, why in WHY_NOT_STARTED.items()},
     Verdict.DIVERGED: "dropped: its training diverged",
-    Verdict.NOT_COMPARABLE: "not started: too few images or groups to hold some out",
 }
 JUDGED_BY = {Judging.FOLDS: "folds", Judging.VALIDATION: "the validation split"}
 

@@ -8,12 +8,17 @@ from hf_transfer.metrics.records import Interval
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import MetricInfo
 from hf_transfer.training.final_fit import EstimatedBy, covers_train_images
-from hf_transfer.training.records import Kept
+from hf_transfer.training.records import Kept, Verdict
 
 ESTIMATED_BY = {  # metrics.validation.estimated_by -> the words for it in log, report and card
     EstimatedBy.FOLDS: "each image was predicted by a model of the same recipe that had not trained on its fold",
     EstimatedBy.SIBLING: "each image was predicted by a model of the same recipe that had not trained on it",
     EstimatedBy.CROSS_VALIDATION: "each image was predicted by a probe that was fitted without it",
+}
+WHY_NOT_STARTED = {  # verdict of a candidate of `auto` that did not start, though time was left -> why
+    Verdict.NOTHING_TO_GAIN: "hardly any error was left",
+    Verdict.TOO_SHORT: "the epochs are too few for a head that starts from zeros",
+    Verdict.NOT_COMPARABLE: "there are too few images or groups to hold some out",
 }
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 NOTHING_SELECTED = "There is no test split. No validation image trained the model or selected it."

@@ -5,7 +5,13 @@ from typing import Any
 
 from hf_transfer.errors import count_noun
 from hf_transfer.metrics.records import SHARES, Metrics, Score
-from hf_transfer.reporting.report_results import NO_INTERVAL, describe_estimate, find_interval, is_same_gain
+from hf_transfer.reporting.report_results import (
+    NO_INTERVAL,
+    WHY_NOT_STARTED,
+    describe_estimate,
+    find_interval,
+    is_same_gain,
+)
 from hf_transfer.training.records import (
     AutoChoice,
     CandidateRecord,
@@ -111,14 +117,10 @@ def _describe_candidate(record: CandidateRecord, probe: Score) -> str:
     if record.verdict is Verdict.OVER_BUDGET:
         needed = "" if record.estimated_s is None else f", one run of which needs about {record.estimated_s:.0f} s"
         return f"{record.name}{needed}, did not fit into the remaining {max(0.0, record.left_s or 0.0):.0f} s"
-    if record.verdict is Verdict.NOTHING_TO_GAIN:
-        return f"{record.name} did not run, because hardly any error was left"
-    if record.verdict is Verdict.TOO_SHORT:
-        return f"{record.name} did not run, because the epochs are too few for a head that starts from zeros"
+    if record.verdict in WHY_NOT_STARTED:
+        return f"{record.name} did not run, because {WHY_NOT_STARTED[record.verdict]}"
     if record.verdict is Verdict.DIVERGED:
         return f"{record.name} was dropped, because its training diverged"
-    if record.verdict is Verdict.NOT_COMPARABLE:
-        return f"{record.name} did not run, because there are too few images or groups to hold some out"
     assert record.gain is not None
     assert record.measured_gain is not None
     low, high = map(probe.format_gain, record.posterior.interval)

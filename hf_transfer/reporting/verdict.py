@@ -14,6 +14,7 @@ from hf_transfer.metrics.formulas import binomial_interval
 from hf_transfer.metrics.records import SHARES, Score
 from hf_transfer.reporting.formats import format_metric, format_percent
 from hf_transfer.reporting.report_results import (
+    WHY_NOT_STARTED,
     choose_split,
     describe_scored_images,
     find_interval,
@@ -28,10 +29,8 @@ from hf_transfer.training.records import Verdict as CandidateVerdict
 WIDE = 0.10  # of the accuracy's interval: the test split is too small to compare models
 UNJUDGED = {  # verdict of a candidate of `auto` without a result -> the words for it
     CandidateVerdict.OVER_BUDGET: "did not fit into the time budget",
-    CandidateVerdict.NOTHING_TO_GAIN: "did not start, because hardly any error was left",
-    CandidateVerdict.TOO_SHORT: "did not start, because the epochs are too few for a head that starts from zeros",
+    **{verdict: f"did not start, because {why}" for verdict, why in WHY_NOT_STARTED.items()},
     CandidateVerdict.DIVERGED: "diverged",
-    CandidateVerdict.NOT_COMPARABLE: "did not start, because there are too few images or groups to hold some out",
 }
 FROZEN = ("linear_probe", "add_classes")  # strategies that train only a head
 
