@@ -10,12 +10,10 @@ This module imports nothing heavy, so `--help` is fast.
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from hf_transfer.settings import Range, Settings, flag, replace_settings, to_settings
+from hf_transfer.settings import Range, Settings, flag
 
 EMBEDDED_CHECKPOINT = "embedded"
 EMBEDDED_DATASET = "sklearn/digits"
@@ -658,18 +656,3 @@ def split_repo_id(repo_id: str) -> tuple[str, str | None]:
     if match is None or ".." in repo_id or "--" in match[1]:
         raise ValueError(f"{repo_id!r} is not a Hub repository: give OWNER/NAME or OWNER/NAME@branch")
     return match[1], match[2]
-
-
-def name_paths(config: RunConfig, names: Mapping[str, str] | None = None) -> RunConfig:
-    """Returns the settings with public names in place of local paths, for what is published.
-
-    `names` maps "checkpoint" and "dataset" to their public names. The default name is the last part of the local path.
-    """
-    settings, named = to_settings(config), dict[str, str]()
-    for name in ("checkpoint", "dataset", "image_root", "preprocessing_from", "exclude", "relabel"):
-        path = Path(settings[name] or "").expanduser()
-        folder = Path(str(settings[name]).rpartition(":")[0]).expanduser()  # of a data set folder:config
-        is_local = path.exists() or (folder != Path() and folder.is_dir())
-        if settings[name] is not None and is_local:
-            named[name] = (names or {}).get(name, path.resolve().name)
-    return replace_settings(config, named)

@@ -14,8 +14,8 @@ from hf_transfer.strategy import strategy_names
 PACKAGE = Path(__file__).resolve().parents[1] / "hf_transfer"
 # A room may import from itself and from the rooms before it.
 ROOMS = (
-    "settings", "config", "locations", "interrupts", "errors", "displays", "logs", "sealed", "processes", "startup",
-    "capability", "threads", "choices", "costs", "metrics", "confidence", "targets", "solvers", "network", "data", "prefix",
+    "settings", "config", "public_names", "locations", "interrupts", "errors", "displays", "logs", "sealed", "processes",
+    "startup", "capability", "threads", "choices", "costs", "metrics", "confidence", "targets", "solvers", "network", "data", "prefix",
     "session", "training", "strategy", "flags", "choosing", "strategies", "exporting", "inference", "reporting", "hub",
     "out_of_memory", "output", "auditing", "embeddings", "accelerator", "runs", "adding", "repeats", "launch", "run", "task",
     "doctor", "commands", "cli", "__main__",

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_transfer.choosing.rule import STRATEGIES, DataRegime, LogRatios
-from hf_transfer.config import RunConfig, name_paths
+from hf_transfer.config import RunConfig
+from hf_transfer.public_names import name_paths
 from hf_transfer.session import Session
 from hf_transfer.settings import changed_settings, list_settings, replace_settings, to_settings
 from hf_transfer.strategy import Strategy, default_config, get_strategy

@@ -9,12 +9,13 @@ from typing import Any
 
 import yaml
 
-from hf_transfer.config import GradientConfig, RunConfig, name_paths
+from hf_transfer.config import GradientConfig, RunConfig
 from hf_transfer.data.splits import Split
 from hf_transfer.locations import CONFIG, RESULTS
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.fingerprint import read_version
 from hf_transfer.network.source import pin_checkpoint
+from hf_transfer.public_names import name_paths
 from hf_transfer.reporting.illustrations import Illustrations
 from hf_transfer.reporting.report import REPORT, write_report
 from hf_transfer.reporting.sentences import (
