@@ -30,7 +30,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from lines import Cell, Line, append_line, read_lines  # benchmarks/lines.py
-from quality_report import list_gains, report  # benchmarks/quality_report.py
+from quality_report import report  # benchmarks/quality_report.py
 from quality_sets import CHECKPOINTS, SETS, find_dataset  # benchmarks/quality_sets.py
 from quality_systems import PEERS, STRATEGIES, SYSTEMS, Job, Outcome, family, run_job, start_worker
 
@@ -189,7 +189,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     shows = parts.add_parser("report", help="print the tables, and draw the figure")
     shows.add_argument("--out", nargs="+", type=Path, default=[Path("runs/quality.jsonl")])
     shows.add_argument("--sets", nargs="+", help="only these sets; default: all in --out")
-    text = "instead: the gain of auto over each system in each cell, with an interval over its test images"
+    text = "also the gain of auto over each system in each cell, with an interval over its test images"
     shows.add_argument("--each_cell", action="store_true", help=text)
     shows.add_argument("--leave_one_out", action="store_true", help="auto_left_out in the place of auto")
     shows.add_argument("--figure", type=Path, help="SVG: accuracy against seconds")
@@ -202,10 +202,8 @@ def main() -> None:
     if given.part == "run":
         raise SystemExit(run(given))
     files = list(dict.fromkeys(file for out in given.out for file in find_shards(out)))
-    if given.each_cell:
-        print(list_gains(read_lines(files), given.sets))
-        return
-    print(report(read_lines(files), sets=given.sets, leave_one_out=given.leave_one_out, figure=given.figure))
+    options = {"leave_one_out": given.leave_one_out, "each_cell": given.each_cell}
+    print(report(read_lines(files), sets=given.sets, figure=given.figure, **options))
 
 
 if __name__ == "__main__":

@@ -68,18 +68,31 @@ class Results:
         """Returns the CPU seconds of a run, which other work on the machine changes little."""
         return float(self.lines[cell][system]["cpu_seconds"])
 
+    def describe_gain(self, cell: Cell, system: str, other: str) -> str:
+        """Returns how many points better `system` is on the same test images, with an interval over these images."""
+        difference = 100.0 * self.hits[cell][system] - 100.0 * self.hits[cell][other]
+        low, high = mean_interval(difference)
+        return f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+
 
 def report(
-    lines: Sequence[Line], *, sets: Sequence[str] | None = None, leave_one_out: bool = False, figure: Path | None = None
+    lines: Sequence[Line],
+    *,
+    sets: Sequence[str] | None = None,
+    leave_one_out: bool = False,
+    each_cell: bool = False,
+    figure: Path | None = None,
 ) -> str:
-    """Returns the tables as markdown, and draws the figure if it has a path."""
+    """Returns the tables as markdown, with `each_cell` that of `table_gains` too, and draws the figure if it has a path."""
     results = Results(lines, sets)
     auto = LEFT_OUT if leave_one_out else "auto"
     if not results.find_cells([auto]):
         raise SystemExit(f"no line of {auto}: `run --systems {auto}` makes them")
     if figure is not None:
         figure.write_text(draw_quality.draw(list_points(results, auto)))
-    tables = (table_hindsight(results, auto), table_all_images(results, auto), table_peers(results, auto))
+    tables = [table_hindsight(results, auto), table_all_images(results, auto), table_peers(results, auto)]
+    if each_cell:
+        tables.append("## Each cell\n\n" + table_gains(results, auto))
     return "\n\n".join(table for table in tables if table)
 
 
@@ -140,11 +153,9 @@ def table_all_images(results: Results, auto: str) -> str:
         if auto not in results.lines[cell] or not others:
             continue
         best = max(others, key=lambda name: int(others[name].sum()))
-        difference = 100.0 * results.hits[cell][auto] - 100.0 * others[best]
-        low, high = mean_interval(difference)
         rows.append([
             results.describe(cell), f"{results.accuracy(cell, auto):.1f}", f"{results.accuracy(cell, best):.1f} ({best})",
-            f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})",
+            results.describe_gain(cell, auto, best),
             f"{compute_regret(results.hits[cell][auto], list(others.values())):+.1f}",
         ])  # fmt: skip
     if not rows:
@@ -190,26 +201,26 @@ def table_peers(results: Results, auto: str) -> str:
     return "\n\n".join(["## Beside peers", *tables, note])
 
 
-def list_gains(lines: Sequence[Line], sets: Sequence[str] | None = None) -> str:
-    """Returns the accuracy of each system in each cell, and the paired gain of `auto` with an interval over the test images.
-
-    This is the table of a set that has too few cells for intervals over cells.
-    """
-    results = Results(lines, sets)
+def table_gains(results: Results, auto: str) -> str:
+    """Returns the accuracy of each system in each cell, and the paired gain of `auto` with an interval over the test images."""
     systems = [s for s in (*CANDIDATES, *PEERS) if any(s in runs for runs in results.lines.values())]
-    rows = []
-    for cell in results.find_cells(["auto"]):
-        row = [results.describe(cell), f"{results.accuracy(cell, 'auto'):.1f} in {results.seconds(cell, 'auto'):.0f} s"]
-        for name in systems:
-            if name not in results.lines[cell]:
-                row.append("")
-                continue
-            difference = 100.0 * results.hits[cell]["auto"] - 100.0 * results.hits[cell][name]
-            low, high = mean_interval(difference)
-            gain = f"{difference.mean():+.1f} ({low:+.1f} to {high:+.1f})"
-            row.append(f"{results.accuracy(cell, name):.1f} in {results.seconds(cell, name):.0f} s; {gain}")
-        rows.append(row)
-    return format_table(["cell", *(TITLES.get(name, f"`{name}`") for name in ("auto", *systems))], rows)
+
+    def describe(cell: Cell, name: str) -> str:
+        if name not in results.lines[cell]:
+            return ""
+        run = f"{results.accuracy(cell, name):.1f} in {results.seconds(cell, name):.0f} s"
+        return run if name == auto else f"{run}; {results.describe_gain(cell, auto, name)}"
+
+    rows = [
+        [results.describe(cell), *(describe(cell, name) for name in (auto, *systems))]
+        for cell in results.find_cells([auto])
+    ]
+    return format_table(["cell", *(TITLES.get(name, f"`{name}`") for name in (auto, *systems))], rows)
+
+
+def summarize_unseen(lines: Sequence[Line]) -> str:
+    """Returns `table_gains` of a set that has too few cells for intervals over cells, for docs/results.md."""
+    return table_gains(Results(lines), "auto")
 
 
 def summarize_peers(lines: Sequence[Line], images_per_class: int) -> str:

@@ -53,7 +53,7 @@ def render(quality: str) -> str:
     )
     return environment.get_template("results.md.jinja").render(
         quality=quality,
-        unseen=quality_report.list_gains(read_lines([UNSEEN])),
+        unseen=quality_report.summarize_unseen(read_lines([UNSEEN])),
         t=result_tables,
         f=feature_tables,
         s=strategy_tables,

@@ -195,7 +195,8 @@ def test_the_report_has_regret_gains_and_seconds(bench: Any, tmp_path: Path) -> 
 
 def test_each_cell_has_the_gain_over_each_system_that_ran_in_it(bench: Any) -> None:
     lines = [line for line in make_lines(bench) if (line.get("system"), line.get("images_per_class")) != ("fastai", 0)]
-    heads, _, *rows = bench.quality_report.list_gains(lines, ["b"]).splitlines()
+    text = bench.quality_report.report(lines, sets=["b"], each_cell=True)
+    heads, _, *rows = text.partition("## Each cell\n\n")[2].splitlines()
     assert heads.endswith("| `full` | fastai `fine_tune` |")
     assert len(rows) == 3
     few = [part.strip() for part in rows[0].split("|")[1:-1]]
