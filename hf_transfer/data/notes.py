@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from hf_transfer.config import DataConfig
-from hf_transfer.data.labels import Columns, LabeledImages
+from hf_transfer.data.labels import Columns, LabeledImages, UnusedColumn
 from hf_transfer.data.splits import Split, role_of
 from hf_transfer.errors import count_noun
 from hf_transfer.targets.labels import listed
@@ -77,24 +77,34 @@ def notes_on_unused_columns(images: LabeledImages, columns: Columns, *, is_divid
     """
     notes = []
     for name, column in images.others.items():
-        is_called_split = _SPLIT_COLUMN.fullmatch(name.casefold()) is not None
-        first = column.list_distinct(_FIRST_ROWS)
-        if columns.split is None and not is_divided and (is_called_split or all(map(role_of, first))):
-            values = column.list_distinct(None)
-            are_roles = all(map(role_of, values))
-            if 2 <= len(values) <= _MAX_SPLITS and (is_called_split or are_roles):
-                more = "" if are_roles else "; --train_split, --validation_split and --test_split name its values"
-                notes.append(
-                    f"The column {name!r} ({', '.join(values)}) is not used: add --split_column {shlex.quote(name)}{more}."
-                )
-        group = None if columns.group else _GROUP_COLUMN.fullmatch(name.casefold())
-        if (
-            group and 2 <= len(column.list_distinct(None)) < column.num_rows
-        ):  # several groups, and some of several images
-            notes.append(
-                f"The column {name!r} is not used: --group_column {shlex.quote(name)} keeps images of one {group[1]} together."
-            )
+        if columns.split is None and not is_divided:
+            notes += _note_on_split_column(name, column)
+        if not columns.group:
+            notes += _note_on_group_column(name, column)
     return notes
+
+
+def _note_on_split_column(name: str, column: UnusedColumn) -> list[str]:
+    is_called_split = _SPLIT_COLUMN.fullmatch(name.casefold()) is not None
+    if not is_called_split and not all(map(role_of, column.list_distinct(_FIRST_ROWS))):
+        return []
+    values = column.list_distinct(None)
+    are_roles = all(map(role_of, values))
+    if not 2 <= len(values) <= _MAX_SPLITS or not (is_called_split or are_roles):
+        return []
+    more = "" if are_roles else "; --train_split, --validation_split and --test_split name its values"
+    return [f"The column {name!r} ({', '.join(values)}) is not used: add --split_column {shlex.quote(name)}{more}."]
+
+
+def _note_on_group_column(name: str, column: UnusedColumn) -> list[str]:
+    group = _GROUP_COLUMN.fullmatch(name.casefold())
+    if (
+        group is None or not 2 <= len(column.list_distinct(None)) < column.num_rows
+    ):  # at least one group of several images
+        return []
+    return [
+        f"The column {name!r} is not used: --group_column {shlex.quote(name)} keeps images of one {group[1]} together."
+    ]
 
 
 def notes_on_classes(train: Split, validation: Split, test: Split | None) -> list[str]:
