@@ -187,14 +187,12 @@ def _save_so_far(session: Session, result: RunResult) -> None:
     session = replace(session, config=replace_settings(session.config, {"push_to_hub": None, "private": False}))
     # Finishing scales the head in place, but the run goes on with this network, and finishes it again if it is kept.
     copied = replace(result, backbone=replace(result.backbone, model=copy.deepcopy(result.backbone.model)))
-    with without_details():
+    with without_details():  # the run has not ended, so nothing else is said of this model
         finished = finish_target(session, copied)
+        if session.is_main:
+            with session.costs.part("save"):
+                _write_results(session.with_output(folder), finished, folder, is_illustrated=False)
     if session.is_main:
-        with (
-            session.costs.part("save"),
-            without_details(),
-        ):  # the run has not ended, so nothing else is said of this model
-            _write_results(session.with_output(folder), finished, folder, is_illustrated=False)
         log.info("%s contains the best model so far, until the run is finished", folder)
     processes.wait_for_everyone()
 

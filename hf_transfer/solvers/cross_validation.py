@@ -22,9 +22,8 @@ from hf_transfer.targets.target import Target
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1)  # coarser than the grid of `probe`, because each C is solved once per fold
 FOLDS = 5
-SOLVER = SolverOptions(
-    tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR
-)  # tighter options change no accuracy and no ranking of images
+# Tighter options change no accuracy and no ranking of images.
+SOLVER = SolverOptions(tol=1e-4, max_iterations=200, spread_floor=SPREAD_FLOOR)
 
 
 @dataclass(frozen=True, kw_only=True)
