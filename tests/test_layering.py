@@ -15,10 +15,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_transfer"
 # A room may import from itself and from the rooms before it.
 ROOMS = (
     "settings", "config", "public_names", "locations", "interrupts", "errors", "displays", "logs", "sealed", "processes",
-    "startup", "capability", "threads", "choices", "costs", "metrics", "confidence", "targets", "solvers", "network", "data", "prefix",
-    "session", "training", "strategy", "flags", "choosing", "strategies", "exporting", "inference", "reporting", "hub",
-    "out_of_memory", "output", "auditing", "embeddings", "accelerator", "runs", "adding", "repeats", "launch", "run", "task",
-    "doctor", "commands", "cli", "__main__",
+    "startup", "capability", "threads", "choices", "costs", "metrics", "confidence", "targets", "solvers", "network", "data",
+    "prefix", "session", "training", "strategy", "flags", "choosing", "strategies", "exporting", "inference", "reporting",
+    "hub", "out_of_memory", "output", "auditing", "embeddings", "accelerator", "runs", "adding", "repeats", "launch", "run",
+    "task", "doctor", "commands", "cli", "__main__",
 )  # fmt: skip
 HEAVY = (
     "accelerate",
