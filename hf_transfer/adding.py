@@ -24,7 +24,7 @@ from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.splits import Role, Split, join
 from hf_transfer.errors import count_noun
 from hf_transfer.flags import read_saved_config
-from hf_transfer.locations import CONFIG, MODEL, RESULTS, find_run
+from hf_transfer.locations import CONFIG, MODEL, RESULTS, find_manifests, find_run
 from hf_transfer.network.damage import read_json
 from hf_transfer.output import open_folder
 from hf_transfer.reporting.predictions import PREDICTIONS, deactivate, read_named_predictions
@@ -178,7 +178,7 @@ def _read_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
 def _load_old(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> Data:
     """Returns the images of the run, after checking that they are the same images."""
     try:
-        data = load_data(config.data)
+        data = load_data(config.data, manifests=find_manifests(config.compute.cache))
     except ValueError as error:
         raise ValueError(
             f"{folder}: the images of this run are needed again, and cannot be loaded ({error}). Put the data set back in its "

@@ -36,6 +36,11 @@ def manifest_dir() -> Path:
     return cache_dir() / "manifests"
 
 
+def find_manifests(cache: str) -> Path | None:
+    """Returns the folder of manifests that a run with the setting `cache` reads and writes; None for "none"."""
+    return None if cache == "none" else manifest_dir()
+
+
 def store_dir() -> Path:
     """Returns the folder of stored pixels and activations."""
     return cache_dir() / "activations"

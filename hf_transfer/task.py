@@ -22,6 +22,7 @@ from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import EMBEDDED_CHECKPOINT, OptimizerConfig, OutputConfig, RunConfig, StrategyConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.interrupts import catch_signals
+from hf_transfer.locations import find_manifests
 from hf_transfer.output import explains_how_to_continue, open_folder
 from hf_transfer.repeats import run_config
 from hf_transfer.run import Run
@@ -99,7 +100,7 @@ class Task:
     @cached_property
     def data(self) -> Data:
         """The splits, loaded and checked at the first access."""
-        return load_data(self.config.data, self.images)
+        return load_data(self.config.data, self.images, manifests=find_manifests(self.config.compute.cache))
 
     def fit(
         self,
@@ -161,7 +162,9 @@ class Task:
 
     def _load(self, config: RunConfig) -> Data:
         """Returns the splits for `config`, whose seed may differ from the task's own."""
-        return self.data if config.data == self.config.data else load_data(config.data, self.images)
+        if config.data == self.config.data:
+            return self.data
+        return load_data(config.data, self.images, manifests=find_manifests(config.compute.cache))
 
     def _list_unrepeatable(self, strategy: Strategy) -> list[str]:
         """Returns sentences about the inputs of the run that config.yaml does not contain."""

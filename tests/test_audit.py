@@ -40,6 +40,7 @@ from hf_transfer.data.dataset import load_data
 from hf_transfer.inference.neighbors import find_neighbors
 from hf_transfer.solvers.cross_validation import FOLDS
 from hf_transfer.solvers.folds import draw_folds
+from hf_transfer.solvers.groups import join_codes
 from hf_transfer.targets.single_label import SingleLabel
 from tests.test_add_classes import write_digits
 from tests.test_comparison import make_split
@@ -147,7 +148,7 @@ def test_exact_copies_pair_with_the_last_one_and_near_copies_too() -> None:
 
 def test_images_of_a_group_of_the_data_set_share_a_fold_too() -> None:
     copies = [Copies(first=1, second=2, kind="near", score=0.9)]
-    groups = group_copies(copies, 5, np.array([7, 7, 8, 9, 8]))
+    groups = join_codes(np.array([7, 7, 8, 9, 8]), group_copies(copies, 5))
     assert groups[0] == groups[1] == groups[2] == groups[4], "copies join the groups 7 and 8"
     assert groups[3] != groups[0]
 

@@ -22,9 +22,11 @@ from hf_transfer.cli import main
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, Split, load_data
 from hf_transfer.data.images import BadImageError
+from hf_transfer.data.notes import hide_names
 from hf_transfer.data.splits import draw, public_name, role_of
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
+from tests.distinct_images import make_distinct_images
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -392,10 +394,11 @@ def test_column_flags_are_refused_where_there_are_no_columns(tmp_path: Path) -> 
 
 
 def integers(counts: list[int]) -> Split:
-    """A split with labels only: drawing reads no image."""
+    """A split with labels of `counts` images of each class."""
     labels = np.random.default_rng(9).permutation(np.repeat(np.arange(len(counts)), counts))
     names = tuple(f"class {k}" for k in range(len(counts)))
-    return Split(name="train", source=None, rows=np.arange(len(labels)), labels=labels, target=SingleLabel(names=names))  # type: ignore[arg-type]
+    source, rows = make_distinct_images(len(labels)), np.arange(len(labels))
+    return Split(name="train", source=source, rows=rows, labels=labels, target=SingleLabel(names=names))
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.5, 0.9])
@@ -481,10 +484,13 @@ def test_copies_in_two_splits_or_two_classes_are_noted(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "train/a/1.png", tmp_path / "test/a/1.png")
     shutil.copy(tmp_path / "val/b/0.png", tmp_path / "test/b/2.png")
     notes = [note for note in load(tmp_path).notes if "byte for byte" in note]
-    assert len(notes) == 2
+    assert len(notes) == 3
     assert "The test split repeats images of train, byte for byte (2 of 6)" in notes[0]
     assert "'test/a/0.png' is 'train/a/1.png'" in notes[0]
     assert "The test split repeats images of validation, byte for byte (1 of 6)" in notes[1]
+    names = ": 'test/a/1.png' is 'test/a/0.png'"
+    assert f"The test split repeats images of its own, byte for byte (1 of 6){names}. Copies are held out" in notes[2]
+    assert hide_names(notes[2]) == notes[2].replace(names, "")
     shutil.copy(tmp_path / "train/a/2.png", tmp_path / "train/b/2.png")
     note = load(tmp_path).notes[-1]
     assert "Classes share images, byte for byte (1)" in note
@@ -1007,9 +1013,9 @@ def test_real_data_sets_load_whole(shared_data: Path, name: str, train: int, tes
     assert len(data.label_names) == num_classes
     assert abs(len(data.validation) - 0.2 * train) <= num_classes / 2
     assert len(data.loading_notes) == 1
-    # trashnet stores two photos as glass and as plastic; the draw puts one pair on both sides
+    # trashnet stores two photos as glass and as plastic; the draw keeps each pair on one side
     assert [note.split(",")[0] for note in data.notes[1:]] == (
-        ["The validation split repeats images of train", "Classes share images"] if name == "trashnet" else []
+        ["The train split repeats images of its own", "Classes share images"] if name == "trashnet" else []
     )
 
 

@@ -26,6 +26,7 @@ from hf_transfer.solvers.groups import draw_groups, number_groups, spread_groups
 from hf_transfer.solvers.probe import ProbeOptions, fit_probes
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
+from tests.distinct_images import make_distinct_images
 from tests.sessions import make_config, make_session
 
 
@@ -35,12 +36,15 @@ def frames(objects: int, per_object: int = 10, classes: int = 3) -> tuple[NDArra
     return codes % classes, codes
 
 
-def make_split(labels: NDArray[np.int64], groups: NDArray[Any] | None, name: Role = "train") -> Split:
-    """A split with labels and groups only: drawing reads no image."""
+def make_split(
+    labels: NDArray[np.int64], groups: NDArray[Any] | None, name: Role = "train", first_image: int = 0
+) -> Split:
+    """A split with labels, groups and images of one pixel, all different."""
     names = tuple(f"class {k}" for k in range(int(labels.max()) + 1))
     rows = np.arange(len(labels))
     named = None if groups is None else groups.astype(str)
-    return Split(name=name, source=None, rows=rows, labels=labels, target=SingleLabel(names=names), groups=named)  # type: ignore[arg-type]
+    source = make_distinct_images(len(labels), first_image)
+    return Split(name=name, source=source, rows=rows, labels=labels, target=SingleLabel(names=names), groups=named)
 
 
 def count_divided(codes: NDArray[np.int64], part_of: NDArray[Any]) -> int:
@@ -100,7 +104,7 @@ def test_numbers_that_are_the_same_in_a_group_can_be_divided(patients: int) -> N
     codes = np.repeat(np.arange(patients), 20)
     split = Split(
         name="train",
-        source=None,  # type: ignore[arg-type]
+        source=make_distinct_images(len(codes)),
         rows=np.arange(len(codes)),
         labels=codes[:, None].astype(np.float32),
         target=Regression(names=("age",)),
@@ -130,7 +134,7 @@ def test_more_folds_than_groups_are_refused() -> None:
 
 def test_blank_groups_are_groups_of_one() -> None:
     split = make_split(np.zeros(4, np.int64), np.array(["", "a", "", "a"]))
-    codes = number_groups([split, make_split(np.zeros(2, np.int64), None)])
+    codes = number_groups([split, make_split(np.zeros(2, np.int64), None, first_image=4)])
     assert codes is not None
     assert codes[1] == codes[3]
     assert len(np.unique(codes)) == 5

@@ -31,7 +31,7 @@ from hf_transfer.data.splits import Split
 from hf_transfer.prefix.resources import count_threads
 from hf_transfer.session import Session
 from hf_transfer.solvers.cross_validation import CrossValidated
-from hf_transfer.solvers.groups import is_class_in_two, number_groups
+from hf_transfer.solvers.groups import is_class_in_two, join_codes, number_groups
 from hf_transfer.targets.target import Labels
 from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.readouts import ReadoutFeatures, extract_readouts
@@ -143,9 +143,10 @@ def _keep_together(
 
     Copies are together, and images with the same code, unless no class would be in two groups.
     """
-    groups = group_copies(copies, len(labels), codes)
+    of_copies = group_copies(copies, len(labels))
+    groups = of_copies if codes is None else join_codes(codes, of_copies)
     divides_groups = codes is not None and not is_class_in_two(labels, groups)
-    return group_copies(copies, len(labels)) if divides_groups else groups, divides_groups
+    return of_copies if divides_groups else groups, divides_groups
 
 
 def _suspect(images: _Images, held_out: Sequence[CrossValidated]) -> Iterator[SuspectedLabel]:

@@ -55,15 +55,9 @@ def find_copies(
     return exact + sorted(_find_near(np.sort(last), features, facts, num_threads), key=lambda pair: -pair.score)
 
 
-def group_copies(pairs: Sequence[Copies], count: int, groups: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """Returns the number (N,) of the group of each of `count` images. Copies, and copies of copies, share a group.
-
-    `groups` (N,): numbers of groups that the data set has, such as patients, whose images share a group too.
-    """
+def group_copies(pairs: Sequence[Copies], count: int) -> NDArray[np.int64]:
+    """Returns the number (N,) of the group of each of `count` images. Copies, and copies of copies, share a group."""
     first, second = (np.array([getattr(pair, side) for pair in pairs], np.int64) for side in ("first", "second"))
-    if groups is not None:
-        _, heads, group_of = np.unique(groups, return_index=True, return_inverse=True)
-        first, second = np.append(first, heads[group_of.reshape(-1)]), np.append(second, np.arange(count))
     links = coo_array((np.ones(len(first)), (first, second)), shape=(count, count))
     return np.asarray(connected_components(links, directed=False)[1], np.int64)
 

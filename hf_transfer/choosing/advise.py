@@ -94,7 +94,7 @@ class Advice:
     images_per_second: float  # of a forward pass in the precision of the run
     probe_seconds: float  # time of the solver for one head
     cost: Mapping[str, float]  # seconds of "loading", "features", "estimates", "pilots"; "images_computed"
-    validation_groups: int | None = None  # number of groups of the validation images, if the data have groups
+    validation_groups: int | None = None  # number of groups of the validation images, if these have groups or copies
 
     @property
     def command(self) -> str:

@@ -108,7 +108,7 @@ def rank(
         raise ValueError(f"sample={sample}: choose the number of images, 1 or more, or 0 for all images")
     accelerator = accelerator or Accelerator()
     set_num_threads(config.compute.num_threads, accelerator.device)
-    loaded = load_data(config.data)
+    loaded = load_data(config.data, divides_copies=True)  # train and validation are joined again
     check_classes(loaded.target, "rank")
     data = sample_data(loaded, sample, config.seed)
     check_has_folds(data)

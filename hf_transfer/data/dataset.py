@@ -108,11 +108,19 @@ class Data:
         return show_title(self.name) + show_table(rows) + show_pictures(pictures)
 
 
-def load_data(config: DataConfig, images: Any = None, *, is_addition: bool = False) -> Data:
+def load_data(
+    config: DataConfig,
+    images: Any = None,
+    *,
+    manifests: Path | None = None,
+    divides_copies: bool = False,
+    is_addition: bool = False,
+) -> Data:
     """Loads the splits that `config` describes. An image is decoded only when it is accessed.
 
     If `images` is given (see `memory.read_memory`), the dataset consists of these images, and `config.dataset` is only its
     public name. If `config.on_bad_image` is "skip", every image is decoded once here, and unreadable images are left out.
+    If validation images are drawn from train, copies stay together: see `splits.draw` for `manifests` and `divides_copies`.
     `is_addition`: the images will be added to others, so one class is enough.
 
     Raises:
@@ -158,18 +166,25 @@ def load_data(config: DataConfig, images: Any = None, *, is_addition: bool = Fal
             notes += notes_on_skipped
     if not is_addition:
         target.check_number(splits["train"].labels, where["train"])
-    return _draw(splits, config, replace(stored, notes=tuple(notes)))
-
-
-def _draw(splits: Mapping[Role, Split], config: DataConfig, stored: StoredData) -> Data:
-    """Returns the data after few-shot and validation images are drawn from train, with a target fitted to the train labels.
-
-    The data have the name, revision, license and notes of `stored`, and notes on the draws.
-    """
-    fraction = None if "validation" in splits else config.validation_fraction
     train, drawn = draw(
-        splits["train"], images_per_class=config.images_per_class, validation_fraction=fraction, seed=config.seed
+        splits["train"],
+        images_per_class=config.images_per_class,
+        validation_fraction=None if "validation" in splits else config.validation_fraction,
+        seed=config.seed,
+        manifests=manifests,
+        divides_copies=divides_copies,
     )
+    return _join_drawn(splits, train, drawn, config, replace(stored, notes=tuple(notes)))
+
+
+def _join_drawn(
+    splits: Mapping[Role, Split], train: Split, drawn: Split | None, config: DataConfig, stored: StoredData
+) -> Data:
+    """Returns the data of the stored splits, after `train` and `drawn` (validation, or None) were drawn from the train split.
+
+    The target is fitted to the train labels. The data have the name, revision, license and notes of `stored`, and notes on the
+    draws.
+    """
     validation, test = splits.get("validation", drawn), splits.get("test")
     assert validation is not None
     target = train.target.fit(train.labels)

@@ -52,7 +52,9 @@ def _divide(name: str, pixels: NDArray[np.uint8], labels: NDArray[np.int64]) -> 
         labels=np.asarray(labels, np.int64),
         target=SingleLabel(names=tuple(str(digit) for digit in range(10))),
     )
-    train, test = draw(everything, images_per_class=None, validation_fraction=_TEST_FRACTION, seed=_TEST_SEED)
+    train, test = draw(
+        everything, images_per_class=None, validation_fraction=_TEST_FRACTION, seed=_TEST_SEED, divides_copies=True
+    )
     assert test is not None
     return StoredData(name=name, splits={"train": partial(_to_stored, train), "test": partial(_to_stored, test)})
 

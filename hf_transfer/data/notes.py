@@ -4,7 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 
 import numpy as np
 
@@ -23,7 +23,7 @@ _FIRST_ROWS = 1000  # rows whose values rule out most columns before all rows ar
 # The names after a count, which `hide_names` removes, and the sentence that may follow them.
 _NAMES = re.compile(
     r"(cannot be read|(?:is|are) not used|images\)|byte for byte \([^)]*\)|different labels \([^)]*\))"
-    r": .*?(\. (?:Metrics on|At least one) [^.]*)?\.$",
+    r": .*?(\. (?:Metrics on|Copies are|At least one) [^.]*)?\.$",
     re.DOTALL,
 )
 
@@ -151,25 +151,35 @@ def notes_on_groups(splits: Sequence[Split]) -> list[str]:
 
 
 def notes_on_copies(splits: Sequence[Split]) -> list[str]:
-    """Returns sentences about images whose bytes occur in two splits or with two labels. Reads every image not hashed yet."""
+    """Returns sentences about images whose bytes occur twice: in two splits, in one, or with two labels.
+
+    Reads the bytes of every image that is not hashed yet.
+    """
     digests = np.concatenate([split.digests() for split in splits]).view("<u8")
     _, firsts, contents = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     contents = contents.reshape(-1)  # (N,) over all splits: equal numbers mean equal bytes
     starts = np.cumsum([0, *map(len, splits)])
     notes = []
-    for (k, split), (m, other) in combinations(enumerate(splits), 2):
-        position_of = np.full(len(firsts), -1)  # by content: a position in `split`, or -1
-        position_of[contents[starts[k] : starts[k + 1]]] = np.arange(len(split))
-        positions = position_of[contents[starts[m] : starts[m + 1]]]
-        copies = np.flatnonzero(positions >= 0)
+    for (k, split), (m, other) in combinations_with_replacement(enumerate(splits), 2):
+        own = contents[starts[k] : starts[k + 1]]
+        first_of = np.full(len(firsts), -1)  # by content: the first position in `split`, or -1
+        first_of[own[::-1]] = np.arange(len(split))[::-1]
+        positions = first_of[contents[starts[m] : starts[m + 1]]]
+        is_copy = positions < np.arange(len(other)) if k == m else positions >= 0
+        copies = np.flatnonzero(is_copy)
         if copies.size:
             shown = [
                 f"{other.image_name(j)!r} is {split.image_name(positions[j])!r}" for j in copies[:_MAX_LISTED_COPIES]
             ]
+            repeats = "images of its own" if k == m else f"images of {split.name}"
+            advice = (
+                "Copies are held out together, and intervals count them as one image."
+                if k == m
+                else f"Metrics on {other.name} are optimistic; remove the copies from one of the two splits."
+            )
             notes.append(
-                f"The {other.name} split repeats images of {split.name}, byte for byte ({copies.size:,} of {len(other):,}):"
-                f" {', '.join(shown)}{', ...' if copies.size > len(shown) else ''}. Metrics on {other.name} are optimistic;"
-                " remove the copies from one of the two splits."
+                f"The {other.name} split repeats {repeats}, byte for byte ({copies.size:,} of {len(other):,}):"
+                f" {', '.join(shown)}{', ...' if copies.size > len(shown) else ''}. {advice}"
             )
     labels = np.concatenate([split.labels for split in splits])
     of_first = labels[firsts][contents]

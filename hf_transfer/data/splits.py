@@ -5,8 +5,8 @@ position in the shuffled class (its rank) alone decides where the image goes. Th
 of the first k ranks, so every subset contains all smaller subsets. Whether an image belongs to validation depends only on its
 rank, so the training and validation parts of these subsets are nested too.
 
-Where images have groups (patients, cameras, videos, ...), ranks draw the few-shot subset, and whole groups of it become
-validation (see `solvers.groups`).
+Where images have groups (patients, cameras, videos, ...) or copies, ranks draw the few-shot subset, and whole groups of it
+become validation (see `solvers.groups`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ from PIL import Image
 from hf_transfer.data.images import READER_VERSION, BadImageError
 from hf_transfer.data.sources import ImageSource, JoinedSource
 from hf_transfer.errors import count_noun
-from hf_transfer.solvers.groups import draw_groups, number_groups
+from hf_transfer.solvers.groups import draw_groups, number_groups, number_named_groups
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.target import Labels, Target
 
@@ -205,12 +206,19 @@ def join(splits: Sequence[Split]) -> Split:
 
 
 def draw(
-    train: Split, *, images_per_class: int | None, validation_fraction: float | None, seed: int
+    train: Split,
+    *,
+    images_per_class: int | None,
+    validation_fraction: float | None,
+    seed: int,
+    manifests: Path | None = None,
+    divides_copies: bool = False,
 ) -> tuple[Split, Split | None]:
     """Draws `images_per_class` images of each class and divides them into (train, validation), each in stored order.
 
     If `images_per_class` is None, all images are drawn. If `validation_fraction` is None, validation is None. Images of one
-    group are all in train or all in validation.
+    group are all in train or all in validation, and so are copies of an image, whose bytes are hashed to find them (see
+    `Split.digests` for `manifests`). With `divides_copies`, no image is read, and copies may be in both.
 
     Raises:
         ValueError: a class has fewer than `images_per_class` images, or only one image for both train and validation, or every
@@ -247,7 +255,12 @@ def draw(
         )
     is_validation = np.zeros(len(train), np.bool_)
     kept = train.select(np.flatnonzero(is_kept))
-    codes = number_groups([kept])
+    codes = number_named_groups([kept])
+    if not divides_copies:
+        # An unreadable image is an error where it is used, not here.
+        with suppress(BadImageError):
+            kept.digests(manifests)
+            codes = number_groups([kept])
     if codes is not None:
         # Images of a group often have the same number, so a range of numbers may be one group: numbers are not stratified.
         of_groups = strata[is_kept] if train.target.counts_labels else np.zeros(len(kept), np.int64)

@@ -17,7 +17,7 @@ from hf_transfer.exporting.verify import Reference, read_reference, verify_expor
 from hf_transfer.flags import read_saved_config
 from hf_transfer.hub.verify import REFERENCE, has_own_code
 from hf_transfer.inference.predict import load_saved
-from hf_transfer.locations import RESULTS
+from hf_transfer.locations import RESULTS, find_manifests
 from hf_transfer.network.adapters import is_adapter_folder
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.damage import find_weights, read_json
@@ -168,7 +168,9 @@ def _find_held_out(
     """
     if data is None and run is not None:
         try:
-            return choose_held_out(load_data(read_saved_config(run).data), read_json(run / RESULTS))
+            config = read_saved_config(run)
+            loaded = load_data(config.data, manifests=find_manifests(config.compute.cache))
+            return choose_held_out(loaded, read_json(run / RESULTS))
         except (ValueError, OSError) as error:
             if options.precision == "int8":
                 raise

@@ -12,7 +12,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.metrics.formulas import find_exact_interval
+from hf_transfer.metrics.formulas import binomial_interval, find_exact_interval
 from hf_transfer.metrics.records import Interval
 
 CONFIDENCE_LEVEL = 0.95
@@ -60,7 +60,8 @@ class Bootstrap:
 
         `measure` computes the metrics, each (R,), of R resamples whose rows (R, num_samples) are given. `hits` are the outcomes
         (num_samples,) of metrics that are shares of images. Without groups, the interval of such a metric is the exact binomial
-        one for fewer than 10 right or fewer than 10 wrong images, since a bootstrap draws only mistakes that occurred.
+        one for fewer than 10 right or fewer than 10 wrong images, since a bootstrap draws only mistakes that occurred. With
+        groups, it is that of as many images as there are groups if all resamples have the same share.
 
         >>> errors = np.array([0.0, 1.0, 2.0, 5.0])
         >>> intervals, notes = Bootstrap().find_intervals(lambda rows: {"error": errors[rows].mean(1)}, 4)
@@ -75,7 +76,10 @@ class Bootstrap:
                 drawn[name].append(values)
         intervals = {name: find_interval(np.concatenate(parts)) for name, parts in drawn.items()}
         for name, own in (hits or {}).items():
-            if self.groups is None and (exact := find_exact_interval(own)):
+            if self.groups is not None and intervals[name][0] == intervals[name][1]:
+                count = len(np.unique(self.groups))
+                intervals[name] = binomial_interval(round(float(own.mean()) * count), count)
+            elif self.groups is None and (exact := find_exact_interval(own)):
                 intervals[name] = exact
         return drop_empty(intervals, num_samples)
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.data.splits import Split
-from hf_transfer.locations import manifest_dir
+from hf_transfer.locations import find_manifests
 from hf_transfer.prefix.resources import Resources
 
 
@@ -20,7 +20,7 @@ def share_digests(splits: Sequence[Split], resources: Resources) -> None:
         BadImageError: a file is missing or cannot be opened.
         ValueError: two machines have different images.
     """
-    ranks, manifests = resources.ranks, None if resources.compute.cache == "none" else manifest_dir()
+    ranks, manifests = resources.ranks, find_manifests(resources.compute.cache)
     hosts = ranks.gather(socket.gethostname())
     first = hosts.index(hosts[ranks.rank])
 

@@ -80,8 +80,8 @@ def _describe_lonely_classes(groups: Codes | None) -> str:
             "no class has two images, so no image can be predicted from others: give at least two images of one class"
         )
     return (
-        "no class has images of two groups, so no image can be predicted from other groups: name a column of smaller groups"
-        " with --group_column, or omit it"
+        "no class has images of two groups (copies of an image are a group), so no image can be predicted from other groups:"
+        " add images, name a column of smaller groups with --group_column, or omit it"
     )
 
 

@@ -2,7 +2,8 @@
 
 Two images of one group are often nearly the same image, so a model that has trained on one of them knows the other one.
 Groups differ in size and in classes, so the division is stratified only as well as the groups allow: groups are placed one by
-one, each in the fold where the classes' shares become most equal. An image without a group is a group of its own.
+one, each in the fold where the classes' shares become most equal. An image without a group is a group of its own. Copies of an
+image, byte for byte, belong to one group too, whatever the data say.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 Codes = NDArray[np.int64]
 """The number of each image's group (N,). Equal numbers mean the same group."""
@@ -22,13 +25,30 @@ class Grouped(Protocol):
     def groups(self) -> NDArray[np.str_] | None:
         """The name of each image's group (N,), or None."""
 
+    def digests(self) -> NDArray[np.uint8]:
+        """Returns hashes (N, 16) of the images' bytes."""
+
     def __len__(self) -> int: ...
 
 
 def number_groups(splits: Sequence[Grouped], rows: NDArray[Any] | slice = slice(None)) -> Codes | None:
-    """Returns the numbers of the groups of all images, over all splits in order; None if no split has groups.
+    """Returns the numbers of the groups of all images, over all splits in order; None without groups and without copies.
 
-    Images with a blank group, and images of a split without groups, get a number of their own. `rows` selects images.
+    Copies of an image, byte for byte, are in one group, and so are the images of their groups. `rows` selects images. The bytes
+    of images are read that are not hashed yet.
+    """
+    contents = np.concatenate([split.digests() for split in splits]).view("<u8")[:, 0]
+    named = number_named_groups(splits)
+    copies = np.unique(contents, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    if named is not None:
+        return join_codes(named, copies)[rows]
+    return copies[rows] if len(np.unique(copies[rows])) < len(copies[rows]) else None
+
+
+def number_named_groups(splits: Sequence[Grouped]) -> Codes | None:
+    """Returns the numbers of the groups that the data name, over all splits in order; None if no split has groups.
+
+    Images with a blank group, and images of a split without groups, get a number of their own.
     """
     if all(split.groups is None for split in splits):
         return None
@@ -37,7 +57,25 @@ def number_groups(splits: Sequence[Grouped], rows: NDArray[Any] | slice = slice(
     codes = codes.reshape(-1).astype(np.int64)
     is_blank = names == ""
     codes[is_blank] = len(names) + np.arange(int(is_blank.sum()))
-    return codes[rows]
+    return codes
+
+
+def join_codes(codes: NDArray[np.integer[Any]], others: NDArray[np.integer[Any]]) -> Codes:
+    """Returns numbers of groups (N,) that are equal for images with equal `codes` or equal `others`, directly or by a chain.
+
+    >>> join_codes(np.array([5, 5, 6, 7]), np.array([0, 1, 1, 2])).tolist()
+    [0, 0, 0, 1]
+    """
+    count = len(codes)
+    firsts = np.concatenate([_find_firsts(codes), _find_firsts(others)])
+    graph = coo_array((np.ones(2 * count), (firsts, np.tile(np.arange(count), 2))), shape=(count, count))
+    return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def _find_firsts(codes: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """Returns the first row (N,) with the code of each row."""
+    _, firsts, numbers = np.unique(codes, return_index=True, return_inverse=True)
+    return np.asarray(firsts[numbers.reshape(-1)], np.int64)
 
 
 def is_class_in_two(labels: NDArray[np.int64], groups: Codes) -> bool:
@@ -69,8 +107,8 @@ def spread_groups(labels: NDArray[np.int64], codes: Codes, folds: int, seed: int
     num_groups = len(np.unique(codes))
     if num_groups < folds:
         raise ValueError(
-            f"{folds} folds need {folds} groups or more, and the images have {num_groups}: choose fewer folds, or a column of"
-            " smaller groups with --group_column"
+            f"{folds} folds need {folds} groups or more, and the images have {num_groups} (copies of an image are a group):"
+            " choose fewer folds, or a column of smaller groups with --group_column"
         )
     sizes = np.bincount(labels).astype(np.float64)
     filled = np.zeros((folds, len(sizes)))
@@ -114,8 +152,8 @@ def draw_groups(labels: NDArray[np.int64], codes: Codes, fraction: float, seed: 
     if not is_drawn.any():
         raise ValueError(
             f"the groups ({len(groups):,}) of the {len(labels):,} train images cannot be divided into train and validation,"
-            " since each class is in one group only: name a stored validation split with --validation_split, or a column of"
-            " smaller groups with --group_column"
+            " since each class is in one group only (copies of an image are a group): name a stored validation split with"
+            " --validation_split, or a column of smaller groups with --group_column"
         )
     return is_drawn
 
