@@ -111,8 +111,8 @@ def rank(
     loaded = load_data(config.data, divides_copies=True)  # train and validation are joined again
     check_classes(loaded.target, "rank")
     data = sample_data(loaded, sample, config.seed)
-    check_has_folds(data)
     share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))
+    check_has_folds(data)
     rows, failures = [], {}
     with Costs() as costs:
         for checkpoint in checkpoints:
