@@ -6,6 +6,7 @@ from typing import Any
 
 from hf_transfer.config import DataConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.locations import find_manifests
 from hf_transfer.runs import open_session
 from hf_transfer.session import Session
 from hf_transfer.settings import list_settings, replace_settings
@@ -24,12 +25,13 @@ def make_config(strategy: str = "full", **settings: Any) -> RunConfig:
 def make_session(strategy: str = "full", output_dir: Path | None = None, **settings: Any) -> Session:
     """A session over fresh upstream weights. States to resume from are kept if there is an `output_dir`."""
     config = make_config(strategy, **settings)
-    session = open_session(config, load=lambda: read_data(config.data), output_dir=output_dir)
+    manifests = find_manifests(config.compute.cache)
+    session = open_session(config, load=lambda: read_data(config.data, manifests), output_dir=output_dir)
     session.costs.stop()  # a sampling thread per session would slow down all later tests
     return session
 
 
 @cache
-def read_data(config: DataConfig) -> Data:
+def read_data(config: DataConfig, manifests: Path | None = None) -> Data:
     """The splits, read once per settings."""
-    return load_data(config)
+    return load_data(config, manifests=manifests)

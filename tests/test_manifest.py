@@ -287,7 +287,7 @@ def test_tables_have_manifests(
 ) -> None:
     monkeypatch.setattr(manifest, "MARGIN_S", TICK_S / 2)
     build(tmp_path / "table")
-    load = partial(load_data, DataConfig(dataset=str(tmp_path / "table"), validation_fraction=0.4))
+    load = partial(load_data, DataConfig(dataset=str(tmp_path / "table"), validation_fraction=0.4), divides_copies=True)
 
     def count() -> int:
         source = load().train.source
