@@ -1,6 +1,7 @@
 """Copies of an image, byte for byte, are one group, though no column says so: they stay on one side of each division."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,17 @@ def test_copies_within_a_split_are_noted(copied: dict[str, Any]) -> None:
 
 def test_codes_are_joined_by_chains() -> None:
     assert join_codes(np.array([3, 3, 1, 1, 9]), np.array([0, 1, 1, 2, 3])).tolist() == [0, 0, 0, 0, 1]
+
+
+def test_classes_of_one_image_each_are_divided_all_the_same(tmp_path: Path) -> None:
+    """Such as plain colors, with which people try a tool: if copies stayed together, nothing could be held out."""
+    for label, color in (("a", "red"), ("b", "blue")):
+        (tmp_path / label).mkdir()
+        for i in range(10):
+            Image.new("RGB", (8, 8), color).save(tmp_path / label / f"{i}.png")
+    data = load_data(make_config(dataset=str(tmp_path), images_per_class=None).data)
+    assert data.validation.counts().tolist() == [2, 2]
+    assert number_groups([data.train]) is None
 
 
 def test_images_without_copies_and_groups_have_no_numbers() -> None:

@@ -14,12 +14,22 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from hf_transfer.targets.target import Labels, Target
+
 Codes = NDArray[np.int64]
 """The number of each image's group (N,). Equal numbers mean the same group."""
 
 
 class Grouped(Protocol):
-    """Images that may have groups, such as a `Split`."""
+    """Labeled images that may have groups, such as a `Split`."""
+
+    @property
+    def labels(self) -> Labels:
+        """The labels (N, ...) of `target`."""
+
+    @property
+    def target(self) -> Target:
+        """What the labels say."""
 
     @property
     def groups(self) -> NDArray[np.str_] | None:
@@ -34,15 +44,18 @@ class Grouped(Protocol):
 def number_groups(splits: Sequence[Grouped], rows: NDArray[Any] | slice = slice(None)) -> Codes | None:
     """Returns the numbers of the groups of all images, over all splits in order; None without groups and without copies.
 
-    Copies of an image, byte for byte, are in one group, and so are the images of their groups. `rows` selects images. The bytes
-    of images are read that are not hashed yet.
+    Copies of an image, byte for byte, are in one group, and so are the images of their groups, unless no class would be in two
+    groups then. `rows` selects images. The bytes of images are read that are not hashed yet.
     """
     contents = np.concatenate([split.digests() for split in splits]).view("<u8")[:, 0]
     named = number_named_groups(splits)
     copies = np.unique(contents, return_inverse=True)[1].reshape(-1).astype(np.int64)
-    if named is not None:
-        return join_codes(named, copies)[rows]
-    return copies[rows] if len(np.unique(copies[rows])) < len(copies[rows]) else None
+    joined = (copies if named is None else join_codes(named, copies))[rows]
+    own = None if named is None else named[rows]
+    if len(np.unique(joined)) == (len(joined) if own is None else len(np.unique(own))):
+        return own
+    strata = np.concatenate([split.target.stratify(split.labels) for split in splits])[rows]
+    return joined if is_class_in_two(strata, joined) else own
 
 
 def number_named_groups(splits: Sequence[Grouped]) -> Codes | None:
