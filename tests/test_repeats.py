@@ -28,6 +28,7 @@ from hf_transfer.prefix.extract import _Extraction
 from hf_transfer.repeats import run_config
 from hf_transfer.reporting.predictions import PREDICTIONS
 from hf_transfer.reporting.report_results import explain_validation
+from hf_transfer.reporting.verdict import describe_kept_model
 from hf_transfer.settings import replace_settings
 from hf_transfer.strategy import default_config
 from hf_transfer.targets.multi_label import MultiLabel
@@ -480,6 +481,13 @@ def test_a_probe_that_the_sibling_kept_is_not_trained_again(tmp_path: Path) -> N
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=1e-3, rtol=1e-3)
     assert results["metrics"]["validation"]["accuracy"] == alone["metrics"]["validation"]["accuracy"]
+    kept = "Kept: the linear probe, fitted on all 60 train and validation images, because no epoch was better beyond chance in"
+    assert describe_kept_model(results) == f"{kept} its sibling."
+    assert describe_kept_model({**results, "folds": {}}) == f"{kept} at least half of the folds."
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert kept in card
+    assert "10 train images are drawn as validation (stratified, seed 0), and the train split keeps 50." in card
+    assert "The model is trained on all 60 train and validation images." in card
 
 
 def test_an_interrupted_run_keeps_the_finished_sibling(

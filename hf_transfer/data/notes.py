@@ -63,7 +63,7 @@ def notes_on_draws(
         manner = "stratified" if train.groups is None else "in whole groups, stratified as well as these allow"
         notes.append(
             f"No validation split is given, so {count_noun(len(validation), 'train image')} {verb} drawn as validation"
-            f" ({manner}, seed {config.seed}), and {len(train):,} {'is' if len(train) == 1 else 'are'} left to train on."
+            f" ({manner}, seed {config.seed}), and the train split keeps {len(train):,}."
         )
     if test is None:
         notes.append("There is no test split, so no test result. Keep some labeled images aside as a test split.")

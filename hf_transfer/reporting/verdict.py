@@ -75,6 +75,8 @@ def describe_kept_model(results: Mapping[str, Any]) -> str:
     epochs = [row for phase in details.get("phases", []) for row in phase["history"]]
     if details.get("kept_probe") and epochs:
         return _describe_kept_probe(results, epochs)
+    if details.get("kept_probe") and ("folds" in results or "sibling" in results):
+        return _describe_probe_of_earlier_runs(results)
     return _describe_last(plan[-1], len(details["phases"][-1]["history"]) if epochs else 0)
 
 
@@ -129,6 +131,14 @@ def _describe_kept_probe(results: Mapping[str, Any], epochs: Sequence[Mapping[st
         f"against {as_text(probe[name])} of the probe is {'within chance' if is_better else 'no gain'}{images}, so the trained "
         f"layers were discarded. All figures are of the probe{refitted}; curves over epochs show the discarded network."
     )
+
+
+def _describe_probe_of_earlier_runs(results: Mapping[str, Any]) -> str:
+    """Says why a model that is trained on all images is a probe. The earlier runs compared it with epochs, which are theirs."""
+    counts = results["data"]["num_images"]
+    images = f"{counts['train'] + counts['validation']:,} train and validation images"
+    where = "in at least half of the folds" if "folds" in results else "in its sibling"
+    return f"Kept: the linear probe, fitted on all {images}, because no epoch was better beyond chance {where}."
 
 
 def find_probe_score(plan: Sequence[Mapping[str, Any]]) -> Mapping[str, float] | None:
