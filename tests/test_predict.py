@@ -3,7 +3,9 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,10 +19,12 @@ from hf_transfer.data.images import BadImageError
 from hf_transfer.hub.save import save_model
 from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.inference.predict import Prediction, UnreadableImagesError, find_images, predict
-from hf_transfer.inference.rows import NamedPrediction, format_rows
+from hf_transfer.inference.rows import NamedPrediction, OutputFormat, format_rows
 from hf_transfer.network.adapters import add_adapters, load_adapted
 from hf_transfer.network.backbone import load
+from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
+from tests.shapes import write_shapes
 from tests.test_save import results_for, write_upstream
 
 
@@ -131,6 +135,47 @@ def test_a_number_may_be_called_like_a_column_of_the_table() -> None:
             "unlike_training": "false", "distance": "0.4",
         }
     ]  # fmt: skip
+
+
+def test_the_present_labels_are_those_above_their_thresholds_and_decide_what_the_metrics_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`top_k` limits the printed scores, not the present labels. A model without thresholds decides at 0.5."""
+    target = MultiLabel(names=("a", "b", "c"), thresholds=(0.2, 0.9, 0.5))
+    logits = torch.tensor([[-1.0, 2.0, 0.1], [-2.0, 3.0, -0.1], [-3.0, -3.0, -3.0]])
+    expected = [[True, False, True], [False, True, False], [False, False, False]]
+    assert target.find_present(logits).tolist() == expected
+    assert target.decide(logits).tolist() == np.array(expected, float).tolist()
+    assert replace(target, thresholds=()).find_present(logits)[0].tolist() == [False, True, True]
+    scored = target.measure(logits.numpy(), np.array(expected, np.float32), groups=None)
+    assert scored.values["exact_match"] == 1
+    folder = write_shapes(tmp_path).parent
+    run = ht.Task(str(folder / "labels.csv"), label_column="shapes", problem_type=target.problem_type).fit(
+        ht.linear_probe(), output_dir=tmp_path / "run"
+    )
+    files = [str(folder / f"{i}.png") for i in range(8)]
+    predictions = run.predict(files, top_k=1)
+    cutoffs = dict(zip(run.backbone.label_names, run.backbone.target.cutoffs, strict=True))
+    for few, all_of_them in zip(predictions, run.predict(files, top_k=len(cutoffs)), strict=True):
+        above = [name for name, p in zip(all_of_them.labels, all_of_them.values, strict=True) if p > cutoffs[name]]
+        assert list(few.present or ()) == above
+    assert len({each.present for each in predictions}) > 1
+    rows = {}
+    for kind in ("json", "csv", "text"):
+        main(["predict", str(tmp_path / "run"), *files, "--top_k", "1", "--format", kind])
+        rows[kind] = capsys.readouterr().out
+    assert [row["present"] for row in json.loads(rows["json"])] == [list(each.present or ()) for each in predictions]
+    cells = [row["present"] for row in csv.DictReader(rows["csv"].splitlines())]
+    assert cells == ["|".join(each.present or ()) for each in predictions]
+    for line, each in zip(rows["text"].splitlines(), predictions, strict=True):
+        assert f"; present: {', '.join(each.present or ()) or 'none'}" in line
+
+
+def test_a_model_of_one_class_names_no_present_labels(images: Path) -> None:
+    [prediction] = predict(load("embedded"), find_images([images / "test" / "0" / "0.png"]))
+    assert prediction.present is None
+    row = NamedPrediction(prediction=prediction, target=load("embedded").target)
+    assert all("present" not in format_rows([row], kind) for kind in get_args(OutputFormat))
 
 
 def test_images_in_memory_are_predicted_as_their_files_are(images: Path) -> None:

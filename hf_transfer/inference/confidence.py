@@ -40,6 +40,7 @@ class ConfidenceRequest:
 class Judgment:
     """What a model says about its predictions for N images. None: not asked for, or not known."""
 
+    present: NDArray[np.bool_] | None = None  # (N, K) the labels that each image has
     sets: NDArray[np.bool_] | None = None  # (N, K) the labels in each set
     intervals: NDArray[np.float64] | None = None  # (N, K, 2)
     answers: NDArray[np.bool_] | None = None  # (N,) whether the model answers
@@ -83,6 +84,7 @@ class Judge:
     def judge(self, logits: NDArray[np.float32], features: NDArray[np.float32]) -> Judgment:
         """Returns the judgment of N images with logits (N, K) and features (N, D) of `inputs`."""
         sets = intervals = answers = distances = None
+        present = self.target.find_present(torch.from_numpy(logits))
         if self.limits is not None:
             given, limits = torch.from_numpy(logits.astype(np.float64)), torch.from_numpy(self.limits)
             mask, bounds = self.target.find_set(given, limits), self.target.find_intervals(given, limits)
@@ -93,7 +95,13 @@ class Judge:
             )
         if self.inputs and self.confidence is not None and self.confidence.distance is not None:
             distances = self.confidence.distance.measure(features)
-        return Judgment(sets=sets, intervals=intervals, answers=answers, distances=distances)
+        return Judgment(
+            present=None if present is None else present.numpy(),
+            sets=sets,
+            intervals=intervals,
+            answers=answers,
+            distances=distances,
+        )
 
 
 def make_judge(backbone: Backbone, request: ConfidenceRequest) -> Judge:

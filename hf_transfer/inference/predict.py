@@ -35,6 +35,7 @@ class Prediction:
     image: str  # the path that the user gave, or "image 3" for a PIL image or array at index 3
     labels: tuple[str, ...]
     values: tuple[float, ...]  # for each label: its probability, or the predicted number
+    present: tuple[str, ...] | None = None  # of a model with several labels per image: those above their thresholds
     label_set: tuple[str, ...] | None = None  # with `coverage`: labels that contain the truth, the most likely first
     intervals: tuple[tuple[float, float], ...] | None = None  # with `coverage`: of each number in `labels`
     answers: bool | None = None  # with `max_error`: whether the network answers or abstains
@@ -221,11 +222,13 @@ def _describe(
 ) -> Prediction:
     """Returns the prediction for image number `row`, with `values` (K,) whose columns users read in `order`."""
     columns = order[:top_k]
-    sets, intervals, answers, distances = judgment.sets, judgment.intervals, judgment.answers, judgment.distances
+    present, sets, intervals = judgment.present, judgment.sets, judgment.intervals
+    answers, distances = judgment.answers, judgment.distances
     return Prediction(
         image=image,
         labels=tuple(names[k] for k in columns),
         values=tuple(values[k] for k in columns),
+        present=None if present is None else tuple(names[k] for k in order if present[row, k]),
         label_set=None if sets is None else tuple(names[k] for k in order if sets[row, k]),
         intervals=None if intervals is None else tuple((float(a), float(b)) for a, b in intervals[row, columns]),
         answers=None if answers is None else bool(answers[row]),

@@ -13,8 +13,10 @@ from hf_transfer.inference.predict import Prediction
 from hf_transfer.targets.target import Target
 
 OutputFormat = Literal["text", "json", "jsonl", "csv"]
-FIXED_COLUMNS = frozenset({"image", "adapter", "set", "answers", "unlike_training", "distance", "explanation"})
-SEPARATOR = "|"  # between the labels of a set in a CSV cell, as in tables of labels
+FIXED_COLUMNS = frozenset(
+    {"image", "adapter", "present", "set", "answers", "unlike_training", "distance", "explanation"}
+)
+SEPARATOR = "|"  # between labels in a CSV cell, as in tables of labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +33,7 @@ def format_rows(rows: Sequence[NamedPrediction], output_format: OutputFormat) ->
     """Returns predictions as text, or for programs as JSON, JSON lines or CSV, with an entry for each image.
 
     What the model does not know, or nobody asked for, is left out. The columns of CSV are image, adapter, label, score,
-    label_2, score_2, ... (a regression has one column for each number), set, answers, unlike_training, distance and
+    label_2, score_2, ... (a regression has one column for each number), present, set, answers, unlike_training, distance and
     explanation. A number or label called like one of these columns is called "predicted distance" and so on.
     """
     match output_format:
@@ -76,8 +78,13 @@ def _to_dict(row: NamedPrediction) -> dict[str, Any]:
     for entry, bounds in zip(labels, p.intervals or (), strict=p.intervals is not None):
         entry["interval"] = list(bounds)
     adapter = {"adapter": row.adapter} if row.adapter else {}
-    label_set = {} if p.label_set is None else {"set": list(p.label_set)}
-    return {"image": p.image, **adapter, **_explain(row), "labels": labels, **label_set, **_judge(p)}
+    return {"image": p.image, **adapter, **_explain(row), "labels": labels, **_list_labels(p), **_judge(p)}
+
+
+def _list_labels(p: Prediction) -> dict[str, list[str]]:
+    """Returns the labels that are present, and those of the set, as far as the model and the request have them."""
+    values = {"present": p.present, "set": p.label_set}
+    return {name: list(labels) for name, labels in values.items() if labels is not None}
 
 
 def _explain(row: NamedPrediction) -> dict[str, str]:
@@ -102,13 +109,13 @@ def _flatten(row: NamedPrediction) -> dict[str, Any]:
     for name, (low, high) in zip(p.labels, p.intervals or (), strict=p.intervals is not None):
         values |= {f"{name} low": low, f"{name} high": high}
     values = {f"predicted {name}" if name in FIXED_COLUMNS else name: value for name, value in values.items()}
-    label_set = {} if p.label_set is None else {"set": SEPARATOR.join(p.label_set)}
+    lists = {name: SEPARATOR.join(labels) for name, labels in _list_labels(p).items()}
     judged = {name: str(value).lower() if isinstance(value, bool) else value for name, value in _judge(p).items()}
-    return {"image": p.image, **adapter, **values, **label_set, **judged, **_explain(row)}
+    return {"image": p.image, **adapter, **values, **lists, **judged, **_explain(row)}
 
 
 def _describe(row: NamedPrediction) -> str:
-    """Returns labels with scores, then the set, whether the model abstains, and whether the image is unlike the training."""
+    """Returns labels with scores, then present labels, the set, whether the model abstains, and if the image is unfamiliar."""
     p, describe = row.prediction, row.target.describe_value
     bounds = p.intervals or (None,) * len(p.labels)
     parts = [
@@ -116,7 +123,10 @@ def _describe(row: NamedPrediction) -> str:
         + ("" if interval is None else f" ({describe(interval[0])} to {describe(interval[1])})")
         for label, score, interval in zip(p.labels, p.values, bounds, strict=True)
     ]
-    notes = [] if p.label_set is None else [f"set: {', '.join(map(make_printable, p.label_set)) or 'empty'}"]
+    nothing = {"present": "none", "set": "empty"}
+    notes = [
+        f"{name}: {', '.join(map(make_printable, labels)) or nothing[name]}" for name, labels in _list_labels(p).items()
+    ]
     notes += ["abstains"] if p.answers is False else []
     notes += [f"unlike training (distance {p.distance:.2f})"] if p.unlike_training else []
     return "; ".join([", ".join(parts), *notes])

@@ -189,7 +189,11 @@ class MultiLabel(Target):
 
     def decide(self, logits: Tensor) -> Tensor:
         """Returns 1 (B, K) for labels above their thresholds, else 0."""
-        return (logits.sigmoid() > torch.tensor(self.cutoffs, device=logits.device)).float()
+        return self.find_present(logits).float()
+
+    def find_present(self, logits: Tensor) -> Tensor:
+        """Returns a mask (B, K) of the labels above their thresholds."""
+        return logits.sigmoid() > torch.tensor(self.cutoffs, device=logits.device)
 
     def activate(self, logits: Tensor) -> Tensor:
         """Returns the sigmoid (B, K)."""

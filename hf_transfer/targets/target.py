@@ -289,6 +289,10 @@ class Target(ABC):
     def write_decision(self, names: str) -> list[str]:
         """Returns lines of Python that print what `logits` (1, K) say. `names`: an expression for the names by number."""
 
+    def find_present(self, logits: Tensor) -> Tensor | None:
+        """Returns a mask (B, K) of the labels that the network decides an image has; None for one class, or numbers."""
+        return None
+
     def order_outputs(self, activated: Tensor) -> Tensor:
         """Returns the columns (B, K) of `activated` in the order in which users read them."""
         return torch.arange(activated.shape[1], device=activated.device).expand(len(activated), -1)
