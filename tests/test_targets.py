@@ -130,6 +130,28 @@ def test_class_names_that_are_numbers_are_the_numbers() -> None:
         read_column([0, 1], problem_type="regression", names=["good", "bad"], where="data")
 
 
+def test_a_number_is_called_like_its_column() -> None:
+    for values in ([30, 41], ["30", " "], [None, 0.5]):
+        target, _ = read_column(values, problem_type="regression", column="age", where="data")
+        assert target.names == ("age",)
+    classes, _ = read_column([1, 0], problem_type="regression", names=["30", "41"], column="age", where="data")
+    assert classes.names == ("age",)
+    assert read_column([0.5], column=" ", where="data")[0].names == ("value",)
+    assert read_column([[0.5, 1.0]], column="point", where="data")[0].names == ("value_0", "value_1")
+    assert read_column(["a", "b"], column="age", where="data")[0].names == ("a", "b")
+
+
+def test_a_single_number_may_have_another_name_in_other_data() -> None:
+    """A model that was trained on the column `age` is evaluated on the column `years`."""
+    age, years = Regression(names=("age",)), Regression(names=("years",))
+    labels = np.array([[30.0], [41.0]], np.float32)
+    assert age.list_unknown(labels, years) == []
+    np.testing.assert_array_equal(age.translate(labels, years), labels)
+    two = Regression(names=("age", "height"))
+    assert two.list_unknown(labels, years) == ["years (2 images)"]
+    assert np.isnan(two.translate(labels, age)[:, 1]).all()
+
+
 def test_class_indices_in_lists_are_not_one_class() -> None:
     with pytest.raises(ValueError, match=r"labels such as \[0\] are of type list; one class per image"):
         read_column([[0], [1]], problem_type="single_label_classification", names=["a", "b"], where="data")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
@@ -260,6 +261,28 @@ def test_a_head_that_cannot_take_over_the_scale_is_refused_before_it_trains(tabl
         ):
             run_plan(session.with_chain(chain), session.strategy.plan(session))
     assert not (tmp_path / "checkpoints" / "state.safetensors").exists()
+
+
+def test_a_number_is_published_under_the_name_of_its_column(
+    table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also for evaluation on a table whose column has another name."""
+    columns: dict[str, Any] = {"label_column": "angle", "problem_type": "regression"}
+    run = ht.Task(str(table), **SMALL, **columns).fit(ht.linear_probe(), output_dir=tmp_path / "run")
+    assert run.results["label_names"] == ["angle"]
+    model = tmp_path / "run" / "model"
+    assert AutoModelForImageClassification.from_pretrained(model).config.id2label == {0: "angle"}
+    assert "predicts a number for an image (angle)" in (model / "README.md").read_text()
+    renamed = table.with_name("renamed.csv")
+    renamed.write_text(table.read_text().replace(",angle,", ",degrees,", 1))
+    scores = []
+    for file, column in ((table, "angle"), (renamed, "degrees")):
+        flags = ["--label_column", column, "--split_column", "split", "--json"]
+        main(["evaluate", str(model), "--dataset", str(file), *flags])
+        scores.append(json.loads(capsys.readouterr().out))
+    assert scores[0]["mae"] == scores[1]["mae"]
+    frame = pd.DataFrame({"image": [str(table.parent / f"{i}.png") for i in range(8)], "age": range(30, 38)})
+    assert ht.Task(frame, label_column="age", problem_type="regression").data.label_names == ("age",)
 
 
 def test_class_names_are_the_numbers_of_a_regression() -> None:

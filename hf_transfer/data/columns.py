@@ -103,7 +103,7 @@ def read_labels(table: pa.Table, features: Mapping[str, Any], problem_type: str,
     inner = getattr(features[names[0]], "feature", features[names[0]])  # of a list
     classes = inner.names if isinstance(inner, ClassLabel) else None
     values, where = table[names[0]].to_pylist(), f"{where}, column {names[0]!r}"
-    return read_column(values, problem_type=problem_type, names=classes, where=where)
+    return read_column(values, problem_type=problem_type, names=classes, column=names[0], where=where)
 
 
 def _choose(

@@ -146,9 +146,9 @@ def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | Non
             f" image_root (default: the current folder, {Path.cwd()})"
         )
     if len(labels) == 1:
-        (given,) = labels.values()
+        ((column, given),) = labels.items()
         checked_labels = [_check_label(label, row, where) for row, label in enumerate(given)]
-        target, indices = read_column(checked_labels, problem_type=columns.problem_type, where=where)
+        target, indices = read_column(checked_labels, problem_type=columns.problem_type, column=column, where=where)
     else:
         target, indices = read_columns(labels, problem_type=columns.problem_type, where=where)
     return LabeledImages(
@@ -226,7 +226,7 @@ def _read_pairs(pairs: Sequence[Any], where: str) -> tuple[list[Any], dict[str, 
                 f"{where}: element {row} is a {type(pair).__name__}{count}, not an (image, label) pair; give every image with"
                 " its label"
             )
-    return [image for image, _ in pairs], {"label": [label for _, label in pairs]}
+    return [image for image, _ in pairs], {"value": [label for _, label in pairs]}  # the name of a number
 
 
 def check_image(image: Any, row: int, where: str, root: Path | None = None) -> _ImageLike:

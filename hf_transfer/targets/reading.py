@@ -14,13 +14,18 @@ SEPARATORS = ("|", ";", ",")  # of labels in one text; the first that occurs in 
 
 
 def read_column(
-    values: Sequence[Any], *, problem_type: str = AUTO, names: Sequence[str] | None = None, where: str
+    values: Sequence[Any],
+    *,
+    problem_type: str = AUTO,
+    names: Sequence[str] | None = None,
+    column: str = "",
+    where: str,
 ) -> tuple[Target, Labels]:
     """Returns the target and the labels of N images, from the values of one label column.
 
     With `problem_type` "auto", lists of text or of class indices are several labels per image; fractions, and lists of
     fractions, are numbers; all other values are classes. `names`: the class names that the column states. For regression, these
-    names ("3") are the numbers, not their indices.
+    names ("3") are the numbers, not their indices. `column`: the column's name, which is the name of its number; "": none.
 
     Raises ValueError, which begins with `where`, for values that do not fit the problem type.
 
@@ -31,8 +36,10 @@ def read_column(
     kind = _guess(values, names) if problem_type == AUTO else find_target(problem_type)
     if kind is MultiLabel:
         values = _list_labels(values)
-    if kind is Regression and names is not None:
-        values, names = _to_names(values, dict(enumerate(names))), None
+    if kind is Regression:
+        values = values if names is None else _to_names(values, dict(enumerate(names)))
+        is_number = column.strip() and not any(isinstance(value, list | tuple) for value in values)
+        names = [column] if is_number else None
     return kind.read(values, names, where)
 
 

@@ -118,9 +118,16 @@ class Regression(Target):
                 " label column"
             )
 
+    def list_unknown(self, labels: Labels, source: Target) -> list[str]:
+        """Returns the names of numbers that this target does not have. A single number may have any name."""
+        return [] if self._is_alike(source) else super().list_unknown(labels, source)
+
     def translate(self, labels: Labels, source: Target) -> Labels:
-        """Returns numbers (N, K) with the columns of this target; a number that `source` does not have is unknown."""
-        if source.names == self.names:
+        """Returns numbers (N, K) with the columns of this target; a number that `source` does not have is unknown.
+
+        A single number may have any name: its column in other data may have another one.
+        """
+        if self._is_alike(source):
             return labels
         index_of = {name: index for index, name in enumerate(source.names)}
         unknown = np.full(len(labels), np.nan, np.float32)
@@ -227,6 +234,10 @@ class Regression(Target):
         factors = torch.tensor(self.scale or (1.0,) * len(self.names))
         offsets = torch.tensor(self.center or (0.0,) * len(self.names))
         return replace(self, folded=True), factors, offsets
+
+    def _is_alike(self, source: Target) -> bool:
+        """Whether the numbers of `source` are those of this target, in the same order."""
+        return source.names == self.names or len(source.names) == len(self.names) == 1
 
     def _to_outputs(self, labels: Tensor) -> Tensor:
         """Returns the outputs (B, K) that stand for numbers."""
