@@ -18,18 +18,12 @@ from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
 from hf_transfer.targets.target import Target
 from hf_transfer.training.records import to_json
-
-
-class Names:
-    """Images of which only the names are read."""
-
-    def name(self, row: int) -> str:
-        return f"{row}.png"
+from tests.distinct_images import make_distinct_images
 
 
 def make_split(labels: np.ndarray, target: Target, groups: np.ndarray | None = None) -> Split:
-    images: Any = Names()
-    return Split(name="test", source=images, rows=np.arange(len(labels)), labels=labels, target=target, groups=groups)
+    images, rows = make_distinct_images(len(labels)), np.arange(len(labels))
+    return Split(name="test", source=images, rows=rows, labels=labels, target=target, groups=groups)
 
 
 def save_run(folder: Path, split: Split, target: Target, logits: np.ndarray) -> SavedRun:
@@ -66,6 +60,19 @@ def test_equal_predictions_of_numbers_are_equal_whatever_the_train_images_were(t
     _, other = compare_runs(runs).runs
     assert (other.difference, other.difference_interval) == (0.0, (0.0, 0.0))
     assert not other.is_different
+
+
+def test_runs_that_are_equally_good_on_each_image_have_no_interval(tmp_path: Path) -> None:
+    """Not one of width 0: 20 images without a difference do not show that others have none."""
+    target, labels = SingleLabel(names=("a", "b")), np.zeros(20, np.int64)
+    split, logits = make_split(labels, target), np.tile([4.0, 0.0], (20, 1))
+    comparison = compare_runs(
+        [save_run(tmp_path / str(i), split, target, factor * logits) for i, factor in enumerate((1, 2))]
+    )
+    shown = "accuracy +0.0 points (no interval, since the two are equally good on each image), undecided"
+    assert comparison.format().endswith(shown)
+    assert [row["range"] for row in _describe_rows(comparison)] == [None, None]
+    assert _describe_rows(comparison)[1]["difference"] == shown
 
 
 def test_the_time_of_a_resumed_run_is_no_total(tmp_path: Path) -> None:

@@ -331,3 +331,6 @@ def test_the_gain_over_a_probe_is_in_points_only_for_shares(metric: str, shown: 
     assert shown in line
     [line] = describe_seeds({"seeds": [0, 1], "metrics": {}, "gain_over_probe": gain | {"interval": None}})
     assert line.endswith("(no interval, since all images are of one group, on the same images)")
+    equal = gain | {"mean": 0.0, "interval": [0.0, 0.0]}
+    [line] = describe_seeds({"seeds": [0, 1], "metrics": {}, "gain_over_probe": equal})
+    assert line.endswith("(no interval, since the two are equally good on each image, on the same images)")

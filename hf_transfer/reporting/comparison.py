@@ -19,7 +19,7 @@ from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.metrics.records import Interval, Metrics
 from hf_transfer.reporting.formats import format_metric, format_seconds
 from hf_transfer.reporting.predictions import deactivate
-from hf_transfer.reporting.report_results import NO_INTERVAL, choose_split, find_interval, find_metrics
+from hf_transfer.reporting.report_results import choose_split, explain_no_interval, find_interval, find_metrics
 from hf_transfer.reporting.saved_runs import SavedRun, read_activated
 from hf_transfer.solvers.groups import number_groups
 from hf_transfer.targets.multi_label import MultiLabel
@@ -88,8 +88,8 @@ class Comparison:
         factor, unit, digits = (100, " points", 1) if is_share else (1, "", 3)
         mean, *bounds = (f"{factor * x:+.{digits}f}" for x in (run.difference, *(run.difference_interval or ())))
         difference = f"{self.image_quality.replace('_', ' ')} {mean}{unit}"
-        if not bounds:
-            return f"{difference} ({NO_INTERVAL}), undecided"
+        if missing := explain_no_interval(run.difference, run.difference_interval):
+            return f"{difference} ({missing}), undecided"
         return f"{difference} ({' to '.join(bounds)}), {'more than' if run.is_different else 'within'} chance"
 
 

@@ -17,6 +17,7 @@ from hf_transfer.reporting.pages import render_page
 from hf_transfer.reporting.pictures import LARGE_PX, draw_pictures
 from hf_transfer.reporting.points import Point, draw_against_cost
 from hf_transfer.reporting.ranges import scale_of
+from hf_transfer.reporting.report_results import explain_no_interval
 from hf_transfer.targets.target import Target
 
 MAX_DIFFERENT = 12  # images of a gallery
@@ -38,13 +39,13 @@ def write_comparison(comparison: Comparison, targets: Sequence[Target], path: Pa
 
 def _describe_rows(comparison: Comparison) -> list[Mapping[str, Any]]:
     factor = 100 if comparison.metric.kind == "percent" else 1
-    bounds = [factor * bound for run in comparison.runs[1:] for bound in run.difference_interval or ()]
-    scale = scale_of([0.0, *bounds])
+    scale = scale_of([0.0, *(factor * bound for run in comparison.runs[1:] for bound in run.difference_interval or ())])
     rows: list[Mapping[str, Any]] = []
     for i, run in enumerate(comparison.runs):
         shown = None
-        if i and run.difference_interval is not None:
-            low, high = run.difference_interval
+        bounds = run.difference_interval
+        if i and bounds is not None and not explain_no_interval(run.difference, bounds):
+            low, high = bounds
             shown = scale.place(factor * low, factor * run.difference, factor * high, zero=0.0)
         rows.append(
             {

@@ -1,7 +1,7 @@
 """Reads from results.json what reports and cards share: the split that they show, and the metrics of the target."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_transfer.metrics.records import Interval
@@ -22,7 +22,8 @@ WHY_NOT_STARTED = {  # verdict of a candidate of `auto` that did not start, thou
 }
 NO_TEST_SPLIT = "There is no test split. Validation metrics are optimistic: they also selected the model."
 NOTHING_SELECTED = "There is no test split. No validation image trained the model or selected it."
-NO_INTERVAL = "no interval, since all images are of one group"
+ONE_GROUP = "no interval, since all images are of one group"
+NO_DIFFERENCE = "no interval, since the two are equally good on each image"
 CHOSE_STRATEGY = " These predictions also chose the strategy, so the metrics are optimistic."
 CHOSE_EPOCHS = " These images also chose the epochs of those models, so the metrics are optimistic."
 
@@ -51,6 +52,19 @@ def find_interval(scores: Mapping[str, Any], key: str) -> Interval | None:
     """Returns the 95 % interval of a metric, or None if it has none."""
     bounds = scores.get(f"{key}_interval")
     return None if bounds is None else (bounds[0], bounds[1])
+
+
+def explain_no_interval(mean: float, bounds: Sequence[float] | None) -> str:
+    """Returns why the mean difference between two models has no interval to show; "" if it has one.
+
+    If no image differs, no resample does, and an interval of width 0 would claim to know the difference on all other images.
+
+    >>> explain_no_interval(0.0, (0.0, 0.0))
+    'no interval, since the two are equally good on each image'
+    """
+    if bounds is None:
+        return ONE_GROUP
+    return NO_DIFFERENCE if mean == 0 and not any(bounds) else ""
 
 
 def describe_estimate(scores: Mapping[str, Any]) -> str:

@@ -6,9 +6,9 @@ from typing import Any
 from hf_transfer.errors import count_noun
 from hf_transfer.metrics.records import SHARES, Metrics, Score
 from hf_transfer.reporting.report_results import (
-    NO_INTERVAL,
     WHY_NOT_STARTED,
     describe_estimate,
+    explain_no_interval,
     find_interval,
     is_same_gain,
 )
@@ -60,7 +60,7 @@ def describe_seeds(section: Mapping[str, Any]) -> list[str]:
     if gain is not None:
         factor, digits, unit = (100, 1, " points") if gain["metric"] in SHARES else (1, 3, "")
         mean, *bounds = (f"{factor * value:+.{digits}f}" for value in (gain["mean"], *(gain["interval"] or ())))
-        interval = f"95 % interval {' to '.join(bounds)}" if bounds else NO_INTERVAL
+        interval = explain_no_interval(gain["mean"], gain["interval"]) or f"95 % interval {' to '.join(bounds)}"
         lines.append(
             f"{seeds}, gain over a linear probe in {gain['split']} {gain['metric'].replace('_', ' ')}: "
             f"{mean}{unit} ({interval}, on the same images)"
