@@ -497,6 +497,29 @@ def test_copies_in_two_splits_or_two_classes_are_noted(tmp_path: Path) -> None:
     assert "'train/a/2.png' (a) is 'train/b/2.png' (b)" in note
 
 
+def test_copies_with_other_labels_make_metrics_pessimistic(tmp_path: Path) -> None:
+    """What the network has learned of a copy is wrong for the other one."""
+    write(tmp_path, *(f"{split}/{c}/*3" for split in ("train", "val", "test") for c in "ab"))
+    shutil.copy(tmp_path / "train/a/1.png", tmp_path / "test/b/0.png")
+    remedy = "correct the labels, and remove the copies from one of the two splits."
+
+    def find_note() -> str:
+        (note,) = [each for each in load(tmp_path).notes if "repeats images of train" in each]
+        return note
+
+    note = find_note()
+    warning = f"Metrics on test are pessimistic, since the labels of the copies contradict each other; {remedy}"
+    assert note.endswith(f"'test/b/0.png' is 'train/a/1.png'. {warning}")
+    assert hide_names(note) == f"The test split repeats images of train, byte for byte (1 of 6). {warning}"
+    shutil.copy(tmp_path / "train/a/2.png", tmp_path / "test/a/2.png")
+    note = find_note()
+    assert "Metrics on test are optimistic where two copies have the same label, and pessimistic where" in note
+    assert note.endswith(f"contradict each other (1 of 2); {remedy}")
+    assert hide_names(note).endswith(f"byte for byte (2 of 6). {note[note.index('Metrics on') :]}")
+    shutil.copy(tmp_path / "test/b/1.png", tmp_path / "test/b/0.png")
+    assert find_note().endswith("Metrics on test are optimistic; remove the copies from one of the two splits.")
+
+
 # Fingerprints and pickling
 
 

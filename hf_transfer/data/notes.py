@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from itertools import combinations, combinations_with_replacement
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hf_transfer.config import DataConfig
 from hf_transfer.data.labels import Columns, LabeledImages, UnusedColumn
 from hf_transfer.data.splits import Split, role_of
 from hf_transfer.errors import count_noun
 from hf_transfer.targets.labels import listed
+from hf_transfer.targets.target import Labels
 
 _STRONG_IMBALANCE = 5.0  # the ratio of images in the largest class to images in the smallest class
 _MAX_LISTED_COPIES = 3
@@ -175,7 +177,7 @@ def notes_on_copies(splits: Sequence[Split]) -> list[str]:
             advice = (
                 "Copies are held out together, and intervals count them as one image."
                 if k == m
-                else f"Metrics on {other.name} are optimistic; remove the copies from one of the two splits."
+                else _warn_of_copies(split.labels[positions[copies]], other, copies)
             )
             notes.append(
                 f"The {other.name} split repeats {repeats}, byte for byte ({copies.size:,} of {len(other):,}):"
@@ -183,8 +185,7 @@ def notes_on_copies(splits: Sequence[Split]) -> list[str]:
             )
     labels = np.concatenate([split.labels for split in splits])
     of_first = labels[firsts][contents]
-    differs = (labels != of_first) & ~(np.isnan(labels) & np.isnan(of_first))  # an unknown label (NaN) equals itself
-    contradictions = np.flatnonzero(differs if differs.ndim == 1 else differs.any(1))
+    contradictions = np.flatnonzero(_differ(labels, of_first))
     subject = (
         "Classes share images, byte for byte" if splits[0].target.has_classes else "Equal images have different labels"
     )
@@ -201,3 +202,24 @@ def notes_on_copies(splits: Sequence[Split]) -> list[str]:
             f"{', ...' if contradictions.size > len(shown) else ''}. At least one of the labels is wrong; remove one copy."
         )
     return notes
+
+
+def _warn_of_copies(labels: Labels, other: Split, copies: NDArray[np.int64]) -> str:
+    """Returns what the images `copies` of the split `other` do to its metrics, if their copies elsewhere have these labels."""
+    count = int(_differ(labels, other.labels[copies]).sum())
+    if not count:
+        return f"Metrics on {other.name} are optimistic; remove the copies from one of the two splits."
+    effect = "pessimistic" if other.target.has_classes else "unreliable"
+    why = (
+        f"{effect}, since the labels of the copies contradict each other"
+        if count == len(copies)
+        else f"optimistic where two copies have the same label, and {effect} where their labels contradict each other"
+        f" ({count:,} of {len(copies):,})"
+    )
+    return f"Metrics on {other.name} are {why}; correct the labels, and remove the copies from one of the two splits."
+
+
+def _differ(labels: Labels, others: Labels) -> NDArray[np.bool_]:
+    """Returns a mask (N,) of the images whose labels (N, ...) differ. An unknown label (NaN) equals itself."""
+    differs = (labels != others) & ~(np.isnan(labels) & np.isnan(others))
+    return np.asarray(differs if differs.ndim == 1 else differs.any(1))
