@@ -117,7 +117,10 @@ def test_a_model_from_random_weights_has_no_base(backbone: Backbone) -> None:
     assert data.license is None
 
 
-@pytest.mark.parametrize(("is_resumed", "words"), [(False, "in total"), (True, "since the last resume")])
+@pytest.mark.parametrize(
+    ("is_resumed", "words"),
+    [(False, "before saving and the report"), (True, "since the last resume, before saving and the report")],
+)
 def test_the_card_says_which_part_of_a_resumed_run_the_cost_is_of(
     is_resumed: bool, words: str, backbone: Backbone, folder: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Folds and seeds: what each run may see, what is computed once, what is reported, and how an interrupted run continues."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -488,6 +489,7 @@ def test_a_probe_that_the_sibling_kept_is_not_trained_again(tmp_path: Path) -> N
     assert kept in card
     assert "10 train images are drawn as validation (stratified, seed 0), and the train split keeps 50." in card
     assert "The model is trained on all 60 train and validation images." in card
+    assert re.search(r"Cost: \S+ s before saving and the report \(and \S+ s in the sibling before\)[,;]", card)
 
 
 def test_an_interrupted_run_keeps_the_finished_sibling(
