@@ -145,6 +145,24 @@ def test_the_card_reports_the_metrics_and_the_limits(folder: Path) -> None:
     assert "32x32 pixels, bicubic" in card
 
 
+@pytest.mark.parametrize(
+    ("error", "by_chance", "verdict"),
+    [
+        (0.03, 0.02, "the model is well calibrated."),
+        (0.072, None, "use probabilities only to rank labels."),
+        (0.072, 0.05, "use probabilities only to rank labels."),
+        (0.072, 0.084, "within chance, since a calibrated model would be off by up to 8.4 % on 4 test images."),
+    ],
+)
+def test_a_calibration_error_within_chance_is_no_verdict(
+    error: float, by_chance: float | None, verdict: str, backbone: Backbone, folder: Path
+) -> None:
+    results = results_for(backbone)
+    results["metrics"]["test"] |= {"ece": error, **({} if by_chance is None else {"ece_by_chance": by_chance})}
+    card = str(make_card(backbone, results, folder))
+    assert f"Probabilities are off by {100 * error:.1f} % on average (calibration error): {verdict}" in card
+
+
 def test_the_charts_are_small_and_contain_the_numbers(folder: Path) -> None:
     for name in ("confusion_matrix.svg", "curve_1.svg"):
         assert f"]({name})" in (folder / "README.md").read_text()

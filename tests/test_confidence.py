@@ -15,10 +15,10 @@ from hf_transfer.confidence.distance import MIN_HELD_OUT, fit_distance, share_by
 from hf_transfer.confidence.record import CONFIDENCE, Confidence, FeatureInput, read_confidence
 from hf_transfer.confidence.selective import DELTA, bound_error, choose_threshold, find_lowest_limit
 from hf_transfer.confidence.temperature import fit_sigmoid_factors, fit_softmax_factor
-from hf_transfer.metrics.calibration import compare_calibration, measure_calibration
-from hf_transfer.metrics.formulas import find_share
+from hf_transfer.metrics.calibration import compare_calibration, draw_error_by_chance, measure_calibration
+from hf_transfer.metrics.formulas import calibration_error, find_share
 from hf_transfer.network.head import HeadInput, scale_outputs, watch_features
-from hf_transfer.reporting.confidence import describe_confidence
+from hf_transfer.reporting.confidence import _describe_calibration, describe_confidence
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.regression import Regression
 from hf_transfer.targets.single_label import SingleLabel
@@ -94,6 +94,52 @@ def test_the_calibration_error_has_an_interval_around_it_and_pairs_images() -> N
     change = compare_calibration((sure, hits), (sure - 0.15, hits), losses)
     assert change.log_loss_change == pytest.approx((-0.5, -0.5))
     assert change.after.value < change.before.value
+
+
+def test_a_calibrated_network_is_below_the_error_by_chance_in_95_percent_of_draws() -> None:
+    rng, counts = np.random.default_rng(0), []
+    for count in (25, 400):
+        confidences = rng.uniform(0.4, 1, count)
+        limit = draw_error_by_chance(confidences)
+        errors = [calibration_error(confidences, rng.random(count) < confidences) for _ in range(1000)]
+        counts.append(sum(error <= limit for error in errors))
+        assert measure_calibration(confidences[:, None], np.ones((count, 1))).by_chance == limit
+    assert all(
+        925 <= number <= 975 for number in counts
+    )  # of 1,000: 950 with a standard error of 7, and that of the limit
+    sure = np.full(400, 0.95)
+    assert draw_error_by_chance(sure) < 0.03 < 0.15 - 0.05  # stated 95 %, right in 80 %: no chance
+
+
+def test_images_of_a_group_share_their_chance() -> None:
+    confidences, groups = np.full(200, 0.8), np.arange(200) // 10
+    alike, alone = draw_error_by_chance(confidences, groups=groups), draw_error_by_chance(np.full(20, 0.8))
+    assert alike == pytest.approx(alone, abs=1e-6)
+    assert alike > 2 * draw_error_by_chance(confidences)
+    logits = np.log(np.tile([0.8, 0.2], (200, 1)))
+    target, labels = SingleLabel(names=("a", "b")), np.zeros(200, np.int64)
+    measured = [target.measure(logits, labels, groups=each).ece_by_chance for each in (None, groups)]
+    assert measured == pytest.approx([draw_error_by_chance(confidences), alike])
+
+
+@pytest.mark.parametrize("split", ["test", "held_out"])
+def test_both_log_losses_of_the_same_images_are_named(split: str) -> None:
+    error = {"value": 0.118, "interval": [0.04, 0.139], "by_chance": 0.129}
+    change = {
+        "before": error | {"value": 0.2},
+        "after": error,
+        "log_loss_before": 0.2482,
+        "log_loss_after": 0.2196,
+        "num_images": 20,
+    }
+    line = _describe_calibration({split: change})
+    assert "20.0 % (95 % interval 4.0 to 13.9) before calibration" in line
+    assert "11.8 % (4.0 to 13.9; a calibrated model has up to 12.9 by chance) after it" in line
+    assert "Log-loss: 0.2482 before calibration, 0.2196 after it." in line
+    if split == "test":
+        assert line.endswith("The metrics are those after it.")
+    else:
+        assert "Here, the temperature of each half of the images is fitted to the other half" in line
 
 
 # --- conformal sets ---------------------------------------------------------------------------------------------------

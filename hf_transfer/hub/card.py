@@ -155,8 +155,15 @@ def _limits(results: Mapping[str, Any], split: str) -> list[str]:
             limits.append(f"Some {word} have fewer than {minimum} images to {purpose}: {named}{more}.")
     error = scores.get("ece")
     if error is not None:
-        verdict = (
-            "use probabilities only to rank labels" if error > POOR_CALIBRATION else "the model is well calibrated"
-        )
+        by_chance = scores.get("ece_by_chance")
+        if error <= POOR_CALIBRATION:
+            verdict = "the model is well calibrated"
+        elif by_chance is not None and error <= by_chance:
+            verdict = (
+                f"within chance, since a calibrated model would be off by up to {format_percent(by_chance)} % on "
+                f"{describe_scored_images(split, scores)}"
+            )
+        else:
+            verdict = "use probabilities only to rank labels"
         limits.append(f"Probabilities are off by {format_percent(error)} % on average (calibration error): {verdict}.")
     return [*limits, *scores["notes"]]

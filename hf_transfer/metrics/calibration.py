@@ -12,8 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_transfer.metrics.bootstrap import find_interval, mean_interval, resample_indices
-from hf_transfer.metrics.formulas import calibration_error
+from hf_transfer.metrics.bootstrap import (
+    BLOCK_ELEMENTS,
+    CONFIDENCE_LEVEL,
+    find_interval,
+    mean_interval,
+    resample_indices,
+)
+from hf_transfer.metrics.formulas import CALIBRATION_BINS, calibration_error, find_calibration_bins
 from hf_transfer.metrics.records import Interval
 
 Floats = NDArray[np.float64]
@@ -21,10 +27,14 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationError:
-    """The calibration error of N images, from 0 to 1, with its 95 % interval."""
+    """The calibration error of N images, from 0 to 1, with its 95 % interval.
+
+    `by_chance`: the error that a calibrated network with these probabilities stays below with a probability of 95 %.
+    """
 
     value: float
     interval: Interval
+    by_chance: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +65,36 @@ def measure_calibration(
         for rows in indices
     ]
     low, high = find_interval(np.array(drawn))
-    return CalibrationError(value=value, interval=(max(0.0, 2 * value - high), max(0.0, 2 * value - low)))
+    return CalibrationError(
+        value=value,
+        interval=(max(0.0, 2 * value - high), max(0.0, 2 * value - low)),
+        by_chance=draw_error_by_chance(probabilities[~np.isnan(hits)], seed=seed, draws=resamples),
+    )
+
+
+def draw_error_by_chance(
+    probabilities: Floats, *, seed: int = 0, draws: int = 1000, groups: NDArray[np.int64] | None = None
+) -> float:
+    """Returns the calibration error that a calibrated network stays below with a probability of 95 %.
+
+    A decision with one of the `probabilities` (N,) is then right as often as this says, so `draws` of right and wrong decisions
+    show what chance alone does. Decisions of one of the `groups` (N,) share their chance.
+
+    >>> few, many = (draw_error_by_chance(np.full(count, 0.9)) for count in (20, 2000))
+    >>> few > 0.1, many < 0.02
+    (True, True)
+    """
+    count = len(probabilities)
+    if not count:
+        return 0.0
+    codes = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
+    in_bin = np.eye(CALIBRATION_BINS)[find_calibration_bins(probabilities)]  # (N, bins)
+    generator = np.random.default_rng(seed)
+    errors, num_rows = [], max(1, BLOCK_ELEMENTS // count)
+    for start in range(0, draws, num_rows):
+        chance = generator.random((min(num_rows, draws - start), codes.max() + 1))[:, codes]
+        errors.append(np.abs(((chance < probabilities) - probabilities) @ in_bin).sum(1) / count)
+    return float(np.quantile(np.concatenate(errors), CONFIDENCE_LEVEL))
 
 
 def compare_calibration(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_transfer.metrics.arrays import NonFinitePredictionsError, describe_broken, to_numpy
 from hf_transfer.metrics.bootstrap import BLOCK_ELEMENTS, Bootstrap
+from hf_transfer.metrics.calibration import draw_error_by_chance
 from hf_transfer.metrics.formulas import (
     ClassCounts,
     calibration_error,
@@ -80,6 +81,10 @@ def score(outcomes: Outcomes, names: Sequence[str], bootstrap: Bootstrap) -> Met
             f"{len(names)} label names for logits of {outcomes.num_classes} classes: give one name per class"
         )
     values, tables = _compute(outcomes)
+    if bootstrap.resamples:
+        values["ece_by_chance"] = draw_error_by_chance(
+            outcomes.confidences, seed=bootstrap.seed, draws=bootstrap.resamples, groups=bootstrap.groups
+        )
     intervals, of_intervals = bootstrap.find_intervals(
         partial(_measure, outcomes), len(outcomes.labels), {"accuracy": outcomes.hits}
     )

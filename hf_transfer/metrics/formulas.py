@@ -92,10 +92,15 @@ def calibration_error(confidences: NDArray[np.float64], hits: NDArray[np.bool_])
     The error is the mean over images of |accuracy - mean confidence| of the image's bin (arXiv 1706.04599, section 2).
     `confidences`: the probability of the predicted class. `hits`: whether the prediction is correct.
     """
-    bins = np.clip(np.ceil(confidences * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+    bins = find_calibration_bins(confidences)
     # The sizes of the bins cancel, so the error is the sum over bins of |sum of (hit - confidence)|, divided by N.
     gaps = np.bincount(bins, weights=hits - confidences, minlength=CALIBRATION_BINS)
     return float(np.abs(gaps).sum() / len(confidences))
+
+
+def find_calibration_bins(confidences: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Returns the bin (N,) of each confidence, from 0 to CALIBRATION_BINS - 1."""
+    return np.clip(np.ceil(confidences * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
 
 
 def count_images_to_tell_apart(accuracy: float, difference: float) -> int:

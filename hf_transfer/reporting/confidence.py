@@ -51,15 +51,30 @@ def _describe_calibration(calibration: Mapping[str, Any]) -> str:
         return ""
     before, after = change["before"], change["after"]
     images = count_noun(change["num_images"], f"{name} image")
-    low, high = (100 * bound for bound in after["interval"])
     if change["log_loss_before"] == change["log_loss_after"]:
-        return f"Calibration error on {images}: {100 * after['value']:.1f} % (95 % interval {low:.1f} to {high:.1f})."
-    old_low, old_high = (100 * bound for bound in before["interval"])
-    return (
-        f"Calibration error on {images}: {100 * before['value']:.1f} % before (95 % interval"
-        f" {old_low:.1f} to {old_high:.1f}), {100 * after['value']:.1f} % after ({low:.1f} to {high:.1f}). Log-loss:"
-        f" {change['log_loss_before']:.4f} before, {change['log_loss_after']:.4f} after."
+        return f"Calibration error on {images}: {_describe_error(after, '95 % interval ')}."
+    # A temperature must not be fitted to the images that measure it, but the metrics are of the one that is saved.
+    which = (
+        " The metrics are those after it."
+        if name == "test"
+        else " Here, the temperature of each half of the images is fitted to the other half; the metrics have the saved one, "
+        "fitted to all of them, and so differ."
     )
+    return (
+        f"Calibration error on {images}: {_describe_error(before, '95 % interval ', has_chance=False)} before calibration,"
+        f" {_describe_error(after)} after it. Log-loss: {change['log_loss_before']:.4f} before calibration,"
+        f" {change['log_loss_after']:.4f} after it.{which}"
+    )
+
+
+def _describe_error(error: Mapping[str, Any], title: str = "", *, has_chance: bool = True) -> str:
+    """Returns a calibration error with its interval and, if it is no larger than chance alone can make it, with this limit."""
+    low, high = (100 * bound for bound in error["interval"])
+    by_chance = error.get("by_chance")  # results of older versions do not have it
+    chance = ""
+    if has_chance and by_chance is not None and error["value"] <= by_chance:
+        chance = f"; a calibrated model has up to {100 * by_chance:.1f} by chance"
+    return f"{100 * error['value']:.1f} % ({title}{low:.1f} to {high:.1f}{chance})"
 
 
 def _describe_coverage(coverage: Mapping[str, Any]) -> str:
