@@ -31,8 +31,8 @@ def table(root: Path, paths: list[Any] = PATHS, name: str = "image", file: str =
     return root / file
 
 
-def load(dataset: Path, **settings: Any) -> Data:
-    return load_data(DataConfig(dataset=str(dataset), **settings))
+def load(dataset: Path, manifests: Path | None = None, **settings: Any) -> Data:
+    return load_data(DataConfig(dataset=str(dataset), **settings), manifests=manifests)
 
 
 @pytest.mark.parametrize("name", ["image", "path", "file_name", "filename", "image_path"])
@@ -53,9 +53,9 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(
         hf_transfer.data.sources.time, "time_ns", lambda: 2 * old
     )  # the files are older than the margin
-    first = load(file).train.digests(tmp_path / "manifests")
+    first = load(file, tmp_path / "manifests").train.digests()
     monkeypatch.setattr(FolderSource, "content", lambda *_: pytest.fail("read again"))
-    assert (load(file).train.digests(tmp_path / "manifests") == first).all()
+    assert (load(file, tmp_path / "manifests").train.digests() == first).all()
 
 
 def test_paths_start_at_image_root(tmp_path: Path) -> None:

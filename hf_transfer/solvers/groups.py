@@ -11,8 +11,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from hf_transfer.targets.target import Labels, Target
 
@@ -50,10 +48,10 @@ def number_groups(splits: Sequence[Grouped], rows: NDArray[Any] | slice = slice(
     contents = np.concatenate([split.digests() for split in splits]).view("<u8")[:, 0]
     named = number_named_groups(splits)
     copies = np.unique(contents, return_inverse=True)[1].reshape(-1).astype(np.int64)
-    joined = (copies if named is None else join_codes(named, copies))[rows]
     own = None if named is None else named[rows]
-    if len(np.unique(joined)) == (len(joined) if own is None else len(np.unique(own))):
+    if len(np.unique(copies[rows])) == len(copies[rows]):
         return own
+    joined = (copies if named is None else join_codes(named, copies))[rows]
     strata = np.concatenate([split.target.stratify(split.labels) for split in splits])[rows]
     return joined if is_class_in_two(strata, joined) else own
 
@@ -79,6 +77,9 @@ def join_codes(codes: NDArray[np.integer[Any]], others: NDArray[np.integer[Any]]
     >>> join_codes(np.array([5, 5, 6, 7]), np.array([0, 1, 1, 2])).tolist()
     [0, 0, 0, 1]
     """
+    from scipy.sparse import coo_array  # takes 0.2 s, and only few data sets need it
+    from scipy.sparse.csgraph import connected_components
+
     count = len(codes)
     firsts = np.concatenate([_find_firsts(codes), _find_firsts(others)])
     graph = coo_array((np.ones(2 * count), (firsts, np.tile(np.arange(count), 2))), shape=(count, count))
