@@ -98,7 +98,7 @@ def add_classes(
         strategy=make_strategy("linear_probe", readouts="none"),
     )
     connect_processes()
-    with open_folder(output, NAME) as new_folder:
+    with open_folder(output, NAME, dataset=more.dataset) as new_folder:
         note = f"the images are those of the run {folder} and of {more.dataset}: repeat it with hf-transfer add-classes"
         session = open_session(settings, load=lambda: combined, unrepeatable=[note])
         result = train_session(session)

@@ -65,7 +65,10 @@ def _run(config: RunConfig, *, is_quiet: bool) -> "tuple[Session, RunResult]":
         exempt_from_collection()
         start_logging(is_quiet=is_quiet)
         warn_of_embedded(config)
-        with open_folder(config.output, name) as folder, explains_how_to_continue(make_resume_command(name, folder)):
+        with (
+            open_folder(config.output, name, dataset=config.data.dataset) as folder,
+            explains_how_to_continue(make_resume_command(name, folder)),
+        ):
             session, result = run_config(config, output_dir=folder)
             if config.output.export != "none":
                 export_run(session)

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import socket
+from collections.abc import Collection
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -13,6 +15,8 @@ SO_FAR = "so_far"  # folder of an output folder: a run folder with the best mode
 SEEN_IMAGES = "seen_images.npy"  # file of an output folder: hashes of the images that trained or selected the model
 MODEL = "model"  # folder of an output folder: the trained model in Hub layout
 CHECKPOINTS = "checkpoints"  # folder of an output folder: the saved states and, until the run is finished, config.yaml
+LOCK = ".lock"  # file of each folder that this package writes: runs, audits, explanations
+LOCKED_BY = "process"  # the first word of this file
 # Names in every results.json and config.yaml of a run. Other programs write files of the same names.
 RESULTS_KEYS = frozenset({"strategy", "plan", "config"})
 CONFIG_KEYS = frozenset({"dataset", "checkpoint", "overwrite_output_dir"})
@@ -96,6 +100,28 @@ def is_unfinished(folder: Path) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     return {line.partition(":")[0] for line in lines} >= CONFIG_KEYS  # a run writes one line `name: value` per setting
+
+
+def mark_output(folder: Path) -> None:
+    """Writes to `folder/.lock` which process of this package writes to the folder, so that `is_output` knows the folder."""
+    (folder / LOCK).write_text(f"{LOCKED_BY} {os.getpid()} on {socket.gethostname()}")
+
+
+def read_lock(folder: Path) -> str:
+    """Returns the process and host that have, or had, the lock of `folder`; "" if there is no lock."""
+    try:
+        return (folder / LOCK).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def is_output(folder: Path, names: Collection[str]) -> bool:
+    """Returns whether this package has written `folder`, which contains `names`: a run, an audit or explanations."""
+    return (
+        (LOCK in names and read_lock(folder).startswith(LOCKED_BY))
+        or (RESULTS in names and is_finished(folder))
+        or (CHECKPOINTS in names and is_unfinished(folder))
+    )
 
 
 def resolve_model(name: str) -> str:

@@ -13,48 +13,64 @@ import logging
 import os
 import shlex
 import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from hf_transfer.config import OutputConfig
+from hf_transfer.data.folders import list_folder
 from hf_transfer.errors import ContinuableError
 from hf_transfer.interrupts import Interrupted
-from hf_transfer.locations import CHECKPOINTS, CONFIG, MODEL, RESULTS, SEEN_IMAGES, is_finished, is_unfinished
+from hf_transfer.locations import (
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    LOCKED_BY,
+    MODEL,
+    RESULTS,
+    SEEN_IMAGES,
+    is_finished,
+    is_output,
+    is_unfinished,
+    mark_output,
+    read_lock,
+)
 from hf_transfer.processes import run_on_main
 
 log = logging.getLogger(__name__)
 
-LOCK, STAGING = ".lock", ".saving"
-LOCKED_BY = "process"  # the first word of a lock that a run has left
+STAGING = ".saving"
 OLD_RESULTS = (
     RESULTS, CONFIG, "report.html", "predictions.parquet", SEEN_IMAGES, "reference.safetensors", "merged", "model",
 )  # fmt: skip
 
 
 @contextmanager
-def open_folder(output: OutputConfig, strategy: str) -> Iterator[Path]:
-    """Chooses and creates the output folder of a run, and locks the folder during the `with` block.
+def open_folder(output: OutputConfig, strategy: str, *, dataset: str | None = None) -> Iterator[Path]:
+    """Chooses and creates the output folder of a run on `dataset`, and locks the folder during the `with` block.
 
     The main process decides for all processes. Raises ValueError if another run has locked the folder, if the folder contains a
-    finished run that the settings neither overwrite nor resume, if it lies inside another run's folder, or if it contains files
-    of somebody else that the run would replace, and OSError if the folder is not writable. A folder that the run has created
-    is deleted if the `with` block raises an error before its first state or result, unless the run can continue.
+    finished run that the settings neither overwrite nor resume, if it lies inside another run's folder, if it contains images
+    of the data set, or if it contains files of somebody else that the run would replace, and OSError if the folder is not
+    writable. A folder that the run has created is deleted if the `with` block raises an error before its first state or result,
+    unless the run can continue.
     """
     with ExitStack() as locks:
 
         def choose() -> str:
+            missing = [parent for parent in _name_first(output, strategy).parents if not parent.exists()]
             folder, is_created = _name_folder(output, strategy)
             if output.output_dir is not None:
                 refuse_nested(folder)
+            if dataset is not None:
+                refuse_images(folder, dataset)
             refuse_foreign(folder)
             is_created |= locks.enter_context(lock_folder(folder))
             if is_created:  # the stack deletes first, and unlocks then
-                locks.push(lambda kind, error, trace: _delete_failed(folder, error))
+                locks.push(lambda kind, error, trace: _delete_failed(folder, missing, error))
             if is_finished(folder) and not output.overwrite_output_dir:
                 if not output.resume:
                     raise _refuse(folder, "a finished run")
@@ -92,25 +108,38 @@ def lock_folder(folder: Path) -> Iterator[bool]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"output_dir={folder}: another run ({_read_lock(folder) or 'just started'}) writes to this folder: choose another "
+            f"output_dir={folder}: another run ({read_lock(folder) or 'just started'}) writes to this folder: choose another "
             "folder, or wait until that run has ended"
         ) from None
     with lock:
         lock.release()  # the `with` statement has acquired the lock a second time
-        path.write_text(f"{LOCKED_BY} {os.getpid()} on {socket.gethostname()}")
+        mark_output(folder)
         yield is_created
 
 
 def refuse_foreign(folder: Path) -> None:
     """Raises ValueError if a run would replace files in `folder` that no run has written, such as a folder `model`."""
     is_ours = is_finished(folder) or is_unfinished(folder) or (folder / STAGING).exists()
-    if is_ours or _read_lock(folder).startswith(LOCKED_BY):
+    if is_ours or read_lock(folder).startswith(LOCKED_BY):
         return
     names = [name for name in (*OLD_RESULTS, f"{CHECKPOINTS}/{CONFIG}") if (folder / name).exists()]
     if names:
         raise ValueError(
             f"output_dir={folder} contains {', '.join(names)}, which no run has written and a run would replace: choose "
             "another folder, or move what is there"
+        )
+
+
+def refuse_images(folder: Path, dataset: str) -> None:
+    """Raises ValueError if `folder` is the data set or a folder of images in it: what is in an output folder is not read."""
+    data, target = Path(dataset).expanduser(), folder.expanduser().resolve()
+    if not os.path.isdir(data) or not target.is_dir() or not target.is_relative_to(data.resolve()):  # noqa: PTH112
+        return  # a name that is too long is no error
+    is_new = not is_output(target, [path.name for path in target.iterdir()])
+    if target == data.resolve() or (is_new and any(list_folder(target).all_images())):
+        raise ValueError(
+            f"output_dir={folder} is a folder of the data set, whose images would be taken for files of the run: choose "
+            "another folder"
         )
 
 
@@ -125,11 +154,10 @@ def refuse_nested(folder: Path) -> None:
 
 def find_free_folder(folder: Path) -> Path:
     """Creates and returns `folder` or, if that exists, the folder with the first free number, such as `lora_2`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     for number in count(1):
         free = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
         try:
-            free.mkdir()
+            free.mkdir(parents=True)
         except FileExistsError:
             continue
         return free
@@ -208,12 +236,9 @@ def _create(folder: Path) -> bool:
     return True
 
 
-def _read_lock(folder: Path) -> str:
-    """Returns the process and host that have, or had, the lock of `folder`; "" if there is no lock."""
-    try:
-        return (folder / LOCK).read_text(errors="replace")
-    except OSError:
-        return ""
+def _name_first(output: OutputConfig, strategy: str) -> Path:
+    """Returns the output folder if no other run has one of this name."""
+    return Path("runs") / strategy if output.output_dir is None else Path(output.output_dir).expanduser()
 
 
 def _name_folder(output: OutputConfig, strategy: str) -> tuple[Path, bool]:
@@ -221,9 +246,9 @@ def _name_folder(output: OutputConfig, strategy: str) -> tuple[Path, bool]:
 
     A run to resume is the newest unfinished one that has saved something, and otherwise the newest unfinished one.
     """
+    default = _name_first(output, strategy)
     if output.output_dir is not None:
-        return Path(output.output_dir).expanduser(), False
-    default = Path("runs") / strategy
+        return default, False
     if output.resume:
         named = [folder for folder in default.parent.glob(f"{strategy}*") if _is_numbered(folder, strategy)]
         started = [folder for folder in named if is_unfinished(folder)]
@@ -238,10 +263,17 @@ def _has_progress(folder: Path) -> bool:
     return any(any(folder.rglob(name)) for name in (f"{CHECKPOINTS}/**/*.safetensors", RESULTS))
 
 
-def _delete_failed(folder: Path, error: BaseException | None) -> None:
-    """Deletes the folder of a run that ended by an error with nothing to continue from, so that no other run resumes it."""
+def _delete_failed(folder: Path, missing: Sequence[Path], error: BaseException | None) -> None:
+    """Deletes the folder of a run that ended by an error with nothing to continue from, so that no other run resumes it.
+
+    `missing`: the folders above it that did not exist before. They are deleted too if they are empty, because an empty folder
+    in a data set is a class.
+    """
     if isinstance(error, Exception) and not isinstance(error, ContinuableError) and not _has_progress(folder):
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
 
 
 def _is_numbered(folder: Path, strategy: str) -> bool:

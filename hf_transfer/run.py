@@ -21,13 +21,13 @@ from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.embed import Pool, embed
 from hf_transfer.inference.heat_maps import Explanation, make_explainer
 from hf_transfer.inference.predict import ImageLike, Prediction, find_images, load_saved, predict
-from hf_transfer.locations import MODEL, find_run, is_finished
+from hf_transfer.locations import LOCK, MODEL, find_run, is_finished
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.network.adapters import is_adapter_folder
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import FEATURES
 from hf_transfer.network.damage import read_json
-from hf_transfer.output import LOCK, find_free_folder, lock_folder, refuse_foreign, refuse_nested
+from hf_transfer.output import find_free_folder, lock_folder, refuse_foreign, refuse_images, refuse_nested
 from hf_transfer.processes import run_on_main
 from hf_transfer.reporting.formats import format_metric
 from hf_transfer.reporting.report_results import find_metrics
@@ -191,6 +191,8 @@ class Run:
                         f"{folder} contains a finished run: choose another folder, or delete this folder"
                     )
                 refuse_nested(folder)
+                if self._session is not None:
+                    refuse_images(folder, self._session.config.data.dataset)
                 refuse_foreign(folder)
                 locks.enter_context(lock_folder(folder))
 

@@ -133,7 +133,7 @@ class Task:
             folder = None
             if output_dir is not None:
                 connect_processes()
-                folder = contexts.enter_context(open_folder(output, strategy.name))
+                folder = contexts.enter_context(open_folder(output, strategy.name, dataset=self.config.data.dataset))
                 call = f"fit(..., output_dir={str(folder)!r}, resume=True)"
                 contexts.enter_context(explains_how_to_continue(call))
             session, result = run_config(

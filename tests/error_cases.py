@@ -311,6 +311,16 @@ EDITS = (
 )
 
 DATA = (
+    ErrorCase(
+        trigger="an output folder among the images",
+        command="train full --dataset {}/data --output_dir {}/data/a",
+        build=image_folder(),
+    ),
+    ErrorCase(
+        trigger="an output folder in a folder of tables",
+        command="train full --dataset {}/ --output_dir {}/run",
+        build=table(),
+    ),
     ErrorCase(trigger="a missing folder", command="train full --dataset {}/nothing"),
     ErrorCase(
         trigger="a misspelt folder",

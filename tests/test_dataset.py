@@ -21,12 +21,15 @@ from PIL import Image
 from hf_transfer.cli import main
 from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, Split, load_data
+from hf_transfer.data.every_image import load_files
 from hf_transfer.data.images import BadImageError
 from hf_transfer.data.notes import hide_names
 from hf_transfer.data.splits import draw, public_name, role_of
+from hf_transfer.inference.predict import find_images
 from hf_transfer.targets.multi_label import MultiLabel
 from hf_transfer.targets.single_label import SingleLabel
 from tests.distinct_images import make_distinct_images
+from tests.run_folders import leave
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -149,6 +152,50 @@ def test_litter_is_ignored(tmp_path: Path) -> None:
     assert dirty.label_names == ("ant", "bee")
     assert dirty.train.fingerprint == clean.train.fingerprint
     assert dirty.notes == clean.notes
+
+
+@pytest.mark.parametrize("marker", [".lock", "results.json", "checkpoints/config.yaml"])
+def test_what_a_run_has_written_is_no_data(marker: str, tmp_path: Path) -> None:
+    before = load(write(tmp_path, "train/ant/*5", "train/bee/*5"))
+    for run in ("runs/lora", "train/runs/lora_2", "train/ant/why", "kept/lora/old"):
+        write(tmp_path / run, "model/*2")
+        (tmp_path / run / "predictions.parquet").touch()
+        leave(tmp_path / run, marker)
+    data = load(tmp_path)
+    assert data.label_names == ("ant", "bee")
+    assert data.train.fingerprint == before.train.fingerprint
+    note = "Folders that hf_transfer has written are not read: 'kept', 'runs', 'train/runs' and 1 more."
+    assert data.notes == (note, *before.notes)
+    with pytest.raises(
+        ValueError, match=r"no image in this folder \(0 other files\).* has written are not read: 'lora'"
+    ):
+        load(tmp_path / "runs")
+    assert len(load_files(find_images([str(tmp_path)]))) == 10
+    assert len(load_files(find_images([str(tmp_path / "runs/lora")]))) == 2, "the user names this folder"
+
+
+def test_files_of_other_programs_do_not_hide_images(tmp_path: Path) -> None:
+    write(tmp_path, "ant/*5", "bee/*5", "cat/*5")
+    (tmp_path / "ant/results.json").write_text("{}")
+    (tmp_path / "bee/.lock").write_text("1234")
+    (tmp_path / "cat/checkpoints").mkdir()
+    (tmp_path / "cat/checkpoints/config.yaml").write_text("a: 1\n")
+    assert load(tmp_path).label_names == CLASSES
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="1 of 4 classes have no image to train on, 'empty'"):
+        load(tmp_path)
+
+
+def test_a_run_inside_a_folder_of_tables_is_refused(tmp_path: Path) -> None:
+    """`datasets` would read the tables of the run too."""
+    parquet(tmp_path, train=table(["ant", "bee"] * 5))
+    leave(tmp_path / "runs/lora", ".lock")
+    with pytest.raises(ValueError, match=r"hf_transfer writes tables to 'runs' in it: move .* --output_dir outside"):
+        load(tmp_path)
+    saved = tmp_path / "saved"
+    table(["ant", "bee"] * 5).save_to_disk(str(saved))
+    leave(saved / "runs/lora", ".lock")
+    assert load(saved).label_names == ("ant", "bee")
 
 
 def test_hidden_folders_with_images_are_noted(tmp_path: Path) -> None:
@@ -363,7 +410,10 @@ def test_metadata_above_the_folders_of_splits_gives_the_labels_not_the_folders(t
         write(tmp_path, f"{split}/camera/*{n}")
         rows += [f"{split}/camera/{i}.png,{labels[i % 3]}" for i in range(n)]
     (tmp_path / "metadata.csv").write_text("\n".join(rows[:-1]))
+    write(tmp_path, "runs/lora/*1")
+    leave(tmp_path / "runs/lora", ".lock")
     data = load(tmp_path)
+    assert "Folders that hf_transfer has written are not read: 'runs'." in data.loading_notes
     assert data.label_names == ("007", "7", "None")
     assert data.test is not None
     assert labels_by_image(data.test)["test/camera/1.png"] == "007"

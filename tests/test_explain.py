@@ -261,6 +261,17 @@ def test_explanations_do_not_replace_the_photos(tmp_path: Path, capsys: pytest.C
     assert photo.read_bytes() == content
 
 
+@pytest.mark.parametrize("folder", ["a", "b/..", "."])
+def test_explanations_are_not_written_around_photos(
+    folder: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(photos.rglob("*"))
+    with pytest.raises(SystemExit):
+        main(["predict", "embedded", str(photos / "a/2.jpg"), "--explain", str(photos / folder)])
+    assert "contains images to explain, from" in capsys.readouterr().err
+    assert sorted(photos.rglob("*")) == before
+
+
 def test_the_picture_shows_the_image_and_the_heat() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)

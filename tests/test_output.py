@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import hf_transfer as ht
 from hf_transfer import output, runs
+from hf_transfer.auditing.files import open_audit_folder
 from hf_transfer.cli import main
-from hf_transfer.config import OutputConfig, RunConfig
+from hf_transfer.config import OutputConfig
 from hf_transfer.errors import ContinuableError, describe_error
 from hf_transfer.hub.save import save_model
 from hf_transfer.interrupts import Interrupted
@@ -32,12 +34,10 @@ from hf_transfer.output import (
     open_folder,
     replace_results,
 )
-from hf_transfer.reporting.results import write_config
 from hf_transfer.runs import push, train_session
 from hf_transfer.training.records import RunResult
+from tests.run_folders import RESULTS, leave
 from tests.sessions import make_session
-
-RESULTS = {"strategy": "lora", "plan": [], "config": {}}  # what tells a run's results.json from that of another program
 
 HOLD = """
 import sys
@@ -126,15 +126,6 @@ def test_a_tracker_that_is_not_installed_is_an_error_and_no_run_without_tracking
     with pytest.raises(ValueError, match=re.escape(message)):
         task.fit(ht.full(epochs=1, tracker=absent), output_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def leave(folder: Path, name: str) -> None:
-    """Writes one of the files that tell others that a run has written to `folder`."""
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    if name == "checkpoints/config.yaml":
-        write_config(folder / "checkpoints", RunConfig())
-    else:
-        (folder / name).write_text(json.dumps(RESULTS) if name == "results.json" else "process 1 on host")
 
 
 @pytest.mark.parametrize("name", ["model", "config.yaml", "report.html", "results.json", "checkpoints/config.yaml"])
@@ -234,6 +225,43 @@ def test_a_run_that_fails_before_it_saves_anything_leaves_no_folder(
     with pytest.raises(ValueError, match="again"):
         fail(ValueError("again"))
     assert folder.exists() == is_left, "a folder that was there stays"
+    assert Path("runs").exists() == is_left, "in a data set, an empty folder is a class"
+
+
+@pytest.mark.parametrize("name", ["photos", "photos/cat", "photos/train"])
+def test_a_folder_of_images_is_no_output_folder_of_a_run_on_them(name: str, tmp_path: Path) -> None:
+    for image in ("photos/cat/1.png", "photos/train/dog/1.png"):
+        (tmp_path / image).parent.mkdir(parents=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / image)
+    config, before = OutputConfig(output_dir=str(tmp_path / name)), sorted(tmp_path.rglob("*"))
+    message = f"output_dir={tmp_path / name} is a folder of the data set"
+    with pytest.raises(ValueError, match=message), open_folder(config, "lora", dataset=str(tmp_path / "photos")):
+        pass
+    with pytest.raises(ValueError, match=message):
+        open_audit_folder(str(tmp_path / name), overwrite=False, dataset=str(tmp_path / "photos"))
+    assert sorted(tmp_path.rglob("*")) == before
+    for folder in (tmp_path / name / "new", tmp_path / name / "new", tmp_path):
+        with open_folder(OutputConfig(output_dir=str(folder)), "lora", dataset=str(tmp_path / "photos")) as opened:
+            assert opened == folder
+
+
+def test_a_run_starts_inside_its_data_set_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(12):
+        Path("ab"[i % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i, 0, 90 * (i % 2))).save(Path("ab"[i % 2], f"{i}.png"))
+    main(["audit", "--dataset", "."])
+    for run in ("runs/linear_probe", "runs/linear_probe_2"):
+        main(["train", "linear_probe", "--readouts", "none", "--dataset", "."])
+        results = json.loads(Path(run, "results.json").read_text())
+        assert results["label_names"] == ["a", "b"]
+        assert "Folders that hf_transfer has written are not read: 'runs'." in results["data"]["notes"]
+    main(["predict", "runs/linear_probe", ".", "--explain", "why"])
+    capsys.readouterr()
+    main(["predict", "runs/linear_probe", ".", "--json"])
+    assert len(json.loads(capsys.readouterr().out)) == 12
 
 
 @pytest.mark.parametrize("check", ["refuse_nested", "refuse_foreign"])

@@ -14,7 +14,8 @@ from hf_transfer.auditing.records import (
     AuditResult,
 )
 from hf_transfer.data.splits import Split
-from hf_transfer.output import find_free_folder
+from hf_transfer.locations import mark_output
+from hf_transfer.output import find_free_folder, refuse_images
 
 AUDIT = "audit.json"
 TABLES = {
@@ -24,14 +25,19 @@ TABLES = {
 }  # the name of a list in audit.json, and of its CSV file -> its columns
 
 
-def open_audit_folder(output_dir: str | None, *, overwrite: bool) -> Path:
-    """Creates and returns the folder of an audit; without a name, runs/audit or the first free runs/audit_2, ...
+def open_audit_folder(output_dir: str | None, *, overwrite: bool, dataset: str | None = None) -> Path:
+    """Creates and returns the folder of an audit of `dataset`; without a name, runs/audit or the first free runs/audit_2, ...
 
-    Raises ValueError if the folder contains an audit, whose files may have been edited by hand, and `overwrite` is off.
+    Raises ValueError if the folder contains an audit, whose files may have been edited by hand, and `overwrite` is off, or
+    images of the data set.
     """
     if output_dir is None:
-        return find_free_folder(Path("runs") / "audit")
+        folder = find_free_folder(Path("runs") / "audit")
+        mark_output(folder)
+        return folder
     folder = Path(output_dir).expanduser()
+    if dataset is not None:
+        refuse_images(folder, dataset)
     if (folder / AUDIT).exists() and not overwrite:
         raise ValueError(
             f"output_dir={folder} contains an audit: choose another folder, or replace the audit with --overwrite_output_dir"
@@ -40,6 +46,7 @@ def open_audit_folder(output_dir: str | None, *, overwrite: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ValueError(f"output_dir={folder} is a file, or lies below a file: choose a folder") from None
+    mark_output(folder)
     return folder
 
 

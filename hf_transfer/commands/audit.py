@@ -31,9 +31,10 @@ def _run(given: argparse.Namespace) -> str:
 
     connect_processes()
     name, overwrite = given.output_dir, given.overwrite_output_dir
-    folder = run_on_main(lambda: open_audit_folder(name, overwrite=overwrite))
     given.output_dir = given.overwrite_output_dir = None  # of the audit, not of a run
-    session = open_session(read_run_config(given))
+    config = read_run_config(given)
+    folder = run_on_main(lambda: open_audit_folder(name, overwrite=overwrite, dataset=config.data.dataset))
+    session = open_session(config)
     warn_of_embedded(session.config)
     result = audit(session)
     run_on_main(lambda: write_audit(result, session.data.splits, folder))

@@ -71,9 +71,9 @@ def _run(given: argparse.Namespace) -> str:
     request = ConfidenceRequest(coverage=given.coverage, max_error=given.max_error)
     images = find_images(_read_names(given.images))  # a wrong path fails before the model is loaded
     if given.explain:
-        from hf_transfer.inference.heat_maps import name_pictures, refuse_foreign
+        from hf_transfer.inference.heat_maps import find_pictures
 
-        refuse_foreign([Path(given.explain) / name for name in name_pictures([str(image) for image in images])])
+        find_pictures([str(image) for image in images], Path(given.explain))  # raises an error
     trust = given.trust_remote_code
     if given.adapter:
         if given.inference_engine == "onnx" or given.export_precision:

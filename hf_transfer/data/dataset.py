@@ -23,7 +23,14 @@ from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, UPSTREAM_DATASET, Dat
 from hf_transfer.data.archives import ARCHIVE_SUFFIXES, is_archive, is_webdataset, unpack
 from hf_transfer.data.edits import edit_splits
 from hf_transfer.data.embedded import read_digits, read_mnist
-from hf_transfer.data.folders import METADATA_NAMES, TABLE_SUFFIXES, TEXT_TABLE_SUFFIXES, list_folder, read_folder
+from hf_transfer.data.folders import (
+    METADATA_NAMES,
+    TABLE_SUFFIXES,
+    TEXT_TABLE_SUFFIXES,
+    list_folder,
+    note_on_outputs,
+    read_folder,
+)
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData
 from hf_transfer.data.license import read_license
 from hf_transfer.data.memory import read_memory
@@ -354,6 +361,7 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
             " <class>/<image>.jpg or train/<class>/<image>.jpg, or parquet or arrow files"
             + _suggest_file("an archive", [path.name for path in archives])
             + _suggest_file("a table", [f.name for f in other_files if f.suffix.casefold() in TEXT_TABLE_SUFFIXES])
+            + "".join(f". {note}".removesuffix(".") for note in note_on_outputs(top))
         )
     if has_images and table_files:
         raise ValueError(
@@ -369,8 +377,9 @@ def _read_folder(root: Path, config: DataConfig, columns: Columns) -> StoredData
         from hf_transfer.data import tables
 
         if table_files:
-            return tables.read_table_folder(root, columns)
-        return tables.read_metadata_folder(root, metadata, tuple(top.all_images()), columns)
+            return tables.read_table_folder(root, columns, tuple(top.all_outputs()))
+        stored = tables.read_metadata_folder(root, metadata, tuple(top.all_images()), columns)
+        return replace(stored, notes=(*stored.notes, *note_on_outputs(top)))
     columns.refuse("an image folder")
     columns.refuse_streaming("an image folder")
     return read_folder(root, top, public_name(root), tuple(config.named_splits().values()))

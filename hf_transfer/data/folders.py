@@ -25,6 +25,7 @@ from hf_transfer.data.labels import LabeledImages, StoredData
 from hf_transfer.data.sources import FolderSource
 from hf_transfer.data.splits import role_of
 from hf_transfer.errors import count_noun
+from hf_transfer.locations import is_output
 from hf_transfer.targets.labels import UNLABELED, clean_names, listed
 from hf_transfer.targets.single_label import SingleLabel
 
@@ -52,6 +53,7 @@ class Folder:
     other_files: tuple[str, ...]
     folders: tuple[Folder, ...]
     hidden: tuple[str, ...]  # paths of subfolders with images that are not read, because their names start with a dot
+    outputs: tuple[str, ...]  # paths of subfolders that are not read, because this package has written them
 
     @property
     def name(self) -> str:
@@ -76,6 +78,12 @@ class Folder:
         for folder in self.folders:
             yield from folder.all_hidden()
 
+    def all_outputs(self) -> Iterator[str]:
+        """Yields the paths of all folders in this folder and its subfolders that this package has written."""
+        yield from self.outputs
+        for folder in self.folders:
+            yield from folder.all_outputs()
+
     def folders_with_images(self) -> list[Folder]:
         """Returns the direct subfolders that contain an image at any depth."""
         return [folder for folder in self.folders if any(folder.all_images())]
@@ -84,13 +92,15 @@ class Folder:
 def list_folder(root: Path) -> Folder:
     """Returns a listing of everything below `root`. A symbolic link to a folder that contains this link is skipped.
 
+    The output of a run, of an audit or of `predict --explain` is no data, nor is a folder without images around such output.
+
     Raises:
         ValueError: a folder cannot be opened, a link leads only to itself, folders are nested too deeply, or links between
             folders form too many paths.
     """
     visits: Counter[tuple[int, int]] = Counter()
 
-    def walk(folder: Path, path: str, above: frozenset[tuple[int, int]]) -> Folder:
+    def walk(folder: Path, path: str, above: frozenset[tuple[int, int]]) -> Folder | None:
         status = os.stat(folder)  # noqa: PTH116
         own = (status.st_dev, status.st_ino)
         visits[own] += 1
@@ -99,9 +109,11 @@ def list_folder(root: Path) -> Folder:
                 f"{root.name}/{path[:_MAX_NAME]}: folders are nested more than {_MAX_DEPTH} deep, or symbolic links lead "
                 f"to one folder on more than {_MAX_VISITS} ways; move the images, or remove the links"
             )
-        images, other_files, folders, hidden = [], [], [], []
+        images, other_files, folders, hidden, outputs = [], [], [], [], []
         with os.scandir(folder) as unsorted:
             entries = sorted(unsorted, key=lambda entry: unicodedata.normalize("NFC", entry.name))
+        if path and is_output(folder, {entry.name for entry in entries}):
+            return None
         for entry in entries:
             entry_path = f"{path}/{entry.name}" if path else entry.name
             if entry.name.startswith(".") or entry.name.casefold() in _LITTER:
@@ -109,21 +121,39 @@ def list_folder(root: Path) -> Folder:
                     hidden.append(entry_path)
             elif entry.is_dir():
                 target = os.stat(entry.path)  # noqa: PTH116 - on Windows, entry.stat() has no inode
-                if (target.st_dev, target.st_ino) not in above | {own}:
-                    folders.append(walk(Path(entry.path), entry_path, above | {own}))
+                if (target.st_dev, target.st_ino) in above | {own}:
+                    continue
+                inner = walk(Path(entry.path), entry_path, above | {own})
+                if inner is None or _has_only_outputs(inner):
+                    outputs.append(entry_path)
+                else:
+                    folders.append(inner)
             elif PurePosixPath(entry.name).suffix.casefold() in IMAGE_SUFFIXES:
                 images.append(entry_path)  # also a broken link, which raises an error when it is read
             else:
                 other_files.append(entry_path)
-        return Folder(path, tuple(images), tuple(other_files), tuple(folders), tuple(hidden))
+        return Folder(path, tuple(images), tuple(other_files), tuple(folders), tuple(hidden), tuple(outputs))
 
     try:
-        return walk(root, "", frozenset())
+        top = walk(root, "", frozenset())
     except OSError as error:
         name = os.path.relpath(os.fsdecode(error.filename or root), root.parent)[:_MAX_NAME]
         raise ValueError(
             f"{name} cannot be read ({error.strerror}); give yourself access to this path, or repair or remove it"
         ) from error
+    assert top is not None
+    return top
+
+
+def _has_only_outputs(folder: Folder) -> bool:
+    """Whether output of this package, and no image, is in a folder, such as `runs`."""
+    return any(folder.all_outputs()) and not any(folder.all_images())
+
+
+def note_on_outputs(top: Folder) -> list[str]:
+    """Returns a sentence about the folders in a listing that are not read, because this package has written them."""
+    outputs = list(top.all_outputs())
+    return [f"Folders that hf_transfer has written are not read: {listed(outputs, 3)}."] if outputs else []
 
 
 def _is_hidden_class(folder: os.DirEntry[str]) -> bool:
@@ -161,6 +191,7 @@ def read_folder(root: Path, top: Folder, name: str, named_splits: Collection[str
             f"{count_noun(suffixes.total(), 'file')} in {name} {verbs[0]} not have the suffix of an image and {verbs[1]} not "
             f"read: {kinds}."
         )
+    notes += note_on_outputs(top)
     hidden = list(top.all_hidden())
     if hidden:
         notes.append(

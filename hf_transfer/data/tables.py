@@ -106,16 +106,22 @@ def read_table_file(path: Path, columns: Columns) -> StoredData:
     return _to_stored(tables, public_name(path), columns, (path.parent,))
 
 
-def read_table_folder(root: Path, columns: Columns) -> StoredData:
+def read_table_folder(root: Path, columns: Columns, outputs: Sequence[str] = ()) -> StoredData:
     """Reads a folder of parquet or arrow files, or a folder that `Dataset.save_to_disk` wrote.
 
-    `datasets` finds splits as on the Hub: by the names of files and folders, and by the header of the README.
+    `datasets` finds splits as on the Hub: by the names of files and folders, and by the header of the README. It reads all
+    tables below `root`, so it is an error if there are `outputs`, folders that this package has written.
     """
     for file in sorted(root.rglob("*.arrow")):
         _checked(file, partial(_check_arrow, file))
     if any((root / marker).is_file() for marker in _SAVED_BY_DATASETS):
         columns.refuse_streaming("a folder that `save_to_disk` wrote, which is read in place,")
         tables = _checked(root, partial(datasets.load_from_disk, str(root)))
+    elif outputs:
+        raise ValueError(
+            f"{public_name(root)}: a folder of tables is read whole, and hf_transfer writes tables to {listed(outputs, 3)} in"
+            " it: move these folders out of it, and start from another folder or choose an --output_dir outside of it"
+        )
     else:
         tables = _loaded(root, str(root), streaming=columns.streaming)
     return _to_stored(tables, public_name(root), columns, (root,))

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from hf_transfer.config import ExplainBy
 from hf_transfer.inference.explain import MapCut, choose_map_cut, explain, occlude
 from hf_transfer.inference.predict import ImageLike, Prediction, name_image, open_image
-from hf_transfer.locations import chain_dir
+from hf_transfer.locations import chain_dir, mark_output
 from hf_transfer.logs import open_bar
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain
@@ -77,8 +77,9 @@ class Explainer:
                 bar.update(len(rows))
 
     def _write(self, predictions: Sequence[Prediction], folder: Path) -> list[Path]:
-        paths = [folder / name for name in name_pictures([prediction.image for prediction in predictions])]
-        refuse_foreign(paths)
+        paths = find_pictures([prediction.image for prediction in predictions], folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark_output(folder)
         explanations = self.explain([Path(p.image) for p in predictions], [p.labels[0] for p in predictions])
         for path, explanation in zip(paths, explanations, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +116,20 @@ def make_explainer(backbone: Backbone, *, method: ExplainBy = "grad_cam", at: st
     return Explainer(backbone=backbone, chain=chain, map_cut=map_cut)
 
 
-def refuse_foreign(pictures: Sequence[Path]) -> None:
-    """Raises ValueError if a picture would replace a file that is no explanation, such as one of the images themselves."""
+def find_pictures(images: Sequence[str], folder: Path) -> list[Path]:
+    """Returns the path of the picture in `folder` that explains each image file.
+
+    Raises ValueError if a picture would replace a file that is no explanation, or if `folder` contains one of the images: other
+    commands read no images in a folder of explanations.
+    """
+    pictures = [folder / name for name in name_pictures(images)]
     for path in pictures:
         if path.exists() and not _is_explanation(path):
             raise ValueError(f"explain: {path} exists, and is no explanation that may be replaced: give another folder")
+    for parent in {Path(image).parent for image in images}:
+        if parent.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"explain: {folder} contains images to explain, from {parent}: give another folder")
+    return pictures
 
 
 def _is_explanation(path: Path) -> bool:

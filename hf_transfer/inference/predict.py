@@ -1,5 +1,6 @@
 """Predicts the labels of image files, PIL images and arrays with a saved classifier and its own preprocessing."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from hf_transfer.confidence.record import read_confidence
 from hf_transfer.config import ComputeConfig, EngineChoice
-from hf_transfer.data.folders import list_folder
+from hf_transfer.data.folders import list_folder, note_on_outputs
 from hf_transfer.data.images import BadImageError, read_image
 from hf_transfer.inference.confidence import ConfidenceRequest, Judgment, make_judge
 from hf_transfer.network.adapters import find_adapter, load_adapted, read_task
@@ -24,6 +25,8 @@ from hf_transfer.prefix.resources import Resources
 from hf_transfer.processes import gather
 from hf_transfer.targets.target import read_target
 from hf_transfer.training.evaluate import compute_logits_and_features
+
+log = logging.getLogger(__name__)
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 
@@ -148,7 +151,10 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(path / image for image in list_folder(path).all_images())
+            top = list_folder(path)
+            for note in note_on_outputs(top):
+                log.warning("%s: %s", path, note)
+            inside = sorted(path / image for image in top.all_images())
             if not inside:
                 raise ValueError(f"{path}: no image in this folder or below; give a folder with image files")
             files += inside
