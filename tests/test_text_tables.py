@@ -1,5 +1,6 @@
 """CSV, TSV and JSON lines become columns of integers, floats and text, decided by the whole file."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,7 @@ def test_usual_forms_are_read(text: str, suffix: str, tmp_path: Path) -> None:
     [
         ("", ".csv", "the file is empty"),
         ("x,y\n", ".csv", "the table has no rows"),
-        ("x,x\na,b\n", ".csv", "several columns are called 'x'; rename one"),
         ("x,y\na\n", ".csv", "CSV parse error: Row #2: Expected 2 columns, got 1"),
-        ("x,y\n\u00e9,1\n".encode("latin-1"), ".csv", "not UTF-8 text .*; save it as UTF-8"),
         ("{", ".jsonl", "JSON parse error"),
         ('{"x": 1}\n{"x": "a"}\n', ".jsonl", "JSON parse error"),
         ("[1, 2]\n", ".jsonl", "JSON parse error"),
@@ -73,3 +72,37 @@ def test_damaged_tables_are_one_line(text: str | bytes, suffix: str, message: st
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=rf"pets{suffix} cannot be read: .*{message}.*; repair, replace or"):
         load_data(DataConfig(dataset=str(file)))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_byte_order_mark_says_the_encoding(encoding: str, suffix: str, tmp_path: Path) -> None:
+    text = "x\ty\n\u00e9\u4e2d,\u00fc\t1\n"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    assert read(tmp_path, (mark + text).encode(encoding), suffix) == {"x": ["\u00e9\u4e2d,\u00fc"], "y": [1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"x,x\na,b\n", "several columns are called 'x'; rename one"),
+        *(
+            (content, 'line 3 is not UTF-8 text; save the table as UTF-8 (in Excel: as "CSV UTF-8")')
+            for content in (
+                "x,y\na,1\n\u00e9,1\n".encode("latin-1"), b"x,y\na,1\nb\0,1\n", "x,y\na,1\n\u4e2d,1\n".encode("gbk")
+            )
+        ),
+        ("x,y\na,1\n".encode("utf-16-le"), 'line 1 is not UTF-8 text; save the table as UTF-8 (in Excel: as "CSV UTF-8")'),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["pets.csv", "metadata.csv"])
+def test_tables_that_are_not_damaged_get_a_remedy_of_their_own(
+    text: bytes, message: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(text)
+    (tmp_path / "1.png").touch()
+    dataset = tmp_path if name == "metadata.csv" else tmp_path / name
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_data(DataConfig(dataset=str(dataset)))
+    where = f"{tmp_path.name} cannot be read: metadata.csv" if name == "metadata.csv" else "pets.csv cannot be read"
+    assert str(error.value) == f"{where}: {message}"

@@ -32,7 +32,7 @@ from hf_transfer.data.rows import Cells, Rows, divide, read_groups, select_rows
 from hf_transfer.data.sources import ArraySource, ImageSource, TableSource
 from hf_transfer.data.splits import public_name, role_in, role_of
 from hf_transfer.data.streams import READ_ERRORS, StreamSource
-from hf_transfer.data.text_tables import read_text_table
+from hf_transfer.data.text_tables import TextTableError, read_text_table
 from hf_transfer.errors import count_noun
 from hf_transfer.targets.labels import listed
 
@@ -209,6 +209,8 @@ def _read_metadata(root: Path, file: str) -> Any:
         table = datasets.Dataset(pq.read_table(path)) if path.suffix == ".parquet" else read_text_table(path)
         if "file_name" not in table.column_names:
             raise ValueError(f"it has no column file_name, but {listed(table.column_names)}")
+    except TextTableError as error:
+        raise TextTableError(f"{file}: {error}") from error
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{file}: {error}") from error
     names = [name if name is None else str(PurePosixPath(file).parent / str(name)) for name in table["file_name"][:]]
@@ -230,6 +232,8 @@ def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
         with _quiet_datasets():
             return read()
+    except TextTableError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
     except (*READ_ERRORS, AttributeError, ImportError) as error:
         # All errors that damaged files raise in `datasets` and pyarrow. pyarrow's ArrowInvalid is a ValueError.
         empty = [

@@ -1,9 +1,10 @@
 """Reads tables that are text: .csv, .tsv and .jsonl files, as `datasets` tables in memory.
 
 The whole file decides the type of a column. A CSV column becomes integers only if every number is written as Python would
-write it, so that "007" stays text. An empty cell is None.
+write it, so that "007" stays text. An empty cell is None. A file is UTF-8, or UTF-16 with a byte order mark.
 """
 
+import codecs
 import io
 from pathlib import Path
 
@@ -17,24 +18,25 @@ _DELIMITERS = (",", ";", "\t")
 _MAX_BYTES = 2**31 - 1  # pyarrow reads the file as one block
 
 
+class TextTableError(ValueError):
+    """The error for a table that is not damaged, but must be changed. Its message contains the remedy."""
+
+
 def read_text_table(path: Path) -> datasets.Dataset:
-    """Returns the table in a .csv, .tsv or .jsonl file, encoded as UTF-8.
+    """Returns the table in a .csv, .tsv or .jsonl file.
 
     Raises:
+        TextTableError: the file has another encoding, or several columns have one name.
         ValueError: the file is empty, too large, or not such a table. pyarrow's errors are ValueErrors too.
         OSError: the file cannot be read.
     """
     content = path.read_bytes()
     if len(content) > _MAX_BYTES:
         raise ValueError(f"the file has more than {_MAX_BYTES:,} bytes; save the table as parquet")
-    content = content.removeprefix(b"\xef\xbb\xbf")
+    content = _as_utf8(content)
     if not content.strip():
         raise ValueError("the file is empty")
-    try:
-        header = content.split(b"\n", 1)[0].decode()
-        content.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the file is not UTF-8 text ({error}); save it as UTF-8") from error
+    header = content.split(b"\n", 1)[0].decode()
     if path.suffix.casefold() == ".jsonl":
         options = pyarrow.json.ReadOptions(use_threads=False, block_size=len(content) + 1)
         table = pyarrow.json.read_json(io.BytesIO(content), read_options=options)
@@ -43,10 +45,26 @@ def read_text_table(path: Path) -> datasets.Dataset:
         table = _read_csv(content, delimiter)
     repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
     if repeated:
-        raise ValueError(f"several columns are called {repeated[0]!r}; rename one")
+        raise TextTableError(f"several columns are called {repeated[0]!r}; rename one")
     if not table.num_rows:
         raise ValueError("the table has no rows")
     return datasets.Dataset(table)
+
+
+def _as_utf8(content: bytes) -> bytes:
+    """Returns text as UTF-8 without a byte order mark. Raises TextTableError for other encodings, which carry no mark."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        content = content.decode("utf-16", "replace").encode()
+    content = content.removeprefix(codecs.BOM_UTF8)
+    wrong = content.find(b"\0")  # of UTF-16 without a mark
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        wrong = error.start
+    if wrong >= 0:
+        line = content.count(b"\n", 0, wrong) + 1
+        raise TextTableError(f'line {line} is not UTF-8 text; save the table as UTF-8 (in Excel: as "CSV UTF-8")')
+    return content
 
 
 def _read_csv(content: bytes, delimiter: str) -> pa.Table:
