@@ -1,10 +1,12 @@
-"""Arrays of pixels in tables, and configurations of a local folder."""
+"""Arrays of pixels in tables, configurations of a local folder, and columns that are missing."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -115,3 +117,41 @@ def test_a_configuration_of_a_folder_follows_a_colon(tmp_path: Path) -> None:
         ValueError, match=r"pets has the configurations 'coarse', 'fine'; choose one .* path/to/pets:NAME"
     ):
         load(f"{root}:other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"label_column": "kind"}, "no column label_column='kind', but has {}; choose one of these"),
+        (
+            {"label_columns": ("breed,sex",)},
+            "'breed,sex', but has {}; separate names by spaces: --label_columns breed sex",
+        ),
+        (
+            {"label_columns": ("breed", "x")},
+            "no column label_columns='x', but has {}; choose one of these",
+        ),
+        ({"image_column": "photo"}, "no column image_column='photo', but has {}; choose one of these"),
+        ({}, "no column looks like the label; name a column with --label_column. The table has {}"),
+    ],
+)
+def test_a_column_that_is_missing_has_a_remedy_that_works(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pets.csv").write_text("image,breed,sex\n1.png,a,0\n")
+    described = "columns 'image' (string), 'breed' (string), 'sex' (int64)"
+    with pytest.raises(ValueError, match=re.escape(message.format(described))) as error:
+        load_data(DataConfig(dataset=str(tmp_path / "pets.csv"), **settings))
+    assert "test_split" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_column": "label"}])
+@pytest.mark.parametrize(("name", "role"), [("test", "test"), ("valid", "validation")])
+def test_a_held_out_split_without_the_label_may_be_omitted(name: str, role: str, settings: dict[str, Any]) -> None:
+    images = [np.full((2, 2), i, np.uint8) for i in range(8)]
+    train = pd.DataFrame({"image": images, "label": [0, 1] * 4})
+    splits = {"train": train, name: pd.DataFrame({"image": images, "other": "x"})}
+    with pytest.raises(ValueError, match=f", or omit this split with --{role}_split none"):
+        load_data(DataConfig(**settings), splits)
+    omitted = DataConfig(**settings, **{f"{role}_split": "none"})
+    assert load_data(omitted, splits).test is None

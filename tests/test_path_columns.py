@@ -133,3 +133,34 @@ def test_links_below_the_folder_may_lead_anywhere(tmp_path: Path) -> None:
         (tmp_path / "pets" / name).symlink_to(root / name)
     data = load(table(tmp_path / "pets"))
     assert pickle.loads(pickle.dumps(data.train)).image(0).size == (4, 3)
+
+
+@pytest.mark.parametrize("suffix", ["png", "JPG"])
+def test_paths_may_lack_the_suffix_of_their_files(suffix: str, tmp_path: Path) -> None:
+    root = pictures(tmp_path / "pets")
+    for path in PATHS:
+        (root / path).rename((root / path).with_suffix(f".{suffix}"))
+    whole = load(table(root, [path.replace("png", suffix) for path in PATHS]))
+    data = load(table(root, [path.removesuffix(".png") for path in PATHS], file="ids.csv"))
+    assert data.train.fingerprint == whole.train.fingerprint
+    assert data.train.image_name(0) == whole.train.image_name(0)
+    note = "ids, split 'train', column 'image': 8 of 8 paths have no suffix; the one image file of each name is used."
+    assert [*data.notes] == [note, *whole.notes]
+    (root / "a/0.tif").touch()
+    with pytest.raises(ValueError, match=r"'a/0' may be each of the files '0\..*', '0.tif'; write the suffix into"):
+        load(root / "ids.csv")
+
+
+def test_ids_are_names_of_files_if_the_user_names_their_column(tmp_path: Path) -> None:
+    """Also integers, and names with points, which are no suffixes of images."""
+    for i in range(8):
+        Image.new("RGB", (4, 3), (i, 7, 9)).save(tmp_path / f"{i}.png")
+        Image.new("RGB", (4, 3), (i, 7, 9)).save(tmp_path / f"v1.{i}.png")
+        (tmp_path / str(i)).mkdir()
+    for ids in (range(8), [f"v1.{i}" for i in range(8)]):
+        pd.DataFrame({"id": ids, "label": ["a", "b"] * 4}).to_csv(tmp_path / "ids.csv", index=False)
+        data = load(tmp_path / "ids.csv", image_column="id")
+        images = [*data.train, *data.validation]
+        assert sorted(image.getpixel((0, 0))[0] for image, _ in images) == [*range(8)]
+        with pytest.raises(ValueError, match="no column looks like the image; name a column with --image_column"):
+            load(tmp_path / "ids.csv")

@@ -5,6 +5,7 @@ name such as "image" or "label". Several candidates are an error: a table of fin
 encoded, arrays of pixels, or paths of files.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 from datasets import Array2D, Array3D, ClassLabel, Image, LargeList, List, Value
 
 from hf_transfer.data.labels import Columns
+from hf_transfer.data.splits import role_of
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.reading import read_column, read_columns
 from hf_transfer.targets.target import Labels, Target
@@ -25,9 +27,9 @@ _TEXT = ("string", "large_string")
 
 
 def find_columns(
-    features: Mapping[str, Any], columns: Columns, where: str, *, has_files: bool
+    features: Mapping[str, Any], columns: Columns, where: str, *, split: str, has_files: bool
 ) -> tuple[str, tuple[str, ...]]:
-    """Returns the names of the image column and the label columns of a `datasets` table.
+    """Returns the names of the image column and the label columns of a `datasets` table, the stored split `split`.
 
     `has_files`: the table may contain paths of image files on this machine.
 
@@ -46,14 +48,14 @@ def find_columns(
         for name, feature in features.items()
         if isinstance(feature, ClassLabel) and name not in (columns.group, columns.split)
     ]
-    image, chosen = _choose(features, columns, images, labels, where)
+    image, chosen = _choose(features, columns, images, labels, where, split)
     is_image = _may_hold_images(features[image]) or holds_pixels(features[image])
-    if not is_image and not (has_files and holds_paths(features[image])):
+    if not is_image and not (has_files and holds_names(features[image])):
         raise ValueError(
             f"{where}: column {image!r} does not contain encoded images, arrays of pixels (H, W) or (H, W, 3)"
             f"{', or paths of image files' if has_files else ''}; the table has {_described(features)}"
         )
-    if columns.image_root is not None and not holds_paths(features[image]):
+    if columns.image_root is not None and not holds_names(features[image]):
         raise ValueError(f"{where}: image_root: column {image!r} contains images, not paths; omit --image_root")
     for label in chosen:
         inner = getattr(features[label], "feature", features[label])  # of a list
@@ -70,6 +72,11 @@ def holds_paths(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in _TEXT
 
 
+def holds_names(feature: Any) -> bool:
+    """Whether a column that the user names may contain paths: text, or integers, such as 17 for 17.jpg."""
+    return holds_paths(feature) or (isinstance(feature, Value) and "int" in feature.dtype)
+
+
 def holds_pixels(feature: Any) -> bool:
     """Whether a column contains arrays of integers of two or three dimensions, as nested lists, Array2D or Array3D."""
     if isinstance(feature, Array2D | Array3D):
@@ -80,13 +87,17 @@ def holds_pixels(feature: Any) -> bool:
     return depth in (2, 3) and isinstance(feature, Value) and "int" in feature.dtype
 
 
-def find_frame_columns(types: Mapping[str, str], columns: Columns, where: str) -> tuple[str, tuple[str, ...]]:
+def find_frame_columns(
+    types: Mapping[str, str], columns: Columns, where: str, split: str
+) -> tuple[str, tuple[str, ...]]:
     """Returns the names of the image (or image path) column and the label columns of a DataFrame.
 
     `types` maps each column's name to its type as text. Raises ValueError if a column that the user named is missing, or if no
     column or several columns have a name such as "image" or "label".
     """
-    return _choose(types, columns, _named_like(_IMAGE_NAMES, types) or _named_like(_PATH_NAMES, types), [], where)
+    return _choose(
+        types, columns, _named_like(_IMAGE_NAMES, types) or _named_like(_PATH_NAMES, types), [], where, split
+    )
 
 
 def read_labels(table: pa.Table, features: Mapping[str, Any], problem_type: str, where: str) -> tuple[Target, Labels]:
@@ -107,31 +118,47 @@ def read_labels(table: pa.Table, features: Mapping[str, Any], problem_type: str,
 
 
 def _choose(
-    features: Mapping[str, Any], columns: Columns, images: list[str], labels: list[str], where: str
+    features: Mapping[str, Any], columns: Columns, images: list[str], labels: list[str], where: str, split: str
 ) -> tuple[str, tuple[str, ...]]:
     """Returns the names of the image and label columns: the columns that the user named, or else the only candidates."""
-    for flag, named in (("image_column", columns.image), *(("label_column", name) for name in columns.labels)):
+    of_labels = "label_columns" if len(columns.labels) > 1 else "label_column"
+    for flag, named in (("image_column", columns.image), *((of_labels, name) for name in columns.labels)):
         if named is not None and named not in features:
-            raise ValueError(f"{where}: the table has no column {flag}={named!r}, but has {_described(features)}")
+            remedy = _suggest_names(named, features) if flag == of_labels else "choose one of these"
+            remedy += _suggest_omission(split) if flag == of_labels else ""
+            raise ValueError(
+                f"{where}: the table has no column {flag}={named!r}, but has {_described(features)}; {remedy}"
+            )
     image = columns.image or _only(images, "image", features, where)
     if columns.labels:
         return image, columns.labels
     taken = {image, columns.group, columns.split}
     named_like = [name for name in _named_like(_LABEL_NAMES, features) if name not in taken]
     labels = labels or named_like or [name for name in (WEBDATASET_TEXT,) if name in features]
-    return image, (_only(labels, "label", features, where),)
+    return image, (_only(labels, "label", features, where, _suggest_omission(split)),)
 
 
-def _only(candidates: Sequence[str], kind: str, features: Mapping[str, Any], where: str) -> str:
+def _suggest_names(label: str, features: Mapping[str, Any]) -> str:
+    """Returns the remedy for a label column that the table does not have."""
+    names = [name.strip() for name in label.split(",")]
+    if len(names) > 1 and all(name in features for name in names):
+        return f"separate names by spaces: --label_columns {shlex.join(names)}"
+    return "choose one of these"
+
+
+def _suggest_omission(split: str) -> str:
+    """Returns the end of a remedy for a split without labels, which the user may omit unless it is the train split."""
+    role = role_of(split)
+    return f", or omit this split with --{role}_split none" if role in ("validation", "test") else ""
+
+
+def _only(candidates: Sequence[str], kind: str, features: Mapping[str, Any], where: str, more: str = "") -> str:
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
         problem = f"several columns may contain the {kind}, {listed(candidates)}; choose one with --{kind}_column"
     else:
-        problem = (
-            f"no column looks like the {kind}; name a column with --{kind}_column, or omit a test split without labels with"
-            " --test_split none"
-        )
+        problem = f"no column looks like the {kind}; name a column with --{kind}_column{more}"
     raise ValueError(f"{where}: {problem}. The table has {_described(features)}")
 
 

@@ -130,7 +130,7 @@ def _read(images: Any, columns: Columns, split: str, name: str, rows: Rows | Non
         cells = _list_cells(images, columns)
         rows = select_rows(cells, columns, where) if rows is None else rows
         groups = read_groups(cells, columns, rows, where)
-        values, labels, others = _read_frame(images.iloc[rows], columns, where)
+        values, labels, others = _read_frame(images.iloc[rows], columns, where, split)
     elif isinstance(images, (list, tuple)):
         columns.refuse(_PAIRS)
         values, labels = _read_pairs(images, where)
@@ -196,14 +196,14 @@ def _values(column: Any) -> list[Any]:
 
 
 def _read_frame(
-    frame: Any, columns: Columns, where: str
+    frame: Any, columns: Columns, where: str, split: str
 ) -> tuple[list[Any], dict[str, list[Any]], dict[str, UnusedColumn]]:
     """Returns the images and label columns of a DataFrame, with None for missing values, and `LabeledImages.others`."""
     from hf_transfer.data.columns import find_frame_columns  # imports datasets
 
     position_of = {str(column): i for i, column in enumerate(frame.columns)}
     types = {column: str(frame.iloc[:, i].dtype) for column, i in position_of.items()}
-    image, chosen = find_frame_columns(types, columns, where)
+    image, chosen = find_frame_columns(types, columns, where, split)
     images = _values(frame.iloc[:, position_of[image]])
     others = {
         name: UnusedColumn(num_rows=len(frame), list_distinct=partial(_list_distinct, frame.iloc[:, position_of[name]]))

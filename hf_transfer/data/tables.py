@@ -23,7 +23,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.file_download import repo_folder_name
 
-from hf_transfer.data.columns import find_columns, holds_paths, holds_pixels, read_labels
+from hf_transfer.data.columns import find_columns, holds_names, holds_pixels, read_labels
 from hf_transfer.data.labels import Columns, LabeledImages, StoredData, UnusedColumn
 from hf_transfer.data.license import fetch_license
 from hf_transfer.data.nearby import describe_missing
@@ -346,7 +346,7 @@ def read_table(stored: StoredTable, columns: Columns, split: str, rows: Rows | N
     Messages call a row "row 17 of split `split`".
     """
     table, where = stored.table, f"{stored.name}, split {split!r}"
-    image, named = find_columns(table.features, columns, where, has_files=stored.has_files)
+    image, named = find_columns(table.features, columns, where, split=split, has_files=stored.has_files)
     cells = list_cells(table)
     chosen = select_rows(cells, columns, where) if rows is None else rows
     values = table.select_columns(list(named)).with_format("arrow")[:].take(pa.array(chosen))
@@ -355,9 +355,10 @@ def read_table(stored: StoredTable, columns: Columns, split: str, rows: Rows | N
         target, labels = target.drop_unused(labels)
     feature = table.features[image]
     source: ImageSource
-    if holds_paths(feature):
+    notes: tuple[str, ...] = ()
+    if holds_names(feature):
         root = stored.roots[0] if stored.roots else Path.cwd()
-        source = read_paths(cells.read(image), chosen, root, columns, f"{where}, column {image!r}")
+        source, notes = read_paths(cells.read(image), chosen, root, columns, f"{where}, column {image!r}")
     else:
         source = (ArraySource if holds_pixels(feature) else TableSource)(table, image, split, stored.roots)
     groups = read_groups(cells, columns, chosen, where)
@@ -366,7 +367,9 @@ def read_table(stored: StoredTable, columns: Columns, split: str, rows: Rows | N
         for name in columns.list_unused(table.features, (image, *named))
         if _holds_words(table.features[name])
     }
-    return LabeledImages(source=source, rows=chosen, labels=labels, target=target, groups=groups, others=others)
+    return LabeledImages(
+        source=source, rows=chosen, labels=labels, target=target, notes=notes, groups=groups, others=others
+    )
 
 
 def is_stream(table: Any) -> bool:
@@ -387,7 +390,7 @@ def read_stream(table: Any, columns: Columns, split: str, name: str, roots: Sequ
             " splits in files of their own"
         )
     features = table.features or table._resolve_features().features
-    image, named = find_columns(features, columns, where, has_files=False)
+    image, named = find_columns(features, columns, where, split=split, has_files=False)
     if holds_pixels(features[image]):
         raise ValueError(
             f"{where}: column {image!r} contains arrays of pixels; a stream needs encoded images: omit --streaming"
