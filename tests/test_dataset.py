@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from itertools import pairwise
@@ -23,7 +24,7 @@ from hf_transfer.config import DataConfig
 from hf_transfer.data.dataset import Data, Split, load_data
 from hf_transfer.data.every_image import load_files
 from hf_transfer.data.images import BadImageError
-from hf_transfer.data.notes import hide_names
+from hf_transfer.data.notes import hide_names, notes_on_depth
 from hf_transfer.data.splits import draw, public_name, role_of
 from hf_transfer.inference.predict import find_images
 from hf_transfer.targets.multi_label import MultiLabel
@@ -438,6 +439,41 @@ def test_column_flags_are_refused_where_there_are_no_columns(tmp_path: Path) -> 
             load(tmp_path, **{field: "x"})
         with pytest.raises(ValueError, match=f"{field}='x'"):
             load("sklearn/digits", **{field: "x"})
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize(
+    ("largest", "note"),
+    [
+        (
+            4095,
+            "of 8 in train, 8 have no pixel above 15 of 255. Values of 12 bits fill the range if .* multiplied by 16 ",
+        ),
+        (1023, "no pixel above 3 of 255. Values of 10 bits fill the range if all images are multiplied by 64 before"),
+        (16383, "no pixel above 63 of 255. Values of 14 bits fill the range if all images are multiplied by 4 before"),
+        (16384, ""),
+        (65535, ""),
+        (255, ""),
+    ],
+)
+def test_sixteen_bit_images_that_are_read_almost_black_are_noted(
+    largest: int, note: str, suffix: str, tmp_path: Path
+) -> None:
+    for i in range(10):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        values = np.array([[0, i, largest]], np.uint16)
+        Image.fromarray(values).save(tmp_path / "ab"[i % 2] / f"{i}.{suffix}")
+    notes = [line for line in load(tmp_path).notes if "almost black" in line]
+    assert len(notes) == bool(note)
+    assert not note or re.search(note, notes[0])
+
+
+def test_dark_images_of_eight_bits_and_unreadable_ones_are_not_noted(tmp_path: Path) -> None:
+    write(tmp_path, "a/*8", "b/*8")
+    (tmp_path / "a/0.png").write_bytes(b"")
+    for i in range(1, 8):
+        Image.new("RGB", (2, 2), (i, 0, 0)).save(tmp_path / f"a/{i}.png")
+    assert not notes_on_depth(load(tmp_path).train)
 
 
 # Drawing splits

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from hf_transfer.data.images import BadImageError, read_image, read_reduced
+from hf_transfer.data.images import BadImageError, has_16_bits, read_image, read_reduced
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -286,3 +286,13 @@ def test_a_truncated_jpeg_is_the_same_error_when_it_is_reduced(kept: float) -> N
             read_reduced(whole[: int(len(whole) * kept)], "ants/a.jpg", least_px)
         errors.append(str(caught.value))
     assert errors[0] == errors[1]
+
+
+def test_the_header_says_whether_a_channel_has_sixteen_bits() -> None:
+    gray = Image.fromarray(np.array([[0, 4095]], np.uint16))
+    assert has_16_bits(gray16_png(np.array([[0, 4095]])))
+    assert has_16_bits(encoded(gray, "TIFF"))
+    for image in (photo(), photo().convert("L"), photo().convert("1"), photo().convert("P")):
+        assert not any(has_16_bits(encoded(image, file_format)) for file_format in ("PNG", "TIFF", "GIF"))
+    assert not has_16_bits(encoded(photo(), "JPEG"))
+    assert not has_16_bits(b"")

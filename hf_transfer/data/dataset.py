@@ -38,6 +38,7 @@ from hf_transfer.data.nearby import describe_missing
 from hf_transfer.data.notes import (
     notes_on_classes,
     notes_on_copies,
+    notes_on_depth,
     notes_on_draws,
     notes_on_groups,
     notes_on_unused_columns,
@@ -102,7 +103,7 @@ class Data:
         Raises:
             BadImageError: a file is missing or cannot be opened.
         """
-        return (*self.loading_notes, *notes_on_copies(self.splits))
+        return (*self.loading_notes, *notes_on_depth(self.train), *notes_on_copies(self.splits))
 
     def _repr_html_(self) -> str:
         """Returns the numbers of images and one training image of each of the first labels, for notebooks."""

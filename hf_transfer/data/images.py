@@ -5,7 +5,8 @@ Pillow decodes the file. Decisions that Pillow leaves to its caller are made her
 - EXIF orientation is applied, so that portrait photos from a phone are upright.
 - Transparency (RGBA, LA, PA, palettes and color keys) is composited on white, as on a web page.
 - 16-bit and 32-bit gray values are divided by 256, but stay as they are if none of the image is above 255: such a file stores
-  8-bit values. Pillow's own conversion clips at 255, which turns 16-bit images white.
+  8-bit values. Pillow's own conversion clips at 255, which turns 16-bit images white. Values of 10 to 14 bits are not
+  stretched, because each image would then have a scale of its own: they are dark, and `notes.notes_on_depth` says so.
 - Floats in 0..1 are scaled by 255, floats in 0..255 stay as they are, and other ranges are an error.
 - Animations and multi-page files give their first frame.
 - Color profiles are not applied, because the pipelines that pretrained the checkpoints did not apply color profiles.
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ IMAGE_SUFFIXES = frozenset({
 # fmt: on
 
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG = 0x0102  # of TIFF: the bits of each channel
+_PNG_BITS = 24  # position of the byte with the bits of a channel
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -119,6 +123,17 @@ def is_upright(content: bytes) -> bool:
     try:
         with Image.open(BytesIO(content)) as image:
             return image.getexif().get(_ORIENTATION_TAG, 1) not in _UPRIGHT
+    except _DECODER_ERRORS:
+        return False
+
+
+def has_16_bits(content: bytes) -> bool:
+    """Whether the header of an encoded PNG or TIFF says more than 8 bits per channel. False if it cannot be read."""
+    try:
+        with Image.open(BytesIO(content)) as image:
+            if image.format == "PNG":
+                return content[_PNG_BITS] > 8
+            return isinstance(image, TiffImageFile) and max(image.tag_v2.get(_BITS_TAG, (1,))) > 8
     except _DECODER_ERRORS:
         return False
 

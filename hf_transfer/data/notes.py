@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_transfer.config import DataConfig
+from hf_transfer.data.images import BadImageError, has_16_bits
 from hf_transfer.data.labels import Columns, LabeledImages, UnusedColumn
 from hf_transfer.data.splits import Split, role_of
 from hf_transfer.errors import count_noun
@@ -22,6 +23,8 @@ _SPLIT_COLUMN = re.compile(r"split|set|subset|fold|partition|is_(train|training|
 _MAX_SPLITS = 20  # distinct values; a column with more is none of splits
 _GROUP_COLUMN = re.compile(r"(patient|subject|participant|person|group|video|clip|camera)s?([ _-]?(id|name|number))?")
 _FIRST_ROWS = 1000  # rows whose values rule out most columns before all rows are read
+_DEPTH_SAMPLE = 16  # images of which the brightest pixels are read
+_MAX_DARK = 63  # of 255: the brightest pixel of a 14-bit image
 # The names after a count, which `hide_names` removes, and the sentence that may follow them.
 _NAMES = re.compile(
     r"(cannot be read|(?:is|are) not used|images\)|byte for byte \([^)]*\)|different labels \([^)]*\))"
@@ -133,6 +136,29 @@ def notes_on_classes(train: Split, validation: Split, test: Split | None) -> lis
     if alike:
         notes.append(f"The class names {listed(alike)} differ only in upper and lower case.")
     return notes
+
+
+def notes_on_depth(split: Split) -> list[str]:
+    """Returns a sentence if most of a sample of the split's 16-bit images are almost black, as images of 12-bit cameras are."""
+    if split.source.is_stream:
+        return []
+    brightest = []
+    for i in np.unique(np.linspace(0, len(split) - 1, _DEPTH_SAMPLE).round().astype(int)).tolist():
+        try:
+            content = split.encoded(i)
+            if content is not None and has_16_bits(content):
+                brightest.append(int(np.asarray(split.image(i)).max()))
+        except BadImageError:  # an error only if the image is used
+            continue
+    dark = [value for value in brightest if value <= _MAX_DARK]
+    if not any(dark) or 2 * len(dark) <= len(brightest):
+        return []
+    bits = 8 + max(dark).bit_length()
+    return [
+        f"16-bit images are almost black as they are read: of {len(brightest)} in {split.name}, {len(dark)} have no pixel above"
+        f" {max(dark)} of 255. Values of {bits} bits fill the range if all images are multiplied by {2 ** (16 - bits)} before"
+        " training."
+    ]
 
 
 def notes_on_groups(splits: Sequence[Split]) -> list[str]:
