@@ -13,6 +13,7 @@ the largest weight.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -21,20 +22,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 HERE = Path(__file__).resolve().parents[1]
 NOISE = 0.05  # of repeated readouts, relative to each feature's spread
 BUSY = "import torch; torch.set_num_threads(1); x = torch.randn(256, 256)\nwhile True: x @ x"
+Pairs = list[tuple[NDArray[np.float32], NDArray[np.float32]]]  # the features of each readout: of train, of validation
+# Takes the features, and the labels of train and validation. Returns the index of the chosen readout, and its probe.
+Solver = Callable[[Pairs, Tensor, Tensor], tuple[int, Any]]
 
 
 def write_features(given: argparse.Namespace, path: Path) -> None:
     """Computes the features of all readouts once, and writes features and labels as one .npz file."""
-    import numpy as np
-
     from hf_transfer.runs import open_session
     from hf_transfer.settings import replace_settings
     from hf_transfer.strategy import default_config
@@ -55,43 +62,56 @@ def write_features(given: argparse.Namespace, path: Path) -> None:
             features = candidates[i % len(candidates)].stores[split.name][:].astype(np.float32)
             noise = NOISE * (i // len(candidates)) * features.std(0)
             arrays[f"{i} {split.name}"] = features + noise * generator.standard_normal(features.shape, np.float32)
-    np.savez(path, **arrays)
+    np.savez(path, allow_pickle=False, **arrays)
+
+
+def load_solver() -> Solver:
+    """Returns the solver of this package, imported before the clock starts."""
+    from hf_transfer.solvers.features import RawFeatures
+    from hf_transfer.solvers.probe import choose_probe, fit_probes
+    from hf_transfer.targets.single_label import SingleLabel
+
+    def fit_readouts(pairs: Pairs, train_y: Tensor, val_y: Tensor) -> tuple[int, Any]:
+        target = SingleLabel(names=tuple(map(str, range(int(train_y.max()) + 1))))
+        readouts = [RawFeatures(arrays=pair, device=torch.device("cpu")) for pair in pairs]
+        probes = fit_probes(readouts, train_y, val_y, target)[0]
+        chosen = list(probes)[choose_probe(list(probes.values()))]
+        return chosen, probes[chosen]
+
+    return fit_readouts
+
+
+def load_early_solver() -> Solver:
+    """Returns the solver of commits that fitted one readout after the other."""
+    early = importlib.import_module("hf_transfer.training.probe")
+
+    def fit_readouts(pairs: Pairs, train_y: Tensor, val_y: Tensor) -> tuple[int, Any]:
+        num_classes = int(train_y.max()) + 1
+        tensors = [(torch.from_numpy(train_x), torch.from_numpy(val_x)) for train_x, val_x in pairs]
+        probes = [early.fit_probe(train_x, train_y, val_x, val_y, num_classes) for train_x, val_x in tensors]
+        chosen = early.choose_probe(probes)
+        return chosen, probes[chosen]
+
+    return fit_readouts
 
 
 def solve(given: argparse.Namespace) -> None:
     """Solves all readouts with the package on PYTHONPATH, and prints seconds, the choice and the weights' file as JSON."""
-    import numpy as np
-    import torch
-
     import hf_transfer
 
-    try:
-        from hf_transfer.solvers import probe
-        from hf_transfer.targets.single_label import SingleLabel
-    except ImportError:  # of commits before the targets
-        from hf_transfer.training import probe
-
+    is_early = importlib.util.find_spec("hf_transfer.solvers") is None
+    fit_readouts = load_early_solver() if is_early else load_solver()
     if given.threads:
         torch.set_num_threads(given.threads)
     with np.load(given.features) as stored:
         arrays = dict(stored)
     train_y, val_y = (torch.from_numpy(arrays[f"y {split}"]) for split in ("train", "validation"))
-    num_classes = int(train_y.max()) + 1
     pairs = [(arrays[f"{i} train"], arrays[f"{i} validation"]) for i in range(given.readouts)]
     started, started_cpu = time.perf_counter(), time.process_time()
-    if hasattr(probe, "fit_probes"):
-        from hf_transfer.solvers.features import RawFeatures
-
-        target = SingleLabel(names=tuple(map(str, range(num_classes))))
-        readouts = [RawFeatures(arrays=pair, device=torch.device("cpu")) for pair in pairs]
-        probes = probe.fit_probes(readouts, train_y, val_y, target)[0]
-    else:
-        tensors = [tuple(torch.from_numpy(x) for x in pair) for pair in pairs]
-        probes = {i: probe.fit_probe(x, train_y, v, val_y, num_classes) for i, (x, v) in enumerate(tensors)}
-    chosen = list(probes)[probe.choose_probe(list(probes.values()))]
+    chosen, probe = fit_readouts(pairs, train_y, val_y)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
-    torch.save({"weight": probes[chosen].weight, "bias": probes[chosen].bias}, given.weights)
-    record = {"seconds": seconds, "cpu_seconds": cpu_seconds, "chosen": chosen, "c": probes[chosen].c}
+    torch.save({"weight": probe.weight, "bias": probe.bias}, given.weights)
+    record = {"seconds": seconds, "cpu_seconds": cpu_seconds, "chosen": chosen, "c": probe.c}
     print(json.dumps({**record, "package": str(Path(hf_transfer.__file__).parents[1])}))
 
 
@@ -122,8 +142,6 @@ def busy_cores(count: int) -> Iterator[None]:
 
 def compare(first: Path, second: Path) -> dict[str, float]:
     """The largest difference of weights and biases, relative to the largest weight and bias."""
-    import torch
-
     a, b = torch.load(first), torch.load(second)
     return {k: float((a[k] - b[k]).abs().max() / b[k].abs().max()) if a[k].shape == b[k].shape else -1.0 for k in a}
 
