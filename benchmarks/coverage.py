@@ -46,7 +46,7 @@ from hf_transfer.network.trace import Call, Trace, trace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for the checkpoints in tests/
 
-from benchmarks.headless_coverage import format_section, format_totals, is_covered, run_cases  # noqa: E402
+from headless_coverage import format_section, format_totals, is_covered, run_cases  # noqa: E402
 
 DOCS = ROOT / "docs"
 HEADLESS = "headless"
@@ -90,7 +90,7 @@ def main() -> None:
 def _run_families(library: str, only: str | None) -> Iterator[dict[str, Any]]:
     for name, family, build in _families(library):
         if not only or re.search(only, f"{name} {family}"):
-            yield {"library": name, "family": family, **_run_apart(lambda build=build: _check(build))}
+            yield {"library": name, "family": family, **_run_apart(partial(_check, build))}
 
 
 # --- families -----------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def _families(library: str) -> Iterator[tuple[str, str, Callable[[], Candidate]]
                 if found and found[0] != "test":
                     members.setdefault(found[0], []).append(name)
             for word, names in sorted(members.items()):
-                yield "timm", f"{module}: {word}", lambda names=names: _small_timm(names)
+                yield "timm", f"{module}: {word}", partial(_small_timm, names)
     if library != "timm":
         for family, classes in sorted(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items()):
             if family == "timm_wrapper":
@@ -116,7 +116,7 @@ def _families(library: str) -> Iterator[tuple[str, str, Callable[[], Candidate]]
                 label = (
                     family if isinstance(classes, str) else f"{family}: {name.partition('ForImage')[2][14:] or 'plain'}"
                 )
-                yield "transformers", label, lambda name=name: _small_transformers(name)
+                yield "transformers", label, partial(_small_transformers, name)
 
 
 class NotAnImageNetworkError(Exception):
@@ -131,11 +131,13 @@ def _small_timm(names: list[str]) -> Candidate:
             return sum(p.numel() for p in timm.create_model(name).parameters())
 
     name = min(names, key=count)
-    own_px = timm.get_pretrained_cfg(name).input_size[-1]
+    own = timm.get_pretrained_cfg(name)
+    assert own is not None
+    own_px = own.input_size[-1]
     tries: list[tuple[int, Callable[[], nn.Module]]] = []
     for px in (*(p for p in IMAGE_PX if p < own_px), own_px):
-        tries.append((px, lambda px=px: timm.create_model(name, num_classes=NUM_CLASSES, img_size=px)))
-        tries.append((px, lambda: timm.create_model(name, num_classes=NUM_CLASSES)))
+        tries.append((px, partial(timm.create_model, name, num_classes=NUM_CLASSES, img_size=px)))
+        tries.append((px, partial(timm.create_model, name, num_classes=NUM_CLASSES)))
     return name, *_first_that_runs(tries)
 
 

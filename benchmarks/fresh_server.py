@@ -8,16 +8,20 @@ import json
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
+from typing import Any
 
 
 def main() -> None:
     """Answers each line of stdin with the results of `hub/fresh_process.py`, or with the error."""
     spec = importlib.util.spec_from_file_location("fresh_process", sys.argv[1])
+    assert spec is not None
+    assert spec.loader is not None
     fresh_process = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh_process)
     for line in sys.stdin:
         sys.argv[1:] = json.loads(line)
-        printed, answer = StringIO(), {}
+        printed = StringIO()
+        answer: dict[str, Any] = {}
         try:
             with redirect_stdout(printed):
                 fresh_process.main()

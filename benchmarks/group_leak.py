@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from hf_transfer.config import DataConfig
+from hf_transfer.config import DataConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
 from hf_transfer.data.splits import draw, join
 from hf_transfer.repeats import run_config
@@ -68,6 +68,12 @@ def load_frames(data: Data, seed: int, *, keeps_groups: bool) -> Data:
     return replace(data, train=train, validation=validation, name="frames")
 
 
+def train(config: RunConfig, frames: Data) -> tuple[float, float]:
+    """Returns the validation accuracy, and the accuracy on new objects, of a run on `frames`."""
+    _, result = run_config(config, load=lambda _: frames)
+    return result.validation.accuracy, result.metrics["test"].accuracy
+
+
 def main() -> None:
     """Prints the three accuracies of each seed, and writes them to --output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -85,8 +91,7 @@ def main() -> None:
         row = {}
         for name, keeps_groups in (("random", False), ("groups", True)):
             frames = load_frames(photographs, seed, keeps_groups=keeps_groups)
-            _, result = run_config(config, load=lambda own, frames=frames: frames)
-            row[name], row["new objects"] = result.validation.accuracy, result.metrics["test"].accuracy
+            row[name], row["new objects"] = train(config, frames)
         rows.append(row)
         print(f"seed {seed}: " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in row.items()), flush=True)
     for name in rows[0]:

@@ -34,6 +34,8 @@ from hf_transfer.hub.verify import PIXEL_TOLERANCE, TOLERANCE, find_libraries, w
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.forward import compute_logits
 from hf_transfer.network.timm_models import save_timm
+from hf_transfer.strategy import Strategy
+from hf_transfer.training.phase import SolveHeadPhase
 from hf_transfer.training.plan import run_plan
 from tests.families import make_pixels, randomize
 from tests.headless import LAYOUTS, MORE_LAYOUTS, Layout, our_features, upstream_features
@@ -47,7 +49,14 @@ ROUNDING_LIMIT = 1e-3  # largest allowed difference of logits if float32 itself 
 NUM_CLASSES = 4  # digits
 MAX_PARAMETERS = 150e6  # a family whose smallest member is larger, with few blocks too, is left out
 OTHER_TASKS = re.compile(r"^(volo|naflexvit|csatv2|test_)")  # timm families that are no plain backbones; see REFUSED
-SETTINGS = {"k": 1, "epochs": 1, "images_per_class": None, "batch_size": 8, "cache": "none", "num_workers": 0}
+SETTINGS: dict[str, Any] = {
+    "k": 1,
+    "epochs": 1,
+    "images_per_class": None,
+    "batch_size": 8,
+    "cache": "none",
+    "num_workers": 0,
+}
 
 SHALLOW: tuple[dict[str, Any], ...] = (  # arguments for fewer blocks, tried in this order
     {"depth": 2}, {"depths": [1, 1, 1, 1]}, {"layers": [1, 1, 1, 1]}, {},
@@ -85,9 +94,9 @@ def list_cases() -> Iterator[Case]:
     for module in timm.list_modules():
         members: dict[str, list[str]] = {}
         for name in timm.list_models(module=module):
-            word = re.match(r"[a-z]+(v\d)?", name)
-            if word and not OTHER_TASKS.match(name):
-                members.setdefault(word[0], []).append(name)
+            match = re.match(r"[a-z]+(v\d)?", name)
+            if match and not OTHER_TASKS.match(name):
+                members.setdefault(match[0], []).append(name)
         for word, names in sorted(members.items()):
             yield Case(library="timm", family=f"{module}: {word}", make=partial(_make_timm, names))
 
@@ -190,7 +199,9 @@ def _make_timm(names: list[str], folder: Path) -> Made:
             return sum(p.numel() for p in timm.create_model(name, num_classes=0, **arguments).parameters())
 
     name = min(names, key=lambda name: count(name, {}))
-    own_px = timm.get_pretrained_cfg(name).input_size[-1]
+    own = timm.get_pretrained_cfg(name)
+    assert own is not None
+    own_px = own.input_size[-1]
     errors = []
     for px in (*(p for p in IMAGE_PX if p < own_px), own_px):
         for size, depth in itertools.product(({"img_size": px}, {}), SHALLOW):
@@ -296,7 +307,10 @@ def check_case(case: Case, folder: Path, dataset: Path) -> dict[str, Any]:
         if made.compare is not None:
             pixels = make_pixels(backbone.preprocessing.image_shape, 2)
             row["failures"] += [text for pair in made.compare(backbone, pixels) if (text := _differ(*pair))]
-        solve, *steps = session.config.strategy.plan(session)
+        strategy = session.config.strategy
+        assert isinstance(strategy, Strategy)
+        solve, *steps = strategy.plan(session)
+        assert isinstance(solve, SolveHeadPhase)
         result = run_plan(session, [replace(solve, sweep="none", cv_folds=1), *steps])
     except ValueError as error:
         is_right = case.refused is not None and case.refused in str(error) and "\n" not in str(error)
@@ -305,6 +319,7 @@ def check_case(case: Case, folder: Path, dataset: Path) -> dict[str, Any]:
         row["failures"].append("it was not refused")
     row["accuracy"] = result.metrics["test"].accuracy if "test" in result.metrics else None
     reference = folder / "reference.safetensors"
+    assert session.data.test is not None
     write_reference(result.backbone, session.data.test, reference)
     row["rounding"] = _measure_rounding(result.backbone, reference)
     save_model(result.backbone, results_for(result.backbone), folder / "model")

@@ -53,7 +53,7 @@ COUNTS = {"train": 1000, "test": 400}  # pictures
 SIDE_PX, SOURCE_PX = 128, 192  # side of one image of a pair; the smaller side of an image of trashnet
 MAX_DEGREES = 45.0
 FOLDS = 5
-TRAINER = {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "weight_decay": 0.05}
+TRAINER: dict[str, Any] = {"learning_rate": 1e-4, "lr_scheduler_type": "cosine", "weight_decay": 0.05}
 NO_FLIP = {"hflip": 0.0}  # a mirrored image has the opposite angle
 
 log = logging.getLogger("benchmark")
@@ -146,7 +146,7 @@ def run_strategy(strategy: str, settings: dict[str, Any]) -> dict[str, Any]:
     return {**values, **({} if c is None else {"c": c}), **epochs}
 
 
-class FlooredScaler(StandardScaler):
+class FlooredScaler(StandardScaler):  # type: ignore[misc]  # scikit-learn ships no types
     """Scales as the probe does: adds the square of the median standard deviation to each variance."""
 
     def fit(self, features: Any, labels: Any = None, sample_weight: Any = None) -> Any:

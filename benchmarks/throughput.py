@@ -101,7 +101,7 @@ def run_timm(given: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(given.threads)
     data = timm.data.create_dataset("", f"{given.dataset}/train")
-    model = timm.create_model(
+    model: Any = timm.create_model(
         f"local-dir:{given.checkpoint}", pretrained=True, num_classes=len(data.reader.class_to_idx)
     )
     model = model.to(memory_format=torch.channels_last)

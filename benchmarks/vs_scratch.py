@@ -9,6 +9,7 @@ rotations, scalings and shifts, --steps steps of 64 images.
 
 import argparse
 import statistics
+from typing import Any
 
 import numpy as np
 import timm
@@ -30,7 +31,7 @@ def read_split(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
 def train_from_scratch(pixels: torch.Tensor, labels: torch.Tensor, *, steps: int, seed: int) -> torch.nn.Module:
     """The embedded architecture, with random weights, trained on (N, 3, H, W) and (N,)."""
     torch.manual_seed(seed)
-    pretrained = load("embedded").model
+    pretrained: Any = load("embedded").model
     config = dict(pretrained.pretrained_cfg)
     arguments = {k: v for k, v in pretrained._model_args.items() if k != "num_classes"}
     network = timm.create_model(config["architecture"], num_classes=int(labels.max()) + 1, **arguments)

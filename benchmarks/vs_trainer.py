@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def list_trainable(given: argparse.Namespace) -> list[str]:
     chain = load(given.checkpoint, ("a", "b")).chain()
     if given.strategy == "lora":
         from hf_transfer.config import AdapterConfig
-        from hf_transfer.network.adapters import find_targets
+        from hf_transfer.network.targets import find_targets
 
         return sorted(find_targets(chain, AdapterConfig()).modules)
     policy = {"probe": head(), "last_layers": last(LAST_LAYERS)}.get(given.strategy, full())
@@ -153,11 +153,12 @@ def run_trainer(given: argparse.Namespace, *, our_layout: bool) -> dict[str, Any
         "dataloader_num_workers": given.workers,
         "seed": 0,
     }
+    is_lora = given.strategy == "lora"
     names = None if given.trainable is None else set(json.loads(Path(given.trainable).read_text()))
-    chosen = {"adapted": names} if given.strategy == "lora" else {"trainable": names}
     return trainer_example.train(
-        given.checkpoint, given.dataset, given.scratch, arguments, **chosen, our_layout=our_layout
-    ).figures()
+        given.checkpoint, given.dataset, given.scratch, arguments, adapted=names if is_lora else None,
+        trainable=None if is_lora else names, our_layout=our_layout,
+    ).figures()  # fmt: skip
 
 
 def run_bare(given: argparse.Namespace) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def run_bare(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(given.threads)
-    model = timm.create_model(f"local-dir:{given.checkpoint}", pretrained=True, num_classes=0).eval()
+    model: Any = timm.create_model(f"local-dir:{given.checkpoint}", pretrained=True, num_classes=0).eval()
     height, width = model.pretrained_cfg["input_size"][1:]
     rates = {}
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        functions = {
+        functions: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
             "ours": run_ours,
             "before": run_ours,
             "trainer": lambda g: run_trainer(g, our_layout=False),

@@ -48,6 +48,7 @@ def main() -> None:
     config = replace_settings(
         config, {"seed": given.seed, "num_workers": 2, "resume": given.resume, "overwrite_output_dir": True}
     )
+    assert config.output.output_dir is not None, "greedy_digits.yaml has it"
     result = run(config)
     export(Path(config.output.output_dir) / "model", given.output_dir)
     for stage in result.details["stages"]:

@@ -21,9 +21,9 @@ traceback.
 """
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from error_cases import SECTIONS, format_row
+    from tests.error_cases import SECTIONS, format_row
 
     lines = [HEADER]
     for title, cases in SECTIONS.items():

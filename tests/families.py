@@ -91,7 +91,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             scale = 0.3 if parameter.ndim < 2 or parameter.numel() == 1 else 0.1 * float(parameter.std()) + 0.02
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer += 0.1 * torch.randn(buffer.shape, generator=generator)
@@ -134,5 +134,8 @@ def state_of(model: nn.Module) -> dict[str, object]:
 def assert_same_state(before: dict[str, object], after: dict[str, object]) -> None:
     assert before.keys() == after.keys()
     for key, value in before.items():
-        same = torch.equal(value, after[key]) if isinstance(value, torch.Tensor) else value == after[key]
-        assert same, key
+        other = after[key]
+        if isinstance(value, torch.Tensor) and isinstance(other, torch.Tensor):
+            assert torch.equal(value, other), key
+        else:
+            assert value == other, key

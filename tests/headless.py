@@ -297,6 +297,7 @@ MORE_LAYOUTS: dict[str, Layout] = {
 
 def tower_of(name: str, model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """The part of upstream's model that sees the image, with masking off."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "is_mae"):
             module.is_mae = False
