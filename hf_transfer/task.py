@@ -11,7 +11,8 @@
 
 import json
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -19,17 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_transfer.accelerator import connect_processes
-from hf_transfer.config import EMBEDDED_CHECKPOINT, OptimizerConfig, OutputConfig, RunConfig, StrategyConfig
+from hf_transfer.choosing.rank import SAMPLE, Ranking
+from hf_transfer.choosing.rank import rank as rank_checkpoints
+from hf_transfer.config import EMBEDDED_CHECKPOINT, ExportPrecision, OptimizerConfig, OutputConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.inference.evaluate import ALL, evaluate_split
+from hf_transfer.inference.load import InferenceEngine
 from hf_transfer.interrupts import catch_signals
 from hf_transfer.locations import find_manifests
+from hf_transfer.metrics.records import Metrics
 from hf_transfer.output import explains_how_to_continue, open_folder
 from hf_transfer.repeats import run_config
 from hf_transfer.run import Run
 from hf_transfer.runs import open_session
 from hf_transfer.session import Session
-from hf_transfer.settings import replace_settings
-from hf_transfer.strategy import GradientStrategy, Strategy
+from hf_transfer.settings import list_settings, replace_settings
+from hf_transfer.strategy import GradientStrategy, Strategy, make_strategy
 from hf_transfer.targets.labels import listed
 from hf_transfer.training.phase import SolveHeadPhase, TrainPhase
 
@@ -46,6 +52,14 @@ NOT_OF_A_TASK = {  # settings of a run that another method takes
     "push_to_hub": "call run.push after Task.fit",
     "private": "call run.push with PublishOptions(private=True)",
 }
+
+_OF_RUNS = list_settings(RunConfig())
+ALL_SETTINGS = frozenset(_OF_RUNS)
+RANKED = frozenset(
+    {name for name, setting in _OF_RUNS.items() if setting.group in ("data", "compute")}
+    | {"image_size_px", "trust_remote_code"}
+)  # settings that `rank` reads
+EVALUATED = RANKED - {"image_size_px", "images_per_class", "validation_fraction"}  # settings that `evaluate` reads
 
 Phases = Sequence[SolveHeadPhase | TrainPhase]
 
@@ -85,17 +99,12 @@ class Task:
     """
 
     def __init__(self, images: Any, checkpoint: str | None = None, **settings: Any) -> None:
-        is_name = isinstance(images, str | os.PathLike)
         for name in settings:
             if name in NOT_OF_A_TASK:
                 raise ValueError(f"Task: {name} is no setting of a task; {NOT_OF_A_TASK[name]}")
-        if is_name and "dataset" in settings:
-            raise ValueError(f"Task: images={str(images)!r} and dataset={settings['dataset']!r}: give only one")
-        self.images = None if is_name else images
-        dataset = str(images) if is_name else settings.pop("dataset", IN_MEMORY)
         self._has_checkpoint = checkpoint is not None
-        values = {"dataset": dataset, "checkpoint": checkpoint or EMBEDDED_CHECKPOINT, **settings}
-        self.config = replace_settings(RunConfig(), values, where="Task: ")
+        values = {"checkpoint": checkpoint or EMBEDDED_CHECKPOINT, **settings}
+        self.config, self.images = _read_settings(images, values, where="Task: ")
 
     @cached_property
     def data(self) -> Data:
@@ -104,7 +113,7 @@ class Task:
 
     def fit(
         self,
-        strategy: Strategy | Phases,
+        strategy: Strategy | str | Phases,
         *,
         output_dir: str | Path | None = None,
         overwrite_output_dir: bool = False,
@@ -113,7 +122,7 @@ class Task:
     ) -> Run:
         """Trains with a strategy, scores the trained network, and returns the run.
 
-        `strategy`: a strategy such as `ht.lora(rank=8)`, or a list of phases from `ht.solve_head` and `ht.train`.
+        `strategy`: a strategy such as `ht.lora(rank=8)`, its name, or a list of phases from `ht.solve_head` and `ht.train`.
         `settings`: further settings of the strategy, such as `hflip=0.0`. With `output_dir`, the run writes the same folder
         as a recipe, and saves training states, from which `resume=True` continues. A folder with a finished run is refused
         without `resume` or `overwrite_output_dir`. Without `output_dir`, the run writes only caches.
@@ -147,7 +156,6 @@ class Task:
     def advise(self, *, measure: bool = False, budget_s: float | None = None) -> "Advice":
         """Returns advice on the strategy that suits these images and this checkpoint (see `hf-transfer advise`)."""
         from hf_transfer.choosing.advise import advise
-        from hf_transfer.strategy import make_strategy
 
         config = self._configure(make_strategy("auto", tracker="none"), OutputConfig())
         session = open_session(config, load=lambda: self.data)
@@ -175,13 +183,94 @@ class Task:
         return lines
 
 
-def _as_strategy(strategy: Strategy | Phases, settings: dict[str, Any]) -> Strategy:
-    if not isinstance(strategy, StrategyConfig):
-        strategy = CustomPlan(phases=tuple(strategy))
+def evaluate(
+    checkpoint: str | Path,
+    images: Any,
+    *,
+    split: str = ALL,
+    engine: InferenceEngine = "auto",
+    export_precision: ExportPrecision | None = None,
+    **settings: Any,
+) -> Metrics:
+    """Returns the metrics of a saved model on one split of labeled images, or on all of them (see `hf-transfer evaluate`).
+
+    `checkpoint`: the folder of a run or model, or a Hub id. `images`: as for `Task`; their labels are matched to the model's
+    labels by name. `engine`, `export_precision`: what runs the network, also an exported file. `settings`: settings of the data
+    set and of the machine, such as `label_column` or `batch_size`, and `trust_remote_code`. If images of the run that trained
+    the model are among the images, a warning and a note of the metrics say how many.
+
+    >>> import hf_transfer as ht
+    >>> ht.evaluate("embedded", "sklearn/digits", split="test").num_samples
+    539
+
+    Raises ValueError for an unknown setting, a split that does not exist, or a label that the model lacks.
+    """
+    config, in_memory = _read_settings(images, settings, where="evaluate: ", taken=EVALUATED)
+    return evaluate_split(
+        str(checkpoint),
+        config.data,
+        in_memory,
+        split=split,
+        compute=config.compute,
+        trust_remote_code=config.model.trust_remote_code,
+        engine=engine,
+        export_precision=export_precision,
+    ).metrics
+
+
+def rank(checkpoints: Sequence[str | Path], images: Any, *, sample: int = SAMPLE, **settings: Any) -> Ranking:
+    """Ranks checkpoints by the accuracy of a linear probe on frozen features (see `hf-transfer rank`).
+
+    `checkpoints`: Hub ids or folders. `images`: as for `Task`. `sample`: maximum number of train and validation images; 0: all.
+    `settings`: settings of the data set and of the machine, such as `label_column` or `batch_size`, `image_size_px` and
+    `trust_remote_code`. A checkpoint that cannot be loaded or scored is skipped and listed in `Ranking.failures`.
+
+    >>> import hf_transfer as ht
+    >>> ranking = ht.rank(["embedded"], "sklearn/digits", images_per_class=10)
+    >>> ranking.rows[0].name, ranking.rows[0].probe > 0.8
+    ('embedded', True)
+
+    Raises ValueError for an unknown setting, no checkpoint, a checkpoint that is given twice, or images without classes.
+    """
+    config, in_memory = _read_settings(images, settings, where="rank: ", taken=RANKED)
+    names = [checkpoints] if isinstance(checkpoints, str | Path) else checkpoints
+    return rank_checkpoints([str(name) for name in names], config, in_memory, sample=sample)
+
+
+def _read_settings(
+    images: Any, settings: Mapping[str, Any], *, where: str, taken: frozenset[str] = ALL_SETTINGS
+) -> tuple[RunConfig, Any]:
+    """Returns the settings of a run, and the images if they are in memory; the settings contain the path of other images.
+
+    Raises ValueError, with a message that starts with `where`, for settings that are unknown, not `taken`, or not allowed.
+    """
+    if refused := [name for name in settings if name in ALL_SETTINGS - taken]:
+        raise ValueError(f"{where}{refused[0]} would change nothing; omit it")
+    if not isinstance(images, str | os.PathLike):
+        return replace_settings(RunConfig(), {"dataset": IN_MEMORY, **settings}, where=where), images
+    if "dataset" in settings:
+        raise ValueError(f"{where}images={str(images)!r} and dataset={settings['dataset']!r}: give only one")
+    return replace_settings(RunConfig(), {**settings, "dataset": str(images)}, where=where), None
+
+
+def _as_strategy(strategy: Strategy | str | Phases, settings: dict[str, Any]) -> Strategy:
+    if isinstance(strategy, str):
+        return make_strategy(strategy, **settings)
+    if not isinstance(strategy, Strategy):
+        strategy = CustomPlan(phases=_check_phases(strategy))
         if in_phases := [name for name in settings if name in CustomPlan.in_phases]:
             raise ValueError(f"{listed(in_phases)}: phases have settings of their own; give them to ht.train")
-    assert isinstance(strategy, Strategy)
     return replace_settings(strategy, settings, where=f"{strategy.name}: ")
 
 
-__all__ = ["CustomPlan", "Task"]
+def _check_phases(phases: Any) -> tuple[SolveHeadPhase | TrainPhase, ...]:
+    kinds = (SolveHeadPhase, TrainPhase)
+    if isinstance(phases, list | tuple) and phases and all(isinstance(phase, kinds) for phase in phases):
+        return tuple(phases)
+    raise ValueError(
+        f"strategy={reprlib.repr(phases)}: give a strategy such as ht.lora(), its name such as 'lora', or a list of one or "
+        "more phases from ht.solve_head() and ht.train()"
+    )
+
+
+__all__ = ["CustomPlan", "Task", "evaluate", "rank"]

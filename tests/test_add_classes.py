@@ -15,7 +15,6 @@ from hf_transfer.adding import add_classes
 from hf_transfer.cli import main
 from hf_transfer.config import DataConfig, OutputConfig
 from hf_transfer.hub.verify import REFERENCE, find_libraries, verify
-from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.strategy import Strategy
 
 OLD, NEW = range(7), range(7, 10)
@@ -98,9 +97,7 @@ def test_the_new_run_is_a_run_like_others(root: Path) -> None:
     assert names <= {path.name for path in folder.iterdir()}
     assert "hf-transfer add-classes" in (folder / "config.yaml").read_text().split("\n")[1]
     measured = read_results(folder)["metrics"]["test"]["accuracy"]
-    assert evaluate(str(folder), DataConfig(dataset=str(root / "both")), split="test").accuracy == pytest.approx(
-        measured
-    )
+    assert ht.evaluate(folder, root / "both", split="test").accuracy == pytest.approx(measured)
     assert verify(folder / "model", folder / REFERENCE, find_libraries(folder / "model"))
     assert "digit 9" in (folder / "model" / "README.md").read_text()
 

@@ -100,9 +100,7 @@ def test_plain_timm_gives_calibrated_probabilities_and_the_same_decisions(
 
 
 def test_the_metrics_are_those_of_the_saved_network(calibrated: Run, folder: Path) -> None:
-    from hf_transfer.config import DataConfig
-
-    again = ht.evaluate(str(folder / "calibrated" / "model"), DataConfig(dataset="sklearn/digits"), split="test")
+    again = ht.evaluate(folder / "calibrated" / "model", "sklearn/digits", split="test")
     assert again.nll == pytest.approx(calibrated.test.nll, abs=1e-4)
     assert again.ece == pytest.approx(calibrated.test.ece, abs=1e-3)
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 import yaml
 
-from hf_transfer.config import ComputeConfig, DataConfig
-from hf_transfer.inference.evaluate import evaluate
+import hf_transfer as ht
 from hf_transfer.inference.predict import predict
 from hf_transfer.locations import CHECKPOINTS, CONFIG
 from hf_transfer.prefix import pixels
@@ -114,8 +113,7 @@ def test_evaluate_and_predict_run_by_an_engine(tmp_path: Path, caplog: pytest.Lo
     model = str(tmp_path / "model")
     with caplog.at_level(logging.INFO):
         exact, folded = (
-            evaluate(model, DataConfig(dataset="sklearn/digits"), split="test", compute=ComputeConfig(engine=engine))
-            for engine in ("eager", "folded")
+            ht.evaluate(model, "sklearn/digits", split="test", engine=engine) for engine in ("eager", "folded")
         )
         assert caplog.text.count("engine folded: prepared") == 1
         assert folded.accuracy == exact.accuracy

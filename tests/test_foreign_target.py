@@ -15,9 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import hf_transfer as ht
-from hf_transfer.config import DataConfig
 from hf_transfer.hub.verify import find_libraries, verify
-from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.records import Metrics, Score
 from hf_transfer.run import load_run
@@ -145,7 +143,7 @@ def test_a_target_outside_the_package_trains_scores_saves_and_reloads(
     again = load_run(tmp_path / "run")
     assert again.backbone.target == Ordinal(names=("above 0", "above 1", "above 2"))
     assert again.metrics == run.metrics
-    scored = evaluate(str(tmp_path / "run/model"), DataConfig(dataset=str(images), **COLUMNS), split="test")
+    scored = ht.evaluate(tmp_path / "run/model", images, split="test", **COLUMNS)
     assert scored.mean_grade_error == run.test.mean_grade_error
     model = tmp_path / "run/model"
     assert all(

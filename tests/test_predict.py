@@ -14,10 +14,9 @@ from PIL import Image
 
 import hf_transfer as ht
 from hf_transfer.cli import main
-from hf_transfer.config import AdapterConfig, DataConfig
+from hf_transfer.config import AdapterConfig
 from hf_transfer.data.images import BadImageError
 from hf_transfer.hub.save import save_model
-from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.inference.predict import Prediction, UnreadableImagesError, find_images, predict
 from hf_transfer.inference.rows import NamedPrediction, OutputFormat, format_rows
 from hf_transfer.network.adapters import add_adapters, load_adapted
@@ -209,14 +208,14 @@ def test_an_input_that_is_not_an_image_is_named(images: Path, image: object, wor
 
 
 def test_dataset_classes_are_matched_to_the_models_by_name(images: Path) -> None:
-    metrics = evaluate("embedded", DataConfig(dataset=str(images)), split="test")  # two of its ten classes
+    metrics = ht.evaluate("embedded", images, split="test")  # two of its ten classes
     assert metrics.num_samples == 5
     counts = {row["label"]: row["support"] for row in metrics.per_class}
     assert (counts["0"], counts["1"], counts["2"]) == (3, 2, 0)
     files = find_images([images / "test"])
     right = [p.labels[0] == Path(p.image).parent.name for p in predict(load("embedded"), files, top_k=1)]
     assert metrics.accuracy == np.mean(right)
-    assert evaluate("embedded", DataConfig(dataset=str(images))).num_samples == 10  # of all splits
+    assert ht.evaluate("embedded", images).num_samples == 10  # of all splits
 
 
 def test_evaluate_warns_of_images_that_the_run_has_used(
@@ -260,7 +259,7 @@ def test_evaluate_warns_of_images_that_the_run_has_used(
     assert caplog.text.rstrip().endswith("evaluate images that the run has not seen, with another --dataset")
     (run / "seen_images.npy").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"seen_images\.npy is damaged .*: delete the file"):
-        evaluate(str(run), DataConfig(dataset=data))
+        ht.evaluate(run, data)
 
 
 def test_a_class_that_the_model_does_not_know_is_named(images: Path, tmp_path: Path) -> None:
@@ -270,7 +269,7 @@ def test_a_class_that_the_model_does_not_know_is_named(images: Path, tmp_path: P
             for i in range(3):
                 Image.new("RGB", (20, 20), (i * 50, 0, 0)).save(tmp_path / split / label / f"{i}.png")
     with pytest.raises(ValueError, match="does not know cat"):
-        evaluate("embedded", DataConfig(dataset=str(tmp_path)))
+        ht.evaluate("embedded", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["timm ViT", "ViT"])

@@ -25,7 +25,6 @@ from hf_transfer.cli import main
 from hf_transfer.config import DataConfig, RunConfig
 from hf_transfer.data.dataset import load_splits
 from hf_transfer.hub.verify import REFERENCE, find_libraries, verify
-from hf_transfer.inference.evaluate import evaluate
 from hf_transfer.metrics.records import Score
 from hf_transfer.network.adapters import load_adapted
 from hf_transfer.reporting.sentences import describe_seeds
@@ -88,8 +87,7 @@ def check_run(run: Run, kind: str, table: Path, folder: Path) -> None:
     assert again.backbone.target == run.backbone.target
     assert again.metrics == run.metrics
     check_results(dict(again.results))
-    data = DataConfig(dataset=str(table), split_column="split", **COLUMNS[kind])
-    scored = evaluate(str(folder / "model"), data, split="test")
+    scored = ht.evaluate(folder / "model", table, split="test", split_column="split", **COLUMNS[kind])
     assert dict(scored.values) == pytest.approx(dict(run.test.values), abs=1e-4)
     images = [str(table.parent / f"{i}.png") for i in range(48, 52)]
     for predicted, expected in zip(again.predict(images), run.predict(images), strict=True):

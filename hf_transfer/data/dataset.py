@@ -140,9 +140,7 @@ def load_data(
     ((8, 8), ('0', '1', '2'))
     """
     columns = choose_columns(config)
-    stored = (
-        read_stored(config, columns) if images is None else read_memory(images, columns=columns, name=config.dataset)
-    )
+    stored = _read_stored(config, columns, images)
     notes = list(stored.notes)
     names_by_role = _assign_roles(stored, config)
     unused = [name for name in stored.splits if name not in names_by_role.values()]
@@ -216,15 +214,17 @@ def _join_drawn(
     )
 
 
-def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
+def load_splits(config: DataConfig, target: Target, images: Any = None) -> dict[Role, Split]:
     """Loads all stored splits that have labels, to evaluate a network with the target `target`.
+
+    `images`: images in memory, as for `load_data`.
 
     Raises:
         ValueError: a label is not in `target`, no split or only part of a split has labels, or data are unreadable.
     """
     if config.problem_type == AUTO:
         config = replace(config, problem_type=target.problem_type)
-    stored = read_stored(config, choose_columns(config))
+    stored = _read_stored(config, choose_columns(config), images)
     splits: dict[Role, Split] = {}
     names_by_role = _assign_roles(stored, config, needs_train=False)
     for role, name in names_by_role.items():
@@ -247,6 +247,10 @@ def load_splits(config: DataConfig, target: Target) -> dict[Role, Split]:
             f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name a split with --test_split"
         )
     return splits
+
+
+def _read_stored(config: DataConfig, columns: Columns, images: Any) -> StoredData:
+    return read_stored(config, columns) if images is None else read_memory(images, columns=columns, name=config.dataset)
 
 
 def _read_split(stored: StoredData, name: str, problem_type: str) -> LabeledImages:

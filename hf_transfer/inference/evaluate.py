@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -65,26 +66,10 @@ class Evaluation:
         return ["Recall, the lowest first:", *lines, *more] if lines else []
 
 
-def evaluate(
-    checkpoint: str,
-    data: DataConfig,
-    *,
-    split: str = ALL,
-    compute: ComputeConfig = DEFAULT_COMPUTE,
-    trust_remote_code: bool = False,
-) -> Metrics:
-    """Returns the metrics of a saved classifier on one split of a data set, or on all its labeled images (the default).
-
-    The data set's labels are matched to the model's labels by name, and may be a subset in any order. `compute` chooses the
-    engine. If images of the run that trained the model are among them, a warning and a note of the metrics say how many.
-    Raises ValueError if the data set does not store the split, or has a label that the model lacks.
-    """
-    return evaluate_split(checkpoint, data, split=split, compute=compute, trust_remote_code=trust_remote_code).metrics
-
-
 def evaluate_split(
     checkpoint: str,
     data: DataConfig,
+    images: Any = None,
     *,
     split: str = ALL,
     compute: ComputeConfig = DEFAULT_COMPUTE,
@@ -92,16 +77,19 @@ def evaluate_split(
     engine: InferenceEngine | None = None,
     export_precision: ExportPrecision | None = None,
 ) -> Evaluation:
-    """Returns the metrics as `evaluate` does, with the split and the target that they are of.
+    """Returns the metrics of a saved model on one split of a data set, or on all its labeled images (the default).
 
-    `engine`: in place of the engine of `compute`; it may be an exported file (see `load_for_engine`).
+    The data set's labels are matched to the model's labels by name, and may be a subset in any order. `images`: images in
+    memory, as for `load_data`. `engine`: in place of the engine of `compute`; it may be an exported file (see
+    `load_for_engine`). If images of the run that trained the model are among them, a warning and a note of the metrics say how
+    many. Raises ValueError if the data set does not store the split, or has a label that the model lacks.
     """
     seen = read_seen(checkpoint)
     backbone, own_engine = load_for_engine(
         checkpoint, engine or compute.engine, precision=export_precision, trust_remote_code=trust_remote_code
     )
     compute = replace(compute, engine=own_engine)
-    splits = load_splits(data, backbone.target)
+    splits = load_splits(data, backbone.target, images)
     chosen = [each for name, each in splits.items() if split in (name, ALL)]
     if not chosen:
         drawn = (
@@ -114,15 +102,15 @@ def evaluate_split(
         )
     resources = Resources(accelerator=Accelerator(), compute=compute)
     preprocessing = backbone.preprocessing
-    images = [EvaluationImages(split=s, preprocessing=preprocessing) for s in chosen]
+    inputs = [EvaluationImages(split=s, preprocessing=preprocessing) for s in chosen]
     engine = decide_engine(
         backbone.model,
-        images[0],
+        inputs[0],
         resources,
         image_shape=preprocessing.image_shape,
         num_images=sum(map(len, chosen)),
     )
-    logits = np.concatenate([compute_checked_logits(backbone.model, each, resources, engine) for each in images])
+    logits = np.concatenate([compute_checked_logits(backbone.model, each, resources, engine) for each in inputs])
     labels = np.concatenate([each.labels for each in chosen])
     metrics = backbone.target.measure(logits, labels, groups=number_groups(chosen), seed=data.seed)
     if seen is not None and (warning := _warn_of_seen(seen, chosen, resources, splits)):
