@@ -4,6 +4,7 @@
 fast.
 """
 
+import importlib
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     description = "Fine-tune pretrained vision checkpoints, and publish them."
     parser = Parser(prog="hf-transfer", description=description, epilog=EXIT_STATUS)
+    version = f"hf-transfer-learning {importlib.import_module('hf_transfer').__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
@@ -88,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         command.add_flags(sub)
         add_quiet(sub)
-    given = parser.parse_args(words)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        commands.choices[given.command].refuse(unknown, words)
     limit_spinning()
     start_logging(logging.ERROR if given.quiet else logging.WARNING)
     with one_line_errors(f"hf-transfer {given.command}"):

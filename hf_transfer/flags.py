@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from hf_transfer.config import RunConfig, StrategyConfig
 from hf_transfer.errors import EXIT_STATUS, join_lines
 from hf_transfer.locations import CONFIG, RESULTS, find_recipe
-from hf_transfer.settings import Setting, list_settings, replace_settings, suggest_name
+from hf_transfer.settings import Setting, find_nearest, list_settings, replace_settings, suggest_name
 from hf_transfer.strategy import Strategy, default_config, strategy_names
 
 HELP_ALL = "--help_all"
@@ -61,6 +61,31 @@ class Parser(argparse.ArgumentParser):
         """Prints the error in one line and exits with status 2."""
         self.exit(2, f"{self.prog}: {join_lines(message)}\n")
 
+    def refuse(self, unknown: Sequence[str], words: Sequence[str]) -> NoReturn:
+        """Ends with the error for the `unknown` ones among the words of a command line: the first flag, or else a value."""
+        flags = {
+            option[2:]: action for action in self._actions for option in action.option_strings if option[:2] == "--"
+        }
+        flag = next((word for word in unknown if word.startswith("-")), None)
+        if flag is not None:
+            name = flag.lstrip("-").partition("=")[0]
+            help_flag = HELP_ALL if HELP_ALL[2:] in flags else "--help"
+            self.error(f"unknown argument {flag}{suggest_name(name, flags, '--', help_flag=help_flag)}")
+        for before, word in pairwise(words):
+            action = flags.get(before.removeprefix("--"))
+            if word == unknown[0] and action is not None and action.nargs == 0:
+                self.error(f"{before} takes no value: write {' or '.join(action.option_strings)}")
+        self.error(f"unexpected value {unknown[0]!r}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raises ArgumentError, with the nearest choice, if `value` is not among the choices of `action`."""
+        if action.choices is not None and value not in action.choices:
+            choices = list(action.choices)
+            close = find_nearest(str(value), choices)
+            meant = "" if close is None else f"; did you mean {close!r}?"
+            message = f"invalid choice: {value!r} (choose from {', '.join(map(repr, choices))}){meant}"
+            raise argparse.ArgumentError(action, message)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLine:
@@ -91,7 +116,7 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
     _add_flags(parser, settings, shown=COMMON - default.strategy.refused)
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.error(_explain_unknown(unknown, words, settings))
+        parser.refuse(unknown, words)
     flags = {k: v for k, v in vars(given).items() if k in settings and v is not None}
     try:
         config = default if given.config is None else read_config(given.config, default)
@@ -101,19 +126,6 @@ def parse(name: str, *, prog: str, description: str | None, arguments: Sequence[
         return CommandLine(config=config, is_quiet=given.quiet, prints_json=given.json)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-
-
-def _explain_unknown(unknown: Sequence[str], words: Sequence[str], settings: Mapping[str, Setting]) -> str:
-    """Returns the error message for the `unknown` ones among the words of a command line: the first flag, or else a value."""
-    flag = next((word for word in unknown if word.startswith("-")), None)
-    if flag is not None:
-        return f"unknown argument {flag}{suggest_name(flag.lstrip('-').partition('=')[0], settings, '--')}"
-    switches = {f"--{no}{name}": name for name, each in settings.items() if each.kind is bool for no in ("", "no-")}
-    for before, word in pairwise(words):
-        if word == unknown[0] and before in switches:
-            name = switches[before]
-            return f"{before} takes no value: write --{name} or --no-{name}"
-    return f"unexpected value {unknown[0]!r}"
 
 
 def _add_flags(parser: Parser, settings: Mapping[str, Setting], *, shown: frozenset[str]) -> None:

@@ -16,7 +16,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -202,17 +202,26 @@ KNOWN_ELSEWHERE: Mapping[str, str] = {
 }  # fmt: skip
 
 
-def suggest_name(word: str, names: Mapping[str, Any], prefix: str) -> str:
-    """Returns the end of an error message about an unknown setting: the nearest known name, or that --help_all lists all.
+def find_nearest(word: str, names: Iterable[str]) -> str | None:
+    """Returns the name that `word` is probably a misspelling of, or None. Capitals do not count.
 
-    A word may have hyphens for underscores. A name known elsewhere, of a setting that is not in `names`, is close to no other.
+    >>> find_nearest("Linear-Prob", ["full", "linear_probe"])
+    'linear_probe'
     """
     import difflib  # imported here, because only errors need it
 
+    return next(iter(difflib.get_close_matches(word.lower(), names, n=1)), None)
+
+
+def suggest_name(word: str, names: Collection[str], prefix: str, *, help_flag: str = "--help_all") -> str:
+    """Returns the end of an error message about an unknown setting: the nearest known name, or that `help_flag` lists all.
+
+    A word may have hyphens for underscores. A name known elsewhere, of a setting that is not in `names`, is close to no other.
+    """
     word = word.replace("-", "_")
-    known = [KNOWN_ELSEWHERE[word]] if word in KNOWN_ELSEWHERE else difflib.get_close_matches(word, names, n=1)
-    close = [name for name in known if name in names]
-    return f"; did you mean {prefix}{close[0]}?" if close else "; --help_all lists all settings"
+    known = {other: name for other, name in KNOWN_ELSEWHERE.items() if name in names} | {name: name for name in names}
+    close = None if word in KNOWN_ELSEWHERE.keys() - known else find_nearest(word, known)
+    return f"; {help_flag} lists all settings" if close is None else f"; did you mean {prefix}{known[close]}?"
 
 
 @functools.cache

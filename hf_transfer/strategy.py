@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_transfer.config import HEAD_SCALE, GradientConfig, RepeatConfig, RunConfig, StrategyConfig
-from hf_transfer.settings import flag, replace_settings
+from hf_transfer.settings import find_nearest, flag, replace_settings
 
 if TYPE_CHECKING:
     from hf_transfer.data.dataset import Data
@@ -143,7 +143,9 @@ def strategy_names() -> tuple[str, ...]:
 def get_strategy(name: str) -> type[Strategy]:
     """Returns the class of the strategy `name`. Raises ValueError, with all names, if no strategy has this name."""
     if name not in strategy_names():
-        raise ValueError(f"there is no strategy {name!r}: choose one of {', '.join(strategy_names())}")
+        close = find_nearest(name, strategy_names())
+        meant = "" if close is None else f"; did you mean {close!r}?"
+        raise ValueError(f"there is no strategy {name!r}: choose one of {', '.join(strategy_names())}{meant}")
     module = importlib.import_module(f"{PACKAGE}.{name}")
     (kind,) = (
         v for v in vars(module).values()

@@ -222,6 +222,7 @@ SETTINGS = (
     ErrorCase(trigger="a value without a flag", command="train full path/to/images"),
     ErrorCase(trigger="an unknown strategy", command="train lroa"),
     ErrorCase(trigger="an unknown command", command="trian"),
+    ErrorCase(trigger="an unknown flag of a command", command="predict runs/mine photos --topk 3"),
     ErrorCase(trigger="a push to no repository", command="train full --push_to_hub me"),
     ErrorCase(trigger="`--private` without a push", command="train full --private"),
     ErrorCase(

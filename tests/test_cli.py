@@ -220,6 +220,17 @@ def test_train_runs_a_strategy_and_its_model_predicts(capsys: pytest.CaptureFixt
     ("words", "expected"),
     [
         (["train", "lroa"], "invalid choice: 'lroa'"),
+        (["train", "LoRA"], "; did you mean 'lora'?\n"),
+        (["train", "linear-probe"], "; did you mean 'linear_probe'?\n"),
+        (["train", "prob_then_full", "--epochs", "3"], "; did you mean 'probe_then_full'?\n"),
+        (["train", "full", "--precision", "fp23"], "; did you mean 'fp32'?\n"),
+        (
+            ["predict", "run", "photos", "--topk", "3"],
+            "hf-transfer predict: unknown argument --topk; did you mean --top_k?",
+        ),
+        (["predict", "run", "photos", "--workers", "3"], "--workers; did you mean --num_workers?"),
+        (["predict", "run", "photos", "--nonsense"], "unknown argument --nonsense; --help lists all settings"),
+        (["rank", "embedded", "--nonsense"], "unknown argument --nonsense; --help_all lists all settings"),
         (["train"], "required: NAME"),
         (
             ["train", "full", "--learning_rate", "1"],
@@ -230,6 +241,7 @@ def test_train_runs_a_strategy_and_its_model_predicts(capsys: pytest.CaptureFixt
         (["rank", "embedded", "embedded"], "embedded"),
         (["predict", "embedded", "nowhere.png"], "no such file"),
         (["trian"], "invalid choice: 'trian'"),
+        (["trian"], "; did you mean 'train'?\n"),
     ],
 )
 def test_every_commands_mistake_is_one_line(

@@ -89,6 +89,8 @@ def test_where_to_push_is_checked_before_anything_runs(capsys: pytest.CaptureFix
         ("warmup-epochs", "warmup_ratio"),
         ("layer-decay", "layer_decay"),
         ("bach-size", "batch_size"),
+        ("lerning_rate", "lr"),
+        ("qiet", "quiet"),
         ("valid_pct", "validation_fraction"),
         ("val-split", "validation_split"),
         ("model-ema", "ema_decay"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import hf_transfer
+from hf_transfer.cli import main
 from hf_transfer.strategy import default_config, strategy_names
 
 
@@ -33,6 +34,13 @@ def test_every_strategy_is_a_function_of_its_settings() -> None:
 
 def test_version_is_the_distributions() -> None:
     assert importlib.metadata.version("hf-transfer-learning") == hf_transfer.__version__
+
+
+def test_the_command_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"hf-transfer-learning {hf_transfer.__version__}\n"
 
 
 def test_the_old_hf_transfer_beside_ours_is_a_clear_error(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_what_is_no_strategy_is_refused(strategy: Any) -> None:
 
 
 def test_an_unknown_strategy_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is no strategy 'lroa'"):
+    with pytest.raises(ValueError, match=r"there is no strategy 'lroa'.*; did you mean 'lora'\?"):
         ht.Task("sklearn/digits").fit("lroa")
 
 
