@@ -45,7 +45,7 @@ from hf_transfer.training.final_fit import (
     covers_train_images,
     round_logits,
 )
-from hf_transfer.training.phases import NOT_COMPARED
+from hf_transfer.training.phases import NOT_COMPARED, describe_changes
 from hf_transfer.training.records import RunResult
 
 log = logging.getLogger(__name__)
@@ -288,9 +288,7 @@ def _read_finished(folder: Path, config: RunConfig, data: Data) -> Repeat | None
     fingerprints = {str(split.name): split.fingerprint for split in data.splits}
     current = {**settings, **fingerprints}
     stored = {**results["config"], **results["data"]["fingerprint"]}
-    changed = [n for n, value in current.items() if stored.get(n) != value]
-    if changed:
-        changes = "; ".join(f"{n} was {stored.get(n)!r}, is {current[n]!r}" for n in changed[:5])
+    if changes := describe_changes({name: stored.get(name) for name in current}, current):
         raise ValueError(
             f"--resume: the run in {folder} had other settings: {changes}. Give the same settings, or start fresh without "
             "--resume in another folder"

@@ -208,7 +208,7 @@ def test_an_interrupted_run_continues_with_the_finished_folds(
     weights = [load_file(each / "model" / "model.safetensors") for each in (whole, folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     (folder / "results.json").unlink()
-    with pytest.raises(ValueError, match=r"the run in .*fold_1 had other settings: lr was 0.0002, is 0.1"):
+    with pytest.raises(ValueError, match=r"the run in .*fold_1 had other settings: --lr was 0.0002, is 0.1\."):
         run(folder, "full", folds=3, seed=7, resume=True, lr=0.1)
 
 

@@ -48,6 +48,15 @@ NOT_COMPARED = frozenset((
     "push_to_hub", "private", "exclude", "relabel",
 ))  # fmt: skip
 
+# What follows from settings, checkpoint and images in the description of a run (see `describe_identity`).
+CONSEQUENCES = frozenset(("network", "preprocessing", "batches", "train", "validation", "test", "plan", "final"))
+TITLES: Mapping[str, str] = {  # names in a message of what is no flag in the description of a run
+    **{name: name for name in CONSEQUENCES},
+    **{split: f"fingerprint of the {split} images" for split in ("train", "validation", "test")},
+    "format": "format of the state",
+    "images_per_step": "--batch_size times --gradient_accumulation_steps times processes = images_per_step",
+}
+
 PhaseState = Mapping[str, Any] | None
 """The part of a saved state that describes an unfinished phase; None between phases."""
 
@@ -389,13 +398,51 @@ def _describe_batches(session: Session) -> str:
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raises ValueError, with the differences, if a state that was saved with the identity `saved` is of another run."""
-    names = [k for k in {**saved, **current} if saved.get(k) != current.get(k)]
-    if names:
-        changes = "; ".join(f"{k} was {saved.get(k)!r}, is {current.get(k)!r}" for k in names[:5])
+    if changes := describe_changes(saved, current):
         raise ValueError(
             f"--resume: the saved state is from a run with other settings: {changes}. Give the same settings (see "
             "checkpoints/config.yaml in the output folder), or start fresh without --resume"
         )
+
+
+def describe_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Returns each setting that differs between two descriptions of runs, as its flag with both values; "" if none does.
+
+    What follows from the settings, such as the plan, is compared only if no setting differs.
+
+    >>> describe_changes({"lr": 0.1, "plan": [{"lr": 0.1}]}, {"lr": 0.2, "plan": [{"lr": 0.2}]})
+    '--lr was 0.1, is 0.2'
+    >>> describe_changes({"lr": 0.1, "plan": [{"lr": 0.1}]}, {"lr": 0.1, "plan": [{"lr": 0.2}]})
+    'plan[0].lr was 0.1, is 0.2'
+    """
+    differing = [name for name in {**saved, **current} if saved.get(name) != current.get(name)]
+    settings = [name for name in differing if name not in CONSEQUENCES]
+    lines = [
+        line
+        for name in settings or differing
+        for line in _list_changes(TITLES.get(name, f"--{name}"), saved.get(name), current.get(name))
+    ]
+    return "; ".join(lines)
+
+
+def _list_changes(name: str, saved: Any, current: Any) -> list[str]:
+    """Returns a clause for each value that differs between two JSON values; `name` is the path to them, as in Python."""
+    if saved == current:
+        return []
+    if isinstance(saved, dict) and isinstance(current, dict):
+        keys = {**saved, **current}
+        return [line for key in keys for line in _list_changes(f"{name}.{key}", saved.get(key), current.get(key))]
+    if (
+        isinstance(saved, list)
+        and isinstance(current, list)
+        and any(isinstance(each, dict) for each in saved + current)
+    ):
+        if len(saved) != len(current):
+            return [f"len({name}) was {len(saved)}, is {len(current)}"]
+        pairs = enumerate(zip(saved, current, strict=True))
+        return [line for i, (old, new) in pairs for line in _list_changes(f"{name}[{i}]", old, new)]
+    old, new = ("none" if value is None else repr(value) for value in (saved, current))
+    return [f"{name} was {old}, is {new}"]
 
 
 def _load_model(chain: Chain, saved: Mapping[str, torch.Tensor]) -> None:
