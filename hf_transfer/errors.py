@@ -76,8 +76,13 @@ def join_lines(text: str) -> str:
 
 
 def count_noun(number: int, noun: str) -> str:
-    """Returns a number and a regular noun, such as "1 thread" or "2 threads"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    """Returns a number and a regular noun.
+
+    >>> count_noun(1, "process"), count_noun(2, "process"), count_noun(1000, "image")
+    ('1 process', '2 processes', '1,000 images')
+    """
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{number:,} {noun}{ending}"
 
 
 def make_printable(line: str) -> str:

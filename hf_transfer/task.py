@@ -24,6 +24,7 @@ from hf_transfer.choosing.rank import SAMPLE, Ranking
 from hf_transfer.choosing.rank import rank as rank_checkpoints
 from hf_transfer.config import EMBEDDED_CHECKPOINT, ExportPrecision, OptimizerConfig, OutputConfig, RunConfig
 from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.errors import count_noun
 from hf_transfer.inference.evaluate import ALL, evaluate_split
 from hf_transfer.inference.load import InferenceEngine
 from hf_transfer.interrupts import catch_signals
@@ -178,7 +179,7 @@ class Task:
         """Returns sentences about the inputs of the run that config.yaml does not contain."""
         lines = [] if self.images is None else ["the images were in memory: give the same images to hf_transfer.Task"]
         if isinstance(strategy, CustomPlan):
-            lines.append(f"the plan was made in Python for Task.fit, with {len(strategy.phases)} phases:")
+            lines.append(f"the plan was made in Python for Task.fit, with {count_noun(len(strategy.phases), 'phase')}:")
             lines += [f"{phase.policy.name}: {json.dumps(phase.identity())}" for phase in strategy.phases]
         return lines
 

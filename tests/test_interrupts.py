@@ -179,7 +179,8 @@ def test_another_division_of_a_step_continues_and_says_so(tmp_path: Path, caplog
     two = make_session("full", tmp_path, batch_size=8, gradient_accumulation_steps=2, resume=True)
     assert run_phases(two, plan, checkpoints=tmp_path).resumed
     assert (
-        "1 processes with 1 batches of 16 images per step, and the run continues with 1 processes with 2" in caplog.text
+        "1 process with 1 batch of 16 images per step, and the run continues with 1 process with 2 batches"
+        in caplog.text
     )
 
 

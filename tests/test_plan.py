@@ -374,7 +374,8 @@ def test_mixed_images_continue_in_the_same_batches_only(tmp_path: Path) -> None:
     """Images are mixed with others of their batch, so another division of a step gives other weights."""
     train([full()], tmp_path, batch_size=8, epochs=1, mixup=0.2)
     settings = {"batch_size": 4, "gradient_accumulation_steps": 2, "epochs": 1, "resume": True}
-    with pytest.raises(ValueError, match="batches was '1 processes with 1 batches of 8"):
+    batches = "batches was '1 process with 1 batch of 8 images per step', is '1 process with 2 batches of 4"
+    with pytest.raises(ValueError, match=batches):
         train([full()], tmp_path, mixup=0.2, **settings)
 
 

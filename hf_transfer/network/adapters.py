@@ -24,6 +24,7 @@ from torch import nn
 
 from hf_transfer.confidence.record import read_confidence
 from hf_transfer.config import EMBEDDED_CHECKPOINT, AdapterConfig, ModelConfig
+from hf_transfer.errors import count_noun
 from hf_transfer.locations import resolve_model
 from hf_transfer.network.backbone import Backbone, load, with_new_head
 from hf_transfer.network.chain import Chain
@@ -128,9 +129,9 @@ def add_adapters(backbone: Backbone, chain: Chain, adapter: AdapterConfig) -> tu
 
 def _log_adapters(adapted: Adapted, targets: Targets) -> None:
     log.info(
-        "added %s to %d modules (%s): adapters and head have %s trainable parameters, %.2f %% of %s in the plain model",
-        adapted.adapter.name, len(targets.modules), ", ".join(shorten(targets.modules)), f"{adapted.num_trainable:,}",
-        100 * adapted.trainable_share, f"{adapted.num_plain:,}",
+        "added %s to %s (%s): adapters and head have %s trainable parameters, %.2f %% of %s in the plain model",
+        adapted.adapter.name, count_noun(len(targets.modules), "module"), ", ".join(shorten(targets.modules)),
+        f"{adapted.num_trainable:,}", 100 * adapted.trainable_share, f"{adapted.num_plain:,}",
     )  # fmt: skip
     for line in targets.describe_left_out():
         log.info("%s", line)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_transfer.errors import count_noun
 from hf_transfer.locations import report_unwritable
 from hf_transfer.network.cut import Cut, Site, make_cut, possible_sites
 from hf_transfer.network.fingerprint import (
@@ -190,9 +191,10 @@ def build_chain(model: nn.Module, image_shape: tuple[int, int, int], *, cache_di
     kept = [(name, node) for name, node in ends if name in verified]
     owners, shared = _partition(seen, [node for _, node in kept])
     if shared:
+        verb = "is" if len(shared) == 1 else "are"
         notes.append(
-            f"{len(shared)} parameters are used on both sides of a cut ({min(shared)}, ...): such cuts are dropped, and the "
-            "layers around them are merged"
+            f"{count_noun(len(shared), 'parameter')} {verb} used on both sides of a cut ({min(shared)}, ...): such cuts are "
+            "dropped, and the layers around them are merged"
         )
     illegal = {i for low, high in shared.values() for i in range(low, high)}
     # Segments lie between the verified cuts. Each illegal cut that is dropped merges two segments.

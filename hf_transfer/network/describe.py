@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_transfer.config import AdapterConfig
+from hf_transfer.errors import count_noun
 from hf_transfer.network.adapters import add_adapters
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.chain import Chain, Layer
@@ -56,7 +57,8 @@ def describe_checkpoint(backbone: Backbone, chain: Chain) -> Overview:
     source, inner = backbone.source, [layer.name for layer in chain.layers[1:-1]]
     saved_as = [name for name in source.read_config().get("architectures") or [] if name != type(model).__name__]
     origin = f", from {saved_as[0]}" if saved_as else ""
-    layers = f"{len(inner)} layers, {inner[0]} ... {inner[-1]}" if inner else "no layers between stem and head"
+    names = " ... ".join(dict.fromkeys((inner[0], inner[-1]))) if inner else "between stem and head"
+    layers = f"{count_noun(len(inner), 'layer') if inner else 'no layers'}, {names}"
     labels = ", ".join(backbone.label_names[:NAMED_LABELS])
     more = ", ..." if len(backbone.label_names) > NAMED_LABELS else ""
     word = "labels" if backbone.target.counts_labels else "numbers"

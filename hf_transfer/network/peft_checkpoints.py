@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_transfer.config import ModelConfig
+from hf_transfer.errors import count_noun
 from hf_transfer.network.adapters import TASK, find_adapter, load_adapted, quiet_peft, read_base
 from hf_transfer.network.backbone import Backbone, as_target, load, with_image_size, with_new_head
 from hf_transfer.network.damage import check_weights
@@ -42,8 +43,8 @@ def load_checkpoint(model_config: ModelConfig, labels: Sequence[str] | Target | 
     check_weights(folder / WEIGHTS)  # without this file, peft would load a pickle
     backbone = load_adapted(folder) if is_own else _merge(folder, model_config)
     modules = _find_merged(backbone.model, load_file(folder / WEIGHTS))
-    log.info("%s is an adapter: merged into %d modules of its base %s: %s", checkpoint, len(modules), read_base(folder),
-             shorten_names(modules))  # fmt: skip
+    log.info("%s is an adapter: merged into %s of its base %s: %s", checkpoint,
+             count_noun(len(modules), "module"), read_base(folder), shorten_names(modules))  # fmt: skip
     if labels is None and not backbone.label_names:
         raise NoTrainedHeadError(f"the adapter {checkpoint} names no labels: give labels for a new head")
     if labels is not None and not as_target(labels).has_outputs_of(backbone.target):

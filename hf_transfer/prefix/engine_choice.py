@@ -11,6 +11,7 @@ from torch import nn
 
 from hf_transfer.capability import capability_of
 from hf_transfer.config import Engine
+from hf_transfer.errors import count_noun
 from hf_transfer.network.folding import has_foldable_norms
 from hf_transfer.network.part import Part
 from hf_transfer.prefix.pixels import Images
@@ -118,8 +119,8 @@ def decide_engine(
         work = _describe_work(model, resources, image_shape, num_images)
         engine = choose_engine(work) if requested == "auto" else _measure(model, images, resources, work)
         log.info(
-            "engine %s runs the frozen layers (%d images of %.2g GFLOPs; --engine chooses another)",
-            engine, num_images, work.gflops_per_image,
+            "engine %s runs the frozen layers (%s of %.2g GFLOPs; --engine chooses another)",
+            engine, count_noun(num_images, "image"), work.gflops_per_image,
         )  # fmt: skip
         return engine
 

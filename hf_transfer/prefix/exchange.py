@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
+from hf_transfer.errors import count_noun
 from hf_transfer.prefix.layout import Layout, Rows
 from hf_transfer.prefix.ranks import FolderGroup, Ranks
 from hf_transfer.prefix.store import Store
@@ -106,7 +107,7 @@ class Exchange:
             return
         transfers = schedule(self._ranks.gather(self._hold()))
         if self._ranks.rank == 0:
-            log.info("copying %d chunks between cache folders", len(transfers))
+            log.info("copying %s between cache folders", count_noun(len(transfers), "chunk"))
         received: list[tuple[Transfer, Rows]] = []
 
         def write_and_read(transfers: Sequence[Transfer]) -> list[Rows]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from hf_transfer.config import Engine
 from hf_transfer.data.splits import Split
+from hf_transfer.errors import count_noun
 from hf_transfer.network.chain import VERIFIED_RELATIVE, Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.preprocessing import Preprocessing
@@ -131,7 +132,12 @@ def extract_images(chain: Chain, images: Images, taps: Mapping[str, Tap], resour
         origin = "none computed" if not stored.stores else origin
         places = "; ".join(dict.fromkeys(storage.reason for storage in stored.storages.values()))
         log.info(
-            "activations of %s by %s: %d images, %s; %s", images.name, resources.engine, len(images), origin, places
+            "activations of %s by %s: %s, %s; %s",
+            images.name,
+            resources.engine,
+            count_noun(len(images), "image"),
+            origin,
+            places,
         )
     return Extracted(
         stores={**stored.stores, **recomputed},

@@ -23,6 +23,7 @@ from hf_transfer.data.dense_augment import pack
 from hf_transfer.data.images import READER_VERSION
 from hf_transfer.data.sending import Send, send
 from hf_transfer.data.splits import Split
+from hf_transfer.errors import count_noun
 from hf_transfer.logs import open_bar
 from hf_transfer.network import resizing
 from hf_transfer.network.preprocessing import Preprocessing
@@ -399,5 +400,6 @@ def _decode(decoding: _Decoding, key: Mapping[str, Any], resources: Resources) -
         rate = f"decoded at {num_decoded / (time.perf_counter() - started):.0f} images/s" if num_decoded else "cached"
         if 0 < num_decoded < len(split):
             rate = f"{num_decoded} {rate}, the others found in the cache"
-        log.info("pixels of %s: %d images, %s; %s", split.title, len(split), rate, storage.reason)
+        images = count_noun(len(split), "image")
+        log.info("pixels of %s: %s, %s; %s", split.title, images, rate, storage.reason)
     return dict(stored.stores)

@@ -234,8 +234,9 @@ def _suggest_class(results: Mapping[str, Any], scores: Mapping[str, Any]) -> str
     row = list(scores["confusion_matrix"][names.index(worst["label"])])
     row[names.index(worst["label"])] = 0
     taken = f", most often taken for {names[row.index(max(row))]}" if max(row) else ""
+    images, verb = count_noun(worst["support"], "image"), "is" if worst["support"] == 1 else "are"
     return (
-        f"Add labeled images of {worst['label']}: {format_percent(worst['recall'])} % of its {worst['support']:,} images are "
+        f"Add labeled images of {worst['label']}: {format_percent(worst['recall'])} % of its {images} {verb} "
         f"recognized{taken}, against {format_percent(scores['accuracy'])} % of all images.{trained}"
     )
 

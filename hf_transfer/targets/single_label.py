@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_transfer.confidence.temperature import fit_softmax_factor
+from hf_transfer.errors import count_noun
 from hf_transfer.metrics import classification
 from hf_transfer.metrics.bootstrap import Bootstrap
 from hf_transfer.metrics.records import Metrics, Score
@@ -92,8 +93,8 @@ class SingleLabel(Target):
         """Raises ValueError if there are fewer than two classes."""
         if len(self.names) < 2:
             raise ValueError(
-                f"{where}: only one class, {listed(self.names)} ({len(labels):,} images); a classifier needs at least"
-                " two classes (in an image folder: one folder per class)"
+                f"{where}: only one class, {listed(self.names)} ({count_noun(len(labels), 'image')}); a classifier needs at "
+                "least two classes (in an image folder: one folder per class)"
             )
 
     def check_train_labels(self, labels: Labels, where: str) -> None:

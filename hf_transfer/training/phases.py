@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hf_transfer.errors import count_noun
 from hf_transfer.network.chain import Chain
 from hf_transfer.network.cut import Cut
 from hf_transfer.network.dropping import check_head_dropout, check_stochastic_depth
@@ -296,7 +297,8 @@ class _PlanRun:
         min_steps = self.session.gradient.training.min_steps
         epochs = count_epochs(self.session, phase.epochs, min_steps=min_steps)
         if epochs > phase.epochs and self.session.is_main:
-            log.info("training for %d epochs in place of %d, to take %d steps or more", epochs, phase.epochs, min_steps)
+            steps = count_noun(min_steps, "step")
+            log.info("training for %d epochs in place of %d, to take %s or more", epochs, phase.epochs, steps)
         return replace(phase, epochs=epochs)
 
     def _find_start(self, number: int) -> wise.Weights:
@@ -390,10 +392,9 @@ def describe_identity(session: Session, plan: Plan, final: FinalFit | None) -> d
 
 
 def _describe_batches(session: Session) -> str:
-    processes, accumulated = session.accelerator.num_processes, count_accumulated(session)
-    return (
-        f"{processes} processes with {accumulated} batches of {session.config.compute.images_per_batch} images per step"
-    )
+    processes = count_noun(session.accelerator.num_processes, "process")
+    batches = count_noun(count_accumulated(session), "batch")
+    return f"{processes} with {batches} of {count_noun(session.config.compute.images_per_batch, 'image')} per step"
 
 
 def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

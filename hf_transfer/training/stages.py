@@ -159,10 +159,10 @@ def finish(
     random weights. Raises ValueError if such layers would stay untrained.
     """
     stack = grown.stack
-    if stack.is_plain and not fine_tunes and len(stack.stages) < len(stack.chain):
+    if stack.is_plain and not fine_tunes and (missing := len(stack.chain) - len(stack.stages)):
         raise ValueError(
-            f"{len(stack.chain) - len(stack.stages)} layers of {stack.backbone.source.name} were not grown and would "
-            "stay untrained without fine-tuning: fine-tune, or grow all layers"
+            f"{count_noun(missing, 'layer')} of {stack.backbone.source.name} would stay untrained without fine-tuning, since "
+            "only the others were grown: fine-tune, or grow all layers"
         )
     backbone = stack.finished(fine_tuned=fine_tunes)
     chain = stack.chain if stack.is_plain else backbone.chain()
