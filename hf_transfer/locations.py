@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import socket
 from collections.abc import Collection
 from pathlib import Path
@@ -137,7 +138,8 @@ def resolve_model(name: str) -> str:
     if is_unfinished(folder):
         raise ValueError(
             f"{name}: the run in this folder is not finished, so it has no model; give a finished run, or finish this one with "
-            f"--config {folder / CHECKPOINTS / CONFIG} --resume"
+            f"hf-transfer train STRATEGY --config {shlex.quote(str(folder / CHECKPOINTS / CONFIG))} --resume, where STRATEGY "
+            "is the one that it started with"
         )
     return name
 

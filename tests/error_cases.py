@@ -542,6 +542,11 @@ CHECKPOINTS = (
     ErrorCase(trigger="a run that is not finished", command="publish {}/run --repo_id me/model"),
     ErrorCase(trigger="the folder of an unfinished run", command="inspect {}", build=unfinished_run),
     ErrorCase(
+        trigger="an evaluation on images without labels",
+        command="evaluate embedded --dataset {}/data",
+        build=lambda folder: images(folder / "data", "."),
+    ),
+    ErrorCase(
         trigger="a cut that the network lacks",
         command="embed embedded {}/data --at x --output {}/x.npy",
         build=image_folder(),

@@ -244,7 +244,9 @@ def load_splits(config: DataConfig, target: Target, images: Any = None) -> dict[
             splits[role], _ = skip_bad_images(split, f"{stored.name}, split {names_by_role[role]!r}", is_train=False)
     if not splits:
         raise ValueError(
-            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}; name a split with --test_split"
+            f"{stored.name}: no split with labels among {listed(tuple(stored.splits))}, and metrics compare predictions with "
+            "labels; name a split with --test_split, give one folder of images for each class or a table of paths and labels, "
+            "or label the images with hf-transfer predict"
         )
     return splits
 
