@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from hf_transfer.exporting import fresh_runtime
 from hf_transfer.exporting.export import export
 from hf_transfer.exporting.formats import WITH_PREPROCESSING, ExportOptions, name_file
 from hf_transfer.exporting.geometry import LEVELS
+from hf_transfer.exporting.graph import build_activation
 from hf_transfer.exporting.preprocessing_graph import build_preprocessing
 from hf_transfer.exporting.records import read_records
 from hf_transfer.exporting.runtime import ExportedNetwork, load_exported
@@ -92,6 +94,13 @@ def test_exported_networks_compute_the_trained_logits(name: str, tmp_path: Path)
     assert again.target == backbone.target
     image = Image.fromarray(reference.images[0])
     assert np.array_equal(again.preprocessing.pixels(image), backbone.preprocessing.pixels(image))
+
+
+def test_a_network_that_cannot_be_traced_is_refused_with_the_cause_in_plain_text() -> None:
+    target: Any = SimpleNamespace(num_outputs=3, outputs_name="x", activate=lambda y: y if y.sum() > 0 else -y)
+    with pytest.raises(ValueError, match=r"torch\.onnx cannot export this network \(Could not guard") as refused:
+        build_activation(target)
+    assert str(refused.value).isprintable()
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from hf_transfer.targets.target import Target
 OPSET = 18
 EXTERNAL_BYTES = 1_500_000_000  # weights beyond go to a file of their own, since a protobuf message ends at 2 GB
 BATCH = 2  # torch.export takes a batch of one for a constant
-CHATTY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+CHATTY = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx", "torch.fx.experimental.symbolic_shapes")
 
 
 class _Logits(nn.Module):
@@ -121,7 +122,8 @@ def _trace(module: nn.Module, samples: torch.Tensor, input_name: str, output_nam
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        # The cause says what failed; the error around it has links and colors of a terminal.
+        reason = " ".join(_COLORS.sub("", str(error.__cause__ or error)).split())[:200]
         raise ValueError(
             f"torch.onnx cannot export this network ({reason}); use the saved model with transformers or timm"
         ) from error
