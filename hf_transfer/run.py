@@ -16,7 +16,7 @@ from hf_transfer.data.every_image import load_images
 from hf_transfer.displays import show_paragraph, show_table, show_title
 from hf_transfer.exporting.formats import ExportOptions
 from hf_transfer.exporting.records import ExportRecord
-from hf_transfer.hub.exports import choose_held_out, export_saved
+from hf_transfer.hub.exports import choose_images, export_saved
 from hf_transfer.hub.publish import PublishOptions, publish
 from hf_transfer.inference.embed import Pool, embed
 from hf_transfer.inference.heat_maps import Explanation, make_explainer
@@ -225,9 +225,9 @@ class Run:
             raise ValueError("this run is not saved, and its export belongs to its folder: call run.save first")
         options = ExportOptions(format=format, precision=precision, with_preprocessing=with_preprocessing)
         session = self._session
-        held_out = None if session is None else choose_held_out(session.data, self.results)
+        images = None if session is None else choose_images(session.data, self.results)
         return export_saved(
-            self.folder, options, output_dir=output_dir, held_out=held_out, trust_remote_code=self._trusts_code
+            self.folder, options, output_dir=output_dir, images=images, trust_remote_code=self._trusts_code
         )
 
     def push(self, repo_id: str, options: PublishOptions | None = None) -> str | None:

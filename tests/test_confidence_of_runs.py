@@ -33,7 +33,7 @@ from hf_transfer.run import Run
 from hf_transfer.runs import train_session
 from hf_transfer.session import Session
 from hf_transfer.training import familiarity
-from hf_transfer.training.calibrate import HeldOut
+from hf_transfer.training.calibrate import HeldOutLogits
 from hf_transfer.training.records import RunResult
 from tests.sessions import make_config, make_session
 from tests.test_confidence import make_record
@@ -321,7 +321,9 @@ def test_the_bound_of_abstention_holds_for_alike_images_of_a_group() -> None:
         is_wrong = np.repeat(rng.random(400) < 0.05, 10)
         logits = np.zeros((4000, 2), np.float32)
         logits[:, 0] = np.repeat(rng.uniform(1, 3, 400), 10)
-        held_out = HeldOut(logits=logits, labels=is_wrong.astype(np.int64), by="folds", groups=np.arange(4000) // 10)
+        held_out = HeldOutLogits(
+            logits=logits, labels=is_wrong.astype(np.int64), by="folds", groups=np.arange(4000) // 10
+        )
         for is_drawn in promised:
             each = held_out.draw_one_per_group(seed) if is_drawn else held_out
             assert len(each) == (400 if is_drawn else 4000)

@@ -22,7 +22,7 @@ from hf_transfer.capability import count_cores
 from hf_transfer.confidence.record import CONFIDENCE
 from hf_transfer.exporting.formats import WITH_PREPROCESSING, ExportOptions, check_installed, name_file
 from hf_transfer.exporting.graph import describe, write_onnx, write_openvino
-from hf_transfer.exporting.held_out import HeldOut
+from hf_transfer.exporting.images import ExportImages
 from hf_transfer.exporting.layout import write_layout
 from hf_transfer.exporting.quantize import quantize, quantize_openvino, write_half
 from hf_transfer.exporting.records import ExportRecord, add_records
@@ -41,28 +41,28 @@ def export(
     options: ExportOptions,
     *,
     reference: Reference | None = None,
-    held_out: HeldOut | None = None,
+    images: ExportImages | None = None,
 ) -> tuple[ExportRecord, ...]:
     """Writes the files that `options` name to `folder`, and returns a record of each.
 
-    `reference`: what the trained network computed for a few images; None: noise images, and the network as it is. `held_out`:
+    `reference`: what the trained network computed for a few images; None: noise images, and the network as it is. `images`:
     images for calibration and scoring, which int8 needs. Every file is first run by its own runtime in a fresh process. Raises
     ExportError if its outputs differ, and ValueError if packages are missing or the network cannot be exported; older files in
     `folder` then stay.
     """
     check_installed(options)
-    if options.precision == "int8" and held_out is None:
+    if options.precision == "int8" and images is None:
         raise ValueError("export_precision='int8': calibration needs training images; give them with --dataset")
     reference = reference or make_reference(backbone)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder) as name:
         staging = Path(name)
         main = name_file(options.format, options.precision)
-        _write(backbone, staging, options, held_out)
+        _write(backbone, staging, options, images)
         files = [main, *([WITH_PREPROCESSING] if options.with_preprocessing else [])]
         records = [_verify(backbone, staging, file, options, reference) for file in files]
-        if held_out is not None and options.precision != "fp32":
-            accuracy = held_out.compare(backbone, staging / main, options.format)
+        if images is not None and options.precision != "fp32":
+            accuracy = images.compare(backbone, staging / main, options.format)
             log.info("%s: %s", main, accuracy.format())
             records[0] = replace(records[0], accuracy=accuracy)
         _keep(staging, folder)
@@ -72,7 +72,7 @@ def export(
     return tuple(records)
 
 
-def _write(backbone: Backbone, staging: Path, options: ExportOptions, held_out: HeldOut | None) -> None:
+def _write(backbone: Backbone, staging: Path, options: ExportOptions, images: ExportImages | None) -> None:
     """Writes the files of `options` to `staging`."""
     file = staging / name_file(options.format, options.precision)
     file.parent.mkdir()
@@ -83,9 +83,9 @@ def _write(backbone: Backbone, staging: Path, options: ExportOptions, held_out: 
         if options.with_preprocessing:
             write_whole_graph(backbone, plain, staging / WITH_PREPROCESSING)
         if options.precision == "int8":
-            assert held_out is not None
+            assert images is not None
             write = quantize if options.format == "onnx" else quantize_openvino
-            write(plain, file, held_out.list_calibration(backbone), describe(backbone))
+            write(plain, file, images.list_calibration(backbone), describe(backbone))
         elif options.format == "openvino":
             write_openvino(plain, file, describe(backbone), is_fp16=options.precision == "fp16")
         elif options.precision == "fp16":

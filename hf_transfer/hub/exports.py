@@ -11,7 +11,7 @@ from hf_transfer.data.dataset import Data, load_data, load_splits
 from hf_transfer.errors import count_noun
 from hf_transfer.exporting.export import export
 from hf_transfer.exporting.formats import ExportOptions, check_installed
-from hf_transfer.exporting.held_out import HeldOut
+from hf_transfer.exporting.images import ExportImages
 from hf_transfer.exporting.records import ExportRecord, read_records
 from hf_transfer.exporting.verify import Reference, read_reference, verify_export
 from hf_transfer.flags import read_saved_config
@@ -35,12 +35,12 @@ def export_saved(
     *,
     output_dir: str | Path | None = None,
     data: DataConfig | None = None,
-    held_out: HeldOut | None = None,
+    images: ExportImages | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[ExportRecord, ...]:
     """Exports the model of a run folder or a model folder, and returns a record of each file.
 
-    `output_dir`: where to write; None: the model folder. `data`: labeled images for lower precisions, or `held_out`, if they
+    `output_dir`: where to write; None: the model folder. `data`: labeled images for lower precisions, or `images`, if they
     are loaded already; None: those of the run. Raises ValueError if there is no model, packages are missing or the network
     cannot be exported, and ExportError if an exported file computes other outputs than the trained network.
 
@@ -59,10 +59,10 @@ def export_saved(
         raise ValueError(f"output_dir={folder} contains the weights of another model: choose another folder")
     backbone = load_saved(str(model), trust_remote_code=trust_remote_code)
     if options.precision == "fp32":
-        held_out = None
-    elif held_out is None:
-        held_out = _find_held_out(backbone, run, data, options)
-    records = export(backbone, folder, options, reference=_find_reference(model), held_out=held_out)
+        images = None
+    elif images is None:
+        images = _find_images(backbone, run, data, options)
+    records = export(backbone, folder, options, reference=_find_reference(model), images=images)
     if (folder / CARD).is_file():
         show_exports(folder)
     return records
@@ -148,10 +148,10 @@ def _find_reference(model: Path) -> Reference | None:
     return read_reference(file) if file.is_file() else None
 
 
-def choose_held_out(data: Data, results: Mapping[str, Any]) -> HeldOut:
+def choose_images(data: Data, results: Mapping[str, Any]) -> ExportImages:
     """Returns the images of a run, whose results.json is `results`, for calibration and scoring."""
     is_trained_on = data.test is None and "estimated_by" in results["metrics"]["validation"]
-    return HeldOut(
+    return ExportImages(
         train=data.train,
         scored=data.test or data.validation,
         may_be_trained_on=is_trained_on,
@@ -159,9 +159,9 @@ def choose_held_out(data: Data, results: Mapping[str, Any]) -> HeldOut:
     )
 
 
-def _find_held_out(
+def _find_images(
     backbone: Backbone, run: Path | None, data: DataConfig | None, options: ExportOptions
-) -> HeldOut | None:
+) -> ExportImages | None:
     """Returns the images for calibration and scoring: of `data`, or else of the run.
 
     Raises ValueError if int8 needs images and there are none.
@@ -170,7 +170,7 @@ def _find_held_out(
         try:
             config = read_saved_config(run)
             loaded = load_data(config.data, manifests=find_manifests(config.compute.cache))
-            return choose_held_out(loaded, read_json(run / RESULTS))
+            return choose_images(loaded, read_json(run / RESULTS))
         except (ValueError, OSError) as error:
             if options.precision == "int8":
                 raise
@@ -186,4 +186,6 @@ def _find_held_out(
     names = ("test", "validation", "train")
     scored = next(split for name in names if (split := roles.get(name)) is not None)  # type: ignore[call-overload]
     may_be_trained_on = scored.name != "test"  # what the network trained on is not known
-    return HeldOut(train=roles.get("train", scored), scored=scored, may_be_trained_on=may_be_trained_on, seed=data.seed)
+    return ExportImages(
+        train=roles.get("train", scored), scored=scored, may_be_trained_on=may_be_trained_on, seed=data.seed
+    )

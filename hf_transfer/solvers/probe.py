@@ -393,7 +393,7 @@ def _scout(features: RawFeatures, folds: Folds, options: ProbeOptions, steps: _S
     started = time.perf_counter()
     loss = folds.target.make_convex_loss(folds.labels)
     problems = standardize(features, loss, spread_floor=options.spread_floor)
-    held_out = _HeldOut(problems=problems, folds=folds)
+    held_out = _FoldFits(problems=problems, folds=folds)
     path, best, fits = _follow_path(held_out, options, steps)
     losses = held_out.losses(held_out.logits(fits))
     seconds = time.perf_counter() - started
@@ -404,7 +404,7 @@ def _fit(features: RawFeatures, folds: Folds, options: ProbeOptions) -> Probe:
     started, count = time.perf_counter(), len(folds.fit_weights)
     loss = folds.target.make_convex_loss(folds.labels)
     problems = standardize(features, loss, spread_floor=options.spread_floor)
-    held_out = _HeldOut(problems=problems, folds=folds)
+    held_out = _FoldFits(problems=problems, folds=folds)
     path, best, fits = _follow_path(held_out, options, _FINE)
     if len(options.c_grid) > 1 and best.c in (min(options.c_grid), max(options.c_grid)):
         end = "strongest" if best.c == min(options.c_grid) else "weakest"
@@ -444,7 +444,7 @@ def choose_probe(probes: Sequence[Probe]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _HeldOut:
+class _FoldFits:
     """The features and folds of all images. The fit of a fold scores the images that the fold holds out."""
 
     problems: Problems
@@ -472,7 +472,9 @@ class _HeldOut:
         return self.folds.target.score(logits, self.folds.labels, self.folds.score_weights)
 
 
-def _follow_path(held_out: _HeldOut, options: ProbeOptions, steps: _Steps) -> tuple[list[PathPoint], PathPoint, Tensor]:
+def _follow_path(
+    held_out: _FoldFits, options: ProbeOptions, steps: _Steps
+) -> tuple[list[PathPoint], PathPoint, Tensor]:
     """Solves for growing values of C. Returns a point for each C, the best point, and the fits of all folds for the best C."""
     c_grid, fit_weights = sorted(options.c_grid), held_out.folds.fit_weights
     num_folds = len(fit_weights)

@@ -31,7 +31,7 @@ LEAST_HELD_OUT = 10  # fewer held-out images say nothing about confidence
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutLogits:
     """Predictions for n images by networks that were not fitted on them."""
 
     logits: NDArray[np.float32]  # (n, K)
@@ -42,15 +42,15 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.logits)
 
-    def draw_one_per_group(self, seed: int) -> HeldOut:
+    def draw_one_per_group(self, seed: int) -> HeldOutLogits:
         """Returns the predictions for one image of each group, since bounds are for independent images."""
         if self.groups is None:
             return self
         rows = draw_one_per_group(self.groups, seed)
-        return HeldOut(logits=self.logits[rows], labels=self.labels[rows], by=self.by)
+        return HeldOutLogits(logits=self.logits[rows], labels=self.labels[rows], by=self.by)
 
 
-def find_held_out(session: Session, result: RunResult) -> HeldOut | None:
+def find_held_out(session: Session, result: RunResult) -> HeldOutLogits | None:
     """Returns the held-out predictions of a run, or None if there are none.
 
     In the run of a fold, the fold itself is kept for measuring the recipe, so nothing is fitted to it.
@@ -62,7 +62,7 @@ def find_held_out(session: Session, result: RunResult) -> HeldOut | None:
     by = "folds" if by_folds else "cross_validation" if "train" in logits else "validation"
     splits = [data.train, data.validation] if "train" in logits else [data.validation]
     joined, labels = join_predictions(result, splits)
-    return HeldOut(logits=joined, labels=labels, by=by, groups=join_groups(result, splits))
+    return HeldOutLogits(logits=joined, labels=labels, by=by, groups=join_groups(result, splits))
 
 
 def join_predictions(result: RunResult, splits: Sequence[Split]) -> tuple[NDArray[np.float32], Labels]:
@@ -86,7 +86,9 @@ def read_head(session: Session, result: RunResult) -> tuple[HeadInput, ...]:
     return measure_inputs(chain.model, chain.image_shape, chain.head, chain.features)
 
 
-def calibrate(result: RunResult, held_out: HeldOut, inputs: Sequence[HeadInput]) -> tuple[RunResult, Factors | None]:
+def calibrate(
+    result: RunResult, held_out: HeldOutLogits, inputs: Sequence[HeadInput]
+) -> tuple[RunResult, Factors | None]:
     """Returns the result with calibrated logits, and the factors (K,) by which the head was scaled, in place.
 
     The factors are None, and nothing changes, if the target has no probabilities or the network no linear head. The metrics are
@@ -111,7 +113,12 @@ def calibrate(result: RunResult, held_out: HeldOut, inputs: Sequence[HeadInput])
 
 
 def measure_change(
-    held_out: HeldOut, test: tuple[NDArray[np.float32], Labels] | None, target: Target, factors: Factors, *, seed: int
+    held_out: HeldOutLogits,
+    test: tuple[NDArray[np.float32], Labels] | None,
+    target: Target,
+    factors: Factors,
+    *,
+    seed: int,
 ) -> dict[str, CalibrationChange]:
     """Returns what the factors (K,) change, by split: on `held_out`, whose logits are from before, and on test images.
 

@@ -19,7 +19,7 @@ from hf_transfer.metrics.records import Interval
 from hf_transfer.network.head import HeadInput
 from hf_transfer.session import Session
 from hf_transfer.targets.target import Labels, Target
-from hf_transfer.training.calibrate import LEAST_HELD_OUT, HeldOut
+from hf_transfer.training.calibrate import LEAST_HELD_OUT, HeldOutLogits
 from hf_transfer.training.familiarity import find_distance
 from hf_transfer.training.records import RunResult
 
@@ -66,7 +66,7 @@ class ConfidenceReport:
 def record_confidence(
     session: Session,
     result: RunResult,
-    held_out: HeldOut,
+    held_out: HeldOutLogits,
     inputs: Sequence[HeadInput],
     factors: NDArray[np.float64] | None,
 ) -> Confidence:
@@ -102,7 +102,7 @@ def record_confidence(
 def report_confidence(
     confidence: Confidence,
     target: Target,
-    held_out: HeldOut,
+    held_out: HeldOutLogits,
     test: tuple[NDArray[np.float32], Labels] | None,
     changes: Mapping[str, CalibrationChange],
     *,

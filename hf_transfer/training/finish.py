@@ -9,7 +9,7 @@ from hf_transfer.session import Session
 from hf_transfer.solvers.groups import draw_one_per_group, number_groups
 from hf_transfer.training.calibrate import (
     LEAST_HELD_OUT,
-    HeldOut,
+    HeldOutLogits,
     calibrate,
     find_held_out,
     join_predictions,
@@ -60,7 +60,9 @@ def finish_target(session: Session, result: RunResult) -> RunResult:
     return replace(result, backbone=replace(result.backbone, target=target))
 
 
-def _add_confidence(session: Session, result: RunResult, held_out: HeldOut, inputs: Sequence[HeadInput]) -> RunResult:
+def _add_confidence(
+    session: Session, result: RunResult, held_out: HeldOutLogits, inputs: Sequence[HeadInput]
+) -> RunResult:
     """Returns the calibrated result, with the record of its confidence, and what this is worth in `details`."""
     data, seed, target = session.data, session.config.seed, result.backbone.target
     with session.costs.part("confidence"):

@@ -23,7 +23,7 @@ CALIBRATION_IMAGES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class ExportImages:
     """`train`: images for calibration, whose labels are not read. `scored`: the split that both networks are scored on.
 
     With `may_be_trained_on`, the network may have trained on the images of `scored`, so only the two networks are compared.
