@@ -78,10 +78,10 @@ def join_lines(text: str) -> str:
 def count_noun(number: int, noun: str) -> str:
     """Returns a number and a regular noun.
 
-    >>> count_noun(1, "process"), count_noun(2, "process"), count_noun(1000, "image")
-    ('1 process', '2 processes', '1,000 images')
+    >>> count_noun(1, "process"), count_noun(2, "batch"), count_noun(3, "epoch"), count_noun(1000, "image")
+    ('1 process', '2 batches', '3 epochs', '1,000 images')
     """
-    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x", "tch", "sh")) else "s"
     return f"{number:,} {noun}{ending}"
 
 

@@ -329,7 +329,7 @@ def _compare(runs: Sequence[Repeat], probes: Sequence[Repeat], *, seed: int) -> 
     """Returns the gain in quality, such as accuracy, over the probes on the same images, with its 95 % bootstrap interval.
 
     If all seeds score the same images (of a stored split), an image's gain is its mean over the seeds. Validation images that
-    each seed drew count once for each seed. Returns {} without probes.
+    each seed drew count once for each seed; the interval draws the images of one content together. Returns {} without probes.
     """
     if not probes:
         return {}

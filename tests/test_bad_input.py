@@ -395,7 +395,7 @@ BAD_CSV: tuple[str | bytes, ...] = (
     CSV.replace("pixels/0", "pixels/1"), CSV.replace("pixels", "pictures"), CSV.replace("pixels/0", "pixels/9"),
     CSV.replace("pixels/0", "x" * 5000), CSV.replace("pixels/0.png", "pixels"), CSV.replace(",0", ",0.5"),
     CSV.replace(",1", ","),
-    CSV.replace(",1", ",0"), CSV.replace("pixels/0", "a\0b"), CSV.encode("utf-16"),
+    CSV.replace(",1", ",0"), CSV.replace("pixels/0", "a\0b"), CSV.encode("utf-16-le"),
     CSV.replace("pixels/0", "\u00e9").encode("latin-1"),
     CSV.replace("pixels/0.png,0", '"pixels/0.png,0'), PIXELS[0],
 )  # fmt: skip

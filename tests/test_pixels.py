@@ -250,7 +250,7 @@ def test_rows_that_are_decoded_when_read_may_repeat_and_an_error_names_the_image
         (tmp_path / label).mkdir()
         for i in range(4):
             Image.new("RGB", (20, 20)).save(tmp_path / label / f"{i}.png")
-    damaged = load_data(DataConfig(dataset=str(tmp_path), validation_fraction=0.25)).train
+    damaged = load_data(DataConfig(dataset=str(tmp_path), validation_fraction=0.25), divides_copies=True).train
     (tmp_path / damaged.image_name(1)).write_bytes(b"nothing")
     with pytest.raises(BadImageError, match=f"^{damaged.image_name(1)}: .*on_bad_image skip"):
         store_training_squares(damaged, preprocessing, SPEC, resources("none")).read(np.arange(len(damaged)))

@@ -1,5 +1,6 @@
 """Folds and seeds: what each run may see, what is computed once, what is reported, and how an interrupted run continues."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
@@ -278,7 +280,9 @@ class _Source:
         return f"{self._folder}/{row}.jpg"
 
     def digests(self, rows: NDArray[np.int64], manifests: Path | None = None) -> NDArray[np.uint8]:
-        return np.repeat(rows[:, None], 16, 1).astype(np.uint8)
+        """Returns hashes that begin with the row."""
+        hashes = (bytes([row]) + xxhash.xxh3_128_digest(self.name(row).encode())[1:] for row in rows.tolist())
+        return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
 
 
 def make_split(name: Role, count: int, groups: list[str] | None = None) -> Split:
@@ -612,12 +616,14 @@ def test_seeds_that_share_stored_validation_images_count_each_image_once() -> No
     better, worse = np.eye(2, dtype=np.float32)[alone.labels], np.eye(2, dtype=np.float32)[1 - alone.labels]
     mixed = np.where(np.arange(8)[:, None] < 4, worse, better)
 
-    def compare(names: list[str], split: Split = alone) -> dict[str, Any]:
-        """The comparison of one run per name of validation images."""
+    def compare(names: list[str], split: Split = alone, *, shares_images: bool = False) -> dict[str, Any]:
+        """The comparison of one run for each name of validation images, which may be the same images under two names."""
 
         def record(name: str, logits: NDArray[np.float32]) -> repeats.Repeat:
             results = {"data": {"fingerprint": {"validation": name}}}
-            return repeats.Repeat(results=results, splits={"validation": split}, logits={"validation": logits})
+            source = _Source("shared" if shares_images else name, 8)
+            own = dataclasses.replace(split, source=source)  # type: ignore[arg-type]
+            return repeats.Repeat(results=results, splits={"validation": own}, logits={"validation": logits})
 
         runs, probes = ([record(name, logits) for name in names] for logits in (better, mixed))
         return dict(repeats._compare(runs, probes, seed=0)["gain_over_probe"])
@@ -627,6 +633,10 @@ def test_seeds_that_share_stored_validation_images_count_each_image_once() -> No
     assert compare(["a"] * 16)["interval"] == one["interval"]
     drawn = compare([f"drawn by seed {i}" for i in range(16)])
     assert np.diff(drawn["interval"]) < 0.5 * np.diff(one["interval"])
+    both = compare(["seed 0", "seed 1"], shares_images=True)
+    assert np.diff(both["interval"]) > 0.7 * np.diff(one["interval"]), (
+        "the same images, drawn twice, are no further ones"
+    )
     assert compare(["a"], together)["interval"] is None
 
 

@@ -164,7 +164,7 @@ def test_a_damaged_file_is_the_same_error(kept: float | None, exact: Preprocessi
         for label in "ab":
             (tmp_path / label).mkdir(exist_ok=True)
             (tmp_path / label / f"{i}.jpg").write_bytes(encode(Image.new("RGB", (40, 30), (40 * i, 0, 0))))
-    split = load_data(DataConfig(dataset=str(tmp_path), validation_fraction=0.25)).train
+    split = load_data(DataConfig(dataset=str(tmp_path), validation_fraction=0.25), divides_copies=True).train
     file = tmp_path / split.image_name(2)
     if kept is None:
         file.unlink()
