@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import DataConfig, ModelConfig, OutputConfig, RunConfig
-from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.dataset import Data, load_data, load_run_data
 from hf_transfer.data.splits import Role, Split, join
 from hf_transfer.errors import count_noun
 from hf_transfer.flags import read_saved_config
@@ -88,7 +88,7 @@ def add_classes(
             f"output_dir={output.output_dir!r} is the folder of the old run, which stays: choose another one"
         )
     old = _load_old(folder, config, results)
-    new = load_data(replace(more, seed=config.seed), is_addition=True)
+    new = load_data(replace(more, seed=config.seed), manifests=find_manifests(config.compute.cache), is_addition=True)
     combined = combine(old, new)
     settings = RunConfig(
         data=config.data,
@@ -178,7 +178,7 @@ def _read_run(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
 def _load_old(folder: Path, config: RunConfig, results: Mapping[str, Any]) -> Data:
     """Returns the images of the run, after checking that they are the same images."""
     try:
-        data = load_data(config.data, manifests=find_manifests(config.compute.cache))
+        data = load_run_data(config)
     except ValueError as error:
         raise ValueError(
             f"{folder}: the images of this run are needed again, and cannot be loaded ({error}). Put the data set back in its "

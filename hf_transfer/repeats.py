@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from hf_transfer import processes
 from hf_transfer.accelerator import connect_processes
 from hf_transfer.config import NO_CHECKPOINT, GradientConfig, RunConfig
-from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.dataset import Data, load_run_data
 from hf_transfer.data.folds import DataFolds, divide, join_pool
 from hf_transfer.data.splits import Split
-from hf_transfer.locations import CHECKPOINTS, RESULTS, find_manifests, is_finished
+from hf_transfer.locations import CHECKPOINTS, RESULTS, is_finished
 from hf_transfer.metrics.bootstrap import mean_interval
 from hf_transfer.network.damage import read_json
 from hf_transfer.network.fingerprint import hash_tensors
@@ -87,7 +87,7 @@ def run_config(
     """
     start = _Start(
         config=config,
-        load=load or (lambda own: load_data(own.data, manifests=find_manifests(own.compute.cache))),
+        load=load or load_run_data,
         output_dir=output_dir,
         unrepeatable=tuple(unrepeatable),
     )

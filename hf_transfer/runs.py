@@ -23,7 +23,7 @@ from hf_transfer.config import (
     RunConfig,
 )
 from hf_transfer.costs import Costs
-from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.dataset import Data, load_run_data
 from hf_transfer.data.seen import write_seen
 from hf_transfer.errors import ContinuableError
 from hf_transfer.exporting.formats import ExportOptions, check_installed
@@ -32,7 +32,7 @@ from hf_transfer.hub.exports import export_saved
 from hf_transfer.hub.publish import PublishOptions, check_push, publish, publish_command
 from hf_transfer.hub.save import save_model
 from hf_transfer.hub.verify import REFERENCE, has_own_code, write_reference
-from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR, find_manifests
+from hf_transfer.locations import CHECKPOINTS, CONFIG, SO_FAR
 from hf_transfer.logs import without_details
 from hf_transfer.network.adapters import Adapted
 from hf_transfer.network.backbone import Backbone
@@ -87,7 +87,7 @@ def open_session(
         accelerator.init_trackers("hf_transfer", config=plain)
     with costs.part("data"):
         with processes.main_first():
-            data = load_data(config.data, manifests=find_manifests(config.compute.cache)) if load is None else load()
+            data = load_run_data(config) if load is None else load()
         data.target.check_settings(config.strategy)
         share_digests(data.splits, Resources(accelerator=accelerator, compute=config.compute))
     if accelerator.is_main_process:

@@ -23,12 +23,11 @@ from hf_transfer.accelerator import connect_processes
 from hf_transfer.choosing.rank import SAMPLE, Ranking
 from hf_transfer.choosing.rank import rank as rank_checkpoints
 from hf_transfer.config import EMBEDDED_CHECKPOINT, ExportPrecision, OptimizerConfig, OutputConfig, RunConfig
-from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.dataset import Data, load_run_data
 from hf_transfer.errors import count_noun
 from hf_transfer.inference.evaluate import ALL, evaluate_split
 from hf_transfer.inference.load import InferenceEngine
 from hf_transfer.interrupts import catch_signals
-from hf_transfer.locations import find_manifests
 from hf_transfer.metrics.records import Metrics
 from hf_transfer.output import explains_how_to_continue, open_folder
 from hf_transfer.repeats import run_config
@@ -110,7 +109,7 @@ class Task:
     @cached_property
     def data(self) -> Data:
         """The splits, loaded and checked at the first access."""
-        return load_data(self.config.data, self.images, manifests=find_manifests(self.config.compute.cache))
+        return load_run_data(self.config, self.images)
 
     def fit(
         self,
@@ -171,9 +170,7 @@ class Task:
 
     def _load(self, config: RunConfig) -> Data:
         """Returns the splits for `config`, whose seed may differ from the task's own."""
-        if config.data == self.config.data:
-            return self.data
-        return load_data(config.data, self.images, manifests=find_manifests(config.compute.cache))
+        return self.data if config.data == self.config.data else load_run_data(config, self.images)
 
     def _list_unrepeatable(self, strategy: Strategy) -> list[str]:
         """Returns sentences about the inputs of the run that config.yaml does not contain."""

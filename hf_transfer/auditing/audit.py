@@ -31,7 +31,7 @@ from hf_transfer.data.splits import Split
 from hf_transfer.prefix.resources import count_threads
 from hf_transfer.session import Session
 from hf_transfer.solvers.cross_validation import CrossValidated
-from hf_transfer.solvers.groups import is_class_in_two, join_codes, number_groups
+from hf_transfer.solvers.groups import is_class_in_two, join_codes, number_named_groups
 from hf_transfer.targets.target import Labels
 from hf_transfer.training.label_errors import find_label_errors
 from hf_transfer.training.readouts import ReadoutFeatures, extract_readouts
@@ -88,7 +88,7 @@ def audit(session: Session) -> AuditResult:
     if data.target.has_classes:
         with _timing(seconds, "labels"):
             seed = session.config.seed
-            groups, divides_groups = _keep_together(images.labels, copies, number_groups(data.splits))
+            groups, divides_groups = _keep_together(images.labels, copies, number_named_groups(data.splits))
             held_out = [predict_held_out(x, images.labels, groups, data.target, seed=seed) for x in features]
             tested = _test_without_copies(images, copies, features[0], held_out[0].c)
     with _timing(seconds, "outliers"):

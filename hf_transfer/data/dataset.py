@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, UPSTREAM_DATASET, DataConfig
+from hf_transfer.config import EMBEDDED_DATASET, NO_SPLIT, UPSTREAM_DATASET, DataConfig, RunConfig
 from hf_transfer.data.archives import ARCHIVE_SUFFIXES, is_archive, is_webdataset, unpack
 from hf_transfer.data.edits import edit_splits
 from hf_transfer.data.embedded import read_digits, read_mnist
@@ -46,6 +46,7 @@ from hf_transfer.data.notes import (
 from hf_transfer.data.splits import ROLES, Role, Split, draw, public_name, role_of
 from hf_transfer.data.where import parse_where
 from hf_transfer.displays import show_pictures, show_table, show_title
+from hf_transfer.locations import find_manifests
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.reading import AUTO, read_column
 from hf_transfer.targets.target import Target
@@ -146,17 +147,9 @@ def load_data(
     unused = [name for name in stored.splits if name not in names_by_role.values()]
     if unused:
         notes.append(f"Splits not used: {listed(unused)}.")
-    problem_type, stored_splits = config.problem_type, dict[Role, LabeledImages]()
-    for role, name in names_by_role.items():  # train is the first
-        stored_splits[role] = _read_split(stored, name, problem_type)
-        problem_type = stored_splits[role].target.problem_type
+    stored_splits, notes_on_labels = _read_splits(stored, names_by_role, config)
     where = {role: f"{stored.name}, split {name!r}" for role, name in names_by_role.items()}
-    if config.test_split is None and "test" in stored_splits and _is_unlabeled(stored_splits["test"]):
-        notes.append(
-            f"None of the {len(stored_splits['test'].labels):,} images of split {names_by_role['test']!r} has a label, so the"
-            " split cannot be used as the test split."
-        )
-        del stored_splits["test"]
+    notes += notes_on_labels
     notes += notes_on_unused_columns(stored_splits["train"], columns, is_divided=len(stored.splits) > 1)
     target = stored_splits["train"].target
     splits: dict[Role, Split] = {}
@@ -181,6 +174,11 @@ def load_data(
         divides_copies=divides_copies,
     )
     return _join_drawn(splits, train, drawn, config, replace(stored, notes=tuple(notes)))
+
+
+def load_run_data(config: RunConfig, images: Any = None) -> Data:
+    """Loads the splits of a run, as `load_data` does, with the manifests that the run reads and writes."""
+    return load_data(config.data, images, manifests=find_manifests(config.compute.cache))
 
 
 def _join_drawn(
@@ -253,6 +251,23 @@ def load_splits(config: DataConfig, target: Target, images: Any = None) -> dict[
 
 def _read_stored(config: DataConfig, columns: Columns, images: Any) -> StoredData:
     return read_stored(config, columns) if images is None else read_memory(images, columns=columns, name=config.dataset)
+
+
+def _read_splits(
+    stored: StoredData, names_by_role: Mapping[Role, str], config: DataConfig
+) -> tuple[dict[Role, LabeledImages], list[str]]:
+    """Returns the stored splits, of the problem type of train, and a sentence about a test split without labels, left out."""
+    problem_type, splits = config.problem_type, dict[Role, LabeledImages]()
+    for role, name in names_by_role.items():  # train is the first
+        splits[role] = _read_split(stored, name, problem_type)
+        problem_type = splits[role].target.problem_type
+    if config.test_split is not None or "test" not in splits or not _is_unlabeled(splits["test"]):
+        return splits, []
+    count = len(splits.pop("test").labels)
+    return splits, [
+        f"None of the {count:,} images of split {names_by_role['test']!r} has a label, so the split cannot be used as the test"
+        " split."
+    ]
 
 
 def _read_split(stored: StoredData, name: str, problem_type: str) -> LabeledImages:

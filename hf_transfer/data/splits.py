@@ -15,7 +15,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,7 @@ from PIL import Image
 from hf_transfer.data.images import READER_VERSION, BadImageError
 from hf_transfer.data.sources import ImageSource, JoinedSource
 from hf_transfer.errors import count_noun
-from hf_transfer.solvers.groups import draw_groups, number_groups, number_named_groups
+from hf_transfer.solvers.groups import Codes, draw_groups, number_groups, number_named_groups
 from hf_transfer.targets.labels import listed
 from hf_transfer.targets.target import Labels, Target
 
@@ -255,12 +254,7 @@ def draw(
         )
     is_validation = np.zeros(len(train), np.bool_)
     kept = train.select(np.flatnonzero(is_kept))
-    codes = number_named_groups([kept])
-    if not divides_copies:
-        # An unreadable image is an error where it is used, not here.
-        with suppress(BadImageError):
-            kept.digests(manifests)
-            codes = number_groups([kept])
+    codes = number_named_groups([kept]) if divides_copies else _number_groups(kept, manifests)
     if codes is not None:
         # Images of a group often have the same number, so a range of numbers may be one group: numbers are not stratified.
         of_groups = strata[is_kept] if train.target.counts_labels else np.zeros(len(kept), np.int64)
@@ -273,6 +267,15 @@ def draw(
         train.select(np.flatnonzero(is_kept & ~is_validation)),
         train.select(np.flatnonzero(is_kept & is_validation), name="validation"),
     )
+
+
+def _number_groups(kept: Split, manifests: Path | None) -> Codes | None:
+    """Returns the numbers of groups and copies. An unreadable image is an error where it is used, not here: then, of groups."""
+    try:
+        kept.digests(manifests)
+    except BadImageError:
+        return number_named_groups([kept])
+    return number_groups([kept])
 
 
 def role_of(split_name: str) -> Role | None:

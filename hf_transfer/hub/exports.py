@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_transfer.config import DataConfig
-from hf_transfer.data.dataset import Data, load_data, load_splits
+from hf_transfer.data.dataset import Data, load_run_data, load_splits
 from hf_transfer.errors import count_noun
 from hf_transfer.exporting.export import export
 from hf_transfer.exporting.formats import ExportOptions, check_installed
@@ -17,7 +17,7 @@ from hf_transfer.exporting.verify import Reference, read_reference, verify_expor
 from hf_transfer.flags import read_saved_config
 from hf_transfer.hub.verify import REFERENCE, has_own_code
 from hf_transfer.inference.predict import load_saved
-from hf_transfer.locations import RESULTS, find_manifests
+from hf_transfer.locations import RESULTS
 from hf_transfer.network.adapters import is_adapter_folder
 from hf_transfer.network.backbone import Backbone
 from hf_transfer.network.damage import find_weights, read_json
@@ -168,9 +168,7 @@ def _find_images(
     """
     if data is None and run is not None:
         try:
-            config = read_saved_config(run)
-            loaded = load_data(config.data, manifests=find_manifests(config.compute.cache))
-            return choose_images(loaded, read_json(run / RESULTS))
+            return choose_images(load_run_data(read_saved_config(run)), read_json(run / RESULTS))
         except (ValueError, OSError) as error:
             if options.precision == "int8":
                 raise

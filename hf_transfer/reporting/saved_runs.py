@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from hf_transfer.data.dataset import Data, load_data
+from hf_transfer.data.dataset import Data, load_run_data
 from hf_transfer.data.splits import Split
 from hf_transfer.flags import read_saved_config
 from hf_transfer.inference.predict import load_saved
-from hf_transfer.locations import CONFIG, MODEL, RESULTS, chain_dir, find_manifests, find_run
+from hf_transfer.locations import CONFIG, MODEL, RESULTS, chain_dir, find_run
 from hf_transfer.network.damage import read_json
 from hf_transfer.reporting.feature_map import MapMethod
 from hf_transfer.reporting.illustrations import FinishedModel, Illustrations, illustrate
@@ -70,8 +70,7 @@ def _align(split: Split, names: list[str], values: Activated) -> Activated:
 
 def _load_images(folder: Path, results: Mapping[str, Any]) -> Data | None:
     try:
-        config = read_saved_config(folder)
-        data = load_data(config.data, manifests=find_manifests(config.compute.cache))
+        data = load_run_data(read_saved_config(folder))
         expected = results["data"]["fingerprint"]
         changed = [split.name for split in data.splits if expected.get(split.name) != split.fingerprint]
     except (ValueError, OSError) as error:
